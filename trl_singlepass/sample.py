@@ -1,0 +1,78 @@
+"""One turn as the model sees it: the exact tokens of its prompt and completion, with a loss weight per token."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """
+    Exact tokens of one turn: what N-pass trains as one separate sequence.
+
+    Args:
+        token_ids (`numpy.ndarray` of shape `(length,)`, `numpy.int64`):
+            Prompt as served, followed by the completion as generated. Any sequence of integers is converted.
+        loss_weights (`numpy.ndarray` of shape `(length,)`, `numpy.float64`):
+            For each token, the factor of the loss of predicting it from the tokens before it; 0 where it is not
+            trained. Any sequence of numbers is converted. The first token has no predecessor, so its weight must be 0.
+        prompt_length (`int`):
+            Number of tokens of the prompt.
+        message_index (`int`, *optional*):
+            Position of the turn's assistant message in its conversation.
+
+    Raises:
+        `ValueError`: If lengths disagree, a weight is negative or not finite, or the first token carries a weight.
+    """
+
+    token_ids: NDArray[np.int64]
+    loss_weights: NDArray[np.float64]
+    prompt_length: int
+    message_index: int | None = None
+
+    def __post_init__(self) -> None:
+        _freeze(self, "token_ids", np.asarray(self.token_ids, dtype=np.int64))
+        _freeze(self, "loss_weights", np.asarray(self.loss_weights, dtype=np.float64))
+        if self.token_ids.ndim != 1 or self.token_ids.shape != self.loss_weights.shape:
+            raise ValueError(
+                f"A sample needs one loss weight per token, got token_ids of shape {self.token_ids.shape} and "
+                f"loss_weights of shape {self.loss_weights.shape}."
+            )
+        if len(self.token_ids) == 0:
+            raise ValueError("A sample needs at least one token, got none.")
+        if not np.isfinite(self.loss_weights).all() or (self.loss_weights < 0).any():
+            raise ValueError(
+                f"Loss weights must be finite and not negative, got {self.loss_weights.min()} as the smallest and "
+                f"{self.loss_weights.max()} as the largest."
+            )
+        if self.loss_weights[0] != 0:
+            raise ValueError(
+                "The first token of a sample has no token before it to predict it from, so its loss weight must be 0, "
+                f"got {self.loss_weights[0]}. Start the prompt with at least one token."
+            )
+        if not 0 <= self.prompt_length <= len(self.token_ids):
+            raise ValueError(
+                f"prompt_length must lie between 0 and the number of tokens ({len(self.token_ids)}), "
+                f"got {self.prompt_length}."
+            )
+
+    @classmethod
+    def from_prompt_and_completion(
+        cls, prompt_ids: Any, completion_ids: Any, message_index: int | None = None
+    ) -> "Sample":
+        """Return the sample whose completion tokens all weigh 1 and whose prompt tokens weigh 0."""
+        prompt = np.asarray(prompt_ids, dtype=np.int64)
+        completion = np.asarray(completion_ids, dtype=np.int64)
+        weights = np.concatenate([np.zeros(len(prompt)), np.ones(len(completion))])
+        return cls(np.concatenate([prompt, completion]), weights, len(prompt), message_index)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def _freeze(sample: Sample, name: str, array: NDArray[Any]) -> None:
+    array = array.view()
+    array.setflags(write=False)
+    object.__setattr__(sample, name, array)
