@@ -1,0 +1,38 @@
+# `make demo` and `make test` work on a machine with nothing but Python (3.11 or newer) and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install test lint demo bench clean
+
+help:
+	@echo "make demo    fine-tune a small model in one pass and in N passes, compare them (MODEL=… DATA=… for your own)"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   measure the step time of every mode and write it to benchmarks/results/"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e ".[dev,plot]"
+	touch $@
+
+test: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: $(INSTALLED)
+	$(BIN)/python -m demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/step_time.py $(ARGS)
+	$(BIN)/python benchmarks/report.py
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,125 @@
+"""House rules that no linter checks: import direction, size of files, docstrings that list every argument."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+PACKAGE = Path(__file__).parents[1] / "trl_singlepass"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Imports go from later ranks to earlier ones. A file split off another takes its rank: rendering_reasoning.py that of
+# rendering.py.
+RANKS = {
+    "sample": 0,
+    "config": 0,
+    "cost": 0,
+    "rendering": 1,
+    "tree": 2,
+    "rows": 3,
+    "collator": 4,
+    "attention": 5,
+    "recurrent": 5,
+    "loss": 6,
+    "trainer": 7,
+    "reference": 8,
+    "audit": 8,
+    "plot": 8,
+    "cli": 8,
+}
+WITHOUT_TORCH = ["sample", "rendering", "tree", "rows", "cost", "plot"]
+
+
+def name_of(path):
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def room(module):
+    """`trl_singlepass.attention.sdpa` -> `attention`; `trl_singlepass.rendering_tokens` -> `rendering`."""
+    part = module.split(".")[1]
+    return part if part in RANKS else part.split("_")[0]
+
+
+def imports_of(path):
+    """Modules of this package that a file imports when it is imported itself, as full names."""
+    package = name_of(path).rsplit(".", 1)[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package.split(".")[: len(package.split(".")) - node.level + 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from (".".join([*base, name]) for name in names)
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == PACKAGE.name:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE.name)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.name != "__init__.py" or path.parent != PACKAGE], ids=name_of
+)
+def test_imports_go_one_way(path):
+    own = room(name_of(path))
+    for module in imports_of(path):
+        assert room(module) in RANKS, f"{path.name} imports {module}, which has no rank: add it to RANKS"
+        assert RANKS[room(module)] <= RANKS[own], f"{path.name} imports {module}, which lies to its right"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 300, (
+        f"{path.name} is longer than 300 lines: split it where a name appears"
+    )
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_data_modules_do_not_import_torch(module):
+    if not (PACKAGE / f"{module}.py").exists():
+        pytest.skip(f"no {module}.py")
+    code = f"import sys, trl_singlepass.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
+
+
+def public_callables():
+    """Public functions and classes of the package with the AST node that holds their docstring and arguments."""
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            yield pytest.param(node, id=f"{name_of(path)}.{node.name}")
+
+
+def arguments(node):
+    """Names that a caller passes: of a function, of `__init__`, or the fields of a dataclass."""
+    if isinstance(node, ast.ClassDef):
+        init = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+        if not init:
+            is_dataclass = any("dataclass" in ast.unparse(item) for item in node.decorator_list)
+            fields = [item for item in node.body if isinstance(item, ast.AnnAssign)] if is_dataclass else []
+            return [item.target.id for item in fields if "field(init=False" not in ast.unparse(item)]
+        node = init[0]
+    spec = node.args
+    names = [argument.arg for argument in [*spec.posonlyargs, *spec.args, *spec.kwonlyargs]]
+    names += [argument.arg for argument in (spec.vararg, spec.kwarg) if argument]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+def documented(docstring):
+    """Argument names in the `Args:` section of a Hugging Face docstring."""
+    section = re.search(
+        r"^\s*Args:\n(.*?)(?=^\s*(?:Returns|Raises|Yields|Example|Examples|Source|Note):|\Z)", docstring, re.S | re.M
+    )
+    if section is None:
+        return None
+    lines = section.group(1).splitlines()
+    indent = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
+    return re.findall(rf"^ {{{indent}}}\*{{0,2}}(\w+) \(", section.group(1), re.M)
+
+
+@pytest.mark.parametrize("node", public_callables())
+def test_docstrings_list_the_arguments_of_the_signature(node):
+    names = documented(ast.get_docstring(node) or "")
+    # A one-line docstring may leave its arguments to the types; an `Args:` section must be complete and in order.
+    assert names is None or names == arguments(node)
