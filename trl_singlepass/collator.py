@@ -1,0 +1,80 @@
+"""Rows to batch tensors: the conversations of a batch side by side in one row without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .rows import Row, TreePlan
+from .tree import IGNORE_INDEX
+
+
+@dataclass
+class DataCollatorForSinglePass:
+    """
+    Join the conversations of a batch in one padding-free row.
+
+    Everything that a kernel needs to know of the tree's structure leaves here as plain integers (`tree_plan`), so that
+    a training step copies nothing from the device to find it out.
+
+    Args:
+        pad_token_id (`int`):
+            Token that fills the row up to a multiple of `pad_to_multiple_of`.
+        pad_to_multiple_of (`int`, *optional*):
+            If set, the row length is rounded up to a multiple of this value, in tokens.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """
+        Collate rows.
+
+        Args:
+            examples (`Sequence[Mapping[str, Any]]`):
+                Rows, as columns (see [`Row.columns`]).
+
+        Returns:
+            `dict[str, Any]`: `input_ids`, `position_ids`, `attention_mask` (the multiplicity of each token, 0 on
+            padding), `labels` (rolled) and `subtree_end`, all `torch.int64` of shape `(1, row_length)`;
+            `loss_weights`, `torch.float32` of that shape, only where some label weighs other than 1; and `tree_plan`,
+            a [`TreePlan`].
+        """
+        row = Row.join([Row.from_columns(example) for example in examples])
+        if self.pad_to_multiple_of:
+            row = _pad(row, self.pad_token_id, -len(row) % self.pad_to_multiple_of)
+        plan = TreePlan.from_subtree_end(row.subtree_end)
+        batch: dict[str, Any] = {
+            "input_ids": _as_batch(row.input_ids),
+            "position_ids": _as_batch(plan.depths()),
+            "attention_mask": _as_batch(row.multiplicity),
+            "labels": _as_batch(row.labels),
+            "subtree_end": _as_batch(row.subtree_end),
+            "tree_plan": plan,
+        }
+        if (row.loss_weights[row.labels != IGNORE_INDEX] != 1).any():
+            batch["loss_weights"] = _as_batch(row.loss_weights).float()
+        return batch
+
+
+def _pad(row: Row, pad_token_id: int, num_tokens: int) -> Row:
+    if num_tokens == 0:
+        return row
+    padding = Row(
+        input_ids=np.full(num_tokens, pad_token_id),
+        # Padding is one more chain, so that it costs a kernel one run and not one per token.
+        subtree_end=np.full(num_tokens, num_tokens),
+        labels=np.full(num_tokens, IGNORE_INDEX),
+        loss_weights=np.zeros(num_tokens),
+        multiplicity=np.zeros(num_tokens, np.int64),
+    )
+    return Row.join([row, padding])
+
+
+def _as_batch(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(array))[None]

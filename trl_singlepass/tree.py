@@ -1,0 +1,271 @@
+"""Samples merged on their shared prefixes: the prefix tree, laid out depth first in one token sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .sample import Sample
+
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """
+    Longest run of tokens that the same samples share.
+
+    Args:
+        parent (`int`):
+            Index of the segment that this one continues, -1 for the start of a tree.
+        start (`int`):
+            Position of the first token in the layout.
+        end (`int`):
+            Position just past the last token in the layout.
+        depth (`int`):
+            Depth of the first token: the number of tokens before it on its path.
+        num_samples (`int`):
+            Number of samples that pass through the segment (its multiplicity).
+    """
+
+    parent: int
+    start: int
+    end: int
+    depth: int
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixTree:
+    """
+    Samples merged on their shared prefixes, each distinct prefix stored once, laid out depth first.
+
+    At a fork the child that continues the spine (the one that most samples share) comes first, then the branches: the
+    history lies together at the front. A token's descendants then follow it without a gap, so `subtree_end` holds the
+    whole structure: position `j` is an ancestor of `i`, or `i` itself, exactly when `j <= i < subtree_end[j]`.
+
+    Where samples train two different targets from one position, the tree forks one token earlier and stores that
+    token once per target, so that every position has at most one target. Where several samples train the same target,
+    their loss weights add up, as they do in N-pass.
+
+    All arrays have shape `(num_tokens,)` and are in layout order.
+
+    Args:
+        input_ids (`numpy.ndarray` of `numpy.int64`):
+            Tokens.
+        position_ids (`numpy.ndarray` of `numpy.int64`):
+            Depth of each token: the number of tokens before it on its path, as RoPE needs it.
+        subtree_end (`numpy.ndarray` of `numpy.int64`):
+            For each token, the position just past its last descendant.
+        labels (`numpy.ndarray` of `numpy.int64`):
+            Targets, rolled: `labels[i + 1]` is what position `i` must predict and `labels[0]` is -100, so that every
+            loss that shifts labels by one sees the right pairs. -100 where a position has no target.
+        loss_weights (`numpy.ndarray` of `numpy.float64`):
+            Factor of the loss of each label; 0 where there is none.
+        multiplicity (`numpy.ndarray` of `numpy.int64`):
+            Number of samples that pass through each token.
+        segments (`tuple[Segment, ...]`):
+            Segments in layout order.
+
+    Source: generalises the hand-made mask of arXiv 2504.18246 (section 3) to any set of samples; forking one token
+    early follows `TreeRow` of TRL's AsyncGRPO, which forks always.
+    """
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    subtree_end: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    loss_weights: NDArray[np.float64]
+    multiplicity: NDArray[np.int64]
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def from_samples(cls, samples: Sequence[Sample]) -> PrefixTree:
+        """
+        Merge samples in a prefix tree (a forest where their first tokens differ).
+
+        Args:
+            samples (`Sequence[Sample]`):
+                Samples in the order of their turns. The loss does not depend on the order; of several children that
+                equally many samples share, the one of the latest sample continues the spine.
+
+        Returns:
+            `PrefixTree`: The tree.
+
+        Raises:
+            `ValueError`: If there is no sample.
+        """
+        if not samples:
+            raise ValueError("A prefix tree needs at least one sample, got none.")
+        root = _Node(np.empty(0, np.int64), np.empty(0), 0, -1)
+        for index, sample in enumerate(samples):
+            _insert(root, sample, index)
+        return _lay_out(root)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_sample_tokens(self) -> int:
+        """Number of tokens of all samples: what N-pass computes."""
+        return int(self.multiplicity.sum())
+
+    @property
+    def sharing_factor(self) -> float:
+        """Tokens of all samples ÷ tokens of the tree."""
+        return self.num_sample_tokens / len(self)
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    """Radix tree node under construction; `weights[i]` is the loss weight of predicting `tokens[i]`."""
+
+    tokens: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    num_samples: int
+    latest_sample: int
+    children: list[_Node] = field(default_factory=list)
+
+    def split(self, length: int) -> None:
+        """Move all but the first `length` tokens to a new only child."""
+        rest = _Node(
+            self.tokens[length:], self.weights[length:], self.num_samples, self.latest_sample, self.children
+        )
+        self.tokens, self.weights, self.children = self.tokens[:length], self.weights[:length], [rest]
+
+    def child(self, token: int) -> _Node | None:
+        return next((child for child in self.children if child.tokens[0] == token), None)
+
+
+def _insert(root: _Node, sample: Sample, index: int) -> None:
+    tokens, weights = sample.token_ids, sample.loss_weights
+    node, depth = root, 0
+    while depth < len(tokens):
+        child = node.child(tokens[depth])
+        if child is None:
+            node.children.append(_Node(tokens[depth:], weights[depth:].copy(), 1, index))
+            return
+        shared = _common_prefix_length(child.tokens, tokens[depth:])
+        if shared < len(child.tokens):
+            child.split(shared)
+        child.weights = child.weights + weights[depth : depth + shared]
+        child.num_samples += 1
+        child.latest_sample = index
+        node, depth = child, depth + shared
+
+
+def _common_prefix_length(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    return int(differs.argmax()) if differs.any() else length
+
+
+def _lay_out(root: _Node) -> PrefixTree:
+    nodes, parents, next_tokens = [], [], []
+    for node, parent in _depth_first(root):
+        nodes.append(node)
+        parents.append(parent)
+        next_tokens.append(_trained_child(node))
+    lengths = np.array([len(node.tokens) for node in nodes])
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    depths = np.zeros(len(nodes), np.int64)
+    last_descendant = ends.copy()
+    for i, parent in enumerate(parents):
+        depths[i] = depths[parent] + lengths[parent] if parent >= 0 else 0
+    for i in range(len(nodes) - 1, -1, -1):
+        if parents[i] >= 0:
+            last_descendant[parents[i]] = max(last_descendant[parents[i]], last_descendant[i])
+    counts = np.array([node.num_samples for node in nodes])
+    input_ids = np.concatenate([node.tokens for node in nodes])
+    labels, loss_weights = _rolled_labels(nodes, next_tokens, starts, ends)
+    return PrefixTree(
+        input_ids=input_ids,
+        position_ids=np.arange(len(input_ids)) + np.repeat(depths - starts, lengths),
+        subtree_end=np.repeat(last_descendant, lengths),
+        labels=labels,
+        loss_weights=loss_weights,
+        multiplicity=np.repeat(counts, lengths),
+        segments=tuple(map(Segment, parents, starts.tolist(), ends.tolist(), depths.tolist(), counts.tolist())),
+    )
+
+
+def _rolled_labels(
+    nodes: list[_Node],
+    next_tokens: list[tuple[int, float]],
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    labels = np.full(ends[-1], IGNORE_INDEX, np.int64)
+    loss_weights = np.zeros(ends[-1])
+    for node, (token, weight), start, end in zip(nodes, next_tokens, starts, ends, strict=True):
+        inside = node.weights[1:]
+        labels[start + 1 : end] = np.where(inside > 0, node.tokens[1:], IGNORE_INDEX)
+        loss_weights[start + 1 : end] = inside
+        if weight > 0:  # a node with a trained child is never the last one, so `end` lies inside the layout
+            labels[end], loss_weights[end] = token, weight
+    return labels, loss_weights
+
+
+def _trained_child(node: _Node) -> tuple[int, float]:
+    """Target of the node's last token and its weight; (-100, 0) where no child is trained."""
+    trained = [child for child in node.children if child.weights[0] > 0]
+    if not trained:
+        return IGNORE_INDEX, 0.0
+    assert len({child.tokens[0] for child in trained}) == 1, "colliding targets must have been forked"
+    return int(trained[0].tokens[0]), float(sum(child.weights[0] for child in trained))
+
+
+def _depth_first(root: _Node) -> Iterator[tuple[_Node, int]]:
+    """Yield every node with the index of its parent, the child that continues the spine before its siblings."""
+    count = 0
+    stack = [(node, -1) for node in _spine_last(_fork_colliding(root.children))]
+    while stack:
+        node, parent = stack.pop()
+        node.children = _fork_colliding(node.children)
+        yield node, parent
+        stack.extend((child, count) for child in _spine_last(node.children))
+        count += 1
+
+
+def _spine_last(children: list[_Node]) -> list[_Node]:
+    return sorted(children, key=lambda child: (child.num_samples, child.latest_sample))
+
+
+def _fork_colliding(children: list[_Node]) -> list[_Node]:
+    """Replace each child whose last token would have several targets by one copy per target."""
+    return [part for child in children for part in _fork_one_token_earlier(child)]
+
+
+def _fork_one_token_earlier(node: _Node) -> list[_Node]:
+    targets = list(dict.fromkeys(child.tokens[0] for child in node.children if child.weights[0] > 0))
+    if len(targets) < 2:
+        return [node]
+    groups = [[child for child in node.children if child.tokens[0] == target] for target in targets]
+    groups.sort(key=lambda group: _spine_last(group)[-1].num_samples, reverse=True)
+    # Children that no sample trains need no copy of their own.
+    groups[0] += [child for child in node.children if child.tokens[0] not in targets]
+    copies = [_copy_of_last_token(node, group, is_first=i == 0) for i, group in enumerate(groups)]
+    if len(node.tokens) == 1:
+        # A copy that was joined with its only child ends where that child ended, and may fork there in turn.
+        return _fork_colliding(copies)
+    node.tokens, node.weights, node.children = node.tokens[:-1], node.weights[:-1], copies
+    return [node]
+
+
+def _copy_of_last_token(node: _Node, children: list[_Node], *, is_first: bool) -> _Node:
+    """Copy for one target; the first one carries the weight of predicting the token and the samples that end on it."""
+    num_samples = sum(child.num_samples for child in children)
+    if is_first:
+        num_samples += node.num_samples - sum(child.num_samples for child in node.children)
+    weights = node.weights[-1:] if is_first else np.zeros(1)
+    latest = max(child.latest_sample for child in children)
+    if len(children) == 1 and children[0].num_samples == num_samples:
+        (child,) = children
+        tokens = np.concatenate([node.tokens[-1:], child.tokens])
+        return _Node(tokens, np.concatenate([weights, child.weights]), num_samples, latest, child.children)
+    return _Node(node.tokens[-1:], weights, num_samples, latest, children)
