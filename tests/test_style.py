@@ -17,10 +17,10 @@ ROOMS = [path for path in FILES if path != PACKAGE / "__init__.py"]
 RANKS = {
     "sample": 0,
     "config": 0,
-    "cost": 0,
     "rendering": 1,
     "tree": 2,
     "rows": 3,
+    "cost": 3,
     "collator": 4,
     "attention": 5,
     "recurrent": 5,
@@ -97,7 +97,7 @@ def arguments(node):
         if not init:
             is_dataclass = any("dataclass" in ast.unparse(item) for item in node.decorator_list)
             fields = [item for item in node.body if isinstance(item, ast.AnnAssign)] if is_dataclass else []
-            return [item.target.id for item in fields if "field(init=False" not in ast.unparse(item)]
+            return [item.target.id for item in fields if "init=False" not in ast.unparse(item)]
         node = init[0]
     spec = node.args
     names = [argument.arg for argument in [*spec.posonlyargs, *spec.args, *spec.kwonlyargs]]
