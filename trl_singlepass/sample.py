@@ -71,6 +71,20 @@ class Sample:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether any token of the sample has a loss."""
+        return bool((self.loss_weights > 0).any())
+
+    def truncated(self, max_length: int) -> "Sample":
+        """Return the sample's first `max_length` tokens (TRL's `truncation_mode="keep_start"`)."""
+        return Sample(
+            self.token_ids[:max_length],
+            self.loss_weights[:max_length],
+            min(self.prompt_length, max_length),
+            self.message_index,
+        )
+
 
 def _freeze(sample: Sample, name: str, array: NDArray[Any]) -> None:
     array = array.view()
