@@ -1,0 +1,85 @@
+"""Pictures: every turn is named, in the order of the turns, and the picture is not blank."""
+
+import io
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from trl_singlepass.plot import plot_mask, plot_tree
+from trl_singlepass.sample import Sample
+from trl_singlepass.tree import PrefixTree
+
+
+class Words:
+    """Decodes token 7 as `w7`."""
+
+    def decode(self, token_ids):
+        return " ".join(f"w{token}" for token in token_ids)
+
+
+def turn(prompt, completion):
+    return Sample.from_prompt_and_completion(prompt, completion)
+
+
+U1, T1, A1, U2, T2, A2, U3, T3, A3 = (list(range(start, start + 9)) for start in range(0, 180, 20))
+STRIPPED = [turn(U1, T1 + A1), turn(U1 + A1 + U2, T2 + A2), turn(U1 + A1 + U2 + A2 + U3, T3 + A3)]
+KEPT = [turn(U1, T1 + A1), turn(U1 + T1 + A1 + U2, T2 + A2)]
+# Two calls in one turn, which keep their reasoning, and a second user message that drops both.
+TOOLS = [turn(U1, T1), turn(U1 + T1 + A1, T2), turn(U1 + A1 + U2, T3)]
+# Shorter than the history before it, and the spine ends in turn 2.
+SHORT_LAST = [turn(U1, T1), turn(U1 + T1 + A1, T2 + A2), turn(U1 + A1, T3)]
+
+
+def rendered(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    buffer.seek(0)
+    return imread(buffer)
+
+
+def turn_labels(figure):
+    """Position (depth) of every label `turn k`, in the order of k."""
+    (axes,) = figure.axes
+    labels = [text for text in axes.texts if text.get_text().startswith("turn ")]
+    return [text.xy[0] for text in sorted(labels, key=lambda text: int(text.get_text().split()[1]))]
+
+
+@pytest.mark.parametrize("samples", [STRIPPED, KEPT, TOOLS, SHORT_LAST], ids=["stripped", "kept", "tools", "short"])
+def test_tree_labels_every_turn_where_it_ends(samples):
+    figure = plot_tree(PrefixTree.from_samples(samples), Words())
+    assert turn_labels(figure) == [len(sample) for sample in samples]
+    assert rendered(figure).std() > 0.01
+
+
+@pytest.mark.parametrize("samples", [STRIPPED, KEPT, TOOLS], ids=["stripped", "kept", "tools"])
+def test_mask_names_every_turn(samples):
+    figure = plot_mask(PrefixTree.from_samples(samples), Words())
+    (axes,) = figure.axes
+    titles = [label.get_text().splitlines()[0] for label in axes.get_yticklabels()]
+    named = [number for title in titles for number in title.removeprefix("turns").removeprefix("turn").split(",")]
+    assert sorted(map(int, named)) == list(range(1, len(samples) + 1))
+    assert rendered(figure).std() > 0.01
+
+
+def test_mask_shows_exactly_what_the_tree_allows():
+    tree = PrefixTree.from_samples(STRIPPED)
+    (axes,) = plot_mask(tree, Words()).axes
+    shown = axes.images[0].get_array() > 0
+    position = np.arange(len(tree))
+    allowed = (position <= position[:, None]) & (position[:, None] < tree.subtree_end)
+    assert (shown == allowed).all()
+
+
+def test_tree_colours_the_trained_tokens():
+    tree = PrefixTree.from_samples(STRIPPED)
+    (axes,) = plot_tree(tree, Words()).axes
+    legend = {
+        text.get_text(): patch.get_facecolor()
+        for patch, text in zip(axes.get_legend().get_patches(), axes.get_legend().get_texts(), strict=True)
+    }
+    drawn = {
+        name: sum(bar.get_width() for bar in axes.patches if bar.get_facecolor() == colour)
+        for name, colour in legend.items()
+    }
+    assert drawn == {"context": len(U1 + A1 + U2 + A2 + U3), "trained": len(T1 + A1 + T2 + A2 + T3 + A3)}
