@@ -45,10 +45,10 @@ class DataCollatorForSinglePass:
             `loss_weights`, `torch.float32` of that shape, only where some label weighs other than 1; and `tree_plan`,
             a [`TreePlan`].
         """
-        row = Row.join([Row.from_columns(example) for example in examples])
+        rows = [Row.from_columns(example) for example in examples]
         if self.pad_to_multiple_of:
-            row = _pad(row, self.pad_token_id, -len(row) % self.pad_to_multiple_of)
-        plan = TreePlan.from_subtree_end(row.subtree_end)
+            rows += _padding(-sum(map(len, rows)) % self.pad_to_multiple_of, self.pad_token_id)
+        row, plan = Row.join(rows), TreePlan.from_rows(rows)
         batch: dict[str, Any] = {
             "input_ids": _as_batch(row.input_ids),
             "position_ids": _as_batch(plan.depths()),
@@ -62,18 +62,19 @@ class DataCollatorForSinglePass:
         return batch
 
 
-def _pad(row: Row, pad_token_id: int, num_tokens: int) -> Row:
+def _padding(num_tokens: int, pad_token_id: int) -> list[Row]:
+    """Rows that fill up `num_tokens`: one more chain, so that padding costs a kernel one run and not one per token."""
     if num_tokens == 0:
-        return row
-    padding = Row(
-        input_ids=np.full(num_tokens, pad_token_id),
-        # Padding is one more chain, so that it costs a kernel one run and not one per token.
-        subtree_end=np.full(num_tokens, num_tokens),
-        labels=np.full(num_tokens, IGNORE_INDEX),
-        loss_weights=np.zeros(num_tokens),
-        multiplicity=np.zeros(num_tokens, np.int64),
-    )
-    return Row.join([row, padding])
+        return []
+    return [
+        Row(
+            input_ids=np.full(num_tokens, pad_token_id),
+            subtree_end=np.full(num_tokens, num_tokens),
+            labels=np.full(num_tokens, IGNORE_INDEX),
+            loss_weights=np.zeros(num_tokens),
+            multiplicity=np.zeros(num_tokens, np.int64),
+        )
+    ]
 
 
 def _as_batch(array: np.ndarray) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,8 +50,8 @@ class Row:
     @classmethod
     def from_columns(cls, columns: Mapping[str, Any]) -> Row:
         """Return the row that a dataset holds under `ROW_COLUMNS`."""
-        dtypes = {"loss_weights": np.float64}
-        return cls(*(np.asarray(columns[name], dtype=dtypes.get(name, np.int64)) for name in ROW_COLUMNS))
+        integers = {name: np.asarray(columns[name], np.int64) for name in ROW_COLUMNS if name != "loss_weights"}
+        return cls(**integers, loss_weights=np.asarray(columns["loss_weights"], np.float64))
 
     @classmethod
     def join(cls, rows: Sequence[Row]) -> Row:
@@ -101,10 +101,25 @@ class TreePlan:
             Number of tokens of the row.
         runs (`tuple[Run, ...]`):
             Runs in row order; together they cover the row.
+        example_ends (`tuple[int, ...]`):
+            For each dataset row in it, the position just past its last token.
+        num_sample_tokens (`int`):
+            Number of tokens of all samples in it: what N-pass computes.
     """
 
     length: int
     runs: tuple[Run, ...]
+    example_ends: tuple[int, ...] = ()
+    num_sample_tokens: int = 0
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Row]) -> TreePlan:
+        """Return the plan of dataset rows side by side in one row."""
+        return replace(
+            cls.from_subtree_end(Row.join(rows).subtree_end),
+            example_ends=tuple(np.cumsum([len(row) for row in rows]).tolist()),
+            num_sample_tokens=sum(int(row.multiplicity.sum()) for row in rows),
+        )
 
     @classmethod
     def from_subtree_end(cls, subtree_end: NDArray[np.int64]) -> TreePlan:

@@ -132,9 +132,7 @@ class _Node:
 
     def split(self, length: int) -> None:
         """Move all but the first `length` tokens to a new only child."""
-        rest = _Node(
-            self.tokens[length:], self.weights[length:], self.num_samples, self.latest_sample, self.children
-        )
+        rest = _Node(self.tokens[length:], self.weights[length:], self.num_samples, self.latest_sample, self.children)
         self.tokens, self.weights, self.children = self.tokens[:length], self.weights[:length], [rest]
 
     def child(self, token: int) -> _Node | None:

@@ -228,9 +228,7 @@ def _merge_into(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, o
     lse.copy_(merged)
 
 
-def _sink_gradient(
-    grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
-) -> torch.Tensor:
+def _sink_gradient(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     """A sink has weight `exp(sink - lse)` and no value, so its gradient is `-Σ weight · rowsum(grad · out)`."""
     delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()

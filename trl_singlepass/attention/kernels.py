@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 
@@ -10,7 +11,7 @@ import torch
 aten = torch.ops.aten
 
 
-class BlockKernel(Protocol):
+class BlockKernel(ABC):
     """
     Attention between blocks of one row, forward and backward.
 
@@ -20,14 +21,16 @@ class BlockKernel(Protocol):
     own, and the gradients of a query's blocks add up (as in ring attention).
     """
 
-    query_block: int | None
+    query_block: ClassVar[int | None] = None
     """Largest number of queries per call that keeps memory linear in the row, `None` for no limit."""
 
+    @abstractmethod
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, mask: torch.Tensor | None, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the output of the block alone, and the log-sum-exp of its scores."""
 
+    @abstractmethod
     def backward(
         self,
         grad: torch.Tensor,
@@ -43,30 +46,28 @@ class BlockKernel(Protocol):
         """Return the block's share of the gradients of its queries, keys and values."""
 
 
-class CpuFlash:
+class CpuFlash(BlockKernel):
     """PyTorch's flash attention for CPU: linear memory, grouped heads, float64 included."""
-
-    query_block = None
 
     def forward(self, q: Any, k: Any, v: Any, causal: bool, mask: Any, scale: float) -> tuple[Any, Any]:
         """Return output and log-sum-exp."""
         bias = _additive(mask, q.dtype)
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+        return out, lse
 
     def backward(
         self, grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, mask: Any, scale: float
     ) -> tuple[Any, Any, Any]:
         """Return the gradients of queries, keys and values."""
         bias = _additive(mask, q.dtype)
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grads: tuple[Any, Any, Any] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=bias, scale=scale
         )
+        return grads
 
 
-class CudaFlash:
+class CudaFlash(BlockKernel):
     """PyTorch's flash attention for CUDA (half precision, head size up to 256); takes no mask."""
-
-    query_block = None
 
     def forward(self, q: Any, k: Any, v: Any, causal: bool, mask: Any, scale: float) -> tuple[Any, Any]:
         """Return output and log-sum-exp."""
@@ -79,13 +80,14 @@ class CudaFlash:
     ) -> tuple[Any, Any, Any]:
         """Return the gradients of queries, keys and values."""
         unused = torch.empty(0, dtype=torch.int64, device=q.device)  # random state and borders: no dropout, no varlen
-        return aten._scaled_dot_product_flash_attention_backward(
+        grads: tuple[Any, Any, Any] = aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused,
             scale=scale,
         )  # fmt: skip
+        return grads
 
 
-class BlockMath:
+class BlockMath(BlockKernel):
     """
     The formulas themselves in plain PyTorch: any device and dtype, masks, softcap.
 
@@ -95,7 +97,7 @@ class BlockMath:
     Source: FlashAttention-2, arXiv 2307.08691, algorithm 2; softcap by the chain rule.
     """
 
-    query_block = 256
+    query_block: ClassVar[int | None] = 256
 
     def __init__(self, softcap: float | None = None) -> None:
         self.softcap = softcap
@@ -166,7 +168,7 @@ def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
 
 def _split_heads(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """Split the heads, dimension 1, in key-value heads and groups."""
-    return x.unflatten(1, (kv_heads, -1))
+    return x.view(x.shape[0], kv_heads, -1, *x.shape[2:])
 
 
 def _grouped(kv: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

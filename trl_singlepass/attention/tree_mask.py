@@ -116,7 +116,7 @@ class TreeMask:
 
     @cached_property
     def _is_local_only(self) -> bool:
-        """Whether the rule is one of transformers' own local ones and nothing else: causal within a window or chunk."""
+        """Whether the rule is transformers' own causal window or chunk and nothing else."""
         closure = getattr(self.mask_function, "__closure__", None) or ()
         parts = next((cell.cell_contents for cell in closure if isinstance(cell.cell_contents, tuple)), ())
         names = sorted(getattr(part, "__qualname__", "") for part in parts)

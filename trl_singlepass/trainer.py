@@ -1,0 +1,356 @@
+"""`SinglePassSFTTrainer`: TRL's `SFTTrainer` on rows of prefix trees. The only file that touches TRL's trainer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import trl
+from datasets import Dataset, IterableDataset
+from packaging.version import Version
+from transformers import DataCollator, PreTrainedModel, TrainingArguments, logging
+from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
+
+from .attention import Tree, check_every_layer_attended, check_model, tree_context, use_tree_attention
+from .collator import DataCollatorForSinglePass
+from .config import SinglePassSFTConfig, as_single_pass_config
+from .loss import total_weight, weighted_model
+from .preparation import holds_conversations, holds_rows, prepare_dataset
+from .progress import RowCounts
+from .refusals import check_collator, check_dataset, check_parallelism, check_peft
+from .rows import ROW_COLUMNS
+
+
+logger = logging.get_logger(__name__)
+
+
+class SinglePassSFTTrainer(SFTTrainer):
+    """
+    Trainer that trains every turn of a conversation exactly as one sample per turn would, in one pass.
+
+    A drop-in replacement of [`~trl.SFTTrainer`]. Datasets of conversations (`messages`, conversational `prompt` +
+    `completion`, ShareGPT `conversations`) are trained on every assistant message, each in the context that the model
+    sees at inference; loss and gradients are those of the separate samples. Plain text and tokenised datasets are
+    trained as `SFTTrainer` trains them.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`]):
+            Model to train, as in [`~trl.SFTTrainer`]. Its `attn_implementation` chooses the attention kernel.
+        args ([`SinglePassSFTConfig`], [`~trl.SFTConfig`], *optional*):
+            Configuration.
+        data_collator ([`DataCollatorForSinglePass`], *optional*):
+            Collator of conversations.
+        train_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`]):
+            Dataset to train on.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], `dict`, *optional*):
+            Dataset to evaluate on. `eval_loss` is the mean over all its trained tokens, whatever the batch size.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer with a chat template; loaded with the model if not given.
+        **kwargs (`Any`):
+            Further arguments of [`~trl.SFTTrainer`].
+
+    Raises:
+        `ValueError`: If a setting, a model or a dataset cannot be trained in a single pass; the message names it and
+            the way out.
+
+    Example:
+
+    ```python
+    from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
+
+    trainer = SinglePassSFTTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=SinglePassSFTConfig(output_dir="out"),
+        train_dataset=dataset,  # a "messages" column
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names: ClassVar = ["trl", "sft", "single-pass"]
+    _name = "SinglePassSFT"
+    _paper: ClassVar = {
+        "title": "One-Pass to Reason: Token Duplication and Block-Sparse Mask for Efficient Fine-Tuning on Multi-Turn "
+        "Reasoning",
+        "id": "2504.18246",
+        # docstyle-ignore
+        "citation": """\
+            @inproceedings{goru2025onepass,
+                title        = {{One-Pass to Reason: Token Duplication and Block-Sparse Mask for Efficient Fine-Tuning on Multi-Turn Reasoning}},
+                author       = {Ritesh Goru and Shanay Mehta and Prateek Jain},
+                year         = 2025,
+                booktitle    = {Findings of the Association for Computational Linguistics: IJCNLP-AACL 2025},
+                url          = {https://arxiv.org/abs/2504.18246},
+            }""",  # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = _default_config(model) if args is None else as_single_pass_config(args)
+        trains_turns = train_dataset is not None and _holds_turns(train_dataset)
+        if train_dataset is not None and trains_turns:
+            check_dataset(next(iter(train_dataset)))
+            check_collator(data_collator)
+            check_peft(model, kwargs.get("peft_config"))
+            check_parallelism(args.parallelism_config)
+            if isinstance(model, PreTrainedModel):
+                check_model(model)  # before the dataset is prepared, which can take long
+            args = _without_redundant_settings(args)
+        own_collator = isinstance(data_collator, DataCollatorForSinglePass)
+        super().__init__(
+            model,
+            args,
+            None if own_collator else data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            **kwargs,
+        )
+        check_parallelism(self.accelerator.parallelism_config)  # may come from accelerate's own configuration
+        if own_collator:
+            tree_collator = data_collator
+        else:
+            tree_collator = DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
+        plain_collator: DataCollator = self.data_collator  # type: ignore[has-type]
+        self.data_collator = _TreeOrPlainCollator(tree_collator, plain_collator)
+        self._uses_tree_attention = False
+        self._counts = RowCounts()
+        self._pooled_loss = torch.zeros(2, dtype=torch.float64)
+        if trains_turns:
+            self._use_tree_attention()
+
+    def _use_tree_attention(self) -> None:
+        if not self._uses_tree_attention:
+            use_tree_attention(self.model)
+            self._uses_tree_attention = True
+            self._checked_layers = False
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: Any,
+        args: SinglePassSFTConfig,
+        packing: bool,
+        formatting_func: Callable[..., Any] | None,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        if holds_rows(get_dataset_column_names(dataset)):
+            return dataset
+        is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+        if formatting_func is not None or is_transformed or not _holds_turns(dataset):
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        with args.main_process_first(desc=f"preparing the {dataset_name} dataset"):
+            rows, report = prepare_dataset(
+                dataset,
+                self._tokenizer,
+                max_length=args.max_length,
+                num_proc=args.dataset_num_proc,
+                name=dataset_name,
+            )
+        if report is not None:
+            (logger.info if report.is_complete else logger.warning)(f"{dataset_name} dataset: {report}.")
+        return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns  # type: ignore[has-type]
+        self._signature_columns = list(dict.fromkeys([*columns, *ROW_COLUMNS]))
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """Sum of the loss weights of a step on all ranks: the number of trained tokens where all weights are 1."""
+        num_items = super()._get_num_items_in_batch(batch_samples, device)
+        if num_items is None or not any("tree_plan" in batch for batch in batch_samples):
+            return num_items
+        if any("loss_weights" in batch for batch in batch_samples) or self.accelerator.num_processes > 1:
+            # Every rank takes this path: whether some other rank has weights is not known here.
+            num_items = torch.stack([total_weight(batch) for batch in batch_samples]).sum().to(device, torch.float32)
+            if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
+                num_items = self.accelerator.gather(num_items).sum()
+        self._counts.add(batch_samples, num_items)
+        return num_items
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """
+        Return TRL's loss, computed on the tree of the row.
+
+        Args:
+            model (`torch.nn.Module`):
+                Model, as the Trainer wrapped it.
+            inputs (`dict[str, Any]`):
+                Batch of the collator.
+            return_outputs (`bool`, *optional*, defaults to `False`):
+                Whether to return the model's outputs as well.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                Sum of the loss weights over the whole step, all ranks and accumulated batches.
+
+        Returns:
+            `torch.Tensor` or `tuple`: The loss, with the outputs if asked for.
+        """
+        inputs = dict(inputs)
+        plan = inputs.pop("tree_plan", None)
+        if plan is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._use_tree_attention()  # evaluation may bring the first conversations
+        weights = inputs.pop("loss_weights", None)
+        if weights is not None:
+            self._check_weights_reach_the_loss()
+            # Normalised here, so that TRL's guard against division by a sum below 1 changes nothing.
+            total = weights.sum() if num_items_in_batch is None else num_items_in_batch
+            model = weighted_model(model, weights / total)
+            num_items_in_batch = None if num_items_in_batch is None else 1
+        with tree_context(plan, inputs.pop("subtree_end"), inputs["position_ids"]) as tree:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._check_layers_once(tree)
+        return result
+
+    def _check_layers_once(self, tree: Tree) -> None:
+        if not self._checked_layers:
+            base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+            check_every_layer_attended(base, tree)
+            self._checked_layers = True
+
+    def _check_weights_reach_the_loss(self) -> None:
+        if Version(trl.__version__) < Version("1.15"):
+            raise ValueError(f"Loss weights other than 1 need trl>=1.16, found {trl.__version__}. Upgrade trl.")
+        for name, is_set in (
+            ("loss_type='dft'", self.args.loss_type == "dft"),
+            ("label_smoothing_factor", self.label_smoother is not None),
+            ("compute_loss_func", self.compute_loss_func is not None),
+        ):
+            if is_set:
+                raise ValueError(
+                    f"{name} computes its own loss, which does not read loss weights, and this batch has weights "
+                    f"other than 1. Unset {name}, or give every message the same weight."
+                )
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Evaluate one batch, and add its loss to the pooled one.
+
+        Args:
+            model (`torch.nn.Module`):
+                Model, as the Trainer wrapped it.
+            inputs (`dict[str, Any]`):
+                Batch of the collator.
+            prediction_loss_only (`bool`):
+                Whether to return the loss only.
+            ignore_keys (`list[str]`, *optional*):
+                Outputs to leave out.
+
+        Returns:
+            `tuple`: Loss, logits and labels.
+        """
+        if "tree_plan" in inputs:
+            inputs = self._without_repeated_examples(inputs)
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if "tree_plan" in inputs and loss is not None:
+            weight = total_weight(inputs).to(self._pooled_loss)
+            self._pooled_loss += torch.stack([loss.to(weight) * weight, weight])
+        return loss, logits, labels
+
+    def _without_repeated_examples(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The last batches of several ranks are filled up with examples from the start of the set; untrain those."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        ends = (0, *inputs["tree_plan"].example_ends)
+        first = self.accelerator.process_index * self.args.eval_batch_size
+        end = ends[min(max(state.remainder - first, 0), len(ends) - 1)]
+        labels = inputs["labels"].clone()
+        labels[:, end:] = -100
+        masked = {**inputs, "labels": labels}
+        if "loss_weights" in inputs:
+            masked["loss_weights"] = inputs["loss_weights"] * (labels != -100)
+        return masked
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """
+        Evaluate a dataset; the loss is the mean over all its trained tokens, not a mean of batch means.
+
+        Args:
+            *args (`Any`):
+                Arguments of [`~transformers.Trainer.evaluation_loop`].
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                Prefix of the metrics' names.
+            **kwargs (`Any`):
+                Further arguments of [`~transformers.Trainer.evaluation_loop`].
+
+        Returns:
+            `transformers.trainer_utils.EvalLoopOutput`: Predictions and metrics.
+        """
+        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
+        self._pooled_loss = torch.zeros(2, dtype=dtype, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, weight = self.accelerator.reduce(self._pooled_loss, reduction="sum").tolist()
+        if weight > 0:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / weight
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """
+        Log, with the sharing factor and the tokens trained so far.
+
+        Args:
+            logs (`dict[str, float]`):
+                Values to log.
+            start_time (`float`, *optional*):
+                Start of the run, in seconds.
+        """
+        if self.model.training:
+            logs.update(self._counts.pop_logs())
+        super().log(logs, start_time)
+
+
+class _TreeOrPlainCollator:
+    """Conversations go to our collator, plain rows to TRL's: a trainer may train on one, evaluate on the other."""
+
+    def __init__(self, tree: DataCollator, plain: DataCollator) -> None:
+        self.tree, self.plain = tree, plain
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        collate = self.tree if holds_rows(list(examples[0])) else self.plain
+        batch: dict[str, Any] = collate(list(examples))
+        return batch
+
+
+def _default_config(model: Any) -> SinglePassSFTConfig:
+    name = model if isinstance(model, str) else model.config._name_or_path
+    return SinglePassSFTConfig(f"{name.split('/')[-1]}-SinglePassSFT")
+
+
+def _holds_turns(dataset: Dataset | IterableDataset) -> bool:
+    if holds_rows(get_dataset_column_names(dataset)):
+        return True
+    return holds_conversations(next(iter(dataset)))
+
+
+def _without_redundant_settings(args: SinglePassSFTConfig) -> SinglePassSFTConfig:
+    """
+    Turn off what TRL offers for one sequence per conversation and a single pass does by nature.
+
+    Every assistant message is trained and nothing else, which is what `assistant_only_loss` is for; left on, TRL would
+    swap the chat template for one that keeps all reasoning. Every row is free of padding already.
+    """
+    args = copy.copy(args)
+    args.assistant_only_loss = False
+    args.padding_free = False
+    return args
