@@ -1,0 +1,166 @@
+"""Turns of a conversation as samples: the prompt as served, the completion as generated."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.utils import logging
+
+from .rendering_checks import contains, losses, template_name
+from .rendering_messages import Conversation, Message
+from .rendering_messages import RenderingError as RenderingError
+from .rendering_reasoning import Spoken
+from .rendering_templates import ChatTemplate
+from .rendering_tokens import common_length, hard_borders, tokenize, tokenize_after
+from .sample import Sample
+
+
+logger = logging.get_logger(__name__)
+
+
+def render_samples(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    *,
+    tools: list[Any] | None = None,
+    chat_template: str | None = None,
+    **chat_template_kwargs: Any,
+) -> list[Sample]:
+    """
+    Render every assistant message of a conversation as one sample.
+
+    For the message at position `k`, the prompt is what the chat template renders from `messages[:k]` with its
+    generation prompt, which is what the model sees at inference; the completion is what the rendering of
+    `messages[: k + 1]` adds to it. Reasoning may stand under `reasoning_content`, `thinking` or `reasoning`, or
+    between `<think>` tags in `content`; tool-call arguments may be dicts or JSON strings.
+
+    Args:
+        messages (`list[dict]`):
+            The conversation, as for `apply_chat_template`.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        tools (`list`, *optional*):
+            Tools that the model may call: JSON schemas or Python functions.
+        chat_template (`str`, *optional*):
+            Template to use instead of the tokenizer's own.
+        chat_template_kwargs (`Any`):
+            Further arguments of the template, such as `enable_thinking`.
+
+    Returns:
+        `list[Sample]`: One sample per assistant message, in the order of the conversation.
+
+    Raises:
+        `RenderingError`: If there is no assistant message, if the template refuses a message, or if reasoning, answer
+            or tool calls of a message are not in its rendering.
+    """
+    return _render(Conversation(list(messages), tools, chat_template_kwargs), tokenizer, chat_template)
+
+
+def render_row(
+    row: dict[str, Any], tokenizer: Any, *, chat_template: str | None = None, row_index: int | None = None
+) -> list[Sample]:
+    """
+    Render the turns of one dataset row.
+
+    Args:
+        row (`dict`):
+            `messages`, or `prompt` and `completion` as lists of messages (only the completion is trained), or
+            ShareGPT's `conversations`; optionally `tools` and `chat_template_kwargs`.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        chat_template (`str`, *optional*):
+            Template to use instead of the tokenizer's own.
+        row_index (`int`, *optional*):
+            Position of the row, for error messages.
+
+    Returns:
+        `list[Sample]`: One sample per trained assistant message.
+
+    Raises:
+        `RenderingError`: As [`render_samples`], with the row's position.
+    """
+    try:
+        return _render(Conversation.from_row(row), tokenizer, chat_template)
+    except RenderingError as error:
+        if row_index is None:
+            raise
+        raise RenderingError(f"Row {row_index}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Text of one turn: `rendering` is prompt and completion; up to `reasoning_end`, the completion is reasoning."""
+
+    message_index: int
+    prompt: str
+    rendering: str
+    reasoning_end: int | None
+
+
+def _render(conversation: Conversation, tokenizer: Any, chat_template: str | None) -> list[Sample]:
+    messages = conversation.messages
+    trained = [k for k in range(conversation.first_trained, len(messages)) if messages[k].get("role") == "assistant"]
+    if not trained:
+        roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages)) or "none"
+        raise RenderingError(
+            f"Expected at least one assistant message to train, got messages with the roles: {roles}. Name the role "
+            "of the model's messages 'assistant', or leave the row out."
+        )
+    template = ChatTemplate.of(tokenizer, chat_template, conversation.tools, conversation.template_kwargs)
+    adapted = [template.adapt(message) for message in messages]
+    return _samples([_turn(template, adapted, k) for k in trained], template)
+
+
+def _turn(template: ChatTemplate, messages: list[Message], k: int) -> _Turn:
+    said = template.spoken(messages[k])
+    if k == 0:
+        raise _error(template, k, "it begins the conversation, so there is no prompt. Put a message before it")
+    if not (said.reasoning or said.answer.strip() or said.calls):
+        raise _error(template, k, "it has no content, reasoning or tool calls, so its completion is empty. Remove it")
+    try:
+        prompt = template.render(messages[:k], add_generation_prompt=True)
+        rendering = _complete(template, prompt, messages[: k + 1], said)
+    except RenderingError as error:
+        raise _error(template, k, str(error)) from error
+    except Exception as error:  # a template raises what it likes
+        raise _error(template, k, f"the template refuses the conversation up to it: {error!r}") from error
+    completion = rendering[common_length(prompt, rendering) :]
+    for loss in losses(messages[k], said, completion, template.source):
+        raise _error(template, k, loss)
+    return _Turn(k, prompt, rendering, None)
+
+
+def _complete(template: ChatTemplate, prompt: str, messages: list[Message], said: Spoken) -> str:
+    """Return prompt and completion, with the reasoning and the stop token that the template left out."""
+    rendering = template.render(messages)
+    if not contains(rendering[common_length(prompt, rendering) :], said.reasoning):
+        rendering = template.add_reasoning(prompt, messages) or rendering
+    return rendering + template.stop_after(said)
+
+
+def _samples(turns: list[_Turn], template: ChatTemplate) -> list[Sample]:
+    borders = hard_borders(template.tokenizer, template.source)
+    ids = tokenize(borders, [text for turn in turns for text in (turn.prompt, turn.rendering)])
+    pairs = zip(turns, ids[::2], ids[1::2], strict=True)
+    return [_sample(turn, prompt, rendering, template) for turn, prompt, rendering in pairs]
+
+
+def _sample(turn: _Turn, prompt: Any, rendering: Any, template: ChatTemplate) -> Sample:
+    shared = common_length(prompt, rendering)
+    if shared < len(prompt) and turn.rendering.startswith(turn.prompt):
+        # A token of the rendering reaches over the border. The model sees the prompt's own tokens.
+        completion = tokenize_after(template.tokenizer, turn.rendering[len(turn.prompt) :])
+        return Sample.from_prompt_and_completion(prompt, completion, turn.message_index)
+    if shared < len(prompt):
+        logger.warning_once(
+            f"The {template_name(template.tokenizer, template.source)} renders prompts differently from the same "
+            "messages followed by their answer. There, the completion is all that follows their longest common "
+            "prefix, and the context differs from inference. Arguments in 'chat_template_kwargs' (such as "
+            "enable_thinking) may make them agree."
+        )
+    return Sample.from_prompt_and_completion(rendering[:shared], rendering[shared:], turn.message_index)
+
+
+def _error(template: ChatTemplate, k: int, reason: str) -> RenderingError:
+    name = template_name(template.tokenizer, template.source)
+    return RenderingError(f"Message {k} cannot be rendered with the {name}: {reason.removesuffix('.')}.")

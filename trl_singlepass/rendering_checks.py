@@ -1,0 +1,138 @@
+"""What a turn says that its rendering lost, and what to do about it."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .rendering_messages import Message
+from .rendering_reasoning import REASONING_KEYS, Spoken, reasoning_tags
+
+
+# Parts of a key's name that make reasoning of what it holds.
+_REASONING_WORDS = ("reason", "think", "thought", "cot", "rationale", "analysis", "scratchpad")
+
+
+def losses(message: Message, said: Spoken, completion: str, chat_template: str) -> list[str]:
+    """
+    Return what an assistant message says and its completion does not, as sentences for an error message.
+
+    Args:
+        message (`dict`):
+            The message.
+        said (`Spoken`):
+            What it says.
+        completion (`str`):
+            Text that its rendering adds to the prompt.
+        chat_template (`str`):
+            Source of the template.
+    """
+    stray = [key for key in _stray_reasoning(message) if not contains(completion, message[key])]
+    if stray:
+        return [f"its reasoning is lost: {_reads(chat_template)}, the message has '{stray[0]}'. Rename the key"]
+    if not contains(completion, said.reasoning):
+        return [f"its reasoning is lost: {_reads(chat_template)}. {_way_out(chat_template)}"]
+    rest = without(completion, said.reasoning)
+    if not contains(rest, said.answer):
+        return [
+            f"its answer {_short(said.answer)} is lost or changed. Does the template take text beside tool calls, "
+            "content as a string, or a literal closing tag such as </think> in an answer?"
+        ]
+    lost = _lost_calls(said, rest)
+    return [f"{lost}. Use a template that renders tool calls, or write them into 'content'"] if lost else []
+
+
+def template_name(tokenizer: Any, chat_template: str) -> str:
+    """Return how to call a template in a message to the user."""
+    spec = find_spec("trl")
+    folder = Path(spec.origin).parent / "chat_templates" if spec and spec.origin else Path()
+    known = [path.stem for path in sorted(folder.glob("*.jinja")) if path.read_text("utf-8") == chat_template]
+    name = known[0] if known else tokenizer.name_or_path
+    return f"chat template '{name}'" if name else "chat template"
+
+
+def contains(text: str, part: str) -> bool:
+    """Whether a text contains another one, but for white space."""
+    return part.strip() in text or "".join(part.split()) in "".join(text.split())
+
+
+def without(text: str, part: str) -> str:
+    """Return a text with the first occurrence of another one taken out."""
+    return text.replace(part.strip(), " ", 1) if part.strip() in text else text
+
+
+def _stray_reasoning(message: Message) -> list[str]:
+    return [
+        key
+        for key, value in message.items()
+        if key not in REASONING_KEYS
+        and isinstance(value, str)
+        and value.strip()
+        and any(word in key.lower() for word in _REASONING_WORDS)
+    ]
+
+
+def _reads(chat_template: str) -> str:
+    keys = [f"'{key}'" for key in REASONING_KEYS if key in chat_template]
+    if keys:
+        return f"the template reads {' and '.join(keys)}"
+    tags = reasoning_tags(chat_template)
+    return f"the template knows {tags.opening}…{tags.closing}" if tags else "the template has no place for it"
+
+
+def _way_out(chat_template: str) -> str:
+    if reasoning_tags(chat_template) is None:
+        return "Write it into 'content' as <think>…</think>, remove it, or use the template of a reasoning model"
+    return "Switch thinking on through 'chat_template_kwargs', or use a template that renders it"
+
+
+def _lost_calls(said: Spoken, rest: str) -> str | None:
+    # Looked for outside the answer, which may speak of the tool. A short answer may also be a part of an argument, and
+    # stand after the calls.
+    reversed_answer = said.answer.strip()[::-1]
+    outside = [without(rest, said.answer), rest[::-1].replace(reversed_answer, " ", 1)[::-1]]
+    for call in said.calls:
+        name, arguments = str(call.get("name")), call.get("arguments")
+        if not any(name in text for text in outside):
+            return f"its call of the tool '{name}' is lost"
+        lost = [leaf for leaf in _leaves(arguments) if not any(_prints(text, leaf) for text in outside)]
+        if lost:
+            return f"the argument {_short(lost[0])} of its call of '{name}' is lost or changed"
+    return None
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        decoded = _decoded(value)
+        return _leaves(decoded) if isinstance(decoded, dict | list) else [value]
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in (str(key), *_plain_leaves(item))]
+    return _plain_leaves(value)
+
+
+def _plain_leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in (str(key), *_plain_leaves(item))]
+    if isinstance(value, list | tuple):
+        return [leaf for item in value for leaf in _plain_leaves(item)]
+    return [] if value is None else [value]
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
+
+
+def _prints(text: str, leaf: Any) -> bool:
+    """Whether a text holds a value in one of the ways in which templates print it."""
+    if not isinstance(leaf, str):
+        return str(leaf) in text or json.dumps(leaf) in text
+    quoted = (json.dumps(leaf), json.dumps(leaf, ensure_ascii=False), repr(leaf))
+    return any(contains(text, form) for form in (leaf, *(form[1:-1] for form in quoted)))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]}…{text[-1]}"

@@ -1,0 +1,162 @@
+"""A dataset row as a conversation: messages, tools and template arguments, without what Arrow added on the way."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+Message = dict[str, Any]
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+class RenderingError(ValueError):
+    """A conversation that the chat template cannot render without losing something that should be learned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """
+    What one dataset row says, in the form that `apply_chat_template` takes.
+
+    Args:
+        messages (`list[dict]`):
+            All messages, the prompt's and the completion's.
+        tools (`list`, *optional*):
+            Tools that the model may call: JSON schemas or Python functions.
+        template_kwargs (`dict`, *optional*):
+            Further arguments of the chat template, such as `enable_thinking`.
+        first_trained (`int`, *optional*, defaults to 0):
+            Position of the first message that may be trained. Those before it are context.
+    """
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    first_trained: int = 0
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Conversation":
+        """
+        Read a dataset row.
+
+        Args:
+            row (`dict`):
+                `messages`, or `prompt` and `completion` as lists of messages, or ShareGPT's `conversations`;
+                optionally `tools` and `chat_template_kwargs`, each as an object or as a JSON string. In dicts that
+                went through Arrow, keys whose value is `None` are dropped: Arrow gives every struct the keys of all of
+                them. A null argument of a tool call is kept where the tool's schema requires the argument, or where
+                the arguments are a JSON string.
+
+        Raises:
+            `RenderingError`: If the row has none of these columns.
+        """
+        groups = _message_lists(row)
+        tools = _read_tools(row.get("tools"))
+        messages = [message for group in groups for message in _without_added_keys(group, untouched="arguments")]
+        kwargs = _decoded(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
+        return cls(
+            messages=_with_clean_arguments(messages, tools),
+            tools=tools,
+            template_kwargs={key: value for key, value in kwargs.items() if value is not None},
+            first_trained=len(groups[0]) if len(groups) == 2 else 0,
+        )
+
+
+def tool_calls_of(message: Message) -> list[dict[str, Any]]:
+    """Return the functions that a message calls, each a dict with `name` and `arguments`."""
+    calls = message.get("tool_calls") or []
+    return [call.get("function") or call for call in calls]
+
+
+def text_of(content: Any) -> str:
+    """Return the text of a message's content, which is a string or a list of blocks."""
+    if isinstance(content, str):
+        return content
+    blocks = content if isinstance(content, Sequence) else []
+    return "".join(block.get("text") or "" if isinstance(block, dict) else str(block) for block in blocks)
+
+
+def _message_lists(row: dict[str, Any]) -> list[list[Message]]:
+    if isinstance(row.get("messages"), list):
+        return [row["messages"]]
+    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        return [row["prompt"], row["completion"]]
+    if isinstance(row.get("conversations"), list):
+        return [_chatml(row["conversations"])]
+    raise RenderingError(
+        "Expected a conversation in 'messages', in 'prompt' and 'completion', or in 'conversations', each a list of "
+        f"messages; got the columns {sorted(row)}. Rename the column that holds the messages to 'messages'."
+    )
+
+
+def _chatml(conversations: list[Message]) -> list[Message]:
+    from trl import maybe_convert_to_chatml  # here, because it imports torch
+
+    # It renames the keys in place, so it works on copies.
+    messages = maybe_convert_to_chatml({"conversations": [dict(message) for message in conversations]})["messages"]
+    return [{**message, "role": SHAREGPT_ROLES.get(message.get("role"), message.get("role"))} for message in messages]
+
+
+def _decoded(value: Any, column: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except json.JSONDecodeError as error:
+        raise RenderingError(
+            f"Expected JSON in the column '{column}', got {value[:60]!r} ({error}). Store it with json.dumps."
+        ) from error
+
+
+def _read_tools(value: Any) -> list[Any] | None:
+    tools = _decoded(value, "tools")
+    if not isinstance(value, list):
+        return tools or None  # a JSON string: no Arrow, no added keys
+    return _without_added_keys([_decoded(tool, "tools") for tool in value]) or None
+
+
+def _with_clean_arguments(messages: list[Message], tools: list[Any] | None) -> list[Message]:
+    """Drop the arguments that Arrow added to calls of one tool because another tool has them."""
+    required = _required_arguments(tools)
+    calls = [call for message in messages for call in tool_calls_of(message)]
+    calls = [call for call in calls if isinstance(call.get("arguments"), dict)]
+    cleaned = _without_added_keys([call["arguments"] for call in calls])
+    for call, arguments in zip(calls, cleaned, strict=True):
+        needed = required.get(call.get("name"), set())
+        # In the order of the original, with the nulls that the schema cannot do without.
+        call["arguments"] = {key: arguments.get(key) for key in call["arguments"] if key in arguments or key in needed}
+    return messages
+
+
+def _required_arguments(tools: list[Any] | None) -> dict[Any, set[str]]:
+    functions = [tool.get("function") or tool for tool in tools or [] if isinstance(tool, dict)]
+    return {
+        function.get("name"): set((function.get("parameters") or {}).get("required") or []) for function in functions
+    }
+
+
+def _without_added_keys(siblings: list[Any], untouched: str = "") -> list[Any]:
+    """
+    Drop the keys that Arrow added to values found in the same place of a row.
+
+    Arrow gives all structs of a column the same keys and fills the absent ones with `None`. So dicts that differ in
+    their keys did not come through Arrow, and all that they hold was meant: they are returned as they are, as are the
+    values of the key `untouched`.
+    """
+    dicts = [item for item in siblings if isinstance(item, dict)]
+    if dicts and len({tuple(item) for item in dicts}) == 1:
+        columns = {key: _clean_column(key, dicts, untouched) for key in dicts[0]}
+        rows = iter([{key: columns[key][i] for key in item if item[key] is not None} for i, item in enumerate(dicts)])
+        return [next(rows) if isinstance(item, dict) else item for item in siblings]
+    if not dicts and any(isinstance(item, list) for item in siblings):
+        lists = [item if isinstance(item, list) else [] for item in siblings]
+        elements = iter(_without_added_keys([element for item in lists for element in item], untouched))
+        return [[next(elements) for _ in item] if isinstance(item, list) else item for item in siblings]
+    return siblings
+
+
+def _clean_column(key: str, dicts: list[dict[str, Any]], untouched: str) -> list[Any]:
+    values = [item[key] for item in dicts]
+    return values if key == untouched else _without_added_keys(values, untouched)

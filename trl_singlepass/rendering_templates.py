@@ -1,0 +1,156 @@
+"""A chat template at work on one conversation: which form of a message it reads, and what it renders."""
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from .rendering_messages import Message, RenderingError
+from .rendering_reasoning import (
+    REASONING_KEYS,
+    THINK,
+    ReasoningTags,
+    Spoken,
+    build_completion,
+    reasoning_tags,
+    with_reasoning_inline,
+    with_reasoning_key,
+    without_reasoning,
+)
+from .rendering_traits import Traits, traits_of
+
+
+# Directives of strftime: a template prints date and time through them, so they are what has to stand still.
+_DIRECTIVES = [f"%{dash}{letter}" for letter in "aAbBcdDefFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ" for dash in ("-", "")]
+# A macro of this name takes the place of transformers' function, which looks at the clock at every call. The newline
+# after it is swallowed by `trim_blocks`, so the template itself begins at the start of a line.
+_FROZEN_CLOCK = """{%- macro strftime_now(format) -%}
+{%- set clock = namespace(text=format) -%}
+{%- for directive, value in frozen_clock.items() -%}
+{%- set clock.text = clock.text | replace(directive, value) -%}
+{%- endfor -%}
+{{- clock.text -}}
+{%- endmacro %}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """
+    A tokenizer's chat template, with the tools and arguments of one conversation and with the clock stopped.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer whose `apply_chat_template` renders.
+        source (`str`):
+            The template.
+        tools (`list`, *optional*):
+            Tools of the conversation.
+        kwargs (`dict`):
+            Further arguments of the template.
+        clock (`dict[str, str]`):
+            What each directive of strftime that the template uses prints.
+    """
+
+    tokenizer: Any
+    source: str
+    tools: list[Any] | None
+    kwargs: dict[str, Any]
+    clock: dict[str, str]
+
+    @classmethod
+    def of(
+        cls, tokenizer: Any, chat_template: str | None, tools: list[Any] | None, kwargs: dict[str, Any]
+    ) -> "ChatTemplate":
+        """Return the template that `tokenizer` uses for a conversation, with the clock stopped at this moment."""
+        source = tokenizer.get_chat_template(chat_template, tools)
+        now, prints_time = datetime.now(), "strftime_now" in source
+        clock = {name: now.strftime(name) for name in _DIRECTIVES if prints_time and name in source}
+        return cls(tokenizer, source, tools, kwargs, clock)
+
+    @property
+    def traits(self) -> Traits:
+        """How the template treats assistant messages."""
+        return traits_of(self)
+
+    @property
+    def tags(self) -> ReasoningTags | None:
+        """Marks that the template knows around reasoning."""
+        return reasoning_tags(self.source)
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """Return the text of a conversation, or raise what the template raises."""
+        text: str = self.tokenizer.apply_chat_template(
+            messages,
+            tools=self.tools,
+            chat_template=_FROZEN_CLOCK + self.source if self.clock else self.source,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            **({"frozen_clock": self.clock} if self.clock else {}),
+            **self.kwargs,
+        )
+        return text
+
+    def adapt(self, message: Message) -> Message:
+        """Return a message in the form that the template reads: the same in what it says."""
+        message = {key: value for key, value in message.items() if value is not None}
+        if message.get("role") != "assistant":
+            return message
+        traits = self.traits
+        if message.get("tool_calls"):
+            message = {**message, "tool_calls": [_adapt_call(call, traits) for call in message["tool_calls"]]}
+            message = {"content": "", **message} if traits.needs_content else message
+        said = self.spoken(message)
+        return self._with_reasoning_where_read(message, said) if said.reasoning else message
+
+    def spoken(self, message: Message) -> Spoken:
+        """Return what an assistant message says."""
+        return Spoken.of(message, self.tags)
+
+    def add_reasoning(self, prompt: str, messages: list[Message]) -> str | None:
+        """Return the rendering of the last message with the reasoning that the template leaves out, if it can be."""
+        tags, said = self.tags, self.spoken(messages[-1])
+        if tags is None:
+            return None
+        bare = self.render([*messages[:-1], without_reasoning(messages[-1], said)])
+        own_lines = tags.opening + "\n" in self.source or tags.opening + "\\n" in self.source
+        completion = build_completion(prompt, bare, said.reasoning, tags, own_lines)
+        return None if completion is None else prompt + completion
+
+    def _with_reasoning_where_read(self, message: Message, said: Spoken) -> Message:
+        traits, tags = self.traits, self.tags
+        if said.inline and (traits.reads_inline or not traits.reasoning_keys) and tags in (None, THINK):
+            return message
+        if not said.inline and not traits.reasoning_keys and traits.reads_inline and tags:
+            return with_reasoning_inline(message, said, tags)
+        # Where no key is read, transformers' choice of keys: some templates read them beside tool calls only.
+        return with_reasoning_key(message, said, traits.reasoning_keys or REASONING_KEYS[:2])
+
+    def stop_after(self, said: Spoken) -> str:
+        """Return what must follow a message so that it ends in a stop token."""
+        stop = self.traits.stop_after_calls if said.calls else self.traits.stop_after_answer
+        if stop is None:
+            raise RenderingError(
+                "the chat template writes no stop token after it and the tokenizer has no EOS token, so the model "
+                "would never learn to stop. Set tokenizer.eos_token."
+            )
+        return stop
+
+
+def _adapt_call(call: dict[str, Any], traits: Traits) -> dict[str, Any]:
+    function = dict(call.get("function") or call)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and not traits.arguments_as_json:
+        decoded = _decoded_object(arguments)
+        function["arguments"] = arguments if decoded is None else decoded
+    elif isinstance(arguments, dict) and traits.arguments_as_json:
+        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": function} if call.get("function") else function
+
+
+def _decoded_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return None  # models do write calls that are no JSON: the template may still print them
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,157 @@
+"""How a chat template treats assistant messages, found by rendering small conversations with it."""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from .rendering_messages import Message
+from .rendering_reasoning import REASONING_KEYS, THINK, reasoning_tags
+
+
+if TYPE_CHECKING:
+    from .rendering_templates import ChatTemplate
+
+# Words that no template writes itself.
+_ANSWER, _REASONING, _VALUE = "Aspen", "Rowan", "Maple"
+_USER: Message = {"role": "user", "content": "Juniper"}
+_TOOL_RESULT: Message = {"role": "tool", "name": "oak", "tool_call_id": "call00000", "content": "Linden"}
+_PARAMETERS = {"type": "object", "properties": {"elm": {"type": "string", "description": "Elm"}}, "required": ["elm"]}
+_TOOL = {"type": "function", "function": {"name": "oak", "description": "Oak", "parameters": _PARAMETERS}}
+# Special tokens that close a part of a message rather than the message.
+_CLOSES_A_PART = re.compile("^</|^\\[/|[_\u2581]end[|\uff5c]>$|^<[a-z_]+\\|>$")
+
+_known: WeakKeyDictionary[Any, dict[tuple[str, str, int], "Traits"]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """
+    How a chat template treats assistant messages.
+
+    Args:
+        reasoning_keys (`tuple[str, ...]`):
+            Keys under which the reasoning of the last turn reaches its rendering; empty if none does.
+        reads_inline (`bool`):
+            Whether reasoning between tags in the content is rendered as the same reasoning under a key would be; if no
+            key is read, whether it is rendered at all.
+        arguments_as_json (`bool`):
+            Whether tool-call arguments must be JSON strings instead of dicts.
+        needs_content (`bool`):
+            Whether a message that only calls tools must have a content, be it empty.
+        stop_after_answer (`str`, *optional*):
+            What to add to an answer so that it ends in a stop token: nothing where the template writes one. `None` if
+            neither the template nor the tokenizer has one.
+        stop_after_calls (`str`, *optional*):
+            The same for tool calls.
+    """
+
+    reasoning_keys: tuple[str, ...]
+    reads_inline: bool
+    arguments_as_json: bool
+    needs_content: bool
+    stop_after_answer: str | None
+    stop_after_calls: str | None
+
+
+def traits_of(template: "ChatTemplate") -> Traits:
+    """Return the traits of a chat template under its arguments, from memory where its tokenizer has met it before."""
+    known = _known.setdefault(template.tokenizer, {})
+    # Some templates keep more reasoning when there are tools.
+    arguments = json.dumps([template.kwargs, bool(template.tools)], sort_keys=True, default=repr)
+    key = template.source, arguments, len(template.tokenizer)
+    if key not in known:
+        known[key] = _Probe(replace(template, tools=[_TOOL] if template.tools else None)).traits()
+    return known[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    template: "ChatTemplate"
+
+    def traits(self) -> Traits:
+        as_json, needs_content = self.arguments()
+        keys = self.reasoning_keys()
+        return Traits(
+            reasoning_keys=keys,
+            reads_inline=self.reads_inline(keys),
+            arguments_as_json=as_json,
+            needs_content=needs_content,
+            stop_after_answer=self.missing_stop_after_answer(),
+            stop_after_calls=self.missing_stop_after_calls(_calling(as_json, needs_content)),
+        )
+
+    def render(self, *messages: Message) -> str:
+        """Return a rendering; nothing where the template refuses the messages, which then say nothing of it."""
+        try:
+            return self.template.render(list(messages))
+        except Exception:  # templates raise what they like, from TemplateError to TypeError
+            return ""
+
+    def reasoning_keys(self) -> tuple[str, ...]:
+        # The first two as in transformers >= 5.23, which fills both; the third for templates that read no other.
+        for keys in (REASONING_KEYS[:2], REASONING_KEYS):
+            if _REASONING in self.render(_USER, _answer(**dict.fromkeys(keys, _REASONING))):
+                return keys
+        return ()
+
+    def reads_inline(self, keys: tuple[str, ...]) -> bool:
+        tags = reasoning_tags(self.template.source) or THINK
+        content = f"{tags.opening}\n{_REASONING}\n{tags.closing}{tags.separator}{_ANSWER}"
+        inline, under_keys = _answer(content=content), _answer(**dict.fromkeys(keys, _REASONING))
+        if not keys:
+            return _REASONING in self.render(_USER, inline)
+        return all(
+            _squeezed(self.render(_USER, inline, *following)) == _squeezed(self.render(_USER, under_keys, *following))
+            for following in ((), (_USER,))
+        )
+
+    def arguments(self) -> tuple[bool, bool]:
+        for as_json in (False, True):
+            for needs_content in (False, True):
+                text = self.render(_USER, _calling(as_json, needs_content))
+                # A dict printed by Python, or a string encoded as JSON once more, is no form that a model learned.
+                if _VALUE in text and f"{{'elm': '{_VALUE}'}}" not in text and f'\\"{_VALUE}' not in text:
+                    return as_json, needs_content
+        return False, False
+
+    def missing_stop_after_answer(self) -> str | None:
+        written = self.ending()
+        return "" if written is None or written else self.next_token(_answer(), _USER)
+
+    def missing_stop_after_calls(self, call: Message) -> str | None:
+        ending = self.render(_USER, call).rstrip()
+        if _VALUE not in ending or (self.ending() and ending.endswith(self.ending() or "")):
+            return ""
+        stops = [token for token in self.template.tokenizer.all_special_tokens if not _CLOSES_A_PART.search(token)]
+        return "" if ending.endswith(tuple(stops)) else self.next_token(call, _TOOL_RESULT)
+
+    def ending(self) -> str | None:
+        """What the template writes after an answer; `None` if it does not render answers that are strings."""
+        _, found, ending = self.render(_USER, _answer()).rpartition(_ANSWER)
+        return ending.strip() if found else None
+
+    def next_token(self, message: Message, following: Message) -> str | None:
+        """The token that history shows after a message, or else EOS."""
+        last, history = self.render(_USER, message), self.render(_USER, message, following)
+        rest = history[len(last) :].lstrip() if history.startswith(last) else ""
+        tokens = sorted(self.template.tokenizer.get_added_vocab(), key=len, reverse=True)
+        eos: str | None = self.template.tokenizer.eos_token
+        return next((token for token in tokens if rest.startswith(token)), eos)
+
+
+def _answer(**fields: str) -> Message:
+    return {"role": "assistant", "content": _ANSWER, **fields}
+
+
+def _calling(as_json: bool, with_content: bool) -> Message:
+    arguments = {"elm": _VALUE}
+    function = {"name": "oak", "arguments": json.dumps(arguments) if as_json else arguments}
+    call = {"id": "call00000", "type": "function", "function": function}
+    message: Message = {"role": "assistant", "tool_calls": [call]}
+    return {**message, "content": ""} if with_content else message
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
