@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .blocks import BlockAttention
 from .dense import dense_attention
 from .kernels import kernel_for
+from .temperature import query_at_depth
 from .tree_mask import TreeMask
 
 
@@ -51,7 +52,7 @@ def tree_attention(
     width = max(head_dim, value_dim)
     query, key = F.pad(query, (0, width - head_dim)), F.pad(key, (0, width - head_dim))
     value = F.pad(value, (0, width - value_dim))
-    out: torch.Tensor = BlockAttention.apply(query, key, value, sinks, mask, kernel, scale)
+    out: torch.Tensor = BlockAttention.apply(query, key, value, sinks, mask, kernel, scale)  # type: ignore[no-untyped-call]
     return out[..., :value_dim]
 
 
@@ -101,6 +102,7 @@ def sdpa_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, TreeMask):
         check_layer(module, attention_mask, query, dropout, kwargs)
+        query = query_at_depth(module, query, attention_mask.tree)
         out = tree_attention(query, key, value, attention_mask, scale, softcap, s_aux)
     elif softcap is not None or s_aux is not None:
         out = dense_attention(query, key, value, attention_mask, scale, softcap, s_aux)
@@ -136,7 +138,7 @@ def check_layer(
     name = type(module).__name__
     if (query.shape[0], query.shape[2]) != (1, mask.tree.plan.length):
         raise ValueError(
-            f"{name} got {query.shape[0]} rows of {query.shape[2]} tokens on a tree of {mask.tree.plan.length} tokens. "
+            f"{name} got {query.shape[0]} rows of {query.shape[2]} tokens on a tree of {mask.tree.plan.length}. "
             "Pass the batch of `DataCollatorForSinglePass` as it is, without a cache."
         )
     if dropout:
