@@ -7,15 +7,17 @@ from typing import Any
 from transformers.utils import logging
 
 from .rendering_checks import contains, losses, template_name
-from .rendering_messages import Conversation, Message
+from .rendering_messages import Conversation, Message, text_of
 from .rendering_messages import RenderingError as RenderingError
 from .rendering_reasoning import Spoken
 from .rendering_templates import ChatTemplate
-from .rendering_tokens import common_length, hard_borders, tokenize, tokenize_after
+from .rendering_tokens import Ids, common_length, hard_borders, tokenize, tokenize_after
 from .sample import Sample
 
 
 logger = logging.get_logger(__name__)
+
+_COMMON_ROLES = ("system", "user", "assistant", "tool")
 
 
 def render_samples(
@@ -94,7 +96,7 @@ class _Turn:
     message_index: int
     prompt: str
     rendering: str
-    reasoning_end: int | None
+    reasoning_end: int
 
 
 def _render(conversation: Conversation, tokenizer: Any, chat_template: str | None) -> list[Sample]:
@@ -108,7 +110,9 @@ def _render(conversation: Conversation, tokenizer: Any, chat_template: str | Non
         )
     template = ChatTemplate.of(tokenizer, chat_template, conversation.tools, conversation.template_kwargs)
     adapted = [template.adapt(message) for message in messages]
-    return _samples([_turn(template, adapted, k) for k in trained], template)
+    turns = [_turn(template, adapted, k) for k in trained]
+    _check_context(template, adapted, turns)
+    return _samples(turns, template)
 
 
 def _turn(template: ChatTemplate, messages: list[Message], k: int) -> _Turn:
@@ -127,7 +131,7 @@ def _turn(template: ChatTemplate, messages: list[Message], k: int) -> _Turn:
     completion = rendering[common_length(prompt, rendering) :]
     for loss in losses(messages[k], said, completion, template.source):
         raise _error(template, k, loss)
-    return _Turn(k, prompt, rendering, None)
+    return _Turn(k, prompt, rendering, template.reasoning_end(prompt, rendering, said))
 
 
 def _complete(template: ChatTemplate, prompt: str, messages: list[Message], said: Spoken) -> str:
@@ -138,27 +142,51 @@ def _complete(template: ChatTemplate, prompt: str, messages: list[Message], said
     return rendering + template.stop_after(said)
 
 
+def _check_context(template: ChatTemplate, messages: list[Message], turns: list[_Turn]) -> None:
+    """Refuse messages with a role that the template drops without a word."""
+    for k, message in enumerate(messages):
+        following = [turn for turn in turns if turn.message_index > k]
+        if message.get("role") in _COMMON_ROLES or not following:
+            continue
+        if not contains(following[0].prompt, text_of(message.get("content"))):
+            reason = f"the template drops messages of the role '{message.get('role')}'. Give it a role that it knows"
+            raise _error(template, k, reason)
+
+
 def _samples(turns: list[_Turn], template: ChatTemplate) -> list[Sample]:
     borders = hard_borders(template.tokenizer, template.source)
-    ids = tokenize(borders, [text for turn in turns for text in (turn.prompt, turn.rendering)])
-    pairs = zip(turns, ids[::2], ids[1::2], strict=True)
-    return [_sample(turn, prompt, rendering, template) for turn, prompt, rendering in pairs]
+    texts = [(turn.prompt, turn.rendering[: turn.reasoning_end], turn.rendering) for turn in turns]
+    ids = iter(tokenize(borders, [text for of_turn in texts for text in of_turn]))
+    return [_sample(turn, prompt, next(ids), next(ids), template) for turn, prompt in zip(turns, ids, strict=False)]
 
 
-def _sample(turn: _Turn, prompt: Any, rendering: Any, template: ChatTemplate) -> Sample:
-    shared = common_length(prompt, rendering)
-    if shared < len(prompt) and turn.rendering.startswith(turn.prompt):
+def _sample(turn: _Turn, prompt: Ids, reasoning: Ids, rendering: Ids, template: ChatTemplate) -> Sample:
+    start = common_length(prompt, rendering)
+    if start < len(prompt) and turn.rendering.startswith(turn.prompt):
         # A token of the rendering reaches over the border. The model sees the prompt's own tokens.
-        completion = tokenize_after(template.tokenizer, turn.rendering[len(turn.prompt) :])
-        return Sample.from_prompt_and_completion(prompt, completion, turn.message_index)
-    if shared < len(prompt):
-        logger.warning_once(
-            f"The {template_name(template.tokenizer, template.source)} renders prompts differently from the same "
-            "messages followed by their answer. There, the completion is all that follows their longest common "
-            "prefix, and the context differs from inference. Arguments in 'chat_template_kwargs' (such as "
-            "enable_thinking) may make them agree."
-        )
-    return Sample.from_prompt_and_completion(rendering[:shared], rendering[shared:], turn.message_index)
+        after = [turn.rendering[len(turn.prompt) : end] for end in (max(turn.reasoning_end, len(turn.prompt)), None)]
+        reasoning, completion = (tokenize_after(template.tokenizer, text) for text in after)
+        length = _length_within(reasoning, completion) if turn.reasoning_end else 0
+        return Sample.from_prompt_and_completion(prompt, completion, turn.message_index, length)
+    if start < len(prompt):
+        _warn_of_other_prompt(template)
+    length = _length_within(reasoning, rendering) - start if turn.reasoning_end else 0
+    return Sample.from_prompt_and_completion(rendering[:start], rendering[start:], turn.message_index, length)
+
+
+def _length_within(beginning: Ids, whole: Ids) -> int:
+    """Number of tokens of a text that begin in a given beginning of it."""
+    shared = common_length(beginning, whole)
+    return shared if shared == len(beginning) else shared + 1  # one that reaches over its end counts
+
+
+def _warn_of_other_prompt(template: ChatTemplate) -> None:
+    logger.warning_once(
+        f"The {template_name(template.tokenizer, template.source)} renders prompts differently from the same messages "
+        "followed by their answer. Such a completion is all that follows their longest common prefix, with what "
+        "messages of other roles say there, and its context differs from inference. Arguments in "
+        "'chat_template_kwargs' (such as enable_thinking) may make them agree."
+    )
 
 
 def _error(template: ChatTemplate, k: int, reason: str) -> RenderingError:

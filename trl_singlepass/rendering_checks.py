@@ -1,12 +1,14 @@
 """What a turn says that its rendering lost, and what to do about it."""
 
 import json
+import re
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from .rendering_messages import Message
-from .rendering_reasoning import REASONING_KEYS, Spoken, reasoning_tags
+from .rendering_reasoning import REASONING_KEYS, Spoken, reasoning_tags, without_comments
 
 
 # Parts of a key's name that make reasoning of what it holds.
@@ -32,6 +34,8 @@ def losses(message: Message, said: Spoken, completion: str, chat_template: str) 
         return [f"its reasoning is lost: {_reads(chat_template)}, the message has '{stray[0]}'. Rename the key"]
     if not contains(completion, said.reasoning):
         return [f"its reasoning is lost: {_reads(chat_template)}. {_way_out(chat_template)}"]
+    if "function_call" in message and not said.calls:
+        return ["its 'function_call' is lost: templates read 'tool_calls'. Rewrite it as a list of one tool call"]
     rest = without(completion, said.reasoning)
     if not contains(rest, said.answer):
         return [
@@ -44,11 +48,16 @@ def losses(message: Message, said: Spoken, completion: str, chat_template: str) 
 
 def template_name(tokenizer: Any, chat_template: str) -> str:
     """Return how to call a template in a message to the user."""
+    name = _name_in_trl(chat_template) or tokenizer.name_or_path
+    return f"chat template '{name}'" if name else "chat template"
+
+
+@lru_cache
+def _name_in_trl(chat_template: str) -> str | None:
     spec = find_spec("trl")
     folder = Path(spec.origin).parent / "chat_templates" if spec and spec.origin else Path()
-    known = [path.stem for path in sorted(folder.glob("*.jinja")) if path.read_text("utf-8") == chat_template]
-    name = known[0] if known else tokenizer.name_or_path
-    return f"chat template '{name}'" if name else "chat template"
+    paths = sorted(folder.glob("*.jinja"))
+    return next((path.stem for path in paths if path.read_text("utf-8") == chat_template), None)
 
 
 def contains(text: str, part: str) -> bool:
@@ -73,7 +82,8 @@ def _stray_reasoning(message: Message) -> list[str]:
 
 
 def _reads(chat_template: str) -> str:
-    keys = [f"'{key}'" for key in REASONING_KEYS if key in chat_template]
+    code = without_comments(chat_template)
+    keys = [f"'{key}'" for key in REASONING_KEYS if re.search(rf"""\.{key}\b|['"]{key}['"]""", code)]
     if keys:
         return f"the template reads {' and '.join(keys)}"
     tags = reasoning_tags(chat_template)
@@ -83,7 +93,10 @@ def _reads(chat_template: str) -> str:
 def _way_out(chat_template: str) -> str:
     if reasoning_tags(chat_template) is None:
         return "Write it into 'content' as <think>…</think>, remove it, or use the template of a reasoning model"
-    return "Switch thinking on through 'chat_template_kwargs', or use a template that renders it"
+    return (
+        "Its prompt leaves no place for it: switch thinking on through 'chat_template_kwargs', or use a template that "
+        "renders it"
+    )
 
 
 def _lost_calls(said: Spoken, rest: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from .rendering_messages import Message, text_of, tool_calls_of
@@ -22,11 +23,14 @@ class ReasoningTags:
             Text after it.
         separator (`str`):
             White space between the closing mark and the answer, in models that put reasoning on lines of its own.
+        own_lines (`bool`, *optional*):
+            Whether reasoning stands on lines of its own; `None` where that differs from model to model.
     """
 
     opening: str
     closing: str
     separator: str
+    own_lines: bool | None = None
 
 
 THINK = ReasoningTags("<think>", "</think>", "\n\n")
@@ -36,7 +40,7 @@ KNOWN_TAGS = (
     ReasoningTags("<seed:think>", "</seed:think>", ""),
     ReasoningTags("[THINK]", "[/THINK]", ""),
     ReasoningTags("<|START_THINKING|>", "<|END_THINKING|>", ""),
-    ReasoningTags("<|channel>thought", "<channel|>", ""),
+    ReasoningTags("<|channel>thought", "<channel|>", "", own_lines=True),
 )
 
 
@@ -78,7 +82,14 @@ class Spoken:
 
 def reasoning_tags(chat_template: str) -> ReasoningTags | None:
     """Return the marks that a template writes or looks for, `None` if it knows nothing of reasoning."""
-    return next((tags for tags in KNOWN_TAGS if tags.closing in chat_template), None)
+    code = without_comments(chat_template)
+    return next((tags for tags in KNOWN_TAGS if tags.opening in code or tags.closing in code), None)
+
+
+@lru_cache
+def without_comments(chat_template: str) -> str:
+    """Return a template without its comments, which may speak of what it does not do."""
+    return re.sub(r"\{#.*?#\}", "", chat_template, flags=re.DOTALL)
 
 
 def without_reasoning(message: Message, said: Spoken) -> Message:

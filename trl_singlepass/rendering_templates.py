@@ -17,6 +17,7 @@ from .rendering_reasoning import (
     with_reasoning_key,
     without_reasoning,
 )
+from .rendering_tokens import common_length, hard_borders
 from .rendering_traits import Traits, traits_of
 
 
@@ -113,7 +114,9 @@ class ChatTemplate:
         if tags is None:
             return None
         bare = self.render([*messages[:-1], without_reasoning(messages[-1], said)])
-        own_lines = tags.opening + "\n" in self.source or tags.opening + "\\n" in self.source
+        own_lines = tags.own_lines
+        if own_lines is None:
+            own_lines = any(tags.opening + newline in self.source for newline in ("\n", "\\n"))
         completion = build_completion(prompt, bare, said.reasoning, tags, own_lines)
         return None if completion is None else prompt + completion
 
@@ -125,6 +128,19 @@ class ChatTemplate:
             return with_reasoning_inline(message, said, tags)
         # Where no key is read, transformers' choice of keys: some templates read them beside tool calls only.
         return with_reasoning_key(message, said, traits.reasoning_keys or REASONING_KEYS[:2])
+
+    def reasoning_end(self, prompt: str, rendering: str, said: Spoken) -> int:
+        """Return where the reasoning that begins a completion ends, closing mark included; 0 if none begins it."""
+        start = common_length(prompt, rendering)
+        found = rendering.find(said.reasoning, start) if said.reasoning else -1
+        if found < 0 or (start < len(prompt) and rendering[start:found].strip()):
+            return 0  # where a rendering departs from its prompt early, earlier messages come first
+        end = found + len(said.reasoning)
+        mark = len(rendering) - len(rendering[end:].lstrip())
+        # gpt-oss closes reasoning by a special token that closes other parts as well: no tag of its own.
+        tags = [self.tags.closing] if self.tags else []
+        closing = [*tags, *hard_borders(self.tokenizer, self.source).tokens]
+        return next((mark + len(tag) for tag in closing if rendering.startswith(tag, mark)), end)
 
     def stop_after(self, said: Spoken) -> str:
         """Return what must follow a message so that it ends in a stop token."""

@@ -108,13 +108,13 @@ class _Probe:
         )
 
     def arguments(self) -> tuple[bool, bool]:
-        for as_json in (False, True):
-            for needs_content in (False, True):
-                text = self.render(_USER, _calling(as_json, needs_content))
-                # A dict printed by Python, or a string encoded as JSON once more, is no form that a model learned.
-                if _VALUE in text and f"{{'elm': '{_VALUE}'}}" not in text and f'\\"{_VALUE}' not in text:
-                    return as_json, needs_content
-        return False, False
+        forms = [(as_json, needs_content) for as_json in (False, True) for needs_content in (False, True)]
+        renderings = {form: self.render(_USER, _calling(*form)) for form in forms}
+        for form, text in renderings.items():
+            # A dict printed by Python, or a string encoded as JSON once more, is no form that a model learned.
+            if _VALUE in text and f"{{'elm': '{_VALUE}'}}" not in text and f'\\"{_VALUE}' not in text:
+                return form
+        return False, not renderings[False, False]
 
     def missing_stop_after_answer(self) -> str | None:
         written = self.ending()
@@ -124,7 +124,8 @@ class _Probe:
         ending = self.render(_USER, call).rstrip()
         if _VALUE not in ending or (self.ending() and ending.endswith(self.ending() or "")):
             return ""
-        stops = [token for token in self.template.tokenizer.all_special_tokens if not _CLOSES_A_PART.search(token)]
+        tokens = self.template.tokenizer.added_tokens_decoder.values()
+        stops = [token.content for token in tokens if token.special and not _CLOSES_A_PART.search(token.content)]
         return "" if ending.endswith(tuple(stops)) else self.next_token(call, _TOOL_RESULT)
 
     def ending(self) -> str | None:

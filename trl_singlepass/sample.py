@@ -22,6 +22,8 @@ class Sample:
             Number of tokens of the prompt.
         message_index (`int`, *optional*):
             Position of the turn's assistant message in its conversation.
+        reasoning_length (`int`, *optional*, defaults to 0):
+            Number of tokens at the start of the completion that are reasoning, its closing tag included.
 
     Raises:
         `ValueError`: If lengths disagree, a weight is negative or not finite, or the first token carries a weight.
@@ -31,6 +33,7 @@ class Sample:
     loss_weights: NDArray[np.float64]
     prompt_length: int
     message_index: int | None = None
+    reasoning_length: int = 0
 
     def __post_init__(self) -> None:
         _freeze(self, "token_ids", np.asarray(self.token_ids, dtype=np.int64))
@@ -57,16 +60,21 @@ class Sample:
                 f"prompt_length must lie between 0 and the number of tokens ({len(self.token_ids)}), "
                 f"got {self.prompt_length}."
             )
+        if not 0 <= self.reasoning_length <= len(self.token_ids) - self.prompt_length:
+            raise ValueError(
+                f"reasoning_length must lie between 0 and the length of the completion "
+                f"({len(self.token_ids) - self.prompt_length}), got {self.reasoning_length}."
+            )
 
     @classmethod
     def from_prompt_and_completion(
-        cls, prompt_ids: Any, completion_ids: Any, message_index: int | None = None
+        cls, prompt_ids: Any, completion_ids: Any, message_index: int | None = None, reasoning_length: int = 0
     ) -> "Sample":
         """Return the sample whose completion tokens all weigh 1 and whose prompt tokens weigh 0."""
         prompt = np.asarray(prompt_ids, dtype=np.int64)
         completion = np.asarray(completion_ids, dtype=np.int64)
         weights = np.concatenate([np.zeros(len(prompt)), np.ones(len(completion))])
-        return cls(np.concatenate([prompt, completion]), weights, len(prompt), message_index)
+        return cls(np.concatenate([prompt, completion]), weights, len(prompt), message_index, reasoning_length)
 
     def __len__(self) -> int:
         return len(self.token_ids)
