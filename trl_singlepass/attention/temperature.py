@@ -32,7 +32,7 @@ def query_at_depth(module: Any, query: torch.Tensor, tree: Tree) -> torch.Tensor
 
     def temperature(positions: torch.Tensor) -> torch.Tensor:
         steps = torch.floor((positions.float() + 1.0) / module.floor_scale)
-        return torch.log1p(steps) * module.attn_scale + 1.0
+        return torch.log1p(steps) * float(module.attn_scale) + 1.0
 
     index = torch.arange(query.shape[2], device=query.device)
     ratio = temperature(tree.depth[0]) / temperature(index)

@@ -1,0 +1,39 @@
+"""What all tests share: no network, one thread, fixed seeds, and float64 that stays float64."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+
+from trl_singlepass.reference.float64 import ForcedFloat64
+
+
+# Examples are the same in every run: a failure that a commit brings is seen in that commit's run.
+settings.register_profile("default", deadline=None, derandomize=True, database=None)
+settings.load_profile("default")
+transformers.logging.set_verbosity_error()
+datasets.disable_progress_bars()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    transformers.set_seed(0)
+
+
+@pytest.fixture
+def float64():
+    """Force float64 through code that asks for float32 by name."""
+    with ForcedFloat64():
+        yield

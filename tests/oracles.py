@@ -1,0 +1,46 @@
+"""Slow specification of the prefix tree: dictionaries keyed by whole prefixes, no arrays, no radix tricks."""
+
+from collections import defaultdict
+
+
+class PrefixOracle:
+    """
+    A trie over samples `(token_ids, loss_weights)`; a node is the tuple of all tokens up to it.
+
+    A node is stored once per distinct trained target, and once if it has at most one.
+    """
+
+    def __init__(self, samples):
+        self.multiplicity = defaultdict(int)
+        self.targets = defaultdict(lambda: defaultdict(float))
+        for sample in samples:
+            tokens = tuple(sample.token_ids.tolist())
+            for depth in range(len(tokens)):
+                self.multiplicity[tokens[: depth + 1]] += 1
+                if sample.loss_weights[depth] > 0:
+                    self.targets[tokens[:depth]][tokens[depth]] += float(sample.loss_weights[depth])
+
+    @property
+    def num_tokens(self):
+        return sum(max(1, len(self.targets.get(prefix, ()))) for prefix in self.multiplicity)
+
+    @property
+    def weighted_targets(self):
+        """`{(prefix, target): weight}`: the loss, whatever the layout."""
+        return {(prefix, token): w for prefix, by_token in self.targets.items() for token, w in by_token.items()}
+
+
+def ancestors(subtree_end):
+    """For each position, the set of its ancestors and itself, from the interval rule read one pair at a time."""
+    return [{j for j in range(i + 1) if j <= i < subtree_end[j]} for i in range(len(subtree_end))]
+
+
+def prefixes(input_ids, subtree_end):
+    """For each position of a row, the tuple of tokens on its path."""
+    return [tuple(int(input_ids[j]) for j in sorted(above)) for above in ancestors(subtree_end)]
+
+
+def cut(samples, max_length):
+    """What `max_length` leaves of samples: `(tokens, weights)` cut at the end, without those that train nothing."""
+    kept = [(sample.token_ids[:max_length], sample.loss_weights[:max_length]) for sample in samples]
+    return [(tokens, weights) for tokens, weights in kept if weights.any()]

@@ -1,0 +1,98 @@
+"""Float64: loss and every gradient of a single pass equal those of separate forwards."""
+
+from functools import partial
+
+import pytest
+from exact import assert_equal_to_npass
+from families import FAMILIES, MIXTURES, tiny_model
+from hypothesis import HealthCheck, given, settings
+from strategies import reasoning_chat, sample_sets
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trl_singlepass.reference.float64 import ForcedFloat64
+
+
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    # Its new name is not in all releases of transformers that are supported.
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+]
+
+
+def checkpoint_layers(use_reentrant):
+    def prepare(model):
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        assert all(layer.gradient_checkpointing for layer in layers)
+        assert layers
+        for layer in layers:
+            layer._gradient_checkpointing_func = in_float64(layer._gradient_checkpointing_func)
+
+    return prepare
+
+
+def in_float64(checkpoint):
+    """Autograd leaves the float64 fixture's context when it runs a checkpointed layer again: enter it there."""
+
+    def forced(function, *args):
+        with ForcedFloat64():
+            return function(*args)
+
+    return lambda function, *args: checkpoint(partial(forced, function), *args)
+
+
+CHECKPOINTING = {
+    "stored": None,
+    "reentrant": checkpoint_layers(use_reentrant=True),
+    "non-reentrant": checkpoint_layers(use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reasoning_chat(family, checkpointing):
+    # Reentrant checkpointing cuts the router logits off the graph, in stock training too: no gradient of the auxiliary
+    # loss to compare.
+    overrides = {"output_router_logits": False} if checkpointing == "reentrant" and family in MIXTURES else {}
+    model = tiny_model(family, **overrides)
+    assert_equal_to_npass(model, [reasoning_chat()], prepare=CHECKPOINTING[checkpointing])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(samples=sample_sets())
+def test_random_trees(family, samples):
+    assert_equal_to_npass(tiny_model(family), [samples])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(samples=sample_sets(max_samples=10, max_length=40))
+def test_many_random_trees(family, samples):
+    assert_equal_to_npass(tiny_model(family), [samples])
+
+
+@pytest.mark.parametrize("pad_to_multiple_of", [None, 64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_conversations_in_one_row(family, pad_to_multiple_of):
+    chats = [reasoning_chat(turns, seed=seed) for seed, turns in enumerate((3, 1, 2))]
+    assert_equal_to_npass(tiny_model(family), chats, pad_to_multiple_of=pad_to_multiple_of)
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_both_stock_implementations(attn_implementation):
+    assert_equal_to_npass(tiny_model("qwen3", attn_implementation=attn_implementation), [reasoning_chat()])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt-oss"])
+def test_frozen_layers(family):
+    model = tiny_model(family)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1." in name and "k_proj" not in name)
+    assert_equal_to_npass(model, [reasoning_chat()])
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama4"])
+def test_long_chat_over_many_windows(family):
+    assert_equal_to_npass(tiny_model(family), [reasoning_chat(turns=12)])

@@ -1,0 +1,39 @@
+"""Float64 that stays float64: model code that drops to float32 on its own is made to keep the precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class ForcedFloat64(TorchFunctionMode):
+    """
+    Context manager that turns every request for float32 into float64.
+
+    `model.double()` alone is not float64: RMSNorm, rotary embeddings, softmax and router code of transformers ask for
+    float32 by name, and round to it. Inside this context they get float64. Autograd runs the backward pass outside of
+    it, so a checkpointed function that is to be recomputed in float64 must enter the context itself.
+
+    Example:
+
+    ```python
+    model.double()
+    with ForcedFloat64():
+        loss = model(input_ids=input_ids, labels=labels).loss
+        loss.backward()
+    ```
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].double()
+        return func(*map(_widen, args), **{name: _widen(value) for name, value in (kwargs or {}).items()})
+
+
+def _widen(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value

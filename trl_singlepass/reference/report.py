@@ -1,0 +1,200 @@
+"""What `verify` found: the comparison of the single pass with N-pass, by turn and by row, and its table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+
+from .single_pass import LeakReport
+
+
+MAX_TURNS_SHOWN = 24
+
+
+@dataclass(frozen=True, slots=True)
+class TurnComparison:
+    """
+    Loss of one turn, both ways.
+
+    Args:
+        row (`int`):
+            Index of the turn's conversation among those verified.
+        message_index (`int`, *optional*):
+            Position of the assistant message in its conversation.
+        num_tokens (`int`):
+            Number of trained tokens.
+        npass_loss (`float`):
+            Weighted mean of the turn's token losses in its own forward.
+        single_pass_loss (`float`):
+            The same in the single pass.
+        error (`float`):
+            Root mean square of the differences of the turn's token losses. Not a number where a target is missing.
+        allowed (`float`):
+            Largest error that the precision of the model explains.
+    """
+
+    row: int
+    message_index: int | None
+    num_tokens: int
+    npass_loss: float
+    single_pass_loss: float
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether both losses agree within the precision of the model."""
+        return self.error <= self.allowed
+
+
+@dataclass(frozen=True, slots=True)
+class RowComparison:
+    """
+    Loss and gradients of one conversation, both ways.
+
+    Args:
+        turns (`tuple[TurnComparison, ...]`):
+            Turns with at least one trained token.
+        npass_loss (`float`):
+            Loss of the conversation: the mean over its trained tokens, and the auxiliary loss where there is one.
+        single_pass_loss (`float`):
+            The same in the single pass.
+        weight (`float`):
+            Sum of the loss weights.
+        gradient_error (`float`):
+            Norm of the difference of both gradients ÷ norm of the gradient, over all parameters.
+        gradient_allowed (`float`):
+            Largest such error that the precision of the model explains.
+        gradient_max_error (`float`):
+            Largest absolute difference of an element of the gradient.
+        worst_parameter (`str`):
+            Parameter that holds it.
+        npass_tokens (`int`):
+            Number of tokens that N-pass computed.
+        single_pass_tokens (`int`):
+            Number of tokens that the single pass computed.
+        npass_seconds (`float`):
+            Wall time of N-pass, forward and backward.
+        single_pass_seconds (`float`):
+            Wall time of the single pass, forward and backward.
+        leak (`LeakReport`):
+            What the turns see of each other.
+    """
+
+    turns: tuple[TurnComparison, ...]
+    npass_loss: float
+    single_pass_loss: float
+    weight: float
+    gradient_error: float
+    gradient_allowed: float
+    gradient_max_error: float
+    worst_parameter: str
+    npass_tokens: int
+    single_pass_tokens: int
+    npass_seconds: float
+    single_pass_seconds: float
+    leak: LeakReport
+
+    @property
+    def ok(self) -> bool:
+        """Whether all turns and the gradient agree within the precision of the model, and no turn sees another."""
+        return all(turn.ok for turn in self.turns) and self.gradient_error <= self.gradient_allowed and self.leak.ok
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """
+    Comparison of the single pass with N-pass; `str()` of it is a table.
+
+    Args:
+        rows (`tuple[RowComparison, ...]`):
+            One comparison per conversation.
+        dtype (`str`):
+            Precision of the model's parameters.
+    """
+
+    rows: tuple[RowComparison, ...]
+    dtype: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether every conversation agrees within the precision of the model."""
+        return all(row.ok for row in self.rows)
+
+    @property
+    def npass_loss(self) -> float:
+        """Loss over all trained tokens of all conversations, in N-pass."""
+        return sum(row.npass_loss * row.weight for row in self.rows) / sum(row.weight for row in self.rows)
+
+    @property
+    def single_pass_loss(self) -> float:
+        """Loss over all trained tokens of all conversations, in the single pass."""
+        return sum(row.single_pass_loss * row.weight for row in self.rows) / sum(row.weight for row in self.rows)
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=110)
+        console.print(_turn_table(self))
+        console.print(_total_table(self))
+        console.print(_verdict(self))
+        assert isinstance(console.file, StringIO)
+        return console.file.getvalue()
+
+
+def _turn_table(report: VerifyReport) -> Table:
+    turns = [turn for row in report.rows for turn in row.turns]
+    # What fails is what the reader looks for.
+    shown = sorted(sorted(turns, key=lambda turn: turn.ok)[:MAX_TURNS_SHOWN], key=lambda turn: turn.row)
+    table = Table(title=f"Loss per turn ({len(shown)} of {len(turns)})")
+    for name in ("row", "message", "tokens", "N-pass", "single pass", "error", "allowed", ""):
+        table.add_column(name, justify="right")
+    for turn in shown:
+        table.add_row(
+            str(turn.row),
+            "" if turn.message_index is None else str(turn.message_index),
+            str(turn.num_tokens),
+            f"{turn.npass_loss:.6f}",
+            f"{turn.single_pass_loss:.6f}",
+            f"{turn.error:.1e}",
+            f"{turn.allowed:.1e}",
+            "ok" if turn.ok else "DIFFERS",
+        )
+    return table
+
+
+def _total_table(report: VerifyReport) -> Table:
+    rows = report.rows
+    npass_tokens, tokens = sum(row.npass_tokens for row in rows), sum(row.single_pass_tokens for row in rows)
+    npass_seconds, seconds = sum(row.npass_seconds for row in rows), sum(row.single_pass_seconds for row in rows)
+    worst = max(rows, key=lambda row: row.gradient_max_error)
+    table = Table(title="All conversations")
+    for name in ("", "N-pass", "single pass", "comparison"):
+        table.add_column(name, justify="left" if name in ("", "comparison") else "right")
+    difference = abs(report.npass_loss - report.single_pass_loss)
+    table.add_row("loss", f"{report.npass_loss:.6f}", f"{report.single_pass_loss:.6f}", f"difference {difference:.1e}")
+    table.add_row("tokens", f"{npass_tokens}", f"{tokens}", f"sharing factor {npass_tokens / tokens:.2f}")
+    table.add_row("seconds", f"{npass_seconds:.2f}", f"{seconds:.2f}", f"speed-up {npass_seconds / seconds:.2f}")
+    relative = max(rows, key=lambda row: row.gradient_error / row.gradient_allowed)
+    table.add_row(
+        "gradient", "", "", f"{relative.gradient_error:.1e} relative, {relative.gradient_allowed:.1e} allowed"
+    )
+    table.add_row("", "", "", f"{worst.gradient_max_error:.1e} at most, in {worst.worst_parameter}")
+    return table
+
+
+def _verdict(report: VerifyReport) -> str:
+    if report.ok:
+        return f"The single pass equals N-pass within the precision of {report.dtype}."
+    found = []
+    for index, row in enumerate(report.rows):
+        if row.leak.leaked > 0:
+            found.append(f"row {index}: a turn sees tokens of another turn")
+        if row.leak.blind > 0:
+            found.append(f"row {index}: {row.leak.blind} tokens of a turn's own history have no effect on it")
+        if not all(turn.ok for turn in row.turns):
+            found.append(f"row {index}: losses differ")
+        if not row.gradient_error <= row.gradient_allowed:
+            found.append(f"row {index}: gradients differ")
+    return "The single pass does NOT equal N-pass: " + "; ".join(found) + "."

@@ -1,0 +1,188 @@
+"""The single pass, taken apart by turn for the comparison with N-pass, and a probe for leaks between branches."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from ..attention import tree_context
+from ..collator import DataCollatorForSinglePass
+from ..rows import Row
+from ..sample import Sample
+from ..tree import IGNORE_INDEX, PrefixTree
+from .npass import (
+    LossAndGradients,
+    device_of,
+    gradients_of,
+    stock_attention,
+    stopwatch,
+    text_config,
+    trainable_parameters,
+    wants_auxiliary_loss,
+)
+
+
+def single_pass_loss_and_gradients(model: nn.Module, samples: Sequence[Sample]) -> LossAndGradients:
+    """
+    Loss and gradients of the same samples in one pass over their prefix tree.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model under tree attention (see [`use_tree_attention`]), in the mode in which it shall run.
+        samples (`Sequence[Sample]`):
+            Samples, with at least one trained token between them.
+
+    Returns:
+        `LossAndGradients`: As [`npass_loss_and_gradients`] returns it; `num_tokens` are those of the tree.
+    """
+    tree = PrefixTree.from_samples(samples)
+    batch = _batch_of(tree, device_of(model))
+    paths = sample_paths(tree, samples)
+    positions = (batch["labels"][0] != IGNORE_INDEX).nonzero()[:, 0] - 1
+    parameters = trainable_parameters(model)
+    with stopwatch(model) as seconds:
+        outputs = _run(model, batch)
+        targets = batch["labels"][0, positions + 1]
+        nll = F.cross_entropy(outputs.logits[0, positions].float(), targets, reduction="none")
+        weights = batch["loss_weights"][0, positions + 1].to(nll.dtype) if "loss_weights" in batch else nll.new_ones(1)
+        loss = (nll * weights).sum() / weights.expand_as(nll).sum()
+        if wants_auxiliary_loss(model):
+            loss = loss + text_config(model).router_aux_loss_coef * outputs.aux_loss
+        gradients = gradients_of(loss, parameters)
+    row_nll = torch.full((len(tree),), torch.nan, dtype=torch.float64)
+    row_nll[positions.cpu()] = nll.detach().double().cpu()
+    token_losses = tuple(
+        row_nll[path[np.flatnonzero(sample.loss_weights) - 1]] for sample, path in zip(samples, paths, strict=True)
+    )
+    return LossAndGradients(float(loss.detach()), token_losses, gradients, len(tree), seconds())
+
+
+def sample_paths(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np.int64]]:
+    """For each sample, the positions of its tokens in the tree's layout."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for index, segment in enumerate(tree.segments):
+        children[segment.parent].append(index)
+
+    def path(tokens: NDArray[np.int64], parent: int) -> list[NDArray[np.int64]] | None:
+        if len(tokens) == 0:
+            return []
+        for index in children[parent]:
+            segment = tree.segments[index]
+            positions = np.arange(segment.start, min(segment.end, segment.start + len(tokens)))
+            if np.array_equal(tree.input_ids[positions], tokens[: len(positions)]):
+                rest = path(tokens[len(positions) :], index)
+                # Copies of a token that had colliding targets look alike until the tokens after them are compared.
+                if rest is not None:
+                    return [positions, *rest]
+        return None
+
+    paths = []
+    for sample in samples:
+        parts = path(sample.token_ids, -1)
+        assert parts is not None, "every sample must be a path of its tree"
+        paths.append(np.concatenate(parts))
+    return paths
+
+
+@dataclass(frozen=True, slots=True)
+class LeakReport:
+    """
+    What the outputs of a row's turns depend on.
+
+    Args:
+        leaked (`float`):
+            Largest gradient of a turn's output with respect to the embedding of a token that is not in the turn's
+            sample. Anything but 0 is a leak.
+        blind (`int`):
+            Number of tokens whose embedding has an effect in N-pass and none in the single pass.
+    """
+
+    leaked: float
+    blind: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether each turn sees all tokens of its sample and none besides."""
+        return self.leaked == 0 and self.blind == 0
+
+
+def leak_probe(model: nn.Module, samples: Sequence[Sample], num_probes: int = 4) -> LeakReport:
+    """
+    Check by gradients that turns see their own history and nothing of each other.
+
+    This needs no tolerance: masked attention contributes exactly zero in every precision.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model under tree attention, in evaluation mode.
+        samples (`Sequence[Sample]`):
+            Samples of one row.
+        num_probes (`int`, defaults to 4):
+            Number of samples whose last output is differentiated, evenly spread.
+
+    Returns:
+        `LeakReport`: Leaks and blind spots over all probes.
+    """
+    tree = PrefixTree.from_samples(samples)
+    paths = sample_paths(tree, samples)
+    chosen = np.unique(np.linspace(0, len(samples) - 1, min(num_probes, len(samples))).round().astype(int))
+    leaked, blind = 0.0, 0
+    with _captured_embeddings(model) as embeddings:
+        logits = _run(model, _batch_of(tree, device_of(model))).logits[0]
+        row_embeddings = embeddings.pop()
+        for index in chosen:
+            effect = _effect(logits[paths[index][-1]], row_embeddings)
+            token_ids = torch.tensor(samples[index].token_ids, device=device_of(model))[None]
+            with stock_attention(model):
+                output = model(input_ids=token_ids, use_cache=False).logits[0, -1]
+            expected = _effect(output, embeddings.pop())
+            own = effect[paths[index]]
+            blind += int(((own == 0) & (expected > 1e-3 * expected.max())).sum())
+            effect[paths[index]] = 0
+            leaked = max(leaked, float(effect.max()))
+    return LeakReport(leaked, blind)
+
+
+def _effect(output: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    """Largest gradient of an output by token: embeddings of shape `(1, length, hidden)` to `(length,)`."""
+    direction = torch.cos(torch.arange(len(output), device=output.device)).to(output.dtype)
+    (gradient,) = torch.autograd.grad(output @ direction, embeddings, retain_graph=True)
+    return gradient[0].abs().amax(-1).double().cpu()
+
+
+@contextmanager
+def _captured_embeddings(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Collect what the embedding layer returns, as leaves that have a gradient even where the layer is frozen."""
+    captured: list[torch.Tensor] = []
+
+    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        captured.append(output.detach().requires_grad_())
+        return captured[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def _batch_of(tree: PrefixTree, device: torch.device) -> dict[str, Any]:
+    batch = DataCollatorForSinglePass(pad_token_id=0)([Row.from_tree(tree).columns()])
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def _run(model: nn.Module, batch: dict[str, Any]) -> Any:
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
+    if wants_auxiliary_loss(model):
+        inputs["output_router_logits"] = True
+    with tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]):
+        return model(**inputs, use_cache=False)
