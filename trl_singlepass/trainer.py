@@ -169,6 +169,8 @@ class SinglePassSFTTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Sum of the loss weights of a step on all ranks: the number of trained tokens where all weights are 1."""
+        if not self.model.training and any("tree_plan" in batch for batch in batch_samples):
+            return None  # `evaluation_loop` pools batch means, so each has to be the mean of its own batch
         num_items = super()._get_num_items_in_batch(batch_samples, device)
         if num_items is None or not any("tree_plan" in batch for batch in batch_samples):
             return num_items
