@@ -38,9 +38,3 @@ def ancestors(subtree_end):
 def prefixes(input_ids, subtree_end):
     """For each position of a row, the tuple of tokens on its path."""
     return [tuple(int(input_ids[j]) for j in sorted(above)) for above in ancestors(subtree_end)]
-
-
-def cut(samples, max_length):
-    """What `max_length` leaves of samples: `(tokens, weights)` cut at the end, without those that train nothing."""
-    kept = [(sample.token_ids[:max_length], sample.loss_weights[:max_length]) for sample in samples]
-    return [(tokens, weights) for tokens, weights in kept if weights.any()]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from oracles import PrefixOracle, ancestors, cut, prefixes
+from oracles import PrefixOracle, ancestors, prefixes
 from strategies import reasoning_chat, sample_sets
 
 from trl_singlepass import PrefixTree, Sample
@@ -165,14 +165,18 @@ def test_no_sample_is_an_error():
         PrefixTree.from_samples([])
 
 
-@pytest.mark.skipif(not hasattr(PrefixTree, "cut"), reason="PrefixTree has no cut")
 @given(samples=sample_sets(), max_length=st.integers(1, 24))
 @example(samples=COLLIDING, max_length=3)
-def test_cut_trains_what_cut_samples_train(samples, max_length):
-    expected = [Sample(tokens, weights, 0) for tokens, weights in cut(samples, max_length)]
-    tree = PrefixTree.from_samples(samples).cut(max_length)
-    assert targets_of(tree) == PrefixOracle(expected).weighted_targets
-    assert (tree.position_ids < max_length).all()
+def test_max_length_cuts_samples_at_the_end_and_drops_what_trains_nothing(samples, max_length):
+    cut = [(sample.token_ids[:max_length], sample.loss_weights[:max_length]) for sample in samples]
+    expected = [Sample(tokens, weights, 0) for tokens, weights in cut if weights.any()]
+    kept = [sample.truncated(max_length) for sample in samples]
+    kept = [sample for sample in kept if sample.is_trained]
+    assert [sample.token_ids.tolist() for sample in kept] == [sample.token_ids.tolist() for sample in expected]
+    if kept:
+        tree = PrefixTree.from_samples(kept)
+        assert targets_of(tree) == PrefixOracle(expected).weighted_targets
+        assert (tree.position_ids < max_length).all()
 
 
 @given(sets=st.lists(sample_sets(max_samples=3), min_size=1, max_size=3))

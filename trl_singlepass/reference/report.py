@@ -31,7 +31,7 @@ class TurnComparison:
         single_pass_loss (`float`):
             The same in the single pass.
         error (`float`):
-            Root mean square of the differences of the turn's token losses. Not a number where a target is missing.
+            Largest difference of the loss of one of its tokens. Not a number where a target is missing.
         allowed (`float`):
             Largest error that the precision of the model explains.
     """
