@@ -119,8 +119,6 @@ def _turn(template: ChatTemplate, messages: list[Message], k: int) -> _Turn:
     said = template.spoken(messages[k])
     if k == 0:
         raise _error(template, k, "it begins the conversation, so there is no prompt. Put a message before it")
-    if not (said.reasoning or said.answer.strip() or said.calls):
-        raise _error(template, k, "it has no content, reasoning or tool calls, so its completion is empty. Remove it")
     try:
         prompt = template.render(messages[:k], add_generation_prompt=True)
         rendering = _complete(template, prompt, messages[: k + 1], said)

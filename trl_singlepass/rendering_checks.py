@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .rendering_messages import Message
+from .rendering_messages import Message, text_of
 from .rendering_reasoning import REASONING_KEYS, Spoken, reasoning_tags, without_comments
 
 
@@ -36,14 +36,18 @@ def losses(message: Message, said: Spoken, completion: str, chat_template: str) 
         return [f"its reasoning is lost: {_reads(chat_template)}. {_way_out(chat_template)}"]
     if "function_call" in message and not said.calls:
         return ["its 'function_call' is lost: templates read 'tool_calls'. Rewrite it as a list of one tool call"]
+    if not (said.reasoning or said.answer.strip() or said.calls):
+        return ["it has no content, reasoning or tool calls, so its completion is empty. Remove it"]
     rest = without(completion, said.reasoning)
-    if not contains(rest, said.answer):
+    if not all(contains(rest, text) for text in _answers(message, said)):
         return [
             f"its answer {_short(said.answer)} is lost or changed. Does the template take text beside tool calls, "
             "content as a string, or a literal closing tag such as </think> in an answer?"
         ]
     lost = _lost_calls(said, rest)
-    return [f"{lost}. Use a template that renders tool calls, or write them into 'content'"] if lost else []
+    several = "Give each call a message of its own, if the template renders one per message, or use"
+    way_out = several if len(said.calls) > 1 else "Use"
+    return [f"{lost}. {way_out} a template that renders tool calls"] if lost else []
 
 
 def template_name(tokenizer: Any, chat_template: str) -> str:
@@ -61,13 +65,18 @@ def _name_in_trl(chat_template: str) -> str | None:
 
 
 def contains(text: str, part: str) -> bool:
-    """Whether a text contains another one, but for white space."""
-    return part.strip() in text or "".join(part.split()) in "".join(text.split())
+    """Whether a text contains another one, but for white space around it."""
+    return part.strip() in text
 
 
 def without(text: str, part: str) -> str:
     """Return a text with the first occurrence of another one taken out."""
     return text.replace(part.strip(), " ", 1) if part.strip() in text else text
+
+
+def _answers(message: Message, said: Spoken) -> list[str]:
+    content = message.get("content")
+    return [text_of([block]) for block in content] if isinstance(content, list) else [said.answer]
 
 
 def _stray_reasoning(message: Message) -> list[str]:

@@ -122,7 +122,8 @@ class ChatTemplate:
 
     def _with_reasoning_where_read(self, message: Message, said: Spoken) -> Message:
         traits, tags = self.traits, self.tags
-        if said.inline and (traits.reads_inline or not traits.reasoning_keys) and tags in (None, THINK):
+        takes_inline = traits.reads_inline or (traits.strips_inline and not traits.reasoning_keys)
+        if said.inline and takes_inline and tags in (None, THINK):
             return message
         if not said.inline and not traits.reasoning_keys and traits.reads_inline and tags:
             return with_reasoning_inline(message, said, tags)

@@ -22,7 +22,7 @@ _TOOL = {"type": "function", "function": {"name": "oak", "description": "Oak", "
 # Special tokens that close a part of a message rather than the message.
 _CLOSES_A_PART = re.compile("^</|^\\[/|[_\u2581]end[|\uff5c]>$|^<[a-z_]+\\|>$")
 
-_known: WeakKeyDictionary[Any, dict[tuple[str, str, int], "Traits"]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, dict[tuple[str, str, int, str | None], "Traits"]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,9 @@ class Traits:
             Keys under which the reasoning of the last turn reaches its rendering; empty if none does.
         reads_inline (`bool`):
             Whether reasoning between tags in the content is rendered as the same reasoning under a key would be; if no
-            key is read, whether it is rendered at all.
+            key is read, whether it is rendered between these tags alone.
+        strips_inline (`bool`):
+            Whether reasoning between tags in the content does not even reach the rendering of the last turn.
         arguments_as_json (`bool`):
             Whether tool-call arguments must be JSON strings instead of dicts.
         needs_content (`bool`):
@@ -49,6 +51,7 @@ class Traits:
 
     reasoning_keys: tuple[str, ...]
     reads_inline: bool
+    strips_inline: bool
     arguments_as_json: bool
     needs_content: bool
     stop_after_answer: str | None
@@ -60,7 +63,7 @@ def traits_of(template: "ChatTemplate") -> Traits:
     known = _known.setdefault(template.tokenizer, {})
     # Some templates keep more reasoning when there are tools.
     arguments = json.dumps([template.kwargs, bool(template.tools)], sort_keys=True, default=repr)
-    key = template.source, arguments, len(template.tokenizer)
+    key = template.source, arguments, len(template.tokenizer), template.tokenizer.eos_token
     if key not in known:
         known[key] = _Probe(replace(template, tools=[_TOOL] if template.tools else None)).traits()
     return known[key]
@@ -76,6 +79,7 @@ class _Probe:
         return Traits(
             reasoning_keys=keys,
             reads_inline=self.reads_inline(keys),
+            strips_inline=_REASONING not in self.render(_USER, self.inline()),
             arguments_as_json=as_json,
             needs_content=needs_content,
             stop_after_answer=self.missing_stop_after_answer(),
@@ -96,14 +100,19 @@ class _Probe:
                 return keys
         return ()
 
-    def reads_inline(self, keys: tuple[str, ...]) -> bool:
+    def inline(self) -> Message:
         tags = reasoning_tags(self.template.source) or THINK
-        content = f"{tags.opening}\n{_REASONING}\n{tags.closing}{tags.separator}{_ANSWER}"
-        inline, under_keys = _answer(content=content), _answer(**dict.fromkeys(keys, _REASONING))
-        if not keys:
-            return _REASONING in self.render(_USER, inline)
+        return _answer(content=f"{tags.opening}\n{_REASONING}\n{tags.closing}{tags.separator}{_ANSWER}")
+
+    def reads_inline(self, keys: tuple[str, ...]) -> bool:
+        under_keys = _answer(**dict.fromkeys(keys, _REASONING))
+        if not keys:  # a template that writes tags itself must not find others in the content
+            closing = (reasoning_tags(self.template.source) or THINK).closing
+            written = self.render(_USER, self.inline()).rpartition(str(_USER["content"]))[2]
+            return _REASONING in written and written.count(closing) == 1
         return all(
-            _squeezed(self.render(_USER, inline, *following)) == _squeezed(self.render(_USER, under_keys, *following))
+            _squeezed(self.render(_USER, self.inline(), *following))
+            == _squeezed(self.render(_USER, under_keys, *following))
             for following in ((), (_USER,))
         )
 
