@@ -184,6 +184,14 @@ COMPLETIONS = {
 }
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_white_space_around_reasoning_is_the_templates_affair(key):
+    tokenizer = make_tokenizer("qwen3")
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", key: " spaced \n\nx \n", "content": " a "}]
+    (sample,) = render_samples(messages, tokenizer)
+    assert sample.token_ids.tolist() == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+
+
 @pytest.mark.parametrize("name", COMPLETIONS)
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
 def test_completion_is_what_the_model_generates(name, key):

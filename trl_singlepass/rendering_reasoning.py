@@ -58,12 +58,15 @@ class Spoken:
             The functions that it calls.
         inline (`bool`):
             Whether the reasoning stands between tags in the content.
+        verbatim (`str`):
+            Text of its reasoning as given under a key: what the template does with white space is its own affair.
     """
 
     reasoning: str
     answer: str
     calls: list[dict[str, Any]]
     inline: bool
+    verbatim: str = ""
 
     @classmethod
     def of(cls, message: Message, tags: ReasoningTags | None = None) -> "Spoken":
@@ -71,7 +74,7 @@ class Spoken:
         content, calls = text_of(message.get("content")), tool_calls_of(message)
         for key in REASONING_KEYS:
             if isinstance(message.get(key), str) and message[key].strip():
-                return cls(message[key].strip(), content, calls, inline=False)
+                return cls(message[key].strip(), content, calls, inline=False, verbatim=message[key])
         for pair in (THINK, tags or THINK):
             opened = content.lstrip()
             if opened.startswith(pair.opening) and pair.closing in opened:
@@ -100,7 +103,7 @@ def without_reasoning(message: Message, said: Spoken) -> Message:
 
 def with_reasoning_key(message: Message, said: Spoken, keys: tuple[str, ...]) -> Message:
     """Return the message with its reasoning under each of `keys`."""
-    return {**without_reasoning(message, said), **dict.fromkeys(keys, said.reasoning)}
+    return {**without_reasoning(message, said), **dict.fromkeys(keys, said.verbatim or said.reasoning)}
 
 
 def with_reasoning_inline(message: Message, said: Spoken, tags: ReasoningTags) -> Message:
