@@ -55,7 +55,7 @@ def render_samples(
         `RenderingError`: If there is no assistant message, if the template refuses a message, or if reasoning, answer
             or tool calls of a message are not in its rendering.
     """
-    return _render(Conversation(list(messages), tools, chat_template_kwargs), tokenizer, chat_template)
+    return render_conversation(Conversation(list(messages), tools, chat_template_kwargs), tokenizer, chat_template)
 
 
 def render_row(
@@ -82,7 +82,7 @@ def render_row(
         `RenderingError`: As [`render_samples`], with the row's position.
     """
     try:
-        return _render(Conversation.from_row(row), tokenizer, chat_template)
+        return render_conversation(Conversation.from_row(row), tokenizer, chat_template)
     except RenderingError as error:
         if row_index is None:
             raise
@@ -99,7 +99,24 @@ class _Turn:
     reasoning_end: int
 
 
-def _render(conversation: Conversation, tokenizer: Any, chat_template: str | None) -> list[Sample]:
+def render_conversation(conversation: Conversation, tokenizer: Any, chat_template: str | None = None) -> list[Sample]:
+    """
+    Render the turns of a conversation that has been read from a dataset row.
+
+    Args:
+        conversation (`Conversation`):
+            The conversation.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        chat_template (`str`, *optional*):
+            Template to use instead of the tokenizer's own.
+
+    Returns:
+        `list[Sample]`: One sample per trained assistant message.
+
+    Raises:
+        `RenderingError`: As [`render_samples`].
+    """
     messages = conversation.messages
     trained = [k for k in range(conversation.first_trained, len(messages)) if messages[k].get("role") == "assistant"]
     if not trained:

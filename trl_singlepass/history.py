@@ -1,0 +1,115 @@
+"""What earlier turns look like in the context of a later one: as the template has it, with all reasoning, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from .rendering import render_conversation
+from .rendering_messages import Conversation, Message, RenderingError
+from .rendering_reasoning import Spoken, reasoning_tags, without_reasoning
+from .rendering_templates import ChatTemplate
+from .sample import Sample
+
+
+History = Literal["template", "keep", "strip"]
+HISTORIES: tuple[History, ...] = ("template", "keep", "strip")
+
+# The switches of public templates, with the value that keeps reasoning; the other value strips it.
+_KEEPING_SWITCHES: Mapping[str, bool] = {
+    "preserve_thinking": True,  # Qwen3.6, Qwen3.8, LFM2.5
+    "preserved_thinking": True,  # Hunyuan 3
+    "clear_thinking": False,  # GLM-4.7, GLM-5
+    "truncate_history_thinking": False,  # Nemotron 3
+    "drop_thinking": False,  # DeepSeek-V4
+    "skip_think": False,  # EXAONE 4
+}
+_PROBE = "What was said before."
+
+
+def render_with_history(
+    conversation: Conversation, tokenizer: Any, history: str = "template", *, chat_template: str | None = None
+) -> list[Sample]:
+    """
+    Render the turns of a conversation under a history policy.
+
+    Args:
+        conversation (`Conversation`):
+            The conversation.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        history (`str`, *optional*, defaults to `"template"`):
+            What each turn's context holds of earlier turns: `"template"`, as the template renders it; `"keep"`, all
+            reasoning; `"strip"`, no reasoning. The template's own switch is used where it has one. Where it has none,
+            `"keep"` takes TRL's training template for the model, `"strip"` removes the reasoning from the messages.
+        chat_template (`str`, *optional*):
+            Template to use instead of the tokenizer's own.
+
+    Returns:
+        `list[Sample]`: One sample per trained assistant message.
+
+    Raises:
+        `RenderingError`: If the policy is unknown, if nothing makes the template keep reasoning, or as
+            [`render_samples`].
+    """
+    if history == "template":
+        return render_conversation(conversation, tokenizer, chat_template)
+    if history not in HISTORIES:
+        raise RenderingError(f"history={history!r} is none of {', '.join(map(repr, HISTORIES))}.")
+    source = tokenizer.get_chat_template(chat_template, conversation.tools)
+    keep = history == "keep"
+    switches = {name: value == keep for name, value in _KEEPING_SWITCHES.items() if name in source}
+    conversation = replace(conversation, template_kwargs={**conversation.template_kwargs, **switches})
+    if not keep:
+        return _without_earlier_reasoning(conversation, tokenizer, source)
+    return render_conversation(conversation, tokenizer, _keeping_template(conversation, tokenizer, source))
+
+
+def _keeping_template(conversation: Conversation, tokenizer: Any, source: str) -> str:
+    if _keeps_reasoning(conversation, tokenizer, source):
+        return source
+    training = _training_template(tokenizer)
+    if training is not None and _keeps_reasoning(conversation, tokenizer, training):
+        return training
+    raise RenderingError(
+        "history='keep' needs a chat template that can render the reasoning of earlier turns. This one has no switch "
+        "for it, and TRL has no training template for it that does. Use history='template', or pass a chat template "
+        "that keeps reasoning."
+    )
+
+
+def _training_template(tokenizer: Any) -> str | None:
+    from trl.chat_template_utils import get_training_chat_template  # here, because it imports torch
+
+    try:
+        template: str | None = get_training_chat_template(tokenizer)
+    except ValueError:  # TRL's way to say that it knows none for this tokenizer
+        return None
+    return template
+
+
+def _keeps_reasoning(conversation: Conversation, tokenizer: Any, source: str) -> bool:
+    template = ChatTemplate.of(tokenizer, source, conversation.tools, conversation.template_kwargs)
+    said = template.adapt({"role": "assistant", "reasoning_content": _PROBE, "content": "Yes."})
+    question = {"role": "user", "content": "Really?"}
+    return _PROBE in template.render([question, said, question], add_generation_prompt=True)
+
+
+def _without_earlier_reasoning(conversation: Conversation, tokenizer: Any, source: str) -> list[Sample]:
+    tags = reasoning_tags(source)
+
+    def bare(message: Message) -> Message:
+        if message.get("role") != "assistant":
+            return message
+        return without_reasoning(message, Spoken.of(message, tags))
+
+    samples = []
+    for k, message in enumerate(conversation.messages):
+        if k >= conversation.first_trained and message.get("role") == "assistant":
+            messages = [*map(bare, conversation.messages[:k]), message]
+            samples += render_conversation(
+                replace(conversation, messages=messages, first_trained=k), tokenizer, source
+            )
+    # None at all: let the renderer say what is missing.
+    return samples or render_conversation(conversation, tokenizer, source)
