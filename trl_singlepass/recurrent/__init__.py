@@ -1,0 +1,9 @@
+"""Recurrent and convolutional layers on trees: each runs from fork to fork, and sees the history once."""
+
+from __future__ import annotations
+
+# First of all: `use_tree_attention` turns both on, so the two packages import each other.
+from ..attention.tree_mask import Tree as Tree
+from .families import recurrent_layers as recurrent_layers
+from .layer import stop_tree_recurrence as stop_tree_recurrence
+from .layer import use_tree_recurrence as use_tree_recurrence

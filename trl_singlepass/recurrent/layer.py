@@ -1,0 +1,143 @@
+"""A recurrent layer on a tree: its inputs are gathered piece by piece, run, and put back in the row's order."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from types import MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from ..attention.tree_mask import Tree, TreeMask
+from .carrier import carried_tree, carry_trees
+from .families import Handling, recurrent_layers
+from .layout import Layout
+from .states import ForkStates
+
+
+def use_tree_recurrence(model: Any) -> None:
+    """
+    Make the recurrent layers of a model run on trees; batches without a tree run as before.
+
+    Each layer's `forward` is wrapped on the instance; [`stop_tree_recurrence`] takes that back.
+
+    Args:
+        model (`transformers.PreTrainedModel`):
+            Model, changed in place. Its attention must not have been switched to tree attention yet.
+    """
+    layers = {layer: handling for layer, handling in recurrent_layers(model).items() if not on_trees(layer)}
+    for layer, handling in layers.items():
+        _wrap(layer, handling)
+    if layers:
+        model._tree_handles = carry_trees(model, layers)
+
+
+def _wrap(layer: Any, handling: Handling) -> None:
+    if handling.attends:
+        layer.config = _with_stock_attention(layer)
+    layer._tree_handling = handling
+    layer._stock_forward = layer.forward
+    layer.forward = MethodType(_forward, layer)
+
+
+def _with_stock_attention(layer: Any) -> Any:
+    """Return a config for one layer, which keeps the attention that its selection of tokens is written for."""
+    implementation = layer.config._attn_implementation
+    if implementation not in ("eager", "sdpa"):
+        raise ValueError(
+            f"{type(layer).__name__} selects the tokens that it attends to, which on a tree works with "
+            f"attn_implementation='sdpa' or 'eager', not {implementation!r}. Load the model with one of these."
+        )
+    return copy.copy(layer.config)
+
+
+def stop_tree_recurrence(model: Any) -> None:
+    """
+    Take back what [`use_tree_recurrence`] did.
+
+    Args:
+        model (`transformers.PreTrainedModel`):
+            Model, changed in place.
+    """
+    for layer in filter(on_trees, model.modules()):
+        layer.forward = layer._stock_forward
+        del layer._stock_forward, layer._tree_handling
+    for handle in vars(model).pop("_tree_handles", ()):
+        handle.remove()
+
+
+def on_trees(layer: nn.Module) -> bool:
+    """Whether a layer runs on trees."""
+    return "_tree_handling" in vars(layer)
+
+
+def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for the `forward` of a layer."""
+    tree = carried_tree([*args, *kwargs.values()])
+    if tree is None:
+        _check_not_lost(layer)
+        return layer._stock_forward(*args, **kwargs)
+    layer._ran_on_tree = True
+    tree.attended_by.add(layer)
+    names = list(inspect.signature(type(layer).forward).parameters)[1:]
+    return _run(layer, dict(zip(names, args, strict=False)) | kwargs, tree)
+
+
+def _check_not_lost(layer: Any) -> None:
+    """Refuse to recompute a layer without the tree that its forward had."""
+    if getattr(layer, "_ran_on_tree", False) and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{type(layer).__name__} is recomputed in backward, but the tree of its forward was not handed to it. "
+            "Turn gradient checkpointing off for this model."
+        )
+    layer._ran_on_tree = False
+
+
+def _run(layer: Any, arguments: dict[str, Any], tree: Tree) -> Any:
+    handling: Handling = layer._tree_handling
+    layout = _layout(tree, handling)
+    arguments = {name: False if name == "use_cache" else value for name, value in arguments.items()}
+    steps = {name: _per_step(layer, value, layout) for name, value in arguments.items()}
+    outputs: list[Any] = []
+    states: dict[int, ForkStates] = {}
+    for step, batch in enumerate(layout.schedule.batches):
+        inputs = {name: values[step] for name, values in steps.items()}
+        pieces = [layout.schedule.pieces[index] for index in batch]
+        cache = ForkStates([states[piece.source] for piece in pieces if piece.source >= 0])
+        inputs[cache_argument(layer)] = cache if handling.starts_from_state else None
+        outputs.append(layer._stock_forward(**inputs))
+        if pieces[0].is_source:
+            states[batch[0]] = cache
+    return layout.scatter(outputs)
+
+
+def _per_step(layer: Any, value: Any, layout: Layout) -> list[Any]:
+    """Values of one argument for each batch of pieces."""
+    if not isinstance(getattr(value, "tree", None), Tree):
+        return layout.gather(value)
+    if not layer._tree_handling.attends:
+        return [None] * len(layout.shapes)  # no padding comes before a token, so there is nothing to mask
+    if isinstance(value, TreeMask):
+        is_eager = layer.config._attn_implementation == "eager"
+        return layout.masks(value, next(layer.parameters()).dtype if is_eager else None)
+    return [torch.ones(shape, dtype=torch.bool, device=value.device) for shape in layout.shapes]
+
+
+def _layout(tree: Tree, handling: Handling) -> Layout:
+    """Layout of a row, made once and shared by all layers that run the same way."""
+    layouts = _layouts.setdefault(tree, {})
+    if handling not in layouts:
+        layouts[handling] = Layout(tree, handling.schedule(tree.plan))
+    return layouts[handling]
+
+
+_layouts: WeakKeyDictionary[Tree, dict[Handling, Layout]] = WeakKeyDictionary()
+
+
+def cache_argument(layer: nn.Module) -> str:
+    """Name under which a layer takes its cache."""
+    parameters = inspect.signature(type(layer).forward).parameters
+    return "cache_params" if "cache_params" in parameters else "past_key_values"
