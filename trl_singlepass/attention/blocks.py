@@ -10,6 +10,7 @@ import torch
 
 from ..rows import Run
 from .kernels import BlockKernel
+from .memory import MemoryAccess
 from .tree_mask import TreeMask
 
 
@@ -106,6 +107,7 @@ class BlockAttention(torch.autograd.Function):
         mask: TreeMask,
         kernel: BlockKernel,
         scale: float,
+        memory: MemoryAccess | None = None,
     ) -> torch.Tensor:
         """
         Compute the output.
@@ -127,17 +129,21 @@ class BlockAttention(torch.autograd.Function):
                 Code that computes one block.
             scale (`float`):
                 Factor of the scores.
+            memory (`MemoryAccess`, *optional*):
+                Keys and values of ancestors outside the row. Their positions follow those of the row.
 
         Returns:
             `torch.Tensor` of shape `(1, heads, row_length, head_dim)`: The output.
         """
+        if memory is not None:
+            memory.remember(key, value)
         dtype = torch.promote_types(query.dtype, torch.float32)
         out = _like_layer_output(query)
         lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
         blocks = tree_blocks(mask, kernel.query_block)
         done = 0  # blocks of one query range are neighbours, so queries before this position have a first block
         for block in blocks:
-            o, m = kernel.forward(*_operands(query, key, value, block), *_visibility(mask, block), scale)
+            o, m = kernel.forward(*_operands(query, key, value, block, memory), *_visibility(mask, block), scale)
             here = slice(block.start, block.end)
             if block.end > done:
                 out[:, :, here], lse[:, :, here] = o, m
@@ -149,7 +155,7 @@ class BlockAttention(torch.autograd.Function):
             out *= (lse - merged).exp()[..., None].to(out.dtype)
             lse = merged
         ctx.save_for_backward(query, key, value, sinks, out, lse)
-        ctx.blocks, ctx.mask, ctx.kernel, ctx.scale = blocks, mask, kernel, scale
+        ctx.blocks, ctx.mask, ctx.kernel, ctx.scale, ctx.memory = blocks, mask, kernel, scale, memory
         return out
 
     @staticmethod
@@ -167,6 +173,7 @@ class BlockAttention(torch.autograd.Function):
             `tuple`: Gradients of `query`, `key`, `value` and `sinks`; `None` for the rest.
         """
         query, key, value, sinks, out, lse = ctx.saved_tensors
+        memory: MemoryAccess | None = ctx.memory
         grad = grads[0].contiguous() if grads[0].stride(-1) != 1 else grads[0]
         grad_query = torch.zeros_like(out)
         # History gets gradients from every branch: add them up in float32 at least.
@@ -176,17 +183,19 @@ class BlockAttention(torch.autograd.Function):
             here = slice(block.start, block.end)
             dq, dk, dv = ctx.kernel.backward(
                 grad[:, :, here],
-                *_operands(query, key, value, block),
+                *_operands(query, key, value, block, memory),
                 out[:, :, here],
                 lse[:, :, here],
                 *_visibility(ctx.mask, block),
                 ctx.scale,
             )
             grad_query[:, :, here] += dq
-            _add_to_ranges(grad_key, dk, block.keys)
-            _add_to_ranges(grad_value, dv, block.keys)
-        grad_sinks = None if sinks is None else _sink_gradient(grad, out, lse, sinks)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_sinks, None, None, None
+            _add_to_ranges(grad_key, dk, block.keys, None if memory is None else memory.grad_key)
+            _add_to_ranges(grad_value, dv, block.keys, None if memory is None else memory.grad_value)
+        if memory is not None:
+            memory.collect(grad_key, grad_value)
+        grad_sinks = None if sinks is None else sink_gradient(grad, out, lse, sinks)
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_sinks, None, None, None, None
 
 
 def _like_layer_output(query: torch.Tensor) -> torch.Tensor:
@@ -195,21 +204,33 @@ def _like_layer_output(query: torch.Tensor) -> torch.Tensor:
 
 
 def _operands(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: Block
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: Block, memory: MemoryAccess | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return query[:, :, block.start : block.end], _gather(key, block.keys), _gather(value, block.keys)
+    keys = _gather(key, block.keys, None if memory is None else memory.key)
+    values = _gather(value, block.keys, None if memory is None else memory.value)
+    return query[:, :, block.start : block.end], keys, values
 
 
-def _gather(x: torch.Tensor, ranges: Ranges) -> torch.Tensor:
-    parts = [x[:, :, first:last] for first, last in ranges]
+def _gather(x: torch.Tensor, ranges: Ranges, outside: torch.Tensor | None) -> torch.Tensor:
+    parts = [_part(x, outside, first, last).to(x.device) for first, last in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _add_to_ranges(total: torch.Tensor, part: torch.Tensor, ranges: Ranges) -> None:
+def _add_to_ranges(total: torch.Tensor, part: torch.Tensor, ranges: Ranges, outside: torch.Tensor | None) -> None:
     offset = 0
     for first, last in ranges:
-        total[:, :, first:last] += part[:, :, offset : offset + last - first]
+        here = _part(total, outside, first, last)
+        here += part[:, :, offset : offset + last - first].to(here.device)
         offset += last - first
+
+
+def _part(x: torch.Tensor, outside: torch.Tensor | None, first: int, last: int) -> torch.Tensor:
+    """Positions `[first, last)`; those of the row come first, those outside of it follow."""
+    length = x.shape[2]
+    if first < length:
+        return x[:, :, first:last]
+    assert outside is not None, "only a wave has ancestors outside its row"
+    return outside[:, :, first - length : last - length]
 
 
 def _visibility(mask: TreeMask, block: Block) -> tuple[bool, torch.Tensor | None]:
@@ -228,7 +249,7 @@ def _merge_into(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, o
     lse.copy_(merged)
 
 
-def _sink_gradient(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+def sink_gradient(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     """A sink has weight `exp(sink - lse)` and no value, so its gradient is `-Σ weight · rowsum(grad · out)`."""
     delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()

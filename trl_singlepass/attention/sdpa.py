@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .blocks import BlockAttention
 from .dense import dense_attention
 from .kernels import kernel_for
+from .memory import MemoryAccess
 from .temperature import query_at_depth
 from .tree_mask import TreeMask
 
@@ -23,6 +24,7 @@ def tree_attention(
     scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    memory: MemoryAccess | None = None,
 ) -> torch.Tensor:
     """
     Return attention of a row of trees: block-sparse, memory linear in tokens.
@@ -42,6 +44,8 @@ def tree_attention(
             Scores become `softcap · tanh(score / softcap)` (Gemma 2).
         sinks (`torch.Tensor` of shape `(heads,)`, *optional*):
             Logit per head of a key without value (gpt-oss).
+        memory (`MemoryAccess`, *optional*):
+            Keys and values of ancestors outside the row.
 
     Returns:
         `torch.Tensor` of shape `(1, heads, row_length, value_dim)`: The outputs.
@@ -52,7 +56,9 @@ def tree_attention(
     width = max(head_dim, value_dim)
     query, key = F.pad(query, (0, width - head_dim)), F.pad(key, (0, width - head_dim))
     value = F.pad(value, (0, width - value_dim))
-    out: torch.Tensor = BlockAttention.apply(query, key, value, sinks, mask, kernel, scale)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = BlockAttention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, sinks, mask, kernel, scale, memory
+    )
     return out[..., :value_dim]
 
 
@@ -103,7 +109,8 @@ def sdpa_forward(
     if isinstance(attention_mask, TreeMask):
         check_layer(module, attention_mask, query, dropout, kwargs)
         query = query_at_depth(module, query, attention_mask.tree)
-        out = tree_attention(query, key, value, attention_mask, scale, softcap, s_aux)
+        memory = attention_mask.tree.memory_of(module)
+        out = tree_attention(query, key, value, attention_mask, scale, softcap, s_aux, memory)
     elif softcap is not None or s_aux is not None:
         out = dense_attention(query, key, value, attention_mask, scale, softcap, s_aux)
     else:

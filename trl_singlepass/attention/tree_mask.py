@@ -7,12 +7,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.masking_utils import causal_mask_function
 
 from ..rows import TreePlan
+from .memory import MemoryAccess
+
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -49,6 +53,10 @@ class Tree:
         """Largest depth of a token."""
         return max(run.depth + run.end - run.start for run in self.plan.runs) - 1
 
+    def memory_of(self, layer: torch.nn.Module) -> MemoryAccess | None:
+        """Return keys and values of ancestors that ran before this row; a whole tree has none."""
+        return None
+
 
 _current_tree: ContextVar[Tree | None] = ContextVar("trl_singlepass_tree", default=None)
 
@@ -69,7 +77,22 @@ def tree_context(plan: TreePlan, subtree_end: torch.Tensor, position_ids: torch.
     Yields:
         `Tree`: The tree; after a forward, `attended_by` holds the attention modules that received it.
     """
-    tree = Tree(plan, subtree_end, position_ids)
+    with running_on(Tree(plan, subtree_end, position_ids)) as tree:
+        yield tree
+
+
+@contextmanager
+def running_on(tree: Tree) -> Iterator[Tree]:
+    """
+    Run the model calls inside on a tree.
+
+    Args:
+        tree (`Tree`):
+            Tree of the row.
+
+    Yields:
+        `Tree`: The same tree.
+    """
     token = _current_tree.set(tree)
     try:
         yield tree
@@ -106,6 +129,26 @@ class TreeMask:
     tree: Tree
     mask_function: Callable[..., torch.Tensor]
     local_size: int | None = None
+    _derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def derived(self, build: Callable[..., T], *arguments: Any) -> T:
+        """
+        Return `build(self, *arguments)`, built once and shared by all layers of this mask type.
+
+        Args:
+            build (`Callable`):
+                Function of this mask and of `arguments`.
+            *arguments (`Any`):
+                Hashable arguments.
+
+        Returns:
+            `T`: What `build` returned.
+        """
+        key = (build, *arguments)
+        if key not in self._derived:
+            self._derived[key] = build(self, *arguments)
+        result: T = self._derived[key]
+        return result
 
     @cached_property
     def is_causal(self) -> bool:
