@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .sample import Sample
+from .tree_nodes import RadixNode, depth_first
 
 
 IGNORE_INDEX = -100
@@ -101,10 +102,10 @@ class PrefixTree:
         """
         if not samples:
             raise ValueError("A prefix tree needs at least one sample, got none.")
-        root = _Node(np.empty(0, np.int64), np.empty(0), 0, -1)
+        root = RadixNode.root()
         for index, sample in enumerate(samples):
-            _insert(root, sample, index)
-        return _lay_out(root)
+            root.add(RadixNode.of_sample(sample, index))
+        return lay_out(root)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -120,51 +121,10 @@ class PrefixTree:
         return self.num_sample_tokens / len(self)
 
 
-@dataclass(slots=True, eq=False)
-class _Node:
-    """Radix tree node under construction; `weights[i]` is the loss weight of predicting `tokens[i]`."""
-
-    tokens: NDArray[np.int64]
-    weights: NDArray[np.float64]
-    num_samples: int
-    latest_sample: int
-    children: list[_Node] = field(default_factory=list)
-
-    def split(self, length: int) -> None:
-        """Move all but the first `length` tokens to a new only child."""
-        rest = _Node(self.tokens[length:], self.weights[length:], self.num_samples, self.latest_sample, self.children)
-        self.tokens, self.weights, self.children = self.tokens[:length], self.weights[:length], [rest]
-
-    def child(self, token: int) -> _Node | None:
-        return next((child for child in self.children if child.tokens[0] == token), None)
-
-
-def _insert(root: _Node, sample: Sample, index: int) -> None:
-    tokens, weights = sample.token_ids, sample.loss_weights
-    node, depth = root, 0
-    while depth < len(tokens):
-        child = node.child(tokens[depth])
-        if child is None:
-            node.children.append(_Node(tokens[depth:], weights[depth:].copy(), 1, index))
-            return
-        shared = _common_prefix_length(child.tokens, tokens[depth:])
-        if shared < len(child.tokens):
-            child.split(shared)
-        child.weights = child.weights + weights[depth : depth + shared]
-        child.num_samples += 1
-        child.latest_sample = index
-        node, depth = child, depth + shared
-
-
-def _common_prefix_length(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
-    length = min(len(a), len(b))
-    differs = a[:length] != b[:length]
-    return int(differs.argmax()) if differs.any() else length
-
-
-def _lay_out(root: _Node) -> PrefixTree:
+def lay_out(root: RadixNode) -> PrefixTree:
+    """Return the tree below a root laid out in one token sequence; the root is used up."""
     nodes, parents, next_tokens = [], [], []
-    for node, parent in _depth_first(root):
+    for node, parent in depth_first(root):
         nodes.append(node)
         parents.append(parent)
         next_tokens.append(_trained_child(node))
@@ -193,7 +153,7 @@ def _lay_out(root: _Node) -> PrefixTree:
 
 
 def _rolled_labels(
-    nodes: list[_Node],
+    nodes: list[RadixNode],
     next_tokens: list[tuple[int, float]],
     starts: NDArray[np.int64],
     ends: NDArray[np.int64],
@@ -209,61 +169,10 @@ def _rolled_labels(
     return labels, loss_weights
 
 
-def _trained_child(node: _Node) -> tuple[int, float]:
+def _trained_child(node: RadixNode) -> tuple[int, float]:
     """Target of the node's last token and its weight; (-100, 0) where no child is trained."""
     trained = [child for child in node.children if child.weights[0] > 0]
     if not trained:
         return IGNORE_INDEX, 0.0
     assert len({child.tokens[0] for child in trained}) == 1, "colliding targets must have been forked"
     return int(trained[0].tokens[0]), float(sum(child.weights[0] for child in trained))
-
-
-def _depth_first(root: _Node) -> Iterator[tuple[_Node, int]]:
-    """Yield every node with the index of its parent, the child that continues the spine before its siblings."""
-    count = 0
-    stack = [(node, -1) for node in _spine_last(_fork_colliding(root.children))]
-    while stack:
-        node, parent = stack.pop()
-        node.children = _fork_colliding(node.children)
-        yield node, parent
-        stack.extend((child, count) for child in _spine_last(node.children))
-        count += 1
-
-
-def _spine_last(children: list[_Node]) -> list[_Node]:
-    return sorted(children, key=lambda child: (child.num_samples, child.latest_sample))
-
-
-def _fork_colliding(children: list[_Node]) -> list[_Node]:
-    """Replace each child whose last token would have several targets by one copy per target."""
-    return [part for child in children for part in _fork_one_token_earlier(child)]
-
-
-def _fork_one_token_earlier(node: _Node) -> list[_Node]:
-    targets = list(dict.fromkeys(child.tokens[0] for child in node.children if child.weights[0] > 0))
-    if len(targets) < 2:
-        return [node]
-    groups = [[child for child in node.children if child.tokens[0] == target] for target in targets]
-    groups.sort(key=lambda group: _spine_last(group)[-1].num_samples, reverse=True)
-    # Children that no sample trains need no copy of their own.
-    groups[0] += [child for child in node.children if child.tokens[0] not in targets]
-    copies = [_copy_of_last_token(node, group, is_first=i == 0) for i, group in enumerate(groups)]
-    if len(node.tokens) == 1:
-        # A copy that was joined with its only child ends where that child ended, and may fork there in turn.
-        return _fork_colliding(copies)
-    node.tokens, node.weights, node.children = node.tokens[:-1], node.weights[:-1], copies
-    return [node]
-
-
-def _copy_of_last_token(node: _Node, children: list[_Node], *, is_first: bool) -> _Node:
-    """Copy for one target; the first one carries the weight of predicting the token and the samples that end on it."""
-    num_samples = sum(child.num_samples for child in children)
-    if is_first:
-        num_samples += node.num_samples - sum(child.num_samples for child in node.children)
-    weights = node.weights[-1:] if is_first else np.zeros(1)
-    latest = max(child.latest_sample for child in children)
-    if len(children) == 1 and children[0].num_samples == num_samples:
-        (child,) = children
-        tokens = np.concatenate([node.tokens[-1:], child.tokens])
-        return _Node(tokens, np.concatenate([weights, child.weights]), num_samples, latest, child.children)
-    return _Node(node.tokens[-1:], weights, num_samples, latest, children)
