@@ -1,0 +1,9 @@
+"""Waves: a row of trees run piece by piece, with the loss and the gradients of the whole and the memory of one piece."""
+
+from __future__ import annotations
+
+from .plan import Wave as Wave
+from .plan import WavePlan as WavePlan
+from .row import WaveRow as WaveRow
+from .tree import WaveTree as WaveTree
+from .tree import select as select

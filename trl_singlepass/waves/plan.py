@@ -1,0 +1,202 @@
+"""Which tokens of a row are alive at the same time: the row cut in waves, in plain integers."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..rows import Run, TreePlan
+
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """
+    Consecutive tokens of a row that run together.
+
+    A row is laid out depth first, so ancestors come before their descendants: in the same wave or an earlier one.
+
+    Args:
+        start (`int`):
+            Position of the first token in the row.
+        end (`int`):
+            Position just past the last token in the row.
+        handed_on (`Ranges`):
+            Half-open ranges of its tokens that have descendants in later waves, in the order of their depth.
+        is_kept (`bool`, *optional*, defaults to `False`):
+            Whether it runs once and its activations stay until all its descendants are done; otherwise the tokens
+            that are handed on run a second time.
+    """
+
+    start: int
+    end: int
+    handed_on: Ranges
+    is_kept: bool = False
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    @property
+    def num_handed_on(self) -> int:
+        """Number of tokens that have descendants in later waves."""
+        return sum(end - start for start, end in self.handed_on)
+
+
+@dataclass(frozen=True, slots=True)
+class WavePlan:
+    """
+    The waves of a row.
+
+    Args:
+        row (`TreePlan`):
+            Structure of the row.
+        groups (`tuple[tuple[Wave, ...], ...]`):
+            Waves in row order, those of the same trees together: no group has ancestors in another.
+    """
+
+    row: TreePlan
+    groups: tuple[tuple[Wave, ...], ...]
+
+    @classmethod
+    def from_tree_plan(
+        cls, row: TreePlan, wave_tokens: int, *, keep_history: bool = True, smallest_wave: int = 1
+    ) -> WavePlan:
+        """
+        Cut a row in waves.
+
+        Trees that fit are run whole, several together. Of a tree that does not fit, the history is kept where it fits
+        beside any one branch; then branches run in waves of what is left. Where it does not, history and branches are
+        cut in waves of `wave_tokens`.
+
+        Args:
+            row (`TreePlan`):
+                Structure of the row.
+            wave_tokens (`int`):
+                Largest number of tokens that have activations at the same time.
+            keep_history (`bool`, *optional*, defaults to `True`):
+                Whether a history that fits may be kept instead of being run twice.
+            smallest_wave (`int`, *optional*, defaults to 1):
+                A history is kept only where it leaves room for waves of this many tokens.
+
+        Returns:
+            `WavePlan`: The waves.
+        """
+        groups: list[tuple[Wave, ...]] = []
+        together: list[tuple[int, int]] = []  # trees that still fit in one wave
+        for runs in _trees(row):
+            start, end = runs[0].start, runs[-1].end
+            if together and end - together[0][0] > wave_tokens:
+                groups.append((_wave(row, together[0][0], together[-1][1]),))
+                together = []
+            if end - start <= wave_tokens:
+                together.append((start, end))
+                continue
+            groups.append(tuple(_waves_of_tree(row, runs, wave_tokens, keep_history, smallest_wave)))
+        if together:
+            groups.append((_wave(row, together[0][0], together[-1][1]),))
+        return cls(row, tuple(groups))
+
+    @property
+    def waves(self) -> tuple[Wave, ...]:
+        """All waves, in row order."""
+        return tuple(wave for group in self.groups for wave in group)
+
+    @property
+    def num_repeated(self) -> int:
+        """Number of tokens that run twice, once of it forward only."""
+        return sum(wave.num_handed_on for wave in self.waves if not wave.is_kept)
+
+    @property
+    def peak_tokens(self) -> int:
+        """Largest number of tokens that have activations at the same time."""
+        return max(_peak(group) for group in self.groups)
+
+    @property
+    def memory_tokens(self) -> int:
+        """Largest number of tokens whose keys and values wait for later waves."""
+        return max(sum(wave.num_handed_on for wave in group) for group in self.groups)
+
+    def __str__(self) -> str:
+        waves = self.waves
+        if len(waves) == 1:
+            return f"one wave of {self.row.length} tokens"
+        kept = sum(len(wave) for wave in waves if wave.is_kept)
+        return (
+            f"{len(waves)} waves for {self.row.length} tokens, at most {self.peak_tokens} of them alive; history of "
+            f"{kept} tokens kept, {self.num_repeated} tokens run twice"
+        )
+
+
+def _peak(group: Sequence[Wave]) -> int:
+    kept = len(group[0]) if group[0].is_kept else 0
+    return kept + max((len(wave) for wave in group if not wave.is_kept), default=0)
+
+
+def _trees(row: TreePlan) -> Iterator[list[Run]]:
+    """Yield the runs of each tree."""
+    tree: list[Run] = []
+    for run in row.runs:
+        if tree and not run.prefix:
+            yield tree
+            tree = []
+        tree.append(run)
+    if tree:
+        yield tree
+
+
+def _waves_of_tree(
+    row: TreePlan, runs: Sequence[Run], wave_tokens: int, keep_history: bool, smallest_wave: int
+) -> Iterator[Wave]:
+    parts = _parts(runs)
+    history, branches = parts[0], parts[1:]
+    room = wave_tokens - (history[1] - history[0])
+    longest = max((end - start for start, end in branches), default=0)
+    if keep_history and branches and room >= max(longest, smallest_wave):
+        yield _wave(row, *history, is_kept=True)
+        parts, wave_tokens = branches, room
+    for start, end in _packed(parts, wave_tokens):
+        yield _wave(row, start, end)
+
+
+def _parts(runs: Sequence[Run]) -> list[tuple[int, int]]:
+    """Runs, cut at the last fork of each: what comes after it is a branch like the others."""
+    starts = [run.start for run in runs]
+    last_fork: dict[int, int] = {}
+    for run in runs:
+        if run.prefix:
+            fork = run.prefix[-1][1]
+            parent = bisect_right(starts, fork - 1) - 1
+            last_fork[parent] = max(fork, last_fork.get(parent, 0))
+    parts: list[tuple[int, int]] = []
+    for index, run in enumerate(runs):
+        fork = last_fork.get(index, run.end)
+        parts.append((run.start, fork))
+        if fork < run.end:
+            parts.append((fork, run.end))
+    return parts
+
+
+def _packed(parts: Sequence[tuple[int, int]], limit: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at most `limit` tokens that tear no part which fits in one."""
+    first = parts[0][0]
+    for start, end in parts:
+        if end - first > limit >= end - start and start > first:
+            yield first, start
+            first = start
+        while end - first > limit:
+            yield first, first + limit
+            first += limit
+    if first < parts[-1][1]:
+        yield first, parts[-1][1]
+
+
+def _wave(row: TreePlan, start: int, end: int, is_kept: bool = False) -> Wave:
+    """A wave with the tokens it hands on: the ancestors of the first token after it."""
+    if end == row.length:
+        return Wave(start, end, (), is_kept)
+    run = row.runs[bisect_right(row.runs, end, key=lambda run: run.start) - 1]
+    path = ((max(first, start), last) for first, last in (*run.prefix, (run.start, end)))
+    return Wave(start, end, tuple((first, last) for first, last in path if first < last), is_kept)
