@@ -31,8 +31,9 @@ demo: $(INSTALLED)
 	$(BIN)/python -m demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/step_time.py $(ARGS)
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.step_time $(ARGS)
+	$(BIN)/python -m benchmarks.step_time --memory --repeats 1
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) out

@@ -13,8 +13,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.memory import peak, reset_peak
 from demo.load import SEED, load_model, load_rows, load_tokenizer
-from demo.memory import peak, reset_peak
 from demo.npass import NPassTrainer, as_stock_dataset
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.rendering import render_row

@@ -1,0 +1,45 @@
+"""What a measurement ran on: machine, versions, commit."""
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def describe(device: str) -> dict[str, Any]:
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _git("rev-parse", "HEAD"),
+        "has_uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "trl_singlepass")),
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "device": _device(device)},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "trl")},
+        },
+    }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    if not CPUINFO.exists():
+        return platform.processor()
+    names = [
+        line.partition(":")[2].strip() for line in CPUINFO.read_text().splitlines() if line.startswith("model name")
+    ]
+    return names[0] if names else platform.machine()
+
+
+def _device(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu, one thread"

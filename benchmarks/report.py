@@ -1,0 +1,135 @@
+"""
+Write the measured tables into the README, from the files under benchmarks/results/ and nothing else.
+
+    python -m benchmarks.report
+"""
+
+import json
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+MEMORY_MODES = ("single_pass", "causal_row")
+NAMES = {"npass_sequential": "one by one", "npass_padded": "padded batch", "npass_packed": "packed"}
+SPEED_HEADER = [
+    "turns",
+    "tokens, N-pass",
+    "tokens, row",
+    "fastest N-pass",
+    "N-pass",
+    "single pass",
+    "**speed-up**",
+    "predicted",
+    "peak memory, N-pass",
+    "peak memory, single pass",
+]
+
+
+def fastest(measured: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The fastest measurement of every mode; checks that all modes computed the same loss and gradient."""
+    best = {}
+    for one in sorted(measured, key=lambda one: one["seconds"], reverse=True):
+        best[one["mode"]] = one
+    return best
+
+
+def check_equal(best: dict[str, dict[str, Any]], precision: float) -> None:
+    for mode, one in best.items():
+        for name in ("loss", "norm"):
+            reference = best["npass_sequential"][name]
+            if abs(one[name] - reference) > precision * abs(reference):
+                raise ValueError(
+                    f"{mode} computed {name} {one[name]}, N-pass {reference}: not the same training step."
+                )
+
+
+def speed_rows(result: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    counted = {count["turns"]: count for count in result["counted"]}
+    for turns, measured in groupby(result["measured"], key=lambda one: one["turns"]):
+        best = fastest(list(measured))
+        check_equal(best, 1e-4 if result["dtype"] == "float32" else 2e-2)
+        single = best.pop("single_pass")
+        mode, npass = min(best.items(), key=lambda item: item[1]["seconds"])
+        count = counted[turns]
+        rows.append(
+            [
+                str(turns),
+                f"{count['npass_tokens']:,}",
+                f"{count['row_tokens']:,}",
+                NAMES[mode],
+                seconds(npass["seconds"]),
+                seconds(single["seconds"]),
+                f"**{npass['seconds'] / single['seconds']:.2f}**",
+                f"{count['predicted_speedup']:.2f}",
+                mebibytes(npass["bytes"]),
+                mebibytes(single["bytes"]),
+            ]
+        )
+    return rows
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+
+
+def mebibytes(value: float) -> str:
+    return f"{value / 2**20:,.0f} MiB"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---:"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def speed_section(result: dict[str, Any], name: str) -> str:
+    return table(SPEED_HEADER, speed_rows(result)) + "\n\n" + provenance(result, name)
+
+
+def memory_section(result: dict[str, Any], name: str) -> str:
+    used = {mode: [one["bytes"] for one in result["measured"] if one["mode"] == mode] for mode in MEMORY_MODES}
+    best = {mode: median(values) for mode, values in used.items()}
+    ratio = best["single_pass"] / best["causal_row"]
+    text = (
+        f"Peak memory of one row of {result['counted'][0]['row_tokens']:,} tokens, forward and backward: "
+        f"{mebibytes(best['single_pass'])} as a tree, {mebibytes(best['causal_row'])} as a plain causal row "
+        f"(ratio {ratio:.2f})."
+    )
+    return text + "\n\n" + provenance(result, name)
+
+
+def provenance(result: dict[str, Any], name: str) -> str:
+    machine, versions, model = result["machine"], result["versions"], result["model"]
+    return (
+        f"<sub>`benchmarks/results/{name}`, {result['date']}, commit {result['commit'][:7]}: {machine['processor']}, "
+        f"{machine['device']}, {result['dtype']}; "
+        + ", ".join(f"{package} {number}" for package, number in versions.items())
+        + f"; Qwen3 architecture, {model['num_hidden_layers']} layers, hidden size {model['hidden_size']}, "
+        f"vocabulary {model['vocab_size']:,}.</sub>"
+    )
+
+
+SECTIONS = {"step_time": speed_section, "row_memory": memory_section}
+
+
+def report() -> str:
+    """All tables, in the order of the files' kinds and names."""
+    results = [(path.name, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    known = [(name, result) for name, result in results if result["kind"] in SECTIONS]
+    known.sort(key=lambda item: (list(SECTIONS).index(item[1]["kind"]), item[0]))
+    return "\n\n".join(SECTIONS[result["kind"]](result, name) for name, result in known)
+
+
+def main() -> None:
+    head, _, rest = README.read_text().partition(BEGIN)
+    tail = rest.partition(END)[2]
+    README.write_text(f"{head}{BEGIN}\n\n{report()}\n\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()

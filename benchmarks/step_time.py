@@ -1,0 +1,185 @@
+"""
+Time and peak memory of one training step on one conversation, in a single pass and in three kinds of N-pass.
+
+    python -m benchmarks.step_time                     speed, the README's table
+    python -m benchmarks.step_time --memory            memory of a 16k-token row against a plain causal row
+
+Each measurement runs in a process of its own. Modes take turns, so that a slow minute of the machine hits all of them.
+On a CPU, time is processor time of one thread, which other programs hardly disturb; on a GPU it is wall time.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
+
+from benchmarks.conversations import Sizes, conversation
+from benchmarks.machine import describe
+from benchmarks.memory import peak, reset_peak
+from benchmarks.modes import MODES, Step
+from trl_singlepass import PrefixTree
+from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
+
+
+RESULTS = Path(__file__).parent / "results"
+SPEED_MODES = ("single_pass", "npass_sequential", "npass_padded", "npass_packed")
+MEMORY_MODES = ("single_pass", "causal_row")
+MODEL = {
+    "num_hidden_layers": 6,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "vocab_size": 32_000,
+    "max_position_embeddings": 65_536,
+    "tie_word_embeddings": False,
+}
+# Small enough to fill in a second: a trial of the script, not a measurement.
+TINY_MODEL = {**MODEL, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 500}
+TINY_SIZES = Sizes(user=(5, 10), reasoning=(30, 100), answer=(10, 20), system=5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement; everything in it is plain, so that it travels to a process of its own as JSON."""
+
+    mode: str
+    turns: int
+    seed: int
+    tiny: bool
+    device: str
+    dtype: str
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return TINY_MODEL if self.tiny else MODEL
+
+    def samples(self) -> list[Any]:
+        sizes = TINY_SIZES if self.tiny else Sizes()
+        return conversation(self.turns, self.model["vocab_size"], self.seed, sizes)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Run one step after a short one that warms up, in this process."""
+    torch.set_num_threads(1)
+    set_seed(0)
+    config = Qwen3Config(**case.model)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype)).to(case.device)
+    # A GPU chooses and compiles kernels by shape; a CPU has little to warm up.
+    on_gpu = torch.cuda.is_available()
+    warm_up = case.samples() if on_gpu else conversation(2, case.model["vocab_size"], seed=1, sizes=TINY_SIZES)
+    MODES[case.mode](Step(model, warm_up))()
+    model.zero_grad()
+    model.set_attn_implementation("sdpa")
+    loss = MODES[case.mode](Step(model, case.samples()))
+    before, start = reset_peak(), now()
+    value = loss()
+    seconds, used = now() - start, peak() - before
+    norm = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).norm()
+    return {
+        "mode": case.mode,
+        "turns": case.turns,
+        "seconds": seconds,
+        "bytes": used,
+        "loss": value,
+        "norm": float(norm),
+    }
+
+
+def now() -> float:
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure_apart(case: Case) -> dict[str, Any]:
+    """Run one measurement in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.step_time", "--case", json.dumps(vars(case))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{case} failed:\n{done.stderr[-2000:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"{case.turns:3} turns  {case.mode:17} {result['seconds']:8.2f} s {result['bytes'] / 2**20:8.0f} MiB",
+        flush=True,
+    )
+    return result
+
+
+def counted(case: Case) -> dict[str, Any]:
+    """What both ways cost by counting, and what that predicts."""
+    samples = case.samples()
+    tree, shape = PrefixTree.from_samples(samples), ModelShape.from_config(Qwen3Config(**case.model))
+    npass, single = npass_cost(samples, shape), single_pass_cost([tree], shape)
+    return {
+        "turns": case.turns,
+        "npass_tokens": npass.tokens,
+        "row_tokens": single.tokens,
+        "npass_flops": npass.flops,
+        "single_pass_flops": single.flops,
+        "predicted_speedup": npass.flops / single.flops,
+    }
+
+
+def seed_of_length(turns: int, tokens: int, tiny: bool) -> int:
+    """Seed of the conversation whose row comes closest to a length."""
+    seeds = [Case("", turns, seed, tiny, "", "") for seed in range(200)]
+    return min(seeds, key=lambda case: abs(len(PrefixTree.from_samples(case.samples())) - tokens)).seed
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.step_time", description=__doc__.splitlines()[1])
+    parser.add_argument("--turns", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--repeats", type=int, default=3, help="the smallest time of so many is reported")
+    parser.add_argument("--memory", action="store_true", help="measure a 16k-token row against a plain causal one")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--name", help="name of the file under benchmarks/results/")
+    parser.add_argument("--tiny", action="store_true", help="sizes that only try the script out")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.case:
+        print(json.dumps(measure(Case(**json.loads(args.case)))))
+        return
+    kind = "row_memory" if args.memory else "step_time"
+    modes = MEMORY_MODES if args.memory else SPEED_MODES
+    turns, seeds = args.turns, dict.fromkeys(args.turns, 0)
+    if args.memory:
+        turns = [16]
+        seeds = {16: seed_of_length(16, 1_600 if args.tiny else 16_384, args.tiny)}
+    common = {"tiny": args.tiny, "device": args.device, "dtype": args.dtype}
+    result = {
+        "kind": kind,
+        **describe(args.device),
+        "model": TINY_MODEL if args.tiny else MODEL,
+        "dtype": args.dtype,
+        "counted": [counted(Case("", count, seeds[count], **common)) for count in turns],
+        "measured": [
+            measure_apart(Case(mode, count, seeds[count], **common))
+            for count in turns
+            for _ in range(args.repeats)
+            for mode in modes
+        ],
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"{args.name or f'{kind}_{args.device}_{args.dtype}'}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
