@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,7 +56,7 @@ class WaveRow:
         """
         for group, memory in zip(self.plan.groups, self.memories, strict=True):
             for wave in group:
-                with torch.no_grad():
+                with _forward_only():
                     outputs = self._run(wave, ((wave.start, wave.end),), memory, forward, writes=True)
                 yield wave, outputs
         self._surveyed = True
@@ -89,7 +91,7 @@ class WaveRow:
             kept = self._run(group[0], ((group[0].start, group[0].end),), memory, forward, writes=True)
         for wave in group:
             if wave.handed_on and not wave.is_kept and not self._surveyed:
-                with torch.no_grad():
+                with _forward_only():
                     self._run(wave, wave.handed_on, memory, remember, writes=True)
         for wave in reversed(group):
             if wave.is_kept:
@@ -102,3 +104,11 @@ class WaveRow:
     ) -> Any:
         with running_on(WaveTree.of(wave, tokens, memory, self.tree, writes=writes)):
             return forward(wave, tokens)
+
+
+@contextmanager
+def _forward_only() -> Iterator[None]:
+    """No gradients; reentrant checkpointing warns that there are none, which is meant here."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
+        yield

@@ -1,0 +1,77 @@
+"""Settings under which waves would not train what the whole row trains: each refused by name, with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import trl
+from accelerate.utils import DistributedType
+from packaging.version import Version
+from torch import nn
+
+from ..attention.registry import TREE_ATTENTION
+from ..recurrent.families import recurrent_layers
+
+
+def check_waves(trainer: Any) -> None:
+    """
+    Refuse what waves cannot honour.
+
+    Args:
+        trainer (`SinglePassSFTTrainer`):
+            Trainer with `wave_tokens`, its model under tree attention.
+
+    Raises:
+        `ValueError`: If a setting, the model or the engine does not work with waves.
+    """
+    for what, why, way_out in _refused(trainer):
+        raise ValueError(f"{what} does not work with wave_tokens: {why}. {way_out}, or set wave_tokens=None.")
+
+
+def _refused(trainer: Any) -> Iterator[tuple[str, str, str]]:
+    args, base = trainer.args, trainer.model
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    if Version(trl.__version__) < Version("1.16"):
+        yield f"trl {trl.__version__}", "it has no fused head that takes shifted labels", "Upgrade to trl>=1.16"
+    if args.label_smoothing_factor:
+        yield "label_smoothing_factor", "it reads the logits of the whole row", "Set it to 0"
+    if trainer.compute_loss_func is not None:
+        yield "compute_loss_func", "it reads the logits of the whole row", "Leave it unset"
+    if args.neftune_noise_alpha is not None:
+        yield "neftune_noise_alpha", "history would get other noise each time that it runs", "Leave it unset"
+    if args.torch_compile:
+        yield "torch_compile", "waves add up gradients where a compiled graph cannot see them", "Turn it off"
+    if args.activation_offloading:
+        yield "activation_offloading", "it expects one forward before each backward", "Turn it off"
+    if str(args.optim).lower().rpartition(".")[2] in ("lomo", "adalomo") or "layerwise" in str(args.optim).lower():
+        yield f"optim={str(args.optim)!r}", "it updates parameters during backward, between waves", "Choose another"
+    yield from _refused_models(trainer.model, base)
+    yield from _refused_engines(trainer.accelerator)
+
+
+def _refused_models(model: Any, base: Any) -> Iterator[tuple[str, str, str]]:
+    dropout = sorted({name for name, module in model.named_modules() if getattr(module, "p", 0) and _drops(module)})
+    if dropout:
+        yield f"Dropout ({dropout[0]})", "history would drop other units each time that it runs", "Set it to 0"
+    if getattr(base.config.get_text_config(), "router_jitter_noise", 0):
+        yield "router_jitter_noise", "history would get other noise each time that it runs", "Set it to 0"
+    recurrent = sorted({type(layer).__name__ for layer in recurrent_layers(base)})
+    if recurrent:
+        yield f"{', '.join(recurrent)}", "its state is not handed from wave to wave", "Take a model of attention layers"
+    implementation = base.config.get_text_config()._attn_implementation
+    if implementation != TREE_ATTENTION["sdpa"]:
+        known = {name: given for given, name in TREE_ATTENTION.items()}
+        name = known.get(implementation, implementation)
+        yield f"attn_implementation={name!r}", "its kernel reads keys from one row", "Load the model with 'sdpa'"
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd)
+
+
+def _refused_engines(accelerator: Any) -> Iterator[tuple[str, str, str]]:
+    works = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if accelerator.distributed_type not in works:
+        name = accelerator.distributed_type.value
+        yield f"{name}", "its ranks would need the same number of waves", "Train with DistributedDataParallel"

@@ -1,0 +1,122 @@
+"""Waves in a trainer: how its rows are cut, and how its loss is scaled before the Trainer scales it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import logging
+
+from ..attention.tree_mask import Tree
+from ..loss import total_weight
+from .balance import RouterRecorder
+from .budget import wave_tokens_that_fit
+from .engines import engine_of
+from .loss import WaveLoss
+from .model import WavedModel
+from .plan import WavePlan
+from .refusals import check_waves
+from .row import WaveRow
+
+
+logger = logging.get_logger(__name__)
+
+# On an accelerator, waves of fewer tokens leave it idle, and running the history twice costs less.
+SMALLEST_WAVE = 1024
+
+
+class WaveTraining:
+    """
+    The waves of a trainer.
+
+    Args:
+        trainer (`SinglePassSFTTrainer`):
+            Trainer with `wave_tokens`, its model under tree attention.
+
+    Raises:
+        `ValueError`: If a setting, the model or the engine does not work with waves; the message names it.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        check_waves(trainer)
+        self.trainer = trainer
+        base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+        self.recorder = RouterRecorder(base) if trainer.aux_loss_enabled else None
+        self._wave_tokens: int | None = None if trainer.args.wave_tokens == "auto" else trainer.args.wave_tokens
+
+    @property
+    def wave_tokens(self) -> int:
+        """Largest number of tokens that have activations at the same time."""
+        if self._wave_tokens is None:
+            self._wave_tokens, reason = wave_tokens_that_fit(self.trainer.model, self.trainer.args)
+            logger.info(f"wave_tokens='auto' is {self._wave_tokens}: {reason}.")
+        return self._wave_tokens
+
+    def plan(self, tree: Tree) -> WavePlan:
+        """
+        Cut a row in waves.
+
+        Args:
+            tree (`Tree`):
+                Tree of the row.
+        """
+        on_cpu = self.trainer.args.device.type == "cpu"
+        # The load-balancing loss has to know all of the row before the first backward: history runs then anyway.
+        keep = self.recorder is None
+        smallest = 1 if on_cpu else SMALLEST_WAVE
+        return WavePlan.from_tree_plan(tree.plan, self.wave_tokens, keep_history=keep, smallest_wave=smallest)
+
+    def over(self, model: Any, tree: Tree, inputs: dict[str, Any], num_items: Any) -> Any:
+        """
+        Return the model as it runs a row: wave by wave, or as it is where the row fits in one.
+
+        Args:
+            model (`torch.nn.Module`):
+                Model, as the Trainer wrapped it.
+            tree (`Tree`):
+                Tree of the row.
+            inputs (`dict[str, Any]`):
+                Batch of the collator.
+            num_items (`torch.Tensor` or `int`, *optional*):
+                Sum of the loss weights over the whole step, as the Trainer hands it to `compute_loss`.
+        """
+        plan = self.plan(tree)
+        trainer = self.trainer
+        if trainer.model.training:
+            logger.info(f"Step {trainer.state.global_step + 1}: {plan}.")
+            trainer._metrics["train"]["num_waves"].append(float(len(plan.waves)))
+        if len(plan.waves) == 1:
+            return model
+        balance = None if self.recorder is None else self.recorder.start()
+        steps = trainer.current_gradient_accumulation_steps if num_items is not None and trainer.model.training else 1
+        loss = WaveLoss(
+            self._coefficients(inputs, num_items),
+            is_dft=trainer.args.loss_type == "dft",
+            balance=balance,
+            balance_coefficient=0.0 if balance is None else trainer.router_aux_loss_coef / steps,
+        )
+        row = WaveRow(plan, tree, trainer.args.offload_kv)
+        scale = self._scale(num_items)
+        engine = engine_of(model, lambda loss: trainer.accelerator.backward(loss * scale))
+        return WavedModel(engine, row, loss, self.recorder)
+
+    def _coefficients(self, inputs: dict[str, Any], num_items: Any) -> torch.Tensor:
+        """Factor of each position's target in the loss that TRL computes, shape `(1, row_length)`."""
+        labels = inputs["labels"]
+        weights = inputs.get("loss_weights", (labels != -100).float())
+        total = total_weight(inputs) if num_items is None else num_items
+        total = torch.as_tensor(total, device=labels.device)
+        ranks = 1
+        if self.trainer.args.average_tokens_across_devices and num_items is not None:
+            ranks = self.trainer.accelerator.num_processes
+        # TRL's guard against division by zero; weighted losses are normalised before it.
+        total = total if "loss_weights" in inputs else total.clamp(min=1)
+        return torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1) * ranks / total
+
+    def _scale(self, num_items: Any) -> float:
+        """What `Trainer.training_step` multiplies the loss with before it sends gradients back."""
+        trainer = self.trainer
+        is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if is_scaled is None:
+            is_scaled = trainer.model_accepts_loss_kwargs and num_items is not None
+        return 1.0 if is_scaled or not trainer.model.training else 1 / trainer.current_gradient_accumulation_steps
