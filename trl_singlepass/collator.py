@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from .rows import Row, TreePlan
+from .rows import ROW_COLUMNS, Row, TreePlan
 from .tree import IGNORE_INDEX
 
 
@@ -59,6 +59,27 @@ class DataCollatorForSinglePass:
         }
         if (row.loss_weights[row.labels != IGNORE_INDEX] != 1).any():
             batch["loss_weights"] = _as_batch(row.loss_weights).float()
+        return batch
+
+
+class TreeOrPlainCollator:
+    """
+    Conversations to one collator, plain rows to another: a trainer may train on one and evaluate on the other.
+
+    Args:
+        tree (`Callable`):
+            Collator of rows that hold trees.
+        plain (`Callable`):
+            Collator of all other rows.
+    """
+
+    def __init__(self, tree: Callable[..., Any], plain: Callable[..., Any]) -> None:
+        self.tree, self.plain = tree, plain
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Collate rows, all of one kind."""
+        collate = self.tree if set(ROW_COLUMNS) <= set(examples[0]) else self.plain
+        batch: dict[str, Any] = collate(list(examples))
         return batch
 
 
