@@ -6,9 +6,11 @@ from chat_tokenizers import make_tokenizer
 from conversations import TOOLS, chat, tool_chat
 from families import FAMILIES, tiny_model
 from strategies import reasoning_chat
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from trl_singlepass import Sample, verify
 from trl_singlepass.attention import use_tree_attention
+from trl_singlepass.recurrent.layer import on_trees
 from trl_singlepass.reference import leak_probe, npass_loss_and_gradients, single_pass
 from trl_singlepass.rows import TreePlan
 
@@ -84,6 +86,35 @@ def test_lora_compares_the_adapter(tokenizer):
     report = verify(model, tokenizer, CONVERSATIONS)
     assert report.ok, str(report)
     assert "lora" in report.rows[0].worst_parameter
+
+
+HYBRID = {
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("comes_on_trees", [False, True])
+def test_a_model_with_recurrent_layers_agrees_and_is_left_as_it_was(tokenizer, dtype, comes_on_trees):
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(vocab_size=len(tokenizer), **HYBRID)).to(dtype)
+    if comes_on_trees:
+        use_tree_attention(model)
+    attention = model.config._attn_implementation
+    report = verify(model, tokenizer, CONVERSATIONS)
+    assert report.ok, str(report)
+    assert model.config._attn_implementation == attention
+    assert any(map(on_trees, model.modules())) == comes_on_trees
 
 
 def state_of(model):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..attention import use_tree_attention
+from ..recurrent.layer import on_trees, stop_tree_recurrence
 from ..rendering import render_row
 from ..sample import Sample
 from .float64 import ForcedFloat64
@@ -88,36 +89,69 @@ def verify(
     if not rows:
         raise ValueError("Nothing to verify: `conversations` is empty. Pass at least one conversation.")
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    with _left_as_found(model), ForcedFloat64() if dtype is torch.float64 else nullcontext():
-        compared = tuple(_compare(model, index, samples, dtype) for index, samples in enumerate(rows))
+    with _left_as_found(model) as attention, ForcedFloat64() if dtype is torch.float64 else nullcontext():
+        compared = tuple(_compare(model, index, samples, dtype, attention) for index, samples in enumerate(rows))
     return VerifyReport(compared, str(dtype).removeprefix("torch."))
 
 
 @contextmanager
-def _left_as_found(model: Any) -> Iterator[None]:
+def _left_as_found(model: Any) -> Iterator[str | None]:
+    """Take the model off trees and to evaluation; yield the tree attention that it came with, as a trainer's does."""
+    base = _base(model)
     modes = {module: module.training for module in model.modules()}
-    attention = text_config(model)._attn_implementation
+    attention = text_config(base)._attn_implementation
+    came_on_trees = attention.startswith("tree_") or any(map(on_trees, base.modules()))
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
     model.eval()
+    if came_on_trees:
+        _leave_trees(base, "sdpa" if base._supports_sdpa else "eager")
     try:
         with torch.random.fork_rng(devices), torch.enable_grad():
-            yield
+            yield attention if came_on_trees else None
     finally:
-        model.set_attn_implementation(attention)
+        if came_on_trees:
+            use_tree_attention(base)
+            _set_attention(base, attention)
         for module, training in modes.items():
             module.training = training
 
 
-def _compare(model: Any, index: int, samples: Sequence[Sample], dtype: torch.dtype) -> RowComparison:
+@contextmanager
+def _on_trees(model: Any, tree_attention: str | None) -> Iterator[None]:
+    base = _base(model)
+    before = use_tree_attention(base)
+    try:
+        if tree_attention is not None:
+            _set_attention(base, tree_attention)
+        yield
+    finally:
+        _leave_trees(base, before)
+
+
+def _leave_trees(base: Any, attention: str) -> None:
+    stop_tree_recurrence(base)
+    _set_attention(base, attention)
+
+
+def _set_attention(base: Any, implementation: str) -> None:
+    if base._can_set_attn_implementation():  # some models have recurrent layers only
+        base.set_attn_implementation(implementation)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _compare(
+    model: Any, index: int, samples: Sequence[Sample], dtype: torch.dtype, tree_attention: str | None
+) -> RowComparison:
     # The run with moved weights comes first: it warms up the device for the two that are timed.
     with _moved_by_one_rounding(model):
         moved = npass_loss_and_gradients(model, samples)
     npass = npass_loss_and_gradients(model, samples)
-    attention = text_config(model)._attn_implementation
-    use_tree_attention(model)
-    single_pass = single_pass_loss_and_gradients(model, samples)
-    leak = leak_probe(model, samples)
-    model.set_attn_implementation(attention)
+    with _on_trees(model, tree_attention):
+        single_pass = single_pass_loss_and_gradients(model, samples)
+        leak = leak_probe(model, samples)
     is_float64 = dtype is torch.float64
     difference = {name: single_pass.gradients[name] - gradient for name, gradient in npass.gradients.items()}
     noise = _norm({name: moved.gradients[name] - gradient for name, gradient in npass.gradients.items()})
