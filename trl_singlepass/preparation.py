@@ -1,66 +1,33 @@
-"""Datasets of conversations to datasets of rows: render, cut, merge; what is lost on the way is counted."""
+"""Datasets of conversations to datasets of rows, cached, in several processes, or as a stream."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, IterableDataset
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, logging
 from trl import is_conversational
 from trl.data_utils import get_dataset_column_names, is_conversational_from_value
 
-from .rendering import render_row
+from . import __version__
+from .conversation_rows import COUNT_COLUMNS, rows_of
+from .packed_dataset import pack_dataset
+from .preparation_report import PreparationReport, report_of
+from .row_tables import row_features, rows_to_table
 from .rows import ROW_COLUMNS, Row
-from .sample import Sample
-from .tree import PrefixTree
+from .settings import RowSettings
+from .streaming import stream_rows
+from .tokenizer_fingerprint import tokenizer_fingerprint
 
 
 logger = logging.get_logger(__name__)
 
-LOSS_COLUMNS = ("num_turns", "num_cut_turns", "num_dropped_turns", "num_cut_tokens")
-
-
-@dataclass(frozen=True, slots=True)
-class PreparationReport:
-    """
-    What a dataset held and what of it is not trained.
-
-    Args:
-        num_conversations (`int`):
-            Conversations given.
-        num_turns (`int`):
-            Turns given.
-        num_cut_turns (`int`):
-            Turns that lost tokens to `max_length` and are trained on the rest.
-        num_dropped_turns (`int`):
-            Turns whose prompt alone fills `max_length`, so that nothing of them is trained.
-        num_cut_tokens (`int`):
-            Tokens of completions that are not trained.
-        num_dropped_conversations (`int`):
-            Conversations of which no turn is trained.
-    """
-
-    num_conversations: int
-    num_turns: int
-    num_cut_turns: int
-    num_dropped_turns: int
-    num_cut_tokens: int
-    num_dropped_conversations: int
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every token of every turn is trained."""
-        return self.num_cut_tokens == 0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.num_turns} turns of {self.num_conversations} conversations; not trained: "
-            f"{self.num_cut_tokens} completion tokens past max_length, in {self.num_cut_turns} turns that are trained "
-            f"in part and {self.num_dropped_turns} turns dropped whole ({self.num_dropped_conversations} "
-            "conversations dropped whole)"
-        )
+# Conversations that a process prepares before it writes them.
+_PREPARED_AT_ONCE = 32
 
 
 def holds_conversations(example: Mapping[str, Any]) -> bool:
@@ -85,119 +52,119 @@ def holds_rows(column_names: list[str]) -> bool:
     return set(ROW_COLUMNS) <= set(column_names)
 
 
-def prepare_example(
-    example: dict[str, Any],
-    index: int,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-) -> dict[str, Any]:
-    """
-    Return one conversation as a row of its prefix tree, with counts of what `max_length` took.
-
-    Args:
-        example (`dict[str, Any]`):
-            Dataset row.
-        index (`int`):
-            Its index, for error messages.
-        tokenizer (`transformers.PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
-        max_length (`int`, *optional*):
-            Longest sample, in tokens.
-
-    Returns:
-        `dict[str, Any]`: Columns `ROW_COLUMNS` (empty if no turn is trained) and `LOSS_COLUMNS`.
-
-    Raises:
-        `RenderingError`: If the row cannot be rendered without losing part of a turn.
-    """
-    samples = render_row(example, tokenizer, row_index=index)
-    kept = [sample if max_length is None else sample.truncated(max_length) for sample in samples]
-    trained = [sample for sample in kept if sample.is_trained]
-    counts = _losses(samples, kept)
-    if not trained:
-        return {**{name: [] for name in ROW_COLUMNS}, **counts}
-    return {**Row.from_tree(PrefixTree.from_samples(trained)).columns(), **counts}
-
-
-def _losses(samples: list[Sample], kept: list[Sample]) -> dict[str, int]:
-    lost = [int((s.loss_weights > 0).sum() - (k.loss_weights > 0).sum()) for s, k in zip(samples, kept, strict=True)]
-    dropped = [not sample.is_trained for sample in kept]
-    return {
-        "num_turns": len(samples),
-        "num_cut_turns": sum(tokens > 0 and not drop for tokens, drop in zip(lost, dropped, strict=True)),
-        "num_dropped_turns": sum(dropped),
-        "num_cut_tokens": sum(lost),
-    }
-
-
 def prepare_dataset(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
+    settings: RowSettings,
     *,
-    max_length: int | None,
+    packing: bool = False,
     num_proc: int | None = None,
     name: str = "train",
-) -> tuple[Dataset | IterableDataset, PreparationReport | None]:
+) -> Dataset | IterableDataset:
     """
-    Return a dataset of conversations as a dataset of rows.
+    Return a dataset of conversations as a dataset of rows; what it held and what of it is lost is logged.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset`):
             Conversations.
         tokenizer (`transformers.PreTrainedTokenizerBase`):
             Tokenizer with a chat template.
-        max_length (`int`, *optional*):
-            Longest sample, in tokens.
+        settings (`RowSettings`):
+            Bounds; with packing, `max_row_tokens` is the capacity of a row.
+        packing (`bool`, *optional*, defaults to `False`):
+            Whether several conversations share a row.
         num_proc (`int`, *optional*):
             Number of processes; a streamed dataset is prepared on the fly.
         name (`str`, *optional*, defaults to `"train"`):
-            Name of the dataset for the progress bar.
+            Name of the dataset in progress bars and log.
 
     Returns:
-        `tuple`: The rows, and what they lost. A streamed dataset has no report yet; its rows keep `LOSS_COLUMNS`.
+        `datasets.Dataset` or `datasets.IterableDataset`: The rows.
 
     Raises:
         `RenderingError`: If a row cannot be rendered without losing part of a turn.
         `ValueError`: If no turn of the dataset is trained.
     """
-    kwargs: dict[str, Any] = {"fn_kwargs": {"tokenizer": tokenizer, "max_length": max_length}, "with_indices": True}
-    columns = get_dataset_column_names(dataset)
     if isinstance(dataset, IterableDataset):
-        rows = dataset.map(prepare_example, remove_columns=columns, **kwargs)
-        return rows.filter(_is_trained_or_warn, with_indices=True).remove_columns(list(LOSS_COLUMNS)), None
-    rows = dataset.map(
-        prepare_example,
-        remove_columns=columns,
-        num_proc=num_proc,
-        desc=f"Building prefix trees of {name} dataset",
-        **kwargs,
-    )
-    trained = rows.filter(
-        _is_trained, input_columns="input_ids", num_proc=num_proc, desc=f"Dropping untrained rows of {name} dataset"
-    )
-    report = _report({name: rows[name] for name in LOSS_COLUMNS}, len(trained))
-    if len(trained) == 0:
+        return stream_rows(dataset, tokenizer, settings, packing=packing, name=name)
+    rows, report = conversations_to_rows(dataset, tokenizer, settings, num_proc=num_proc, name=name)
+    (logger.info if report.is_complete else logger.warning)(f"{name} dataset: {report}.")
+    if report.num_row_tokens == 0:
         raise ValueError(f"No turn of the {name} dataset is trained: {report}. Raise max_length, or set it to None.")
-    return trained.remove_columns(list(LOSS_COLUMNS)), report
+    if packing:
+        assert settings.max_row_tokens is not None, "packing needs the capacity of a row"
+        rows, packed = pack_dataset(rows, settings.max_row_tokens, num_proc=num_proc, name=name)
+        logger.info(f"{name} dataset: {packed}.")
+        return rows
+    if report.num_dropped_conversations:
+        rows = rows.select(np.flatnonzero(rows.data.table["num_tokens"].to_numpy()))
+    return rows.remove_columns(list(COUNT_COLUMNS))
 
 
-def _is_trained(input_ids: list[int]) -> bool:
-    return len(input_ids) > 0
+def conversations_to_rows(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RowSettings,
+    *,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> tuple[Dataset, PreparationReport]:
+    """
+    Return each conversation of a dataset as its rows.
 
+    The result is cached by `datasets` under a fingerprint of the dataset, the tokenizer's rules and the settings:
+    other training arguments, or having used the tokenizer before, prepare nothing again.
 
-def _is_trained_or_warn(row: dict[str, Any], index: int) -> bool:
-    """A stream has no end at which losses could be summed up, so each is named as it comes."""
-    is_trained = _is_trained(row["input_ids"])
-    report = _report({name: [row[name]] for name in LOSS_COLUMNS}, int(is_trained))
-    if not report.is_complete:
-        logger.warning(f"Row {index} of the stream: {report}.")
-    return is_trained
+    Args:
+        dataset (`datasets.Dataset`):
+            Conversations.
+        tokenizer (`transformers.PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        settings (`RowSettings`):
+            Bounds.
+        num_proc (`int`, *optional*):
+            Number of processes.
+        name (`str`, *optional*, defaults to `"train"`):
+            Name of the dataset for the progress bar.
 
+    Returns:
+        `tuple[Dataset, PreparationReport]`: Rows with `COUNT_COLUMNS`, an empty one for a conversation of which
+        nothing is trained; and what they held and lost.
 
-def _report(counts: Mapping[str, Sequence[int]], num_trained: int) -> PreparationReport:
-    num_conversations = len(counts["num_turns"])
-    return PreparationReport(
-        num_conversations=num_conversations,
-        num_dropped_conversations=num_conversations - num_trained,
-        **{name: sum(counts[name]) for name in LOSS_COLUMNS},
+    Raises:
+        `RenderingError`: If a row cannot be rendered without losing part of a turn.
+    """
+    features = row_features(COUNT_COLUMNS)
+    state = ("rows", __version__, dataset._fingerprint, tokenizer_fingerprint(tokenizer), repr(settings))
+    rows = dataset.map(
+        _prepare_batch,
+        with_indices=True,
+        batched=True,
+        batch_size=_PREPARED_AT_ONCE,
+        fn_kwargs={"tokenizer": tokenizer, "settings": settings, "features": features},
+        remove_columns=get_dataset_column_names(dataset),
+        features=features,
+        num_proc=num_proc,
+        new_fingerprint=Hasher.hash(state),
+        desc=f"Building prefix trees of {name} dataset",
     )
+    table = rows.data.table
+    counts = {column: table[column].to_pylist() for column in COUNT_COLUMNS}
+    return rows, report_of(counts, table["num_tokens"].to_pylist())
+
+
+def _prepare_batch(
+    batch: Mapping[str, Sequence[Any]],
+    indices: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RowSettings,
+    features: Features,
+) -> pa.Table:
+    rows: list[Row] = []
+    counts: list[dict[str, int]] = []
+    for position, index in enumerate(indices):
+        example = {name: values[position] for name, values in batch.items()}
+        of_one, counts_of_one = rows_of(example, index, tokenizer, settings)
+        rows += of_one
+        counts += counts_of_one
+    return rows_to_table(rows, counts, features)

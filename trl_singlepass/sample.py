@@ -86,11 +86,13 @@ class Sample:
 
     def truncated(self, max_length: int) -> "Sample":
         """Return the sample's first `max_length` tokens (TRL's `truncation_mode="keep_start"`)."""
+        prompt_length = min(self.prompt_length, max_length)
         return Sample(
             self.token_ids[:max_length],
             self.loss_weights[:max_length],
-            min(self.prompt_length, max_length),
+            prompt_length,
             self.message_index,
+            min(self.reasoning_length, max_length - prompt_length),
         )
 
 

@@ -1,0 +1,162 @@
+"""What a dataset held, what of it is not trained, and how full its rows are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PreparationReport:
+    """
+    What a dataset held and what of it is not trained.
+
+    Args:
+        num_conversations (`int`):
+            Conversations given.
+        num_turns (`int`):
+            Turns given.
+        num_trained_tokens (`int`):
+            Trained tokens, counted as N-pass trains them. With `num_cut_tokens` they make up all that was given.
+        num_cut_turns (`int`):
+            Turns that are too long and trained on the rest.
+        num_dropped_turns (`int`):
+            Turns of which nothing is trained: too long for any of their completion, or dropped for being too long.
+        num_cut_tokens (`int`):
+            Tokens of completions that are not trained.
+        num_dropped_conversations (`int`):
+            Conversations of which no turn is trained.
+        num_split_conversations (`int`):
+            Conversations that stand in several rows.
+        num_sample_tokens (`int`):
+            Tokens of all trained samples: what N-pass computes.
+        num_row_tokens (`int`):
+            Tokens of all rows, before packing.
+        num_repeated_tokens (`int`):
+            Of those, history that splitting repeats.
+        overlong (`tuple[str, ...]`):
+            The first few turns that were too long, by name.
+    """
+
+    num_conversations: int
+    num_turns: int
+    num_trained_tokens: int
+    num_cut_turns: int
+    num_dropped_turns: int
+    num_cut_tokens: int
+    num_dropped_conversations: int
+    num_split_conversations: int
+    num_sample_tokens: int
+    num_row_tokens: int
+    num_repeated_tokens: int
+    overlong: tuple[str, ...]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every token of every turn is trained."""
+        return self.num_cut_tokens == 0
+
+    def __str__(self) -> str:
+        held = f"{self.num_turns} turns of {self.num_conversations} conversations; "
+        split = ""
+        if self.num_split_conversations:
+            split = (
+                f"; {self.num_split_conversations} conversations split over several rows, which repeat "
+                f"{self.num_repeated_tokens} of {self.num_row_tokens} tokens"
+            )
+        if self.is_complete:
+            return f"{held}all {self.num_trained_tokens} completion tokens trained{split}"
+        return (
+            f"{held}not trained: {self.num_cut_tokens} completion tokens past max_length, in {self.num_cut_turns} "
+            f"turns that are trained in part and {self.num_dropped_turns} turns dropped whole "
+            f"({self.num_dropped_conversations} conversations dropped whole; {', '.join(self.overlong)}{self._more}), "
+            f"of {self.num_trained_tokens + self.num_cut_tokens}{split}"
+        )
+
+    @property
+    def _more(self) -> str:
+        others = self.num_cut_turns + self.num_dropped_turns - len(self.overlong)
+        return f" and {others} more" if others else ""
+
+
+def report_of(counts: Mapping[str, Sequence[int]], lengths: Sequence[int], num_named: int = 3) -> PreparationReport:
+    """
+    Return the report of prepared rows.
+
+    Args:
+        counts (`Mapping[str, Sequence[int]]`):
+            `COUNT_COLUMNS`, one value per row.
+        lengths (`Sequence[int]`):
+            Tokens of each row.
+        num_named (`int`, *optional*, defaults to 3):
+            How many overlong turns to name.
+
+    Returns:
+        `PreparationReport`: The report.
+    """
+    rows_of: dict[int, int] = {}
+    for conversation, length in zip(counts["conversation"], lengths, strict=True):
+        rows_of[conversation] = rows_of.get(conversation, 0) + (length > 0)
+    named = [
+        f"row {conversation}{f', message {message}' if message >= 0 else ''}: {length} tokens"
+        for conversation, message, length in zip(
+            counts["conversation"], counts["overlong_message"], counts["overlong_length"], strict=True
+        )
+        if length
+    ]
+    summed = ("num_turns", "num_trained_tokens", "num_cut_turns", "num_dropped_turns", "num_cut_tokens")
+    return PreparationReport(
+        num_conversations=len(rows_of),
+        num_dropped_conversations=sum(number == 0 for number in rows_of.values()),
+        num_split_conversations=sum(number > 1 for number in rows_of.values()),
+        num_row_tokens=sum(lengths),
+        overlong=tuple(named[:num_named]),
+        **{name: sum(counts[name]) for name in (*summed, "num_sample_tokens", "num_repeated_tokens")},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PackingReport:
+    """
+    How full packed rows are and what conversations share in them.
+
+    Args:
+        num_rows (`int`):
+            Rows.
+        num_row_tokens (`int`):
+            Tokens of all rows.
+        max_row_tokens (`int`):
+            Capacity of a row, in tokens.
+        num_unpacked_tokens (`int`):
+            Tokens of the conversations' own trees.
+        num_sample_tokens (`int`):
+            Tokens of all samples: what N-pass computes.
+    """
+
+    num_rows: int
+    num_row_tokens: int
+    max_row_tokens: int
+    num_unpacked_tokens: int
+    num_sample_tokens: int
+
+    @property
+    def fill_rate(self) -> float:
+        """Tokens of the rows ÷ their capacity."""
+        return self.num_row_tokens / (self.num_rows * self.max_row_tokens)
+
+    @property
+    def sharing_within(self) -> float:
+        """Tokens of all samples ÷ tokens of the conversations' own trees."""
+        return self.num_sample_tokens / self.num_unpacked_tokens
+
+    @property
+    def sharing_across(self) -> float:
+        """Tokens of the conversations' own trees ÷ tokens of the rows."""
+        return self.num_unpacked_tokens / self.num_row_tokens
+
+    def __str__(self) -> str:
+        return (
+            f"packed in {self.num_rows} rows of at most {self.max_row_tokens} tokens, {self.fill_rate:.1%} full; "
+            f"sharing factor {self.sharing_within:.2f} within conversations × {self.sharing_across:.2f} across them = "
+            f"{self.sharing_within * self.sharing_across:.2f}"
+        )
