@@ -287,7 +287,7 @@ def test_training_arguments_and_no_arguments_are_taken(tmp_path, tokenizer, monk
     monkeypatch.chdir(tmp_path)
     # TRL's default of bf16 needs to be told when there is no GPU.
     on_cpu = functools.partial(SinglePassSFTConfig, use_cpu=True, report_to="none")
-    monkeypatch.setattr("trl_singlepass.trainer.SinglePassSFTConfig", on_cpu)
+    monkeypatch.setattr("trl_singlepass.config.SinglePassSFTConfig", on_cpu)
     model = float32_model(tokenizer)
     model.config._name_or_path = "somewhere/tiny"
     assert SinglePassSFTTrainer(model, **kwargs).args.output_dir == "tiny-SinglePassSFT"
@@ -353,9 +353,9 @@ def test_a_refused_model_is_named_before_the_dataset_is_prepared(tmp_path, token
 
 def test_a_layer_without_the_tree_stops_the_first_step(tmp_path, tokenizer):
     trainer = single_pass_trainer(tmp_path, tokenizer, CHATS)
-    trainer.model.config.num_hidden_layers = 3
-    trainer.model.config.layer_types = ["full_attention"] * 3
-    with pytest.raises(UnsupportedModelError, match="has 3 attention layers, but only 2 received the tree"):
+    # Attention that goes its own way instead of calling the registered function.
+    trainer.model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(UnsupportedModelError, match="did not receive the tree in 'Qwen3Attention'"):
         trainer.train()
 
 

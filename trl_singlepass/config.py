@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -30,6 +31,12 @@ class SinglePassSFTConfig(SFTConfig):
         overlong_turns (`str`, *optional*, defaults to `"truncate"`):
             What happens to a turn that is longer than `max_length` or `max_row_tokens`: `"truncate"` trains its
             beginning, `"drop"` leaves it out, `"error"` stops. What is lost is counted in the log.
+        wave_tokens (`int` or `"auto"`, *optional*):
+            Largest number of tokens of a row that have activations at the same time. A row that is longer runs in
+            waves: the same loss and gradients, in the memory of one wave. `None` runs every row at once; `"auto"`
+            takes what free memory allows.
+        offload_kv (`bool`, *optional*, defaults to `False`):
+            Whether keys and values that wait for later waves, and their gradients, are held on the CPU.
 
     Raises:
         `ValueError`: If a setting cannot be honoured in a single pass.
@@ -42,7 +49,6 @@ class SinglePassSFTConfig(SFTConfig):
             "and what is lost is counted in the log. `None` keeps every sample whole."
         },
     )
-
     max_row_tokens: int | None = field(
         default=None,
         metadata={
@@ -57,9 +63,21 @@ class SinglePassSFTConfig(SFTConfig):
             "choices": list(OVERLONG_TURNS),
         },
     )
+    wave_tokens: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Largest number of tokens of a row that have activations at the same time. Longer rows run in "
+            "waves: same loss and gradients, memory of one wave. `None`: rows run at once; 'auto': as memory allows."
+        },
+    )
+    offload_kv: bool = field(
+        default=False,
+        metadata={"help": "Whether keys and values that wait for later waves are held on the CPU."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_waves()
         if self.max_length is not None and self.truncation_mode != "keep_start":
             raise ValueError(
                 f"truncation_mode={self.truncation_mode!r} would give each turn another start, and turns of one "
@@ -88,6 +106,15 @@ class SinglePassSFTConfig(SFTConfig):
             overlong_turns=self.overlong_turns,
         )
 
+    def _check_waves(self) -> None:
+        if isinstance(self.wave_tokens, str) and self.wave_tokens.isdecimal():
+            self.wave_tokens = int(self.wave_tokens)  # a command line brings strings
+        tokens = self.wave_tokens
+        if not (tokens is None or tokens == "auto" or (isinstance(tokens, int) and tokens > 0)):
+            raise ValueError(f"wave_tokens={tokens!r}: expected a number of tokens above 0, 'auto', or None.")
+        if self.offload_kv and tokens is None:
+            raise ValueError("offload_kv=True moves what waits between waves. Set wave_tokens, or offload_kv=False.")
+
 
 def as_single_pass_config(args: TrainingArguments) -> SinglePassSFTConfig:
     """
@@ -109,3 +136,29 @@ def as_single_pass_config(args: TrainingArguments) -> SinglePassSFTConfig:
     values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(args) if f.init}
     known = {f.name for f in fields(SinglePassSFTConfig)}
     return SinglePassSFTConfig(**{name: value for name, value in values.items() if name in known})
+
+
+def default_config(model: Any) -> SinglePassSFTConfig:
+    """Return the arguments of a trainer that is given none: all defaults, an output folder named after the model."""
+    name = model if isinstance(model, str) else model.config._name_or_path
+    return SinglePassSFTConfig(f"{name.split('/')[-1]}-SinglePassSFT")
+
+
+def without_redundant_settings(args: SinglePassSFTConfig) -> SinglePassSFTConfig:
+    """
+    Turn off what TRL offers for one sequence per conversation and a single pass does by nature.
+
+    Every assistant message is trained and nothing else, which is what `assistant_only_loss` is for; left on, TRL would
+    swap the chat template for one that keeps all reasoning. Every row is free of padding already.
+
+    Args:
+        args (`SinglePassSFTConfig`):
+            Arguments.
+
+    Returns:
+        `SinglePassSFTConfig`: A copy.
+    """
+    args = copy.copy(args)
+    args.assistant_only_loss = False
+    args.padding_free = False
+    return args

@@ -10,10 +10,9 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
-from . import __version__
 from .packing import place
 from .preparation_report import PackingReport
-from .row_tables import ListColumn, RowReader, row_features, rows_to_table
+from .row_tables import ROWS_VERSION, ListColumn, RowReader, row_features, rows_to_table
 from .rows import Row
 from .sharing import join_sharing, shareable_length
 
@@ -40,7 +39,7 @@ def pack_dataset(
     Returns:
         `tuple[Dataset, PackingReport]`: The packed rows and what packing achieved.
     """
-    fingerprint = Hasher.hash(("packing", __version__, rows._fingerprint, max_row_tokens))
+    fingerprint = Hasher.hash(("packing", ROWS_VERSION, rows._fingerprint, max_row_tokens))
     placed = rows.with_format("arrow").map(
         _place_table,
         batched=True,

@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizerBase, logging
 from trl import is_conversational
 from trl.data_utils import get_dataset_column_names, is_conversational_from_value
 
-from . import __version__
 from .conversation_rows import COUNT_COLUMNS, rows_of
 from .packed_dataset import pack_dataset
 from .preparation_report import PreparationReport, report_of
-from .row_tables import row_features, rows_to_table
+from .row_tables import ROWS_VERSION, row_features, rows_to_table
 from .rows import ROW_COLUMNS, Row
 from .settings import RowSettings
 from .streaming import stream_rows
@@ -135,7 +134,7 @@ def conversations_to_rows(
         `RenderingError`: If a row cannot be rendered without losing part of a turn.
     """
     features = row_features(COUNT_COLUMNS)
-    state = ("rows", __version__, dataset._fingerprint, tokenizer_fingerprint(tokenizer), repr(settings))
+    state = ("rows", ROWS_VERSION, dataset._fingerprint, tokenizer_fingerprint(tokenizer), repr(settings))
     rows = dataset.map(
         _prepare_batch,
         with_indices=True,

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from .rows import ROW_COLUMNS, Row
 
 
+# Part of the fingerprint under which rows are cached: raise it when the same conversations become other rows.
+ROWS_VERSION = 1
+
 COST_COLUMNS = ("num_tokens", "num_pairs")
 _DTYPES = {name: "float32" if name == "loss_weights" else "int32" for name in ROW_COLUMNS}
 

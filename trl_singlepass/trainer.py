@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -15,13 +14,15 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
 from .attention import Tree, check_every_layer_attended, check_model, tree_context, use_tree_attention
-from .collator import DataCollatorForSinglePass
-from .config import SinglePassSFTConfig, as_single_pass_config
+from .collator import DataCollatorForSinglePass, TreeOrPlainCollator
+from .config import SinglePassSFTConfig, as_single_pass_config, default_config, without_redundant_settings
+from .evaluation import PooledLoss, without_repeated_examples
 from .loss import total_weight, weighted_model
 from .preparation import holds_conversations, holds_rows, prepare_dataset
 from .progress import RowCounts
 from .refusals import check_collator, check_dataset, check_parallelism, check_peft
 from .rows import ROW_COLUMNS
+from .waves.training import WaveTraining
 
 
 logger = logging.get_logger(__name__)
@@ -97,7 +98,7 @@ class SinglePassSFTTrainer(SFTTrainer):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        args = _default_config(model) if args is None else as_single_pass_config(args)
+        args = default_config(model) if args is None else as_single_pass_config(args)
         trains_turns = train_dataset is not None and _holds_turns(train_dataset)
         if train_dataset is not None and trains_turns:
             check_dataset(next(iter(train_dataset)))
@@ -106,7 +107,7 @@ class SinglePassSFTTrainer(SFTTrainer):
             check_parallelism(args.parallelism_config)
             if isinstance(model, PreTrainedModel):
                 check_model(model)  # before the dataset is prepared, which can take long
-            args = _without_redundant_settings(args)
+            args = without_redundant_settings(args)
         own_collator = isinstance(data_collator, DataCollatorForSinglePass)
         super().__init__(
             model,
@@ -123,10 +124,11 @@ class SinglePassSFTTrainer(SFTTrainer):
         else:
             tree_collator = DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
         plain_collator: DataCollator = self.data_collator  # type: ignore[has-type]
-        self.data_collator = _TreeOrPlainCollator(tree_collator, plain_collator)
+        self.data_collator = TreeOrPlainCollator(tree_collator, plain_collator)
         self._uses_tree_attention = False
+        self._waves: WaveTraining | None = None
         self._counts = RowCounts()
-        self._pooled_loss = torch.zeros(2, dtype=torch.float64)
+        self._pooled_loss = PooledLoss(args.device)
         if trains_turns:
             self._use_tree_attention()
 
@@ -135,6 +137,7 @@ class SinglePassSFTTrainer(SFTTrainer):
             use_tree_attention(self.model)
             self._uses_tree_attention = True
             self._checked_layers = False
+            self._waves = None if self.args.wave_tokens is None else WaveTraining(self)
 
     def _prepare_dataset(
         self,
@@ -211,14 +214,16 @@ class SinglePassSFTTrainer(SFTTrainer):
         if plan is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._use_tree_attention()  # evaluation may bring the first conversations
-        weights = inputs.pop("loss_weights", None)
-        if weights is not None:
-            self._check_weights_reach_the_loss()
-            # Normalised here, so that TRL's guard against division by a sum below 1 changes nothing.
-            total = weights.sum() if num_items_in_batch is None else num_items_in_batch
-            model = weighted_model(model, weights / total)
-            num_items_in_batch = None if num_items_in_batch is None else 1
         with tree_context(plan, inputs.pop("subtree_end"), inputs["position_ids"]) as tree:
+            if self._waves is not None:
+                model = self._waves.over(model, tree, inputs, num_items_in_batch)
+            weights = inputs.pop("loss_weights", None)
+            if weights is not None:
+                self._check_weights_reach_the_loss()
+                # Normalised here, so that TRL's guard against division by a sum below 1 changes nothing.
+                total = weights.sum() if num_items_in_batch is None else num_items_in_batch
+                model = weighted_model(model, weights / total)
+                num_items_in_batch = None if num_items_in_batch is None else 1
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_layers_once(tree)
         return result
@@ -263,27 +268,11 @@ class SinglePassSFTTrainer(SFTTrainer):
             `tuple`: Loss, logits and labels.
         """
         if "tree_plan" in inputs:
-            inputs = self._without_repeated_examples(inputs)
+            inputs = without_repeated_examples(inputs, self.accelerator, self.args.eval_batch_size)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if "tree_plan" in inputs and loss is not None:
-            weight = total_weight(inputs).to(self._pooled_loss)
-            self._pooled_loss += torch.stack([loss.to(weight) * weight, weight])
+            self._pooled_loss.add(loss, total_weight(inputs))
         return loss, logits, labels
-
-    def _without_repeated_examples(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The last batches of several ranks are filled up with examples from the start of the set; untrain those."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        ends = (0, *inputs["tree_plan"].example_ends)
-        first = self.accelerator.process_index * self.args.eval_batch_size
-        end = ends[min(max(state.remainder - first, 0), len(ends) - 1)]
-        labels = inputs["labels"].clone()
-        labels[:, end:] = -100
-        masked = {**inputs, "labels": labels}
-        if "loss_weights" in inputs:
-            masked["loss_weights"] = inputs["loss_weights"] * (labels != -100)
-        return masked
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """
@@ -300,12 +289,11 @@ class SinglePassSFTTrainer(SFTTrainer):
         Returns:
             `transformers.trainer_utils.EvalLoopOutput`: Predictions and metrics.
         """
-        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
-        self._pooled_loss = torch.zeros(2, dtype=dtype, device=self.args.device)
+        self._pooled_loss = PooledLoss(self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, weight = self.accelerator.reduce(self._pooled_loss, reduction="sum").tolist()
-        if weight > 0:
-            output.metrics[f"{metric_key_prefix}_loss"] = loss / weight
+        loss = self._pooled_loss.mean(self.accelerator)
+        if loss is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -323,37 +311,7 @@ class SinglePassSFTTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
-class _TreeOrPlainCollator:
-    """Conversations go to our collator, plain rows to TRL's: a trainer may train on one, evaluate on the other."""
-
-    def __init__(self, tree: DataCollator, plain: DataCollator) -> None:
-        self.tree, self.plain = tree, plain
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        collate = self.tree if holds_rows(list(examples[0])) else self.plain
-        batch: dict[str, Any] = collate(list(examples))
-        return batch
-
-
-def _default_config(model: Any) -> SinglePassSFTConfig:
-    name = model if isinstance(model, str) else model.config._name_or_path
-    return SinglePassSFTConfig(f"{name.split('/')[-1]}-SinglePassSFT")
-
-
 def _holds_turns(dataset: Dataset | IterableDataset) -> bool:
     if holds_rows(get_dataset_column_names(dataset)):
         return True
     return holds_conversations(next(iter(dataset)))
-
-
-def _without_redundant_settings(args: SinglePassSFTConfig) -> SinglePassSFTConfig:
-    """
-    Turn off what TRL offers for one sequence per conversation and a single pass does by nature.
-
-    Every assistant message is trained and nothing else, which is what `assistant_only_loss` is for; left on, TRL would
-    swap the chat template for one that keeps all reasoning. Every row is free of padding already.
-    """
-    args = copy.copy(args)
-    args.assistant_only_loss = False
-    args.padding_free = False
-    return args
