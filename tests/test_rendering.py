@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chat_tokenizers import CONTROL_TOKENS, make_tokenizer, template_names, template_text
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from trl_singlepass.rendering import RenderingError, render_row, render_samples
+from trl_singlepass.rendering import RenderingError, _length_within, render_row, render_samples
+from trl_singlepass.rendering_reasoning import THINK, reasoning_tags
 from trl_singlepass.rendering_tokens import common_length, hard_borders, tokenize
 
 
@@ -241,15 +243,54 @@ DEEPSEEK_V31 = (
         (QWQ, {}, "We compare both.\n</think>\n\nThe first one.<|im_end|>\n"),
         (SOLAR, {}, "We compare both.\n</think>\n\nThe first one.<|im_end|>\n"),
         (KIMI, {}, "<think>We compare both.</think>The first one.<|im_end|>"),
+        (
+            KIMI.replace("</think>", "\n\n</think>\n"),
+            {},
+            "<think>\nWe compare both.\n</think>\nThe first one.<|im_end|>",
+        ),
         (DEEPSEEK_V31, {"thinking": True}, "We compare both.</think>The first one.<eos>"),
     ],
-    ids=["inline only", "another key only", "empty block", "bare closing tag"],
+    ids=["inline only", "another key only", "empty block", "empty block on lines", "bare closing tag"],
 )
 def test_reasoning_is_moved_or_built_as_the_template_shows_it(chat_template, kwargs, expected):
     tokenizer = make_tokenizer(None, chat_template)
     sample = render_samples(CHAT, tokenizer, **kwargs)[0]
     assert completion(sample, tokenizer) == expected
     served = tokenizer.apply_chat_template(CHAT[:1], add_generation_prompt=True, return_dict=False, **kwargs)
+    assert sample.token_ids[: sample.prompt_length].tolist() == served
+
+
+HISTORY_KEPT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\nREASONING{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "rendered"),
+    [
+        ("{% if m.reasoning %}<think>{{ m.reasoning }}</think>{% endif %}", "<think>We compare both.</think>"),
+        ("{{ '<think>' if false }}", "<think>\nWe compare both.\n</think>\n\n"),
+    ],
+    ids=["another key only", "inline only"],
+)
+def test_moved_reasoning_stays_in_a_history_that_keeps_it(reasoning, rendered):
+    tokenizer = make_tokenizer(None, HISTORY_KEPT.replace("REASONING", reasoning))
+    first, second = render_samples(CHAT, tokenizer)
+    assert np.array_equal(second.token_ids[: len(first)], first.token_ids)
+    assert completion(first, tokenizer) == rendered + "The first one.<|im_end|>\n"
+
+
+def test_comments_of_a_template_do_not_count():
+    assert reasoning_tags("{#- drops <think> -#}{{ m.content }}") is None
+    assert reasoning_tags("{#- drops [THINK] -#}{{ '<think>' }}") == THINK
+
+
+@pytest.mark.parametrize("name", ["qwen3", "glm4moe", "deepseek_r1_distill", "lfm2_2_5", "nemotron_3_nano", "phi3"])
+def test_prompts_with_inline_reasoning_are_as_served(name):
+    tokenizer, messages = make_tokenizer(name), inline(CHAT)
+    sample = render_samples(messages, tokenizer)[1]
+    served = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True, return_dict=False)
     assert sample.token_ids[: sample.prompt_length].tolist() == served
 
 
@@ -266,6 +307,20 @@ def test_reasoning_is_moved_or_built_as_the_template_shows_it(chat_template, kwa
 def test_tool_calls_end_in_a_stop_token(name, ending):
     tokenizer = make_tokenizer(name)
     assert completion(render_samples(AGENT, tokenizer, tools=TOOLS)[0], tokenizer).endswith(ending)
+
+
+@pytest.mark.parametrize(
+    ("closing", "stop"), [("<|tool_call_end|>", "<|user|>"), ("</s>", ""), ("<think>", "<|user|>")]
+)
+def test_tokens_that_close_a_tool_call_are_no_stop_tokens(closing, stop):
+    chat_template = (
+        "{% for m in messages %}<|{{ m.role if m.role == 'assistant' else 'user' }}|>{{ m.content }}"
+        "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments | tojson }}CLOSING{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = make_tokenizer("llava_next", chat_template.replace("CLOSING", closing))  # its EOS is </s>
+    text = completion(render_samples(without_reasoning(AGENT), tokenizer)[0], tokenizer)
+    assert text.endswith('{"user_id": "u7"}' + closing + stop)
 
 
 def test_eos_ends_answers_where_history_shows_no_token():
@@ -380,6 +435,19 @@ def test_tokenizers_with_a_prefix_space_are_not_cut():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     tokenizer.add_tokens(["<a>"], special_tokens=True)
     assert hard_borders(tokenizer, "<a>").tokens == []
+
+
+def test_borders_are_tokens_that_nothing_else_can_reach_over():
+    tokenizer = make_tokenizer()
+    added = ["<a>", "<b>", "x<b", "<c>", "<c><c>"]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
+    tokenizer.add_tokens([AddedToken("<d>", normalized=True), AddedToken("<e>", normalized=False, lstrip=True)])
+    assert hard_borders(tokenizer, "<a><b><c><d><e>").tokens == ["<a>"]
+
+
+def test_token_that_reaches_over_the_closing_tag_counts_as_reasoning():
+    assert _length_within(np.array([1, 2]), np.array([1, 2, 3])) == 2
+    assert _length_within(np.array([1, 9]), np.array([1, 2, 3])) == 2
 
 
 def test_samples_do_not_depend_on_process():

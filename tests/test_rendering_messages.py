@@ -83,6 +83,17 @@ def test_rows_that_arrow_did_not_make_stay_as_they_are():
     assert conversation.messages == messages
 
 
+def test_a_null_argument_stays_where_messages_show_that_arrow_was_not_there():
+    messages = [MESSAGES[0], {"role": "assistant", "tool_calls": [call("find", name=None)]}]
+    assert Conversation.from_row({"messages": messages}).messages == messages
+
+
+def test_arrow_adds_no_template_arguments():
+    kwargs = [{"enable_thinking": False}, {"reasoning_effort": "low"}]
+    stored = through_arrow(*({"messages": PLAIN, "chat_template_kwargs": item} for item in kwargs))
+    assert [Conversation.from_row(row).template_kwargs for row in stored] == kwargs
+
+
 def test_json_columns_keep_their_nulls():
     tools = [tool("find", {"name": {"type": "string", "default": None}})]
     messages = [MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": [call("find", name=None)]}]
@@ -205,6 +216,11 @@ BAD_WITH_TEMPLATE = {
         assistant(reasoning_content="We think.", content="Hello."),
         r"its reasoning is lost: the template has no place for it\. Write it into 'content' as <think>…</think>",
     ),
+    "no place for reasoning, but a comment on it": (
+        "qwen3_instruct_2507_training",
+        assistant(thinking="We think.", content="Hello."),
+        "its reasoning is lost: the template has no place for it",
+    ),
     "text beside calls": (
         "muse_glimmer",
         assistant(content="Let me look.", tool_calls=[call("find", name="Mia")]),
@@ -228,6 +244,18 @@ def test_losses_are_named(case):
     name, messages, message = BAD_WITH_TEMPLATE[case]
     with pytest.raises(RenderingError, match=message):
         render_samples(messages, make_tokenizer(name), tools=TOOLS if case == "tool calls" else None)
+
+
+def test_an_answer_that_only_the_reasoning_holds_is_lost():
+    chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.reasoning_content or m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(RenderingError, match="its answer '18' is lost"):
+        render_samples(
+            assistant(reasoning_content="9 times 2 is 18.", content="18"), make_tokenizer(None, chat_template)
+        )
 
 
 @pytest.mark.parametrize("value", ["a\n\"b\" 'c'", 3, 2.5, True, None, ["x", {"y": "z"}], "<b> é"])

@@ -29,7 +29,7 @@ def losses(message: Message, said: Spoken, completion: str, chat_template: str) 
         chat_template (`str`):
             Source of the template.
     """
-    stray = [key for key in _stray_reasoning(message) if not contains(completion, message[key])]
+    stray = [key for key in stray_reasoning(message) if not contains(completion, message[key])]
     if stray:
         return [f"its reasoning is lost: {_reads(chat_template)}, the message has '{stray[0]}'. Rename the key"]
     if not contains(completion, said.reasoning):
@@ -44,7 +44,7 @@ def losses(message: Message, said: Spoken, completion: str, chat_template: str) 
             f"its answer {_short(said.answer)} is lost or changed. Does the template take text beside tool calls, "
             "content as a string, or a literal closing tag such as </think> in an answer?"
         ]
-    lost = _lost_calls(said, rest)
+    lost = lost_calls(said, rest)
     several = "Give each call a message of its own, if the template renders one per message, or use"
     way_out = several if len(said.calls) > 1 else "Use"
     return [f"{lost}. {way_out} a template that renders tool calls"] if lost else []
@@ -79,7 +79,8 @@ def _answers(message: Message, said: Spoken) -> list[str]:
     return [text_of([block]) for block in content] if isinstance(content, list) else [said.answer]
 
 
-def _stray_reasoning(message: Message) -> list[str]:
+def stray_reasoning(message: Message) -> list[str]:
+    """Return the keys of a message that hold reasoning by their name, but that no template reads."""
     return [
         key
         for key, value in message.items()
@@ -108,7 +109,8 @@ def _way_out(chat_template: str) -> str:
     )
 
 
-def _lost_calls(said: Spoken, rest: str) -> str | None:
+def lost_calls(said: Spoken, rest: str) -> str | None:
+    """Return which tool call, or argument of one, a completion without its reasoning does not hold, if any."""
     # Looked for outside the answer, which may speak of the tool. A short answer may also be a part of an argument, and
     # stand after the calls.
     reversed_answer = said.answer.strip()[::-1]

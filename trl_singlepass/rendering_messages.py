@@ -54,10 +54,10 @@ class Conversation:
         """
         groups = _message_lists(row)
         tools = _read_tools(row.get("tools"))
-        messages = [message for group in groups for message in _without_added_keys(group, untouched="arguments")]
+        required = _required_arguments(tools)
         kwargs = _decoded(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
         return cls(
-            messages=_with_clean_arguments(messages, tools),
+            messages=[message for group in groups for message in _read_messages(group, required)],
             tools=tools,
             template_kwargs={key: value for key, value in kwargs.items() if value is not None},
             first_trained=len(groups[0]) if len(groups) == 2 else 0,
@@ -117,17 +117,37 @@ def _read_tools(value: Any) -> list[Any] | None:
     return _without_added_keys([_decoded(tool, "tools") for tool in value]) or None
 
 
-def _with_clean_arguments(messages: list[Message], tools: list[Any] | None) -> list[Message]:
-    """Drop the arguments that Arrow added to calls of one tool because another tool has them."""
-    required = _required_arguments(tools)
+def _read_messages(messages: list[Message], required: dict[Any, set[str]]) -> list[Message]:
+    """Drop what Arrow added, the arguments of other tools' calls among it."""
+    if not _share_keys(messages):
+        return messages
+    messages = _without_added_keys(messages, untouched="arguments")
     calls = [call for message in messages for call in tool_calls_of(message)]
-    calls = [call for call in calls if isinstance(call.get("arguments"), dict)]
-    cleaned = _without_added_keys([call["arguments"] for call in calls])
-    for call, arguments in zip(calls, cleaned, strict=True):
-        needed = required.get(call.get("name"), set())
-        # In the order of the original, with the nulls that the schema cannot do without.
-        call["arguments"] = {key: arguments.get(key) for key in call["arguments"] if key in arguments or key in needed}
-    return messages
+    siblings = _without_added_keys([call.get("arguments") for call in calls])
+    arguments = iter(
+        _in_order(call["arguments"], cleaned, required.get(call.get("name"), set()))
+        if isinstance(cleaned, dict)
+        else cleaned
+        for call, cleaned in zip(calls, siblings, strict=True)
+    )
+    return [
+        {**message, "tool_calls": [_with_arguments(call, next(arguments)) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _in_order(arguments: dict[str, Any], cleaned: dict[str, Any], needed: set[str]) -> dict[str, Any]:
+    """Arguments in their order, with the nulls that the schema of the tool cannot do without."""
+    return {key: cleaned.get(key) for key in arguments if key in cleaned or key in needed}
+
+
+def _with_arguments(call: dict[str, Any], arguments: Any) -> dict[str, Any]:
+    function = call.get("function")
+    if function:
+        return {**call, "function": {**function, "arguments": arguments} if "arguments" in function else function}
+    return {**call, "arguments": arguments} if "arguments" in call else call
 
 
 def _required_arguments(tools: list[Any] | None) -> dict[Any, set[str]]:
@@ -135,6 +155,10 @@ def _required_arguments(tools: list[Any] | None) -> dict[Any, set[str]]:
     return {
         function.get("name"): set((function.get("parameters") or {}).get("required") or []) for function in functions
     }
+
+
+def _share_keys(dicts: list[dict[str, Any]]) -> bool:
+    return len({tuple(item) for item in dicts}) == 1
 
 
 def _without_added_keys(siblings: list[Any], untouched: str = "") -> list[Any]:
@@ -146,7 +170,7 @@ def _without_added_keys(siblings: list[Any], untouched: str = "") -> list[Any]:
     values of the key `untouched`.
     """
     dicts = [item for item in siblings if isinstance(item, dict)]
-    if dicts and len({tuple(item) for item in dicts}) == 1:
+    if dicts and _share_keys(dicts):
         columns = {key: _clean_column(key, dicts, untouched) for key in dicts[0]}
         rows = iter([{key: columns[key][i] for key in item if item[key] is not None} for i, item in enumerate(dicts)])
         return [next(rows) if isinstance(item, dict) else item for item in siblings]

@@ -139,8 +139,9 @@ def build_completion(prompt: str, bare: str, reasoning: str, tags: ReasoningTags
     body = bare[len(head) :]
     # Templates that keep an empty block, or just its end, show how the model spaces it.
     block = re.match(rf"(?:{re.escape(tags.opening)}(\s*))?{re.escape(tags.closing)}(\s*)", body)
-    line = opened[1] if opened else (block[1] if block and block[1] is not None else "\n" if own_lines else "")
+    shown = opened[1] if opened else block[1] if block and block[1] is not None else "\n" * own_lines
+    line = "\n" if "\n" in shown else ""
     separator = block[2] if block else tags.separator if line else ""
     rest = body[block.end() :] if block else body.lstrip("\n")
     start = "" if opened else tags.opening + line
-    return f"{start}{reasoning}{line[:1]}{tags.closing}{separator}{rest}"
+    return f"{start}{reasoning}{line}{tags.closing}{separator}{rest}"

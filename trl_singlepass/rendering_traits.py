@@ -135,6 +135,7 @@ class _Probe:
             return ""
         tokens = self.template.tokenizer.added_tokens_decoder.values()
         stops = [token.content for token in tokens if token.special and not _CLOSES_A_PART.search(token.content)]
+        stops += [self.template.tokenizer.eos_token] if self.template.tokenizer.eos_token else []  # it may be "</s>"
         return "" if ending.endswith(tuple(stops)) else self.next_token(call, _TOOL_RESULT)
 
     def ending(self) -> str | None:
