@@ -10,7 +10,7 @@ from .tree_mask import Tree
 
 
 # Layer types of transformers that attend under a mask; layers of the last two mix tokens in another way as well.
-ATTENTION_LAYER_TYPES = frozenset(
+_ATTENTION_LAYER_TYPES = frozenset(
     {"full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding"}
 )
 _TOKENWISE_LAYER_TYPES = frozenset({"mlp", "moe", "dense", "sparse"})
@@ -46,7 +46,7 @@ def check_model(model: Any) -> None:
         `UnsupportedModelError`: If a layer mixes tokens in a way that is not known, attends to later tokens, or the
             model does not take its attention function, its mask or its positions from outside.
     """
-    reason = _mixes_branches(model) or (_is_out_of_reach(model) if num_attention_layers(model) else None)
+    reason = _mixes_branches(model) or (None if _only_recurs(model) else _is_out_of_reach(model))
     if reason is not None:
         raise UnsupportedModelError(f"{type(model).__name__} {reason}. {_WAY_OUT}")
 
@@ -54,7 +54,7 @@ def check_model(model: Any) -> None:
 def _mixes_branches(model: Any) -> str | None:
     config = model.config.get_text_config()
     layer_types = list(getattr(config, "layer_types", None) or ())
-    known = ATTENTION_LAYER_TYPES | _TOKENWISE_LAYER_TYPES | _RECURRENT_LAYER_TYPES
+    known = _ATTENTION_LAYER_TYPES | _TOKENWISE_LAYER_TYPES | _RECURRENT_LAYER_TYPES
     if foreign := set(layer_types) - known:
         return f"has {_listed(foreign)} layers; how they mix tokens is not known, so a branch could see its siblings"
     if unknown := unknown_mixing_layers(model):
@@ -65,6 +65,14 @@ def _mixes_branches(model: Any) -> str | None:
         what = f"{_listed(set(recurrent))} layers" if recurrent else "a recurrent state"
         return f"has {what} that cannot be run from fork to fork; a branch would see its siblings through them"
     return None
+
+
+def _only_recurs(model: Any) -> bool:
+    """Whether a model has no attention at all, and so no use for positions either."""
+    config = model.config.get_text_config()
+    if set(getattr(config, "layer_types", None) or ()) & _ATTENTION_LAYER_TYPES:
+        return False
+    return not attention_layers(model) and len(recurrent_layers(model)) >= config.num_hidden_layers
 
 
 def _is_out_of_reach(model: Any) -> str | None:
@@ -99,24 +107,26 @@ def check_every_layer_attended(model: Any, tree: Tree) -> None:
             Tree of the forward.
 
     Raises:
-        `UnsupportedModelError`: If fewer layers than the model has received it.
+        `UnsupportedModelError`: If a layer did not receive it.
     """
-    expected = num_attention_layers(model) + len(recurrent_layers(model))
-    if len(tree.attended_by) < expected:
-        names = sorted({type(module).__name__ for module in tree.attended_by}) or ["none"]
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has {expected} layers that mix tokens, but only {len(tree.attended_by)} received "
-            f"the tree (modules: {', '.join(names)}). The others would mix branches. {_WAY_OUT}"
-        )
+    layers = [*attention_layers(model), *recurrent_layers(model)]
+    missed = {type(layer).__name__ for layer in layers if layer not in tree.attended_by}
+    if missed or not layers:
+        which = f"did not receive the tree in {_listed(missed)}" if missed else "has no layers that received the tree"
+        raise UnsupportedModelError(f"{type(model).__name__} {which}, so branches would be mixed. {_WAY_OUT}")
 
 
-def num_attention_layers(model: Any) -> int:
-    """Return the number of layers of a model that attend under a mask."""
-    config = model.config.get_text_config()
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return max(int(config.num_hidden_layers) - len(recurrent_layers(model)), 0)
-    return sum(layer_type in ATTENTION_LAYER_TYPES for layer_type in layer_types)
+def attention_layers(model: Any) -> list[Any]:
+    """Return the layers that take their attention function from transformers, without those on whole paths."""
+    layers: list[Any] = []
+    on_whole_paths = {part for layer in recurrent_layers(model) for part in layer.modules()}
+    for module in decoder_of(model).modules():
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        reads_interface = code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+        # Cross attention reads an encoder, and runs only where there is one.
+        if reads_interface and module not in on_whole_paths and "Cross" not in type(module).__name__:
+            layers.append(module)
+    return layers
 
 
 def _listed(names: set[str]) -> str:

@@ -21,8 +21,8 @@ class RowMask(torch.Tensor):
     each layer had. Attention layers have their `TreeMask`; recurrent layers get the model's two-dimensional
     `attention_mask`, trimmed and moved, so the tree goes along with that tensor.
 
-    It holds zeros: transformers drops a mask that is all ones, and the multiplicity of tokens, which is what the model
-    got, must not multiply hidden states.
+    It holds twos: transformers drops a mask that is all ones and takes zeros for padding, and the multiplicity of
+    tokens, which is what the model got, must not multiply hidden states.
     """
 
     tree: Tree
@@ -30,7 +30,7 @@ class RowMask(torch.Tensor):
     @classmethod
     def of(cls, tree: Tree) -> RowMask:
         """Return the mask of a row."""
-        mask = torch.zeros_like(tree.subtree_end).as_subclass(cls)
+        mask = torch.full_like(tree.subtree_end, 2).as_subclass(cls)
         mask.tree = tree
         return mask
 
@@ -38,10 +38,15 @@ class RowMask(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        if isinstance(result, cls) and args and hasattr(args[0], "tree"):
-            result.tree = args[0].tree
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            if func in _STILL_THE_MASK:
+                result = result.as_subclass(cls)
+                result.tree = args[0].tree
         return result
+
+
+_STILL_THE_MASK = (torch.Tensor.__getitem__, torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.clone)
 
 
 def carry_trees(model: nn.Module, layers: Iterable[nn.Module]) -> list[Any]:

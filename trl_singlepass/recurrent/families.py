@@ -65,9 +65,9 @@ def handling_of(layer: nn.Module) -> Handling | None:
     code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
     if code is None:
         return None
-    calls = set(code.co_names)
+    calls = set(code.co_names)  # and the globals that it reads
     keywords = {name for constant in code.co_consts if isinstance(constant, tuple) for name in constant}
-    if _needs_whole_path(layer, keywords):
+    if "ALL_ATTENTION_FUNCTIONS" in calls and _needs_whole_path(layer, keywords):
         return Handling(starts_from_state=False, attends=True)
     if type(layer).__name__ in WHOLE_PATH_LAYERS or "get_linear_cache" in calls:
         return Handling(starts_from_state=False)
@@ -82,8 +82,6 @@ def _needs_whole_path(layer: nn.Module, keywords: set[Any]) -> bool:
     """Whether a layer is attention that selects or pools tokens, or adds to its scores what depends on their index."""
     if type(layer).__name__ in SELECTING_LAYERS or "position_bias" in keywords:
         return True
-    if not hasattr(layer, "is_causal"):
-        return False
     selects = any(isinstance(getattr(layer, part, None), nn.Module) for part in SELECTING_PARTS)
     # A layer may take over the selection of an earlier one, as indices within a path.
     return selects or "prev_topk_indices" in inspect.signature(type(layer).forward).parameters
@@ -120,7 +118,11 @@ def unknown_mixing_layers(model: Any) -> set[str]:
 def decoder_of(model: Any) -> nn.Module:
     """Return the part of a model that reads tokens, without the encoders of other media."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return decoder if isinstance(decoder, nn.Module) else model
+    # Some models call their head a decoder.
+    if isinstance(decoder, nn.Module) and model.get_input_embeddings() in set(decoder.modules()):
+        return decoder
+    whole: nn.Module = model
+    return whole
 
 
 def _outermost(module: nn.Module) -> Iterator[tuple[nn.Module, Handling | None]]:

@@ -40,6 +40,7 @@ def _wrap(layer: Any, handling: Handling) -> None:
         layer.config = _with_stock_attention(layer)
     layer._tree_handling = handling
     layer._stock_forward = layer.forward
+    layer._had_own_forward = "forward" in vars(layer)
     layer.forward = MethodType(_forward, layer)
 
 
@@ -63,8 +64,11 @@ def stop_tree_recurrence(model: Any) -> None:
             Model, changed in place.
     """
     for layer in filter(on_trees, model.modules()):
-        layer.forward = layer._stock_forward
-        del layer._stock_forward, layer._tree_handling
+        if layer._had_own_forward:
+            layer.forward = layer._stock_forward
+        else:
+            del layer.forward
+        del layer._stock_forward, layer._tree_handling, layer._had_own_forward
     for handle in vars(model).pop("_tree_handles", ()):
         handle.remove()
 

@@ -58,9 +58,7 @@ class Schedule:
     batches: tuple[tuple[int, ...], ...]
 
 
-def path_schedule(
-    plan: TreePlan, reach: int | None = None, shortest_in_batch: float = SHORTEST_IN_BATCH
-) -> Schedule:
+def path_schedule(plan: TreePlan, reach: int | None = None, shortest_in_batch: float = SHORTEST_IN_BATCH) -> Schedule:
     """
     Run every branch together with its history.
 
