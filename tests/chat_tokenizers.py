@@ -1,5 +1,4 @@
 """A small in-memory BPE tokenizer that carries any of TRL's chat templates and the tokens that they write."""
-# ruff: noqa: RUF001 (DeepSeek's tokens are written with fullwidth bars)
 
 from functools import lru_cache
 from pathlib import Path

@@ -4,16 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from chat_conversations import as_blocks, call
 from chat_tokenizers import make_tokenizer
 from datasets import Dataset
 from trl import maybe_convert_to_chatml
 
 from trl_singlepass.rendering import RenderingError, render_row, render_samples
 from trl_singlepass.rendering_messages import Conversation
-
-
-def call(name, /, **arguments):
-    return {"id": f"call_{name[:4]}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def tool(name, properties, required=()):
@@ -152,8 +149,7 @@ def row_to_ids(row, row_index, tokenizer):
 
 def test_content_in_blocks_is_checked_like_text():
     vlm = make_tokenizer("smolvlm")
-    blocks = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in PLAIN]
-    (row,) = through_arrow({"messages": blocks})
+    (row,) = through_arrow({"messages": as_blocks(PLAIN)})
     (sample,) = render_row(row, vlm)
     assert vlm.decode(sample.token_ids[sample.prompt_length :]) == " Hello.<end_of_utterance>\n"
 

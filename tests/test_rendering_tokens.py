@@ -1,0 +1,45 @@
+"""Text that renderings share is tokenised once, to the tokens of the whole text."""
+
+import numpy as np
+import pytest
+from chat_conversations import AGENT
+from chat_tokenizers import make_tokenizer
+from tokenizers import AddedToken
+
+from trl_singlepass.rendering import _length_within
+from trl_singlepass.rendering_tokens import hard_borders, tokenize
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gptoss", "glm4moe", "gemma4_v5"])
+def test_shared_text_is_tokenised_once_to_the_same_tokens(name):
+    tokenizer = make_tokenizer(name)
+    borders = hard_borders(tokenizer, tokenizer.chat_template)
+    assert borders.tokens
+    texts = ["", "<", "plain  text\n", "<think>", " <think> <|im_end|>\n\n<|im_end|", "<|channel|><|channel>é<|end|>"]
+    texts += [tokenizer.apply_chat_template(AGENT[:k], tokenize=False) for k in range(1, 9)]
+    for ids, text in zip(tokenize(borders, texts), texts, strict=True):
+        assert ids.tolist() == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_tokenizers_with_a_prefix_space_are_not_cut():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "▁x": 1, "x": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer.add_tokens(["<a>"], special_tokens=True)
+    assert hard_borders(tokenizer, "<a>").tokens == []
+
+
+def test_borders_are_tokens_that_nothing_else_can_reach_over():
+    tokenizer = make_tokenizer()
+    added = ["<a>", "<b>", "x<b", "<c>", "<c><c>"]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
+    tokenizer.add_tokens([AddedToken("<d>", normalized=True), AddedToken("<e>", normalized=False, lstrip=True)])
+    assert hard_borders(tokenizer, "<a><b><c><d><e>").tokens == ["<a>"]
+
+
+def test_token_that_reaches_over_the_closing_tag_counts_as_reasoning():
+    assert _length_within(np.array([1, 2]), np.array([1, 2, 3])) == 2
+    assert _length_within(np.array([1, 9]), np.array([1, 2, 3])) == 2
