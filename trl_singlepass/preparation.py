@@ -20,6 +20,7 @@ from .row_tables import ROWS_VERSION, row_features, rows_to_table
 from .rows import ROW_COLUMNS, Row
 from .settings import RowSettings
 from .streaming import stream_rows
+from .tokenized_turns import gather_turns, is_single_turn
 from .tokenizer_fingerprint import tokenizer_fingerprint
 
 
@@ -38,17 +39,27 @@ def holds_conversations(example: Mapping[str, Any]) -> bool:
             First row of a dataset.
 
     Returns:
-        `bool`: `True` for `messages`, conversational `prompt` + `completion`, and ShareGPT `conversations`; `False`
-        for plain text and tokenised rows, which stock `SFTTrainer` trains as they are.
+        `bool`: `True` for `messages`, conversational `prompt` + `completion`, ShareGPT `conversations`, and turns
+        that are tokens already (`turns`, or one per row); `False` for plain text and tokenised rows, which stock
+        `SFTTrainer` trains as they are.
     """
     if "input_ids" in example:
         return False
+    if "turns" in example or is_single_turn(example):
+        return True
     return bool(is_conversational(example) or is_conversational_from_value(example))
 
 
 def holds_rows(column_names: list[str]) -> bool:
     """Return whether a dataset with these columns has already been prepared."""
     return set(ROW_COLUMNS) <= set(column_names)
+
+
+def holds_turns(dataset: Dataset | IterableDataset) -> bool:
+    """Return whether a dataset holds conversations, or rows that were prepared from them."""
+    if holds_rows(get_dataset_column_names(dataset)):
+        return True
+    return holds_conversations(next(iter(dataset)))
 
 
 def prepare_dataset(
@@ -84,6 +95,8 @@ def prepare_dataset(
         `RenderingError`: If a row cannot be rendered without losing part of a turn.
         `ValueError`: If no turn of the dataset is trained.
     """
+    if is_single_turn(get_dataset_column_names(dataset)):
+        dataset = gather_turns(dataset)
     if isinstance(dataset, IterableDataset):
         return stream_rows(dataset, tokenizer, settings, packing=packing, name=name)
     rows, report = conversations_to_rows(dataset, tokenizer, settings, num_proc=num_proc, name=name)

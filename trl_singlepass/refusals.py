@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import trl
+from packaging.version import Version
 from transformers import DataCollator
 
 from .collator import DataCollatorForSinglePass
@@ -93,3 +95,28 @@ def check_parallelism(parallelism_config: Any) -> None:
             f"sp_size={parallelism_config.sp_size}: sequence parallelism splits a row without its tree, so branches "
             "would see each other. Set sp_size=1 and bound the row length with max_length instead."
         )
+
+
+def check_weights_reach_the_loss(trainer: Any) -> None:
+    """
+    Refuse losses that would not read loss weights.
+
+    Args:
+        trainer (`trl.SFTTrainer`):
+            Trainer whose batch has weights other than 1.
+
+    Raises:
+        `ValueError`: If it computes such a loss, or TRL is too old to return losses per token.
+    """
+    if Version(trl.__version__) < Version("1.15"):
+        raise ValueError(f"Loss weights other than 1 need trl>=1.16, found {trl.__version__}. Upgrade trl.")
+    for name, is_set in (
+        ("loss_type='dft'", trainer.args.loss_type == "dft"),
+        ("label_smoothing_factor", trainer.label_smoother is not None),
+        ("compute_loss_func", trainer.compute_loss_func is not None),
+    ):
+        if is_set:
+            raise ValueError(
+                f"{name} computes its own loss, which does not read loss weights, and this batch has weights other "
+                f"than 1. Unset {name}, or give every message the same weight."
+            )

@@ -6,21 +6,20 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import trl
 from datasets import Dataset, IterableDataset
-from packaging.version import Version
 from transformers import DataCollator, PreTrainedModel, TrainingArguments, logging
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
 from .attention import Tree, check_every_layer_attended, check_model, tree_context, use_tree_attention
+from .balance import train_sampler
 from .collator import DataCollatorForSinglePass, TreeOrPlainCollator
 from .config import SinglePassSFTConfig, as_single_pass_config, default_config, without_redundant_settings
 from .evaluation import PooledLoss, without_repeated_examples
 from .loss import total_weight, weighted_model
-from .preparation import holds_conversations, holds_rows, prepare_dataset
+from .preparation import holds_rows, holds_turns, prepare_dataset
 from .progress import RowCounts
-from .refusals import check_collator, check_dataset, check_parallelism, check_peft
+from .refusals import check_collator, check_dataset, check_parallelism, check_peft, check_weights_reach_the_loss
 from .rows import ROW_COLUMNS
 from .waves.training import WaveTraining
 
@@ -99,7 +98,7 @@ class SinglePassSFTTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         args = default_config(model) if args is None else as_single_pass_config(args)
-        trains_turns = train_dataset is not None and _holds_turns(train_dataset)
+        trains_turns = train_dataset is not None and holds_turns(train_dataset)
         if train_dataset is not None and trains_turns:
             check_dataset(next(iter(train_dataset)))
             check_collator(data_collator)
@@ -151,7 +150,7 @@ class SinglePassSFTTrainer(SFTTrainer):
         if holds_rows(get_dataset_column_names(dataset)):
             return dataset
         is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
-        if formatting_func is not None or is_transformed or not _holds_turns(dataset):
+        if formatting_func is not None or is_transformed or not holds_turns(dataset):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if isinstance(dataset, IterableDataset) and args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)  # conversations take less memory in its buffer than rows
@@ -165,6 +164,10 @@ class SinglePassSFTTrainer(SFTTrainer):
                 name=dataset_name,
             )
         return rows.shuffle(seed=args.seed) if args.shuffle_dataset and isinstance(rows, Dataset) else rows
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = train_sampler(self)
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -219,12 +222,14 @@ class SinglePassSFTTrainer(SFTTrainer):
                 model = self._waves.over(model, tree, inputs, num_items_in_batch)
             weights = inputs.pop("loss_weights", None)
             if weights is not None:
-                self._check_weights_reach_the_loss()
+                check_weights_reach_the_loss(self)
                 # Normalised here, so that TRL's guard against division by a sum below 1 changes nothing.
                 total = weights.sum() if num_items_in_batch is None else num_items_in_batch
                 model = weighted_model(model, weights / total)
                 num_items_in_batch = None if num_items_in_batch is None else 1
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if self._waves is not None:
+                self._waves.check_loss(result)
         self._check_layers_once(tree)
         return result
 
@@ -233,20 +238,6 @@ class SinglePassSFTTrainer(SFTTrainer):
             base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
             check_every_layer_attended(base, tree)
             self._checked_layers = True
-
-    def _check_weights_reach_the_loss(self) -> None:
-        if Version(trl.__version__) < Version("1.15"):
-            raise ValueError(f"Loss weights other than 1 need trl>=1.16, found {trl.__version__}. Upgrade trl.")
-        for name, is_set in (
-            ("loss_type='dft'", self.args.loss_type == "dft"),
-            ("label_smoothing_factor", self.label_smoother is not None),
-            ("compute_loss_func", self.compute_loss_func is not None),
-        ):
-            if is_set:
-                raise ValueError(
-                    f"{name} computes its own loss, which does not read loss weights, and this batch has weights "
-                    f"other than 1. Unset {name}, or give every message the same weight."
-                )
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -309,9 +300,3 @@ class SinglePassSFTTrainer(SFTTrainer):
         if self.model.training:
             logs.update(self._counts.pop_logs())
         super().log(logs, start_time)
-
-
-def _holds_turns(dataset: Dataset | IterableDataset) -> bool:
-    if holds_rows(get_dataset_column_names(dataset)):
-        return True
-    return holds_conversations(next(iter(dataset)))
