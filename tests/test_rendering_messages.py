@@ -242,6 +242,12 @@ def test_losses_are_named(case):
         render_samples(messages, make_tokenizer(name), tools=TOOLS if case == "tool calls" else None)
 
 
+def test_a_rendering_without_its_prompt_is_refused():
+    chat_template = "{{ 'ask' if add_generation_prompt else '' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(RenderingError, match="Message 1 .* no token in common with its prompt"):
+        render_samples(assistant(content="Hello."), make_tokenizer("llama3", chat_template))
+
+
 def test_an_answer_that_only_the_reasoning_holds_is_lost():
     chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"

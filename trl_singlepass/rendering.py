@@ -183,6 +183,8 @@ def _sample(turn: _Turn, prompt: Ids, reasoning: Ids, rendering: Ids, template: 
         reasoning, completion = (tokenize_after(template.tokenizer, text) for text in after)
         length = _length_within(reasoning, completion) if turn.reasoning_end else 0
         return Sample.from_prompt_and_completion(prompt, completion, turn.message_index, length)
+    if start == 0:
+        raise _error(template, turn.message_index, "its rendering has no token in common with its prompt")
     if start < len(prompt):
         _warn_of_other_prompt(template)
     length = _length_within(reasoning, rendering) - start if turn.reasoning_end else 0
