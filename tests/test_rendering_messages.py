@@ -244,7 +244,7 @@ def test_losses_are_named(case):
 
 def test_a_rendering_without_its_prompt_is_refused():
     chat_template = "{{ 'ask' if add_generation_prompt else '' }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(RenderingError, match="Message 1 .* no token in common with its prompt"):
+    with pytest.raises(RenderingError, match=r"Message 1 .* no token in common with its prompt"):
         render_samples(assistant(content="Hello."), make_tokenizer("llama3", chat_template))
 
 
