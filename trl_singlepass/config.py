@@ -9,7 +9,9 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from .history import HISTORIES
 from .settings import OVERLONG_TURNS, OverlongTurns, RowSettings
+from .weights import LOSS_REDUCTIONS, LossReduction
 
 
 @dataclass
@@ -31,6 +33,16 @@ class SinglePassSFTConfig(SFTConfig):
         overlong_turns (`str`, *optional*, defaults to `"truncate"`):
             What happens to a turn that is longer than `max_length` or `max_row_tokens`: `"truncate"` trains its
             beginning, `"drop"` leaves it out, `"error"` stops. What is lost is counted in the log.
+        history (`str`, *optional*, defaults to `"template"`):
+            What a turn's context holds of earlier turns: `"template"`, as the chat template renders it; `"keep"`, all
+            reasoning; `"strip"`, no reasoning. A `history` column overrides it row by row.
+        train_turns (`str` or `int`, *optional*, defaults to `"all"`):
+            Turns that are trained: `"all"`, `"last"`, `n` for the first `n` of each conversation, `"sample:n"` for `n`
+            drawn at random. The others are context, and counted in the log.
+        loss_reduction (`str`, *optional*, defaults to `"token"`):
+            What counts the same in the loss: every `"token"`, every `"turn"` or every `"conversation"`.
+        reasoning_weight (`float`, *optional*, defaults to `1.0`):
+            Factor of the loss of reasoning, beside 1 for answers and tool calls.
         wave_tokens (`int` or `"auto"`, *optional*):
             Largest number of tokens of a row that have activations at the same time. A row that is longer runs in
             waves: the same loss and gradients, in the memory of one wave. `None` runs every row at once; `"auto"`
@@ -62,6 +74,31 @@ class SinglePassSFTConfig(SFTConfig):
             "help": "What happens to turns longer than `max_length` or `max_row_tokens`: 'truncate', 'drop', 'error'.",
             "choices": list(OVERLONG_TURNS),
         },
+    )
+    history: str = field(
+        default="template",
+        metadata={
+            "help": "What a turn's context holds of earlier turns: 'template', as the chat template renders it; "
+            "'keep', all reasoning; 'strip', no reasoning.",
+            "choices": list(HISTORIES),
+        },
+    )
+    train_turns: str | int = field(
+        default="all",
+        metadata={
+            "help": "Turns that are trained: 'all', 'last', n for the first n of each conversation, 'sample:n' for n "
+            "drawn at random. The others are context."
+        },
+    )
+    loss_reduction: LossReduction = field(
+        default="token",
+        metadata={
+            "help": "What counts the same in the loss: every 'token', every 'turn' or every 'conversation'.",
+            "choices": list(LOSS_REDUCTIONS),
+        },
+    )
+    reasoning_weight: float = field(
+        default=1.0, metadata={"help": "Factor of the loss of reasoning, beside 1 for answers and tool calls."}
     )
     wave_tokens: int | str | None = field(
         default=None,
@@ -104,6 +141,11 @@ class SinglePassSFTConfig(SFTConfig):
             max_length=self.max_length,
             max_row_tokens=self.max_row_tokens or default,
             overlong_turns=self.overlong_turns,
+            history=self.history,
+            train_turns=self.train_turns,
+            loss_reduction=self.loss_reduction,
+            reasoning_weight=self.reasoning_weight,
+            seed=self.seed if str(self.train_turns).startswith("sample") else 0,
         )
 
     def _check_waves(self) -> None:

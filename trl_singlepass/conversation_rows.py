@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .history import render_with_history
 from .overlong import FittedSamples, fit_samples
-from .rendering import RenderingError, render_row
+from .rendering_messages import Conversation, RenderingError
 from .rows import ROW_COLUMNS, Row
 from .sample import Sample
+from .selection import select_turns
 from .settings import RowSettings
 from .splitting import split_samples
+from .tokenized_turns import samples_of_turns
 from .tree import PrefixTree
+from .weights import message_weights, weigh
 
 
 COUNT_COLUMNS = (
     "conversation",
     "num_turns",
+    "num_unselected_turns",
     "num_trained_tokens",
     "num_cut_turns",
     "num_dropped_turns",
@@ -52,11 +58,31 @@ def samples_of(
     Raises:
         `RenderingError`: If the row cannot be rendered without losing part of a turn, or a turn is refused.
     """
-    samples = render_row(dict(example), tokenizer, row_index=index)
     try:
-        return fit_samples(samples, settings.longest_sample, settings.overlong_turns)
+        given, weights = _turns_of(example, tokenizer, settings)
+        chosen = select_turns(given, settings.train_turns, seed=settings.seed, row_index=index)
+        chosen = [sample for sample in chosen if weights[sample.message_index or 0] > 0]
+        fitted = fit_samples(chosen, settings.longest_sample, settings.overlong_turns)
     except ValueError as error:
         raise RenderingError(f"Row {index}: {error}") from error
+    weighed = weigh(
+        fitted.samples,
+        [weights[sample.message_index or 0] for sample in fitted.samples],
+        loss_reduction=settings.loss_reduction,
+        reasoning_weight=settings.reasoning_weight,
+    )
+    return replace(fitted, samples=tuple(weighed), num_unselected_turns=len(given) - len(chosen))
+
+
+def _turns_of(
+    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: RowSettings
+) -> tuple[list[Sample], list[float]]:
+    """Samples of all turns of a row, and the weight of each message, or of each turn that is tokens already."""
+    if example.get("turns") is not None:
+        return samples_of_turns(example["turns"], len(tokenizer)), message_weights(example["turns"])
+    conversation = Conversation.from_row(dict(example))
+    history = example.get("history") or settings.history
+    return render_with_history(conversation, tokenizer, history), message_weights(conversation.messages)
 
 
 def rows_of(
@@ -98,7 +124,8 @@ def _counts(index: int, fitted: FittedSamples) -> dict[str, int]:
     first: Sequence[Sample] = fitted.overlong[:1]
     return {
         "conversation": index,
-        "num_turns": len(fitted.samples) + fitted.num_dropped_turns,
+        "num_turns": len(fitted.samples) + fitted.num_dropped_turns + fitted.num_unselected_turns,
+        "num_unselected_turns": fitted.num_unselected_turns,
         "num_trained_tokens": fitted.num_trained_tokens,
         "num_cut_turns": fitted.num_cut_turns,
         "num_dropped_turns": fitted.num_dropped_turns,

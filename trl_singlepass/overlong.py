@@ -27,6 +27,8 @@ class FittedSamples:
             Turns of which nothing is trained.
         num_cut_tokens (`int`):
             Trained tokens that were lost.
+        num_unselected_turns (`int`, *optional*, defaults to 0):
+            Turns that are context only, by their weight or by `train_turns`.
     """
 
     samples: tuple[Sample, ...]
@@ -35,6 +37,7 @@ class FittedSamples:
     num_cut_turns: int
     num_dropped_turns: int
     num_cut_tokens: int
+    num_unselected_turns: int = 0
 
 
 def fit_samples(samples: Sequence[Sample], limit: int | None, overlong_turns: OverlongTurns) -> FittedSamples:

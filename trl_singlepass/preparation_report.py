@@ -16,6 +16,8 @@ class PreparationReport:
             Conversations given.
         num_turns (`int`):
             Turns given.
+        num_unselected_turns (`int`):
+            Of those, turns that are context only, by their weight or by `train_turns`.
         num_trained_tokens (`int`):
             Trained tokens, counted as N-pass trains them. With `num_cut_tokens` they make up all that was given.
         num_cut_turns (`int`):
@@ -40,6 +42,7 @@ class PreparationReport:
 
     num_conversations: int
     num_turns: int
+    num_unselected_turns: int
     num_trained_tokens: int
     num_cut_turns: int
     num_dropped_turns: int
@@ -58,6 +61,8 @@ class PreparationReport:
 
     def __str__(self) -> str:
         held = f"{self.num_turns} turns of {self.num_conversations} conversations; "
+        if self.num_unselected_turns:
+            held += f"{self.num_unselected_turns} of them context only, by weight or train_turns; "
         split = ""
         if self.num_split_conversations:
             split = (
@@ -104,14 +109,15 @@ def report_of(counts: Mapping[str, Sequence[int]], lengths: Sequence[int], num_n
         )
         if length
     ]
-    summed = ("num_turns", "num_trained_tokens", "num_cut_turns", "num_dropped_turns", "num_cut_tokens")
+    turns = ("num_turns", "num_unselected_turns", "num_cut_turns", "num_dropped_turns")
+    tokens = ("num_trained_tokens", "num_cut_tokens", "num_sample_tokens", "num_repeated_tokens")
     return PreparationReport(
         num_conversations=len(rows_of),
         num_dropped_conversations=sum(number == 0 for number in rows_of.values()),
         num_split_conversations=sum(number > 1 for number in rows_of.values()),
         num_row_tokens=sum(lengths),
         overlong=tuple(named[:num_named]),
-        **{name: sum(counts[name]) for name in (*summed, "num_sample_tokens", "num_repeated_tokens")},
+        **{name: sum(counts[name]) for name in (*turns, *tokens)},
     )
 
 

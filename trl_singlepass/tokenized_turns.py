@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from datasets import Dataset, IterableDataset
 
 from .sample import Sample
 
@@ -34,6 +35,48 @@ def samples_of_turns(turns: Sequence[Mapping[str, Any]], vocab_size: int | None 
     if not turns:
         raise ValueError("Expected at least one turn in 'turns', got none. Leave the row out.")
     return [_sample(turn, index, vocab_size) for index, turn in enumerate(turns)]
+
+
+def is_single_turn(columns: Collection[str]) -> bool:
+    """Return whether rows with these columns are single turns of a log."""
+    return set(TURN_COLUMNS) <= set(columns)
+
+
+def gather_turns(dataset: Dataset | IterableDataset) -> Dataset:
+    """
+    Return a log with one turn per row as a dataset with one conversation per row.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Rows with `prompt_ids`, `completion_ids` and `conversation_id`, in the order of their turns; those of one
+            conversation need not stand together.
+
+    Returns:
+        `datasets.Dataset`: One row per conversation, in the order of their first turns, with a column `turns`.
+
+    Raises:
+        `ValueError`: If there is no `conversation_id`, or the log is a stream, which has no end at which a
+            conversation would be known to be complete.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "A stream of single turns cannot be gathered into conversations, since a conversation may go on at any "
+            "time. Stream rows with a 'turns' column, or load the log whole."
+        )
+    if "conversation_id" not in dataset.column_names:
+        raise ValueError(
+            f"Single turns need a 'conversation_id' column to be gathered by; got the columns {dataset.column_names}."
+        )
+    rows_of: dict[Any, list[int]] = {}
+    for index, conversation in enumerate(dataset["conversation_id"]):
+        rows_of.setdefault(conversation, []).append(index)
+    return Dataset.from_dict({"rows": list(rows_of.values())}).map(
+        _turns_at, fn_kwargs={"log": dataset}, remove_columns="rows", desc="Gathering turns by conversation"
+    )
+
+
+def _turns_at(example: Mapping[str, Any], log: Dataset) -> dict[str, list[dict[str, Any]]]:
+    return {"turns": [log[index] for index in example["rows"]]}
 
 
 def _sample(turn: Mapping[str, Any], index: int, vocab_size: int | None) -> Sample:
