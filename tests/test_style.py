@@ -25,6 +25,7 @@ RANKS = {
     "attention": 5,
     "recurrent": 5,
     "loss": 6,
+    "waves": 6,
     "trainer": 7,
     "reference": 8,
     "auditing": 8,

@@ -12,6 +12,7 @@ from chat_tokenizers import make_tokenizer
 from equivalence import CONVERSATIONS, adapted, single_pass_trainer, stock_trainer
 from families import tiny_model
 from training import float32_model, largest_difference, logged, parameters
+from waves_worker import CASES
 
 
 TOLERANCE = 1e-6
@@ -29,9 +30,7 @@ def train_both(tmp_path, tokenizer, model, wave_tokens, evaluation=None, **setti
     """Train copies of a model in stock and in waves; return both trainers."""
     settings = {"per_device_train_batch_size": 4, **settings}
     stock = stock_trainer(tmp_path, tokenizer, model, evaluation=evaluation, **settings)
-    waves = single_pass_trainer(
-        tmp_path, tokenizer, model, evaluation=evaluation, wave_tokens=wave_tokens, **settings
-    )
+    waves = single_pass_trainer(tmp_path, tokenizer, model, evaluation=evaluation, wave_tokens=wave_tokens, **settings)
     stock.train()
     waves.train()
     assert max(logged(waves, "num_waves")) > 1
@@ -99,3 +98,133 @@ def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path, tokenizer):
 def test_other_families(tmp_path, tokenizer, family):
     model = tiny_model(family, len(tokenizer), torch.float32, attn_implementation="eager", initializer_range=0.05)
     assert_equal(*train_both(tmp_path, tokenizer, model, 64), model)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes trained, by case: parameters, losses and evaluation loss."""
+    result = tmp_path_factory.mktemp("ddp") / "result.pt"
+    worker = Path(__file__).with_name("waves_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker, result]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[1])}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return torch.load(result)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_what_one_trains(tmp_path, tokenizer, two_processes, case):
+    make_model, settings = CASES[case]
+    batch_size = 2 * settings["per_device_train_batch_size"]
+    settings = {name: value for name, value in settings.items() if name != "wave_tokens"}
+    model = make_model(tokenizer)
+    stock = stock_trainer(
+        tmp_path,
+        tokenizer,
+        model,
+        evaluation=CONVERSATIONS[:5],
+        **{**settings, "per_device_train_batch_size": batch_size},
+    )
+    stock.train()
+    trained = two_processes[case]
+    assert trained["num_waves"][0] != trained["num_waves"][1]
+    before = dict(model.named_parameters())
+    for name, parameter in parameters(stock).items():
+        assert float((parameter - trained["parameters"][name]).abs().max()) <= TOLERANCE, name
+    moved = max(float((value - before[name].detach()).abs().max()) for name, value in parameters(stock).items())
+    assert moved > 1000 * TOLERANCE
+    assert trained["loss"] == pytest.approx(logged(stock, "loss"), rel=1e-5)
+    assert trained["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_weights_reach_waves(tmp_path, tokenizer):
+
+    model = float32_model(tokenizer)
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "reasoning_weight": 0.5}
+    row = single_pass_trainer(tmp_path, tokenizer, model, **settings)
+    waves = single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=100, **settings)
+    for trainer in (row, waves):
+        trainer.train()
+    assert max(logged(waves, "num_waves")) > 1
+    assert largest_difference(row, waves) <= TOLERANCE
+    assert logged(waves, "loss") == pytest.approx(logged(row, "loss"), rel=1e-5)
+
+
+def test_the_log_names_the_schedule(tmp_path, tokenizer, caplog):
+    logger = logging.getLogger("trl_singlepass")
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    with caplog.at_level(logging.INFO, logger="trl_singlepass"):
+        logger.setLevel(logging.INFO)
+        trainer = single_pass_trainer(tmp_path, tokenizer, float32_model(tokenizer), wave_tokens=64, **settings)
+        trainer.train()
+    steps = [record.message for record in caplog.records if record.message.startswith("Step 1: ")]
+    assert len(steps) == 2
+    assert all(" waves for " in step and " of them alive; history of " in step for step in steps)
+
+
+def test_rows_that_fit_run_at_once_and_the_log_says_so(tmp_path, tokenizer, caplog):
+    logger = logging.getLogger("trl_singlepass")
+    with caplog.at_level(logging.INFO, logger="trl_singlepass"):
+        logger.setLevel(logging.INFO)
+        trainer = single_pass_trainer(
+            tmp_path, tokenizer, float32_model(tokenizer), wave_tokens="auto", per_device_train_batch_size=4
+        )
+        trainer.train()
+    assert logged(trainer, "num_waves") == [1.0]
+    assert "wave_tokens='auto' is " in caplog.text
+    assert "a token needs " in caplog.text
+    assert "Step 1: one wave of " in caplog.text
+
+
+def test_auto_that_finds_no_room_says_what_there_is(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("trl_singlepass.waves.budget.free_bytes", lambda device: 2**20)
+    trainer = single_pass_trainer(
+        tmp_path, tokenizer, float32_model(tokenizer), wave_tokens="auto", per_device_train_batch_size=4
+    )
+    with pytest.raises(ValueError, match=r"wave_tokens='auto' found no room for 256 tokens: 0\.0 GiB are free on cpu"):
+        trainer.train()
+
+
+def test_a_loss_that_trl_computes_otherwise_stops_the_first_step(tmp_path, tokenizer, monkeypatch):
+    trainer = single_pass_trainer(
+        tmp_path, tokenizer, float32_model(tokenizer), wave_tokens=64, per_device_train_batch_size=4
+    )
+    trainer._waves._coefficients = lambda inputs, num_items: (
+        2 * type(trainer._waves)._coefficients(trainer._waves, inputs, num_items)
+    )
+    with pytest.raises(RuntimeError, match=r"The waves of a row have a loss of .*, TRL .* computes "):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor does not work with wave_tokens: it reads the log"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha does not work with wave_tokens: history would get other"),
+        ({"optim": "lomo"}, "optim='lomo' does not work with wave_tokens: it updates parameters during backward"),
+        ({"torch_compile": True}, "torch_compile does not work with wave_tokens: waves add up gradients where"),
+        ({"kwargs": {"compute_loss_func": lambda *_, **__: 0}}, "compute_loss_func does not work with wave_tokens"),
+        ({"wave_tokens": 0}, "wave_tokens=0: expected a number of tokens above 0, 'auto', or None"),
+        ({"wave_tokens": "all"}, "wave_tokens='all': expected a number of tokens above 0, 'auto', or None"),
+        ({"wave_tokens": None, "offload_kv": True}, "offload_kv=True moves what waits between waves. Set wave_tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_waves_cannot_honour_is_refused(tmp_path, tokenizer, settings, message):
+    settings = {"per_device_train_batch_size": 4, "wave_tokens": 64, **settings}
+    with pytest.raises(ValueError, match=message):
+        single_pass_trainer(tmp_path, tokenizer, float32_model(tokenizer), **settings)
+
+
+def test_dropout_is_refused(tmp_path, tokenizer):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1)
+    model = peft.get_peft_model(float32_model(tokenizer), config)
+    with pytest.raises(ValueError, match=r"Dropout \(.*lora_dropout.*\) does not work with wave_tokens: history"):
+        single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, per_device_train_batch_size=4)
+
+
+def test_kernels_that_read_one_row_are_refused(tmp_path, tokenizer):
+    model = tiny_model("qwen3", len(tokenizer), torch.float32, attn_implementation="flex_attention")
+    with pytest.raises(ValueError, match=r"attn_implementation='flex_attention' does not work with wave_tokens: its"):
+        single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, per_device_train_batch_size=4)

@@ -125,7 +125,6 @@ class SinglePassSFTTrainer(SFTTrainer):
         plain_collator: DataCollator = self.data_collator  # type: ignore[has-type]
         self.data_collator = TreeOrPlainCollator(tree_collator, plain_collator)
         self._uses_tree_attention = False
-        self._waves: WaveTraining | None = None
         self._counts = RowCounts()
         self._pooled_loss = PooledLoss(args.device)
         if trains_turns:
@@ -136,7 +135,7 @@ class SinglePassSFTTrainer(SFTTrainer):
             use_tree_attention(self.model)
             self._uses_tree_attention = True
             self._checked_layers = False
-            self._waves = None if self.args.wave_tokens is None else WaveTraining(self)
+            self._waves = WaveTraining(self)
 
     def _prepare_dataset(
         self,
@@ -218,8 +217,7 @@ class SinglePassSFTTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._use_tree_attention()  # evaluation may bring the first conversations
         with tree_context(plan, inputs.pop("subtree_end"), inputs["position_ids"]) as tree:
-            if self._waves is not None:
-                model = self._waves.over(model, tree, inputs, num_items_in_batch)
+            model = self._waves.over(model, tree, inputs, num_items_in_batch)
             weights = inputs.pop("loss_weights", None)
             if weights is not None:
                 check_weights_reach_the_loss(self)
@@ -228,8 +226,7 @@ class SinglePassSFTTrainer(SFTTrainer):
                 model = weighted_model(model, weights / total)
                 num_items_in_batch = None if num_items_in_batch is None else 1
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            if self._waves is not None:
-                self._waves.check_loss(result)
+            self._waves.check_loss(result)
         self._check_layers_once(tree)
         return result
 

@@ -1,4 +1,4 @@
-"""Waves: a row of trees run piece by piece, with the loss and the gradients of the whole and the memory of one piece."""
+"""Waves: a row of trees run piece by piece, with loss and gradients of the whole, memory of one piece."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """
 The load-balancing loss of a mixture of experts, exact although no wave sees the whole row.
 
-With `C_e` the routed tokens of expert `e` and `P_e` the sum of its router probabilities, over all `R` tokens and layers,
-the loss is `E · Σ_e C_e/R · P_e/R`. `C_e` has no gradient. So once all `C_e` are known, the loss is linear in what each
-wave contributes to `P_e`: its share is `E · Σ_e C_e · P_e(wave) / R²`, and the shares add up to the loss.
+With `C_e` the routed tokens of expert `e` and `P_e` the sum of its router probabilities, over all `R` tokens and
+layers, the loss is `E · Σ_e C_e/R · P_e/R`. `C_e` has no gradient. So once all `C_e` are known, the loss is linear in
+what each wave contributes to `P_e`: its share is `E · Σ_e C_e · P_e(wave) / R²`, and the shares add up to the loss.
 
 Source: `load_balancing_loss_func` of transformers; Switch Transformer, arXiv 2101.03961, equations 4 to 6.
 """

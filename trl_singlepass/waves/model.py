@@ -115,7 +115,8 @@ class WavedModel:
         }
 
     def _count(self, wave: Wave, inputs: dict[str, Any]) -> Any:
-        assert self.recorder is not None and self.loss.balance is not None
+        assert self.recorder is not None
+        assert self.loss.balance is not None
         router_logits = self.recorder.pop()
         self.loss.balance.count(router_logits, select(inputs["attention_mask"], ((wave.start, wave.end),)))
         return router_logits

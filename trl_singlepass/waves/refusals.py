@@ -44,8 +44,9 @@ def _refused(trainer: Any) -> Iterator[tuple[str, str, str]]:
         yield "torch_compile", "waves add up gradients where a compiled graph cannot see them", "Turn it off"
     if args.activation_offloading:
         yield "activation_offloading", "it expects one forward before each backward", "Turn it off"
-    if str(args.optim).lower().rpartition(".")[2] in ("lomo", "adalomo") or "layerwise" in str(args.optim).lower():
-        yield f"optim={str(args.optim)!r}", "it updates parameters during backward, between waves", "Choose another"
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer in ("lomo", "adalomo") or "layerwise" in optimizer:
+        yield f"optim={optimizer!r}", "it updates parameters during backward, between waves", "Choose another"
     yield from _refused_models(trainer.model, base)
     yield from _refused_engines(trainer.accelerator)
 
@@ -58,7 +59,11 @@ def _refused_models(model: Any, base: Any) -> Iterator[tuple[str, str, str]]:
         yield "router_jitter_noise", "history would get other noise each time that it runs", "Set it to 0"
     recurrent = sorted({type(layer).__name__ for layer in recurrent_layers(base)})
     if recurrent:
-        yield f"{', '.join(recurrent)}", "its state is not handed from wave to wave", "Take a model of attention layers"
+        yield (
+            f"{', '.join(recurrent)}",
+            "its state is not handed from wave to wave",
+            "Take a model of attention layers",
+        )
     implementation = base.config.get_text_config()._attn_implementation
     if implementation != TREE_ATTENTION["sdpa"]:
         known = {name: given for given, name in TREE_ATTENTION.items()}

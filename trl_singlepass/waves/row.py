@@ -65,7 +65,7 @@ class WaveRow:
         self, forward: Callable[[Wave, Ranges], Any], remember: Callable[[Wave, Ranges], Any]
     ) -> Iterator[tuple[Wave, Any]]:
         """
-        Run the row forward and backward; the caller sends gradients back through each wave before it asks for the next.
+        Run the row forward and backward; the caller sends gradients back through a wave before it asks for the next.
 
         Args:
             forward (`Callable`):

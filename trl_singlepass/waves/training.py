@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import trl
 from transformers import logging
 
 from ..attention.tree_mask import Tree
@@ -31,17 +32,21 @@ class WaveTraining:
 
     Args:
         trainer (`SinglePassSFTTrainer`):
-            Trainer with `wave_tokens`, its model under tree attention.
+            Trainer, its model under tree attention. Without `wave_tokens`, rows run at once.
 
     Raises:
         `ValueError`: If a setting, the model or the engine does not work with waves; the message names it.
     """
 
     def __init__(self, trainer: Any) -> None:
-        check_waves(trainer)
         self.trainer = trainer
+        self.runs_at_once = trainer.args.wave_tokens is None
+        if not self.runs_at_once:
+            check_waves(trainer)
         base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-        self.recorder = RouterRecorder(base) if trainer.aux_loss_enabled else None
+        self.recorder = None if self.runs_at_once or not trainer.aux_loss_enabled else RouterRecorder(base)
+        self._unchecked: WaveLoss | None = None
+        self._is_checked = False
         self._wave_tokens: int | None = None if trainer.args.wave_tokens == "auto" else trainer.args.wave_tokens
 
     @property
@@ -80,8 +85,9 @@ class WaveTraining:
             num_items (`torch.Tensor` or `int`, *optional*):
                 Sum of the loss weights over the whole step, as the Trainer hands it to `compute_loss`.
         """
-        plan = self.plan(tree)
-        trainer = self.trainer
+        if self.runs_at_once:
+            return model
+        trainer, plan = self.trainer, self.plan(tree)
         if trainer.model.training:
             logger.info(f"Step {trainer.state.global_step + 1}: {plan}.")
             trainer._metrics["train"]["num_waves"].append(float(len(plan.waves)))
@@ -95,10 +101,33 @@ class WaveTraining:
             balance=balance,
             balance_coefficient=0.0 if balance is None else trainer.router_aux_loss_coef / steps,
         )
+        self._unchecked = loss if trainer.model.training else None
         row = WaveRow(plan, tree, trainer.args.offload_kv)
         scale = self._scale(num_items)
         engine = engine_of(model, lambda loss: trainer.accelerator.backward(loss * scale))
         return WavedModel(engine, row, loss, self.recorder)
+
+    def check_loss(self, result: Any) -> None:
+        """
+        Check, once in a run, that the losses of the waves add up to the loss of the row that TRL computed.
+
+        Args:
+            result (`torch.Tensor` or `tuple`):
+                What `compute_loss` returned.
+
+        Raises:
+            `RuntimeError`: If they do not; the gradients of the waves would be those of another loss.
+        """
+        loss, self._unchecked = self._unchecked, None
+        if loss is None or self._is_checked:
+            return
+        expected = float((result[0] if isinstance(result, tuple) else result).detach())
+        if abs(float(loss.total) - expected) > 1e-3 * abs(expected):
+            raise RuntimeError(
+                f"The waves of a row have a loss of {float(loss.total):.6g}, TRL {trl.__version__} computes "
+                f"{expected:.6g}: it no longer is the loss that waves send back. Set wave_tokens=None."
+            )
+        self._is_checked = True
 
     def _coefficients(self, inputs: dict[str, Any], num_items: Any) -> torch.Tensor:
         """Factor of each position's target in the loss that TRL computes, shape `(1, row_length)`."""

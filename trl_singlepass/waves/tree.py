@@ -58,7 +58,9 @@ class GroupMemory:
     @property
     def num_bytes(self) -> int:
         """Bytes of keys, values and gradients."""
-        held = (x for layer in self.layers.values() for x in (layer.key, layer.value, layer.grad_key, layer.grad_value))
+        held = (
+            x for layer in self.layers.values() for x in (layer.key, layer.value, layer.grad_key, layer.grad_value)
+        )
         return sum(x.numel() * x.element_size() for x in held if x is not None)
 
 
