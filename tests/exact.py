@@ -12,9 +12,14 @@ from trl_singlepass.tree import PrefixTree
 TOLERANCE = 1e-12
 
 
-def forward(model, sample_sets, pad_to_multiple_of=None):
-    """Run one row that holds a tree per sample set; return the model's outputs and the batch."""
-    rows = [Row.from_tree(PrefixTree.from_samples(samples)).columns() for samples in sample_sets]
+def one_row_each(sample_sets):
+    """Return a row per sample set, which holds its tree."""
+    return [Row.from_tree(PrefixTree.from_samples(samples)) for samples in sample_sets]
+
+
+def forward(model, sample_sets, pad_to_multiple_of=None, rows_of=one_row_each):
+    """Run the rows of the sample sets side by side in one; return the model's outputs and the batch."""
+    rows = [row.columns() for row in rows_of(sample_sets)]
     batch = DataCollatorForSinglePass(pad_token_id=0, pad_to_multiple_of=pad_to_multiple_of)(rows)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
     if getattr(model.config, "output_router_logits", False):
@@ -23,9 +28,9 @@ def forward(model, sample_sets, pad_to_multiple_of=None):
         return model(**inputs, use_cache=False), batch
 
 
-def single_pass_loss(model, sample_sets, pad_to_multiple_of=None):
+def single_pass_loss(model, sample_sets, pad_to_multiple_of=None, rows_of=one_row_each):
     """Loss of one row, written the way any consumer would that shifts labels by one."""
-    outputs, batch = forward(model, sample_sets, pad_to_multiple_of)
+    outputs, batch = forward(model, sample_sets, pad_to_multiple_of, rows_of)
     logits, labels = outputs.logits[0, :-1], batch["labels"][0, 1:]
     nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
     weights = batch["loss_weights"][0, 1:].to(nll.dtype) if "loss_weights" in batch else (labels != -100).to(nll.dtype)
@@ -35,18 +40,19 @@ def single_pass_loss(model, sample_sets, pad_to_multiple_of=None):
     return loss
 
 
-def assert_equal_to_npass(model, sample_sets, prepare=None, pad_to_multiple_of=None):
+def assert_equal_to_npass(model, sample_sets, prepare=None, pad_to_multiple_of=None, rows_of=one_row_each):
     """
     Assert that one row trains what the separate samples train: the loss and the gradient of every parameter.
 
-    `prepare` changes the model between both, for what N-pass must not depend on (gradient checkpointing).
+    `prepare` changes the model between both, for what N-pass must not depend on (gradient checkpointing); `rows_of`
+    makes rows of the sample sets.
     """
     expected = npass_loss_and_gradients(model, [sample for samples in sample_sets for sample in samples])
     use_tree_attention(model)
     if prepare is not None:
         prepare(model)
     model.zero_grad()
-    loss = single_pass_loss(model, sample_sets, pad_to_multiple_of)
+    loss = single_pass_loss(model, sample_sets, pad_to_multiple_of, rows_of)
     loss.backward()
     assert abs(float(loss.detach()) - expected.loss) <= TOLERANCE * abs(expected.loss)
     largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
