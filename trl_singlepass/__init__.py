@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .auditing import AuditReport as AuditReport
+    from .auditing import audit as audit
     from .config import SinglePassSFTConfig as SinglePassSFTConfig
+    from .npass_export import to_npass as to_npass
     from .reference import verify as verify
     from .rendering import render_samples as render_samples
     from .sample import Sample as Sample
@@ -15,20 +18,26 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuditReport",
     "PrefixTree",
     "Sample",
     "SinglePassSFTConfig",
     "SinglePassSFTTrainer",
+    "audit",
     "render_samples",
+    "to_npass",
     "verify",
 ]
 
 _HOME = {
+    "AuditReport": "auditing",
     "PrefixTree": "tree",
     "Sample": "sample",
     "SinglePassSFTConfig": "config",
     "SinglePassSFTTrainer": "trainer",
+    "audit": "auditing",
     "render_samples": "rendering",
+    "to_npass": "npass_export",
     "verify": "reference",
 }
 
