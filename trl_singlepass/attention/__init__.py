@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
-
-from .sdpa import sdpa_forward
+from ..recurrent.layer import use_tree_recurrence
+from .registry import TREE_ATTENTION, tree_attention_name
 from .support import UnsupportedModelError, check_every_layer_attended, check_model
-from .tree_mask import Tree, TreeMask, tree_context, tree_mask_or
+from .tree_mask import Tree, TreeMask, tree_context
 
 
 __all__ = [
+    "TREE_ATTENTION",
     "Tree",
     "TreeMask",
     "UnsupportedModelError",
@@ -21,13 +20,6 @@ __all__ = [
     "tree_context",
     "use_tree_attention",
 ]
-
-# The registered names avoid "sdpa", "flash", "flex_attention" and "/", in which transformers reads a meaning.
-TREE_ATTENTION = {"sdpa": "tree_torch", "eager": "tree_torch"}
-"""For each `attn_implementation` of transformers, the registered name of its tree attention."""
-
-AttentionInterface.register("tree_torch", sdpa_forward)
-AttentionMaskInterface.register("tree_torch", tree_mask_or(sdpa_mask))
 
 
 def use_tree_attention(model: Any) -> str:
@@ -44,16 +36,13 @@ def use_tree_attention(model: Any) -> str:
     Raises:
         `UnsupportedModelError`: If one pass would train the model wrongly.
         `ValueError`: If there is no tree attention for its `attn_implementation`.
+        `ImportError`: If the kernel it chose is not installed.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_model(base)
     implementation = str(base.config.get_text_config()._attn_implementation)
-    if implementation in TREE_ATTENTION.values():
-        return implementation
-    if implementation not in TREE_ATTENTION:
-        raise ValueError(
-            f"There is no tree attention for attn_implementation={implementation!r}. Load the model with one of "
-            f"{', '.join(repr(name) for name in TREE_ATTENTION)}."
-        )
-    base.set_attn_implementation(TREE_ATTENTION[implementation])
+    name = tree_attention_name(implementation)
+    use_tree_recurrence(base)
+    if name != implementation and base._can_set_attn_implementation():  # some models have recurrent layers only
+        base.set_attn_implementation(name)
     return implementation

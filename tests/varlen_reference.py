@@ -1,0 +1,91 @@
+"""Varlen attention in plain PyTorch, sequence by sequence: stands in for flash kernels where there is no GPU."""
+
+import torch
+
+from trl_singlepass.attention.varlen import VarlenKernel
+
+
+def scores(q, k, causal, window, scale, softcap):
+    """Scores of one sequence, `(heads, num_queries, num_keys)`, aligned at the end, -inf where not visible."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    s = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    behind = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))  # how far back each key lies
+    visible = behind >= 0 if causal else torch.ones_like(behind, dtype=torch.bool)
+    if window is not None:
+        visible &= behind < window
+    return s.masked_fill(~visible, -torch.inf)
+
+
+def sequences(cu_q, cu_k):
+    q, k = cu_q.tolist(), cu_k.tolist()
+    return [(slice(*q[i : i + 2]), slice(*k[i : i + 2])) for i in range(len(q) - 1)]
+
+
+def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, window, scale, softcap):
+    """Return output `(num_queries, heads, head_dim)` and log-sum-exp `(heads, num_queries)`."""
+    check_arguments(q, k, v, cu_q, cu_k, max_q, max_k)
+    outs, lses = [], []
+    for here, there in sequences(cu_q, cu_k):
+        s = scores(q[here], k[there], causal, window, scale, softcap)
+        value = v[there].repeat_interleave(q.shape[1] // v.shape[1], 1)
+        outs.append(torch.einsum("hqk,khd->qhd", s.softmax(-1), value))
+        lses.append(s.logsumexp(-1))
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+def varlen_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, window, scale, softcap):
+    """Return the gradients that a flash kernel computes from the output and log-sum-exp that it is given."""
+    check_arguments(q, k, v, cu_q, cu_k, max_q, max_k)
+    groups = q.shape[1] // k.shape[1]
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    for here, there in sequences(cu_q, cu_k):
+        s = scores(q[here], k[there], causal, window, scale, softcap)
+        weights = (s - lse[:, here, None]).exp()
+        value = v[there].repeat_interleave(groups, 1)
+        delta = (grad[here] * out[here]).sum(-1).T[..., None]
+        ds = weights * (torch.einsum("qhd,khd->hqk", grad[here], value) - delta)
+        if softcap:
+            ds = ds * (1 - (s.nan_to_num(neginf=0.0) / softcap) ** 2)
+        ds = ds * scale
+        dq[here] = torch.einsum("hqk,khd->qhd", ds, k[there].repeat_interleave(groups, 1))
+        dk[there] = torch.einsum("hqk,qhd->khd", ds, q[here]).unflatten(1, (-1, groups)).sum(2)
+        dv[there] = torch.einsum("hqk,qhd->khd", weights, grad[here]).unflatten(1, (-1, groups)).sum(2)
+    return dq, dk, dv
+
+
+def check_arguments(q, k, v, cu_q, cu_k, max_q, max_k):
+    """What flash kernels require, or read past the end of a tensor without."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert cu_q.is_contiguous()
+    assert cu_k.is_contiguous()
+    assert (int(cu_q[0]), int(cu_k[0]), int(cu_q[-1]), int(cu_k[-1])) == (0, 0, len(q), len(k))
+    assert len(v) == len(k)
+    assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+    assert isinstance(max_q, int)
+    assert bool((cu_k.diff() >= cu_q.diff()).all()), "a query would see no key"
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+    assert q.shape[-1] % 8 == 0
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+
+
+class ReferenceKernel(VarlenKernel):
+    """The functions above as a kernel; keeps count of its calls."""
+
+    dtypes = (torch.float64, torch.float32)
+
+    def __init__(self, has_softcap=True):
+        self.has_softcap = has_softcap
+        self.calls = []
+
+    def forward(self, q, k, v, call, scale, softcap):
+        self.calls.append(call)
+        return varlen_forward(q, k, v, *arguments(call), scale, softcap)
+
+    def backward(self, grad, q, k, v, out, lse, call, scale, softcap, deterministic):
+        return varlen_backward(grad, q, k, v, out, lse, *arguments(call), scale, softcap)
+
+
+def arguments(call):
+    return call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k, True, call.window

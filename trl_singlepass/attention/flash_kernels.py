@@ -1,0 +1,171 @@
+"""Flash kernels as `VarlenKernel`: the packages flash-attn 2 and 3, the same from the Hub, and PyTorch's own."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+
+from .varlen import VarlenKernel
+from .varlen_plan import VarlenCall
+
+
+aten = torch.ops.aten
+
+
+class Flash2(VarlenKernel):
+    """
+    FlashAttention 2, from the package `flash-attn` or from the Hub.
+
+    Args:
+        interface (`types.ModuleType`):
+            Module that holds `_flash_attn_varlen_forward` and `_flash_attn_varlen_backward`.
+    """
+
+    def __init__(self, interface: ModuleType) -> None:
+        self._forward = interface._flash_attn_varlen_forward
+        self._backward = interface._flash_attn_varlen_backward
+
+    def forward(self, q: Any, k: Any, v: Any, call: VarlenCall, scale: float, softcap: float) -> tuple[Any, Any]:
+        """Return output and log-sum-exp."""
+        result = _call(self._forward, q=q, k=k, v=v, dropout_p=0.0, **_common(call, scale, softcap))
+        return _output_and_lse(result, q)
+
+    def backward(
+        self, grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, call: VarlenCall, scale: float, softcap: float,
+        deterministic: bool,
+    ) -> tuple[Any, Any, Any]:  # fmt: skip
+        """Return the gradients of queries, keys and values."""
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        _call(
+            self._backward, dout=grad, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv, dropout_p=0.0,
+            deterministic=deterministic, **_common(call, scale, softcap),
+        )  # fmt: skip
+        return dq, dk, dv
+
+
+class Flash3(Flash2):
+    """
+    FlashAttention 3, from the package `flash-attn-3` or from the Hub; one entry point for all layouts.
+
+    Args:
+        interface (`types.ModuleType`):
+            Module that holds `_flash_attn_forward` and `_flash_attn_backward`.
+    """
+
+    def __init__(self, interface: ModuleType) -> None:
+        self._forward = interface._flash_attn_forward
+        self._backward = interface._flash_attn_backward
+
+
+class TorchFlash(VarlenKernel):
+    """PyTorch's own flash attention for CUDA, of `torch.nn.attention.varlen`: no package needed, no softcap."""
+
+    has_softcap: ClassVar[bool] = False
+
+    def forward(self, q: Any, k: Any, v: Any, call: VarlenCall, scale: float, softcap: float) -> tuple[Any, Any]:
+        """Return output and log-sum-exp."""
+        out, lse, *_ = aten._flash_attention_forward(
+            q, k, v, *_borders(call), 0.0, call.window is None, False, scale=scale, **_window(call)
+        )
+        return out, lse
+
+    def backward(
+        self, grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, call: VarlenCall, scale: float, softcap: float,
+        deterministic: bool,
+    ) -> tuple[Any, Any, Any]:  # fmt: skip
+        """Return the gradients of queries, keys and values; `torch.use_deterministic_algorithms` fixes their order."""
+        random_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+        unused = torch.empty(0, device=q.device)
+        grads: tuple[Any, Any, Any] = aten._flash_attention_backward(
+            grad, q, k, v, out, lse, *_borders(call), 0.0, call.window is None, random_state, unused, scale=scale,
+            **_window(call),
+        )  # fmt: skip
+        return grads
+
+
+@cache
+def flash_kernel(implementation: str) -> VarlenKernel:
+    """
+    Return the kernel that an `attn_implementation` stands for.
+
+    Args:
+        implementation (`str`):
+            `"flash_attention_2"`, `"flash_attention_3"`, a kernel repository of the Hub (`"owner/name"`), or
+            `"torch_varlen"`.
+
+    Returns:
+        `VarlenKernel`: The kernel; loaded from where transformers loads it.
+
+    Raises:
+        `ImportError`: If it is not installed, or its release lacks what tree attention needs.
+    """
+    if implementation == "torch_varlen":
+        if not torch.cuda.is_available():
+            raise ImportError(f"'torch_varlen' is PyTorch's flash attention for CUDA, and there is none. {_INSTALL}")
+        return TorchFlash()
+    try:
+        (_, varlen, *_), _ = lazy_import_flash_attention(implementation)
+    except (ImportError, ValueError) as error:
+        raise ImportError(f"{implementation!r} could not be loaded: {error}. {_INSTALL}") from error
+    interface = sys.modules[inspect.unwrap(varlen).__module__]
+    if hasattr(interface, "_flash_attn_varlen_backward"):
+        return Flash2(interface)
+    if hasattr(interface, "_flash_attn_backward"):
+        return Flash3(interface)
+    raise ImportError(
+        f"{implementation!r} comes from {interface.__name__}, which has neither flash-attn 2's "
+        f"_flash_attn_varlen_backward nor flash-attn 3's _flash_attn_backward. {_INSTALL}"
+    )
+
+
+_INSTALL = (
+    "Install flash-attn (2.7 or newer) for 'flash_attention_2', flash-attn-3 for 'flash_attention_3', or kernels for "
+    "a kernel of the Hub such as 'kernels-community/flash-attn2'; or load the model with attn_implementation='sdpa' "
+    "or 'flex_attention', which need no package."
+)
+
+
+def _call(function: Callable[..., Any], **arguments: Any) -> Any:
+    """
+    Call an entry point whose parameters differ between releases.
+
+    Some take `window_size` for its two sides, or `is_causal` for `causal`, and some have no defaults.
+    """
+    parameters = inspect.signature(getattr(function, "_init_fn", function)).parameters
+    arguments["window_size"] = (arguments["window_size_left"], arguments["window_size_right"])
+    arguments["is_causal"] = arguments["causal"]
+    required = {"softcap"} if arguments["softcap"] else set()
+    if missing := required - set(parameters):
+        raise ImportError(f"{function} has no {', '.join(missing)}. {_INSTALL}")
+    without_default = {name: None for name, spec in parameters.items() if spec.default is inspect.Parameter.empty}
+    return function(**{**without_default, **{name: arguments[name] for name in parameters if name in arguments}})
+
+
+def _common(call: VarlenCall, scale: float, softcap: float) -> dict[str, Any]:
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    borders = dict(zip(names, _borders(call), strict=True))
+    return {**borders, **_window(call), "softmax_scale": scale, "causal": True, "softcap": softcap}
+
+
+def _borders(call: VarlenCall) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    return call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k
+
+
+def _window(call: VarlenCall) -> dict[str, int]:
+    """Flash kernels count the tokens before the query."""
+    return {"window_size_left": -1 if call.window is None else call.window - 1, "window_size_right": 0}
+
+
+def _output_and_lse(result: Any, query: torch.Tensor) -> tuple[Any, Any]:
+    out, lse = result[0], result[1]
+    expected = (query.shape[1], query.shape[0])
+    if tuple(lse.shape) != expected:
+        raise ImportError(f"The kernel returned a log-sum-exp of shape {tuple(lse.shape)}, not {expected}. {_INSTALL}")
+    return out, lse

@@ -1,0 +1,81 @@
+"""Which tree attention an `attn_implementation` means: the table, and the registration with transformers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask, flex_attention_mask, sdpa_mask
+
+from .flash import varlen_forward_of
+from .flash_kernels import flash_kernel
+from .flex import flex_forward
+from .sdpa import sdpa_forward
+from .tree_mask import tree_mask_or
+
+
+# The registered names avoid "sdpa", "flash", "flex_attention" and "/", in which transformers reads a meaning.
+TREE_ATTENTION = {
+    "sdpa": "tree_torch",
+    "eager": "tree_torch",
+    "flex_attention": "tree_flex",
+    "flash_attention_2": "tree_varlen_2",
+    "flash_attention_3": "tree_varlen_3",
+    "torch_varlen": "tree_varlen_torch",
+}
+"""For each `attn_implementation`, the registered name of its tree attention; Hub kernels join when asked for."""
+
+
+def tree_attention_name(implementation: str) -> str:
+    """
+    Return the registered name of the tree attention that an `attn_implementation` means.
+
+    Args:
+        implementation (`str`):
+            `attn_implementation` of a model, or already a registered name.
+
+    Returns:
+        `str`: The registered name.
+
+    Raises:
+        `ValueError`: If there is no tree attention for it.
+        `ImportError`: If its kernel is not installed.
+    """
+    if _is_hub_kernel(implementation) and implementation not in TREE_ATTENTION:
+        flash_kernel(implementation)  # before a name exists for it
+        TREE_ATTENTION[implementation] = "tree_varlen_" + re.sub(r"\W+|flash", "_", implementation.lower())
+        _register_varlen(implementation)
+    stands_for = {name: known for known, name in TREE_ATTENTION.items()}
+    implementation = stands_for.get(implementation, implementation)
+    if implementation not in TREE_ATTENTION:
+        raise ValueError(
+            f"There is no tree attention for attn_implementation={implementation!r}. Load the model with one of "
+            f"{', '.join(repr(name) for name in TREE_ATTENTION)}, or a flash kernel of the Hub."
+        )
+    if TREE_ATTENTION[implementation].startswith("tree_varlen"):
+        flash_kernel(implementation)
+    return TREE_ATTENTION[implementation]
+
+
+def _is_hub_kernel(implementation: str) -> bool:
+    return "/" in implementation and "flash" in implementation and "|" not in implementation
+
+
+def _register(name: str, attention: Callable[..., Any], plain_mask: Callable[..., Any]) -> None:
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, tree_mask_or(plain_mask))
+
+
+def _register_varlen(implementation: str) -> None:
+    plain_mask = sdpa_mask if implementation == "torch_varlen" else flash_attention_mask
+    _register(TREE_ATTENTION[implementation], varlen_forward_of(implementation), plain_mask)
+
+
+_register("tree_torch", sdpa_forward, sdpa_mask)
+_register("tree_flex", flex_forward, flex_attention_mask)
+for _implementation in ("flash_attention_2", "flash_attention_3", "torch_varlen"):
+    _register_varlen(_implementation)
+# transformers has no name of its own for PyTorch's varlen kernel: this one makes a model load with it.
+_register("torch_varlen", varlen_forward_of("torch_varlen"), sdpa_mask)

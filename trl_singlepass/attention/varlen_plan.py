@@ -1,0 +1,126 @@
+"""Varlen calls of a row: which keys each stretch of queries is given, in plain integers made on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .paths import Ints, Pieces, concatenated_ranges, key_ranges
+from .rules import Rule, rule_of
+from .tree_mask import TreeMask
+
+
+# Keys gathered by one call, in rows' worth of tokens: what bounds memory where many branches share a long history.
+KEYS_PER_CALL = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VarlenCall:
+    """
+    One call of a varlen kernel: sequences of queries that lie together in the row, each against the end of its path.
+
+    Queries are aligned with the end of their keys ("bottom-right"), as flash kernels are when `causal`: the last query
+    sees the last key. A path is contiguous in depth, so the kernel's sliding window is a window by depth.
+
+    Args:
+        start (`int`):
+            Position of the first query in the row.
+        end (`int`):
+            Position just past the last query.
+        cu_seqlens_q (`torch.Tensor` of shape `(num_sequences + 1,)`, `torch.int32`):
+            Borders of the sequences among the queries of the call.
+        cu_seqlens_k (`torch.Tensor` of shape `(num_sequences + 1,)`, `torch.int32`):
+            Borders of the sequences among the gathered keys.
+        max_seqlen_q (`int`):
+            Most queries of a sequence.
+        max_seqlen_k (`int`):
+            Most keys of a sequence.
+        key_index (`torch.Tensor` of shape `(num_keys,)`, `torch.int32`, *optional*):
+            Positions of the keys in the row; not given where they are the row as it is.
+        window (`int`, *optional*):
+            Size of the sliding window in tokens, the query itself included.
+    """
+
+    start: int
+    end: int
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    key_index: torch.Tensor | None
+    window: int | None
+
+    def keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the keys or values of the call, from those of the row, shape `(row_length, heads, head_dim)`."""
+        return x if self.key_index is None else x.index_select(0, self.key_index)
+
+
+def varlen_calls(mask: TreeMask) -> tuple[VarlenCall, ...]:
+    """
+    Return the calls that compute attention of a mask type; together they cover the row.
+
+    Args:
+        mask (`TreeMask`):
+            Mask type of the model.
+
+    Returns:
+        `tuple[VarlenCall, ...]`: The calls: one, or as many as keep the gathered keys within `KEYS_PER_CALL` rows.
+
+    Raises:
+        `ValueError`: If the model's rule is not causal, a sliding window or a chunk.
+    """
+    rule = rule_of(mask)
+    if rule is None:
+        raise ValueError(
+            f"The model's mask rule ({getattr(mask.mask_function, '__qualname__', mask.mask_function)}) is neither "
+            "causal nor a sliding window nor a chunk, and flash kernels know no other. Load the model with "
+            "attn_implementation='sdpa' or 'flex_attention'."
+        )
+    plan = mask.tree.plan
+    # Inside a chunk a token sees all ancestors of that chunk, so that pieces of one chunk each are plain causal.
+    pieces = Pieces.from_plan(plan, rule.size, by_depth=True) if rule.kind == "chunk" else Pieces.from_plan(plan)
+    ranges = key_ranges(plan, pieces, rule.first_depth(pieces.depth), before=pieces.end)
+    key_index = concatenated_ranges(ranges.start, ranges.end - ranges.start)
+    num_keys = np.bincount(ranges.piece, weights=ranges.end - ranges.start, minlength=len(pieces.start))
+    return tuple(_calls(pieces, num_keys.astype(np.int64), key_index, rule, mask))
+
+
+def _calls(pieces: Pieces, num_keys: Ints, key_index: Ints, rule: Rule, mask: TreeMask) -> Iterator[VarlenCall]:
+    length = mask.tree.plan.length
+    key_borders = np.concatenate([[0], np.cumsum(num_keys)])
+    query_borders = np.append(pieces.start, length)
+    for first, last in _grouped(key_borders, KEYS_PER_CALL * length):
+        cu_q = query_borders[first : last + 1] - query_borders[first]
+        cu_k = key_borders[first : last + 1] - key_borders[first]
+        keys = key_index[key_borders[first] : key_borders[last]]
+        is_row = len(keys) == length and bool((keys == np.arange(length)).all())
+        cu_seqlens_q, cu_seqlens_k, index = _to_device([cu_q, cu_k, keys[:0] if is_row else keys], mask)
+        yield VarlenCall(
+            start=int(query_borders[first]),
+            end=int(query_borders[last]),
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=int(np.diff(cu_q).max()),
+            max_seqlen_k=int(np.diff(cu_k).max()),
+            key_index=None if is_row else index,
+            window=rule.size if rule.kind == "window" else None,
+        )
+
+
+def _grouped(borders: Ints, budget: int) -> Iterator[tuple[int, int]]:
+    """Neighbouring pieces `[first, last)` with at most `budget` keys, but at least one piece."""
+    first = 0
+    while first < len(borders) - 1:
+        last = int(np.searchsorted(borders, borders[first] + budget, side="right")) - 1
+        last = max(last, first + 1)
+        yield first, last
+        first = last
+
+
+def _to_device(arrays: list[Ints], mask: TreeMask) -> list[torch.Tensor]:
+    """Integers moved in one copy."""
+    flat = torch.from_numpy(np.concatenate(arrays).astype(np.int32)).to(mask.tree.depth.device, non_blocking=True)
+    return list(torch.split(flat, [len(array) for array in arrays]))
