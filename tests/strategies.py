@@ -64,3 +64,20 @@ def reasoning_chat(turns=4, vocab_size=97, seed=0):
         samples.append(Sample.from_prompt_and_completion(history, reasoning + answer, 2 * index + 1))
         history += answer
     return samples
+
+
+def nested_forks(levels=3, branches=2, vocab_size=97, seed=0):
+    """Samples of a full tree: every branch forks again, so that a token's history lies in several places of the row."""
+    generator = np.random.default_rng(seed)
+    samples = []
+
+    def grow(history, level):
+        for _ in range(branches):
+            tokens = history + generator.integers(5, vocab_size, 5).tolist()
+            if level == levels:
+                samples.append(Sample.from_prompt_and_completion(history, tokens[len(history) :]))
+            else:
+                grow(tokens, level + 1)
+
+    grow([1, 2, 3], 1)
+    return samples

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 from exact import assert_equal_to_npass
 from families import FAMILIES, MIXTURES, tiny_model
-from hypothesis import HealthCheck, given, settings
-from strategies import reasoning_chat, sample_sets
+from hypothesis import HealthCheck, example, given, settings
+from strategies import nested_forks, reasoning_chat, sample_sets
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_singlepass.reference.float64 import ForcedFloat64
@@ -61,6 +61,7 @@ def test_reasoning_chat(family, checkpointing):
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(samples=sample_sets())
+@example(samples=nested_forks())
 def test_random_trees(family, samples):
     assert_equal_to_npass(tiny_model(family), [samples])
 

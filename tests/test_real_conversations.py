@@ -7,6 +7,7 @@ import pytest
 from chat_tokenizers import make_tokenizer, template_text
 from exact import assert_equal_to_npass
 from families import FAMILIES, tiny_model
+from training import float32_model, logged, single_pass_trainer
 from transformers import AutoTokenizer
 
 from trl_singlepass import PrefixTree
@@ -75,20 +76,61 @@ def test_reasoning_chats_with_tool_calls_are_exact(template):
     assert_equal_to_npass(tiny_model("qwen3", len(tokenizer), attn_implementation="sdpa"), [samples])
 
 
-@pytest.mark.parametrize(
-    ("name", "sharing_factor", "num_samples"),
-    [
-        ("llamafactory_reason_tool_use", 1.84, 112),
-        ("taubench_gpt4o_airline", 7.88, 642),
-        ("mathchat_follow_up_300", 1.32, 900),
-    ],
-)
-def test_sharing_factors_under_qwen3(name, sharing_factor, num_samples):
+DATASETS = [
+    ("llamafactory_reason_tool_use", 1.84, 112),
+    ("taubench_gpt4o_airline", 7.88, 642),
+    ("mathchat_follow_up_300", 1.32, 900),
+]
+
+
+@pytest.fixture(scope="module")
+def qwen3_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "qwen3")
     tokenizer.chat_template = template_text("qwen3")
+    return tokenizer
+
+
+@pytest.mark.parametrize(("name", "sharing_factor", "num_samples"), DATASETS)
+def test_sharing_factors_under_qwen3(qwen3_tokenizer, name, sharing_factor, num_samples):
+    tokenizer = qwen3_tokenizer
     samples = [render_row(row, tokenizer) for row in conversations(name)]
     trees = [PrefixTree.from_samples(turns) for turns in samples]
     assert sum(map(len, samples)) == num_samples
     assert sum(tree.num_sample_tokens for tree in trees) == sum(len(turn) for turns in samples for turn in turns)
     factor = sum(tree.num_sample_tokens for tree in trees) / sum(map(len, trees))
     assert factor == pytest.approx(sharing_factor, abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+@pytest.mark.parametrize(("name", "sharing_factor", "num_samples"), DATASETS)
+def test_all_conversations_train(tmp_path, qwen3_tokenizer, name, sharing_factor, num_samples):
+    rows = conversations(name)
+    if name == "llamafactory_reason_tool_use":  # one argument is a number in one call and text in another
+        rows = [{**row, "messages": with_text_arguments(row["messages"])} for row in rows]
+    model = float32_model(qwen3_tokenizer, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    trainer = single_pass_trainer(
+        tmp_path, qwen3_tokenizer, rows, model, max_steps=-1, num_train_epochs=1, learning_rate=1e-3
+    )
+    trainer.train()
+    assert trainer.state.epoch == 1
+    # What Arrow filled in is not rendered: the rows are those of the conversations as they were.
+    tokens = [(sum(row["multiplicity"]), len(row["input_ids"])) for row in trainer.train_dataset]
+    assert sum(n for n, _ in tokens) / sum(t for _, t in tokens) == pytest.approx(sharing_factor, abs=0.01)
+    losses = logged(trainer, "loss")
+    assert all(0 < loss < 20 for loss in losses)
+
+
+def with_text_arguments(messages):
+    def as_text(call):
+        function = call["function"]
+        arguments = function["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+        return {**call, "function": {**function, "arguments": text}}
+
+    return [
+        {**message, "tool_calls": [as_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from oracles import PrefixOracle, ancestors, prefixes
-from strategies import reasoning_chat, sample_sets
+from strategies import nested_forks, reasoning_chat, sample_sets
 
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.reference import sample_paths
@@ -40,6 +40,7 @@ def targets_of(tree):
 @example(samples=COLLIDING)
 @example(samples=NESTED)
 @example(samples=reasoning_chat())
+@example(samples=nested_forks())
 def test_tree_stores_each_prefix_once_and_once_more_per_colliding_target(samples):
     tree, oracle = PrefixTree.from_samples(samples), PrefixOracle(samples)
     assert len(tree) == oracle.num_tokens
@@ -235,6 +236,7 @@ def trl_nodes(packed):
 @example(samples=COLLIDING)
 @example(samples=NESTED)
 @example(samples=reasoning_chat())
+@example(samples=nested_forks())
 def test_trl_tree_row_agrees_up_to_its_forks(samples):
     tree = PrefixTree.from_samples(samples)
     shifted = np.append(tree.labels[1:], -100)
