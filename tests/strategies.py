@@ -67,7 +67,7 @@ def reasoning_chat(turns=4, vocab_size=97, seed=0):
 
 
 def nested_forks(levels=3, branches=2, vocab_size=97, seed=0):
-    """Samples of a full tree: every branch forks again, so that a token's history lies in several places of the row."""
+    """Samples of a full tree: every branch forks again, so that a history lies in several places of the row."""
     generator = np.random.default_rng(seed)
     samples = []
 
