@@ -17,6 +17,7 @@ from .collator import DataCollatorForSinglePass, TreeOrPlainCollator
 from .config import SinglePassSFTConfig, as_single_pass_config, default_config, without_redundant_settings
 from .evaluation import PooledLoss, without_repeated_examples
 from .loss import total_weight, weighted_model
+from .paper import PAPER
 from .preparation import holds_rows, holds_turns, prepare_dataset
 from .progress import RowCounts
 from .refusals import check_collator, check_dataset, check_parallelism, check_peft, check_weights_reach_the_loss
@@ -72,20 +73,7 @@ class SinglePassSFTTrainer(SFTTrainer):
 
     _tag_names: ClassVar = ["trl", "sft", "single-pass"]
     _name = "SinglePassSFT"
-    _paper: ClassVar = {
-        "title": "One-Pass to Reason: Token Duplication and Block-Sparse Mask for Efficient Fine-Tuning on Multi-Turn "
-        "Reasoning",
-        "id": "2504.18246",
-        # docstyle-ignore
-        "citation": """\
-            @inproceedings{goru2025onepass,
-                title        = {{One-Pass to Reason: Token Duplication and Block-Sparse Mask for Efficient Fine-Tuning on Multi-Turn Reasoning}},
-                author       = {Ritesh Goru and Shanay Mehta and Prateek Jain},
-                year         = 2025,
-                booktitle    = {Findings of the Association for Computational Linguistics: IJCNLP-AACL 2025},
-                url          = {https://arxiv.org/abs/2504.18246},
-            }""",  # noqa: E501
-    }
+    _paper: ClassVar = PAPER
 
     def __init__(
         self,
@@ -124,6 +112,7 @@ class SinglePassSFTTrainer(SFTTrainer):
             tree_collator = DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
         plain_collator: DataCollator = self.data_collator  # type: ignore[has-type]
         self.data_collator = TreeOrPlainCollator(tree_collator, plain_collator)
+        self._trains_turns = trains_turns
         self._uses_tree_attention = False
         self._counts = RowCounts()
         self._pooled_loss = PooledLoss(args.device)
@@ -163,6 +152,17 @@ class SinglePassSFTTrainer(SFTTrainer):
                 name=dataset_name,
             )
         return rows.shuffle(seed=args.seed) if args.shuffle_dataset and isinstance(rows, Dataset) else rows
+
+    def get_train_dataloader(self) -> Any:
+        """Return the dataloader of the training set; a stream that ends starts again, so that ranks stay in step."""
+        if not (self._trains_turns and isinstance(self.train_dataset, IterableDataset)):
+            return super().get_train_dataloader()
+        stream = self.train_dataset
+        self.train_dataset = stream.repeat(None)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = stream
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = train_sampler(self)
