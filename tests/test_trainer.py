@@ -17,6 +17,7 @@ from training import (
     float32_model,
     largest_difference,
     logged,
+    needs_weighted_loss,
     parameters,
     single_pass_trainer,
     stock_trainer,
@@ -201,6 +202,7 @@ def weighted_samples():
     ]
 
 
+@needs_weighted_loss
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_loss_weights_reach_loss_and_gradients(tmp_path, tokenizer, accumulation):
     """Their sum is below 1, which stock TRL would clamp; the same rows twice give the same mean."""
@@ -228,6 +230,7 @@ def test_loss_weights_reach_loss_and_gradients(tmp_path, tokenizer, accumulation
     )
 
 
+@needs_weighted_loss
 @pytest.mark.parametrize(
     ("settings", "name"),
     [({"loss_type": "dft"}, "loss_type='dft'"), ({"label_smoothing_factor": 0.1}, "label_smoothing_factor")],

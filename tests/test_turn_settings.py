@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from chat_tokenizers import make_tokenizer
 from conversations import chat, tool_chat
-from training import as_dataset, float32_model, logged, parameters, single_pass_trainer
+from training import as_dataset, float32_model, logged, needs_weighted_loss, parameters, single_pass_trainer
 
 from trl_singlepass import SinglePassSFTConfig, render_samples
 from trl_singlepass.preparation import conversations_to_rows
@@ -55,6 +55,7 @@ def assert_trains(tmp_path, tokenizer, dataset, samples, **settings):
         assert float((gradient - expected.gradients[name]).abs().max()) < 2e-6, name
 
 
+@needs_weighted_loss
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize(
     "settings",
@@ -72,6 +73,7 @@ def test_reductions_equal_weighted_npass_under_any_batching(tmp_path, tokenizer,
     assert_trains(tmp_path, tokenizer, CHATS, samples, **settings, **batching)
 
 
+@needs_weighted_loss
 @pytest.mark.parametrize("loss_reduction", ["token", "turn", "conversation"])
 def test_message_weights_reach_the_loss(tmp_path, tokenizer, loss_reduction):
     chats = [with_weights(CHATS[0], [2.0, 0.0, 0.5]), CHATS[1]]
@@ -86,6 +88,7 @@ def test_a_message_that_is_not_trained_is_context(tmp_path, tokenizer):
     assert_trains(tmp_path, tokenizer, [messages], render_samples(CHATS[0], tokenizer)[1:])
 
 
+@needs_weighted_loss
 @pytest.mark.parametrize("loss_reduction", ["token", "turn"])
 def test_packed_rows_weigh_the_same(tmp_path, tokenizer, loss_reduction):
     samples = expected_samples(tokenizer, CHATS, loss_reduction=loss_reduction)
@@ -140,6 +143,7 @@ def test_a_log_of_single_turns_is_gathered_by_conversation(tmp_path, tokenizer):
     assert_trains(tmp_path, tokenizer, log, everything)
 
 
+@needs_weighted_loss
 def test_completion_weights_of_tokenised_turns_are_kept(tmp_path, tokenizer):
     turn = {"prompt_ids": [5, 6], "completion_ids": [7, 8, 9], "completion_weights": [1.0, 0.0, 0.5]}
     sample = Sample([5, 6, 7, 8, 9], [0, 0, 1.0, 0.0, 0.5], 2)

@@ -1,12 +1,19 @@
 """Trainers on tiny models: what the trainer tests share."""
 
 import datasets
+import pytest
 import torch
+import trl
 from families import tiny_model
+from packaging.version import Version
 from trl import SFTConfig, SFTTrainer
 
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 
+
+needs_weighted_loss = pytest.mark.skipif(
+    Version(trl.__version__) < Version("1.15"), reason="loss weights reach the loss through the fused head of TRL 1.15"
+)
 
 SETTINGS = {
     "report_to": "none",
