@@ -4,15 +4,15 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch.nn.attention import flex_attention as torch_flex
-
 from exact import assert_equal_to_npass, forward
 from families import FAMILIES, tiny_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from strategies import reasoning_chat, sample_sets
 from test_exactness import CHECKPOINTING, MIXTURES
+from torch.nn.attention import flex_attention as torch_flex
 from trees import mask_of, tree_masks, tree_of
+
 from trl_singlepass.attention import block_mask, flex, use_tree_attention
 from trl_singlepass.attention.block_mask import block_mask_of, mask_mod_of
 
@@ -173,7 +173,7 @@ def test_one_compilation_serves_rows_of_any_length(family, mask_types):
 
 def test_training_on_cpu_is_refused():
     model = flex_model("qwen3", dtype=torch.float32)
-    with pytest.raises(ValueError, match="no backward pass there.*attn_implementation='sdpa'"):
+    with pytest.raises(ValueError, match=r"no backward pass there.*attn_implementation='sdpa'"):
         forward(model, [reasoning_chat()])
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from hypothesis import strategies as st
+from strategies import sample_sets
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -9,7 +10,6 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from strategies import sample_sets
 from trl_singlepass.attention.tree_mask import Tree, TreeMask
 from trl_singlepass.rows import Row, TreePlan
 from trl_singlepass.tree import PrefixTree
