@@ -93,6 +93,7 @@ def main() -> None:
     with console.status(f"Training {task.steps} steps with SFTTrainer (N-pass) and with SinglePassSFTTrainer …"):
         npass, single_pass = train_both(task, args.output)
     with console.status(f"verify: losses and gradients of {VERIFIED_ROWS} conversations …"):
+        torch.set_num_threads(1)  # threads that wait for each other on a busy machine are slower than one
         model = load_model(args.model, tokenizer)
         # The small model affords float64, where rounding cannot hide a mistake.
         report = verify(model if args.model else model.double(), tokenizer, data, max_rows=VERIFIED_ROWS)
