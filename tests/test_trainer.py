@@ -173,7 +173,8 @@ def test_compute_metrics_sees_each_target_beside_its_prediction(tmp_path, tokeni
     def accuracy(prediction):
         labels = prediction.label_ids[:, 1:]
         outputs = prediction.predictions
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs  # older releases of TRL return all outputs
+        # Older releases of TRL return all outputs.
+        logits = next(part for part in outputs if np.ndim(part) == 3) if isinstance(outputs, tuple) else outputs
         hits = (logits[:, :-1].argmax(-1) == labels)[labels != -100]
         return {"accuracy": float(hits.mean()), "targets": int((labels != -100).sum())}
 
@@ -198,6 +199,19 @@ def test_the_log_tells_sharing_factor_and_trained_tokens(tmp_path, tokenizer):
     assert logged(trainer, "num_trained_tokens") == [trained, 2 * trained]
     sharing = sum(tree.num_sample_tokens for tree in trees) / sum(len(tree) for tree in trees)
     assert logged(trainer, "sharing_factor") == pytest.approx([sharing, sharing])
+
+
+def test_the_first_step_counts_the_tokens_of_all_its_batches(tmp_path, tokenizer):
+    """A model fresh from disk is in evaluation mode until the Trainer's first step has begun."""
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
+    trainers = [
+        single_pass_trainer(tmp_path, tokenizer, CHATS, float32_model(tokenizer).train(mode), **settings)
+        for mode in (True, False)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert logged(trainers[0], "num_trained_tokens") == logged(trainers[1], "num_trained_tokens")
+    assert largest_difference(*trainers) == 0
 
 
 def weighted_samples():

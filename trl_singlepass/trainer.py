@@ -115,6 +115,7 @@ class SinglePassSFTTrainer(SFTTrainer):
         self._trains_turns = trains_turns
         self._uses_tree_attention = False
         self._counts = RowCounts()
+        self._is_evaluating = False
         self._pooled_loss = PooledLoss(args.device)
         if trains_turns:
             self._use_tree_attention()
@@ -175,7 +176,7 @@ class SinglePassSFTTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Sum of the loss weights of a step on all ranks: the number of trained tokens where all weights are 1."""
-        if not self.model.training and any("tree_plan" in batch for batch in batch_samples):
+        if self._is_evaluating and any("tree_plan" in batch for batch in batch_samples):
             return None  # `evaluation_loop` pools batch means, so each has to be the mean of its own batch
         num_items = super()._get_num_items_in_batch(batch_samples, device)
         if num_items is None or not any("tree_plan" in batch for batch in batch_samples):
@@ -278,7 +279,11 @@ class SinglePassSFTTrainer(SFTTrainer):
             `transformers.trainer_utils.EvalLoopOutput`: Predictions and metrics.
         """
         self._pooled_loss = PooledLoss(self.args.device)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._is_evaluating = True
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self._is_evaluating = False
         loss = self._pooled_loss.mean(self.accelerator)
         if loss is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = loss
