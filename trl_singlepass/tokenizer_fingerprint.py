@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from datasets.fingerprint import Hasher
 
 
-_SET_BY_USE = ("truncation", "padding")
+# A serialised tokenizer begins with its version, and the truncation and padding of its last use.
+_AFTER_LAST_USE = '"added_tokens"'
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -29,7 +29,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     if backend is None:
         rules: Any = sorted(tokenizer.get_vocab().items())
     else:
-        rules = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _SET_BY_USE}
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    state = (type(tokenizer).__name__, rules, special, tokenizer.chat_template)
-    return str(Hasher.hash(json.dumps(state, sort_keys=True)))
+        serialised = backend.to_str()
+        rules = serialised[max(serialised.find(_AFTER_LAST_USE), 0) :]
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    return str(Hasher.hash((type(tokenizer).__name__, rules, special, tokenizer.chat_template)))
