@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from strategies import reasoning_chat
-from tiny_configs import tiny_model
+from tiny_configs import OWN, tiny_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trl_singlepass.attention import (
@@ -121,9 +121,9 @@ def remark_of(model):
         parts.append("attention on whole paths")
     if any(not (handling.starts_from_state or handling.reach or handling.attends) for handling in handlings):
         parts.append("recurrence on whole paths")
-    if config.output_router_logits:
+    if getattr(config, "output_router_logits", False):
         parts.append("auxiliary loss")
-    if any(getattr(module, "is_decoder", False) for module in model.modules()):
+    if OWN.get(config.model_type, {}).get("is_decoder"):
         parts.append("with `is_decoder=True`, refused without")
     return "; ".join(parts)
 
@@ -186,8 +186,8 @@ Mixture-of-experts models:
 - A token that several samples share has one context in all of them, so its router decides once what it decides in
   each sample.
 - *Auxiliary loss*: the load-balancing loss (`output_router_logits=True`) is a mean over tokens, in which a shared
-  token has to count once per sample. The model's `attention_mask` holds that number, and transformers weighs tokens with
-  it; the loss is that of all samples in one padded batch.
+  token has to count once per sample. The model's `attention_mask` holds that number, and transformers weighs tokens
+  with it; the loss is that of all samples in one padded batch.
 - Implementations that compute all experts at once (`grouped_mm`, `batched_mm`) have no float64; in float32 they agree
   with N-pass to 1e-6.
 

@@ -16,10 +16,11 @@ from tiny_configs import tiny_model
 from training import largest_difference, single_pass_trainer, stock_trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trl_singlepass.attention import UnsupportedModelError, check_model, use_tree_attention
+from trl_singlepass.attention import Tree, UnsupportedModelError, check_model, use_tree_attention
 from trl_singlepass.recurrent import recurrent_layers, stop_tree_recurrence
 from trl_singlepass.recurrent.families import Handling
 from trl_singlepass.recurrent.layer import on_trees
+from trl_singlepass.recurrent.layout import Layout
 from trl_singlepass.recurrent.schedule import fork_schedule, path_schedule
 from trl_singlepass.reference.float64 import ForcedFloat64
 from trl_singlepass.rendering import render_row
@@ -43,7 +44,7 @@ HYBRIDS = [
         "zaya",
     ),
 ]
-# One of each way to run: states at forks (delta rule, state space), convolution tails, whole paths, selecting attention.
+# One of each way to run: states at forks (delta rule, state space), convolution tails, whole paths, selected tokens.
 KINDS = ["qwen3_5_text", "bamba", "lfm2", "jamba", "deepseek_v32"]
 
 pytestmark = [
@@ -106,7 +107,7 @@ def test_gradient_checkpointing(model_type, use_reentrant):
     if not model.supports_gradient_checkpointing:
         pytest.skip("has no gradient checkpointing")
     # Reentrant checkpointing keeps no gradient for what leaves a layer on the side, in N-pass as well.
-    model.config.output_router_logits = False
+    model.config.output_router_logits = not use_reentrant and getattr(model.config, "output_router_logits", False)
     assert_equal_to_npass(model, [reasoning_chat(2), branchy_chat()], prepare=checkpoint_layers(use_reentrant))
 
 
@@ -178,7 +179,8 @@ def test_recomputation_without_the_tree_raises(use_reentrant):
 
 def test_selecting_attention_refuses_kernels_of_other_attention():
     model = tiny_model("deepseek_v32")
-    model.set_attn_implementation("flex_attention")
+    for config in (model.config, *(layer.config for layer in recurrent_layers(model))):
+        config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="attn_implementation='sdpa' or 'eager', not 'flex_attention'"):
         use_tree_attention(model)
 
@@ -226,6 +228,20 @@ def test_schedules_run_every_token_once_in_a_valid_order(samples):
         assert done == set(range(len(schedule.pieces)))
 
 
+def test_no_layer_takes_a_lone_token_for_a_step_of_generation():
+    # The last token of the second sample is not trained, so its branch is that token and no more.
+    samples = [Sample(range(5, 12), [0.0] + [1.0] * 6, 1), Sample([5, 6, 7, 30], [0.0, 1.0, 1.0, 0.0], 1)]
+    row = Row.from_tree(PrefixTree.from_samples(samples))
+    plan = TreePlan.from_rows([row])
+    layout = Layout(
+        Tree(plan, torch.from_numpy(row.subtree_end)[None], torch.from_numpy(plan.depths())[None]), fork_schedule(plan)
+    )
+    starts = [layout.schedule.pieces[batch[0]].source < 0 for batch in layout.schedule.batches]
+    lengths = [length for _, length in layout.shapes]
+    assert 1 in [piece.length for piece in layout.schedule.pieces if piece.source >= 0]
+    assert all(length >= 2 or start for length, start in zip(lengths, starts, strict=True))
+
+
 def test_forks_run_no_token_twice_when_branches_are_long():
     schedule = fork_schedule(runs_of(reasoning_chat(6)))
     assert sum(piece.num_warmup for piece in schedule.pieces) == 0
@@ -258,7 +274,8 @@ def test_trainer_on_real_conversations(tmp_path, template, model_type):
     sizes = {"vocab_size": len(tokenizer), "initializer_range": 0.05, **special}
     models = [tiny_model(model_type, **sizes).float() for _ in range(2)]
     for model in models:
-        model.config.output_router_logits = False
+        if hasattr(model.config, "output_router_logits"):
+            model.config.output_router_logits = False
     ours = single_pass_trainer(
         tmp_path, tokenizer, conversations, models[0], per_device_train_batch_size=len(conversations)
     )

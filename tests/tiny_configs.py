@@ -231,8 +231,8 @@ def tiny_model(model_type, **overrides):
             torch.nn.init.normal_(parameter, std=0.2)
     without_dropout(model)
     text = model.config.get_text_config()
-    text.output_router_logits = has_auxiliary_loss(model)
-    text.router_aux_loss_coef = 0.1
+    if has_auxiliary_loss(model):
+        text.output_router_logits, text.router_aux_loss_coef = True, 0.1
     return model.double().train()
 
 

@@ -46,7 +46,13 @@ class RowMask(torch.Tensor):
         return result
 
 
-_STILL_THE_MASK = (torch.Tensor.__getitem__, torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.clone)
+_STILL_THE_MASK = (
+    torch.Tensor.__getitem__,
+    torch.Tensor.clone,
+    torch.Tensor.contiguous,
+    torch.Tensor.detach,  # by reentrant checkpointing, where a model passes the mask by position
+    torch.Tensor.to,
+)
 
 
 def carry_trees(model: nn.Module, layers: Iterable[nn.Module]) -> list[Any]:

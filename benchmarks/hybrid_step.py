@@ -1,0 +1,145 @@
+"""
+One training step of a small hybrid (Qwen3.5 architecture, random weights) on CPU: a single pass against N-pass.
+
+    python -m benchmarks.hybrid_step
+
+Times are seconds of processor time of one thread, the least of several rounds in which the modes take turns; so a
+busy machine does not change them much. N-pass runs once sample by sample and once as one padded batch.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, logging
+
+from benchmarks.conversations import Sizes, conversation
+from benchmarks.machine import describe
+from trl_singlepass import PrefixTree, Sample
+from trl_singlepass.attention import tree_context, use_tree_attention
+from trl_singlepass.collator import DataCollatorForSinglePass
+from trl_singlepass.recurrent import recurrent_layers
+from trl_singlepass.recurrent.families import Handling
+from trl_singlepass.rows import Row
+
+
+RESULTS = Path(__file__).parent / "results" / "hybrid_step.json"
+VOCABULARY = 1000
+SIZES = Sizes(user=(20, 40), reasoning=(100, 300), answer=(40, 80), system=20)
+
+
+def small_hybrid() -> Any:
+    """Three layers of gated delta rule to one of attention, as in the released models."""
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+    )
+    return Qwen3_5ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32).train()
+
+
+def sample_by_sample(model: Any, samples: list[Sample]) -> float:
+    total, num_targets = 0.0, sum(len(sample) - sample.prompt_length for sample in samples)
+    for sample in samples:
+        tokens = torch.from_numpy(sample.token_ids.copy())
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0, sample.prompt_length - 1 : -1]
+        loss = F.cross_entropy(logits, tokens[sample.prompt_length :], reduction="sum") / num_targets
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def padded_batch(model: Any, samples: list[Sample]) -> float:
+    tokens = [torch.from_numpy(sample.token_ids.copy()) for sample in samples]
+    labels = [
+        torch.where(torch.arange(len(ids)) < sample.prompt_length, -100, ids)
+        for ids, sample in zip(tokens, samples, strict=True)
+    ]
+    mask = pad_sequence([torch.ones_like(ids) for ids in tokens], batch_first=True)
+    inputs = pad_sequence(tokens, batch_first=True)
+    logits = model(input_ids=inputs, attention_mask=mask, use_cache=False).logits[:, :-1]
+    targets = pad_sequence(labels, batch_first=True, padding_value=-100)[:, 1:]
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    return float(loss.detach())
+
+
+def single_pass(model: Any, samples: list[Sample]) -> float:
+    row = Row.from_tree(PrefixTree.from_samples(samples)).columns()
+    batch = DataCollatorForSinglePass(pad_token_id=0)([row])
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
+    with tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]):
+        logits = model(**inputs, use_cache=False).logits[0, :-1]
+    loss = F.cross_entropy(logits, batch["labels"][0, 1:])
+    loss.backward()
+    return float(loss.detach())
+
+
+def modes() -> dict[str, Callable[[list[Sample]], float]]:
+    """Each mode with a model of its own, all of the same weights."""
+    plain, forks, paths = (small_hybrid() for _ in range(3))
+    use_tree_attention(forks)
+    use_tree_attention(paths)
+    for layer in recurrent_layers(paths):
+        layer._tree_handling = Handling(starts_from_state=False)
+    return {
+        "npass": lambda samples: sample_by_sample(plain, samples),
+        "npass_padded": lambda samples: padded_batch(plain, samples),
+        "single_pass": lambda samples: single_pass(forks, samples),
+        "single_pass_whole_paths": lambda samples: single_pass(paths, samples),
+    }
+
+
+def measure(turns: int, rounds: int) -> dict[str, Any]:
+    samples = conversation(turns, VOCABULARY, seed=0, sizes=SIZES)
+    seconds: dict[str, list[float]] = {}
+    losses = {}
+    steps = modes()
+    for _ in range(rounds + 1):  # the first warms up
+        for name, step in steps.items():
+            start = time.process_time()
+            losses[name] = step(samples)
+            seconds.setdefault(name, []).append(time.process_time() - start)
+    assert max(losses.values()) - min(losses.values()) < 1e-4, losses
+    least = {name: min(times[1:]) for name, times in seconds.items()}
+    tree = PrefixTree.from_samples(samples)
+    return {
+        "turns": turns,
+        "sample_tokens": tree.num_sample_tokens,
+        "tree_tokens": len(tree),
+        "seconds": {name: round(value, 4) for name, value in least.items()},
+        "speedup": {name: round(value / least["single_pass"], 2) for name, value in least.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--rounds", type=int, default=4)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    results = [measure(turns, arguments.rounds) for turns in arguments.turns]
+    for result in results:
+        print(json.dumps(result))
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({**describe("cpu"), "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
