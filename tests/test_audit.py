@@ -299,6 +299,23 @@ def test_bad_rows_are_counted_with_their_reason():
     assert any("at least one assistant message" in error.reason for error in report.errors)
 
 
+def test_turns_that_are_tokens_already_have_sizes_and_a_forecast():
+    turns = [
+        {"prompt_ids": [5, 6], "completion_ids": [7, 8]},
+        {"prompt_ids": [5, 6, 8], "completion_ids": [9]},
+    ]
+    report = audit([{"turns": turns}], make_tokenizer(), CONFIG)
+    assert (report.num_trainable, report.all_turns.turns, report.all_turns.trainable) == (1, 0, 2)
+    assert [stats.answer_tokens for stats in report.by_turn] == [2, 1]
+    assert "2 turns" in str(report)
+
+
+def test_rows_without_a_trained_turn_are_counted():
+    messages = [{**message, "weight": 0} for message in chat(2)]
+    report = audit([{"messages": messages}, {"messages": chat(1)}], make_tokenizer())
+    assert [(error.rows, error.reason[:15]) for error in report.errors] == [((0,), "All its turns h")]
+
+
 def test_rows_that_fail_alike_are_one_reason():
     rows = [{"messages": [*chat(1)[:-1], {"role": "assistant", "content": "x", "cot": f"why {i}"}]} for i in range(7)]
     report = audit(rows, make_tokenizer())

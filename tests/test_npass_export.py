@@ -11,8 +11,8 @@ from training import as_dataset, float32_model, largest_difference, logged, sing
 
 import trl_singlepass
 from trl_singlepass import SinglePassSFTConfig
+from trl_singlepass.conversation_rows import samples_of
 from trl_singlepass.npass_export import to_npass
-from trl_singlepass.overlong import FittedSamples
 from trl_singlepass.rendering import RenderingError, render_row
 
 
@@ -55,26 +55,38 @@ def test_lists_and_streams_give_the_same():
 
 def test_max_length_holds():
     tokenizer = make_tokenizer()
-    exported = to_npass(
-        rows(), tokenizer, SinglePassSFTConfig(max_length=60, report_to="none", use_cpu=True, bf16=False)
-    )
+    exported = to_npass(rows(), tokenizer, config(max_length=60))
     kept = [sample.truncated(60) for sample in expected(tokenizer)]
     kept = [sample for sample in kept if sample.is_trained]
     assert 0 < len(kept) < len(expected(tokenizer))
     assert exported["input_ids"][:] == [sample.token_ids.tolist() for sample in kept]
 
 
-def test_weights_other_than_one_are_exported(monkeypatch):
-    def doubled(example, index, tokenizer, settings):
-        samples = tuple(
-            type(s)(s.token_ids, s.loss_weights * 2, s.prompt_length) for s in render_row(dict(example), tokenizer)
-        )
-        return FittedSamples(samples, (), 0, 0, 0, 0)
+def config(**settings):
+    return SinglePassSFTConfig(report_to="none", use_cpu=True, bf16=False, **settings)
 
-    monkeypatch.setattr("trl_singlepass.npass_export.samples_of", doubled)
-    exported = to_npass(rows(), make_tokenizer())
-    for row, sample in zip(exported, expected(make_tokenizer()), strict=True):
-        np.testing.assert_array_equal(row["loss_weights"], sample.loss_weights * 2)
+
+@pytest.mark.parametrize("settings", [{"reasoning_weight": 0.25}, {"loss_reduction": "turn"}, {"train_turns": "last"}])
+def test_weights_and_choices_of_the_run_hold(settings):
+    args, tokenizer = config(**settings), make_tokenizer()
+    exported = to_npass(rows(), tokenizer, args)
+    samples = [
+        sample
+        for index, row in enumerate(rows())
+        for sample in samples_of(row, index, tokenizer, args.row_settings()).samples
+    ]
+    assert ("loss_weights" in exported.column_names) == ("train_turns" not in settings)
+    assert len(exported) == len(samples)
+    for row, sample in zip(exported, samples, strict=True):
+        assert row["input_ids"] == sample.token_ids.tolist()
+        weights = row.get("loss_weights", np.array(row["labels"]) != -100)
+        np.testing.assert_array_equal(weights, sample.loss_weights)
+
+
+def test_turns_that_are_tokens_already():
+    turns = [{"prompt_ids": [5, 6], "completion_ids": [7], "completion_weights": [0.5]}]
+    exported = to_npass([{"turns": turns}], make_tokenizer())
+    assert exported[0] == {"input_ids": [5, 6, 7], "labels": [-100, -100, 7], "loss_weights": [0.0, 0.0, 0.5]}
 
 
 def test_rows_that_cannot_be_rendered_are_named():

@@ -83,7 +83,7 @@ class SinglePassSFTConfig(SFTConfig):
             "choices": list(HISTORIES),
         },
     )
-    train_turns: str | int = field(
+    train_turns: str = field(  # an int is fine as well, but a parser of arguments can only offer one type
         default="all",
         metadata={
             "help": "Turns that are trained: 'all', 'last', n for the first n of each conversation, 'sample:n' for n "

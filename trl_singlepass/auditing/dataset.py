@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from datasets.utils.tqdm import tqdm
 
+from ..conversation_rows import samples_of
 from ..cost import ModelShape
-from ..rendering import render_row
 from ..rendering_messages import Conversation
+from ..settings import RowSettings
 from .counts import Lengths, SampleSize, SharingByTurns, TurnStats
 from .forecast import NPASS, SINGLE_PASS, ConversationCost, conversation_cost, forecast, shape_of
 from .recipes import ASSISTANT_ONLY, LAST_TURN, AssistantOnlyLoss, RecipeCounts, last_turn_only
@@ -146,18 +147,22 @@ class _Tally:
         self.num_rows += 1
         conversation: Conversation | None = None
         try:
-            conversation = Conversation.from_row(row)
-            self.turns.append(turn_facts(conversation, self.tokenizer))
-            self.templates[self.survey.facts(conversation)] += 1
-            samples = render_row(row, self.tokenizer)
+            if row.get("turns") is None:  # tokens already: no template takes part
+                conversation = Conversation.from_row(row)
+                self.turns.append(turn_facts(conversation, self.tokenizer))
+                self.templates[self.survey.facts(conversation)] += 1
+            samples = samples_of(row, index, self.tokenizer, RowSettings()).samples
+            if not samples:
+                raise ValueError("All its turns have the weight 0, so nothing of it is trained.")
         except Exception as error:  # a row can be anything, and templates raise what they like
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            reason = reason.removeprefix(f"Row {index}: ")
             self.errors[_kind_of(reason)].append((index, reason))
             return
         self.sizes.append([SampleSize.of(sample) for sample in samples])
         self.costs.append(conversation_cost(samples, self.shape))
         self.last_turn.append(last_turn_only(samples))
-        if self.recipe.refusal is None:
+        if self.recipe.refusal is None and conversation is not None:
             try:
                 self.assistant_only.append(self.recipe.counts(conversation, samples))
             except Exception as error:  # noted: TRL's training templates refuse what the stock ones render
@@ -172,7 +177,7 @@ def _kind_of(reason: str) -> str:
 
 def _report(tally: _Tally, num_rows: int | None, max_length: int | None) -> AuditReport:
     facts, sizes, costs = tally.turns, tally.sizes, tally.costs
-    depth = max(map(len, facts), default=0)
+    depth = max([*map(len, facts), *map(len, sizes)], default=0)
     coverage = 0.0 if num_rows is None else tally.num_rows / num_rows
     return AuditReport(
         num_rows=num_rows,

@@ -31,13 +31,7 @@ def table_of(report: AuditReport) -> str:
 
 def renderable_of(report: AuditReport) -> RenderableType:
     """Return an audit as what `rich` prints. Text of the dataset is shown literally."""
-    parts: list[RenderableType] = [Text(_headline(report), style="bold")]
-    if report.errors:
-        parts.append(_error_table(report))
-    if report.all_turns.turns:
-        parts += [_size_table(report), _template_table(report)]
-    if report.forecast is not None:
-        parts += [_recipe_table(report), _forecast_table(report)]
+    parts: list[RenderableType] = [Text(headline(report), style="bold"), *tables(report)]
     lines = Text("\n".join(f"• {finding}" for finding in report.findings))
     parts += [Text("Findings", style="bold"), Padding(lines, (0, 0, 0, 2))]
     if report.forecast is not None:
@@ -45,16 +39,29 @@ def renderable_of(report: AuditReport) -> RenderableType:
     return Group(*parts)
 
 
-def _headline(report: AuditReport) -> str:
+def tables(report: AuditReport) -> list[Table]:
+    """Return the tables of an audit: those that have something to say."""
+    parts = [_error_table(report)] if report.errors else []
+    if report.all_turns.turns or report.all_turns.trainable:
+        parts.append(_size_table(report))
+    if report.all_turns.turns:
+        parts.append(_template_table(report))
+    if report.forecast is not None:
+        parts += [_recipe_table(report), _forecast_table(report)]
+    return parts
+
+
+def headline(report: AuditReport) -> str:
+    """Return what was audited, in a line."""
     if report.num_rows is None:
         seen = f"the first {report.num_audited:,} rows of a stream"
     elif report.num_audited < report.num_rows:
         seen = f"{report.num_audited:,} rows drawn from {report.num_rows:,}"
     else:
         seen = f"{report.num_rows:,} rows"
-    kinds = ", ".join(dict.fromkeys(facts.kind for facts, _ in report.templates)) or "not measured"
+    kinds = ", ".join(dict.fromkeys(facts.kind for facts, _ in report.templates)) or "not rendered"
     names = ", ".join(dict.fromkeys(facts.name for facts, _ in report.templates)) or "chat template"
-    return f"{seen}, {report.all_turns.turns:,} turns; {names}: reasoning {kinds}"
+    return f"{seen}, {max(report.all_turns.turns, report.all_turns.trainable):,} turns; {names}: reasoning {kinds}"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -87,7 +94,7 @@ def _size_cells(stats: TurnStats) -> list[str]:
     tokens = (stats.prompt_tokens, stats.reasoning_tokens, stats.answer_tokens)
     return [
         "all" if stats.turn is None else str(stats.turn),
-        f"{stats.turns:,}",
+        f"{max(stats.turns, stats.trainable):,}",
         *(f"{total / stats.trainable:,.0f}" if stats.trainable else "–" for total in tokens),
         *(f"{n:,}" for n in (stats.over_max_length, stats.followed, sum(stats.branches.values()))),
     ]

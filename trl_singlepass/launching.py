@@ -1,0 +1,88 @@
+"""`trl-singlepass train`: the training script through `accelerate launch`, as `trl sft` starts its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+
+
+SCRIPT = "trl_singlepass.scripts.sft"
+CONFIG_PACKAGES = ("trl.accelerate_configs", "trl_singlepass.accelerate_configs")
+
+
+def launch(parser: Any, arguments: Sequence[str]) -> None:
+    """
+    Run the training script with the processes that `accelerate` is asked for.
+
+    Args:
+        parser (`trl.TrlParser`):
+            Parser of the script's arguments. What it does not know goes to `accelerate launch`.
+        arguments (`Sequence[str]`):
+            Arguments of the command line.
+
+    Raises:
+        `ValueError`: If `--accelerate_config` names no configuration.
+    """
+    *_, of_config, of_command_line = parser.parse_args_and_config(
+        arguments, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    for_accelerate = with_config_file([*of_config, *of_command_line])
+    for_script = _without(arguments, of_command_line)
+    launch_command(launch_command_parser().parse_args([*for_accelerate, "--module", SCRIPT, *for_script]))
+
+
+def with_config_file(arguments: Sequence[str]) -> list[str]:
+    """
+    Replace `--accelerate_config NAME` by the file that it names.
+
+    Args:
+        arguments (`Sequence[str]`):
+            Arguments for `accelerate launch`. The name is that of a file, or of a configuration that TRL or this
+            package ships (`fsdp2`, `zero3`, …).
+
+    Returns:
+        `list[str]`: Arguments that `accelerate launch` knows.
+
+    Raises:
+        `ValueError`: If there is no such configuration, or no name.
+    """
+    arguments = list(arguments)
+    if "--accelerate_config" not in arguments:
+        return arguments
+    index = arguments.index("--accelerate_config")
+    if index + 1 >= len(arguments):
+        raise ValueError("--accelerate_config needs a name or a file.")
+    name = arguments[index + 1]
+    path = name if Path(name).is_file() else _shipped_configs().get(name)
+    if path is None:
+        raise ValueError(f"--accelerate_config {name} is neither a file nor one of {', '.join(_shipped_configs())}.")
+    return ["--config_file", path, *arguments[:index], *arguments[index + 2 :]]
+
+
+def _shipped_configs() -> dict[str, str]:
+    packages = [resources.files(package) for package in CONFIG_PACKAGES if _exists(package)]
+    files = [file for package in packages for file in package.iterdir() if file.name.endswith(".yaml")]
+    return dict(sorted((file.name.removesuffix(".yaml"), str(file)) for file in files))
+
+
+def _exists(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _without(arguments: Sequence[str], taken: Sequence[str]) -> list[str]:
+    """Remove an ordered subsequence."""
+    rest, remaining = [], list(taken)
+    for argument in arguments:
+        if remaining and argument == remaining[0]:
+            remaining.pop(0)
+        else:
+            rest.append(argument)
+    return rest

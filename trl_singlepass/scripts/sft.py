@@ -1,0 +1,127 @@
+"""
+Train as `trl sft` does, with every turn of a conversation exact, in one pass.
+
+```bash
+accelerate launch -m trl_singlepass.scripts.sft \
+    --model_name_or_path Qwen/Qwen3-0.6B \
+    --dataset_name data.jsonl \
+    --output_dir out
+```
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from ..config import SinglePassSFTConfig
+from ..loading import LINES, TABLES, JsonLines
+from ..trainer import SinglePassSFTTrainer
+
+
+DATACLASSES = (ScriptArguments, SinglePassSFTConfig, ModelConfig, DatasetMixtureConfig)
+
+
+def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
+    """Train a model, as `trl.scripts.sft` does."""
+    training_args.model_init_kwargs = {**_model_arguments(model_args, training_args), **_given(training_args)}
+    dataset = _dataset(script_args, dataset_args)
+    wants_evaluation = training_args.eval_strategy != "no"
+    trainer = SinglePassSFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=_split(dataset, script_args.dataset_train_split),
+        eval_dataset=_split(dataset, script_args.dataset_test_split) if wants_evaluation else None,
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def make_parser(prog: str | None = None, parser_class: type = TrlParser, **kwargs: Any) -> Any:
+    """Return the parser of the script's arguments."""
+    return parser_class(DATACLASSES, prog=prog, **kwargs)
+
+
+def _given(training_args: Any) -> dict[str, Any]:
+    return dict(training_args.model_init_kwargs or {})
+
+
+def _model_arguments(model_args: Any, training_args: Any) -> dict[str, Any]:
+    owner = training_args if hasattr(training_args, "trust_remote_code") else model_args  # moved in TRL 1.12
+    arguments = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": owner.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    quantization = get_quantization_config(model_args)
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
+    return arguments
+
+
+def _dataset(script_args: Any, dataset_args: Any) -> Any:
+    if dataset_args.datasets:
+        return get_dataset(dataset_args)
+    if not script_args.dataset_name:
+        raise ValueError("No data: give --dataset_name a file, a folder or a hub id, or list `datasets` in --config.")
+    path = Path(script_args.dataset_name)
+    if path.suffix in LINES and path.is_file():
+        rows = Dataset.from_generator(_rows_for_arrow, gen_kwargs={"path": str(path), "mtime": path.stat().st_mtime})
+        return DatasetDict({script_args.dataset_train_split: rows})
+    if path.suffix in TABLES and path.is_file():
+        return load_dataset(TABLES[path.suffix], data_files={script_args.dataset_train_split: str(path)})
+    return load_dataset(
+        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+    )
+
+
+def _rows_for_arrow(path: str, mtime: float) -> Iterator[dict[str, Any]]:
+    """Rows with what differs in shape from row to row as JSON: Arrow would fill it up or refuse it."""
+    del mtime  # is here for the cache, which would not notice that the file has changed
+    rows = JsonLines(Path(path))
+    absent = dict.fromkeys(name for row in rows for name in row)  # `datasets` takes the columns of the first row alone
+    for row in map(_with_json_arguments, rows):
+        as_json = {name: _as_json(row[name]) for name in ("tools", "chat_template_kwargs") if row.get(name)}
+        yield {**absent, **row, **as_json}
+
+
+def _with_json_arguments(value: Any) -> Any:
+    """Return a value with the arguments of all tool calls below it as JSON."""
+    if isinstance(value, list):
+        return [_with_json_arguments(item) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: _as_json(item) if key == "arguments" and isinstance(item, dict) else _with_json_arguments(item)
+            for key, item in value.items()
+        }
+    return value
+
+
+def _as_json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _split(dataset: Any, name: str) -> Any:
+    if name not in dataset:
+        raise ValueError(f"The dataset has no split '{name}', only {', '.join(dataset)}.")
+    return dataset[name]
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
