@@ -1,0 +1,130 @@
+"""
+Time and memory of packing many conversations into rows, from rows on disk to rows on disk, in one process.
+
+    python -m benchmarks.packing --conversations 100000
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.machine import describe
+from trl_singlepass import PrefixTree, Sample
+from trl_singlepass.conversation_rows import COUNT_COLUMNS
+from trl_singlepass.packed_dataset import pack_dataset
+from trl_singlepass.row_tables import row_features, rows_to_table
+from trl_singlepass.rows import Row
+
+
+RESULTS = Path(__file__).parent / "results" / "packing.json"
+VOCABULARY = 150_000
+AT_ONCE = 100
+
+
+def conversation(random: np.random.Generator, system: np.ndarray) -> list[Sample]:
+    """A chat of 1 to 5 turns, whose template drops the reasoning of earlier turns."""
+    history, samples = system, []
+    for index in range(random.integers(1, 6)):
+        user, reasoning, answer = (
+            random.integers(VOCABULARY, size=random.integers(*sizes)) for sizes in ((15, 60), (50, 300), (30, 100))
+        )
+        history = np.concatenate([history, user])
+        samples.append(Sample.from_prompt_and_completion(history, np.concatenate([reasoning, answer]), index))
+        history = np.concatenate([history, answer])
+    return samples
+
+
+def write_rows(path: Path, num_conversations: int, num_systems: int) -> datasets.Dataset:
+    """Write prepared conversations, each with one of a few system prompts of 100 to 800 tokens."""
+    random = np.random.default_rng(0)
+    systems = [random.integers(VOCABULARY, size=random.integers(100, 800)) for _ in range(num_systems)]
+    features = row_features(COUNT_COLUMNS)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
+        for start in range(0, num_conversations, AT_ONCE):
+            chats = [conversation(random, systems[random.integers(num_systems)]) for _ in range(AT_ONCE)]
+            rows = [Row.from_tree(PrefixTree.from_samples(samples)) for samples in chats]
+            counts = [
+                {
+                    **dict.fromkeys(COUNT_COLUMNS, 0),
+                    "conversation": start + i,
+                    "num_sample_tokens": sum(map(len, samples)),
+                }
+                for i, samples in enumerate(chats)
+            ]
+            writer.write_table(rows_to_table(rows, counts, features))
+    return datasets.Dataset.from_file(str(path))
+
+
+class PeakMemory:
+    """Largest memory of this process that no file backs, in bytes, above what it had at the start."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.start = self.peak = _anonymous_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            self.peak = max(self.peak, _anonymous_bytes())
+
+
+def _anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def measure(num_conversations: int, num_systems: int, max_row_tokens: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = write_rows(Path(folder) / "rows.arrow", num_conversations, num_systems)
+        with PeakMemory() as memory:
+            wall, processor = time.perf_counter(), time.process_time()
+            _, report = pack_dataset(rows, max_row_tokens)
+            processor, wall = time.process_time() - processor, time.perf_counter() - wall
+        return {
+            "conversations": num_conversations,
+            "system_prompts": num_systems,
+            "max_row_tokens": max_row_tokens,
+            "conversation_tokens": report.num_unpacked_tokens,
+            "rows": report.num_rows,
+            "row_tokens": report.num_row_tokens,
+            "fill_rate": report.fill_rate,
+            "sharing_within": report.sharing_within,
+            "sharing_across": report.sharing_across,
+            "seconds": wall,
+            "processor_seconds": processor,
+            "bytes_on_disk": sum(Path(file["filename"]).stat().st_size for file in rows.cache_files),
+            "peak_memory_bytes": memory.peak - memory.start,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--conversations", type=int, default=100_000)
+    parser.add_argument("--system-prompts", type=int, default=50)
+    parser.add_argument("--max-row-tokens", type=int, default=32768)
+    parser.add_argument("--dry-run", action="store_true", help="print, do not write the result")
+    arguments = parser.parse_args()
+    datasets.disable_progress_bars()
+    result = measure(arguments.conversations, arguments.system_prompts, arguments.max_row_tokens)
+    print(json.dumps(result, indent=2))
+    if not arguments.dry_run:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps({"kind": "packing", **describe("cpu"), "results": [result]}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
