@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn.attention.flex_attention import BlockMask
 
-from .paths import Ints, KeyRanges, Pieces, key_ranges
+from .paths import Ints, KeyRanges, Pieces, concatenated_ranges, key_ranges
 from .rules import rule_of
 from .tree_mask import TreeMask
 
 
-Bools = NDArray[np.bool_]
 _TABLES = (
     "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
     "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices",
@@ -39,13 +37,13 @@ def block_mask_of(mask: TreeMask, block_size: tuple[int, int]) -> BlockMask:
     Returns:
         `torch.nn.attention.flex_attention.BlockMask`: The mask, on the device of the tree.
     """
-    visible, full = _block_maps(mask, block_size)
-    partial = visible & ~full
-    # By query block for the forward pass, and by key block for the gradients of keys.
-    listed = [table for blocks in (partial, full, partial.T, full.T) for table in _listed(blocks)]
-    tensors = _to_device(listed, mask.tree.depth.device)
     length = mask.tree.plan.length
-    tables: dict[str, Any] = dict(zip(_TABLES, tensors, strict=True))
+    shape = (-(-length // block_size[0]), -(-length // block_size[1]))
+    partial, full = _blocks(mask, block_size, shape)
+    # By query block for the forward pass, and by key block for the gradients of keys.
+    by_query = [_table(blocks // shape[1], blocks % shape[1], shape) for blocks in (partial, full)]
+    by_key = [_table(*_sorted_by_key(blocks, shape[1]), shape[::-1]) for blocks in (partial, full)]
+    tables: dict[str, Any] = dict(zip(_TABLES, _to_device([*by_query, *by_key], mask.tree.depth.device), strict=True))
     return BlockMask((length, length), **tables, BLOCK_SIZE=block_size, mask_mod=mask_mod_of(mask))
 
 
@@ -82,8 +80,12 @@ def mask_mod_of(mask: TreeMask) -> MaskMod:
     return local
 
 
-def _block_maps(mask: TreeMask, block_size: tuple[int, int]) -> tuple[Bools, Bools]:
-    """Maps of shape `(query blocks, key blocks)`: where some pair is visible, and where all pairs are."""
+def _blocks(mask: TreeMask, block_size: tuple[int, int], shape: tuple[int, int]) -> tuple[Ints, Ints]:
+    """
+    Sorted codes, `query block × number of key blocks + key block`, of blocks with some visible pairs and with all.
+
+    All queries of a piece see a key when the first one does and the last one still does.
+    """
     plan, (query_size, key_size) = mask.tree.plan, block_size
     pieces = Pieces.from_plan(plan, query_size)
     rule = rule_of(mask)
@@ -93,38 +95,47 @@ def _block_maps(mask: TreeMask, block_size: tuple[int, int]) -> tuple[Bools, Boo
         first = pieces.depth * 0 if mask.local_size is None else pieces.depth - (mask.local_size - 1)
         last = pieces.last_depth + 1  # no key is visible for sure
     block = pieces.start // query_size
-    shape = (-(-plan.length // query_size), -(-plan.length // key_size))
-    seen = key_ranges(plan, pieces, first, before=pieces.end)
-    visible = _coverage(block, seen, seen.start // key_size, -(-seen.end // key_size), shape) > 0
-    # All queries of a piece see a key when the first one does and the last one still does.
-    certain = key_ranges(plan, pieces, last, before=pieces.start + 1)
-    inside = _coverage(block, certain, -(-certain.start // key_size), certain.end // key_size, shape)
-    return visible, inside == np.bincount(block, minlength=shape[0])[:, None]
+    some = key_ranges(plan, pieces, first, before=pieces.end)
+    every = key_ranges(plan, pieces, last, before=pieces.start + 1)
+    visible = np.unique(_codes(block, some, some.start // key_size, -(-some.end // key_size), shape))
+    inside, pieces_inside = np.unique(
+        _codes(block, every, -(-every.start // key_size), every.end // key_size, shape), return_counts=True
+    )
+    full = inside[pieces_inside == np.bincount(block, minlength=shape[0])[inside // shape[1]]]
+    return np.setdiff1d(visible, full, assume_unique=True), full
 
 
-def _coverage(block: Ints, ranges: KeyRanges, first: Ints, end: Ints, shape: tuple[int, int]) -> Ints:
-    """For each query block and key block, the number of ranges that cover the latter: +1 where one starts, -1 past."""
-    kept = first < end
-    row = block[ranges.piece[kept]] * (shape[1] + 1)
-    size = shape[0] * (shape[1] + 1)
-    change = np.bincount(row + first[kept], minlength=size) - np.bincount(row + end[kept], minlength=size)
-    return change.reshape(shape[0], -1)[:, :-1].cumsum(1)
+def _codes(block: Ints, ranges: KeyRanges, first: Ints, end: Ints, shape: tuple[int, int]) -> Ints:
+    return concatenated_ranges(block[ranges.piece] * shape[1] + first, np.maximum(end - first, 0))
 
 
-def _listed(blocks: Bools) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Number of blocks in each row, and their columns at the front of a table as wide as the row."""
-    row, column = np.nonzero(blocks)
-    count = np.bincount(row, minlength=len(blocks))
-    table = np.zeros(blocks.shape, np.int32)
-    table[row, np.arange(len(row)) - (np.cumsum(count) - count)[row]] = column
-    return count.astype(np.int32), table
+def _sorted_by_key(blocks: Ints, num_key_blocks: int) -> tuple[Ints, Ints]:
+    """Key block and query block of codes, in the order of the former."""
+    order = np.argsort(blocks % num_key_blocks, kind="stable")
+    return blocks[order] % num_key_blocks, blocks[order] // num_key_blocks
 
 
-def _to_device(arrays: list[NDArray[np.int32]], device: torch.device) -> list[torch.Tensor]:
-    """Arrays with the batch and head dimensions of `BlockMask`, moved in one copy."""
-    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device, non_blocking=True)
-    parts = torch.split(flat, [array.size for array in arrays])
-    tables = [part.view(1, 1, *array.shape) for part, array in zip(parts, arrays, strict=True)]
-    for table in tables:  # or the first row's number of blocks would be compiled in
-        torch._dynamo.maybe_mark_dynamic(table, list(range(2, table.dim())))
-    return tables
+def _table(row: Ints, column: Ints, shape: tuple[int, int]) -> tuple[Ints, Ints, Ints, tuple[int, int]]:
+    """Number of blocks in each row; and the table of their columns: its filled places, their values, its shape."""
+    count = np.bincount(row, minlength=shape[0])
+    slot = np.arange(len(row)) - (np.cumsum(count) - count)[row]
+    return count, row * shape[1] + slot, column, shape
+
+
+def _to_device(tables: list[tuple[Ints, Ints, Ints, tuple[int, int]]], device: torch.device) -> Iterator[torch.Tensor]:
+    """Counts and tables as `BlockMask` takes them; only what is filled is moved, in one copy each."""
+    counts = np.concatenate([count for count, *_ in tables]).astype(np.int32)
+    sizes = [shape[0] * shape[1] for *_, shape in tables]
+    offsets = np.cumsum(sizes) - sizes
+    place = np.concatenate([offset + place for offset, (_, place, _, _) in zip(offsets, tables, strict=True)])
+    column = np.concatenate([column for _, _, column, _ in tables])
+    moved = torch.from_numpy(np.stack([place, column])).to(device, non_blocking=True)
+    flat = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+    flat[moved[0]] = moved[1].int()
+    moved_counts = torch.from_numpy(counts).to(device, non_blocking=True)
+    split_counts = torch.split(moved_counts, [len(count) for count, *_ in tables])
+    for count, table, (*_, shape) in zip(split_counts, torch.split(flat, sizes), tables, strict=True):
+        for tensor in (count.view(1, 1, -1), table.view(1, 1, *shape)):
+            # Or the number of blocks of the first row would be compiled in.
+            torch._dynamo.maybe_mark_dynamic(tensor, list(range(2, tensor.dim())))
+            yield tensor

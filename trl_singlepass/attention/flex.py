@@ -68,9 +68,7 @@ def flex_tree_attention(
     Returns:
         `torch.Tensor` of shape `(1, heads, row_length, value_dim)`: The outputs.
     """
-    attend: Callable[..., Any] = compiled_flex_attention()
-    if torch.compiler.is_compiling():  # FlexAttention becomes a part of the compiled model
-        attend = torch_flex.flex_attention
+    attend = compiled_flex_attention()
     options: dict[str, Any] = {
         "block_mask": mask.derived(block_mask_of, block_size(query.device, kernel_options)),
         "score_mod": None if softcap is None else _score_mod(softcap, query.dtype, query.device),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask, flex_attention_mask, sdpa_mask
 
@@ -64,8 +65,11 @@ def _is_hub_kernel(implementation: str) -> bool:
 
 
 def _register(name: str, attention: Callable[..., Any], plain_mask: Callable[..., Any]) -> None:
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, tree_mask_or(plain_mask))
+    # A compiled model (`torch_compile=True`) leaves its graphs for these two: dynamo would specialise them on the tree
+    # of the first batch.
+    AttentionInterface.register(name, torch.compiler.disable(attention))  # type: ignore[no-untyped-call]
+    mask: Any = torch.compiler.disable(tree_mask_or(plain_mask))  # type: ignore[no-untyped-call]
+    AttentionMaskInterface.register(name, mask)
 
 
 def _register_varlen(implementation: str) -> None:

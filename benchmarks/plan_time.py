@@ -1,0 +1,138 @@
+"""
+Time to plan a row on the host, against the time of its forward pass on one CPU core.
+
+    python -m benchmarks.plan_time
+
+Rows of 8k to 64k tokens that hold 64 trees. Planning is all that a step does besides the model: the collator's plan,
+the block mask of FlexAttention (full and sliding), and the calls of a varlen kernel. The model is small on purpose (2
+layers of width 256): a larger one makes the share smaller. Writes benchmarks/results/plan_time.json.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from benchmarks.machine import describe
+from trl_singlepass.attention import use_tree_attention
+from trl_singlepass.attention.block_mask import block_mask_of
+from trl_singlepass.attention.tree_mask import Tree, TreeMask, tree_context
+from trl_singlepass.attention.varlen_plan import varlen_calls
+from trl_singlepass.rows import Row, TreePlan
+from trl_singlepass.sample import Sample
+from trl_singlepass.tree import PrefixTree
+
+
+RESULTS = Path(__file__).parent / "results" / "plan_time.json"
+TREES, TURNS, WINDOW = 64, 6, 512
+
+
+def row_of(num_tokens, seed=0):
+    """Dataset rows of 64 chats whose reasoning is dropped from history, together about `num_tokens` long."""
+    generator = np.random.default_rng(seed)
+    unit = num_tokens / TREES / TURNS / 8  # a turn is 1 question + 1 answer + a branch of 5 + 1
+    return [Row.from_tree(PrefixTree.from_samples(chat(generator, unit))) for _ in range(TREES)]
+
+
+def chat(generator, unit):
+    history, samples = [], []
+    for turn in range(TURNS):
+        question, reasoning, answer = (generator.integers(5, 1000, round(unit * k)).tolist() for k in (1, 5, 1))
+        history += question
+        samples.append(Sample.from_prompt_and_completion(history, reasoning + answer, 2 * turn + 1))
+        history += answer
+    return samples
+
+
+def best(function, repeats):
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def planning(rows, repeats):
+    """Seconds of each part of planning."""
+    plan = TreePlan.from_rows(rows)
+    end, depth = torch.from_numpy(Row.join(rows).subtree_end)[None], torch.from_numpy(plan.depths())[None]
+    full, sliding = (
+        transformers.masking_utils.causal_mask_function,
+        transformers.masking_utils.sliding_window_causal_mask_function(WINDOW),
+    )
+
+    def mask(function, size=None):
+        return TreeMask(Tree(plan, end, depth), function, size)
+
+    return {
+        "plan": best(lambda: TreePlan.from_rows(rows), repeats),
+        "block_mask_full": best(lambda: block_mask_of(mask(full), (128, 128)), repeats),
+        "block_mask_sliding": best(lambda: block_mask_of(mask(sliding, WINDOW), (128, 128)), repeats),
+        "varlen_full": best(lambda: varlen_calls(mask(full)), repeats),
+        "varlen_sliding": best(lambda: varlen_calls(mask(sliding, WINDOW)), repeats),
+    }
+
+
+def forward_time(rows, repeats):
+    """Seconds of a forward pass of the row, without the LM head."""
+    config = transformers.Qwen3Config(
+        vocab_size=1000, hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=65536,
+    )  # fmt: skip
+    model = transformers.Qwen3ForCausalLM(config).eval()
+    use_tree_attention(model)
+    plan, row = TreePlan.from_rows(rows), Row.join(rows)
+    inputs = {
+        "input_ids": torch.from_numpy(row.input_ids)[None],
+        "position_ids": torch.from_numpy(plan.depths())[None],
+        "attention_mask": torch.from_numpy(row.multiplicity)[None],
+    }
+
+    def forward():
+        with torch.no_grad(), tree_context(plan, torch.from_numpy(row.subtree_end)[None], inputs["position_ids"]):
+            model.model(**inputs, use_cache=False)
+
+    return best(forward, repeats)
+
+
+def measure(num_tokens, repeats=20, forwards=1):
+    rows = row_of(num_tokens)
+    parts, forward = planning(rows, repeats), forward_time(rows, forwards)
+    shares = {name: parts[name] / forward for name in parts}
+    # What a step with one backend and two mask types plans.
+    flex = sum(shares[name] for name in ("plan", "block_mask_full", "block_mask_sliding"))
+    varlen = sum(shares[name] for name in ("plan", "varlen_full", "varlen_sliding"))
+    return {
+        "tokens": sum(map(len, rows)),
+        "trees": len(rows),
+        "runs": len(TreePlan.from_rows(rows).runs),
+        "seconds": parts,
+        "forward_seconds": forward,
+        "share_flex": flex,
+        "share_varlen": varlen,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    for num_tokens in arguments.tokens:
+        results.append(measure(num_tokens))
+        row = results[-1]
+        times = "  ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in row["seconds"].items())
+        shares = f"share of forward: flex {row['share_flex']:.2%}, varlen {row['share_varlen']:.2%}"
+        print(f"{row['tokens']} tokens: {times}  forward {row['forward_seconds']:.2f} s  {shares}")
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"kind": "plan_time", **describe("cpu"), "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
