@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
+
+
+SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+"""Engines whose ranks meet inside of the model: they need the same calls on every rank, and in the same order."""
 
 
 class Engine:
@@ -16,13 +20,38 @@ class Engine:
     Args:
         model (`torch.nn.Module`):
             Model as the Trainer wrapped it.
-        backward (`Callable`):
-            Sends gradients back from a loss, scaled as the Trainer scales its own.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the Trainer.
+        scale (`float`):
+            What the Trainer multiplies its loss with.
     """
 
-    def __init__(self, model: Any, backward: Callable[[torch.Tensor], None]) -> None:
-        self.model = model
-        self.backward = backward
+    def __init__(self, model: Any, accelerator: Any, scale: float) -> None:
+        self.model, self.accelerator, self.scale = model, accelerator, scale
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Send gradients back from the loss of a wave that is not the last: the optimizer does not step after it."""
+        state = self.accelerator.gradient_state
+        steps = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            # As the Trainer does: DeepSpeed must not divide by the accumulation steps once more.
+            on_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            self.accelerator.backward(loss * self.scale, **({"scale_wrt_gas": False} if on_deepspeed else {}))
+        finally:
+            state._set_sync_gradients(steps)
+
+    def padding(self, num_forwards: int, num_waves: int) -> tuple[int, int]:
+        """
+        Return how many forwards without and with a backward this rank has to add so that all ranks have as many.
+
+        Args:
+            num_forwards (`int`):
+                Forwards without a backward of this rank.
+            num_waves (`int`):
+                Forwards with a backward of this rank.
+        """
+        return 0, 0
 
     def inner(self, **inputs: Any) -> Any:
         """Run the model for a wave whose gradients stay on the rank."""
@@ -70,14 +99,32 @@ class DataParallelEngine(Engine):
             self.model.reducer.prepare_for_backward([outputs] if self.model.find_unused_parameters else [])
 
 
-def engine_of(model: Any, backward: Callable[[torch.Tensor], None]) -> Engine:
+class ShardedEngine(Engine):
+    """
+    DeepSpeed and FSDP2: every wave is to the engine one more batch of gradient accumulation.
+
+    Gradients are reduced wave by wave, so that no rank holds those of all parameters.
+    """
+
+    def padding(self, num_forwards: int, num_waves: int) -> tuple[int, int]:
+        """Ask all ranks."""
+        own = torch.tensor([[num_forwards, num_waves]], device=self.accelerator.device)
+        most = self.accelerator.gather(own).amax(0).tolist()
+        return most[0] - num_forwards, most[1] - num_waves
+
+
+def engine_of(model: Any, accelerator: Any, scale: float) -> Engine:
     """
     Return how waves call a model.
 
     Args:
         model (`torch.nn.Module`):
             Model as the Trainer wrapped it.
-        backward (`Callable`):
-            Sends gradients back from a loss, scaled as the Trainer scales its own.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the Trainer.
+        scale (`float`):
+            What the Trainer multiplies its loss with.
     """
-    return (DataParallelEngine if isinstance(model, DistributedDataParallel) else Engine)(model, backward)
+    if accelerator.distributed_type in SHARDED:
+        return ShardedEngine(model, accelerator, scale)
+    return (DataParallelEngine if isinstance(model, DistributedDataParallel) else Engine)(model, accelerator, scale)

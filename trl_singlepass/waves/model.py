@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from ..attention.tree_mask import Tree, running_on
+from ..rows import Run, TreePlan
 from ..tree import IGNORE_INDEX
 from .balance import RouterRecorder
-from .engines import Engine
+from .engines import Engine, ShardedEngine
 from .loss import WaveLoss
 from .plan import Ranges, Wave
 from .row import WaveRow
@@ -59,9 +61,15 @@ class WavedModel:
         return self._train(inputs) if torch.is_grad_enabled() else self._evaluate(inputs)
 
     def _train(self, inputs: dict[str, Any]) -> Any:
+        waves = self.row.plan.waves
+        forwards = [wave for wave in waves if wave.handed_on or self.recorder is not None]
+        padding = self.engine.padding(len(forwards), len(waves))  # before any rank runs the model
         if self.recorder is not None:
             for wave, _ in self.row.survey(lambda wave, tokens: self._remember(inputs, tokens)):
                 self._count(wave, inputs)
+        elif isinstance(self.engine, ShardedEngine):
+            self.row.remember(lambda wave, tokens: self._remember(inputs, tokens))
+        self._pad(inputs, *padding)
         parts: dict[int, Any] = {}
         passes = self.row.train(
             lambda wave, tokens: self._forward(inputs, wave, tokens),
@@ -78,6 +86,7 @@ class WavedModel:
         return _joined([parts[start] for start in sorted(parts)])
 
     def _evaluate(self, inputs: dict[str, Any]) -> Any:
+        self._pad_evaluation(inputs)
         parts, logits = [], []
         for wave, outputs in self.row.survey(lambda wave, tokens: self.engine.inner(**self._of(inputs, tokens))):
             parts.append(outputs)
@@ -88,9 +97,30 @@ class WavedModel:
             outputs.aux_loss = self._share(wave, inputs, router_logits)
         return _joined(parts)
 
+    def _pad(self, inputs: dict[str, Any], num_forwards: int, num_waves: int) -> None:
+        """Run the first token again, without effect: ranks of an engine that shards the model meet in its layers."""
+        token, tree = ((0, 1),), self._first_token()
+        for _ in range(num_forwards):
+            with torch.no_grad(), running_on(tree):
+                self._remember(inputs, token)
+        for _ in range(num_waves):
+            with running_on(tree):
+                outputs = self.engine.inner(**self._of(inputs, token))
+            self.engine.backward(0 * outputs.log_probs.sum())
+
+    def _pad_evaluation(self, inputs: dict[str, Any]) -> None:
+        for _ in range(self.engine.padding(len(self.row.plan.waves), 0)[0]):
+            with running_on(self._first_token()):
+                self.engine.inner(**self._of(inputs, ((0, 1),)))
+
+    def _first_token(self) -> Tree:
+        depth = self.row.tree.depth[:, :1]
+        return Tree(TreePlan(1, (Run(0, 1, 0, ()),)), torch.ones_like(depth), torch.zeros_like(depth))
+
     def _with_logits(self, inputs: dict[str, Any]) -> Any:
         """Logits of the whole row, for metrics of the user's own: as large as stock's."""
         assert not torch.is_grad_enabled(), "losses that read logits are refused"
+        self._pad_evaluation(inputs)
         parts = [out for _, out in self.row.survey(lambda wave, tokens: self.engine.inner(**self._of(inputs, tokens)))]
         return type(parts[0])(logits=torch.cat([part.logits for part in parts], dim=1))
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..attention.registry import TREE_ATTENTION
 from ..recurrent.families import recurrent_layers
+from .engines import SHARDED
 
 
 def check_waves(trainer: Any) -> None:
@@ -76,7 +77,11 @@ def _drops(module: nn.Module) -> bool:
 
 
 def _refused_engines(accelerator: Any) -> Iterator[tuple[str, str, str]]:
-    works = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in works:
-        name = accelerator.distributed_type.value
-        yield f"{name}", "its ranks would need the same number of waves", "Train with DistributedDataParallel"
+    kind = accelerator.distributed_type
+    works = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, *SHARDED)
+    if kind not in works:
+        yield f"{kind.value}", "how it accumulates gradients is not known", "Train with DDP, DeepSpeed or FSDP2"
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        yield "FSDP version 1", "it flattens parameters between backwards", "Set fsdp_version=2"
+    if getattr(accelerator.parallelism_config, "sp_size", 1) > 1:
+        yield "sp_size", "keys and values of a history would be on other ranks than its branches", "Set it to 1"

@@ -61,6 +61,25 @@ class WaveRow:
                 yield wave, outputs
         self._surveyed = True
 
+    def remember(self, remember: Callable[[Wave, Ranges], Any]) -> None:
+        """
+        Run what is handed on forward, for all groups before the first wave trains.
+
+        Args:
+            remember (`Callable`):
+                Runs the model on some tokens (row ranges) of a wave.
+        """
+        waves = [
+            (wave, memory)
+            for group, memory in zip(self.plan.groups, self.memories, strict=True)
+            for wave in group
+            if wave.handed_on
+        ]
+        for wave, memory in waves:
+            with _forward_only():
+                self._run(wave, wave.handed_on, memory, remember, writes=True)
+        self._surveyed = True
+
     def train(
         self, forward: Callable[[Wave, Ranges], Any], remember: Callable[[Wave, Ranges], Any]
     ) -> Iterator[tuple[Wave, Any]]:
@@ -87,6 +106,7 @@ class WaveRow:
         self, group: tuple[Wave, ...], memory: GroupMemory, forward: Callable[..., Any], remember: Callable[..., Any]
     ) -> Iterator[tuple[Wave, Any]]:
         kept = None
+        assert not (group[0].is_kept and self._surveyed), "a history that is kept runs once"
         if group[0].is_kept:
             kept = self._run(group[0], ((group[0].start, group[0].end),), memory, forward, writes=True)
         for wave in group:

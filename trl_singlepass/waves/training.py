@@ -12,7 +12,7 @@ from ..attention.tree_mask import Tree
 from ..loss import total_weight
 from .balance import RouterRecorder
 from .budget import wave_tokens_that_fit
-from .engines import engine_of
+from .engines import SHARDED, ShardedEngine, engine_of
 from .loss import WaveLoss
 from .model import WavedModel
 from .plan import WavePlan
@@ -67,7 +67,8 @@ class WaveTraining:
         """
         on_cpu = self.trainer.args.device.type == "cpu"
         # The load-balancing loss has to know all of the row before the first backward: history runs then anyway.
-        keep = self.recorder is None
+        # Engines that shard the model need all forwards without a backward first.
+        keep = self.recorder is None and self.trainer.accelerator.distributed_type not in SHARDED
         smallest = 1 if on_cpu else SMALLEST_WAVE
         return WavePlan.from_tree_plan(tree.plan, self.wave_tokens, keep_history=keep, smallest_wave=smallest)
 
@@ -90,8 +91,10 @@ class WaveTraining:
         trainer, plan = self.trainer, self.plan(tree)
         if trainer.model.training:
             logger.info(f"Step {trainer.state.global_step + 1}: {plan}.")
-            trainer._metrics["train"]["num_waves"].append(float(len(plan.waves)))
-        if len(plan.waves) == 1:
+        mode = "train" if trainer.model.training else "eval"
+        trainer._metrics[mode]["num_waves"].append(float(len(plan.waves)))
+        engine = engine_of(model, trainer.accelerator, self._scale(num_items))
+        if len(plan.waves) == 1 and not isinstance(engine, ShardedEngine):
             return model
         balance = None if self.recorder is None else self.recorder.start()
         steps = trainer.current_gradient_accumulation_steps if num_items is not None and trainer.model.training else 1
@@ -103,8 +106,6 @@ class WaveTraining:
         )
         self._unchecked = loss if trainer.model.training else None
         row = WaveRow(plan, tree, trainer.args.offload_kv)
-        scale = self._scale(num_items)
-        engine = engine_of(model, lambda loss: trainer.accelerator.backward(loss * scale))
         return WavedModel(engine, row, loss, self.recorder)
 
     def check_loss(self, result: Any) -> None:
