@@ -29,7 +29,7 @@ from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 
 
 RESULTS = Path(__file__).parent / "results"
-# A padded batch of more tokens than this (16 turns) needs over 24 GB of activations; it is far from the fastest anyway.
+# A padded batch of more tokens than this (16 turns) needs over 24 GB of activations; it is never the fastest.
 MOST_PADDED_TOKENS = 40_000
 SPEED_MODES = ("single_pass", "npass_sequential", "npass_padded", "npass_packed")
 MEMORY_MODES = ("single_pass", "causal_row")
