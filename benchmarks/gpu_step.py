@@ -1,0 +1,263 @@
+"""
+Whole training steps on one GPU: a single pass on every attention kernel found, against N-pass and a plain causal row.
+
+    python -m benchmarks.gpu_step                     about 8 minutes on an H100
+    python -m benchmarks.gpu_step --device cpu --tiny --turns 2 3
+
+Forward with gradient checkpointing, backward and AdamW in bfloat16; random weights in the shape of Qwen3-0.6B and 1.7B
+and of a small hybrid. Packed N-pass is a row of separate samples on the same kernels, so that both ways differ in
+nothing but sharing. A kernel that is not installed, a case out of memory or out of time is written down as such.
+Writes benchmarks/results/gpu_step_<device>.json.
+"""
+
+import argparse
+import gc
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.conversations import Sizes, conversation
+from benchmarks.memory import peak, reset_peak
+from benchmarks.modes import MODES, Step
+from benchmarks.step_time import TINY_SIZES
+from trl_singlepass import PrefixTree, Sample
+from trl_singlepass.attention import TREE_ATTENTION, tree_context, use_tree_attention
+from trl_singlepass.attention.block_mask import block_mask_of
+from trl_singlepass.attention.tree_mask import Tree, TreeMask
+from trl_singlepass.attention.varlen_plan import varlen_calls
+from trl_singlepass.collator import DataCollatorForSinglePass
+from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
+from trl_singlepass.rows import Row, TreePlan
+
+
+RESULTS = Path(__file__).parent / "results"
+QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
+DECODERS = {
+    "qwen3-0.6b": {**QWEN3, "num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 3072},
+    "qwen3-1.7b": {**QWEN3, "num_hidden_layers": 28, "hidden_size": 2048, "intermediate_size": 6144},
+}
+HYBRID = {
+    "vocab_size": 32000, "num_hidden_layers": 8, "hidden_size": 1024, "intermediate_size": 3072,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "linear_num_key_heads": 8,
+    "linear_num_value_heads": 8, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+}  # fmt: skip
+TINY = {
+    "vocab_size": 500, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2,
+    "num_attention_heads": 4, "head_dim": 16,
+}  # fmt: skip
+# "flex_attention:FLASH" is FlexAttention on FlashAttention 4.
+KERNELS = [*TREE_ATTENTION, "flex_attention:FLASH", "kernels-community/flash-attn2", "kernels-community/flash-attn3"]
+
+
+def build(name: str, device: str, tiny: bool) -> Any:
+    """Return a random model in bfloat16 with gradient checkpointing."""
+    torch.manual_seed(0)
+    sizes = {"max_position_embeddings": 65536, "num_attention_heads": 16, **(DECODERS.get(name) or HYBRID)}
+    sizes.update(TINY if tiny else {})
+    if name == "hybrid":
+        if tiny:
+            sizes.update(linear_key_head_dim=16, linear_value_head_dim=16)
+        config = transformers.Qwen3_5TextConfig(**sizes)
+        model = transformers.Qwen3_5ForCausalLM(config)
+    else:
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes))
+    model.to(device, torch.bfloat16).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def tree_step(step: Step, sample_sets: list[list[Sample]]) -> Callable[[], float]:
+    """One row that holds a tree per sample set: all samples in one is a single pass, one each is packed N-pass."""
+    rows = [Row.from_tree(PrefixTree.from_samples(samples)).columns() for samples in sample_sets]
+    batch = DataCollatorForSinglePass(pad_token_id=0)(rows)
+    plan = batch.pop("tree_plan")
+    tensors = {name: tensor.to(step.device) for name, tensor in batch.items()}
+    labels, subtree_end = tensors["labels"][0], tensors["subtree_end"]
+    predicting = (labels != -100).nonzero()[:, 0] - 1
+    inputs = {name: tensors[name] for name in ("input_ids", "position_ids", "attention_mask")}
+
+    def loss() -> float:
+        with tree_context(plan, subtree_end, inputs["position_ids"]):
+            hidden = step.decoder(**inputs)[0]
+        return step.backward(hidden[predicting], labels[predicting + 1])
+
+    return loss
+
+
+def cases(samples: list[Sample], kernels: list[str], is_hybrid: bool) -> Iterator[tuple[str, str | None, Any]]:
+    """Yield name, kernel, and a function that makes the step: every way of training one conversation."""
+    for kernel in kernels:
+        yield "single_pass", kernel, lambda step: tree_step(step, [samples])
+        yield "npass_packed", kernel, lambda step: tree_step(step, [[sample] for sample in samples])
+    yield "npass_padded", None, MODES["npass_padded"]
+    if not is_hybrid:
+        yield "causal_row", None, MODES["causal_row"]
+
+
+def available_kernels(device: str, tiny: bool) -> tuple[list[str], dict[str, str]]:
+    """Kernels that train one small step here, and why the others do not."""
+    found, missing = [], {}
+    samples = conversation(2, 400, 0, TINY_SIZES)
+    for kernel in KERNELS:
+        if kernel == "eager":  # the same as sdpa
+            continue
+        model = build("qwen3-0.6b", device, tiny)
+        try:
+            choose(model, kernel)
+            tree_step(Step(model, samples), [samples])()
+            found.append(kernel)
+        except Exception as error:  # whatever a package raises: it is reported, and the kernel is left out
+            missing[kernel] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        del model
+        collect()
+    return found, missing
+
+
+def choose(model: Any, kernel: str) -> None:
+    """Tree attention on a kernel, as loading with `attn_implementation` chooses it."""
+    model.set_attn_implementation("sdpa")
+    model.config._attn_implementation_internal, _, backend = kernel.partition(":")
+    model.config.kernel_options = {"BACKEND": backend} if backend else None
+    use_tree_attention(model)
+
+
+def measure(model: Any, samples: list[Sample], kernel: str | None, make: Any, repeats: int) -> dict[str, Any]:
+    """Best time of a whole step, its loss, and the peak of memory above the model and its optimizer."""
+    if kernel is None:
+        model.set_attn_implementation("sdpa")
+    else:
+        choose(model, kernel)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=model.device.type == "cuda")
+    loss, times, value = make(Step(model, samples)), [], 0.0
+    before = 0
+    for repeat in range(repeats + 1):
+        if repeat == 1:  # the first compiles kernels and makes the optimizer's state
+            before = reset_peak()
+        start = now(model.device.type)
+        value = loss()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(now(model.device.type) - start)
+    return {"seconds": min(times[1:]), "all_seconds": times[1:], "loss": value, "bytes": peak() - before}
+
+
+def now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def collect() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def counted(samples: list[Sample], config: Any) -> dict[str, Any]:
+    tree, shape = PrefixTree.from_samples(samples), ModelShape.from_config(config)
+    npass, single = npass_cost(samples, shape), single_pass_cost([tree], shape)
+    return {
+        "npass_tokens": npass.tokens, "row_tokens": single.tokens, "npass_flops": npass.flops,
+        "single_pass_flops": single.flops, "bound": npass.flops / single.flops,
+    }  # fmt: skip
+
+
+def planning(samples: list[Sample], device: str) -> dict[str, float]:
+    """Seconds on the host for the plan, and for what kernels derive from it, until the device has it."""
+    row = Row.from_tree(PrefixTree.from_samples(samples))
+    plan = TreePlan.from_rows([row])
+    end, depth = (torch.from_numpy(x).to(device)[None] for x in (row.subtree_end, plan.depths()))
+    causal = transformers.masking_utils.causal_mask_function
+    parts = {
+        "plan": lambda: TreePlan.from_rows([row]),
+        "block_mask": lambda: block_mask_of(TreeMask(Tree(plan, end, depth), causal), (128, 128)),
+        "varlen": lambda: varlen_calls(TreeMask(Tree(plan, end, depth), causal)),
+    }
+    times = {}
+    for name, function in parts.items():
+        function()
+        start = now(torch.device(device).type)
+        function()
+        times[name] = now(torch.device(device).type) - start
+    return times
+
+
+def run(args: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a record per case, until the time is up."""
+    deadline = time.monotonic() + args.seconds
+    for name in args.models:
+        model = build(name, args.device, args.tiny)
+        for turns in args.turns:
+            sizes = TINY_SIZES if args.tiny else Sizes()
+            samples = conversation(turns, min(model.config.vocab_size, 30000), turns, sizes)
+            if name != "hybrid":
+                counts = {"model": name, "turns": turns, **counted(samples, model.config)}
+                result["counted"].append({**counts, "planning_seconds": planning(samples, args.device)})
+            for mode, kernel, make in cases(samples, result["kernels"], name == "hybrid"):
+                record = {"model": name, "turns": turns, "mode": mode, "kernel": kernel}
+                if time.monotonic() > deadline:
+                    yield {**record, "failed": "out of time"}
+                    continue
+                try:
+                    record.update(measure(model, samples, kernel, make, args.repeats))
+                except torch.OutOfMemoryError:
+                    record["failed"] = "out of memory"
+                except (RuntimeError, ValueError) as error:
+                    record["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                yield record
+                model.zero_grad()
+                collect()
+        del model
+        collect()
+
+
+def versions() -> dict[str, str]:
+    found = {"torch": torch.__version__, "transformers": transformers.__version__, "cuda": str(torch.version.cuda)}
+    for name in ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "kernels", "flash-linear-attention"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu_step", description=__doc__.splitlines()[1])
+    parser.add_argument("--models", nargs="+", default=[*DECODERS, "hybrid"], choices=[*DECODERS, "hybrid"])
+    parser.add_argument("--turns", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--repeats", type=int, default=3, help="the smallest time of so many is reported")
+    parser.add_argument("--seconds", type=float, default=480, help="cases that would start later are left out")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="sizes that only try the script out")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    device_name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
+    kernels, missing = available_kernels(args.device, args.tiny)
+    print(f"{device_name}: kernels {', '.join(kernels)}")
+    result: dict[str, Any] = {
+        "kind": "gpu_step", "device": device_name, "versions": versions(), "dtype": "bfloat16", "tiny": args.tiny,
+        "kernels": kernels, "not_available": missing, "counted": [], "measured": [],
+    }  # fmt: skip
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"gpu_step_{re.sub(r'[^a-z0-9]+', '_', device_name.lower())}.json"
+    for record in run(args, result):
+        result["measured"].append(record)
+        path.write_text(json.dumps(result, indent=1) + "\n")  # after each case, in case the next one ends the process
+        outcome = record.get("failed") or f"{record['seconds']:.3f} s {record['bytes'] / 2**20:.0f} MiB"
+        print(f"{record['model']:11} {record['turns']:3} turns {record['mode']:13} {record['kernel']!s:18} {outcome}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
