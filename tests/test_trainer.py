@@ -359,9 +359,9 @@ def test_a_collator_that_would_lose_the_tree_is_refused(tmp_path, tokenizer):
         single_pass_trainer(tmp_path, tokenizer, CHATS, kwargs={"data_collator": lambda rows: rows})
 
 
-@pytest.mark.parametrize(("sizes", "name"), [((2, 1), "cp_size=2"), ((1, 2), "sp_size=2")])
+@pytest.mark.parametrize(("sizes", "name"), [((2, 1), "cp_size=2"), ((1, 2), "tp_size=2")])
 def test_parallelism_over_the_row_is_refused(sizes, name):
-    config = type("ParallelismConfig", (), dict(zip(("cp_size", "sp_size"), sizes, strict=True)))()
+    config = type("ParallelismConfig", (), dict(zip(("cp_size", "tp_size"), sizes, strict=True)))()
     with pytest.raises(ValueError, match=f"{name}: .* parallelism .*Set {name[:-1]}1"):
         check_parallelism(config)
 

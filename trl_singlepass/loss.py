@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,28 @@ def total_weight(batch: dict[str, Any]) -> torch.Tensor:
     Returns:
         `torch.Tensor`: Scalar.
     """
-    is_trained: torch.Tensor = batch["labels"][..., 1:] != IGNORE_INDEX
-    weights: torch.Tensor = batch.get("loss_weights", is_trained)
+    if "loss_weights" in batch:  # parts of rows, under sequence parallelism, always have them
+        weights: torch.Tensor = batch["loss_weights"]
+    else:
+        weights = batch["labels"][..., 1:] != IGNORE_INDEX
     return weights.sum()
+
+
+def step_weight(batches: Sequence[dict[str, Any]], accelerator: Any = None) -> torch.Tensor:
+    """
+    Return the sum of the loss weights of a step, as `torch.float32`.
+
+    Args:
+        batches (`Sequence[dict[str, Any]]`):
+            Batches of this rank.
+        accelerator (`accelerate.Accelerator`, *optional*):
+            If given, the sum is over all ranks.
+
+    Returns:
+        `torch.Tensor`: Scalar.
+    """
+    weight = torch.stack([total_weight(batch) for batch in batches]).sum().float()
+    if accelerator is None or accelerator.num_processes == 1:
+        return weight
+    gathered: torch.Tensor = accelerator.gather(weight.to(accelerator.device))
+    return gathered.sum()

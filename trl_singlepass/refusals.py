@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import trl
+from accelerate.utils import DistributedType
 from packaging.version import Version
 from transformers import DataCollator
 
 from .collator import DataCollatorForSinglePass
+from .recurrent.families import recurrent_layers
 
 
 def check_dataset(example: Mapping[str, Any]) -> None:
@@ -74,27 +77,83 @@ def check_peft(model: Any, peft_config: Any) -> None:
 
 def check_parallelism(parallelism_config: Any) -> None:
     """
-    Refuse to split a row over devices in ways that lose the tree.
+    Refuse to split a row or a model over devices in ways that lose the tree.
 
     Args:
         parallelism_config (`accelerate.ParallelismConfig`, *optional*):
             Parallelism of the run.
 
     Raises:
-        `ValueError`: If context or sequence parallelism is on.
+        `ValueError`: If context or tensor parallelism is on.
     """
     if parallelism_config is None:
         return
     if parallelism_config.cp_size > 1:
         raise ValueError(
             f"cp_size={parallelism_config.cp_size}: context parallelism replaces every attention mask by a causal "
-            "one, so branches would see each other. Set cp_size=1 and bound the row length with max_length instead."
+            "one, so branches would see each other. Set cp_size=1, and share rows with sp_size instead."
         )
-    if getattr(parallelism_config, "sp_size", 1) > 1:
+    if parallelism_config.tp_size > 1:
         raise ValueError(
-            f"sp_size={parallelism_config.sp_size}: sequence parallelism splits a row without its tree, so branches "
-            "would see each other. Set sp_size=1 and bound the row length with max_length instead."
+            f"tp_size={parallelism_config.tp_size}: tensor parallelism has not been shown to train a tree exactly. "
+            "Set tp_size=1, and shard the model with FSDP or ZeRO-3 instead."
         )
+
+
+def check_engine(args: Any, accelerator: Any) -> None:
+    """
+    Refuse a run that asked for DeepSpeed or FSDP and got another engine, or processes that do not know of each other.
+
+    Args:
+        args (`transformers.TrainingArguments`):
+            Arguments of the run.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run.
+
+    Raises:
+        `ValueError`: If accelerate silently chose something else.
+    """
+    kind = accelerator.distributed_type
+    asks_for_fsdp = bool(getattr(args, "fsdp", None)) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    for asked, name, expected in (
+        (bool(args.deepspeed), "DeepSpeed", DistributedType.DEEPSPEED),
+        (asks_for_fsdp and accelerator.num_processes > 1, "FSDP", DistributedType.FSDP),
+    ):
+        if asked and kind != expected:
+            raise ValueError(
+                f"The run asks for {name}, and accelerate chose {kind.value}, which would train something else. Check "
+                "the launch: `accelerate launch --cpu`, ACCELERATE_USE_CPU and use_cpu=True switch engines off."
+            )
+    if kind == DistributedType.NO and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} processes were launched, and accelerate trains each one alone. Set "
+            "ddp_backend, or use_cpu=True on a machine without a GPU."
+        )
+
+
+def check_sequence_parallelism(trainer: Any) -> None:
+    """
+    Refuse what shared rows cannot honour.
+
+    Args:
+        trainer (`SinglePassSFTTrainer`):
+            Trainer whose accelerator has `sp_size` above 1, its model under tree attention.
+
+    Raises:
+        `ValueError`: If a setting or the model does not work with sequence parallelism.
+    """
+    args, base = trainer.args, trainer.model
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    recurrent = sorted({type(layer).__name__ for layer in recurrent_layers(base)})
+    for refused, what, way_out in (
+        (trainer.accelerator.distributed_type != DistributedType.DEEPSPEED, "another engine than DeepSpeed", "Use it"),
+        (args.per_device_train_batch_size > 1, "per_device_train_batch_size above 1", "Set it to 1, and accumulate"),
+        (args.fp16, "fp16, whose loss scale hides wrong gradients", "Use bf16"),
+        (trainer.aux_loss_enabled, "a load-balancing loss, which needs whole rows", "Set router_aux_loss_coef=0"),
+        (bool(recurrent), f"{', '.join(recurrent)}, which run along a whole row", "Train without sp_size"),
+    ):
+        if refused:
+            raise ValueError(f"Sequence parallelism (sp_size) does not work with {what}. {way_out}.")
 
 
 def check_weights_reach_the_loss(trainer: Any) -> None:

@@ -8,27 +8,35 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import DataCollator, PreTrainedModel, TrainingArguments, logging
-from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
 from .attention import Tree, check_every_layer_attended, check_model, tree_context, use_tree_attention
 from .balance import train_sampler
 from .collator import DataCollatorForSinglePass, TreeOrPlainCollator
 from .config import SinglePassSFTConfig, as_single_pass_config, default_config, without_redundant_settings
+from .distributed import DistributedTrainer
 from .evaluation import PooledLoss, without_repeated_examples
 from .loss import total_weight, weighted_model
 from .paper import PAPER
 from .preparation import holds_rows, holds_turns, prepare_dataset
 from .progress import RowCounts
-from .refusals import check_collator, check_dataset, check_parallelism, check_peft, check_weights_reach_the_loss
+from .refusals import (
+    check_collator,
+    check_dataset,
+    check_engine,
+    check_parallelism,
+    check_peft,
+    check_weights_reach_the_loss,
+)
 from .rows import ROW_COLUMNS
+from .sequence_parallel import SequenceParallel
 from .waves.training import WaveTraining
 
 
 logger = logging.get_logger(__name__)
 
 
-class SinglePassSFTTrainer(SFTTrainer):
+class SinglePassSFTTrainer(DistributedTrainer):
     """
     Trainer that trains every turn of a conversation exactly as one sample per turn would, in one pass.
 
@@ -106,16 +114,14 @@ class SinglePassSFTTrainer(SFTTrainer):
             **kwargs,
         )
         check_parallelism(self.accelerator.parallelism_config)  # may come from accelerate's own configuration
-        if own_collator:
-            tree_collator = data_collator
-        else:
+        check_engine(self.args, self.accelerator)
+        tree_collator: Any = data_collator
+        if not own_collator:
             tree_collator = DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
-        plain_collator: DataCollator = self.data_collator  # type: ignore[has-type]
-        self.data_collator = TreeOrPlainCollator(tree_collator, plain_collator)
+        self.data_collator = TreeOrPlainCollator(tree_collator, self.data_collator)
         self._trains_turns = trains_turns
         self._uses_tree_attention = False
         self._counts = RowCounts()
-        self._is_evaluating = False
         self._pooled_loss = PooledLoss(args.device)
         if trains_turns:
             self._use_tree_attention()
@@ -126,6 +132,7 @@ class SinglePassSFTTrainer(SFTTrainer):
             self._uses_tree_attention = True
             self._checked_layers = False
             self._waves = WaveTraining(self)
+            self._sequence_parallel = SequenceParallel.of(self)
 
     def _prepare_dataset(
         self,
@@ -174,21 +181,6 @@ class SinglePassSFTTrainer(SFTTrainer):
         columns: list[str] = self._signature_columns  # type: ignore[has-type]
         self._signature_columns = list(dict.fromkeys([*columns, *ROW_COLUMNS]))
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        """Sum of the loss weights of a step on all ranks: the number of trained tokens where all weights are 1."""
-        if self._is_evaluating and any("tree_plan" in batch for batch in batch_samples):
-            return None  # `evaluation_loop` pools batch means, so each has to be the mean of its own batch
-        num_items = super()._get_num_items_in_batch(batch_samples, device)
-        if num_items is None or not any("tree_plan" in batch for batch in batch_samples):
-            return num_items
-        if any("loss_weights" in batch for batch in batch_samples) or self.accelerator.num_processes > 1:
-            # Every rank takes this path: whether some other rank has weights is not known here.
-            num_items = torch.stack([total_weight(batch) for batch in batch_samples]).sum().to(device, torch.float32)
-            if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
-                num_items = self.accelerator.gather(num_items).sum()
-        self._counts.add(batch_samples, num_items)
-        return num_items
-
     def compute_loss(
         self,
         model: Any,
@@ -217,6 +209,8 @@ class SinglePassSFTTrainer(SFTTrainer):
         if plan is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._use_tree_attention()  # evaluation may bring the first conversations
+        if self._sequence_parallel is not None and "shift_labels" in inputs:
+            return self._sequence_parallel.loss(super().compute_loss, model, plan, inputs, num_items_in_batch)
         with tree_context(plan, inputs.pop("subtree_end"), inputs["position_ids"]) as tree:
             model = self._waves.over(model, tree, inputs, num_items_in_batch)
             weights = inputs.pop("loss_weights", None)

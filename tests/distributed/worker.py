@@ -1,95 +1,186 @@
 """
-Train a tiny model for a few steps and write down what happened; one process of a distributed test.
+One process of a distributed test: train a tiny model for a few steps and write down what happened.
 
-Usage: `worker.py SETTINGS.json RESULT.json`, under `torchrun`, `accelerate launch` or alone.
+Usage: `worker.py SETTINGS.json`, alone or under `torchrun`, `accelerate launch` or `deepspeed`; or as `nursery.py`
+forks it. The settings: `result` (a path without ending), `config` (arguments of the trainer's config), and what
+`build_trainer` and `main` read below.
 """
 
+import importlib
 import json
 import os
+import resource
+import signal
 import sys
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-SETTINGS = json.loads(Path(sys.argv[1]).read_text())
-
-if SETTINGS.get("fsdp_on_cpu"):
-    # accelerate offers FSDP2 to GPUs only; on CPU it would silently train without it.
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
-    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-
+import accelerate
 import datasets
 import torch
 import transformers
+from accelerate.state import PartialState
+from accelerate.utils import DeepSpeedSequenceParallelConfig, DistributedType
 from chat_tokenizers import make_tokenizer
 from conversations import chat, tool_chat
+from families import tiny_model
 from peft import LoraConfig
 from training import SETTINGS as COMMON
 from training import as_dataset, float32_model
+from transformers import TrainerCallback
 
-from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
+from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer, sequence_parallel
+from trl_singlepass.preemption import PreemptionCallback, last_good_checkpoint
 
 
-def conversations():
+def offer_fsdp_on_cpu():
+    """Make accelerate wrap models in FSDP2 without a GPU; as shipped, it would silently train without it."""
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+
+
+def without_compiled_communication():
+    """Keep DeepSpeed from compiling an extension for ranks on one CPU: gloo does without, and needs no compiler."""
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+
+
+def training_conversations():
     """Conversations of unequal length, so that the rows of two ranks differ in length and in number of targets."""
     return [chat(1 + seed % 4, seed=seed) if seed % 5 else tool_chat() for seed in range(12)]
 
 
-def build_trainer(output_dir):
+def evaluation_conversations():
+    """Five conversations: on two ranks, the last one of the second is a repetition."""
+    return [chat(1 + seed, seed=20 + seed) for seed in range(5)]
+
+
+def parallelism(sp_size):
+    """Return the configuration of sequence parallelism."""
+    handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
+    return accelerate.ParallelismConfig(sp_backend="deepspeed", sp_size=sp_size, dp_shard_size=1, sp_handler=handler)
+
+
+def build_trainer(settings):
     """Return the trainer that the settings describe."""
     tokenizer = make_tokenizer("qwen3")
     # Before the config: a DeepSpeed config makes transformers partition models as they are made, from here on.
-    model = float32_model(tokenizer, num_attention_heads=4, num_key_value_heads=2)
-    config = SinglePassSFTConfig(
-        str(output_dir),
-        **{
-            **COMMON,
-            "max_steps": 6,
-            "train_sampling_strategy": "sequential",
-            "max_grad_norm": 1.0,
-            "dataloader_pin_memory": False,
-            "seed": 0,
-            **SETTINGS.get("config", {}),
-        },
-    )
-    lora = LoraConfig(r=4, init_lora_weights=True) if SETTINGS.get("lora") else None
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, **settings.get("model", {})}
+    model = float32_model(tokenizer, **heads)
+    if "family" in settings:
+        model = tiny_model(settings["family"], len(tokenizer), torch.float32, attn_implementation="eager", **heads)
+    config = {
+        **COMMON,
+        "max_steps": 6,
+        "train_sampling_strategy": "sequential",
+        "max_grad_norm": 1.0,
+        "dataloader_pin_memory": False,
+        "seed": 0,
+        **settings.get("config", {}),
+    }
+    if "sp_size" in settings:
+        config["parallelism_config"] = parallelism(settings["sp_size"])
+    rows = settings.get("rows") or training_conversations()
     return SinglePassSFTTrainer(
-        model, config, train_dataset=as_dataset(conversations()), processing_class=tokenizer, peft_config=lora
+        model,
+        SinglePassSFTConfig(str(Path(settings["result"]).parent / "out"), **config),
+        train_dataset=as_dataset(rows),
+        eval_dataset=as_dataset(evaluation_conversations()) if settings.get("evaluate") else None,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, init_lora_weights=True) if settings.get("lora") else None,
     )
 
 
-def main():
+def untrained(example, index, silent_rows):
+    """Return a prepared row without targets, if it is one of those."""
+    if index in silent_rows:
+        example["labels"] = [-100] * len(example["labels"])
+        example["loss_weights"] = [0.0] * len(example["labels"])
+    return example
+
+
+def cut(wire):
+    """Break the wiring of shared rows in one place."""
+    if wire == "overcounting":
+        sequence_parallel.overcounting_of = lambda *_: 1
+    if wire == "tree_of_a_layer":
+        sequence_parallel.with_tree = lambda exchange, _: exchange
+    if wire == "tree_of_attention":
+        sequence_parallel.running_on = lambda tree: nullcontext(tree)
+
+
+class Accident(TrainerCallback):
+    """Something that happens to one rank some time after a step: `kind`, `step`, `rank`, and `delay` in seconds."""
+
+    def __init__(self, kind, step, rank=0, delay=0.0):
+        self.kind, self.step, self.rank, self.delay = kind, step, rank, delay
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and args.process_index == self.rank:
+            if self.kind == "full disk":  # as seen by a process: a write fails when a file is half written
+                resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+            else:
+                threading.Timer(self.delay, os.kill, (os.getpid(), getattr(signal, self.kind))).start()
+
+
+def summary(trainer):
+    """Return what was trained, and by which engine."""
+    history = trainer.state.log_history
+    keys = ("loss", "grad_norm", "num_tokens", "num_trained_tokens", "eval_loss")
+    return {
+        "world_size": trainer.accelerator.num_processes,
+        "distributed_type": trainer.accelerator.distributed_type.value,
+        "engine": type(trainer.model_wrapped).__name__,
+        "zero_stage": getattr(trainer.model_wrapped, "zero_optimization_stage", lambda: None)(),
+        **{key: [float(entry[key]) for entry in history if key in entry] for key in keys},
+    }
+
+
+def train(settings):
     """Train and write the result of rank 0."""
+    cut(settings.get("break"))
+    trainer = build_trainer(settings)
+    if "silent_rows" in settings:
+        silent = {"silent_rows": settings["silent_rows"]}
+        trainer.train_dataset = trainer.train_dataset.map(untrained, with_indices=True, fn_kwargs=silent)
+    preemption = PreemptionCallback()
+    trainer.add_callback(preemption)
+    if "accident" in settings:
+        trainer.add_callback(Accident(**settings["accident"]))
+    trainer.train(resume_from_checkpoint=last_good_checkpoint(trainer.args.output_dir))
+    if preemption.was_preempted:
+        return
+    evaluation = trainer.evaluate() if settings.get("evaluate") else {}
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.accelerator.is_main_process:
+        result = Path(settings["result"])
+        torch.save({name: value.cpu() for name, value in state.items()}, result.with_suffix(".pt"))
+        result.with_suffix(".json").write_text(json.dumps({**summary(trainer), "evaluation": evaluation}))
+
+
+def main(settings):
+    """Train as the settings say, as one of several processes or alone."""
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     transformers.set_seed(0)
-    result_path = Path(sys.argv[2])
-    trainer = build_trainer(result_path.parent / "out")
-    trainer.train(resume_from_checkpoint=SETTINGS.get("resume"))
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if trainer.accelerator.is_main_process:
-        torch.save({name: value.cpu() for name, value in state.items()}, result_path.with_suffix(".pt"))
-        history = trainer.state.log_history
-        result = {
-            "world_size": trainer.accelerator.num_processes,
-            "distributed_type": str(trainer.accelerator.distributed_type),
-            "engine": type(trainer.model_wrapped).__name__,
-            **{key: [entry[key] for entry in history if key in entry] for key in ("loss", "grad_norm", "num_tokens")},
-            "num_trained_tokens": [e["num_trained_tokens"] for e in history if "num_trained_tokens" in e],
-        }
-        result_path.write_text(json.dumps(result))
+    if settings.get("fsdp_on_cpu"):
+        offer_fsdp_on_cpu()
+    if "deepspeed" in settings.get("config", {}):
+        without_compiled_communication()
+    train(settings)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
-main()
-sys.stdout.flush()
-sys.stderr.flush()
-# gloo's threads may abort a process that ends the ordinary way, after all has been done.
-os._exit(0)
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # gloo's threads may abort a process that ends the ordinary way, after all has been done.
+    os._exit(0)

@@ -1,0 +1,63 @@
+"""Settings of the worker, and how two runs are compared."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+TOLERANCE = 1e-6
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+
+
+def zero(stage, **settings):
+    """Return a DeepSpeed configuration."""
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        # DeepSpeed's own Adam for offloaded parameters is compiled at run time.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": stage == 3, **settings},
+    }
+
+
+def with_config(settings, **config):
+    """Return settings with more arguments for the trainer's config."""
+    return {**settings, "config": {**settings.get("config", {}), **config}}
+
+
+def on_engine(name, settings):
+    """Return settings and environment that run the same training on an engine, one row per rank."""
+    settings = with_config(settings, per_device_train_batch_size=1)
+    if name == "ddp":
+        return settings, {}
+    if name == "fsdp2":
+        return {**with_config(settings, use_cpu=False, ddp_backend="gloo"), "fsdp_on_cpu": True}, FSDP2
+    return with_config(settings, deepspeed=zero(int(name[-1]))), {}
+
+
+def read_result(path):
+    """Return what a worker wrote, nothing if it did not come so far."""
+    if not path.with_suffix(".json").exists():
+        return SimpleNamespace()
+    result = json.loads(path.with_suffix(".json").read_text())
+    return SimpleNamespace(**result, parameters=torch.load(path.with_suffix(".pt")))
+
+
+def assert_same_training(ours, theirs, tolerance=TOLERANCE):
+    """Assert that two runs have the same losses, gradient norms and parameters."""
+    assert ours.loss == pytest.approx(theirs.loss, rel=10 * tolerance)
+    assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=100 * tolerance)
+    assert ours.parameters.keys() == theirs.parameters.keys()
+    for name, value in theirs.parameters.items():
+        assert float((value.float() - ours.parameters[name].float()).abs().max()) <= tolerance, name

@@ -1,0 +1,93 @@
+"""Every engine trains on two processes what one process trains."""
+
+import pytest
+from conversations import chat
+from runs import assert_same_training, on_engine, with_config, zero
+
+
+ENGINES = {
+    "ddp": ("DistributedDataParallel", "MULTI_CPU", None),
+    "zero1": ("DeepSpeedEngine", "DEEPSPEED", 1),
+    "zero2": ("DeepSpeedEngine", "DEEPSPEED", 2),
+    "zero3": ("DeepSpeedEngine", "DEEPSPEED", 3),
+    "fsdp2": ("FSDPQwen3ForCausalLM", "FSDP", None),
+}
+CASES = {
+    # Five conversations: on two ranks the last batch of the evaluation repeats one.
+    "plain": {"evaluate": True},
+    "packing": {"config": {"packing": True, "max_length": 256}},
+    "lora": {"lora": True},
+    "checkpointing": {"config": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}},
+}
+
+
+def assert_engine(run, engine, world_size=2):
+    """Assert that no launch silently fell back to another engine, or to fewer processes."""
+    wrapped, kind, stage = ENGINES[engine]
+    assert run.world_size == world_size
+    assert (run.distributed_type, run.zero_stage) == (kind, stage)
+    assert run.engine in (wrapped, "FSDPPeftModelForCausalLM") if engine == "fsdp2" else run.engine == wrapped
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_six_steps(tmp_path, nursery, one_process, engine, case):
+    settings = CASES[case]
+    alone = one_process(with_config(settings, per_device_train_batch_size=2))
+    assert len(alone.loss) == 6
+    settings, environment = on_engine(engine, settings)
+    run = nursery.run(tmp_path, settings, world_size=2, environment=environment)
+    assert_engine(run, engine)
+    assert_same_training(run, alone)
+    assert run.num_trained_tokens == alone.num_trained_tokens
+    if settings.get("evaluate"):
+        assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_a_rank_without_trained_tokens_and_an_incomplete_last_batch(tmp_path, nursery, one_process, engine):
+    """Seven rows of which one trains nothing, two epochs of two rows per step: the last step of each has one row."""
+    messages = [chat(1 + seed % 3, seed=seed) for seed in range(7)]
+    rows = [{"messages": turns} for turns in messages]
+    settings = {"rows": rows, "silent_rows": [1, 4], "config": {"max_steps": -1, "num_train_epochs": 2}}
+    alone = one_process(with_config(settings, per_device_train_batch_size=2))
+    run = nursery.run(tmp_path, on_engine(engine, settings)[0], world_size=2)
+    assert_engine(run, engine)
+    assert len(run.loss) == len(alone.loss) == 8
+    assert_same_training(run, alone)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_offloaded_optimizer_and_parameters(tmp_path, nursery, one_process, bf16):
+    device = {"device": "cpu"}
+    config = zero(3, offload_optimizer=device, offload_param=device)
+    settings = {"config": {"deepspeed": config, "bf16": bf16, "per_device_train_batch_size": 1}}
+    run = nursery.run(tmp_path, settings, world_size=2)
+    assert_engine(run, "zero3")
+    alone = one_process({"config": {"per_device_train_batch_size": 2}})
+    if bf16:
+        assert run.loss == pytest.approx(alone.loss, rel=5e-3)
+    else:
+        assert_same_training(run, alone)
+
+
+def test_an_engine_that_falls_back_is_refused(tmp_path, nursery):
+    settings = on_engine("zero3", {})[0]
+    run = nursery.run(
+        tmp_path, settings, world_size=2, environment={"ACCELERATE_USE_CPU": "true"}, expect_success=False
+    )
+    assert run.codes != [0, 0]
+    assert "asks for DeepSpeed, and accelerate chose MULTI_CPU" in run.log
+
+
+def test_fsdp_that_falls_back_is_refused(tmp_path, nursery):
+    settings, environment = on_engine("fsdp2", {})
+    run = nursery.run(
+        tmp_path,
+        with_config({**settings, "fsdp_on_cpu": False}, use_cpu=True),
+        world_size=2,
+        environment=environment,
+        expect_success=False,
+    )
+    assert run.codes != [0, 0]
+    assert "asks for FSDP, and accelerate chose MULTI_CPU" in run.log

@@ -1,0 +1,145 @@
+"""Runs that are killed, told to stop, or out of disk end where the uninterrupted run ends."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from chat_tokenizers import make_tokenizer
+from runs import assert_same_training, on_engine, with_config, zero
+from training import SETTINGS, as_dataset
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
+from worker import training_conversations
+
+from trl_singlepass.preemption import last_good_checkpoint
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3, "optim": "adamw_torch"}
+LONG = {"config": {**SAVING, "max_steps": 30, "learning_rate": 1e-3, "packing": True, "max_length": 256}}
+SHORT = {"config": {**SAVING, "max_steps": 6, "learning_rate": 1e-3}}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(nursery, tmp_path_factory):
+    """What two processes train without an accident, by settings."""
+    results = {}
+
+    def train(settings):
+        key = json.dumps(settings, sort_keys=True)
+        if key not in results:
+            run = with_config(settings, save_strategy="no")
+            results[key] = nursery.run(tmp_path_factory.mktemp("whole"), run, world_size=2)
+        return results[key]
+
+    return train
+
+
+def test_ten_kills(tmp_path, nursery, uninterrupted):
+    """SIGKILL of either rank, in a step or while saving; the other one goes down with it."""
+    settings = on_engine("ddp", LONG)[0]
+    chance, step = random.Random(), 0
+    for _ in range(10):
+        step += chance.randint(1, 2)
+        accident = {"kind": "SIGKILL", "step": step, "rank": chance.randint(0, 1), "delay": chance.uniform(0, 0.2)}
+        run = nursery.run(tmp_path, {**settings, "accident": accident}, world_size=2, expect_success=False)
+        assert -9 in run.codes, run.log[-4000:]
+        assert 0 not in run.codes  # the other rank lost its connection, or was killed with it
+        saved = last_good_checkpoint(tmp_path / "out")
+        step = max(step, int(saved.rpartition("-")[2]) if saved else 0)
+    assert step < 30
+    assert_same_training(nursery.run(tmp_path, settings, world_size=2), uninterrupted(settings), tolerance=1e-7)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_told_to_stop(tmp_path, nursery, uninterrupted, engine):
+    """The signal reaches one rank only; all save after the same step and end well."""
+    settings = with_config(on_engine(engine, SHORT)[0], save_steps=100)
+    stopped = nursery.run(tmp_path, {**settings, "accident": {"kind": "SIGTERM", "step": 3, "rank": 1}}, world_size=2)
+    assert "Told to stop: saving a checkpoint after step" in stopped.log
+    assert not hasattr(stopped, "loss")
+    assert 3 <= int(last_good_checkpoint(tmp_path / "out").rpartition("-")[2]) < 6
+    assert_same_training(nursery.run(tmp_path, settings, world_size=2), uninterrupted(settings))
+
+
+def test_shared_rows_resume(tmp_path, nursery, one_process):
+    """Three rows per step: the checkpoint lies within what the ranks exchange at a time."""
+    settings = with_config(SHORT, per_device_train_batch_size=1, gradient_accumulation_steps=3, save_steps=2)
+    whole = one_process(with_config(settings, save_strategy="no"))
+    settings = {**with_config(settings, deepspeed=zero(3)), "sp_size": 2}
+    killed = {**settings, "accident": {"kind": "SIGKILL", "step": 3}}
+    assert -9 in nursery.run(tmp_path, killed, world_size=2, expect_success=False).codes
+    assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-2")
+    assert_same_training(nursery.run(tmp_path, settings, world_size=2), whole)
+
+
+def test_full_disk(tmp_path, nursery, one_process):
+    settings = with_config(SHORT, per_device_train_batch_size=2)
+    run = nursery.run(tmp_path, {**settings, "accident": {"kind": "full disk", "step": 4}}, expect_success=False)
+    assert run.codes == [1]
+    assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-3")
+    resumed = nursery.run(tmp_path, settings)
+    assert "Passing over" in resumed.log
+    assert "checkpoint-4" in resumed.log
+    assert_same_training(resumed, one_process(with_config(settings, save_strategy="no")))
+
+
+@pytest.fixture(scope="module")
+def saved(nursery, tmp_path_factory):
+    """The folder of a run that saved three checkpoints."""
+    folder = tmp_path_factory.mktemp("saved")
+    nursery.run(folder, with_config(SHORT, per_device_train_batch_size=2, max_steps=3))
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", "is cut off"),
+        ("optimizer.pt", "is cut off"),
+        ("scheduler.pt", "is cut off"),
+        ("config.json", "is cut off"),
+        ("trainer_state.json", "is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, saved, caplog, name, damage):
+    shutil.copytree(saved, tmp_path / "out")
+    file = tmp_path / "out" / "checkpoint-3" / name
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    if damage == "is missing":
+        file.unlink()
+    logger = "trl_singlepass.preemption"
+    with caplog.at_level("WARNING", logger):
+        assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-2")
+
+
+def test_wrong_bytes_are_found(tmp_path, saved):
+    shutil.copytree(saved, tmp_path / "out")
+    file = tmp_path / "out" / "checkpoint-3" / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-2")
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    assert last_good_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_checkpoint_is_an_ordinary_model(tmp_path, saved):
+    """transformers and TRL load it, with the stock attention; nothing in it speaks of trees."""
+    checkpoint = saved / "checkpoint-3"
+    config = (checkpoint / "config.json").read_text() + (checkpoint / "generation_config.json").read_text()
+    assert "tree" not in config
+    assert "singlepass" not in config
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert model.config._attn_implementation == "sdpa"
+    stock = SFTTrainer(
+        str(checkpoint),
+        SFTConfig(str(tmp_path), **{**SETTINGS, "max_length": None}),
+        train_dataset=as_dataset(training_conversations()[:2]),
+        processing_class=make_tokenizer("qwen3"),
+    )
+    assert torch.isfinite(torch.tensor(stock.train().training_loss))

@@ -1,0 +1,95 @@
+"""Two ranks that share each row (DeepSpeed Ulysses) train what one process trains, and never a tree as one text."""
+
+import json
+from pathlib import Path
+
+import pytest
+from runs import assert_same_training, with_config, zero
+
+
+SHARED = Path(__file__).parents[3] / "shared"
+
+
+def shared(settings, stage=3, **zero_settings):
+    """Return settings under which two ranks share each row."""
+    return {**with_config(settings, deepspeed=zero(stage, **zero_settings)), "sp_size": 2}
+
+
+def one_row_per_batch(accumulation=1, **settings):
+    return with_config(settings, per_device_train_batch_size=1, gradient_accumulation_steps=accumulation)
+
+
+CASES = {
+    "one row per step": one_row_per_batch(),
+    "two rows per step": one_row_per_batch(2, evaluate=True),
+    "checkpointing": one_row_per_batch(2, config={"gradient_checkpointing": True}),
+    "packing": one_row_per_batch(2, config={"packing": True, "max_length": 256}),
+    "lora": one_row_per_batch(3, lora=True),
+    "weights": one_row_per_batch(2, config={"loss_reduction": "turn", "reasoning_weight": 0.3}),
+    "one key-value head": one_row_per_batch(2, model={"num_key_value_heads": 1}),
+    "sliding windows": one_row_per_batch(2, family="gemma2"),
+    "sinks": one_row_per_batch(2, family="gpt-oss", config={"router_aux_loss_coef": 0.0}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_six_steps(tmp_path, nursery, one_process, case):
+    alone = one_process(CASES[case])
+    run = nursery.run(tmp_path, shared(CASES[case]), world_size=2)
+    assert (run.world_size, run.engine, run.zero_stage) == (2, "DeepSpeedEngine", 3)
+    assert len(run.loss) == 6
+    assert_same_training(run, alone)
+    assert run.num_trained_tokens == alone.num_trained_tokens
+    if "evaluate" in CASES[case]:
+        assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "engine", [(1, {}), (2, {}), (3, {"reduce_scatter": False})], ids=["zero1", "zero2", "zero3 without scatter"]
+)
+def test_gradients_that_deepspeed_doubles_are_corrected(tmp_path, nursery, one_process, engine):
+    settings = one_row_per_batch(2)
+    run = nursery.run(tmp_path, shared(settings, engine[0], **engine[1]), world_size=2)
+    assert run.zero_stage == engine[0]
+    assert_same_training(run, one_process(one_row_per_batch(2, evaluate=True)))
+
+
+def test_doubled_gradients_are_noticed(tmp_path, nursery):
+    settings = {**shared(one_row_per_batch(2), stage=2), "break": "overcounting"}
+    run = nursery.run(tmp_path, settings, world_size=2, expect_success=False)
+    assert run.codes != [0, 0]
+    assert "gradients 2 times as large" in run.log
+
+
+@pytest.mark.parametrize("wire", ["tree_of_a_layer", "tree_of_attention"])
+def test_a_tree_is_never_trained_as_one_text(tmp_path, nursery, wire):
+    """With either wire cut, DeepSpeed would run plain causal attention over all branches."""
+    run = nursery.run(tmp_path, {**shared(one_row_per_batch()), "break": wire}, world_size=2, expect_success=False)
+    assert run.codes != [0, 0]
+    assert "got no tree under sequence parallelism" in run.log
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the conversations in ../shared")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_real_conversations(tmp_path, nursery, one_process, accumulation):
+    lines = (SHARED / "data" / "mathchat_follow_up_300.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [{"messages": json.loads(line)["messages"]} for line in sorted(lines, key=len)[: 6 * accumulation]]
+    settings = one_row_per_batch(accumulation, rows=rows)
+    run = nursery.run(tmp_path, shared(settings), world_size=2)
+    assert_same_training(run, one_process(settings))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"config": {"per_device_train_batch_size": 2}}, "per_device_train_batch_size above 1"),
+        ({"family": "qwen3-moe"}, "a load-balancing loss"),
+    ],
+    ids=["batches", "experts"],
+)
+def test_what_shared_rows_cannot_honour_is_refused(tmp_path, nursery, change, reason):
+    settings = shared(one_row_per_batch())
+    settings = {**settings, **change, "config": {**settings["config"], **change.get("config", {})}}
+    run = nursery.run(tmp_path, settings, world_size=2, expect_success=False)
+    assert run.codes != [0, 0]
+    assert f"Sequence parallelism (sp_size) does not work with {reason}" in run.log
