@@ -149,6 +149,7 @@ def test_timing_counts_the_work_it_times():
     network, steps = float32_model(tokenizer), []
     timed = timing.time_both(network, conversations, repeats=2, on_step=lambda: steps.append(1))
     assert len(steps) == 2 * 2 * 3
+    assert network.config._attn_implementation.startswith("tree_")
     samples = [sample for turns in conversations for sample in turns]
     assert timed.npass_cost == npass_cost(samples, ModelShape.from_config(network.config))
     assert timed.npass_cost.tokens > timed.single_pass_cost.tokens

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from trl_singlepass.inspection import Inspection, render
 from trl_singlepass.pages import inspection_page
+from trl_singlepass.pages.frame import frame
 from trl_singlepass.rendering import render_row
 from trl_singlepass.sample import Sample
 
@@ -105,6 +106,14 @@ def test_text_of_the_conversation_is_shown_literally():
     assert "<i>no" not in page
     assert page.count("</script>") == 2
     assert "".join(data_of(page)["text"]).count("[red]</script><b>[/nope]") == 1
+
+
+def test_no_token_can_end_the_script_that_holds_it():
+    data = {"text": ["</script><script>alert(1)</script>", "<!--"]}
+    page = frame("page", "", script="inspection.js", data=data)
+    assert data_of(page) == data
+    assert page.count("<script") == 2
+    assert "<!--" not in page
 
 
 def test_page_holds_every_turn_and_needs_nothing_else():

@@ -125,7 +125,7 @@ def _named_role(texts: Sequence[str], position: int, end: int) -> str | None:
     own = re.sub(r"[^a-z]+", "_", texts[position].lower()).strip("_").removesuffix("_token")
     if texts[position].startswith("</"):
         return None
-    if own in _ROLE_WORDS or not any(word in own for word in _STARTS):
+    if not any(word in own for word in _STARTS):
         return _ROLE_WORDS.get(own)
     after = "".join(texts[position + 1 : end]).lower()
     return next((role for word, role in _ROLE_WORDS.items() if after.startswith(word)), None)
