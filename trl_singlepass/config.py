@@ -9,8 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from .history import HISTORIES
-from .settings import OVERLONG_TURNS, OverlongTurns, RowSettings
+from .settings import HISTORIES, OVERLONG_TURNS, History, OverlongTurns, RowSettings
 from .weights import LOSS_REDUCTIONS, LossReduction
 
 
@@ -75,7 +74,7 @@ class SinglePassSFTConfig(SFTConfig):
             "choices": list(OVERLONG_TURNS),
         },
     )
-    history: str = field(
+    history: History = field(
         default="template",
         metadata={
             "help": "What a turn's context holds of earlier turns: 'template', as the chat template renders it; "

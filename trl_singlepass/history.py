@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from .rendering import render_conversation
 from .rendering_messages import Conversation, Message, RenderingError
 from .rendering_reasoning import Spoken, reasoning_tags, without_reasoning
 from .rendering_templates import ChatTemplate
 from .sample import Sample
+from .settings import HISTORIES
 
-
-History = Literal["template", "keep", "strip"]
-HISTORIES: tuple[History, ...] = ("template", "keep", "strip")
 
 # The switches of public templates, with the value that keeps reasoning; the other value strips it.
 _KEEPING_SWITCHES: Mapping[str, bool] = {

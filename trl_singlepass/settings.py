@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .history import HISTORIES
 from .selection import parse_train_turns
 from .weights import LOSS_REDUCTIONS, LossReduction
 
 
 OverlongTurns = Literal["truncate", "drop", "error"]
 OVERLONG_TURNS: tuple[OverlongTurns, ...] = ("truncate", "drop", "error")
+History = Literal["template", "keep", "strip"]
+HISTORIES: tuple[History, ...] = ("template", "keep", "strip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class RowSettings:
     max_length: int | None = None
     max_row_tokens: int | None = None
     overlong_turns: OverlongTurns = "truncate"
-    history: str = "template"
+    history: History = "template"
     train_turns: str | int = "all"
     loss_reduction: LossReduction = "token"
     reasoning_weight: float = 1.0
