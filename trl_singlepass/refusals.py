@@ -102,7 +102,8 @@ def check_parallelism(parallelism_config: Any) -> None:
 
 def check_engine(args: Any, accelerator: Any) -> None:
     """
-    Refuse a run that asked for DeepSpeed or FSDP and got another engine, or processes that do not know of each other.
+    Refuse a run that asked for DeepSpeed or FSDP and got another engine, tensor parallelism by DeepSpeed, and
+    processes that do not know of each other.
 
     Args:
         args (`transformers.TrainingArguments`):
@@ -111,7 +112,7 @@ def check_engine(args: Any, accelerator: Any) -> None:
             Accelerator of the run.
 
     Raises:
-        `ValueError`: If accelerate silently chose something else.
+        `ValueError`: If accelerate silently chose something else, or the engine shards layers.
     """
     kind = accelerator.distributed_type
     asks_for_fsdp = bool(getattr(args, "fsdp", None)) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
@@ -124,6 +125,13 @@ def check_engine(args: Any, accelerator: Any) -> None:
                 f"The run asks for {name}, and accelerate chose {kind.value}, which would train something else. Check "
                 "the launch: `accelerate launch --cpu`, ACCELERATE_USE_CPU and use_cpu=True switch engines off."
             )
+    plugin = accelerator.state.deepspeed_plugin
+    tensor_parallel = {} if plugin is None else plugin.deepspeed_config.get("tensor_parallel", {})
+    if tensor_parallel.get("autotp_size", 0) > 1:
+        raise ValueError(
+            f"autotp_size={tensor_parallel['autotp_size']}: tensor parallelism has not been shown to train a tree "
+            "exactly. Leave tensor_parallel out of the DeepSpeed configuration, and shard the model with ZeRO-3."
+        )
     if kind == DistributedType.NO and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             f"{os.environ['WORLD_SIZE']} processes were launched, and accelerate trains each one alone. Set "

@@ -69,6 +69,7 @@ def main():
     for line in sys.stdin:
         answers.write(json.dumps(run(json.loads(line))) + "\n")
         answers.flush()
+    os._exit(0)
 
 
 main()

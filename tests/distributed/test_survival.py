@@ -128,6 +128,7 @@ def test_no_checkpoint_at_all(tmp_path):
     assert last_good_checkpoint(tmp_path / "nothing") is None
 
 
+@pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")  # stock training gives these
 def test_a_checkpoint_is_an_ordinary_model(tmp_path, saved):
     """transformers and TRL load it, with the stock attention; nothing in it speaks of trees."""
     checkpoint = saved / "checkpoint-3"

@@ -25,6 +25,9 @@ CASES = {
     "checkpointing": one_row_per_batch(2, config={"gradient_checkpointing": True}),
     "packing": one_row_per_batch(2, config={"packing": True, "max_length": 256}),
     "lora": one_row_per_batch(3, lora=True),
+    "two epochs in random order": one_row_per_batch(
+        5, config={"max_steps": -1, "num_train_epochs": 2, "train_sampling_strategy": "random"}
+    ),
     "weights": one_row_per_batch(2, config={"loss_reduction": "turn", "reasoning_weight": 0.3}),
     "one key-value head": one_row_per_batch(2, model={"num_key_value_heads": 1}),
     "sliding windows": one_row_per_batch(2, family="gemma2"),

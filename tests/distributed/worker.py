@@ -170,7 +170,7 @@ def main(settings):
     transformers.set_seed(0)
     if settings.get("fsdp_on_cpu"):
         offer_fsdp_on_cpu()
-    if "deepspeed" in settings.get("config", {}):
+    if "deepspeed" in settings.get("config", {}) or "ACCELERATE_USE_DEEPSPEED" in os.environ:
         without_compiled_communication()
     train(settings)
     if torch.distributed.is_initialized():
