@@ -103,6 +103,7 @@ def varlen_forward_of(implementation: str) -> Callable[..., tuple[torch.Tensor, 
                 query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
         check_layer(module, attention_mask, query, dropout, kwargs)
+        assert attention_mask.tree.memory_of(module) is None, "waves hand keys from row to row on sdpa only"
         kernel = flash_kernel(implementation)
         dtype = get_target_dtype(query, module) or query.dtype
         _check_kernel(implementation, kernel, dtype, softcap)

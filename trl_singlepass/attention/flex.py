@@ -191,6 +191,7 @@ def flex_forward(
         )  # fmt: skip
         return plain
     check_layer(module, attention_mask, query, dropout, kwargs)
+    assert attention_mask.tree.memory_of(module) is None, "waves hand keys from row to row on sdpa only"
     _check_backward(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query = query_at_depth(module, query, attention_mask.tree)
