@@ -39,7 +39,7 @@ class Nursery:
         os.close(write_end)
         self.answers = os.fdopen(read_end)
 
-    def run(self, folder, settings, world_size=1, environment=None, expect_success=True, timeout=120):
+    def run(self, folder, settings, world_size=1, environment=None, expect_success=True, timeout=300):
         """Run the worker and return its result, with the exit codes of the ranks and what they printed."""
         settings = {"result": str(folder / "result"), **settings}
         # The store outlives the ranks and takes a port that is free: no race for one.

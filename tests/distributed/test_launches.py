@@ -58,7 +58,7 @@ def launch(commands, folder, settings):
             line = [str(word) for word in (*command, WORKER, path)]
             nodes.append(subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT))
     try:
-        codes = [node.wait(timeout=200) for node in nodes]
+        codes = [node.wait(timeout=400) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
@@ -150,13 +150,13 @@ def test_slurm_script_saves_and_is_queued_again(tmp_path):
             ["bash", ROOT / "recipes" / "slurm" / "train.sh", WORKER, path], cwd=ROOT, env=environment, stdout=output
         )
     try:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 300
         while "'loss'" not in log.read_text():
             assert job.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.2)
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=60) == 0
+        assert job.wait(timeout=120) == 0
     finally:
         job.kill()
         job.wait()
