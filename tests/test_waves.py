@@ -37,7 +37,7 @@ def test_reasoning_chat(family, checkpointing):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(samples=sample_sets(), size=st.integers(1, 50), keep=st.booleans())
 def test_random_trees(family, samples, size, keep):
     assert_waves_equal_npass(model_of(family), [samples], [size], keep_history=keep)
@@ -55,7 +55,7 @@ def test_many_random_trees(family, samples, size, keep):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_conversations_in_one_row(family, pad_to_multiple_of):
     chats = [reasoning_chat(turns, seed=seed) for seed, turns in enumerate((3, 1, 2))]
-    assert_waves_equal_npass(model_of(family), chats, [9, 40, 70, 130], pad_to_multiple_of=pad_to_multiple_of)
+    assert_waves_equal_npass(model_of(family), chats, [9, 70], pad_to_multiple_of=pad_to_multiple_of)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt-oss"])

@@ -5,14 +5,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from chat_tokenizers import make_tokenizer
 from equivalence import CONVERSATIONS, adapted, single_pass_trainer, stock_trainer
 from families import tiny_model
 from training import float32_model, largest_difference, logged, parameters
 from waves_worker import CASES
+
+from benchmarks.hybrid_step import small_hybrid
+from trl_singlepass.waves.refusals import _refused_engines
 
 
 TOLERANCE = 1e-6
@@ -240,3 +245,19 @@ def test_kernels_that_read_one_row_are_refused(tmp_path, tokenizer):
     model = tiny_model("qwen3", len(tokenizer), torch.float32, attn_implementation="flex_attention")
     with pytest.raises(ValueError, match=r"attn_implementation='flex_attention' does not work with wave_tokens: its"):
         single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, per_device_train_batch_size=4)
+
+
+def test_states_that_are_not_handed_on_are_refused(tmp_path, tokenizer):
+    model = small_hybrid()
+    with pytest.raises(ValueError, match=r"Qwen3_5GatedDeltaNet does not work with wave_tokens: its state is not"):
+        single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, per_device_train_batch_size=4)
+
+
+def test_engines_that_accumulate_otherwise_are_refused():
+    def refusals(kind, **settings):
+        accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=False, parallelism_config=None, **settings)
+        return [what for what, _, _ in _refused_engines(accelerator)]
+
+    assert refusals(DistributedType.MEGATRON_LM) == ["MEGATRON_LM"]
+    assert refusals(DistributedType.FSDP) == ["FSDP version 1"]
+    assert refusals(DistributedType.DEEPSPEED) == []
