@@ -120,7 +120,7 @@ SECTIONS = {"step_time": speed_section, "row_memory": memory_section}
 def report() -> str:
     """All tables, in the order of the files' kinds and names."""
     results = [(path.name, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
-    known = [(name, result) for name, result in results if result["kind"] in SECTIONS]
+    known = [(name, result) for name, result in results if result.get("kind") in SECTIONS]
     known.sort(key=lambda item: (list(SECTIONS).index(item[1]["kind"]), item[0]))
     return "\n\n".join(SECTIONS[result["kind"]](result, name) for name, result in known)
 
