@@ -11,7 +11,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from .block_mask import block_mask_of
-from .sdpa import check_layer
+from .sdpa import check_layer, in_one_dtype
 from .temperature import query_at_depth
 from .tree_mask import TreeMask
 
@@ -194,7 +194,7 @@ def flex_forward(
     assert attention_mask.tree.memory_of(module) is None, "waves hand keys from row to row on sdpa only"
     _check_backward(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query = query_at_depth(module, query, attention_mask.tree)
+    query, key, value = in_one_dtype(query_at_depth(module, query, attention_mask.tree), key, value)
     out = flex_tree_attention(query, key, value, attention_mask, scale, softcap, s_aux, options)
     return out.transpose(1, 2).contiguous(), None
 

@@ -52,10 +52,11 @@ def tree_attention(
     """
     kernel = kernel_for(query, softcap=softcap, masked=not mask.is_causal)
     # Kernels want one head size: zeros added to queries and keys change no score, and those of values are cut off.
-    head_dim, value_dim = query.shape[-1], value.shape[-1]
-    width = max(head_dim, value_dim)
-    query, key = F.pad(query, (0, width - head_dim)), F.pad(key, (0, width - head_dim))
-    value = F.pad(value, (0, width - value_dim))
+    value_dim = value.shape[-1]
+    width = max(query.shape[-1], value_dim)
+    query, key, value = (
+        x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value)
+    )
     out: torch.Tensor = BlockAttention.apply(  # type: ignore[no-untyped-call]
         query, key, value, sinks, mask, kernel, scale, memory
     )
@@ -108,7 +109,7 @@ def sdpa_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, TreeMask):
         check_layer(module, attention_mask, query, dropout, kwargs)
-        query = query_at_depth(module, query, attention_mask.tree)
+        query, key, value = in_one_dtype(query_at_depth(module, query, attention_mask.tree), key, value)
         memory = attention_mask.tree.memory_of(module)
         out = tree_attention(query, key, value, attention_mask, scale, softcap, s_aux, memory)
     elif softcap is not None or s_aux is not None:
@@ -119,6 +120,22 @@ def sdpa_forward(
         )
         return plain
     return out.transpose(1, 2).contiguous(), None
+
+
+def in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """
+    Cast queries, keys and values as stock SDPA does: under autocast, norms leave queries in float32, values are not.
+
+    Args:
+        *tensors (`torch.Tensor`):
+            Queries, keys and values.
+    """
+    device, dtype = tensors[0].device.type, tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def check_layer(
