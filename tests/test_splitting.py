@@ -127,6 +127,15 @@ def test_split_conversations_are_exact(family):
     assert_equal_to_npass(tiny_model(family), sets, rows_of=split)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+def test_a_conversation_of_64_turns_is_exact_in_rows_of_16k():
+    samples = long_chat(64, (550, 950), vocab_size=97)
+    assert len(PrefixTree.from_samples(samples)) > 55_000
+    model = tiny_model("qwen3", attn_implementation="sdpa", hidden_size=16, num_attention_heads=2)
+    assert_equal_to_npass(model, [samples], rows_of=lambda sets: one_row_each(split_samples(sets[0], 16384)))
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer("qwen3")
