@@ -19,8 +19,14 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/pip install --quiet -e ".[dev,plot]"
 	touch $@
 
+# The distributed tests start processes of their own and run one after another. ARGS=… runs what it names in one process.
 test: $(INSTALLED)
+ifdef ARGS
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+else
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/distributed -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
+endif
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
