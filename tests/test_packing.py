@@ -117,6 +117,14 @@ def test_a_group_that_fits_nowhere_whole_is_not_scattered():
     assert sorted(rows[-1]) == list(range(large, large + members))
 
 
+def test_room_is_kept_for_the_token_that_two_targets_fork():
+    """After the same beginning, one trains 8 and the other 9: the 5 before them is stored twice."""
+    rows = one_row_each(with_system([Sample.from_prompt_and_completion([5], [target])]) for target in (8, 9))
+    joined = len(SYSTEM) + 2 * 2
+    assert list(map(len, pack_rows(rows, joined))) == [joined]
+    assert list(map(len, pack_rows(rows, joined - 1))) == [len(SYSTEM) + 2] * 2
+
+
 def test_a_conversation_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match=r"Conversation 1 has 9 tokens, a row has max_row_tokens=8.*Split it first"):
         place([3, 9], lambda i: np.empty(0), 8)
