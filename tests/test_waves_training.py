@@ -74,6 +74,30 @@ def test_either_kind_of_checkpointing(tmp_path, tokenizer, use_reentrant):
     assert_equal(*both, model)
 
 
+def test_half_precision_is_as_near_to_float32_as_one_row(tmp_path, tokenizer):
+    model = float32_model(tokenizer)
+    settings = [{}, {"bf16": True}, {"bf16": True, "wave_tokens": 64}, {"bf16": True, "wave_tokens": 100}]
+    trainers = [
+        single_pass_trainer(tmp_path, tokenizer, model, per_device_train_batch_size=4, **own) for own in settings
+    ]
+    for trainer in trainers:
+        trainer.train()
+    exact, row, *waves = trainers
+    assert largest_difference(row, exact) > 0
+    for trainer in waves:
+        assert largest_difference(trainer, exact) <= 2 * largest_difference(row, exact)
+
+
+def test_keys_and_values_on_the_cpu_train_the_same(tmp_path, tokenizer):
+    model = float32_model(tokenizer)
+    both = train_both(tmp_path, tokenizer, model, 64)
+    offloaded = single_pass_trainer(
+        tmp_path, tokenizer, model, wave_tokens=64, offload_kv=True, per_device_train_batch_size=4
+    )
+    offloaded.train()
+    assert largest_difference(offloaded, both[0]) <= TOLERANCE
+
+
 def test_clipped_steps_of_adam(tmp_path, tokenizer):
     model = float32_model(tokenizer)
     settings = {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4, "max_grad_norm": 0.5}
