@@ -109,6 +109,13 @@ def test_what_fits_is_not_split():
     assert len(split_samples(samples, size - 1)) == 2
 
 
+def test_the_token_that_two_targets_fork_counts_twice():
+    """One turn trains 8 and the other 9 after the same four tokens, the last of which is stored for each."""
+    samples = [Sample.from_prompt_and_completion([4, 5, 6, 7], [target]) for target in (8, 9)]
+    assert split_samples(samples, 7) == [samples]
+    assert split_samples(samples, 6) == [samples[:1], samples[1:]]
+
+
 def test_a_sample_longer_than_a_row_cannot_be_split():
     with pytest.raises(ValueError, match=r"A sample of 3 tokens does not fit a row of max_row_tokens=2.*Shorten"):
         split_samples([Sample.from_prompt_and_completion([5, 6], [7])], 2)
