@@ -135,7 +135,8 @@ def _to_device(tables: list[tuple[Ints, Ints, Ints, tuple[int, int]]], device: t
     moved_counts = torch.from_numpy(counts).to(device, non_blocking=True)
     split_counts = torch.split(moved_counts, [len(count) for count, *_ in tables])
     for count, table, (*_, shape) in zip(split_counts, torch.split(flat, sizes), tables, strict=True):
-        for tensor in (count.view(1, 1, -1), table.view(1, 1, *shape)):
-            # Or the number of blocks of the first row would be compiled in.
+        # Copies, since the offset of a view is compiled in where it equals a size by chance; and marked, or the number
+        # of blocks of the first row is compiled in.
+        for tensor in (count.view(1, 1, -1).clone(), table.view(1, 1, *shape).clone()):
             torch._dynamo.maybe_mark_dynamic(tensor, list(range(2, tensor.dim())))
             yield tensor
