@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -11,12 +13,15 @@ import pytest
 import torch
 from chat_tokenizers import make_tokenizer
 from conversations import TOOLS, chat, tool_chat
+from safetensors.torch import load_file
 from training import float32_model
+from transformers import TrainerCallback
 
 from trl_singlepass import cli, commands, launching, timing
 from trl_singlepass.auditing import audit
 from trl_singlepass.cost import ModelShape, npass_cost
 from trl_singlepass.loading import JsonLines, load_rows
+from trl_singlepass.preemption import checkpoint_to_resume
 from trl_singlepass.rendering import render_row
 from trl_singlepass.scripts import sft
 
@@ -318,6 +323,43 @@ def test_script_trains_on_a_file_with_tool_calls_of_both_forms(model, data, tmp_
         assert [sample.token_ids.tolist() for sample in ours] == [sample.token_ids.tolist() for sample in expected]
 
 
+class ToldToStop(TrainerCallback):
+    """A scheduler's signal in the second step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_script_saves_when_told_to_stop_and_goes_on_from_there(model, data, tmp_path, monkeypatch, capsys):
+    original = sft.SinglePassSFTTrainer
+    more = ["--max_steps", 4, "--logging_steps", 1, "--save_strategy", "steps", "--save_steps", 100]
+
+    def run(output, *arguments):
+        given = ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", output, *TRAIN, *more]
+        sft.main(*parse([*given, *arguments]))
+
+    def stopped(callbacks, **kwargs):
+        return original(callbacks=[*callbacks, ToldToStop()], **kwargs)
+
+    run(tmp_path / "whole", "--resume_from_checkpoint", "auto")  # nothing there yet
+    monkeypatch.setattr(sft, "SinglePassSFTTrainer", stopped)
+    run(tmp_path / "out")
+    assert "--resume_from_checkpoint auto goes on" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name != "README.md"] == ["checkpoint-2"]
+    monkeypatch.setattr(sft, "SinglePassSFTTrainer", original)
+    run(tmp_path / "out", "--resume_from_checkpoint", "true")
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, None), ("false", None), ("here/checkpoint-3",) * 2])
+def test_a_path_to_resume_from_is_taken_as_it_is(tmp_path, given, expected):
+    assert checkpoint_to_resume(given, tmp_path) == expected
+
+
 def test_script_reads_a_config_file_and_flags_win(tmp_path):
     (tmp_path / "c.yaml").write_text("model_name_or_path: m\ndataset_name: d\nmax_length: 7\nwave_tokens: auto\n")
     script, training, model_args, _ = parse(["--config", tmp_path / "c.yaml", "--max_length", 9, *TRAIN])
@@ -357,6 +399,38 @@ def test_train_launches_the_script_through_accelerate(monkeypatch, tmp_path):
         assert (args.num_processes, args.main_process_port) == (2, 1234)
         assert args.training_script_args[:4] == ["--config", str(tmp_path / "c.yaml"), "--dataset_name", "d"]
         assert "--main_process_port" not in args.training_script_args
+
+
+PATIENT = """
+import os, pathlib, signal, sys
+folder = pathlib.Path(sys.argv[-1])
+rank = os.environ.get("RANK", "0")
+signal.signal(signal.SIGTERM, lambda *_: (folder / f"stopped{rank}").touch())
+(folder / f"ready{rank}").touch()
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_train_hands_on_that_it_should_stop_and_ends_well(tmp_path, num_processes):
+    (tmp_path / "patient.py").write_text(PATIENT)
+    code = "from trl_singlepass import cli, launching; launching.SCRIPT = 'patient'; raise SystemExit(cli.main())"
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    processes = ["--num_processes", str(num_processes), *(["--multi_gpu"] if num_processes > 1 else [])]
+    command = [sys.executable, "-W", "ignore", "-c", code, "train", *processes, *TRAIN, "--output_dir", str(tmp_path)]
+    run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("ready*"))) < num_processes:
+            assert run.poll() is None, run.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=60) == 0
+    finally:
+        run.kill()
+        run.communicate()
+    assert len(list(tmp_path.glob("stopped*"))) == num_processes
 
 
 def test_accelerate_configs_are_files_or_names(tmp_path):

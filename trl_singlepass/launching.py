@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
+
+from .preemption import SIGNALS
 
 
 SCRIPT = "trl_singlepass.scripts.sft"
@@ -18,6 +23,8 @@ CONFIG_PACKAGES = ("trl.accelerate_configs", "trl_singlepass.accelerate_configs"
 def launch(parser: Any, arguments: Sequence[str]) -> None:
     """
     Run the training script with the processes that `accelerate` is asked for.
+
+    What asks to stop (`SIGTERM`, `SIGUSR1`) goes on to the processes, which save first; the run is over when they are.
 
     Args:
         parser (`trl.TrlParser`):
@@ -33,7 +40,19 @@ def launch(parser: Any, arguments: Sequence[str]) -> None:
     )
     for_accelerate = with_config_file([*of_config, *of_command_line])
     for_script = _without(arguments, of_command_line)
-    launch_command(launch_command_parser().parse_args([*for_accelerate, "--module", SCRIPT, *for_script]))
+    run = launch_command_parser().parse_args([*for_accelerate, "--module", SCRIPT, *for_script])
+    run.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's others, which would end all within 30 seconds
+    previous = {number: signal.signal(number, _to_processes) for number in SIGNALS}
+    try:
+        launch_command(run)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _to_processes(number: int, frame: FrameType | None) -> None:
+    for process in psutil.Process().children():
+        process.send_signal(number)
 
 
 def with_config_file(arguments: Sequence[str]) -> list[str]:

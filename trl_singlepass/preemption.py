@@ -17,6 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 logger = logging.get_logger(__name__)
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
 
 class PreemptionCallback(TrainerCallback):
     """
@@ -41,7 +43,7 @@ class PreemptionCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1)) -> None:
+    def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
         self.signals = tuple(signals)
         self.was_preempted = False
         self._received = False
@@ -87,7 +89,7 @@ def last_good_checkpoint(output_dir: str | Path) -> str | None:
     Return the newest checkpoint of a run that is whole: what `resume_from_checkpoint` should be.
 
     A run that was killed while saving, or whose disk was full, leaves a checkpoint that cannot be loaded. Each that is
-    passed over is named in the log with the reason.
+    passed over is named in the log with the reason. Of several processes, the first looks and tells the others.
 
     Args:
         output_dir (`str` or `pathlib.Path`):
@@ -96,7 +98,34 @@ def last_good_checkpoint(output_dir: str | Path) -> str | None:
     Returns:
         `str` or `None`: Path of the checkpoint, `None` if there is none to resume from.
     """
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name[11:].isdecimal()]
+    if not torch.distributed.is_initialized():
+        return _newest_whole(Path(output_dir))
+    found = [_newest_whole(Path(output_dir)) if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
+def checkpoint_to_resume(setting: str | bool | None, output_dir: str | Path) -> str | None:
+    """
+    Return the checkpoint that `resume_from_checkpoint` of a configuration means.
+
+    Args:
+        setting (`str` or `bool`, *optional*):
+            A path, or `"auto"` or `"true"` for [`last_good_checkpoint`].
+        output_dir (`str` or `pathlib.Path`):
+            The run's `output_dir`.
+
+    Returns:
+        `str` or `None`: Path of the checkpoint, `None` to start anew.
+    """
+    word = str(setting).lower()
+    if word in ("auto", "true"):
+        return last_good_checkpoint(output_dir)
+    return None if word in ("none", "false", "") else str(setting)
+
+
+def _newest_whole(output_dir: Path) -> str | None:
+    folders = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name[11:].isdecimal()]
     for folder in sorted(folders, key=lambda path: int(path.name[11:]), reverse=True):
         damage = next(damages(folder), None)
         if damage is None:

@@ -27,6 +27,7 @@ from trl import (
 
 from ..config import SinglePassSFTConfig
 from ..loading import LINES, TABLES, JsonLines
+from ..preemption import PreemptionCallback, checkpoint_to_resume
 from ..trainer import SinglePassSFTTrainer
 
 
@@ -38,14 +39,20 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     training_args.model_init_kwargs = {**_model_arguments(model_args, training_args), **_given(training_args)}
     dataset = _dataset(script_args, dataset_args)
     wants_evaluation = training_args.eval_strategy != "no"
+    preemption = PreemptionCallback()
     trainer = SinglePassSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=_split(dataset, script_args.dataset_train_split),
         eval_dataset=_split(dataset, script_args.dataset_test_split) if wants_evaluation else None,
         peft_config=get_peft_config(model_args),
+        callbacks=[preemption],
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, training_args.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if preemption.was_preempted:
+        trainer.accelerator.print("Stopped as told. --resume_from_checkpoint auto goes on from here.")
+        return
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
