@@ -17,6 +17,7 @@ from training import largest_difference, single_pass_trainer, stock_trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_singlepass.attention import Tree, UnsupportedModelError, check_model, use_tree_attention
+from trl_singlepass.recurrent import layer as recurrent_layer
 from trl_singlepass.recurrent import recurrent_layers, stop_tree_recurrence
 from trl_singlepass.recurrent.families import Handling
 from trl_singlepass.recurrent.layer import on_trees
@@ -290,3 +291,9 @@ def test_trainer_on_real_conversations(tmp_path, template, model_type):
     ours.train()
     theirs.train()
     assert largest_difference(ours, theirs) < 1e-6
+
+
+def test_a_layer_that_does_not_take_its_state_from_the_cache_is_refused(monkeypatch):
+    monkeypatch.setattr(recurrent_layer, "_cache_arguments", lambda layer: set())
+    with pytest.raises(RuntimeError, match="would be trained without their history"):
+        assert_equal_to_npass(tiny_model("qwen3_5_text"), [branch_at_every_depth()])

@@ -14,7 +14,9 @@ WINDOW = 7
 
 # Set where a config has the attribute.
 SIZES = dict(
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unigram_vocab_size"), VOCAB_SIZE),
+    **dict.fromkeys(
+        ("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input", "unigram_vocab_size"), VOCAB_SIZE
+    ),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embedding_size"), 32),
     **dict.fromkeys(("lru_width", "emb_dim"), 32),
     **dict.fromkeys(
@@ -175,6 +177,7 @@ OWN = {
     "xlm-roberta": DECODER,
     "xlm-roberta-xl": DECODER,
     "xmod": {**DECODER, "default_language": "en_XX"},
+    "sarvam_mla": MLA,
     "youtu": MLA,
     "zamba": {
         "layers_block_type": ["mamba", "hybrid", "hybrid"],

@@ -111,8 +111,13 @@ def _run(layer: Any, arguments: dict[str, Any], tree: Tree) -> Any:
         inputs = {name: values[step] for name, values in steps.items()}
         pieces = [layout.schedule.pieces[index] for index in batch]
         cache = ForkStates([states[piece.source] for piece in pieces if piece.source >= 0])
-        inputs[cache_argument(layer)] = cache if handling.starts_from_state else None
+        inputs |= dict.fromkeys(_cache_arguments(layer), cache if handling.starts_from_state else None)
         outputs.append(layer._stock_forward(**inputs))
+        if handling.starts_from_state and not cache.final:
+            raise RuntimeError(
+                f"{type(layer).__name__} put no state in the cache that it was given, so its branches would be "
+                "trained without their history. Use a version of transformers that is known to work (see docs/models.md)."
+            )
         if pieces[0].is_source:
             states[batch[0]] = cache
     return layout.scatter(outputs)
@@ -141,7 +146,6 @@ def _layout(tree: Tree, handling: Handling) -> Layout:
 _layouts: WeakKeyDictionary[Tree, dict[Handling, Layout]] = WeakKeyDictionary()
 
 
-def cache_argument(layer: nn.Module) -> str:
-    """Name under which a layer takes its cache."""
-    parameters = inspect.signature(type(layer).forward).parameters
-    return "cache_params" if "cache_params" in parameters else "past_key_values"
+def _cache_arguments(layer: nn.Module) -> set[str]:
+    """Names under which a layer takes its cache; transformers 5.24 calls it `cache`, earlier ones by the others."""
+    return {"cache", "cache_params", "past_key_values"} & set(inspect.signature(type(layer).forward).parameters)
