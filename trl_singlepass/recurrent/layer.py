@@ -116,7 +116,7 @@ def _run(layer: Any, arguments: dict[str, Any], tree: Tree) -> Any:
         if handling.starts_from_state and not cache.final:
             raise RuntimeError(
                 f"{type(layer).__name__} put no state in the cache that it was given, so its branches would be "
-                "trained without their history. Use a version of transformers that is known to work (see docs/models.md)."
+                "trained without their history. Use a version of transformers that README.md lists as known to work."
             )
         if pieces[0].is_source:
             states[batch[0]] = cache
