@@ -41,7 +41,7 @@ class DataCollatorForSinglePass:
 
         Returns:
             `dict[str, Any]`: `input_ids`, `position_ids`, `attention_mask` (the multiplicity of each token, 0 on
-            padding), `labels` (rolled) and `subtree_end`, all `torch.int64` of shape `(1, row_length)`;
+            padding), `labels` (rolled), `label_parts` and `subtree_end`, all `torch.int64` of shape `(1, row_length)`;
             `loss_weights`, `torch.float32` of that shape, only where some label weighs other than 1; and `tree_plan`,
             a [`TreePlan`].
         """
@@ -54,6 +54,7 @@ class DataCollatorForSinglePass:
             "position_ids": _as_batch(plan.depths()),
             "attention_mask": _as_batch(row.multiplicity),
             "labels": _as_batch(row.labels),
+            "label_parts": _as_batch(row.label_parts),
             "subtree_end": _as_batch(row.subtree_end),
             "tree_plan": plan,
         }
@@ -93,6 +94,7 @@ def _padding(num_tokens: int, pad_token_id: int) -> list[Row]:
             subtree_end=np.full(num_tokens, num_tokens),
             labels=np.full(num_tokens, IGNORE_INDEX),
             loss_weights=np.zeros(num_tokens),
+            label_parts=np.zeros(num_tokens, np.int64),
             multiplicity=np.zeros(num_tokens, np.int64),
         )
     ]

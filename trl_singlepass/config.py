@@ -6,6 +6,8 @@ import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import trl
+from packaging.version import Version
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -42,6 +44,8 @@ class SinglePassSFTConfig(SFTConfig):
             What counts the same in the loss: every `"token"`, every `"turn"` or every `"conversation"`.
         reasoning_weight (`float`, *optional*, defaults to `1.0`):
             Factor of the loss of reasoning, beside 1 for answers and tool calls.
+        log_turn_metrics (`bool`, *optional*, defaults to `False`):
+            Whether to log loss and accuracy by turn, for reasoning, for answers and for their first token.
         wave_tokens (`int` or `"auto"`, *optional*):
             Largest number of tokens of a row that have activations at the same time. A row that is longer runs in
             waves: the same loss and gradients, in the memory of one wave. `None` runs every row at once; `"auto"`
@@ -99,6 +103,12 @@ class SinglePassSFTConfig(SFTConfig):
     reasoning_weight: float = field(
         default=1.0, metadata={"help": "Factor of the loss of reasoning, beside 1 for answers and tool calls."}
     )
+    log_turn_metrics: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to log loss and accuracy by turn, for reasoning, for answers and for their first token."
+        },
+    )
     wave_tokens: int | str | None = field(
         default=None,
         metadata={
@@ -114,6 +124,8 @@ class SinglePassSFTConfig(SFTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_waves()
+        if self.log_turn_metrics and Version(trl.__version__) < Version("1.15"):
+            raise ValueError(f"log_turn_metrics=True needs trl>=1.16, found {trl.__version__}. Upgrade trl.")
         if self.max_length is not None and self.truncation_mode != "keep_start":
             raise ValueError(
                 f"truncation_mode={self.truncation_mode!r} would give each turn another start, and turns of one "

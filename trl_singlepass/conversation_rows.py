@@ -60,6 +60,7 @@ def samples_of(
     """
     try:
         given, weights = _turns_of(example, tokenizer, settings)
+        given = [replace(sample, turn_index=turn) for turn, sample in enumerate(given)]
         chosen = select_turns(given, settings.train_turns, seed=settings.seed, row_index=index)
         chosen = [sample for sample in chosen if weights[sample.message_index or 0] > 0]
         fitted = fit_samples(chosen, settings.longest_sample, settings.overlong_turns)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .tree import PrefixTree
 
 
-ROW_COLUMNS = ("input_ids", "subtree_end", "labels", "loss_weights", "multiplicity")
+ROW_COLUMNS = ("input_ids", "subtree_end", "labels", "loss_weights", "label_parts", "multiplicity")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +32,8 @@ class Row:
             Rolled targets: `labels[i + 1]` is what position `i` must predict.
         loss_weights (`numpy.ndarray` of `numpy.float64`):
             Factor of the loss of each label; 0 where there is none.
+        label_parts (`numpy.ndarray` of `numpy.int64`):
+            For each label, what it is part of ([`Sample.token_parts`]); 0 where there is none.
         multiplicity (`numpy.ndarray` of `numpy.int64`):
             Number of samples that pass through each token.
     """
@@ -40,6 +42,7 @@ class Row:
     subtree_end: NDArray[np.int64]
     labels: NDArray[np.int64]
     loss_weights: NDArray[np.float64]
+    label_parts: NDArray[np.int64]
     multiplicity: NDArray[np.int64]
 
     @classmethod

@@ -7,6 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+# What a trained token belongs to, in the order of `Sample.token_parts`.
+PARTS = ("reasoning", "first_answer_token", "later_answer_tokens")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """
@@ -24,6 +28,8 @@ class Sample:
             Position of the turn's assistant message in its conversation.
         reasoning_length (`int`, *optional*, defaults to 0):
             Number of tokens at the start of the completion that are reasoning, its closing tag included.
+        turn_index (`int`, *optional*, defaults to 0):
+            Position of the turn among the turns of its conversation, trained or not.
 
     Raises:
         `ValueError`: If lengths disagree, a weight is negative or not finite, or the first token carries a weight.
@@ -34,6 +40,7 @@ class Sample:
     prompt_length: int
     message_index: int | None = None
     reasoning_length: int = 0
+    turn_index: int = 0
 
     def __post_init__(self) -> None:
         _freeze(self, "token_ids", np.asarray(self.token_ids, dtype=np.int64))
@@ -45,7 +52,7 @@ class Sample:
             )
         if len(self.token_ids) == 0:
             raise ValueError("A sample needs at least one token, got none.")
-        if not np.isfinite(self.loss_weights).all() or (self.loss_weights < 0).any():
+        if not (self.loss_weights.min() >= 0 and self.loss_weights.max() < np.inf):  # NaN compares as false
             raise ValueError(
                 f"Loss weights must be finite and not negative, got {self.loss_weights.min()} as the smallest and "
                 f"{self.loss_weights.max()} as the largest."
@@ -84,6 +91,16 @@ class Sample:
         """Whether any token of the sample has a loss."""
         return bool((self.loss_weights > 0).any())
 
+    @property
+    def token_parts(self) -> NDArray[np.int64]:
+        """For each token, what it belongs to: `1 + 3 · turn_index + i` for `PARTS[i]`, 0 for the prompt."""
+        parts = np.full(len(self), 3 + 3 * self.turn_index)
+        answer = self.prompt_length + self.reasoning_length
+        parts[: self.prompt_length] = 0
+        parts[self.prompt_length : answer] = 1 + 3 * self.turn_index
+        parts[answer : answer + 1] = 2 + 3 * self.turn_index
+        return parts
+
     def truncated(self, max_length: int) -> "Sample":
         """Return the sample's first `max_length` tokens (TRL's `truncation_mode="keep_start"`)."""
         prompt_length = min(self.prompt_length, max_length)
@@ -93,6 +110,7 @@ class Sample:
             prompt_length,
             self.message_index,
             min(self.reasoning_length, max_length - prompt_length),
+            self.turn_index,
         )
 
 

@@ -79,7 +79,13 @@ class SequenceParallel:
         return cls(trainer) if config is not None and getattr(config, "sp_size", 1) > 1 else None
 
     def loss(
-        self, compute: Callable[..., Any], model: Any, plan: TreePlan, inputs: dict[str, Any], num_items: Any
+        self,
+        compute: Callable[..., Any],
+        model: Any,
+        plan: TreePlan,
+        inputs: dict[str, Any],
+        label_parts: torch.Tensor,
+        num_items: Any,
     ) -> torch.Tensor:
         """
         Return this rank's part of the loss of a step, scaled such that the mean over ranks is the loss.
@@ -95,11 +101,13 @@ class SequenceParallel:
                 Structure of the whole row.
             inputs (`dict[str, Any]`):
                 Part of the row.
+            label_parts (`torch.Tensor` of shape `(1, part_length)`, `torch.int64`):
+                What the labels of the part belong to, aligned with `shift_labels`.
             num_items (`torch.Tensor`):
                 Sum of the loss weights of the step over all ranks.
         """
         weights = F.pad(inputs.pop("loss_weights"), (1, 0))  # already aligned with `shift_labels`
-        weighted = weighted_model(model, weights)
+        weighted = weighted_model(self.trainer._by_turn(model, F.pad(label_parts, (1, 0)), weights), weights)
         sums: list[torch.Tensor] = []
 
         def forward(**kwargs: Any) -> Any:
@@ -247,10 +255,11 @@ class SharedRows(IterableDataset[dict[str, Any]]):
             yield self._ready_to_cut(batch)
 
     def _ready_to_cut(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return a batch whose weights are where DeepSpeed puts labels, without what a part of a row cannot use."""
+        """Return a batch with weights where DeepSpeed puts labels, without what a part of a row cannot use."""
         whole = {name: value for name, value in batch.items() if name != "subtree_end"}
         weights = whole.get("loss_weights", (whole["labels"] != -100).float())
         whole["loss_weights"] = F.pad(weights[:, 1:], (0, 1))
+        whole["label_parts"] = F.pad(whole["label_parts"][:, 1:], (0, 1))
         return padded_to(self._common_length(whole["tree_plan"].length), whole, self.trainer._tokenizer.pad_token_id)
 
     def _common_length(self, length: int) -> int:

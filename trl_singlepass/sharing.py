@@ -93,9 +93,9 @@ def _trees(row: Row, number: int) -> list[RadixNode]:
     starts = [0, *(np.flatnonzero(changes) + 1).tolist()]
     ends = [*starts[1:], len(row)]
     parents = _parents(row.subtree_end, starts)
-    weights = _weights_of_tokens(row, starts, ends, parents)
+    weights, parts = _targets_of_tokens(row, starts, ends, parents)
     nodes = [
-        RadixNode(row.input_ids[start:end], weights[start:end], int(row.multiplicity[start]), number)
+        RadixNode(row.input_ids[start:end], weights[start:end], parts[start:end], int(row.multiplicity[start]), number)
         for start, end in zip(starts, ends, strict=True)
     ]
     root = RadixNode.root()
@@ -117,16 +117,18 @@ def _parents(subtree_end: NDArray[np.int64], starts: list[int]) -> list[int]:
     return parents
 
 
-def _weights_of_tokens(row: Row, starts: list[int], ends: list[int], parents: list[int]) -> NDArray[np.float64]:
-    """For each token, the loss weight of predicting it: labels name targets by their parent, trees by the token."""
-    weights = row.loss_weights.copy()
-    weights[starts] = 0
+def _targets_of_tokens(
+    row: Row, starts: list[int], ends: list[int], parents: list[int]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """For each token, the loss weight of predicting it and what it is part of: labels stand behind the parent."""
+    weights, parts = row.loss_weights.copy(), row.label_parts.copy()
+    weights[starts] = parts[starts] = 0
     waiting = {end for end in ends if end < len(row) and row.labels[end] != IGNORE_INDEX}
     for start, parent in zip(starts, parents, strict=True):
         if parent < 0 or ends[parent] not in waiting:
             continue
         target = ends[parent]
         if row.labels[target] == row.input_ids[start]:
-            weights[start] = row.loss_weights[target]
+            weights[start], parts[start] = row.loss_weights[target], row.label_parts[target]
             waiting.discard(target)
-    return weights
+    return weights, parts

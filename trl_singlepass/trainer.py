@@ -14,12 +14,10 @@ from .attention import Tree, check_every_layer_attended, check_model, tree_conte
 from .balance import train_sampler
 from .collator import DataCollatorForSinglePass, TreeOrPlainCollator
 from .config import SinglePassSFTConfig, as_single_pass_config, default_config, without_redundant_settings
-from .distributed import DistributedTrainer
-from .evaluation import PooledLoss, without_repeated_examples
-from .loss import total_weight, weighted_model
+from .loss import weighted_model
+from .metrics import MeasuringTrainer
 from .paper import PAPER
 from .preparation import holds_rows, holds_turns, prepare_dataset
-from .progress import RowCounts
 from .refusals import (
     check_collator,
     check_dataset,
@@ -36,7 +34,7 @@ from .waves.training import WaveTraining
 logger = logging.get_logger(__name__)
 
 
-class SinglePassSFTTrainer(DistributedTrainer):
+class SinglePassSFTTrainer(MeasuringTrainer):
     """
     Trainer that trains every turn of a conversation exactly as one sample per turn would, in one pass.
 
@@ -121,8 +119,7 @@ class SinglePassSFTTrainer(DistributedTrainer):
         self.data_collator = TreeOrPlainCollator(tree_collator, self.data_collator)
         self._trains_turns = trains_turns
         self._uses_tree_attention = False
-        self._counts = RowCounts()
-        self._pooled_loss = PooledLoss(args.device)
+        self._start_measuring()
         if trains_turns:
             self._use_tree_attention()
 
@@ -205,15 +202,17 @@ class SinglePassSFTTrainer(DistributedTrainer):
             `torch.Tensor` or `tuple`: The loss, with the outputs if asked for.
         """
         inputs = dict(inputs)
-        plan = inputs.pop("tree_plan", None)
+        plan, label_parts = inputs.pop("tree_plan", None), inputs.pop("label_parts", None)
         if plan is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._use_tree_attention()  # evaluation may bring the first conversations
         if self._sequence_parallel is not None and "shift_labels" in inputs:
-            return self._sequence_parallel.loss(super().compute_loss, model, plan, inputs, num_items_in_batch)
+            compute = super().compute_loss
+            return self._sequence_parallel.loss(compute, model, plan, inputs, label_parts, num_items_in_batch)
         with tree_context(plan, inputs.pop("subtree_end"), inputs["position_ids"]) as tree:
             model = self._waves.over(model, tree, inputs, num_items_in_batch)
             weights = inputs.pop("loss_weights", None)
+            model = self._by_turn(model, label_parts, weights)
             if weights is not None:
                 check_weights_reach_the_loss(self)
                 # Normalised here, so that TRL's guard against division by a sum below 1 changes nothing.
@@ -230,69 +229,3 @@ class SinglePassSFTTrainer(DistributedTrainer):
             base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
             check_every_layer_attended(base, tree)
             self._checked_layers = True
-
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """
-        Evaluate one batch, and add its loss to the pooled one.
-
-        Args:
-            model (`torch.nn.Module`):
-                Model, as the Trainer wrapped it.
-            inputs (`dict[str, Any]`):
-                Batch of the collator.
-            prediction_loss_only (`bool`):
-                Whether to return the loss only.
-            ignore_keys (`list[str]`, *optional*):
-                Outputs to leave out.
-
-        Returns:
-            `tuple`: Loss, logits and labels.
-        """
-        if "tree_plan" in inputs:
-            inputs = without_repeated_examples(inputs, self.accelerator, self.args.eval_batch_size)
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if "tree_plan" in inputs and loss is not None:
-            self._pooled_loss.add(loss, total_weight(inputs))
-        return loss, logits, labels
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """
-        Evaluate a dataset; the loss is the mean over all its trained tokens, not a mean of batch means.
-
-        Args:
-            *args (`Any`):
-                Arguments of [`~transformers.Trainer.evaluation_loop`].
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
-                Prefix of the metrics' names.
-            **kwargs (`Any`):
-                Further arguments of [`~transformers.Trainer.evaluation_loop`].
-
-        Returns:
-            `transformers.trainer_utils.EvalLoopOutput`: Predictions and metrics.
-        """
-        self._pooled_loss = PooledLoss(self.args.device)
-        self._is_evaluating = True
-        try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        finally:
-            self._is_evaluating = False
-        loss = self._pooled_loss.mean(self.accelerator)
-        if loss is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = loss
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """
-        Log, with the sharing factor and the tokens trained so far.
-
-        Args:
-            logs (`dict[str, float]`):
-                Values to log.
-            start_time (`float`, *optional*):
-                Start of the run, in seconds.
-        """
-        if self.model.training:
-            logs.update(self._counts.pop_logs())
-        super().log(logs, start_time)

@@ -67,6 +67,8 @@ class PrefixTree:
             loss that shifts labels by one sees the right pairs. -100 where a position has no target.
         loss_weights (`numpy.ndarray` of `numpy.float64`):
             Factor of the loss of each label; 0 where there is none.
+        label_parts (`numpy.ndarray` of `numpy.int64`):
+            For each label, what it is part of ([`Sample.token_parts`]); 0 where there is none.
         multiplicity (`numpy.ndarray` of `numpy.int64`):
             Number of samples that pass through each token.
         segments (`tuple[Segment, ...]`):
@@ -81,6 +83,7 @@ class PrefixTree:
     subtree_end: NDArray[np.int64]
     labels: NDArray[np.int64]
     loss_weights: NDArray[np.float64]
+    label_parts: NDArray[np.int64]
     multiplicity: NDArray[np.int64]
     segments: tuple[Segment, ...]
 
@@ -127,7 +130,7 @@ def lay_out(root: RadixNode) -> PrefixTree:
     for node, parent in depth_first(root):
         nodes.append(node)
         parents.append(parent)
-        next_tokens.append(_trained_child(node))
+        next_tokens.append(_target(node.children))
     lengths = np.array([len(node.tokens) for node in nodes])
     ends = np.cumsum(lengths)
     starts = ends - lengths
@@ -140,13 +143,14 @@ def lay_out(root: RadixNode) -> PrefixTree:
             last_descendant[parents[i]] = max(last_descendant[parents[i]], last_descendant[i])
     counts = np.array([node.num_samples for node in nodes])
     input_ids = np.concatenate([node.tokens for node in nodes])
-    labels, loss_weights = _rolled_labels(nodes, next_tokens, starts, ends)
+    labels, loss_weights, label_parts = _rolled_labels(nodes, next_tokens, starts, ends)
     return PrefixTree(
         input_ids=input_ids,
         position_ids=np.arange(len(input_ids)) + np.repeat(depths - starts, lengths),
         subtree_end=np.repeat(last_descendant, lengths),
         labels=labels,
         loss_weights=loss_weights,
+        label_parts=label_parts,
         multiplicity=np.repeat(counts, lengths),
         segments=tuple(map(Segment, parents, starts.tolist(), ends.tolist(), depths.tolist(), counts.tolist())),
     )
@@ -154,25 +158,27 @@ def lay_out(root: RadixNode) -> PrefixTree:
 
 def _rolled_labels(
     nodes: list[RadixNode],
-    next_tokens: list[tuple[int, float]],
+    next_tokens: list[tuple[int, float, int]],
     starts: NDArray[np.int64],
     ends: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
     labels = np.full(ends[-1], IGNORE_INDEX, np.int64)
-    loss_weights = np.zeros(ends[-1])
-    for node, (token, weight), start, end in zip(nodes, next_tokens, starts, ends, strict=True):
+    loss_weights, parts = np.zeros(ends[-1]), np.zeros(ends[-1], np.int64)
+    for node, (token, weight, part), start, end in zip(nodes, next_tokens, starts, ends, strict=True):
         inside = node.weights[1:]
         labels[start + 1 : end] = np.where(inside > 0, node.tokens[1:], IGNORE_INDEX)
+        parts[start + 1 : end] = np.where(inside > 0, node.parts[1:], 0)
         loss_weights[start + 1 : end] = inside
         if weight > 0:  # a node with a trained child is never the last one, so `end` lies inside the layout
-            labels[end], loss_weights[end] = token, weight
-    return labels, loss_weights
+            labels[end], loss_weights[end], parts[end] = token, weight, part
+    return labels, loss_weights, parts
 
 
-def _trained_child(node: RadixNode) -> tuple[int, float]:
-    """Target of the node's last token and its weight; (-100, 0) where no child is trained."""
-    trained = [child for child in node.children if child.weights[0] > 0]
+def _target(children: list[RadixNode]) -> tuple[int, float, int]:
+    """Target of a node's last token, its weight and what it is part of; (-100, 0, 0) where no child is trained."""
+    trained = [child for child in children if child.weights[0] > 0]
     if not trained:
-        return IGNORE_INDEX, 0.0
+        return IGNORE_INDEX, 0.0, 0
     assert len({child.tokens[0] for child in trained}) == 1, "colliding targets must have been forked"
-    return int(trained[0].tokens[0]), float(sum(child.weights[0] for child in trained))
+    weight = float(sum(child.weights[0] for child in trained))
+    return int(trained[0].tokens[0]), weight, int(trained[0].parts[0])

@@ -21,6 +21,8 @@ class RadixNode:
             Tokens; none at the root, which stands before the first token of every sample.
         weights (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.float64`):
             For each token, the loss weight of predicting it from the tokens before it, summed over the samples.
+        parts (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
+            For each token, what it is part of ([`Sample.token_parts`]); of the first sample that trains it, if any.
         num_samples (`int`):
             Number of samples that pass through the node.
         latest_sample (`int`):
@@ -31,6 +33,7 @@ class RadixNode:
 
     tokens: NDArray[np.int64]
     weights: NDArray[np.float64]
+    parts: NDArray[np.int64]
     num_samples: int
     latest_sample: int
     children: list[RadixNode] = field(default_factory=list)
@@ -38,12 +41,12 @@ class RadixNode:
     @classmethod
     def root(cls) -> RadixNode:
         """Return the root of an empty tree."""
-        return cls(np.empty(0, np.int64), np.empty(0), 0, -1)
+        return cls(np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64), 0, -1)
 
     @classmethod
     def of_sample(cls, sample: Sample, number: int) -> RadixNode:
         """Return a sample as one node."""
-        return cls(sample.token_ids, sample.loss_weights, 1, number)
+        return cls(sample.token_ids, sample.loss_weights, sample.token_parts, 1, number)
 
     @property
     def num_tokens(self) -> int:
@@ -60,14 +63,19 @@ class RadixNode:
 
     def child(self, token: int) -> RadixNode | None:
         """Return the child that begins with a token."""
-        return next((child for child in self.children if child.tokens[0] == token), None)
+        for child in self.children:
+            if child.tokens[0] == token:
+                return child
+        return None
 
     def split(self, length: int) -> None:
         """Move all but the first `length` tokens to a new only child."""
-        rest = RadixNode(
-            self.tokens[length:], self.weights[length:], self.num_samples, self.latest_sample, self.children
-        )
-        self.tokens, self.weights, self.children = self.tokens[:length], self.weights[:length], [rest]
+        rest = RadixNode(*self._arrays(slice(length, None)), self.num_samples, self.latest_sample, self.children)
+        self.tokens, self.weights, self.parts = self._arrays(slice(length))
+        self.children = [rest]
+
+    def _arrays(self, where: slice) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+        return self.tokens[where], self.weights[where], self.parts[where]
 
     def add(self, branch: RadixNode) -> None:
         """
@@ -77,30 +85,41 @@ class RadixNode:
             branch (`RadixNode`):
                 Continues this node. It is taken over and must not be used afterwards.
         """
-        stack = [(self, branch)]
+        stack = [(self, branch, 0)]
         while stack:
-            parent, node = stack.pop()
-            child = parent.child(node.tokens[0])
+            parent, node, start = stack.pop()
+            child = parent.child(node.tokens[start])
             if child is None:
+                node.tokens, node.weights, node.parts = node._arrays(slice(start, None))
                 parent.children.append(node)
                 continue
-            shared = common_prefix_length(child.tokens, node.tokens)
-            if shared < len(child.tokens):
-                child.split(shared)
-            if shared < len(node.tokens):
-                node.split(shared)
-            child.weights = child.weights + node.weights
-            child.num_samples += node.num_samples
-            child.latest_sample = max(child.latest_sample, node.latest_sample)
-            stack += [(child, grandchild) for grandchild in node.children]
+            end = start + common_prefix_length(child.tokens, node.tokens[start:])
+            if end - start < len(child.tokens):
+                child.split(end - start)
+            child._take(node, slice(start, end))
+            if end < len(node.tokens):
+                stack.append((child, node, end))
+            else:
+                stack += [(child, grandchild, 0) for grandchild in node.children]
+
+    def _take(self, node: RadixNode, where: slice) -> None:
+        """Add a stretch of the same tokens of another node; most of it is history, which carries no weight."""
+        _, weights, parts = node._arrays(where)
+        if np.count_nonzero(weights):
+            self.parts = np.where((self.weights == 0) & (weights > 0), parts, self.parts)
+            self.weights = self.weights + weights
+        self.num_samples += node.num_samples
+        self.latest_sample = max(self.latest_sample, node.latest_sample)
 
 
 def common_prefix_length(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
     """Return how many tokens two sequences have in common at their start."""
     length = min(len(a), len(b))
+    if length == 0:
+        return 0
     differs = a[:length] != b[:length]
-    first = int(differs.argmax()) if length else 0
-    return first if length and differs[first] else length
+    first = int(differs.argmax())
+    return first if differs[first] else length
 
 
 def depth_first(root: RadixNode) -> Iterator[tuple[RadixNode, int]]:
@@ -147,7 +166,8 @@ def _fork_one_token_earlier(node: RadixNode) -> list[RadixNode]:
     if len(node.tokens) == 1:
         # A copy that was joined with its only child ends where that child ended, and may fork there in turn.
         return _fork_colliding(copies)
-    node.tokens, node.weights, node.children = node.tokens[:-1], node.weights[:-1], copies
+    node.tokens, node.weights, node.parts = node._arrays(slice(-1))
+    node.children = copies
     return [node]
 
 
@@ -161,5 +181,6 @@ def _copy_of_last_token(node: RadixNode, children: list[RadixNode], *, is_first:
     if len(children) == 1 and children[0].num_samples == num_samples:
         (child,) = children
         tokens = np.concatenate([node.tokens[-1:], child.tokens])
-        return RadixNode(tokens, np.concatenate([weights, child.weights]), num_samples, latest, child.children)
-    return RadixNode(node.tokens[-1:], weights, num_samples, latest, children)
+        parts = np.concatenate([node.parts[-1:], child.parts])
+        return RadixNode(tokens, np.concatenate([weights, child.weights]), parts, num_samples, latest, child.children)
+    return RadixNode(node.tokens[-1:], weights, node.parts[-1:], num_samples, latest, children)

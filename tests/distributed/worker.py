@@ -25,11 +25,13 @@ import accelerate
 import datasets
 import torch
 import transformers
+import trl
 from accelerate.state import PartialState
 from accelerate.utils import DeepSpeedSequenceParallelConfig, DistributedType
 from chat_tokenizers import make_tokenizer
 from conversations import chat, tool_chat
 from families import tiny_model
+from packaging.version import Version
 from peft import LoraConfig
 from training import SETTINGS as COMMON
 from training import as_dataset, float32_model
@@ -80,6 +82,7 @@ def build_trainer(settings):
         "train_sampling_strategy": "sequential",
         "max_grad_norm": 1.0,
         "dataloader_pin_memory": False,
+        "log_turn_metrics": Version(trl.__version__) >= Version("1.15"),
         "seed": 0,
         **settings.get("config", {}),
     }
@@ -138,6 +141,9 @@ def summary(trainer):
         "engine": type(trainer.model_wrapped).__name__,
         "zero_stage": getattr(trainer.model_wrapped, "zero_optimization_stage", lambda: None)(),
         **{key: [float(entry[key]) for entry in history if key in entry] for key in keys},
+        "by_turn": [
+            {name: value for name, value in entry.items() if "/" in name} for entry in history if "loss" in entry
+        ],
     }
 
 
