@@ -9,6 +9,7 @@ from transformers.utils import logging
 from .rendering_checks import contains, losses, template_name
 from .rendering_messages import Conversation, Message, text_of
 from .rendering_messages import RenderingError as RenderingError
+from .rendering_prefixes import Prefixes
 from .rendering_reasoning import Spoken
 from .rendering_templates import ChatTemplate
 from .rendering_tokens import Ids, common_length, hard_borders, tokenize, tokenize_after
@@ -127,43 +128,45 @@ def render_conversation(conversation: Conversation, tokenizer: Any, chat_templat
         )
     template = ChatTemplate.of(tokenizer, chat_template, conversation.tools, conversation.template_kwargs)
     adapted = [template.adapt(message) for message in messages]
-    turns = [_turn(template, adapted, k) for k in trained]
+    prefixes = Prefixes.of(template, adapted, [k + 1 for k in trained])
+    turns = [_turn(prefixes, k) for k in trained]
     _check_context(template, adapted, turns)
     return _samples(turns, template)
 
 
-def _turn(template: ChatTemplate, messages: list[Message], k: int) -> _Turn:
-    said = template.spoken(messages[k])
+def _turn(prefixes: Prefixes, k: int) -> _Turn:
+    template, message = prefixes.template, prefixes.messages[k]
+    said = template.spoken(message)
     if k == 0:
         raise _error(template, k, "it begins the conversation, so there is no prompt. Put a message before it")
     try:
-        prompt = template.render(messages[:k], add_generation_prompt=True)
-        rendering = _complete(template, prompt, messages[: k + 1], said)
+        prompt = prefixes.render(k, add_generation_prompt=True)
+        rendering = _complete(prefixes, k, prompt, said)
     except RenderingError as error:
         raise _error(template, k, str(error)) from error
     except Exception as error:  # a template raises what it likes
         raise _error(template, k, f"the template refuses the conversation up to it: {error!r}") from error
     completion = rendering[common_length(prompt, rendering) :]
-    for loss in losses(messages[k], said, completion, template.source):
+    for loss in losses(message, said, completion, template.source):
         raise _error(template, k, loss)
     return _Turn(k, prompt, rendering, template.reasoning_end(prompt, rendering, said))
 
 
-def _complete(template: ChatTemplate, prompt: str, messages: list[Message], said: Spoken) -> str:
+def _complete(prefixes: Prefixes, k: int, prompt: str, said: Spoken) -> str:
     """Return prompt and completion, with the reasoning and the stop token that the template left out."""
-    rendering = template.render(messages)
+    rendering = prefixes.render(k + 1)
     if not contains(rendering[common_length(prompt, rendering) :], said.reasoning):
-        rendering = template.add_reasoning(prompt, messages) or rendering
-    return rendering + template.stop_after(said)
+        rendering = prefixes.add_reasoning(k + 1, prompt) or rendering
+    return rendering + prefixes.template.stop_after(said)
 
 
 def _check_context(template: ChatTemplate, messages: list[Message], turns: list[_Turn]) -> None:
     """Refuse messages with a role that the template drops without a word."""
     for k, message in enumerate(messages):
-        following = [turn for turn in turns if turn.message_index > k]
-        if message.get("role") in _COMMON_ROLES or not following:
+        if message.get("role") in _COMMON_ROLES:
             continue
-        if not contains(following[0].prompt, text_of(message.get("content"))):
+        following = next((turn for turn in turns if turn.message_index > k), None)
+        if following and not contains(following.prompt, text_of(message.get("content"))):
             reason = f"the template drops messages of the role '{message.get('role')}'. Give it a role that it knows"
             raise _error(template, k, reason)
 

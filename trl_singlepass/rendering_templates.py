@@ -15,7 +15,6 @@ from .rendering_reasoning import (
     reasoning_tags,
     with_reasoning_inline,
     with_reasoning_key,
-    without_reasoning,
 )
 from .rendering_tokens import common_length, hard_borders
 from .rendering_traits import Traits, traits_of
@@ -70,6 +69,16 @@ class ChatTemplate:
         return cls(tokenizer, source, tools, kwargs, clock)
 
     @property
+    def full_source(self) -> str:
+        """The template with the clock that it looks at."""
+        return _FROZEN_CLOCK + self.source if self.clock else self.source
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All further arguments that the template is called with."""
+        return {"frozen_clock": self.clock, **self.kwargs} if self.clock else self.kwargs
+
+    @property
     def traits(self) -> Traits:
         """How the template treats assistant messages."""
         return traits_of(self)
@@ -84,11 +93,10 @@ class ChatTemplate:
         text: str = self.tokenizer.apply_chat_template(
             messages,
             tools=self.tools,
-            chat_template=_FROZEN_CLOCK + self.source if self.clock else self.source,
+            chat_template=self.full_source,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
-            **({"frozen_clock": self.clock} if self.clock else {}),
-            **self.kwargs,
+            **self.arguments,
         )
         return text
 
@@ -108,12 +116,11 @@ class ChatTemplate:
         """Return what an assistant message says."""
         return Spoken.of(message, self.tags)
 
-    def add_reasoning(self, prompt: str, messages: list[Message]) -> str | None:
-        """Return the rendering of the last message with the reasoning that the template leaves out, if it can be."""
-        tags, said = self.tags, self.spoken(messages[-1])
+    def add_reasoning(self, prompt: str, bare: str, said: Spoken) -> str | None:
+        """Return a prompt and what follows it in a rendering without reasoning, with the reasoning, if it can be."""
+        tags = self.tags
         if tags is None:
             return None
-        bare = self.render([*messages[:-1], without_reasoning(messages[-1], said)])
         own_lines = tags.own_lines
         if own_lines is None:
             own_lines = any(tags.opening + newline in self.source for newline in ("\n", "\\n"))

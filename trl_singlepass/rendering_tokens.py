@@ -1,7 +1,8 @@
 """Token ids of the renderings of one conversation, with the text that they share tokenised once."""
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -77,10 +78,17 @@ def tokenize(borders: HardBorders, texts: Sequence[str]) -> list[Ids]:
     Returns:
         `list[numpy.ndarray]`: The ids of each text, exactly as the tokenizer gives them for the whole text.
     """
-    split = _split_all(borders, texts)
-    distinct = list(dict.fromkeys(piece for pieces in split for piece in pieces if piece not in borders.token_ids))
+    split = list(_split_all(borders, texts))
+    distinct = list(dict.fromkeys(piece for _, pieces in split for piece in pieces if piece not in borders.token_ids))
     ids = dict(zip(distinct, _encode(borders.tokenizer, distinct), strict=True)) | borders.token_ids
-    return [np.concatenate([ids[piece] for piece in pieces]) if pieces else np.array([], np.int64) for pieces in split]
+    tokenized: list[Ids] = []
+    previous, ends = np.array([], np.int64), [0]
+    for kept, pieces in split:
+        new = [ids[piece] for piece in pieces]
+        previous = np.concatenate([previous[: ends[kept]], *new])
+        ends = [*ends[:kept], *accumulate(map(len, new), initial=ends[kept])]
+        tokenized.append(previous)
+    return tokenized
 
 
 def tokenize_after(tokenizer: Any, text: str) -> Ids:
@@ -97,7 +105,9 @@ def common_length(left: Any, right: Any) -> int:
     if isinstance(left, np.ndarray):
         differing = np.flatnonzero(left[:limit] != right[:limit])
         return int(differing[0]) if len(differing) else limit
-    low, high = 0, limit  # comparing slices is far faster than a loop over characters
+    if left[:limit] == right[:limit]:
+        return limit
+    low, high = 0, limit - 1  # comparing slices is far faster than a loop over characters
     while low < high:
         middle = (low + high + 1) // 2
         if left[low:middle] == right[low:middle]:
@@ -107,16 +117,16 @@ def common_length(left: Any, right: Any) -> int:
     return low
 
 
-def _split_all(borders: HardBorders, texts: Sequence[str]) -> list[list[str]]:
-    split: list[list[str]] = []
+def _split_all(borders: HardBorders, texts: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield how many of the previous text's pieces each text begins with, and the pieces that follow them."""
     previous, ends = "", [0]
     for text in texts:
         # A border that the texts do not share could begin within the last characters that they do share.
         shared = common_length(previous, text) - borders.longest
-        keep = sum(end <= shared for end in ends[1:]) if borders.tokens else 0
-        split.append([*(split[-1][:keep] if split else []), *borders.split(text[ends[keep] :])])
-        previous, ends = text, [0, *accumulate(map(len, split[-1]))]
-    return split
+        kept = max(bisect_right(ends, shared) - 1, 0) if borders.tokens else 0
+        pieces = borders.split(text[ends[kept] :])
+        yield kept, pieces
+        previous, ends = text, [*ends[:kept], *accumulate(map(len, pieces), initial=ends[kept])]
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[Ids]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..rendering_checks import contains, lost_calls, stray_reasoning, without
 from ..rendering_messages import Conversation, Message
+from ..rendering_prefixes import Prefixes
 from ..rendering_reasoning import Spoken
 from ..rendering_templates import ChatTemplate
 from ..rendering_tokens import HardBorders, common_length, hard_borders, tokenize
@@ -105,24 +106,25 @@ def turn_facts(conversation: Conversation, tokenizer: Any) -> list[TurnFacts]:
 
 def _texts(conversation: Conversation, template: ChatTemplate) -> Iterator[tuple[int, _Text]]:
     adapted = [template.adapt(message) for message in conversation.messages]
-    for k, message in enumerate(adapted):
-        if message.get("role") != "assistant" or k < max(conversation.first_trained, 1):
-            continue
-        said = template.spoken(message)
+    first = max(conversation.first_trained, 1)
+    turns = [k for k, message in enumerate(adapted) if message.get("role") == "assistant" and k >= first]
+    prefixes = Prefixes.of(template, adapted, [k + 1 for k in turns])
+    for k in turns:
+        said = template.spoken(adapted[k])
         try:
-            prompt = template.render(adapted[:k], add_generation_prompt=True)
-            own = template.render(adapted[: k + 1])
-            complete = _completed(template, prompt, own, adapted[: k + 1])
+            prompt = prefixes.render(k, add_generation_prompt=True)
+            own = prefixes.render(k + 1)
+            complete = _completed(prefixes, k, prompt, own)
         except Exception:  # what it is that the template refuses, the report tells by row
             continue
         yield k, _Text(conversation.messages[k], said, prompt, own, complete)
 
 
-def _completed(template: ChatTemplate, prompt: str, own: str, messages: list[Message]) -> str:
-    said = template.spoken(messages[-1])
-    if contains(own[common_length(prompt, own) :], said.reasoning):
-        return own + (_added_stop(template, said) or "")
-    return (template.add_reasoning(prompt, messages) or own) + (_added_stop(template, said) or "")
+def _completed(prefixes: Prefixes, k: int, prompt: str, own: str) -> str:
+    said = prefixes.template.spoken(prefixes.messages[k])
+    whole = contains(own[common_length(prompt, own) :], said.reasoning)
+    complete = own if whole else prefixes.add_reasoning(k + 1, prompt) or own
+    return complete + (_added_stop(prefixes.template, said) or "")
 
 
 def _added_stop(template: ChatTemplate, said: Spoken) -> str | None:
