@@ -29,7 +29,7 @@ from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer, render_sam
 from trl_singlepass.attention import UnsupportedModelError
 from trl_singlepass.config import as_single_pass_config
 from trl_singlepass.reference import npass_loss_and_gradients
-from trl_singlepass.refusals import check_parallelism
+from trl_singlepass.refusals import check_parallelism, check_tensor_parallelism
 from trl_singlepass.rows import Row
 from trl_singlepass.sample import Sample
 from trl_singlepass.tree import PrefixTree
@@ -359,11 +359,21 @@ def test_a_collator_that_would_lose_the_tree_is_refused(tmp_path, tokenizer):
         single_pass_trainer(tmp_path, tokenizer, CHATS, kwargs={"data_collator": lambda rows: rows})
 
 
-@pytest.mark.parametrize(("sizes", "name"), [((2, 1), "cp_size=2"), ((1, 2), "tp_size=2")])
-def test_parallelism_over_the_row_is_refused(sizes, name):
-    config = type("ParallelismConfig", (), dict(zip(("cp_size", "tp_size"), sizes, strict=True)))()
-    with pytest.raises(ValueError, match=f"{name}: .* parallelism .*Set {name[:-1]}1"):
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((2, 1, 1), "cp_size=2: context parallelism .*Set cp_size=1"), ((1, 2, 2), "tp_size=2 and sp_size=2 both")],
+)
+def test_parallelism_over_the_row_is_refused(sizes, message):
+    config = type("ParallelismConfig", (), dict(zip(("cp_size", "tp_size", "sp_size"), sizes, strict=True)))()
+    with pytest.raises(ValueError, match=message):
         check_parallelism(config)
+
+
+def test_a_pipeline_is_refused(tmp_path, tokenizer):
+    model = float32_model(tokenizer)
+    model.config.distributed_config = type("DistributedConfig", (), {"pp_size": 2})()
+    with pytest.raises(ValueError, match="pp_size=2: a pipeline hands on"):
+        check_tensor_parallelism(type("Trainer", (), {"args": None, "model": model})())
 
 
 def test_a_refused_model_is_named_before_the_dataset_is_prepared(tmp_path, tokenizer, monkeypatch):

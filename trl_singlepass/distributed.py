@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
 from trl import SFTTrainer
 
+from .evaluation import without_repeated_examples
 from .loss import step_weight
 from .progress import RowCounts
 from .sequence_parallel import SequenceParallel
@@ -24,6 +27,56 @@ class DistributedTrainer(SFTTrainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         model, loader = super()._prepare_for_training(*args, **kwargs)
         return model, loader if self._sequence_parallel is None else self._sequence_parallel.connect(loader)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[dict[str, Any]], *args: Any) -> Any:
+        """
+        Return the batches of a step, and what their loss is divided by.
+
+        Args:
+            epoch_iterator (`Iterator[dict[str, Any]]`):
+                Batches of the epoch.
+            *args (`Any`):
+                Further arguments of [`~transformers.Trainer.get_batch_samples`].
+
+        Returns:
+            `tuple[list[dict[str, Any]], torch.Tensor or int or None]`: Batches, and the sum of their loss weights.
+        """
+        return super().get_batch_samples(map(self._without_repeated_rows, epoch_iterator), *args)
+
+    def _without_repeated_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what accelerate repeats to fill up the last batch of an epoch."""
+        num_rows = self._num_rows_to_fill_up
+        if num_rows == 0 or "shift_labels" in batch:  # parts of rows were seen to when they were whole
+            return batch
+        return without_repeated_examples(batch, self.accelerator, self._train_batch_size, num_rows)
+
+    @property
+    def _num_rows_to_fill_up(self) -> int:
+        """Rows of an epoch, to which accelerate adds some where ranks lack any; 0 if it does not."""
+        args = self.args
+        if args.dataloader_drop_last or args.train_sampling_strategy == "batch_rebalance":
+            return 0
+        return len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 0
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """
+        Return the number of steps, and what else follows from arguments and data.
+
+        Args:
+            args (`transformers.TrainingArguments`):
+                Arguments of the run.
+            dataloader (`torch.utils.data.DataLoader`):
+                Data loader of the training set.
+
+        Returns:
+            `tuple`: As [`~transformers.Trainer.set_initial_training_values`] does.
+        """
+        values = super().set_initial_training_values(args, dataloader)
+        if self._sequence_parallel is None:
+            return values
+        num_new = self._num_rows_to_fill_up % self.accelerator.num_processes
+        num_empty = max(self._sequence_parallel.size - num_new, 0) if num_new else 0
+        return without_last_batches(num_empty, values, args)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
@@ -44,5 +97,35 @@ class DistributedTrainer(SFTTrainer):
         if is_weighted or self.accelerator.num_processes > 1:  # whether some other rank has weights is not known here
             counts_all_ranks = shares_rows or self.args.average_tokens_across_devices
             num_items = step_weight(batch_samples, self.accelerator if counts_all_ranks else None).to(device)
+            if counts_all_ranks:
+                num_items = num_items / self.get_tp_size()  # ranks that share layers have the same rows
         self._counts.add(batch_samples, num_items)
         return num_items
+
+
+def without_last_batches(number: int, values: tuple[Any, ...], args: Any) -> tuple[Any, ...]:
+    """
+    Return the number of steps of a run without the last batches of each epoch.
+
+    Ranks that share rows train each other's rows in turn. Where an epoch's last rows are fewer than the ranks that
+    share them, the last turns repeat rows, and a step of nothing else must not be taken.
+
+    Args:
+        number (`int`):
+            Batches to leave out.
+        values (`tuple`):
+            What [`~transformers.Trainer.set_initial_training_values`] returns.
+        args (`transformers.TrainingArguments`):
+            Arguments of the run.
+
+    Returns:
+        `tuple`: The same with fewer steps.
+    """
+    epochs, _, *others, batches, max_steps = values
+    batches -= number
+    steps = math.ceil(batches / args.gradient_accumulation_steps)
+    if args.max_steps > 0:
+        epochs = math.ceil(max_steps / steps)
+    else:
+        max_steps = math.ceil(args.num_train_epochs * steps)
+    return epochs, steps, *others, batches, max_steps

@@ -51,29 +51,53 @@ class PooledLoss:
         return loss / weight if weight > 0 else None
 
 
-def without_repeated_examples(batch: dict[str, Any], accelerator: Accelerator, batch_size: int) -> dict[str, Any]:
+def without_repeated_examples(
+    batch: dict[str, Any], accelerator: Accelerator, batch_size: int, num_examples: int | None = None
+) -> dict[str, Any]:
     """
     Return a batch without targets in the examples that only fill up the last batches of several processes.
 
     Args:
         batch (`dict[str, Any]`):
-            Batch of the collator.
+            Batch that the accelerator's data loader has just given.
         accelerator (`accelerate.Accelerator`):
             Accelerator of the run; it repeats examples from the start of the set so that all processes have a batch.
         batch_size (`int`):
-            Number of examples per process.
+            Number of examples per batch of the data loader that was prepared.
+        num_examples (`int`, *optional*):
+            Number of examples in the set. The accelerator knows it unless its loader skips some after a resumption.
 
     Returns:
         `dict[str, Any]`: The batch.
     """
-    state = accelerator.gradient_state
-    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+    state, (num_ranks, rank) = accelerator.gradient_state, data_ranks(accelerator)
+    if num_ranks == 1 or not state.end_of_dataloader or "tree_plan" not in batch:
+        return batch
+    if accelerator.split_batches:
+        batch_size //= num_ranks
+    remainder = state.remainder if num_examples is None else num_examples % (num_ranks * batch_size)
+    if remainder <= 0:
         return batch
     ends = (0, *batch["tree_plan"].example_ends)
-    num_new = state.remainder - accelerator.process_index * batch_size
+    num_new = remainder - rank * batch_size
     labels = batch["labels"].clone()
     labels[:, ends[min(max(num_new, 0), len(ends) - 1)] :] = IGNORE_INDEX
     masked = {**batch, "labels": labels}
     if "loss_weights" in batch:
         masked["loss_weights"] = batch["loss_weights"] * (labels != IGNORE_INDEX)
     return masked
+
+
+def data_ranks(accelerator: Accelerator) -> tuple[int, int]:
+    """
+    Return how many ranks get batches of their own, and which of them this one is.
+
+    Args:
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run. Ranks that share the layers of a model (tensor parallelism) share batches.
+
+    Returns:
+        `tuple[int, int]`: Number of ranks, and a rank.
+    """
+    size = getattr(accelerator.parallelism_config, "tp_size", None) or 1
+    return accelerator.num_processes // size, accelerator.process_index // size

@@ -38,6 +38,23 @@ def weighted_model(model: Callable[..., Any], loss_weights: torch.Tensor) -> Cal
     return forward
 
 
+def normalized(loss_weights: torch.Tensor, total: torch.Tensor | int | None = None) -> torch.Tensor:
+    """
+    Return loss weights divided by their sum; zeros stay zeros where there are no others.
+
+    Args:
+        loss_weights (`torch.Tensor` of shape `(1, row_length)`, `torch.float32`):
+            Weight of each rolled label.
+        total (`torch.Tensor` or `int`, *optional*):
+            Sum of the weights of a whole step; that of these weights by default.
+
+    Returns:
+        `torch.Tensor` of shape `(1, row_length)`: The weights.
+    """
+    total = loss_weights.sum() if total is None else torch.as_tensor(total)
+    return loss_weights / total.clamp(min=torch.finfo(loss_weights.dtype).tiny)
+
+
 def total_weight(batch: dict[str, Any]) -> torch.Tensor:
     """
     Return the sum of the loss weights of a batch: what its loss is divided by.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
 import trl
 from accelerate.utils import DistributedType
 from packaging.version import Version
@@ -77,14 +78,14 @@ def check_peft(model: Any, peft_config: Any) -> None:
 
 def check_parallelism(parallelism_config: Any) -> None:
     """
-    Refuse to split a row or a model over devices in ways that lose the tree.
+    Refuse to split a row over devices in a way that loses the tree.
 
     Args:
         parallelism_config (`accelerate.ParallelismConfig`, *optional*):
             Parallelism of the run.
 
     Raises:
-        `ValueError`: If context or tensor parallelism is on.
+        `ValueError`: If context parallelism is on, or sequence and tensor parallelism together.
     """
     if parallelism_config is None:
         return
@@ -93,11 +94,67 @@ def check_parallelism(parallelism_config: Any) -> None:
             f"cp_size={parallelism_config.cp_size}: context parallelism replaces every attention mask by a causal "
             "one, so branches would see each other. Set cp_size=1, and share rows with sp_size instead."
         )
-    if parallelism_config.tp_size > 1:
+    if parallelism_config.tp_size > 1 and getattr(parallelism_config, "sp_size", 1) > 1:
         raise ValueError(
-            f"tp_size={parallelism_config.tp_size}: tensor parallelism has not been shown to train a tree exactly. "
-            "Set tp_size=1, and shard the model with FSDP or ZeRO-3 instead."
+            f"tp_size={parallelism_config.tp_size} and sp_size={parallelism_config.sp_size} both divide the heads of "
+            "attention. Set one of them to 1."
         )
+
+
+def check_run(trainer: Any) -> None:
+    """
+    Refuse a run on several processes that would train something else than was asked for.
+
+    Args:
+        trainer (`transformers.Trainer`):
+            Trainer with its accelerator.
+
+    Raises:
+        `ValueError`: If its engine or its kind of parallelism does not work with trees.
+    """
+    check_parallelism(trainer.accelerator.parallelism_config)  # may come from accelerate's own configuration
+    check_engine(trainer.args, trainer.accelerator)
+    check_tensor_parallelism(trainer)
+
+
+def check_tensor_parallelism(trainer: Any) -> None:
+    """
+    Refuse what ranks that share the layers of a model get wrong.
+
+    Args:
+        trainer (`transformers.Trainer`):
+            Trainer with its model.
+
+    Raises:
+        `ValueError`: If layers are divided in a way that has not been shown to be exact, or a setting does not work
+            with it.
+    """
+    args, model = trainer.args, trainer.model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    sizes = getattr(base.config, "distributed_config", None)
+    num_stages = getattr(sizes, "pp_size", None) or 1
+    if num_stages > 1:
+        raise ValueError(
+            f"pp_size={num_stages}: a pipeline hands on hidden states without the tree. Leave it out, and shard the "
+            "model with FSDP or ZeRO-3."
+        )
+    if trainer.get_tp_size() == 1:
+        return
+    summed_per_batch = "replicated_with_grad_allreduce" in (getattr(base, "tp_plan", None) or {}).values()
+    recurrent = sorted({type(layer).__name__ for layer in recurrent_layers(base)})
+    for refused, what, way_out in (
+        (
+            summed_per_batch and args.gradient_accumulation_steps > 1,
+            "gradient_accumulation_steps above 1 in this model: transformers sums the gradients of its q_norm and "
+            "k_norm over ranks after each batch, and again with the next one",
+            "Set it to 1, and raise per_device_train_batch_size",
+        ),
+        (sizes is None, f"transformers {transformers.__version__}", "Upgrade to 5.24"),
+        (args.wave_tokens is not None, "wave_tokens", "Leave it out, and set gradient_checkpointing"),
+        (bool(recurrent), f"{', '.join(recurrent)}, whose states are not divided", "Shard with FSDP or ZeRO-3"),
+    ):
+        if refused:
+            raise ValueError(f"Tensor parallelism (tp_size) does not work with {what}. {way_out}.")
 
 
 def check_engine(args: Any, accelerator: Any) -> None:

@@ -120,7 +120,7 @@ class SequenceParallel:
         with running_on(tree_of(plan, trainer.args.device)) as tree:
             compute(forward, inputs)
         trainer._check_layers_once(tree)
-        loss = sums[0] / num_items * trainer.accelerator.num_processes
+        loss = sums[0] / num_items.clamp(min=torch.finfo(torch.float32).tiny) * trainer.accelerator.num_processes
         if getattr(trainer, "loss_is_scaled_for_ga", None) is not True:
             loss = loss * trainer.current_gradient_accumulation_steps  # by which the Trainer divides
         return self._with_right_gradient(model, loss)
@@ -252,7 +252,7 @@ class SharedRows(IterableDataset[dict[str, Any]]):
 
     def _whole_rows(self) -> Iterator[dict[str, Any]]:
         for batch in self.adapter.dl:
-            yield self._ready_to_cut(batch)
+            yield self._ready_to_cut(self.trainer._without_repeated_rows(batch))
 
     def _ready_to_cut(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return a batch with weights where DeepSpeed puts labels, without what a part of a row cannot use."""

@@ -14,16 +14,16 @@ from .attention import Tree, check_every_layer_attended, check_model, tree_conte
 from .balance import train_sampler
 from .collator import DataCollatorForSinglePass, TreeOrPlainCollator
 from .config import SinglePassSFTConfig, as_single_pass_config, default_config, without_redundant_settings
-from .loss import weighted_model
+from .loss import normalized, weighted_model
 from .metrics import MeasuringTrainer
 from .paper import PAPER
 from .preparation import holds_rows, holds_turns, prepare_dataset
 from .refusals import (
     check_collator,
     check_dataset,
-    check_engine,
     check_parallelism,
     check_peft,
+    check_run,
     check_weights_reach_the_loss,
 )
 from .rows import ROW_COLUMNS
@@ -111,8 +111,7 @@ class SinglePassSFTTrainer(MeasuringTrainer):
             processing_class,
             **kwargs,
         )
-        check_parallelism(self.accelerator.parallelism_config)  # may come from accelerate's own configuration
-        check_engine(self.args, self.accelerator)
+        check_run(self)
         tree_collator: Any = data_collator
         if not own_collator:
             tree_collator = DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
@@ -216,8 +215,7 @@ class SinglePassSFTTrainer(MeasuringTrainer):
             if weights is not None:
                 check_weights_reach_the_loss(self)
                 # Normalised here, so that TRL's guard against division by a sum below 1 changes nothing.
-                total = weights.sum() if num_items_in_batch is None else num_items_in_batch
-                model = weighted_model(model, weights / total)
+                model = weighted_model(model, normalized(weights, num_items_in_batch))
                 num_items_in_batch = None if num_items_in_batch is None else 1
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self._waves.check_loss(result)

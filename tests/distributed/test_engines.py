@@ -1,7 +1,6 @@
 """Every engine trains on two processes what one process trains."""
 
 import pytest
-from conversations import chat
 from runs import assert_same_training, on_engine, with_config, zero
 
 
@@ -44,17 +43,30 @@ def test_six_steps(tmp_path, nursery, one_process, engine, case):
         assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_a_rank_without_trained_tokens_and_an_incomplete_last_batch(tmp_path, nursery, one_process, engine):
-    """Two epochs of seven rows, two of them without targets; accelerate fills up the last step with the first row."""
-    messages = [chat(1 + seed % 3, seed=seed) for seed in range(7)]
-    rows = [{"messages": turns} for turns in messages]
-    settings = {"rows": rows, "silent_rows": [1, 4], "config": {"max_steps": -1, "num_train_epochs": 2}}
-    alone = one_process(with_config({**settings, "rows": [*rows, rows[0]]}, per_device_train_batch_size=2))
-    run = nursery.run(tmp_path, on_engine(engine, settings)[0], world_size=2)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_every_row_is_trained_once_in_an_epoch(tmp_path, nursery, one_process, engine, accumulation):
+    """Seven rows, two of them without targets: in the last step of an epoch, the second rank has no row left."""
+    config = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": accumulation}
+    settings = {"num_rows": 7, "silent_rows": [1, 4], "config": config}
+    alone = one_process(with_config(settings, per_device_train_batch_size=2))
+    settings, environment = on_engine(engine, settings)
+    run = nursery.run(tmp_path, settings, world_size=2, environment=environment)
     assert_engine(run, engine)
-    assert len(run.loss) == len(alone.loss) == 8
+    assert len(run.loss) == len(alone.loss) == (8 if accumulation == 1 else 4)
     assert_same_training(run, alone)
+    assert run.num_trained_tokens == alone.num_trained_tokens
+
+
+def test_loss_weights_where_a_rank_has_no_row_left(tmp_path, nursery, one_process):
+    """Four rows per step, of five: the second rank has repeated rows only, in training and in evaluation."""
+    weights = {"loss_reduction": "turn", "reasoning_weight": 0.3}
+    config = {"max_steps": -1, "num_train_epochs": 2, "per_device_eval_batch_size": 4, **weights}
+    settings = {"num_rows": 5, "evaluate": True, "config": config}
+    alone = one_process(with_config(settings, per_device_train_batch_size=4))
+    run = nursery.run(tmp_path, with_config(settings, per_device_train_batch_size=2), world_size=2)
+    assert_same_training(run, alone)
+    assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])

@@ -63,6 +63,16 @@ def test_told_to_stop(tmp_path, nursery, uninterrupted, engine):
     assert_same_training(nursery.run(tmp_path, settings, world_size=2), uninterrupted(settings))
 
 
+def test_a_resumed_epoch_trains_every_row_once(tmp_path, nursery, one_process):
+    """Seven rows on two ranks: killed in the second epoch, in whose last step one rank has no row left."""
+    settings = {"num_rows": 7, "config": {**SHORT["config"], "max_steps": -1, "num_train_epochs": 2}}
+    whole = one_process(with_config(settings, save_strategy="no", per_device_train_batch_size=2))
+    settings = on_engine("ddp", settings)[0]
+    killed = {**settings, "accident": {"kind": "SIGKILL", "step": 6}}
+    assert -9 in nursery.run(tmp_path, killed, world_size=2, expect_success=False).codes
+    assert_same_training(nursery.run(tmp_path, settings, world_size=2), whole)
+
+
 def test_shared_rows_resume(tmp_path, nursery, one_process):
     """Three rows per step: the checkpoint lies within what the ranks exchange at a time."""
     settings = with_config(SHORT, per_device_train_batch_size=1, gradient_accumulation_steps=3, save_steps=2)

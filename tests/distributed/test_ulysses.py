@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from runs import assert_same_training, with_config, zero
+from worker import training_conversations
 
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -45,6 +46,20 @@ def test_six_steps(tmp_path, nursery, one_process, case):
     assert run.num_trained_tokens == alone.num_trained_tokens
     if "evaluate" in CASES[case]:
         assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("num_rows", "world_size", "accumulation"), [(7, 2, 1), (5, 4, 1), (7, 4, 2)])
+def test_every_row_is_trained_once_in_an_epoch(tmp_path, nursery, one_process, num_rows, world_size, accumulation):
+    """Rows that are no multiple of the ranks; with four ranks, two groups of two share rows."""
+    epochs = {"num_rows": num_rows, "config": {"max_steps": -1, "num_train_epochs": 2}}
+    run = nursery.run(tmp_path, shared(one_row_per_batch(accumulation, **epochs)), world_size=world_size)
+    assert run.world_size == world_size
+    groups = world_size // 2
+    order = list(range(num_rows))
+    if groups > 1 and accumulation == 1:  # in turn, the first rows of both groups and the second rows of both
+        order = [0, 2, 1, 3, 4]
+    rows = [{"messages": training_conversations()[row]} for row in order]
+    assert_same_training(run, one_process(one_row_per_batch(groups * accumulation, **epochs, rows=rows)))
 
 
 @pytest.mark.parametrize(

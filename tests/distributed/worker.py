@@ -33,6 +33,7 @@ from conversations import chat, tool_chat
 from families import tiny_model
 from packaging.version import Version
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 from training import SETTINGS as COMMON
 from training import as_dataset, float32_model
 from transformers import TrainerCallback
@@ -65,7 +66,31 @@ def evaluation_conversations():
 def parallelism(sp_size):
     """Return the configuration of sequence parallelism."""
     handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
-    return accelerate.ParallelismConfig(sp_backend="deepspeed", sp_size=sp_size, dp_shard_size=1, sp_handler=handler)
+    groups = int(os.environ["WORLD_SIZE"]) // sp_size
+    return accelerate.ParallelismConfig(
+        sp_backend="deepspeed", sp_size=sp_size, dp_shard_size=groups, sp_handler=handler
+    )
+
+
+def divided(model, folder, sizes):
+    """Return a model whose layers transformers divides among ranks as it loads them."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    folder = f"{folder}/model{os.environ['RANK']}"
+    model.save_pretrained(folder)
+    attention = model.config._attn_implementation
+    config = DistributedConfig(**sizes)
+    return type(model).from_pretrained(
+        folder, dtype="float32", attn_implementation=attention, distributed_config=config
+    )
+
+
+def set_adapter(model):
+    """Give an adapter the same first factors however its layers are divided."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_A" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
 
 
 def build_trainer(settings):
@@ -76,6 +101,8 @@ def build_trainer(settings):
     model = float32_model(tokenizer, **heads)
     if "family" in settings:
         model = tiny_model(settings["family"], len(tokenizer), torch.float32, attn_implementation="eager", **heads)
+    if "divided" in settings:
+        model = divided(model, Path(settings["result"]).parent, settings["divided"])
     config = {
         **COMMON,
         "max_steps": 6,
@@ -88,7 +115,7 @@ def build_trainer(settings):
     }
     if "sp_size" in settings:
         config["parallelism_config"] = parallelism(settings["sp_size"])
-    rows = settings.get("rows") or training_conversations()
+    rows = settings.get("rows") or training_conversations()[: settings.get("num_rows")]
     return SinglePassSFTTrainer(
         model,
         SinglePassSFTConfig(str(Path(settings["result"]).parent / "out"), **config),
@@ -138,6 +165,7 @@ def summary(trainer):
     return {
         "world_size": trainer.accelerator.num_processes,
         "distributed_type": trainer.accelerator.distributed_type.value,
+        "tp_size": trainer.get_tp_size(),
         "engine": type(trainer.model_wrapped).__name__,
         "zero_stage": getattr(trainer.model_wrapped, "zero_optimization_stage", lambda: None)(),
         **{key: [float(entry[key]) for entry in history if key in entry] for key in keys},
@@ -154,6 +182,8 @@ def train(settings):
     if "silent_rows" in settings:
         silent = {"silent_rows": settings["silent_rows"]}
         trainer.train_dataset = trainer.train_dataset.map(untrained, with_indices=True, fn_kwargs=silent)
+    if settings.get("same_adapter"):
+        set_adapter(trainer.model)
     preemption = PreemptionCallback()
     trainer.add_callback(preemption)
     if "accident" in settings:
@@ -162,7 +192,8 @@ def train(settings):
     if preemption.was_preempted:
         return
     evaluation = trainer.evaluate() if settings.get("evaluate") else {}
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # ZeRO-3 gathers it on rank 0
+    state = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
     if trainer.accelerator.is_main_process:
         result = Path(settings["result"])
         torch.save({name: value.cpu() for name, value in state.items()}, result.with_suffix(".pt"))
