@@ -17,8 +17,10 @@ class Sizes:
     system: int = 50
 
 
-def conversation(turns: int, vocabulary: int, seed: int, sizes: Sizes = Sizes()) -> list[Sample]:
-    """Samples of one conversation whose template drops the reasoning of earlier turns."""
+def conversation(
+    turns: int, vocabulary: int, seed: int, sizes: Sizes = Sizes(), *, keep: bool = False
+) -> list[Sample]:
+    """Samples of one conversation; the reasoning of earlier turns is dropped from the history, or kept."""
     random = np.random.default_rng(seed)
     history, samples = random.integers(vocabulary, size=sizes.system), []
     for index in range(turns):
@@ -29,5 +31,5 @@ def conversation(turns: int, vocabulary: int, seed: int, sizes: Sizes = Sizes())
         history = np.concatenate([history, user])
         completion = np.concatenate([reasoning, answer])
         samples.append(Sample.from_prompt_and_completion(history, completion, index))
-        history = np.concatenate([history, answer])
+        history = np.concatenate([history, completion if keep else answer])
     return samples

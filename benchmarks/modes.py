@@ -1,5 +1,8 @@
 """
-The ways of training one conversation that the benchmark compares: one forward and backward each, same loss.
+The ways of training one conversation that the benchmark compares.
+
+The single pass and all kinds of N-pass are the same training step. `last_turn` and `keep_reasoning` are what is done
+instead to save N-pass its time: less is trained, or on contexts that do not occur at inference.
 
 Every mode runs the decoder on all of its tokens and the LM head on targets only, in chunks whose gradient is taken at
 once, so that logits cost the same in each.
@@ -46,9 +49,9 @@ AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
 class Step:
     """Model and samples on their device; `loss()` of a mode runs forward and backward."""
 
-    def __init__(self, model: Any, samples: Sequence[Sample]) -> None:
+    def __init__(self, model: Any, samples: Sequence[Sample], kept: Sequence[Sample] = ()) -> None:
         self.model, self.device = model, model.device
-        self.samples = samples
+        self.samples, self.kept = samples, kept
         self.tokens = [torch.from_numpy(sample.token_ids.copy()).to(self.device) for sample in samples]
         self.num_targets = sum(len(sample) - sample.prompt_length for sample in samples)
 
@@ -124,6 +127,16 @@ def single_pass(step: Step) -> Callable[[], float]:
     return loss
 
 
+def last_turn(step: Step) -> Callable[[], float]:
+    """The last sample alone."""
+    return npass_sequential(Step(step.model, step.samples[-1:]))
+
+
+def keep_reasoning(step: Step) -> Callable[[], float]:
+    """One causal row of all turns, each in a context that keeps the reasoning of earlier ones."""
+    return causal_row(Step(step.model, step.kept))
+
+
 def causal_row(step: Step) -> Callable[[], float]:
     """A plain causal row of as many tokens and targets as the tree's: the yardstick for memory, not for the loss."""
     row = PrefixTree.from_samples(step.samples)
@@ -133,4 +146,5 @@ def causal_row(step: Step) -> Callable[[], float]:
     return lambda: step.backward(step.decoder(input_ids)[0][predicting], labels[predicting + 1])
 
 
-MODES = {mode.__name__: mode for mode in (single_pass, npass_sequential, npass_padded, npass_packed, causal_row)}
+_MODES = (single_pass, npass_sequential, npass_padded, npass_packed, last_turn, keep_reasoning, causal_row)
+MODES = {mode.__name__: mode for mode in _MODES}

@@ -15,7 +15,19 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 MEMORY_MODES = ("single_pass", "causal_row")
+OTHERS = ("last_turn", "keep_reasoning")
 NAMES = {"npass_sequential": "one by one", "npass_padded": "padded batch", "npass_packed": "packed"}
+OTHERS_HEADER = [
+    "turns",
+    "single pass",
+    "all reasoning kept",
+    "last turn only",
+    "tokens trained by the last turn only",
+]
+OTHERS_TITLE = (
+    "What is done instead of N-pass, on the same conversations. It is not the same training: contexts that never occur at\n"
+    "inference, or a part of the tokens.\n\n"
+)
 SPEED_HEADER = [
     "turns",
     "tokens, N-pass",
@@ -40,6 +52,8 @@ def fastest(measured: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def check_equal(best: dict[str, dict[str, Any]], precision: float) -> None:
     for mode, one in best.items():
+        if mode in OTHERS:
+            continue  # they train something else
         for name in ("loss", "norm"):
             reference = best["npass_sequential"][name]
             if abs(one[name] - reference) > precision * abs(reference):
@@ -48,18 +62,29 @@ def check_equal(best: dict[str, dict[str, Any]], precision: float) -> None:
                 )
 
 
+def by_conversation(result: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
+    """For each conversation, what was counted and the fastest measurement of each mode."""
+    groups = [list(measured) for _, measured in groupby(result["measured"], key=_conversation)]
+    counted = {_conversation(count): count for count in result["counted"]}
+    pairs = [(counted[_conversation(measured[0])], fastest(measured)) for measured in groups]
+    for _, best in pairs:
+        check_equal(best, 1e-4 if result["dtype"] == "float32" else 2e-2)
+    return pairs
+
+
+def _conversation(one: dict[str, Any]) -> tuple[int, str, int]:
+    return one["turns"], one.get("shape", ""), one.get("index", 0)
+
+
 def speed_rows(result: dict[str, Any]) -> list[list[str]]:
     rows = []
-    counted = {count["turns"]: count for count in result["counted"]}
-    for turns, measured in groupby(result["measured"], key=lambda one: one["turns"]):
-        best = fastest(list(measured))
-        check_equal(best, 1e-4 if result["dtype"] == "float32" else 2e-2)
-        single = best.pop("single_pass")
-        mode, npass = min(best.items(), key=lambda item: item[1]["seconds"])
-        count = counted[turns]
+    for count, best in by_conversation(result):
+        single = best["single_pass"]
+        npasses = {mode: one for mode, one in best.items() if mode in NAMES}
+        mode, npass = min(npasses.items(), key=lambda item: item[1]["seconds"])
         rows.append(
             [
-                str(turns),
+                str(count["turns"]),
                 f"{count['npass_tokens']:,}",
                 f"{count['row_tokens']:,}",
                 NAMES[mode],
@@ -72,6 +97,18 @@ def speed_rows(result: dict[str, Any]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def others_rows(result: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            str(count["turns"]),
+            *(seconds(best[mode]["seconds"]) for mode in ("single_pass", "keep_reasoning", "last_turn")),
+            f"{count['last_turn_trained_tokens'] / count['trained_tokens']:.0%}",
+        ]
+        for count, best in by_conversation(result)
+        if set(OTHERS) <= set(best)
+    ]
 
 
 def seconds(value: float) -> str:
@@ -88,7 +125,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def speed_section(result: dict[str, Any], name: str) -> str:
-    return table(SPEED_HEADER, speed_rows(result)) + "\n\n" + provenance(result, name)
+    others = OTHERS_TITLE + table(OTHERS_HEADER, others_rows(result))
+    return "\n\n".join([table(SPEED_HEADER, speed_rows(result)), others, provenance(result, name)])
+
+
+def shapes_section(result: dict[str, Any], name: str) -> str:
+    """Conversations in the shape of real ones, with the file that each is like."""
+    files = [count["shape"] for count, _ in by_conversation(result)]
+    rows = [[f"`{file}`", *row] for file, row in zip(files, speed_rows(result), strict=True)]
+    title = "The same for conversations in the shape of public ones (lengths and what turns share; random tokens):\n\n"
+    return title + table(["like", *SPEED_HEADER], rows) + "\n\n" + provenance(result, name)
 
 
 def memory_section(result: dict[str, Any], name: str) -> str:
@@ -114,7 +160,7 @@ def provenance(result: dict[str, Any], name: str) -> str:
     )
 
 
-SECTIONS = {"step_time": speed_section, "row_memory": memory_section}
+SECTIONS = {"step_time": speed_section, "step_time_shapes": shapes_section, "row_memory": memory_section}
 
 
 def report() -> str:

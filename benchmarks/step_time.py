@@ -1,7 +1,9 @@
 """
-Time and peak memory of one training step on one conversation, in a single pass and in three kinds of N-pass.
+Time and peak memory of one training step on one conversation: in a single pass, in three kinds of N-pass, and by what
+is done instead (the last turn only; one pass that keeps all reasoning).
 
     python -m benchmarks.step_time                     speed, the README's table
+    python -m benchmarks.step_time --shapes            conversations in the shape of real ones (benchmarks/shapes/)
     python -m benchmarks.step_time --memory            memory of a 16k-token row against a plain causal row
 
 Each measurement runs in a process of its own. Modes take turns, so that a slow minute of the machine hits all of them.
@@ -13,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,17 @@ from benchmarks.conversations import Sizes, conversation
 from benchmarks.machine import describe
 from benchmarks.memory import peak, reset_peak
 from benchmarks.modes import MODES, Step
-from trl_singlepass import PrefixTree
+from benchmarks.shapes import SHAPES, read_shapes, samples_of
+from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 
 
 RESULTS = Path(__file__).parent / "results"
 # A padded batch of more tokens than this (16 turns) needs over 24 GB of activations; it is never the fastest.
 MOST_PADDED_TOKENS = 40_000
-SPEED_MODES = ("single_pass", "npass_sequential", "npass_padded", "npass_packed")
+MOST_PACKED_TOKENS = 50_000
+NPASS_MODES = ("npass_sequential", "npass_padded", "npass_packed")
+SPEED_MODES = ("single_pass", *NPASS_MODES, "last_turn", "keep_reasoning")
 MEMORY_MODES = ("single_pass", "causal_row")
 MODEL = {
     "num_hidden_layers": 6,
@@ -59,14 +64,27 @@ class Case:
     tiny: bool
     device: str
     dtype: str
+    shape: str = ""  # name of a file of shapes, of which `seed` is the index; made-up conversations if empty
 
     @property
     def model(self) -> dict[str, Any]:
         return TINY_MODEL if self.tiny else MODEL
 
-    def samples(self) -> list[Any]:
+    def samples(self, keep: bool = False) -> list[Sample]:
+        if self.shape:
+            shape = read_shapes(self.shape)[self.seed]["keep" if keep else "template"]
+            return samples_of(shape, self.model["vocab_size"])
         sizes = TINY_SIZES if self.tiny else Sizes()
-        return conversation(self.turns, self.model["vocab_size"], self.seed, sizes)
+        return conversation(self.turns, self.model["vocab_size"], self.seed, sizes, keep=keep)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the mode is worth its memory: whole batches of samples soon are not."""
+        samples = self.samples() if self.mode in NPASS_MODES else []
+        return {
+            "npass_padded": len(samples) * max(map(len, samples), default=0) <= MOST_PADDED_TOKENS,
+            "npass_packed": sum(map(len, samples)) <= MOST_PACKED_TOKENS,
+        }.get(self.mode, True)
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -77,11 +95,12 @@ def measure(case: Case) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype)).to(case.device)
     # A GPU chooses and compiles kernels by shape; a CPU has little to warm up.
     on_gpu = torch.cuda.is_available()
-    warm_up = case.samples() if on_gpu else conversation(2, case.model["vocab_size"], seed=1, sizes=TINY_SIZES)
-    MODES[case.mode](Step(model, warm_up))()
+    vocabulary = case.model["vocab_size"]
+    warm_up = case.samples() if on_gpu else conversation(2, vocabulary, seed=1, sizes=TINY_SIZES)
+    MODES[case.mode](Step(model, warm_up, warm_up[-1:]))()
     model.zero_grad()
     model.set_attn_implementation("sdpa")
-    loss = MODES[case.mode](Step(model, case.samples()))
+    loss = MODES[case.mode](Step(model, case.samples(), case.samples(keep=True)))
     before, start = reset_peak(), now()
     value = loss()
     seconds, used = now() - start, peak() - before
@@ -89,6 +108,7 @@ def measure(case: Case) -> dict[str, Any]:
     return {
         "mode": case.mode,
         "turns": case.turns,
+        **({"shape": case.shape, "index": case.seed} if case.shape else {}),
         "seconds": seconds,
         "bytes": used,
         "loss": value,
@@ -124,18 +144,15 @@ def counted(case: Case) -> dict[str, Any]:
     npass, single = npass_cost(samples, shape), single_pass_cost([tree], shape)
     return {
         "turns": case.turns,
+        **({"shape": case.shape, "index": case.seed} if case.shape else {}),
+        "trained_tokens": sum(len(sample) - sample.prompt_length for sample in samples),
+        "last_turn_trained_tokens": len(samples[-1]) - samples[-1].prompt_length,
         "npass_tokens": npass.tokens,
         "row_tokens": single.tokens,
         "npass_flops": npass.flops,
         "single_pass_flops": single.flops,
         "predicted_speedup": npass.flops / single.flops,
     }
-
-
-def padded_tokens(case: Case) -> int:
-    """Tokens of a batch in which every sample is padded to the longest."""
-    lengths = [len(sample) for sample in case.samples()]
-    return len(lengths) * max(lengths)
 
 
 def seed_of_length(turns: int, tokens: int, tiny: bool) -> int:
@@ -146,9 +163,10 @@ def seed_of_length(turns: int, tokens: int, tiny: bool) -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.step_time", description=__doc__.splitlines()[1])
-    parser.add_argument("--turns", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--repeats", type=int, default=3, help="the smallest time of so many is reported")
     parser.add_argument("--memory", action="store_true", help="measure a 16k-token row against a plain causal one")
+    parser.add_argument("--shapes", action="store_true", help="measure conversations in the shape of real ones")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--name", help="name of the file under benchmarks/results/")
@@ -163,31 +181,42 @@ def main() -> None:
     if args.case:
         print(json.dumps(measure(Case(**json.loads(args.case)))))
         return
-    kind = "row_memory" if args.memory else "step_time"
+    kind = "row_memory" if args.memory else "step_time_shapes" if args.shapes else "step_time"
     modes = MEMORY_MODES if args.memory else SPEED_MODES
-    turns, seeds = args.turns, dict.fromkeys(args.turns, 0)
-    if args.memory:
-        turns = [16]
-        seeds = {16: seed_of_length(16, 1_600 if args.tiny else 16_384, args.tiny)}
-    common = {"tiny": args.tiny, "device": args.device, "dtype": args.dtype}
+    cases = cases_of(args)
     result = {
         "kind": kind,
         **describe(args.device),
         "model": TINY_MODEL if args.tiny else MODEL,
         "dtype": args.dtype,
-        "counted": [counted(Case("", count, seeds[count], **common)) for count in turns],
+        "counted": [counted(case) for case in cases],
         "measured": [
-            measure_apart(Case(mode, count, seeds[count], **common))
-            for count in turns
+            measure_apart(one)
+            for case in cases
             for _ in range(args.repeats)
-            for mode in modes
-            if mode != "npass_padded" or padded_tokens(Case(mode, count, seeds[count], **common)) <= MOST_PADDED_TOKENS
+            for one in (replace(case, mode=mode) for mode in modes)
+            if one.fits
         ],
     }
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"{args.name or f'{kind}_{args.device}_{args.dtype}'}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """What is measured, in every mode."""
+    common = {"mode": "", "tiny": args.tiny, "device": args.device, "dtype": args.dtype}
+    if args.shapes:
+        names = sorted(path.stem for path in SHAPES.glob("*.json"))
+        return [
+            Case(turns=len(shape["template"]), seed=index, shape=name, **common)
+            for name in names
+            for index, shape in enumerate(read_shapes(name))
+        ]
+    if args.memory:
+        return [Case(turns=16, seed=seed_of_length(16, 1_600 if args.tiny else 16_384, args.tiny), **common)]
+    return [Case(turns=turns, seed=0, **common) for turns in args.turns]
 
 
 if __name__ == "__main__":

@@ -9,16 +9,19 @@ from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 from benchmarks import report
 from benchmarks.conversations import conversation
 from benchmarks.modes import MODES, Step
+from benchmarks.shapes import SHAPES, read_shapes, samples_of, shape_of
 from benchmarks.step_time import TINY_MODEL, TINY_SIZES, Case, counted
+from trl_singlepass import PrefixTree
 
 
 SAMPLES = conversation(3, TINY_MODEL["vocab_size"], seed=0, sizes=TINY_SIZES)
+KEPT = conversation(3, TINY_MODEL["vocab_size"], seed=0, sizes=TINY_SIZES, keep=True)
 
 
 def loss_and_gradient(mode):
     set_seed(0)
     model = AutoModelForCausalLM.from_config(Qwen3Config(**TINY_MODEL))
-    loss = MODES[mode](Step(model, SAMPLES))()
+    loss = MODES[mode](Step(model, SAMPLES, KEPT))()
     return loss, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
@@ -32,6 +35,22 @@ def test_modes_are_the_same_training_step(mode, reference):
     loss, gradient = loss_and_gradient(mode)
     assert loss == pytest.approx(reference[0], rel=1e-6)
     assert (gradient - reference[1]).norm() <= 1e-5 * reference[1].norm()
+
+
+def test_what_is_done_instead_is_another_step(reference):
+    for mode in ("last_turn", "keep_reasoning"):
+        loss, gradient = loss_and_gradient(mode)
+        assert loss != pytest.approx(reference[0], rel=1e-4)
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [path.stem for path in SHAPES.glob("*.json")])
+def test_samples_in_a_shape_share_what_the_shape_says(name):
+    for shapes in read_shapes(name):
+        for policy in ("template", "keep"):
+            samples = samples_of(shapes[policy], vocabulary=1000)
+            assert shape_of(samples) == shapes[policy]
+        assert len(PrefixTree.from_samples(samples)) == max(map(len, samples))  # all reasoning kept: one chain
 
 
 def test_causal_row_is_as_long_as_the_tree_and_not_the_same_step(reference):
@@ -65,6 +84,8 @@ SPEED = result(
     measured("single_pass", 2.0),
     measured("npass_sequential", 5.0),
     measured("npass_padded", 8.0),
+    measured("last_turn", 1.0, loss=1.5),
+    measured("keep_reasoning", 1.5, norm=3.0),
 )
 
 
@@ -76,6 +97,7 @@ def test_report_compares_the_fastest_of_each(tmp_path, monkeypatch):
     report.main()
     text = (tmp_path / "README.md").read_text()
     assert "| one by one | 4.00 s | 2.00 s | **2.00** |" in text
+    assert "| 2 | 2.00 s | 1.50 s | 1.00 s |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
