@@ -25,8 +25,8 @@ OTHERS_HEADER = [
     "tokens trained by the last turn only",
 ]
 OTHERS_TITLE = (
-    "What is done instead of N-pass, on the same conversations. It is not the same training: contexts that never occur at\n"
-    "inference, or a part of the tokens.\n\n"
+    "What is done instead of N-pass, on the same conversations. It is not the same training: contexts that never\n"
+    "occur at inference, or a part of the tokens.\n\n"
 )
 SPEED_HEADER = [
     "turns",
