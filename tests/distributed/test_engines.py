@@ -69,6 +69,21 @@ def test_loss_weights_where_a_rank_has_no_row_left(tmp_path, nursery, one_proces
     assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+def test_bf16(tmp_path, nursery, one_process, engine):
+    """FSDP keeps more in bf16 than autocast does, the logits too."""
+    settings = {"config": {"bf16": True}}
+    alone = one_process(with_config(settings, per_device_train_batch_size=2))
+    settings, environment = on_engine(engine, settings)
+    if engine == "fsdp2":  # without a GPU, transformers takes bf16=True with use_cpu=True only, which turns FSDP off
+        settings = with_config(settings, bf16=False)
+        environment = {**environment, "ACCELERATE_MIXED_PRECISION": "bf16"}
+    run = nursery.run(tmp_path, settings, world_size=2, environment=environment)
+    assert_engine(run, engine)
+    assert run.loss == pytest.approx(alone.loss, rel=5e-3 if engine == "fsdp2" else 5e-4)
+    assert run.grad_norm == pytest.approx(alone.grad_norm, rel=1e-2)
+
+
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_offloaded_optimizer_and_parameters(tmp_path, nursery, one_process, bf16):
     device = {"device": "cpu"}
@@ -81,6 +96,13 @@ def test_offloaded_optimizer_and_parameters(tmp_path, nursery, one_process, bf16
         assert run.loss == pytest.approx(alone.loss, rel=5e-3)
     else:
         assert_same_training(run, alone)
+
+
+def test_fsdp_with_parameters_in_cpu_memory(tmp_path, nursery, one_process):
+    settings, environment = on_engine("fsdp2", {})
+    run = nursery.run(tmp_path, settings, world_size=2, environment={**environment, "FSDP_OFFLOAD_PARAMS": "true"})
+    assert_engine(run, "fsdp2")
+    assert_same_training(run, one_process({"config": {"per_device_train_batch_size": 2}}))
 
 
 def test_an_engine_that_falls_back_is_refused(tmp_path, nursery):

@@ -72,6 +72,21 @@ def test_gradients_that_deepspeed_doubles_are_corrected(tmp_path, nursery, one_p
     assert_same_training(run, one_process(one_row_per_batch(2, evaluate=True)))
 
 
+def test_bf16(tmp_path, nursery, one_process):
+    settings = one_row_per_batch(2, config={"bf16": True})
+    run = nursery.run(tmp_path, shared(settings), world_size=2)
+    alone = one_process(settings)
+    assert run.loss == pytest.approx(alone.loss, rel=5e-4)
+    assert run.grad_norm == pytest.approx(alone.grad_norm, rel=1e-2)
+
+
+def test_parameters_in_cpu_memory(tmp_path, nursery, one_process):
+    device = {"device": "cpu"}
+    settings = shared(one_row_per_batch(2), offload_optimizer=device, offload_param=device)
+    run = nursery.run(tmp_path, settings, world_size=2)
+    assert_same_training(run, one_process(one_row_per_batch(2, evaluate=True)))
+
+
 def test_doubled_gradients_are_noticed(tmp_path, nursery):
     settings = {**shared(one_row_per_batch(2), stage=2), "break": "overcounting"}
     run = nursery.run(tmp_path, settings, world_size=2, expect_success=False)

@@ -46,6 +46,7 @@ def offer_fsdp_on_cpu():
     """Make accelerate wrap models in FSDP2 without a GPU; as shipped, it would silently train without it."""
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # what FSDP does with parameters in CPU memory
 
 
 def without_compiled_communication():

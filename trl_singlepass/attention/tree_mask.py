@@ -105,7 +105,6 @@ def current_tree() -> Tree | None:
     return _current_tree.get()
 
 
-@dataclass(eq=False)
 class TreeMask:
     """
     Attention rule of one mask type of the model, on a tree.
@@ -117,6 +116,8 @@ class TreeMask:
     A query attends to a key exactly when the key is the query itself or one of its ancestors, and the model's own
     `mask_function` allows it **at their depths**: sliding windows and chunks count depth, not index.
 
+    It is no dataclass: FSDP looks for tensors in those, and would hand each layer a copy in another precision.
+
     Args:
         tree (`Tree`):
             Tree of the row.
@@ -126,10 +127,9 @@ class TreeMask:
             Upper bound of how many tokens back the rule looks (window or chunk), in tokens.
     """
 
-    tree: Tree
-    mask_function: Callable[..., torch.Tensor]
-    local_size: int | None = None
-    _derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    def __init__(self, tree: Tree, mask_function: Callable[..., torch.Tensor], local_size: int | None = None) -> None:
+        self.tree, self.mask_function, self.local_size = tree, mask_function, local_size
+        self._derived: dict[Any, Any] = {}
 
     def derived(self, build: Callable[..., T], *arguments: Any) -> T:
         """
