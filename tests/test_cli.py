@@ -360,6 +360,20 @@ def test_a_path_to_resume_from_is_taken_as_it_is(tmp_path, given, expected):
     assert checkpoint_to_resume(given, tmp_path) == expected
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_script_streams_a_file(data, tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(Path(data).read_bytes())
+    if suffix == "parquet":
+        datasets.Dataset.from_list([{"messages": chat(2)}] * 4).to_parquet(path)
+    arguments = ["--dataset_name", path, "--output_dir", tmp_path, *TRAIN]
+    for streaming, kind in (("true", datasets.IterableDataset), ("false", datasets.Dataset)):
+        script, _, _, mixture = parse([*arguments, "--dataset_streaming", streaming])
+        rows = sft._dataset(script, mixture)["train"]
+        assert isinstance(rows, kind)
+        assert len(list(rows)) == 4
+
+
 def test_script_reads_a_config_file_and_flags_win(tmp_path):
     (tmp_path / "c.yaml").write_text("model_name_or_path: m\ndataset_name: d\nmax_length: 7\nwave_tokens: auto\n")
     script, training, model_args, _ = parse(["--config", tmp_path / "c.yaml", "--max_length", 9, *TRAIN])
@@ -438,6 +452,8 @@ def test_accelerate_configs_are_files_or_names(tmp_path):
     mine = str(tmp_path / "mine.yaml")
     assert launching.with_config_file(["--accelerate_config", mine, "--x"]) == ["--config_file", mine, "--x"]
     assert launching.with_config_file(["--x"]) == ["--x"]
+    twice = ["--accelerate_config", "zero3", "--x", "--accelerate_config", mine]  # from a recipe, and as a flag
+    assert launching.with_config_file(twice) == ["--config_file", mine, "--x"]
     assert Path(launching.with_config_file(["--accelerate_config", "zero3"])[1]).is_file()
     with pytest.raises(ValueError, match="needs a name or a file"):
         launching.with_config_file(["--accelerate_config"])

@@ -103,6 +103,7 @@ def inspect(model: str, data: str, args: InspectArguments, console: Console) -> 
         from .plot import plot_mask, plot_tree
 
         mask = Path(args.png).with_stem(f"{Path(args.png).stem}-mask")
+        mask.parent.mkdir(parents=True, exist_ok=True)
         for path, plot in ((Path(args.png), plot_tree), (mask, plot_mask)):
             plot(inspection.tree, tokenizer).savefig(path, dpi=160)
             console.print(Text(f"Wrote {path}"))
@@ -201,5 +202,6 @@ def _at_least_one(number: int, name: str) -> int:
 
 
 def _write(path: str, text: str, console: Console) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text, "utf-8")
     console.print(Text(f"Wrote {path}"))

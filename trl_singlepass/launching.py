@@ -70,17 +70,23 @@ def with_config_file(arguments: Sequence[str]) -> list[str]:
     Raises:
         `ValueError`: If there is no such configuration, or no name.
     """
-    arguments = list(arguments)
-    if "--accelerate_config" not in arguments:
-        return arguments
-    index = arguments.index("--accelerate_config")
-    if index + 1 >= len(arguments):
+    rest, path = [], None
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--accelerate_config":
+            path = _config_file(next(remaining, None))  # the last one wins: a flag comes after the config file
+        else:
+            rest.append(argument)
+    return rest if path is None else ["--config_file", path, *rest]
+
+
+def _config_file(name: str | None) -> str:
+    if name is None:
         raise ValueError("--accelerate_config needs a name or a file.")
-    name = arguments[index + 1]
     path = name if Path(name).is_file() else _shipped_configs().get(name)
     if path is None:
         raise ValueError(f"--accelerate_config {name} is neither a file nor one of {', '.join(_shipped_configs())}.")
-    return ["--config_file", path, *arguments[:index], *arguments[index + 2 :]]
+    return path
 
 
 def _shipped_configs() -> dict[str, str]:

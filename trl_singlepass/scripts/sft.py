@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -87,15 +87,15 @@ def _dataset(script_args: Any, dataset_args: Any) -> Any:
         return get_dataset(dataset_args)
     if not script_args.dataset_name:
         raise ValueError("No data: give --dataset_name a file, a folder or a hub id, or list `datasets` in --config.")
-    path = Path(script_args.dataset_name)
+    path, streaming = Path(script_args.dataset_name), script_args.dataset_streaming
     if path.suffix in LINES and path.is_file():
-        rows = Dataset.from_generator(_rows_for_arrow, gen_kwargs={"path": str(path), "mtime": path.stat().st_mtime})
-        return DatasetDict({script_args.dataset_train_split: rows})
+        kind = IterableDataset if streaming else Dataset
+        rows = kind.from_generator(_rows_for_arrow, gen_kwargs={"path": str(path), "mtime": path.stat().st_mtime})
+        return {script_args.dataset_train_split: rows}
     if path.suffix in TABLES and path.is_file():
-        return load_dataset(TABLES[path.suffix], data_files={script_args.dataset_train_split: str(path)})
-    return load_dataset(
-        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-    )
+        files = {script_args.dataset_train_split: str(path)}
+        return load_dataset(TABLES[path.suffix], data_files=files, streaming=streaming)
+    return load_dataset(script_args.dataset_name, name=script_args.dataset_config, streaming=streaming)
 
 
 def _rows_for_arrow(path: str, mtime: float) -> Iterator[dict[str, Any]]:
