@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install test lint demo bench clean
+.PHONY: help install test lint demo demo-model bench docs pictures clean
 
 help:
 	@echo "make demo    fine-tune a small model in one pass and in N passes, compare them (MODEL=… DATA=… for your own)"
+	@echo "make demo-model   write a tiny model to out/demo-model: export MODEL=out/demo-model"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    build the site from docs/ into out/site"
 	@echo "make bench   measure the step time of every mode and write it to benchmarks/results/"
 
 install: $(INSTALLED)
@@ -35,6 +37,15 @@ lint: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python -m demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+demo-model: $(INSTALLED)
+	$(BIN)/python -m demo.make_model
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
+
+pictures: $(INSTALLED)
+	$(BIN)/python -m benchmarks.pictures
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.step_time $(ARGS)
