@@ -30,6 +30,7 @@ from trl_singlepass.auditing.forecast import (
 )
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.rendering import render_row
+from trl_singlepass.rendering_prefixes import Prefixes
 from trl_singlepass.sample import Sample
 from trl_singlepass.tree import PrefixTree
 
@@ -476,3 +477,27 @@ print(time.process_time() - start)
         [sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=environment, capture_output=True, check=True
     )
     assert float(done.stdout) < 60
+
+
+def test_processes_make_the_same_report():
+    rows = [chat(3), tool_chat(), [{"role": "user", "content": "Why?"}], *[chat(2, seed) for seed in range(40)]]
+    alone = audit(rows, make_tokenizer(), CONFIG)
+    together = audit(rows, make_tokenizer(), CONFIG, num_proc=2)
+    assert alone.errors, "one row cannot be trained"
+    assert together.to_dict() == alone.to_dict()
+
+
+def test_beginnings_of_a_conversation_are_rendered_once(monkeypatch):
+    tokenizer, rendered = make_tokenizer(), []
+    audit([chat(2)], tokenizer)  # the first conversation is compared with `apply_chat_template`
+    render = Prefixes._fast
+
+    def counted(prefixes, messages, add_generation_prompt):
+        rendered.append((len(messages), add_generation_prompt))
+        return render(prefixes, messages, add_generation_prompt)
+
+    monkeypatch.setattr(Prefixes, "_fast", counted)
+    messages = chat(6)
+    audit([messages], tokenizer)
+    turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    assert sorted(rendered) == sorted([(k, True) for k in turns] + [(k + 1, False) for k in turns])

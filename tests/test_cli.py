@@ -168,7 +168,9 @@ def test_flags_win_over_the_config_file(run, model, data, tmp_path):
     (tmp_path / "c.yaml").write_text("sample_size: 3\nseed: 1\n")
     _, out, _ = run("audit", model, data, "--config", tmp_path / "c.yaml", "--json", "-")
     assert json.loads(out)["num_audited"] == 3
-    _, out, _ = run("audit", model, data, "--config", tmp_path / "c.yaml", "--sample_size", 2, "--json", "-")
+    _, out, _ = run(
+        "audit", model, data, "--config", tmp_path / "c.yaml", "--sample_size", 2, "--num_proc", 2, "--json", "-"
+    )
     assert json.loads(out)["num_audited"] == 2
 
 

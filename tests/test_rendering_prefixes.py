@@ -60,7 +60,7 @@ def test_beginnings_equal_apply_chat_template(name, messages):
     adapted = [template.adapt(message) for message in messages]
     lengths = range(1, len(adapted) + 1)
     for again in (False, True):  # the first conversation is compared as it is rendered, the second is not
-        prefixes = Prefixes.of(template, adapted, lengths)
+        prefixes = Prefixes.of(template, adapted)
         assert prefixes.compares == (prefixes.compiled is not None and not again)
         for length in lengths:
             for prompt in (False, True):
@@ -104,20 +104,20 @@ def test_a_template_that_never_says_the_same_is_left_to_transformers():
     tokenizer = make_tokenizer("qwen3")
     tokenizer.chat_template += "{{ range(1000000) | random }}"
     template = ChatTemplate.of(tokenizer, None, None, {})
-    assert Prefixes.of(template, chat(2), [3, 5]).compiled is None
+    assert Prefixes.of(template, chat(2)).compiled is None
 
 
 def test_a_tokenizer_with_a_way_of_its_own_is_left_to_it(monkeypatch):
     tokenizer = make_tokenizer("qwen3")
     monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *_, **__: "its own")
     template = ChatTemplate.of(tokenizer, None, None, {})
-    assert Prefixes.of(template, chat(2), [3, 5]).render(3) == "its own"
+    assert Prefixes.of(template, chat(2)).render(3) == "its own"
 
 
 @pytest.mark.parametrize("name", ["continue_final_message", "not an identifier"])
 def test_arguments_that_no_template_sees_are_left_to_transformers(name):
     template = ChatTemplate.of(make_tokenizer("qwen3"), None, None, {name: False})
-    assert Prefixes.of(template, chat(2), [3, 5]).compiled is None
+    assert Prefixes.of(template, chat(2)).compiled is None
 
 
 def test_the_sandbox_hands_out_what_transformers_sandbox_hands_out():

@@ -64,6 +64,7 @@ class AuditArguments(DataArguments):
     )
     seed: int = field(default=0, metadata={"help": "Seed of the draw."})
     max_length: int | None = field(default=None, metadata={"help": "Length in tokens to compare samples with."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that look at the rows."})
     json: str | None = field(default=None, metadata={"help": "Write the report as JSON to this file, or '-'."})
     html: str | None = field(default=None, metadata={"help": "Write the report as a page with plots to this file."})
 
@@ -118,7 +119,13 @@ def audit(model: str, data: str, args: AuditArguments, console: Console) -> int:
     tokenizer, rows = _tokenizer(model, args), _rows(data, args)
     config = load_config(model, trust_remote_code=args.trust_remote_code)
     report = audit_dataset(
-        rows, tokenizer, config, sample_size=args.sample_size, seed=args.seed, max_length=args.max_length
+        rows,
+        tokenizer,
+        config,
+        sample_size=args.sample_size,
+        seed=args.seed,
+        max_length=args.max_length,
+        num_proc=args.num_proc,
     )
     if args.json == "-":
         console.file.write(json.dumps(report.to_dict(), indent=2) + "\n")

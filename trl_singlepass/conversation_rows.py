@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .history import render_with_history
 from .overlong import FittedSamples, fit_samples
+from .rendering import render_conversation
 from .rendering_messages import Conversation, RenderingError
+from .rendering_prefixes import Prefixes
 from .rows import ROW_COLUMNS, Row
 from .sample import Sample
 from .selection import select_turns
@@ -37,7 +39,12 @@ COUNT_COLUMNS = (
 
 
 def samples_of(
-    example: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, settings: RowSettings
+    example: Mapping[str, Any],
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RowSettings,
+    *,
+    prefixes: Prefixes | None = None,
 ) -> FittedSamples:
     """
     Return the samples of one dataset row that are trained.
@@ -51,6 +58,8 @@ def samples_of(
             Tokenizer with a chat template.
         settings (`RowSettings`):
             Bounds.
+        prefixes ([`Prefixes`], *optional*):
+            The beginnings of the row's conversation, where they are at hand.
 
     Returns:
         `FittedSamples`: The samples, and what was lost.
@@ -59,7 +68,7 @@ def samples_of(
         `RenderingError`: If the row cannot be rendered without losing part of a turn, or a turn is refused.
     """
     try:
-        given, weights = _turns_of(example, tokenizer, settings)
+        given, weights = _turns_of(example, tokenizer, settings, prefixes)
         given = [replace(sample, turn_index=turn) for turn, sample in enumerate(given)]
         chosen = select_turns(given, settings.train_turns, seed=settings.seed, row_index=index)
         chosen = [sample for sample in chosen if weights[sample.message_index or 0] > 0]
@@ -76,14 +85,17 @@ def samples_of(
 
 
 def _turns_of(
-    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: RowSettings
+    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: RowSettings, prefixes: Prefixes | None
 ) -> tuple[list[Sample], list[float]]:
     """Samples of all turns of a row, and the weight of each message, or of each turn that is tokens already."""
     if example.get("turns") is not None:
         return samples_of_turns(example["turns"], len(tokenizer)), message_weights(example["turns"])
     conversation = Conversation.from_row(dict(example))
     history = example.get("history") or settings.history
-    return render_with_history(conversation, tokenizer, history), message_weights(conversation.messages)
+    weights = message_weights(conversation.messages)
+    if prefixes is not None and history == "template":
+        return render_conversation(conversation, tokenizer, prefixes=prefixes), weights
+    return render_with_history(conversation, tokenizer, history), weights
 
 
 def rows_of(

@@ -100,7 +100,9 @@ class _Turn:
     reasoning_end: int
 
 
-def render_conversation(conversation: Conversation, tokenizer: Any, chat_template: str | None = None) -> list[Sample]:
+def render_conversation(
+    conversation: Conversation, tokenizer: Any, chat_template: str | None = None, *, prefixes: Prefixes | None = None
+) -> list[Sample]:
     """
     Render the turns of a conversation that has been read from a dataset row.
 
@@ -111,6 +113,8 @@ def render_conversation(conversation: Conversation, tokenizer: Any, chat_templat
             Tokenizer with a chat template.
         chat_template (`str`, *optional*):
             Template to use instead of the tokenizer's own.
+        prefixes ([`Prefixes`], *optional*):
+            The beginnings of the conversation under that template, where they are at hand.
 
     Returns:
         `list[Sample]`: One sample per trained assistant message.
@@ -126,12 +130,10 @@ def render_conversation(conversation: Conversation, tokenizer: Any, chat_templat
             f"Expected at least one assistant message to train, got messages with the roles: {roles}. Name the role "
             "of the model's messages 'assistant', or leave the row out."
         )
-    template = ChatTemplate.of(tokenizer, chat_template, conversation.tools, conversation.template_kwargs)
-    adapted = [template.adapt(message) for message in messages]
-    prefixes = Prefixes.of(template, adapted, [k + 1 for k in trained])
+    prefixes = prefixes or Prefixes.of_conversation(conversation, tokenizer, chat_template)
     turns = [_turn(prefixes, k) for k in trained]
-    _check_context(template, adapted, turns)
-    return _samples(turns, template)
+    _check_context(prefixes, turns)
+    return _samples(turns, prefixes.template)
 
 
 def _turn(prefixes: Prefixes, k: int) -> _Turn:
@@ -160,15 +162,15 @@ def _complete(prefixes: Prefixes, k: int, prompt: str, said: Spoken) -> str:
     return rendering + prefixes.template.stop_after(said)
 
 
-def _check_context(template: ChatTemplate, messages: list[Message], turns: list[_Turn]) -> None:
+def _check_context(prefixes: Prefixes, turns: list[_Turn]) -> None:
     """Refuse messages with a role that the template drops without a word."""
-    for k, message in enumerate(messages):
+    for k, message in enumerate(prefixes.messages):
         if message.get("role") in _COMMON_ROLES:
             continue
         following = next((turn for turn in turns if turn.message_index > k), None)
         if following and not contains(following.prompt, text_of(message.get("content"))):
             reason = f"the template drops messages of the role '{message.get('role')}'. Give it a role that it knows"
-            raise _error(template, k, reason)
+            raise _error(prefixes.template, k, reason)
 
 
 def _samples(turns: list[_Turn], template: ChatTemplate) -> list[Sample]:

@@ -153,8 +153,10 @@ def _prints(text: str, leaf: Any) -> bool:
     """Whether a text holds a value in one of the ways in which templates print it."""
     if not isinstance(leaf, str):
         return str(leaf) in text or json.dumps(leaf) in text
+    if contains(text, leaf):
+        return True
     quoted = (json.dumps(leaf), json.dumps(leaf, ensure_ascii=False), repr(leaf))
-    return any(contains(text, form) for form in (leaf, *(form[1:-1] for form in quoted)))
+    return any(contains(text, form[1:-1]) for form in quoted)
 
 
 def _short(value: Any) -> str:

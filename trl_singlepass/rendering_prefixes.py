@@ -1,6 +1,5 @@
 """Renderings of all beginnings of a conversation, with what they have in common prepared once."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
@@ -8,7 +7,7 @@ from typing import Any
 
 from jinja2 import Template, TemplateError
 
-from .rendering_messages import Message
+from .rendering_messages import Conversation, Message
 from .rendering_reasoning import without_reasoning
 from .rendering_sandbox import compiled_template
 from .rendering_templates import ChatTemplate
@@ -41,7 +40,7 @@ class Prefixes:
         compares (`bool`):
             Whether to compare each rendering.
         known (`dict`):
-            The rendering that `apply_chat_template` has made already, by its number of messages.
+            The renderings made so far, by number of messages and whether a generation prompt follows.
     """
 
     template: ChatTemplate
@@ -49,10 +48,32 @@ class Prefixes:
     compiled: Template | None = None
     variables: dict[str, Any] = field(default_factory=dict)
     compares: bool = False
-    known: dict[int, str] = field(default_factory=dict)
+    known: dict[tuple[int, bool], str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, template: ChatTemplate, messages: list[Message], lengths: Sequence[int]) -> "Prefixes":
+    def of_conversation(
+        cls, conversation: Conversation, tokenizer: Any, chat_template: str | None = None
+    ) -> "Prefixes":
+        """
+        Prepare a conversation as it was read from a dataset row.
+
+        Args:
+            conversation ([`Conversation`]):
+                The conversation.
+            tokenizer (`PreTrainedTokenizerBase`):
+                Tokenizer with a chat template.
+            chat_template (`str`, *optional*):
+                Template to use instead of the tokenizer's own.
+
+        Returns:
+            `Prefixes`: Its beginnings.
+        """
+        template = ChatTemplate.of(tokenizer, chat_template, conversation.tools, conversation.template_kwargs)
+        adapted = [template.adapt(message) for message in conversation.messages]
+        return cls.of(template, adapted, conversation.first_trained)
+
+    @classmethod
+    def of(cls, template: ChatTemplate, messages: list[Message], first_trained: int = 0) -> "Prefixes":
         """
         Prepare a conversation.
 
@@ -61,14 +82,15 @@ class Prefixes:
                 The template.
             messages (`list[dict]`):
                 The conversation, in the form that the template reads.
-            lengths (`Sequence[int]`):
-                Numbers of messages that will be rendered without a generation prompt.
+            first_trained (`int`, *optional*, defaults to 0):
+                Position of the first message that may be trained.
 
         Returns:
             `Prefixes`: Its beginnings.
         """
         slow = cls(template, messages)
-        if len(lengths) < 2 or not _is_stock(template):
+        turns = [k for k, message in enumerate(messages) if message.get("role") == "assistant" and k >= first_trained]
+        if len(turns) < 2 or not _is_stock(template):
             return slow
         way = template.source, bool(template.tools), frozenset(template.kwargs)
         compiled = compiled_template(template.full_source) if _compared.get(way, True) else None
@@ -76,9 +98,10 @@ class Prefixes:
             return slow
         try:
             variables = _variables_of(template, messages)
-            longest = template.render(messages[: max(lengths)])
-            fast = cls(template, messages, compiled, variables, way not in _compared, {max(lengths): longest})
-            agrees = fast._fast(variables["messages"][: max(lengths)], False) == longest
+            length = turns[-1] + 1
+            longest = template.render(messages[:length])
+            fast = cls(template, messages, compiled, variables, way not in _compared, {(length, False): longest})
+            agrees = fast._fast(variables["messages"][:length], False) == longest
         except Exception:  # templates raise what they like; it comes up again where that rendering is asked for
             return slow
         _compared[way] = agrees
@@ -99,19 +122,12 @@ class Prefixes:
         Raises:
             `Exception`: What the template raises.
         """
-        if last is None and not add_generation_prompt and length in self.known:
-            return self.known[length]
-        messages = self.messages[:length] if last is None else [*self.messages[: length - 1], last]
-        if self.compiled is None:
-            return self.template.render(messages, add_generation_prompt)
-        try:
-            prepared = self.variables["messages"][: length if last is None else length - 1]
-            if last is not None:
-                prepared += _variables_of(self.template, [last])["messages"]
-            text = self._fast(prepared, add_generation_prompt)
-        except Exception:  # the same comes out of `apply_chat_template`, or nothing does
-            return self.template.render(messages, add_generation_prompt)
-        return self._compared(text, messages, add_generation_prompt) if self.compares else text
+        if last is not None:
+            return self._rendered([*self.messages[: length - 1], last], add_generation_prompt, last)
+        key = length, add_generation_prompt
+        if key not in self.known:
+            self.known[key] = self._rendered(self.messages[:length], add_generation_prompt)
+        return self.known[key]
 
     def add_reasoning(self, length: int, prompt: str) -> str | None:
         """Return the rendering of a beginning with the reasoning that the template leaves out of its last message."""
@@ -120,6 +136,18 @@ class Prefixes:
         last = self.messages[length - 1]
         said = self.template.spoken(last)
         return self.template.add_reasoning(prompt, self.render(length, last=without_reasoning(last, said)), said)
+
+    def _rendered(self, messages: list[Message], add_generation_prompt: bool, last: Message | None = None) -> str:
+        if self.compiled is None:
+            return self.template.render(messages, add_generation_prompt)
+        try:
+            prepared = self.variables["messages"][: len(messages)]
+            if last is not None:
+                prepared[-1:] = _variables_of(self.template, [last])["messages"]
+            text = self._fast(prepared, add_generation_prompt)
+        except Exception:  # the same comes out of `apply_chat_template`, or nothing does
+            return self.template.render(messages, add_generation_prompt)
+        return self._compared(text, messages, add_generation_prompt) if self.compares else text
 
     def _fast(self, messages: list[Message], add_generation_prompt: bool) -> str:
         assert self.compiled is not None

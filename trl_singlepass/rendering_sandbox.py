@@ -1,16 +1,18 @@
 """transformers' sandbox for chat templates, with its verdicts on plain data remembered instead of found each time."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from types import BuiltinMethodType
 from typing import Any
 
 from jinja2 import Environment, Template
-from jinja2.runtime import Context, LoopContext
+from jinja2.runtime import Context, LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 _OF_DICTS = frozenset(dir(dict))
 _OF_LOOPS = ("index", "index0", "first", "last", "length", "revindex", "revindex0")
+_DICTS_KEPT = 256
 _PLAIN_TYPES = frozenset({bool, int, float, str, type(None), list, dict})
 
 
@@ -38,7 +40,7 @@ class RememberingSandbox(ImmutableSandboxedEnvironment):
         kind = type(obj)
         if kind is dict:
             if attribute not in _OF_DICTS:
-                return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+                return obj[attribute] if attribute in obj else _missing_key(self.undefined, attribute)  # type: ignore[arg-type]
         elif kind in _HARMLESS:
             if attribute in _HARMLESS[kind]:
                 return getattr(obj, attribute)
@@ -56,6 +58,33 @@ class RememberingSandbox(ImmutableSandboxedEnvironment):
             kwargs.pop("_loop_vars", None)
             return __obj(*args, **kwargs)
         return super().call(__context, __obj, *args, **kwargs)
+
+
+def _remembered(filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    A filter that keeps what it made of the last dicts: tools are printed in each rendering.
+
+    A template cannot change a dict, and nobody else holds those that it sees.
+    """
+    made: dict[Any, tuple[Any, Any]] = {}
+
+    def remembered(value: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(value) is not dict:
+            return filter_(value, *args, **kwargs)
+        key = id(value), args, *kwargs.items()
+        if key not in made:
+            made[key] = value, filter_(value, *args, **kwargs)  # the value is held, so that its id is not reused
+            for oldest in list(made)[:-_DICTS_KEPT]:
+                del made[oldest]
+        return made[key][1]
+
+    return remembered
+
+
+@lru_cache
+def _missing_key(undefined: type[Undefined], name: str) -> Undefined:
+    """What a template gets for a key that a dict lacks; of the dict itself it sees nothing."""
+    return undefined(obj={}, name=name)
 
 
 @lru_cache
@@ -80,4 +109,5 @@ def compiled_template(source: str) -> Template | None:
         return None
     remembering = environment.overlay()
     remembering.__class__ = RememberingSandbox
+    remembering.filters = {**environment.filters, "tojson": _remembered(environment.filters["tojson"])}
     return remembering.from_string(source)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from .rendering_messages import Message, RenderingError
@@ -34,7 +35,7 @@ _FROZEN_CLOCK = """{%- macro strftime_now(format) -%}
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ChatTemplate:
     """
     A tokenizer's chat template, with the tools and arguments of one conversation and with the clock stopped.
@@ -78,12 +79,12 @@ class ChatTemplate:
         """All further arguments that the template is called with."""
         return {"frozen_clock": self.clock, **self.kwargs} if self.clock else self.kwargs
 
-    @property
+    @cached_property
     def traits(self) -> Traits:
         """How the template treats assistant messages."""
         return traits_of(self)
 
-    @property
+    @cached_property
     def tags(self) -> ReasoningTags | None:
         """Marks that the template knows around reasoning."""
         return reasoning_tags(self.source)

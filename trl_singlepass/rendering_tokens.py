@@ -17,6 +17,9 @@ Ids = NDArray[np.int64]
 # Text of each shape that a tokenizer could treat differently at a border than inside a text.
 _PROBES = ("x", " x", "x ", "\n", "\n\nx", "  \n x y", "é")
 
+# Characters from which on it pays to keep the ids of a beginning, and how many of them are kept.
+_LONG, _BEGINNINGS_KEPT = 1024, 64
+
 _borders: WeakKeyDictionary[Any, dict[tuple[str, int], "HardBorders"]] = WeakKeyDictionary()
 
 
@@ -45,6 +48,8 @@ class HardBorders:
         self.tokenizer = tokenizer
         self.tokens = sorted(tokens, key=len, reverse=True)  # of two that match, a tokenizer takes the longer
         self.longest = max(map(len, tokens), default=0)
+        self.beginnings: dict[str, Ids] = {}
+        self.backend = _backend_of(tokenizer) if tokens else None
         self.pattern = re.compile("(" + "|".join(map(re.escape, self.tokens)) + ")")
 
     @cached_property
@@ -56,6 +61,23 @@ class HardBorders:
     def split(self, text: str) -> list[str]:
         """Cut a text before and after each border token."""
         return [piece for piece in self.pattern.split(text) if piece] if self.tokens else [text]
+
+    def encode(self, pieces: list[str]) -> list[Ids]:
+        """Return the ids of each piece: where nothing else is asked for, without the offsets that take time."""
+        backend = self.backend
+        if backend is None or backend.truncation or backend.padding or backend.encode_special_tokens:
+            return _encode(self.tokenizer, pieces)
+        encodings = backend.encode_batch_fast(pieces, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def remember(self, beginning: dict[str, Ids]) -> None:
+        """Keep the ids of a system prompt, tool schemas or a few shots: other conversations may begin with them."""
+        for piece, ids in beginning.items():
+            if len(piece) >= _LONG:
+                self.beginnings.pop(piece, None)
+                self.beginnings[piece] = ids
+        for oldest in list(self.beginnings)[:-_BEGINNINGS_KEPT]:
+            del self.beginnings[oldest]
 
     def hold(self) -> bool:
         """Whether pieces tokenise to the same ids alone as within a text: not so where a text gets a prefix space."""
@@ -79,8 +101,10 @@ def tokenize(borders: HardBorders, texts: Sequence[str]) -> list[Ids]:
         `list[numpy.ndarray]`: The ids of each text, exactly as the tokenizer gives them for the whole text.
     """
     split = list(_split_all(borders, texts))
-    distinct = list(dict.fromkeys(piece for _, pieces in split for piece in pieces if piece not in borders.token_ids))
-    ids = dict(zip(distinct, _encode(borders.tokenizer, distinct), strict=True)) | borders.token_ids
+    known = borders.token_ids | borders.beginnings
+    distinct = list(dict.fromkeys(piece for _, pieces in split for piece in pieces if piece not in known))
+    ids = known | dict(zip(distinct, borders.encode(distinct), strict=True))
+    borders.remember({piece: ids[piece] for _, pieces in split[:1] for piece in pieces})
     tokenized: list[Ids] = []
     previous, ends = np.array([], np.int64), [0]
     for kept, pieces in split:
@@ -105,12 +129,12 @@ def common_length(left: Any, right: Any) -> int:
     if isinstance(left, np.ndarray):
         differing = np.flatnonzero(left[:limit] != right[:limit])
         return int(differing[0]) if len(differing) else limit
-    if left[:limit] == right[:limit]:
+    if left.startswith(right) or right.startswith(left):
         return limit
-    low, high = 0, limit - 1  # comparing slices is far faster than a loop over characters
-    while low < high:
+    low, high = 0, limit - 1
+    while low < high:  # comparing halves is far faster than a loop over characters
         middle = (low + high + 1) // 2
-        if left[low:middle] == right[low:middle]:
+        if right.startswith(left[low:middle], low):
             low = middle
         else:
             high = middle - 1
@@ -134,6 +158,18 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[Ids]:
         return []
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
     return [np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"]]
+
+
+def _backend_of(tokenizer: Any) -> Any:
+    """What a tokenizer of stock methods asks for ids, if it is new enough to leave out offsets."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    kind, backend = type(tokenizer), getattr(tokenizer, "backend_tokenizer", None)
+    is_stock = (
+        kind.__call__ is PreTrainedTokenizerBase.__call__
+        and getattr(kind, "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus
+    )
+    return backend if is_stock and hasattr(backend, "encode_batch_fast") else None
 
 
 def _candidates(tokenizer: Any, chat_template: str) -> list[str]:

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import pickle
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from datasets.utils.tqdm import tqdm
 
-from ..conversation_rows import samples_of
-from ..cost import ModelShape
-from ..rendering_messages import Conversation
-from ..settings import RowSettings
-from .counts import Lengths, SampleSize, SharingByTurns, TurnStats
-from .forecast import NPASS, SINGLE_PASS, ConversationCost, conversation_cost, forecast, shape_of
-from .recipes import ASSISTANT_ONLY, LAST_TURN, AssistantOnlyLoss, RecipeCounts, last_turn_only
+from .counts import Lengths, SharingByTurns, TurnStats
+from .forecast import NPASS, SINGLE_PASS, ConversationCost, forecast, shape_of
+from .recipes import ASSISTANT_ONLY, LAST_TURN, RecipeCounts
 from .report import AuditReport, RecipeReport, RowErrors
-from .templates import TemplateFacts, TemplateSurvey
-from .turns import TurnFacts, turn_facts
+from .tally import Auditor, Tally
 
 
 DEFAULT_SAMPLE_SIZE = 500
 _ROWS_NAMED = 5
+_ROWS_AT_ONCE = 32  # that a process looks at before it tells what they hold
 
 
 def audit(
@@ -38,6 +34,7 @@ def audit(
     seed: int = 0,
     max_length: int | None = None,
     chat_template: str | None = None,
+    num_proc: int | None = None,
 ) -> AuditReport:
     """
     Look at what a dataset holds, what its chat template drops, and what training it would cost.
@@ -61,6 +58,8 @@ def audit(
             Length in tokens to compare samples with; the model's `max_position_embeddings` by default.
         chat_template (`str`, *optional*):
             Template to use instead of the tokenizer's own.
+        num_proc (`int`, *optional*):
+            Number of processes that look at the rows. The report is the same.
 
     Returns:
         [`AuditReport`]: The report. `str()` of it is a table, `.findings` are sentences, `.to_dict()` is for JSON.
@@ -85,97 +84,58 @@ def audit(
     if max_length is None:
         max_length = getattr(model_config and model_config.get_text_config(), "max_position_embeddings", None)
     shape, num_rows = shape_of(model_config), _length(dataset)
-    tally = _Tally(tokenizer, shape)
-    rows = _sample(dataset, num_rows, DEFAULT_SAMPLE_SIZE if sample_size is None else sample_size, seed)
-    for index, row in tqdm(rows, desc="Auditing conversations", unit=" rows"):
-        tally.add(index, {"messages": row} if isinstance(row, list) else dict(row))
-    if tally.num_rows == 0:
+    rows, positions = _drawn(dataset, num_rows, DEFAULT_SAMPLE_SIZE if sample_size is None else sample_size, seed)
+    if not positions:
         raise ValueError("Nothing to audit: the dataset is empty.")
-    return _report(tally, num_rows, max_length)
+    auditor = Auditor(tokenizer, shape)
+    if num_proc is not None and num_proc > 1:
+        tally = _tally_in_processes(auditor, rows, positions, num_proc)
+    else:
+        tally = _tally(auditor, rows, tqdm(positions, desc="Auditing conversations", unit=" rows"))
+    return _report(tally, auditor, num_rows, max_length)
 
 
 def _length(dataset: Any) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None
 
 
-def _sample(dataset: Any, num_rows: int | None, sample_size: int, seed: int) -> Sequence[tuple[int, Any]] | _Indexed:
+def _drawn(dataset: Any, num_rows: int | None, sample_size: int, seed: int) -> tuple[Any, list[int]]:
+    """Something that holds the rows to look at, and their positions in it."""
     if sample_size < 1:
         raise ValueError(f"sample_size must be 1 or more, got {sample_size}.")
     if num_rows is None:
-        return list(enumerate(islice(dataset, sample_size)))
+        rows = list(islice(dataset, sample_size))
+        return rows, list(range(len(rows)))
     drawn = np.random.default_rng(seed).permutation(num_rows)[:sample_size]
-    return _Indexed(dataset, np.sort(drawn).tolist())
+    return dataset, np.sort(drawn).tolist()
 
 
-@dataclass(frozen=True, slots=True)
-class _Indexed:
-    """Rows at some positions, read when they are looked at."""
-
-    dataset: Any
-    positions: list[int]
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        return ((position, self.dataset[position]) for position in self.positions)
+def _tally(auditor: Auditor, rows: Any, positions: Iterable[int]) -> Tally:
+    tally = Tally()
+    for position in positions:
+        row = rows[position]
+        auditor.look_at(position, {"messages": row} if isinstance(row, list) else dict(row), tally)
+    return tally
 
 
-@dataclass(slots=True)
-class _Tally:
-    """What the rows looked at so far hold. Of the tokens themselves, only first prompts are kept."""
-
-    tokenizer: Any
-    shape: ModelShape
-    num_rows: int = 0
-    errors: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
-    templates: Counter[TemplateFacts] = field(default_factory=Counter)
-    turns: list[list[TurnFacts]] = field(default_factory=list)
-    sizes: list[list[SampleSize]] = field(default_factory=list)
-    costs: list[ConversationCost] = field(default_factory=list)
-    last_turn: list[RecipeCounts] = field(default_factory=list)
-    assistant_only: list[RecipeCounts] = field(default_factory=list)
-    recipe: AssistantOnlyLoss = field(init=False)
-    recipe_refusals: Counter[str] = field(default_factory=Counter)
-    survey: TemplateSurvey = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.recipe, self.survey = AssistantOnlyLoss(self.tokenizer), TemplateSurvey(self.tokenizer)
-
-    def add(self, index: int, row: dict[str, Any]) -> None:
-        """Look at one row. Whatever is wrong with it is noted; it must not keep the others from being looked at."""
-        self.num_rows += 1
-        conversation: Conversation | None = None
-        try:
-            if row.get("turns") is None:  # tokens already: no template takes part
-                conversation = Conversation.from_row(row)
-                self.turns.append(turn_facts(conversation, self.tokenizer))
-                self.templates[self.survey.facts(conversation)] += 1
-            samples = samples_of(row, index, self.tokenizer, RowSettings()).samples
-            if not samples:
-                raise ValueError("All its turns have the weight 0, so nothing of it is trained.")
-        except Exception as error:  # a row can be anything, and templates raise what they like
-            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            reason = reason.removeprefix(f"Row {index}: ")
-            self.errors[_kind_of(reason)].append((index, reason))
-            return
-        self.sizes.append([SampleSize.of(sample) for sample in samples])
-        self.costs.append(conversation_cost(samples, self.shape))
-        self.last_turn.append(last_turn_only(samples))
-        if self.recipe.refusal is None and conversation is not None:
-            try:
-                self.assistant_only.append(self.recipe.counts(conversation, samples))
-            except Exception as error:  # noted: TRL's training templates refuse what the stock ones render
-                self.recipe_refusals[str(error) or type(error).__name__] += 1
+def _tally_in_processes(auditor: Auditor, rows: Any, positions: list[int], num_proc: int) -> Tally:
+    parts = Dataset.from_dict({"position": positions}).map(
+        lambda batch: {"tally": [pickle.dumps(_tally(auditor, rows, batch["position"]))]},
+        batched=True,
+        batch_size=_ROWS_AT_ONCE,
+        writer_batch_size=1,
+        remove_columns=["position"],
+        num_proc=num_proc,
+        new_fingerprint="audit",
+        desc="Auditing conversations",
+    )
+    tally = Tally()
+    for part in parts["tally"]:
+        tally.merge(pickle.loads(part))
+    return tally
 
 
-def _kind_of(reason: str) -> str:
-    """Reason without what differs from row to row: names, numbers and quoted values."""
-    reason = re.sub(r"^Message \d+ cannot be rendered with the [^:]*: ", "", reason)
-    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", reason)
-
-
-def _report(tally: _Tally, num_rows: int | None, max_length: int | None) -> AuditReport:
+def _report(tally: Tally, auditor: Auditor, num_rows: int | None, max_length: int | None) -> AuditReport:
     facts, sizes, costs = tally.turns, tally.sizes, tally.costs
     depth = max([*map(len, facts), *map(len, sizes)], default=0)
     coverage = 0.0 if num_rows is None else tally.num_rows / num_rows
@@ -192,8 +152,8 @@ def _report(tally: _Tally, num_rows: int | None, max_length: int | None) -> Audi
         tree_lengths=Lengths.of(cost.by_schedule[SINGLE_PASS].tokens for cost in costs) if costs else None,
         num_chains=sum(cost.num_chains for cost in costs),
         sharing_by_turns=_sharing_by_turns(costs),
-        recipes=_recipes(tally),
-        forecast=forecast(costs, tally.shape, coverage) if costs else None,
+        recipes=_recipes(tally, auditor.recipe.refusal),
+        forecast=forecast(costs, auditor.shape, coverage) if costs else None,
     )
 
 
@@ -201,7 +161,7 @@ def _at(rows: Sequence[Sequence[Any]], place: int) -> list[Any]:
     return [row[place] for row in rows if place < len(row)]
 
 
-def _errors(tally: _Tally) -> tuple[RowErrors, ...]:
+def _errors(tally: Tally) -> tuple[RowErrors, ...]:
     groups = sorted(tally.errors.values(), key=len, reverse=True)
     return tuple(
         RowErrors(len(group), tuple(index for index, _ in group[:_ROWS_NAMED]), group[0][1]) for group in groups
@@ -223,8 +183,8 @@ def _sharing_by_turns(costs: Sequence[ConversationCost]) -> tuple[SharingByTurns
     )
 
 
-def _recipes(tally: _Tally) -> tuple[RecipeReport, ...]:
-    refusal = tally.recipe.refusal or next(iter(tally.recipe_refusals), None)
+def _recipes(tally: Tally, refusal: str | None) -> tuple[RecipeReport, ...]:
+    refusal = refusal or next(iter(tally.recipe_refusals), None)
     return (
         _recipe(ASSISTANT_ONLY, tally.assistant_only, refusal),
         _recipe(LAST_TURN, tally.last_turn, None),

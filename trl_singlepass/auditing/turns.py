@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ..rendering_checks import contains, lost_calls, stray_reasoning, without
 from ..rendering_messages import Conversation, Message
@@ -81,22 +80,22 @@ class _Text:
         return self.complete[common_length(self.prompt, self.complete) :]
 
 
-def turn_facts(conversation: Conversation, tokenizer: Any) -> list[TurnFacts]:
+def turn_facts(conversation: Conversation, prefixes: Prefixes) -> list[TurnFacts]:
     """
     Look at each turn of a conversation, whether it can be trained or not.
 
     Args:
         conversation ([`Conversation`]):
             The conversation.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
+        prefixes ([`Prefixes`]):
+            Its beginnings under a chat template.
 
     Returns:
         `list[TurnFacts]`: One entry per assistant message that the template renders at all.
     """
-    template = ChatTemplate.of(tokenizer, None, conversation.tools, conversation.template_kwargs)
-    texts = list(_texts(conversation, template))
-    continuations = _continuations(list(texts), hard_borders(tokenizer, template.source))
+    template = prefixes.template
+    texts = list(_texts(conversation, prefixes))
+    continuations = _continuations(texts, hard_borders(template.tokenizer, template.source))
     following = [text for _, text in texts[1:]]
     return [
         _facts(template, k, text, then, continues)
@@ -104,13 +103,11 @@ def turn_facts(conversation: Conversation, tokenizer: Any) -> list[TurnFacts]:
     ]
 
 
-def _texts(conversation: Conversation, template: ChatTemplate) -> Iterator[tuple[int, _Text]]:
-    adapted = [template.adapt(message) for message in conversation.messages]
-    first = max(conversation.first_trained, 1)
-    turns = [k for k, message in enumerate(adapted) if message.get("role") == "assistant" and k >= first]
-    prefixes = Prefixes.of(template, adapted, [k + 1 for k in turns])
-    for k in turns:
-        said = template.spoken(adapted[k])
+def _texts(conversation: Conversation, prefixes: Prefixes) -> Iterator[tuple[int, _Text]]:
+    for k, message in enumerate(prefixes.messages):
+        if message.get("role") != "assistant" or k < max(conversation.first_trained, 1):
+            continue
+        said = prefixes.template.spoken(message)
         try:
             prompt = prefixes.render(k, add_generation_prompt=True)
             own = prefixes.render(k + 1)
