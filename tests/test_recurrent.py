@@ -16,7 +16,7 @@ from tiny_configs import tiny_model
 from training import largest_difference, single_pass_trainer, stock_trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trl_singlepass.attention import Tree, UnsupportedModelError, check_model, use_tree_attention
+from trl_singlepass.attention import UnsupportedModelError, check_model, use_tree_attention
 from trl_singlepass.recurrent import layer as recurrent_layer
 from trl_singlepass.recurrent import recurrent_layers, stop_tree_recurrence
 from trl_singlepass.recurrent.families import Handling
@@ -234,9 +234,7 @@ def test_no_layer_takes_a_lone_token_for_a_step_of_generation():
     samples = [Sample(range(5, 12), [0.0] + [1.0] * 6, 1), Sample([5, 6, 7, 30], [0.0, 1.0, 1.0, 0.0], 1)]
     row = Row.from_tree(PrefixTree.from_samples(samples))
     plan = TreePlan.from_rows([row])
-    layout = Layout(
-        Tree(plan, torch.from_numpy(row.subtree_end)[None], torch.from_numpy(plan.depths())[None]), fork_schedule(plan)
-    )
+    layout = Layout(plan.length, fork_schedule(plan), torch.device("cpu"))
     starts = [layout.schedule.pieces[batch[0]].source < 0 for batch in layout.schedule.batches]
     lengths = [length for _, length in layout.shapes]
     assert 1 in [piece.length for piece in layout.schedule.pieces if piece.source >= 0]

@@ -20,7 +20,9 @@ def row_of(sample_sets):
 
 rows = st.lists(sample_sets(max_samples=5, max_length=16), min_size=1, max_size=3).map(row_of)
 sizes = st.integers(1, 60)
-policies = st.fixed_dictionaries({"keep_history": st.booleans(), "smallest_wave": st.integers(1, 8)})
+policies = st.fixed_dictionaries(
+    {"keep_history": st.booleans(), "smallest_wave": st.integers(1, 8), "lone_tokens": st.booleans()}
+)
 
 
 @given(rows, sizes, policies)
@@ -29,12 +31,14 @@ def test_waves_cover_the_row_once_in_order(row, size, policy):
     borders = [0, *(wave.end for wave in plan.waves)]
     assert [wave.start for wave in plan.waves] == borders[:-1]
     assert borders[-1] == len(row[0])
-    assert all(len(wave) > 0 for wave in plan.waves)
+    shortest = 1 if policy["lone_tokens"] else min(2, len(row[0]))
+    assert all(len(wave) >= shortest for wave in plan.waves)
 
 
 @given(rows, sizes, policies)
 def test_no_more_tokens_than_allowed_are_alive(row, size, policy):
     plan = WavePlan.from_tree_plan(row[1], size, **policy)
+    size += 0 if policy["lone_tokens"] else 2
     for group in plan.groups:
         kept = [wave for wave in group if wave.is_kept]
         assert kept in ([], [group[0]])

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from chat_tokenizers import make_tokenizer
 from equivalence import CONVERSATIONS, adapted, single_pass_trainer, stock_trainer
 from families import tiny_model
+from tiny_configs import tiny_model as tiny_hybrid
 from training import float32_model, largest_difference, logged, parameters
 from waves_worker import CASES
 
@@ -127,6 +128,14 @@ def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path, tokenizer):
 def test_other_families(tmp_path, tokenizer, family):
     model = tiny_model(family, len(tokenizer), torch.float32, attn_implementation="eager", initializer_range=0.05)
     assert_equal(*train_both(tmp_path, tokenizer, model, 64), model)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "lfm2", "jamba"])
+def test_hybrids(tmp_path, tokenizer, model_type, checkpointing):
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model = tiny_hybrid(model_type, vocab_size=len(tokenizer), initializer_range=0.05, **special).float()
+    assert_equal(*train_both(tmp_path, tokenizer, model, 64, gradient_checkpointing=checkpointing), model)
 
 
 @pytest.fixture(scope="module")
@@ -271,10 +280,11 @@ def test_kernels_that_read_one_row_are_refused(tmp_path, tokenizer):
         single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, per_device_train_batch_size=4)
 
 
-def test_states_that_are_not_handed_on_are_refused(tmp_path, tokenizer):
-    model = small_hybrid()
-    with pytest.raises(ValueError, match=r"Qwen3_5GatedDeltaNet does not work with wave_tokens: its state is not"):
-        single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, per_device_train_batch_size=4)
+def test_layers_whose_activations_are_not_counted_are_refused_where_counting_is_asked_for(tmp_path, tokenizer):
+    with pytest.raises(
+        ValueError, match=r"Qwen3_5GatedDeltaNet does not work with wave_tokens='auto': its activations"
+    ):
+        single_pass_trainer(tmp_path, tokenizer, small_hybrid(), wave_tokens="auto", per_device_train_batch_size=4)
 
 
 def test_engines_that_accumulate_otherwise_are_refused():

@@ -28,9 +28,9 @@ def targets_and_weights(batch):
     return labels, torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1).double()
 
 
-def train_in_waves(model, batch, plan):
-    """Accumulate the gradients of a row; return its loss."""
-    row = WaveRow(plan, Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]))
+def train_in_waves(model, batch, plan, offload=False):
+    """Accumulate the gradients of a row; return its loss and the row."""
+    row = WaveRow(plan, Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]), offload)
     labels, weights = targets_and_weights(batch)
 
     def forward(wave, tokens):
@@ -49,7 +49,9 @@ def train_in_waves(model, batch, plan):
     return total, row
 
 
-def assert_waves_equal_npass(model, sample_sets, wave_tokens, prepare=None, pad_to_multiple_of=None, **plan_settings):
+def assert_waves_equal_npass(
+    model, sample_sets, wave_tokens, prepare=None, pad_to_multiple_of=None, offload=False, **plan_settings
+):
     """Assert that loss and all gradients of a row that runs in waves are those of the separate samples."""
     expected = npass_loss_and_gradients(model, [sample for samples in sample_sets for sample in samples])
     use_tree_attention(model)
@@ -58,7 +60,7 @@ def assert_waves_equal_npass(model, sample_sets, wave_tokens, prepare=None, pad_
     batch = batch_of(sample_sets, pad_to_multiple_of)
     for tokens in wave_tokens:
         model.zero_grad()
-        loss, _ = train_in_waves(model, batch, plan_of(batch, tokens, **plan_settings))
+        loss, _ = train_in_waves(model, batch, plan_of(batch, tokens, **plan_settings), offload)
         assert abs(loss - expected.loss) <= TOLERANCE * abs(expected.loss)
         assert_gradients_equal(model, expected.gradients)
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers.masking_utils import causal_mask_function
@@ -15,6 +15,10 @@ from transformers.masking_utils import causal_mask_function
 from ..rows import TreePlan
 from .memory import MemoryAccess
 
+
+if TYPE_CHECKING:
+    from ..recurrent.families import Handling
+    from ..recurrent.handover import Handover
 
 T = TypeVar("T")
 
@@ -55,6 +59,10 @@ class Tree:
 
     def memory_of(self, layer: torch.nn.Module) -> MemoryAccess | None:
         """Return keys and values of ancestors that ran before this row; a whole tree has none."""
+        return None
+
+    def handover(self, handling: Handling) -> Handover | None:
+        """Return what recurrent layers that run alike need of ancestors that ran before; a whole tree has none."""
         return None
 
 

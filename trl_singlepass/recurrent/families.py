@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ WHOLE_PATH_LAYERS = frozenset({"RecurrentGemmaRecurrentBlock", "Qwen4ExpTextPLEL
 SELECTING_LAYERS = frozenset({"DogeAttention"})
 # Parts of attention that choose tokens or pool them.
 SELECTING_PARTS = ("indexer", "compressor")
+# Argument that holds what an earlier layer selected.
+SELECTION = "prev_topk_indices"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +44,18 @@ class Handling:
     reach: int | None = None
     attends: bool = False
 
-    def schedule(self, plan: TreePlan) -> Schedule:
-        """Return the pieces in which the layer runs over a row."""
+    def schedule(self, plan: TreePlan, handed_on: Collection[int] = ()) -> Schedule:
+        """
+        Return the pieces in which the layer runs over a row.
+
+        Args:
+            plan (`TreePlan`):
+                Structure of the row.
+            handed_on (`Collection[int]`, *optional*):
+                Positions just past the tokens whose states later rows start from.
+        """
         if self.starts_from_state:
-            return fork_schedule(plan)
+            return fork_schedule(plan, handed_on)
         # How many tokens attention selects depends on the length of the batch, which therefore has to be one.
         return path_schedule(plan, self.reach, shortest_in_batch=0.0 if self.attends else SHORTEST_IN_BATCH)
 
@@ -84,7 +94,7 @@ def _needs_whole_path(layer: nn.Module, keywords: set[Any]) -> bool:
         return True
     selects = any(isinstance(getattr(layer, part, None), nn.Module) for part in SELECTING_PARTS)
     # A layer may take over the selection of an earlier one, as indices within a path.
-    return selects or "prev_topk_indices" in inspect.signature(type(layer).forward).parameters
+    return selects or SELECTION in inspect.signature(type(layer).forward).parameters
 
 
 def _reach(layer: nn.Module) -> int:

@@ -13,8 +13,10 @@ from torch import nn
 
 from ..attention.tree_mask import Tree, TreeMask
 from .carrier import carried_tree, carry_trees
-from .families import Handling, recurrent_layers
+from .families import SELECTION, Handling, recurrent_layers
+from .handover import Handover
 from .layout import Layout
+from .schedule import Piece
 from .states import ForkStates
 
 
@@ -103,14 +105,17 @@ def _check_not_lost(layer: Any) -> None:
 def _run(layer: Any, arguments: dict[str, Any], tree: Tree) -> Any:
     handling: Handling = layer._tree_handling
     layout = _layout(tree, handling)
+    handover = layout.handover
     arguments = {name: False if name == "use_cache" else value for name, value in arguments.items()}
+    if handover is not None:
+        arguments = {name: _extended(layer, name, value, handover) for name, value in arguments.items()}
     steps = {name: _per_step(layer, value, layout) for name, value in arguments.items()}
     outputs: list[Any] = []
     states: dict[int, ForkStates] = {}
     for step, batch in enumerate(layout.schedule.batches):
         inputs = {name: values[step] for name, values in steps.items()}
         pieces = [layout.schedule.pieces[index] for index in batch]
-        cache = ForkStates([states[piece.source] for piece in pieces if piece.source >= 0])
+        cache = ForkStates([_source(layer, piece, states, layout) for piece in pieces if piece.starts_from_state])
         inputs |= dict.fromkeys(_cache_arguments(layer), cache if handling.starts_from_state else None)
         outputs.append(layer._stock_forward(**inputs))
         if handling.starts_from_state and not cache.final:
@@ -120,7 +125,28 @@ def _run(layer: Any, arguments: dict[str, Any], tree: Tree) -> Any:
             )
         if pieces[0].is_source:
             states[batch[0]] = cache
-    return layout.scatter(outputs)
+    output = layout.scatter(outputs)
+    if handover is None:
+        return output
+    ends = {layout.schedule.pieces[index].ranges[-1][1]: cache for index, cache in states.items()}
+    return handover.hand_on(layer, output, ends)
+
+
+def _extended(layer: Any, name: str, value: Any, handover: Handover) -> Any:
+    """One argument with what is kept of it, but for masks: they are made anew for each batch of pieces."""
+    if isinstance(getattr(value, "tree", None), Tree):
+        return value
+    if name == SELECTION and value is not None:  # of queries, and history that runs again queries in vain
+        return torch.cat([value, value[:, :1].expand(-1, len(handover.kept.inputs), *value.shape[2:])], dim=1)
+    return handover.extended(layer, value, (name,))
+
+
+def _source(layer: Any, piece: Piece, states: dict[int, ForkStates], layout: Layout) -> ForkStates:
+    """States that a piece starts from."""
+    if piece.source >= 0:
+        return states[piece.source]
+    assert layout.handover is not None, "only a wave continues tokens outside its row"
+    return layout.handover.recall(layer, piece.recalled - layout.length, layout.device)
 
 
 def _per_step(layer: Any, value: Any, layout: Layout) -> list[Any]:
@@ -139,7 +165,10 @@ def _layout(tree: Tree, handling: Handling) -> Layout:
     """Layout of a row, made once and shared by all layers that run the same way."""
     layouts = _layouts.setdefault(tree, {})
     if handling not in layouts:
-        layouts[handling] = Layout(tree, handling.schedule(tree.plan))
+        handover = tree.handover(handling)
+        schedule = handling.schedule(tree.plan, () if handover is None else handover.state_ends)
+        # Not the tree itself, which would never be freed as a value of its own key.
+        layouts[handling] = Layout(tree.plan.length, schedule, tree.depth.device, handover)
     return layouts[handling]
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..attention.tree_mask import Tree, TreeMask
+from ..attention.tree_mask import TreeMask
+from .handover import Handover
 from .schedule import Piece, Schedule
 
 
@@ -22,14 +23,20 @@ class Layout:
     Batches are padded on the right with the last token of each piece: what follows a token does not change its output.
 
     Args:
-        tree (`Tree`):
-            Tree of the row.
+        length (`int`):
+            Number of tokens of the row.
         schedule (`Schedule`):
             Pieces and batches.
+        device (`torch.device`):
+            Device of the layer's inputs.
+        handover (`Handover`, *optional*):
+            What the layers need of earlier rows and leave for later ones.
     """
 
-    tree: Tree
+    length: int
     schedule: Schedule
+    device: torch.device
+    handover: Handover | None = None
 
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
@@ -39,7 +46,12 @@ class Layout:
     def _length(self, batch: Sequence[int]) -> int:
         length = self.schedule.pieces[batch[0]].length
         # A single token on top of a state would be taken for a step of generation, which has no gradients.
-        return max(length, 2) if self.schedule.pieces[batch[0]].source >= 0 else length
+        return max(length, 2) if self.schedule.pieces[batch[0]].starts_from_state else length
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of tokens whose inputs the layer gets: those of the row, and what is kept of earlier rows."""
+        return self.length + (0 if self.handover is None else len(self.handover.kept.inputs))
 
     @cached_property
     def into_batches(self) -> torch.Tensor:
@@ -49,12 +61,14 @@ class Layout:
             for batch, (_, length) in zip(self.schedule.batches, self.shapes, strict=True)
             for index in batch
         ]
-        return torch.from_numpy(np.concatenate(parts)).to(self.tree.depth.device)
+        positions = np.concatenate(parts)
+        places = positions if self.handover is None else self.handover.place_of(positions)
+        return torch.from_numpy(places).to(self.device)
 
     @cached_property
     def into_row(self) -> torch.Tensor:
         """For each token of the row, its place in `into_batches`, shape `(row_length,)`."""
-        places = np.empty(self.tree.plan.length, np.int64)
+        places = np.empty(self.length, np.int64)
         offset = 0
         for batch, (_, length) in zip(self.schedule.batches, self.shapes, strict=True):
             for index in batch:
@@ -62,7 +76,7 @@ class Layout:
                 start, end = piece.ranges[-1]  # the ranges before it are run again, and theirs is another piece
                 places[start:end] = np.arange(offset + piece.num_warmup, offset + piece.length)
                 offset += length
-        return torch.from_numpy(places).to(self.tree.depth.device)
+        return torch.from_numpy(places).to(self.device)
 
     def gather(self, value: Any) -> list[Any]:
         """
@@ -70,7 +84,7 @@ class Layout:
 
         Args:
             value (`Any`):
-                A tensor with one entry per token, shape `(1, row_length, ...)`, or a tuple or
+                A tensor with one entry per token, shape `(1, num_inputs, ...)`, or a tuple or
                 dictionary of such; anything else goes to every batch as it is.
 
         Returns:
@@ -81,7 +95,7 @@ class Layout:
             return [dict(zip(value, step, strict=True)) for step in zip(*parts, strict=True)]
         if isinstance(value, tuple):
             return list(zip(*(self.gather(part) for part in value), strict=True))
-        if not isinstance(value, torch.Tensor) or value.shape[:2] != (1, self.tree.plan.length):
+        if not isinstance(value, torch.Tensor) or value.shape[:2] != (1, self.num_inputs):
             return [value] * len(self.shapes)
         batches = torch.split(value[0, self.into_batches], [pieces * tokens for pieces, tokens in self.shapes])
         return [batch.reshape(*shape, *batch.shape[1:]) for batch, shape in zip(batches, self.shapes, strict=True)]
@@ -121,7 +135,7 @@ class Layout:
         """
         masks = []
         for pieces, length in self.shapes:
-            depth = torch.arange(length, device=self.tree.depth.device)
+            depth = torch.arange(length, device=self.device)
             visible = mask.between(depth, depth)[None, None]
             if dtype is not None:
                 floor = torch.finfo(dtype).min

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ..rows import TreePlan
@@ -28,13 +28,22 @@ class Piece:
         source (`int`, *optional*, defaults to -1):
             Index of the piece whose final state this one starts from, -1 for the start of a sample.
         is_source (`bool`, *optional*, defaults to `False`):
-            Whether another piece starts from the final state of this one.
+            Whether another piece starts from the final state of this one, or one of a later row does.
+        recalled (`int`, *optional*, defaults to -1):
+            Position of the token outside the row after which this piece starts, -1 for none. Positions from the length
+            of the row on lie outside of it.
     """
 
     ranges: Ranges
     num_warmup: int
     source: int = -1
     is_source: bool = False
+    recalled: int = -1
+
+    @property
+    def starts_from_state(self) -> bool:
+        """Whether the layer finds a state when it runs over this piece."""
+        return self.source >= 0 or self.recalled >= 0
 
     @property
     def length(self) -> int:
@@ -82,40 +91,58 @@ def path_schedule(plan: TreePlan, reach: int | None = None, shortest_in_batch: f
     return Schedule(tuple(pieces), tuple(_batches(pieces, range(len(pieces)), shortest_in_batch)))
 
 
-def fork_schedule(plan: TreePlan) -> Schedule:
+def fork_schedule(plan: TreePlan, handed_on: Collection[int] = ()) -> Schedule:
     """
     Run the history once, cut where branches leave it, and start every branch from the state at its fork.
 
-    Pieces that others start from run one by one, because the state after padding is not the state at the fork.
+    Pieces that others start from run one by one, because the state after padding is not the state at the fork. What
+    continues tokens outside the row runs the last of them again: no such piece is a single token.
 
     Args:
         plan (`TreePlan`):
             Structure of the row.
+        handed_on (`Collection[int]`, *optional*):
+            Positions just past the tokens whose states later rows start from.
 
     Returns:
         `Schedule`: Pieces that begin and end at forks.
     """
-    pieces = _fork_pieces(plan)
+    pieces = _fork_pieces(plan, handed_on)
     sources = [(index,) for index, piece in enumerate(pieces) if piece.is_source]
-    starts = [index for index, piece in enumerate(pieces) if not piece.is_source and piece.source < 0]
-    leaves = [index for index, piece in enumerate(pieces) if not piece.is_source and piece.source >= 0]
+    ends = [index for index, piece in enumerate(pieces) if not piece.is_source]
+    starts = [index for index in ends if not pieces[index].starts_from_state]
+    leaves = [index for index in ends if pieces[index].starts_from_state]
     return Schedule(tuple(pieces), (*sources, *_batches(pieces, starts), *_batches(pieces, leaves)))
 
 
-def _fork_pieces(plan: TreePlan) -> list[Piece]:
-    forks = sorted({run.prefix[-1][1] for run in plan.runs if run.prefix})
+def _fork_pieces(plan: TreePlan, handed_on: Collection[int]) -> list[Piece]:
+    forks = {run.prefix[-1][1] for run in plan.runs if run.prefix and run.prefix[-1][0] < plan.length}
+    cuts = sorted(forks | set(handed_on))
     pieces: list[Piece] = []
     piece_ending_at: dict[int, int] = {}
     for run in plan.runs:
-        borders = [run.start, *(fork for fork in forks if run.start < fork < run.end), run.end]
-        source = piece_ending_at[run.prefix[-1][1]] if run.prefix else -1
+        borders = [run.start, *(cut for cut in cuts if run.start < cut < run.end), run.end]
         for start, end in pairwise(borders):
-            piece = Piece(((start, end),), 0, source, is_source=end < run.end)
-            if piece.is_source and piece.length == 1 and source >= 0:
-                piece = _with_source_run_again(piece, pieces[source])
-            source = piece_ending_at[end] = len(pieces)
+            piece = Piece(((start, end),), 0, is_source=end < run.end or end in handed_on)
+            if start > run.start:
+                piece = replace(piece, source=piece_ending_at[start])
+            elif run.prefix and run.prefix[-1][0] >= plan.length:
+                piece = _after_tokens_outside(piece, run.prefix)
+            elif run.prefix:
+                piece = replace(piece, source=piece_ending_at[run.prefix[-1][1]])
+            if piece.is_source and piece.length == 1 and piece.source >= 0:
+                piece = _with_source_run_again(piece, pieces[piece.source])
+            piece_ending_at[end] = len(pieces)
             pieces.append(piece)
     return pieces
+
+
+def _after_tokens_outside(piece: Piece, prefix: Ranges) -> Piece:
+    """Let a piece run the last token of its history again, from the state before that token."""
+    last = prefix[-1][1] - 1
+    before = [end - 1 for start, end in (*prefix[:-1], (prefix[-1][0], last)) if start < end]
+    recalled = before[-1] if before else -1
+    return replace(piece, ranges=((last, last + 1), *piece.ranges), num_warmup=1, recalled=recalled)
 
 
 def _with_source_run_again(piece: Piece, source: Piece) -> Piece:
@@ -125,7 +152,7 @@ def _with_source_run_again(piece: Piece, source: Piece) -> Piece:
     Layers take a single token on top of a state for a step of generation, whose kernels have no gradients; and a token
     of padding would change the state that other pieces start from.
     """
-    return Piece(source.ranges + piece.ranges, source.length, source.source, is_source=True)
+    return replace(source, ranges=source.ranges + piece.ranges, num_warmup=source.length)
 
 
 def _last_tokens(path: Ranges, count: int) -> Ranges:

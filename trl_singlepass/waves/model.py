@@ -98,24 +98,28 @@ class WavedModel:
         return _joined(parts)
 
     def _pad(self, inputs: dict[str, Any], num_forwards: int, num_waves: int) -> None:
-        """Run the first token again, without effect: ranks of an engine that shards the model meet in its layers."""
-        token, tree = ((0, 1),), self._first_token()
+        """Run the first tokens again, without effect: ranks of an engine that shards the model meet in its layers."""
+        tokens, tree = self._first_tokens()
         for _ in range(num_forwards):
             with torch.no_grad(), running_on(tree):
-                self._remember(inputs, token)
+                self._remember(inputs, tokens)
         for _ in range(num_waves):
             with running_on(tree):
-                outputs = self.engine.inner(**self._of(inputs, token))
+                outputs = self.engine.inner(**self._of(inputs, tokens))
             self.engine.backward(0 * outputs.log_probs.sum())
 
     def _pad_evaluation(self, inputs: dict[str, Any]) -> None:
+        tokens, tree = self._first_tokens()
         for _ in range(self.engine.padding(len(self.row.plan.waves), 0)[0]):
-            with running_on(self._first_token()):
-                self.engine.inner(**self._of(inputs, ((0, 1),)))
+            with running_on(tree):
+                self.engine.inner(**self._of(inputs, tokens))
 
-    def _first_token(self) -> Tree:
-        depth = self.row.tree.depth[:, :1]
-        return Tree(TreePlan(1, (Run(0, 1, 0, ()),)), torch.ones_like(depth), torch.zeros_like(depth))
+    def _first_tokens(self) -> tuple[Ranges, Tree]:
+        """Two tokens, one after the other: models take a single one for a step of generation."""
+        num_tokens = min(2, self.row.plan.row.length)
+        depth = torch.arange(num_tokens, device=self.row.tree.depth.device)[None]
+        plan = TreePlan(num_tokens, (Run(0, num_tokens, 0, ()),))
+        return ((0, num_tokens),), Tree(plan, torch.full_like(depth, num_tokens), depth)
 
     def _with_logits(self, inputs: dict[str, Any]) -> Any:
         """Logits of the whole row, for metrics of the user's own: as large as stock's."""

@@ -62,7 +62,13 @@ class WavePlan:
 
     @classmethod
     def from_tree_plan(
-        cls, row: TreePlan, wave_tokens: int, *, keep_history: bool = True, smallest_wave: int = 1
+        cls,
+        row: TreePlan,
+        wave_tokens: int,
+        *,
+        keep_history: bool = True,
+        smallest_wave: int = 1,
+        lone_tokens: bool = True,
     ) -> WavePlan:
         """
         Cut a row in waves.
@@ -80,6 +86,9 @@ class WavePlan:
                 Whether a history that fits may be kept instead of being run twice.
             smallest_wave (`int`, *optional*, defaults to 1):
                 A history is kept only where it leaves room for waves of this many tokens.
+            lone_tokens (`bool`, *optional*, defaults to `True`):
+                Whether a wave may be a single token. If not, it joins a wave beside it, which then has up to two
+                tokens more than `wave_tokens`.
 
         Returns:
             `WavePlan`: The waves.
@@ -97,7 +106,7 @@ class WavePlan:
             groups.append(tuple(_waves_of_tree(row, runs, wave_tokens, keep_history, smallest_wave)))
         if together:
             groups.append((_wave(row, together[0][0], together[-1][1]),))
-        return cls(row, tuple(groups))
+        return cls(row, tuple(groups) if lone_tokens else tuple(_without_lone_tokens(row, groups)))
 
     @property
     def waves(self) -> tuple[Wave, ...]:
@@ -191,6 +200,30 @@ def _packed(parts: Sequence[tuple[int, int]], limit: int) -> Iterator[tuple[int,
             first += limit
     if first < parts[-1][1]:
         yield first, parts[-1][1]
+
+
+def _without_lone_tokens(row: TreePlan, groups: Sequence[tuple[Wave, ...]]) -> Iterator[tuple[Wave, ...]]:
+    """Groups whose waves have two tokens at least, if the row has."""
+    joined: list[list[Wave]] = []
+    for group in groups:
+        if joined and 1 in (_num_tokens(group), _num_tokens(joined[-1])):
+            joined[-1].extend(group)
+        else:
+            joined.append(list(group))
+    for waves in joined:
+        merged: list[Wave] = []
+        for wave in waves:
+            before = merged[-1] if merged else None
+            if before is None or (len(before) > 1 and (len(wave) > 1 or wave is not waves[-1])):
+                merged.append(wave)
+            else:
+                is_kept = wave.is_kept or (before.is_kept and len(before) > 1)
+                merged[-1] = _wave(row, before.start, wave.end, is_kept)
+        yield tuple(merged)
+
+
+def _num_tokens(waves: Sequence[Wave]) -> int:
+    return sum(len(wave) for wave in waves)
 
 
 def _wave(row: TreePlan, start: int, end: int, is_kept: bool = False) -> Wave:

@@ -26,8 +26,9 @@ def check_waves(trainer: Any) -> None:
     Raises:
         `ValueError`: If a setting, the model or the engine does not work with waves.
     """
+    setting = "wave_tokens='auto'" if trainer.args.wave_tokens == "auto" else "wave_tokens"
     for what, why, way_out in _refused(trainer):
-        raise ValueError(f"{what} does not work with wave_tokens: {why}. {way_out}, or set wave_tokens=None.")
+        raise ValueError(f"{what} does not work with {setting}: {why}. {way_out}, or set wave_tokens=None.")
 
 
 def _refused(trainer: Any) -> Iterator[tuple[str, str, str]]:
@@ -48,6 +49,9 @@ def _refused(trainer: Any) -> Iterator[tuple[str, str, str]]:
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer in ("lomo", "adalomo") or "layerwise" in optimizer:
         yield f"optim={optimizer!r}", "it updates parameters during backward, between waves", "Choose another"
+    recurrent = sorted({type(layer).__name__ for layer in recurrent_layers(base)})
+    if recurrent and args.wave_tokens == "auto":
+        yield recurrent[0], "its activations are not counted", "Set a number of tokens"
     yield from _refused_models(trainer.model, base)
     yield from _refused_engines(trainer.accelerator)
 
@@ -58,13 +62,6 @@ def _refused_models(model: Any, base: Any) -> Iterator[tuple[str, str, str]]:
         yield f"Dropout ({dropout[0]})", "history would drop other units each time that it runs", "Set it to 0"
     if getattr(base.config.get_text_config(), "router_jitter_noise", 0):
         yield "router_jitter_noise", "history would get other noise each time that it runs", "Set it to 0"
-    recurrent = sorted({type(layer).__name__ for layer in recurrent_layers(base)})
-    if recurrent:
-        yield (
-            f"{', '.join(recurrent)}",
-            "its state is not handed from wave to wave",
-            "Take a model of attention layers",
-        )
     implementation = base.config.get_text_config()._attn_implementation
     if implementation != TREE_ATTENTION["sdpa"]:
         known = {name: given for given, name in TREE_ATTENTION.items()}

@@ -10,6 +10,7 @@ from transformers import logging
 
 from ..attention.tree_mask import Tree
 from ..loss import total_weight
+from ..recurrent.families import recurrent_layers
 from .balance import RouterRecorder
 from .budget import wave_tokens_that_fit
 from .engines import SHARDED, ShardedEngine, engine_of
@@ -45,6 +46,8 @@ class WaveTraining:
             check_waves(trainer)
         base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
         self.recorder = None if self.runs_at_once or not trainer.aux_loss_enabled else RouterRecorder(base)
+        # Models take a lone token for a step of generation, and drop the mask that carries the tree to recomputation.
+        self._is_hybrid = bool(recurrent_layers(base))
         self._unchecked: WaveLoss | None = None
         self._is_checked = False
         self._wave_tokens: int | None = None if trainer.args.wave_tokens == "auto" else trainer.args.wave_tokens
@@ -70,7 +73,13 @@ class WaveTraining:
         # Engines that shard the model need all forwards without a backward first.
         keep = self.recorder is None and self.trainer.accelerator.distributed_type not in SHARDED
         smallest = 1 if on_cpu else SMALLEST_WAVE
-        return WavePlan.from_tree_plan(tree.plan, self.wave_tokens, keep_history=keep, smallest_wave=smallest)
+        return WavePlan.from_tree_plan(
+            tree.plan,
+            self.wave_tokens,
+            keep_history=keep,
+            smallest_wave=smallest,
+            lone_tokens=not self._is_hybrid,
+        )
 
     def over(self, model: Any, tree: Tree, inputs: dict[str, Any], num_items: Any) -> Any:
         """

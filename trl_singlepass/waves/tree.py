@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ import torch
 
 from ..attention.memory import HandedOn, LayerMemory, MemoryAccess
 from ..attention.tree_mask import Tree
+from ..recurrent.families import Handling
+from ..recurrent.handover import Handover, Kept
+from ..recurrent.leaves import Leaves
 from ..rows import TreePlan
 from .passes import Placement, pass_plan
 from .plan import Ranges, Wave
@@ -32,12 +36,23 @@ class GroupMemory:
         self.slots = Placement.one_after_the_other(tokens for wave in waves for tokens in wave.handed_on)
         self.offload = offload
         self.layers: dict[torch.nn.Module, LayerMemory] = {}
+        self.leaves: defaultdict[torch.nn.Module, Leaves] = defaultdict(lambda: Leaves(offload))
+        self._waves = waves
+        self._kept: dict[Handling, Kept] = {}
 
     def of(self, layer: torch.nn.Module) -> LayerMemory:
         """Return the memory of a layer."""
         if layer not in self.layers:
             self.layers[layer] = LayerMemory(len(self.slots), self.offload)
         return self.layers[layer]
+
+    def kept(self, handling: Handling) -> Kept:
+        """Return what the waves need of one another where recurrent layers run one way."""
+        if handling not in self._kept:
+            whole = (Placement.one_after_the_other(((wave.start, wave.end),)) for wave in self._waves)
+            plans = (pass_plan(self.row, tokens, self.slots) for tokens in whole)
+            self._kept[handling] = Kept.by(plans, handling.schedule)
+        return self._kept[handling]
 
     def handed_on(self, tokens: Placement, wave: Wave) -> HandedOn:
         """
@@ -57,11 +72,12 @@ class GroupMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of keys, values and gradients."""
+        """Bytes of keys, values, inputs, states and gradients."""
         held = (
             x for layer in self.layers.values() for x in (layer.key, layer.value, layer.grad_key, layer.grad_value)
         )
-        return sum(x.numel() * x.element_size() for x in held if x is not None)
+        keys_and_values = sum(x.numel() * x.element_size() for x in held if x is not None)
+        return keys_and_values + sum(leaves.num_bytes for leaves in self.leaves.values())
 
 
 @dataclass(eq=False)
@@ -129,6 +145,14 @@ class WaveTree(Tree):
         """Return keys and values of ancestors that ran before."""
         assert self.memory is not None
         return MemoryAccess(self.memory.of(layer), self.handed_on, self.writes) if len(self.memory.slots) else None
+
+    def handover(self, handling: Handling) -> Handover | None:
+        """Return what recurrent layers need of ancestors that ran before."""
+        assert self.memory is not None
+        if not len(self.memory.slots):
+            return None
+        own = {slot + i: first + i for first, last, slot in self.handed_on for i in range(last - first)}
+        return Handover(self.plan.length, own, self.memory.kept(handling), self.memory.leaves, self.writes)
 
 
 def select(x: torch.Tensor, tokens: Ranges) -> torch.Tensor:
