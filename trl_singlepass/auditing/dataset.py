@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -118,9 +119,23 @@ def _tally(auditor: Auditor, rows: Any, positions: Iterable[int]) -> Tally:
     return tally
 
 
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """Rows on their way to a process: `datasets` pickles in Python, which takes minutes for rows in memory."""
+
+    rows: Any
+
+    def __reduce__(self) -> tuple[Any, tuple[bytes]]:
+        return pickle.loads, (pickle.dumps(self.rows),)
+
+    def __getitem__(self, position: int) -> Any:
+        return self.rows[position]
+
+
 def _tally_in_processes(auditor: Auditor, rows: Any, positions: list[int], num_proc: int) -> Tally:
+    packed = _Packed(rows)
     parts = Dataset.from_dict({"position": positions}).map(
-        lambda batch: {"tally": [pickle.dumps(_tally(auditor, rows, batch["position"]))]},
+        lambda batch: {"tally": [pickle.dumps(_tally(auditor, packed, batch["position"]))]},
         batched=True,
         batch_size=_ROWS_AT_ONCE,
         writer_batch_size=1,
