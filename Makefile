@@ -7,12 +7,14 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help install test lint demo demo-model bench docs pictures clean
 
 help:
-	@echo "make demo    fine-tune a small model in one pass and in N passes, compare them (MODEL=… DATA=… for your own)"
+	@echo "make install      everything into .venv"
+	@echo "make demo         fine-tune a small model in one pass and in N passes, compare them (MODEL=… DATA=… for your own)"
 	@echo "make demo-model   write a tiny model to out/demo-model: export MODEL=out/demo-model"
-	@echo "make test    run the tests"
-	@echo "make lint    ruff and mypy"
-	@echo "make docs    build the site from docs/ into out/site"
-	@echo "make bench   measure the step time of every mode and write it to benchmarks/results/"
+	@echo "make test         run the tests"
+	@echo "make lint         ruff and mypy"
+	@echo "make docs         build the site from docs/ into out/site"
+	@echo "make pictures     draw the pictures of the docs"
+	@echo "make bench        measure the step time of every mode and write it to benchmarks/results/"
 
 install: $(INSTALLED)
 
@@ -35,14 +37,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The model and data of the demo, unless MODEL=… or DATA=… is given here: one that is exported for the docs stays out of it.
+given = $(if $(filter command,$(origin $1)),$2 $($1))
 demo: $(INSTALLED)
-	$(BIN)/python -m demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(BIN)/python -m demo $(call given,MODEL,--model) $(call given,DATA,--data) $(ARGS)
 
 demo-model: $(INSTALLED)
 	$(BIN)/python -m demo.make_model
 
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 pictures: $(INSTALLED)
 	$(BIN)/python -m benchmarks.pictures

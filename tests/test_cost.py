@@ -1,17 +1,22 @@
 """Counted work against brute force: every pair of a tree and of its samples, one by one."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig
 
+from benchmarks.conversations import Sizes, conversation
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.sample import Sample
 from trl_singlepass.tree import PrefixTree
 
 
 SHAPE = ModelShape(matrix_parameters=7, attention_width=3, head_parameters=5, windows=(None, 2, None))
+ONE_LAYER = ModelShape(matrix_parameters=1, attention_width=1, head_parameters=1, windows=(None,))
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=7), min_size=1, max_size=5)
 
 
@@ -103,3 +108,31 @@ def test_sharing_pays_more_the_longer_a_conversation_gets(turns):
     total = turns * (thought + user + reply) + (user + reply) * turns * (turns - 1) // 2
     assert (single_pass_cost([tree], SHAPE).tokens, npass_cost(samples, SHAPE).tokens) == (row, total)
     assert np.isclose(tree.sharing_factor, total / row)
+
+
+DOCS = (Path(__file__).parents[1] / "docs" / "how_it_works.md").read_text()
+ROWS = re.findall(r"^\| \w[\w ]*: `u` (\d+).*?`t` (\d+), `a` (\d+) \|(.*)\|$", DOCS, re.MULTILINE)
+
+
+def costs_of(turns, user, reasoning, answer):
+    sizes = Sizes((user, user), (reasoning, reasoning), (answer, answer), system=0)
+    samples = conversation(turns, 30_000, seed=0, sizes=sizes)
+    return npass_cost(samples, ONE_LAYER), single_pass_cost([PrefixTree.from_samples(samples)], ONE_LAYER)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"t={row[1]}")
+def test_the_docs_tell_the_sharing_factors_of_trees(row):
+    user, reasoning, answer = map(int, row[:3])
+    for turns, told in zip((2, 4, 8, 16, 32), map(float, row[3].split("|")), strict=True):
+        npass, single = costs_of(turns, user, reasoning, answer)
+        assert single.tokens == turns * (user + reasoning + 2 * answer) - answer
+        assert npass.tokens == turns * (user + reasoning + answer) + (user + answer) * turns * (turns - 1) // 2
+        assert told == round(npass.tokens / single.tokens, 2)
+    assert len(ROWS) == 3
+
+
+def test_pairs_share_two_thirds_of_what_tokens_do_in_the_end():
+    npass, single = costs_of(400, 3, 2, 1)
+    pairs, tokens = npass.attention_pairs / single.attention_pairs, npass.tokens / single.tokens
+    assert pairs / tokens == pytest.approx(2 / 3, rel=0.02)
+    assert tokens == pytest.approx(400 * 4 / (2 * 7), rel=0.02)

@@ -50,8 +50,9 @@ def to_npass(
 
         - `input_ids`: prompt and completion;
         - `labels`: the token at every place that is trained, -100 elsewhere (not shifted, as models expect them);
-        - `loss_weights`: for each token, the factor of the loss of predicting it, aligned with `labels`. Left out
-          where all trained tokens weigh 1; a stream always has it. The loss of a step is `Σ weight · nll ÷ Σ weight`.
+        - `loss_weights`: the factor of each token's loss, aligned with `labels`; left out where all of them are 1.
+
+        A stream always has `loss_weights`. The loss of a step is `Σ weight · nll ÷ Σ weight`.
 
     Raises:
         `RenderingError`: If a row cannot be rendered without losing part of a turn.
