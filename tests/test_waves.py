@@ -83,6 +83,18 @@ def test_keys_and_values_take_the_bytes_that_are_counted():
         assert row.peak_memory_bytes == 2 * plan.memory_tokens * per_token  # with their gradients
 
 
+def test_layers_with_a_window_keep_what_it_looks_back_to():
+    model = model_of("gemma3")  # a layer with a window of 7 tokens, and one without
+    use_tree_attention(model)
+    batch = batch_of([reasoning_chat(turns=12)])
+    plan = plan_of(batch, 100, keep_history=False)
+    _, row = train_in_waves(model, batch, plan)
+    (memory,) = row.memories
+    windowed, full = (memory.layers[layer.self_attn].num_slots for layer in model.model.layers)
+    assert full == plan.memory_tokens
+    assert 6 < windowed < full / 2  # of 14 tokens of history per turn, the six before the next branch
+
+
 def test_offloaded_keys_and_values_train_the_same():
     model = model_of("qwen3")
     use_tree_attention(model)
@@ -90,4 +102,4 @@ def test_offloaded_keys_and_values_train_the_same():
     tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
     row = WaveRow(plan_of(batch, 20), tree, offload=True)
     for memory in row.memories:
-        assert memory.of(model).like(torch.zeros(1, 2, 3, 4, device="meta"), torch.float64).device.type == "cpu"
+        assert memory.of(model, 3).like(torch.zeros(1, 2, 3, 4, device="meta"), torch.float64).device.type == "cpu"

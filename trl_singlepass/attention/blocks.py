@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -141,6 +141,8 @@ class BlockAttention(torch.autograd.Function):
         out = _like_layer_output(query)
         lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
         blocks = tree_blocks(mask, kernel.query_block)
+        if memory is not None:
+            blocks = [replace(block, keys=memory.places(block.keys, key.shape[2])) for block in blocks]
         done = 0  # blocks of one query range are neighbours, so queries before this position have a first block
         for block in blocks:
             o, m = kernel.forward(*_operands(query, key, value, block, memory), *_visibility(mask, block), scale)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 HandedOn = tuple[tuple[int, int, int], ...]
@@ -48,11 +51,60 @@ class MemoryAccess:
             Tokens of the row that later rows attend to.
         writes (`bool`):
             Whether the row runs for the first time, so that the memory does not hold these tokens yet.
+        kept (`numpy.ndarray` of `numpy.int64`):
+            For each slot of the layer, the slot among the tokens that any layer keeps: those that a window looks back
+            to, or all.
     """
 
     memory: LayerMemory
     handed_on: HandedOn
     writes: bool
+    kept: NDArray[np.int64]
+
+    @classmethod
+    def to(cls, memory: LayerMemory, handed_on: HandedOn, kept: NDArray[np.int64], *, writes: bool) -> MemoryAccess:
+        """
+        Return the access of a layer.
+
+        Args:
+            memory (`LayerMemory`):
+                Memory of the layer, with as many slots as are kept.
+            handed_on (`HandedOn`):
+                Tokens of the row that any later row attends to, in any layer.
+            kept (`numpy.ndarray` of `numpy.int64`):
+                Slots of which this layer keeps anything, sorted.
+            writes (`bool`):
+                Whether the row runs for the first time.
+        """
+        own: list[tuple[int, int, int]] = []
+        for first, last, slot in handed_on:
+            start, end = np.searchsorted(kept, (slot, slot + last - first)).tolist()
+            borders = [start, *(np.flatnonzero(np.diff(kept[start:end]) > 1) + start + 1).tolist(), end]
+            for begin, stop in pairwise(borders if start < end else []):
+                position = first + int(kept[begin]) - slot
+                own.append((position, position + stop - begin, begin))
+        return cls(memory, tuple(own), writes, kept)
+
+    def places(self, ranges: tuple[tuple[int, int], ...], row_length: int) -> tuple[tuple[int, int], ...]:
+        """
+        Return where keys lie: positions of the row as they are, those after it as slots of this layer.
+
+        Args:
+            ranges (`tuple[tuple[int, int], ...]`):
+                Half-open ranges of positions; those from `row_length` on are slots among all.
+            row_length (`int`):
+                Number of tokens of the row.
+        """
+        placed = []
+        for first, last in ranges:
+            if first >= row_length:
+                place = int(np.searchsorted(self.kept, first - row_length))
+                assert self.kept[place + last - first - 1] == last - 1 - row_length, (
+                    "a window looks back to what is kept"
+                )
+                first, last = row_length + place, row_length + place + last - first
+            placed.append((first, last))
+        return tuple(placed)
 
     @property
     def key(self) -> torch.Tensor | None:

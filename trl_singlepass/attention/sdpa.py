@@ -110,7 +110,7 @@ def sdpa_forward(
     if isinstance(attention_mask, TreeMask):
         check_layer(module, attention_mask, query, dropout, kwargs)
         query, key, value = in_one_dtype(query_at_depth(module, query, attention_mask.tree), key, value)
-        memory = attention_mask.tree.memory_of(module)
+        memory = attention_mask.tree.memory_of(module, attention_mask.local_size)
         out = tree_attention(query, key, value, attention_mask, scale, softcap, s_aux, memory)
     elif softcap is not None or s_aux is not None:
         out = dense_attention(query, key, value, attention_mask, scale, softcap, s_aux)

@@ -57,8 +57,16 @@ class Tree:
         """Largest depth of a token."""
         return max(run.depth + run.end - run.start for run in self.plan.runs) - 1
 
-    def memory_of(self, layer: torch.nn.Module) -> MemoryAccess | None:
-        """Return keys and values of ancestors that ran before this row; a whole tree has none."""
+    def memory_of(self, layer: torch.nn.Module, local_size: int | None = None) -> MemoryAccess | None:
+        """
+        Return keys and values of ancestors that ran before this row; a whole tree has none.
+
+        Args:
+            layer (`torch.nn.Module`):
+                Attention layer.
+            local_size (`int`, *optional*):
+                Upper bound of how many tokens back it looks, itself included.
+        """
         return None
 
     def handover(self, handling: Handling) -> Handover | None:

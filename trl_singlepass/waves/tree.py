@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..attention.memory import HandedOn, LayerMemory, MemoryAccess
 from ..attention.tree_mask import Tree
@@ -40,11 +42,17 @@ class GroupMemory:
         self._waves = waves
         self._kept: dict[Handling, Kept] = {}
 
-    def of(self, layer: torch.nn.Module) -> LayerMemory:
+    def of(self, layer: torch.nn.Module, num_slots: int) -> LayerMemory:
         """Return the memory of a layer."""
         if layer not in self.layers:
-            self.layers[layer] = LayerMemory(len(self.slots), self.offload)
+            self.layers[layer] = LayerMemory(num_slots, self.offload)
         return self.layers[layer]
+
+    def kept_within(self, local_size: int | None) -> NDArray[np.int64]:
+        """Return the slots of the tokens to which layers look back that see so many tokens."""
+        if local_size is None:
+            return np.arange(len(self.slots))
+        return self.kept(Handling(starts_from_state=False, reach=local_size - 1)).inputs
 
     def kept(self, handling: Handling) -> Kept:
         """Return what the waves need of one another where recurrent layers run one way."""
@@ -141,10 +149,13 @@ class WaveTree(Tree):
         handed_on = memory.handed_on(placement, wave)
         return cls(plan, end, select(row.depth, tokens), row.attended_by, memory, handed_on, writes)
 
-    def memory_of(self, layer: torch.nn.Module) -> MemoryAccess | None:
-        """Return keys and values of ancestors that ran before."""
+    def memory_of(self, layer: torch.nn.Module, local_size: int | None = None) -> MemoryAccess | None:
+        """Return keys and values of ancestors that ran before, as far as the layer looks back."""
         assert self.memory is not None
-        return MemoryAccess(self.memory.of(layer), self.handed_on, self.writes) if len(self.memory.slots) else None
+        if not len(self.memory.slots):
+            return None
+        kept = self.memory.kept_within(local_size)
+        return MemoryAccess.to(self.memory.of(layer, len(kept)), self.handed_on, kept, writes=self.writes)
 
     def handover(self, handling: Handling) -> Handover | None:
         """Return what recurrent layers need of ancestors that ran before."""
