@@ -15,6 +15,8 @@ from torch.utils.data import BatchSampler
 from training import largest_difference, logged, single_pass_trainer
 from transformers import GPT2Config
 
+from benchmarks.balance_at_scale import ROW_TOKENS, chat_lengths, packed
+from trl_singlepass import Sample
 from trl_singlepass.balance import BalancedSampler, even_parts, predicted_imbalance, row_costs
 from trl_singlepass.cost import ModelShape, single_pass_cost
 from trl_singlepass.row_tables import num_attention_pairs
@@ -121,6 +123,28 @@ def test_costs_are_those_of_counted_operations():
     counted = [single_pass_cost([tree], shape) for tree in trees]
     body = np.array([cost.flops - 3 * 2 * shape.head_parameters * cost.targets for cost in counted])
     assert costs / costs[0] == pytest.approx(body / body[0])
+
+
+def test_the_simulation_counts_rows_as_they_are():
+    """Lengths of a chat without tokens, and of the tree of the same chat with tokens."""
+    random = np.random.default_rng(0)
+    user, reasoning, answer = (random.integers(3, 30, size=5) for _ in range(3))
+    history, samples = np.empty(0, np.int64), []
+    for turn, sizes in enumerate(zip(user, reasoning, answer, strict=True)):
+        asked, thought, said = (random.integers(1000, size=size) for size in sizes)
+        history = np.concatenate([history, asked])
+        samples.append(Sample.from_prompt_and_completion(history, np.concatenate([thought, said]), turn))
+        history = np.concatenate([history, said])
+    row = Row.from_tree(PrefixTree.from_samples(samples))
+    expected = (len(row), num_attention_pairs(row), [len(sample) for sample in samples])
+    assert chat_lengths(user, reasoning, answer) == expected
+
+
+def test_packs_hold_every_row_once():
+    lengths = np.random.default_rng(0).integers(100, 3000, size=2500)
+    rows = list(packed(lengths))
+    assert sorted(row for pack in rows for row in pack) == list(range(2500))
+    assert max(lengths[pack].sum() for pack in rows) <= ROW_TOKENS
 
 
 def test_models_of_unknown_sizes_have_costs():

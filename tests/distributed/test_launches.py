@@ -34,10 +34,10 @@ def accelerate_on_node(rank, port, recipe, *options):
     ]
 
 
-def torchrun_on_node(rank, port):
+def torchrun_on_node(rank, port, address="127.0.0.1"):
     return [
         *("torchrun", "--nnodes", "2", "--node_rank", rank, "--nproc_per_node", "1"),
-        *("--master_addr", "127.0.0.1", "--master_port", port),
+        *("--master_addr", address, "--master_port", port),
     ]
 
 
@@ -111,6 +111,36 @@ def test_torchrun_zero3(tmp_path, alone):
     port = free_port()
     settings = with_config(SETTINGS, deepspeed="recipes/deepspeed/zero3.json")
     run = launch([torchrun_on_node(rank, port) for rank in (0, 1)], tmp_path, settings)
+    assert (run.engine, run.zero_stage, run.world_size) == ("DeepSpeedEngine", 3, 2)
+    assert_same_training(run, alone)
+
+
+@pytest.fixture
+def two_networks():
+    """Names of two network namespaces with a cable between them, 10.77.0.1 at the end in the first."""
+    names = [f"singlepass{os.getpid()}{side}" for side in "ab"]
+    cable = ["link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1]]
+    lines = [*(["netns", "add", name] for name in names), cable]
+    for number, name in enumerate(names, start=1):
+        lines.append(["-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable"])
+        lines += [["-n", name, "link", "set", device, "up"] for device in ("lo", "cable")]
+    try:
+        try:
+            for line in lines:
+                subprocess.run(["ip", *line], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"network namespaces cannot be made here: {error}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def test_two_networks(tmp_path, alone, two_networks):
+    """Two nodes that reach each other over a network only."""
+    settings = with_config(SETTINGS, deepspeed="recipes/deepspeed/zero3.json")
+    inside = [["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=cable"] for name in two_networks]
+    run = launch([[*inside[rank], *torchrun_on_node(rank, 29500, "10.77.0.1")] for rank in (0, 1)], tmp_path, settings)
     assert (run.engine, run.zero_stage, run.world_size) == ("DeepSpeedEngine", 3, 2)
     assert_same_training(run, alone)
 

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from families import tiny_model
 from runs import assert_same_training, with_config, zero
 from worker import training_conversations
+
+from trl_singlepass.group_size import exchange_bytes
 
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -70,6 +73,17 @@ def test_gradients_that_deepspeed_doubles_are_corrected(tmp_path, nursery, one_p
     run = nursery.run(tmp_path, shared(settings, engine[0], **engine[1]), world_size=2)
     assert run.zero_stage == engine[0]
     assert_same_training(run, one_process(one_row_per_batch(2, evaluate=True)))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_sent_is_what_is_counted(tmp_path, nursery, checkpointing):
+    """Six steps of one conversation; in float32, numbers take twice the bytes."""
+    config = {"gradient_checkpointing": checkpointing}
+    settings = {"config": config, "rows": [{"messages": training_conversations()[3]}], "count_exchange": True}
+    run = nursery.run(tmp_path, shared(one_row_per_batch(**settings)), world_size=2)
+    config = tiny_model("qwen3", num_attention_heads=4, num_key_value_heads=2).config
+    counted = exchange_bytes(config, run.row_tokens, 2, passes=3 if checkpointing else 2)
+    assert run.exchanged == 6 * 2 * counted
 
 
 def test_bf16(tmp_path, nursery, one_process):

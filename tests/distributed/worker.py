@@ -23,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import accelerate
 import datasets
+import deepspeed
 import torch
 import transformers
 import trl
@@ -145,6 +146,19 @@ def cut(wire):
         sequence_parallel.running_on = lambda tree: nullcontext(tree)
 
 
+def count_exchanged_bytes():
+    """Count what this rank sends to others when ranks that share a row trade tokens for heads."""
+    exchange, sent = deepspeed.comm.all_to_all_single, [0]
+
+    def count_and_exchange(output, tensor, *args, **kwargs):
+        size = torch.distributed.get_world_size(kwargs.get("group"))
+        sent[0] += tensor.numel() * tensor.element_size() * (size - 1) // size
+        return exchange(output, tensor, *args, **kwargs)
+
+    deepspeed.comm.all_to_all_single = count_and_exchange
+    return sent
+
+
 class Accident(TrainerCallback):
     """Something that happens to one rank some time after a step: `kind`, `step`, `rank`, and `delay` in seconds."""
 
@@ -167,6 +181,7 @@ def summary(trainer):
         "world_size": trainer.accelerator.num_processes,
         "distributed_type": trainer.accelerator.distributed_type.value,
         "tp_size": trainer.get_tp_size(),
+        "row_tokens": len(trainer.train_dataset[0]["input_ids"]),
         "engine": type(trainer.model_wrapped).__name__,
         "zero_stage": getattr(trainer.model_wrapped, "zero_optimization_stage", lambda: None)(),
         **{key: [float(entry[key]) for entry in history if key in entry] for key in keys},
@@ -179,6 +194,7 @@ def summary(trainer):
 def train(settings):
     """Train and write the result of rank 0."""
     cut(settings.get("break"))
+    exchanged = count_exchanged_bytes() if settings.get("count_exchange") else [0]
     trainer = build_trainer(settings)
     if "silent_rows" in settings:
         silent = {"silent_rows": settings["silent_rows"]}
@@ -198,7 +214,9 @@ def train(settings):
     if trainer.accelerator.is_main_process:
         result = Path(settings["result"])
         torch.save({name: value.cpu() for name, value in state.items()}, result.with_suffix(".pt"))
-        result.with_suffix(".json").write_text(json.dumps({**summary(trainer), "evaluation": evaluation}))
+        result.with_suffix(".json").write_text(
+            json.dumps({**summary(trainer), "evaluation": evaluation, "exchanged": exchanged[0]})
+        )
 
 
 def main(settings):
