@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -25,11 +26,12 @@ from training import (
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 from trl import SFTConfig
 
+from benchmarks.hybrid_step import small_hybrid
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer, render_samples
 from trl_singlepass.attention import UnsupportedModelError
 from trl_singlepass.config import as_single_pass_config
 from trl_singlepass.reference import npass_loss_and_gradients
-from trl_singlepass.refusals import check_parallelism, check_tensor_parallelism
+from trl_singlepass.refusals import check_parallelism, check_recurrent_layers, check_tensor_parallelism
 from trl_singlepass.rows import Row
 from trl_singlepass.sample import Sample
 from trl_singlepass.tree import PrefixTree
@@ -374,6 +376,16 @@ def test_a_pipeline_is_refused(tmp_path, tokenizer):
     model.config.distributed_config = type("DistributedConfig", (), {"pp_size": 2})()
     with pytest.raises(ValueError, match="pp_size=2: a pipeline hands on"):
         check_tensor_parallelism(type("Trainer", (), {"args": None, "model": model})())
+
+
+def test_recurrent_layers_are_not_sharded_by_zero3():
+    plugin = SimpleNamespace(zero_stage=3)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), num_processes=2)
+    trainer = SimpleNamespace(model=small_hybrid(), accelerator=accelerator)
+    with pytest.raises(ValueError, match="ZeRO-3 does not work with Qwen3_5GatedDeltaNet: it gathers parameters as"):
+        check_recurrent_layers(trainer)
+    plugin.zero_stage = 2
+    check_recurrent_layers(trainer)
 
 
 def test_a_refused_model_is_named_before_the_dataset_is_prepared(tmp_path, tokenizer, monkeypatch):

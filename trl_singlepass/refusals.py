@@ -115,6 +115,33 @@ def check_run(trainer: Any) -> None:
     check_parallelism(trainer.accelerator.parallelism_config)  # may come from accelerate's own configuration
     check_engine(trainer.args, trainer.accelerator)
     check_tensor_parallelism(trainer)
+    check_recurrent_layers(trainer)
+
+
+def check_recurrent_layers(trainer: Any) -> None:
+    """
+    Refuse to shard recurrent layers by ZeRO-3: ranks would wait for one another forever, or mix up parameters.
+
+    It gathers parameters whenever a module runs, on all ranks at once. The parts of a recurrent layer run as often as
+    the row of a rank has pieces.
+
+    Args:
+        trainer (`transformers.Trainer`):
+            Trainer with its model and accelerator.
+
+    Raises:
+        `ValueError`: If the model has recurrent layers and several processes shard its parameters by ZeRO-3.
+    """
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero_stage < 3 or trainer.accelerator.num_processes == 1:
+        return
+    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    recurrent = sorted({type(layer).__name__ for layer in recurrent_layers(base)})
+    if recurrent:
+        raise ValueError(
+            f"ZeRO-3 does not work with {', '.join(recurrent)}: it gathers parameters as often as a layer's parts run, "
+            "which differs between ranks. Shard the model with FSDP2, or use ZeRO-2."
+        )
 
 
 def check_tensor_parallelism(trainer: Any) -> None:
