@@ -139,8 +139,8 @@ def check_recurrent_layers(trainer: Any) -> None:
     recurrent = sorted({type(layer).__name__ for layer in recurrent_layers(base)})
     if recurrent:
         raise ValueError(
-            f"ZeRO-3 does not work with {', '.join(recurrent)}: it gathers parameters as often as a layer's parts run, "
-            "which differs between ranks. Shard the model with FSDP2, or use ZeRO-2."
+            f"ZeRO-3 does not work with {', '.join(recurrent)}: it gathers parameters as often as a layer's parts "
+            "run, which differs between ranks. Shard the model with FSDP2, or use ZeRO-2."
         )
 
 
