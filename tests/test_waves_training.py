@@ -99,6 +99,19 @@ def test_keys_and_values_on_the_cpu_train_the_same(tmp_path, tokenizer):
     assert largest_difference(offloaded, both[0]) <= TOLERANCE
 
 
+def test_gradients_that_a_scaler_scales(tmp_path, tokenizer):
+    model = float32_model(tokenizer)
+    settings = {"per_device_train_batch_size": 4, "max_grad_norm": 0.0}
+    plain = single_pass_trainer(tmp_path, tokenizer, model, **settings)
+    scaled = single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, **settings)
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # as fp16 has it on a GPU
+    for trainer in (plain, scaled):
+        trainer.train()
+    assert max(logged(scaled, "num_waves")) > 1
+    assert scaled.accelerator.scaler.get_scale() == 1024.0
+    assert largest_difference(plain, scaled) <= TOLERANCE
+
+
 def test_clipped_steps_of_adam(tmp_path, tokenizer):
     model = float32_model(tokenizer)
     settings = {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4, "max_grad_norm": 0.5}
