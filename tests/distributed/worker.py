@@ -23,7 +23,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import accelerate
 import datasets
-import deepspeed
 import torch
 import transformers
 import trl
@@ -148,6 +147,8 @@ def cut(wire):
 
 def count_exchanged_bytes():
     """Count what this rank sends to others when ranks that share a row trade tokens for heads."""
+    import deepspeed  # takes seconds, and most runs do without
+
     exchange, sent = deepspeed.comm.all_to_all_single, [0]
 
     def count_and_exchange(output, tensor, *args, **kwargs):
