@@ -103,13 +103,14 @@ def plot_speedup(turns: Sequence[int], measured: Sequence[float], bound: Sequenc
     axes.plot(turns, measured, color=INK, linewidth=2.2, marker="o", markersize=5, label="measured")
     for turn, value in zip(turns, measured, strict=True):
         axes.annotate(
-            f"{value:.2f}", (turn, value), xytext=(6, -5), textcoords="offset points", fontsize=8.5, color=INK
-        )
+            f"{value:.2f}", (turn, value), (0, -15), textcoords="offset points", ha="center", fontsize=8.5, color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )  # fmt: skip
     axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     axes.set_xscale("log", base=2)
     axes.set_xticks(turns, [str(turn) for turn in turns])
     axes.minorticks_off()
-    axes.margins(x=0.08)
+    axes.margins(x=0.08, y=0.12)
     axes.legend(frameon=False, loc="upper left")
     return figure
 
