@@ -302,9 +302,12 @@ def test_layers_whose_activations_are_not_counted_are_refused_where_counting_is_
 
 def test_engines_that_accumulate_otherwise_are_refused():
     def refusals(kind, **settings):
-        accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=False, parallelism_config=None, **settings)
+        plugin = SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": settings})
+        state = SimpleNamespace(deepspeed_plugin=plugin)
+        accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=False, parallelism_config=None, state=state)
         return [what for what, _, _ in _refused_engines(accelerator)]
 
     assert refusals(DistributedType.MEGATRON_LM) == ["MEGATRON_LM"]
     assert refusals(DistributedType.FSDP) == ["FSDP version 1"]
-    assert refusals(DistributedType.DEEPSPEED) == []
+    assert refusals(DistributedType.DEEPSPEED, stage3_prefetch_bucket_size=0) == []
+    assert refusals(DistributedType.DEEPSPEED) == ["ZeRO-3 with stage3_prefetch_bucket_size above 0"]

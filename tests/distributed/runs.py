@@ -46,6 +46,15 @@ def on_engine(name, settings):
     return with_config(settings, deepspeed=zero(int(name[-1]))), {}
 
 
+def in_waves(settings, **config):
+    """Return settings that run rows in waves, for which ZeRO-3 must not fetch ahead."""
+    deepspeed = settings["config"].get("deepspeed")
+    if deepspeed is not None and deepspeed["zero_optimization"]["stage"] == 3:
+        ahead = {"stage3_prefetch_bucket_size": 0}
+        config["deepspeed"] = {**deepspeed, "zero_optimization": {**deepspeed["zero_optimization"], **ahead}}
+    return with_config(settings, **config)
+
+
 def read_result(path):
     """Return what a worker wrote, nothing if it did not come so far."""
     if not path.with_suffix(".json").exists():

@@ -1,7 +1,7 @@
 """Every engine trains in waves, unequal in number between two processes, what one process trains at once."""
 
 import pytest
-from runs import assert_same_training, on_engine, with_config
+from runs import assert_same_training, in_waves, on_engine, with_config
 
 
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
@@ -16,7 +16,7 @@ CASES = {
 def test_two_processes_in_waves(tmp_path, nursery, one_process, engine, case):
     expected = one_process(with_config(CASES[case], per_device_train_batch_size=2))
     settings, environment = on_engine(engine, CASES[case])
-    settings = with_config(settings, wave_tokens=32)
+    settings = in_waves(settings, wave_tokens=32)
     run = nursery.run(tmp_path, settings, world_size=2, environment=environment)
     assert run.world_size == 2
     assert_same_training(run, expected)

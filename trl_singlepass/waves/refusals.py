@@ -80,5 +80,17 @@ def _refused_engines(accelerator: Any) -> Iterator[tuple[str, str, str]]:
         yield f"{kind.value}", "how it accumulates gradients is not known", "Train with DDP, DeepSpeed or FSDP2"
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         yield "FSDP version 1", "it flattens parameters between backwards", "Set fsdp_version=2"
+    if kind == DistributedType.DEEPSPEED and _fetches_ahead(accelerator.state.deepspeed_plugin):
+        yield (
+            "ZeRO-3 with stage3_prefetch_bucket_size above 0",
+            "it fetches parameters in the order of the first step, and the number of waves changes from row to row",
+            "Set it to 0",
+        )
     if getattr(accelerator.parallelism_config, "sp_size", 1) > 1:
         yield "sp_size", "keys and values of a history would be on other ranks than its branches", "Set it to 1"
+
+
+def _fetches_ahead(plugin: Any) -> bool:
+    """Whether DeepSpeed prefetches; it then frees parameters that a backward in another order still needs (0.19)."""
+    settings = plugin.deepspeed_config.get("zero_optimization", {})
+    return plugin.zero_stage == 3 and settings.get("stage3_prefetch_bucket_size") != 0
