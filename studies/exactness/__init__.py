@@ -1,0 +1,1 @@
+"""Does training on the exact contexts of inference make a better model?"""

