@@ -93,4 +93,4 @@ def _refused_engines(accelerator: Any) -> Iterator[tuple[str, str, str]]:
 def _fetches_ahead(plugin: Any) -> bool:
     """Whether DeepSpeed prefetches; it then frees parameters that a backward in another order still needs (0.19)."""
     settings = plugin.deepspeed_config.get("zero_optimization", {})
-    return plugin.zero_stage == 3 and settings.get("stage3_prefetch_bucket_size") != 0
+    return bool(plugin.zero_stage == 3 and settings.get("stage3_prefetch_bucket_size") != 0)
