@@ -3,19 +3,9 @@
 import pytest
 import torch
 from families import tiny_model
-from transformers import Qwen3Config
 
+from benchmarks.balance_at_scale import MODEL
 from trl_singlepass.group_size import exchange_bytes, exchange_share, row_bytes, smallest_group
-
-
-QWEN3_8B = Qwen3Config(
-    hidden_size=4096,
-    intermediate_size=12288,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-)
 
 
 def test_a_layer_keeps_what_is_counted():
@@ -42,15 +32,15 @@ def test_a_layer_keeps_what_is_counted():
 
 
 def test_rows_of_documented_length_fit_into_documented_groups():
-    assert row_bytes(QWEN3_8B, 65536) == pytest.approx(2 * 65536 * 36 * 4096, rel=0.8)
-    assert row_bytes(QWEN3_8B, 65536, 4) == pytest.approx(row_bytes(QWEN3_8B, 65536) / 4)
-    assert [smallest_group(QWEN3_8B, tokens, 40e9) for tokens in (8192, 32768, 131072, 524288)] == [1, 1, 2, 8]
-    assert smallest_group(QWEN3_8B, 10**8, 40e9) is None
+    assert row_bytes(MODEL, 65536) == pytest.approx(2 * 65536 * 36 * 4096, rel=0.8)
+    assert row_bytes(MODEL, 65536, 4) == pytest.approx(row_bytes(MODEL, 65536) / 4)
+    assert [smallest_group(MODEL, tokens, 40e9) for tokens in (8192, 32768, 131072, 524288)] == [1, 1, 2, 8]
+    assert smallest_group(MODEL, 10**8, 40e9) is None
 
 
 def test_long_rows_exchange_for_less_of_their_time():
     shares = [
-        exchange_share(QWEN3_8B, tokens, tokens**2 // 2, 8, flops=4e14, bandwidth=3e11) for tokens in (8192, 131072)
+        exchange_share(MODEL, tokens, tokens**2 // 2, 8, flops=4e14, bandwidth=3e11) for tokens in (8192, 131072)
     ]
     assert shares[1] < shares[0] / 2
-    assert exchange_bytes(QWEN3_8B, 8192, 1) == 0
+    assert exchange_bytes(MODEL, 8192, 1) == 0

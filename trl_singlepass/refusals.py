@@ -12,8 +12,9 @@ from accelerate.utils import DistributedType
 from packaging.version import Version
 from transformers import DataCollator
 
+from .adapters import without_adapters
 from .collator import DataCollatorForSinglePass
-from .recurrent.families import recurrent_layers
+from .recurrent.families import recurrent_layer_names
 
 
 def check_dataset(example: Mapping[str, Any]) -> None:
@@ -135,8 +136,7 @@ def check_recurrent_layers(trainer: Any) -> None:
     plugin = trainer.accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage < 3 or trainer.accelerator.num_processes == 1:
         return
-    base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-    recurrent = sorted({type(layer).__name__ for layer in recurrent_layers(base)})
+    recurrent = recurrent_layer_names(without_adapters(trainer.model))
     if recurrent:
         raise ValueError(
             f"ZeRO-3 does not work with {', '.join(recurrent)}: it gathers parameters as often as a layer's parts "
@@ -156,8 +156,7 @@ def check_tensor_parallelism(trainer: Any) -> None:
         `ValueError`: If layers are divided in a way that has not been shown to be exact, or a setting does not work
             with it.
     """
-    args, model = trainer.args, trainer.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    args, base = trainer.args, without_adapters(trainer.model)
     sizes = getattr(base.config, "distributed_config", None)
     num_stages = getattr(sizes, "pp_size", None) or 1
     if num_stages > 1:
@@ -168,7 +167,7 @@ def check_tensor_parallelism(trainer: Any) -> None:
     if trainer.get_tp_size() == 1:
         return
     summed_per_batch = "replicated_with_grad_allreduce" in (getattr(base, "tp_plan", None) or {}).values()
-    recurrent = sorted({type(layer).__name__ for layer in recurrent_layers(base)})
+    recurrent = recurrent_layer_names(base)
     for refused, what, way_out in (
         (
             summed_per_batch and args.gradient_accumulation_steps > 1,
@@ -234,9 +233,8 @@ def check_sequence_parallelism(trainer: Any) -> None:
     Raises:
         `ValueError`: If a setting or the model does not work with sequence parallelism.
     """
-    args, base = trainer.args, trainer.model
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
-    recurrent = sorted({type(layer).__name__ for layer in recurrent_layers(base)})
+    args = trainer.args
+    recurrent = recurrent_layer_names(without_adapters(trainer.model))
     for refused, what, way_out in (
         (trainer.accelerator.distributed_type != DistributedType.DEEPSPEED, "another engine than DeepSpeed", "Use it"),
         (args.per_device_train_batch_size > 1, "per_device_train_batch_size above 1", "Set it to 1, and accumulate"),

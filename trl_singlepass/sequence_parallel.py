@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .adapters import without_adapters
 from .attention import Tree, TreeMask
 from .attention.tree_mask import running_on
 from .loss import weighted_model
@@ -46,7 +47,7 @@ class SequenceParallel:
         check_sequence_parallelism(trainer)
         self.trainer = trainer
         self.size: int = trainer.accelerator.parallelism_config.sp_size
-        base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+        base = without_adapters(trainer.model)
         self._attention = register_shared_attention(base.config.get_text_config()._attn_implementation)
         base.set_attn_implementation(self._attention)
         # accelerate accepts stock names only; DeepSpeed takes over whatever name stands here.

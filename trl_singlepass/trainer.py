@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from transformers import DataCollator, PreTrainedModel, TrainingArguments, logging
 from trl.data_utils import get_dataset_column_names
 
+from .adapters import without_adapters
 from .attention import Tree, check_every_layer_attended, check_model, tree_context, use_tree_attention
 from .balance import train_sampler
 from .collator import DataCollatorForSinglePass, TreeOrPlainCollator
@@ -224,6 +225,5 @@ class SinglePassSFTTrainer(MeasuringTrainer):
 
     def _check_layers_once(self, tree: Tree) -> None:
         if not self._checked_layers:
-            base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-            check_every_layer_attended(base, tree)
+            check_every_layer_attended(without_adapters(self.model), tree)
             self._checked_layers = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..adapters import without_adapters
 from ..recurrent.layer import use_tree_recurrence
 from .registry import TREE_ATTENTION, tree_attention_name
 from .support import UnsupportedModelError, check_every_layer_attended, check_model
@@ -38,7 +39,7 @@ def use_tree_attention(model: Any) -> str:
         `ValueError`: If there is no tree attention for its `attn_implementation`.
         `ImportError`: If the kernel it chose is not installed.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapters(model)
     check_model(base)
     implementation = str(base.config.get_text_config()._attn_implementation)
     name = tree_attention_name(implementation)

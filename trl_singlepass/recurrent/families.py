@@ -116,6 +116,11 @@ def recurrent_layers(model: Any) -> dict[nn.Module, Handling]:
     return {layer: handling for layer, handling in _outermost(decoder_of(model)) if handling is not None}
 
 
+def recurrent_layer_names(model: Any) -> list[str]:
+    """Return the classes of [`recurrent_layers`], for messages."""
+    return sorted({type(layer).__name__ for layer in recurrent_layers(model)})
+
+
 def unknown_mixing_layers(model: Any) -> set[str]:
     """Return the classes of layers that convolve or recur over tokens in a way that is not known."""
     return {

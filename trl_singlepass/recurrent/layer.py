@@ -110,13 +110,14 @@ def _run(layer: Any, arguments: dict[str, Any], tree: Tree) -> Any:
     if handover is not None:
         arguments = {name: _extended(layer, name, value, handover) for name, value in arguments.items()}
     steps = {name: _per_step(layer, value, layout) for name, value in arguments.items()}
+    cache_arguments = _cache_arguments(layer)
     outputs: list[Any] = []
     states: dict[int, ForkStates] = {}
     for step, batch in enumerate(layout.schedule.batches):
         inputs = {name: values[step] for name, values in steps.items()}
         pieces = [layout.schedule.pieces[index] for index in batch]
         cache = ForkStates([_source(layer, piece, states, layout) for piece in pieces if piece.starts_from_state])
-        inputs |= dict.fromkeys(_cache_arguments(layer), cache if handling.starts_from_state else None)
+        inputs |= dict.fromkeys(cache_arguments, cache if handling.starts_from_state else None)
         outputs.append(layer._stock_forward(**inputs))
         if handling.starts_from_state and not cache.final:
             raise RuntimeError(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..adapters import without_adapters
 from ..attention import use_tree_attention
 from ..recurrent.layer import on_trees, stop_tree_recurrence
 from ..rendering import render_row
@@ -97,7 +98,7 @@ def verify(
 @contextmanager
 def _left_as_found(model: Any) -> Iterator[str | None]:
     """Take the model off trees and to evaluation; yield the tree attention that it came with, as a trainer's does."""
-    base = _base(model)
+    base = without_adapters(model)
     modes = {module: module.training for module in model.modules()}
     attention = text_config(base)._attn_implementation
     came_on_trees = attention.startswith("tree_") or any(map(on_trees, base.modules()))
@@ -118,7 +119,7 @@ def _left_as_found(model: Any) -> Iterator[str | None]:
 
 @contextmanager
 def _on_trees(model: Any, tree_attention: str | None) -> Iterator[None]:
-    base = _base(model)
+    base = without_adapters(model)
     before = use_tree_attention(base)
     try:
         if tree_attention is not None:
@@ -136,10 +137,6 @@ def _leave_trees(base: Any, attention: str) -> None:
 def _set_attention(base: Any, implementation: str) -> None:
     if base._can_set_attn_implementation():  # some models have recurrent layers only
         base.set_attn_implementation(implementation)
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _compare(

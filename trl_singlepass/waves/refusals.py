@@ -10,8 +10,9 @@ from accelerate.utils import DistributedType
 from packaging.version import Version
 from torch import nn
 
+from ..adapters import without_adapters
 from ..attention.registry import TREE_ATTENTION
-from ..recurrent.families import recurrent_layers
+from ..recurrent.families import recurrent_layer_names
 from .engines import SHARDED
 
 
@@ -32,8 +33,7 @@ def check_waves(trainer: Any) -> None:
 
 
 def _refused(trainer: Any) -> Iterator[tuple[str, str, str]]:
-    args, base = trainer.args, trainer.model
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    args, base = trainer.args, without_adapters(trainer.model)
     if Version(trl.__version__) < Version("1.16"):
         yield f"trl {trl.__version__}", "it has no fused head that takes shifted labels", "Upgrade to trl>=1.16"
     if args.label_smoothing_factor:
@@ -49,7 +49,7 @@ def _refused(trainer: Any) -> Iterator[tuple[str, str, str]]:
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer in ("lomo", "adalomo") or "layerwise" in optimizer:
         yield f"optim={optimizer!r}", "it updates parameters during backward, between waves", "Choose another"
-    recurrent = sorted({type(layer).__name__ for layer in recurrent_layers(base)})
+    recurrent = recurrent_layer_names(base)
     if recurrent and args.wave_tokens == "auto":
         yield recurrent[0], "its activations are not counted", "Set a number of tokens"
     yield from _refused_models(trainer.model, base)

@@ -8,6 +8,7 @@ import torch
 import trl
 from transformers import logging
 
+from ..adapters import without_adapters
 from ..attention.tree_mask import Tree
 from ..loss import total_weight
 from ..recurrent.families import recurrent_layers
@@ -44,7 +45,7 @@ class WaveTraining:
         self.runs_at_once = trainer.args.wave_tokens is None
         if not self.runs_at_once:
             check_waves(trainer)
-        base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+        base = without_adapters(trainer.model)
         self.recorder = None if self.runs_at_once or not trainer.aux_loss_enabled else RouterRecorder(base)
         # Models take a lone token for a step of generation, and drop the mask that carries the tree to recomputation.
         self._is_hybrid = bool(recurrent_layers(base))
