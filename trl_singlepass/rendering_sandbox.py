@@ -28,7 +28,7 @@ _HARMLESS: dict[type, frozenset[str]] = {str: _harmless_of_strings(), LoopContex
 
 class RememberingSandbox(ImmutableSandboxedEnvironment):
     """
-    A sandbox that gives what `ImmutableSandboxedEnvironment` gives, five times as fast on what templates do most.
+    A sandbox that gives what `ImmutableSandboxedEnvironment` gives, faster on what templates do most.
 
     Templates spend their time in looking up keys of messages, methods of strings and fields of `loop` and
     `namespace`. For these types alone, and not their subclasses, jinja's verdict depends on type and name. All else
