@@ -53,6 +53,12 @@ def test_samples_in_a_shape_share_what_the_shape_says(name):
         assert len(PrefixTree.from_samples(samples)) == max(map(len, samples))  # all reasoning kept: one chain
 
 
+def test_samples_that_leave_one_at_the_same_place_share_nothing_more():
+    sizes = {"source": 0, "prompt": 5, "reasoning": 0, "length": 10}
+    shape = [{**sizes, "shared": shared} for shared in (0, 5, 5)]
+    assert shape_of(samples_of(shape, vocabulary=1000)) == shape
+
+
 def test_causal_row_is_as_long_as_the_tree_and_not_the_same_step(reference):
     loss, gradient = loss_and_gradient("causal_row")
     assert loss != pytest.approx(reference[0], rel=1e-4)
