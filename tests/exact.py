@@ -1,15 +1,46 @@
 """Comparison of loss and gradients in float64, to the tolerance that the project promises."""
 
+from functools import partial
+
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_singlepass.attention import tree_context, use_tree_attention
 from trl_singlepass.collator import DataCollatorForSinglePass
 from trl_singlepass.reference import npass_loss_and_gradients
+from trl_singlepass.reference.float64 import ForcedFloat64
 from trl_singlepass.rows import Row
 from trl_singlepass.tree import PrefixTree
 
 
 TOLERANCE = 1e-12
+
+
+def checkpoint_layers(use_reentrant):
+    """Return a function that turns gradient checkpointing on, in float64."""
+
+    def prepare(model):
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        recompute_in_float64(model)
+
+    return prepare
+
+
+def recompute_in_float64(model):
+    """Autograd leaves the context that forces float64 when it runs a checkpointed layer again: enter it there."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert layers
+    for layer in layers:
+        assert layer.gradient_checkpointing
+        layer._gradient_checkpointing_func = _in_float64(layer._gradient_checkpointing_func)
+
+
+def _in_float64(checkpoint):
+    def forced(function, *args):
+        with ForcedFloat64():
+            return function(*args)
+
+    return lambda function, *args: checkpoint(partial(forced, function), *args)
 
 
 def one_row_each(sample_sets):

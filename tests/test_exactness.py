@@ -1,15 +1,10 @@
 """Float64: loss and every gradient of a single pass equal those of separate forwards."""
 
-from functools import partial
-
 import pytest
-from exact import assert_equal_to_npass
+from exact import assert_equal_to_npass, checkpoint_layers
 from families import FAMILIES, MIXTURES, tiny_model
 from hypothesis import HealthCheck, example, given, settings
 from strategies import nested_forks, reasoning_chat, sample_sets
-from transformers.modeling_layers import GradientCheckpointingLayer
-
-from trl_singlepass.reference.float64 import ForcedFloat64
 
 
 pytestmark = [
@@ -17,28 +12,6 @@ pytestmark = [
     # Its new name is not in all releases of transformers that are supported.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
 ]
-
-
-def checkpoint_layers(use_reentrant):
-    def prepare(model):
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        assert all(layer.gradient_checkpointing for layer in layers)
-        assert layers
-        for layer in layers:
-            layer._gradient_checkpointing_func = in_float64(layer._gradient_checkpointing_func)
-
-    return prepare
-
-
-def in_float64(checkpoint):
-    """Autograd leaves the float64 fixture's context when it runs a checkpointed layer again: enter it there."""
-
-    def forced(function, *args):
-        with ForcedFloat64():
-            return function(*args)
-
-    return lambda function, *args: checkpoint(partial(forced, function), *args)
 
 
 CHECKPOINTING = {

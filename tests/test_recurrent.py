@@ -2,19 +2,17 @@
 
 import copy
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from chat_tokenizers import make_tokenizer
-from exact import assert_equal_to_npass, forward
+from exact import assert_equal_to_npass, checkpoint_layers, forward
 from hypothesis import HealthCheck, given, settings
 from strategies import reasoning_chat, sample_sets
 from survey import branchy_chat
 from tiny_configs import tiny_model
 from training import largest_difference, single_pass_trainer, stock_trainer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_singlepass.attention import UnsupportedModelError, check_model, use_tree_attention
 from trl_singlepass.recurrent import layer as recurrent_layer
@@ -52,27 +50,6 @@ pytestmark = [
     # The reference kernels of transformers say that they are slow.
     pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning"),
 ]
-
-
-def checkpoint_layers(use_reentrant):
-    def prepare(model):
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        assert layers
-        for layer in layers:
-            layer._gradient_checkpointing_func = in_float64(layer._gradient_checkpointing_func)
-
-    return prepare
-
-
-def in_float64(checkpoint):
-    """Autograd leaves the float64 fixture's context when it runs a checkpointed layer again: enter it there."""
-
-    def forced(function, *args):
-        with ForcedFloat64():
-            return function(*args)
-
-    return lambda function, *args: checkpoint(partial(forced, function), *args)
 
 
 def branch_at_every_depth():
