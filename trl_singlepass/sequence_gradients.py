@@ -46,7 +46,7 @@ class GradientCheck:
         engine.step = self._checked_step
 
     def _add(self, gradient: torch.Tensor) -> None:
-        gradient = gradient.detach().float()
+        gradient = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
         self.local = gradient.clone() if self.local is None else self.local + gradient
 
     def _checked_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +68,7 @@ class GradientCheck:
         reference = float(expected.norm())
         if reference == 0:
             return False
-        ratio = float((reduced.float().flatten() @ expected.flatten()) / reference**2)
+        ratio = float((reduced.to(expected.dtype).flatten() @ expected.flatten()) / reference**2)
         if abs(ratio - 1) > 0.1:
             raise RuntimeError(
                 f"DeepSpeed returned gradients {ratio:.3g} times as large as their mean over ranks under sequence "
