@@ -65,10 +65,10 @@ def read_result(path):
 
 def assert_same_training(ours, theirs, tolerance=TOLERANCE):
     """Assert that two runs have the same losses, gradient norms and parameters."""
-    assert ours.loss == pytest.approx(theirs.loss, rel=10 * tolerance)
-    assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=100 * tolerance)
+    assert ours.loss == pytest.approx(theirs.loss, rel=tolerance)
+    assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=10 * tolerance)
     for own, other in zip(ours.by_turn, theirs.by_turn, strict=True):
-        assert own == pytest.approx(other, rel=10 * tolerance)
+        assert own == pytest.approx(other, rel=tolerance)
     assert ours.parameters.keys() == theirs.parameters.keys()
     for name, value in theirs.parameters.items():
-        assert float((value.float() - ours.parameters[name].float()).abs().max()) <= tolerance, name
+        assert float((value.double() - ours.parameters[name].double()).abs().max()) <= tolerance, name

@@ -2,6 +2,7 @@
 
 import pytest
 from runs import assert_same_training, on_engine, with_config, zero
+from training import needs_weighted_loss
 
 
 ENGINES = {
@@ -12,8 +13,8 @@ ENGINES = {
     "fsdp2": ("FSDPQwen3ForCausalLM", "FSDP", None),
 }
 CASES = {
-    # Five conversations: on two ranks the last batch of the evaluation repeats one.
-    "plain": {"evaluate": True},
+    # Evaluates five conversations: on two ranks, its last batch repeats one.
+    "plain": {"evaluate": True, "config": {"gradient_checkpointing": False}},
     "packing": {"config": {"packing": True, "max_length": 256}},
     "lora": {"lora": True},
     "checkpointing": {"config": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}},
@@ -26,6 +27,19 @@ def assert_engine(run, engine, world_size=2):
     assert run.world_size == world_size
     assert (run.distributed_type, run.zero_stage) == (kind, stage)
     assert run.engine in (wrapped, "FSDPPeftModel") if engine == "fsdp2" else run.engine == wrapped
+
+
+@needs_weighted_loss  # whose fused head the worker keeps in float64
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_six_steps_in_float64(tmp_path, nursery, one_process, engine, case):
+    """What the two tolerances differ by is rounding, nothing else."""
+    settings = {**CASES[case], "float64": True}
+    alone = one_process(with_config(settings, per_device_train_batch_size=2))
+    settings, environment = on_engine(engine, settings)
+    run = nursery.run(tmp_path, settings, world_size=2, environment=environment)
+    assert_engine(run, engine)
+    assert_same_training(run, alone, tolerance=1e-13)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from families import tiny_model
 from runs import assert_same_training, with_config, zero
+from training import needs_weighted_loss
 from worker import training_conversations
 
 from trl_singlepass.group_size import exchange_bytes
@@ -49,6 +50,14 @@ def test_six_steps(tmp_path, nursery, one_process, case):
     assert run.num_trained_tokens == alone.num_trained_tokens
     if "evaluate" in CASES[case]:
         assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
+
+
+@needs_weighted_loss  # whose fused head the worker keeps in float64
+@pytest.mark.parametrize("case", ["packing", "lora", "sinks"])
+def test_six_steps_in_float64(tmp_path, nursery, one_process, case):
+    settings = {**CASES[case], "float64": True}
+    run = nursery.run(tmp_path, shared(settings), world_size=2)
+    assert_same_training(run, one_process(settings), tolerance=1e-13)
 
 
 @pytest.mark.parametrize(("num_rows", "world_size", "accumulation"), [(7, 2, 1), (5, 4, 1), (7, 4, 2)])

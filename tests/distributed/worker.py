@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DeepSpeedSequenceParallelConfig, DistributedType
 from chat_tokenizers import make_tokenizer
 from conversations import chat, tool_chat
+from exact import recompute_in_float64
 from families import tiny_model
 from packaging.version import Version
 from peft import LoraConfig
@@ -40,6 +42,7 @@ from transformers import TrainerCallback
 
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer, sequence_parallel
 from trl_singlepass.preemption import PreemptionCallback, last_good_checkpoint
+from trl_singlepass.reference.float64 import ForcedFloat64
 
 
 def offer_fsdp_on_cpu():
@@ -52,6 +55,12 @@ def offer_fsdp_on_cpu():
 def without_compiled_communication():
     """Keep DeepSpeed from compiling an extension for ranks on one CPU: gloo does without, and needs no compiler."""
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+
+
+def with_gradients_in_float64():
+    """Keep DeepSpeed's ZeRO-1 from adding gradients up in float32, which it takes for the type of every such model."""
+    engine = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
+    engine.get_data_types = lambda _: (torch.float64, torch.float64)
 
 
 def training_conversations():
@@ -82,7 +91,7 @@ def divided(model, folder, sizes):
     attention = model.config._attn_implementation
     config = DistributedConfig(**sizes)
     return type(model).from_pretrained(
-        folder, dtype="float32", attn_implementation=attention, distributed_config=config
+        folder, dtype=model.dtype, attn_implementation=attention, distributed_config=config
     )
 
 
@@ -102,6 +111,8 @@ def build_trainer(settings):
     model = float32_model(tokenizer, **heads)
     if "family" in settings:
         model = tiny_model(settings["family"], len(tokenizer), torch.float32, attn_implementation="eager", **heads)
+    if settings.get("float64"):
+        model.double()
     if "divided" in settings:
         model = divided(model, Path(settings["result"]).parent, settings["divided"])
     config = {
@@ -116,11 +127,13 @@ def build_trainer(settings):
     }
     if "sp_size" in settings:
         config["parallelism_config"] = parallelism(settings["sp_size"])
-    rows = settings.get("rows") or training_conversations()[: settings.get("num_rows")]
+    dataset = as_dataset(settings.get("rows") or training_conversations()[: settings.get("num_rows")])
+    if "num_shards" in settings:
+        dataset = dataset.to_iterable_dataset(settings["num_shards"])
     return SinglePassSFTTrainer(
         model,
         SinglePassSFTConfig(str(Path(settings["result"]).parent / "out"), **config),
-        train_dataset=as_dataset(rows),
+        train_dataset=dataset,
         eval_dataset=as_dataset(evaluation_conversations()) if settings.get("evaluate") else None,
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, init_lora_weights=True) if settings.get("lora") else None,
@@ -160,18 +173,46 @@ def count_exchanged_bytes():
     return sent
 
 
+def keep_the_head_in_float64():
+    """Autograd leaves the context that forces float64 when it runs TRL's fused head backwards: enter it there."""
+    head = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    backward = head.backward
+
+    def forced(*args):
+        with ForcedFloat64():
+            return backward(*args)
+
+    head.backward = staticmethod(forced)
+
+
+class RecomputeInFloat64(TrainerCallback):
+    """Gradient checkpointing, once it is on, that keeps float64."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.gradient_checkpointing:
+            recompute_in_float64(model)
+
+
 class Accident(TrainerCallback):
-    """Something that happens to one rank some time after a step: `kind`, `step`, `rank`, and `delay` in seconds."""
+    """Something that happens to one rank after a step: after `delay` times its duration, or two steps later."""
 
     def __init__(self, kind, step, rank=0, delay=0.0):
         self.kind, self.step, self.rank, self.delay = kind, step, rank, delay
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.monotonic()
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step and args.process_index == self.rank:
-            if self.kind == "full disk":  # as seen by a process: a write fails when a file is half written
-                resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
-            else:
-                threading.Timer(self.delay, os.kill, (os.getpid(), getattr(signal, self.kind))).start()
+        if args.process_index == self.rank and state.global_step == self.step:
+            threading.Timer(self.delay * (time.monotonic() - self.began), self.happen).start()
+        elif args.process_index == self.rank and state.global_step == self.step + 2:
+            self.happen()
+
+    def happen(self):
+        if self.kind == "full disk":  # as seen by a process: a write fails when a file is half written
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+        else:
+            os.kill(os.getpid(), getattr(signal, self.kind))
 
 
 def summary(trainer):
@@ -182,7 +223,7 @@ def summary(trainer):
         "world_size": trainer.accelerator.num_processes,
         "distributed_type": trainer.accelerator.distributed_type.value,
         "tp_size": trainer.get_tp_size(),
-        "row_tokens": len(trainer.train_dataset[0]["input_ids"]),
+        "row_tokens": len(next(iter(trainer.train_dataset))["input_ids"]),
         "engine": type(trainer.model_wrapped).__name__,
         "zero_stage": getattr(trainer.model_wrapped, "zero_optimization_stage", lambda: None)(),
         **{key: [float(entry[key]) for entry in history if key in entry] for key in keys},
@@ -204,6 +245,8 @@ def train(settings):
         set_adapter(trainer.model)
     preemption = PreemptionCallback()
     trainer.add_callback(preemption)
+    if settings.get("float64"):
+        trainer.add_callback(RecomputeInFloat64())
     if "accident" in settings:
         trainer.add_callback(Accident(**settings["accident"]))
     trainer.train(resume_from_checkpoint=last_good_checkpoint(trainer.args.output_dir))
@@ -229,7 +272,13 @@ def main(settings):
         offer_fsdp_on_cpu()
     if "deepspeed" in settings.get("config", {}) or "ACCELERATE_USE_DEEPSPEED" in os.environ:
         without_compiled_communication()
-    train(settings)
+        if settings.get("float64"):
+            with_gradients_in_float64()
+    if settings.get("float64"):
+        torch.set_default_dtype(torch.float64)
+        keep_the_head_in_float64()
+    with ForcedFloat64() if settings.get("float64") else nullcontext():
+        train(settings)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
