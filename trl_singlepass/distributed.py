@@ -78,6 +78,11 @@ class DistributedTrainer(SFTTrainer):
         num_empty = max(self._sequence_parallel.size - num_new, 0) if num_new else 0
         return without_last_batches(num_empty, values, args)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save, then wait: the first rank goes on to write the file that says that the checkpoint is whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         if "loss_weights" in inputs:  # under DeepSpeed, the Trainer rounds floats to the model's precision

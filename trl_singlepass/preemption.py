@@ -6,6 +6,7 @@ import json
 import signal
 import zipfile
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -152,9 +153,15 @@ def damages(checkpoint: Path) -> Iterator[str]:
     for tag in checkpoint.glob("latest"):  # DeepSpeed's
         if not any((checkpoint / tag.read_text().strip()).glob("*.pt")):
             yield f"{tag.read_text().strip()}, the state of DeepSpeed, is missing"
-    for folder in {path.parent for path in files if path.suffix == ".distcp"}:  # FSDP's; the index is written last
-        if not (folder / ".metadata").exists():
-            yield f"{folder.name} has no .metadata, it was not saved to its end"
+    for folder in sorted({path.parent for path in files if path.suffix == ".distcp"}):
+        damage = _damage_of_shards(folder)
+        if damage:
+            yield f"{folder.name} {damage}"
+    names = {path.name for path in files}
+    if not any(fnmatch(name, pattern) for name in names for pattern in _WEIGHTS):
+        yield "it has no weights"
+    if "scheduler.pt" in names and not any(fnmatch(name, pattern) for name in names for pattern in _OPTIMIZER):
+        yield "it has a learning rate schedule, but no optimizer"
 
 
 def _damage_of_json(path: Path) -> str | None:
@@ -162,7 +169,7 @@ def _damage_of_json(path: Path) -> str | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return "is cut off"
-    parts = set(content.get("weight_map", {}).values()) if path.name.endswith(".index.json") else set()
+    parts = set(content["weight_map"].values()) if path.name.endswith(".index.json") else set()
     missing = sorted(part for part in parts if not (path.parent / part).exists())
     return f"names {missing[0]}, which is missing" if missing else None
 
@@ -192,6 +199,28 @@ def _damage_of_torch_file(path: Path) -> str | None:
     return None if broken is None else f"has wrong bytes in {broken}"
 
 
+def _damage_of_shards(folder: Path) -> str | None:
+    """Compare the sizes of FSDP's files with their index, which is written last."""
+    if not (folder / ".metadata").exists():
+        return "has no .metadata, it was not saved to its end"
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # not in every build of PyTorch
+
+    try:
+        index = FileSystemReader(folder).read_metadata()
+    except Exception as error:  # pickle documents no end of them
+        return f"has a .metadata that cannot be read ({type(error).__name__})"
+    for entry in (index.storage_data or {}).values():
+        file = folder / entry.relative_path
+        if not file.exists():
+            return f"names {file.name}, which is missing"
+        if file.stat().st_size < entry.offset + entry.length:
+            return f"has a {file.name} that is cut off"
+    return None
+
+
+# Of transformers, FSDP and DeepSpeed.
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.distcp", "*model_states.pt")
+_OPTIMIZER = ("optimizer.pt", "optimizer*.bin", "*.distcp", "*optim_states.pt")
 _CHECKS = {
     ".json": _damage_of_json,
     ".safetensors": _damage_of_safetensors,

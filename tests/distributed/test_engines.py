@@ -83,7 +83,7 @@ def test_loss_weights_where_a_rank_has_no_row_left(tmp_path, nursery, one_proces
     assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_bf16(tmp_path, nursery, one_process, engine):
     """FSDP keeps more in bf16 than autocast does, the logits too."""
     settings = {"config": {"bf16": True}}

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 from worker import training_conversations
 
-from trl_singlepass.preemption import last_good_checkpoint
+from trl_singlepass.preemption import damages, last_good_checkpoint
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3, "optim": "adamw_torch"}
@@ -26,11 +27,11 @@ def uninterrupted(nursery, tmp_path_factory):
     """What two processes train without an accident, by settings."""
     results = {}
 
-    def train(settings):
+    def train(settings, environment=None):
         key = json.dumps(settings, sort_keys=True)
         if key not in results:
             run = with_config(settings, save_strategy="no")
-            results[key] = nursery.run(tmp_path_factory.mktemp("whole"), run, world_size=2)
+            results[key] = nursery.run(tmp_path_factory.mktemp("whole"), run, world_size=2, environment=environment)
         return results[key]
 
     return train
@@ -62,15 +63,27 @@ def test_a_killed_stream(tmp_path, nursery, uninterrupted, num_shards):
     assert_same_training(nursery.run(tmp_path, settings, world_size=2), uninterrupted(settings), tolerance=1e-7)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_killed_before_the_last_file_of_a_rank(tmp_path, nursery):
+    """The first rank, which is done with its own, does not call the checkpoint whole."""
+    accident = {"kind": "SIGKILL in saving", "step": 3, "rank": 1}
+    run = nursery.run(
+        tmp_path, {**on_engine("ddp", SHORT)[0], "accident": accident}, world_size=2, expect_success=False
+    )
+    assert -9 in run.codes
+    assert (tmp_path / "out" / "checkpoint-3" / "rng_state_0.pth").exists()
+    assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-2")
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_told_to_stop(tmp_path, nursery, uninterrupted, engine):
     """The signal reaches one rank only; all save after the same step and end well."""
-    settings = with_config(on_engine(engine, SHORT)[0], save_steps=100)
-    stopped = nursery.run(tmp_path, {**settings, "accident": {"kind": "SIGTERM", "step": 3, "rank": 1}}, world_size=2)
+    settings, environment = on_engine(engine, with_config(SHORT, save_steps=100))
+    run = partial(nursery.run, tmp_path, world_size=2, environment=environment)
+    stopped = run({**settings, "accident": {"kind": "SIGTERM", "step": 3, "rank": 1}})
     assert "Told to stop: saving a checkpoint after step" in stopped.log
     assert not hasattr(stopped, "loss")
     assert 3 <= int(last_good_checkpoint(tmp_path / "out").rpartition("-")[2]) < 6
-    assert_same_training(nursery.run(tmp_path, settings, world_size=2), uninterrupted(settings))
+    assert_same_training(run(settings), uninterrupted(settings, environment))
 
 
 @needs_weighted_loss  # whose fused head the worker keeps in float64: Adam makes much of a rounding
@@ -124,18 +137,40 @@ def saved(nursery, tmp_path_factory):
         ("scheduler.pt", "is cut off"),
         ("config.json", "is cut off"),
         ("trainer_state.json", "is missing"),
+        ("model.safetensors", "it has no weights"),
+        ("optimizer.pt", "it has a learning rate schedule, but no optimizer"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, saved, caplog, name, damage):
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, saved, name, damage):
     shutil.copytree(saved, tmp_path / "out")
     file = tmp_path / "out" / "checkpoint-3" / name
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
-    if damage == "is missing":
+    if damage != "is cut off":
         file.unlink()
-    logger = "trl_singlepass.preemption"
-    with caplog.at_level("WARNING", logger):
-        assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-2")
+    assert damage in next(damages(file.parent))
+    assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("engine", "part"),
+    [
+        ("zero3", "*/zero_pp_rank_1_*optim_states.pt"),
+        ("fsdp2", "pytorch_model_fsdp_0/__1_0.distcp"),
+        ("fsdp2", "optimizer_0/.metadata"),
+    ],
+)
+def test_a_damaged_part_of_a_rank_is_passed_over(tmp_path, nursery, uninterrupted, engine, part):
+    settings, environment = on_engine(engine, SHORT)
+    environment = {**environment, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    run = partial(nursery.run, tmp_path, world_size=2, environment=environment)
+    run(with_config(settings, max_steps=4))
+    (file,) = (tmp_path / "out" / "checkpoint-4").glob(part)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    resumed = run(settings)
+    assert "checkpoint-4: " in resumed.log
+    assert_same_training(resumed, uninterrupted(settings, environment))
 
 
 def test_wrong_bytes_are_found(tmp_path, saved):

@@ -194,7 +194,7 @@ class RecomputeInFloat64(TrainerCallback):
 
 
 class Accident(TrainerCallback):
-    """Something that happens to one rank after a step: after `delay` times its duration, or two steps later."""
+    """Something that happens to one rank: as a step ends, or `delay` times its duration later, at most two steps."""
 
     def __init__(self, kind, step, rank=0, delay=0.0):
         self.kind, self.step, self.rank, self.delay = kind, step, rank, delay
@@ -203,14 +203,18 @@ class Accident(TrainerCallback):
         self.began = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.process_index == self.rank and state.global_step == self.step:
+        if args.process_index != self.rank:
+            return
+        if state.global_step == self.step and self.delay:
             threading.Timer(self.delay * (time.monotonic() - self.began), self.happen).start()
-        elif args.process_index == self.rank and state.global_step == self.step + 2:
+        elif state.global_step == self.step + (2 if self.delay else 0):
             self.happen()
 
     def happen(self):
         if self.kind == "full disk":  # as seen by a process: a write fails when a file is half written
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+        elif self.kind == "SIGKILL in saving":
+            torch.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
         else:
             os.kill(os.getpid(), getattr(signal, self.kind))
 
