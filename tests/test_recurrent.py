@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from strategies import reasoning_chat, sample_sets
 from survey import branchy_chat
 from tiny_configs import tiny_model
-from training import largest_difference, single_pass_trainer, stock_trainer
+from training import largest_difference, needs_cached_states, single_pass_trainer, stock_trainer
 
 from trl_singlepass.attention import UnsupportedModelError, check_model, use_tree_attention
 from trl_singlepass.recurrent import layer as recurrent_layer
@@ -47,6 +47,7 @@ HYBRIDS = [
 KINDS = ["qwen3_5_text", "bamba", "lfm2", "jamba", "deepseek_v32"]
 
 pytestmark = [
+    needs_cached_states,
     # The reference kernels of transformers say that they are slow.
     pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning"),
 ]

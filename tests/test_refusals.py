@@ -6,7 +6,7 @@ import pytest
 from chat_tokenizers import make_tokenizer
 from conversations import chat, tool_chat
 from peft import PromptTuningConfig, get_peft_model
-from training import SETTINGS, float32_model, single_pass_trainer
+from training import SETTINGS, float32_model, needs_cached_states, single_pass_trainer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.hybrid_step import small_hybrid
@@ -75,6 +75,7 @@ def test_a_pipeline_is_refused(tmp_path, tokenizer):
         check_tensor_parallelism(type("Trainer", (), {"args": None, "model": model})())
 
 
+@needs_cached_states
 def test_recurrent_layers_are_not_sharded_by_zero3():
     plugin = SimpleNamespace(zero_stage=3)
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), num_processes=2)

@@ -3,6 +3,7 @@
 import datasets
 import pytest
 import torch
+import transformers
 import trl
 from families import tiny_model
 from packaging.version import Version
@@ -13,6 +14,10 @@ from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 
 needs_weighted_loss = pytest.mark.skipif(
     Version(trl.__version__) < Version("1.15"), reason="loss weights reach the loss through the fused head of TRL 1.15"
+)
+needs_cached_states = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="recurrent layers keep their states in the cache since 5.23",
 )
 
 SETTINGS = {
