@@ -6,7 +6,6 @@ import json
 import signal
 import zipfile
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -157,11 +156,14 @@ def damages(checkpoint: Path) -> Iterator[str]:
         damage = _damage_of_shards(folder)
         if damage:
             yield f"{folder.name} {damage}"
-    names = {path.name for path in files}
-    if not any(fnmatch(name, pattern) for name in names for pattern in _WEIGHTS):
+    if not _any_is_like(_WEIGHTS, files):
         yield "it has no weights"
-    if "scheduler.pt" in names and not any(fnmatch(name, pattern) for name in names for pattern in _OPTIMIZER):
+    if checkpoint / "scheduler.pt" in files and not _any_is_like(_OPTIMIZER, files):
         yield "it has a learning rate schedule, but no optimizer"
+
+
+def _any_is_like(patterns: Sequence[str], files: Sequence[Path]) -> bool:
+    return any(path.match(pattern) for path in files for pattern in patterns)
 
 
 def _damage_of_json(path: Path) -> str | None:
@@ -219,8 +221,14 @@ def _damage_of_shards(folder: Path) -> str | None:
 
 
 # Of transformers, FSDP and DeepSpeed.
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.distcp", "*model_states.pt")
-_OPTIMIZER = ("optimizer.pt", "optimizer*.bin", "*.distcp", "*optim_states.pt")
+_WEIGHTS = (
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_model.bin",
+    "pytorch_model*/*.distcp",
+    "*model_states.pt",
+)
+_OPTIMIZER = ("optimizer.pt", "optimizer*.bin", "optimizer*/*.distcp", "*optim_states.pt")
 _CHECKS = {
     ".json": _damage_of_json,
     ".safetensors": _damage_of_safetensors,

@@ -168,6 +168,7 @@ def test_a_damaged_part_of_a_rank_is_passed_over(tmp_path, nursery, uninterrupte
     (file,) = (tmp_path / "out" / "checkpoint-4").glob(part)
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
+    assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-3")
     resumed = run(settings)
     assert "checkpoint-4: " in resumed.log
     assert_same_training(resumed, uninterrupted(settings, environment))
