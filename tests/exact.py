@@ -32,15 +32,22 @@ def recompute_in_float64(model):
     assert layers
     for layer in layers:
         assert layer.gradient_checkpointing
-        layer._gradient_checkpointing_func = _in_float64(layer._gradient_checkpointing_func)
+        checkpoint = layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = partial(_checkpoint_in_float64, checkpoint)
 
 
-def _in_float64(checkpoint):
-    def forced(function, *args):
+def _checkpoint_in_float64(checkpoint, function, *args):
+    return checkpoint(in_float64(function), *args)
+
+
+def in_float64(function):
+    """Return the function, run in the context that forces float64."""
+
+    def forced(*args):
         with ForcedFloat64():
             return function(*args)
 
-    return lambda function, *args: checkpoint(partial(forced, function), *args)
+    return forced
 
 
 def one_row_each(sample_sets):

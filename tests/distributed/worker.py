@@ -31,7 +31,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DeepSpeedSequenceParallelConfig, DistributedType
 from chat_tokenizers import make_tokenizer
 from conversations import chat, tool_chat
-from exact import recompute_in_float64
+from exact import in_float64, recompute_in_float64
 from families import tiny_model
 from packaging.version import Version
 from peft import LoraConfig
@@ -42,7 +42,6 @@ from transformers import TrainerCallback
 
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer, sequence_parallel
 from trl_singlepass.preemption import PreemptionCallback, last_good_checkpoint
-from trl_singlepass.reference.float64 import ForcedFloat64
 
 
 def offer_fsdp_on_cpu():
@@ -176,13 +175,7 @@ def count_exchanged_bytes():
 def keep_the_head_in_float64():
     """Autograd leaves the context that forces float64 when it runs TRL's fused head backwards: enter it there."""
     head = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-    backward = head.backward
-
-    def forced(*args):
-        with ForcedFloat64():
-            return backward(*args)
-
-    head.backward = staticmethod(forced)
+    head.backward = staticmethod(in_float64(head.backward))
 
 
 class RecomputeInFloat64(TrainerCallback):
@@ -281,8 +274,8 @@ def main(settings):
     if settings.get("float64"):
         torch.set_default_dtype(torch.float64)
         keep_the_head_in_float64()
-    with ForcedFloat64() if settings.get("float64") else nullcontext():
-        train(settings)
+    run = in_float64(train) if settings.get("float64") else train
+    run(settings)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
