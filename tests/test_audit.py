@@ -13,7 +13,7 @@ from chat_tokenizers import make_tokenizer, template_text
 from conversations import TOOLS, chat, tool_chat
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, Qwen3Config
+from transformers import Qwen3Config
 
 import trl_singlepass
 from trl_singlepass.auditing import audit
@@ -35,8 +35,6 @@ from trl_singlepass.sample import Sample
 from trl_singlepass.tree import PrefixTree
 
 
-SHARED_FOLDER = Path(__file__).parents[2] / "shared"
-needs_data = pytest.mark.skipif(not SHARED_FOLDER.is_dir(), reason="needs the conversations in ../shared")
 CONFIG = Qwen3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 
 
@@ -411,52 +409,6 @@ def test_the_forecast_needs_no_samples_to_be_kept():
     costs = [conversation_cost(render_row({"messages": chat(3, i)}, tokenizer), shape) for i in range(3)]
     assert all(cost.first_prompt.dtype == np.int32 for cost in costs)
     assert forecast(costs, shape, 1.0).costs[NPASS].tokens == sum(c.by_schedule[NPASS].tokens for c in costs)
-
-
-def conversations_of(name):
-    with (SHARED_FOLDER / "data" / f"{name}.jsonl").open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-@needs_data
-@pytest.mark.parametrize(
-    ("name", "sharing_factor", "over_chains", "leaves", "turns"),
-    [
-        ("llamafactory_reason_tool_use", 1.84, 1.22, 70, 112),
-        ("taubench_gpt4o_airline", 7.88, 7.88, 642, 642),
-        ("mathchat_follow_up_300", 1.32, 1.32, 900, 900),
-    ],
-)
-def test_public_conversations_under_qwen3(name, sharing_factor, over_chains, leaves, turns):
-    tokenizer = AutoTokenizer.from_pretrained(SHARED_FOLDER / "tokenizers" / "qwen3")
-    tokenizer.chat_template = template_text("qwen3")
-    report = audit(conversations_of(name), tokenizer)
-    assert report.forecast.sharing_factor.value == pytest.approx(sharing_factor, abs=0.01)
-    assert report.forecast.over_chains.value == pytest.approx(over_chains, abs=0.01)
-    assert (report.num_chains, report.all_turns.turns) == (leaves, turns)
-    assert report.all_turns.not_token_prefix == 0
-
-
-@needs_data
-@pytest.mark.parametrize("template", ["qwen3", "gptoss", "glm4moe", "deepseek_r1_distill"])
-@pytest.mark.parametrize("name", ["llamafactory_reason_tool_use", "taubench_gpt4o_airline", "mathchat_follow_up_300"])
-def test_what_stock_templates_do_to_public_conversations(name, template):
-    rows = conversations_of(name)[:12]
-    report = audit(rows, make_tokenizer(template))
-    stats, says_reasoning = report.all_turns, name != "taubench_gpt4o_airline"
-    assert stats.turns == sum(message["role"] == "assistant" for row in rows for message in row["messages"])
-    assert stats.reasoning_found == (stats.turns if says_reasoning else 0)
-    assert stats.reasoning_restored == (stats.reasoning_found if template == "deepseek_r1_distill" else 0)
-    assert stats.stop_added == (stats.turns if template == "glm4moe" else 0)
-    causes = set(stats.branches)
-    if not says_reasoning:
-        expected = {"qwen3": {"empty reasoning block"}, "gptoss": {"other stop token"}}
-        assert causes == expected.get(template, set())
-    if template == "deepseek_r1_distill":
-        assert stats.calls_lost == stats.with_calls
-    if name == "mathchat_follow_up_300":
-        assert stats.reasoning_hidden == sum(stats.branches.values()) == 24
-        assert report.num_trainable == 12
 
 
 def test_ten_thousand_rows_are_sampled_in_bounded_time():
