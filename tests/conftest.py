@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from chat_tokenizers import make_tokenizer
 from hypothesis import settings
 
 from trl_singlepass.reference.float64 import ForcedFloat64
@@ -30,6 +31,11 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def seed():
     transformers.set_seed(0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer("qwen3")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from itertools import combinations
 import numpy as np
 import pytest
 from accelerate.data_loader import BatchSamplerShard
-from chat_tokenizers import make_tokenizer
 from conversations import chat
 from families import tiny_model
 from hypothesis import given
@@ -154,11 +153,6 @@ def test_models_of_unknown_sizes_have_costs():
 
 def test_nothing_to_balance():
     assert predicted_imbalance([], np.empty(0), batch_size=1, num_ranks=2) == 0
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer("qwen3")
 
 
 def test_grouping_by_length_goes_by_the_cost_of_rows_and_resumes(tmp_path, tokenizer):

@@ -6,7 +6,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from chat_tokenizers import make_tokenizer
 from conversations import chat, expand, tool_chat
 from exact import assert_equal_to_npass, one_row_each
 from families import tiny_model
@@ -161,11 +160,6 @@ def test_any_packed_trees_are_exact(sets):
     assert_equal_to_npass(
         model, [with_system(s) for s in sets], rows_of=lambda sets: pack_rows(one_row_each(sets), 512)
     )
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer("qwen3")
 
 
 def chats_with_system():

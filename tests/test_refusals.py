@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-from chat_tokenizers import make_tokenizer
 from conversations import chat, tool_chat
 from peft import PromptTuningConfig, get_peft_model
 from training import SETTINGS, float32_model, needs_cached_states, single_pass_trainer
@@ -20,11 +19,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(is|are) deprecated.*:FutureWarning",
 )
 CHATS = [chat(3), chat(2, seed=1), tool_chat()]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer("qwen3")
 
 
 @pytest.mark.parametrize(

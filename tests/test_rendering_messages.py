@@ -38,11 +38,6 @@ MESSAGES = [
 PLAIN = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer("qwen3")
-
-
 def ids(samples):
     return [sample.token_ids.tolist() for sample in samples]
 

@@ -4,7 +4,6 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from chat_tokenizers import make_tokenizer
 from conversations import chat, expand, tool_chat
 from exact import assert_equal_to_npass, one_row_each
 from families import tiny_model
@@ -141,11 +140,6 @@ def test_a_conversation_of_64_turns_is_exact_in_rows_of_16k():
     assert len(PrefixTree.from_samples(samples)) > 55_000
     model = tiny_model("qwen3", attn_implementation="sdpa", hidden_size=16, num_attention_heads=2)
     assert_equal_to_npass(model, [samples], rows_of=lambda sets: one_row_each(split_samples(sets[0], 16384)))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer("qwen3")
 
 
 CHATS = [chat(5), chat(2, seed=1), tool_chat()]

@@ -9,7 +9,6 @@ from pathlib import Path
 import datasets
 import pytest
 from accelerate.data_loader import prepare_data_loader
-from chat_tokenizers import make_tokenizer
 from conversations import chat, expand
 from torch.utils.data import DataLoader
 from training import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
@@ -29,11 +28,6 @@ pytestmark = [
 SYSTEM = {"role": "system", "content": "Answer with one number and say how you found it. " * 3}
 CHATS = [[SYSTEM, *chat(1 + seed % 3, seed=seed)[1:]] for seed in range(11)]
 CAPACITY = 500
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer("qwen3")
 
 
 @pytest.fixture(autouse=True)

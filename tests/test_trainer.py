@@ -8,7 +8,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from chat_tokenizers import make_tokenizer
 from conversations import chat, expand, tool_chat
 from peft import LoraConfig
 from training import (
@@ -38,11 +37,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(is|are) deprecated.*:FutureWarning",
 )
 CHATS = [chat(3), chat(2, seed=1), tool_chat()]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer("qwen3")
 
 
 def equals_stock(tmp_path, tokenizer, ours, theirs, **settings):

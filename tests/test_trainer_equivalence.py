@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_tokenizers import make_tokenizer
 from ddp_worker import CASES
 from equivalence import CONVERSATIONS, adapted, stock_trainer, train_both
 from families import tiny_model
@@ -18,11 +17,6 @@ TOLERANCE = 1e-6
 
 # Stock training gives these as well.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer("qwen3")
 
 
 def assert_equal(stock, single_pass, start, tolerance=TOLERANCE):

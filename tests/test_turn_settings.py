@@ -3,7 +3,6 @@
 import datasets
 import numpy as np
 import pytest
-from chat_tokenizers import make_tokenizer
 from conversations import chat, tool_chat
 from training import as_dataset, float32_model, logged, needs_weighted_loss, parameters, single_pass_trainer
 
@@ -20,11 +19,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is deprecated.*:FutureWarning",
 )
 CHATS = [chat(3), chat(2, seed=1), tool_chat()]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer("qwen3")
 
 
 def with_weights(messages, weights):

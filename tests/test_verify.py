@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from chat_tokenizers import make_tokenizer
 from conversations import TOOLS, chat, tool_chat
 from families import FAMILIES, tiny_model
 from strategies import reasoning_chat
@@ -16,11 +15,6 @@ from trl_singlepass.rows import TreePlan
 
 
 CONVERSATIONS = [chat(3), chat(2, seed=1)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer("qwen3")
 
 
 def model_for(tokenizer, family="qwen3", dtype=torch.float32, **overrides):

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from chat_tokenizers import make_tokenizer
 from equivalence import CONVERSATIONS, adapted, single_pass_trainer, stock_trainer
 from families import tiny_model
 from tiny_configs import tiny_model as tiny_hybrid
@@ -25,11 +24,6 @@ TOLERANCE = 1e-6
 
 # Stock training gives these as well.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer("qwen3")
 
 
 def train_both(tmp_path, tokenizer, model, wave_tokens, evaluation=None, **settings):
