@@ -22,7 +22,7 @@ from demo.make_data import DATA
 from trl_singlepass import PrefixTree, SinglePassSFTConfig, SinglePassSFTTrainer, audit
 from trl_singlepass.plot import plot_mask, plot_tree
 from trl_singlepass.plot_curves import plot_loss_by_turn, plot_sharing, plot_speedup
-from trl_singlepass.rendering import render_row
+from trl_singlepass.rendering.samples import render_row
 
 
 RESULTS = Path(__file__).parent / "results"

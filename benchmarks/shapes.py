@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from trl_singlepass import Sample
-from trl_singlepass.history import render_with_history
 from trl_singlepass.loading import load_rows, load_tokenizer
-from trl_singlepass.rendering_messages import Conversation
+from trl_singlepass.rendering.conversation import Conversation
+from trl_singlepass.rendering.history import render_with_history
 from trl_singlepass.tree_nodes import common_prefix_length
 
 

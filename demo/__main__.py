@@ -18,7 +18,7 @@ from demo.load import load_model, load_rows, load_tokenizer
 from demo.train import Task
 from trl_singlepass import verify
 from trl_singlepass.cost import ModelShape
-from trl_singlepass.rendering import render_row
+from trl_singlepass.rendering.samples import render_row
 
 
 MODES = ("npass", "single_pass")

@@ -17,7 +17,7 @@ from benchmarks.memory import peak, reset_peak
 from demo.load import SEED, load_model, load_rows, load_tokenizer
 from demo.npass import NPassTrainer, as_stock_dataset
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
-from trl_singlepass.rendering import render_row
+from trl_singlepass.rendering.samples import render_row
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from trl_singlepass.auditing.forecast import (
     shape_of,
 )
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
-from trl_singlepass.rendering import render_row
-from trl_singlepass.rendering_prefixes import Prefixes
+from trl_singlepass.rendering.prefixes import Prefixes
+from trl_singlepass.rendering.samples import render_row
 from trl_singlepass.sample import Sample
 from trl_singlepass.tree import PrefixTree
 

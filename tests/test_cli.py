@@ -22,7 +22,7 @@ from trl_singlepass.auditing import audit
 from trl_singlepass.cost import ModelShape, npass_cost
 from trl_singlepass.loading import JsonLines, load_rows
 from trl_singlepass.preemption import checkpoint_to_resume
-from trl_singlepass.rendering import render_row
+from trl_singlepass.rendering.samples import render_row
 from trl_singlepass.scripts import sft
 
 

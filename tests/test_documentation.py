@@ -28,7 +28,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from demo.load import load_tokenizer
 from demo.make_model import FOLDER as DEMO_MODEL
 from trl_singlepass import cli, launching
-from trl_singlepass.rendering import render_row
+from trl_singlepass.rendering.samples import render_row
 from trl_singlepass.scripts import sft
 
 

@@ -4,8 +4,8 @@ import pytest
 from chat_tokenizers import make_tokenizer
 from conversations import chat, tool_chat
 
-from trl_singlepass.history import render_with_history
-from trl_singlepass.rendering_messages import Conversation, RenderingError
+from trl_singlepass.rendering.conversation import Conversation, RenderingError
+from trl_singlepass.rendering.history import render_with_history
 from trl_singlepass.tree import PrefixTree
 
 

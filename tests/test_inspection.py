@@ -13,7 +13,7 @@ from rich.console import Console
 from trl_singlepass.inspection import Inspection, render
 from trl_singlepass.pages import inspection_page
 from trl_singlepass.pages.frame import frame
-from trl_singlepass.rendering import render_row
+from trl_singlepass.rendering.samples import render_row
 from trl_singlepass.sample import Sample
 
 

@@ -13,7 +13,7 @@ import trl_singlepass
 from trl_singlepass import SinglePassSFTConfig
 from trl_singlepass.conversation_rows import samples_of
 from trl_singlepass.npass_export import to_npass
-from trl_singlepass.rendering import RenderingError, render_row
+from trl_singlepass.rendering.samples import RenderingError, render_row
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")

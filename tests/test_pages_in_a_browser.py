@@ -9,7 +9,7 @@ from conversations import TOOLS, chat, tool_chat
 from trl_singlepass import audit
 from trl_singlepass.inspection import Inspection
 from trl_singlepass.pages import audit_page, inspection_page
-from trl_singlepass.rendering import render_row
+from trl_singlepass.rendering.samples import render_row
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)

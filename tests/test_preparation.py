@@ -9,7 +9,7 @@ from training import as_dataset, single_pass_trainer
 
 from trl_singlepass import preparation
 from trl_singlepass.preparation import conversations_to_rows
-from trl_singlepass.rendering import RenderingError
+from trl_singlepass.rendering.samples import RenderingError
 from trl_singlepass.settings import RowSettings
 from trl_singlepass.tokenizer_fingerprint import tokenizer_fingerprint
 

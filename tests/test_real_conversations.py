@@ -11,7 +11,7 @@ from training import float32_model, logged, single_pass_trainer
 from transformers import AutoTokenizer
 
 from trl_singlepass import PrefixTree
-from trl_singlepass.rendering import render_row
+from trl_singlepass.rendering.samples import render_row
 
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -22,7 +22,7 @@ from trl_singlepass.recurrent.layer import on_trees
 from trl_singlepass.recurrent.layout import Layout
 from trl_singlepass.recurrent.schedule import fork_schedule, path_schedule
 from trl_singlepass.reference.float64 import ForcedFloat64
-from trl_singlepass.rendering import render_row
+from trl_singlepass.rendering.samples import render_row
 from trl_singlepass.rows import Row, TreePlan
 from trl_singlepass.sample import Sample
 from trl_singlepass.tree import PrefixTree

@@ -10,8 +10,8 @@ from chat_conversations import AGENT, CHAT, TOOLS, completion, prompt, without_r
 from chat_tokenizers import CONTROL_TOKENS, make_tokenizer, template_text
 from transformers import AutoTokenizer
 
-from trl_singlepass.rendering import RenderingError, render_row, render_samples
-from trl_singlepass.rendering_tokens import common_length
+from trl_singlepass.rendering.samples import RenderingError, render_row, render_samples
+from trl_singlepass.rendering.tokenization import common_length
 
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -114,7 +114,7 @@ def test_rendering_departing_from_its_prompt_follows_trl():
 
 def test_warning_names_the_template(monkeypatch):
     messages = []
-    monkeypatch.setattr("trl_singlepass.rendering.logger.warning_once", messages.append)
+    monkeypatch.setattr("trl_singlepass.rendering.samples.logger.warning_once", messages.append)
     render_samples(CHAT, make_tokenizer("qwen3_5_nothink"))
     assert "The chat template 'qwen3_5_nothink' renders prompts differently" in messages[0]
     assert len(set(messages)) == 1  # warning_once tells by the text

@@ -9,8 +9,8 @@ from chat_tokenizers import make_tokenizer
 from datasets import Dataset
 from trl import maybe_convert_to_chatml
 
-from trl_singlepass.rendering import RenderingError, render_row, render_samples
-from trl_singlepass.rendering_messages import Conversation
+from trl_singlepass.rendering.conversation import Conversation
+from trl_singlepass.rendering.samples import RenderingError, render_row, render_samples
 
 
 def tool(name, properties, required=()):

@@ -5,8 +5,8 @@ import pytest
 from chat_conversations import AGENT, CHAT, TOOLS, as_blocks, completion, inline, without_reasoning
 from chat_tokenizers import make_tokenizer, template_names
 
-from trl_singlepass.rendering import RenderingError, render_samples
-from trl_singlepass.rendering_reasoning import THINK, reasoning_tags
+from trl_singlepass.rendering.reasoning import THINK, reasoning_tags
+from trl_singlepass.rendering.samples import RenderingError, render_samples
 
 
 # What each of TRL's templates does with (reasoning under a key, inline reasoning, reasoning and calls, calls): it

@@ -6,8 +6,8 @@ from chat_conversations import AGENT
 from chat_tokenizers import make_tokenizer
 from tokenizers import AddedToken
 
-from trl_singlepass.rendering import _length_within
-from trl_singlepass.rendering_tokens import HardBorders, hard_borders, tokenize
+from trl_singlepass.rendering.samples import _length_within
+from trl_singlepass.rendering.tokenization import HardBorders, hard_borders, tokenize
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gptoss", "glm4moe", "gemma4_v5"])

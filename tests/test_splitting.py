@@ -15,7 +15,7 @@ from training import as_dataset, largest_difference, logged, single_pass_trainer
 from trl_singlepass import render_samples
 from trl_singlepass.overlong import fit_samples
 from trl_singlepass.preparation import conversations_to_rows
-from trl_singlepass.rendering import RenderingError
+from trl_singlepass.rendering.samples import RenderingError
 from trl_singlepass.sample import Sample
 from trl_singlepass.settings import RowSettings
 from trl_singlepass.splitting import fewest_tokens_possible, split_samples

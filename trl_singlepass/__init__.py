@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .config import SinglePassSFTConfig as SinglePassSFTConfig
     from .npass_export import to_npass as to_npass
     from .reference import verify as verify
-    from .rendering import render_samples as render_samples
+    from .rendering.samples import render_samples as render_samples
     from .sample import Sample as Sample
     from .trainer import SinglePassSFTTrainer as SinglePassSFTTrainer
     from .tree import PrefixTree as PrefixTree
@@ -36,7 +36,7 @@ _HOME = {
     "SinglePassSFTConfig": "config",
     "SinglePassSFTTrainer": "trainer",
     "audit": "auditing",
-    "render_samples": "rendering",
+    "render_samples": "rendering.samples",
     "to_npass": "npass_export",
     "verify": "reference",
 }

@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .history import render_with_history
 from .overlong import FittedSamples, fit_samples
-from .rendering import render_conversation
-from .rendering_messages import Conversation, RenderingError
-from .rendering_prefixes import Prefixes
+from .rendering.conversation import Conversation, RenderingError
+from .rendering.history import render_with_history
+from .rendering.prefixes import Prefixes
+from .rendering.samples import render_conversation
 from .rows import ROW_COLUMNS, Row
 from .sample import Sample
 from .selection import select_turns

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cost import Cost, ModelShape, npass_cost, single_pass_cost
-from ..rendering_tokens import common_length
+from ..rendering.tokenization import common_length
 from ..sample import Sample
 from ..tree import PrefixTree
 from .estimates import Estimate, ratio

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..rendering_messages import Conversation
-from ..rendering_reasoning import Spoken, reasoning_tags
-from ..rendering_tokens import common_length
+from ..rendering.conversation import Conversation
+from ..rendering.reasoning import Spoken, reasoning_tags
+from ..rendering.tokenization import common_length
 from ..sample import Sample
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..conversation_rows import samples_of
 from ..cost import ModelShape
-from ..rendering_messages import Conversation
-from ..rendering_prefixes import Prefixes
+from ..rendering.conversation import Conversation
+from ..rendering.prefixes import Prefixes
 from ..settings import RowSettings
 from .counts import SampleSize
 from .forecast import ConversationCost, conversation_cost

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..rendering_checks import template_name
-from ..rendering_messages import Conversation, Message
-from ..rendering_templates import ChatTemplate
+from ..rendering.checks import template_name
+from ..rendering.conversation import Conversation, Message
+from ..rendering.template import ChatTemplate
 
 
 # Words that no template writes itself.

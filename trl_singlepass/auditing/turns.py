@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..rendering_checks import contains, lost_calls, stray_reasoning, without
-from ..rendering_messages import Conversation, Message
-from ..rendering_prefixes import Prefixes
-from ..rendering_reasoning import Spoken
-from ..rendering_templates import ChatTemplate
-from ..rendering_tokens import HardBorders, common_length, hard_borders, tokenize
+from ..rendering.checks import contains, lost_calls, stray_reasoning, without
+from ..rendering.conversation import Conversation, Message
+from ..rendering.prefixes import Prefixes
+from ..rendering.reasoning import Spoken
+from ..rendering.template import ChatTemplate
+from ..rendering.tokenization import HardBorders, common_length, hard_borders, tokenize
 
 
 # How a turn's reasoning fares.

@@ -14,7 +14,7 @@ from torch import nn
 from ..adapters import without_adapters
 from ..attention import use_tree_attention
 from ..recurrent.layer import on_trees, stop_tree_recurrence
-from ..rendering import render_row
+from ..rendering.samples import render_row
 from ..sample import Sample
 from .float64 import ForcedFloat64
 from .npass import LossAndGradients, device_of, npass_loss_and_gradients, text_config

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .rendering_messages import Message, text_of
-from .rendering_reasoning import REASONING_KEYS, Spoken, reasoning_tags, without_comments
+from .conversation import Message, text_of
+from .reasoning import REASONING_KEYS, Spoken, reasoning_tags, without_comments
 
 
 # Parts of a key's name that make reasoning of what it holds.

@@ -6,8 +6,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from .rendering_messages import Message, RenderingError
-from .rendering_reasoning import (
+from .conversation import Message, RenderingError
+from .reasoning import (
     REASONING_KEYS,
     THINK,
     ReasoningTags,
@@ -17,8 +17,8 @@ from .rendering_reasoning import (
     with_reasoning_inline,
     with_reasoning_key,
 )
-from .rendering_tokens import common_length, hard_borders
-from .rendering_traits import Traits, traits_of
+from .tokenization import common_length, hard_borders
+from .traits import Traits, traits_of
 
 
 # Directives of strftime: a template prints date and time through them, so they are what has to stand still.

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .rendering import render_conversation
-from .rendering_messages import Conversation, Message, RenderingError
-from .rendering_reasoning import Spoken, reasoning_tags, without_reasoning
-from .rendering_templates import ChatTemplate
-from .sample import Sample
-from .settings import HISTORIES
+from ..sample import Sample
+from ..settings import HISTORIES
+from .conversation import Conversation, Message, RenderingError
+from .reasoning import Spoken, reasoning_tags, without_reasoning
+from .samples import render_conversation
+from .template import ChatTemplate
 
 
 # The switches of public templates, with the value that keeps reasoning; the other value strips it.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from .rendering_messages import Message, text_of, tool_calls_of
+from .conversation import Message, text_of, tool_calls_of
 
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")

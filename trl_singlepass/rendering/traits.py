@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from .rendering_messages import Message
-from .rendering_reasoning import REASONING_KEYS, THINK, reasoning_tags
+from .conversation import Message
+from .reasoning import REASONING_KEYS, THINK, reasoning_tags
 
 
 if TYPE_CHECKING:
-    from .rendering_templates import ChatTemplate
+    from .template import ChatTemplate
 
 # Words that no template writes itself.
 _ANSWER, _REASONING, _VALUE = "Aspen", "Rowan", "Maple"

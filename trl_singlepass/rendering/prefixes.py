@@ -7,10 +7,10 @@ from typing import Any
 
 from jinja2 import Template, TemplateError
 
-from .rendering_messages import Conversation, Message
-from .rendering_reasoning import without_reasoning
-from .rendering_sandbox import compiled_template
-from .rendering_templates import ChatTemplate
+from .conversation import Conversation, Message
+from .reasoning import without_reasoning
+from .sandbox import compiled_template
+from .template import ChatTemplate
 
 
 # Ways of calling templates of which all renderings of a conversation were compared with `apply_chat_template`.

@@ -6,14 +6,14 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .rendering_checks import contains, losses, template_name
-from .rendering_messages import Conversation, Message, text_of
-from .rendering_messages import RenderingError as RenderingError
-from .rendering_prefixes import Prefixes
-from .rendering_reasoning import Spoken
-from .rendering_templates import ChatTemplate
-from .rendering_tokens import Ids, common_length, hard_borders, tokenize, tokenize_after
-from .sample import Sample
+from ..sample import Sample
+from .checks import contains, losses, template_name
+from .conversation import Conversation, Message, text_of
+from .conversation import RenderingError as RenderingError
+from .prefixes import Prefixes
+from .reasoning import Spoken
+from .template import ChatTemplate
+from .tokenization import Ids, common_length, hard_borders, tokenize, tokenize_after
 
 
 logger = logging.get_logger(__name__)
