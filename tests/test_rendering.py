@@ -11,7 +11,7 @@ from chat_tokenizers import CONTROL_TOKENS, make_tokenizer, template_text
 from transformers import AutoTokenizer
 
 from trl_singlepass.rendering.samples import RenderingError, render_row, render_samples
-from trl_singlepass.rendering.tokenization import common_length
+from trl_singlepass.sample import CompletionKind
 
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -20,7 +20,7 @@ DATA = ["llamafactory_reason_tool_use", "taubench_gpt4o_airline", "mathchat_foll
 
 WRITES_ITS_STOP = [
     *("qwen3", "qwen3_5_think", "qwen3_6", "qwen3_8", "gptoss", "nemotron_3_nano", "lfm2_2_5", "gemma4_v5"),
-    *("muse_glimmer", "qwen3_5_nothink", "qwen3_training", "nemotron_3_ultra"),
+    *("muse_glimmer", "qwen3_training", "nemotron_3_ultra"),
 ]
 
 
@@ -34,8 +34,12 @@ def test_samples_equal_apply_chat_template(name, messages):
             messages[:k], tools=tools, add_generation_prompt=True, return_dict=False
         )
         whole = tokenizer.apply_chat_template(messages[: k + 1], tools=tools, return_dict=False)
-        assert sample.token_ids.tolist() == whole
-        assert sample.prompt_length == common_length(np.array(served), np.array(whole))
+        assert sample.token_ids[: sample.prompt_length].tolist() == served
+        if sample.kind == CompletionKind.AS_SERVED:
+            assert sample.token_ids.tolist() == whole
+        else:  # the history of the whole is another one
+            own = sample.token_ids[sample.prompt_length :].tolist()
+            assert whole[-len(own) :] == own
         assert sample.loss_weights[sample.prompt_length :].all()
 
 
@@ -104,20 +108,13 @@ def test_template_kwargs_and_template_are_honoured():
     assert completion(sample, tokenizer) == "<think>We compare both.</think>The first one.<|im_end|>\n"
 
 
-def test_rendering_departing_from_its_prompt_follows_trl():
-    tokenizer = make_tokenizer("qwen3_5_nothink")
-    sample = render_samples(CHAT, tokenizer)[0]
-    assert prompt(sample, tokenizer).endswith("<|im_start|>assistant\n<think>")
-    assert completion(sample, tokenizer) == "\nWe compare both.\n</think>\n\nThe first one.<|im_end|>\n"
-    assert tokenizer.decode(sample.token_ids[sample.prompt_length :][: sample.reasoning_length]).endswith("</think>")
-
-
-def test_warning_names_the_template(monkeypatch):
-    messages = []
-    monkeypatch.setattr("trl_singlepass.rendering.samples.logger.warning_once", messages.append)
-    render_samples(CHAT, make_tokenizer("qwen3_5_nothink"))
-    assert "The chat template 'qwen3_5_nothink' renders prompts differently" in messages[0]
-    assert len(set(messages)) == 1  # warning_once tells by the text
+def test_prompts_that_close_the_reasoning_are_served_as_they_are():
+    tokenizer, messages = make_tokenizer("qwen3_5_nothink"), without_reasoning(CHAT)
+    sample = render_samples(messages, tokenizer)[0]
+    assert prompt(sample, tokenizer).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert completion(sample, tokenizer) == "The first one.<|im_end|>\n"
+    with pytest.raises(RenderingError, match="its prompt closes the reasoning before the message can give its own"):
+        render_samples(CHAT, tokenizer)
 
 
 def test_samples_do_not_depend_on_process():
@@ -151,8 +148,15 @@ def test_real_conversations_equal_apply_chat_template(file, name, qwen3_tokenize
         for sample in render_samples(row["messages"], qwen3_tokenizer, tools=tools)[-4:]:
             messages = with_dict_arguments(row["messages"][: sample.message_index + 1])
             whole = qwen3_tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
-            assert sample.token_ids.tolist()[: len(whole)] == whole
-            assert len(sample) - len(whole) == (name == "glm4moe")  # its stop token
+            served = qwen3_tokenizer.apply_chat_template(
+                messages[:-1], tools=tools, add_generation_prompt=True, return_dict=False
+            )
+            assert sample.token_ids[: sample.prompt_length].tolist() == served
+            own = sample.token_ids[sample.prompt_length :].tolist()
+            added = int(name == "glm4moe")  # its stop token
+            assert own[: len(own) - added] == whole[len(whole) - len(own) + added :]
+            if sample.kind == CompletionKind.AS_SERVED:
+                assert len(served) + len(own) - added == len(whole)
 
 
 def with_dict_arguments(messages):
@@ -166,4 +170,6 @@ def with_dict_arguments(messages):
 
 def test_row_errors_name_the_row():
     with pytest.raises(RenderingError, match=r"^Row 7: Message 1 cannot be rendered with the chat template 'qwen3'"):
-        render_row({"messages": [CHAT[0], {"role": "assistant", "content": ""}]}, make_tokenizer(), row_index=7)
+        render_row(
+            {"messages": [CHAT[0], {"role": "assistant", "cot": "x", "content": ""}]}, make_tokenizer(), row_index=7
+        )

@@ -163,10 +163,6 @@ BAD_ROWS = {
         r"Row 3: Expected at least one assistant message to train, got messages with the roles: user\. Name the role",
     ),
     "no messages": ({"messages": []}, "with the roles: none"),
-    "empty completion": (
-        {"messages": assistant(content=" ")},
-        "Row 3: Message 1 .* its completion is empty. Remove it",
-    ),
     "empty prompt": ({"messages": PLAIN[1:]}, "Message 0 .* it begins the conversation, so there is no prompt"),
     "tools are no JSON": ({"messages": PLAIN, "tools": "[{"}, r"Expected JSON in the column 'tools', got '\[\{'"),
     "reasoning under another key": (
@@ -237,9 +233,21 @@ def test_losses_are_named(case):
         render_samples(messages, make_tokenizer(name), tools=TOOLS if case == "tool calls" else None)
 
 
+@pytest.mark.parametrize("content", ["", None])
+def test_an_empty_answer_trains_its_stop(content, tokenizer):
+    (sample,) = render_samples(assistant(content=content), tokenizer)
+    assert tokenizer.decode(sample.token_ids[sample.prompt_length :]) == "<think>\n\n</think>\n\n<|im_end|>\n"
+
+
+def test_an_assistant_message_that_opens_a_conversation_is_context(tokenizer):
+    (sample,) = render_samples([PLAIN[1], *PLAIN], tokenizer)
+    assert sample.message_index == 2
+    assert "Hello." in tokenizer.decode(sample.token_ids[: sample.prompt_length])
+
+
 def test_a_rendering_without_its_prompt_is_refused():
     chat_template = "{{ 'ask' if add_generation_prompt else '' }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(RenderingError, match=r"Message 1 .* no token in common with its prompt"):
+    with pytest.raises(RenderingError, match=r"Message 1 .* does not write a generation prompt before this"):
         render_samples(assistant(content="Hello."), make_tokenizer("llama3", chat_template))
 
 

@@ -1,4 +1,4 @@
-"""All beginnings of a conversation rendered fast: the text of `apply_chat_template`, in a sandbox as strict."""
+"""Every prefix of a conversation rendered fast: the text of `apply_chat_template`, in a sandbox as strict."""
 
 import pytest
 import transformers.tokenization_utils_base
@@ -10,10 +10,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from trl_singlepass.rendering import prefixes as rendering_prefixes
+from trl_singlepass.rendering.conversation import Conversation
 from trl_singlepass.rendering.prefixes import Prefixes
 from trl_singlepass.rendering.samples import render_samples
-from trl_singlepass.rendering.sandbox import RememberingSandbox, compiled_template
-from trl_singlepass.rendering.template import ChatTemplate
+from trl_singlepass.rendering.sandbox import CachingSandbox, compiled_template
 
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Looks up.", "parameters": {}}}]
@@ -56,20 +56,19 @@ def rendered(render, *args, **kwargs):
 @pytest.mark.parametrize("messages", [chat(3), AGENT], ids=["chat", "agent"])
 @pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
 def test_beginnings_equal_apply_chat_template(name, messages):
-    template = ChatTemplate.of(make_tokenizer(name), None, TOOLS, {"enable_thinking": True})
-    adapted = [template.adapt(message) for message in messages]
-    lengths = range(1, len(adapted) + 1)
+    tokenizer, conversation = make_tokenizer(name), Conversation(messages, TOOLS, {"enable_thinking": True})
     for again in (False, True):  # the first conversation is compared as it is rendered, the second is not
-        prefixes = Prefixes.of(template, adapted)
+        prefixes = Prefixes.from_conversation(conversation, tokenizer)
         assert prefixes.compares == (prefixes.compiled is not None and not again)
-        for length in lengths:
-            for prompt in (False, True):
-                expected = rendered(template.render, adapted[:length], prompt)
-                assert rendered(prefixes.render, length, prompt) == expected
+        render, adapted = prefixes.template.render, prefixes.messages
+        for k in range(1, len(adapted)):
+            assert rendered(prefixes.prompt, k) == rendered(render, adapted[:k], True)
+            assert rendered(prefixes.context, k) == rendered(render, adapted[:k])
+            own = prefixes.trained.get(k, adapted[k])
+            assert rendered(prefixes.through, k) == rendered(render, [*adapted[:k], own])
         last = {"role": "assistant", "content": "Oak."}
-        expected = rendered(template.render, [*adapted[:-1], last])
-        assert rendered(prefixes.render, len(adapted), last=last) == expected
-    if not rendered(template.render, adapted).endswith(")"):
+        assert rendered(prefixes.through, len(adapted) - 1, last) == rendered(render, [*adapted[:-1], last])
+    if not rendered(render, adapted).endswith(")"):
         assert prefixes.compiled is not None, "rendered fast"
 
 
@@ -103,28 +102,26 @@ def test_another_text_is_never_taken(monkeypatch, public_renderings):
 def test_a_template_that_never_says_the_same_is_left_to_transformers():
     tokenizer = make_tokenizer("qwen3")
     tokenizer.chat_template += "{{ range(1000000) | random }}"
-    template = ChatTemplate.of(tokenizer, None, None, {})
-    assert Prefixes.of(template, chat(2)).compiled is None
+    assert Prefixes.from_conversation(Conversation(chat(2)), tokenizer).compiled is None
 
 
 def test_a_tokenizer_with_a_way_of_its_own_is_left_to_it(monkeypatch):
     tokenizer = make_tokenizer("qwen3")
     monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *_, **__: "its own")
-    template = ChatTemplate.of(tokenizer, None, None, {})
-    assert Prefixes.of(template, chat(2)).render(3) == "its own"
+    assert Prefixes.from_conversation(Conversation(chat(2)), tokenizer).through(2) == "its own"
 
 
 @pytest.mark.parametrize("name", ["continue_final_message", "not an identifier"])
 def test_arguments_that_no_template_sees_are_left_to_transformers(name):
-    template = ChatTemplate.of(make_tokenizer("qwen3"), None, None, {name: False})
-    assert Prefixes.of(template, chat(2)).compiled is None
+    conversation = Conversation(chat(2), template_kwargs={name: False})
+    assert Prefixes.from_conversation(conversation, make_tokenizer("qwen3")).compiled is None
 
 
 def test_the_sandbox_hands_out_what_transformers_sandbox_hands_out():
     source = "{{ messages }}"
     stock, remembering = _compile_jinja_template(source).environment, compiled_template(source).environment
     assert type(stock) is ImmutableSandboxedEnvironment
-    assert type(remembering) is RememberingSandbox
+    assert type(remembering) is CachingSandbox
     namespace = stock.globals["namespace"](word="Oak", method="x".upper, format="x".format)
     loop = LoopContext([1, 2], Undefined)
     for value in ("text", {"role": "user", "keys": 1, "_hidden": 2}, [1], namespace, loop, print, 3, None, type(loop)):

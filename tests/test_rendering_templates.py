@@ -10,7 +10,8 @@ from trl_singlepass.rendering.samples import RenderingError, render_samples
 
 
 # What each of TRL's templates does with (reasoning under a key, inline reasoning, reasoning and calls, calls): it
-# renders everything ("ok"), or what it loses. "blocks": it takes content as a list of blocks only.
+# renders everything ("ok"), or what it loses. "blocks": it takes content as
+# a list of blocks only, so strings become lists.
 RENDERS_ALL = ("ok", "ok", "ok", "ok")
 NO_REASONING = ("reasoning", "ok", "reasoning", "ok")
 TEXT_ONLY = ("reasoning", "ok", "reasoning", "call")
@@ -18,7 +19,7 @@ OUTCOMES = {
     "cohere": TEXT_ONLY,
     "cohere2": TEXT_ONLY,
     "deepseek_r1_distill": ("ok", "ok", "call", "call"),
-    "deepseekv3": ("ok", "ok", "reasoning", "ok"),  # its second tool call lacks the assistant's header
+    "deepseekv3": ("ok", "ok", "reasoning", "prompt"),  # its second tool call does not continue the served prompt
     "diffusion_gemma": RENDERS_ALL,
     "gemma": TEXT_ONLY,
     "gemma3": TEXT_ONLY,
@@ -49,7 +50,7 @@ OUTCOMES = {
     "qwen2_5": NO_REASONING,
     "qwen2_5_vl": TEXT_ONLY,
     "qwen3": RENDERS_ALL,
-    "qwen3_5_nothink": RENDERS_ALL,
+    "qwen3_5_nothink": ("closed", "closed", "closed", "ok"),
     "qwen3_5_think": RENDERS_ALL,
     "qwen3_6": RENDERS_ALL,
     "qwen3_8": RENDERS_ALL,
@@ -57,7 +58,12 @@ OUTCOMES = {
     "qwen3_vl": NO_REASONING,
     "smolvlm": "blocks",
 }
-LOSSES = {"reasoning": "its reasoning is lost", "call": "its call of the tool 'read_user' is lost"}
+LOSSES = {
+    "reasoning": "its reasoning is lost",
+    "call": "its call of the tool 'read_user' is lost",
+    "closed": "its prompt closes the reasoning",
+    "prompt": "its prompt begins the answer with",
+}
 CONVERSATIONS = [(CHAT, None), (inline(CHAT), None), (AGENT, TOOLS), (without_reasoning(AGENT), TOOLS)]
 
 
@@ -67,9 +73,12 @@ def test_every_template_renders_all_or_names_the_loss(name):
     if expected is None:
         pytest.skip("a template of a newer TRL")
     if expected == "blocks":
-        assert len(render_samples(as_blocks(without_reasoning(CHAT)), tokenizer)) == 2
-        with pytest.raises(RenderingError, match=r"its answer|refuses the conversation"):
-            render_samples(without_reasoning(CHAT), tokenizer)
+        forms = (without_reasoning(CHAT), as_blocks(without_reasoning(CHAT)))
+        strings, blocks = (render_samples(messages, tokenizer) for messages in forms)
+        assert len(strings) == 2
+        assert all(
+            np.array_equal(left.token_ids, right.token_ids) for left, right in zip(strings, blocks, strict=True)
+        )
         return
     for (messages, tools), outcome in zip(CONVERSATIONS, expected, strict=True):
         if outcome == "ok":
@@ -181,19 +190,23 @@ HISTORY_KEPT = (
 )
 
 
-@pytest.mark.parametrize(
-    ("reasoning", "rendered"),
-    [
-        ("{% if m.reasoning %}<think>{{ m.reasoning }}</think>{% endif %}", "<think>We compare both.</think>"),
-        ("{{ '<think>' if false }}", "<think>\nWe compare both.\n</think>\n\n"),
-    ],
-    ids=["another key only", "inline only"],
-)
-def test_moved_reasoning_stays_in_a_history_that_keeps_it(reasoning, rendered):
+def test_reasoning_moved_to_another_key_stays_in_a_history_that_keeps_it():
+    reasoning = "{% if m.reasoning %}<think>{{ m.reasoning }}</think>{% endif %}"
     tokenizer = make_tokenizer(None, HISTORY_KEPT.replace("REASONING", reasoning))
     first, second = render_samples(CHAT, tokenizer)
     assert np.array_equal(second.token_ids[: len(first)], first.token_ids)
-    assert completion(first, tokenizer) == rendered + "The first one.<|im_end|>\n"
+    assert completion(first, tokenizer) == "<think>We compare both.</think>The first one.<|im_end|>\n"
+
+
+def test_history_is_what_the_template_makes_of_the_messages_as_they_are():
+    # It reads reasoning in the content alone, and keeps it there: under a key, the history shows none.
+    tokenizer = make_tokenizer(None, HISTORY_KEPT.replace("REASONING", "{{ '<think>' if false }}"))
+    first, second = render_samples(CHAT, tokenizer)
+    assert completion(first, tokenizer) == "<think>\nWe compare both.\n</think>\n\nThe first one.<|im_end|>\n"
+    served = tokenizer.apply_chat_template(CHAT[:3], add_generation_prompt=True, return_dict=False)
+    assert second.token_ids[: second.prompt_length].tolist() == served
+    in_content = render_samples(inline(CHAT), tokenizer)
+    assert np.array_equal(in_content[1].token_ids[: len(in_content[0])], in_content[0].token_ids)
 
 
 def test_comments_of_a_template_do_not_count():

@@ -1,6 +1,7 @@
 """One turn as the model sees it: the exact tokens of its prompt and completion, with a loss weight per token."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,21 @@ from numpy.typing import NDArray
 
 # What a trained token belongs to, in the order of `Sample.token_parts`.
 PARTS = ("reasoning", "first_answer_token", "later_answer_tokens")
+
+
+class CompletionKind(StrEnum):
+    """How the completion of a turn came about."""
+
+    AS_SERVED = "as served"
+    """The template's rendering continues the prompt."""
+    HISTORY_REWRITTEN = "history rewritten"
+    """The template rewrites earlier messages once this one is there; its own text follows the prompt."""
+    OPENING_CONTINUED = "opening continued"
+    """The prompt begins the answer in words that the template does not write before such a message."""
+    REASONING_RESTORED = "reasoning restored"
+    """The template leaves the reasoning out; it stands where the model writes it."""
+    GIVEN_AS_TOKENS = "given as tokens"
+    """The dataset holds the tokens themselves."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +46,8 @@ class Sample:
             Number of tokens at the start of the completion that are reasoning, its closing tag included.
         turn_index (`int`, *optional*, defaults to 0):
             Position of the turn among the turns of its conversation, trained or not.
+        kind (`CompletionKind`, *optional*, defaults to `CompletionKind.GIVEN_AS_TOKENS`):
+            How the completion came about.
 
     Raises:
         `ValueError`: If lengths disagree, a weight is negative or not finite, or the first token carries a weight.
@@ -41,6 +59,7 @@ class Sample:
     message_index: int | None = None
     reasoning_length: int = 0
     turn_index: int = 0
+    kind: CompletionKind = CompletionKind.GIVEN_AS_TOKENS
 
     def __post_init__(self) -> None:
         _freeze(self, "token_ids", np.asarray(self.token_ids, dtype=np.int64))
@@ -75,13 +94,19 @@ class Sample:
 
     @classmethod
     def from_prompt_and_completion(
-        cls, prompt_ids: Any, completion_ids: Any, message_index: int | None = None, reasoning_length: int = 0
+        cls,
+        prompt_ids: Any,
+        completion_ids: Any,
+        message_index: int | None = None,
+        reasoning_length: int = 0,
+        kind: CompletionKind = CompletionKind.GIVEN_AS_TOKENS,
     ) -> "Sample":
         """Return the sample whose completion tokens all weigh 1 and whose prompt tokens weigh 0."""
         prompt = np.asarray(prompt_ids, dtype=np.int64)
         completion = np.asarray(completion_ids, dtype=np.int64)
         weights = np.concatenate([np.zeros(len(prompt)), np.ones(len(completion))])
-        return cls(np.concatenate([prompt, completion]), weights, len(prompt), message_index, reasoning_length)
+        token_ids = np.concatenate([prompt, completion])
+        return cls(token_ids, weights, len(prompt), message_index, reasoning_length, kind=kind)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -111,6 +136,7 @@ class Sample:
             self.message_index,
             min(self.reasoning_length, max_length - prompt_length),
             self.turn_index,
+            self.kind,
         )
 
 

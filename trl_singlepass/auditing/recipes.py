@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..rendering.conversation import Conversation
-from ..rendering.reasoning import Spoken, reasoning_tags
+from ..rendering.reasoning import ParsedMessage, reasoning_tags
 from ..rendering.tokenization import common_length
 from ..sample import Sample
 
@@ -99,12 +99,12 @@ class AssistantOnlyLoss:
         if conversation.first_trained:  # TRL masks the prompt of a prompt and completion
             prompt, _ = self._tokenize(conversation, conversation.first_trained)
             trained[: common_length(token_ids, prompt)] = False
-        said = [self._spoken(conversation, sample) for sample in samples]
+        parsed = [self._parse(conversation, sample) for sample in samples]
         return RecipeCounts(
             **_present(samples),
             trained_tokens=int(trained.sum()),
             unlike_inference=int((trained & ~exact).sum()),
-            reasoning_not_trained=_missing_reasoning(self._texts(token_ids, trained), said, samples),
+            reasoning_not_trained=_missing_reasoning(self._texts(token_ids, trained), parsed, samples),
         )
 
     def _tokenize(
@@ -120,9 +120,10 @@ class AssistantOnlyLoss:
         )
         return np.asarray(encoded["input_ids"], np.int64), np.asarray(encoded["assistant_masks"], bool)
 
-    def _spoken(self, conversation: Conversation, sample: Sample) -> Spoken:
+    def _parse(self, conversation: Conversation, sample: Sample) -> ParsedMessage:
         assert sample.message_index is not None
-        return Spoken.of(conversation.messages[sample.message_index], reasoning_tags(self.tokenizer.chat_template))
+        message = conversation.messages[sample.message_index]
+        return ParsedMessage.from_message(message, reasoning_tags(self.tokenizer.chat_template))
 
     def _texts(self, token_ids: NDArray[np.int64], trained: NDArray[np.bool_]) -> str:
         """Text of all trained stretches, one after the other."""
@@ -137,9 +138,9 @@ def _present(samples: Sequence[Sample]) -> dict[str, int]:
     }
 
 
-def _missing_reasoning(text: str, said: Sequence[Spoken], samples: Sequence[Sample]) -> int:
+def _missing_reasoning(text: str, parsed: Sequence[ParsedMessage], samples: Sequence[Sample]) -> int:
     missing, position = 0, 0
-    for turn, sample in zip(said, samples, strict=True):
+    for turn, sample in zip(parsed, samples, strict=True):
         found = text.find(turn.reasoning.strip(), position)
         if found < 0:
             missing += sample.reasoning_length

@@ -89,7 +89,7 @@ class Auditor:
         try:
             if row.get("turns") is None:  # tokens already: no template takes part
                 conversation = Conversation.from_row(row)
-                prefixes = Prefixes.of_conversation(conversation, self.tokenizer)
+                prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
                 tally.turns.append(turn_facts(conversation, prefixes))
                 tally.templates[self.survey.facts(conversation)] += 1
             samples = samples_of(row, index, self.tokenizer, RowSettings(), prefixes=prefixes).samples

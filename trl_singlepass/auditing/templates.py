@@ -7,7 +7,9 @@ from typing import Any
 
 from ..rendering.checks import template_name
 from ..rendering.conversation import Conversation, Message
+from ..rendering.message_format import as_context, as_trained
 from ..rendering.template import ChatTemplate
+from ..rendering.traits import get_traits
 
 
 # Words that no template writes itself.
@@ -62,7 +64,9 @@ class TemplateSurvey:
         # Some templates keep more reasoning when there are tools; which tools these are does not matter.
         key = repr([sorted(conversation.template_kwargs.items(), key=str), bool(conversation.tools)])
         if key not in self._known:
-            template = ChatTemplate.of(self.tokenizer, None, conversation.tools, conversation.template_kwargs)
+            template = ChatTemplate.for_conversation(
+                self.tokenizer, None, conversation.tools, conversation.template_kwargs
+            )
             self._known[key] = _measure(template)
         return self._known[key]
 
@@ -71,7 +75,7 @@ def _measure(template: ChatTemplate) -> TemplateFacts:
     name = template_name(template.tokenizer, template.source)
     try:
         last, history = _endings(template)
-        return TemplateFacts(name, _kind(template), last, history, template.traits.stop_after_answer or "")
+        return TemplateFacts(name, _kind(template), last, history, _added_stop(template))
     except Exception:  # templates raise what they like, and some take no plain chat
         return TemplateFacts(name, REFUSED, "", "", "")
 
@@ -82,9 +86,10 @@ def _kind(template: ChatTemplate) -> str:
 
 
 def _kind_of(template: ChatTemplate, messages: list[Message]) -> str:
-    adapted = [template.adapt(message) for message in messages]
+    adapted = [as_context(message, template) for message in messages]
     turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    own = [word in template.render(adapted[: k + 1]) for k, word in zip(turns, _REASONINGS, strict=True)]
+    trained = {k: as_trained(messages[k], template) for k in turns}
+    own = [word in template.render([*adapted[:k], trained[k]]) for k, word in zip(turns, _REASONINGS, strict=True)]
     history = template.render([*adapted, {"role": "user", "content": "Oak"}], add_generation_prompt=True)
     remembered = [word in history for word in _REASONINGS]
     if not any(own):
@@ -116,9 +121,14 @@ def _endings(template: ChatTemplate) -> tuple[str, str]:
     following = {"role": "user", "content": "Oak"}
     last = template.render(messages).rpartition(_ANSWER)[2].strip()
     history = template.render([*messages, following]).rpartition(_ANSWER)[2].partition("Oak")[0]
-    token = template.traits.stop_after_answer or last
+    token = _added_stop(template) or last
     # Of what follows the answer in history, as much as ends it: the rest begins the next message.
     return last, token if history.lstrip().startswith(token) else _first_token(template, history.lstrip())
+
+
+def _added_stop(template: ChatTemplate) -> str:
+    ending = get_traits(template).answer_ending
+    return (ending.trained or "").removeprefix(ending.written).strip()
 
 
 def _first_token(template: ChatTemplate, text: str) -> str:

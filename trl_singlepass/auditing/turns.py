@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..rendering.checks import contains, lost_calls, stray_reasoning, without
-from ..rendering.conversation import Conversation, Message
+from ..rendering.conversation import Conversation, Message, RenderingError
+from ..rendering.message_format import parse
 from ..rendering.prefixes import Prefixes
-from ..rendering.reasoning import Spoken
+from ..rendering.reasoning import ParsedMessage
 from ..rendering.template import ChatTemplate
 from ..rendering.tokenization import HardBorders, common_length, hard_borders, tokenize
+from ..rendering.turn import RenderedTurn, render_turn
+from ..sample import CompletionKind
 
 
-# How a turn's reasoning fares.
+# What happens to a turn's reasoning.
 NONE, RENDERED, RESTORED, OTHER_KEY, LOST = "none", "rendered", "restored", "other key", "lost"
 # Why the next turn's prompt does not begin with this turn.
 REASONING_REMOVED, EMPTY_BLOCK, OTHER_STOP = "reasoning removed", "empty reasoning block", "other stop token"
@@ -34,6 +37,8 @@ class TurnFacts:
     Args:
         message_index (`int`):
             Position of its assistant message.
+        kind (`CompletionKind`, *optional*):
+            How its completion came about; `None` if the turn is refused.
         reasoning (`str`):
             `"none"` if it says none; `"rendered"` by the template; `"restored"`: left out by the template and put
             back by us; `"other key"`: under a key that the template ignores; `"lost"`.
@@ -55,6 +60,7 @@ class TurnFacts:
     """
 
     message_index: int
+    kind: CompletionKind | None
     reasoning: str
     calls: int
     calls_lost: bool
@@ -67,17 +73,25 @@ class TurnFacts:
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """Renderings of one turn: its prompt, the template's own with the answer, and that as it is trained."""
+    """Renderings of one turn: its prompt, the template's own with the answer, and as it is trained, if it can be."""
 
     message: Message
-    said: Spoken
+    parsed: ParsedMessage
     prompt: str
     own: str
-    complete: str
+    turn: RenderedTurn | None
+
+    @property
+    def own_completion(self) -> str:
+        return self.own[common_length(self.prompt, self.own) :]
 
     @property
     def completion(self) -> str:
-        return self.complete[common_length(self.prompt, self.complete) :]
+        return self.own_completion if self.turn is None else self.turn.completion
+
+    @property
+    def complete(self) -> str:
+        return self.own if self.turn is None else self.prompt + self.turn.completion
 
 
 def turn_facts(conversation: Conversation, prefixes: Prefixes) -> list[TurnFacts]:
@@ -98,49 +112,44 @@ def turn_facts(conversation: Conversation, prefixes: Prefixes) -> list[TurnFacts
     continuations = _continuations(texts, hard_borders(template.tokenizer, template.source))
     following = [text for _, text in texts[1:]]
     return [
-        _facts(template, k, text, then, continues)
+        _facts(k, text, then, continues, template)
         for (k, text), then, continues in zip(texts, [*following, None][: len(texts)], continuations, strict=True)
     ]
 
 
 def _texts(conversation: Conversation, prefixes: Prefixes) -> Iterator[tuple[int, _Text]]:
-    for k, message in enumerate(prefixes.messages):
-        if message.get("role") != "assistant" or k < max(conversation.first_trained, 1):
-            continue
-        said = prefixes.template.spoken(message)
+    for k in conversation.turns:
         try:
-            prompt = prefixes.render(k, add_generation_prompt=True)
-            own = prefixes.render(k + 1)
-            complete = _completed(prefixes, k, prompt, own)
-        except Exception:  # what it is that the template refuses, the report tells by row
+            prompt, own = prefixes.prompt(k), prefixes.through(k)
+        except Exception:  # what the template refuses, the report tells by row
             continue
-        yield k, _Text(conversation.messages[k], said, prompt, own, complete)
+        parsed = parse(prefixes.trained.get(k, prefixes.messages[k]), prefixes.template)
+        yield k, _Text(conversation.messages[k], parsed, prompt, own, _turn(prefixes, k))
 
 
-def _completed(prefixes: Prefixes, k: int, prompt: str, own: str) -> str:
-    said = prefixes.template.spoken(prefixes.messages[k])
-    whole = contains(own[common_length(prompt, own) :], said.reasoning)
-    complete = own if whole else prefixes.add_reasoning(k + 1, prompt) or own
-    return complete + (_added_stop(prefixes.template, said) or "")
+def _turn(prefixes: Prefixes, k: int) -> RenderedTurn | None:
+    try:
+        return render_turn(prefixes, k)
+    except RenderingError:  # the report names it by row
+        return None
 
 
-def _added_stop(template: ChatTemplate, said: Spoken) -> str | None:
-    return template.traits.stop_after_calls if said.calls else template.traits.stop_after_answer
-
-
-def _facts(template: ChatTemplate, k: int, text: _Text, then: _Text | None, continues: str) -> TurnFacts:
-    said = text.said
-    calls = len(said.calls) or int("function_call" in text.message)
-    lost = calls > 0 and (not said.calls or lost_calls(said, without(text.completion, said.reasoning)) is not None)
+def _facts(k: int, text: _Text, then: _Text | None, continues: str, template: ChatTemplate) -> TurnFacts:
+    parsed = text.parsed
+    calls = len(parsed.calls) or int("function_call" in text.message)
+    lost = calls > 0 and (
+        not parsed.calls or lost_calls(parsed, without(text.completion, parsed.reasoning)) is not None
+    )
     return TurnFacts(
         message_index=k,
+        kind=None if text.turn is None else text.turn.kind,
         reasoning=_reasoning(text),
         calls=calls,
         calls_lost=lost,
-        stop_added=_added_stop(template, said) != "",
+        stop_added=text.turn is not None and text.turn.stop_added,
         prompt_continues=continues,
         followed=then is not None,
-        hidden=bool(said.reasoning) and then is not None and not contains(then.prompt, said.reasoning),
+        hidden=bool(parsed.reasoning) and then is not None and not contains(then.prompt, parsed.reasoning),
         branches=None if then is None else _branches(template, text, then.prompt),
     )
 
@@ -148,11 +157,11 @@ def _facts(template: ChatTemplate, k: int, text: _Text, then: _Text | None, cont
 def _reasoning(text: _Text) -> str:
     if any(not contains(text.completion, text.message[key]) for key in stray_reasoning(text.message)):
         return OTHER_KEY
-    if not text.said.reasoning:
+    if not text.parsed.reasoning:
         return NONE
-    if contains(text.own[common_length(text.prompt, text.own) :], text.said.reasoning):
-        return RENDERED
-    return RESTORED if contains(text.completion, text.said.reasoning) else LOST
+    if text.turn is not None:
+        return RESTORED if text.turn.kind == CompletionKind.REASONING_RESTORED else RENDERED
+    return RENDERED if contains(text.own_completion, text.parsed.reasoning) else LOST
 
 
 def _branches(template: ChatTemplate, text: _Text, next_prompt: str) -> str | None:
@@ -167,11 +176,11 @@ def _branches(template: ChatTemplate, text: _Text, next_prompt: str) -> str | No
         head -= len(end) - len(re.sub(rf"(?:{opening}\s*)?(?:{closing}\s*)?\Z", "", end))
         block = rf"(?:{opening}\s*)?{closing}\s*"
         without_block = text.complete[:head] + re.sub(block, "", text.complete[head:], count=1)
-        if not text.said.reasoning and common_length(without_block, next_prompt) > max(shared, head):
+        if not text.parsed.reasoning and common_length(without_block, next_prompt) > max(shared, head):
             return EMPTY_BLOCK
     if shared < head:
         return EARLIER_HISTORY
-    if text.said.reasoning and not contains(next_prompt[head:], text.said.reasoning):
+    if text.parsed.reasoning and not contains(next_prompt[head:], text.parsed.reasoning):
         return REASONING_REMOVED
     rest = text.complete[shared:].strip()
     ends_in_other_token = any(token.endswith(rest) for token in template.tokenizer.get_added_vocab())
@@ -194,7 +203,7 @@ def _continuations(texts: list[tuple[int, _Text]], borders: HardBorders) -> list
 
 def _pieces_at_the_border(text: _Text, borders: HardBorders) -> tuple[str, str] | None:
     """The stretches between two added tokens in which prompt and rendering meet; `None` if they do not."""
-    if not text.complete.startswith(text.prompt):
+    if not text.own.startswith(text.prompt):
         return None
     tail = borders.split(text.prompt[-_TAIL:])
     pieces = tail if len(tail) > 1 else borders.split(text.prompt)

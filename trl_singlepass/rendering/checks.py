@@ -1,4 +1,4 @@
-"""What a turn says that its rendering lost, and what to do about it."""
+"""What a turn says and its completion lacks, and what its completion holds that the turn does not say."""
 
 import json
 import re
@@ -8,46 +8,76 @@ from pathlib import Path
 from typing import Any
 
 from .conversation import Message, text_of
-from .reasoning import REASONING_KEYS, Spoken, reasoning_tags, without_comments
+from .markers import own_strings
+from .prefixes import Prefixes
+from .reasoning import REASONING_KEYS, ParsedMessage, reasoning_tags, without_comments
 
 
 # Parts of a key's name that make reasoning of what it holds.
 _REASONING_WORDS = ("reason", "think", "thought", "cot", "rationale", "analysis", "scratchpad")
 
 
-def losses(message: Message, said: Spoken, completion: str, chat_template: str) -> list[str]:
+def missing_content(message: Message, parsed: ParsedMessage, completion: str, chat_template: str) -> str | None:
     """
-    Return what an assistant message says and its completion does not, as sentences for an error message.
+    Return what an assistant message says and its completion lacks, as an error message; `None` if nothing is missing.
 
     Args:
         message (`dict`):
             The message.
-        said (`Spoken`):
+        parsed ([`ParsedMessage`]):
             What it says.
         completion (`str`):
-            Text that its rendering adds to the prompt.
+            Text that the model would generate, without the reasoning.
         chat_template (`str`):
             Source of the template.
     """
     stray = [key for key in stray_reasoning(message) if not contains(completion, message[key])]
     if stray:
-        return [f"its reasoning is lost: {_reads(chat_template)}, the message has '{stray[0]}'. Rename the key"]
-    if not contains(completion, said.reasoning):
-        return [f"its reasoning is lost: {_reads(chat_template)}. {_way_out(chat_template)}"]
-    if "function_call" in message and not said.calls:
-        return ["its 'function_call' is lost: templates read 'tool_calls'. Rewrite it as a list of one tool call"]
-    if not (said.reasoning or said.answer.strip() or said.calls):
-        return ["it has no content, reasoning or tool calls, so its completion is empty. Remove it"]
-    rest = without(completion, said.reasoning)
-    if not all(contains(rest, text) for text in _answers(message, said)):
-        return [
-            f"its answer {_short(said.answer)} is lost or changed. Does the template take text beside tool calls, "
+        return f"its reasoning is lost: {_reads(chat_template)}, the message has '{stray[0]}'. Rename the key"
+    if "function_call" in message and not parsed.calls:
+        return "its 'function_call' is lost: templates read 'tool_calls'. Rewrite it as a list of one tool call"
+    if not all(contains(completion, text) for text in _answers(message, parsed)):
+        return (
+            f"its answer {_short(parsed.answer)} is lost or changed. Does the template take text beside tool calls, "
             "content as a string, or a literal closing tag such as </think> in an answer?"
-        ]
-    lost = lost_calls(said, rest)
+        )
+    lost = lost_calls(parsed, completion)
     several = "Give each call a message of its own, if the template renders one per message, or use"
-    way_out = several if len(said.calls) > 1 else "Use"
-    return [f"{lost}. {way_out} a template that renders tool calls"] if lost else []
+    way_out = several if len(parsed.calls) > 1 else "Use"
+    return f"{lost}. {way_out} a template that renders tool calls" if lost else None
+
+
+def missing_reasoning(chat_template: str) -> str:
+    """Return the error message for reasoning that a template does not render."""
+    return f"its reasoning is lost: {_reads(chat_template)}. {_way_out(chat_template)}"
+
+
+def foreign_words(prefixes: Prefixes, k: int, completion: str) -> list[str]:
+    """
+    Return words in the completion of message `k` that only other messages say.
+
+    A last line of defence: whatever a template does, its prompts are not trained. Words that the template or the tools
+    write themselves do not count, and neither do words of one or two characters.
+    """
+    template, own = prefixes.template, prefixes.messages[k]
+    unexplained = _words(completion) - _words(template.source) - _words(" ".join(_spellings(own)))
+    unexplained -= _words(" ".join(_spellings({"tools": template.tools}) if unexplained else ()))
+    if not unexplained:
+        return []
+    others = (text for message in prefixes.messages[:k] for text in _spellings(message))
+    return sorted(word for word in unexplained & _words(" ".join(others)) if len(word) > 2)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[^\W_]+", text))
+
+
+def _spellings(value: Any) -> list[str]:
+    """Everything that a message says, also as JSON and as Python write it: templates print all of these."""
+    strings = own_strings(value)
+    decoded = [item for item in map(_decoded, strings) if isinstance(item, dict | list)]
+    strings += [text for item in decoded for text in own_strings({"": item})]
+    return [*strings, json.dumps(value, default=str), json.dumps(value, default=str, ensure_ascii=False), str(value)]
 
 
 def template_name(tokenizer: Any, chat_template: str) -> str:
@@ -74,9 +104,9 @@ def without(text: str, part: str) -> str:
     return text.replace(part.strip(), " ", 1) if part.strip() in text else text
 
 
-def _answers(message: Message, said: Spoken) -> list[str]:
+def _answers(message: Message, parsed: ParsedMessage) -> list[str]:
     content = message.get("content")
-    return [text_of([block]) for block in content] if isinstance(content, list) else [said.answer]
+    return [text_of([block]) for block in content] if isinstance(content, list) else [parsed.answer]
 
 
 def stray_reasoning(message: Message) -> list[str]:
@@ -109,13 +139,13 @@ def _way_out(chat_template: str) -> str:
     )
 
 
-def lost_calls(said: Spoken, rest: str) -> str | None:
+def lost_calls(parsed: ParsedMessage, rest: str) -> str | None:
     """Return which tool call, or argument of one, a completion without its reasoning does not hold, if any."""
     # Looked for outside the answer, which may speak of the tool. A short answer may also be a part of an argument, and
     # stand after the calls.
-    reversed_answer = said.answer.strip()[::-1]
-    outside = [without(rest, said.answer), rest[::-1].replace(reversed_answer, " ", 1)[::-1]]
-    for call in said.calls:
+    reversed_answer = parsed.answer.strip()[::-1]
+    outside = [without(rest, parsed.answer), rest[::-1].replace(reversed_answer, " ", 1)[::-1]]
+    for call in parsed.calls:
         name, arguments = str(call.get("name")), call.get("arguments")
         if not any(name in text for text in outside):
             return f"its call of the tool '{name}' is lost"

@@ -36,6 +36,12 @@ class Conversation:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     first_trained: int = 0
 
+    @property
+    def turns(self) -> list[int]:
+        """Positions of the assistant messages that may be trained."""
+        roles = [message.get("role") for message in self.messages]
+        return [k for k in range(self.first_trained, len(roles)) if roles[k] == "assistant"]
+
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Conversation":
         """

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from ..sample import Sample
 from ..settings import HISTORIES
 from .conversation import Conversation, Message, RenderingError
-from .reasoning import Spoken, reasoning_tags, without_reasoning
-from .samples import render_conversation
+from .message_format import as_trained
+from .prefixes import Prefixes
+from .reasoning import ParsedMessage, reasoning_tags, without_reasoning
+from .samples import has_prompt, render_conversation
 from .template import ChatTemplate
 
 
@@ -61,7 +64,11 @@ def render_with_history(
     conversation = replace(conversation, template_kwargs={**conversation.template_kwargs, **switches})
     if not keep:
         return _without_earlier_reasoning(conversation, tokenizer, source)
-    return render_conversation(conversation, tokenizer, _keeping_template(conversation, tokenizer, source))
+    source = _keeping_template(conversation, tokenizer, source)
+    template = ChatTemplate.for_conversation(tokenizer, source, conversation.tools, conversation.template_kwargs)
+    # Templates that read no key keep reasoning that stands in the content.
+    messages = [as_trained(m, template) if m.get("role") == "assistant" else m for m in conversation.messages]
+    return render_conversation(replace(conversation, messages=messages), tokenizer, source)
 
 
 def _keeping_template(conversation: Conversation, tokenizer: Any, source: str) -> str:
@@ -88,10 +95,10 @@ def _training_template(tokenizer: Any) -> str | None:
 
 
 def _keeps_reasoning(conversation: Conversation, tokenizer: Any, source: str) -> bool:
-    template = ChatTemplate.of(tokenizer, source, conversation.tools, conversation.template_kwargs)
-    said = template.adapt({"role": "assistant", "reasoning_content": _PROBE, "content": "Yes."})
+    template = ChatTemplate.for_conversation(tokenizer, source, conversation.tools, conversation.template_kwargs)
+    answer = as_trained({"role": "assistant", "reasoning_content": _PROBE, "content": "Yes."}, template)
     question = {"role": "user", "content": "Really?"}
-    return _PROBE in template.render([question, said, question], add_generation_prompt=True)
+    return _PROBE in template.render([question, answer, question], add_generation_prompt=True)
 
 
 def _without_earlier_reasoning(conversation: Conversation, tokenizer: Any, source: str) -> list[Sample]:
@@ -100,14 +107,14 @@ def _without_earlier_reasoning(conversation: Conversation, tokenizer: Any, sourc
     def bare(message: Message) -> Message:
         if message.get("role") != "assistant":
             return message
-        return without_reasoning(message, Spoken.of(message, tags))
+        return without_reasoning(message, ParsedMessage.from_message(message, tags))
 
-    samples = []
-    for k, message in enumerate(conversation.messages):
-        if k >= conversation.first_trained and message.get("role") == "assistant":
-            messages = [*map(bare, conversation.messages[:k]), message]
-            samples += render_conversation(
-                replace(conversation, messages=messages, first_trained=k), tokenizer, source
-            )
+    samples, now = [], datetime.now()  # one clock for all turns
+    for k in conversation.turns:
+        messages = [*map(bare, conversation.messages[:k]), conversation.messages[k]]
+        turn = replace(conversation, messages=messages, first_trained=k)
+        prefixes = Prefixes.from_conversation(turn, tokenizer, source, now)
+        if has_prompt(prefixes, k):
+            samples += render_conversation(turn, tokenizer, prefixes=prefixes)
     # None at all: let the renderer say what is missing.
     return samples or render_conversation(conversation, tokenizer, source)

@@ -1,6 +1,7 @@
-"""Renderings of all beginnings of a conversation, with what they have in common prepared once."""
+"""Renderings of every prefix of a conversation, with what they share prepared once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from jinja2 import Template, TemplateError
 
 from .conversation import Conversation, Message
-from .reasoning import without_reasoning
+from .message_format import as_context, as_trained
 from .sandbox import compiled_template
 from .template import ChatTemplate
 
@@ -21,18 +22,20 @@ _ALWAYS_SEEN = ("messages", "tools", "documents", "add_generation_prompt")
 @dataclass(frozen=True, slots=True)
 class Prefixes:
     """
-    The beginnings of a conversation, as a chat template renders them.
+    The prefixes of a conversation, as a chat template renders them.
 
-    `apply_chat_template` copies all messages and runs the template in a slow sandbox, for each beginning anew. Here,
-    transformers prepares the messages once, and the template runs in a [`RememberingSandbox`]. The text is the same:
-    all renderings of the first conversation are compared with those of `apply_chat_template`, and the longest one of
-    each conversation. Where one differs, or the template raises, `apply_chat_template` renders.
+    `apply_chat_template` copies all messages and runs the template in a slow sandbox, for each prefix anew. Here,
+    transformers prepares the messages once, and the template runs in a [`CachingSandbox`]. The text is the same: all
+    renderings of the first conversation are compared with those of `apply_chat_template`, and the longest one of each
+    conversation. Where one differs, or the template raises, `apply_chat_template` renders.
 
     Args:
         template ([`ChatTemplate`]):
             The template, with its arguments.
         messages (`list[dict]`):
-            The conversation, in the form that the template reads.
+            The conversation, in the form in which the template reads context.
+        trained (`dict[int, dict]`):
+            The messages that the template reads in another form to write their completions.
         compiled (`jinja2.Template`, *optional*):
             The template in the fast sandbox; `None` to render through `apply_chat_template` alone.
         variables (`dict`):
@@ -45,14 +48,19 @@ class Prefixes:
 
     template: ChatTemplate
     messages: list[Message]
+    trained: dict[int, Message] = field(default_factory=dict)
     compiled: Template | None = None
     variables: dict[str, Any] = field(default_factory=dict)
     compares: bool = False
     known: dict[tuple[int, bool], str] = field(default_factory=dict)
 
     @classmethod
-    def of_conversation(
-        cls, conversation: Conversation, tokenizer: Any, chat_template: str | None = None
+    def from_conversation(
+        cls,
+        conversation: Conversation,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        now: datetime | None = None,
     ) -> "Prefixes":
         """
         Prepare a conversation as it was read from a dataset row.
@@ -64,78 +72,64 @@ class Prefixes:
                 Tokenizer with a chat template.
             chat_template (`str`, *optional*):
                 Template to use instead of the tokenizer's own.
+            now (`datetime`, *optional*):
+                The time that the template sees; the current time by default.
 
         Returns:
-            `Prefixes`: Its beginnings.
+            `Prefixes`: Its prefixes.
         """
-        template = ChatTemplate.of(tokenizer, chat_template, conversation.tools, conversation.template_kwargs)
-        adapted = [template.adapt(message) for message in conversation.messages]
-        return cls.of(template, adapted, conversation.first_trained)
+        template = ChatTemplate.for_conversation(
+            tokenizer, chat_template, conversation.tools, conversation.template_kwargs, now
+        )
+        messages = [as_context(message, template) for message in conversation.messages]
+        trained = {
+            k: as_trained(message, template)
+            for k, message in enumerate(conversation.messages)
+            if message.get("role") == "assistant"
+        }
+        trained = {k: message for k, message in trained.items() if message != messages[k]}
+        slow = cls(template, messages, trained)
+        last = max(conversation.turns, default=0)
+        return slow._faster(last + 1) if len(conversation.turns) > 1 and _is_stock(template) else slow
 
-    @classmethod
-    def of(cls, template: ChatTemplate, messages: list[Message], first_trained: int = 0) -> "Prefixes":
-        """
-        Prepare a conversation.
-
-        Args:
-            template ([`ChatTemplate`]):
-                The template.
-            messages (`list[dict]`):
-                The conversation, in the form that the template reads.
-            first_trained (`int`, *optional*, defaults to 0):
-                Position of the first message that may be trained.
-
-        Returns:
-            `Prefixes`: Its beginnings.
-        """
-        slow = cls(template, messages)
-        turns = [k for k, message in enumerate(messages) if message.get("role") == "assistant" and k >= first_trained]
-        if len(turns) < 2 or not _is_stock(template):
-            return slow
+    def _faster(self, length: int) -> "Prefixes":
+        """Return the same prefixes in the fast sandbox, if that renders the longest one alike."""
+        template = self.template
         way = template.source, bool(template.tools), frozenset(template.kwargs)
         compiled = compiled_template(template.full_source) if _compared.get(way, True) else None
         if compiled is None:
-            return slow
+            return self
         try:
-            variables = _variables_of(template, messages)
-            length = turns[-1] + 1
-            longest = template.render(messages[:length])
-            fast = cls(template, messages, compiled, variables, way not in _compared, {(length, False): longest})
+            variables = _variables_of(template, self.messages)
+            longest = template.render(self.messages[:length])
+            fast = replace(self, compiled=compiled, variables=variables, compares=way not in _compared)
             agrees = fast._fast(variables["messages"][:length], False) == longest
-        except Exception:  # templates raise what they like; it comes up again where that rendering is asked for
-            return slow
+        except Exception:  # templates may raise anything; it comes up again where that rendering is asked for
+            return self
+        fast.known[length, False] = longest
         _compared[way] = agrees
-        return fast if agrees else slow
+        return fast if agrees else self
 
-    def render(self, length: int, add_generation_prompt: bool = False, last: Message | None = None) -> str:
-        """
-        Return the text of a beginning.
+    def prompt(self, k: int) -> str:
+        """Return the prompt of message `k`, as served."""
+        return self._text(k, add_generation_prompt=True)
 
-        Args:
-            length (`int`):
-                Its number of messages.
-            add_generation_prompt (`bool`, *optional*, defaults to `False`):
-                Whether the template begins an answer.
-            last (`dict`, *optional*):
-                Message to put in place of its last one.
+    def context(self, k: int) -> str:
+        """Return the messages before message `k`, without a generation prompt."""
+        return self._text(k)
 
-        Raises:
-            `Exception`: What the template raises.
-        """
-        if last is not None:
-            return self._rendered([*self.messages[: length - 1], last], add_generation_prompt, last)
+    def through(self, k: int, last: Message | None = None) -> str:
+        """Return the messages up to and including message `k`, or another one in its place."""
+        last = last or self.trained.get(k)
+        if last is None or last is self.messages[k]:
+            return self._text(k + 1)
+        return self._rendered([*self.messages[:k], last], False, last)
+
+    def _text(self, length: int, add_generation_prompt: bool = False) -> str:
         key = length, add_generation_prompt
         if key not in self.known:
             self.known[key] = self._rendered(self.messages[:length], add_generation_prompt)
         return self.known[key]
-
-    def add_reasoning(self, length: int, prompt: str) -> str | None:
-        """Return the rendering of a beginning with the reasoning that the template leaves out of its last message."""
-        if self.template.tags is None:
-            return None
-        last = self.messages[length - 1]
-        said = self.template.spoken(last)
-        return self.template.add_reasoning(prompt, self.render(length, last=without_reasoning(last, said)), said)
 
     def _rendered(self, messages: list[Message], add_generation_prompt: bool, last: Message | None = None) -> str:
         if self.compiled is None:

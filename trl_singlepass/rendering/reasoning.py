@@ -1,6 +1,7 @@
 """What an assistant message says, and the forms in which messages and templates hold its reasoning."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -9,12 +10,14 @@ from .conversation import Message, text_of, tool_calls_of
 
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+# Types of content parts that hold reasoning: Mistral's and Anthropic's, and OpenAI's.
+_REASONING_PARTS = ("thinking", "reasoning")
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
     """
-    Marks around the reasoning in what a model writes.
+    Tags around the reasoning in what a model writes.
 
     Args:
         opening (`str`):
@@ -22,7 +25,7 @@ class ReasoningTags:
         closing (`str`):
             Text after it.
         separator (`str`):
-            White space between the closing mark and the answer, in models that put reasoning on lines of its own.
+            White space between the closing tag and the answer, in models that put reasoning on lines of its own.
         own_lines (`bool`, *optional*):
             Whether reasoning stands on lines of its own; `None` where that differs from model to model.
     """
@@ -45,9 +48,9 @@ KNOWN_TAGS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Spoken:
+class ParsedMessage:
     """
-    What an assistant message says, whatever the form in which it says it.
+    What an assistant message says, in whatever form it says it.
 
     Args:
         reasoning (`str`):
@@ -59,89 +62,107 @@ class Spoken:
         inline (`bool`):
             Whether the reasoning stands between tags in the content.
         verbatim (`str`):
-            Text of its reasoning as given under a key: what the template does with white space is its own affair.
+            The reasoning exactly as its key or content part gives it; the template decides what to trim.
     """
 
     reasoning: str
     answer: str
     calls: list[dict[str, Any]]
-    inline: bool
+    inline: bool = False
     verbatim: str = ""
 
     @classmethod
-    def of(cls, message: Message, tags: ReasoningTags | None = None) -> "Spoken":
-        """Read an assistant message whose inline reasoning stands between `<think>` tags or the given ones."""
+    def from_message(cls, message: Message, tags: ReasoningTags | None = None) -> "ParsedMessage":
+        """Parse an assistant message whose inline reasoning stands between `<think>` tags or the given ones."""
         content, calls = text_of(message.get("content")), tool_calls_of(message)
         for key in REASONING_KEYS:
             if isinstance(message.get(key), str) and message[key].strip():
-                return cls(message[key].strip(), content, calls, inline=False, verbatim=message[key])
+                return cls(message[key].strip(), content, calls, verbatim=message[key])
+        thoughts = _reasoning_in_parts(message.get("content"))
+        if thoughts.strip():
+            return cls(thoughts.strip(), content, calls, verbatim=thoughts)
         for pair in (THINK, tags or THINK):
             opened = content.lstrip()
             if opened.startswith(pair.opening) and pair.closing in opened:
                 reasoning, answer = opened[len(pair.opening) :].split(pair.closing, 1)
                 return cls(reasoning.strip(), answer, calls, inline=bool(reasoning.strip()))
-        return cls("", content, calls, inline=False)
+        return cls("", content, calls)
+
+
+def _reasoning_in_parts(content: Any) -> str:
+    parts = content if isinstance(content, list) else []
+    return "".join(_text_of_part(part) for part in parts if isinstance(part, Mapping))
+
+
+def _text_of_part(part: Mapping[str, Any]) -> str:
+    if part.get("type") not in _REASONING_PARTS:
+        return ""
+    text = part.get(part["type"]) or part.get("text")
+    return text if isinstance(text, str) else text_of(text)
 
 
 def reasoning_tags(chat_template: str) -> ReasoningTags | None:
-    """Return the marks that a template writes or looks for, `None` if it knows nothing of reasoning."""
+    """Return the tags that a template writes or looks for, `None` if it knows nothing of reasoning."""
     code = without_comments(chat_template)
     return next((tags for tags in KNOWN_TAGS if tags.opening in code or tags.closing in code), None)
 
 
 @lru_cache
 def without_comments(chat_template: str) -> str:
-    """Return a template without its comments, which may speak of what it does not do."""
+    """Return a template without its comments, which may mention what it does not do."""
     return re.sub(r"\{#.*?#\}", "", chat_template, flags=re.DOTALL)
 
 
-def without_reasoning(message: Message, said: Spoken) -> Message:
+def without_reasoning(message: Message, parsed: ParsedMessage) -> Message:
     """Return the message with nothing but its answer and its tool calls."""
     bare = {key: value for key, value in message.items() if key not in REASONING_KEYS}
-    return {**bare, "content": said.answer.lstrip("\n")} if said.inline else bare
+    if isinstance(bare.get("content"), list):
+        bare["content"] = [part for part in bare["content"] if not _is_reasoning_part(part)]
+    return {**bare, "content": parsed.answer.lstrip("\n")} if parsed.inline else bare
 
 
-def with_reasoning_key(message: Message, said: Spoken, keys: tuple[str, ...]) -> Message:
+def _is_reasoning_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in _REASONING_PARTS
+
+
+def with_reasoning_key(message: Message, parsed: ParsedMessage, keys: tuple[str, ...]) -> Message:
     """Return the message with its reasoning under each of `keys`."""
-    return {**without_reasoning(message, said), **dict.fromkeys(keys, said.verbatim or said.reasoning)}
+    return {**without_reasoning(message, parsed), **dict.fromkeys(keys, parsed.verbatim or parsed.reasoning)}
 
 
-def with_reasoning_inline(message: Message, said: Spoken, tags: ReasoningTags) -> Message:
+def with_reasoning_inline(message: Message, parsed: ParsedMessage, tags: ReasoningTags) -> Message:
     """Return the message with its reasoning between tags at the start of its content."""
-    content = f"{tags.opening}\n{said.reasoning}\n{tags.closing}{tags.separator}{said.answer}"
-    return {**without_reasoning(message, said), "content": content}
+    content = f"{tags.opening}\n{parsed.reasoning}\n{tags.closing}{tags.separator}{parsed.answer}"
+    return {**without_reasoning(message, parsed), "content": content}
 
 
-def build_completion(prompt: str, bare: str, reasoning: str, tags: ReasoningTags, own_lines: bool) -> str | None:
+def write_reasoning(prompt: str, bare: str, reasoning: str, tags: ReasoningTags, own_lines: bool) -> tuple[str, int]:
     """
-    Write the completion of a turn whose template leaves the reasoning out, in the form in which the model writes it.
+    Put the reasoning of a turn into a completion from which the template leaves it out, as the model writes it.
 
     Args:
         prompt (`str`):
             Prompt as served. It may end with the opening tag.
         bare (`str`):
-            Rendering of the turn without reasoning.
+            What the template writes after the prompt for the message without reasoning. It may begin with an empty
+            block, or with the end of one.
         reasoning (`str`):
             The reasoning.
         tags (`ReasoningTags`):
-            Marks that the model writes around it.
+            Tags that the model writes around it.
         own_lines (`bool`):
-            Whether the marks stand on lines of their own. What the prompt or `bare` shows comes first.
+            Whether the tags stand on lines of their own. What the prompt or `bare` shows takes precedence.
 
     Returns:
-        `str` or `None`: The text after the prompt; `None` if the prompt has closed the reasoning, or `bare` does not
-        continue it.
+        `tuple[str, int]`: The completion, and the position in it at which the reasoning begins.
     """
     opened = re.search(rf"{re.escape(tags.opening)}(\s*)\Z", prompt)
-    head = prompt[: opened.start()] if opened else prompt
-    if prompt.rstrip().endswith(tags.closing) or not bare.startswith(head):
-        return None
-    body = bare[len(head) :]
     # Templates that keep an empty block, or just its end, show how the model spaces it.
-    block = re.match(rf"(?:{re.escape(tags.opening)}(\s*))?{re.escape(tags.closing)}(\s*)", body)
-    shown = opened[1] if opened else block[1] if block and block[1] is not None else "\n" * own_lines
+    block = re.match(rf"(\s*)(?:{re.escape(tags.opening)}(\s*))?{re.escape(tags.closing)}(\s*)", bare)
+    inside = block[2] if block else None
+    shown = opened[1] if opened else inside if inside is not None else "\n" * own_lines
     line = "\n" if "\n" in shown else ""
-    separator = block[2] if block else tags.separator if line else ""
-    rest = body[block.end() :] if block else body.lstrip("\n")
-    start = "" if opened else tags.opening + line
-    return f"{start}{reasoning}{line}{tags.closing}{separator}{rest}"
+    separator = block[3] if block else tags.separator if line else ""
+    rest = bare[block.end() :] if block else bare.lstrip("\n")
+    start = "" if opened else (block[1] if block else "") + tags.opening + line
+    return f"{start}{reasoning}{line}{tags.closing}{separator}{rest}", len(start)

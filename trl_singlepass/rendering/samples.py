@@ -1,24 +1,23 @@
 """Turns of a conversation as samples: the prompt as served, the completion as generated."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from transformers.utils import logging
+import numpy as np
 
 from ..sample import Sample
-from .checks import contains, losses, template_name
+from .checks import contains
 from .conversation import Conversation, Message, text_of
 from .conversation import RenderingError as RenderingError
 from .prefixes import Prefixes
-from .reasoning import Spoken
 from .template import ChatTemplate
 from .tokenization import Ids, common_length, hard_borders, tokenize, tokenize_after
+from .turn import RenderedTurn, render_turn, rendering_error
 
-
-logger = logging.get_logger(__name__)
 
 _COMMON_ROLES = ("system", "user", "assistant", "tool")
+# Roles of messages that may stand before a conversation begins.
+_SETUP_ROLES = ("system", "developer", "assistant")
 
 
 def render_samples(
@@ -33,9 +32,10 @@ def render_samples(
     Render every assistant message of a conversation as one sample.
 
     For the message at position `k`, the prompt is what the chat template renders from `messages[:k]` with its
-    generation prompt, which is what the model sees at inference; the completion is what the rendering of
-    `messages[: k + 1]` adds to it. Reasoning may stand under `reasoning_content`, `thinking` or `reasoning`, or
-    between `<think>` tags in `content`; tool-call arguments may be dicts or JSON strings.
+    generation prompt, which is what the model sees at inference; the completion is what the model generates after it:
+    the message's own part of the rendering of `messages[: k + 1]`, and nothing of any other message. Reasoning may
+    stand under `reasoning_content`, `thinking` or `reasoning`, in a content part of type `"thinking"`, or between
+    `<think>` tags in `content`; tool-call arguments may be dicts or JSON strings.
 
     Args:
         messages (`list[dict]`):
@@ -90,21 +90,14 @@ def render_row(
         raise RenderingError(f"Row {row_index}: {error}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """Text of one turn: `rendering` is prompt and completion; up to `reasoning_end`, the completion is reasoning."""
-
-    message_index: int
-    prompt: str
-    rendering: str
-    reasoning_end: int
-
-
 def render_conversation(
     conversation: Conversation, tokenizer: Any, chat_template: str | None = None, *, prefixes: Prefixes | None = None
 ) -> list[Sample]:
     """
     Render the turns of a conversation that has been read from a dataset row.
+
+    An assistant message that begins the conversation is context only where the template renders no prompt for it:
+    there is nothing that a model could be served.
 
     Args:
         conversation (`Conversation`):
@@ -114,7 +107,7 @@ def render_conversation(
         chat_template (`str`, *optional*):
             Template to use instead of the tokenizer's own.
         prefixes ([`Prefixes`], *optional*):
-            The beginnings of the conversation under that template, where they are at hand.
+            The prefixes of the conversation under that template, where they are at hand.
 
     Returns:
         `list[Sample]`: One sample per trained assistant message.
@@ -122,47 +115,41 @@ def render_conversation(
     Raises:
         `RenderingError`: As [`render_samples`].
     """
-    messages = conversation.messages
-    trained = [k for k in range(conversation.first_trained, len(messages)) if messages[k].get("role") == "assistant"]
-    if not trained:
-        roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages)) or "none"
+    if not conversation.turns:
+        roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in conversation.messages)) or "none"
         raise RenderingError(
             f"Expected at least one assistant message to train, got messages with the roles: {roles}. Name the role "
             "of the model's messages 'assistant', or leave the row out."
         )
-    prefixes = prefixes or Prefixes.of_conversation(conversation, tokenizer, chat_template)
-    turns = [_turn(prefixes, k) for k in trained]
+    prefixes = prefixes or Prefixes.from_conversation(conversation, tokenizer, chat_template)
+    turns = [render_turn(prefixes, k) for k in conversation.turns if has_prompt(prefixes, k)]
+    if not turns:
+        raise _no_prompt(prefixes, conversation.turns[-1])
     _check_context(prefixes, turns)
-    return _samples(turns, prefixes.template)
+    return _tokenize(turns, prefixes.template)
 
 
-def _turn(prefixes: Prefixes, k: int) -> _Turn:
-    template, message = prefixes.template, prefixes.messages[k]
-    said = template.spoken(message)
-    if k == 0:
-        raise _error(template, k, "it begins the conversation, so there is no prompt. Put a message before it")
+def has_prompt(prefixes: Prefixes, k: int) -> bool:
+    """Return whether there is anything that a model could be served before message `k`."""
+    if any(message.get("role") not in _SETUP_ROLES for message in prefixes.messages[:k]):
+        return True
     try:
-        prompt = prefixes.render(k, add_generation_prompt=True)
-        rendering = _complete(prefixes, k, prompt, said)
+        return k > 0 and bool(prefixes.prompt(k))
+    except RenderingError:  # some templates take no conversation in which no user has spoken yet
+        return False
+
+
+def _no_prompt(prefixes: Prefixes, k: int) -> RenderingError:
+    reason = "it begins the conversation, so there is no prompt. Put a user message before it"
+    try:
+        if k:
+            prefixes.prompt(k)
     except RenderingError as error:
-        raise _error(template, k, str(error)) from error
-    except Exception as error:  # a template raises what it likes
-        raise _error(template, k, f"the template refuses the conversation up to it: {error!r}") from error
-    completion = rendering[common_length(prompt, rendering) :]
-    for loss in losses(message, said, completion, template.source):
-        raise _error(template, k, loss)
-    return _Turn(k, prompt, rendering, template.reasoning_end(prompt, rendering, said))
+        reason = str(error)
+    return rendering_error(prefixes.template, k, reason)
 
 
-def _complete(prefixes: Prefixes, k: int, prompt: str, said: Spoken) -> str:
-    """Return prompt and completion, with the reasoning and the stop token that the template left out."""
-    rendering = prefixes.render(k + 1)
-    if not contains(rendering[common_length(prompt, rendering) :], said.reasoning):
-        rendering = prefixes.add_reasoning(k + 1, prompt) or rendering
-    return rendering + prefixes.template.stop_after(said)
-
-
-def _check_context(prefixes: Prefixes, turns: list[_Turn]) -> None:
+def _check_context(prefixes: Prefixes, turns: list[RenderedTurn]) -> None:
     """Refuse messages with a role that the template drops without a word."""
     for k, message in enumerate(prefixes.messages):
         if message.get("role") in _COMMON_ROLES:
@@ -170,47 +157,30 @@ def _check_context(prefixes: Prefixes, turns: list[_Turn]) -> None:
         following = next((turn for turn in turns if turn.message_index > k), None)
         if following and not contains(following.prompt, text_of(message.get("content"))):
             reason = f"the template drops messages of the role '{message.get('role')}'. Give it a role that it knows"
-            raise _error(prefixes.template, k, reason)
+            raise rendering_error(prefixes.template, k, reason)
 
 
-def _samples(turns: list[_Turn], template: ChatTemplate) -> list[Sample]:
+def _tokenize(turns: list[RenderedTurn], template: ChatTemplate) -> list[Sample]:
     borders = hard_borders(template.tokenizer, template.source)
-    texts = [(turn.prompt, turn.rendering[: turn.reasoning_end], turn.rendering) for turn in turns]
+    texts = [
+        (turn.prompt, turn.prompt + turn.completion[: turn.reasoning_end], turn.prompt + turn.completion)
+        for turn in turns
+    ]
     ids = iter(tokenize(borders, [text for of_turn in texts for text in of_turn]))
     return [_sample(turn, prompt, next(ids), next(ids), template) for turn, prompt in zip(turns, ids, strict=False)]
 
 
-def _sample(turn: _Turn, prompt: Ids, reasoning: Ids, rendering: Ids, template: ChatTemplate) -> Sample:
-    start = common_length(prompt, rendering)
-    if start < len(prompt) and turn.rendering.startswith(turn.prompt):
-        # A token of the rendering reaches over the border. The model sees the prompt's own tokens.
-        after = [turn.rendering[len(turn.prompt) : end] for end in (max(turn.reasoning_end, len(turn.prompt)), None)]
-        reasoning, completion = (tokenize_after(template.tokenizer, text) for text in after)
-        length = _length_within(reasoning, completion) if turn.reasoning_end else 0
-        return Sample.from_prompt_and_completion(prompt, completion, turn.message_index, length)
-    if start == 0:
-        raise _error(template, turn.message_index, "its rendering has no token in common with its prompt")
-    if start < len(prompt):
-        _warn_of_other_prompt(template)
-    length = _length_within(reasoning, rendering) - start if turn.reasoning_end else 0
-    return Sample.from_prompt_and_completion(rendering[:start], rendering[start:], turn.message_index, length)
+def _sample(turn: RenderedTurn, prompt: Ids, reasoning: Ids, whole: Ids, template: ChatTemplate) -> Sample:
+    start = len(prompt)
+    if common_length(prompt, whole) < start:
+        # A token of the whole text reaches over the border. The model sees the prompt's own tokens.
+        parts = (turn.completion[: turn.reasoning_end], turn.completion)
+        reasoning, whole = (np.concatenate([prompt, tokenize_after(template.tokenizer, text)]) for text in parts)
+    length = _length_within(reasoning, whole) - start if turn.reasoning_end else 0
+    return Sample.from_prompt_and_completion(prompt, whole[start:], turn.message_index, length, turn.kind)
 
 
 def _length_within(beginning: Ids, whole: Ids) -> int:
     """Number of tokens of a text that begin in a given beginning of it."""
     shared = common_length(beginning, whole)
     return shared if shared == len(beginning) else shared + 1  # one that reaches over its end counts
-
-
-def _warn_of_other_prompt(template: ChatTemplate) -> None:
-    logger.warning_once(
-        f"The {template_name(template.tokenizer, template.source)} renders prompts differently from the same messages "
-        "followed by their answer. Such a completion is all that follows their longest common prefix, with what "
-        "messages of other roles say there, and its context differs from inference. Arguments in "
-        "'chat_template_kwargs' (such as enable_thinking) may make them agree."
-    )
-
-
-def _error(template: ChatTemplate, k: int, reason: str) -> RenderingError:
-    name = template_name(template.tokenizer, template.source)
-    return RenderingError(f"Message {k} cannot be rendered with the {name}: {reason.removesuffix('.')}.")

@@ -26,7 +26,7 @@ def _harmless_of_strings() -> frozenset[str]:
 _HARMLESS: dict[type, frozenset[str]] = {str: _harmless_of_strings(), LoopContext: frozenset(_OF_LOOPS)}
 
 
-class RememberingSandbox(ImmutableSandboxedEnvironment):
+class CachingSandbox(ImmutableSandboxedEnvironment):
     """
     A sandbox that gives what `ImmutableSandboxedEnvironment` gives, faster on what templates do most.
 
@@ -90,7 +90,7 @@ def _missing_key(undefined: type[Undefined], name: str) -> Undefined:
 @lru_cache
 def compiled_template(source: str) -> Template | None:
     """
-    Return a chat template in a [`RememberingSandbox`] that is otherwise the environment of transformers.
+    Return a chat template in a [`CachingSandbox`] that is otherwise the environment of transformers.
 
     Args:
         source (`str`):
@@ -108,6 +108,6 @@ def compiled_template(source: str) -> Template | None:
     if type(environment) is not ImmutableSandboxedEnvironment:
         return None
     remembering = environment.overlay()
-    remembering.__class__ = RememberingSandbox
+    remembering.__class__ = CachingSandbox
     remembering.filters = {**environment.filters, "tojson": _remembered(environment.filters["tojson"])}
     return remembering.from_string(source)
