@@ -32,9 +32,9 @@ from trl_singlepass.attention import TREE_ATTENTION, tree_context, use_tree_atte
 from trl_singlepass.attention.block_mask import block_mask_of
 from trl_singlepass.attention.tree_mask import Tree, TreeMask
 from trl_singlepass.attention.varlen_plan import varlen_calls
-from trl_singlepass.collator import DataCollatorForSinglePass
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
-from trl_singlepass.rows import Row, TreePlan
+from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.trees.rows import Row, TreePlan
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.attention import tree_context, use_tree_attention
-from trl_singlepass.collator import DataCollatorForSinglePass
-from trl_singlepass.rows import Row
+from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.trees.rows import Row
 
 
 HEAD_CHUNK = 1024

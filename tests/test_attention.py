@@ -23,12 +23,12 @@ from trl_singlepass.attention import (
     check_every_layer_attended,
     use_tree_attention,
 )
+from trl_singlepass.attention.block_kernels import BlockMath, CpuFlash
 from trl_singlepass.attention.blocks import BlockAttention, tree_blocks
 from trl_singlepass.attention.dense import dense_attention
-from trl_singlepass.attention.kernels import BlockMath, CpuFlash
 from trl_singlepass.attention.sdpa import tree_attention
-from trl_singlepass.rows import TreePlan
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import TreePlan
 
 
 HEADS, KV_HEADS, HEAD_DIM, SCALE = 4, 2, 8, 0.3

@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config
 
 import trl_singlepass
-from trl_singlepass.auditing import audit
-from trl_singlepass.auditing.estimates import ratio
-from trl_singlepass.auditing.forecast import (
+from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
+from trl_singlepass.rendering.prefixes import Prefixes
+from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.reports.audit import audit
+from trl_singlepass.reports.audit.estimates import ratio
+from trl_singlepass.reports.audit.forecast import (
     CHAINS,
     NPASS,
     SHARED,
@@ -28,11 +31,8 @@ from trl_singlepass.auditing.forecast import (
     maximal_chains,
     shape_of,
 )
-from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
-from trl_singlepass.rendering.prefixes import Prefixes
-from trl_singlepass.rendering.samples import render_row
-from trl_singlepass.sample import Sample
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.sample import Sample
 
 
 CONFIG = Qwen3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
@@ -225,7 +225,7 @@ def test_forecast_counts_what_each_schedule_computes():
 
 
 def test_rows_hold_a_bounded_number_of_shared_prefixes(monkeypatch):
-    monkeypatch.setattr("trl_singlepass.auditing.forecast.ROW_TOKENS", 1)
+    monkeypatch.setattr("trl_singlepass.reports.audit.forecast.ROW_TOKENS", 1)
     report = audit([chat(2), chat(2, 1)], make_tokenizer(), CONFIG).forecast
     assert report.costs[SHARED] == report.costs[SINGLE_PASS]
 
@@ -417,7 +417,7 @@ import sys, time, datasets
 sys.path.insert(0, "tests")
 from chat_tokenizers import make_tokenizer
 from conversations import chat
-from trl_singlepass.auditing import audit
+from trl_singlepass.reports.audit import audit
 rows = datasets.Dataset.from_list([{"messages": chat(4, i % 50)} for i in range(10_000)])
 start = time.process_time()
 report = audit(rows, make_tokenizer())

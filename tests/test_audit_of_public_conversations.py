@@ -7,7 +7,7 @@ import pytest
 from chat_tokenizers import make_tokenizer, template_text
 from transformers import AutoTokenizer
 
-from trl_singlepass.auditing import audit
+from trl_singlepass.reports.audit import audit
 
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -16,11 +16,11 @@ from transformers import GPT2Config
 
 from benchmarks.balance_at_scale import ROW_TOKENS, chat_lengths, packed
 from trl_singlepass import Sample
-from trl_singlepass.balance import BalancedSampler, even_parts, predicted_imbalance, row_costs
 from trl_singlepass.cost import ModelShape, single_pass_cost
-from trl_singlepass.row_tables import num_attention_pairs
-from trl_singlepass.rows import Row
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.data.arrow import num_attention_pairs
+from trl_singlepass.data.sampler import BalancedSampler, even_parts, predicted_imbalance, row_costs
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")

@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from training import float32_model
 from transformers import TrainerCallback
 
-from trl_singlepass import cli, commands, launching, timing
-from trl_singlepass.auditing import audit
+from trl_singlepass.cli import commands, launch
 from trl_singlepass.cost import ModelShape, npass_cost
-from trl_singlepass.loading import JsonLines, load_rows
-from trl_singlepass.preemption import checkpoint_to_resume
+from trl_singlepass.data.files import JsonLines, load_rows
+from trl_singlepass.main import EXAMPLES, SUMMARIES, _parser_class, main
+from trl_singlepass.reference import timing
 from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.reports.audit import audit
 from trl_singlepass.scripts import sft
+from trl_singlepass.training.preemption import checkpoint_to_resume
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -60,7 +62,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def run(capsys):
     def run(*arguments):
-        code = cli.main([str(argument) for argument in arguments])
+        code = main([str(argument) for argument in arguments])
         return code, *capsys.readouterr()
 
     return run
@@ -70,24 +72,24 @@ def test_help_names_every_command(run):
     for arguments in ([], ["--help"]):
         code, out, _ = run(*arguments)
         assert code == 0
-        assert all(name in out for name in cli.SUMMARIES)
+        assert all(name in out for name in SUMMARIES)
 
 
-@pytest.mark.parametrize("name", cli.SUMMARIES)
+@pytest.mark.parametrize("name", SUMMARIES)
 def test_help_of_each_command_has_an_example(name, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main([name, "--help"])
+        main([name, "--help"])
     assert stopped.value.code == 0
     assert f"trl-singlepass {name} " in capsys.readouterr().out.split("example:")[1]
 
 
-@pytest.mark.parametrize("name", [name for name in cli.EXAMPLES if name != "train"])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "train"])
 def test_examples_parse(name):
     dataclass = getattr(commands, f"{name.capitalize()}Arguments")
-    parser = cli._parser_class()([dataclass])
+    parser = _parser_class()([dataclass])
     parser.add_argument("model")
     parser.add_argument("data")
-    _, named = parser.parse_args_and_config(cli.EXAMPLES[name].split()[2:])
+    _, named = parser.parse_args_and_config(EXAMPLES[name].split()[2:])
     assert (named.model, named.data) == ("Qwen/Qwen3-0.6B", "data.jsonl")
 
 
@@ -237,7 +239,7 @@ def test_errors_are_one_clear_line(run, model, data, broken, arguments, message)
 
 def test_debug_shows_where(model, broken):
     with pytest.raises(ValueError, match="Row 0"):
-        cli.main(["inspect", model, str(broken / "user.jsonl"), "--debug"])
+        main(["inspect", model, str(broken / "user.jsonl"), "--debug"])
 
 
 def test_text_of_the_data_is_escaped_in_the_audit_page(run, model, tmp_path):
@@ -251,7 +253,7 @@ def test_text_of_the_data_is_escaped_in_the_audit_page(run, model, tmp_path):
 
 
 def test_remote_code_is_off_unless_asked_for(monkeypatch, model, data, run):
-    from trl_singlepass import loading
+    from trl_singlepass.data import files as loading
 
     asked = []
     original = loading.AutoTokenizer.from_pretrained
@@ -400,17 +402,14 @@ def test_turns_can_be_chosen_on_the_command_line(given):
 
 def test_train_launches_the_script_through_accelerate(monkeypatch, tmp_path):
     launched = []
-    monkeypatch.setattr(launching, "launch_command", launched.append)
+    monkeypatch.setattr(launch, "launch_command", launched.append)
     (tmp_path / "c.yaml").write_text("num_processes: 2\nlearning_rate: 1.0e-3\n")
     for name in ("train", "sft"):
         arguments = [name, "--config", tmp_path / "c.yaml", "--dataset_name", "d", "--accelerate_config", "fsdp2"]
-        assert (
-            cli.main([str(a) for a in [*arguments, "--main_process_port", 1234, "--output_dir", tmp_path, *TRAIN]])
-            == 0
-        )
+        assert main([str(a) for a in [*arguments, "--main_process_port", 1234, "--output_dir", tmp_path, *TRAIN]]) == 0
     for args in launched:
         assert args.module
-        assert args.training_script == launching.SCRIPT
+        assert args.training_script == launch.SCRIPT
         assert args.config_file.endswith("fsdp2.yaml")
         assert (args.num_processes, args.main_process_port) == (2, 1234)
         assert args.training_script_args[:4] == ["--config", str(tmp_path / "c.yaml"), "--dataset_name", "d"]
@@ -430,7 +429,7 @@ signal.pause()
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_train_hands_on_that_it_should_stop_and_ends_well(tmp_path, num_processes):
     (tmp_path / "patient.py").write_text(PATIENT)
-    code = "from trl_singlepass import cli, launching; launching.SCRIPT = 'patient'; raise SystemExit(cli.main())"
+    code = "from trl_singlepass.cli import launch, main; launch.SCRIPT = 'patient'; raise SystemExit(main())"
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
     processes = ["--num_processes", str(num_processes), *(["--multi_gpu"] if num_processes > 1 else [])]
     command = [sys.executable, "-W", "ignore", "-c", code, "train", *processes, *TRAIN, "--output_dir", str(tmp_path)]
@@ -452,13 +451,13 @@ def test_train_hands_on_that_it_should_stop_and_ends_well(tmp_path, num_processe
 def test_accelerate_configs_are_files_or_names(tmp_path):
     (tmp_path / "mine.yaml").write_text("")
     mine = str(tmp_path / "mine.yaml")
-    assert launching.with_config_file(["--accelerate_config", mine, "--x"]) == ["--config_file", mine, "--x"]
-    assert launching.with_config_file(["--x"]) == ["--x"]
+    assert launch.with_config_file(["--accelerate_config", mine, "--x"]) == ["--config_file", mine, "--x"]
+    assert launch.with_config_file(["--x"]) == ["--x"]
     twice = ["--accelerate_config", "zero3", "--x", "--accelerate_config", mine]  # from a recipe, and as a flag
-    assert launching.with_config_file(twice) == ["--config_file", mine, "--x"]
-    assert Path(launching.with_config_file(["--accelerate_config", "zero3"])[1]).is_file()
+    assert launch.with_config_file(twice) == ["--config_file", mine, "--x"]
+    assert Path(launch.with_config_file(["--accelerate_config", "zero3"])[1]).is_file()
     with pytest.raises(ValueError, match="needs a name or a file"):
-        launching.with_config_file(["--accelerate_config"])
+        launch.with_config_file(["--accelerate_config"])
 
 
 @pytest.mark.slow
@@ -471,7 +470,7 @@ def test_train_end_to_end(model, data, tmp_path):
 
 
 def test_models_are_loaded_as_asked(model):
-    from trl_singlepass.loading import load_config, load_model
+    from trl_singlepass.data.files import load_config, load_model
 
     loaded = load_model(model, dtype="float64", attn_implementation="eager", device="cpu")
     assert loaded.dtype is torch.float64

@@ -11,8 +11,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig
 
 from benchmarks.conversations import Sizes, conversation
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
-from trl_singlepass.sample import Sample
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.sample import Sample
 
 
 SHAPE = ModelShape(matrix_parameters=7, attention_width=3, head_parameters=5, windows=(None, 2, None))

@@ -27,7 +27,8 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from demo.load import load_tokenizer
 from demo.make_model import FOLDER as DEMO_MODEL
-from trl_singlepass import cli, launching
+from trl_singlepass import cli
+from trl_singlepass.cli import launch
 from trl_singlepass.rendering.samples import render_row
 from trl_singlepass.scripts import sft
 
@@ -81,14 +82,14 @@ def check_accelerate(arguments):
     assert arguments[0] == "launch"
     assert Path(parsed.config_file).is_file()
     if parsed.module:
-        assert parsed.training_script == launching.SCRIPT
+        assert parsed.training_script == launch.SCRIPT
         check_settings(parsed.training_script_args)
 
 
 def check_settings(arguments):
     """Settings that have no name in the script must be arguments of `accelerate launch`."""
     *_, others = sft.make_parser().parse_args_and_config([*arguments, *ON_CPU], return_remaining_strings=True)
-    launch_command_parser().parse_args([*launching.with_config_file(others), "train.py"])
+    launch_command_parser().parse_args([*launch.with_config_file(others), "train.py"])
 
 
 def check_torchrun(arguments):
@@ -171,7 +172,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_block(example, folder):
     with as_a_reader(folder) as patch:
-        patch.setattr(launching, "launch_command", in_this_process)
+        patch.setattr(launch, "launch_command", in_this_process)
         example.namespace["patch"] = patch
         example.evaluate()
 

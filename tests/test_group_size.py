@@ -5,7 +5,7 @@ import torch
 from families import tiny_model
 
 from benchmarks.balance_at_scale import MODEL
-from trl_singlepass.group_size import exchange_bytes, exchange_share, row_bytes, smallest_group
+from trl_singlepass.cost.memory import exchange_bytes, exchange_share, row_bytes, smallest_group
 
 
 def test_a_layer_keeps_what_is_counted():

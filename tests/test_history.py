@@ -6,7 +6,7 @@ from conversations import chat, tool_chat
 
 from trl_singlepass.rendering.conversation import Conversation, RenderingError
 from trl_singlepass.rendering.history import render_with_history
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.trees.prefix_tree import PrefixTree
 
 
 def render(messages, name, history):

@@ -10,11 +10,11 @@ from chat_tokenizers import make_tokenizer
 from conversations import TOOLS, chat, tool_chat
 from rich.console import Console
 
-from trl_singlepass.inspection import Inspection, render
-from trl_singlepass.pages import inspection_page
-from trl_singlepass.pages.frame import frame
 from trl_singlepass.rendering.samples import render_row
-from trl_singlepass.sample import Sample
+from trl_singlepass.reports.html import inspection_page
+from trl_singlepass.reports.html.frame import frame
+from trl_singlepass.reports.inspection import Inspection, render
+from trl_singlepass.trees.sample import Sample
 
 
 def inspected(messages, template="qwen3", **row):

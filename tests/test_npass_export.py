@@ -11,8 +11,8 @@ from training import as_dataset, float32_model, largest_difference, logged, sing
 
 import trl_singlepass
 from trl_singlepass import SinglePassSFTConfig
-from trl_singlepass.conversation_rows import samples_of
-from trl_singlepass.npass_export import to_npass
+from trl_singlepass.data.conversations import samples_of
+from trl_singlepass.reference.export import to_npass
 from trl_singlepass.rendering.samples import RenderingError, render_row
 
 

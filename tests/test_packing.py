@@ -15,14 +15,14 @@ from oracles import PrefixOracle, prefixes
 from strategies import reasoning_chat, sample_sets
 from training import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
 
-from trl_singlepass.packed_dataset import pack_dataset, pack_rows
-from trl_singlepass.packing import place
-from trl_singlepass.preparation import conversations_to_rows
-from trl_singlepass.rows import Row
-from trl_singlepass.sample import Sample
-from trl_singlepass.settings import RowSettings
-from trl_singlepass.sharing import MIN_SHARED_TOKENS, join_sharing, merge, shareable_length
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.data.packed_dataset import pack_dataset, pack_rows
+from trl_singlepass.data.packing import place
+from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.settings import RowSettings
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row
+from trl_singlepass.trees.sample import Sample
+from trl_singlepass.trees.sharing import MIN_SHARED_TOKENS, join_sharing, merge, shareable_length
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")

@@ -7,9 +7,9 @@ from chat_tokenizers import make_tokenizer
 from conversations import TOOLS, chat, tool_chat
 
 from trl_singlepass import audit
-from trl_singlepass.inspection import Inspection
-from trl_singlepass.pages import audit_page, inspection_page
 from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.reports.html import audit_page, inspection_page
+from trl_singlepass.reports.inspection import Inspection
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)

@@ -9,10 +9,10 @@ from conversations import chat
 from matplotlib.image import imread
 
 from trl_singlepass import audit
-from trl_singlepass.plot import plot_mask, plot_tree
-from trl_singlepass.plot_curves import plot_loss_by_turn, plot_sharing, plot_speedup
-from trl_singlepass.sample import Sample
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.reports.curve_plots import plot_loss_by_turn, plot_sharing, plot_speedup
+from trl_singlepass.reports.tree_plots import plot_mask, plot_tree
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.sample import Sample
 
 
 class Words:

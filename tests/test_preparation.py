@@ -7,11 +7,11 @@ from chat_tokenizers import make_tokenizer
 from conversations import chat, tool_chat
 from training import as_dataset, single_pass_trainer
 
-from trl_singlepass import preparation
-from trl_singlepass.preparation import conversations_to_rows
+from trl_singlepass.data import preparation
+from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.settings import RowSettings
+from trl_singlepass.data.tokenizer_fingerprint import tokenizer_fingerprint
 from trl_singlepass.rendering.samples import RenderingError
-from trl_singlepass.settings import RowSettings
-from trl_singlepass.tokenizer_fingerprint import tokenizer_fingerprint
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")

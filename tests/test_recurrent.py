@@ -17,15 +17,15 @@ from training import largest_difference, needs_cached_states, single_pass_traine
 from trl_singlepass.attention import UnsupportedModelError, check_model, use_tree_attention
 from trl_singlepass.recurrent import layer as recurrent_layer
 from trl_singlepass.recurrent import recurrent_layers, stop_tree_recurrence
-from trl_singlepass.recurrent.families import Handling
 from trl_singlepass.recurrent.layer import on_trees
+from trl_singlepass.recurrent.layer_kinds import Handling
 from trl_singlepass.recurrent.layout import Layout
 from trl_singlepass.recurrent.schedule import fork_schedule, path_schedule
 from trl_singlepass.reference.float64 import ForcedFloat64
 from trl_singlepass.rendering.samples import render_row
-from trl_singlepass.rows import Row, TreePlan
-from trl_singlepass.sample import Sample
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row, TreePlan
+from trl_singlepass.trees.sample import Sample
 
 
 SHARED = Path(__file__).parents[2] / "shared"

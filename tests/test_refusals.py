@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.hybrid_step import small_hybrid
 from trl_singlepass import SinglePassSFTConfig
 from trl_singlepass.attention import UnsupportedModelError
-from trl_singlepass.refusals import check_parallelism, check_recurrent_layers, check_tensor_parallelism
+from trl_singlepass.training.compatibility import check_parallelism, check_recurrent_layers, check_tensor_parallelism
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -83,7 +83,9 @@ def test_recurrent_layers_are_not_sharded_by_zero3():
 def test_a_refused_model_is_named_before_the_dataset_is_prepared(tmp_path, tokenizer, monkeypatch):
     model = float32_model(tokenizer)
     model.config.layer_types = ["full_attention", "indexed_attention"]
-    monkeypatch.setattr("trl_singlepass.trainer.prepare_dataset", lambda *_, **__: pytest.fail("prepared first"))
+    monkeypatch.setattr(
+        "trl_singlepass.training.trainer.prepare_dataset", lambda *_, **__: pytest.fail("prepared first")
+    )
     with pytest.raises(UnsupportedModelError, match="Qwen3ForCausalLM has 'indexed_attention' layers"):
         single_pass_trainer(tmp_path, tokenizer, CHATS, model)
 

@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import sample_sets
 
-from trl_singlepass.collator import DataCollatorForSinglePass
-from trl_singlepass.row_padding import padded_to
-from trl_singlepass.rows import Row
-from trl_singlepass.sequence_parallel import tree_of
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.data.row_padding import padded_to
+from trl_singlepass.training.sequence_parallel import tree_of
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row
 
 
 SETS = st.lists(sample_sets(max_samples=5, max_length=20), min_size=1, max_size=3)

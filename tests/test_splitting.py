@@ -13,13 +13,13 @@ from strategies import reasoning_chat, sample_sets
 from training import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
 
 from trl_singlepass import render_samples
-from trl_singlepass.overlong import fit_samples
-from trl_singlepass.preparation import conversations_to_rows
+from trl_singlepass.data.overlong import fit_samples
+from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.rendering.samples import RenderingError
-from trl_singlepass.sample import Sample
-from trl_singlepass.settings import RowSettings
-from trl_singlepass.splitting import fewest_tokens_possible, split_samples
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.sample import Sample
+from trl_singlepass.trees.splitting import fewest_tokens_possible, split_samples
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")

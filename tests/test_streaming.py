@@ -13,11 +13,11 @@ from conversations import chat, expand
 from torch.utils.data import DataLoader
 from training import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
 
-from trl_singlepass import streaming
-from trl_singlepass.preparation import conversations_to_rows
-from trl_singlepass.rows import Row
-from trl_singlepass.settings import RowSettings
-from trl_singlepass.streaming import stream_rows
+from trl_singlepass.data import streaming
+from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.settings import RowSettings
+from trl_singlepass.data.streaming import stream_rows
+from trl_singlepass.trees.rows import Row
 
 
 pytestmark = [

@@ -25,11 +25,11 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer, render_samples
-from trl_singlepass.config import as_single_pass_config
 from trl_singlepass.reference import npass_loss_and_gradients
-from trl_singlepass.rows import Row
-from trl_singlepass.sample import Sample
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.training.config import as_single_pass_config
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row
+from trl_singlepass.trees.sample import Sample
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -300,7 +300,7 @@ def test_training_arguments_and_no_arguments_are_taken(tmp_path, tokenizer, monk
     monkeypatch.chdir(tmp_path)
     # TRL's default of bf16 needs to be told when there is no GPU.
     on_cpu = functools.partial(SinglePassSFTConfig, use_cpu=True, report_to="none")
-    monkeypatch.setattr("trl_singlepass.config.SinglePassSFTConfig", on_cpu)
+    monkeypatch.setattr("trl_singlepass.training.config.SinglePassSFTConfig", on_cpu)
     model = float32_model(tokenizer)
     model.config._name_or_path = "somewhere/tiny"
     assert SinglePassSFTTrainer(model, **kwargs).args.output_dir == "tiny-SinglePassSFT"

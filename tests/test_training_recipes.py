@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from demo import make_model
 from demo.load import load_rows
-from trl_singlepass import SinglePassSFTTrainer, audit, launching
+from trl_singlepass import SinglePassSFTTrainer, audit
+from trl_singlepass.cli import launch
 from trl_singlepass.scripts import sft
 
 
@@ -63,7 +64,7 @@ def test_recipe_trains_a_step(path, folder):
             arguments, return_remaining_strings=True
         )
         assert script.dataset_name == settings["dataset_name"]
-        launched = launch_command_parser().parse_args([*launching.with_config_file(others), "train.py"])
+        launched = launch_command_parser().parse_args([*launch.with_config_file(others), "train.py"])
         assert launched.num_machines == settings.get("num_machines")
         sft.main(script, training, model, datasets)
     assert list((folder / training.output_dir).glob("*.safetensors"))

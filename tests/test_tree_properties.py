@@ -12,7 +12,7 @@ from strategies import nested_forks, reasoning_chat, sample_sets
 
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.reference import sample_paths
-from trl_singlepass.rows import Row, TreePlan
+from trl_singlepass.trees.rows import Row, TreePlan
 
 
 # Two samples train different tokens after the same prompt, and a third goes on without training.

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from strategies import sample_sets
 from training import as_dataset, float32_model, needs_weighted_loss, single_pass_trainer
 
-from trl_singlepass.conversation_rows import samples_of
+from trl_singlepass.data.conversations import samples_of
+from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.reference.single_pass import sample_paths
-from trl_singlepass.rows import Row
-from trl_singlepass.sample import PARTS, Sample
-from trl_singlepass.settings import RowSettings
-from trl_singlepass.sharing import merge
-from trl_singlepass.tree import PrefixTree
-from trl_singlepass.turn_metrics import NUM_TURNS
+from trl_singlepass.training.turn_metrics import NUM_TURNS
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row
+from trl_singlepass.trees.sample import PARTS, Sample
+from trl_singlepass.trees.sharing import merge
 
 
 pytestmark = [

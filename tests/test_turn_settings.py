@@ -7,11 +7,11 @@ from conversations import chat, tool_chat
 from training import as_dataset, float32_model, logged, needs_weighted_loss, parameters, single_pass_trainer
 
 from trl_singlepass import SinglePassSFTConfig, render_samples
-from trl_singlepass.preparation import conversations_to_rows
+from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.weights import message_weights, weigh
 from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.rendering.samples import RenderingError
-from trl_singlepass.sample import Sample
-from trl_singlepass.weights import message_weights, weigh
+from trl_singlepass.trees.sample import Sample
 
 
 pytestmark = pytest.mark.filterwarnings(

@@ -11,7 +11,7 @@ from trl_singlepass import Sample, verify
 from trl_singlepass.attention import use_tree_attention
 from trl_singlepass.recurrent.layer import on_trees
 from trl_singlepass.reference import leak_probe, npass_loss_and_gradients, single_pass
-from trl_singlepass.rows import TreePlan
+from trl_singlepass.trees.rows import TreePlan
 
 
 CONVERSATIONS = [chat(3), chat(2, seed=1)]

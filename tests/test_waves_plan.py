@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from strategies import reasoning_chat, sample_sets
 from waves import batch_of
 
-from trl_singlepass.rows import Row, TreePlan
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.waves import WavePlan
-from trl_singlepass.waves.passes import Placement, pass_plan
+from trl_singlepass.waves.subplan import Placement, pass_plan
 
 
 def row_of(sample_sets):

@@ -17,7 +17,7 @@ from training import float32_model, largest_difference, logged, parameters
 from waves_worker import CASES
 
 from benchmarks.hybrid_step import small_hybrid
-from trl_singlepass.waves.refusals import _refused_engines
+from trl_singlepass.training.wave_compatibility import _refused_engines
 
 
 TOLERANCE = 1e-6

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_singlepass.sample import Sample
-from trl_singlepass.selection import parse_train_turns, select_turns
-from trl_singlepass.tokenized_turns import samples_of_turns
-from trl_singlepass.weights import LOSS_REDUCTIONS, message_weights, weigh
+from trl_singlepass.data.selection import parse_train_turns, select_turns
+from trl_singlepass.data.tokenized_turns import samples_of_turns
+from trl_singlepass.data.weights import LOSS_REDUCTIONS, message_weights, weigh
+from trl_singlepass.trees.sample import Sample
 
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9)), min_size=1, max_size=5)

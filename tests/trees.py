@@ -11,8 +11,8 @@ from transformers.masking_utils import (
 )
 
 from trl_singlepass.attention.tree_mask import Tree, TreeMask
-from trl_singlepass.rows import Row, TreePlan
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row, TreePlan
 
 
 def tree_of(sample_sets):

@@ -5,10 +5,10 @@ from exact import TOLERANCE
 
 from trl_singlepass.attention import use_tree_attention
 from trl_singlepass.attention.tree_mask import Tree
-from trl_singlepass.collator import DataCollatorForSinglePass
+from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.reference import npass_loss_and_gradients
-from trl_singlepass.rows import Row
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row
 from trl_singlepass.waves import WavePlan, WaveRow, select
 
 

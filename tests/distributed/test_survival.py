@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 from worker import training_conversations
 
-from trl_singlepass.preemption import damages, last_good_checkpoint
+from trl_singlepass.training.preemption import damages, last_good_checkpoint
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3, "optim": "adamw_torch"}

@@ -9,7 +9,7 @@ from runs import assert_same_training, with_config, zero
 from training import needs_weighted_loss
 from worker import training_conversations
 
-from trl_singlepass.group_size import exchange_bytes
+from trl_singlepass.cost.memory import exchange_bytes
 
 
 SHARED = Path(__file__).parents[3] / "shared"

@@ -41,7 +41,7 @@ from training import as_dataset, float32_model
 from transformers import TrainerCallback
 
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer, sequence_parallel
-from trl_singlepass.preemption import PreemptionCallback, last_good_checkpoint
+from trl_singlepass.training.preemption import PreemptionCallback, last_good_checkpoint
 
 
 def offer_fsdp_on_cpu():

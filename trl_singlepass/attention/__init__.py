@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..adapters import without_adapters
 from ..recurrent.layer import use_tree_recurrence
+from ..training.adapters import without_adapters
+from ..training.model import UnsupportedModelError, check_every_layer_attended, check_model
 from .registry import TREE_ATTENTION, tree_attention_name
-from .support import UnsupportedModelError, check_every_layer_attended, check_model
 from .tree_mask import Tree, TreeMask, tree_context
 
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from transformers.masking_utils import causal_mask_function
 
-from ..rows import TreePlan
-from .memory import MemoryAccess
+from ..trees.rows import TreePlan
+from .kv_cache import MemoryAccess
 
 
 if TYPE_CHECKING:
-    from ..recurrent.families import Handling
-    from ..recurrent.handover import Handover
+    from ..recurrent.boundary import Handover
+    from ..recurrent.layer_kinds import Handling
 
 T = TypeVar("T")
 

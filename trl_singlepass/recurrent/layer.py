@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from ..attention.tree_mask import Tree, TreeMask
-from .carrier import carried_tree, carry_trees
-from .families import SELECTION, Handling, recurrent_layers
-from .handover import Handover
+from .boundary import Handover
+from .fork_cache import ForkStates
+from .layer_kinds import SELECTION, Handling, recurrent_layers
 from .layout import Layout
 from .schedule import Piece
-from .states import ForkStates
+from .tree_carrier import carried_tree, carry_trees
 
 
 def use_tree_recurrence(model: Any) -> None:

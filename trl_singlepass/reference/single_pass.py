@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..attention import tree_context
-from ..collator import DataCollatorForSinglePass
-from ..rows import Row
-from ..sample import Sample
-from ..tree import IGNORE_INDEX, PrefixTree
+from ..data.collator import DataCollatorForSinglePass
+from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree
+from ..trees.rows import Row
+from ..trees.sample import Sample
 from .npass import (
     LossAndGradients,
     device_of,

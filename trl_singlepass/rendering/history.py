@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..sample import Sample
-from ..settings import HISTORIES
+from ..data.settings import HISTORIES
+from ..trees.sample import Sample
 from .conversation import Conversation, Message, RenderingError
 from .reasoning import Spoken, reasoning_tags, without_reasoning
 from .samples import render_conversation

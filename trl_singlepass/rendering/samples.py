@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..sample import Sample
+from ..trees.sample import Sample
 from .checks import contains, losses, template_name
 from .conversation import Conversation, Message, text_of
 from .conversation import RenderingError as RenderingError
