@@ -18,8 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from trl_singlepass import PrefixTree, Sample
-from trl_singlepass.attention import tree_context, use_tree_attention
+from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.training.model import use_tree_attention
 from trl_singlepass.trees.rows import Row
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from trl_singlepass import Sample
-from trl_singlepass.data.files import load_rows, load_tokenizer
+from trl_singlepass.cli.loading import load_tokenizer
+from trl_singlepass.data.files import load_rows
 from trl_singlepass.rendering.conversation import Conversation
 from trl_singlepass.rendering.history import render_with_history
 from trl_singlepass.trees.radix import common_prefix_length

@@ -5,10 +5,11 @@ from functools import partial
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trl_singlepass.attention import tree_context, use_tree_attention
+from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.reference.float64 import ForcedFloat64
+from trl_singlepass.training.model import use_tree_attention
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 

@@ -10,18 +10,18 @@ from strategies import reasoning_chat
 from tiny_configs import OWN, tiny_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from trl_singlepass.attention import (
+from trl_singlepass.attention import tree_context
+from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.recurrent import recurrent_layers
+from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
+from trl_singlepass.reference.float64 import ForcedFloat64
+from trl_singlepass.training.model import (
     UnsupportedModelError,
     check_every_layer_attended,
     check_model,
-    tree_context,
     use_tree_attention,
 )
-from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.recurrent import recurrent_layers
-from trl_singlepass.reference import npass_loss_and_gradients, sample_paths, single_pass_loss_and_gradients
-from trl_singlepass.reference.float64 import ForcedFloat64
-from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.prefix_tree import PrefixTree, sample_paths
 from trl_singlepass.trees.rows import Row
 from trl_singlepass.trees.sample import Sample
 

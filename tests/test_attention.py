@@ -16,17 +16,12 @@ from transformers.masking_utils import (
 )
 
 from trl_singlepass import Sample
-from trl_singlepass.attention import (
-    Tree,
-    TreeMask,
-    UnsupportedModelError,
-    check_every_layer_attended,
-    use_tree_attention,
-)
+from trl_singlepass.attention import Tree, TreeMask
 from trl_singlepass.attention.block_kernels import BlockMath, CpuFlash
 from trl_singlepass.attention.blocks import BlockAttention, tree_blocks
 from trl_singlepass.attention.dense import dense_attention
 from trl_singlepass.attention.sdpa import tree_attention
+from trl_singlepass.training.model import UnsupportedModelError, check_every_layer_attended, use_tree_attention
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import TreePlan
 

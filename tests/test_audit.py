@@ -17,6 +17,7 @@ from transformers import Qwen3Config
 
 import trl_singlepass
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
+from trl_singlepass.cost.flops import shape_of
 from trl_singlepass.rendering.prefixes import Prefixes
 from trl_singlepass.rendering.samples import render_row
 from trl_singlepass.reports.audit import audit
@@ -29,7 +30,6 @@ from trl_singlepass.reports.audit.forecast import (
     conversation_cost,
     forecast,
     maximal_chains,
-    shape_of,
 )
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.sample import Sample

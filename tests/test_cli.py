@@ -18,9 +18,9 @@ from training import float32_model
 from transformers import TrainerCallback
 
 from trl_singlepass.cli import commands, launch
+from trl_singlepass.cli.main import EXAMPLES, SUMMARIES, _parser_class, main
 from trl_singlepass.cost import ModelShape, npass_cost
 from trl_singlepass.data.files import JsonLines, load_rows
-from trl_singlepass.main import EXAMPLES, SUMMARIES, _parser_class, main
 from trl_singlepass.reference import timing
 from trl_singlepass.rendering.samples import render_row
 from trl_singlepass.reports.audit import audit
@@ -253,7 +253,7 @@ def test_text_of_the_data_is_escaped_in_the_audit_page(run, model, tmp_path):
 
 
 def test_remote_code_is_off_unless_asked_for(monkeypatch, model, data, run):
-    from trl_singlepass.data import files as loading
+    from trl_singlepass.cli import loading
 
     asked = []
     original = loading.AutoTokenizer.from_pretrained
@@ -470,7 +470,7 @@ def test_train_end_to_end(model, data, tmp_path):
 
 
 def test_models_are_loaded_as_asked(model):
-    from trl_singlepass.data.files import load_config, load_model
+    from trl_singlepass.cli.loading import load_config, load_model
 
     loaded = load_model(model, dtype="float64", attn_implementation="eager", device="cpu")
     assert loaded.dtype is torch.float64

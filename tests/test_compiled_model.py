@@ -7,7 +7,7 @@ from families import tiny_model
 from strategies import reasoning_chat
 from transformers.models.qwen3 import modeling_qwen3
 
-from trl_singlepass.attention import use_tree_attention
+from trl_singlepass.training.model import use_tree_attention
 
 
 @pytest.mark.slow

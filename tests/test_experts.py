@@ -6,9 +6,10 @@ from exact import forward
 from survey import branchy_chat
 from tiny_configs import tiny_model
 
-from trl_singlepass.attention import tree_context, use_tree_attention
+from trl_singlepass.attention import tree_context
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.float64 import ForcedFloat64
+from trl_singlepass.training.model import use_tree_attention
 
 
 WITH_AUXILIARY_LOSS = ["qwen2_moe", "qwen3_moe", "gpt_oss", "mixtral", "granitemoehybrid", "jamba", "qwen3_next"]

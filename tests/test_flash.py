@@ -15,9 +15,10 @@ from test_exactness import CHECKPOINTING, MIXTURES
 from trees import mask_of, tree_masks, tree_of
 from varlen_reference import ReferenceKernel
 
-from trl_singlepass.attention import flash, flash_kernels, registry, use_tree_attention, varlen_plan
+from trl_singlepass.attention import flash, registry, varlen_kernels, varlen_plan
 from trl_singlepass.attention.sdpa import tree_attention
 from trl_singlepass.attention.varlen_plan import varlen_calls
+from trl_singlepass.training.model import use_tree_attention
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -158,15 +159,15 @@ def kernel_from(monkeypatch, package):
     monkeypatch.setitem(sys.modules, "fake_package", module)
     module.__name__ = "fake_package"
     found = (None, type("F", (), {"__module__": "fake_package"})())
-    monkeypatch.setattr(flash_kernels, "lazy_import_flash_attention", lambda name: (found, None))
-    return flash_kernels.flash_kernel.__wrapped__("any/flash")
+    monkeypatch.setattr(varlen_kernels, "lazy_import_flash_attention", lambda name: (found, None))
+    return varlen_kernels.flash_kernel.__wrapped__("any/flash")
 
 
 @pytest.mark.parametrize("kind", ["causal", "window", "chunk"])
 @pytest.mark.parametrize(("package", "softcap"), [("torch", None), *itertools.product(PACKAGES, [None, 3.0])])
 def test_every_package_is_called_right(package, kind, softcap, monkeypatch):
     library = fake_flash.torch_library() if package == "torch" else None
-    kernel = flash_kernels.TorchFlash() if package == "torch" else kernel_from(monkeypatch, package)
+    kernel = varlen_kernels.TorchFlash() if package == "torch" else kernel_from(monkeypatch, package)
     mask = mask_of(tree_of([reasoning_chat()]), kind, 5)
     length = mask.tree.plan.length
     query, key, value = (torch.randn(1, heads, length, 6, dtype=torch.float64) for heads in (4, 2, 2))
@@ -254,7 +255,7 @@ def test_refusals(monkeypatch):
     with pytest.raises(ValueError, match="neither causal nor a sliding window nor a chunk"):
         varlen_calls(mask_of(tree_of([reasoning_chat()]), "other", 4))
     with pytest.raises(ImportError, match="log-sum-exp of shape"):
-        flash_kernels._output_and_lse((None, torch.zeros(1, 4, 9)), torch.zeros(9, 4, 8))
+        varlen_kernels._output_and_lse((None, torch.zeros(1, 4, 9)), torch.zeros(9, 4, 8))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral-sliding", "gemma2"])

@@ -13,8 +13,9 @@ from test_exactness import CHECKPOINTING, MIXTURES
 from torch.nn.attention import flex_attention as torch_flex
 from trees import mask_of, tree_masks, tree_of
 
-from trl_singlepass.attention import block_mask, flex, use_tree_attention
+from trl_singlepass.attention import block_mask, flex
 from trl_singlepass.attention.block_mask import block_mask_of, mask_mod_of
+from trl_singlepass.training.model import use_tree_attention
 
 
 ANY_RULE = ("causal", "window", "chunk", "other")

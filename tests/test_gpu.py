@@ -5,10 +5,11 @@ import torch
 from families import FAMILIES, tiny_model
 from strategies import reasoning_chat
 
-from trl_singlepass.attention import TREE_ATTENTION, use_tree_attention
+from trl_singlepass.attention import TREE_ATTENTION
 from trl_singlepass.attention.registry import tree_attention_name
 from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.reference.single_pass import single_pass_loss_and_gradients
+from trl_singlepass.training.model import use_tree_attention
 
 
 SIZES = {"hidden_size": 128, "head_dim": 32, "initializer_range": 0.05}

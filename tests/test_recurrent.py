@@ -14,7 +14,6 @@ from survey import branchy_chat
 from tiny_configs import tiny_model
 from training import largest_difference, needs_cached_states, single_pass_trainer, stock_trainer
 
-from trl_singlepass.attention import UnsupportedModelError, check_model, use_tree_attention
 from trl_singlepass.recurrent import layer as recurrent_layer
 from trl_singlepass.recurrent import recurrent_layers, stop_tree_recurrence
 from trl_singlepass.recurrent.layer import on_trees
@@ -23,6 +22,7 @@ from trl_singlepass.recurrent.layout import Layout
 from trl_singlepass.recurrent.schedule import fork_schedule, path_schedule
 from trl_singlepass.reference.float64 import ForcedFloat64
 from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.training.model import UnsupportedModelError, check_model, use_tree_attention
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.trees.sample import Sample

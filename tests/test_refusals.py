@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.hybrid_step import small_hybrid
 from trl_singlepass import SinglePassSFTConfig
-from trl_singlepass.attention import UnsupportedModelError
 from trl_singlepass.training.compatibility import check_parallelism, check_recurrent_layers, check_tensor_parallelism
+from trl_singlepass.training.model import UnsupportedModelError
 
 
 pytestmark = pytest.mark.filterwarnings(

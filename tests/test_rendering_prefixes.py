@@ -9,8 +9,8 @@ from jinja2.runtime import LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from trl_singlepass.rendering import prefixes as rendering_prefixes
 from trl_singlepass.rendering.prefixes import Prefixes
-from trl_singlepass.rendering.samples import prefixes as rendering_prefixes
 from trl_singlepass.rendering.samples import render_samples
 from trl_singlepass.rendering.sandbox import RememberingSandbox, compiled_template
 from trl_singlepass.rendering.template import ChatTemplate

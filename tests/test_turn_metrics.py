@@ -15,9 +15,8 @@ from training import as_dataset, float32_model, needs_weighted_loss, single_pass
 
 from trl_singlepass.data.conversations import samples_of
 from trl_singlepass.data.settings import RowSettings
-from trl_singlepass.reference.single_pass import sample_paths
 from trl_singlepass.training.turn_metrics import NUM_TURNS
-from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.prefix_tree import PrefixTree, sample_paths
 from trl_singlepass.trees.rows import Row
 from trl_singlepass.trees.sample import PARTS, Sample
 from trl_singlepass.trees.sharing import merge

@@ -8,9 +8,9 @@ from strategies import reasoning_chat
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from trl_singlepass import Sample, verify
-from trl_singlepass.attention import use_tree_attention
 from trl_singlepass.recurrent.layer import on_trees
 from trl_singlepass.reference import leak_probe, npass_loss_and_gradients, single_pass
+from trl_singlepass.training.model import use_tree_attention
 from trl_singlepass.trees.rows import TreePlan
 
 

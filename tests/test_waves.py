@@ -9,8 +9,8 @@ from strategies import reasoning_chat, sample_sets
 from test_exactness import CHECKPOINTING
 from waves import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
 
-from trl_singlepass.attention import use_tree_attention
-from trl_singlepass.attention.tree_mask import Tree
+from trl_singlepass.attention.context import Tree
+from trl_singlepass.training.model import use_tree_attention
 from trl_singlepass.waves import WaveRow
 
 

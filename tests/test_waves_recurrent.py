@@ -13,9 +13,10 @@ from test_recurrent import HYBRIDS, KINDS, branch_at_every_depth, checkpoint_lay
 from tiny_configs import tiny_model
 from waves import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
 
-from trl_singlepass.attention import Tree, use_tree_attention
-from trl_singlepass.attention.tree_mask import running_on
+from trl_singlepass.attention import Tree
+from trl_singlepass.attention.context import running_on
 from trl_singlepass.recurrent import recurrent_layers
+from trl_singlepass.training.model import use_tree_attention
 
 
 pytestmark = [

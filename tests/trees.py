@@ -10,7 +10,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from trl_singlepass.attention.tree_mask import Tree, TreeMask
+from trl_singlepass.attention.context import Tree
+from trl_singlepass.attention.tree_mask import TreeMask
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan
 

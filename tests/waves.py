@@ -3,10 +3,10 @@
 import torch
 from exact import TOLERANCE
 
-from trl_singlepass.attention import use_tree_attention
-from trl_singlepass.attention.tree_mask import Tree
+from trl_singlepass.attention.context import Tree
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.reference import npass_loss_and_gradients
+from trl_singlepass.training.model import use_tree_attention
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 from trl_singlepass.waves import WavePlan, WaveRow, select

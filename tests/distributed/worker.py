@@ -40,7 +40,8 @@ from training import SETTINGS as COMMON
 from training import as_dataset, float32_model
 from transformers import TrainerCallback
 
-from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer, sequence_parallel
+from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
+from trl_singlepass.training import sequence_parallel
 from trl_singlepass.training.preemption import PreemptionCallback, last_good_checkpoint
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .tree_mask import Tree
+from .context import Tree
 
 
 def query_at_depth(module: Any, query: torch.Tensor, tree: Tree) -> torch.Tensor:

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from ..data.conversations import samples_of
-from ..data.files import load_config, load_model, load_rows, load_tokenizer
+from ..data.files import load_rows
 from ..data.settings import RowSettings
+from .loading import load_config, load_model, load_tokenizer
 
 
 @dataclass

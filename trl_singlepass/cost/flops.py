@@ -70,6 +70,22 @@ class ModelShape:
         )
 
 
+ONE_LAYER = ModelShape(matrix_parameters=0, attention_width=0, head_parameters=0, windows=(None,))
+
+
+def shape_of(model_config: Any) -> ModelShape:
+    """Return the sizes of a model, or those that count pairs of one layer if there is none."""
+    if model_config is None:
+        return ONE_LAYER
+    try:
+        return ModelShape.from_config(model_config)
+    except AttributeError as error:
+        raise ValueError(
+            f"The operations of a '{model_config.model_type}' cannot be counted: {error}. Leave model_config out to "
+            "count tokens and attention pairs only."
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """

@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ..rendering.history import HISTORIES, History
 from .selection import parse_train_turns
 from .weights import LOSS_REDUCTIONS, LossReduction
 
 
 OverlongTurns = Literal["truncate", "drop", "error"]
 OVERLONG_TURNS: tuple[OverlongTurns, ...] = ("truncate", "drop", "error")
-History = Literal["template", "keep", "strip"]
-HISTORIES: tuple[History, ...] = ("template", "keep", "strip")
 
 
 @dataclass(frozen=True, slots=True)

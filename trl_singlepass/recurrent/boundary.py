@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..trees.rows import TreePlan
 from .boundary_grads import Key, Leaves, LeavingStates, Recalled, WithKept
 from .fork_cache import ForkStates
+from .layer_kinds import Handling
 from .schedule import Schedule
 
 
@@ -166,6 +167,14 @@ class Handover:
         if not tensors or not torch.is_grad_enabled():
             return output
         return LeavingStates.apply(output, leaves, list(tensors), *tensors.values())  # type: ignore[no-untyped-call]
+
+
+@runtime_checkable
+class HandsOver(Protocol):
+    """Tree of a row whose ancestors ran in earlier rows, as waves make it."""
+
+    def handover(self, handling: Handling) -> Handover | None:
+        """Return what layers that run alike need of ancestors that ran before."""
 
 
 _STATE = "after token"  # no argument is called so

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..attention.tree_mask import Tree, current_tree
+from ..attention.context import Tree, current_tree
 
 
 class RowMask(torch.Tensor):

@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
-from ..attention import use_tree_attention
-from ..cost.flops import Cost, npass_cost, single_pass_cost
-from ..reference import LossAndGradients, npass_loss_and_gradients, single_pass_loss_and_gradients
-from ..reports.audit.forecast import shape_of
+from ..cost.flops import Cost, npass_cost, shape_of, single_pass_cost
+from ..training.model import use_tree_attention
 from ..trees.prefix_tree import PrefixTree
 from ..trees.sample import Sample
+from .npass import LossAndGradients, npass_loss_and_gradients
+from .single_pass import single_pass_loss_and_gradients
 
 
 @dataclass(frozen=True, slots=True)

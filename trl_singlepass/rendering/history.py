@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from ..data.settings import HISTORIES
 from ..trees.sample import Sample
 from .conversation import Conversation, Message, RenderingError
 from .reasoning import Spoken, reasoning_tags, without_reasoning
 from .samples import render_conversation
 from .template import ChatTemplate
 
+
+History = Literal["template", "keep", "strip"]
+HISTORIES: tuple[History, ...] = ("template", "keep", "strip")
 
 # The switches of public templates, with the value that keeps reasoning; the other value strips it.
 _KEEPING_SWITCHES: Mapping[str, bool] = {

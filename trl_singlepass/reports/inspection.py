@@ -14,8 +14,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
-from ..reference.single_pass import sample_paths
-from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree
+from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree, sample_paths
 from ..trees.rows import TreePlan
 from ..trees.sample import Sample
 

@@ -11,8 +11,9 @@ from packaging.version import Version
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from ..data.settings import HISTORIES, OVERLONG_TURNS, History, OverlongTurns, RowSettings
+from ..data.settings import OVERLONG_TURNS, OverlongTurns, RowSettings
 from ..data.weights import LOSS_REDUCTIONS, LossReduction
+from ..rendering.history import HISTORIES, History
 
 
 @dataclass

@@ -1,12 +1,15 @@
-"""Which models tree attention can run: refusals, each by name and with its reason."""
+"""Trees in a model: which models can run them, refused by name and with the reason, and how one is switched to them."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
-from ..attention.tree_mask import Tree
+from ..attention.context import Tree
+from ..attention.registry import tree_attention_name
+from ..recurrent.layer import use_tree_recurrence
 from ..recurrent.layer_kinds import decoder_of, recurrent_layers, unknown_mixing_layers
+from .adapters import without_adapters
 
 
 # Layer types of transformers that attend under a mask; layers of the last two mix tokens in another way as well.
@@ -131,3 +134,29 @@ def attention_layers(model: Any) -> list[Any]:
 
 def _listed(names: set[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names))
+
+
+def use_tree_attention(model: Any) -> str:
+    """
+    Switch a model to tree attention; batches without a tree run as before.
+
+    Args:
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model to switch, in place. Its `attn_implementation` chooses the backend.
+
+    Returns:
+        `str`: The `attn_implementation` that the model had.
+
+    Raises:
+        `UnsupportedModelError`: If one pass would train the model wrongly.
+        `ValueError`: If there is no tree attention for its `attn_implementation`.
+        `ImportError`: If the kernel it chose is not installed.
+    """
+    base = without_adapters(model)
+    check_model(base)
+    implementation = str(base.config.get_text_config()._attn_implementation)
+    name = tree_attention_name(implementation)
+    use_tree_recurrence(base)
+    if name != implementation and base._can_set_attn_implementation():  # some models have recurrent layers only
+        base.set_attn_implementation(name)
+    return implementation

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import Tree, TreeMask
-from ..attention.tree_mask import running_on
+from ..attention.context import running_on
 from ..data.row_padding import padded_to
 from ..trees.rows import TreePlan
 from .adapters import without_adapters

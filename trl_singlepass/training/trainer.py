@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from transformers import DataCollator, PreTrainedModel, TrainingArguments, logging
 from trl.data_utils import get_dataset_column_names
 
-from ..attention import Tree, check_every_layer_attended, check_model, tree_context, use_tree_attention
+from ..attention import Tree, tree_context
 from ..data.collator import DataCollatorForSinglePass, TreeOrPlainCollator
 from ..data.preparation import holds_rows, holds_turns, prepare_dataset
 from ..data.sampler import train_sampler
@@ -27,6 +27,7 @@ from .compatibility import (
 from .config import SinglePassSFTConfig, as_single_pass_config, default_config, without_redundant_settings
 from .loss import normalized, weighted_model
 from .metrics import MeasuringTrainer
+from .model import check_every_layer_attended, check_model, use_tree_attention
 from .paper import PAPER
 from .sequence_parallel import SequenceParallel
 from .waves import WaveTraining

@@ -8,7 +8,7 @@ import torch
 import trl
 from transformers import logging
 
-from ..attention.tree_mask import Tree
+from ..attention.context import Tree
 from ..recurrent.layer_kinds import recurrent_layers
 from ..waves.balance import RouterRecorder
 from ..waves.budget import wave_tokens_that_fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -182,3 +183,30 @@ def _target(children: list[RadixNode]) -> tuple[int, float, int]:
     assert len({child.tokens[0] for child in trained}) == 1, "colliding targets must have been forked"
     weight = float(sum(child.weights[0] for child in trained))
     return int(trained[0].tokens[0]), weight, int(trained[0].parts[0])
+
+
+def sample_paths(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np.int64]]:
+    """For each sample, the positions of its tokens in the tree's layout."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for index, segment in enumerate(tree.segments):
+        children[segment.parent].append(index)
+
+    def path(tokens: NDArray[np.int64], parent: int) -> list[NDArray[np.int64]] | None:
+        if len(tokens) == 0:
+            return []
+        for index in children[parent]:
+            segment = tree.segments[index]
+            positions = np.arange(segment.start, min(segment.end, segment.start + len(tokens)))
+            if np.array_equal(tree.input_ids[positions], tokens[: len(positions)]):
+                rest = path(tokens[len(positions) :], index)
+                # Copies of a token that had colliding targets look alike until the tokens after them are compared.
+                if rest is not None:
+                    return [positions, *rest]
+        return None
+
+    paths = []
+    for sample in samples:
+        parts = path(sample.token_ids, -1)
+        assert parts is not None, "every sample must be a path of its tree"
+        paths.append(np.concatenate(parts))
+    return paths

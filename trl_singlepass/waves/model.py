@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..attention.tree_mask import Tree, running_on
+from ..attention.context import Tree, running_on
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import Run, TreePlan
 from .balance import RouterRecorder

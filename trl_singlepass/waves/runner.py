@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..attention.tree_mask import Tree, running_on
+from ..attention.context import Tree, running_on
 from .plan import Ranges, Wave, WavePlan
 from .state import GroupMemory, WaveTree
 

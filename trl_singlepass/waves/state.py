@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..attention.context import Tree
 from ..attention.kv_cache import HandedOn, LayerMemory, MemoryAccess
-from ..attention.tree_mask import Tree
 from ..recurrent.boundary import Handover, Kept
 from ..recurrent.boundary_grads import Leaves
 from ..recurrent.layer_kinds import Handling

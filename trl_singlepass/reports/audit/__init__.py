@@ -1,4 +1,4 @@
 """`audit`: what a dataset holds, what its chat template drops, and what training it costs by each schedule."""
 
 from .dataset import audit as audit
-from .facts import AuditReport as AuditReport
+from .report import AuditReport as AuditReport

@@ -14,10 +14,12 @@ import numpy as np
 from datasets import Dataset
 from datasets.utils.tqdm import tqdm
 
+from ...cost.flops import shape_of
 from .counts import Lengths, SharingByTurns, TurnStats
-from .facts import AuditReport, RecipeReport, RowErrors
-from .forecast import NPASS, SINGLE_PASS, ConversationCost, forecast, shape_of
+from .facts import RecipeReport, RowErrors
+from .forecast import NPASS, SINGLE_PASS, ConversationCost, forecast
 from .recipes import ASSISTANT_ONLY, LAST_TURN, RecipeCounts
+from .report import AuditReport
 from .tally import Auditor, Tally
 
 

@@ -1,14 +1,11 @@
-"""`AuditReport`: what a dataset holds, what its template makes of it, and what training it costs."""
+"""What an audit finds, as numbers: the dataset, what its template makes of it, and what training it costs."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from .counts import Lengths, SharingByTurns, TurnStats
-from .findings import findings_of
 from .forecast import Forecast
-from .table import table_of
 from .templates import TemplateFacts
 
 
@@ -66,9 +63,9 @@ class RecipeReport:
 
 
 @dataclass(frozen=True, slots=True)
-class AuditReport:
+class AuditFacts:
     """
-    What a dataset holds, what its template makes of it, and what training it costs; `str()` of it is a table.
+    What a dataset holds, what its template makes of it, and what training it costs.
 
     Args:
         num_rows (`int`, *optional*):
@@ -116,20 +113,3 @@ class AuditReport:
     sharing_by_turns: tuple[SharingByTurns, ...]
     recipes: tuple[RecipeReport, ...]
     forecast: Forecast | None
-
-    @property
-    def findings(self) -> list[str]:
-        """What deserves attention, in plain sentences."""
-        return findings_of(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as a dictionary that `json.dumps` takes."""
-        report = asdict(self)
-        report["templates"] = [{**asdict(facts), "conversations": count} for facts, count in self.templates]
-        report["findings"] = self.findings
-        if self.forecast is not None:
-            report["forecast"]["verdict"] = self.forecast.verdict
-        return report
-
-    def __str__(self) -> str:
-        return table_of(self)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from .facts import AuditFacts, RecipeReport
 from .recipes import LAST_TURN
 from .templates import MIXED, STRIPPED, STRIPPED_EVERYWHERE, TemplateFacts
 from .turns import EARLIER_HISTORY, EMPTY_BLOCK, OTHER_STOP, OTHERWISE, REASONING_REMOVED
 
-
-if TYPE_CHECKING:
-    from .facts import AuditReport, RecipeReport
 
 _KINDS = {
     STRIPPED: "shows reasoning in the last turn and removes it from history",
@@ -27,12 +24,12 @@ _CAUSES = {
 }
 
 
-def findings_of(report: AuditReport) -> list[str]:
+def findings_of(report: AuditFacts) -> list[str]:
     """
     Put what deserves attention in sentences.
 
     Args:
-        report ([`AuditReport`]):
+        report ([`AuditFacts`]):
             The audit.
 
     Returns:
@@ -49,7 +46,7 @@ def findings_of(report: AuditReport) -> list[str]:
     return findings
 
 
-def _about_rows(report: AuditReport) -> Iterator[str]:
+def _about_rows(report: AuditFacts) -> Iterator[str]:
     lost = report.num_audited - report.num_trainable
     if lost:
         yield f"{lost} of {report.num_audited} rows cannot be trained as they are: see their reasons."
@@ -65,7 +62,7 @@ def _about_template(facts: TemplateFacts, where: str) -> Iterator[str]:
         yield f"A last answer ends with {last}, the same answer in history with {history}{where}."
 
 
-def _about_turns(report: AuditReport) -> Iterator[str]:
+def _about_turns(report: AuditFacts) -> Iterator[str]:
     turns = report.all_turns
     if turns.reasoning_under_other_key:
         yield (
@@ -85,7 +82,7 @@ def _about_turns(report: AuditReport) -> Iterator[str]:
         yield f"{_of(turns.over_max_length, turns.trainable)} are longer than {report.max_length} tokens."
 
 
-def _about_prompts(report: AuditReport) -> Iterator[str]:
+def _about_prompts(report: AuditFacts) -> Iterator[str]:
     turns = report.all_turns
     if turns.not_token_prefix:
         yield (
@@ -99,7 +96,7 @@ def _about_prompts(report: AuditReport) -> Iterator[str]:
         )
 
 
-def _about_branches(report: AuditReport) -> Iterator[str]:
+def _about_branches(report: AuditFacts) -> Iterator[str]:
     turns = report.all_turns
     for cause, count in turns.branches.items():
         yield f"{count} of {turns.followed} turns that another follows branch off, because {_CAUSES[cause]}."

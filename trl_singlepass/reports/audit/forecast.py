@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...cost.flops import Cost, ModelShape, npass_cost, single_pass_cost
+from ...cost.flops import ONE_LAYER, Cost, ModelShape, npass_cost, single_pass_cost
 from ...rendering.tokenization import common_length
 from ...trees.prefix_tree import PrefixTree
 from ...trees.sample import Sample
@@ -24,7 +23,6 @@ ROW_TOKENS = 32_768
 WORTHWHILE = 1.1
 
 # Without a model's config, pairs are counted for one layer of full attention and nothing else is.
-_ONE_LAYER = ModelShape(matrix_parameters=0, attention_width=0, head_parameters=0, windows=(None,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +103,6 @@ class Forecast:
         )
 
 
-def shape_of(model_config: Any) -> ModelShape:
-    """Return the sizes of a model, or those that count pairs of one layer if there is none."""
-    if model_config is None:
-        return _ONE_LAYER
-    try:
-        return ModelShape.from_config(model_config)
-    except AttributeError as error:
-        raise ValueError(
-            f"The operations of a '{model_config.model_type}' cannot be counted: {error}. Leave model_config out to "
-            "count tokens and attention pairs only."
-        ) from error
-
-
 def conversation_cost(samples: Sequence[Sample], shape: ModelShape) -> ConversationCost:
     """
     Count the work of one conversation.
@@ -187,7 +172,7 @@ def forecast(conversations: Sequence[ConversationCost], shape: ModelShape, cover
     shared = _shared_prefixes([c.first_prompt for c in conversations], [cost.tokens for cost in costs[SINGLE_PASS]])
     saved = [_prefix_cost(length, shape) for length in shared]
     costs[SHARED] = [_difference(cost, less) for cost, less in zip(costs[SINGLE_PASS], saved, strict=True)]
-    has_model = shape is not _ONE_LAYER
+    has_model = shape is not ONE_LAYER
     work = {name: [float(c.flops if has_model else c.tokens) for c in costs[name]] for name in SCHEDULES}
     tokens = {name: [float(cost.tokens) for cost in costs[name]] for name in SCHEDULES}
     return Forecast(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from io import StringIO
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -11,17 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 from .counts import TurnStats
+from .facts import AuditFacts
+from .findings import findings_of
 from .forecast import SCHEDULES
 
-
-if TYPE_CHECKING:
-    from .facts import AuditReport
 
 MAX_TURNS_SHOWN = 12
 WIDTH = 118
 
 
-def table_of(report: AuditReport) -> str:
+def table_of(report: AuditFacts) -> str:
     """Return an audit as text of at most 118 columns."""
     console = Console(file=StringIO(), width=WIDTH)
     console.print(renderable_of(report))
@@ -29,17 +27,17 @@ def table_of(report: AuditReport) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip() + "\n"
 
 
-def renderable_of(report: AuditReport) -> RenderableType:
+def renderable_of(report: AuditFacts) -> RenderableType:
     """Return an audit as what `rich` prints. Text of the dataset is shown literally."""
     parts: list[RenderableType] = [Text(headline(report), style="bold"), *tables(report)]
-    lines = Text("\n".join(f"• {finding}" for finding in report.findings))
+    lines = Text("\n".join(f"• {finding}" for finding in findings_of(report)))
     parts += [Text("Findings", style="bold"), Padding(lines, (0, 0, 0, 2))]
     if report.forecast is not None:
         parts += [Text(""), Text(report.forecast.verdict, style="bold")]
     return Group(*parts)
 
 
-def tables(report: AuditReport) -> list[Table]:
+def tables(report: AuditFacts) -> list[Table]:
     """Return the tables of an audit: those that have something to say."""
     parts = [_error_table(report)] if report.errors else []
     if report.all_turns.turns or report.all_turns.trainable:
@@ -51,7 +49,7 @@ def tables(report: AuditReport) -> list[Table]:
     return parts
 
 
-def headline(report: AuditReport) -> str:
+def headline(report: AuditFacts) -> str:
     """Return what was audited, in a line."""
     if report.num_rows is None:
         seen = f"the first {report.num_audited:,} rows of a stream"
@@ -71,7 +69,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _error_table(report: AuditReport) -> Table:
+def _error_table(report: AuditFacts) -> Table:
     table = Table(title="Rows that cannot be trained", title_justify="left", title_style="bold")
     for name in ("rows", "first ones", "reason of the first"):
         table.add_column(name, overflow="fold")
@@ -80,7 +78,7 @@ def _error_table(report: AuditReport) -> Table:
     return table
 
 
-def _size_table(report: AuditReport) -> Table:
+def _size_table(report: AuditFacts) -> Table:
     names = ("turn", "turns", "prompt", "reasoning", "answer", "over max_length", "followed", "branch off")
     table = _table("Turns, with the mean number of tokens of each part", *names)
     for stats in report.by_turn[:MAX_TURNS_SHOWN]:
@@ -100,7 +98,7 @@ def _size_cells(stats: TurnStats) -> list[str]:
     ]
 
 
-def _template_table(report: AuditReport) -> Table:
+def _template_table(report: AuditFacts) -> Table:
     names = (
         "turn",
         "reasoning\nfound",
@@ -133,7 +131,7 @@ def _template_cells(stats: TurnStats) -> list[str]:
     return ["all" if stats.turn is None else str(stats.turn), *(f"{n:,}" for n in (*reasoning, *others, *ends))]
 
 
-def _recipe_table(report: AuditReport) -> Table:
+def _recipe_table(report: AuditFacts) -> Table:
     table = _table(
         "What other recipes would do with the same conversations",
         "recipe",
@@ -158,7 +156,7 @@ def _recipe_table(report: AuditReport) -> Table:
     return table
 
 
-def _forecast_table(report: AuditReport) -> Table:
+def _forecast_table(report: AuditFacts) -> Table:
     forecast = report.forecast
     assert forecast is not None
     scale = report.num_rows / report.num_audited if report.num_rows else 1.0
@@ -180,7 +178,7 @@ def _forecast_table(report: AuditReport) -> Table:
     return table
 
 
-def _gain(report: AuditReport) -> str:
+def _gain(report: AuditFacts) -> str:
     forecast = report.forecast
     assert forecast is not None
     return f"{forecast.over_npass.value / forecast.over_chains.value:.2f}"
