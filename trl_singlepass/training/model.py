@@ -1,4 +1,4 @@
-"""Trees in a model: which models can run them, refused by name and with the reason, and how one is switched to them."""
+"""Trees in a model: which models can run them, each refusal with its reason, and how one is switched to them."""
 
 from __future__ import annotations
 
