@@ -74,11 +74,16 @@ def test_folders_import_one_way(path):
 
 def test_no_circle_of_files():
     graph = {module: set(imports_of(path)) - {module} for module, path in MODULES.items() if module != PACKAGE.name}
-    while graph:  # take away files that import nothing that is left, until nothing is left
-        free = [module for module, imported in graph.items() if not imported & graph.keys()]
-        assert free, f"these files import each other, or are imported by such files: {sorted(graph)}"
-        for module in free:
-            del graph[module]
+    before = None
+    while before != graph:  # take away files that import nothing of what is left, or are imported by nothing of it
+        before = graph
+        imported = set().union(*graph.values())
+        graph = {
+            module: modules & graph.keys()
+            for module, modules in graph.items()
+            if modules & graph.keys() and module in imported
+        }
+    assert not graph, f"these files import each other: {graph}"
 
 
 def test_every_folder_has_a_rank():
