@@ -23,12 +23,13 @@ from trl.data_utils import pack_dataset
 
 from benchmarks.machine import describe
 from trl_singlepass import PrefixTree
-from trl_singlepass.balance import BalancedSampler, predicted_imbalance, row_costs
-from trl_singlepass.conversation_rows import samples_of
-from trl_singlepass.loading import load_rows, load_tokenizer
-from trl_singlepass.row_tables import num_attention_pairs
-from trl_singlepass.rows import Row
-from trl_singlepass.settings import RowSettings
+from trl_singlepass.cli.loading import load_tokenizer
+from trl_singlepass.data.arrow import num_attention_pairs
+from trl_singlepass.data.conversations import samples_of
+from trl_singlepass.data.files import load_rows
+from trl_singlepass.data.sampler import BalancedSampler, predicted_imbalance, row_costs
+from trl_singlepass.data.settings import RowSettings
+from trl_singlepass.trees.rows import Row
 
 
 RESULTS = Path(__file__).parent / "results" / "balance_at_scale.json"

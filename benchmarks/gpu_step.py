@@ -28,13 +28,15 @@ from benchmarks.memory import peak, reset_peak
 from benchmarks.modes import MODES, Step
 from benchmarks.step_time import TINY_SIZES
 from trl_singlepass import PrefixTree, Sample
-from trl_singlepass.attention import TREE_ATTENTION, tree_context, use_tree_attention
+from trl_singlepass.attention import TREE_ATTENTION, tree_context
 from trl_singlepass.attention.block_mask import block_mask_of
-from trl_singlepass.attention.tree_mask import Tree, TreeMask
+from trl_singlepass.attention.context import Tree
+from trl_singlepass.attention.tree_mask import TreeMask
 from trl_singlepass.attention.varlen_plan import varlen_calls
-from trl_singlepass.collator import DataCollatorForSinglePass
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
-from trl_singlepass.rows import Row, TreePlan
+from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.trees.rows import Row, TreePlan
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,11 +22,12 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, logging
 from benchmarks.conversations import Sizes, conversation
 from benchmarks.machine import describe
 from trl_singlepass import PrefixTree, Sample
-from trl_singlepass.attention import tree_context, use_tree_attention
-from trl_singlepass.collator import DataCollatorForSinglePass
+from trl_singlepass.attention import tree_context
+from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.recurrent import recurrent_layers
-from trl_singlepass.recurrent.families import Handling
-from trl_singlepass.rows import Row
+from trl_singlepass.recurrent.layer_kinds import Handling
+from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.trees.rows import Row
 
 
 RESULTS = Path(__file__).parent / "results" / "hybrid_step.json"

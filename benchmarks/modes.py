@@ -18,9 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from trl_singlepass import PrefixTree, Sample
-from trl_singlepass.attention import tree_context, use_tree_attention
-from trl_singlepass.collator import DataCollatorForSinglePass
-from trl_singlepass.rows import Row
+from trl_singlepass.attention import tree_context
+from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.trees.rows import Row
 
 
 HEAD_CHUNK = 1024

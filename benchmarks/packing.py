@@ -18,10 +18,10 @@ import pyarrow as pa
 
 from benchmarks.machine import describe
 from trl_singlepass import PrefixTree, Sample
-from trl_singlepass.conversation_rows import COUNT_COLUMNS
-from trl_singlepass.packed_dataset import pack_dataset
-from trl_singlepass.row_tables import row_features, rows_to_table
-from trl_singlepass.rows import Row
+from trl_singlepass.data.arrow import row_features, rows_to_table
+from trl_singlepass.data.conversations import COUNT_COLUMNS
+from trl_singlepass.data.packed_dataset import pack_dataset
+from trl_singlepass.trees.rows import Row
 
 
 RESULTS = Path(__file__).parent / "results" / "packing.json"

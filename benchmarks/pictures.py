@@ -20,9 +20,9 @@ from benchmarks.report import fastest
 from demo.load import load_model, load_rows, load_tokenizer
 from demo.make_data import DATA
 from trl_singlepass import PrefixTree, SinglePassSFTConfig, SinglePassSFTTrainer, audit
-from trl_singlepass.plot import plot_mask, plot_tree
-from trl_singlepass.plot_curves import plot_loss_by_turn, plot_sharing, plot_speedup
 from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.reports.curve_plots import plot_loss_by_turn, plot_sharing, plot_speedup
+from trl_singlepass.reports.tree_plots import plot_mask, plot_tree
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -18,13 +18,14 @@ import torch
 import transformers
 
 from benchmarks.machine import describe
-from trl_singlepass.attention import use_tree_attention
 from trl_singlepass.attention.block_mask import block_mask_of
-from trl_singlepass.attention.tree_mask import Tree, TreeMask, tree_context
+from trl_singlepass.attention.context import Tree, tree_context
+from trl_singlepass.attention.tree_mask import TreeMask
 from trl_singlepass.attention.varlen_plan import varlen_calls
-from trl_singlepass.rows import Row, TreePlan
-from trl_singlepass.sample import Sample
-from trl_singlepass.tree import PrefixTree
+from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row, TreePlan
+from trl_singlepass.trees.sample import Sample
 
 
 RESULTS = Path(__file__).parent / "results" / "plan_time.json"

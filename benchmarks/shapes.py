@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from trl_singlepass import Sample
-from trl_singlepass.loading import load_rows, load_tokenizer
+from trl_singlepass.cli.loading import load_tokenizer
+from trl_singlepass.data.files import load_rows
 from trl_singlepass.rendering.conversation import Conversation
 from trl_singlepass.rendering.history import render_with_history
-from trl_singlepass.tree_nodes import common_prefix_length
+from trl_singlepass.trees.radix import common_prefix_length
 
 
 SHAPES = Path(__file__).parent / "shapes"

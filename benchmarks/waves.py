@@ -27,11 +27,11 @@ from benchmarks.memory import peak, reset_peak
 from benchmarks.modes import MODES, Step
 from benchmarks.step_time import MODEL, TINY_MODEL, TINY_SIZES, now
 from trl_singlepass import PrefixTree
-from trl_singlepass.attention import use_tree_attention
-from trl_singlepass.attention.tree_mask import Tree
-from trl_singlepass.collator import DataCollatorForSinglePass
+from trl_singlepass.attention.context import Tree
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
-from trl_singlepass.rows import Row, TreePlan
+from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.waves import WavePlan, WaveRow, select
 from trl_singlepass.waves.budget import ActivationBytes
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
-from trl_singlepass.plot import plot_mask, plot_tree
+from trl_singlepass.reports.tree_plots import plot_mask, plot_tree
 
 
 NPASS_STYLE = {"color": "#9fb3c8", "linewidth": 5, "label": "N-pass"}

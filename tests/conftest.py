@@ -10,9 +10,9 @@ import datasets
 import pytest
 import torch
 import transformers
-from chat_tokenizers import make_tokenizer
 from hypothesis import settings
 
+from support.chat_tokenizers import make_tokenizer
 from trl_singlepass.reference.float64 import ForcedFloat64
 
 

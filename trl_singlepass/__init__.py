@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .auditing import AuditReport as AuditReport
-    from .auditing import audit as audit
-    from .config import SinglePassSFTConfig as SinglePassSFTConfig
-    from .npass_export import to_npass as to_npass
     from .reference import verify as verify
+    from .reference.export import to_npass as to_npass
     from .rendering.samples import render_samples as render_samples
-    from .sample import Sample as Sample
-    from .trainer import SinglePassSFTTrainer as SinglePassSFTTrainer
-    from .tree import PrefixTree as PrefixTree
+    from .reports.audit import AuditReport as AuditReport
+    from .reports.audit import audit as audit
+    from .training.config import SinglePassSFTConfig as SinglePassSFTConfig
+    from .training.trainer import SinglePassSFTTrainer as SinglePassSFTTrainer
+    from .trees.prefix_tree import PrefixTree as PrefixTree
+    from .trees.sample import Sample as Sample
 
 __version__ = "0.1.0"
 
@@ -30,14 +30,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "AuditReport": "auditing",
-    "PrefixTree": "tree",
-    "Sample": "sample",
-    "SinglePassSFTConfig": "config",
-    "SinglePassSFTTrainer": "trainer",
-    "audit": "auditing",
+    "AuditReport": "reports.audit",
+    "PrefixTree": "trees.prefix_tree",
+    "Sample": "trees.sample",
+    "SinglePassSFTConfig": "training.config",
+    "SinglePassSFTTrainer": "training.trainer",
+    "audit": "reports.audit",
     "render_samples": "rendering.samples",
-    "to_npass": "npass_export",
+    "to_npass": "reference.export",
     "verify": "reference",
 }
 

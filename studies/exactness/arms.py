@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer, to_npass
 from trl_singlepass.cost import ModelShape, single_pass_cost
-from trl_singlepass.rows import Row, TreePlan
+from trl_singlepass.trees.rows import Row, TreePlan
 
 
 class GivenSteps:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import read_result
+
+from support.runs import read_result
 
 
 HERE = Path(__file__).parent
@@ -28,7 +29,7 @@ class Nursery:
     def __init__(self):
         read_end, write_end = os.pipe()  # not stdout, on which libraries print
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", HERE / "nursery.py", str(write_end)],
+            [sys.executable, "-W", "ignore", HERE.parent / "support" / "nursery.py", str(write_end)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -1,8 +1,9 @@
 """Every engine trains on two processes what one process trains."""
 
 import pytest
-from runs import assert_same_training, on_engine, with_config, zero
-from training import needs_weighted_loss
+
+from support.runs import assert_same_training, on_engine, with_config, zero
+from support.training import needs_weighted_loss
 
 
 ENGINES = {

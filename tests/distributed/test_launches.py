@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import assert_same_training, read_result, with_config
+
+from support.runs import assert_same_training, read_result, with_config
 
 
 ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = ROOT / "tests" / "support" / "worker.py"
 SETTINGS = {"config": {"per_device_train_batch_size": 1}}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 

@@ -7,14 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from chat_tokenizers import make_tokenizer
-from runs import assert_same_training, on_engine, with_config, zero
-from training import SETTINGS, as_dataset, needs_weighted_loss
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
-from worker import training_conversations
 
-from trl_singlepass.preemption import damages, last_good_checkpoint
+from support.chat_tokenizers import make_tokenizer
+from support.runs import assert_same_training, on_engine, with_config, zero
+from support.training import SETTINGS, as_dataset, needs_weighted_loss
+from support.worker import training_conversations
+from trl_singlepass.training.preemption import damages, last_good_checkpoint
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3, "optim": "adamw_torch"}

@@ -1,7 +1,8 @@
 """Ranks that share the layers of a model (tensor parallelism) train what one process trains."""
 
 import pytest
-from runs import assert_same_training, with_config
+
+from support.runs import assert_same_training, with_config
 
 
 pytest.importorskip("transformers.distributed.configuration_utils", reason="needs DistributedConfig")

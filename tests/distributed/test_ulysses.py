@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from families import tiny_model
-from runs import assert_same_training, with_config, zero
-from training import needs_weighted_loss
-from worker import training_conversations
 
-from trl_singlepass.group_size import exchange_bytes
+from support.families import tiny_model
+from support.runs import assert_same_training, with_config, zero
+from support.training import needs_weighted_loss
+from support.worker import training_conversations
+from trl_singlepass.cost.memory import exchange_bytes
 
 
 SHARED = Path(__file__).parents[3] / "shared"

@@ -1,7 +1,8 @@
 """Every engine trains in waves, unequal in number between two processes, what one process trains at once."""
 
 import pytest
-from runs import assert_same_training, in_waves, on_engine, with_config
+
+from support.runs import assert_same_training, in_waves, on_engine, with_config
 
 
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]

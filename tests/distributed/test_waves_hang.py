@@ -3,8 +3,9 @@
 import random
 
 import pytest
-from conversations import chat
-from runs import in_waves, on_engine, with_config
+
+from support.conversations import chat
+from support.runs import in_waves, on_engine, with_config
 
 
 RUNS = 50

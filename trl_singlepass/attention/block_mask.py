@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .paths import Ints, KeyRanges, Pieces, concatenated_ranges, key_ranges
-from .rules import rule_of
+from .key_ranges import Ints, KeyRanges, Pieces, concatenated_ranges, key_ranges
+from .mask_rules import rule_of
 from .tree_mask import TreeMask
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..rows import Run
-from .kernels import BlockKernel
-from .memory import MemoryAccess
+from ..trees.rows import Run
+from .block_kernels import BlockKernel
+from .kv_cache import MemoryAccess
 from .tree_mask import TreeMask
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations.flash_attention import flash_attention_forward, get_target_dtype
 
-from .flash_kernels import flash_kernel
+from .inputs import query_at_depth
 from .sdpa import check_layer, sdpa_forward
-from .temperature import query_at_depth
 from .tree_mask import TreeMask
 from .varlen import VarlenAttention, VarlenKernel
+from .varlen_kernels import flash_kernel
 from .varlen_plan import varlen_calls
 
 

@@ -11,8 +11,8 @@ from torch.nn.attention import flex_attention as torch_flex
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from .block_mask import block_mask_of
+from .inputs import query_at_depth
 from .sdpa import check_layer, in_one_dtype
-from .temperature import query_at_depth
 from .tree_mask import TreeMask
 
 

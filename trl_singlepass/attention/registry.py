@@ -11,10 +11,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask, flex_attention_mask, sdpa_mask
 
 from .flash import varlen_forward_of
-from .flash_kernels import flash_kernel
 from .flex import flex_forward
 from .sdpa import sdpa_forward
 from .tree_mask import tree_mask_or
+from .varlen_kernels import flash_kernel
 
 
 # The registered names avoid "sdpa", "flash", "flex_attention" and "/", in which transformers reads a meaning.

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .block_kernels import kernel_for
 from .blocks import BlockAttention
 from .dense import dense_attention
-from .kernels import kernel_for
-from .memory import MemoryAccess
-from .temperature import query_at_depth
+from .inputs import query_at_depth
+from .kv_cache import MemoryAccess
 from .tree_mask import TreeMask
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .paths import Ints, Pieces, concatenated_ranges, key_ranges
-from .rules import Rule, rule_of
+from .key_ranges import Ints, Pieces, concatenated_ranges, key_ranges
+from .mask_rules import Rule, rule_of
 from .tree_mask import TreeMask
 
 

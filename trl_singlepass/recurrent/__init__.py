@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-# First of all: `use_tree_attention` turns both on, so the two packages import each other.
-from ..attention.tree_mask import Tree as Tree
-from .families import recurrent_layers as recurrent_layers
 from .layer import stop_tree_recurrence as stop_tree_recurrence
 from .layer import use_tree_recurrence as use_tree_recurrence
+from .layer_kinds import recurrent_layers as recurrent_layers

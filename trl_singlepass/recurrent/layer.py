@@ -11,13 +11,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from ..attention.tree_mask import Tree, TreeMask
-from .carrier import carried_tree, carry_trees
-from .families import SELECTION, Handling, recurrent_layers
-from .handover import Handover
+from ..attention.context import Tree
+from ..attention.tree_mask import TreeMask
+from .boundary import Handover, HandsOver
+from .fork_cache import ForkStates
+from .layer_kinds import SELECTION, Handling, recurrent_layers
 from .layout import Layout
 from .schedule import Piece
-from .states import ForkStates
+from .tree_carrier import carried_tree, carry_trees
 
 
 def use_tree_recurrence(model: Any) -> None:
@@ -166,7 +167,7 @@ def _layout(tree: Tree, handling: Handling) -> Layout:
     """Layout of a row, made once and shared by all layers that run the same way."""
     layouts = _layouts.setdefault(tree, {})
     if handling not in layouts:
-        handover = tree.handover(handling)
+        handover = tree.handover(handling) if isinstance(tree, HandsOver) else None
         schedule = handling.schedule(tree.plan, () if handover is None else handover.state_ends)
         # Not the tree itself, which would never be freed as a value of its own key.
         layouts[handling] = Layout(tree.plan.length, schedule, tree.depth.device, handover)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..attention.tree_mask import TreeMask
-from .handover import Handover
+from .boundary import Handover
 from .schedule import Piece, Schedule
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from ..rows import TreePlan
+from ..trees.rows import TreePlan
 
 
 Ranges = tuple[tuple[int, int], ...]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
 from ..attention import tree_context
-from ..collator import DataCollatorForSinglePass
-from ..rows import Row
-from ..sample import Sample
-from ..tree import IGNORE_INDEX, PrefixTree
+from ..data.collator import DataCollatorForSinglePass
+from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree, sample_paths
+from ..trees.rows import Row
+from ..trees.sample import Sample
 from .npass import (
     LossAndGradients,
     device_of,
@@ -64,33 +62,6 @@ def single_pass_loss_and_gradients(model: nn.Module, samples: Sequence[Sample]) 
         row_nll[path[np.flatnonzero(sample.loss_weights) - 1]] for sample, path in zip(samples, paths, strict=True)
     )
     return LossAndGradients(float(loss.detach()), token_losses, gradients, len(tree), seconds())
-
-
-def sample_paths(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np.int64]]:
-    """For each sample, the positions of its tokens in the tree's layout."""
-    children: dict[int, list[int]] = defaultdict(list)
-    for index, segment in enumerate(tree.segments):
-        children[segment.parent].append(index)
-
-    def path(tokens: NDArray[np.int64], parent: int) -> list[NDArray[np.int64]] | None:
-        if len(tokens) == 0:
-            return []
-        for index in children[parent]:
-            segment = tree.segments[index]
-            positions = np.arange(segment.start, min(segment.end, segment.start + len(tokens)))
-            if np.array_equal(tree.input_ids[positions], tokens[: len(positions)]):
-                rest = path(tokens[len(positions) :], index)
-                # Copies of a token that had colliding targets look alike until the tokens after them are compared.
-                if rest is not None:
-                    return [positions, *rest]
-        return None
-
-    paths = []
-    for sample in samples:
-        parts = path(sample.token_ids, -1)
-        assert parts is not None, "every sample must be a path of its tree"
-        paths.append(np.concatenate(parts))
-    return paths
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..adapters import without_adapters
-from ..attention import use_tree_attention
 from ..recurrent.layer import on_trees, stop_tree_recurrence
 from ..rendering.samples import render_row
-from ..sample import Sample
+from ..training.adapters import without_adapters
+from ..training.model import use_tree_attention
+from ..trees.sample import Sample
 from .float64 import ForcedFloat64
 from .npass import LossAndGradients, device_of, npass_loss_and_gradients, text_config
 from .report import RowComparison, TurnComparison, VerifyReport

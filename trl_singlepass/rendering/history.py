@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
-from ..sample import Sample
-from ..settings import HISTORIES
+from ..trees.sample import Sample
 from .conversation import Conversation, Message, RenderingError
 from .message_format import as_trained
 from .prefixes import Prefixes
@@ -16,6 +15,9 @@ from .reasoning import ParsedMessage, reasoning_tags, without_reasoning
 from .samples import has_prompt, render_conversation
 from .template import ChatTemplate
 
+
+History = Literal["template", "keep", "strip"]
+HISTORIES: tuple[History, ...] = ("template", "keep", "strip")
 
 # The switches of public templates, with the value that keeps reasoning; the other value strips it.
 _KEEPING_SWITCHES: Mapping[str, bool] = {

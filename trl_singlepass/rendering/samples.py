@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..sample import Sample
+from ..trees.sample import Sample
 from .checks import contains
 from .conversation import Conversation, Message, text_of
 from .conversation import RenderingError as RenderingError

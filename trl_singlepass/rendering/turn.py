@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..sample import CompletionKind
+from ..trees.sample import CompletionKind
 from .checks import foreign_words, missing_content, missing_reasoning, template_name
 from .conversation import Message, RenderingError
 from .isolation import OwnText, isolate

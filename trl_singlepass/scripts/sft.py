@@ -25,10 +25,10 @@ from trl import (
     get_quantization_config,
 )
 
-from ..config import SinglePassSFTConfig
-from ..loading import LINES, TABLES, JsonLines
-from ..preemption import PreemptionCallback, checkpoint_to_resume
-from ..trainer import SinglePassSFTTrainer
+from ..data.files import LINES, TABLES, JsonLines
+from ..training.config import SinglePassSFTConfig
+from ..training.preemption import PreemptionCallback, checkpoint_to_resume
+from ..training.trainer import SinglePassSFTTrainer
 
 
 DATACLASSES = (ScriptArguments, SinglePassSFTConfig, ModelConfig, DatasetMixtureConfig)

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .plan import Wave as Wave
 from .plan import WavePlan as WavePlan
-from .row import WaveRow as WaveRow
-from .tree import WaveTree as WaveTree
-from .tree import select as select
+from .runner import WaveRow as WaveRow
+from .state import WaveTree as WaveTree
+from .state import select as select

@@ -9,7 +9,7 @@ import torch
 
 from .balance import LoadBalance
 from .plan import Wave
-from .tree import select
+from .state import select
 
 
 @dataclass(eq=False)

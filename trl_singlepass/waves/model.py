@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from ..attention.tree_mask import Tree, running_on
-from ..rows import Run, TreePlan
-from ..tree import IGNORE_INDEX
+from ..attention.context import Tree, running_on
+from ..trees.prefix_tree import IGNORE_INDEX
+from ..trees.rows import Run, TreePlan
 from .balance import RouterRecorder
 from .engines import Engine, ShardedEngine
 from .loss import WaveLoss
 from .plan import Ranges, Wave
-from .row import WaveRow
-from .tree import select
+from .runner import WaveRow
+from .state import select
 
 
 PER_TOKEN = ("log_probs", "entropy", "is_top1", "label_mask")

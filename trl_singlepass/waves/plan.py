@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..rows import Run, TreePlan
+from ..trees.rows import Run, TreePlan
 
 
 Ranges = tuple[tuple[int, int], ...]

@@ -1,0 +1,215 @@
+"""FlexAttention: the block mask equals the dense one, one compilation serves all rows, and training equals N-pass."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import flex_attention as torch_flex
+
+from support.exact import CHECKPOINTING, assert_equal_to_npass, forward
+from support.families import FAMILIES, MIXTURES, tiny_model
+from support.strategies import reasoning_chat, sample_sets
+from support.trees import mask_of, tree_masks, tree_of
+from trl_singlepass.attention import block_mask, flex
+from trl_singlepass.attention.block_mask import block_mask_of, mask_mod_of
+from trl_singlepass.training.model import use_tree_attention
+
+
+ANY_RULE = ("causal", "window", "chunk", "other")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+    # Uncompiled FlexAttention is traced by dynamo, which looks at every attribute.
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+
+@pytest.fixture
+def differentiable(monkeypatch):
+    """FlexAttention uncompiled and with a backward pass on CPU, which PyTorch has but does not let through."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex, "_WITHOUT_BACKWARD", set())
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda: torch_flex.flex_attention)
+
+
+@pytest.fixture
+def captured(differentiable, monkeypatch):
+    """The same, but captured and differentiated as on a GPU, to run op by op instead of as generated code."""
+    torch.compiler.reset()
+    compiled = torch.compile(torch_flex.flex_attention, dynamic=True, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda: compiled)
+    yield
+    torch.compiler.reset()
+
+
+def flex_model(family, **overrides):
+    """A model under tree attention by FlexAttention; transformers refuses the stock name for some families."""
+    return tiny_model(family, attn_implementation="tree_flex", **overrides)
+
+
+def blocks(dense, block_size):
+    """For each block of a dense mask, whether any pair is visible, and whether all are, with the rows that exist."""
+    length = len(dense)
+    rows, columns = (range(0, length, size) for size in block_size)
+    cut = [[dense[i : i + block_size[0], j : j + block_size[1]] for j in columns] for i in rows]
+    any_ = torch.tensor([[bool(block.any()) for block in row] for row in cut])
+    all_ = torch.tensor([[bool(block.all()) and block.shape[1] == block_size[1] for block in row] for row in cut])
+    return any_, all_
+
+
+def listed(num_blocks, indices):
+    """Dense map of the blocks that a table of `BlockMask` lists."""
+    out = torch.zeros(indices.shape[2:], dtype=torch.bool)
+    for row, (count, columns) in enumerate(zip(num_blocks[0, 0].tolist(), indices[0, 0], strict=True)):
+        out[row, columns[:count].long()] = True
+    return out
+
+
+@settings(max_examples=150)
+@given(mask=tree_masks(ANY_RULE), block_size=st.sampled_from([(4, 4), (8, 4), (4, 8), (16, 16), (128, 128)]))
+def test_block_mask_equals_the_dense_mask(mask, block_size):
+    dense, result = mask.dense()[0, 0], block_mask_of(mask, block_size)
+    some, every = blocks(dense, block_size)
+    full = listed(result.full_kv_num_blocks, result.full_kv_indices)
+    partial = listed(result.kv_num_blocks, result.kv_indices)
+    assert not (full & partial).any()
+    if block_mask.rule_of(mask) is None:  # of a rule that we do not know, no block is computed unseen
+        assert not full.any()
+        assert bool((some <= partial).all())
+    else:
+        assert torch.equal(full, every)
+        assert torch.equal(full | partial, some)
+    assert torch.equal(listed(result.full_q_num_blocks, result.full_q_indices), full.T)
+    assert torch.equal(listed(result.q_num_blocks, result.q_indices), partial.T)
+    position = torch.arange(len(dense))
+    assert torch.equal(mask_mod_of(mask)(0, 0, position[:, None], position[None, :]), dense)
+    assert result.shape[-2:] == dense.shape
+
+
+def test_block_mask_skips_other_branches():
+    mask = mask_of(tree_of([reasoning_chat(16)]), "causal", 0)
+    assert block_mask_of(mask, (16, 16)).sparsity() > 65
+
+
+# Not captured, PyTorch 2.13 returns garbage as gradients of a softcap that is traced under checkpointing's hooks.
+TRAINING = [pair for pair in itertools.product(FAMILIES, CHECKPOINTING) if pair != ("gemma2", "non-reentrant")]
+
+
+@pytest.mark.usefixtures("float64", "differentiable")
+@pytest.mark.parametrize(("family", "checkpointing"), TRAINING)
+def test_training_equals_npass(family, checkpointing):
+    overrides = {"output_router_logits": False} if checkpointing == "reentrant" and family in MIXTURES else {}
+    model, prepare = tiny_model(family, **overrides), CHECKPOINTING[checkpointing]
+
+    def to_flex(model):
+        model.set_attn_implementation("tree_flex")
+        if prepare is not None:
+            prepare(model)
+
+    assert_equal_to_npass(model, [reasoning_chat()], prepare=to_flex)
+    assert model.config._attn_implementation == "tree_flex"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64", "captured")
+@pytest.mark.parametrize("family", ["llama", "gpt-oss", "gemma2"])
+def test_training_equals_npass_captured(family):
+    def to_flex(model):
+        model.set_attn_implementation("tree_flex")
+        CHECKPOINTING["non-reentrant"](model)
+
+    assert_equal_to_npass(tiny_model(family), [reasoning_chat(10)], prepare=to_flex)
+
+
+@pytest.mark.usefixtures("float64", "differentiable")
+@pytest.mark.parametrize("family", ["gemma3", "gpt-oss"])
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(samples=sample_sets())
+def test_random_trees(family, samples):
+    def to_flex(model):
+        model.set_attn_implementation("tree_flex")
+
+    assert_equal_to_npass(tiny_model(family), [samples], prepare=to_flex)
+
+
+@pytest.mark.parametrize(("family", "mask_types"), [("qwen3", 1), ("gemma3", 2), ("llama4", 2)])
+def test_layers_of_a_mask_type_share_one_block_mask(family, mask_types, differentiable, monkeypatch):
+    built = []
+
+    def counted(*args):
+        built.append(args)
+        return block_mask_of(*args)
+
+    monkeypatch.setattr(flex, "block_mask_of", counted)
+    layers = ["sliding_attention", "full_attention"] * 3 if family == "gemma3" else None
+    layers = ["chunked_attention", "full_attention"] * 3 if family == "llama4" else layers
+    overrides = {"no_rope_layers": [1, 0] * 3} if family == "llama4" else {}
+    model = flex_model(family, num_hidden_layers=6, layer_types=layers, dtype=torch.float32, **overrides)
+    forward(model, [reasoning_chat()])
+    assert len(built) == mask_types
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the C++ compiler and of PyTorch's own code
+@pytest.mark.parametrize(("family", "mask_types"), [("qwen3", 1), ("gemma2", 2), ("llama4", 2)])
+def test_one_compilation_serves_rows_of_any_length(family, mask_types):
+    torch.compiler.reset()
+    flex.compiled_flex_attention.cache_clear()
+    sizes = {"dtype": torch.float32, "hidden_size": 64, "head_dim": 16}
+    model, reference = flex_model(family, **sizes), tiny_model(family, attn_implementation="eager", **sizes)
+    use_tree_attention(reference)
+    graphs, before = torch._dynamo.utils.counters["stats"], torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for turns in (9, 12, 20, 7, 30, 13):
+        with torch.no_grad():
+            logits, expected = (forward(m, [reasoning_chat(turns)])[0].logits for m in (model, reference))
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        assert graphs["unique_graphs"] - before == mask_types
+    torch.compiler.reset()
+
+
+def test_training_on_cpu_is_refused():
+    model = flex_model("qwen3", dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"no backward pass there.*attn_implementation='sdpa'"):
+        forward(model, [reasoning_chat()])
+
+
+@pytest.mark.usefixtures("differentiable")
+@pytest.mark.parametrize("route", ["keyword", "config"])
+def test_kernel_options_reach_the_kernel(route, monkeypatch):
+    seen = []
+
+    def recorded(*args, kernel_options=None, **kwargs):
+        seen.append(kernel_options)
+        return torch_flex.flex_attention(*args, **kwargs)
+
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda: recorded)
+    model, options = flex_model("qwen3", dtype=torch.float32), {"BACKEND": "TRITON"}
+    layer, tree = model.model.layers[0].self_attn, tree_of([reasoning_chat()])
+    if route == "config":
+        model.config.kernel_options = options
+    length = tree.plan.length
+    query, key = torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8)
+    keywords = {"kernel_options": options} if route == "keyword" else {}
+    flex.flex_forward(layer, query, key, key, mask_of(tree, "causal", 0), **keywords)
+    assert seen == [options]
+
+
+def test_ordinary_batches_run_the_stock_function(monkeypatch):
+    called = []
+    monkeypatch.setattr(flex, "flex_attention_forward", lambda *args, **kwargs: called.append(kwargs) or ("out", None))
+    model, x = flex_model("qwen3"), torch.zeros(1, 2, 3, 8)
+    assert flex.flex_forward(model.model.layers[0].self_attn, x, x, x, None, sliding_window=5) == ("out", None)
+    assert called[0]["sliding_window"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ordinary_batches_are_exact():
+    model, reference = flex_model("qwen3", dtype=torch.float32), tiny_model("qwen3", dtype=torch.float32)
+    input_ids = torch.randint(5, 90, (2, 9))
+    attention_mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
+    with torch.no_grad():
+        logits, expected = (m(input_ids, attention_mask=attention_mask).logits for m in (model, reference))
+    torch.testing.assert_close(logits[attention_mask > 0], expected[attention_mask > 0], atol=1e-5, rtol=0)

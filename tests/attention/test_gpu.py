@@ -1,0 +1,77 @@
+"""On a GPU in bfloat16: every kernel that is installed is at most twice as far from float32 as N-pass itself is."""
+
+import pytest
+import torch
+
+from support.families import FAMILIES, tiny_model
+from support.strategies import reasoning_chat
+from trl_singlepass.attention import TREE_ATTENTION
+from trl_singlepass.attention.registry import tree_attention_name
+from trl_singlepass.reference import npass_loss_and_gradients
+from trl_singlepass.reference.single_pass import single_pass_loss_and_gradients
+from trl_singlepass.training.model import use_tree_attention
+
+
+SIZES = {"hidden_size": 128, "head_dim": 32, "initializer_range": 0.05}
+SAMPLES = reasoning_chat(turns=6)
+WITHOUT_SOFTCAP = {"torch_varlen"}
+
+
+def npass_gradients(family, dtype, device):
+    model = tiny_model(family, dtype=dtype, **sizes_of(family)).to(device)
+    return flat(npass_loss_and_gradients(model, SAMPLES).gradients.values())
+
+
+def tree_gradients(family, kernel, device, checkpointing):
+    model = tiny_model(family, dtype=torch.bfloat16, **sizes_of(family)).to(device)
+    model.config._attn_implementation_internal = kernel
+    use_tree_attention(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return flat(single_pass_loss_and_gradients(model, SAMPLES).gradients.values())
+
+
+def sizes_of(family):
+    return {**SIZES, **({"query_pre_attn_scalar": 32} if family.startswith("gemma") else {})}
+
+
+def flat(gradients):
+    return torch.cat([gradient.double().flatten().cpu() for gradient in gradients])
+
+
+def check(family, kernel, device, checkpointing=False):
+    exact = npass_gradients(family, torch.float32, device)
+    own_error = (npass_gradients(family, torch.bfloat16, device) - exact).norm()
+    assert (tree_gradients(family, kernel, device, checkpointing) - exact).norm() <= 2 * own_error
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kernel", [*TREE_ATTENTION, "kernels-community/flash-attn2", "kernels-community/flash-attn3"])
+def test_bfloat16_error_is_at_most_twice_that_of_npass(kernel, family, checkpointing):
+    try:
+        tree_attention_name(kernel)
+    except ImportError as error:
+        pytest.skip(str(error))
+    if family == "gemma2" and kernel in WITHOUT_SOFTCAP:
+        pytest.skip("refused: the kernel has no softcap")
+    check(family, kernel, "cuda", checkpointing)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt-oss"])
+def test_the_same_comparison_on_cpu(family):
+    check(family, "sdpa", "cpu")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt-oss"])  # their norms or rotary embeddings leave queries in float32
+def test_autocast(family):
+    """`bf16=True` with a float32 model: queries and values reach attention in different dtypes."""
+    exact = npass_gradients(family, torch.float32, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        own_error = (npass_gradients(family, torch.float32, "cpu") - exact).norm()
+        model = tiny_model(family, dtype=torch.float32, **sizes_of(family))
+        use_tree_attention(model)
+        gradients = flat(single_pass_loss_and_gradients(model, SAMPLES).gradients.values())
+    assert (gradients - exact).norm() <= 2 * own_error

@@ -1,0 +1,248 @@
+"""Packing: rows that are full, hold each conversation once, share what they can, and train what N-pass trains."""
+
+import logging
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.conversations import chat, expand, tool_chat
+from support.exact import assert_equal_to_npass, one_row_each
+from support.families import tiny_model
+from support.oracles import PrefixOracle, prefixes
+from support.strategies import reasoning_chat, sample_sets
+from support.training import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
+from trl_singlepass.data.packed_dataset import pack_dataset, pack_rows
+from trl_singlepass.data.packing import place
+from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.settings import RowSettings
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row
+from trl_singlepass.trees.sample import Sample
+from trl_singlepass.trees.sharing import MIN_SHARED_TOKENS, join_sharing, merge, shareable_length
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+SYSTEM = [7, *range(5, 5 + MIN_SHARED_TOKENS + 8)]
+
+
+def contents(row):
+    """What a row trains and which samples pass where, whatever its layout: weighted targets and multiplicities."""
+    targets, multiplicity = {}, {}
+    paths = prefixes(row.input_ids, row.subtree_end)
+    for position, path in enumerate(paths):
+        multiplicity[path] = multiplicity.get(path, 0) + int(row.multiplicity[position])
+    for position, target in enumerate(row.labels[1:]):
+        if target != -100:
+            key = (paths[position], int(target))
+            targets[key] = targets.get(key, 0) + float(row.loss_weights[position + 1])
+    return targets, multiplicity
+
+
+def with_system(samples):
+    """Put the same long beginning before the samples of a conversation."""
+    return [
+        Sample([*SYSTEM, *sample.token_ids], [*[0] * len(SYSTEM), *sample.loss_weights], len(SYSTEM) + 1)
+        for sample in samples
+    ]
+
+
+@given(st.lists(sample_sets(), min_size=1, max_size=3))
+def test_merged_rows_hold_what_the_tree_of_all_samples_holds(sets):
+    row = merge(one_row_each(sets))
+    oracle = PrefixOracle([sample for samples in sets for sample in samples])
+    assert len(row) == oracle.num_tokens
+    assert contents(row) == (oracle.weighted_targets, dict(oracle.multiplicity))
+
+
+@settings(max_examples=40)
+@given(st.lists(sample_sets(), min_size=2, max_size=4), st.randoms(use_true_random=False))
+def test_the_order_of_conversations_changes_nothing(sets, random):
+    shuffled = random.sample(sets, len(sets))
+    one, other = (join_sharing(one_row_each(map(with_system, of))) for of in (sets, shuffled))
+    assert len(one) == len(other)
+    assert contents(one) == contents(other)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(sample_sets(), min_size=1, max_size=12), st.integers(0, 200))
+def test_no_row_is_overfull_and_no_token_lost(sets, spare):
+    sets = [with_system(samples) if index % 2 else samples for index, samples in enumerate(sets)]
+    rows = one_row_each(sets)
+    capacity = max(map(len, rows)) + spare
+    packed = pack_rows(rows, capacity)
+    assert max(map(len, packed)) <= capacity
+    oracle = PrefixOracle([sample for samples in sets for sample in samples])
+    targets, multiplicity = {}, {}
+    for row in packed:
+        for total, part in zip((targets, multiplicity), contents(row), strict=True):
+            for key, value in part.items():
+                total[key] = total.get(key, 0) + value
+    assert targets == pytest.approx(oracle.weighted_targets)
+    assert multiplicity == dict(oracle.multiplicity)
+    assert sum(map(len, packed)) <= sum(map(len, rows))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 60)), min_size=1, max_size=60), st.integers(60, 160))
+def test_every_conversation_is_placed_once_and_fits(conversations, capacity):
+    beginnings = [np.full(min(size, MIN_SHARED_TOKENS + 4), kind) for kind, size in conversations]
+    sizes = np.array([size for _, size in conversations])
+    rows = place(sizes, lambda i: beginnings[i], capacity)
+    assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
+    for row in rows:
+        distinct = {}
+        for index in row:
+            kind, size = conversations[index]
+            distinct.setdefault(kind, []).append(size)
+        assert sum(max(0, size - MIN_SHARED_TOKENS - 4) for sizes in distinct.values() for size in sizes) <= capacity
+
+
+def test_conversations_that_begin_alike_stand_together():
+    beginnings = [np.full(50, index % 2) for index in range(40)]
+    rows = place([60] * 40, lambda i: beginnings[i], 50 + 20 * 10)
+    assert len(rows) == 2
+    assert [{index % 2 for index in row} for row in rows] in ([{0}, {1}], [{1}, {0}])
+
+
+def test_a_group_that_fits_nowhere_whole_is_not_scattered():
+    """In the room that large conversations leave, each member would repeat the beginning, for nothing."""
+    large, members = 10, 10
+    beginnings = [np.empty(0)] * large + [np.full(50, 1)] * members
+    rows = place([140] * large + [60] * members, lambda i: beginnings[i], 200)
+    assert len(rows) == large + 1
+    assert sorted(rows[-1]) == list(range(large, large + members))
+
+
+def test_room_is_kept_for_the_token_that_two_targets_fork():
+    """After the same beginning, one trains 8 and the other 9: the 5 before them is stored twice."""
+    rows = one_row_each(with_system([Sample.from_prompt_and_completion([5], [target])]) for target in (8, 9))
+    joined = len(SYSTEM) + 2 * 2
+    assert list(map(len, pack_rows(rows, joined))) == [joined]
+    assert list(map(len, pack_rows(rows, joined - 1))) == [len(SYSTEM) + 2] * 2
+
+
+def test_a_conversation_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match=r"Conversation 1 has 9 tokens, a row has max_row_tokens=8.*Split it first"):
+        place([3, 9], lambda i: np.empty(0), 8)
+
+
+@given(sample_sets())
+def test_what_is_shareable_costs_nothing_twice(samples):
+    row = Row.from_tree(PrefixTree.from_samples(samples))
+    length = shareable_length(row.labels, row.subtree_end)
+    assert len(merge([row, row])) <= 2 * len(row) - length
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe", "gemma3"])
+def test_sharing_across_conversations_is_exact(family):
+    """Among them a prefix of another one, and one that trains another answer to the same beginning."""
+    sets = [with_system(reasoning_chat(turns, seed=seed)) for turns, seed in ((3, 0), (2, 1), (3, 2))]
+    sets += [sets[0][:2], with_system([Sample.from_prompt_and_completion([5], [9, 9, 2])]), reasoning_chat(2, seed=3)]
+
+    def packed(sample_sets):
+        rows = pack_rows(one_row_each(sample_sets), 4096)
+        assert len(rows) == 1
+        assert len(rows[0]) < sum(map(len, one_row_each(sample_sets))) - 4 * len(SYSTEM)
+        return rows
+
+    assert_equal_to_npass(tiny_model(family), sets, rows_of=packed)
+
+
+@pytest.mark.usefixtures("float64")
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(sample_sets(max_samples=3, max_length=10), min_size=2, max_size=3))
+def test_any_packed_trees_are_exact(sets):
+    model = tiny_model("qwen3")
+    assert_equal_to_npass(
+        model, [with_system(s) for s in sets], rows_of=lambda sets: pack_rows(one_row_each(sets), 512)
+    )
+
+
+def chats_with_system():
+    """Conversations of which all but the last have the same long system prompt."""
+    system = {"role": "system", "content": "Answer with one number and say how you found it. " * 6}
+    chats = [[system, *chat(1 + seed % 3, seed=seed)[1:]] for seed in range(5)]
+    return [*chats, tool_chat()]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_packed_training_equals_stock_on_the_samples(tmp_path, tokenizer, accumulation, caplog):
+    chats = chats_with_system()
+    expanded = [row for messages in chats for row in expand(messages)]
+    packed = single_pass_trainer(
+        tmp_path,
+        tokenizer,
+        chats,
+        packing=True,
+        max_row_tokens=450,
+        per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    assert 1 < len(packed.train_dataset) <= 4 < len(chats)
+    assert max(len(row["input_ids"]) for row in packed.train_dataset) <= 450
+    stock = stock_trainer(tmp_path, tokenizer, expanded, per_device_train_batch_size=len(expanded))
+    packed.train()
+    stock.train()
+    assert logged(packed, "loss") == pytest.approx(logged(stock, "loss"), abs=1e-6)
+    assert logged(packed, "num_tokens") == logged(stock, "num_tokens")
+    assert largest_difference(packed, stock) < 1e-6
+
+
+def test_packing_says_how_full_rows_are_and_what_they_share(tokenizer, caplog):
+    rows, report = conversations_to_rows(as_dataset(chats_with_system()), tokenizer, RowSettings(max_row_tokens=450))
+    packed, packing = pack_dataset(rows, 450)
+    lengths = [len(row["input_ids"]) for row in packed]
+    assert packing.num_rows == len(lengths)
+    assert packing.fill_rate == pytest.approx(sum(lengths) / (450 * len(lengths)))
+    assert packing.sharing_across == pytest.approx(sum(rows["num_tokens"]) / sum(lengths))
+    assert packing.sharing_across > 1.2
+    multiplicities = [sum(row["multiplicity"]) for row in packed]
+    assert packing.sharing_within * packing.sharing_across == pytest.approx(sum(multiplicities) / sum(lengths))
+    assert f"packed in {len(lengths)} rows of at most 450 tokens, " in str(packing)
+    assert report.num_sample_tokens == sum(multiplicities)
+
+
+def test_max_row_tokens_defaults_to_max_length_when_packing(tmp_path, tokenizer):
+    trainer = single_pass_trainer(tmp_path, tokenizer, chats_with_system(), packing=True, max_length=400)
+    assert len(trainer.train_dataset) > 1
+    assert max(len(row["input_ids"]) for row in trainer.train_dataset) <= 400
+
+
+def test_packing_without_a_size_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"packing=True needs max_row_tokens \(or max_length\)"):
+        single_pass_trainer(tmp_path, tokenizer, [chat(1)], packing=True)
+
+
+def test_several_processes_pack_the_same_rows(tokenizer):
+    dataset = as_dataset(chats_with_system())
+    one, several = (
+        pack_dataset(
+            conversations_to_rows(dataset, tokenizer, RowSettings(max_row_tokens=450), num_proc=n)[0], 450, num_proc=n
+        )[0]
+        for n in (None, 2)
+    )
+    assert one[:] == several[:]
+
+
+DATA = Path(__file__).parents[3] / "shared"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.exists(), reason="needs public conversations")
+def test_agent_logs_with_one_system_prompt_fill_rows_and_share_it():
+    from transformers import AutoTokenizer
+    from trl.chat_template_utils import qwen3_chat_template
+
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizers" / "qwen3")
+    tokenizer.chat_template = qwen3_chat_template
+    dataset = datasets.Dataset.from_json(str(DATA / "data" / "taubench_gpt4o_airline.jsonl"))
+    rows, _ = conversations_to_rows(dataset, tokenizer, RowSettings(max_row_tokens=32768))
+    _, report = pack_dataset(rows, 32768)
+    logging.getLogger(__name__).info("%s", report)
+    assert report.fill_rate >= 0.95
+    assert report.sharing_within > 7
+    assert report.sharing_across > 1.25

@@ -1,0 +1,123 @@
+"""Preparation: cached under what decides its result, in several processes, with errors that name row and reason."""
+
+import datasets
+import numpy as np
+import pytest
+
+from support.chat_tokenizers import make_tokenizer
+from support.conversations import chat, tool_chat
+from support.training import as_dataset, single_pass_trainer
+from trl_singlepass.data import preparation
+from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.settings import RowSettings
+from trl_singlepass.data.tokenizer_fingerprint import tokenizer_fingerprint
+from trl_singlepass.rendering.samples import RenderingError
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+CHATS = [chat(3), chat(2, seed=1), tool_chat(), chat(4, seed=2)]
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer("qwen3")
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A dataset on disk: what is made from it is cached beside it."""
+    as_dataset(CHATS).save_to_disk(tmp_path / "data")
+    return datasets.load_from_disk(str(tmp_path / "data"))
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """Numbers of the conversations that were prepared, not taken from the cache."""
+    calls = []
+    rows_of = preparation.rows_of
+    monkeypatch.setattr(preparation, "rows_of", lambda *args: calls.append(args[1]) or rows_of(*args))
+    return calls
+
+
+def test_other_training_arguments_prepare_nothing_again(tmp_path, tokenizer, stored, prepared):
+    rows = []
+    for settings in ({}, {"learning_rate": 0.5, "num_train_epochs": 3, "seed": 7, "shuffle_dataset": False}):
+        settings = {"packing": True, "max_length": 400, "shuffle_dataset": False, **settings}
+        rows.append(single_pass_trainer(tmp_path, tokenizer, stored, **settings).train_dataset[:])
+    assert prepared == [0, 1, 2, 3]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("settings", [{"max_length": 90}, {"max_row_tokens": 200}, {"overlong_turns": "drop"}])
+def test_what_decides_the_rows_prepares_again(stored, tokenizer, prepared, settings):
+    conversations_to_rows(stored, tokenizer, RowSettings())
+    conversations_to_rows(stored, tokenizer, RowSettings(**settings))
+    assert len(prepared) == 8
+
+
+def test_another_template_prepares_again(stored, tokenizer, prepared):
+    conversations_to_rows(stored, tokenizer, RowSettings())
+    tokenizer.chat_template = tokenizer.chat_template + "\n"
+    conversations_to_rows(stored, tokenizer, RowSettings())
+    assert len(prepared) == 8
+
+
+def test_using_a_tokenizer_does_not_change_its_fingerprint(stored, tokenizer, prepared):
+    before = tokenizer_fingerprint(tokenizer)
+    conversations_to_rows(stored, tokenizer, RowSettings())
+    tokenizer(["a", "a longer one"], padding=True, truncation=True, max_length=3)
+    assert tokenizer_fingerprint(tokenizer) == before
+    conversations_to_rows(stored, tokenizer, RowSettings())
+    assert len(prepared) == 4
+
+
+def test_another_vocabulary_changes_the_fingerprint(tokenizer):
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    assert tokenizer_fingerprint(tokenizer) != before
+
+
+def test_several_processes_prepare_the_same_rows(tokenizer):
+    (one, report), (several, report_of_several) = (
+        conversations_to_rows(as_dataset(CHATS), tokenizer, RowSettings(max_row_tokens=200), num_proc=n)
+        for n in (1, 2)
+    )
+    assert one[:] == several[:]
+    assert report == report_of_several
+
+
+def test_columns_are_as_narrow_as_they_can_be(tokenizer):
+    rows, _ = conversations_to_rows(as_dataset(CHATS), tokenizer, RowSettings())
+    kinds = {name: rows.features[name].feature.dtype for name in ("input_ids", "labels", "loss_weights")}
+    assert kinds == {"input_ids": "int32", "labels": "int32", "loss_weights": "float32"}
+
+
+def test_costs_are_counted(tokenizer):
+    rows, _ = conversations_to_rows(as_dataset(CHATS), tokenizer, RowSettings())
+    for row in rows:
+        ends = np.array(row["subtree_end"])
+        assert row["num_tokens"] == len(ends)
+        assert row["num_pairs"] == sum(sum(j <= i < ends[j] for j in range(len(ends))) for i in range(len(ends)))
+
+
+BAD_ROWS = {
+    "no assistant message": ([{"role": "user", "content": "Hi."}], "at least one assistant message"),
+    "nothing before the answer": ([{"role": "assistant", "content": "Hi."}], "it begins the conversation"),
+}
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_errors_of_workers_reach_the_main_process_with_row_and_reason(tokenizer, name, num_proc):
+    messages, reason = BAD_ROWS[name]
+    dataset = as_dataset([*CHATS, messages])
+    with pytest.raises(RenderingError, match=f"Row 4: .*{reason}"):
+        conversations_to_rows(dataset, tokenizer, RowSettings(), num_proc=num_proc)
+
+
+def test_a_template_that_raises_is_named_with_the_row(tokenizer):
+    tokenizer.chat_template = "{% if messages|length > 6 %}{{ raise_exception('too many') }}{% endif %}" + (
+        tokenizer.chat_template
+    )
+    with pytest.raises(RenderingError, match=r"Row 0: .*too many"):
+        conversations_to_rows(as_dataset([chat(4)]), tokenizer, RowSettings(), num_proc=None)

@@ -1,0 +1,203 @@
+"""
+Every code block of the README and of docs/ does what it says.
+
+Python runs, `trl-singlepass` commands run in this process, JSON and YAML are read by what reads them. Commands that
+start other machines or build environments are checked without being run, and `slow` runs every block in a real shell.
+A block that neither runs nor is checked says why, in an HTML comment before it: `<!-- skip: next "why" -->`.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from sybil import Sybil
+from sybil.parsers.abstract.lexers import LexerCollection
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+from demo.load import load_tokenizer
+from demo.make_model import FOLDER as DEMO_MODEL
+from support.playground import as_a_reader, make_playground, run_python
+from trl_singlepass import cli
+from trl_singlepass.cli import launch
+from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.scripts import sft
+
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+UNCHECKED = {"text", "bibtex", "jinja"}  # output, trees, citations: nothing that a reader would run
+ON_CPU = ["--bf16", "false", "--output_dir", "out"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+]
+
+
+# How commands are checked --------------------------------------------------------------------------------------------
+
+
+def run_command(words, patch):
+    """Run one command of a block, or what can be run of it here."""
+    command, *arguments = words
+    if command == "export":
+        patch.setenv(*arguments[0].split("=", 1))
+    elif command == "trl-singlepass":
+        assert cli.main(arguments) == 0
+    elif command == "python":
+        run_python(arguments, patch)
+    else:
+        CHECKS[command](arguments)
+
+
+def check_make(arguments):
+    subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def check_pip(arguments):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert arguments[0] == "install"
+    (named,) = (re.fullmatch(r"\.(?:\[(\w+)\])?", argument)[1] for argument in arguments[1:])
+    assert named is None or named in extras
+
+
+def check_activation(arguments):
+    assert arguments == [".venv/bin/activate"]
+    assert "VENV := .venv" in (ROOT / "Makefile").read_text()
+
+
+def check_accelerate(arguments):
+    """tests/distributed/test_launches.py runs these lines, on two "nodes"."""
+    parsed = launch_command_parser().parse_args(arguments[1:])
+    assert arguments[0] == "launch"
+    assert Path(parsed.config_file).is_file()
+    if parsed.module:
+        assert parsed.training_script == launch.SCRIPT
+        check_settings(parsed.training_script_args)
+
+
+def check_settings(arguments):
+    """Settings that have no name in the script must be arguments of `accelerate launch`."""
+    *_, others = sft.make_parser().parse_args_and_config([*arguments, *ON_CPU], return_remaining_strings=True)
+    launch_command_parser().parse_args([*launch.with_config_file(others), "train.py"])
+
+
+def check_torchrun(arguments):
+    assert torchrun_parser().parse_args(arguments).training_script.endswith(".py")
+
+
+def check_deepspeed(arguments):
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    parsed = runner.parse_args(arguments)
+    assert Path(parsed.hostfile).is_file()
+    assert parsed.user_script.endswith(".py")
+
+
+CHECKS = {
+    "make": check_make,
+    "pip": check_pip,
+    ".": check_activation,
+    "accelerate": check_accelerate,
+    "torchrun": check_torchrun,
+    "deepspeed": check_deepspeed,
+}
+
+
+def in_this_process(args):
+    """In the place of `accelerate launch`: the first step of what it would start, without processes of its own."""
+    arguments = [*args.training_script_args, "--max_steps", "1"]
+    sft.main(*sft.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False))
+
+
+# How blocks are checked ----------------------------------------------------------------------------------------------
+
+
+def evaluate_bash(example):
+    for line in str(example.parsed).replace("\\\n", " ").splitlines():
+        words = [os.path.expandvars(word) for word in shlex.split(line, comments=True)]
+        if words:
+            run_command(words, example.namespace["patch"])
+
+
+def evaluate_json(example):
+    row = json.loads(example.parsed)
+    if "messages" in row:
+        assert render_row(row, load_tokenizer(None))
+
+
+def evaluate_yaml(example):
+    path = Path("block.yaml")
+    path.write_text(example.parsed)
+    assert isinstance(yaml.safe_load(example.parsed), dict)
+    check_settings(["--config", str(path)])
+
+
+def evaluate_diff(example):
+    """Every line that is to be removed is in TRL's own script or README; every line that is added runs."""
+    added = [line[1:] for line in str(example.parsed).splitlines() if line.startswith("+")]
+    removed = [line[1:] for line in str(example.parsed).splitlines() if line.startswith("-")]
+    for lines in (added, removed):
+        exec("\n".join(line.strip() for line in lines), {})
+
+
+EVALUATORS = {"bash": evaluate_bash, "json": evaluate_json, "yaml": evaluate_yaml, "diff": evaluate_diff}
+PARSERS = [
+    SkipParser(),
+    PythonCodeBlockParser(),
+    *(CodeBlockParser(language, evaluate) for language, evaluate in EVALUATORS.items()),
+]
+DOCUMENTS = [Sybil(PARSERS, path=str(ROOT), patterns=["*.md"]).parse(path) for path in PAGES]
+EXAMPLES = [
+    pytest.param(example, id=f"{Path(document.path).relative_to(ROOT)}:{example.line}")
+    for document in DOCUMENTS
+    for example in document.examples()
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_playground(tmp_path_factory.mktemp("repository"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_block(example, folder):
+    with as_a_reader(folder) as patch:
+        patch.setattr(launch, "launch_command", in_this_process)
+        example.namespace["patch"] = patch
+        example.evaluate()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: Path(document.path).name)
+def test_every_block_says_what_it_is(document):
+    lexer = LexerCollection([RawFencedCodeBlockLexer(re.compile(r"(?P<language>[^\n]*)\n"))])
+    languages = [region.lexemes["language"].strip() for region in lexer(document)]
+    assert set(languages) <= {"python", *EVALUATORS, *UNCHECKED}
+
+
+def test_every_skip_has_a_reason():
+    skips = [line for document in DOCUMENTS for line in document.text.splitlines() if "skip:" in line]
+    assert [line for line in skips if not re.fullmatch(r'<!-- skip: next "[^"]{10,}" -->', line.strip())] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "example", [example for example in EXAMPLES if example.values[0].region.evaluator is evaluate_bash]
+)
+def test_block_in_a_shell(example, folder):
+    """As a reader would: nothing replaced but the model, through its variable."""
+    block = str(example.parsed)
+    if "NODE_RANK" in block or any(re.match(rf"{re.escape(name)} ", block) for name in CHECKS):
+        pytest.skip("builds an environment or starts several machines")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "MODEL": str(DEMO_MODEL), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=folder, env=environment, check=True)

@@ -1,0 +1,61 @@
+"""The example scripts run, and TRL's own differs from ours in two lines."""
+
+import difflib
+from pathlib import Path
+
+import pytest
+import trl
+from packaging.version import Version
+
+from support.playground import ROOT, as_a_reader, make_playground, run_python
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+]
+SMALL = ["--bf16", "false", "--max_steps", "1", "--save_strategy", "no", "--report_to", "none"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_playground(tmp_path_factory.mktemp("repository"))
+
+
+def run(folder, name, *arguments):
+    with as_a_reader(folder) as patch:
+        run_python([f"examples/{name}.py", *arguments], patch)
+
+
+@pytest.mark.skipif(Version(trl.__version__).release[:2] != (1, 16), reason="the example is the script of TRL 1.16")
+def test_trls_script_needs_two_lines():
+    theirs = (Path(trl.__file__).parent / "scripts" / "sft.py").read_text().splitlines()
+    ours = (ROOT / "examples" / "sft.py").read_text().splitlines()
+    changes = [line for line in difflib.ndiff(theirs, ours) if line[0] in "+-"]
+    assert changes == [
+        "+     from trl_singlepass import SinglePassSFTTrainer as SFTTrainer  # changed from TRL's script",
+        "+     from trl_singlepass import SinglePassSFTConfig as SFTConfig  # changed from TRL's script",
+    ]
+
+
+@pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="the example is the script of TRL 1.16")
+def test_trls_script_trains_in_one_pass(folder):
+    arguments = ["--model_name_or_path", "out/demo-model", "--dataset_name", "demo/data", "--output_dir", "out/sft"]
+    run(folder, "sft", *arguments, *SMALL, "--packing", "--max_row_tokens", "4096")
+    assert (folder / "out" / "sft" / "model.safetensors").is_file()
+
+
+def test_agent_turns_are_logged_and_trained(folder):
+    run(folder, "agent_turns", "--max_steps", "1")
+    lines = (folder / "out" / "agent-turns.jsonl").read_text().splitlines()
+    turns = (folder / "demo" / "data" / "conversations.jsonl").read_text().count('"role": "assistant"')
+    assert len(lines) == turns
+    assert (folder / "out" / "agent-turns" / "model.safetensors").is_file()
+
+
+def test_histories_are_compared(folder, capsys):
+    run(folder, "compare_histories", "--max_steps", "1")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    found = {row[0]: row[1:] for row in rows if row and row[0] in ("template", "keep", "strip")}
+    assert list(found) == ["template", "keep", "strip"]
+    assert len({tuple(row) for row in found.values()}) == 3

@@ -1,0 +1,102 @@
+"""Imports go one way: between the package's folders, between its files, and from tests to what they share."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "trl_singlepass"
+TESTS = ROOT / "tests"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# A folder imports itself and folders of smaller ranks; folders of one rank do not import each other.
+RANKS = {
+    "trees": 0,
+    "rendering": 1,
+    "cost": 1,
+    "data": 2,
+    "attention": 2,
+    "recurrent": 3,
+    "waves": 4,
+    "training": 5,
+    "reference": 6,
+    "reports": 6,
+    "scripts": 6,
+    "cli": 7,
+}
+MOST_ENTRIES = 13
+
+
+def name_of(path):
+    """`trl_singlepass/attention/sdpa.py` -> `trl_singlepass.attention.sdpa`; a package has the name of its folder."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imports_of(path):
+    """Modules of the package that a file imports, at any place of it and for type checking as well, as full names."""
+    package = name_of(path).split(".") if path.name == "__init__.py" else name_of(path).split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            if module not in MODULES:
+                continue
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            yield from names & MODULES.keys()
+            if names - MODULES.keys():
+                yield module
+
+
+def folder_of(module):
+    """`trl_singlepass.attention.sdpa` -> `attention`."""
+    return module.split(".")[1]
+
+
+IN_FOLDERS = [path for path in FILES if path != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", IN_FOLDERS, ids=name_of)
+def test_folders_import_one_way(path):
+    own = folder_of(name_of(path))
+    for module in imports_of(path):
+        other = folder_of(module)
+        assert other == own or RANKS[other] < RANKS[own], (
+            f"{own}/{path.name} imports {module}: {own} may not use {other}"
+        )
+
+
+def test_no_circle_of_files():
+    graph = {module: set(imports_of(path)) - {module} for module, path in MODULES.items() if module != PACKAGE.name}
+    before = None
+    while before != graph:  # take away files that import nothing of what is left, or are imported by nothing of it
+        before = graph
+        imported = set().union(*graph.values())
+        graph = {
+            module: modules & graph.keys()
+            for module, modules in graph.items()
+            if modules & graph.keys() and module in imported
+        }
+    assert not graph, f"these files import each other: {graph}"
+
+
+def test_every_folder_has_a_rank():
+    entries = {path.name for path in PACKAGE.iterdir()} - {"__init__.py", "py.typed", "__pycache__"}
+    assert entries == set(RANKS)
+    assert len(entries) <= MOST_ENTRIES
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_tests_import_nothing_of_a_test_file(path):
+    tests = {test.stem for test in TESTS.rglob("*.py") if test.stem.startswith(("test_", "conftest"))}
+    for node in ast.walk(ast.parse(path.read_text())):
+        named = [node.module or "", *(alias.name for alias in node.names)] if isinstance(node, ast.ImportFrom) else []
+        named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        parts = {part for name in named for part in name.split(".")}
+        assert not parts & tests, f"{path.relative_to(TESTS)} imports a test file: share it in tests/support/"

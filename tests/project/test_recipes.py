@@ -1,0 +1,143 @@
+"""Every training recipe is read by the command, trains a step, and reaches the number that its table promises."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+
+from demo import make_model
+from demo.load import load_rows
+from support.chat_tokenizers import make_tokenizer, template_text
+from support.playground import as_a_reader, make_playground, run_python
+from support.tiny_configs import tiny_config
+from trl_singlepass import SinglePassSFTTrainer, audit
+from trl_singlepass.cli import launch
+from trl_singlepass.scripts import sft
+
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+TOKENIZER = ROOT.parent / "shared" / "tokenizers" / "qwen3"
+TABLE = (ROOT / "recipes" / "README.md").read_text()
+# Settings of a run on CPU that takes a second, whatever the recipe is for.
+TINY = ["--bf16", "false", "--dtype", "float32", "--max_steps", "1", "--save_strategy", "no", "--report_to", "none"]
+ONE_STEP = [*TINY, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"]
+FAMILIES = {"gpt-oss-20b": ("gptoss", "gpt_oss"), "qwen3.5-4b": ("qwen3_5_think", "qwen3_5_text")}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+]
+
+
+def name_of(path):
+    return path.name.removesuffix(".yaml")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = make_playground(tmp_path_factory.mktemp("repository"))
+    with as_a_reader(folder) as patch:
+        run_python(["examples/agent_turns.py", "--max_steps", "1"], patch)
+    for name, (template, model_type) in FAMILIES.items():
+        tokenizer = make_tokenizer(template)
+        config = tiny_config(model_type, vocab_size=len(tokenizer))
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / "out" / name)
+        tokenizer.save_pretrained(folder / "out" / name)
+    return folder
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_recipe_trains_a_step(path, folder):
+    """With a tiny model of the same family in the place of the Hub's."""
+    settings = yaml.safe_load(path.read_text())
+    local = Path("out") / (path.stem if path.stem in FAMILIES else "demo-model")
+    with as_a_reader(folder):
+        arguments = ["--config", str(path), "--model_name_or_path", str(local), *ONE_STEP]
+        if "model_init_kwargs" in settings:
+            arguments += ["--model_init_kwargs", "{}"]
+        script, training, model, datasets, others = sft.make_parser().parse_args_and_config(
+            arguments, return_remaining_strings=True
+        )
+        assert script.dataset_name == settings["dataset_name"]
+        launched = launch_command_parser().parse_args([*launch.with_config_file(others), "train.py"])
+        assert launched.num_machines == settings.get("num_machines")
+        sft.main(script, training, model, datasets)
+    assert list((folder / training.output_dir).glob("*.safetensors"))
+
+
+def rows_of_the_table():
+    lines = [line for line in TABLE.splitlines() if line.startswith("| [")]
+    return {re.match(r"\| \[([\w.-]+)\]", line)[1]: [cell.strip() for cell in line.split("|")[1:-1]] for line in lines}
+
+
+def test_the_table_has_every_recipe_with_its_command():
+    rows = rows_of_the_table()
+    assert sorted(rows) == sorted(map(name_of, RECIPES))
+    for name, (link, model, *_, command, number) in rows.items():
+        settings = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+        assert link == f"[{name}]({name}.yaml)"
+        assert command.startswith(f"`trl-singlepass train --config recipes/{name}.yaml")
+        assert ("--machine_rank" in command) == ("num_machines" in settings)
+        assert settings["model_name_or_path"] in model or settings["model_name_or_path"].startswith("out/")
+        assert ("measured" in number) == settings.get("use_cpu", False)
+        assert ("predicted, not run" in number) != ("measured" in number)
+
+
+SIZES = {
+    "qwen3-0.6b": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072},
+    "qwen3-8b": {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12288},
+    "qwen3-32b": {"hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 64, "intermediate_size": 25600},
+}
+PREDICTED = {  # recipe: chat template, sizes
+    "qwen3-0.6b": (None, "qwen3-0.6b"),
+    "qwen3-8b-lora": (None, None),
+    "qwen3-8b-fsdp2": (None, "qwen3-8b"),
+    "qwen3-32b-zero3": (None, "qwen3-32b"),
+    "gpt-oss-20b": ("gptoss", None),
+    "qwen3.5-4b": ("qwen3_5_think", None),
+    "streaming": (None, "qwen3-0.6b"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TOKENIZER.is_dir(), reason="needs Qwen3's tokenizer in ../shared")
+@pytest.mark.parametrize("name", PREDICTED)
+def test_predictions_are_what_audit_counts(name):
+    template, model = PREDICTED[name]
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    if template is not None:
+        tokenizer.chat_template = template_text(template)
+    config = None
+    if model is not None:
+        config = Qwen3Config(num_key_value_heads=8, head_dim=128, vocab_size=151_936, **SIZES[model])
+    rows = load_rows(None, 10**6)
+    forecast = audit(rows, tokenizer, config, sample_size=len(rows)).forecast
+    promised = rows_of_the_table()[name][-1]
+    expected = f"sharing factor {forecast.sharing_factor.value:.2f}"
+    if config is not None:
+        expected += f", speed-up {forecast.over_npass.value:.2f}"
+    assert promised == f"{expected} (predicted, not run)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cpu-smoke", "tokenized-turns"])
+def test_measured_numbers_are_reached(name, tmp_path):
+    """With the demo's model and all of its data, as the recipe says."""
+    for path in ROOT.iterdir():
+        if path.name not in ("out", ".git"):
+            (tmp_path / path.name).symlink_to(path)
+    promised = float(re.search(r"loss below ([\d.]+)", rows_of_the_table()[name][-1])[1])
+    with as_a_reader(tmp_path) as patch:
+        patch.setattr(sys, "argv", ["make_model"])
+        make_model.main()
+        run_python(["examples/agent_turns.py", "--max_steps", "1"], patch)
+        patch.setattr(SinglePassSFTTrainer, "save_model", lambda self, folder: logged.extend(self.state.log_history))
+        logged = []
+        arguments = ["--config", f"recipes/{name}.yaml"]
+        sft.main(*sft.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False))
+    assert [entry["loss"] for entry in logged if "loss" in entry][-1] < promised

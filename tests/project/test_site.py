@@ -1,0 +1,58 @@
+"""The site builds with every link and anchor in place, and holds what it should."""
+
+import re
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+import trl_singlepass
+
+
+ROOT = Path(__file__).parents[2]
+mkdocs = pytest.importorskip("mkdocs.commands.build")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    from mkdocs.config import load_config
+
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        mkdocs.build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
+    return folder
+
+
+def text_of(page):
+    return unescape(re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8")))
+
+
+# Libraries of the builder use each other's old names.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")
+
+
+def test_the_reference_has_every_public_name_and_setting(site):
+    text = text_of(site / "reference" / "index.html")
+    settings = vars(trl_singlepass.SinglePassSFTConfig)["__annotations__"]
+    for name in (*trl_singlepass.__all__, *settings):
+        assert re.search(rf"\b{name}\b", text), name
+    assert "[`" not in text
+    assert "*optional*" not in text
+
+
+def test_every_page_is_listed_on_the_first():
+    listed = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "README.md").read_text())
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert sorted(listed) == sorted(pages)
+
+
+def test_no_markdown_leaves_the_docs():
+    """Links to files of the repository work on GitHub, but not on the site."""
+    for page in (ROOT / "docs").glob("*.md"):
+        assert not re.findall(r"\]\(\.\./", page.read_text()), page.name
+
+
+def test_no_formula_or_block_is_left_as_it_was_written(site):
+    for page in site.rglob("index.html"):
+        assert "```" not in text_of(page), page

@@ -1,0 +1,83 @@
+"""House rules that no linter checks: size of files, docstrings that list every argument."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+PACKAGE = Path(__file__).parents[2] / "trl_singlepass"
+FILES = sorted(PACKAGE.rglob("*.py"))
+SECTIONS = "Returns|Raises|Yields|Examples?|Source|Note"
+WITHOUT_TORCH = ["trees.prefix_tree", "trees.rows", "trees.sharing", "rendering.samples", "cost", "reports.tree_plots"]
+
+
+def name_of(path):
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_stay_short(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= 300, f"{path.name} has {lines} lines, 300 are allowed: split it where a name appears"
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_data_modules_do_not_import_torch(module):
+    code = f"import sys, trl_singlepass.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
+
+
+def public_callables():
+    """Public functions and classes of the package with the AST node that holds their docstring and arguments."""
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            yield pytest.param(node, id=f"{name_of(path)}.{node.name}")
+
+
+def arguments(node):
+    """Names that a caller passes: of a function, of `__init__`, or the fields of a dataclass."""
+    if isinstance(node, ast.ClassDef):
+        init = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+        if not init:
+            is_dataclass = any("dataclass" in ast.unparse(item) for item in node.decorator_list)
+            fields = [item for item in node.body if isinstance(item, ast.AnnAssign)] if is_dataclass else []
+            return [item.target.id for item in fields]
+        node = init[0]
+    spec = node.args
+    names = [argument.arg for argument in [*spec.posonlyargs, *spec.args, *spec.kwonlyargs]]
+    names += [argument.arg for argument in (spec.vararg, spec.kwarg) if argument]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+def state(node):
+    """Fields of a dataclass that fill themselves: a docstring may leave them out."""
+    fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and item.value is not None]
+    return {item.target.id for item in fields if re.search("default_factory|init=False", ast.unparse(item.value))}
+
+
+def documented(docstring):
+    """Argument names in the `Args:` section of a Hugging Face docstring."""
+    section = re.search(rf"^Args:\n(.*?)(?=^(?:{SECTIONS}):|\Z)", docstring, re.S | re.M)
+    if section is None:
+        return None
+    lines = section.group(1).splitlines()
+    indent = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
+    return re.findall(rf"^ {{{indent}}}\*{{0,2}}(\w+) \(", section.group(1), re.M)
+
+
+@pytest.mark.parametrize("node", list(public_callables()))
+def test_docstrings_list_the_arguments_of_the_signature(node):
+    names, expected = documented(ast.get_docstring(node) or ""), arguments(node)
+    if names is None:  # a one-line docstring may leave its arguments to the types
+        return
+    if isinstance(node, ast.ClassDef):
+        expected = [name for name in expected if name in names or name not in state(node)]
+        if node.bases:
+            names = [name for name in names if name in expected]  # the others are inherited
+    assert names == expected

@@ -1,0 +1,246 @@
+"""Recurrent layers on trees: exact for every hybrid family, whatever the tree, with and without checkpointing."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from support.chat_tokenizers import make_tokenizer
+from support.exact import assert_equal_to_npass, checkpoint_layers, forward
+from support.strategies import branch_at_every_depth, reasoning_chat, sample_sets
+from support.survey import branchy_chat
+from support.tiny_configs import HYBRIDS, KINDS, tiny_model
+from support.training import largest_difference, needs_cached_states, single_pass_trainer, stock_trainer
+from trl_singlepass.recurrent import layer as recurrent_layer
+from trl_singlepass.recurrent import recurrent_layers, stop_tree_recurrence
+from trl_singlepass.recurrent.layer import on_trees
+from trl_singlepass.recurrent.layer_kinds import Handling
+from trl_singlepass.recurrent.layout import Layout
+from trl_singlepass.recurrent.schedule import fork_schedule, path_schedule
+from trl_singlepass.reference.float64 import ForcedFloat64
+from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.training.model import UnsupportedModelError, check_model, use_tree_attention
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row, TreePlan
+from trl_singlepass.trees.sample import Sample
+
+
+SHARED = Path(__file__).parents[3] / "shared"
+pytestmark = [
+    needs_cached_states,
+    # The reference kernels of transformers say that they are slow.
+    pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning"),
+]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_branches_at_every_depth_shorter_than_the_convolution(model_type):
+    assert_equal_to_npass(tiny_model(model_type), [branch_at_every_depth()])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_several_conversations_in_one_row_with_padding(model_type):
+    chats = [reasoning_chat(2), reasoning_chat(1, seed=1), branch_at_every_depth()]
+    assert_equal_to_npass(tiny_model(model_type), chats, pad_to_multiple_of=64)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_gradient_checkpointing(model_type, use_reentrant):
+    model = tiny_model(model_type)
+    if not model.supports_gradient_checkpointing:
+        pytest.skip("has no gradient checkpointing")
+    # Reentrant checkpointing keeps no gradient for what leaves a layer on the side, in N-pass as well.
+    model.config.output_router_logits = not use_reentrant and getattr(model.config, "output_router_logits", False)
+    assert_equal_to_npass(model, [reasoning_chat(2), branchy_chat()], prepare=checkpoint_layers(use_reentrant))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("model_type", KINDS)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(samples=sample_sets())
+def test_random_trees(model_type, samples):
+    assert_equal_to_npass(tiny_model(model_type), [samples])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "kimi_linear", "bamba", "lfm2", "zamba2"])
+def test_states_at_forks_equal_whole_paths(model_type):
+    model = tiny_model(model_type)
+    use_tree_attention(model)
+    fast, _ = forward(model, [branchy_chat()])
+    for layer in recurrent_layers(model):
+        layer._tree_handling = Handling(starts_from_state=False)
+    slow, _ = forward(model, [branchy_chat()])
+    assert (fast.logits - slow.logits).abs().max() <= 1e-12 * slow.logits.abs().max()
+
+
+def test_a_chain_of_one_sample_per_tree_is_not_taken_for_one_text():
+    # Their multiplicity is 1 everywhere, which transformers takes for "nothing to mask".
+    chats = [[Sample.from_prompt_and_completion(list(range(5, 12)), [40 + seed, 41])] for seed in range(3)]
+    with ForcedFloat64():
+        assert_equal_to_npass(tiny_model("qwen3_5_text"), chats)
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_ordinary_batches_run_as_before(model_type):
+    model = tiny_model(model_type).float().eval()
+    batch = {"input_ids": torch.arange(5, 25).reshape(2, 10)}
+    before = model(**batch).logits
+    use_tree_attention(model)
+    layers = list(recurrent_layers(model))
+    assert layers
+    assert all(map(on_trees, layers))
+    assert torch.equal(model(**batch).logits, before)
+    stop_tree_recurrence(model)
+    assert not any("forward" in vars(layer) for layer in layers)
+    assert torch.equal(model(**batch).logits, before)
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_a_copied_model_runs_its_own_layers(model_type):
+    model = tiny_model(model_type)
+    use_tree_attention(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    outputs, _ = forward(twin, [reasoning_chat(2)])
+    assert outputs.logits.abs().max() > 0
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_without_the_tree_raises(use_reentrant):
+    model = tiny_model("qwen3_5_text")
+    use_tree_attention(model)
+    for handle in model._tree_handles:
+        handle.remove()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    outputs, _ = forward(model, [reasoning_chat(2)])
+    with pytest.raises(RuntimeError, match="is recomputed in backward, but the tree of its forward was not"):
+        outputs.logits.sum().backward()
+
+
+def test_selecting_attention_refuses_kernels_of_other_attention():
+    model = tiny_model("deepseek_v32")
+    for config in (model.config, *(layer.config for layer in recurrent_layers(model))):
+        config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="attn_implementation='sdpa' or 'eager', not 'flex_attention'"):
+        use_tree_attention(model)
+
+
+def test_unknown_mixing_layers_are_refused_by_name():
+    class MovingAverage(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.average = torch.nn.Conv1d(32, 32, 3, padding=2)
+
+        def forward(self, hidden_states):
+            return self.average(hidden_states.mT)[..., : hidden_states.shape[1]].mT
+
+    model = tiny_model("llama")
+    model.model.layers[1].mlp = torch.nn.Sequential(model.model.layers[1].mlp, MovingAverage())
+    with pytest.raises(UnsupportedModelError, match="has 'MovingAverage' layers; they mix neighbouring tokens"):
+        check_model(model)
+
+
+def test_models_that_look_ahead_are_refused():
+    with pytest.raises(UnsupportedModelError, match="attends to later tokens in 'BertSelfAttention'"):
+        check_model(tiny_model("bert", is_decoder=False))
+
+
+def runs_of(samples):
+    return TreePlan.from_rows([Row.from_tree(PrefixTree.from_samples(samples))])
+
+
+@settings(max_examples=100)
+@given(samples=sample_sets())
+def test_schedules_run_every_token_once_in_a_valid_order(samples):
+    plan = runs_of(samples)
+    for schedule in (fork_schedule(plan), path_schedule(plan), path_schedule(plan, reach=3)):
+        own = sorted(piece.ranges[-1] for piece in schedule.pieces)
+        assert [start for start, _ in own] == [0, *(end for _, end in own[:-1])]
+        assert own[-1][1] == plan.length
+        done = set()
+        for batch in schedule.batches:
+            pieces = [schedule.pieces[index] for index in batch]
+            assert all(piece.source < 0 or piece.source in done for piece in pieces)
+            assert len({piece.source >= 0 for piece in pieces}) == 1
+            assert len(batch) == 1 or not any(piece.is_source for piece in pieces)
+            assert not any(piece.is_source and piece.source >= 0 and piece.length == 1 for piece in pieces)
+            done |= set(batch)
+        assert done == set(range(len(schedule.pieces)))
+
+
+def test_no_layer_takes_a_lone_token_for_a_step_of_generation():
+    # The last token of the second sample is not trained, so its branch is that token and no more.
+    samples = [Sample(range(5, 12), [0.0] + [1.0] * 6, 1), Sample([5, 6, 7, 30], [0.0, 1.0, 1.0, 0.0], 1)]
+    row = Row.from_tree(PrefixTree.from_samples(samples))
+    plan = TreePlan.from_rows([row])
+    layout = Layout(plan.length, fork_schedule(plan), torch.device("cpu"))
+    starts = [layout.schedule.pieces[batch[0]].source < 0 for batch in layout.schedule.batches]
+    lengths = [length for _, length in layout.shapes]
+    assert 1 in [piece.length for piece in layout.schedule.pieces if piece.source >= 0]
+    assert all(length >= 2 or start for length, start in zip(lengths, starts, strict=True))
+
+
+def test_forks_run_no_token_twice_when_branches_are_long():
+    schedule = fork_schedule(runs_of(reasoning_chat(6)))
+    assert sum(piece.num_warmup for piece in schedule.pieces) == 0
+    # All six branches together, after six pieces of history.
+    assert len(schedule.batches) <= 6 + 2
+
+
+def test_reach_bounds_the_history_that_is_run_again():
+    plan = runs_of(reasoning_chat(6))
+    assert max(piece.num_warmup for piece in path_schedule(plan, reach=3).pieces) == 3
+    assert max(piece.num_warmup for piece in path_schedule(plan).pieces) > 40
+
+
+def shortest_conversations(count):
+    with (SHARED / "data" / "mathchat_follow_up_300.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    rows = [row for row in rows if sum(message["role"] == "assistant" for message in row["messages"]) >= 3]
+    return sorted(rows, key=lambda row: len(json.dumps(row)))[:count]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the conversations in ../shared")
+@pytest.mark.parametrize(
+    ("template", "model_type"),
+    [("qwen3_5_think", "qwen3_5_text"), ("nemotron_3_nano", "nemotron_h"), ("lfm2_2_5", "lfm2")],
+)
+def test_trainer_on_real_conversations(tmp_path, template, model_type):
+    tokenizer = make_tokenizer(template)
+    conversations = shortest_conversations(2)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = {"vocab_size": len(tokenizer), "initializer_range": 0.05, **special}
+    models = [tiny_model(model_type, **sizes).float() for _ in range(2)]
+    for model in models:
+        if hasattr(model.config, "output_router_logits"):
+            model.config.output_router_logits = False
+    ours = single_pass_trainer(
+        tmp_path, tokenizer, conversations, models[0], per_device_train_batch_size=len(conversations)
+    )
+    samples = [sample for row in conversations for sample in render_row(row, tokenizer)]
+    rows = [
+        {"input_ids": sample.token_ids.tolist(), "completion_mask": (sample.loss_weights > 0).astype(int).tolist()}
+        for sample in samples
+    ]
+    theirs = stock_trainer(
+        tmp_path, tokenizer, rows, models[1], per_device_train_batch_size=len(rows), completion_only_loss=True
+    )
+    ours.train()
+    theirs.train()
+    assert largest_difference(ours, theirs) < 1e-6
+
+
+def test_a_layer_that_does_not_take_its_state_from_the_cache_is_refused(monkeypatch):
+    monkeypatch.setattr(recurrent_layer, "_cache_arguments", lambda layer: set())
+    with pytest.raises(RuntimeError, match="would be trained without their history"):
+        assert_equal_to_npass(tiny_model("qwen3_5_text"), [branch_at_every_depth()])

@@ -1,0 +1,234 @@
+"""`verify` on sound models, on defects planted on purpose, and what it leaves behind."""
+
+import pytest
+import torch
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+from support.conversations import TOOLS, chat, tool_chat
+from support.families import FAMILIES, tiny_model
+from support.strategies import reasoning_chat
+from trl_singlepass import Sample, verify
+from trl_singlepass.recurrent.layer import on_trees
+from trl_singlepass.reference import leak_probe, npass_loss_and_gradients, single_pass
+from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.trees.rows import TreePlan
+
+
+CONVERSATIONS = [chat(3), chat(2, seed=1)]
+
+
+def model_for(tokenizer, family="qwen3", dtype=torch.float32, **overrides):
+    return tiny_model(family, vocab_size=len(tokenizer), dtype=dtype, **overrides)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_sound_model_agrees(tokenizer, family, dtype):
+    report = verify(model_for(tokenizer, family, dtype), tokenizer, CONVERSATIONS)
+    assert report.ok, str(report)
+    assert report.rows[0].leak.leaked == 0
+    assert len(report.rows) == 2
+    assert [turn.message_index for turn in report.rows[0].turns] == [2, 4, 6]
+
+
+def test_the_report_is_a_table(tokenizer):
+    report = verify(model_for(tokenizer), tokenizer, CONVERSATIONS)
+    text = str(report)
+    assert "The single pass equals N-pass within the precision of float32." in text
+    assert "Loss per turn (5 of 5)" in text
+    assert f"{report.npass_loss:.6f}" in text
+    tokens = [(row.npass_tokens, row.single_pass_tokens) for row in report.rows]
+    assert f"sharing factor {sum(n for n, _ in tokens) / sum(t for _, t in tokens):.2f}" in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_losses_are_pooled_over_tokens(tokenizer):
+    report = verify(model_for(tokenizer), tokenizer, CONVERSATIONS)
+    turns = [turn for row in report.rows for turn in row.turns]
+    pooled = sum(turn.npass_loss * turn.num_tokens for turn in turns) / sum(turn.num_tokens for turn in turns)
+    assert report.npass_loss == pytest.approx(pooled, rel=1e-6)
+
+
+def test_dataset_rows_with_tools_and_completions(tokenizer):
+    rows = [
+        {"messages": tool_chat(), "tools": TOOLS},
+        {"prompt": tool_chat()[:3], "completion": tool_chat()[3:], "tools": TOOLS},
+    ]
+    report = verify(model_for(tokenizer), tokenizer, rows)
+    assert report.ok, str(report)
+    assert [len(row.turns) for row in report.rows] == [3, 2]
+    with_tools = verify(model_for(tokenizer), tokenizer, [tool_chat()], tools=TOOLS)
+    assert with_tools.rows[0].npass_tokens == report.rows[0].npass_tokens
+
+
+def test_max_rows_limits_the_work(tokenizer):
+    endless = (chat(1, seed=seed) for seed in range(10**9))
+    assert len(verify(model_for(tokenizer), tokenizer, endless, max_rows=2).rows) == 2
+
+
+def test_nothing_to_verify_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="`conversations` is empty"):
+        verify(model_for(tokenizer), tokenizer, [])
+
+
+# peft asks for it by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_compares_the_adapter(tokenizer):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
+    model = peft.get_peft_model(model_for(tokenizer), config)
+    report = verify(model, tokenizer, CONVERSATIONS)
+    assert report.ok, str(report)
+    assert "lora" in report.rows[0].worst_parameter
+
+
+HYBRID = {
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("comes_on_trees", [False, True])
+def test_a_model_with_recurrent_layers_agrees_and_is_left_as_it_was(tokenizer, dtype, comes_on_trees):
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(vocab_size=len(tokenizer), **HYBRID)).to(dtype)
+    if comes_on_trees:
+        use_tree_attention(model)
+    attention = model.config._attn_implementation
+    report = verify(model, tokenizer, CONVERSATIONS)
+    assert report.ok, str(report)
+    assert model.config._attn_implementation == attention
+    assert any(map(on_trees, model.modules())) == comes_on_trees
+
+
+def state_of(model):
+    return {
+        "training": [module.training for module in model.modules()],
+        "attention": model.config._attn_implementation,
+        "parameters": {name: (p.data_ptr(), p.detach().clone(), p.grad) for name, p in model.named_parameters()},
+    }
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "tree_torch"])
+def test_the_model_is_left_as_it_was(tokenizer, attention):
+    model = model_for(tokenizer)
+    model.set_attn_implementation(attention)
+    model.lm_head.eval()  # a model may train only in part
+    model.get_input_embeddings().weight.grad = torch.ones_like(model.get_input_embeddings().weight)
+    before, random_state = state_of(model), torch.get_rng_state()
+    verify(model, tokenizer, CONVERSATIONS)
+    after = state_of(model)
+    assert after["training"] == before["training"]
+    assert after["attention"] == before["attention"]
+    for name, (pointer, value, gradient) in before["parameters"].items():
+        assert after["parameters"][name][0] == pointer
+        assert torch.equal(after["parameters"][name][1], value)
+        assert after["parameters"][name][2] is gradient
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_the_model_is_left_as_it_was_after_an_error(tokenizer, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    model = model_for(tokenizer)
+    before = state_of(model)
+    monkeypatch.setattr(single_pass, "tree_context", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        verify(model, tokenizer, CONVERSATIONS)
+    after = state_of(model)
+    assert (after["training"], after["attention"]) == (before["training"], before["attention"])
+
+
+def test_npass_ignores_tree_attention(tokenizer):
+    model = model_for(tokenizer)
+    samples = reasoning_chat()
+    expected = npass_loss_and_gradients(model, samples)
+    use_tree_attention(model)
+    found = npass_loss_and_gradients(model, samples)
+    assert model.config._attn_implementation == "tree_torch"
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.num_tokens == sum(map(len, samples))
+
+
+def test_npass_needs_a_trained_token(tokenizer):
+    with pytest.raises(ValueError, match="no token of the samples has a weight above 0"):
+        npass_loss_and_gradients(model_for(tokenizer), [Sample([1, 2], [0, 0], 1)])
+
+
+def plant(monkeypatch, change):
+    """Plant a defect in the batch on its way to the model."""
+    collate = single_pass._batch_of
+    monkeypatch.setattr(single_pass, "_batch_of", lambda *args: change(collate(*args)))
+
+
+def target_moved_by_one(batch):
+    labels, branch = batch["labels"][0], batch["tree_plan"].runs[-1]
+    labels[branch.start + 1 : branch.end - 1] = labels[branch.start + 2 : branch.end].clone()
+    return batch
+
+
+def position_off_by_one(batch):
+    run = batch["tree_plan"].runs[-1]
+    batch["position_ids"][0, run.start : run.end] += 1
+    return batch
+
+
+def branch_sees_its_sibling(batch):
+    *_, sibling, branch = batch["tree_plan"].runs
+    batch["subtree_end"][0, sibling.start : sibling.end] = branch.end
+    batch["tree_plan"] = TreePlan.from_subtree_end(batch["subtree_end"][0].numpy())
+    return batch
+
+
+def branch_misses_its_history(batch):
+    branch = batch["tree_plan"].runs[-1]
+    _, end = branch.prefix[-1]
+    batch["subtree_end"][0, end - 5 : end] = branch.start
+    batch["tree_plan"] = TreePlan.from_subtree_end(batch["subtree_end"][0].numpy())
+    return batch
+
+
+DEFECTS = [target_moved_by_one, position_off_by_one, branch_sees_its_sibling, branch_misses_its_history]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
+def test_defects_are_found(tokenizer, monkeypatch, defect, dtype):
+    plant(monkeypatch, defect)
+    report = verify(model_for(tokenizer, dtype=dtype), tokenizer, CONVERSATIONS)
+    assert not report.ok
+    assert "does NOT equal N-pass" in str(report)
+
+
+def test_the_verdict_names_a_leak(tokenizer, monkeypatch):
+    plant(monkeypatch, branch_sees_its_sibling)
+    model = model_for(tokenizer)
+    assert "a turn sees tokens of another turn" in str(verify(model, tokenizer, CONVERSATIONS))
+    use_tree_attention(model)
+    assert leak_probe(model.eval(), reasoning_chat()).leaked > 0
+
+
+def test_the_verdict_names_lost_history(tokenizer, monkeypatch):
+    plant(monkeypatch, branch_misses_its_history)
+    model = model_for(tokenizer)
+    assert "have no effect on it" in str(verify(model, tokenizer, CONVERSATIONS))
+    use_tree_attention(model)
+    assert leak_probe(model.eval(), reasoning_chat()).blind > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sound_model_leaks_nothing(family):
+    model = tiny_model(family, dtype=torch.float32).eval()
+    use_tree_attention(model)
+    assert leak_probe(model, reasoning_chat()).ok

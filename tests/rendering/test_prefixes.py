@@ -1,0 +1,162 @@
+"""Every prefix of a conversation rendered fast: the text of `apply_chat_template`, in a sandbox as strict."""
+
+import pytest
+import transformers.tokenization_utils_base
+from jinja2 import Template
+from jinja2.runtime import LoopContext, Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from support.chat_conversations import AGENT
+from support.chat_tokenizers import TEMPLATES, make_tokenizer
+from trl_singlepass.rendering import prefixes as rendering_prefixes
+from trl_singlepass.rendering.conversation import Conversation
+from trl_singlepass.rendering.prefixes import Prefixes
+from trl_singlepass.rendering.samples import render_samples
+from trl_singlepass.rendering.sandbox import CachingSandbox, compiled_template
+
+
+TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Looks up.", "parameters": {}}}]
+
+
+def chat(turns):
+    pair = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "reasoning_content": "Rowan.", "content": "Aspen."},
+    ]
+    return [{"role": "system", "content": "Be brief."}, *pair * turns]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compared(monkeypatch):
+    monkeypatch.setattr(rendering_prefixes, "_compared", {})
+
+
+@pytest.fixture
+def public_renderings(monkeypatch):
+    """Every call of transformers' own rendering."""
+    calls = []
+    render = transformers.tokenization_utils_base.render_jinja_template
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs)
+        return render(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.tokenization_utils_base, "render_jinja_template", counted)
+    return calls
+
+
+def rendered(render, *args, **kwargs):
+    try:
+        return render(*args, **kwargs)
+    except Exception as error:
+        return repr(error)
+
+
+@pytest.mark.parametrize("messages", [chat(3), AGENT], ids=["chat", "agent"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+def test_beginnings_equal_apply_chat_template(name, messages):
+    tokenizer, conversation = make_tokenizer(name), Conversation(messages, TOOLS, {"enable_thinking": True})
+    for again in (False, True):  # the first conversation is compared as it is rendered, the second is not
+        prefixes = Prefixes.from_conversation(conversation, tokenizer)
+        assert prefixes.compares == (prefixes.compiled is not None and not again)
+        render, adapted = prefixes.template.render, prefixes.messages
+        for k in range(1, len(adapted)):
+            assert rendered(prefixes.prompt, k) == rendered(render, adapted[:k], True)
+            assert rendered(prefixes.context, k) == rendered(render, adapted[:k])
+            own = prefixes.trained.get(k, adapted[k])
+            assert rendered(prefixes.through, k) == rendered(render, [*adapted[:k], own])
+        last = {"role": "assistant", "content": "Oak."}
+        assert rendered(prefixes.through, len(adapted) - 1, last) == rendered(render, [*adapted[:-1], last])
+    if not rendered(render, adapted).endswith(")"):
+        assert prefixes.compiled is not None, "rendered fast"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gptoss", "glm4moe", "nemotron_3_nano", "gemma4_v5", "lfm2_2_5"])
+def test_transformers_renders_as_often_for_many_turns_as_for_few(name, public_renderings):
+    tokenizer = make_tokenizer(name)
+    render_samples(chat(2), tokenizer)  # the first of a template is compared
+    calls = []
+    for turns in (2, 12):
+        public_renderings.clear()
+        render_samples(chat(turns), tokenizer)
+        calls.append(len(public_renderings))
+    assert calls == [2, 2], "one to see the messages, one to compare the longest rendering"
+
+
+def test_another_text_is_never_taken(monkeypatch, public_renderings):
+    tokenizer = make_tokenizer("qwen3")
+    expected = render_samples(chat(4), tokenizer)
+    # Wrong in prompts alone, so that the comparison of the longest rendering cannot see it.
+    wrong = "{% if add_generation_prompt %}wrong{% else %}" + tokenizer.chat_template + "{% endif %}"
+    monkeypatch.setattr(rendering_prefixes, "compiled_template", lambda _: compiled_template(wrong))
+    monkeypatch.setattr(rendering_prefixes, "_compared", {})
+    for _ in range(2):
+        public_renderings.clear()
+        samples = render_samples(chat(4), tokenizer)
+        for sample, right in zip(samples, expected, strict=True):
+            assert sample.token_ids.tolist() == right.token_ids.tolist()
+    assert len(public_renderings) == 8, "the second conversation is rendered by transformers alone"
+
+
+def test_a_template_that_never_says_the_same_is_left_to_transformers():
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.chat_template += "{{ range(1000000) | random }}"
+    assert Prefixes.from_conversation(Conversation(chat(2)), tokenizer).compiled is None
+
+
+def test_a_tokenizer_with_a_way_of_its_own_is_left_to_it(monkeypatch):
+    tokenizer = make_tokenizer("qwen3")
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *_, **__: "its own")
+    assert Prefixes.from_conversation(Conversation(chat(2)), tokenizer).through(2) == "its own"
+
+
+@pytest.mark.parametrize("name", ["continue_final_message", "not an identifier"])
+def test_arguments_that_no_template_sees_are_left_to_transformers(name):
+    conversation = Conversation(chat(2), template_kwargs={name: False})
+    assert Prefixes.from_conversation(conversation, make_tokenizer("qwen3")).compiled is None
+
+
+def test_the_sandbox_hands_out_what_transformers_sandbox_hands_out():
+    source = "{{ messages }}"
+    stock, remembering = _compile_jinja_template(source).environment, compiled_template(source).environment
+    assert type(stock) is ImmutableSandboxedEnvironment
+    assert type(remembering) is CachingSandbox
+    namespace = stock.globals["namespace"](word="Oak", method="x".upper, format="x".format)
+    loop = LoopContext([1, 2], Undefined)
+    for value in ("text", {"role": "user", "keys": 1, "_hidden": 2}, [1], namespace, loop, print, 3, None, type(loop)):
+        names = {*dir(value), "role", "keys", "_hidden", "word", "method", "format", "nothing"}
+        for name in sorted(names):
+            expected, found = (environment.getattr(value, name) for environment in (stock, remembering))
+            assert type(found) is type(expected), (value, name)
+            if isinstance(expected, Undefined):
+                assert found._undefined_exception is expected._undefined_exception
+                assert found._undefined_message == expected._undefined_message
+            elif not callable(expected):
+                assert found == expected or name in ("__dict__",)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ '{0.__class__}'.format(messages) }}",
+        "{{ '{a.__class__}'.format_map({'a': messages}) }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(role='x') }}{{ messages[0].role }}",
+        "{{ messages[0].pop('role') }}",
+        "{{ messages[0]['__class__'] }}",
+        "{% for m in messages %}{{ loop.__init__.__globals__ }}{% endfor %}",
+        "{% set ns = namespace(a=1) %}{{ ns.__init__ }}{{ ns._Namespace__attrs }}",
+        "{% set ns = namespace(f='{0.__class__}'.format) %}{{ ns.f(messages) }}",
+        "{{ messages[0].content.strip.__self__.__class__ }}",
+        "{{ messages[0].content.split('a', maxsplit=1) }}{{ messages[0].content.upper(1) }}",
+        "{{ range(10**9) | list }}",
+        "{{ messages[0].items() | list }}{{ messages[0].get('role') }}{{ messages[0].nothing.more }}",
+    ],
+)
+def test_templates_get_as_far_as_in_transformers_sandbox(source):
+    fast, stock = compiled_template(source), _compile_jinja_template(source)
+    assert isinstance(fast, Template)
+    texts = [rendered(template.render, messages=chat(1)) for template in (stock, fast)]
+    assert texts[0] == texts[1]

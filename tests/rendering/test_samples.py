@@ -1,0 +1,175 @@
+"""Turns of conversations as samples: equal to `apply_chat_template`, whatever the template does with history."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from support.chat_conversations import AGENT, CHAT, TOOLS, completion, prompt, without_reasoning
+from support.chat_tokenizers import CONTROL_TOKENS, make_tokenizer, template_text
+from trl_singlepass.rendering.samples import RenderingError, render_row, render_samples
+from trl_singlepass.trees.sample import CompletionKind
+
+
+SHARED = Path(__file__).parents[3] / "shared"
+DATA = ["llamafactory_reason_tool_use", "taubench_gpt4o_airline", "mathchat_follow_up_300"]
+
+
+WRITES_ITS_STOP = [
+    *("qwen3", "qwen3_5_think", "qwen3_6", "qwen3_8", "gptoss", "nemotron_3_nano", "lfm2_2_5", "gemma4_v5"),
+    *("muse_glimmer", "qwen3_training", "nemotron_3_ultra"),
+]
+
+
+@pytest.mark.parametrize("name", WRITES_ITS_STOP)
+@pytest.mark.parametrize("messages", [CHAT, AGENT], ids=["chat", "agent"])
+def test_samples_equal_apply_chat_template(name, messages):
+    tokenizer, tools = make_tokenizer(name), TOOLS if messages is AGENT else None
+    for sample in render_samples(messages, tokenizer, tools=tools):
+        k = sample.message_index
+        served = tokenizer.apply_chat_template(
+            messages[:k], tools=tools, add_generation_prompt=True, return_dict=False
+        )
+        whole = tokenizer.apply_chat_template(messages[: k + 1], tools=tools, return_dict=False)
+        assert sample.token_ids[: sample.prompt_length].tolist() == served
+        if sample.kind == CompletionKind.AS_SERVED:
+            assert sample.token_ids.tolist() == whole
+        else:  # the history of the whole is another one
+            own = sample.token_ids[sample.prompt_length :].tolist()
+            assert whole[-len(own) :] == own
+        assert sample.loss_weights[sample.prompt_length :].all()
+
+
+def test_prompt_stays_as_served_where_a_token_reaches_over_the_border(qwen3_tokenizer):
+    # Without reasoning, "<think>\n" is followed by "\n</think>", and "\n\n" is one token of Qwen3's tokenizer.
+    qwen3_tokenizer.chat_template = template_text("qwen3_5_think")
+    for sample in render_samples(without_reasoning(CHAT), qwen3_tokenizer):
+        messages = without_reasoning(CHAT)[: sample.message_index]
+        served = qwen3_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert sample.token_ids[: sample.prompt_length].tolist() == served
+        assert completion(sample, qwen3_tokenizer).startswith("\n</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"), [("qwen3", "\n</think>"), ("gptoss", "<|end|>"), ("gemma4_v5", "\n<channel|>")]
+)
+def test_reasoning_length_reaches_to_the_closing_tag(name, tag):
+    tokenizer = make_tokenizer(name)
+    sample = render_samples(CHAT, tokenizer)[0]
+    reasoning = sample.token_ids[sample.prompt_length :][: sample.reasoning_length]
+    assert tokenizer.decode(reasoning).endswith("We compare both." + tag)
+    assert render_samples(without_reasoning(CHAT), tokenizer)[0].reasoning_length == 0
+
+
+CLOCK = (
+    "{{ strftime_now('%H:%M:%S.%f') }} {{ strftime_now('%d %B %Y') }}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_clock_stands_still_over_one_conversation():
+    tokenizer = make_tokenizer(None, CLOCK)
+    first, second = render_samples(without_reasoning(CHAT), tokenizer)
+    assert np.array_equal(second.token_ids[: len(first) - 1], first.token_ids[:-1])
+    date = tokenizer.apply_chat_template(CHAT[:1], tokenize=False).split("<")[0].split(" ", 1)[1]
+    assert date in prompt(first, tokenizer)  # the frozen clock formats as transformers does
+    assert tokenizer.decode(first.token_ids).count("%") == 0
+
+
+def test_templates_that_print_the_date_render_as_transformers_renders_them():
+    tokenizer = make_tokenizer("gptoss")
+    assert "Current date: 20" in prompt(render_samples(CHAT, tokenizer)[0], tokenizer)
+
+
+def test_arguments_may_be_json_strings_or_dicts_for_any_template():
+    as_json = json.loads(json.dumps(AGENT))
+    for message in as_json:
+        for item in message.get("tool_calls", []):
+            item["function"]["arguments"] = json.dumps(item["function"]["arguments"], ensure_ascii=False)
+    for name in ("qwen3", "glm4moe", "lfm2_2_5", "gptoss"):
+        tokenizer = make_tokenizer(name)
+        pairs = zip(*(render_samples(m, tokenizer, tools=TOOLS) for m in (AGENT, as_json)), strict=True)
+        assert all(np.array_equal(left.token_ids, right.token_ids) for left, right in pairs)
+    tokenizer = make_tokenizer("deepseekv3")
+    left, right = (render_samples(without_reasoning(m)[:2], tokenizer, tools=TOOLS)[0] for m in (AGENT, as_json))
+    assert completion(left, tokenizer) == completion(right, tokenizer)
+    assert '{"user_id": "u7"}' in completion(left, tokenizer)
+
+
+def test_template_kwargs_and_template_are_honoured():
+    tokenizer = make_tokenizer("qwen3")
+    sample = render_samples(without_reasoning(CHAT), tokenizer, enable_thinking=False)[0]
+    assert prompt(sample, tokenizer).endswith("<think>\n\n</think>\n\n")
+    sample = render_samples(CHAT, tokenizer, chat_template=template_text("lfm2_2_5"))[0]
+    assert completion(sample, tokenizer) == "<think>We compare both.</think>The first one.<|im_end|>\n"
+
+
+def test_prompts_that_close_the_reasoning_are_served_as_they_are():
+    tokenizer, messages = make_tokenizer("qwen3_5_nothink"), without_reasoning(CHAT)
+    sample = render_samples(messages, tokenizer)[0]
+    assert prompt(sample, tokenizer).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert completion(sample, tokenizer) == "The first one.<|im_end|>\n"
+    with pytest.raises(RenderingError, match="its prompt closes the reasoning before the message can give its own"):
+        render_samples(CHAT, tokenizer)
+
+
+def test_samples_do_not_depend_on_process():
+    tokenizer = pickle.loads(pickle.dumps(make_tokenizer("glm4moe")))
+    here, there = render_samples(CHAT, make_tokenizer("glm4moe")), render_samples(CHAT, tokenizer)
+    assert all(np.array_equal(left.token_ids, right.token_ids) for left, right in zip(here, there, strict=True))
+
+
+@pytest.fixture(scope="module")
+def qwen3_tokenizer():
+    folder = SHARED / "tokenizers" / "qwen3"
+    if not folder.exists():
+        pytest.skip("no Qwen3 tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(CONTROL_TOKENS, special_tokens=True)  # of the other templates
+    return tokenizer
+
+
+@pytest.mark.parametrize("file", DATA)
+@pytest.mark.parametrize("name", ["qwen3", "gptoss", "glm4moe"])
+def test_real_conversations_equal_apply_chat_template(file, name, qwen3_tokenizer):
+    path = SHARED / "data" / f"{file}.jsonl"
+    if not path.exists():
+        pytest.skip(f"no {path.name}")
+    qwen3_tokenizer.chat_template = template_text(name)
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:12]]
+    for row in rows:
+        if any(len(message.get("tool_calls") or []) > 1 for message in row["messages"]) and name == "gptoss":
+            continue  # it renders one call a message
+        tools = row.get("tools")
+        for sample in render_samples(row["messages"], qwen3_tokenizer, tools=tools)[-4:]:
+            messages = with_dict_arguments(row["messages"][: sample.message_index + 1])
+            whole = qwen3_tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
+            served = qwen3_tokenizer.apply_chat_template(
+                messages[:-1], tools=tools, add_generation_prompt=True, return_dict=False
+            )
+            assert sample.token_ids[: sample.prompt_length].tolist() == served
+            own = sample.token_ids[sample.prompt_length :].tolist()
+            added = int(name == "glm4moe")  # its stop token
+            assert own[: len(own) - added] == whole[len(whole) - len(own) + added :]
+            if sample.kind == CompletionKind.AS_SERVED:
+                assert len(served) + len(own) - added == len(whole)
+
+
+def with_dict_arguments(messages):
+    messages = json.loads(json.dumps(messages))
+    for message in messages:
+        for item in message.get("tool_calls") or []:
+            arguments = item["function"]["arguments"]
+            item["function"]["arguments"] = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return messages
+
+
+def test_row_errors_name_the_row():
+    with pytest.raises(RenderingError, match=r"^Row 7: Message 1 cannot be rendered with the chat template 'qwen3'"):
+        render_row(
+            {"messages": [CHAT[0], {"role": "assistant", "cot": "x", "content": ""}]}, make_tokenizer(), row_index=7
+        )

@@ -1,0 +1,77 @@
+"""Text that renderings share is tokenised once, to the tokens of the whole text."""
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken
+
+from support.chat_conversations import AGENT
+from support.chat_tokenizers import make_tokenizer
+from trl_singlepass.rendering.samples import _length_within
+from trl_singlepass.rendering.tokenization import HardBorders, hard_borders, tokenize
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gptoss", "glm4moe", "gemma4_v5"])
+def test_shared_text_is_tokenised_once_to_the_same_tokens(name):
+    tokenizer = make_tokenizer(name)
+    borders = hard_borders(tokenizer, tokenizer.chat_template)
+    assert borders.tokens
+    texts = ["", "<", "plain  text\n", "<think>", " <think> <|im_end|>\n\n<|im_end|", "<|channel|><|channel>é<|end|>"]
+    texts += [tokenizer.apply_chat_template(AGENT[:k], tokenize=False) for k in range(1, 9)]
+    for ids, text in zip(tokenize(borders, texts), texts, strict=True):
+        assert ids.tolist() == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_tokenizers_with_a_prefix_space_are_not_cut():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "▁x": 1, "x": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer.add_tokens(["<a>"], special_tokens=True)
+    assert hard_borders(tokenizer, "<a>").tokens == []
+
+
+def test_borders_are_tokens_that_nothing_else_can_reach_over():
+    tokenizer = make_tokenizer()
+    added = ["<a>", "<b>", "x<b", "<c>", "<c><c>"]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
+    tokenizer.add_tokens([AddedToken("<d>", normalized=True), AddedToken("<e>", normalized=False, lstrip=True)])
+    assert hard_borders(tokenizer, "<a><b><c><d><e>").tokens == ["<a>"]
+
+
+def test_token_that_reaches_over_the_closing_tag_counts_as_reasoning():
+    assert _length_within(np.array([1, 2]), np.array([1, 2, 3])) == 2
+    assert _length_within(np.array([1, 9]), np.array([1, 2, 3])) == 2
+
+
+def test_a_long_beginning_is_tokenised_once_for_all_conversations(monkeypatch):
+    tokenizer = make_tokenizer()
+    borders = HardBorders(tokenizer, ["<|im_start|>", "<|im_end|>"])
+    asked, encode = [], borders.encode
+    monkeypatch.setattr(borders, "encode", lambda pieces: asked.extend(pieces) or encode(pieces))
+    system = "Be brief. " * 200
+    for number in range(100):
+        texts = [f"<|im_start|>{system}<|im_end|>{number}", f"<|im_start|>{system}<|im_end|>{number}{system}"]
+        for ids, text in zip(tokenize(borders, texts), texts, strict=True):
+            assert ids.tolist() == tokenizer(text, add_special_tokens=False).input_ids
+    assert asked.count(system) == 1
+    for number in range(100):
+        tokenize(borders, [f"{system}{number}<|im_end|>"])
+    assert len(borders.beginnings) == 64, "the last ones are kept"
+
+
+def test_a_tokenizer_that_pads_or_has_a_way_of_its_own_is_asked_itself():
+    tokenizer = make_tokenizer()
+    assert hard_borders(tokenizer, tokenizer.chat_template).backend is tokenizer.backend_tokenizer
+    borders = HardBorders(tokenizer, ["<|im_end|>"])
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    (ids,) = tokenize(borders, ["a<|im_end|>b"])
+    assert ids.tolist() == tokenizer("a<|im_end|>b", add_special_tokens=False).input_ids
+
+    class Own(type(tokenizer)):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    tokenizer.__class__ = Own
+    assert HardBorders(tokenizer, ["<|im_end|>"]).backend is None

@@ -1,0 +1,112 @@
+"""Comparison of loss and gradients in float64, to the tolerance that the project promises."""
+
+from functools import partial
+
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trl_singlepass.attention import tree_context
+from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.reference import npass_loss_and_gradients
+from trl_singlepass.reference.float64 import ForcedFloat64
+from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row
+
+
+TOLERANCE = 1e-12
+
+
+def checkpoint_layers(use_reentrant):
+    """Return a function that turns gradient checkpointing on, in float64."""
+
+    def prepare(model):
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        recompute_in_float64(model)
+
+    return prepare
+
+
+CHECKPOINTING = {
+    "stored": None,
+    "reentrant": checkpoint_layers(use_reentrant=True),
+    "non-reentrant": checkpoint_layers(use_reentrant=False),
+}
+
+
+def recompute_in_float64(model):
+    """Autograd leaves the context that forces float64 when it runs a checkpointed layer again: enter it there."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert layers
+    for layer in layers:
+        assert layer.gradient_checkpointing
+        checkpoint = layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = partial(_checkpoint_in_float64, checkpoint)
+
+
+def _checkpoint_in_float64(checkpoint, function, *args):
+    return checkpoint(in_float64(function), *args)
+
+
+def in_float64(function):
+    """Return the function, run in the context that forces float64."""
+
+    def forced(*args):
+        with ForcedFloat64():
+            return function(*args)
+
+    return forced
+
+
+def one_row_each(sample_sets):
+    """Return a row per sample set, which holds its tree."""
+    return [Row.from_tree(PrefixTree.from_samples(samples)) for samples in sample_sets]
+
+
+def forward(model, sample_sets, pad_to_multiple_of=None, rows_of=one_row_each):
+    """Run the rows of the sample sets side by side in one; return the model's outputs and the batch."""
+    rows = [row.columns() for row in rows_of(sample_sets)]
+    batch = DataCollatorForSinglePass(pad_token_id=0, pad_to_multiple_of=pad_to_multiple_of)(rows)
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
+    if getattr(model.config, "output_router_logits", False):
+        inputs["output_router_logits"] = True
+    with tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]):
+        return model(**inputs, use_cache=False), batch
+
+
+def single_pass_loss(model, sample_sets, pad_to_multiple_of=None, rows_of=one_row_each):
+    """Loss of one row, written the way any consumer would that shifts labels by one."""
+    outputs, batch = forward(model, sample_sets, pad_to_multiple_of, rows_of)
+    logits, labels = outputs.logits[0, :-1], batch["labels"][0, 1:]
+    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+    weights = batch["loss_weights"][0, 1:].to(nll.dtype) if "loss_weights" in batch else (labels != -100).to(nll.dtype)
+    loss = (nll * weights).sum() / weights.sum()
+    if getattr(model.config, "output_router_logits", False):
+        loss = loss + model.config.router_aux_loss_coef * outputs.aux_loss
+    return loss
+
+
+def assert_equal_to_npass(model, sample_sets, prepare=None, pad_to_multiple_of=None, rows_of=one_row_each):
+    """
+    Assert that one row trains what the separate samples train: the loss and the gradient of every parameter.
+
+    `prepare` changes the model between both, for what N-pass must not depend on (gradient checkpointing); `rows_of`
+    makes rows of the sample sets.
+    """
+    expected = npass_loss_and_gradients(model, [sample for samples in sample_sets for sample in samples])
+    use_tree_attention(model)
+    if prepare is not None:
+        prepare(model)
+    model.zero_grad()
+    loss = single_pass_loss(model, sample_sets, pad_to_multiple_of, rows_of)
+    loss.backward()
+    assert abs(float(loss.detach()) - expected.loss) <= TOLERANCE * abs(expected.loss)
+    largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        error = float((gradient - expected.gradients[name]).abs().max())
+        # Relative to the parameter's own gradient, which must not be a mere rounding error of the others.
+        scale = max(float(expected.gradients[name].abs().max()), 1e-3 * largest)
+        assert error <= TOLERANCE * scale, f"{name}: gradient is off by {error:.1e}, of {scale:.1e}"

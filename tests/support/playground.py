@@ -1,0 +1,59 @@
+"""A folder like the repository's, with a model and data that train in a second: where commands of the docs run."""
+
+import os
+import runpy
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from accelerate import PartialState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from demo.load import load_tokenizer
+from demo.make_model import FOLDER as DEMO_MODEL
+from support.training import float32_model
+
+
+ROOT = Path(__file__).parents[2]
+NUM_ROWS = 2  # with tool calls, and as many without: the shortest of the demo's conversations
+
+
+def make_playground(folder):
+    """Fill a folder with links to the repository; the demo's data are the first rows, its model is tinier."""
+    for path in ROOT.iterdir():
+        if path.name not in ("demo", "out", ".git"):
+            (folder / path.name).symlink_to(path)
+    (folder / "demo" / "data").mkdir(parents=True)
+    for path in (ROOT / "demo").iterdir():
+        if path.name != "data":
+            (folder / "demo" / path.name).symlink_to(path)
+    rows = (ROOT / "demo" / "data" / "conversations.jsonl").read_text().splitlines(keepends=True)
+    by_kind = [[row for row in rows if ('"tool_calls"' in row) == calls] for calls in (True, False)]
+    shortest = [row for kind in by_kind for row in sorted(kind, key=len)[:NUM_ROWS]]
+    (folder / "demo" / "data" / "conversations.jsonl").write_text("".join(shortest))
+    tokenizer = load_tokenizer(None)
+    for part in (float32_model(tokenizer), tokenizer):
+        part.save_pretrained(folder / DEMO_MODEL)
+    return folder
+
+
+@contextmanager
+def as_a_reader(folder):
+    """In that folder, with the variables that the docs ask for; settings that outlive their use are taken back."""
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
+        patch.chdir(folder)
+        os.environ.update(MODEL=str(DEMO_MODEL), NODE_RANK="0")
+        yield patch
+    unset_hf_deepspeed_config()
+    PartialState._reset_state()
+
+
+def run_python(arguments, patch):
+    """Run `python` with these arguments in this process."""
+    patch.setattr(sys, "argv", arguments[arguments[0] == "-m" :])
+    if arguments[0] == "-m":
+        runpy.run_module(arguments[1], run_name="__main__")
+    else:
+        runpy.run_path(arguments[0], run_name="__main__")

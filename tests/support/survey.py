@@ -1,0 +1,196 @@
+"""What becomes of each model type on a tree, and the page that says so."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from support.strategies import reasoning_chat
+from support.tiny_configs import OWN, tiny_model
+from trl_singlepass.attention import tree_context
+from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.recurrent import recurrent_layers
+from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
+from trl_singlepass.reference.float64 import ForcedFloat64
+from trl_singlepass.training.model import (
+    UnsupportedModelError,
+    check_every_layer_attended,
+    check_model,
+    use_tree_attention,
+)
+from trl_singlepass.trees.prefix_tree import PrefixTree, sample_paths
+from trl_singlepass.trees.rows import Row
+from trl_singlepass.trees.sample import Sample
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the page."""
+
+    model_type: str
+    status: str
+    remark: str = ""
+
+    def __str__(self):
+        return f"| `{self.model_type}` | {self.status} | {self.remark} |"
+
+
+def branchy_chat():
+    """A chat with a branch per turn, and short branches at many depths, shorter than any convolution."""
+    chat = reasoning_chat(turns=3)
+    spine = chat[-1].token_ids.tolist()
+    samples = list(chat)
+    for depth in (1, 2, 3, 9, 10, 20):
+        branch = [50 + depth, 60][: 1 + depth % 2]
+        samples.append(Sample(spine[:depth] + branch, [0.0] * depth + [1.0] * len(branch), depth))
+    return samples
+
+
+def survey(model_type):
+    """
+    Return what becomes of a model type: `exact`, or `refused` with the reason.
+
+    Raises:
+        AssertionError: If it is accepted and wrong.
+    """
+    model = tiny_model(model_type)
+    try:
+        check_model(model)
+    except UnsupportedModelError as error:
+        return Outcome(model_type, "refused", _reason(str(error)))
+    samples = branchy_chat()
+    with ForcedFloat64():
+        expected = npass_loss_and_gradients(model, samples)
+        use_tree_attention(model)
+        assert_same(single_pass_loss_and_gradients(model, samples), expected)
+        assert_nothing_leaks(model, samples)
+    return Outcome(model_type, "exact", remark_of(model))
+
+
+def assert_same(found, expected, tolerance=TOLERANCE):
+    """Loss and every gradient are the same, relative to the gradient of their own parameter."""
+    assert abs(found.loss - expected.loss) <= tolerance * abs(expected.loss)
+    largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
+    for name, gradient in expected.gradients.items():
+        scale = max(float(gradient.abs().max()), 1e-3 * largest)
+        error = float((found.gradients[name] - gradient).abs().max())
+        assert error <= tolerance * scale, f"{name}: gradient is off by {error:.1e}, of {scale:.1e}"
+
+
+def assert_nothing_leaks(model, samples):
+    """Every layer had the tree, and the outputs of two samples depend on no token of another."""
+    tree = PrefixTree.from_samples(samples)
+    batch = DataCollatorForSinglePass(pad_token_id=0)([Row.from_tree(tree).columns()])
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
+    embeddings = []
+
+    def capture(module, args, output):
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1].clone()  # some models go on in place
+
+    handle = model.get_input_embeddings().register_forward_hook(capture)
+    with tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]) as context:
+        logits = model(**inputs, use_cache=False).logits[0]
+    handle.remove()
+    check_every_layer_attended(model, context)
+    for index, path in enumerate(sample_paths(tree, samples)[:2]):
+        (effect,) = torch.autograd.grad(logits[path[-1]].sum(), embeddings[0], retain_graph=True)
+        effect = effect.reshape(len(tree), -1).abs().amax(-1)
+        assert effect[path].max() > 0
+        effect[path] = 0
+        assert effect.max() == 0, f"sample {index} depends on a sibling"
+
+
+def remark_of(model):
+    """Layer types of the tiny model, which of them do not run as tree attention, and its auxiliary loss."""
+    config = model.config.get_text_config()
+    parts = [", ".join(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"]))]
+    handlings = set(recurrent_layers(model).values())
+    if any(handling.starts_from_state for handling in handlings):
+        parts.append("states at forks")
+    if any(handling.reach for handling in handlings):
+        parts.append("convolution tails at forks")
+    if any(handling.attends for handling in handlings):
+        parts.append("attention on whole paths")
+    if any(not (handling.starts_from_state or handling.reach or handling.attends) for handling in handlings):
+        parts.append("recurrence on whole paths")
+    if getattr(config, "output_router_logits", False):
+        parts.append("auxiliary loss")
+    if OWN.get(config.model_type, {}).get("is_decoder"):
+        parts.append("with `is_decoder=True`, refused without")
+    return "; ".join(parts)
+
+
+def _reason(error):
+    sentence = error.split(". Train this model")[0]
+    return sentence.split(" ", 1)[1]
+
+
+def model_types():
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def read_page():
+    """Return the transformers version of the page and its outcomes by model type."""
+    text = PAGE.read_text(encoding="utf-8")
+    version = re.search(r"transformers (\S+)\.", text).group(1)
+    rows = re.findall(r"^\| `(.+?)` \| (.+?) \| (.*?) \|$", text, re.M)
+    return version, {row[0]: Outcome(*row) for row in rows}
+
+
+def write_page(outcomes):
+    counts = {status: sum(outcome.status == status for outcome in outcomes) for status in STATUSES}
+    rows = "\n".join(
+        map(str, sorted(outcomes, key=lambda outcome: (STATUSES.index(outcome.status), outcome.model_type)))
+    )
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(PREFACE.format(version=transformers.__version__, summary=summary) + rows + "\n", encoding="utf-8")
+
+
+STATUSES = ["exact", "refused", "cannot be built here"]
+PREFACE = """\
+# Models
+
+Every causal language model that transformers registers, by its `model_type`, and what becomes of it in a single pass.
+Surveyed with transformers {version}. {summary}.
+
+A test writes and checks this page (`tests/training/test_model.py`): a tiny random model with one layer of each type
+that the family can have runs a tree with branches at many depths, some of them shorter than any convolution.
+
+- **exact**: loss and the gradient of every parameter equal those of separate samples, in float64 to 1e-12, and no
+  output depends on a sibling branch.
+- **refused**: `SinglePassSFTTrainer` raises an error with this reason before it prepares the dataset. No model is
+  accepted and wrong.
+- **cannot be built here**: no tiny model could be made, so nothing is promised.
+
+How layers run that are not plain attention:
+
+- *States at forks*: the layer runs over the history once, cut where branches leave it, and every branch starts from
+  the state at its fork. Each token is computed once.
+- *Convolution tails at forks*: the layer runs over each branch and the few tokens before it that the convolution
+  sees.
+- *On whole paths*: the layer runs over each branch together with its history, because its kernel takes no initial
+  state, or because it selects, pools or scores tokens by their index. That layer costs what it costs in N-pass; the
+  rest of the model is shared. Attention of this kind needs `attn_implementation="sdpa"` or `"eager"`.
+
+Mixture-of-experts models:
+
+- A token that several samples share has one context in all of them, so its router decides once what it decides in
+  each sample.
+- *Auxiliary loss*: the load-balancing loss (`output_router_logits=True`) is a mean over tokens, in which a shared
+  token has to count once per sample. The model's `attention_mask` holds that number, and transformers weighs tokens
+  with it; the loss is that of all samples in one padded batch.
+- Implementations that compute all experts at once (`grouped_mm`, `batched_mm`) have no float64; in float32 they agree
+  with N-pass to 1e-6.
+
+| `model_type` | | layers of the tiny model, or reason |
+|---|---|---|
+"""

@@ -1,0 +1,290 @@
+"""
+One process of a distributed test: train a tiny model for a few steps and write down what happened.
+
+Usage: `worker.py SETTINGS.json`, alone or under `torchrun`, `accelerate launch` or `deepspeed`; or as `nursery.py`
+forks it. The settings: `result` (a path without ending), `config` (arguments of the trainer's config), and what
+`build_trainer` and `main` read below.
+"""
+
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import accelerate
+import datasets
+import torch
+import transformers
+import trl
+from accelerate.state import PartialState
+from accelerate.utils import DeepSpeedSequenceParallelConfig, DistributedType
+from packaging.version import Version
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from support.chat_tokenizers import make_tokenizer
+from support.conversations import chat, tool_chat
+from support.exact import in_float64, recompute_in_float64
+from support.families import tiny_model
+from support.training import SETTINGS as COMMON
+from support.training import as_dataset, float32_model
+from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
+from trl_singlepass.training import sequence_parallel
+from trl_singlepass.training.preemption import PreemptionCallback, last_good_checkpoint
+
+
+def offer_fsdp_on_cpu():
+    """Make accelerate wrap models in FSDP2 without a GPU; as shipped, it would silently train without it."""
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # what FSDP does with parameters in CPU memory
+
+
+def without_compiled_communication():
+    """Keep DeepSpeed from compiling an extension for ranks on one CPU: gloo does without, and needs no compiler."""
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+
+
+def with_gradients_in_float64():
+    """Keep DeepSpeed's ZeRO-1 from adding gradients up in float32, which it takes for the type of every such model."""
+    engine = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
+    engine.get_data_types = lambda _: (torch.float64, torch.float64)
+
+
+def training_conversations():
+    """Conversations of unequal length, so that the rows of two ranks differ in length and in number of targets."""
+    return [chat(1 + seed % 4, seed=seed) if seed % 5 else tool_chat() for seed in range(12)]
+
+
+def evaluation_conversations():
+    """Five conversations: on two ranks, the last one of the second is a repetition."""
+    return [chat(1 + seed, seed=20 + seed) for seed in range(5)]
+
+
+def parallelism(sp_size):
+    """Return the configuration of sequence parallelism."""
+    handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
+    groups = int(os.environ["WORLD_SIZE"]) // sp_size
+    return accelerate.ParallelismConfig(
+        sp_backend="deepspeed", sp_size=sp_size, dp_shard_size=groups, sp_handler=handler
+    )
+
+
+def divided(model, folder, sizes):
+    """Return a model whose layers transformers divides among ranks as it loads them."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    folder = f"{folder}/model{os.environ['RANK']}"
+    model.save_pretrained(folder)
+    attention = model.config._attn_implementation
+    config = DistributedConfig(**sizes)
+    return type(model).from_pretrained(
+        folder, dtype=model.dtype, attn_implementation=attention, distributed_config=config
+    )
+
+
+def set_adapter(model):
+    """Give an adapter the same first factors however its layers are divided."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_A" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+
+
+def build_trainer(settings):
+    """Return the trainer that the settings describe."""
+    tokenizer = make_tokenizer("qwen3")
+    # Before the config: a DeepSpeed config makes transformers partition models as they are made, from here on.
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, **settings.get("model", {})}
+    model = float32_model(tokenizer, **heads)
+    if "family" in settings:
+        model = tiny_model(settings["family"], len(tokenizer), torch.float32, attn_implementation="eager", **heads)
+    if settings.get("float64"):
+        model.double()
+    if "divided" in settings:
+        model = divided(model, Path(settings["result"]).parent, settings["divided"])
+    config = {
+        **COMMON,
+        "max_steps": 6,
+        "train_sampling_strategy": "sequential",
+        "max_grad_norm": 1.0,
+        "dataloader_pin_memory": False,
+        "log_turn_metrics": Version(trl.__version__) >= Version("1.15"),
+        "seed": 0,
+        **settings.get("config", {}),
+    }
+    if "sp_size" in settings:
+        config["parallelism_config"] = parallelism(settings["sp_size"])
+    dataset = as_dataset(settings.get("rows") or training_conversations()[: settings.get("num_rows")])
+    if "num_shards" in settings:
+        dataset = dataset.to_iterable_dataset(settings["num_shards"])
+    return SinglePassSFTTrainer(
+        model,
+        SinglePassSFTConfig(str(Path(settings["result"]).parent / "out"), **config),
+        train_dataset=dataset,
+        eval_dataset=as_dataset(evaluation_conversations()) if settings.get("evaluate") else None,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, init_lora_weights=True) if settings.get("lora") else None,
+    )
+
+
+def untrained(example, index, silent_rows):
+    """Return a prepared row without targets, if it is one of those."""
+    if index in silent_rows:
+        example["labels"] = [-100] * len(example["labels"])
+        example["loss_weights"] = [0.0] * len(example["labels"])
+    return example
+
+
+def cut(wire):
+    """Break the wiring of shared rows in one place."""
+    if wire == "overcounting":
+        sequence_parallel.overcounting_of = lambda *_: 1
+    if wire == "tree_of_a_layer":
+        sequence_parallel.with_tree = lambda exchange, _: exchange
+    if wire == "tree_of_attention":
+        sequence_parallel.running_on = lambda tree: nullcontext(tree)
+
+
+def count_exchanged_bytes():
+    """Count what this rank sends to others when ranks that share a row trade tokens for heads."""
+    import deepspeed  # takes seconds, and most runs do without
+
+    exchange, sent = deepspeed.comm.all_to_all_single, [0]
+
+    def count_and_exchange(output, tensor, *args, **kwargs):
+        size = torch.distributed.get_world_size(kwargs.get("group"))
+        sent[0] += tensor.numel() * tensor.element_size() * (size - 1) // size
+        return exchange(output, tensor, *args, **kwargs)
+
+    deepspeed.comm.all_to_all_single = count_and_exchange
+    return sent
+
+
+def keep_the_head_in_float64():
+    """Autograd leaves the context that forces float64 when it runs TRL's fused head backwards: enter it there."""
+    head = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    head.backward = staticmethod(in_float64(head.backward))
+
+
+class RecomputeInFloat64(TrainerCallback):
+    """Gradient checkpointing, once it is on, that keeps float64."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.gradient_checkpointing:
+            recompute_in_float64(model)
+
+
+class Accident(TrainerCallback):
+    """Something that happens to one rank: as a step ends, or `delay` times its duration later, at most two steps."""
+
+    def __init__(self, kind, step, rank=0, delay=0.0):
+        self.kind, self.step, self.rank, self.delay = kind, step, rank, delay
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index != self.rank:
+            return
+        if state.global_step == self.step and self.delay:
+            threading.Timer(self.delay * (time.monotonic() - self.began), self.happen).start()
+        elif state.global_step == self.step + (2 if self.delay else 0):
+            self.happen()
+
+    def happen(self):
+        if self.kind == "full disk":  # as seen by a process: a write fails when a file is half written
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+        elif self.kind == "SIGKILL in saving":
+            torch.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            os.kill(os.getpid(), getattr(signal, self.kind))
+
+
+def summary(trainer):
+    """Return what was trained, and by which engine."""
+    history = trainer.state.log_history
+    keys = ("loss", "grad_norm", "num_tokens", "num_trained_tokens", "eval_loss")
+    return {
+        "world_size": trainer.accelerator.num_processes,
+        "distributed_type": trainer.accelerator.distributed_type.value,
+        "tp_size": trainer.get_tp_size(),
+        "row_tokens": len(next(iter(trainer.train_dataset))["input_ids"]),
+        "engine": type(trainer.model_wrapped).__name__,
+        "zero_stage": getattr(trainer.model_wrapped, "zero_optimization_stage", lambda: None)(),
+        **{key: [float(entry[key]) for entry in history if key in entry] for key in keys},
+        "by_turn": [
+            {name: value for name, value in entry.items() if "/" in name} for entry in history if "loss" in entry
+        ],
+    }
+
+
+def train(settings):
+    """Train and write the result of rank 0."""
+    cut(settings.get("break"))
+    exchanged = count_exchanged_bytes() if settings.get("count_exchange") else [0]
+    trainer = build_trainer(settings)
+    if "silent_rows" in settings:
+        silent = {"silent_rows": settings["silent_rows"]}
+        trainer.train_dataset = trainer.train_dataset.map(untrained, with_indices=True, fn_kwargs=silent)
+    if settings.get("same_adapter"):
+        set_adapter(trainer.model)
+    preemption = PreemptionCallback()
+    trainer.add_callback(preemption)
+    if settings.get("float64"):
+        trainer.add_callback(RecomputeInFloat64())
+    if "accident" in settings:
+        trainer.add_callback(Accident(**settings["accident"]))
+    trainer.train(resume_from_checkpoint=last_good_checkpoint(trainer.args.output_dir))
+    if preemption.was_preempted:
+        return
+    evaluation = trainer.evaluate() if settings.get("evaluate") else {}
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # ZeRO-3 gathers it on rank 0
+    state = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+    if trainer.accelerator.is_main_process:
+        result = Path(settings["result"])
+        torch.save({name: value.cpu() for name, value in state.items()}, result.with_suffix(".pt"))
+        result.with_suffix(".json").write_text(
+            json.dumps({**summary(trainer), "evaluation": evaluation, "exchanged": exchanged[0]})
+        )
+
+
+def main(settings):
+    """Train as the settings say, as one of several processes or alone."""
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    transformers.set_seed(0)
+    if settings.get("fsdp_on_cpu"):
+        offer_fsdp_on_cpu()
+    if "deepspeed" in settings.get("config", {}) or "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        without_compiled_communication()
+        if settings.get("float64"):
+            with_gradients_in_float64()
+    if settings.get("float64"):
+        torch.set_default_dtype(torch.float64)
+        keep_the_head_in_float64()
+    run = in_float64(train) if settings.get("float64") else train
+    run(settings)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # gloo's threads may abort a process that ends the ordinary way, after all has been done.
+    os._exit(0)

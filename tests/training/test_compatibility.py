@@ -1,0 +1,104 @@
+"""What a single pass cannot honour: each refused by name, with the way out, before it costs anything."""
+
+from types import SimpleNamespace
+
+import pytest
+from peft import PromptTuningConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks.hybrid_step import small_hybrid
+from support.conversations import chat, tool_chat
+from support.training import SETTINGS, float32_model, needs_cached_states, single_pass_trainer
+from trl_singlepass import SinglePassSFTConfig
+from trl_singlepass.training.compatibility import check_parallelism, check_recurrent_layers, check_tensor_parallelism
+from trl_singlepass.training.model import UnsupportedModelError
+
+
+pytestmark = pytest.mark.filterwarnings(
+    # Deprecations of TRL and transformers that a user who sets these arguments sees in stock training as well.
+    "ignore:.*(is|are) deprecated.*:FutureWarning",
+)
+CHATS = [chat(3), chat(2, seed=1), tool_chat()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"truncation_mode": "keep_end", "max_length": 9}, "truncation_mode='keep_end'.*Use truncation_mode='keep_st"),
+        ({"packing": True, "packing_strategy": "wrapped", "max_length": 9}, "packing_strategy='wrapped'.*='bfd'"),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        SinglePassSFTConfig(str(tmp_path), **SETTINGS, **settings)
+
+
+def test_images_are_refused(tmp_path, tokenizer):
+    rows = [{"messages": chat(1), "images": ["a.png"]}]
+    with pytest.raises(ValueError, match=r"has a column 'images'.*Remove the column"):
+        single_pass_trainer(tmp_path, tokenizer, rows)
+
+
+def test_prompt_learning_is_refused(tmp_path, tokenizer):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match=r"PromptTuningConfig adds virtual tokens.*LoraConfig"):
+        single_pass_trainer(tmp_path, tokenizer, CHATS, kwargs={"peft_config": config})
+    with pytest.raises(ValueError, match="PromptTuningConfig adds virtual tokens"):
+        single_pass_trainer(tmp_path, tokenizer, CHATS, get_peft_model(float32_model(tokenizer), config))
+
+
+def test_a_collator_that_would_lose_the_tree_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="data_collator=function would drop the tree"):
+        single_pass_trainer(tmp_path, tokenizer, CHATS, kwargs={"data_collator": lambda rows: rows})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((2, 1, 1), "cp_size=2: context parallelism .*Set cp_size=1"), ((1, 2, 2), "tp_size=2 and sp_size=2 both")],
+)
+def test_parallelism_over_the_row_is_refused(sizes, message):
+    config = type("ParallelismConfig", (), dict(zip(("cp_size", "tp_size", "sp_size"), sizes, strict=True)))()
+    with pytest.raises(ValueError, match=message):
+        check_parallelism(config)
+
+
+def test_a_pipeline_is_refused(tmp_path, tokenizer):
+    model = float32_model(tokenizer)
+    model.config.distributed_config = type("DistributedConfig", (), {"pp_size": 2})()
+    with pytest.raises(ValueError, match="pp_size=2: a pipeline hands on"):
+        check_tensor_parallelism(type("Trainer", (), {"args": None, "model": model})())
+
+
+@needs_cached_states
+def test_recurrent_layers_are_not_sharded_by_zero3():
+    plugin = SimpleNamespace(zero_stage=3)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), num_processes=2)
+    trainer = SimpleNamespace(model=small_hybrid(), accelerator=accelerator)
+    with pytest.raises(ValueError, match="ZeRO-3 does not work with Qwen3_5GatedDeltaNet: it gathers parameters as"):
+        check_recurrent_layers(trainer)
+    plugin.zero_stage = 2
+    check_recurrent_layers(trainer)
+
+
+def test_a_refused_model_is_named_before_the_dataset_is_prepared(tmp_path, tokenizer, monkeypatch):
+    model = float32_model(tokenizer)
+    model.config.layer_types = ["full_attention", "indexed_attention"]
+    monkeypatch.setattr(
+        "trl_singlepass.training.trainer.prepare_dataset", lambda *_, **__: pytest.fail("prepared first")
+    )
+    with pytest.raises(UnsupportedModelError, match="Qwen3ForCausalLM has 'indexed_attention' layers"):
+        single_pass_trainer(tmp_path, tokenizer, CHATS, model)
+
+
+def test_a_layer_without_the_tree_stops_the_first_step(tmp_path, tokenizer):
+    trainer = single_pass_trainer(tmp_path, tokenizer, CHATS)
+    # Attention that goes its own way instead of calling the registered function.
+    trainer.model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(UnsupportedModelError, match="did not receive the tree in 'Qwen3Attention'"):
+        trainer.train()
+
+
+def test_attention_dropout_stops_the_first_step(tmp_path, tokenizer):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match=r"GPT2Attention asks for attention dropout 0\.1"):
+        single_pass_trainer(tmp_path, tokenizer, CHATS, model).train()

@@ -1,0 +1,176 @@
+"""Training in a single pass moves parameters as stock `SFTTrainer` does on the expanded samples."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.ddp_worker import CASES
+from support.equivalence import CONVERSATIONS, adapted, stock_trainer, train_both
+from support.families import tiny_model
+from support.training import float32_model, largest_difference, logged, parameters
+
+
+TOLERANCE = 1e-6
+
+# Stock training gives these as well.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+
+
+def assert_equal(stock, single_pass, start, tolerance=TOLERANCE):
+    """Assert that both trained alike, and that they moved far more than the tolerance."""
+    assert largest_difference(stock, single_pass) <= tolerance
+    moved = max(float((parameter - start[name]).abs().max()) for name, parameter in parameters(stock).items())
+    assert moved > 1000 * tolerance
+    for key in ("loss", "grad_norm"):
+        assert logged(single_pass, key) == pytest.approx(logged(stock, key), rel=1e-4)
+
+
+def start_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_one_step(tmp_path, tokenizer, batch_size, accumulation, checkpointing, lora):
+    model = float32_model(tokenizer)
+    model = adapted(model) if lora else model
+    both = train_both(
+        tmp_path,
+        tokenizer,
+        model,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=checkpointing,
+    )
+    assert_equal(*both, start_of(model))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_one_step_with_either_kind_of_checkpointing(tmp_path, tokenizer, use_reentrant):
+    model = float32_model(tokenizer)
+    kwargs = {"use_reentrant": use_reentrant}
+    both = train_both(tmp_path, tokenizer, model, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+    assert_equal(*both, start_of(model))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"per_device_train_batch_size": 2},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+        {"per_device_train_batch_size": 4, "optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4},
+    ],
+    ids=["sgd", "accumulated", "adamw"],
+)
+def test_twenty_steps(tmp_path, tokenizer, settings):
+    model = float32_model(tokenizer)
+    settings = {"learning_rate": 0.02, "max_grad_norm": 1.0, **settings}
+    both = train_both(tmp_path, tokenizer, model, max_steps=20, **settings)
+    assert both[1].state.global_step == 20
+    assert_equal(*both, start_of(model))
+
+
+# Not Llama 4: TRL's fused head takes the wrong part of it for the decoder, in stock training too.
+@pytest.mark.parametrize("family", ["gpt-oss", "gemma2", "gemma3", "mistral-sliding"])
+def test_one_step_of_other_families(tmp_path, tokenizer, family):
+    model = tiny_model(family, len(tokenizer), torch.float32, attn_implementation="eager", initializer_range=0.05)
+    assert_equal(*train_both(tmp_path, tokenizer, model, per_device_train_batch_size=4), start_of(model))
+
+
+def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path, tokenizer):
+    model = float32_model(tokenizer, "qwen3-moe")
+    both = train_both(
+        tmp_path, tokenizer, model, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=2
+    )
+    assert_equal(*both, start_of(model))
+    assert logged(both[1], "aux_loss") == pytest.approx(logged(both[0], "aux_loss"), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    # DFT scales gradients by the probability of the target, small here: a larger step makes up for it.
+    [{"loss_type": "nll"}, {"loss_type": "dft", "learning_rate": 10.0}, {"label_smoothing_factor": 0.1}],
+    ids=["nll", "dft", "label_smoothing"],
+)
+def test_losses_and_evaluation(tmp_path, tokenizer, settings):
+    model = float32_model(tokenizer)
+    both = train_both(
+        tmp_path,
+        tokenizer,
+        model,
+        evaluation=CONVERSATIONS[:5],
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        **settings,
+    )
+    assert_equal(*both, start_of(model))
+    for key in ("entropy", "mean_token_accuracy", "num_tokens"):
+        assert logged(both[1], key) == pytest.approx(logged(both[0], key), rel=1e-4)
+    stock, single_pass = (trainer.evaluate()["eval_loss"] for trainer in both)
+    assert single_pass == pytest.approx(stock, rel=1e-5)
+
+
+def accuracy(prediction):
+    """Token accuracy as a user would write it: shift by one, ignore -100."""
+    guesses = torch.tensor(prediction.predictions).argmax(-1)[:, :-1]
+    labels = torch.tensor(prediction.label_ids)[:, 1:]
+    trained = labels != -100
+    return {"accuracy": float((guesses == labels)[trained].float().mean()), "tokens": int(trained.sum())}
+
+
+def test_compute_metrics(tmp_path, tokenizer):
+    both = train_both(
+        tmp_path,
+        tokenizer,
+        float32_model(tokenizer),
+        evaluation=CONVERSATIONS[:5],
+        kwargs={"compute_metrics": accuracy},
+        max_steps=10,
+    )
+    stock, single_pass = (trainer.evaluate() for trainer in both)
+    assert stock["eval_accuracy"] > 0
+    for key in ("eval_accuracy", "eval_tokens", "eval_loss"):
+        assert single_pass[key] == pytest.approx(stock[key], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes trained, by case: parameters, losses and evaluation loss."""
+    result = tmp_path_factory.mktemp("ddp") / "result.pt"
+    worker = Path(__file__).parents[1] / "support" / "ddp_worker.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker, result]
+    path = os.pathsep.join(map(str, worker.parents[1:3]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return torch.load(result)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_what_one_trains(tmp_path, tokenizer, two_processes, case):
+    model, settings = CASES[case]
+    batch_size = 2 * settings["per_device_train_batch_size"]
+    start = model(tokenizer)
+    stock = stock_trainer(
+        tmp_path,
+        tokenizer,
+        start,
+        evaluation=CONVERSATIONS[:5],
+        **{**settings, "per_device_train_batch_size": batch_size},
+    )
+    stock.train()
+    trained = two_processes[case]
+    ours = parameters(stock)
+    assert trained["parameters"].keys() == ours.keys()
+    for name, parameter in ours.items():
+        assert float((parameter - trained["parameters"][name]).abs().max()) <= TOLERANCE, name
+    assert any(float((ours[name] - value).abs().max()) > 1000 * TOLERANCE for name, value in start_of(start).items())
+    assert trained["loss"] == pytest.approx(logged(stock, "loss"), rel=1e-5)
+    assert trained["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)

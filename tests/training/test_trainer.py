@@ -1,0 +1,339 @@
+"""The trainer as a drop-in replacement: every kind of dataset, logs, resuming, the model card."""
+
+import dataclasses
+import functools
+import logging
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from support.conversations import chat, expand, tool_chat
+from support.training import (
+    SETTINGS,
+    as_dataset,
+    float32_model,
+    largest_difference,
+    logged,
+    needs_weighted_loss,
+    parameters,
+    single_pass_trainer,
+    stock_trainer,
+)
+from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer, render_samples
+from trl_singlepass.reference import npass_loss_and_gradients
+from trl_singlepass.training.config import as_single_pass_config
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row
+from trl_singlepass.trees.sample import Sample
+
+
+pytestmark = pytest.mark.filterwarnings(
+    # Deprecations of TRL and transformers that a user who sets these arguments sees in stock training as well.
+    "ignore:.*(is|are) deprecated.*:FutureWarning",
+)
+CHATS = [chat(3), chat(2, seed=1), tool_chat()]
+
+
+def equals_stock(tmp_path, tokenizer, ours, theirs, **settings):
+    one, other = (
+        make(tmp_path, tokenizer, rows, per_device_train_batch_size=len(rows), **settings)
+        for make, rows in ((single_pass_trainer, ours), (stock_trainer, theirs))
+    )
+    one.train()
+    other.train()
+    assert logged(one, "loss") == pytest.approx(logged(other, "loss"), abs=1e-6)
+    return largest_difference(one, other) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": "plain text"}, {"text": "more of it"}],
+        [{"prompt": "a question", "completion": " an answer"}],
+        [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}],
+    ],
+    ids=["text", "plain prompt and completion", "tokenised"],
+)
+def test_rows_that_are_no_conversations_train_as_in_stock(tmp_path, tokenizer, rows):
+    assert equals_stock(tmp_path, tokenizer, rows, rows)
+
+
+def test_of_a_prompt_and_completion_only_the_completion_is_trained(tmp_path, tokenizer):
+    messages = chat(3)
+    rows = [{"prompt": messages[:3], "completion": messages[3:]}]
+    expanded = [row for row in expand(messages) if len(row["prompt"]) >= 3]
+    assert len(expanded) == 2
+    assert equals_stock(tmp_path, tokenizer, rows, expanded)
+
+
+def test_sharegpt_conversations_train_as_messages(tmp_path, tokenizer):
+    conversations = [
+        {"from": "human", "value": "One?"},
+        {"from": "gpt", "value": "<think>\nOne.\n</think>\n\nOne."},
+        {"from": "human", "value": "Two?"},
+        {"from": "gpt", "value": "<think>\nTwo.\n</think>\n\nTwo."},
+    ]
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[m["from"]], "content": m["value"]} for m in conversations]
+    assert equals_stock(tmp_path, tokenizer, [{"conversations": conversations}], expand(messages))
+
+
+def test_streamed_conversations_train_as_stored_ones(tmp_path, tokenizer):
+    stored = single_pass_trainer(tmp_path, tokenizer, CHATS, per_device_train_batch_size=1, max_steps=3)
+    streamed = single_pass_trainer(
+        tmp_path, tokenizer, as_dataset(CHATS).to_iterable_dataset(), per_device_train_batch_size=1, max_steps=3
+    )
+    for trainer in (stored, streamed):
+        # A stream cannot be shuffled as a whole.
+        trainer.args.train_sampling_strategy = "sequential"
+        trainer.train()
+    assert sorted(logged(streamed, "num_tokens")) == logged(streamed, "num_tokens")
+    assert logged(streamed, "num_trained_tokens")[-1] == logged(stored, "num_trained_tokens")[-1]
+
+
+def cutting_length(samples):
+    """A length that cuts the second turn and leaves nothing of the third one's completion."""
+    return min(len(samples[1]) - 3, samples[2].prompt_length)
+
+
+def test_max_length_trains_what_stock_trains_on_truncated_samples(tmp_path, tokenizer, caplog):
+    samples = render_samples(CHATS[0], tokenizer)
+    max_length = cutting_length(samples)
+    assert equals_stock(tmp_path, tokenizer, CHATS[:1], expand(CHATS[0]), max_length=max_length)
+
+
+def test_what_max_length_takes_is_counted_in_the_log(tmp_path, tokenizer, caplog):
+    samples = render_samples(CHATS[0], tokenizer)
+    max_length = cutting_length(samples)
+    lost = len(samples[1]) - max_length + len(samples[2]) - samples[2].prompt_length
+    with caplog.at_level(logging.WARNING), transformers_logs_propagate():
+        single_pass_trainer(tmp_path, tokenizer, CHATS[:1], max_length=max_length)
+    assert f"3 turns of 1 conversations; not trained: {lost} completion tokens past max_length" in caplog.text
+    assert "in 1 turns that are trained in part and 1 turns dropped whole (0 conversations" in caplog.text
+
+
+def test_what_max_length_takes_of_a_stream_is_counted_as_it_comes(tmp_path, tokenizer, caplog):
+    stream = as_dataset(CHATS[:1]).to_iterable_dataset()
+    trainer = single_pass_trainer(tmp_path, tokenizer, stream, max_length=40)
+    with caplog.at_level(logging.WARNING), transformers_logs_propagate():
+        assert len(list(trainer.train_dataset)) <= 1
+    assert "Stream of the train dataset so far: 3 turns of 1 conversations; not trained: " in caplog.text
+
+
+def test_a_dataset_of_which_nothing_is_left_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"No turn of the train dataset is trained: .*Raise max_length"):
+        single_pass_trainer(tmp_path, tokenizer, CHATS, max_length=3)
+
+
+class transformers_logs_propagate:
+    """The loggers of transformers do not reach pytest's handler by default."""
+
+    def __enter__(self):
+        self.logger = logging.getLogger("trl_singlepass")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.WARNING)
+
+    def __exit__(self, *_):
+        self.logger.setLevel(self.level)
+
+
+def test_evaluation_loss_is_pooled_over_the_set_whatever_the_batch_size(tmp_path, tokenizer):
+    expanded = [row for messages in CHATS for row in expand(messages)]
+    stock = stock_trainer(tmp_path, tokenizer, expanded, per_device_eval_batch_size=len(expanded))
+    expected = stock.evaluate(as_dataset(expanded))["eval_loss"]
+    for batch_size in (1, 2, 3):
+        trainer = single_pass_trainer(tmp_path, tokenizer, CHATS, per_device_eval_batch_size=batch_size)
+        assert trainer.evaluate(as_dataset(CHATS))["eval_loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_trainer_on_text_evaluates_conversations(tmp_path, tokenizer):
+    trainer = single_pass_trainer(tmp_path, tokenizer, [{"text": "plain"}])
+    of_conversations = single_pass_trainer(tmp_path, tokenizer, CHATS)
+    assert trainer.evaluate(as_dataset(CHATS))["eval_loss"] == pytest.approx(
+        of_conversations.evaluate(as_dataset(CHATS))["eval_loss"], abs=1e-6
+    )
+
+
+@needs_weighted_loss  # older releases hand no logits to `compute_metrics`
+def test_compute_metrics_sees_each_target_beside_its_prediction(tmp_path, tokenizer):
+    expanded = [row for messages in CHATS for row in expand(messages)]
+
+    def accuracy(prediction):
+        labels = prediction.label_ids[:, 1:]
+        hits = (prediction.predictions[:, :-1].argmax(-1) == labels)[labels != -100]
+        return {"accuracy": float(hits.mean()), "targets": int((labels != -100).sum())}
+
+    results = [
+        make(tmp_path, tokenizer, rows, per_device_eval_batch_size=8, kwargs={"compute_metrics": accuracy}).evaluate(
+            as_dataset(rows)
+        )
+        for make, rows in ((single_pass_trainer, CHATS), (stock_trainer, expanded))
+    ]
+    assert results[0]["eval_targets"] == results[1]["eval_targets"]
+    assert results[0]["eval_accuracy"] == pytest.approx(results[1]["eval_accuracy"])
+
+
+def test_the_log_tells_sharing_factor_and_trained_tokens(tmp_path, tokenizer):
+    samples = [render_samples(messages, tokenizer) for messages in CHATS]
+    trees = [PrefixTree.from_samples(of_one) for of_one in samples]
+    trainer = single_pass_trainer(
+        tmp_path, tokenizer, CHATS, per_device_train_batch_size=1, gradient_accumulation_steps=3, max_steps=2
+    )
+    trainer.train()
+    trained = sum(float(sample.loss_weights.sum()) for of_one in samples for sample in of_one)
+    assert logged(trainer, "num_trained_tokens") == [trained, 2 * trained]
+    sharing = sum(tree.num_sample_tokens for tree in trees) / sum(len(tree) for tree in trees)
+    assert logged(trainer, "sharing_factor") == pytest.approx([sharing, sharing])
+
+
+def test_the_first_step_counts_the_tokens_of_all_its_batches(tmp_path, tokenizer):
+    """A model fresh from disk is in evaluation mode until the Trainer's first step has begun."""
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
+    trainers = [
+        single_pass_trainer(tmp_path, tokenizer, CHATS, float32_model(tokenizer).train(mode), **settings)
+        for mode in (True, False)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert logged(trainers[0], "num_trained_tokens") == logged(trainers[1], "num_trained_tokens")
+    assert largest_difference(*trainers) == 0
+
+
+def weighted_samples():
+    history = [5, 6, 7, 8]
+    return [
+        Sample([*history, 9, 10], [0, 0, 0, 0, 0.25, 0.5], 4),
+        Sample([*history, 9, 11], [0, 0, 0, 0, 0.0625, 0], 4),
+    ]
+
+
+@needs_weighted_loss
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_loss_weights_reach_loss_and_gradients(tmp_path, tokenizer, accumulation):
+    """Their sum is below 1, which stock TRL would clamp; the same rows twice give the same mean."""
+    samples = weighted_samples()
+    model = float32_model(tokenizer)
+    expected = npass_loss_and_gradients(model, samples)
+    rows = [Row.from_tree(PrefixTree.from_samples(samples)).columns() for _ in range(accumulation)]
+    trainer = single_pass_trainer(
+        tmp_path,
+        tokenizer,
+        datasets.Dataset.from_list([{name: column.tolist() for name, column in row.items()} for row in rows]),
+        model=model,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+    )
+    before = parameters(trainer)
+    trainer.train()
+    assert logged(trainer, "loss") == pytest.approx([expected.loss], abs=1e-6)
+    assert logged(trainer, "num_trained_tokens") == [0.8125 * accumulation]
+    for name, after in parameters(trainer).items():
+        gradient = (before[name] - after) / SETTINGS["learning_rate"]
+        torch.testing.assert_close(gradient, expected.gradients[name], rtol=0, atol=2e-6)
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(
+        npass_loss_and_gradients(trainer.model, samples).loss, abs=1e-5
+    )
+
+
+@needs_weighted_loss
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"loss_type": "dft"}, "loss_type='dft'"), ({"label_smoothing_factor": 0.1}, "label_smoothing_factor")],
+)
+def test_losses_that_cannot_read_weights_refuse_them(tmp_path, tokenizer, settings, name):
+    row = Row.from_tree(PrefixTree.from_samples(weighted_samples())).columns()
+    dataset = datasets.Dataset.from_list([{name: column.tolist() for name, column in row.items()}])
+    trainer = single_pass_trainer(tmp_path, tokenizer, dataset, **settings)
+    with pytest.raises(ValueError, match=f"{name} computes its own loss.*Unset {name}"):
+        trainer.train()
+
+
+def test_a_killed_run_resumes_where_it_was(tmp_path, tokenizer):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 1}
+    whole = single_pass_trainer(tmp_path / "whole", tokenizer, CHATS, **settings)
+    whole.train()
+    resumed = single_pass_trainer(tmp_path / "whole", tokenizer, CHATS, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert largest_difference(whole, resumed) == 0
+    assert logged(resumed, "loss") == logged(whole, "loss")
+
+
+def test_lora_trains_the_adapter_only(tmp_path, tokenizer):
+    model = float32_model(tokenizer)
+    frozen = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer = single_pass_trainer(tmp_path, tokenizer, CHATS, model, kwargs={"peft_config": LoraConfig(r=4)})
+    before = parameters(trainer)
+    trainer.train()
+    after = parameters(trainer)
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert len(after) > len(frozen)
+
+
+def test_the_model_card_names_paper_and_tags(tmp_path, tokenizer):
+    trainer = single_pass_trainer(tmp_path, tokenizer, CHATS)
+    trainer.create_model_card(model_name="demo")
+    card = (tmp_path / "README.md").read_text()
+    assert "huggingface.co/papers/2504.18246" in card
+    assert "- single-pass" in card
+
+
+def test_every_value_of_an_sft_config_is_kept(tmp_path):
+    config = SFTConfig(str(tmp_path), eos_token="<eos>", max_length=77, use_cpu=True, hub_token="secret", bf16=False)
+    converted = as_single_pass_config(config)
+    assert isinstance(converted, SinglePassSFTConfig)
+    for field in dataclasses.fields(config):
+        assert getattr(converted, field.name) == getattr(config, field.name), field.name
+
+
+def test_training_arguments_and_no_arguments_are_taken(tmp_path, tokenizer, monkeypatch):
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, learning_rate=0.3)
+    kwargs = {"train_dataset": as_dataset(CHATS), "processing_class": tokenizer}
+    trainer = SinglePassSFTTrainer(float32_model(tokenizer), args, **kwargs)
+    assert trainer.args.learning_rate == 0.3
+    monkeypatch.chdir(tmp_path)
+    # TRL's default of bf16 needs to be told when there is no GPU.
+    on_cpu = functools.partial(SinglePassSFTConfig, use_cpu=True, report_to="none")
+    monkeypatch.setattr("trl_singlepass.training.config.SinglePassSFTConfig", on_cpu)
+    model = float32_model(tokenizer)
+    model.config._name_or_path = "somewhere/tiny"
+    assert SinglePassSFTTrainer(model, **kwargs).args.output_dir == "tiny-SinglePassSFT"
+
+
+def test_settings_that_a_single_pass_makes_redundant_change_nothing(tmp_path, tokenizer):
+    plain = single_pass_trainer(tmp_path, tokenizer, CHATS)
+    redundant = single_pass_trainer(tmp_path, tokenizer, CHATS, assistant_only_loss=True, padding_free=True)
+    assert plain.train_dataset[:] == redundant.train_dataset[:]
+
+
+def test_the_users_config_is_not_changed(tmp_path, tokenizer):
+    config = SinglePassSFTConfig(str(tmp_path), assistant_only_loss=True, **SETTINGS)
+    SinglePassSFTTrainer(float32_model(tokenizer), config, train_dataset=as_dataset(CHATS), processing_class=tokenizer)
+    assert config.assistant_only_loss
+
+
+def test_padding_to_a_multiple_trains_the_same(tmp_path, tokenizer):
+    plain = single_pass_trainer(tmp_path, tokenizer, CHATS)
+    padded = single_pass_trainer(tmp_path, tokenizer, CHATS, pad_to_multiple_of=64)
+    batch = padded.data_collator([padded.train_dataset[0]])
+    assert batch["input_ids"].shape[1] % 64 == 0
+    plain.train()
+    padded.train()
+    assert largest_difference(plain, padded) < 1e-6
+
+
+def test_the_collator_needs_no_device_to_know_the_tree(tmp_path, tokenizer):
+    trainer = single_pass_trainer(tmp_path, tokenizer, CHATS)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    plan = batch["tree_plan"]
+    assert plan.length == batch["input_ids"].shape[1]
+    assert np.array_equal(plan.depths(), batch["position_ids"][0].numpy())
+    assert plan.num_sample_tokens == int(batch["attention_mask"].sum())
+    assert len(plan.example_ends) == len(CHATS)
+    assert "loss_weights" not in batch

@@ -1,0 +1,206 @@
+"""Weights, reductions, turn selection, history and tokenised turns through the trainer, each against its formula."""
+
+import datasets
+import numpy as np
+import pytest
+
+from support.conversations import chat, tool_chat
+from support.training import as_dataset, float32_model, logged, needs_weighted_loss, parameters, single_pass_trainer
+from trl_singlepass import SinglePassSFTConfig, render_samples
+from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.weights import message_weights, weigh
+from trl_singlepass.reference import npass_loss_and_gradients
+from trl_singlepass.rendering.samples import RenderingError
+from trl_singlepass.trees.sample import Sample
+
+
+pytestmark = pytest.mark.filterwarnings(
+    # Deprecations of TRL and transformers that a user who sets these arguments sees in stock training as well.
+    "ignore:.*is deprecated.*:FutureWarning",
+)
+CHATS = [chat(3), chat(2, seed=1), tool_chat()]
+
+
+def with_weights(messages, weights):
+    weights = iter(weights)
+    return [{**m, "weight": next(weights)} if m["role"] == "assistant" else m for m in messages]
+
+
+def expected_samples(tokenizer, conversations, **settings):
+    samples = []
+    for messages in conversations:
+        of_one = render_samples(messages, tokenizer)
+        weights = message_weights(messages)
+        samples += weigh(of_one, [weights[sample.message_index] for sample in of_one], **settings)
+    return [sample for sample in samples if sample.is_trained]
+
+
+def assert_trains(tmp_path, tokenizer, dataset, samples, **settings):
+    """One step on the whole dataset moves the parameters as N-pass on the samples does."""
+    model = float32_model(tokenizer)
+    expected = npass_loss_and_gradients(model, samples)
+    settings = {"per_device_train_batch_size": 8, **settings}
+    trainer = single_pass_trainer(tmp_path, tokenizer, dataset, model=model, **settings)
+    before = parameters(trainer)
+    trainer.train()
+    assert logged(trainer, "loss") == pytest.approx([expected.loss], abs=1e-6)
+    for name, after in parameters(trainer).items():
+        gradient = (before[name] - after) / trainer.args.learning_rate
+        assert float((gradient - expected.gradients[name]).abs().max()) < 2e-6, name
+
+
+@needs_weighted_loss
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_reduction": "turn"},
+        {"loss_reduction": "conversation"},
+        {"reasoning_weight": 0.25},
+        {"loss_reduction": "turn", "reasoning_weight": 0.0},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_reductions_equal_weighted_npass_under_any_batching(tmp_path, tokenizer, settings, accumulation):
+    samples = expected_samples(tokenizer, CHATS, **settings)
+    batching = {"per_device_train_batch_size": 3 // accumulation, "gradient_accumulation_steps": accumulation}
+    assert_trains(tmp_path, tokenizer, CHATS, samples, **settings, **batching)
+
+
+@needs_weighted_loss
+@pytest.mark.parametrize("loss_reduction", ["token", "turn", "conversation"])
+def test_message_weights_reach_the_loss(tmp_path, tokenizer, loss_reduction):
+    chats = [with_weights(CHATS[0], [2.0, 0.0, 0.5]), CHATS[1]]
+    samples = expected_samples(tokenizer, chats, loss_reduction=loss_reduction)
+    assert len(samples) == 4
+    assert_trains(tmp_path, tokenizer, chats, samples, loss_reduction=loss_reduction)
+
+
+def test_a_message_that_is_not_trained_is_context(tmp_path, tokenizer):
+    messages = [dict(message) for message in CHATS[0]]
+    messages[2]["train"] = False
+    assert_trains(tmp_path, tokenizer, [messages], render_samples(CHATS[0], tokenizer)[1:])
+
+
+@needs_weighted_loss
+@pytest.mark.parametrize("loss_reduction", ["token", "turn"])
+def test_packed_rows_weigh_the_same(tmp_path, tokenizer, loss_reduction):
+    samples = expected_samples(tokenizer, CHATS, loss_reduction=loss_reduction)
+    assert_trains(
+        tmp_path, tokenizer, CHATS, samples, loss_reduction=loss_reduction, packing=True, max_row_tokens=2048
+    )
+
+
+@pytest.mark.parametrize(("train_turns", "kept"), [("last", slice(-1, None)), (2, slice(2)), ("1", slice(1))])
+def test_selected_turns_are_trained_in_their_whole_context(tmp_path, tokenizer, train_turns, kept):
+    samples = [sample for messages in CHATS for sample in render_samples(messages, tokenizer)[kept]]
+    assert_trains(tmp_path, tokenizer, CHATS, samples, train_turns=train_turns)
+
+
+def test_a_history_column_overrides_the_setting_row_by_row(tmp_path, tokenizer):
+    rows = [{"messages": CHATS[0], "history": history} for history in ("keep", "template", None)]
+    trainer = single_pass_trainer(tmp_path, tokenizer, rows, history="strip")
+    lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
+
+    def length(history):
+        return len(single_pass_trainer(tmp_path, tokenizer, CHATS[:1], history=history).train_dataset[0]["input_ids"])
+
+    assert lengths == [length("keep"), length("template"), length("strip")]
+    assert length("keep") < length("template")  # a chain
+
+
+def tokenised(samples):
+    return [
+        {
+            "prompt_ids": sample.token_ids[: sample.prompt_length].tolist(),
+            "completion_ids": sample.token_ids[sample.prompt_length :].tolist(),
+        }
+        for sample in samples
+    ]
+
+
+def test_tokenised_turns_train_as_the_messages_that_they_were(tmp_path, tokenizer):
+    samples = [render_samples(messages, tokenizer) for messages in CHATS]
+    rows = [{"turns": tokenised(of_one)} for of_one in samples]
+    assert_trains(tmp_path, tokenizer, rows, [sample for of_one in samples for sample in of_one])
+
+
+def test_a_log_of_single_turns_is_gathered_by_conversation(tmp_path, tokenizer):
+    samples = [render_samples(messages, tokenizer) for messages in CHATS[:2]]
+    log = [
+        {"conversation_id": f"c{index}", **turn} for index, of_one in enumerate(samples) for turn in tokenised(of_one)
+    ]
+    log = [log[0], log[3], log[1], log[4], log[2]]  # turns of two conversations as a server logs them
+    everything = [sample for of_one in samples for sample in of_one]
+    trainer = single_pass_trainer(tmp_path, tokenizer, log)
+    assert len(trainer.train_dataset) == 2
+    assert_trains(tmp_path, tokenizer, log, everything)
+
+
+@needs_weighted_loss
+def test_completion_weights_of_tokenised_turns_are_kept(tmp_path, tokenizer):
+    turn = {"prompt_ids": [5, 6], "completion_ids": [7, 8, 9], "completion_weights": [1.0, 0.0, 0.5]}
+    sample = Sample([5, 6, 7, 8, 9], [0, 0, 1.0, 0.0, 0.5], 2)
+    assert_trains(tmp_path, tokenizer, [{"turns": [turn]}], [sample])
+
+
+def test_a_log_without_conversations_or_as_a_stream_is_refused(tmp_path, tokenizer):
+    turn = {"prompt_ids": [5, 6], "completion_ids": [7]}
+    with pytest.raises(ValueError, match="need a 'conversation_id' column"):
+        single_pass_trainer(tmp_path, tokenizer, [turn])
+    stream = datasets.Dataset.from_list([{"conversation_id": 0, **turn}]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="A stream of single turns cannot be gathered"):
+        single_pass_trainer(tmp_path, tokenizer, stream)
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"messages": with_weights(CHATS[1], [-1.0, 1.0])}, r"Row 1: Message 2 has weight=-1\.0"),
+        ({"messages": CHATS[1][:2]}, "Row 1: Expected at least one assistant message"),
+    ],
+    ids=["weight", "no turn"],
+)
+def test_a_bad_row_is_named_in_the_main_process(tmp_path, tokenizer, bad, message, num_proc):
+    rows = [{"messages": with_weights(CHATS[1], [1.0, 1.0])}, bad]
+    with pytest.raises(RenderingError, match=message):
+        single_pass_trainer(tmp_path, tokenizer, rows, dataset_num_proc=num_proc)
+
+
+def test_a_token_outside_the_vocabulary_is_named(tmp_path, tokenizer):
+    turns = [{"prompt_ids": [5], "completion_ids": [len(tokenizer)]}]
+    with pytest.raises(RenderingError, match=f"Row 0: Turn 0 has the token id {len(tokenizer)}, but the vocabulary"):
+        single_pass_trainer(tmp_path, tokenizer, [{"turns": turns}])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_reduction": "mean"}, "loss_reduction='mean' is none of token, turn, conversation"),
+        ({"history": "drop"}, "history='drop' is none of template, keep, strip"),
+        ({"train_turns": "first"}, "train_turns='first' is none of 'all', 'last'"),
+        ({"reasoning_weight": -1.0}, r"reasoning_weight=-1\.0: expected a number of 0 or more"),
+        ({"reasoning_weight": float("nan")}, "reasoning_weight=nan"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        SinglePassSFTConfig(str(tmp_path), use_cpu=True, **settings)
+
+
+def test_turns_that_are_context_only_are_counted(tmp_path, tokenizer):
+    trainer = single_pass_trainer(tmp_path, tokenizer, CHATS, train_turns="last")
+    _, report = conversations_to_rows(as_dataset(CHATS), tokenizer, trainer.args.row_settings())
+    assert (report.num_turns, report.num_unselected_turns) == (8, 5)
+    assert "8 turns of 3 conversations; 5 of them context only" in str(report)
+
+
+def test_sampled_turns_differ_between_conversations_and_stay_between_runs(tmp_path, tokenizer):
+    def lengths(seed):
+        trainer = single_pass_trainer(tmp_path, tokenizer, [chat(6)] * 6, train_turns="sample:1", seed=seed)
+        return [len(row["input_ids"]) for row in trainer.train_dataset]
+
+    assert lengths(0) == lengths(0)
+    assert len(set(lengths(0))) > 1
+    assert not np.array_equal(lengths(0), lengths(1))

@@ -1,0 +1,308 @@
+"""Training in waves moves parameters as stock `SFTTrainer` does on the expanded samples."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from benchmarks.hybrid_step import small_hybrid
+from support.equivalence import CONVERSATIONS, adapted, single_pass_trainer, stock_trainer
+from support.families import tiny_model
+from support.tiny_configs import tiny_model as tiny_hybrid
+from support.training import float32_model, largest_difference, logged, parameters
+from support.waves_worker import CASES
+from trl_singlepass.training.wave_compatibility import _refused_engines
+
+
+TOLERANCE = 1e-6
+
+# Stock training gives these as well.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+
+
+def train_both(tmp_path, tokenizer, model, wave_tokens, evaluation=None, **settings):
+    """Train copies of a model in stock and in waves; return both trainers."""
+    settings = {"per_device_train_batch_size": 4, **settings}
+    stock = stock_trainer(tmp_path, tokenizer, model, evaluation=evaluation, **settings)
+    waves = single_pass_trainer(tmp_path, tokenizer, model, evaluation=evaluation, wave_tokens=wave_tokens, **settings)
+    stock.train()
+    waves.train()
+    assert max(logged(waves, "num_waves")) > 1
+    return stock, waves
+
+
+def assert_equal(stock, waves, model, tolerance=TOLERANCE):
+    """Assert that both trained alike, and that they moved far more than the tolerance."""
+    assert largest_difference(stock, waves) <= tolerance
+    before = dict(model.named_parameters())
+    moved = max(float((value - before[name].detach()).abs().max()) for name, value in parameters(stock).items())
+    assert moved > 1000 * tolerance
+    for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
+        assert logged(waves, key) == pytest.approx(logged(stock, key), rel=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("wave_tokens", [16, 100, 200])
+def test_one_step(tmp_path, tokenizer, wave_tokens, checkpointing, lora):
+    model = float32_model(tokenizer)
+    model = adapted(model) if lora else model
+    both = train_both(
+        tmp_path, tokenizer, model, wave_tokens, gradient_accumulation_steps=2, gradient_checkpointing=checkpointing
+    )
+    assert_equal(*both, model)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_either_kind_of_checkpointing(tmp_path, tokenizer, use_reentrant):
+    model = float32_model(tokenizer)
+    kwargs = {"use_reentrant": use_reentrant}
+    both = train_both(
+        tmp_path, tokenizer, model, 100, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs
+    )
+    assert_equal(*both, model)
+
+
+def test_half_precision_is_as_near_to_float32_as_one_row(tmp_path, tokenizer):
+    model = float32_model(tokenizer)
+    settings = [{}, {"bf16": True}, {"bf16": True, "wave_tokens": 64}, {"bf16": True, "wave_tokens": 100}]
+    trainers = [
+        single_pass_trainer(tmp_path, tokenizer, model, per_device_train_batch_size=4, **own) for own in settings
+    ]
+    for trainer in trainers:
+        trainer.train()
+    exact, row, *waves = trainers
+    assert largest_difference(row, exact) > 0
+    for trainer in waves:
+        assert largest_difference(trainer, exact) <= 2 * largest_difference(row, exact)
+
+
+def test_keys_and_values_on_the_cpu_train_the_same(tmp_path, tokenizer):
+    model = float32_model(tokenizer)
+    both = train_both(tmp_path, tokenizer, model, 64)
+    offloaded = single_pass_trainer(
+        tmp_path, tokenizer, model, wave_tokens=64, offload_kv=True, per_device_train_batch_size=4
+    )
+    offloaded.train()
+    assert largest_difference(offloaded, both[0]) <= TOLERANCE
+
+
+def test_gradients_that_a_scaler_scales(tmp_path, tokenizer):
+    model = float32_model(tokenizer)
+    settings = {"per_device_train_batch_size": 4, "max_grad_norm": 0.0}
+    plain = single_pass_trainer(tmp_path, tokenizer, model, **settings)
+    scaled = single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, **settings)
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # as fp16 has it on a GPU
+    for trainer in (plain, scaled):
+        trainer.train()
+    assert max(logged(scaled, "num_waves")) > 1
+    assert scaled.accelerator.scaler.get_scale() == 1024.0
+    assert largest_difference(plain, scaled) <= TOLERANCE
+
+
+def test_clipped_steps_of_adam(tmp_path, tokenizer):
+    model = float32_model(tokenizer)
+    settings = {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4, "max_grad_norm": 0.5}
+    both = train_both(tmp_path, tokenizer, model, 64, max_steps=8, per_device_train_batch_size=2, **settings)
+    assert_equal(*both, model)
+
+
+@pytest.mark.parametrize("settings", [{"loss_type": "nll"}, {"loss_type": "dft", "learning_rate": 10.0}])
+def test_losses_and_evaluation(tmp_path, tokenizer, settings):
+    model = float32_model(tokenizer)
+    evaluation = CONVERSATIONS[:5]
+    both = train_both(tmp_path, tokenizer, model, 100, evaluation, **settings)
+    assert_equal(*both, model)
+    stock, waves = (trainer.evaluate() for trainer in both)
+    for key in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert waves[key] == pytest.approx(stock[key], rel=1e-5)
+
+
+def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path, tokenizer):
+    model = float32_model(tokenizer, "qwen3-moe")
+    both = train_both(tmp_path, tokenizer, model, 100, gradient_accumulation_steps=2, max_steps=2)
+    assert_equal(*both, model)
+    assert logged(both[1], "aux_loss") == pytest.approx(logged(both[0], "aux_loss"), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "gemma2", "gemma3", "mistral-sliding"])
+def test_other_families(tmp_path, tokenizer, family):
+    model = tiny_model(family, len(tokenizer), torch.float32, attn_implementation="eager", initializer_range=0.05)
+    assert_equal(*train_both(tmp_path, tokenizer, model, 64), model)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "lfm2", "jamba"])
+def test_hybrids(tmp_path, tokenizer, model_type, checkpointing):
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model = tiny_hybrid(model_type, vocab_size=len(tokenizer), initializer_range=0.05, **special).float()
+    assert_equal(*train_both(tmp_path, tokenizer, model, 64, gradient_checkpointing=checkpointing), model)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes trained, by case: parameters, losses and evaluation loss."""
+    result = tmp_path_factory.mktemp("ddp") / "result.pt"
+    worker = Path(__file__).parents[1] / "support" / "waves_worker.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker, result]
+    path = os.pathsep.join(map(str, worker.parents[1:3]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return torch.load(result)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_what_one_trains(tmp_path, tokenizer, two_processes, case):
+    make_model, settings = CASES[case]
+    batch_size = 2 * settings["per_device_train_batch_size"]
+    settings = {name: value for name, value in settings.items() if name != "wave_tokens"}
+    model = make_model(tokenizer)
+    stock = stock_trainer(
+        tmp_path,
+        tokenizer,
+        model,
+        evaluation=CONVERSATIONS[:5],
+        **{**settings, "per_device_train_batch_size": batch_size},
+    )
+    stock.train()
+    trained = two_processes[case]
+    assert trained["num_waves"][0] != trained["num_waves"][1]
+    before = dict(model.named_parameters())
+    for name, parameter in parameters(stock).items():
+        assert float((parameter - trained["parameters"][name]).abs().max()) <= TOLERANCE, name
+    moved = max(float((value - before[name].detach()).abs().max()) for name, value in parameters(stock).items())
+    assert moved > 1000 * TOLERANCE
+    assert trained["loss"] == pytest.approx(logged(stock, "loss"), rel=1e-5)
+    assert trained["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_weights_reach_waves(tmp_path, tokenizer):
+
+    model = float32_model(tokenizer)
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "reasoning_weight": 0.5}
+    row = single_pass_trainer(tmp_path, tokenizer, model, **settings)
+    waves = single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=100, **settings)
+    for trainer in (row, waves):
+        trainer.train()
+    assert max(logged(waves, "num_waves")) > 1
+    assert largest_difference(row, waves) <= TOLERANCE
+    assert logged(waves, "loss") == pytest.approx(logged(row, "loss"), rel=1e-5)
+
+
+def test_losses_that_are_means_of_their_batch_are_scaled_as_the_trainer_scales_them(tmp_path, tokenizer):
+    model = float32_model(tokenizer)
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    row = single_pass_trainer(tmp_path, tokenizer, model, **settings)
+    waves = single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, **settings)
+    for trainer in (row, waves):
+        trainer.model_accepts_loss_kwargs = False  # the Trainer then counts no items and divides each batch's loss
+        trainer.train()
+    assert largest_difference(row, waves) <= TOLERANCE
+    assert logged(waves, "grad_norm") == pytest.approx(logged(row, "grad_norm"), rel=1e-5)
+
+
+def test_the_log_names_the_schedule(tmp_path, tokenizer, caplog):
+    logger = logging.getLogger("trl_singlepass")
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    with caplog.at_level(logging.INFO, logger="trl_singlepass"):
+        logger.setLevel(logging.INFO)
+        trainer = single_pass_trainer(tmp_path, tokenizer, float32_model(tokenizer), wave_tokens=64, **settings)
+        trainer.train()
+    steps = [record.message for record in caplog.records if record.message.startswith("Step 1: ")]
+    assert len(steps) == 2
+    assert all(" waves for " in step and " of them alive; history of " in step for step in steps)
+
+
+def test_rows_that_fit_run_at_once_and_the_log_says_so(tmp_path, tokenizer, caplog):
+    logger = logging.getLogger("trl_singlepass")
+    with caplog.at_level(logging.INFO, logger="trl_singlepass"):
+        logger.setLevel(logging.INFO)
+        trainer = single_pass_trainer(
+            tmp_path, tokenizer, float32_model(tokenizer), wave_tokens="auto", per_device_train_batch_size=4
+        )
+        trainer.train()
+    assert logged(trainer, "num_waves") == [1.0]
+    assert "wave_tokens='auto' is " in caplog.text
+    assert "a token needs " in caplog.text
+    assert "Step 1: one wave of " in caplog.text
+
+
+def test_auto_that_finds_no_room_says_what_there_is(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("trl_singlepass.waves.budget.free_bytes", lambda device: 2**20)
+    trainer = single_pass_trainer(
+        tmp_path, tokenizer, float32_model(tokenizer), wave_tokens="auto", per_device_train_batch_size=4
+    )
+    with pytest.raises(ValueError, match=r"wave_tokens='auto' found no room for 256 tokens: 0\.0 GiB are free on cpu"):
+        trainer.train()
+
+
+def test_a_loss_that_trl_computes_otherwise_stops_the_first_step(tmp_path, tokenizer, monkeypatch):
+    trainer = single_pass_trainer(
+        tmp_path, tokenizer, float32_model(tokenizer), wave_tokens=64, per_device_train_batch_size=4
+    )
+    trainer._waves._coefficients = lambda inputs, num_items: (
+        2 * type(trainer._waves)._coefficients(trainer._waves, inputs, num_items)
+    )
+    with pytest.raises(RuntimeError, match=r"The waves of a row have a loss of .*, TRL .* computes "):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor does not work with wave_tokens: it reads the log"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha does not work with wave_tokens: history would get other"),
+        ({"optim": "lomo"}, "optim='lomo' does not work with wave_tokens: it updates parameters during backward"),
+        ({"torch_compile": True}, "torch_compile does not work with wave_tokens: waves add up gradients where"),
+        ({"kwargs": {"compute_loss_func": lambda *_, **__: 0}}, "compute_loss_func does not work with wave_tokens"),
+        ({"wave_tokens": 0}, "wave_tokens=0: expected a number of tokens above 0, 'auto', or None"),
+        ({"wave_tokens": "all"}, "wave_tokens='all': expected a number of tokens above 0, 'auto', or None"),
+        ({"wave_tokens": None, "offload_kv": True}, "offload_kv=True moves what waits between waves. Set wave_tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_waves_cannot_honour_is_refused(tmp_path, tokenizer, settings, message):
+    settings = {"per_device_train_batch_size": 4, "wave_tokens": 64, **settings}
+    with pytest.raises(ValueError, match=message):
+        single_pass_trainer(tmp_path, tokenizer, float32_model(tokenizer), **settings)
+
+
+def test_dropout_is_refused(tmp_path, tokenizer):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1)
+    model = peft.get_peft_model(float32_model(tokenizer), config)
+    with pytest.raises(ValueError, match=r"Dropout \(.*lora_dropout.*\) does not work with wave_tokens: history"):
+        single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, per_device_train_batch_size=4)
+
+
+def test_kernels_that_read_one_row_are_refused(tmp_path, tokenizer):
+    model = tiny_model("qwen3", len(tokenizer), torch.float32, attn_implementation="flex_attention")
+    with pytest.raises(ValueError, match=r"attn_implementation='flex_attention' does not work with wave_tokens: its"):
+        single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, per_device_train_batch_size=4)
+
+
+def test_layers_whose_activations_are_not_counted_are_refused_where_counting_is_asked_for(tmp_path, tokenizer):
+    with pytest.raises(
+        ValueError, match=r"Qwen3_5GatedDeltaNet does not work with wave_tokens='auto': its activations"
+    ):
+        single_pass_trainer(tmp_path, tokenizer, small_hybrid(), wave_tokens="auto", per_device_train_batch_size=4)
+
+
+def test_engines_that_accumulate_otherwise_are_refused():
+    def refusals(kind, **settings):
+        plugin = SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": settings})
+        state = SimpleNamespace(deepspeed_plugin=plugin)
+        accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=False, parallelism_config=None, state=state)
+        return [what for what, _, _ in _refused_engines(accelerator)]
+
+    assert refusals(DistributedType.MEGATRON_LM) == ["MEGATRON_LM"]
+    assert refusals(DistributedType.FSDP) == ["FSDP version 1"]
+    assert refusals(DistributedType.DEEPSPEED, stage3_prefetch_bucket_size=0) == []
+    assert refusals(DistributedType.DEEPSPEED) == ["ZeRO-3 with stage3_prefetch_bucket_size above 0"]

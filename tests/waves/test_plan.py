@@ -1,0 +1,130 @@
+"""Waves of a row: every token once, ancestors first, never too many alive."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.strategies import reasoning_chat, sample_sets
+from support.waves import batch_of
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row, TreePlan
+from trl_singlepass.waves import WavePlan
+from trl_singlepass.waves.subplan import Placement, pass_plan
+
+
+def row_of(sample_sets):
+    row = Row.join([Row.from_tree(PrefixTree.from_samples(samples)) for samples in sample_sets])
+    return row, TreePlan.from_subtree_end(row.subtree_end)
+
+
+rows = st.lists(sample_sets(max_samples=5, max_length=16), min_size=1, max_size=3).map(row_of)
+sizes = st.integers(1, 60)
+policies = st.fixed_dictionaries(
+    {"keep_history": st.booleans(), "smallest_wave": st.integers(1, 8), "lone_tokens": st.booleans()}
+)
+
+
+@given(rows, sizes, policies)
+def test_waves_cover_the_row_once_in_order(row, size, policy):
+    plan = WavePlan.from_tree_plan(row[1], size, **policy)
+    borders = [0, *(wave.end for wave in plan.waves)]
+    assert [wave.start for wave in plan.waves] == borders[:-1]
+    assert borders[-1] == len(row[0])
+    shortest = 1 if policy["lone_tokens"] else min(2, len(row[0]))
+    assert all(len(wave) >= shortest for wave in plan.waves)
+
+
+@given(rows, sizes, policies)
+def test_no_more_tokens_than_allowed_are_alive(row, size, policy):
+    plan = WavePlan.from_tree_plan(row[1], size, **policy)
+    size += 0 if policy["lone_tokens"] else 2
+    for group in plan.groups:
+        kept = [wave for wave in group if wave.is_kept]
+        assert kept in ([], [group[0]])
+        for wave in group:
+            assert len(wave) + sum(len(other) for other in kept if other is not wave) <= size
+    assert plan.peak_tokens <= size
+    assert policy["keep_history"] or not any(wave.is_kept for wave in plan.waves)
+
+
+@given(rows, sizes, policies)
+def test_what_is_handed_on_is_what_later_waves_descend_from(row, size, policy):
+    row, plan = row[0], WavePlan.from_tree_plan(row[1], size, **policy)
+    for group in plan.groups:
+        for wave in group:
+            tokens = np.arange(wave.start, wave.end)
+            handed_on = [token for first, last in wave.handed_on for token in range(first, last)]
+            assert handed_on == tokens[row.subtree_end[tokens] > wave.end].tolist()
+        # No token of a group descends from another group.
+        assert row.subtree_end[group[0].start : group[-1].end].max() <= group[-1].end
+
+
+@given(rows, sizes, policies)
+def test_a_branch_that_fits_is_not_torn(row, size, policy):
+    row, tree_plan = row
+    plan = WavePlan.from_tree_plan(tree_plan, size, **policy)
+    ends = {wave.end for wave in plan.waves}
+    for run in tree_plan.runs:
+        room = size - max(len(wave) if wave.is_kept else 0 for wave in plan.waves)
+        is_leaf = all(row.subtree_end[run.start : run.end] <= run.end)
+        if is_leaf and run.prefix and run.end - run.start <= room:
+            assert not ends & set(range(run.start + 1, run.end))
+
+
+def ancestors(plan, position):
+    """Positions of the ancestors of a token, itself included, in the order of their depth."""
+    run = next(run for run in plan.runs if run.start <= position < run.end)
+    return [token for first, last in (*run.prefix, (run.start, position + 1)) for token in range(first, last)]
+
+
+@given(rows, sizes, policies)
+def test_a_pass_sees_the_ancestors_of_the_row(row, size, policy):
+    plan = WavePlan.from_tree_plan(row[1], size, **policy)
+    for group in plan.groups:
+        memory = Placement.one_after_the_other(tokens for wave in group for tokens in wave.handed_on)
+        slots = [token for first, last in memory.ranges for token in range(first, last)]
+        for wave in group:
+            for tokens in {((wave.start, wave.end),), wave.handed_on} - {()}:
+                of_pass = pass_plan(row[1], Placement.one_after_the_other(tokens), memory)
+                running = [token for first, last in tokens for token in range(first, last)]
+                assert of_pass.length == len(running)
+                assert of_pass.depths().tolist() == row[1].depths()[running].tolist()
+                where = running + slots
+                for position, token in enumerate(running):
+                    assert [where[other] for other in ancestors(of_pass, position)] == ancestors(row[1], token)
+
+
+def test_a_history_that_fits_beside_a_branch_is_kept():
+    tree_plan = batch_of([reasoning_chat(turns=6)])["tree_plan"]
+    history = max(end for run in tree_plan.runs for _, end in run.prefix)
+    # What the first run holds after the last fork is the branch of the last turn.
+    longest = max(run.end - max(run.start, history) for run in tree_plan.runs)
+    plan = WavePlan.from_tree_plan(tree_plan, history + longest)
+    assert plan.waves[0].is_kept
+    assert len(plan.waves[0]) == history
+    assert plan.num_repeated == 0
+    assert f"history of {history} tokens kept, 0 tokens run twice" in str(plan)
+    for cut in (
+        WavePlan.from_tree_plan(tree_plan, history + longest - 1),
+        WavePlan.from_tree_plan(tree_plan, history + longest, smallest_wave=longest + 1),
+    ):
+        assert not any(wave.is_kept for wave in cut.waves)
+        assert cut.num_repeated == history
+
+
+def test_no_size_lets_more_tokens_of_a_chat_be_alive():
+    tree_plan = batch_of([reasoning_chat(turns=6)])["tree_plan"]
+    plans = [(size, WavePlan.from_tree_plan(tree_plan, size)) for size in range(1, tree_plan.length + 1)]
+    assert {plan.waves[0].is_kept for _, plan in plans} == {False, True}
+    for size, plan in plans:
+        assert plan.peak_tokens <= size
+        assert all(len(wave) + (plan.waves[0].is_kept and len(plan.waves[0])) <= size for wave in plan.waves[1:])
+
+
+@pytest.mark.parametrize("turns", [4, 16])
+def test_long_chains_run_all_but_their_last_piece_twice(turns):
+    plan = WavePlan.from_tree_plan(TreePlan.from_subtree_end(np.full(10 * turns, 10 * turns)), 10)
+    assert len(plan.waves) == turns
+    assert plan.num_repeated == 10 * (turns - 1)
+    assert plan.memory_tokens == 10 * (turns - 1)

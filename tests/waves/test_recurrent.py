@@ -1,0 +1,143 @@
+"""Hybrid models in waves: inputs and states of recurrent layers are handed from wave to wave, exactly."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.exact import checkpoint_layers
+from support.strategies import branch_at_every_depth, nested_forks, reasoning_chat, sample_sets
+from support.survey import branchy_chat
+from support.tiny_configs import HYBRIDS, KINDS, tiny_model
+from support.waves import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
+from trl_singlepass.attention import Tree
+from trl_singlepass.attention.context import running_on
+from trl_singlepass.recurrent import recurrent_layers
+from trl_singlepass.training.model import use_tree_attention
+
+
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning"),
+]
+
+
+def model_of(model_type, **overrides):
+    model = tiny_model(model_type, **overrides)
+    if hasattr(model.config, "output_router_logits"):  # that loss is no sum over tokens: tested through the trainer
+        model.config.output_router_logits = False
+    return model
+
+
+# One of each kind, and one whose layers take over what earlier ones selected; the others are tried by the slow tests.
+QUICK = [*KINDS, "glm_moe_dsa"]
+FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS]
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_branches_at_every_depth_shorter_than_the_convolution(model_type):
+    assert_waves_equal_npass(model_of(model_type), [branch_at_every_depth()], [10])
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_chat_with_short_branches(model_type):
+    assert_waves_equal_npass(model_of(model_type), [branchy_chat()], [4, 40])
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_sizes_from_one_token_to_the_row(model_type):
+    length = batch_of([branch_at_every_depth()])["input_ids"].shape[1]
+    assert_waves_equal_npass(model_of(model_type), [branch_at_every_depth()], [1, 2, 3, 7, 20, length])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_every_size(model_type):
+    for samples in (branch_at_every_depth(), nested_forks(3, 2)):
+        length = batch_of([samples])["input_ids"].shape[1]
+        assert_waves_equal_npass(model_of(model_type), [samples], range(1, length + 1))
+
+
+@pytest.mark.parametrize("keep_history", [True, False])
+@pytest.mark.parametrize("model_type", KINDS)
+def test_nested_forks(model_type, keep_history):
+    assert_waves_equal_npass(model_of(model_type), [nested_forks(3, 2)], [4, 30], keep_history=keep_history)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_gradient_checkpointing(model_type, use_reentrant):
+    model = model_of(model_type)
+    if not model.supports_gradient_checkpointing:
+        pytest.skip("has no gradient checkpointing")
+    # A row of 79 tokens, whose last wave of 25 tokens would be a single one.
+    chats, prepare = [reasoning_chat(2), reasoning_chat(1, seed=1)], checkpoint_layers(use_reentrant)
+    assert_waves_equal_npass(model, chats, [25], prepare=prepare, lone_tokens=False)
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_several_conversations_in_one_row_with_padding(model_type):
+    chats = [reasoning_chat(2), reasoning_chat(1, seed=1), branch_at_every_depth()]
+    assert_waves_equal_npass(model_of(model_type), chats, [30], pad_to_multiple_of=64)
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(samples=sample_sets(), size=st.integers(1, 50), keep=st.booleans())
+def test_random_trees(model_type, samples, size, keep):
+    assert_waves_equal_npass(model_of(model_type), [samples], [size], keep_history=keep)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", HYBRIDS)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(samples=sample_sets(max_samples=10, max_length=40), size=st.integers(1, 150), keep=st.booleans())
+def test_many_random_trees(model_type, samples, size, keep):
+    assert_waves_equal_npass(model_of(model_type), [samples], [size], keep_history=keep)
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_frozen_embeddings(model_type):
+    model = model_of(model_type)
+    model.get_input_embeddings().requires_grad_(False)  # the inputs of the first layer then have no gradients
+    assert_waves_equal_npass(model, [branch_at_every_depth()], [1, 9])
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_offloaded_inputs_and_states_train_the_same(model_type):
+    assert_waves_equal_npass(model_of(model_type), [branch_at_every_depth()], [11], offload=True)
+
+
+@pytest.mark.parametrize(("model_type", "tokens_per_fork"), [("qwen3_5_text", 1), ("lfm2", 2)])
+def test_only_the_inputs_that_run_again_are_kept(model_type, tokens_per_fork):
+    model = model_of(model_type)
+    use_tree_attention(model)
+    batch = batch_of([reasoning_chat(4)])
+    plan = plan_of(batch, 60)
+    _, row = train_in_waves(model, batch, plan)
+    layers = set(recurrent_layers(model))
+    inputs = [
+        value.shape[1]
+        for layer in layers & row.memories[0].leaves.keys()
+        for key, value in row.memories[0].leaves[layer].values.items()
+        if key == ("hidden_states",)
+    ]
+    assert inputs
+    assert plan.memory_tokens > 30
+    assert set(inputs) == {3 * tokens_per_fork}
+
+
+def test_trees_are_freed_with_their_row():
+    model = model_of("qwen3_5_text")
+    use_tree_attention(model)
+    batch = batch_of([reasoning_chat(2)])
+    tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
+    with torch.no_grad(), running_on(tree):
+        model(**{name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}, use_cache=False)
+    assert tree.attended_by
+    tree = weakref.ref(tree)
+    gc.collect()
+    assert tree() is None

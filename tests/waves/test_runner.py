@@ -1,0 +1,105 @@
+"""Float64: loss and every gradient of a row in waves equal those of separate forwards."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.exact import CHECKPOINTING
+from support.families import FAMILIES, MIXTURES, tiny_model
+from support.strategies import reasoning_chat, sample_sets
+from support.waves import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
+from trl_singlepass.attention.context import Tree
+from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.waves import WaveRow
+
+
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    # Its new name is not in all releases of transformers that are supported.
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+]
+
+# From one token at a time to the whole row; the row of `reasoning_chat()` has 107 tokens, its history 38.
+SIZES = [1, 5, 30, 60, 66, 1000]
+
+
+def model_of(family, **overrides):
+    # The load-balancing loss is no sum over tokens: what it takes is tested through the trainer.
+    return tiny_model(family, **({"output_router_logits": False} if family in MIXTURES else {}), **overrides)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reasoning_chat(family, checkpointing):
+    sizes = SIZES if checkpointing == "stored" else [30, 66]
+    assert_waves_equal_npass(model_of(family), [reasoning_chat()], sizes, prepare=CHECKPOINTING[checkpointing])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(samples=sample_sets(), size=st.integers(1, 50), keep=st.booleans())
+def test_random_trees(family, samples, size, keep):
+    assert_waves_equal_npass(model_of(family), [samples], [size], keep_history=keep)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(samples=sample_sets(max_samples=10, max_length=40), size=st.integers(1, 150), keep=st.booleans())
+def test_many_random_trees(family, samples, size, keep):
+    assert_waves_equal_npass(model_of(family), [samples], [size], keep_history=keep)
+
+
+@pytest.mark.parametrize("pad_to_multiple_of", [None, 64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_conversations_in_one_row(family, pad_to_multiple_of):
+    chats = [reasoning_chat(turns, seed=seed) for seed, turns in enumerate((3, 1, 2))]
+    assert_waves_equal_npass(model_of(family), chats, [9, 70], pad_to_multiple_of=pad_to_multiple_of)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt-oss"])
+def test_frozen_layers(family):
+    model = model_of(family)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1." in name and "k_proj" not in name)
+    assert_waves_equal_npass(model, [reasoning_chat()], SIZES)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama4"])
+def test_long_chat_over_many_windows(family):
+    assert_waves_equal_npass(model_of(family), [reasoning_chat(turns=12)], [13, 100, 150])
+
+
+def test_keys_and_values_take_the_bytes_that_are_counted():
+    model = model_of("qwen3")
+    use_tree_attention(model)
+    batch = batch_of([reasoning_chat()])
+    for size in (5, 66):
+        plan = plan_of(batch, size)
+        _, row = train_in_waves(model, batch, plan)
+        config = model.config
+        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8
+        assert row.peak_memory_bytes == 2 * plan.memory_tokens * per_token  # with their gradients
+
+
+def test_layers_with_a_window_keep_what_it_looks_back_to():
+    model = model_of("gemma3")  # a layer with a window of 7 tokens, and one without
+    use_tree_attention(model)
+    batch = batch_of([reasoning_chat(turns=12)])
+    plan = plan_of(batch, 100, keep_history=False)
+    _, row = train_in_waves(model, batch, plan)
+    (memory,) = row.memories
+    windowed, full = (memory.layers[layer.self_attn].num_slots for layer in model.model.layers)
+    assert full == plan.memory_tokens
+    assert 6 < windowed < full / 2  # of 14 tokens of history per turn, the six before the next branch
+
+
+def test_offloaded_keys_and_values_train_the_same():
+    model = model_of("qwen3")
+    use_tree_attention(model)
+    batch = batch_of([reasoning_chat()])
+    tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
+    row = WaveRow(plan_of(batch, 20), tree, offload=True)
+    for memory in row.memories:
+        assert memory.of(model, 3).like(torch.zeros(1, 2, 3, 4, device="meta"), torch.float64).device.type == "cpu"

@@ -1,0 +1,130 @@
+"""Paths as ranges of row positions: which keys a stretch of queries can see, for all stretches at once (numpy)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..trees.rows import TreePlan
+
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """
+    Stretches of a row, each inside one run; together they cover it in order. Arrays of shape `(num_pieces,)`.
+
+    Args:
+        start (`numpy.ndarray`):
+            Position of the first query.
+        end (`numpy.ndarray`):
+            Position just past the last query.
+        depth (`numpy.ndarray`):
+            Depth of the first query.
+        run (`numpy.ndarray`):
+            Index of the run in the plan.
+    """
+
+    start: Ints
+    end: Ints
+    depth: Ints
+    run: Ints
+
+    @classmethod
+    def from_plan(cls, plan: TreePlan, size: int | None = None, *, by_depth: bool = False) -> Pieces:
+        """
+        Cut the runs of a row.
+
+        Args:
+            plan (`TreePlan`):
+                Structure of the row.
+            size (`int`, *optional*):
+                Runs are cut at multiples of this number of tokens; not at all if not given.
+            by_depth (`bool`, *optional*, defaults to `False`):
+                Whether multiples are of a token's depth instead of its position in the row.
+
+        Returns:
+            `Pieces`: The pieces.
+        """
+        runs = np.array([(run.start, run.end, run.depth) for run in plan.runs], np.int64).reshape(-1, 3)
+        start, end, depth = runs.T
+        if size is None:
+            return cls(start, end, depth, np.arange(len(runs)))
+        first = depth if by_depth else start
+        count = (first + end - start - 1) // size - first // size + 1
+        run = np.repeat(np.arange(len(runs)), count)
+        border = (first // size)[run] * size + _position_in_group(count) * size
+        offset = np.maximum(border - first[run], 0)
+        length = np.minimum(border + size - first[run], (end - start)[run])
+        return cls(start[run] + offset, start[run] + length, depth[run] + offset, run)
+
+    @property
+    def last_depth(self) -> Ints:
+        """Depth of the last query of each piece."""
+        return self.depth + self.end - self.start - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyRanges:
+    """
+    Ranges of keys that pieces see; arrays of shape `(num_ranges,)`, the ranges of a piece together, by depth.
+
+    Args:
+        piece (`numpy.ndarray`):
+            Index of the piece.
+        start (`numpy.ndarray`):
+            Position of the first key.
+        end (`numpy.ndarray`):
+            Position just past the last key.
+    """
+
+    piece: Ints
+    start: Ints
+    end: Ints
+
+
+def key_ranges(plan: TreePlan, pieces: Pieces, first_depth: Ints, before: Ints) -> KeyRanges:
+    """
+    Return the keys on the path of each piece, from some depth on and before some position.
+
+    Args:
+        plan (`TreePlan`):
+            Structure of the row.
+        pieces (`Pieces`):
+            Pieces of the row.
+        first_depth (`numpy.ndarray` of shape `(num_pieces,)`):
+            For each piece, the depth of the first key.
+        before (`numpy.ndarray` of shape `(num_pieces,)`):
+            For each piece, the row position just past the last key that may be in it.
+
+    Returns:
+        `KeyRanges`: Their ranges; empty ones are left out.
+    """
+    paths = [(*run.prefix, (run.start, run.end)) for run in plan.runs]
+    lengths = np.array([len(path) for path in paths], np.int64)
+    ranges = np.array([key_range for path in paths for key_range in path], np.int64).reshape(-1, 2)
+    sizes = ranges[:, 1] - ranges[:, 0]
+    depths = np.cumsum(sizes) - sizes
+    offsets = np.cumsum(lengths) - lengths
+    depths -= np.repeat(depths[offsets], lengths)
+    count = lengths[pieces.run]
+    piece = np.repeat(np.arange(len(count)), count)
+    chosen = concatenated_ranges(offsets[pieces.run], count)
+    start = ranges[chosen, 0] + np.maximum(first_depth[piece] - depths[chosen], 0)
+    end = np.minimum(ranges[chosen, 1], before[piece])
+    kept = start < end
+    return KeyRanges(piece[kept], start[kept], end[kept])
+
+
+def concatenated_ranges(start: Ints, length: Ints) -> Ints:
+    """Return `start[0], start[0] + 1, …` (`length[0]` integers), then those of the next range, and so on."""
+    return np.repeat(start, length) + _position_in_group(length)
+
+
+def _position_in_group(size: Ints) -> Ints:
+    """0, 1, … within each group: sizes 2, 3 give 0, 1, 0, 1, 2."""
+    return np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)

@@ -1,0 +1,3 @@
+"""The `trl-singlepass` command."""
+
+from .main import main as main

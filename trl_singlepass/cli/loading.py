@@ -1,0 +1,90 @@
+"""Tokenizers, configurations and models that the command line names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..data.files import first_line
+
+
+def load_tokenizer(model: str, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
+    """
+    Return the tokenizer of a model.
+
+    Args:
+        model (`str`):
+            Folder or hub id.
+        chat_template (`str`, *optional*):
+            File with a chat template to use instead of the tokenizer's own.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code that comes with the model may run.
+
+    Returns:
+        `PreTrainedTokenizerBase`: The tokenizer, with a chat template.
+
+    Raises:
+        `ValueError`: If there is no such model, or no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the Hub client raises what it likes
+        raise ValueError(_no_model(model, error)) from error
+    if chat_template is not None:
+        if not Path(chat_template).is_file():
+            raise ValueError(f"There is no file {chat_template}. --chat_template takes a file with a Jinja template.")
+        tokenizer.chat_template = Path(chat_template).read_text("utf-8")
+    if tokenizer.chat_template is None:
+        raise ValueError(f"The tokenizer of {model} has no chat template. Give one with --chat_template FILE.")
+    return tokenizer
+
+
+def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the configuration of a model; `None` where the folder holds only a tokenizer."""
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        return None
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above
+        raise ValueError(_no_model(model, error)) from error
+
+
+def load_model(
+    model: str, *, dtype: str, attn_implementation: str | None, device: str, trust_remote_code: bool = False
+) -> Any:
+    """
+    Return a causal language model, in training mode.
+
+    Args:
+        model (`str`):
+            Folder or hub id.
+        dtype (`str`):
+            Precision of the weights.
+        attn_implementation (`str`, *optional*):
+            Attention kernel.
+        device (`str`):
+            Device to load it to.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code that comes with the model may run.
+
+    Returns:
+        `PreTrainedModel`: The model.
+
+    Raises:
+        `ValueError`: If it cannot be loaded.
+    """
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # as above
+        raise ValueError(_no_model(model, error)) from error
+    return loaded.to(device).train()
+
+
+def _no_model(model: str, error: Exception) -> str:
+    return (
+        f"{model} cannot be loaded: {first_line(error)} Expected a folder with a model, or the id of one on the Hub."
+    )

@@ -1,0 +1,1 @@
+"""Datasets of conversations to datasets of rows, and rows to batches."""

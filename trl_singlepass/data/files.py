@@ -1,0 +1,132 @@
+"""DATA of the command line, a file, a folder or a hub id, to rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.utils.tqdm import tqdm
+
+
+LINES, TABLES = (".jsonl", ".ndjson"), {".parquet": "parquet", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
+
+
+class JsonLines(Sequence[dict[str, Any]]):
+    """
+    Rows of a JSON Lines file, each read when it is asked for.
+
+    Reading them through Arrow would give all structs of a column the same keys, and refuse a column that is a string
+    in one row and an object in another, as tool-call arguments often are.
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Raises:
+        `ValueError`: If the file is empty.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offsets: list[int] = []
+        with (
+            path.open("rb") as file,
+            tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="Reading") as bar,
+        ):
+            start = 0
+            for line in file:
+                if line.strip():
+                    self.offsets.append(start)
+                start += len(line)
+                bar.update(len(line))
+        if not self.offsets:
+            raise ValueError(f"{path} is empty. Expected one JSON object per line.")
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        with self.path.open("rb") as file:
+            file.seek(self.offsets[index])
+            line = file.readline()
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{self.path}, row {index}: no JSON ({error}). Expected one object per line.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{self.path}, row {index}: expected a JSON object, got {type(row).__name__}.")
+        return row
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+
+def load_rows(data: str, *, split: str = "train", config: str | None = None) -> Sequence[Any] | Dataset:
+    """
+    Return the conversations that DATA names.
+
+    Args:
+        data (`str`):
+            A `.jsonl`, `.json`, `.parquet`, `.csv` or `.arrow` file, a folder of such files or of `save_to_disk`, or a
+            dataset of the Hub.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of a folder or of a dataset of the Hub.
+        config (`str`, *optional*):
+            Configuration of a dataset of the Hub.
+
+    Returns:
+        `datasets.Dataset` or [`JsonLines`]: The rows.
+
+    Raises:
+        `ValueError`: If there is no such data.
+    """
+    path = Path(data).expanduser()
+    if path.suffix in LINES and path.is_file():
+        return JsonLines(path)
+    if path.is_file():
+        if path.suffix not in TABLES:
+            raise ValueError(
+                f"{data} is none of {', '.join([*LINES, *TABLES])}. Convert it, or rename it if it is one."
+            )
+        return load_dataset(TABLES[path.suffix], data_files=str(path), split="train")
+    if path.suffix in (*LINES, *TABLES):
+        raise ValueError(f"There is no file {data}.")
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _split_of(load_from_disk(str(path)), split, data)
+    return _from_hub(data, split, config)
+
+
+def _split_of(dataset: Dataset | DatasetDict, split: str, data: str) -> Dataset:
+    if isinstance(dataset, Dataset):
+        return dataset
+    if split not in dataset:
+        raise ValueError(f"{data} has no split '{split}', only {', '.join(dataset)}. Choose one with --split.")
+    return dataset[split]
+
+
+def _from_hub(data: str, split: str, config: str | None) -> Dataset:
+    try:
+        return load_dataset(data, name=config, split=split)
+    except Exception as error:  # the Hub client raises what it likes
+        raise ValueError(
+            f"{data} is neither a file nor a dataset that can be loaded: {first_line(error)} Expected a .jsonl or "
+            ".parquet file, a folder, or the id of a dataset on the Hub."
+        ) from error
+
+
+def first_line(error: BaseException, length: int = 300) -> str:
+    """Return the beginning of an error's text in one line, as a sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text if len(text) <= length else text[: length - 1] + "…"
+    return text if text.endswith((".", "…", "!", "?")) else f"{text}."

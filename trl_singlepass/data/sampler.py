@@ -1,0 +1,278 @@
+"""Which row goes to which rank: ranks wait for the slowest at every step, so each gets rows of the same cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+from transformers import logging
+
+from ..cost.flops import ModelShape
+from .arrow import COST_COLUMNS
+
+
+logger = logging.get_logger(__name__)
+
+
+# Steps whose rows are grouped by cost at once; Hugging Face's group_by_length sorts 50 batches at once as well.
+_GROUPED_STEPS = 50
+
+
+def row_costs(num_tokens: NDArray[np.int64], num_pairs: NDArray[np.int64], config: Any) -> NDArray[np.float64]:
+    """
+    Return the predicted cost of rows, in tokens without attention.
+
+    Args:
+        num_tokens (`numpy.ndarray` of shape `(num_rows,)`):
+            Tokens of each row.
+        num_pairs (`numpy.ndarray` of shape `(num_rows,)`):
+            Pairs of a token and one on its path in each row, the token itself included.
+        config (`transformers.PreTrainedConfig`):
+            Configuration of the model.
+
+    Returns:
+        `numpy.ndarray` of shape `(num_rows,)`: The costs. Where sizes that counting needs are not in the
+        configuration, a layer is taken to have `12 · hidden_size²` weights.
+    """
+    text = config.get_text_config()
+    if not isinstance(getattr(text, "intermediate_size", None), int):
+        return np.asarray(num_tokens + num_pairs / (6 * text.hidden_size))
+    shape = ModelShape.from_config(text)
+    pairs = sum(
+        num_pairs if window is None else np.minimum(num_pairs, window * num_tokens) for window in shape.windows
+    )
+    costs: NDArray[np.float64] = num_tokens + pairs * (4 * shape.attention_width / (2 * shape.matrix_parameters))
+    return costs
+
+
+def predicted_imbalance(
+    order: Sequence[int], costs: NDArray[np.float64], *, batch_size: int, num_ranks: int, num_accumulated: int = 1
+) -> float:
+    """
+    Return how much longer a run takes than if all ranks had the same work: 0.1 where steps take 10 % longer.
+
+    Args:
+        order (`Sequence[int]`):
+            Rows in the order of the sampler; batches of them go to the ranks in turn.
+        costs (`numpy.ndarray` of shape `(num_rows,)`):
+            Cost of each row.
+        batch_size (`int`):
+            Rows per batch of a rank.
+        num_ranks (`int`):
+            Ranks.
+        num_accumulated (`int`, *optional*, defaults to 1):
+            Batches per rank and step.
+
+    Returns:
+        `float`: Time of the slowest rank ÷ mean time of the ranks, over all whole steps, less 1.
+    """
+    step = batch_size * num_ranks * num_accumulated
+    whole = len(order) // step * step
+    if whole == 0:
+        return 0.0
+    batches = costs[np.asarray(order[:whole])].reshape(-1, num_accumulated, num_ranks, batch_size)
+    per_rank = batches.sum(axis=(1, 3))
+    return float(per_rank.max(axis=1).sum() / per_rank.mean(axis=1).sum() - 1)
+
+
+def train_sampler(trainer: Any) -> BalancedSampler | None:
+    """
+    Return the sampler of a trainer's rows, and log how even the work of several ranks will be.
+
+    Args:
+        trainer (`transformers.Trainer`):
+            Trainer on a prepared dataset.
+
+    Returns:
+        `BalancedSampler` or `None`: The sampler for `train_sampling_strategy="group_by_length"`, and for `"random"` on
+        several ranks; `None` where Hugging Face's own does.
+    """
+    args, rows = trainer.args, trainer.train_dataset
+    if not (isinstance(rows, Dataset) and set(COST_COLUMNS) <= set(rows.column_names)):
+        return None
+    is_grouped = args.train_sampling_strategy == "group_by_length"
+    if not is_grouped and not (args.train_sampling_strategy == "random" and _deals_batches(trainer.accelerator)):
+        return None
+    columns = rows.select_columns(list(COST_COLUMNS)).with_format("numpy")[:]
+    sampler = BalancedSampler(
+        row_costs(columns["num_tokens"], columns["num_pairs"], trainer.model.config),
+        batch_size=trainer._train_batch_size,
+        num_ranks=trainer.accelerator.num_processes,
+        num_accumulated=args.gradient_accumulation_steps,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        epoch=lambda: int(trainer.state.epoch or 0),
+        group_by_cost=is_grouped,
+    )
+    if trainer.accelerator.num_processes > 1:
+        balanced, plain = (sampler.predicted_imbalance(balanced=is_balanced) for is_balanced in (True, False))
+        logger.info(
+            f"Predicted: steps take {balanced:.1%} longer than if all ranks had the same work ({plain:.1%} with rows "
+            "dealt out as they come). More gradient accumulation, or packing, evens it out."
+        )
+    return sampler
+
+
+def _deals_batches(accelerator: Any) -> bool:
+    """Whether there are several ranks, each of which takes whole batches of the sampler in turn."""
+    config, parallelism = accelerator.dataloader_config, accelerator.parallelism_config
+    is_plain = parallelism is None or parallelism.non_data_parallel_size == 1
+    return accelerator.num_processes > 1 and is_plain and not (config.split_batches or config.dispatch_batches)
+
+
+class BalancedSampler(Sampler[int]):
+    """
+    Shuffled rows, ordered such that the ranks of a step get the same work.
+
+    The rows of a step are those of a plain shuffle; only which rank computes which is chosen, so that training is
+    statistically untouched. With `group_by_cost`, steps are made of rows of similar cost as well, as with Hugging
+    Face's `group_by_length`. Every rank draws the same order, and takes every `num_ranks`-th batch of it.
+
+    Args:
+        costs (`numpy.ndarray` of shape `(num_rows,)`):
+            Cost of each row.
+        batch_size (`int`):
+            Rows per batch of a rank.
+        num_ranks (`int`):
+            Ranks.
+        num_accumulated (`int`):
+            Batches per rank and step.
+        seed (`int`):
+            Seed of the shuffle.
+        epoch (`Callable[[], int]`):
+            Returns the number of the epoch that begins; with the seed, it decides the order, so that a resumed run
+            goes on in the same one.
+        group_by_cost (`bool`, *optional*, defaults to `False`):
+            Whether a step has rows of similar cost.
+    """
+
+    def __init__(
+        self,
+        costs: NDArray[np.float64],
+        *,
+        batch_size: int,
+        num_ranks: int,
+        num_accumulated: int,
+        seed: int,
+        epoch: Callable[[], int],
+        group_by_cost: bool = False,
+    ) -> None:
+        self.costs = costs
+        self.layout = {"batch_size": batch_size, "num_ranks": num_ranks, "num_accumulated": num_accumulated}
+        self._seed, self._epoch, self._group_by_cost = seed, epoch, group_by_cost
+
+    def __len__(self) -> int:
+        return len(self.costs)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order(self._epoch())
+
+    def order(self, epoch: int, *, balanced: bool = True) -> list[int]:
+        """
+        Return the rows in the order of an epoch.
+
+        Args:
+            epoch (`int`):
+                Number of the epoch.
+            balanced (`bool`, *optional*, defaults to `True`):
+                Whether to balance the ranks; without, what plain shuffling would do.
+
+        Returns:
+            `list[int]`: Each row once.
+        """
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        shuffled = torch.randperm(len(self.costs), generator=generator).numpy()
+        if self._group_by_cost:
+            shuffled = self._grouped(shuffled, generator)
+        if not balanced or self.layout["num_ranks"] == 1:
+            return [int(row) for row in shuffled]
+        return [row for step in self._steps(shuffled) for row in self._balanced_step(step)]
+
+    def predicted_imbalance(self, epoch: int = 0, *, balanced: bool = True) -> float:
+        """Return [`predicted_imbalance`] of an epoch, with or without balancing."""
+        return predicted_imbalance(self.order(epoch, balanced=balanced), self.costs, **self.layout)
+
+    @property
+    def _step_size(self) -> int:
+        return int(np.prod(list(self.layout.values())))
+
+    def _steps(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        return [rows[start : start + self._step_size] for start in range(0, len(rows), self._step_size)]
+
+    def _grouped(self, shuffled: NDArray[np.int64], generator: torch.Generator) -> NDArray[np.int64]:
+        """Sort stretches of many steps by cost and shuffle their steps; the last, incomplete step stays the last."""
+        whole = len(shuffled) // self._step_size * self._step_size
+        stretch = self._step_size * min(_GROUPED_STEPS, max(whole // self._step_size // 4, 1))
+        grouped: list[NDArray[np.int64]] = []
+        for start in range(0, whole, stretch):
+            rows = shuffled[start : min(start + stretch, whole)]
+            steps = self._steps(rows[np.argsort(-self.costs[rows], kind="stable")])
+            grouped += [steps[i] for i in torch.randperm(len(steps), generator=generator)]
+        return np.concatenate([*grouped, shuffled[whole:]])
+
+    def _balanced_step(self, step: NDArray[np.int64]) -> list[int]:
+        """Order the rows of a step batch by batch; batches go to the ranks in turn."""
+        batch_size, num_ranks = self.layout["batch_size"], self.layout["num_ranks"]
+        num_batches = len(step) // (batch_size * num_ranks)
+        whole = num_batches * batch_size * num_ranks
+        per_rank = [
+            _most_costly_first(even_parts(rows, self.costs, num_batches), self.costs)
+            for rows in even_parts(step[:whole].tolist(), self.costs, num_ranks)
+        ]
+        ordered = [row for batches in zip(*per_rank, strict=True) for batch in batches for row in batch]
+        return [*ordered, *step[whole:].tolist()]
+
+
+def even_parts(rows: Sequence[int], costs: NDArray[np.float64], num_parts: int) -> list[list[int]]:
+    """
+    Divide rows in parts of equal number and nearly equal cost.
+
+    In rounds, the most costly rows left go one to each part, the most costly to the cheapest part; then rows of the
+    costliest and the cheapest part are exchanged as long as that helps.
+
+    Args:
+        rows (`Sequence[int]`):
+            Rows, a multiple of `num_parts`.
+        costs (`numpy.ndarray` of shape `(num_rows,)`):
+            Cost of each row of the dataset.
+        num_parts (`int`):
+            Parts.
+
+    Returns:
+        `list[list[int]]`: The parts.
+    """
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    totals = np.zeros(num_parts)
+    ordered = sorted(rows, key=lambda row: -costs[row])
+    for start in range(0, len(ordered), max(num_parts, 1)):
+        for part, row in zip(np.argsort(totals, kind="stable"), ordered[start : start + num_parts], strict=True):
+            parts[part].append(row)
+            totals[part] += costs[row]
+    for _ in range(4 * num_parts):
+        if not _exchange(parts, totals, costs):
+            break
+    return parts
+
+
+def _exchange(parts: list[list[int]], totals: NDArray[np.float64], costs: NDArray[np.float64]) -> bool:
+    """Exchange the two rows that bring the costliest and the cheapest part closest together, if any do."""
+    high, low = int(totals.argmax()), int(totals.argmin())
+    gap = totals[high] - totals[low]
+    moved = costs[parts[high]][:, None] - costs[parts[low]][None, :]
+    left = np.abs(gap - 2 * moved)
+    i, j = np.unravel_index(int(left.argmin()), left.shape) if left.size else (0, 0)
+    if not left.size or left[i, j] >= gap * (1 - 1e-9):
+        return False
+    totals[high] -= moved[i, j]
+    totals[low] += moved[i, j]
+    parts[high][i], parts[low][j] = parts[low][j], parts[high][i]
+    return True
+
+
+def _most_costly_first(batches: list[list[int]], costs: NDArray[np.float64]) -> list[list[int]]:
+    """So that the batches that the ranks run at the same time are alike, and memory runs out early if at all."""
+    return sorted(batches, key=lambda batch: -costs[batch].sum())

@@ -1,0 +1,120 @@
+"""Streams of conversations to streams of rows: prepared and packed on the fly, losses counted as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import IterableDataset
+from transformers import PreTrainedTokenizerBase, logging
+from trl.data_utils import get_dataset_column_names
+
+from ..trees.rows import ROW_COLUMNS, Row
+from .conversations import COUNT_COLUMNS, rows_of
+from .packed_dataset import pack_rows
+from .report import report_of
+from .settings import RowSettings
+
+
+logger = logging.get_logger(__name__)
+
+# Conversations that are placed at once. More fill rows better; fewer start sooner and resume faster.
+PACKING_BUFFER = 512
+_PREPARED_AT_ONCE = 8
+
+
+def stream_rows(
+    dataset: IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RowSettings,
+    *,
+    packing: bool = False,
+    name: str = "train",
+) -> IterableDataset:
+    """
+    Return a stream of conversations as a stream of rows.
+
+    Rows hold nothing but what the stream yields next, so that workers, ranks and a resumed run see the same rows: with
+    packing, every `PACKING_BUFFER` conversations are packed on their own.
+
+    Args:
+        dataset (`datasets.IterableDataset`):
+            Conversations.
+        tokenizer (`transformers.PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        settings (`RowSettings`):
+            Bounds; with packing, `max_row_tokens` is the capacity of a row.
+        packing (`bool`, *optional*, defaults to `False`):
+            Whether several conversations share a row.
+        name (`str`, *optional*, defaults to `"train"`):
+            Name of the dataset in the log.
+
+    Returns:
+        `datasets.IterableDataset`: Rows, with `ROW_COLUMNS`.
+    """
+    columns = get_dataset_column_names(dataset)
+    rows = dataset.map(
+        _StreamPreparation(tokenizer, settings, name),
+        with_indices=True,
+        batched=True,
+        batch_size=_PREPARED_AT_ONCE,
+        remove_columns=columns,
+    )
+    if not packing:
+        return rows
+    assert settings.max_row_tokens is not None, "packing needs the capacity of a row"
+    return rows.map(
+        _pack_batch,
+        batched=True,
+        batch_size=PACKING_BUFFER,
+        fn_kwargs={"max_row_tokens": settings.max_row_tokens},
+    )
+
+
+class _StreamPreparation:
+    """
+    Prepares batches of a stream, and logs what is lost each time that it has doubled.
+
+    A stream has no end at which losses could be summed up, and a line per loss would drown the log.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, name: str) -> None:
+        self._tokenizer, self._settings, self._name = tokenizer, settings, name
+        self._counts: dict[str, list[int]] = {column: [] for column in COUNT_COLUMNS}
+        self._lengths: list[int] = []
+        self._next_log = 1
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        trained: list[Row] = []
+        for position, index in enumerate(indices):
+            example = {name: values[position] for name, values in batch.items()}
+            rows, counts = rows_of(example, index, self._tokenizer, self._settings)
+            trained += [row for row in rows if len(row)]
+            self._count(rows, counts)
+        self._log()
+        return as_columns(trained)
+
+    def _count(self, rows: list[Row], counts: list[dict[str, int]]) -> None:
+        self._lengths += map(len, rows)
+        for column, values in self._counts.items():
+            values += [count[column] for count in counts]
+
+    def _log(self) -> None:
+        lost = sum(self._counts["num_cut_turns"]) + sum(self._counts["num_dropped_turns"])
+        if lost >= self._next_log:
+            report = report_of(self._counts, self._lengths)
+            logger.warning(f"Stream of the {self._name} dataset so far: {report}.")
+            self._next_log = 2 * lost
+
+
+def _pack_batch(batch: Mapping[str, Sequence[Any]], max_row_tokens: int) -> dict[str, list[Any]]:
+    rows = [
+        Row.from_columns(dict(zip(ROW_COLUMNS, values, strict=True)))
+        for values in zip(*(batch[name] for name in ROW_COLUMNS), strict=True)
+    ]
+    return as_columns(pack_rows(rows, max_row_tokens))
+
+
+def as_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Return rows as a batch of dataset columns."""
+    return {name: [getattr(row, name) for row in rows] for name in ROW_COLUMNS}

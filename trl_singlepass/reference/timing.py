@@ -1,0 +1,115 @@
+"""Both ways timed on this machine: one forward and backward per sample, and one per tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from rich.table import Table
+
+from ..cost.flops import Cost, npass_cost, shape_of, single_pass_cost
+from ..training.model import use_tree_attention
+from ..trees.prefix_tree import PrefixTree
+from ..trees.sample import Sample
+from .npass import LossAndGradients, npass_loss_and_gradients
+from .single_pass import single_pass_loss_and_gradients
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """
+    Measured and counted work of some conversations, both ways.
+
+    Args:
+        npass_seconds (`float`):
+            Forward and backward of all samples, one by one: sum over conversations of the median of all repeats.
+        single_pass_seconds (`float`):
+            The same for all trees.
+        npass_cost (`Cost`):
+            Counted work of all samples.
+        single_pass_cost (`Cost`):
+            Counted work of all trees.
+    """
+
+    npass_seconds: float
+    single_pass_seconds: float
+    npass_cost: Cost
+    single_pass_cost: Cost
+
+    @property
+    def speedup(self) -> float:
+        """Seconds of N-pass ÷ seconds of the single pass."""
+        return self.npass_seconds / self.single_pass_seconds
+
+    @property
+    def forecast(self) -> float:
+        """Counted operations of N-pass ÷ those of the single pass."""
+        return self.npass_cost.flops / self.single_pass_cost.flops
+
+    def table(self) -> Table:
+        """Return the timing as a table."""
+        table = Table(title="Forward and backward on this machine", title_justify="left", title_style="bold")
+        for name in ("", "N-pass", "single pass", "N-pass ÷ single pass"):
+            table.add_column(name, justify="right" if name else "left")
+        npass, single = self.npass_cost, self.single_pass_cost
+        table.add_row("tokens", f"{npass.tokens:,}", f"{single.tokens:,}", f"{npass.tokens / single.tokens:.2f}")
+        table.add_row(
+            "TFLOP, counted", *(f"{cost.flops / 1e12:.3g}" for cost in (npass, single)), f"{self.forecast:.2f}"
+        )
+        seconds = (self.npass_seconds, self.single_pass_seconds)
+        table.add_row("seconds, measured", *(f"{value:.3g}" for value in seconds), f"{self.speedup:.2f}", style="bold")
+        return table
+
+
+def time_both(
+    model: Any,
+    conversations: Sequence[Sequence[Sample]],
+    *,
+    repeats: int = 3,
+    on_step: Callable[[], None] = lambda: None,
+) -> Timing:
+    """
+    Time N-pass and the single pass on the same conversations. The model is left on tree attention.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model, on its own attention.
+        conversations (`Sequence[Sequence[Sample]]`):
+            Samples of each conversation.
+        repeats (`int`, *optional*, defaults to 3):
+            Timed runs of each conversation, after one to warm up.
+        on_step (`Callable`, *optional*):
+            Called after each run, for a progress bar: `2 × conversations × (repeats + 1)` times.
+
+    Returns:
+        `Timing`: The measurement, with the counted work beside it.
+    """
+    shape = shape_of(model.config)
+    npass = _seconds(npass_loss_and_gradients, model, conversations, repeats, on_step)
+    use_tree_attention(model)
+    single_pass = _seconds(single_pass_loss_and_gradients, model, conversations, repeats, on_step)
+    return Timing(
+        npass,
+        single_pass,
+        npass_cost([sample for samples in conversations for sample in samples], shape),
+        single_pass_cost([PrefixTree.from_samples(samples) for samples in conversations], shape),
+    )
+
+
+def _seconds(
+    run: Callable[[Any, Sequence[Sample]], LossAndGradients],
+    model: Any,
+    conversations: Sequence[Sequence[Sample]],
+    repeats: int,
+    on_step: Callable[[], None],
+) -> float:
+    total = 0.0
+    for samples in conversations:
+        runs = []
+        for _ in range(repeats + 1):
+            runs.append(run(model, samples).seconds)
+            on_step()
+        total += median(runs[1:])
+    return total

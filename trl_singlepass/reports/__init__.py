@@ -1,0 +1,1 @@
+"""What a person looks at: a conversation, a dataset, pictures and pages of them."""

@@ -1,0 +1,206 @@
+"""Counts over the turns and samples of a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...trees.sample import Sample
+from .turns import AS_TEXT, LOST, NOT_AT_ALL, OTHER_KEY, RENDERED, RESTORED, TurnFacts
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSize:
+    """
+    Token counts of one sample.
+
+    Args:
+        prompt (`int`):
+            Tokens of the prompt.
+        reasoning (`int`):
+            Tokens of the completion that are reasoning.
+        answer (`int`):
+            Other tokens of the completion.
+    """
+
+    prompt: int
+    reasoning: int
+    answer: int
+
+    @classmethod
+    def of(cls, sample: Sample) -> SampleSize:
+        """Return the sizes of a sample."""
+        prompt, reasoning = sample.prompt_length, sample.reasoning_length
+        return cls(prompt, reasoning, len(sample) - prompt - reasoning)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole sample."""
+        return self.prompt + self.reasoning + self.answer
+
+
+@dataclass(frozen=True, slots=True)
+class TurnStats:
+    """
+    Counts over turns: of all turns, or of the turns at one place in their conversations.
+
+    Args:
+        turn (`int`, *optional*):
+            Number of the turn in its conversation, from 1; `None` for all turns.
+        turns (`int`):
+            Turns that the template renders.
+        trainable (`int`):
+            Those in conversations that can be trained; token counts are theirs.
+        prompt_tokens (`int`):
+            Tokens of their prompts.
+        reasoning_tokens (`int`):
+            Tokens of reasoning in their completions.
+        answer_tokens (`int`):
+            Other tokens of their completions.
+        over_max_length (`int`):
+            Those longer than `max_length`.
+        reasoning_found (`int`):
+            Turns whose reasoning is trained: rendered by the template, or put back.
+        reasoning_restored (`int`):
+            Turns whose reasoning the template leaves out, so that it is put back.
+        reasoning_under_other_key (`int`):
+            Turns with reasoning under a key that the template ignores.
+        reasoning_lost (`int`):
+            Turns whose reasoning cannot be rendered for another reason.
+        reasoning_hidden (`int`):
+            Turns whose reasoning the next turn does not see.
+        with_calls (`int`):
+            Turns with tool calls.
+        calls_lost (`int`):
+            Turns that lose a tool call or a part of one.
+        stop_added (`int`):
+            Turns after which the template writes no stop token.
+        not_token_prefix (`int`):
+            Turns whose prompt is a prefix of its rendering with the answer as text, but not as tokens.
+        prompt_changed (`int`):
+            Turns whose prompt is rendered differently once the answer follows.
+        followed (`int`):
+            Turns that another one follows.
+        branches (`dict[str, int]`):
+            Those that the next turn's prompt does not begin with, by what differs.
+    """
+
+    turn: int | None
+    turns: int
+    trainable: int
+    prompt_tokens: int
+    reasoning_tokens: int
+    answer_tokens: int
+    over_max_length: int
+    reasoning_found: int
+    reasoning_restored: int
+    reasoning_under_other_key: int
+    reasoning_lost: int
+    reasoning_hidden: int
+    with_calls: int
+    calls_lost: int
+    stop_added: int
+    not_token_prefix: int
+    prompt_changed: int
+    followed: int
+    branches: dict[str, int]
+
+    @property
+    def with_reasoning(self) -> int:
+        """Turns that say reasoning, under whatever key."""
+        return self.reasoning_found + self.reasoning_under_other_key + self.reasoning_lost
+
+    @classmethod
+    def of(
+        cls, turn: int | None, facts: Sequence[TurnFacts], samples: Sequence[SampleSize], max_length: int | None
+    ) -> TurnStats:
+        """Sum up turns and the sizes of those that can be trained."""
+        states = [fact.reasoning for fact in facts]
+        causes = [fact.branches for fact in facts if fact.branches is not None]
+        return cls(
+            turn=turn,
+            turns=len(facts),
+            trainable=len(samples),
+            prompt_tokens=sum(sample.prompt for sample in samples),
+            reasoning_tokens=sum(sample.reasoning for sample in samples),
+            answer_tokens=sum(sample.answer for sample in samples),
+            over_max_length=sum(max_length is not None and sample.length > max_length for sample in samples),
+            reasoning_found=states.count(RENDERED) + states.count(RESTORED),
+            reasoning_restored=states.count(RESTORED),
+            reasoning_under_other_key=states.count(OTHER_KEY),
+            reasoning_lost=states.count(LOST),
+            reasoning_hidden=sum(fact.hidden for fact in facts),
+            with_calls=sum(fact.calls > 0 for fact in facts),
+            calls_lost=sum(fact.calls_lost for fact in facts),
+            stop_added=sum(fact.stop_added for fact in facts),
+            not_token_prefix=sum(fact.prompt_continues == AS_TEXT for fact in facts),
+            prompt_changed=sum(fact.prompt_continues == NOT_AT_ALL for fact in facts),
+            followed=sum(fact.followed for fact in facts),
+            branches={cause: causes.count(cause) for cause in dict.fromkeys(causes)},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SharingByTurns:
+    """
+    Sharing of the conversations with a number of turns.
+
+    Args:
+        num_turns (`int`):
+            The number of turns.
+        conversations (`int`):
+            How many there are.
+        npass_tokens (`int`):
+            Tokens of their samples.
+        tree_tokens (`int`):
+            Tokens of their trees.
+    """
+
+    num_turns: int
+    conversations: int
+    npass_tokens: int
+    tree_tokens: int
+
+    @property
+    def sharing_factor(self) -> float:
+        """Tokens of the samples ÷ tokens of the trees."""
+        return self.npass_tokens / self.tree_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """
+    Distribution of a number of tokens.
+
+    Args:
+        smallest (`int`):
+            The smallest.
+        median (`int`):
+            The median.
+        percentile_99 (`int`):
+            The 99th percentile.
+        largest (`int`):
+            The largest.
+        edges (`tuple[int, ...]`):
+            Borders of the histogram's bins, one more than there are bins.
+        counts (`tuple[int, ...]`):
+            How many fall in each bin.
+    """
+
+    smallest: int
+    median: int
+    percentile_99: int
+    largest: int
+    edges: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, values: Iterable[int], bins: int = 24) -> Lengths:
+        """Summarise at least one number."""
+        array = np.fromiter(values, np.int64)
+        edges = np.unique(np.linspace(array.min(), array.max() + 1, bins + 1).round().astype(np.int64))
+        counts, _ = np.histogram(array, edges)
+        median, high = (int(np.quantile(array, q, method="inverted_cdf")) for q in (0.5, 0.99))
+        return cls(int(array.min()), median, high, int(array.max()), tuple(edges.tolist()), tuple(counts.tolist()))

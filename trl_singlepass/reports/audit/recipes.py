@@ -1,0 +1,149 @@
+"""What other recipes train of the same conversations: what reasoning they skip, and in which contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...rendering.conversation import Conversation
+from ...rendering.reasoning import ParsedMessage, reasoning_tags
+from ...rendering.tokenization import common_length
+from ...trees.sample import Sample
+
+
+ASSISTANT_ONLY, LAST_TURN = "TRL assistant_only_loss", "last turn only"
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeCounts:
+    """
+    Tokens that a recipe trains.
+
+    Args:
+        completion_tokens (`int`):
+            Completion tokens that there are to train: of all turns, each in its own context.
+        reasoning_tokens (`int`):
+            Those of them that are reasoning.
+        trained_tokens (`int`):
+            Tokens that the recipe trains.
+        unlike_inference (`int`):
+            Those of them whose context the model does not see at inference, or that it does not write itself.
+        reasoning_not_trained (`int`):
+            Reasoning tokens that the recipe trains in no context.
+    """
+
+    completion_tokens: int
+    reasoning_tokens: int
+    trained_tokens: int
+    unlike_inference: int
+    reasoning_not_trained: int
+
+
+def last_turn_only(samples: Sequence[Sample]) -> RecipeCounts:
+    """Count what training on the last turn of a conversation alone trains."""
+    last = samples[-1]
+    return RecipeCounts(
+        **_present(samples),
+        trained_tokens=len(last) - last.prompt_length,
+        unlike_inference=0,
+        reasoning_not_trained=sum(sample.reasoning_length for sample in samples[:-1]),
+    )
+
+
+class AssistantOnlyLoss:
+    """
+    TRL's `assistant_only_loss=True`: the conversation in one sequence, by TRL's training template.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        from trl.chat_template_utils import get_training_chat_template
+
+        self.tokenizer = tokenizer
+        self.refusal: str | None = None
+        self.chat_template: str | None = None
+        try:
+            if "{% generation %}" not in tokenizer.chat_template.replace("{%-", "{%").replace("-%}", "%}"):
+                self.chat_template = get_training_chat_template(tokenizer)
+        except ValueError:
+            self.refusal = "TRL has no training template for this chat template"
+
+    def counts(self, conversation: Conversation, samples: Sequence[Sample]) -> RecipeCounts:
+        """
+        Count what the recipe trains of a conversation.
+
+        Args:
+            conversation ([`Conversation`]):
+                The conversation.
+            samples (`Sequence[Sample]`):
+                Its samples.
+
+        Returns:
+            `RecipeCounts`: The counts.
+
+        Raises:
+            `Exception`: Whatever the training template raises.
+        """
+        token_ids, trained = self._tokenize(conversation)
+        exact = np.zeros(len(token_ids), bool)
+        for sample in samples:
+            shared = common_length(token_ids, sample.token_ids)
+            exact[:shared] |= sample.loss_weights[:shared] > 0
+        if conversation.first_trained:  # TRL masks the prompt of a prompt and completion
+            prompt, _ = self._tokenize(conversation, conversation.first_trained)
+            trained[: common_length(token_ids, prompt)] = False
+        parsed = [self._parse(conversation, sample) for sample in samples]
+        return RecipeCounts(
+            **_present(samples),
+            trained_tokens=int(trained.sum()),
+            unlike_inference=int((trained & ~exact).sum()),
+            reasoning_not_trained=_missing_reasoning(self._texts(token_ids, trained), parsed, samples),
+        )
+
+    def _tokenize(
+        self, conversation: Conversation, num_messages: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        encoded = self.tokenizer.apply_chat_template(
+            conversation.messages[:num_messages],
+            tools=conversation.tools,
+            chat_template=self.chat_template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **conversation.template_kwargs,
+        )
+        return np.asarray(encoded["input_ids"], np.int64), np.asarray(encoded["assistant_masks"], bool)
+
+    def _parse(self, conversation: Conversation, sample: Sample) -> ParsedMessage:
+        assert sample.message_index is not None
+        message = conversation.messages[sample.message_index]
+        return ParsedMessage.from_message(message, reasoning_tags(self.tokenizer.chat_template))
+
+    def _texts(self, token_ids: NDArray[np.int64], trained: NDArray[np.bool_]) -> str:
+        """Text of all trained stretches, one after the other."""
+        borders = np.flatnonzero(np.diff(trained, prepend=False, append=False)).reshape(-1, 2)
+        return "\n".join(self.tokenizer.decode(token_ids[start:end].tolist()) for start, end in borders)
+
+
+def _present(samples: Sequence[Sample]) -> dict[str, int]:
+    return {
+        "completion_tokens": sum(len(sample) - sample.prompt_length for sample in samples),
+        "reasoning_tokens": sum(sample.reasoning_length for sample in samples),
+    }
+
+
+def _missing_reasoning(text: str, parsed: Sequence[ParsedMessage], samples: Sequence[Sample]) -> int:
+    missing, position = 0, 0
+    for turn, sample in zip(parsed, samples, strict=True):
+        found = text.find(turn.reasoning.strip(), position)
+        if found < 0:
+            missing += sample.reasoning_length
+        else:
+            position = found + len(turn.reasoning.strip())
+    return missing

@@ -1,0 +1,127 @@
+"""Pictures of losses by turn, of sharing and of speed-up; they need matplotlib (the extra `plot`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .tree_plots import CONTEXT, INK, TRAINED
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .audit import AuditReport
+
+_BOUND = "#c2410c"
+_PARTS = {"reasoning_loss": ("reasoning", TRAINED), "answer_loss": ("answer", "#5b7fa6"), "loss": ("all", INK)}
+_TURN = re.compile(r"(?:eval_)?turn_(\d+)/(\w+)")
+
+
+def plot_loss_by_turn(metrics: Mapping[str, float]) -> Figure:
+    """
+    Draw the loss against the turn of the conversation, for reasoning, for answers and for both.
+
+    Args:
+        metrics (`Mapping[str, float]`):
+            With `log_turn_metrics=True`: an entry of `trainer.state.log_history`, or what `evaluate()` returns.
+
+    Returns:
+        `matplotlib.figure.Figure`: The picture; save it with `figure.savefig(path)`.
+
+    Raises:
+        `ValueError`: If there are no metrics by turn.
+    """
+    found = [(match, value) for name, value in metrics.items() if (match := _TURN.fullmatch(name))]
+    by_part = {part: sorted((int(m[1]), value) for m, value in found if m[2] == part) for part in _PARTS}
+    if not by_part["loss"]:
+        raise ValueError(f"No loss by turn in {sorted(metrics)}. Train or evaluate with log_turn_metrics=True.")
+    figure, axes = _axes("turn", "loss per token")
+    for part, (label, colour) in _PARTS.items():
+        if by_part[part]:
+            turns, losses = zip(*by_part[part], strict=True)
+            width = 2.2 if part == "loss" else 1.4
+            axes.plot(turns, losses, color=colour, linewidth=width, marker="o", markersize=4, label=label)
+    axes.set_ylim(bottom=0)
+    axes.set_xticks([turn for turn, _ in by_part["loss"]])
+    axes.set_title("Loss by turn", fontsize=11)
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_sharing(report: AuditReport) -> Figure:
+    """
+    Draw the sharing factor against the number of turns, for the conversations of a dataset.
+
+    Args:
+        report ([`AuditReport`]):
+            The audit of the dataset.
+
+    Returns:
+        `matplotlib.figure.Figure`: The picture; save it with `figure.savefig(path)`.
+
+    Raises:
+        `ValueError`: If no conversation can be trained.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    entries = report.sharing_by_turns
+    if not entries:
+        raise ValueError("No conversation of this dataset can be trained, so nothing is shared.")
+    turns, sharing = [entry.num_turns for entry in entries], [entry.sharing_factor for entry in entries]
+    figure, axes = _axes("turns of a conversation", "sharing factor")
+    axes.plot(turns, sharing, color=CONTEXT, linewidth=1.4, zorder=1)
+    area = [12 + 8 * entry.conversations for entry in entries]
+    axes.scatter(turns, sharing, s=area, color=TRAINED, edgecolor=INK, linewidth=0.6, zorder=2)
+    axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+    axes.set_ylim(bottom=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, steps=[1, 2, 5, 10]))
+    axes.set_title("Tokens of N separate samples ÷ tokens of the tree; area: conversations", fontsize=11)
+    return figure
+
+
+def plot_speedup(turns: Sequence[int], measured: Sequence[float], bound: Sequence[float]) -> Figure:
+    """
+    Draw the measured speed-up over N-pass against the number of turns, with the bound of the counted work.
+
+    Args:
+        turns (`Sequence[int]`):
+            Numbers of turns.
+        measured (`Sequence[float]`):
+            For each, the time of N-pass over that of a single pass.
+        bound (`Sequence[float]`):
+            For each, the counted work of N-pass over that of a single pass.
+
+    Returns:
+        `matplotlib.figure.Figure`: The picture; save it with `figure.savefig(path)`.
+    """
+    figure, axes = _axes("turns of a conversation", "speed-up over N-pass")
+    axes.fill_between(turns, 1, bound, color=CONTEXT, alpha=0.35, linewidth=0)
+    axes.plot(turns, bound, color=_BOUND, linewidth=1.4, linestyle="--", label="bound: counted work")
+    axes.plot(turns, measured, color=INK, linewidth=2.2, marker="o", markersize=5, label="measured")
+    for turn, value in zip(turns, measured, strict=True):
+        axes.annotate(
+            f"{value:.2f}", (turn, value), (0, -15), textcoords="offset points", ha="center", fontsize=8.5, color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )  # fmt: skip
+    axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(turns, [str(turn) for turn in turns])
+    axes.minorticks_off()
+    axes.margins(x=0.08, y=0.12)
+    axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.8, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,116 @@
+"""The audit of a dataset as a page: its tables, its findings and three plots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from rich.table import Table
+from rich.text import Text
+
+from ..audit import AuditReport
+from ..audit.counts import Lengths
+from ..audit.table import headline, tables
+from .frame import frame
+
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 460, 220, 46, 34
+
+
+def audit_page(report: AuditReport, title: str) -> str:
+    """
+    Return a self-contained page with an audit.
+
+    Args:
+        report ([`AuditReport`]):
+            The audit.
+        title (`str`):
+            What to call it.
+
+    Returns:
+        `str`: HTML.
+    """
+    findings = "".join(f"<li>{escape(finding)}</li>" for finding in report.findings)
+    verdict = f'<p class="verdict">{escape(report.forecast.verdict)}</p>' if report.forecast else ""
+    body = f"""<header><h1>{escape(title)}</h1><p>{escape(headline(report))}</p>{verdict}</header>
+<div class="page">
+<section><h2>Findings</h2><ul>{findings}</ul></section>
+<div class="plots">{"".join(_plots(report))}</div>
+{"".join(_section(table) for table in tables(report))}
+</div>"""
+    return frame(title, body)
+
+
+def _section(table: Table) -> str:
+    """A table of the terminal as one of HTML: the same cells."""
+    head = "".join(f"<th>{_text(column.header)}</th>" for column in table.columns)
+    rows = zip(*(list(column.cells) for column in table.columns), strict=True)
+    lines = []
+    for cells, row in zip(rows, table.rows, strict=True):
+        kind = ' class="total"' if row.style == "bold" else ""
+        lines.append(f"<tr{kind}>{''.join(f'<td{_left(cell)}>{_text(cell)}</td>' for cell in cells)}</tr>")
+    return (
+        f'<section><h2>{_text(table.title)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div></section>\n"
+    )
+
+
+def _text(cell: object) -> str:
+    return escape(cell.plain if isinstance(cell, Text) else str(cell)).replace("\n", " ")
+
+
+def _left(cell: object) -> str:
+    return ' class="left"' if isinstance(cell, Text) else ""
+
+
+def _plots(report: AuditReport) -> Iterable[str]:
+    if report.sample_lengths is not None:
+        yield _plot("Tokens per sample", *_histogram(report.sample_lengths))
+    if report.tree_lengths is not None:
+        yield _plot("Tokens per tree", *_histogram(report.tree_lengths))
+    if report.sharing_by_turns:
+        sharing = [entry.sharing_factor for entry in report.sharing_by_turns]
+        names = [str(entry.num_turns) for entry in report.sharing_by_turns]
+        yield _plot("Sharing factor by turns of a conversation", sharing, names, decimals=1)
+    lost = [
+        (recipe.name, recipe.reasoning_not_trained / max(1, recipe.reasoning_tokens))
+        for recipe in report.recipes
+        if recipe.conversations and recipe.reasoning_tokens
+    ]
+    if lost:
+        yield _plot(
+            "Reasoning that other recipes do not train, %", [100 * share for _, share in lost], [n for n, _ in lost]
+        )
+
+
+def _histogram(lengths: Lengths) -> tuple[Sequence[float], Sequence[str]]:
+    return lengths.counts, [f"{edge:,}" for edge in lengths.edges[:-1]]
+
+
+def _plot(title: str, values: Sequence[float], names: Sequence[str], decimals: int = 0) -> str:
+    """Bars with a label under as many as there is room for."""
+    top, step = max(*values, 0), (_WIDTH - _LEFT) / len(values)
+    longest = max(map(len, names))
+    every = max(1, round((longest * 6.5 + 8) / step + 0.49))
+    height = _HEIGHT - _BOTTOM - 18
+    parts = []
+    for index, (value, name) in enumerate(zip(values, names, strict=True)):
+        bar = height * value / top if top else 0
+        x, y = _LEFT + index * step, 18 + height - bar
+        label = f"{escape(name)}: {value:,.{decimals}f}"
+        parts.append(
+            f'<rect class="bar" x="{x + 1:.1f}" y="{y:.1f}" width="{max(step - 2, 1):.1f}" height="{bar:.1f}">'
+            f"<title>{label}</title></rect>"
+        )
+        if index % every == 0:
+            parts.append(f'<text x="{x + step / 2:.1f}" y="{_HEIGHT - 14}" text-anchor="middle">{escape(name)}</text>')
+    axis = (
+        f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH}" y1="{18 + height}" y2="{18 + height}"/>'
+        f'<text x="{_LEFT - 6}" y="24" text-anchor="end">{top:,.{decimals}f}</text>'
+        f'<text x="{_LEFT - 6}" y="{18 + height}" text-anchor="end">0</text>'
+    )
+    label = escape(f"{title}: {len(values)} bars, the highest {top:,.{decimals}f}")
+    return (
+        f'<section><h2>{escape(title)}</h2><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
+        f"{''.join(parts)}{axis}</svg></section>"
+    )

@@ -1,0 +1,162 @@
+"""Trees in a model: which models can run them, each refusal with its reason, and how one is switched to them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from ..attention.context import Tree
+from ..attention.registry import tree_attention_name
+from ..recurrent.layer import use_tree_recurrence
+from ..recurrent.layer_kinds import decoder_of, recurrent_layers, unknown_mixing_layers
+from .adapters import without_adapters
+
+
+# Layer types of transformers that attend under a mask; layers of the last two mix tokens in another way as well.
+_ATTENTION_LAYER_TYPES = frozenset(
+    {"full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding"}
+)
+_TOKENWISE_LAYER_TYPES = frozenset({"mlp", "moe", "dense", "sparse"})
+# The layers themselves are found by what they do (see `recurrent_layers`).
+_RECURRENT_LAYER_TYPES = frozenset(
+    {
+        "linear_attention",
+        "conv",
+        "mamba",
+        "recurrent",
+        "indexed_attention",
+        "minimax_m3_sparse",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+    }
+)
+_WAY_OUT = "Train this model on one sample per turn (N-pass) with TRL's SFTTrainer."
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose layers would mix branches of a tree, or that tree attention cannot reach."""
+
+
+def check_model(model: Any) -> None:
+    """
+    Refuse a model that one pass would train wrongly.
+
+    Args:
+        model (`transformers.PreTrainedModel`):
+            Model without adapters or wrappers.
+
+    Raises:
+        `UnsupportedModelError`: If a layer mixes tokens in a way that is not known, attends to later tokens, or the
+            model does not take its attention function, its mask or its positions from outside.
+    """
+    reason = _mixes_branches(model) or (None if _only_recurs(model) else _is_out_of_reach(model))
+    if reason is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} {reason}. {_WAY_OUT}")
+
+
+def _mixes_branches(model: Any) -> str | None:
+    config = model.config.get_text_config()
+    layer_types = list(getattr(config, "layer_types", None) or ())
+    known = _ATTENTION_LAYER_TYPES | _TOKENWISE_LAYER_TYPES | _RECURRENT_LAYER_TYPES
+    if foreign := set(layer_types) - known:
+        return f"has {_listed(foreign)} layers; how they mix tokens is not known, so a branch could see its siblings"
+    if unknown := unknown_mixing_layers(model):
+        return f"has {_listed(unknown)} layers; they mix neighbouring tokens, so a branch would see its siblings"
+    recurrent = [layer_type for layer_type in layer_types if layer_type in _RECURRENT_LAYER_TYPES]
+    stateful = getattr(model, "_is_stateful", False)
+    if len(recurrent_layers(model)) < max(len(recurrent), int(stateful)):
+        what = f"{_listed(set(recurrent))} layers" if recurrent else "a recurrent state"
+        return f"has {what} that cannot be run from fork to fork; a branch would see its siblings through them"
+    return None
+
+
+def _only_recurs(model: Any) -> bool:
+    """Whether a model has no attention at all, and so no use for positions either."""
+    config = model.config.get_text_config()
+    if set(getattr(config, "layer_types", None) or ()) & _ATTENTION_LAYER_TYPES:
+        return False
+    return not attention_layers(model) and len(recurrent_layers(model)) >= config.num_hidden_layers
+
+
+def _is_out_of_reach(model: Any) -> str | None:
+    modules = list(decoder_of(model).modules())
+    if looking_ahead := {type(module).__name__ for module in modules if _looks_ahead(module)}:
+        return f"attends to later tokens in {_listed(looking_ahead)}, which one pass would not"
+    if numbering := [module for module in modules if hasattr(module, "create_position_ids_from_input_ids")]:
+        return f"numbers positions from its padding token in {type(numbering[0]).__name__}, not from 0"
+    if not model._can_set_attn_implementation():
+        return (
+            "does not take its attention function from transformers' AttentionInterface, so the tree cannot reach its "
+            "layers"
+        )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "has a forward without position_ids, so tokens of a branch cannot be given their depth"
+    return None
+
+
+def _looks_ahead(module: Any) -> bool:
+    """Whether a module is attention without causality; decoders may leave that to their mask."""
+    return getattr(module, "is_causal", True) is False and not getattr(module, "is_decoder", False)
+
+
+def check_every_layer_attended(model: Any, tree: Tree) -> None:
+    """
+    Check after a forward that every layer that mixes tokens received the tree.
+
+    Args:
+        model (`transformers.PreTrainedModel`):
+            Model that ran.
+        tree (`Tree`):
+            Tree of the forward.
+
+    Raises:
+        `UnsupportedModelError`: If a layer did not receive it.
+    """
+    layers = [*attention_layers(model), *recurrent_layers(model)]
+    missed = {type(layer).__name__ for layer in layers if layer not in tree.attended_by}
+    if missed or not layers:
+        which = f"did not receive the tree in {_listed(missed)}" if missed else "has no layers that received the tree"
+        raise UnsupportedModelError(f"{type(model).__name__} {which}, so branches would be mixed. {_WAY_OUT}")
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """Return the layers that take their attention function from transformers, without those on whole paths."""
+    layers: list[Any] = []
+    on_whole_paths = {part for layer in recurrent_layers(model) for part in layer.modules()}
+    for module in decoder_of(model).modules():
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        reads_interface = code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+        # Cross attention reads an encoder, and runs only where there is one.
+        if reads_interface and module not in on_whole_paths and "Cross" not in type(module).__name__:
+            layers.append(module)
+    return layers
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(names))
+
+
+def use_tree_attention(model: Any) -> str:
+    """
+    Switch a model to tree attention; batches without a tree run as before.
+
+    Args:
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model to switch, in place. Its `attn_implementation` chooses the backend.
+
+    Returns:
+        `str`: The `attn_implementation` that the model had.
+
+    Raises:
+        `UnsupportedModelError`: If one pass would train the model wrongly.
+        `ValueError`: If there is no tree attention for its `attn_implementation`.
+        `ImportError`: If the kernel it chose is not installed.
+    """
+    base = without_adapters(model)
+    check_model(base)
+    implementation = str(base.config.get_text_config()._attn_implementation)
+    name = tree_attention_name(implementation)
+    use_tree_recurrence(base)
+    if name != implementation and base._can_set_attn_implementation():  # some models have recurrent layers only
+        base.set_attn_implementation(name)
+    return implementation

@@ -1,0 +1,230 @@
+"""`SinglePassSFTTrainer`: TRL's `SFTTrainer` on rows of prefix trees. The only file that touches TRL's trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import DataCollator, PreTrainedModel, TrainingArguments, logging
+from trl.data_utils import get_dataset_column_names
+
+from ..attention import Tree, tree_context
+from ..data.collator import DataCollatorForSinglePass, TreeOrPlainCollator
+from ..data.preparation import holds_rows, holds_turns, prepare_dataset
+from ..data.sampler import train_sampler
+from ..trees.rows import ROW_COLUMNS
+from .adapters import without_adapters
+from .compatibility import (
+    check_collator,
+    check_dataset,
+    check_parallelism,
+    check_peft,
+    check_run,
+    check_weights_reach_the_loss,
+)
+from .config import SinglePassSFTConfig, as_single_pass_config, default_config, without_redundant_settings
+from .loss import normalized, weighted_model
+from .metrics import MeasuringTrainer
+from .model import check_every_layer_attended, check_model, use_tree_attention
+from .paper import PAPER
+from .sequence_parallel import SequenceParallel
+from .waves import WaveTraining
+
+
+logger = logging.get_logger(__name__)
+
+
+class SinglePassSFTTrainer(MeasuringTrainer):
+    """
+    Trainer that trains every turn of a conversation exactly as one sample per turn would, in one pass.
+
+    A drop-in replacement of [`~trl.SFTTrainer`]. Datasets of conversations (`messages`, conversational `prompt` +
+    `completion`, ShareGPT `conversations`) are trained on every assistant message, each in the context that the model
+    sees at inference; loss and gradients are those of the separate samples. Plain text and tokenised datasets are
+    trained as `SFTTrainer` trains them.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`]):
+            Model to train, as in [`~trl.SFTTrainer`]. Its `attn_implementation` chooses the attention kernel.
+        args ([`SinglePassSFTConfig`], [`~trl.SFTConfig`], *optional*):
+            Configuration.
+        data_collator ([`DataCollatorForSinglePass`], *optional*):
+            Collator of conversations.
+        train_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`]):
+            Dataset to train on.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], `dict`, *optional*):
+            Dataset to evaluate on. `eval_loss` is the mean over all its trained tokens, whatever the batch size.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer with a chat template; loaded with the model if not given.
+        **kwargs (`Any`):
+            Further arguments of [`~trl.SFTTrainer`].
+
+    Raises:
+        `ValueError`: If a setting, a model or a dataset cannot be trained in a single pass; the message names it and
+            the way out.
+
+    Example:
+
+    ```python
+    from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
+
+    trainer = SinglePassSFTTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=SinglePassSFTConfig(output_dir="out"),
+        train_dataset=dataset,  # a "messages" column
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names: ClassVar = ["trl", "sft", "single-pass"]
+    _name = "SinglePassSFT"
+    _paper: ClassVar = PAPER
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        args = default_config(model) if args is None else as_single_pass_config(args)
+        trains_turns = train_dataset is not None and holds_turns(train_dataset)
+        if train_dataset is not None and trains_turns:
+            check_dataset(next(iter(train_dataset)))
+            check_collator(data_collator)
+            check_peft(model, kwargs.get("peft_config"))
+            check_parallelism(args.parallelism_config)
+            if isinstance(model, PreTrainedModel):
+                check_model(model)  # before the dataset is prepared, which can take long
+            args = without_redundant_settings(args)
+        own_collator = isinstance(data_collator, DataCollatorForSinglePass)
+        super().__init__(
+            model,
+            args,
+            None if own_collator else data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            **kwargs,
+        )
+        check_run(self)
+        tree_collator: Any = data_collator
+        if not own_collator:
+            tree_collator = DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
+        self.data_collator = TreeOrPlainCollator(tree_collator, self.data_collator)
+        self._trains_turns = trains_turns
+        self._uses_tree_attention = False
+        self._start_measuring()
+        if trains_turns:
+            self._use_tree_attention()
+
+    def _use_tree_attention(self) -> None:
+        if not self._uses_tree_attention:
+            use_tree_attention(self.model)
+            self._uses_tree_attention = True
+            self._checked_layers = False
+            self._waves = WaveTraining(self)
+            self._sequence_parallel = SequenceParallel.of(self)
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: Any,
+        args: SinglePassSFTConfig,
+        packing: bool,
+        formatting_func: Callable[..., Any] | None,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        if holds_rows(get_dataset_column_names(dataset)):
+            return dataset
+        is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+        if formatting_func is not None or is_transformed or not holds_turns(dataset):
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if isinstance(dataset, IterableDataset) and args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)  # conversations take less memory in its buffer than rows
+        with args.main_process_first(desc=f"preparing the {dataset_name} dataset"):
+            rows = prepare_dataset(
+                dataset,
+                self._tokenizer,
+                args.row_settings(packing),
+                packing=packing,
+                num_proc=args.dataset_num_proc,
+                name=dataset_name,
+            )
+        return rows.shuffle(seed=args.seed) if args.shuffle_dataset and isinstance(rows, Dataset) else rows
+
+    def get_train_dataloader(self) -> Any:
+        """Return the dataloader of the training set; a stream that ends starts again, so that ranks stay in step."""
+        if not (self._trains_turns and isinstance(self.train_dataset, IterableDataset)):
+            return super().get_train_dataloader()
+        stream = self.train_dataset
+        self.train_dataset = stream.repeat(None)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = stream
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = train_sampler(self)
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns  # type: ignore[has-type]
+        self._signature_columns = list(dict.fromkeys([*columns, *ROW_COLUMNS]))
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """
+        Return TRL's loss, computed on the tree of the row.
+
+        Args:
+            model (`torch.nn.Module`):
+                Model, as the Trainer wrapped it.
+            inputs (`dict[str, Any]`):
+                Batch of the collator.
+            return_outputs (`bool`, *optional*, defaults to `False`):
+                Whether to return the model's outputs as well.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                Sum of the loss weights over the whole step, all ranks and accumulated batches.
+
+        Returns:
+            `torch.Tensor` or `tuple`: The loss, with the outputs if asked for.
+        """
+        inputs = dict(inputs)
+        plan, label_parts = inputs.pop("tree_plan", None), inputs.pop("label_parts", None)
+        if plan is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._use_tree_attention()  # evaluation may bring the first conversations
+        if self._sequence_parallel is not None and "shift_labels" in inputs:
+            compute = super().compute_loss
+            return self._sequence_parallel.loss(compute, model, plan, inputs, label_parts, num_items_in_batch)
+        with tree_context(plan, inputs.pop("subtree_end"), inputs["position_ids"]) as tree:
+            model = self._waves.over(model, tree, inputs, num_items_in_batch)
+            weights = inputs.pop("loss_weights", None)
+            model = self._by_turn(model, label_parts, weights)
+            if weights is not None:
+                check_weights_reach_the_loss(self)
+                # Normalised here, so that TRL's guard against division by a sum below 1 changes nothing.
+                model = weighted_model(model, normalized(weights, num_items_in_batch))
+                num_items_in_batch = None if num_items_in_batch is None else 1
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self._waves.check_loss(result)
+        self._check_layers_once(tree)
+        return result
+
+    def _check_layers_once(self, tree: Tree) -> None:
+        if not self._checked_layers:
+            check_every_layer_attended(without_adapters(self.model), tree)
+            self._checked_layers = True

@@ -1,0 +1,212 @@
+"""Samples merged on their shared prefixes: the prefix tree, laid out depth first in one token sequence."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .radix import RadixNode, depth_first
+from .sample import Sample
+
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """
+    Longest run of tokens that the same samples share.
+
+    Args:
+        parent (`int`):
+            Index of the segment that this one continues, -1 for the start of a tree.
+        start (`int`):
+            Position of the first token in the layout.
+        end (`int`):
+            Position just past the last token in the layout.
+        depth (`int`):
+            Depth of the first token: the number of tokens before it on its path.
+        num_samples (`int`):
+            Number of samples that pass through the segment (its multiplicity).
+    """
+
+    parent: int
+    start: int
+    end: int
+    depth: int
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixTree:
+    """
+    Samples merged on their shared prefixes, each distinct prefix stored once, laid out depth first.
+
+    At a fork the child that continues the spine (the one that most samples share) comes first, then the branches: the
+    history lies together at the front. A token's descendants then follow it without a gap, so `subtree_end` holds the
+    whole structure: position `j` is an ancestor of `i`, or `i` itself, exactly when `j <= i < subtree_end[j]`.
+
+    Where samples train two different targets from one position, the tree forks one token earlier and stores that
+    token once per target, so that every position has at most one target. Where several samples train the same target,
+    their loss weights add up, as they do in N-pass.
+
+    All arrays have shape `(num_tokens,)` and are in layout order.
+
+    Args:
+        input_ids (`numpy.ndarray` of `numpy.int64`):
+            Tokens.
+        position_ids (`numpy.ndarray` of `numpy.int64`):
+            Depth of each token: the number of tokens before it on its path, as RoPE needs it.
+        subtree_end (`numpy.ndarray` of `numpy.int64`):
+            For each token, the position just past its last descendant.
+        labels (`numpy.ndarray` of `numpy.int64`):
+            Targets, rolled: `labels[i + 1]` is what position `i` must predict and `labels[0]` is -100, so that every
+            loss that shifts labels by one sees the right pairs. -100 where a position has no target.
+        loss_weights (`numpy.ndarray` of `numpy.float64`):
+            Factor of the loss of each label; 0 where there is none.
+        label_parts (`numpy.ndarray` of `numpy.int64`):
+            For each label, what it is part of ([`Sample.token_parts`]); 0 where there is none.
+        multiplicity (`numpy.ndarray` of `numpy.int64`):
+            Number of samples that pass through each token.
+        segments (`tuple[Segment, ...]`):
+            Segments in layout order.
+
+    Source: generalises the hand-made mask of arXiv 2504.18246 (section 3) to any set of samples; forking one token
+    early follows `TreeRow` of TRL's AsyncGRPO, which forks always.
+    """
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    subtree_end: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    loss_weights: NDArray[np.float64]
+    label_parts: NDArray[np.int64]
+    multiplicity: NDArray[np.int64]
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def from_samples(cls, samples: Sequence[Sample]) -> PrefixTree:
+        """
+        Merge samples in a prefix tree (a forest where their first tokens differ).
+
+        Args:
+            samples (`Sequence[Sample]`):
+                Samples in the order of their turns. The loss does not depend on the order; of several children that
+                equally many samples share, the one of the latest sample continues the spine.
+
+        Returns:
+            `PrefixTree`: The tree.
+
+        Raises:
+            `ValueError`: If there is no sample.
+        """
+        if not samples:
+            raise ValueError("A prefix tree needs at least one sample, got none.")
+        root = RadixNode.root()
+        for index, sample in enumerate(samples):
+            root.add(RadixNode.of_sample(sample, index))
+        return lay_out(root)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_sample_tokens(self) -> int:
+        """Number of tokens of all samples: what N-pass computes."""
+        return int(self.multiplicity.sum())
+
+    @property
+    def sharing_factor(self) -> float:
+        """Tokens of all samples ÷ tokens of the tree."""
+        return self.num_sample_tokens / len(self)
+
+
+def lay_out(root: RadixNode) -> PrefixTree:
+    """Return the tree below a root laid out in one token sequence; the root is used up."""
+    nodes, parents, next_tokens = [], [], []
+    for node, parent in depth_first(root):
+        nodes.append(node)
+        parents.append(parent)
+        next_tokens.append(_target(node.children))
+    lengths = np.array([len(node.tokens) for node in nodes])
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    depths = np.zeros(len(nodes), np.int64)
+    last_descendant = ends.copy()
+    for i, parent in enumerate(parents):
+        depths[i] = depths[parent] + lengths[parent] if parent >= 0 else 0
+    for i in range(len(nodes) - 1, -1, -1):
+        if parents[i] >= 0:
+            last_descendant[parents[i]] = max(last_descendant[parents[i]], last_descendant[i])
+    counts = np.array([node.num_samples for node in nodes])
+    input_ids = np.concatenate([node.tokens for node in nodes])
+    labels, loss_weights, label_parts = _rolled_labels(nodes, next_tokens, starts, ends)
+    return PrefixTree(
+        input_ids=input_ids,
+        position_ids=np.arange(len(input_ids)) + np.repeat(depths - starts, lengths),
+        subtree_end=np.repeat(last_descendant, lengths),
+        labels=labels,
+        loss_weights=loss_weights,
+        label_parts=label_parts,
+        multiplicity=np.repeat(counts, lengths),
+        segments=tuple(map(Segment, parents, starts.tolist(), ends.tolist(), depths.tolist(), counts.tolist())),
+    )
+
+
+def _rolled_labels(
+    nodes: list[RadixNode],
+    next_tokens: list[tuple[int, float, int]],
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    labels = np.full(ends[-1], IGNORE_INDEX, np.int64)
+    loss_weights, parts = np.zeros(ends[-1]), np.zeros(ends[-1], np.int64)
+    for node, (token, weight, part), start, end in zip(nodes, next_tokens, starts, ends, strict=True):
+        inside = node.weights[1:]
+        labels[start + 1 : end] = np.where(inside > 0, node.tokens[1:], IGNORE_INDEX)
+        parts[start + 1 : end] = np.where(inside > 0, node.parts[1:], 0)
+        loss_weights[start + 1 : end] = inside
+        if weight > 0:  # a node with a trained child is never the last one, so `end` lies inside the layout
+            labels[end], loss_weights[end], parts[end] = token, weight, part
+    return labels, loss_weights, parts
+
+
+def _target(children: list[RadixNode]) -> tuple[int, float, int]:
+    """Target of a node's last token, its weight and what it is part of; (-100, 0, 0) where no child is trained."""
+    trained = [child for child in children if child.weights[0] > 0]
+    if not trained:
+        return IGNORE_INDEX, 0.0, 0
+    assert len({child.tokens[0] for child in trained}) == 1, "colliding targets must have been forked"
+    weight = float(sum(child.weights[0] for child in trained))
+    return int(trained[0].tokens[0]), weight, int(trained[0].parts[0])
+
+
+def sample_paths(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np.int64]]:
+    """For each sample, the positions of its tokens in the tree's layout."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for index, segment in enumerate(tree.segments):
+        children[segment.parent].append(index)
+
+    def path(tokens: NDArray[np.int64], parent: int) -> list[NDArray[np.int64]] | None:
+        if len(tokens) == 0:
+            return []
+        for index in children[parent]:
+            segment = tree.segments[index]
+            positions = np.arange(segment.start, min(segment.end, segment.start + len(tokens)))
+            if np.array_equal(tree.input_ids[positions], tokens[: len(positions)]):
+                rest = path(tokens[len(positions) :], index)
+                # Copies of a token that had colliding targets look alike until the tokens after them are compared.
+                if rest is not None:
+                    return [positions, *rest]
+        return None
+
+    paths = []
+    for sample in samples:
+        parts = path(sample.token_ids, -1)
+        assert parts is not None, "every sample must be a path of its tree"
+        paths.append(np.concatenate(parts))
+    return paths

@@ -1,0 +1,134 @@
+"""Rows to one row in which conversations that begin alike hold their common prefix once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .prefix_tree import IGNORE_INDEX, lay_out
+from .radix import RadixNode
+from .rows import Row
+
+
+# Shorter prefixes are repeated: to look one up costs attention more than to compute it again.
+MIN_SHARED_TOKENS = 32
+
+
+def join_sharing(rows: Sequence[Row]) -> Row:
+    """
+    Return one row that holds the trees of several, with prefixes that they have in common stored once.
+
+    Rows are merged where they have their first `MIN_SHARED_TOKENS` tokens in common. Multiplicities and the loss
+    weights of shared targets add up, so that loss and gradients are those of the separate rows.
+
+    Args:
+        rows (`Sequence[Row]`):
+            Rows, each as long as its trees are.
+
+    Returns:
+        `Row`: The row; its trees stand in the order in which the first of their rows was given.
+    """
+    groups: dict[bytes | int, list[Row]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(_beginning(row) or index, []).append(row)
+    return Row.join([merge(group) for group in groups.values()])
+
+
+def shareable_length(labels: NDArray[np.integer], subtree_end: NDArray[np.integer]) -> int:
+    """
+    Return how many tokens at the start of a row certainly cost nothing in a row that begins with the same tokens.
+
+    That is the first path up to the first target: where two rows train different targets from one position, its token
+    is stored twice.
+
+    Args:
+        labels (`numpy.ndarray` of shape `(num_tokens,)`):
+            Rolled targets of the row.
+        subtree_end (`numpy.ndarray` of shape `(num_tokens,)`):
+            For each token, the position just past its last descendant.
+
+    Returns:
+        `int`: The length, in tokens.
+    """
+    if len(labels) == 0:
+        return 0
+    has_target = labels[1:] != IGNORE_INDEX
+    is_leaf = subtree_end == np.arange(1, len(subtree_end) + 1)
+    first_target = int(has_target.argmax()) if has_target.any() else len(labels)
+    return min(first_target, int(is_leaf.argmax()) + 1)
+
+
+def merge(rows: Sequence[Row]) -> Row:
+    """
+    Return one row in which every prefix of several rows is stored once, however short.
+
+    Args:
+        rows (`Sequence[Row]`):
+            Rows.
+
+    Returns:
+        `Row`: The row.
+    """
+    if len(rows) == 1:
+        return rows[0]
+    root = RadixNode.root()
+    for index, row in enumerate(rows):
+        for tree in _trees(row, index):
+            root.add(tree)
+    return Row.from_tree(lay_out(root))
+
+
+def _beginning(row: Row) -> bytes | None:
+    """First tokens as a key; none if the row can share fewer."""
+    if shareable_length(row.labels, row.subtree_end) < MIN_SHARED_TOKENS:
+        return None
+    return row.input_ids[:MIN_SHARED_TOKENS].tobytes()
+
+
+def _trees(row: Row, number: int) -> list[RadixNode]:
+    """Return the trees of a row as radix trees, what was stored once per target joined again."""
+    changes = (np.diff(row.subtree_end) != 0) | (np.diff(row.multiplicity) != 0)
+    starts = [0, *(np.flatnonzero(changes) + 1).tolist()]
+    ends = [*starts[1:], len(row)]
+    parents = _parents(row.subtree_end, starts)
+    weights, parts = _targets_of_tokens(row, starts, ends, parents)
+    nodes = [
+        RadixNode(row.input_ids[start:end], weights[start:end], parts[start:end], int(row.multiplicity[start]), number)
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    root = RadixNode.root()
+    # From back to front, so that a node is complete when it is handed to its parent.
+    for node, parent in zip(reversed(nodes), reversed(parents), strict=True):
+        (root if parent < 0 else nodes[parent]).add(node)
+    return root.children
+
+
+def _parents(subtree_end: NDArray[np.int64], starts: list[int]) -> list[int]:
+    """For each segment, the index of the one that it continues, -1 for the start of a tree."""
+    parents: list[int] = []
+    path: list[int] = []
+    for index, start in enumerate(starts):
+        while path and subtree_end[starts[path[-1]]] <= start:
+            path.pop()
+        parents.append(path[-1] if path else -1)
+        path.append(index)
+    return parents
+
+
+def _targets_of_tokens(
+    row: Row, starts: list[int], ends: list[int], parents: list[int]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """For each token, the loss weight of predicting it and what it is part of: labels stand behind the parent."""
+    weights, parts = row.loss_weights.copy(), row.label_parts.copy()
+    weights[starts] = parts[starts] = 0
+    waiting = {end for end in ends if end < len(row) and row.labels[end] != IGNORE_INDEX}
+    for start, parent in zip(starts, parents, strict=True):
+        if parent < 0 or ends[parent] not in waiting:
+            continue
+        target = ends[parent]
+        if row.labels[target] == row.input_ids[start]:
+            weights[start], parts[start] = row.loss_weights[target], row.label_parts[target]
+            waiting.discard(target)
+    return weights, parts
