@@ -6,13 +6,14 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .rendering_checks import contains, losses, template_name
+from .rendering_checks import contains, losses, prints, template_name
 from .rendering_messages import Conversation, Message, text_of
 from .rendering_messages import RenderingError as RenderingError
 from .rendering_prefixes import Prefixes
 from .rendering_reasoning import Spoken
 from .rendering_templates import ChatTemplate
 from .rendering_tokens import Ids, common_length, hard_borders, tokenize, tokenize_after
+from .rendering_validation import missing_parts
 from .sample import Sample
 
 
@@ -147,7 +148,8 @@ def _turn(prefixes: Prefixes, k: int) -> _Turn:
     except RenderingError as error:
         raise _error(template, k, str(error)) from error
     except Exception as error:  # a template raises what it likes
-        raise _error(template, k, f"the template refuses the conversation up to it: {error!r}") from error
+        missing = missing_parts(error, prefixes.messages[: k + 1])
+        raise _error(template, k, f"the template refuses the conversation up to it: {error!r}{missing}") from error
     completion = rendering[common_length(prompt, rendering) :]
     for loss in losses(message, said, completion, template.source):
         raise _error(template, k, loss)
@@ -163,11 +165,14 @@ def _complete(prefixes: Prefixes, k: int, prompt: str, said: Spoken) -> str:
 
 
 def _check_context(prefixes: Prefixes, turns: list[_Turn]) -> None:
-    """Refuse messages with a role that the template drops without a word."""
+    """Refuse messages of which the template drops the role, or content that is an object, without a word."""
     for k, message in enumerate(prefixes.messages):
+        following = next((turn for turn in turns if turn.message_index > k), None)
+        if following and isinstance(message.get("content"), dict) and not prints(following.prompt, message["content"]):
+            reason = "the template drops its content, which is an object. Store it as text, with json.dumps"
+            raise _error(prefixes.template, k, reason)
         if message.get("role") in _COMMON_ROLES:
             continue
-        following = next((turn for turn in turns if turn.message_index > k), None)
         if following and not contains(following.prompt, text_of(message.get("content"))):
             reason = f"the template drops messages of the role '{message.get('role')}'. Give it a role that it knows"
             raise _error(prefixes.template, k, reason)

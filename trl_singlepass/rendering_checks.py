@@ -125,6 +125,11 @@ def lost_calls(said: Spoken, rest: str) -> str | None:
     return None
 
 
+def prints(text: str, value: Any) -> bool:
+    """Whether a text holds all keys and values of an object."""
+    return all(_prints(text, leaf) for leaf in _leaves(value))
+
+
 def _leaves(value: Any) -> list[Any]:
     if isinstance(value, str):
         decoded = _decoded(value)

@@ -6,9 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from .rendering_messages import Message, text_of, tool_calls_of
-
-
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+from .rendering_validation import REASONING_KEYS as REASONING_KEYS
 
 
 @dataclass(frozen=True, slots=True)
