@@ -17,6 +17,7 @@ from .tokenized_turns import is_single_turn, turns_in
 
 # Rows that are looked at: of a stream that does not say of what type its columns are, they tell.
 _LOOKED_AT = 10
+EXAMPLE = "example"
 _LIST, _TEXT, _OTHER = "list", "text", "other"
 
 
@@ -75,6 +76,26 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
     if dataset.column_names is not None and not _is_transformed(dataset):
         return list(dataset.column_names)
     return list(dict.fromkeys(name for row in islice(dataset, _LOOKED_AT) for name in row))
+
+
+def in_one_column(dataset: IterableDataset) -> IterableDataset:
+    """
+    Return a stream of rows as a stream of one column that holds them.
+
+    A stream need not tell its columns, and may bring further ones later, which nobody could remove by name.
+
+    Args:
+        dataset (`datasets.IterableDataset`):
+            Any stream.
+
+    Returns:
+        `datasets.IterableDataset`: The same rows under the column `EXAMPLE`.
+    """
+    return dataset.map(_in_one_column).select_columns([EXAMPLE])
+
+
+def _in_one_column(example: Mapping[str, Any]) -> dict[str, Any]:
+    return {EXAMPLE: dict(example)}
 
 
 def check_is_dataset(dataset: Any, name: str) -> None:

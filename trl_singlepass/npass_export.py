@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, logging
 from .bad_rows import BadRowError, RowErrors, StreamedBadRows, dropped, group_errors, reason_of, refusal
 from .config import SinglePassSFTConfig
 from .conversation_rows import samples_of
-from .dataset_format import check_is_dataset, column_names
+from .dataset_format import EXAMPLE, check_is_dataset, column_names, in_one_column
 from .sample import Sample
 from .settings import BadRows, RowSettings
 from .tokenized_turns import gather_turns, is_single_turn
@@ -83,12 +83,13 @@ def to_npass(
         "batched": True,
         "batch_size": 1,
         "with_indices": True,
-        "remove_columns": column_names(dataset),
     }
     if isinstance(dataset, IterableDataset):
-        return dataset.map(_StreamExpansion(tokenizer, settings, bad_rows), features=_FEATURES, **options)
+        expand = _StreamExpansion(tokenizer, settings, bad_rows)
+        return in_one_column(dataset).map(expand, remove_columns=[EXAMPLE], features=_FEATURES, **options)
     samples = dataset.map(
         _expand_or_tell,
+        remove_columns=dataset.column_names,
         num_proc=num_proc,
         features=Features({**_FEATURES, **_BAD_ROW}),
         fn_kwargs={"tokenizer": tokenizer, "settings": settings},
@@ -126,7 +127,8 @@ def _expand_or_tell(
 ) -> dict[str, list[Any]]:
     """Expand a batch of one conversation; of one that cannot be trained, tell the reason."""
     try:
-        expanded = _expand(_only_row(batch), indices[0], tokenizer, settings)
+        row = {name: values[0] for name, values in batch.items()}
+        expanded = _expand(row, indices[0], tokenizer, settings)
     except BadRowError as error:
         return {**{key: [[]] for key in _FEATURES}, "row": indices, "bad_row": [reason_of(error, indices[0])]}
     num_samples = len(expanded["input_ids"])
@@ -141,16 +143,12 @@ class _StreamExpansion:
         self._bad_rows = StreamedBadRows(bad_rows, "given")
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        row = _only_row(batch)
+        (row,) = batch[EXAMPLE]
         try:
             return _expand(row, indices[0], self._tokenizer, self._settings)
         except BadRowError as error:
             self._bad_rows.add(indices[0], row, error)
             return {name: [] for name in _FEATURES}
-
-
-def _only_row(batch: dict[str, list[Any]]) -> dict[str, Any]:
-    return {name: values[0] for name, values in batch.items()}
 
 
 def _expand(

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .rendering_checks import contains, losses, prints, template_name
+from .rendering_checks import contains, is_object, losses, prints, template_name
 from .rendering_messages import Conversation, Message, text_of
 from .rendering_messages import RenderingError as RenderingError
 from .rendering_prefixes import Prefixes
@@ -148,7 +148,7 @@ def _turn(prefixes: Prefixes, k: int) -> _Turn:
     except RenderingError as error:
         raise _error(template, k, str(error)) from error
     except Exception as error:  # a template raises what it likes
-        missing = missing_parts(error, prefixes.messages[: k + 1])
+        missing = missing_parts(error, prefixes.messages[: k + 1], template.tools)
         raise _error(template, k, f"the template refuses the conversation up to it: {error!r}{missing}") from error
     completion = rendering[common_length(prompt, rendering) :]
     for loss in losses(message, said, completion, template.source):
@@ -168,12 +168,13 @@ def _check_context(prefixes: Prefixes, turns: list[_Turn]) -> None:
     """Refuse messages of which the template drops the role, or content that is an object, without a word."""
     for k, message in enumerate(prefixes.messages):
         following = next((turn for turn in turns if turn.message_index > k), None)
-        if following and isinstance(message.get("content"), dict) and not prints(following.prompt, message["content"]):
+        content = message.get("content")
+        if following and is_object(content) and not prints(following.prompt, content):
             reason = "the template drops its content, which is an object. Store it as text, with json.dumps"
             raise _error(prefixes.template, k, reason)
         if message.get("role") in _COMMON_ROLES:
             continue
-        if following and not contains(following.prompt, text_of(message.get("content"))):
+        if following and not contains(following.prompt, text_of(content)):
             reason = f"the template drops messages of the role '{message.get('role')}'. Give it a role that it knows"
             raise _error(prefixes.template, k, reason)
 

@@ -125,6 +125,12 @@ def lost_calls(said: Spoken, rest: str) -> str | None:
     return None
 
 
+def is_object(content: Any) -> bool:
+    """Whether a message's content is what a tool returned as an object, or a list of objects, and no text."""
+    parts = content if isinstance(content, list) else [content]
+    return any(isinstance(part, dict) and not isinstance(part.get("text"), str) for part in parts)
+
+
 def prints(text: str, value: Any) -> bool:
     """Whether a text holds all keys and values of an object."""
     return all(_prints(text, leaf) for leaf in _leaves(value))

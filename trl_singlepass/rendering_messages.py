@@ -166,7 +166,11 @@ def _required_arguments(tools: list[Any] | None) -> dict[Any, set[str]]:
     functions = [tool.get("function") or tool for tool in tools or [] if isinstance(tool, dict)]
     parameters = {function.get("name"): function.get("parameters") for function in functions}
     required = {name: schema.get("required") for name, schema in parameters.items() if isinstance(schema, dict)}
-    return {name: set(names) for name, names in required.items() if isinstance(names, list)}
+    return {
+        name: {argument for argument in names if isinstance(argument, str)}
+        for name, names in required.items()
+        if isinstance(names, list)
+    }
 
 
 def _share_keys(dicts: list[dict[str, Any]]) -> bool:

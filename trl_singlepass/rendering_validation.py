@@ -17,6 +17,7 @@ _OF_RENDERING = (
     *("conversation", "messages", "tools", "chat_template", "add_generation_prompt"),
     *("continue_final_message", "tokenize"),
 )
+_OF_TOOLS = ("name", "description", "parameters")
 
 
 class RenderingError(ValueError):
@@ -106,6 +107,9 @@ def check_tools(tools: Any) -> None:
             raise RenderingError(f"Tool {index} is {kind_of(tool)}, expected an object with its JSON schema.")
         if not isinstance(tool.get("function"), Mapping | None):
             raise RenderingError(_wrong(f"Tool {index}", "function", tool["function"], "an object"))
+        name = (tool.get("function") or tool).get("name")
+        if not isinstance(name, str | None):
+            raise RenderingError(_wrong(f"Tool {index}", "name", name, "text"))
 
 
 def check_template_kwargs(kwargs: Any) -> None:
@@ -122,7 +126,7 @@ def check_template_kwargs(kwargs: Any) -> None:
         )
 
 
-def missing_parts(error: Exception, messages: Sequence[Mapping[str, Any]]) -> str:
+def missing_parts(error: Exception, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
     """
     Return what a template may have missed when it met an undefined value, to be put after its error.
 
@@ -131,6 +135,8 @@ def missing_parts(error: Exception, messages: Sequence[Mapping[str, Any]]) -> st
             What the template raised.
         messages (`Sequence[Mapping[str, Any]]`):
             Messages that it was given.
+        tools (`Sequence`, *optional*):
+            Tools that it was given.
 
     Returns:
         `str`: Text in parentheses; nothing if the error speaks of something else.
@@ -145,6 +151,9 @@ def missing_parts(error: Exception, messages: Sequence[Mapping[str, Any]]) -> st
             function = call.get("function") or call
             if function.get("arguments") is None:
                 found.append(f"the call of '{function.get('name')}' in message {index} has no 'arguments'")
+    for index, tool in enumerate(tools or []):
+        schema = (tool.get("function") or tool) if isinstance(tool, Mapping) else dict.fromkeys(_OF_TOOLS, "")
+        found += [f"tool {index} has no '{key}'" for key in _OF_TOOLS if schema.get(key) is None]
     return f" (missing: {'; '.join(found)})" if found else " (a tool or a message lacks a key that the template reads)"
 
 
@@ -176,7 +185,7 @@ def _check_role(index: int, message: Mapping[str, Any]) -> None:
 
 def _check_content(index: int, message: Mapping[str, Any]) -> None:
     content, role = message.get("content"), message["role"]
-    if content is None and role in _TEXT_ROLES and role != "assistant":
+    if content in (None, []) and role in _TEXT_ROLES and role != "assistant":
         raise RenderingError(f"Message {index} ('{role}') has no 'content'. Write it, or remove the message.")
     if isinstance(content, str | None) or (role not in _TEXT_ROLES and isinstance(content, Mapping)):
         return
@@ -190,11 +199,9 @@ def _check_part(where: str, part: Any, role: str) -> None:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in _MEDIA:
         raise RenderingError(f"{where} is of the type '{kind}': a single pass trains text. Leave the row out.")
-    if role not in _TEXT_ROLES and not isinstance(part, bytes):
-        return
     if not isinstance(part, str | Mapping):
         raise RenderingError(f"{where} is {kind_of(part)}, expected an object with 'type' and 'text'.")
-    if isinstance(part, str):
+    if isinstance(part, str) or role not in _TEXT_ROLES:
         return
     text = part.get("text")
     if text is None and kind in ("text", None):

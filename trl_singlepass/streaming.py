@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, logging
 
 from .bad_rows import BadRowError, StreamedBadRows
 from .conversation_rows import COUNT_COLUMNS, rows_of
-from .dataset_format import column_names
+from .dataset_format import EXAMPLE, in_one_column
 from .packed_dataset import pack_rows
 from .preparation_report import report_of
 from .rows import ROW_COLUMNS, Row
@@ -56,12 +56,12 @@ def stream_rows(
     Returns:
         `datasets.IterableDataset`: Rows, with `ROW_COLUMNS`.
     """
-    rows = dataset.map(
+    rows = in_one_column(dataset).map(
         _StreamPreparation(tokenizer, settings, bad_rows, name),
         with_indices=True,
         batched=True,
         batch_size=_PREPARED_AT_ONCE,
-        remove_columns=column_names(dataset),
+        remove_columns=[EXAMPLE],
     )
     if not packing:
         return rows
@@ -92,8 +92,7 @@ class _StreamPreparation:
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         trained: list[Row] = []
-        for position, index in enumerate(indices):
-            example = {name: values[position] for name, values in batch.items()}
+        for example, index in zip(batch[EXAMPLE], indices, strict=True):
             try:
                 rows, counts = rows_of(example, index, self._tokenizer, self._settings)
             except BadRowError as error:

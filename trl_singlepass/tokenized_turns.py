@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,8 +139,11 @@ def gather_turns(
 
 def _check_turn(row: Mapping[str, Any], vocab_size: int | None) -> dict[str, str | None]:
     try:
-        if row["conversation_id"] is None:
-            raise ValueError("It has no 'conversation_id', so it belongs to no conversation. Give it one.")
+        if not isinstance(row["conversation_id"], Hashable) or row["conversation_id"] is None:
+            raise ValueError(
+                f"Its 'conversation_id' is {kind_of(row['conversation_id'])}, so it belongs to no conversation. Give "
+                "it a number or a name."
+            )
         _sample(row, "The turn", 0, vocab_size)
         message_weights([row])
     except ValueError as error:
