@@ -166,6 +166,8 @@ def dropped(errors: Sequence[RowErrors]) -> str:
 
 
 def _kind(reason: str) -> str:
-    """Reason without what differs from row to row: names, numbers and quoted values."""
+    """Reason without what differs from row to row: names, numbers, quoted values and how many of them there are."""
     reason = re.sub(r"^Message \d+ cannot be rendered with the [^:]*: ", "", reason)
-    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", reason)
+    reason = re.sub(r"(with the roles): [^.]*", r"\1: …", reason)
+    reason = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", reason)
+    return re.sub(r"…(, …)+", "…", reason)

@@ -63,6 +63,7 @@ class SinglePassSFTTrainer(MeasuringTrainer):
     Raises:
         `ValueError`: If a setting, a model or a dataset cannot be trained in a single pass; the message names it and
             the way out.
+        `TypeError`: If a dataset is none, but splits or a list, as in TRL.
 
     Example:
 
