@@ -318,7 +318,7 @@ def test_rows_without_a_trained_turn_are_counted():
 def test_rows_that_fail_alike_are_one_reason():
     rows = [{"messages": [*chat(1)[:-1], {"role": "assistant", "content": "x", "cot": f"why {i}"}]} for i in range(7)]
     report = audit(rows, make_tokenizer())
-    assert [(error.count, error.rows) for error in report.errors] == [(7, (0, 1, 2, 3, 4))]
+    assert [(error.count, error.rows) for error in report.errors] == [(7, (0, 1, 2, 3, 4, 5, 6))]
     assert report.forecast is None
     assert "7 of 7 rows" in str(report)
 

@@ -12,9 +12,11 @@ from datasets.utils.tqdm import tqdm
 from rich.console import Console
 from rich.text import Text
 
+from ..data.bad_rows import each_row
 from ..data.conversations import samples_of
 from ..data.files import load_rows
 from ..data.settings import RowSettings
+from ..trees.sample import Sample
 from .loading import load_config, load_model, load_tokenizer
 
 
@@ -148,8 +150,7 @@ def verify(model: str, data: str, args: VerifyArguments, console: Console) -> in
 
     tokenizer, rows = _tokenizer(model, args), _rows(data, args)
     first = list(islice(rows, _at_least_one(args.num_rows, "-n")))
-    for index, row in enumerate(first):
-        samples_of(row, index, tokenizer, RowSettings())  # a bad row is told before anything is loaded or run
+    _samples(first, tokenizer)  # bad rows are told before anything is loaded or run
     loaded, compared = _model(model, args), []
     for index, row in enumerate(tqdm(first, desc="Verifying conversations", unit=" rows")):
         (comparison,) = verify_model(loaded, tokenizer, [row]).rows
@@ -166,8 +167,7 @@ def bench(model: str, data: str, args: BenchArguments, console: Console) -> int:
 
     tokenizer, rows = _tokenizer(model, args), _rows(data, args)
     first = list(islice(rows, _at_least_one(args.num_rows, "-n")))
-    rendered = [samples_of(row, index, tokenizer, RowSettings()).samples for index, row in enumerate(first)]
-    conversations = [samples for samples in rendered if samples]
+    conversations = [samples for samples in _samples(first, tokenizer) if samples]
     loaded, repeats = _model(model, args), _at_least_one(args.repeats, "--repeats")
     with tqdm(total=2 * len(conversations) * (repeats + 1), desc="Timing", unit=" runs") as bar:
         timing = time_both(loaded, conversations, repeats=repeats, on_step=bar.update)
@@ -195,6 +195,13 @@ def _model(model: str, args: Any) -> Any:
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         trust_remote_code=args.trust_remote_code,
     )
+
+
+def _samples(rows: Sequence[Any], tokenizer: Any) -> list[tuple[Sample, ...]]:
+    def read(index: int, row: Any) -> tuple[Sample, ...]:
+        return samples_of(row, index, tokenizer, RowSettings()).samples
+
+    return each_row(rows, read, "given")
 
 
 def _row(rows: Sequence[Any], index: int, data: str) -> dict[str, Any]:

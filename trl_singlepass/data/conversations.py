@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..rendering.conversation import Conversation, RenderingError
+from ..rendering.conversation import Conversation
 from ..rendering.history import render_with_history
 from ..rendering.prefixes import Prefixes
 from ..rendering.samples import render_conversation
@@ -16,10 +16,11 @@ from ..trees.prefix_tree import PrefixTree
 from ..trees.rows import ROW_COLUMNS, Row
 from ..trees.sample import Sample
 from ..trees.splitting import split_samples
-from .overlong import FittedSamples, fit_samples
+from .bad_rows import BadRowError, reason_of
+from .overlong import FittedSamples, OverlongTurnError, fit_samples
 from .selection import select_turns
 from .settings import RowSettings
-from .tokenized_turns import samples_of_turns
+from .tokenized_turns import samples_of_turns, turns_in
 from .weights import message_weights, weigh
 
 
@@ -65,7 +66,8 @@ def samples_of(
         `FittedSamples`: The samples, and what was lost.
 
     Raises:
-        `RenderingError`: If the row cannot be rendered without losing part of a turn, or a turn is refused.
+        `BadRowError`: If the row cannot be rendered without losing part of a turn.
+        `OverlongTurnError`: If a turn is too long, and none may be.
     """
     try:
         given, weights = _turns_of(example, tokenizer, settings, prefixes)
@@ -73,8 +75,12 @@ def samples_of(
         chosen = select_turns(given, settings.train_turns, seed=settings.seed, row_index=index)
         chosen = [sample for sample in chosen if weights[sample.message_index or 0] > 0]
         fitted = fit_samples(chosen, settings.longest_sample, settings.overlong_turns)
-    except ValueError as error:
-        raise RenderingError(f"Row {index}: {error}") from error
+    except OverlongTurnError as error:
+        raise OverlongTurnError(f"Row {index}: {error}") from error
+    except AssertionError:
+        raise
+    except Exception as error:  # a row can be anything, and templates raise what they like
+        raise BadRowError(f"Row {index}: {reason_of(error)}") from error
     weighed = weigh(
         fitted.samples,
         [weights[sample.message_index or 0] for sample in fitted.samples],
@@ -88,8 +94,9 @@ def _turns_of(
     example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: RowSettings, prefixes: Prefixes | None
 ) -> tuple[list[Sample], list[float]]:
     """Samples of all turns of a row, and the weight of each message, or of each turn that is tokens already."""
-    if example.get("turns") is not None:
-        return samples_of_turns(example["turns"], len(tokenizer)), message_weights(example["turns"])
+    turns = turns_in(example)
+    if turns is not None:
+        return samples_of_turns(turns, len(tokenizer)), message_weights(turns)
     conversation = Conversation.from_row(dict(example))
     history = example.get("history") or settings.history
     weights = message_weights(conversation.messages)
@@ -119,7 +126,7 @@ def rows_of(
         beside its first row, zeros beside the others. Of a conversation of which nothing is trained, an empty row.
 
     Raises:
-        `RenderingError`: As [`samples_of`].
+        `BadRowError` or `OverlongTurnError`: As [`samples_of`].
     """
     fitted = samples_of(example, index, tokenizer, settings)
     samples = list(fitted.samples)
@@ -129,12 +136,11 @@ def rows_of(
     counts["num_sample_tokens"] = sum(map(len, samples))
     if len(trees) > 1:
         counts["num_repeated_tokens"] = sum(map(len, trees)) - len(PrefixTree.from_samples(samples))
-    further = {**dict.fromkeys(COUNT_COLUMNS, 0), "conversation": index, "overlong_message": -1}
-    return rows, [counts, *(further for _ in rows[1:])]
+    return rows, [counts, *(_no_counts(index) for _ in rows[1:])]
 
 
 def _counts(index: int, fitted: FittedSamples) -> dict[str, int]:
-    first: Sequence[Sample] = fitted.overlong[:1]
+    first = fitted.overlong[:1]
     return {
         "conversation": index,
         "num_turns": len(fitted.samples) + fitted.num_dropped_turns + fitted.num_unselected_turns,
@@ -148,6 +154,15 @@ def _counts(index: int, fitted: FittedSamples) -> dict[str, int]:
         "num_sample_tokens": 0,
         "num_repeated_tokens": 0,
     }
+
+
+def no_rows(index: int) -> tuple[list[Row], list[dict[str, int]]]:
+    """Return what [`rows_of`] returns, of a row that cannot be read."""
+    return [_empty_row()], [_no_counts(index)]
+
+
+def _no_counts(index: int) -> dict[str, int]:
+    return {**dict.fromkeys(COUNT_COLUMNS, 0), "conversation": index, "overlong_message": -1}
 
 
 def _empty_row() -> Row:

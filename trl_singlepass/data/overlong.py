@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..rendering.conversation import RenderingError
 from ..trees.sample import Sample
 from .settings import OverlongTurns
+
+
+class OverlongTurnError(RenderingError):
+    """A turn is too long, and none may be: its row is not bad, so no setting drops it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,7 @@ def fit_samples(samples: Sequence[Sample], limit: int | None, overlong_turns: Ov
         `FittedSamples`: The samples and what was lost. Trained tokens in = trained tokens + lost tokens.
 
     Raises:
-        `ValueError`: If a sample is too long and `overlong_turns="error"`.
+        `OverlongTurnError`: If a sample is too long and `overlong_turns="error"`.
     """
     trained = [(sample, _fitted(sample, limit, overlong_turns)) for sample in samples if sample.is_trained]
     kept = [fitted for _, fitted in trained if fitted is not None]
@@ -80,7 +85,7 @@ def _fitted(sample: Sample, limit: int | None, overlong_turns: OverlongTurns) ->
         return sample
     if overlong_turns == "error":
         where = "" if sample.message_index is None else f" at message {sample.message_index}"
-        raise ValueError(
+        raise OverlongTurnError(
             f"The turn{where} has {len(sample)} tokens with its context, {limit} are allowed. Raise max_length (and "
             "max_row_tokens), or choose overlong_turns='truncate' or 'drop'."
         )

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, logging
-from trl import is_conversational
-from trl.data_utils import get_dataset_column_names, is_conversational_from_value
 
-from ..trees.rows import ROW_COLUMNS, Row
+from ..trees.rows import Row
 from .arrow import ROWS_VERSION, row_features, rows_to_table
-from .conversations import COUNT_COLUMNS, rows_of
+from .bad_rows import BadRowError, RowErrors, group_errors, reason_of, refusal
+from .conversations import COUNT_COLUMNS, no_rows, rows_of
+from .dataset_format import column_names
 from .packed_dataset import pack_dataset
 from .report import PreparationReport, report_of
-from .settings import RowSettings
+from .settings import BadRows, RowSettings
 from .streaming import stream_rows
 from .tokenized_turns import gather_turns, is_single_turn
 from .tokenizer_fingerprint import tokenizer_fingerprint
@@ -28,38 +29,7 @@ logger = logging.get_logger(__name__)
 
 # Conversations that a process prepares before it writes them.
 _PREPARED_AT_ONCE = 32
-
-
-def holds_conversations(example: Mapping[str, Any]) -> bool:
-    """
-    Return whether a dataset row is a conversation, whose turns one pass can train.
-
-    Args:
-        example (`Mapping[str, Any]`):
-            First row of a dataset.
-
-    Returns:
-        `bool`: `True` for `messages`, conversational `prompt` + `completion`, ShareGPT `conversations`, and turns
-        that are tokens already (`turns`, or one per row); `False` for plain text and tokenised rows, which stock
-        `SFTTrainer` trains as they are.
-    """
-    if "input_ids" in example:
-        return False
-    if "turns" in example or is_single_turn(example):
-        return True
-    return bool(is_conversational(example) or is_conversational_from_value(example))
-
-
-def holds_rows(column_names: list[str]) -> bool:
-    """Return whether a dataset with these columns has already been prepared."""
-    return set(ROW_COLUMNS) <= set(column_names)
-
-
-def holds_turns(dataset: Dataset | IterableDataset) -> bool:
-    """Return whether a dataset holds conversations, or rows that were prepared from them."""
-    if holds_rows(get_dataset_column_names(dataset)):
-        return True
-    return holds_conversations(next(iter(dataset)))
+_REASON = "bad_row"  # column with the reason why a row cannot be trained
 
 
 def prepare_dataset(
@@ -68,6 +38,7 @@ def prepare_dataset(
     settings: RowSettings,
     *,
     packing: bool = False,
+    bad_rows: BadRows = "error",
     num_proc: int | None = None,
     name: str = "train",
 ) -> Dataset | IterableDataset:
@@ -83,6 +54,9 @@ def prepare_dataset(
             Bounds; with packing, `max_row_tokens` is the capacity of a row.
         packing (`bool`, *optional*, defaults to `False`):
             Whether several conversations share a row.
+        bad_rows (`str`, *optional*, defaults to `"error"`):
+            Whether rows that cannot be trained stop the preparation, which names all of them, or are left out and
+            counted (`"drop"`).
         num_proc (`int`, *optional*):
             Number of processes; a streamed dataset is prepared on the fly.
         name (`str`, *optional*, defaults to `"train"`):
@@ -92,25 +66,28 @@ def prepare_dataset(
         `datasets.Dataset` or `datasets.IterableDataset`: The rows.
 
     Raises:
-        `RenderingError`: If a row cannot be rendered without losing part of a turn.
+        `RenderingError`: If rows cannot be rendered without losing part of a turn, and may not be left out.
         `ValueError`: If no turn of the dataset is trained.
     """
-    if is_single_turn(get_dataset_column_names(dataset)):
-        dataset = gather_turns(dataset)
+    of_log: tuple[RowErrors, ...] = ()
+    if is_single_turn(column_names(dataset)):
+        dataset, of_log = gather_turns(dataset, len(tokenizer), bad_rows=bad_rows, num_proc=num_proc, name=name)
     if isinstance(dataset, IterableDataset):
-        return stream_rows(dataset, tokenizer, settings, packing=packing, name=name)
-    rows, report = conversations_to_rows(dataset, tokenizer, settings, num_proc=num_proc, name=name)
+        return stream_rows(dataset, tokenizer, settings, packing=packing, bad_rows=bad_rows, name=name)
+    rows, report = conversations_to_rows(dataset, tokenizer, settings, bad_rows=bad_rows, num_proc=num_proc, name=name)
+    report = replace(report, bad_rows=(*of_log, *report.bad_rows))
     (logger.info if report.is_complete else logger.warning)(f"{name} dataset: {report}.")
     if report.num_row_tokens == 0:
-        raise ValueError(f"No turn of the {name} dataset is trained: {report}. Raise max_length, or set it to None.")
+        way_out = "Raise max_length, or set it to None" if report.num_cut_tokens else "Repair its rows"
+        raise ValueError(f"No turn of the {name} dataset is trained: {report}. {way_out}.")
     if packing:
         assert settings.max_row_tokens is not None, "packing needs the capacity of a row"
         rows, packed = pack_dataset(rows, settings.max_row_tokens, num_proc=num_proc, name=name)
         logger.info(f"{name} dataset: {packed}.")
         return rows
-    if report.num_dropped_conversations:
+    if report.num_dropped_conversations or report.num_bad_rows:
         rows = rows.select(np.flatnonzero(rows.data.table["num_tokens"].to_numpy()))
-    return rows.remove_columns(list(COUNT_COLUMNS))
+    return rows.remove_columns([*COUNT_COLUMNS, _REASON])
 
 
 def conversations_to_rows(
@@ -118,6 +95,7 @@ def conversations_to_rows(
     tokenizer: PreTrainedTokenizerBase,
     settings: RowSettings,
     *,
+    bad_rows: BadRows = "error",
     num_proc: int | None = None,
     name: str = "train",
 ) -> tuple[Dataset, PreparationReport]:
@@ -134,6 +112,8 @@ def conversations_to_rows(
             Tokenizer with a chat template.
         settings (`RowSettings`):
             Bounds.
+        bad_rows (`str`, *optional*, defaults to `"error"`):
+            Whether rows that cannot be trained are refused, or left out (`"drop"`).
         num_proc (`int`, *optional*):
             Number of processes.
         name (`str`, *optional*, defaults to `"train"`):
@@ -144,25 +124,28 @@ def conversations_to_rows(
         nothing is trained; and what they held and lost.
 
     Raises:
-        `RenderingError`: If a row cannot be rendered without losing part of a turn.
+        `RenderingError`: If rows cannot be rendered without losing part of a turn, and may not be left out.
     """
-    features = row_features(COUNT_COLUMNS)
     state = ("rows", ROWS_VERSION, dataset._fingerprint, tokenizer_fingerprint(tokenizer), repr(settings))
     rows = dataset.map(
         _prepare_batch,
         with_indices=True,
         batched=True,
         batch_size=_PREPARED_AT_ONCE,
-        fn_kwargs={"tokenizer": tokenizer, "settings": settings, "features": features},
-        remove_columns=get_dataset_column_names(dataset),
-        features=features,
+        fn_kwargs={"tokenizer": tokenizer, "settings": settings},
+        remove_columns=dataset.column_names,
+        features=Features({**row_features(COUNT_COLUMNS), _REASON: Value("string")}),
         num_proc=num_proc,
         new_fingerprint=Hasher.hash(state),
         desc=f"Building prefix trees of {name} dataset",
     )
     table = rows.data.table
     counts = {column: table[column].to_pylist() for column in COUNT_COLUMNS}
-    return rows, report_of(counts, table["num_tokens"].to_pylist())
+    reasons = zip(counts["conversation"], table[_REASON].to_pylist(), strict=True)
+    bad = [(index, reason) for index, reason in reasons if reason is not None]
+    if bad and bad_rows == "error":
+        raise refusal(group_errors(bad), len(dataset), name)
+    return rows, report_of(counts, table["num_tokens"].to_pylist(), bad_rows=bad)
 
 
 def _prepare_batch(
@@ -170,13 +153,19 @@ def _prepare_batch(
     indices: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     settings: RowSettings,
-    features: Features,
 ) -> pa.Table:
     rows: list[Row] = []
     counts: list[dict[str, int]] = []
+    reasons: list[str | None] = []
     for position, index in enumerate(indices):
         example = {name: values[position] for name, values in batch.items()}
-        of_one, counts_of_one = rows_of(example, index, tokenizer, settings)
+        reason = None
+        try:
+            of_one, counts_of_one = rows_of(example, index, tokenizer, settings)
+        except BadRowError as error:
+            (of_one, counts_of_one), reason = no_rows(index), reason_of(error, index)
         rows += of_one
         counts += counts_of_one
-    return rows_to_table(rows, counts, features)
+        reasons += [reason] * len(of_one)
+    table = rows_to_table(rows, counts, row_features(COUNT_COLUMNS))
+    return table.append_column(_REASON, pa.array(reasons, pa.string()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .bad_rows import RowErrors, dropped, group_errors
+
 
 @dataclass(frozen=True, slots=True)
 class PreparationReport:
@@ -13,7 +15,7 @@ class PreparationReport:
 
     Args:
         num_conversations (`int`):
-            Conversations given.
+            Conversations given, without bad rows.
         num_turns (`int`):
             Turns given.
         num_unselected_turns (`int`):
@@ -38,6 +40,8 @@ class PreparationReport:
             Of those, history that splitting repeats.
         overlong (`tuple[str, ...]`):
             The first few turns that were too long, by name.
+        bad_rows (`tuple[RowErrors, ...]`, *optional*):
+            Rows that cannot be trained and were dropped, by reason.
     """
 
     num_conversations: int
@@ -53,14 +57,21 @@ class PreparationReport:
     num_row_tokens: int
     num_repeated_tokens: int
     overlong: tuple[str, ...]
+    bad_rows: tuple[RowErrors, ...] = ()
+
+    @property
+    def num_bad_rows(self) -> int:
+        """Rows that cannot be trained and were dropped."""
+        return sum(errors.count for errors in self.bad_rows)
 
     @property
     def is_complete(self) -> bool:
-        """Whether every token of every turn is trained."""
-        return self.num_cut_tokens == 0
+        """Whether every token of every turn of every row is trained."""
+        return self.num_cut_tokens == 0 and not self.bad_rows
 
     def __str__(self) -> str:
-        held = f"{self.num_turns} turns of {self.num_conversations} conversations; "
+        held = f"{dropped(self.bad_rows)}; " if self.bad_rows else ""
+        held += f"{self.num_turns} turns of {self.num_conversations} conversations; "
         if self.num_unselected_turns:
             held += f"{self.num_unselected_turns} of them context only, by weight or train_turns; "
         split = ""
@@ -69,7 +80,7 @@ class PreparationReport:
                 f"; {self.num_split_conversations} conversations split over several rows, which repeat "
                 f"{self.num_repeated_tokens} of {self.num_row_tokens} tokens"
             )
-        if self.is_complete:
+        if self.num_cut_tokens == 0:
             return f"{held}all {self.num_trained_tokens} completion tokens trained{split}"
         return (
             f"{held}not trained: {self.num_cut_tokens} completion tokens past max_length, in {self.num_cut_turns} "
@@ -84,7 +95,12 @@ class PreparationReport:
         return f" and {others} more" if others else ""
 
 
-def report_of(counts: Mapping[str, Sequence[int]], lengths: Sequence[int], num_named: int = 3) -> PreparationReport:
+def report_of(
+    counts: Mapping[str, Sequence[int]],
+    lengths: Sequence[int],
+    num_named: int = 3,
+    bad_rows: Sequence[tuple[int, str]] = (),
+) -> PreparationReport:
     """
     Return the report of prepared rows.
 
@@ -95,6 +111,8 @@ def report_of(counts: Mapping[str, Sequence[int]], lengths: Sequence[int], num_n
             Tokens of each row.
         num_named (`int`, *optional*, defaults to 3):
             How many overlong turns to name.
+        bad_rows (`Sequence[tuple[int, str]]`, *optional*):
+            Position and reason of each row that was dropped.
 
     Returns:
         `PreparationReport`: The report.
@@ -112,11 +130,12 @@ def report_of(counts: Mapping[str, Sequence[int]], lengths: Sequence[int], num_n
     turns = ("num_turns", "num_unselected_turns", "num_cut_turns", "num_dropped_turns")
     tokens = ("num_trained_tokens", "num_cut_tokens", "num_sample_tokens", "num_repeated_tokens")
     return PreparationReport(
-        num_conversations=len(rows_of),
-        num_dropped_conversations=sum(number == 0 for number in rows_of.values()),
+        num_conversations=len(rows_of) - len(bad_rows),
+        num_dropped_conversations=sum(number == 0 for number in rows_of.values()) - len(bad_rows),
         num_split_conversations=sum(number > 1 for number in rows_of.values()),
         num_row_tokens=sum(lengths),
         overlong=tuple(named[:num_named]),
+        bad_rows=group_errors(bad_rows),
         **{name: sum(counts[name]) for name in (*turns, *tokens)},
     )
 

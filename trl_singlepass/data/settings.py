@@ -13,6 +13,8 @@ from .weights import LOSS_REDUCTIONS, LossReduction
 
 OverlongTurns = Literal["truncate", "drop", "error"]
 OVERLONG_TURNS: tuple[OverlongTurns, ...] = ("truncate", "drop", "error")
+BadRows = Literal["error", "drop"]
+BAD_ROWS: tuple[BadRows, ...] = ("error", "drop")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,14 @@ from typing import Any
 
 from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase, logging
-from trl.data_utils import get_dataset_column_names
 
 from ..trees.rows import ROW_COLUMNS, Row
+from .bad_rows import BadRowError, StreamedBadRows
 from .conversations import COUNT_COLUMNS, rows_of
+from .dataset_format import EXAMPLE, in_one_column
 from .packed_dataset import pack_rows
 from .report import report_of
-from .settings import RowSettings
+from .settings import BadRows, RowSettings
 
 
 logger = logging.get_logger(__name__)
@@ -29,6 +30,7 @@ def stream_rows(
     settings: RowSettings,
     *,
     packing: bool = False,
+    bad_rows: BadRows = "error",
     name: str = "train",
 ) -> IterableDataset:
     """
@@ -46,19 +48,20 @@ def stream_rows(
             Bounds; with packing, `max_row_tokens` is the capacity of a row.
         packing (`bool`, *optional*, defaults to `False`):
             Whether several conversations share a row.
+        bad_rows (`str`, *optional*, defaults to `"error"`):
+            Whether a row that cannot be trained stops the stream when it comes, or is left out (`"drop"`).
         name (`str`, *optional*, defaults to `"train"`):
             Name of the dataset in the log.
 
     Returns:
         `datasets.IterableDataset`: Rows, with `ROW_COLUMNS`.
     """
-    columns = get_dataset_column_names(dataset)
-    rows = dataset.map(
-        _StreamPreparation(tokenizer, settings, name),
+    rows = in_one_column(dataset).map(
+        _StreamPreparation(tokenizer, settings, bad_rows, name),
         with_indices=True,
         batched=True,
         batch_size=_PREPARED_AT_ONCE,
-        remove_columns=columns,
+        remove_columns=[EXAMPLE],
     )
     if not packing:
         return rows
@@ -78,17 +81,23 @@ class _StreamPreparation:
     A stream has no end at which losses could be summed up, and a line per loss would drown the log.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, name: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, bad_rows: BadRows, name: str
+    ) -> None:
         self._tokenizer, self._settings, self._name = tokenizer, settings, name
+        self._bad_rows = StreamedBadRows(bad_rows, name)
         self._counts: dict[str, list[int]] = {column: [] for column in COUNT_COLUMNS}
         self._lengths: list[int] = []
         self._next_log = 1
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         trained: list[Row] = []
-        for position, index in enumerate(indices):
-            example = {name: values[position] for name, values in batch.items()}
-            rows, counts = rows_of(example, index, self._tokenizer, self._settings)
+        for example, index in zip(batch[EXAMPLE], indices, strict=True):
+            try:
+                rows, counts = rows_of(example, index, self._tokenizer, self._settings)
+            except BadRowError as error:
+                self._bad_rows.add(index, example, error)
+                continue
             trained += [row for row in rows if len(row)]
             self._count(rows, counts)
         self._log()

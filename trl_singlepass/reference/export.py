@@ -7,19 +7,24 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
-from transformers import PreTrainedTokenizerBase
-from trl.data_utils import get_dataset_column_names
+from transformers import PreTrainedTokenizerBase, logging
 
+from ..data.bad_rows import BadRowError, RowErrors, StreamedBadRows, dropped, group_errors, reason_of, refusal
 from ..data.conversations import samples_of
-from ..data.settings import RowSettings
+from ..data.dataset_format import EXAMPLE, check_is_dataset, column_names, in_one_column
+from ..data.settings import BadRows, RowSettings
+from ..data.tokenized_turns import gather_turns, is_single_turn
 from ..training.config import SinglePassSFTConfig
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.sample import Sample
 
 
+logger = logging.get_logger(__name__)
+
 _FEATURES = Features(
     {"input_ids": List(Value("int64")), "labels": List(Value("int64")), "loss_weights": List(Value("float64"))}
 )
+_BAD_ROW = {"row": Value("int64"), "bad_row": Value("string")}
 
 
 def to_npass(
@@ -41,7 +46,7 @@ def to_npass(
         tokenizer (`PreTrainedTokenizerBase`):
             Tokenizer with a chat template.
         args ([`SinglePassSFTConfig`], *optional*):
-            Arguments of the training run: what they say of lengths and weights holds for the samples.
+            Arguments of the training run: what they say of lengths, weights and bad rows holds for the samples.
         num_proc (`int`, *optional*):
             Number of processes.
 
@@ -55,7 +60,7 @@ def to_npass(
         A stream always has `loss_weights`. The loss of a step is `Σ weight · nll ÷ Σ weight`.
 
     Raises:
-        `RenderingError`: If a row cannot be rendered without losing part of a turn.
+        `RenderingError`: If rows cannot be rendered without losing part of a turn, and `args` do not drop them.
 
     Example:
 
@@ -66,21 +71,48 @@ def to_npass(
     trainer = SFTTrainer(model, train_dataset=to_npass(dataset, tokenizer))
     ```
     """
-    if not isinstance(dataset, Dataset | IterableDataset):
+    if isinstance(dataset, Sequence):
         dataset = _as_dataset(dataset)
+    check_is_dataset(dataset, "train")
     settings = RowSettings() if args is None else args.row_settings()
+    bad_rows: BadRows = "error" if args is None else args.bad_rows
+    if is_single_turn(column_names(dataset)):
+        dataset, errors = gather_turns(dataset, len(tokenizer), bad_rows=bad_rows, num_proc=num_proc)
+        _log_dropped(errors)
     options: dict[str, Any] = {
         "batched": True,
         "batch_size": 1,
         "with_indices": True,
-        "remove_columns": get_dataset_column_names(dataset),
-        "fn_kwargs": {"tokenizer": tokenizer, "settings": settings},
-        "features": _FEATURES,
     }
     if isinstance(dataset, IterableDataset):
-        return dataset.map(_expand, **options)
-    samples = dataset.map(_expand, num_proc=num_proc, desc="Expanding conversations into samples", **options)
+        expand = _StreamExpansion(tokenizer, settings, bad_rows)
+        return in_one_column(dataset).map(expand, remove_columns=[EXAMPLE], features=_FEATURES, **options)
+    samples = dataset.map(
+        _expand_or_tell,
+        remove_columns=dataset.column_names,
+        num_proc=num_proc,
+        features=Features({**_FEATURES, **_BAD_ROW}),
+        fn_kwargs={"tokenizer": tokenizer, "settings": settings},
+        desc="Expanding conversations into samples",
+        **options,
+    )
+    samples = _without_bad_rows(samples, len(dataset), bad_rows)
     return samples if _has_other_weights(samples) else samples.remove_columns("loss_weights")
+
+
+def _without_bad_rows(samples: Dataset, num_rows: int, bad_rows: BadRows) -> Dataset:
+    told = zip(samples["row"], samples["bad_row"], strict=True)
+    errors = group_errors((row, reason) for row, reason in told if reason is not None)
+    if errors and bad_rows == "error":
+        raise refusal(errors, num_rows, "given")
+    _log_dropped(errors)
+    kept = [index for index, reason in enumerate(samples["bad_row"]) if reason is None]
+    return (samples.select(kept) if errors else samples).remove_columns(list(_BAD_ROW))
+
+
+def _log_dropped(errors: Sequence[RowErrors]) -> None:
+    if errors:
+        logger.warning(f"N-pass export: {dropped(errors)}.")
 
 
 def _as_dataset(conversations: Sequence[Any]) -> Dataset:
@@ -90,12 +122,39 @@ def _as_dataset(conversations: Sequence[Any]) -> Dataset:
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
 
 
-def _expand(
+def _expand_or_tell(
     batch: dict[str, list[Any]], indices: list[int], tokenizer: PreTrainedTokenizerBase, settings: RowSettings
 ) -> dict[str, list[Any]]:
-    """Expand a batch of one conversation."""
-    row = {name: values[0] for name, values in batch.items()}
-    samples = samples_of(row, indices[0], tokenizer, settings).samples
+    """Expand a batch of one conversation; of one that cannot be trained, tell the reason."""
+    try:
+        row = {name: values[0] for name, values in batch.items()}
+        expanded = _expand(row, indices[0], tokenizer, settings)
+    except BadRowError as error:
+        return {**{key: [[]] for key in _FEATURES}, "row": indices, "bad_row": [reason_of(error, indices[0])]}
+    num_samples = len(expanded["input_ids"])
+    return {**expanded, "row": indices * num_samples, "bad_row": [None] * num_samples}
+
+
+class _StreamExpansion:
+    """Expands a stream, batch by batch of one conversation."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, bad_rows: BadRows) -> None:
+        self._tokenizer, self._settings = tokenizer, settings
+        self._bad_rows = StreamedBadRows(bad_rows, "given")
+
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        (row,) = batch[EXAMPLE]
+        try:
+            return _expand(row, indices[0], self._tokenizer, self._settings)
+        except BadRowError as error:
+            self._bad_rows.add(indices[0], row, error)
+            return {name: [] for name in _FEATURES}
+
+
+def _expand(
+    row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, settings: RowSettings
+) -> dict[str, list[Any]]:
+    samples = samples_of(row, index, tokenizer, settings).samples
     return {
         "input_ids": [sample.token_ids.tolist() for sample in samples],
         "labels": [_labels(sample) for sample in samples],

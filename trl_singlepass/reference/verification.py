@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..data.bad_rows import each_row
 from ..recurrent.layer import on_trees, stop_tree_recurrence
 from ..rendering.samples import render_row
 from ..training.adapters import without_adapters
@@ -71,7 +72,7 @@ def verify(
         `VerifyReport`: `.ok` says whether all agrees; `str()` of it is a table.
 
     Raises:
-        `ValueError`: If there is no conversation, or a conversation cannot be rendered.
+        `ValueError`: If there is no conversation, or some cannot be rendered; all of these are named.
 
     Example:
 
@@ -81,12 +82,14 @@ def verify(
     assert report.ok
     ```
     """
-    rows = []
-    for index, conversation in enumerate(islice(conversations, max_rows)):
+
+    def read(index: int, conversation: Any) -> list[Sample]:
         row = dict(conversation) if isinstance(conversation, Mapping) else {"messages": conversation}
         if tools is not None and row.get("tools") is None:
             row["tools"] = tools
-        rows.append(render_row(row, tokenizer, chat_template=chat_template, row_index=index))
+        return render_row(row, tokenizer, chat_template=chat_template, row_index=index)
+
+    rows = each_row(list(islice(conversations, max_rows)), read, "given")
     if not rows:
         raise ValueError("Nothing to verify: `conversations` is empty. Pass at least one conversation.")
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())

@@ -10,7 +10,7 @@ from typing import Any
 from .conversation import Message, text_of
 from .markers import own_strings
 from .prefixes import Prefixes
-from .reasoning import REASONING_KEYS, ParsedMessage, reasoning_tags, without_comments
+from .reasoning import REASONING_KEYS, ParsedMessage, is_reasoning_part, reasoning_tags, without_comments
 
 
 # Parts of a key's name that make reasoning of what it holds.
@@ -153,6 +153,18 @@ def lost_calls(parsed: ParsedMessage, rest: str) -> str | None:
         if lost:
             return f"the argument {_short(lost[0])} of its call of '{name}' is lost or changed"
     return None
+
+
+def is_object(content: Any) -> bool:
+    """Whether a message's content is what a tool returned as an object, or a list of objects, and no text."""
+    parts = content if isinstance(content, list) else [content]
+    objects = [part for part in parts if isinstance(part, dict) and not is_reasoning_part(part)]
+    return any(not isinstance(part.get("text"), str) for part in objects)
+
+
+def prints(text: str, value: Any) -> bool:
+    """Whether a text holds all keys and values of an object."""
+    return all(_prints(text, leaf) for leaf in _leaves(value))
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -5,14 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .validation import (
+    RenderingError as RenderingError,
+)
+from .validation import (
+    check_are_objects,
+    check_messages,
+    check_template_kwargs,
+    check_tools,
+    message_columns,
+)
+
 
 Message = dict[str, Any]
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-class RenderingError(ValueError):
-    """A conversation that the chat template cannot render without losing something that should be learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +63,14 @@ class Conversation:
                 the arguments are a JSON string.
 
         Raises:
-            `RenderingError`: If the row has none of these columns.
+            `RenderingError`: If the row has none of these columns, or they hold something else.
         """
         groups = _message_lists(row)
         tools = _read_tools(row.get("tools"))
         required = _required_arguments(tools)
-        kwargs = _decoded(row.get("chat_template_kwargs"), "chat_template_kwargs") or {}
+        kwargs = _decoded(row.get("chat_template_kwargs"), "chat_template_kwargs")
+        kwargs = {} if kwargs is None else kwargs
+        check_template_kwargs(kwargs)
         return cls(
             messages=[message for group in groups for message in _read_messages(group, required)],
             tools=tools,
@@ -85,16 +94,15 @@ def text_of(content: Any) -> str:
 
 
 def _message_lists(row: dict[str, Any]) -> list[list[Message]]:
-    if isinstance(row.get("messages"), list):
-        return [row["messages"]]
-    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        return [row["prompt"], row["completion"]]
-    if isinstance(row.get("conversations"), list):
-        return [_chatml(row["conversations"])]
-    raise RenderingError(
-        "Expected a conversation in 'messages', in 'prompt' and 'completion', or in 'conversations', each a list of "
-        f"messages; got the columns {sorted(row)}. Rename the column that holds the messages to 'messages'."
-    )
+    columns = message_columns(row)
+    groups = [row[name] for name in columns]
+    check_are_objects([message for group in groups for message in group])
+    if columns == ("conversations",):
+        groups = [_chatml(group) for group in groups]
+    check_messages([message for group in groups for message in group])
+    if len(groups) == 2 and not groups[1]:
+        raise RenderingError("'completion' is empty, so there is nothing to train. Add the answer, or leave it out.")
+    return groups
 
 
 def _chatml(conversations: list[Message]) -> list[Message]:
@@ -102,7 +110,9 @@ def _chatml(conversations: list[Message]) -> list[Message]:
 
     # It renames the keys in place, so it works on copies.
     messages = maybe_convert_to_chatml({"conversations": [dict(message) for message in conversations]})["messages"]
-    return [{**message, "role": SHAREGPT_ROLES.get(message.get("role"), message.get("role"))} for message in messages]
+    roles = [message.get("role") for message in messages]
+    roles = [SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role for role in roles]
+    return [{**message, "role": role} for message, role in zip(messages, roles, strict=True)]
 
 
 def _decoded(value: Any, column: str) -> Any:
@@ -118,9 +128,11 @@ def _decoded(value: Any, column: str) -> Any:
 
 def _read_tools(value: Any) -> list[Any] | None:
     tools = _decoded(value, "tools")
-    if not isinstance(value, list):
-        return tools or None  # a JSON string: no Arrow, no added keys
-    return _without_added_keys([_decoded(tool, "tools") for tool in value]) or None
+    if isinstance(value, list):
+        tools = [_decoded(tool, "tools") for tool in value]
+    check_tools(tools)
+    # From a JSON string: no Arrow, no added keys.
+    return (_without_added_keys(tools) if isinstance(value, list) else tools) or None
 
 
 def _read_messages(messages: list[Message], required: dict[Any, set[str]]) -> list[Message]:
@@ -158,8 +170,12 @@ def _with_arguments(call: dict[str, Any], arguments: Any) -> dict[str, Any]:
 
 def _required_arguments(tools: list[Any] | None) -> dict[Any, set[str]]:
     functions = [tool.get("function") or tool for tool in tools or [] if isinstance(tool, dict)]
+    parameters = {function.get("name"): function.get("parameters") for function in functions}
+    required = {name: schema.get("required") for name, schema in parameters.items() if isinstance(schema, dict)}
     return {
-        function.get("name"): set((function.get("parameters") or {}).get("required") or []) for function in functions
+        name: {argument for argument in names if isinstance(argument, str)}
+        for name, names in required.items()
+        if isinstance(names, list)
     }
 
 

@@ -7,9 +7,9 @@ from functools import lru_cache
 from typing import Any
 
 from .conversation import Message, text_of, tool_calls_of
+from .validation import REASONING_KEYS as REASONING_KEYS
 
 
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 # Types of content parts that hold reasoning: Mistral's and Anthropic's, and OpenAI's.
 _REASONING_PARTS = ("thinking", "reasoning")
 
@@ -117,11 +117,12 @@ def without_reasoning(message: Message, parsed: ParsedMessage) -> Message:
     """Return the message with nothing but its answer and its tool calls."""
     bare = {key: value for key, value in message.items() if key not in REASONING_KEYS}
     if isinstance(bare.get("content"), list):
-        bare["content"] = [part for part in bare["content"] if not _is_reasoning_part(part)]
+        bare["content"] = [part for part in bare["content"] if not is_reasoning_part(part)]
     return {**bare, "content": parsed.answer.lstrip("\n")} if parsed.inline else bare
 
 
-def _is_reasoning_part(part: Any) -> bool:
+def is_reasoning_part(part: Any) -> bool:
+    """Whether a content part holds reasoning."""
     return isinstance(part, Mapping) and part.get("type") in _REASONING_PARTS
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..trees.sample import Sample
-from .checks import contains
+from .checks import contains, is_object, prints
 from .conversation import Conversation, Message, text_of
 from .conversation import RenderingError as RenderingError
 from .prefixes import Prefixes
@@ -150,12 +150,16 @@ def _no_prompt(prefixes: Prefixes, k: int) -> RenderingError:
 
 
 def _check_context(prefixes: Prefixes, turns: list[RenderedTurn]) -> None:
-    """Refuse messages with a role that the template drops without a word."""
+    """Refuse messages of which the template drops the role, or content that is an object, without a word."""
     for k, message in enumerate(prefixes.messages):
+        following = next((turn for turn in turns if turn.message_index > k), None)
+        content = message.get("content")
+        if following and is_object(content) and not prints(following.prompt, content):
+            reason = "the template drops its content, which is an object. Store it as text, with json.dumps"
+            raise rendering_error(prefixes.template, k, reason)
         if message.get("role") in _COMMON_ROLES:
             continue
-        following = next((turn for turn in turns if turn.message_index > k), None)
-        if following and not contains(following.prompt, text_of(message.get("content"))):
+        if following and not contains(following.prompt, text_of(content)):
             reason = f"the template drops messages of the role '{message.get('role')}'. Give it a role that it knows"
             raise rendering_error(prefixes.template, k, reason)
 

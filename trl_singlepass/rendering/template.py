@@ -7,6 +7,7 @@ from typing import Any
 
 from .conversation import Message, RenderingError
 from .reasoning import ReasoningTags, reasoning_tags
+from .validation import missing_parts
 
 
 # Directives of strftime: a template prints date and time through them, so they are what has to stand still. It may put
@@ -101,5 +102,6 @@ class ChatTemplate:
                 **self.arguments,
             )
         except Exception as error:  # templates may raise any exception, from TemplateError to TypeError
-            raise RenderingError(f"the template refuses the conversation up to it: {error!r}") from error
+            missing = missing_parts(error, messages, self.tools)
+            raise RenderingError(f"the template refuses the conversation up to it: {error!r}{missing}") from error
         return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 import transformers
@@ -17,18 +17,18 @@ from ..recurrent.layer_kinds import recurrent_layer_names
 from .adapters import without_adapters
 
 
-def check_dataset(example: Mapping[str, Any]) -> None:
+def check_dataset(columns: Collection[str]) -> None:
     """
     Refuse conversations with images.
 
     Args:
-        example (`Mapping[str, Any]`):
-            First row of a dataset.
+        columns (`Collection[str]`):
+            Columns of a dataset.
 
     Raises:
-        `ValueError`: If the row holds images.
+        `ValueError`: If one of them holds images.
     """
-    images = sorted({"image", "images"} & set(example))
+    images = sorted({"image", "images"} & set(columns))
     if images:
         raise ValueError(
             f"The dataset has a column {images[0]!r}: images are not supported in a single pass, since their "

@@ -11,7 +11,7 @@ from packaging.version import Version
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from ..data.settings import OVERLONG_TURNS, OverlongTurns, RowSettings
+from ..data.settings import BAD_ROWS, OVERLONG_TURNS, BadRows, OverlongTurns, RowSettings
 from ..data.weights import LOSS_REDUCTIONS, LossReduction
 from ..rendering.history import HISTORIES, History
 
@@ -35,6 +35,10 @@ class SinglePassSFTConfig(SFTConfig):
         overlong_turns (`str`, *optional*, defaults to `"truncate"`):
             What happens to a turn that is longer than `max_length` or `max_row_tokens`: `"truncate"` trains its
             beginning, `"drop"` leaves it out, `"error"` stops. What is lost is counted in the log.
+        bad_rows (`str`, *optional*, defaults to `"error"`):
+            What happens to rows of the dataset that cannot be trained, such as one without an assistant message:
+            `"error"` stops the preparation and names all of them with their reasons (in a stream, the first when it
+            comes), `"drop"` leaves them out and counts them in the log.
         history (`str`, *optional*, defaults to `"template"`):
             What a turn's context holds of earlier turns: `"template"`, as the chat template renders it; `"keep"`, all
             reasoning; `"strip"`, no reasoning. A `history` column overrides it row by row.
@@ -77,6 +81,14 @@ class SinglePassSFTConfig(SFTConfig):
         metadata={
             "help": "What happens to turns longer than `max_length` or `max_row_tokens`: 'truncate', 'drop', 'error'.",
             "choices": list(OVERLONG_TURNS),
+        },
+    )
+    bad_rows: BadRows = field(
+        default="error",
+        metadata={
+            "help": "What happens to rows that cannot be trained: 'error' names all of them and stops, 'drop' leaves "
+            "them out and counts them in the log.",
+            "choices": list(BAD_ROWS),
         },
     )
     history: History = field(
@@ -144,6 +156,8 @@ class SinglePassSFTConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise ValueError(f"{name}={value} leaves no room for a token and its target. Set it to 2 or more.")
+        if self.bad_rows not in BAD_ROWS:
+            raise ValueError(f"bad_rows={self.bad_rows!r} is none of {', '.join(BAD_ROWS)}.")
         self.row_settings()  # refuses what is none of its choices
 
     def row_settings(self, packing: bool = False) -> RowSettings:

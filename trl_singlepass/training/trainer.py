@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import DataCollator, PreTrainedModel, TrainingArguments, logging
-from trl.data_utils import get_dataset_column_names
 
 from ..attention import Tree, tree_context
 from ..data.collator import DataCollatorForSinglePass, TreeOrPlainCollator
-from ..data.preparation import holds_rows, holds_turns, prepare_dataset
+from ..data.dataset_format import check_is_dataset, column_names, holds_rows, holds_turns
+from ..data.preparation import prepare_dataset
 from ..data.sampler import train_sampler
 from ..trees.rows import ROW_COLUMNS
 from .adapters import without_adapters
@@ -64,6 +64,7 @@ class SinglePassSFTTrainer(MeasuringTrainer):
     Raises:
         `ValueError`: If a setting, a model or a dataset cannot be trained in a single pass; the message names it and
             the way out.
+        `TypeError`: If a dataset is none, but splits or a list, as in TRL.
 
     Example:
 
@@ -94,9 +95,14 @@ class SinglePassSFTTrainer(MeasuringTrainer):
         **kwargs: Any,
     ) -> None:
         args = default_config(model) if args is None else as_single_pass_config(args)
-        trains_turns = train_dataset is not None and holds_turns(train_dataset)
+        is_formatted = kwargs.get("formatting_func") is not None
+        trains_turns = (
+            train_dataset is not None
+            and not is_formatted
+            and holds_turns(train_dataset, text_field=args.dataset_text_field)
+        )
         if train_dataset is not None and trains_turns:
-            check_dataset(next(iter(train_dataset)))
+            check_dataset(column_names(train_dataset))
             check_collator(data_collator)
             check_peft(model, kwargs.get("peft_config"))
             check_parallelism(args.parallelism_config)
@@ -141,10 +147,12 @@ class SinglePassSFTTrainer(MeasuringTrainer):
         formatting_func: Callable[..., Any] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        if holds_rows(get_dataset_column_names(dataset)):
+        check_is_dataset(dataset, dataset_name)
+        if holds_rows(column_names(dataset)):
             return dataset
         is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
-        if formatting_func is not None or is_transformed or not holds_turns(dataset):
+        is_stock = formatting_func is not None or is_transformed
+        if is_stock or not holds_turns(dataset, text_field=args.dataset_text_field, name=dataset_name):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if isinstance(dataset, IterableDataset) and args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)  # conversations take less memory in its buffer than rows
@@ -154,6 +162,7 @@ class SinglePassSFTTrainer(MeasuringTrainer):
                 self._tokenizer,
                 args.row_settings(packing),
                 packing=packing,
+                bad_rows=args.bad_rows,
                 num_proc=args.dataset_num_proc,
                 name=dataset_name,
             )

@@ -15,8 +15,9 @@ from datasets import Dataset
 from datasets.utils.tqdm import tqdm
 
 from ...cost.flops import shape_of
+from ...data.bad_rows import group_errors
 from .counts import Lengths, SharingByTurns, TurnStats
-from .facts import RecipeReport, RowErrors
+from .facts import RecipeReport
 from .forecast import NPASS, SINGLE_PASS, ConversationCost, forecast
 from .recipes import ASSISTANT_ONLY, LAST_TURN, RecipeCounts
 from .report import AuditReport
@@ -24,7 +25,6 @@ from .tally import Auditor, Tally
 
 
 DEFAULT_SAMPLE_SIZE = 500
-_ROWS_NAMED = 5
 _ROWS_AT_ONCE = 32  # that a process looks at before it tells what they hold
 
 
@@ -160,7 +160,7 @@ def _report(tally: Tally, auditor: Auditor, num_rows: int | None, max_length: in
         num_rows=num_rows,
         num_audited=tally.num_rows,
         num_trainable=len(costs),
-        errors=_errors(tally),
+        errors=group_errors(tally.errors),
         templates=tuple(tally.templates.most_common()),
         all_turns=TurnStats.of(None, [f for row in facts for f in row], [s for row in sizes for s in row], max_length),
         by_turn=tuple(TurnStats.of(k + 1, _at(facts, k), _at(sizes, k), max_length) for k in range(depth)),
@@ -176,13 +176,6 @@ def _report(tally: Tally, auditor: Auditor, num_rows: int | None, max_length: in
 
 def _at(rows: Sequence[Sequence[Any]], place: int) -> list[Any]:
     return [row[place] for row in rows if place < len(row)]
-
-
-def _errors(tally: Tally) -> tuple[RowErrors, ...]:
-    groups = sorted(tally.errors.values(), key=len, reverse=True)
-    return tuple(
-        RowErrors(len(group), tuple(index for index, _ in group[:_ROWS_NAMED]), group[0][1]) for group in groups
-    )
 
 
 def _sharing_by_turns(costs: Sequence[ConversationCost]) -> tuple[SharingByTurns, ...]:

@@ -4,28 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...data.bad_rows import RowErrors
 from .counts import Lengths, SharingByTurns, TurnStats
 from .forecast import Forecast
 from .templates import TemplateFacts
-
-
-@dataclass(frozen=True, slots=True)
-class RowErrors:
-    """
-    Rows that cannot be trained for the same reason.
-
-    Args:
-        count (`int`):
-            Number of rows.
-        rows (`tuple[int, ...]`):
-            Positions of the first of them in the dataset.
-        reason (`str`):
-            The error of the first one.
-    """
-
-    count: int
-    rows: tuple[int, ...]
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...cost.flops import ModelShape
+from ...data.bad_rows import reason_of
 from ...data.conversations import samples_of
 from ...data.settings import RowSettings
+from ...data.tokenized_turns import turns_in
 from ...rendering.conversation import Conversation
 from ...rendering.prefixes import Prefixes
 from .counts import SampleSize
@@ -27,8 +28,8 @@ class Tally:
     Args:
         num_rows (`int`):
             Rows looked at.
-        errors (`dict[str, list[tuple[int, str]]]`):
-            Rows that cannot be trained, each with its reason, by kind of reason.
+        errors (`list[tuple[int, str]]`):
+            Rows that cannot be trained, each with its reason.
         templates (`Counter[TemplateFacts]`):
             Ways in which the template is called.
         turns (`list[list[TurnFacts]]`):
@@ -46,7 +47,7 @@ class Tally:
     """
 
     num_rows: int = 0
-    errors: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    errors: list[tuple[int, str]] = field(default_factory=list)
     templates: Counter[TemplateFacts] = field(default_factory=Counter)
     turns: list[list[TurnFacts]] = field(default_factory=list)
     sizes: list[list[SampleSize]] = field(default_factory=list)
@@ -58,11 +59,9 @@ class Tally:
     def merge(self, later: Tally) -> None:
         """Add what rows after these hold."""
         self.num_rows += later.num_rows
-        for kind, rows in later.errors.items():
-            self.errors.setdefault(kind, []).extend(rows)
         for name in ("templates", "recipe_refusals"):
             getattr(self, name).update(getattr(later, name))
-        for name in ("turns", "sizes", "costs", "last_turn", "assistant_only"):
+        for name in ("errors", "turns", "sizes", "costs", "last_turn", "assistant_only"):
             getattr(self, name).extend(getattr(later, name))
 
 
@@ -87,7 +86,7 @@ class Auditor:
         conversation: Conversation | None = None
         prefixes: Prefixes | None = None
         try:
-            if row.get("turns") is None:  # tokens already: no template takes part
+            if turns_in(row) is None:  # else tokens already: no template takes part
                 conversation = Conversation.from_row(row)
                 prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
                 tally.turns.append(turn_facts(conversation, prefixes))
@@ -96,9 +95,7 @@ class Auditor:
             if not samples:
                 raise ValueError("All its turns have the weight 0, so nothing of it is trained.")
         except Exception as error:  # a row can be anything, and templates raise what they like
-            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            reason = reason.removeprefix(f"Row {index}: ")
-            tally.errors.setdefault(_kind_of(reason), []).append((index, reason))
+            tally.errors.append((index, reason_of(error, index)))
             return
         tally.sizes.append([SampleSize.of(sample) for sample in samples])
         tally.costs.append(conversation_cost(samples, self.shape))
@@ -108,9 +105,3 @@ class Auditor:
                 tally.assistant_only.append(self.recipe.counts(conversation, samples))
             except Exception as error:  # noted: TRL's training templates refuse what the stock ones render
                 tally.recipe_refusals[str(error) or type(error).__name__] += 1
-
-
-def _kind_of(reason: str) -> str:
-    """Reason without what differs from row to row: names, numbers and quoted values."""
-    reason = re.sub(r"^Message \d+ cannot be rendered with the [^:]*: ", "", reason)
-    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", reason)

@@ -1,0 +1,321 @@
+"""Rows that cannot be trained: all named in one error, with reasons; or left out and counted, the rest untouched."""
+
+import copy
+import json
+import logging
+import random
+import re
+
+import datasets
+import pytest
+from torch.utils.data import DataLoader
+
+from support.conversations import TOOLS, chat, tool_chat
+from support.malformed import HELLO, HI, MALFORMED, SHAREGPT
+from support.training import as_dataset, single_pass_trainer
+from trl_singlepass import SinglePassSFTConfig, audit, to_npass, verify
+from trl_singlepass.data import conversations as conversation_rows
+from trl_singlepass.data import preparation
+from trl_singlepass.data.bad_rows import BadRowError
+from trl_singlepass.data.conversations import samples_of
+from trl_singlepass.data.overlong import OverlongTurnError
+from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.settings import RowSettings
+from trl_singlepass.data.streaming import stream_rows
+from trl_singlepass.rendering.samples import RenderingError
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning"),
+    # Workers are forked from a process that has threads; they use none of them.
+    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks.*:DeprecationWarning"),
+]
+GOOD = [chat(2), chat(1, seed=1), tool_chat()]
+NO_ASSISTANT = chat(1)[:2]
+# Thirteen rows without an assistant, one without a role, one with a weight that is none.
+BAD = [
+    *[NO_ASSISTANT] * 13,
+    [{**HI, "role": None}, HELLO],
+    [HI, {**HELLO, "weight": -1.0}],
+]
+MIXED = [GOOD[0], *BAD[:7], GOOD[1], *BAD[7:], GOOD[2]]
+NAMED = r"""15 of 18 rows of the train dataset cannot be trained:
+- 13 rows \(1, 2, 3, 4, 5, 6, 7, 9, 10, 11 and 3 more\), the first: Expected at least one assistant message .*
+- Row 15: Message 0 has no 'role'.*
+- Row 16: Message 1 has weight=-1\.0\..*
+bad_rows='drop' trains without such rows and counts them in the log\."""
+
+
+def stream(rows):
+    def generate():
+        yield from copy.deepcopy(rows)
+
+    return datasets.IterableDataset.from_generator(generate)
+
+
+def ids(rows):
+    return [list(row["input_ids"]) for row in rows]
+
+
+@pytest.fixture
+def propagated(monkeypatch):
+    """Let what is logged reach pytest: transformers keeps it from the root logger."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("trl_singlepass"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("trl_singlepass"), "level", logging.WARNING)
+
+
+@pytest.mark.parametrize("shape", MALFORMED)
+def test_every_shape_has_one_clear_error_with_its_row(tokenizer, shape):
+    row, reason = MALFORMED[shape]
+    with pytest.raises(BadRowError, match=f"^Row 7: .*{reason}"):
+        samples_of(row, 7, tokenizer, RowSettings())
+
+
+@pytest.mark.parametrize("shape", MALFORMED)
+def test_every_shape_is_left_out_of_a_stream_when_told_to(tokenizer, shape):
+    good = [{"messages": messages} for messages in GOOD]
+    rows = stream_rows(
+        stream([MALFORMED[shape][0], good[0], MALFORMED[shape][0], *good[1:]]),
+        tokenizer,
+        RowSettings(),
+        bad_rows="drop",
+    )
+    assert ids(rows) == ids(conversations_to_rows(as_dataset(GOOD), tokenizer, RowSettings())[0])
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_all_bad_rows_are_named_with_count_and_reasons(tmp_path, tokenizer, num_proc):
+    with pytest.raises(RenderingError, match=f"^{NAMED}$"):
+        single_pass_trainer(tmp_path, tokenizer, MIXED, dataset_num_proc=num_proc)
+
+
+@pytest.mark.parametrize("settings", [{}, {"dataset_num_proc": 2}, {"packing": True, "max_row_tokens": 500}])
+def test_without_bad_rows_the_others_are_trained_as_if_alone(tmp_path, tokenizer, settings):
+    settings = {"shuffle_dataset": False, **settings}
+    dropped = single_pass_trainer(tmp_path, tokenizer, MIXED, bad_rows="drop", **settings)
+    alone = single_pass_trainer(tmp_path, tokenizer, GOOD, **settings)
+    assert dropped.train_dataset[:] == alone.train_dataset[:]
+    assert dropped.train_dataset.column_names == alone.train_dataset.column_names
+
+
+def test_dropped_rows_are_counted(tokenizer):
+    _, report = conversations_to_rows(as_dataset(MIXED), tokenizer, RowSettings(), bad_rows="drop")
+    _, alone = conversations_to_rows(as_dataset(GOOD), tokenizer, RowSettings())
+    assert (report.num_bad_rows, report.num_conversations, report.num_turns) == (15, 3, alone.num_turns)
+    assert report.num_trained_tokens == alone.num_trained_tokens
+    assert report.num_dropped_conversations == 0
+    assert not report.is_complete
+    assert [errors.count for errors in report.bad_rows] == [13, 1, 1]
+    assert str(report).startswith(
+        "15 bad rows dropped (13 rows (1, 2, 3, 4, 5, 6, 7, 9, 10, 11 and 3 more), the first"
+    )
+    assert str(report).endswith(str(alone))
+
+
+def test_the_log_counts_what_is_dropped(tmp_path, tokenizer, caplog, propagated):
+    single_pass_trainer(tmp_path, tokenizer, MIXED, bad_rows="drop")
+    (line,) = [record.getMessage() for record in caplog.records if "bad rows" in record.getMessage()]
+    assert line.startswith("train dataset: 15 bad rows dropped (13 rows (1, 2")
+
+
+def test_a_dataset_of_bad_rows_alone_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"No turn of the train dataset is trained: 15 bad rows .* Repair its rows"):
+        single_pass_trainer(tmp_path, tokenizer, BAD, bad_rows="drop")
+
+
+def test_changing_one_s_mind_prepares_nothing_again(tmp_path, tokenizer, monkeypatch):
+    as_dataset(MIXED).save_to_disk(tmp_path / "data")
+    stored = datasets.load_from_disk(str(tmp_path / "data"))
+    calls, rows_of = [], preparation.rows_of
+    monkeypatch.setattr(preparation, "rows_of", lambda *args: calls.append(args[1]) or rows_of(*args))
+    with pytest.raises(RenderingError):
+        conversations_to_rows(stored, tokenizer, RowSettings())
+    conversations_to_rows(stored, tokenizer, RowSettings(), bad_rows="drop")
+    assert calls == list(range(len(MIXED)))
+
+
+def test_a_turn_that_may_not_be_too_long_is_no_bad_row(tmp_path, tokenizer):
+    with pytest.raises(OverlongTurnError, match="Row 0: The turn at message 2 has"):
+        single_pass_trainer(tmp_path, tokenizer, GOOD, bad_rows="drop", max_length=10, overlong_turns="error")
+
+
+def test_mistakes_of_the_package_are_never_dropped(tokenizer, monkeypatch):
+    def broken(*_, **__):
+        raise AssertionError("an invariant")
+
+    monkeypatch.setattr(conversation_rows, "render_with_history", broken)
+    with pytest.raises(AssertionError, match="an invariant"):
+        conversations_to_rows(as_dataset(GOOD), tokenizer, RowSettings(), bad_rows="drop")
+
+
+def test_what_nobody_foresaw_has_its_row(tokenizer, monkeypatch):
+    def broken(*_, **__):
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(conversation_rows, "render_with_history", broken)
+    with pytest.raises(
+        RenderingError, match=r"3 rows \(0, 1, 2\), the first: it cannot be read \(KeyError: 'surprise'"
+    ):
+        conversations_to_rows(as_dataset(GOOD), tokenizer, RowSettings())
+
+
+def test_evaluation_sets_are_named(tmp_path, tokenizer):
+    sets = {"clean": as_dataset(GOOD), "dirty": as_dataset(MIXED)}
+    with pytest.raises(RenderingError, match="15 of 18 rows of the dirty dataset cannot be trained"):
+        single_pass_trainer(tmp_path, tokenizer, GOOD, kwargs={"eval_dataset": sets})
+    trainer = single_pass_trainer(tmp_path, tokenizer, GOOD, kwargs={"eval_dataset": sets}, bad_rows="drop")
+    assert trainer.eval_dataset["dirty"][:] == trainer.eval_dataset["clean"][:]
+    losses = trainer.evaluate()
+    assert losses["eval_dirty_loss"] == losses["eval_clean_loss"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_stops_at_its_first_bad_row(tokenizer, num_workers):
+    rows = stream_rows(as_dataset(MIXED).to_iterable_dataset(), tokenizer, RowSettings())
+    with pytest.raises(RenderingError, match=r"Row 1: Expected at least one assistant .*\n.*stream of the train"):
+        list(DataLoader(rows, num_workers=num_workers, batch_size=None))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_trains_without_bad_rows(tokenizer, num_workers):
+    rows = stream_rows(as_dataset(MIXED).to_iterable_dataset(), tokenizer, RowSettings(), bad_rows="drop")
+    given = list(DataLoader(rows, num_workers=num_workers, batch_size=None))
+    assert ids(given) == ids(conversations_to_rows(as_dataset(GOOD), tokenizer, RowSettings())[0])
+
+
+def test_bad_rows_of_a_stream_are_logged_each_time_they_have_doubled(tokenizer, caplog, propagated):
+    list(stream_rows(as_dataset(MIXED).to_iterable_dataset(), tokenizer, RowSettings(), bad_rows="drop"))
+    counts = [re.search(r"so far: (\d+) bad rows? dropped", record.getMessage()) for record in caplog.records]
+    assert [int(count[1]) for count in counts if count] == [1, 2, 4, 8]
+
+
+def test_a_trainer_on_a_stream_drops_its_bad_rows(tmp_path, tokenizer):
+    rows = [MALFORMED[shape][0] for shape in ("no messages at all", "JSON", "a null message")]
+    dataset = stream([*rows, *({"messages": messages} for messages in GOOD)])
+    with pytest.raises(RenderingError, match="Row 0: 'messages' is null"):
+        single_pass_trainer(tmp_path, tokenizer, dataset).train()
+    trainer = single_pass_trainer(tmp_path, tokenizer, dataset, bad_rows="drop", max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["num_trained_tokens"] > 0
+
+
+TURN = {"prompt_ids": [5, 6], "completion_ids": [7]}
+LOG = [
+    {"conversation_id": "a", **TURN},
+    {"conversation_id": "b", **TURN, "completion_ids": None},
+    {"conversation_id": None, **TURN},
+    {"conversation_id": "b", **TURN, "completion_ids": [8]},
+    {"conversation_id": None, **TURN},
+    {"conversation_id": "a", **TURN, "prompt_ids": [5, 6, 7, 9]},
+]
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_rows_of_a_log_are_named_by_their_place_in_it(tmp_path, tokenizer, num_proc):
+    reasons = (
+        "(?s)3 of 6 rows of the train dataset cannot be trained:\n"
+        r"- 2 rows \(2, 4\), the first: Its 'conversation_id' is null.*- Row 1: The turn has no 'completion_ids'"
+    )
+    with pytest.raises(RenderingError, match=reasons):
+        single_pass_trainer(tmp_path, tokenizer, LOG, dataset_num_proc=num_proc)
+    trainer = single_pass_trainer(tmp_path, tokenizer, LOG, bad_rows="drop", shuffle_dataset=False)
+    assert ids(trainer.train_dataset) == [[5, 6, 7, 9, 7], [5, 6, 8]]
+
+
+def test_turns_of_a_row_share_its_fate(tokenizer):
+    rows = [{"turns": [TURN]}, {"turns": [TURN, {**TURN, "completion_ids": []}]}, {"turns": None}, {"turns": [TURN]}]
+    with pytest.raises(RenderingError, match=r"(?s)2 of 4 rows.*- Row 1: Turn 1 has empty.*- Row 2: 'turns' is null"):
+        conversations_to_rows(as_dataset(rows), tokenizer, RowSettings())
+    kept, report = conversations_to_rows(as_dataset(rows), tokenizer, RowSettings(), bad_rows="drop")
+    assert [len(row) for row in kept["input_ids"]] == [3, 0, 0, 3]
+    assert (report.num_turns, report.num_bad_rows) == (2, 2)
+
+
+def config(**settings):
+    return SinglePassSFTConfig(report_to="none", use_cpu=True, bf16=False, **settings)
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_the_export_deals_with_bad_rows_as_the_trainer_does(tokenizer, num_proc):
+    with pytest.raises(RenderingError, match=NAMED.replace("train dataset", "given dataset")):
+        to_npass(as_dataset(MIXED), tokenizer, num_proc=num_proc)
+    exported = to_npass(as_dataset(MIXED), tokenizer, config(bad_rows="drop"), num_proc=num_proc)
+    assert exported[:] == to_npass(GOOD, tokenizer)[:]
+
+
+def test_the_export_of_a_stream_drops_them_too(tokenizer):
+    def source():
+        return as_dataset(MIXED).to_iterable_dataset()
+
+    with pytest.raises(RenderingError, match="Row 1: Expected at least one assistant"):
+        list(to_npass(source(), tokenizer))
+    assert ids(to_npass(source(), tokenizer, config(bad_rows="drop"))) == ids(to_npass(GOOD, tokenizer))
+
+
+def test_the_export_takes_logs_of_single_turns(tokenizer):
+    exported = to_npass(as_dataset(LOG), tokenizer, config(bad_rows="drop"))
+    assert exported["input_ids"][:] == [[5, 6, 7], [5, 6, 7, 9, 7], [5, 6, 8]]
+
+
+def test_verify_names_all_of_them(tokenizer):
+    """Weights are none of its business."""
+    with pytest.raises(RenderingError, match=r"(?s)14 of 18 rows of the given .*- 13 rows \(1, 2, .*- Row 15: Mess"):
+        verify(None, tokenizer, MIXED)
+
+
+def test_the_audit_tells_the_same_rows_and_reasons(tokenizer):
+    _, report = conversations_to_rows(as_dataset(MIXED), tokenizer, RowSettings(), bad_rows="drop")
+    assert audit(as_dataset(MIXED), tokenizer).errors == report.bad_rows
+
+
+def test_the_setting_is_checked(tmp_path):
+    with pytest.raises(ValueError, match="bad_rows='skip' is none of error, drop"):
+        SinglePassSFTConfig(str(tmp_path), use_cpu=True, bad_rows="skip")
+
+
+JUNK = [None, 3, 2.5, True, "x", "", b"a", [], {}, [1], [None], ["x"], {"a": 1}, [[HI]], "[1]", "[{", {"role": "user"}]
+
+
+def places(value, place=()):
+    if place:
+        yield place
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*place, key))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_stands_where_it_does_not_belong_is_named_or_trained(tokenizer, seed):
+    """Any part of a row replaced by something else, or left out: no other error, and none that nobody foresaw."""
+    rng = random.Random(seed)
+    rows = [
+        {"messages": tool_chat(), "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": True}},
+        {"prompt": tool_chat()[:1], "completion": tool_chat()[1:], "tools": json.dumps(TOOLS)},
+        {"conversations": SHAREGPT},
+        {"turns": [{**TURN, "completion_weights": [1.0]}, TURN]},
+    ]
+    refused = 0
+    for _ in range(40):
+        row = copy.deepcopy(rng.choice(rows))
+        *path, last = rng.choice(list(places(row)))
+        part = row
+        for key in path:
+            part = part[key]
+        if rng.random() < 0.2:
+            del part[last]
+        else:
+            part[last] = rng.choice(JUNK)
+        reason = refusal_of(row, tokenizer)
+        refused += reason is not None
+        assert reason is None or reason.startswith("Row 3: "), row
+        assert reason is None or "bytes is not JSON" in reason or "cannot be read" not in reason, row
+    assert refused >= 10
+
+
+def refusal_of(row, tokenizer):
+    try:
+        samples_of(row, 3, tokenizer, RowSettings())
+    except BadRowError as error:
+        return str(error)
+    return None

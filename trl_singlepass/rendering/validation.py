@@ -1,0 +1,251 @@
+"""What a dataset row must hold to be a conversation: each fault named with its message, its key and the way out."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from jinja2 import UndefinedError
+
+
+# Columns that hold a conversation together, in the order in which they are looked for.
+MESSAGE_COLUMNS = (("messages",), ("prompt", "completion"), ("conversations",))
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_MEDIA = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url")
+# Roles whose content is text; what a tool returns may be an object, which some templates print as JSON.
+_TEXT_ROLES = ("system", "developer", "user", "assistant")
+_OF_RENDERING = (
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize"),
+)
+_OF_TOOLS = ("name", "description", "parameters")
+
+
+class RenderingError(ValueError):
+    """A conversation that the chat template cannot render without losing something that should be learned."""
+
+
+def expected_columns(columns: Collection[str]) -> str:
+    """Return the sentence that says which columns hold a conversation, and which there are."""
+    return (
+        "Expected a conversation in 'messages', in 'prompt' and 'completion', or in 'conversations', each a list of "
+        f"messages; got the columns {sorted(columns)}. Rename the column that holds the messages to 'messages'."
+    )
+
+
+def message_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """
+    Return the columns that hold the conversation of a row.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            Dataset row.
+
+    Returns:
+        `tuple[str, ...]`: `("messages",)`, `("prompt", "completion")` or `("conversations",)`.
+
+    Raises:
+        `RenderingError`: If none of them holds lists of messages.
+    """
+    for columns in MESSAGE_COLUMNS:
+        if all(isinstance(row.get(name), list) for name in columns):
+            return columns
+    given = [columns for columns in MESSAGE_COLUMNS if set(columns) <= set(row)]
+    filled = [columns for columns in given if any(row[name] is not None for name in columns)]
+    for columns in (filled or given)[:1]:
+        name = next(name for name in columns if not isinstance(row[name], list))
+        raise RenderingError(f"'{name}' is {kind_of(row[name])}, expected a list of messages. {_to_list(row[name])}.")
+    raise RenderingError(expected_columns(row))
+
+
+def check_are_objects(messages: Sequence[Any]) -> None:
+    """Refuse messages that are no objects."""
+    for index, message in enumerate(messages):
+        if isinstance(message, list):
+            raise RenderingError(
+                f"Message {index} is a list, expected an object with 'role' and 'content'. Store each conversation in "
+                "a row of its own."
+            )
+        if not isinstance(message, Mapping):
+            raise RenderingError(
+                f"Message {index} is {kind_of(message)}, expected an object with 'role' and 'content'. Repair it, or "
+                "leave the row out."
+            )
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """
+    Refuse messages that no chat template can render, or that would lose something in silence.
+
+    Args:
+        messages (`Sequence[Mapping[str, Any]]`):
+            All messages of a row. A key whose value is `None` counts as absent.
+
+    Raises:
+        `RenderingError`: If a role, content, reasoning or tool call is missing or of a wrong type.
+    """
+    for index, message in enumerate(messages):
+        _check_role(index, message)
+        _check_content(index, message)
+        for key in REASONING_KEYS:
+            if message["role"] == "assistant" and not isinstance(message.get(key), str | None):
+                raise RenderingError(_wrong(f"Message {index}", key, message[key], "text"))
+        _check_calls(index, message.get("tool_calls"))
+        given = [key for key, value in message.items() if key not in ("role", "name") and value not in (None, [])]
+        if message["role"] == "assistant" and not given:
+            raise RenderingError(
+                f"Message {index} says nothing: it has no content, reasoning or tool calls. An answer that is empty on "
+                "purpose has empty text as its content; otherwise leave the row out."
+            )
+
+
+def check_tools(tools: Any) -> None:
+    """Refuse tools that are no list of JSON schemas or functions."""
+    if tools is None:
+        return
+    if isinstance(tools, Mapping):
+        raise RenderingError("'tools' is an object, expected a list of tools. Put the tool in a list.")
+    if not isinstance(tools, list | tuple):
+        raise RenderingError(f"'tools' is {kind_of(tools)}, expected a list of tools. Leave it empty without tools.")
+    for index, tool in enumerate(tools):
+        if callable(tool):
+            continue
+        if not isinstance(tool, Mapping):
+            raise RenderingError(f"Tool {index} is {kind_of(tool)}, expected an object with its JSON schema.")
+        if not isinstance(tool.get("function"), Mapping | None):
+            raise RenderingError(_wrong(f"Tool {index}", "function", tool["function"], "an object"))
+        name = (tool.get("function") or tool).get("name")
+        if not isinstance(name, str | None):
+            raise RenderingError(_wrong(f"Tool {index}", "name", name, "text"))
+
+
+def check_template_kwargs(kwargs: Any) -> None:
+    """Refuse arguments of the chat template that are no object, or that rendering sets itself."""
+    if not isinstance(kwargs, Mapping):
+        raise RenderingError(
+            f"'chat_template_kwargs' is {kind_of(kwargs)}, expected an object such as {{'enable_thinking': false}}."
+        )
+    reserved = [name for name in _OF_RENDERING if kwargs.get(name) is not None]
+    if reserved:
+        raise RenderingError(
+            f"'chat_template_kwargs' has '{reserved[0]}', which is set when turns are rendered. Remove it; tools have "
+            "a column of their own."
+        )
+
+
+def missing_parts(error: Exception, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
+    """
+    Return what a template may have missed when it met an undefined value, to be put after its error.
+
+    Args:
+        error (`Exception`):
+            What the template raised.
+        messages (`Sequence[Mapping[str, Any]]`):
+            Messages that it was given.
+        tools (`Sequence`, *optional*):
+            Tools that it was given.
+
+    Returns:
+        `str`: Text in parentheses; nothing if the error speaks of something else.
+    """
+    if not isinstance(error, UndefinedError) and "Undefined" not in str(error):
+        return ""
+    found = [
+        f"message {index} has no 'content'" for index, message in enumerate(messages) if message.get("content") is None
+    ]
+    for index, message in enumerate(messages):
+        for call in message.get("tool_calls") or []:
+            function = call.get("function") or call
+            if function.get("arguments") is None:
+                found.append(f"the call of '{function.get('name')}' in message {index} has no 'arguments'")
+    for index, tool in enumerate(tools or []):
+        schema = (tool.get("function") or tool) if isinstance(tool, Mapping) else dict.fromkeys(_OF_TOOLS, "")
+        found += [f"tool {index} has no '{key}'" for key in _OF_TOOLS if schema.get(key) is None]
+    return f" (missing: {'; '.join(found)})" if found else " (a tool or a message lacks a key that the template reads)"
+
+
+def kind_of(value: Any) -> str:
+    """Return what a value is called in an error message."""
+    names: dict[type, str] = {str: "text", bytes: "bytes", bool: "a boolean", int: "a number", float: "a number"}
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return "an object"
+    return "a list" if isinstance(value, list) else names.get(type(value), f"a {type(value).__name__}")
+
+
+def _check_role(index: int, message: Mapping[str, Any]) -> None:
+    role = message.get("role")
+    if role is None and message.get("from") is not None:
+        raise RenderingError(
+            f"Message {index} has 'from' and 'value' in the place of 'role' and 'content'. Rename the column to "
+            "'conversations', where this form is read."
+        )
+    if role is None or role == "":
+        keys = [key for key, value in message.items() if value is not None]
+        raise RenderingError(
+            f"Message {index} has no 'role'; it has {keys or 'no keys'}. Give it one, such as 'user' or 'assistant'."
+        )
+    if not isinstance(role, str):
+        raise RenderingError(_wrong(f"Message {index}", "role", role, "text such as 'user' or 'assistant'"))
+
+
+def _check_content(index: int, message: Mapping[str, Any]) -> None:
+    content, role = message.get("content"), message["role"]
+    if content in (None, []) and role in _TEXT_ROLES and role != "assistant":
+        raise RenderingError(f"Message {index} ('{role}') has no 'content'. Write it, or remove the message.")
+    if isinstance(content, str | None) or (role not in _TEXT_ROLES and isinstance(content, Mapping)):
+        return
+    if not isinstance(content, list):
+        raise RenderingError(_wrong(f"Message {index}", "content", content, "text or a list of text parts"))
+    for position, part in enumerate(content):
+        _check_part(f"Part {position} of the content of message {index}", part, role)
+
+
+def _check_part(where: str, part: Any, role: str) -> None:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in _MEDIA:
+        raise RenderingError(f"{where} is of the type '{kind}': a single pass trains text. Leave the row out.")
+    if not isinstance(part, str | Mapping):
+        raise RenderingError(f"{where} is {kind_of(part)}, expected an object with 'type' and 'text'.")
+    if isinstance(part, str) or role not in _TEXT_ROLES:
+        return
+    text = part.get("text")
+    if text is None and kind in ("text", None):
+        raise RenderingError(f"{where} has no 'text'. Write it, or remove the part.")
+    if not isinstance(text, str | None):
+        raise RenderingError(_wrong(where, "text", text, "text"))
+
+
+def _check_calls(index: int, calls: Any) -> None:
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        wrong = _wrong(f"Message {index}", "tool_calls", calls, "a list of calls")
+        raise RenderingError(f"{wrong} {_to_list(calls, 'Put the call in a list')}.")
+    for position, call in enumerate(calls):
+        where = f"Call {position} of message {index}"
+        function = (call.get("function") or call) if isinstance(call, Mapping) else call
+        if not isinstance(function, Mapping):
+            raise RenderingError(f"{where} is {kind_of(function)}, expected an object with 'name' and 'arguments'.")
+        name, arguments = function.get("name"), function.get("arguments")
+        if not isinstance(name, str) or not name:
+            raise RenderingError(f"{where} has no 'name'. Write the name of the tool that it calls.")
+        if not isinstance(arguments, Mapping | str | None):
+            raise RenderingError(_wrong(where, "arguments", arguments, "an object, or JSON of one"))
+
+
+def _wrong(where: str, key: str, value: Any, expected: str) -> str:
+    return f"{where} has '{key}' that is {kind_of(value)}, expected {expected}."
+
+
+def _to_list(value: Any, otherwise: str = "Repair it, or leave the row out") -> str:
+    if isinstance(value, str) and _is_json(value):
+        return "Decode the JSON with json.loads"
+    return "Decode it" if isinstance(value, bytes) else otherwise
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), list | dict)
+    except ValueError:
+        return False
