@@ -23,11 +23,17 @@ REFUSED = {name: status.split("`")[1] for name, status, _ in ROWS if status.star
 CHATS = [chat(2), chat(2, seed=1), chat(1, seed=2)]
 
 
+def refused_values(name):
+    """`packing=True, packing_strategy='wrapped'` as a dictionary."""
+    call = ast.parse(f"f({REFUSED[name]})").body[0].value
+    return {item.arg: ast.literal_eval(item.value) for item in call.keywords}
+
+
 def test_every_field_of_the_installed_releases_is_decided_once():
     counts = Counter(name for name, _, _ in ROWS)
     assert max(counts.values()) == 1
     installed = {field.name for field in fields(SinglePassSFTConfig)}
-    assert installed - counts.keys() == set(), "decide what these do to conversations, and write it in docs/settings.md"
+    assert installed - counts.keys() == set(), "decide what these do, and write it in docs/settings.md"
     if Version(trl.__version__) >= Version("1.16"):
         assert counts.keys() - installed == set()
 
@@ -41,7 +47,9 @@ def test_there_are_three_kinds_and_reasons_for_two_of_them():
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_table_calls_refused_is_refused_by_name(tmp_path, tokenizer, name):
-    settings = {item.arg: ast.literal_eval(item.value) for item in ast.parse(f"f({REFUSED[name]})").body[0].value.keywords}
+    settings = {
+        item.arg: ast.literal_eval(item.value) for item in ast.parse(f"f({REFUSED[name]})").body[0].value.keywords
+    }
     assert name in settings
     with pytest.raises(ValueError, match=rf"^{name}=.* does not work for conversations in a single pass: .*\. \w+"):
         single_pass_trainer(tmp_path, tokenizer, CHATS, **settings)
@@ -49,7 +57,9 @@ def test_what_the_table_calls_refused_is_refused_by_name(tmp_path, tokenizer, na
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_evaluation_set_of_conversations_is_refused_as_well(tmp_path, tokenizer, name):
-    settings = {item.arg: ast.literal_eval(item.value) for item in ast.parse(f"f({REFUSED[name]})").body[0].value.keywords}
+    settings = {
+        item.arg: ast.literal_eval(item.value) for item in ast.parse(f"f({REFUSED[name]})").body[0].value.keywords
+    }
     if name == "dataset_kwargs":
         pytest.skip("unprepared text is TRL's matter, and so is what is evaluated beside it")
     with pytest.raises(ValueError, match=f"^{name}=.* does not work for conversations"):
@@ -89,7 +99,9 @@ def test_trls_own_default_of_assistant_only_loss_is_not_taken_for_a_wish(tmp_pat
     assert SinglePassSFTConfig(str(tmp_path), **SETTINGS).assistant_only_loss is None
 
 
-@pytest.mark.parametrize("setting", [{"packing": True, "packing_strategy": "wrapped"}, {"truncation_mode": "keep_end"}])
+@pytest.mark.parametrize(
+    "setting", [{"packing": True, "packing_strategy": "wrapped"}, {"truncation_mode": "keep_end"}]
+)
 def test_plain_text_follows_what_conversations_cannot(tmp_path, tokenizer, setting):
     trainer = single_pass_trainer(tmp_path, tokenizer, [{"text": "one two three " * 9}] * 3, max_length=8, **setting)
     assert {len(row) for row in trainer.train_dataset["input_ids"]} <= set(range(1, 9))
