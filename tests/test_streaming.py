@@ -136,6 +136,7 @@ def test_packed_streams_train_as_stock_does_on_the_samples(tmp_path, tokenizer):
 
 def test_a_run_over_several_passes_resumes_where_it_was(tmp_path, tokenizer):
     num_rows = len(list(packed_stream(tokenizer)))
+    shuffled = stream(2).shuffle(seed=0, buffer_size=4)  # in another order each epoch
     settings = {
         "packing": True,
         "max_row_tokens": CAPACITY,
@@ -144,11 +145,12 @@ def test_a_run_over_several_passes_resumes_where_it_was(tmp_path, tokenizer):
         "save_strategy": "steps",
         "per_device_train_batch_size": 1,
     }
-    one = single_pass_trainer(tmp_path, tokenizer, stream(2), **settings)
+    one = single_pass_trainer(tmp_path, tokenizer, shuffled, **settings)
     one.train()
-    resumed = single_pass_trainer(tmp_path, tokenizer, stream(2), **settings)
+    resumed = single_pass_trainer(tmp_path, tokenizer, shuffled, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{num_rows + 1}"))
     assert logged(resumed, "loss") == logged(one, "loss")
+    assert resumed.state.epoch == one.state.epoch > 1
     assert largest_difference(one, resumed) == 0
 
 

@@ -37,7 +37,7 @@ class DistributedTrainer(SFTTrainer):
         An epoch of a stream is its rows, once, on any number of ranks. Ranks that share rows take theirs in turn from
         streams that start again, so that none of them waits for rows that do not come.
         """
-        stream = self.train_dataset
+        stream, self._steps_of_stream = self.train_dataset, None
         if isinstance(stream, Sized) or not self._trains_turns:
             return super().get_train_dataloader()
         if self._sequence_parallel is None:
