@@ -212,11 +212,6 @@ def test_max_row_tokens_defaults_to_max_length_when_packing(tmp_path, tokenizer)
     assert max(len(row["input_ids"]) for row in trainer.train_dataset) <= 400
 
 
-def test_packing_without_a_size_is_refused(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"packing=True needs max_row_tokens \(or max_length\)"):
-        single_pass_trainer(tmp_path, tokenizer, [chat(1)], packing=True)
-
-
 def test_several_processes_pack_the_same_rows(tokenizer):
     dataset = as_dataset(chats_with_system())
     one, several = (

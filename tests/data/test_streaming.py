@@ -8,15 +8,16 @@ from pathlib import Path
 
 import datasets
 import pytest
-from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from support.conversations import chat, expand
-from support.training import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
+from support.training import as_dataset, largest_difference, logged, parameters, single_pass_trainer, stock_trainer
 from trl_singlepass.data import streaming
 from trl_singlepass.data.preparation import conversations_to_rows
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.data.streaming import stream_rows
+from trl_singlepass.training.stream_epochs import part_of_rank
 from trl_singlepass.trees.rows import Row
 
 
@@ -92,24 +93,11 @@ def test_workers_neither_repeat_nor_lose_a_row(tokenizer, whole, num_shards):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_ranks_neither_repeat_nor_lose_a_row(tokenizer, whole, num_shards, num_workers):
-    total, lengths = Counter(), []
+    total = Counter()
     for rank in range(2):
-        loader = DataLoader(
-            packed_stream(tokenizer, num_shards), num_workers=num_workers, batch_size=1, collate_fn=lambda rows: rows
-        )
-        loader = prepare_data_loader(
-            loader, num_processes=2, process_index=rank, put_on_device=False, dispatch_batches=False
-        )
-        rows = [row for batch in loader for row in batch]
-        lengths.append(len(rows))
-        total += trained(rows)
-    num_rows = len(list(packed_stream(tokenizer, num_shards)))
-    if sum(lengths) == num_rows:
-        assert total == whole
-    else:  # one stream for both, which is filled up to whole batches of both
-        assert num_shards == 1
-        assert sum(lengths) == num_rows + 1
-        assert not whole - total
+        part = part_of_rank(packed_stream(tokenizer, num_shards), num_ranks=2, rank=rank)
+        total += trained(DataLoader(part, num_workers=num_workers, batch_size=None))
+    assert total == whole
 
 
 def test_a_stream_goes_on_where_its_state_was_saved(tokenizer):
@@ -148,6 +136,7 @@ def test_packed_streams_train_as_stock_does_on_the_samples(tmp_path, tokenizer):
 
 def test_a_run_over_several_passes_resumes_where_it_was(tmp_path, tokenizer):
     num_rows = len(list(packed_stream(tokenizer)))
+    shuffled = stream(2).shuffle(seed=0, buffer_size=4)  # in another order each epoch
     settings = {
         "packing": True,
         "max_row_tokens": CAPACITY,
@@ -156,21 +145,92 @@ def test_a_run_over_several_passes_resumes_where_it_was(tmp_path, tokenizer):
         "save_strategy": "steps",
         "per_device_train_batch_size": 1,
     }
-    one = single_pass_trainer(tmp_path, tokenizer, stream(2), **settings)
+    one = single_pass_trainer(tmp_path, tokenizer, shuffled, **settings)
     one.train()
-    resumed = single_pass_trainer(tmp_path, tokenizer, stream(2), **settings)
+    resumed = single_pass_trainer(tmp_path, tokenizer, shuffled, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{num_rows + 1}"))
     assert logged(resumed, "loss") == logged(one, "loss")
+    assert resumed.state.epoch == one.state.epoch > 1
     assert largest_difference(one, resumed) == 0
 
 
-@pytest.mark.slow
-def test_two_processes_stay_in_step_at_the_end_of_their_streams(tmp_path, tokenizer):
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_epoch_of_a_stream_is_its_rows_once(tmp_path, tokenizer, whole, packing):
+    """The last step of an epoch holds what is left, and the next epoch begins with the next step."""
+    settings = {"packing": True, "max_row_tokens": CAPACITY} if packing else {}
+    num_rows = len(list(packed_stream(tokenizer))) if packing else len(CHATS)
+    epochs = EpochEnds()
+    trainer = single_pass_trainer(
+        tmp_path,
+        tokenizer,
+        stream(),
+        per_device_train_batch_size=2,
+        max_steps=2 * -(-num_rows // 2),
+        kwargs={"callbacks": [epochs]},
+        **settings,
+    )
+    epochs.trainer = trainer
+    trainer.train()
+    total = sum(whole.values())
+    assert epochs.trained == [total, 2 * total]
+
+
+class EpochEnds(TrainerCallback):
+    def __init__(self):
+        self.trained = []
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.trained.append(float(self.trainer._counts._trained))
+
+
+def test_a_finite_stream_counts_the_tokens_that_stock_counts(tmp_path, tokenizer):
+    """Seventeen rows in steps of eight: the third step holds one row. One turn each, so that stock trains the same."""
+    rows = [expand(chat(1, seed=seed))[0] for seed in range(17)]
+    settings = {"per_device_train_batch_size": 8, "max_steps": 3}
+    trainers = [
+        make(tmp_path, tokenizer, as_dataset(rows).to_iterable_dataset(), **settings)
+        for make in (single_pass_trainer, stock_trainer)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert logged(trainers[0], "num_tokens") == logged(trainers[1], "num_tokens")
+    assert logged(trainers[0], "loss") == pytest.approx(logged(trainers[1], "loss"), abs=1e-6)
+    assert largest_difference(*trainers) < 1e-6
+
+
+def test_the_last_step_of_an_epoch_is_taken_where_it_is_not_full(tmp_path, tokenizer):
+    """Five rows, two accumulated: the third step trains the fifth row alone, and leaves the next epoch no gradient."""
+    rows = CHATS[:5]
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 6}
+    streamed = single_pass_trainer(tmp_path, tokenizer, as_dataset(rows).to_iterable_dataset(), **settings)
+    stored = single_pass_trainer(tmp_path, tokenizer, rows, train_sampling_strategy="sequential", **settings)
+    for trainer in (streamed, stored):
+        trainer.train()
+    assert logged(streamed, "loss") == pytest.approx(logged(stored, "loss"), abs=1e-6)
+    assert logged(streamed, "num_trained_tokens") == logged(stored, "num_trained_tokens")
+    assert largest_difference(streamed, stored) < 1e-6
+
+
+@pytest.mark.distributed
+def test_two_processes_train_each_row_of_a_stream_once_an_epoch(tmp_path, tokenizer):
     """Their parts of the stream are of unequal length, and end in the middle of an accumulated step."""
-    results = run_on_two_processes(tmp_path)
-    assert results[0]["parameters"] == results[1]["parameters"]
-    assert results[0]["num_trained_tokens"] == results[1]["num_trained_tokens"]
-    assert results[0]["rows"] != results[1]["rows"]
+    ranks = run_on_two_processes(tmp_path)
+    chats = [chat(1 + seed % 3, seed=seed) for seed in range(9)]
+    expected = trained(conversations_to_rows(as_dataset(chats), tokenizer, RowSettings())[0])
+    one = single_pass_trainer(tmp_path, tokenizer, chats, per_device_train_batch_size=len(chats), max_steps=2)
+    one.train()
+    for case, first in ranks[0].items():
+        second = ranks[1][case]
+        assert first["parameters"] == second["parameters"], case
+        seen = Counter(dict(first["seen"])) + Counter(dict(second["seen"]))
+        assert first["seen"] != second["seen"], case
+        assert seen == Counter({token: 2 * count for token, count in expected.items()}), case
+        total = sum(expected.values())
+        assert [tokens for _, tokens in first["epochs"]] == [total, 2 * total], case
+        if case != "several steps":  # an epoch is one step, and a step is the mean over its tokens, wherever they are
+            assert first["loss"] == pytest.approx(logged(one, "loss"), abs=1e-6), case
+            for name, value in parameters(one).items():
+                assert first["parameters"][name] == pytest.approx(float(value.double().sum()), abs=1e-4), (case, name)
 
 
 def run_on_two_processes(tmp_path):

@@ -1,8 +1,9 @@
-"""Train two processes on a stream whose parts are of unequal length; each writes down what it ended with."""
+"""Train two processes on streams whose parts are of unequal length; each writes down what it trained."""
 
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 
@@ -10,36 +11,75 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from transformers import TrainerCallback
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat
 from support.training import as_dataset, logged, parameters, single_pass_trainer
 
 
-def main():
-    """Train, and write what one rank holds at the end."""
-    torch.set_num_threads(1)
-    output = Path(sys.argv[1])
-    chats = [chat(1 + seed % 3, seed=seed) for seed in range(9)]
-    rows = []
+CHATS = [chat(1 + seed % 3, seed=seed) for seed in range(9)]
+# Shards of the stream, batches per step, packing: in the first three, an epoch is one step.
+CASES = {
+    "one shard": (1, 5, False),
+    "three shards": (3, 8, False),
+    "packed": (3, 4, True),
+    "several steps": (3, 2, False),
+}
+
+
+class Epochs(TrainerCallback):
+    """Notes steps and trained tokens at the end of each epoch."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.ends.append([state.global_step, float(self.trainer._counts._trained)])
+
+
+def train(case, output):
+    """Train two epochs of one case; return what one rank holds at the end."""
+    num_shards, num_accumulated, packing = CASES[case]
+    epochs, seen = Epochs(), Counter()
+    settings = {"packing": True, "max_row_tokens": 300} if packing else {}
     trainer = single_pass_trainer(
         output / "out",
         make_tokenizer("qwen3"),
-        as_dataset(chats).to_iterable_dataset(num_shards=3),
+        as_dataset(CHATS).to_iterable_dataset(num_shards=num_shards),
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=2,
-        max_steps=5,
+        gradient_accumulation_steps=num_accumulated,
+        max_steps=2 if num_accumulated > 2 else 6,
         dataloader_pin_memory=False,
+        kwargs={"callbacks": [epochs]},
+        **settings,
     )
+    epochs.trainer = trainer
     collate = trainer.data_collator
-    trainer.data_collator = lambda examples: rows.append(len(examples[0]["input_ids"])) or collate(examples)
+
+    def count(examples):
+        batch = collate(examples)
+        labels = batch["labels"]
+        seen.update(labels[labels != -100].tolist())
+        return batch
+
+    trainer.data_collator = count
     trainer.train()
-    result = {
+    return {
         "parameters": {name: float(value.double().sum()) for name, value in parameters(trainer).items()},
-        "num_trained_tokens": logged(trainer, "num_trained_tokens") or float(trainer._counts._trained),
-        "rows": rows,
+        "loss": logged(trainer, "loss"),
+        "epochs": epochs.ends,
+        "seen": sorted(seen.items()),
     }
-    (output / f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(result))
+
+
+def main():
+    """Train all cases, and write what one rank holds at the end."""
+    torch.set_num_threads(1)
+    output = Path(sys.argv[1])
+    results = {case: train(case, output) for case in CASES}
+    rank = torch.distributed.get_rank()
+    (output / f"rank{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads abort the interpreter's end now and then

@@ -8,8 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.hybrid_step import small_hybrid
 from support.conversations import chat, tool_chat
-from support.training import SETTINGS, float32_model, needs_cached_states, single_pass_trainer
-from trl_singlepass import SinglePassSFTConfig
+from support.training import float32_model, needs_cached_states, single_pass_trainer
 from trl_singlepass.training.compatibility import check_parallelism, check_recurrent_layers, check_tensor_parallelism
 from trl_singlepass.training.model import UnsupportedModelError
 
@@ -19,18 +18,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(is|are) deprecated.*:FutureWarning",
 )
 CHATS = [chat(3), chat(2, seed=1), tool_chat()]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"truncation_mode": "keep_end", "max_length": 9}, "truncation_mode='keep_end'.*Use truncation_mode='keep_st"),
-        ({"packing": True, "packing_strategy": "wrapped", "max_length": 9}, "packing_strategy='wrapped'.*='bfd'"),
-    ],
-)
-def test_settings_that_cannot_be_honoured_are_refused(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
-        SinglePassSFTConfig(str(tmp_path), **SETTINGS, **settings)
 
 
 def test_images_are_refused(tmp_path, tokenizer):

@@ -1,6 +1,5 @@
 """The trainer as a drop-in replacement: every kind of dataset, logs, resuming, the model card."""
 
-import dataclasses
 import functools
 import logging
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig
 from transformers import TrainingArguments
-from trl import SFTConfig
 
 from support.conversations import chat, expand, tool_chat
 from support.training import (
@@ -26,7 +24,6 @@ from support.training import (
 )
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer, render_samples
 from trl_singlepass.reference import npass_loss_and_gradients
-from trl_singlepass.training.config import as_single_pass_config
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 from trl_singlepass.trees.sample import Sample
@@ -282,14 +279,6 @@ def test_the_model_card_names_paper_and_tags(tmp_path, tokenizer):
     card = (tmp_path / "README.md").read_text()
     assert "huggingface.co/papers/2504.18246" in card
     assert "- single-pass" in card
-
-
-def test_every_value_of_an_sft_config_is_kept(tmp_path):
-    config = SFTConfig(str(tmp_path), eos_token="<eos>", max_length=77, use_cpu=True, hub_token="secret", bf16=False)
-    converted = as_single_pass_config(config)
-    assert isinstance(converted, SinglePassSFTConfig)
-    for field in dataclasses.fields(config):
-        assert getattr(converted, field.name) == getattr(config, field.name), field.name
 
 
 def test_training_arguments_and_no_arguments_are_taken(tmp_path, tokenizer, monkeypatch):

@@ -60,7 +60,7 @@ def holds_turns(dataset: Any, *, text_field: str = "text", name: str = "train") 
         return False
     if columns.get("turns") == _LIST or is_single_turn(columns):
         return True
-    if any(all(columns.get(column) == _LIST for column in group) for group in MESSAGE_COLUMNS):
+    if _hold_messages(columns):
         return True
     if _is_text(columns, text_field):
         return False
@@ -69,6 +69,15 @@ def holds_turns(dataset: Any, *, text_field: str = "text", name: str = "train") 
     if isinstance(dataset, IterableDataset):
         _check_some_are_conversations(first, name)
     return True  # of a type that holds no messages: the preparation names the rows
+
+
+def holds_messages(dataset: Dataset | IterableDataset) -> bool:
+    """Return whether a dataset has columns of messages, whatever else it holds; a `formatting_func` may read them."""
+    return _hold_messages(_column_types(dataset, list(islice(dataset, _LOOKED_AT))))
+
+
+def _hold_messages(columns: Mapping[str, str]) -> bool:
+    return any(all(columns.get(column) == _LIST for column in group) for group in MESSAGE_COLUMNS)
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:

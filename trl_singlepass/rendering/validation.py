@@ -93,8 +93,8 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
         given = [key for key, value in message.items() if key not in ("role", "name") and value not in (None, [])]
         if message["role"] == "assistant" and not given:
             raise RenderingError(
-                f"Message {index} says nothing: it has no content, reasoning or tool calls. An answer that is empty on "
-                "purpose has empty text as its content; otherwise leave the row out."
+                f"Message {index} says nothing: it has no content, reasoning or tool calls. Leave the row out, or "
+                "give the message an empty text as its content if its answer is meant to be empty."
             )
 
 

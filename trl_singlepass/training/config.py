@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import trl
 from packaging.version import Version
-from transformers import TrainingArguments
+from transformers import TrainingArguments, logging
 from trl import SFTConfig
 
 from ..data.settings import BAD_ROWS, OVERLONG_TURNS, BadRows, OverlongTurns, RowSettings
 from ..data.weights import LOSS_REDUCTIONS, LossReduction
 from ..rendering.history import HISTORIES, History
+
+
+logger = logging.get_logger(__name__)
+
+# TRL's length of a packed row, where nothing else is set.
+_TRL_MAX_LENGTH: int = SFTConfig.__dataclass_fields__["max_length"].default
 
 
 @dataclass
@@ -22,16 +30,21 @@ class SinglePassSFTConfig(SFTConfig):
     Configuration class for the [`SinglePassSFTTrainer`].
 
     Every argument of [`~trl.SFTConfig`] keeps its meaning, where a sequence of TRL is one **sample**: one turn with
-    its context. Only the default of `max_length` differs.
+    its context. Only the defaults of `max_length` and `assistant_only_loss` differ. `docs/settings.md` tells which of
+    them conversations follow, which have no effect on them and which are refused.
 
     Args:
+        assistant_only_loss (`bool`, *optional*):
+            Conversations are trained on their assistant messages and nothing else, so that `None` and `True` change
+            nothing, and `False` is refused.
         max_length (`int`, *optional*):
             Longest sample, in tokens. Longer samples lose the tokens at depth `max_length` and beyond, as with TRL's
             `truncation_mode="keep_start"`; what is lost is counted in the log. `None` keeps every sample whole.
         max_row_tokens (`int`, *optional*):
             Largest row, in tokens: the knob for memory. A conversation whose tree is larger is split at turn borders
             into several rows that repeat as little history as possible. With packing, rows are filled up to it, and it
-            defaults to `max_length`, TRL's length of a row; otherwise `None`, which never splits.
+            defaults to `max_length`, or to TRL's length of a row if that is `None`; otherwise `None`, which never
+            splits.
         overlong_turns (`str`, *optional*, defaults to `"truncate"`):
             What happens to a turn that is longer than `max_length` or `max_row_tokens`: `"truncate"` trains its
             beginning, `"drop"` leaves it out, `"error"` stops. What is lost is counted in the log.
@@ -62,6 +75,13 @@ class SinglePassSFTConfig(SFTConfig):
         `ValueError`: If a setting cannot be honoured in a single pass.
     """
 
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Conversations are trained on their assistant messages and nothing else: `None` and `True` change "
+            "nothing, `False` is refused."
+        },
+    )
     max_length: int | None = field(
         default=None,
         metadata={
@@ -139,19 +159,6 @@ class SinglePassSFTConfig(SFTConfig):
         self._check_waves()
         if self.log_turn_metrics and Version(trl.__version__) < Version("1.15"):
             raise ValueError(f"log_turn_metrics=True needs trl>=1.16, found {trl.__version__}. Upgrade trl.")
-        if self.max_length is not None and self.truncation_mode != "keep_start":
-            raise ValueError(
-                f"truncation_mode={self.truncation_mode!r} would give each turn another start, and turns of one "
-                "conversation could no longer share it. Use truncation_mode='keep_start', or max_length=None."
-            )
-        if self.packing and self.packing_strategy != "bfd":
-            raise ValueError(
-                f"packing_strategy={self.packing_strategy!r} cuts sequences anywhere, which would tear a tree apart. "
-                "Use packing_strategy='bfd', which packs whole conversations."
-            )
-        for name in ("packing", "eval_packing"):
-            if getattr(self, name) and self.max_row_tokens is None and self.max_length is None:
-                raise ValueError(f"{name}=True needs max_row_tokens (or max_length): the size of a row, in tokens.")
         for name in ("max_length", "max_row_tokens"):
             value = getattr(self, name)
             if value is not None and value < 2:
@@ -162,10 +169,9 @@ class SinglePassSFTConfig(SFTConfig):
 
     def row_settings(self, packing: bool = False) -> RowSettings:
         """Return what of the arguments decides what rows a conversation becomes."""
-        default = self.max_length if packing else None
         return RowSettings(
             max_length=self.max_length,
-            max_row_tokens=self.max_row_tokens or default,
+            max_row_tokens=packed_length(self) if packing else self.max_row_tokens,
             overlong_turns=self.overlong_turns,
             history=self.history,
             train_turns=self.train_turns,
@@ -184,26 +190,73 @@ class SinglePassSFTConfig(SFTConfig):
             raise ValueError("offload_kv=True moves what waits between waves. Set wave_tokens, or offload_kv=False.")
 
 
-def as_single_pass_config(args: TrainingArguments) -> SinglePassSFTConfig:
+def packed_length(args: Any) -> int:
     """
-    Return arguments of another trainer as those of [`SinglePassSFTTrainer`], all values kept.
+    Return the length that packed rows are filled up to: what was set, or else TRL's default, which the log names once.
+
+    Args:
+        args (`SinglePassSFTConfig`, [`~trl.SFTConfig`]):
+            Arguments, with packing.
+
+    Returns:
+        `int`: Length of a row, in tokens.
+    """
+    length: int | None = args.max_row_tokens or args.max_length
+    if length is not None:
+        return length
+    logger.warning_once(
+        f"Packing without max_length or max_row_tokens: rows hold {_TRL_MAX_LENGTH} tokens, TRL's default, and longer "
+        "turns follow overlong_turns. Set max_row_tokens to choose another length."
+    )
+    return _TRL_MAX_LENGTH
+
+
+def with_packed_length(args: Any) -> Any:
+    """Return arguments for TRL's own packing, of plain text: it takes the length of a row from `max_length`."""
+    if args.max_length is not None:
+        return args
+    args = copy.copy(args)
+    args.max_length = packed_length(args)
+    return args
+
+
+def as_single_pass_config(args: TrainingArguments) -> Any:
+    """
+    Return the arguments of a trainer with the settings of a single pass.
+
+    An [`~trl.SFTConfig`], or an object of a class made from it, is the same object afterwards, so that what its owner
+    changes later has its effect; it gets the settings that it lacks, at their defaults. Plainer arguments are copied
+    to a [`SinglePassSFTConfig`], as TRL copies them to an [`~trl.SFTConfig`].
 
     Args:
         args (`transformers.TrainingArguments`):
             Arguments, [`~trl.SFTConfig`] or plainer ones.
 
     Returns:
-        `SinglePassSFTConfig`: The same values.
+        `trl.SFTConfig`: The same values, and all fields of [`SinglePassSFTConfig`].
 
     Raises:
-        `ValueError`: If a setting cannot be honoured in a single pass.
+        `ValueError`: If plain arguments have fields that an [`~trl.SFTConfig`] has no place for.
     """
-    if isinstance(args, SinglePassSFTConfig):
-        return args
-    # Not through `to_dict`, which masks every field whose name ends in `_token`, `eos_token` among them.
-    values: dict[str, Any] = {f.name: getattr(args, f.name) for f in fields(args) if f.init}
-    known = {f.name for f in fields(SinglePassSFTConfig)}
-    return SinglePassSFTConfig(**{name: value for name, value in values.items() if name in known})
+    if not isinstance(args, SFTConfig):
+        return _copied(args)
+    for setting in fields(SinglePassSFTConfig):
+        if not hasattr(args, setting.name):
+            assert setting.default is not MISSING, "a setting of its own has a plain default"
+            setattr(args, setting.name, setting.default)
+    return args
+
+
+def _copied(args: TrainingArguments) -> SinglePassSFTConfig:
+    # Not through `to_dict`, which masks every field whose name ends in `_token`, `hub_token` among them.
+    values: dict[str, Any] = {setting.name: getattr(args, setting.name) for setting in fields(args) if setting.init}
+    unknown = sorted(values.keys() - {setting.name for setting in fields(SinglePassSFTConfig)})
+    if unknown:
+        raise ValueError(
+            f"{type(args).__name__} has fields that SFTConfig does not have: {', '.join(unknown)}. Derive the class "
+            "from SinglePassSFTConfig, or pass a SinglePassSFTConfig."
+        )
+    return SinglePassSFTConfig(**values)
 
 
 def default_config(model: Any) -> SinglePassSFTConfig:
@@ -212,21 +265,23 @@ def default_config(model: Any) -> SinglePassSFTConfig:
     return SinglePassSFTConfig(f"{name.split('/')[-1]}-SinglePassSFT")
 
 
-def without_redundant_settings(args: SinglePassSFTConfig) -> SinglePassSFTConfig:
+@contextmanager
+def without_redundant_settings(args: Any) -> Iterator[None]:
     """
-    Turn off what TRL offers for one sequence per conversation and a single pass does by nature.
+    Turn off, within a block, what TRL offers for one sequence per conversation and a single pass does by nature.
 
     Every assistant message is trained and nothing else, which is what `assistant_only_loss` is for; left on, TRL would
     swap the chat template for one that keeps all reasoning. Every row is free of padding already.
 
     Args:
-        args (`SinglePassSFTConfig`):
-            Arguments.
-
-    Returns:
-        `SinglePassSFTConfig`: A copy.
+        args (`trl.SFTConfig`):
+            Arguments; the user's own object, which is as it was after the block.
     """
-    args = copy.copy(args)
-    args.assistant_only_loss = False
-    args.padding_free = False
-    return args
+    given = {name: getattr(args, name) for name in ("assistant_only_loss", "padding_free")}
+    for name in given:
+        setattr(args, name, None)
+    try:
+        yield
+    finally:
+        for name, value in given.items():
+            setattr(args, name, value)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sized
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from .evaluation import without_repeated_examples
 from .loss import step_weight
 from .progress import RowCounts
 from .sequence_parallel import SequenceParallel
+from .stream_epochs import StepsOfStream, position_in_stream, stream_loader
 
 
 class DistributedTrainer(SFTTrainer):
@@ -23,25 +27,62 @@ class DistributedTrainer(SFTTrainer):
     _sequence_parallel: SequenceParallel | None = None
     _counts: RowCounts
     _is_evaluating = False
+    _trains_turns: bool
+    _steps_of_stream: StepsOfStream | None = None
+
+    def get_train_dataloader(self) -> Any:
+        """
+        Return the dataloader of the training set.
+
+        An epoch of a stream is its rows, once, on any number of ranks. Ranks that share rows take theirs in turn from
+        streams that start again, so that none of them waits for rows that do not come.
+        """
+        stream, self._steps_of_stream = self.train_dataset, None
+        if isinstance(stream, Sized) or not self._trains_turns:
+            return super().get_train_dataloader()
+        if self._sequence_parallel is None:
+            self._steps_of_stream = StepsOfStream(self)
+            return stream_loader(self)
+        self.train_dataset = stream.repeat(None)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = stream
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, trial: Any
+    ) -> tuple[int, int]:
+        state = (max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial)
+        position: tuple[int, int] = super()._init_training_state(*state)
+        saved = None if checkpoint is None else Path(checkpoint, TRAINER_STATE_NAME)
+        if self._steps_of_stream is None or saved is None or not saved.is_file():
+            return position
+        args = self.args
+        epochs, batches = position_in_stream(TrainerState.load_from_json(str(saved)), args.gradient_accumulation_steps)
+        return epochs, 0 if args.ignore_data_skip else batches
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         model, loader = super()._prepare_for_training(*args, **kwargs)
         return model, loader if self._sequence_parallel is None else self._sequence_parallel.connect(loader)
 
-    def get_batch_samples(self, epoch_iterator: Iterator[dict[str, Any]], *args: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, *args: Any) -> Any:
         """
         Return the batches of a step, and what their loss is divided by.
 
         Args:
             epoch_iterator (`Iterator[dict[str, Any]]`):
                 Batches of the epoch.
+            num_batches (`int`):
+                Batches of the step.
             *args (`Any`):
                 Further arguments of [`~transformers.Trainer.get_batch_samples`].
 
         Returns:
             `tuple[list[dict[str, Any]], torch.Tensor or int or None]`: Batches, and the sum of their loss weights.
         """
-        return super().get_batch_samples(map(self._without_repeated_rows, epoch_iterator), *args)
+        if self._steps_of_stream is not None:
+            epoch_iterator = self._steps_of_stream.fill_up(epoch_iterator, num_batches)
+        return super().get_batch_samples(map(self._without_repeated_rows, epoch_iterator), num_batches, *args)
 
     def _without_repeated_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Leave out what accelerate repeats to fill up the last batch of an epoch."""

@@ -10,6 +10,7 @@ import torch
 from .distributed import DistributedTrainer
 from .evaluation import PooledLoss, without_repeated_examples
 from .loss import total_weight
+from .prediction_rows import per_example
 from .progress import RowCounts
 from .turn_metrics import TurnMetrics
 
@@ -51,13 +52,15 @@ class MeasuringTrainer(DistributedTrainer):
                 Outputs to leave out.
 
         Returns:
-            `tuple`: Loss, logits and labels.
+            `tuple`: Loss, logits and labels, the last two with one row per example.
         """
         if "tree_plan" in inputs:
             inputs = without_repeated_examples(inputs, self.accelerator, self.args.eval_batch_size)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if "tree_plan" in inputs and loss is not None:
             self._pooled_loss.add(loss, total_weight(inputs))
+        if "tree_plan" in inputs and logits is not None:
+            logits, labels = per_example(logits, inputs), per_example(labels, inputs)
         return loss, logits, labels
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import DataCollator, PreTrainedModel, TrainingArguments, logging
+from transformers import (
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+    logging,
+)
 
 from ..attention import Tree, tree_context
 from ..data.collator import DataCollatorForSinglePass, TreeOrPlainCollator
-from ..data.dataset_format import check_is_dataset, column_names, holds_rows, holds_turns
+from ..data.dataset_format import check_is_dataset, column_names, holds_messages, holds_rows, holds_turns
+from ..data.formatted_text import as_text
 from ..data.preparation import prepare_dataset
 from ..data.sampler import train_sampler
 from ..trees.rows import ROW_COLUMNS
@@ -24,12 +33,19 @@ from .compatibility import (
     check_run,
     check_weights_reach_the_loss,
 )
-from .config import SinglePassSFTConfig, as_single_pass_config, default_config, without_redundant_settings
+from .config import (
+    SinglePassSFTConfig,
+    as_single_pass_config,
+    default_config,
+    with_packed_length,
+    without_redundant_settings,
+)
 from .loss import normalized, weighted_model
 from .metrics import MeasuringTrainer
 from .model import check_every_layer_attended, check_model, use_tree_attention
 from .paper import PAPER
 from .sequence_parallel import SequenceParallel
+from .setting_compatibility import check_turn_settings
 from .waves import WaveTraining
 
 
@@ -58,8 +74,26 @@ class SinglePassSFTTrainer(MeasuringTrainer):
             Dataset to evaluate on. `eval_loss` is the mean over all its trained tokens, whatever the batch size.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer with a chat template; loaded with the model if not given.
-        **kwargs (`Any`):
-            Further arguments of [`~trl.SFTTrainer`].
+        compute_loss_func (`Callable`, *optional*):
+            Loss function, as in [`~trl.SFTTrainer`].
+        compute_metrics (`Callable`, *optional*):
+            Metrics of an evaluation, as in [`~trl.SFTTrainer`]; of a conversation it gets one row, with its tree in
+            row order and every target beside its prediction.
+        callbacks (`list[~transformers.TrainerCallback]`, *optional*):
+            Callbacks.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler.
+        optimizer_cls_and_kwargs (`tuple`, *optional*):
+            Class and arguments of the optimizer.
+        preprocess_logits_for_metrics (`Callable`, *optional*):
+            What is kept of the logits for `compute_metrics`.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of a model that is loaded by its name.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train.
+        formatting_func (`Callable`, *optional*):
+            Function from a row of the dataset to plain text. Conversations are then trained as text, as
+            [`~trl.SFTTrainer`] trains it, and not turn by turn; the log says so.
 
     Raises:
         `ValueError`: If a setting, a model or a dataset cannot be trained in a single pass; the message names it and
@@ -92,33 +126,49 @@ class SinglePassSFTTrainer(MeasuringTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        **kwargs: Any,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
     ) -> None:
         args = default_config(model) if args is None else as_single_pass_config(args)
-        is_formatted = kwargs.get("formatting_func") is not None
         trains_turns = (
             train_dataset is not None
-            and not is_formatted
+            and formatting_func is None
             and holds_turns(train_dataset, text_field=args.dataset_text_field)
         )
         if train_dataset is not None and trains_turns:
             check_dataset(column_names(train_dataset))
+            check_turn_settings(args, train_dataset)
             check_collator(data_collator)
-            check_peft(model, kwargs.get("peft_config"))
+            check_peft(model, peft_config)
             check_parallelism(args.parallelism_config)
             if isinstance(model, PreTrainedModel):
                 check_model(model)  # before the dataset is prepared, which can take long
-            args = without_redundant_settings(args)
         own_collator = isinstance(data_collator, DataCollatorForSinglePass)
-        super().__init__(
-            model,
-            args,
-            None if own_collator else data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            **kwargs,
-        )
+        with without_redundant_settings(args) if trains_turns else nullcontext():
+            super().__init__(
+                model,
+                args,
+                None if own_collator else data_collator,
+                train_dataset,
+                eval_dataset,
+                processing_class,
+                compute_loss_func=compute_loss_func,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                formatting_func=formatting_func,
+            )
         check_run(self)
         tree_collator: Any = data_collator
         if not own_collator:
@@ -142,7 +192,7 @@ class SinglePassSFTTrainer(MeasuringTrainer):
         self,
         dataset: Dataset | IterableDataset,
         processing_class: Any,
-        args: SinglePassSFTConfig,
+        args: Any,
         packing: bool,
         formatting_func: Callable[..., Any] | None,
         dataset_name: str,
@@ -151,33 +201,27 @@ class SinglePassSFTTrainer(MeasuringTrainer):
         if holds_rows(column_names(dataset)):
             return dataset
         is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+        if formatting_func is not None and not is_transformed and holds_messages(dataset):
+            dataset = as_text(dataset, formatting_func, args, dataset_name)
+            formatting_func = None
         is_stock = formatting_func is not None or is_transformed
         if is_stock or not holds_turns(dataset, text_field=args.dataset_text_field, name=dataset_name):
+            args = with_packed_length(args) if packing else args
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        check_turn_settings(args, dataset, packing)
         if isinstance(dataset, IterableDataset) and args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)  # conversations take less memory in its buffer than rows
         with args.main_process_first(desc=f"preparing the {dataset_name} dataset"):
             rows = prepare_dataset(
                 dataset,
                 self._tokenizer,
-                args.row_settings(packing),
+                SinglePassSFTConfig.row_settings(args, packing),  # `args` may be TRL's own
                 packing=packing,
                 bad_rows=args.bad_rows,
                 num_proc=args.dataset_num_proc,
                 name=dataset_name,
             )
         return rows.shuffle(seed=args.seed) if args.shuffle_dataset and isinstance(rows, Dataset) else rows
-
-    def get_train_dataloader(self) -> Any:
-        """Return the dataloader of the training set; a stream that ends starts again, so that ranks stay in step."""
-        if not (self._trains_turns and isinstance(self.train_dataset, IterableDataset)):
-            return super().get_train_dataloader()
-        stream = self.train_dataset
-        self.train_dataset = stream.repeat(None)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset = stream
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = train_sampler(self)

@@ -1,0 +1,74 @@
+"""Both commands in the docstring of TRL's `sft.py`, as our script and TRL's own script with our classes take them."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers import Trainer
+from trl.scripts import sft as stock_script
+
+from support.conversations import chat
+from support.training import as_dataset, float32_model, logged
+from trl_singlepass import SinglePassSFTTrainer
+from trl_singlepass.scripts import sft as our_script
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+COMMANDS = re.findall(r"^python trl/scripts/sft\.py(.*?)^```", stock_script.__doc__, re.M | re.S)
+# What a machine without GPU and network needs besides.
+HERE = ["--bf16", "false", "--use_cpu", "--max_steps", "2", "--report_to", "none", "--logging_steps", "1"]
+
+
+def example_script():
+    path = Path(__file__).parents[2] / "examples" / "sft.py"
+    spec = importlib.util.spec_from_file_location("examples_sft", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def hub(tmp_path, tokenizer, monkeypatch):
+    """A model and a dataset under the names of the docstring, in folders; nothing is pushed anywhere."""
+    monkeypatch.chdir(tmp_path)
+    float32_model(tokenizer).save_pretrained("Qwen/Qwen2-0.5B")
+    tokenizer.save_pretrained("Qwen/Qwen2-0.5B")
+    for split in ("train", "test"):
+        rows = as_dataset([chat(2, seed=seed) for seed in range(6)])
+        rows.to_parquet(f"trl-lib/Capybara/{split}.parquet")
+    pushed = []
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *_: None)
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: None)
+    monkeypatch.setattr(SinglePassSFTTrainer, "push_to_hub", lambda self, **kwargs: pushed.append(kwargs))
+    monkeypatch.setattr(SinglePassSFTTrainer, "hub_model_id", "none", raising=False)
+    return pushed
+
+
+def test_the_docstring_still_shows_two_commands():
+    assert len(COMMANDS) == 2
+    assert ["--use_peft" in command for command in COMMANDS] == [False, True]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=["full training", "LoRA"])
+@pytest.mark.parametrize("script", [our_script, example_script()], ids=["ours", "TRL's with our classes"])
+def test_commands_of_trls_docstring_train(hub, monkeypatch, script, command):
+    trainers = []
+    train = SinglePassSFTTrainer.train
+
+    def remembered(self, *args, **kwargs):
+        trainers.append(self)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(SinglePassSFTTrainer, "train", remembered)
+    arguments = [*shlex.split(command.replace("\\\n", " ")), *HERE]
+    script.main(*script.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False))
+    (trainer,) = trainers
+    assert trainer.state.global_step == 2
+    assert logged(trainer, "num_trained_tokens")
+    assert trainer.args.packing
+    assert trainer.processing_class.eos_token == "<|im_end|>"
+    assert Path("Qwen2-0.5B-SFT").is_dir()
+    assert hub[-1] == {"dataset_name": "trl-lib/Capybara"}
+    assert ("--use_peft" in command) == hasattr(trainer.model, "peft_config")

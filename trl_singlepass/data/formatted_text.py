@@ -1,0 +1,58 @@
+"""Conversations that a `formatting_func` turns into plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import logging
+from trl.data_utils import get_dataset_column_names
+
+
+logger = logging.get_logger(__name__)
+
+
+def as_text(
+    dataset: Dataset | IterableDataset, formatting_func: Callable[[dict[str, Any]], str], args: Any, name: str
+) -> Dataset | IterableDataset:
+    """
+    Return conversations as plain text, which TRL then tokenises and trains as such.
+
+    TRL itself would add the text beside the messages, and go on to train the messages.
+
+    Args:
+        dataset (`datasets.Dataset`, `datasets.IterableDataset`):
+            Conversations.
+        formatting_func (`Callable`):
+            Function from a row to its text.
+        args (`trl.SFTConfig`):
+            Arguments, for the name of the text column and the number of processes.
+        name (`str`):
+            Name of the dataset in progress bar and log.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset`: One column of text.
+
+    Raises:
+        `ValueError`: If the function returns something other than text.
+    """
+    logger.warning(
+        f"formatting_func makes plain text of the conversations of the {name} dataset. They are trained as SFTTrainer "
+        "trains text, on all of their tokens: a single pass over their turns needs the messages themselves, without "
+        "formatting_func."
+    )
+
+    def text_of(example: dict[str, Any]) -> dict[str, str]:
+        text: Any = formatting_func(example)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"formatting_func returned {type(text).__name__}, and text (str) was expected. To change messages, "
+                "use dataset.map before the trainer, and leave formatting_func out."
+            )
+        return {args.dataset_text_field: text}
+
+    options: dict[str, Any] = {"remove_columns": get_dataset_column_names(dataset)}
+    if isinstance(dataset, Dataset):
+        options |= {"num_proc": args.dataset_num_proc, "desc": f"Applying formatting function to {name} dataset"}
+    return dataset.map(text_of, **options)
