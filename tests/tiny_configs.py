@@ -219,8 +219,16 @@ def tiny_model(model_type, **overrides):
     Raises:
         CannotBuildError: If there is no such model here.
     """
-    model_class = model_class_of(model_type)
-    config = tiny_config(model_type, **overrides)
+    return initialised(model_class_of(model_type), tiny_config(model_type, **overrides))
+
+
+def initialised(model_class, config, dtype=torch.float64):
+    """
+    Return a random model of a tiny configuration, in training mode, without dropout.
+
+    Raises:
+        CannotBuildError: If the configuration is not tiny.
+    """
     torch.manual_seed(0)
     experts = {"experts_implementation": "eager"} if model_class._can_set_experts_implementation() else {}
     implementation = "sdpa" if model_class._supports_sdpa else "eager"
@@ -236,7 +244,7 @@ def tiny_model(model_type, **overrides):
     text = model.config.get_text_config()
     if has_auxiliary_loss(model):
         text.output_router_logits, text.router_aux_loss_coef = True, 0.1
-    return model.double().train()
+    return model.to(dtype).train()
 
 
 def tiny_config(model_type, **overrides):
@@ -245,16 +253,17 @@ def tiny_config(model_type, **overrides):
     text = probe.get_text_config(decoder=True)
     # Encoder-decoders return a copy with other names, and some models call something else a part.
     if type(text) is type(probe) or not {"text_config", "decoder"} & set(probe.sub_configs):
-        return _sized(probe, model_type, overrides)
-    sized = _sized(text, model_type, overrides)
+        return sized(probe, model_type, overrides)
+    sized = sized(text, model_type, overrides)
     if model_class_of(model_type).config_class is not type(probe):
         return sized
-    parts = {name: _sized(getattr(probe, name)) for name in probe.sub_configs if getattr(probe, name) is not None}
+    parts = {name: sized(getattr(probe, name)) for name in probe.sub_configs if getattr(probe, name) is not None}
     own_name = next(name for name in parts if type(getattr(probe, name)) is type(text))
     return type(probe)(**parts | {own_name: sized})
 
 
-def _sized(probe, model_type=None, overrides=None):
+def sized(probe, model_type=None, overrides=None):
+    """Return a configuration with tiny sizes and one layer of each type."""
     sizes = {name: value for name, value in SIZES.items() if _has(probe, name)}
     for name, count in (("layer_types", "num_hidden_layers"), ("mlp_layer_types", None)):
         # One layer of each type that the default config has, in the order of their first appearance.

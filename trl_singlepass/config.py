@@ -125,7 +125,7 @@ class SinglePassSFTConfig(SFTConfig):
         super().__post_init__()
         self._check_waves()
         if self.log_turn_metrics and Version(trl.__version__) < Version("1.15"):
-            raise ValueError(f"log_turn_metrics=True needs trl>=1.16, found {trl.__version__}. Upgrade trl.")
+            raise ValueError(f"log_turn_metrics=True needs trl>=1.15, found {trl.__version__}. Upgrade trl.")
         if self.max_length is not None and self.truncation_mode != "keep_start":
             raise ValueError(
                 f"truncation_mode={self.truncation_mode!r} would give each turn another start, and turns of one "

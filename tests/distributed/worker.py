@@ -35,6 +35,7 @@ from exact import in_float64, recompute_in_float64
 from families import tiny_model
 from packaging.version import Version
 from peft import LoraConfig
+from tiny_conditional import model_for
 from torch.distributed.tensor import DTensor
 from training import SETTINGS as COMMON
 from training import as_dataset, float32_model
@@ -108,6 +109,8 @@ def build_trainer(settings):
     # Before the config: a DeepSpeed config makes transformers partition models as they are made, from here on.
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, **settings.get("model", {})}
     model = float32_model(tokenizer, **heads)
+    if "class_name" in settings:
+        model = model_for(settings["class_name"], tokenizer)
     if "family" in settings:
         model = tiny_model(settings["family"], len(tokenizer), torch.float32, attn_implementation="eager", **heads)
     if settings.get("float64"):
