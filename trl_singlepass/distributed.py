@@ -14,6 +14,7 @@ from .loss import step_weight
 from .progress import RowCounts
 from .refusals import check_loss_is_divided
 from .sequence_parallel import SequenceParallel
+from .sharded_head import gather_head_with_model
 
 
 class DistributedTrainer(SFTTrainer):
@@ -27,6 +28,7 @@ class DistributedTrainer(SFTTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         model, loader = super()._prepare_for_training(*args, **kwargs)
+        gather_head_with_model(self.model)
         return model, loader if self._sequence_parallel is None else self._sequence_parallel.connect(loader)
 
     def get_batch_samples(self, epoch_iterator: Iterator[dict[str, Any]], *args: Any) -> Any:
