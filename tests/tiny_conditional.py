@@ -14,8 +14,35 @@ from transformers import GenerationMixin, PreTrainedModel
 
 # Sizes that only parts for other media have, set where a part has them.
 MEDIA_SIZES = {"out_hidden_size": 32, "num_position_embeddings": 16, "image_size": 32, "text_hidden_size": 32}
+MROPE = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [2, 1, 1],
+        "partial_rotary_factor": 1.0,
+    }
+}
 # What a part needs besides, by its model type: sizes that depend on one another.
-OWN = {}
+OWN = {
+    "cosmos3_edge_text": MROPE,
+    "ernie4_5_vl_moe": {"moe_intermediate_size": [16, 8]},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [16, 8]},
+    "glm4v_text": MROPE,
+    "glm4v_moe_text": MROPE,
+    "glm_ocr_text": MROPE,
+    "glm_image_text": {**MROPE, "vision_vocab_size": 64},
+    "glm_image_vqmodel": {"embed_dim": 16, "num_embeddings": 64, "latent_channels": 16},
+    "glm5_next_text": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0},
+    "qwen2_5_vl_text": MROPE,
+    "molmo2_vision": {"image_size": [28, 28], "num_position_embeddings": 4, "num_key_value_heads": 4},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0], "num_key_value_heads": 4},
+    "muse_glimmer": {"projector_hidden_size": 16},
+    "muse_glimmer_vision": {"pos_emb_height": 4, "pos_emb_width": 4},
+    "muse_spark": {"projector_hidden_size": 16, "out_hidden_size": 32},
+    "muse_spark_audio": {"hidden_sizes": [8, 8], "depths": [1, 1], "patch_sizes": [4, 4], "num_hidden_layers": 2},
+    "muse_spark_vision": {"pos_emb_height": 4, "pos_emb_width": 4},
+    "muse_spark_text": {"moe_hidden_size": 16},
+}
 # Checked to fail, so that the list stays true.
 CANNOT_BE_BUILT = {}
 

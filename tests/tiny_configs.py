@@ -254,12 +254,12 @@ def tiny_config(model_type, **overrides):
     # Encoder-decoders return a copy with other names, and some models call something else a part.
     if type(text) is type(probe) or not {"text_config", "decoder"} & set(probe.sub_configs):
         return sized(probe, model_type, overrides)
-    sized = sized(text, model_type, overrides)
+    tiny_text = sized(text, model_type, overrides)
     if model_class_of(model_type).config_class is not type(probe):
-        return sized
+        return tiny_text
     parts = {name: sized(getattr(probe, name)) for name in probe.sub_configs if getattr(probe, name) is not None}
     own_name = next(name for name in parts if type(getattr(probe, name)) is type(text))
-    return type(probe)(**parts | {own_name: sized})
+    return type(probe)(**parts | {own_name: tiny_text})
 
 
 def sized(probe, model_type=None, overrides=None):

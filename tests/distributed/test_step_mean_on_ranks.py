@@ -3,7 +3,7 @@
 import pytest
 import torch
 from chat_tokenizers import make_tokenizer
-from runs import on_engine, with_config
+from runs import on_engine, zero
 from tiny_conditional import model_for
 from token_mean import after_steps, assert_same_parameters, conversations, mean_loss, samples_of, with_weights
 from training import needs_weighted_loss
@@ -85,3 +85,28 @@ def test_mean_over_turns_of_split_rows(tmp_path, nursery, vocab_size, class_name
     )
     run = nursery.run(tmp_path, on_engine("ddp", settings)[0], world_size=2)
     assert_token_mean(run, class_name, samples_of(rows, is_mean_of_turns=True))
+
+
+def test_parameters_that_zero_3_shards(tmp_path, nursery, vocab_size):
+    rows = conversations(vocab_size, (3, 1, 2, 1))
+    settings, environment = on_engine("zero3", settings_of(UNCOUNTED[0], rows, gradient_accumulation_steps=2))
+    run = nursery.run(tmp_path, settings, world_size=2, environment=environment)
+    assert_token_mean(run, UNCOUNTED[0], samples_of(rows))
+
+
+def test_ranks_that_share_each_row(tmp_path, nursery, vocab_size):
+    rows = with_weights(conversations(vocab_size, (3, 1, 2, 1)))
+    deepspeed = {"deepspeed": zero(3), "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    settings = {**settings_of(UNCOUNTED[0], rows, **deepspeed), "sp_size": 2}
+    run = nursery.run(tmp_path, settings, world_size=2)
+    assert_token_mean(run, UNCOUNTED[0], samples_of(rows))
+
+
+def test_ranks_that_share_the_layers(tmp_path, nursery, vocab_size):
+    pytest.importorskip("transformers.distributed.configuration_utils", reason="needs DistributedConfig")
+    class_name, rows = "Qwen2_5_VLForConditionalGeneration", conversations(vocab_size, (3, 1, 2, 1))
+    engine = {"use_cpu": False, "ddp_backend": "gloo", "per_device_train_batch_size": 1}
+    settings = settings_of(class_name, rows, gradient_accumulation_steps=4, **engine)
+    run = nursery.run(tmp_path, {**settings, "fsdp_on_cpu": True, "divided": {"tp_size": 2}}, world_size=2)
+    assert run.tp_size == 2
+    assert_token_mean(run, class_name, samples_of(rows))

@@ -27,6 +27,14 @@ _RECURRENT_LAYER_TYPES = frozenset(
         "heavily_compressed_attention",
     }
 )
+# Attention of one token over the outputs of earlier layers: no token reads another there.
+_TOKENWISE_ATTENTION = frozenset(
+    {
+        "Inkling2BlockAttentionResidual",
+        "Inkling2LoopBlockAttentionResidual",
+        "Inkling2LoopMessageAttentionResidual",
+    }
+)
 _WAY_OUT = "Train this model on one sample per turn (N-pass) with TRL's SFTTrainer."
 
 
@@ -88,12 +96,22 @@ def _is_out_of_reach(model: Any) -> str | None:
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "has a forward without position_ids, so tokens of a branch cannot be given their depth"
+    if demand := next(filter(None, map(_demand_in_training, model.modules())), None):
+        return f"does not train on text alone: {demand!r}"
     return None
+
+
+def _demand_in_training(module: Any) -> str | None:
+    """What a module says when it is trained without an input that rows of text do not have."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    texts = [text for text in code.co_consts if isinstance(text, str)] if code is not None else []
+    return next((text for text in texts if "is required as a model input when training" in text), None)
 
 
 def _looks_ahead(module: Any) -> bool:
     """Whether a module is attention without causality; decoders may leave that to their mask."""
-    return getattr(module, "is_causal", True) is False and not getattr(module, "is_decoder", False)
+    looks_ahead = getattr(module, "is_causal", True) is False and not getattr(module, "is_decoder", False)
+    return looks_ahead and type(module).__name__ not in _TOKENWISE_ATTENTION
 
 
 def check_every_layer_attended(model: Any, tree: Tree) -> None:
@@ -124,7 +142,8 @@ def attention_layers(model: Any) -> list[Any]:
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         reads_interface = code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
         # Cross attention reads an encoder, and runs only where there is one.
-        if reads_interface and module not in on_whole_paths and "Cross" not in type(module).__name__:
+        is_elsewhere = "Cross" in type(module).__name__ or type(module).__name__ in _TOKENWISE_ATTENTION
+        if reads_interface and module not in on_whole_paths and not is_elsewhere:
             layers.append(module)
     return layers
 
