@@ -25,8 +25,11 @@ MROPE = {
 # What a part needs besides, by its model type: sizes that depend on one another.
 OWN = {
     "cosmos3_edge_text": MROPE,
-    "ernie4_5_vl_moe": {"moe_intermediate_size": [16, 8]},
-    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [16, 8]},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [16, 8],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
+    "flow_head_config": {"condition_dim": 32},
     "glm4v_text": MROPE,
     "glm4v_moe_text": MROPE,
     "glm_ocr_text": MROPE,
@@ -44,7 +47,11 @@ OWN = {
     "muse_spark_text": {"moe_hidden_size": 16},
 }
 # Checked to fail, so that the list stays true.
-CANNOT_BE_BUILT = {}
+CANNOT_BE_BUILT = {
+    "CohereCompassForConditionalGeneration": "its configuration lacks the RoPE of one of its layer types",
+    "Gemma3nForConditionalGeneration": "its vision encoder needs `timm`; the text model `gemma3n_text` is exact",
+    "InklingForConditionalGeneration": "its vision encoder needs SciPy; the text model `inkling_text` is exact",
+}
 
 
 @cache
@@ -97,6 +104,7 @@ def tiny_conditional(class_name, vocab_size=tiny_configs.VOCAB_SIZE, dtype=torch
     text = probe.get_text_config()
     sizes = {name: vocab_size for name in ("vocab_size", "vocab_size_per_layer_input") if hasattr(text, name)}
     config = _sized(probe, text, sizes | overrides)
+    config.get_text_config()._experts_implementation = "eager"  # not every class hands it on to its text model
     return initialised(model_class, config, dtype)
 
 
@@ -113,6 +121,6 @@ def _sized(probe, text, overrides):
         for name in probe.sub_configs
         if getattr(probe, name, None) is not None
     }
-    own = OWN.get(probe.model_type, {})
+    own = OWN.get(probe.model_type or probe.base_config_key, {})
     media = {name: size for name, size in MEDIA_SIZES.items() if name in vars(probe)}
     return tiny_configs.sized(probe, probe.model_type, media | own | parts | (overrides if probe is text else {}))

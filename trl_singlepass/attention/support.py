@@ -52,8 +52,11 @@ def check_model(model: Any) -> None:
 
     Raises:
         `UnsupportedModelError`: If a layer mixes tokens in a way that is not known, attends to later tokens, or the
-            model does not take its attention function, its mask or its positions from outside.
+            model does not take its attention function, its mask or its positions from outside, or does not train on
+            text.
     """
+    if reason := _trains_on_other_media(model):
+        raise UnsupportedModelError(f"{type(model).__name__} {reason}. Load another model.")
     reason = _mixes_branches(model) or (None if _only_recurs(model) else _is_out_of_reach(model))
     if reason is not None:
         raise UnsupportedModelError(f"{type(model).__name__} {reason}. {_WAY_OUT}")
@@ -96,6 +99,14 @@ def _is_out_of_reach(model: Any) -> str | None:
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "has a forward without position_ids, so tokens of a branch cannot be given their depth"
+    return None
+
+
+def _trains_on_other_media(model: Any) -> str | None:
+    head, vocab_size = model.get_output_embeddings(), getattr(model.config.get_text_config(), "vocab_size", 0)
+    # Not the size of its weight, of which ZeRO-3 leaves nothing to see.
+    if head is None or getattr(head, "out_features", vocab_size) < vocab_size:
+        return "has no head over the tokens that it reads, so it does not generate text"
     if demand := next(filter(None, map(_demand_in_training, model.modules())), None):
         return f"does not train on text alone: {demand!r}"
     return None
