@@ -61,7 +61,7 @@ def survey(name):
     Raises:
         AssertionError: If it is accepted and wrong.
     """
-    model = tiny_conditional(name) if name in classes_without_loss_arguments() else tiny_model(name)
+    model = tiny_model(name) if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else tiny_conditional(name)
     try:
         check_model(model)
     except UnsupportedModelError as error:

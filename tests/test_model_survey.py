@@ -56,3 +56,8 @@ def test_page_lists_every_class_that_the_trainer_counts_no_tokens_for():
     version, page = read_page()
     if version == transformers.__version__:
         assert set(classes) <= set(page)
+
+
+@pytest.mark.parametrize("class_name", ["Gemma3ForConditionalGeneration", "Lfm2VlForConditionalGeneration"])
+def test_text_model_inside_a_model_of_other_media_is_as_exact_as_alone(class_name):
+    assert survey(class_name).status == "exact"

@@ -162,7 +162,7 @@ def conversations_to_rows(
     )
     table = rows.data.table
     counts = {column: table[column].to_pylist() for column in COUNT_COLUMNS}
-    return rows, report_of(counts, table["num_tokens"].to_pylist())
+    return rows, report_of(counts, table["num_tokens"].to_pylist(), settings.bound)
 
 
 def _prepare_batch(
