@@ -152,9 +152,9 @@ def write_page(outcomes):
     tables = [[outcome for outcome in outcomes if (outcome.name in classes) == wanted] for wanted in (False, True)]
     counts = [", ".join(f"{_count(table, status)} {status}" for status in STATUSES) for table in tables]
     texts = (PREFACE.format(version=transformers.__version__, summary=counts[0]), CLASSES.format(summary=counts[1]))
-    pages = [text + "".join(f"{row}\n" for row in sorted(table, key=_order)) for text, table in zip(texts, tables, strict=True)]
+    rows = ["".join(f"{outcome}\n" for outcome in sorted(table, key=_order)) for table in tables]
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text("".join(pages), encoding="utf-8")
+    PAGE.write_text(texts[0] + rows[0] + texts[1] + rows[1], encoding="utf-8")
 
 
 def _count(outcomes, status):
@@ -211,8 +211,8 @@ CLASSES = """\
 Generating classes that say `accepts_loss_kwargs = False`, among them what the checkpoints of Qwen3-VL, Qwen3.5 and
 Gemma 4 load as, with tiny encoders, on rows of text. {summary}.
 
-For these, transformers' Trainer counts no tokens, and the stock trainer takes the mean of each batch's mean. In a single
-pass, every step is the mean over all tokens of the step, for them as for any other class.
+For these, transformers' Trainer counts no tokens, and the stock trainer takes the mean of each batch's mean. In a
+single pass, every step is the mean over all its tokens, for them as for any other class.
 
 | class | | layers of the tiny model, or reason |
 |---|---|---|

@@ -8,7 +8,7 @@ from pathlib import Path
 import tiny_configs
 import torch
 import transformers
-from tiny_configs import CannotBuildError, initialised
+from tiny_models import initialised
 from transformers import GenerationMixin, PreTrainedModel
 
 

@@ -91,7 +91,8 @@ def assert_same_parameters(found, expected, start, tolerance=1e-6):
     """Assert that parameters (by name) are those of a model, which moved far more than the tolerance."""
     largest_move = 0.0
     for name, value in expected.named_parameters():
-        error = float((found[name] - value).abs().max())
+        after, before = value.detach(), start.get_parameter(name).detach()
+        error = float((found[name].detach() - after).abs().max())
         assert error <= tolerance, f"{name} is off by {error:.1e}"
-        largest_move = max(largest_move, float((start.get_parameter(name) - value).abs().max()))
+        largest_move = max(largest_move, float((before - after).abs().max()))
     assert largest_move > 1000 * tolerance

@@ -94,10 +94,10 @@ class DistributedTrainer(SFTTrainer):
 
     def _count_every_step(self) -> None:
         """
-        Make the Trainer leave the divisor of a step's loss to this trainer, whatever the model's class says of itself.
+        Make the Trainer leave the divisor of a step's loss to this one, whatever the model's class says of itself.
 
-        `accepts_loss_kwargs = False` says that the model's own loss is the mean of a batch, and the Trainer then counts
-        no items and divides by the accumulated batches. The loss here is TRL's, of log probabilities per token.
+        With `accepts_loss_kwargs = False`, a model's own loss is the mean of a batch: the Trainer counts no items, and
+        divides by the number of accumulated batches. The loss here is TRL's, of log probabilities per token.
         """
         if not self._shares_rows:  # whose loss undoes what the Trainer divides by
             check_loss_is_divided(self)

@@ -13,8 +13,8 @@ def gather_head_with_model(model: Any) -> None:
     """
     Make a head that FSDP2 shards on its own whole whenever the model runs.
 
-    TRL's fused head reads the weight and never calls the head, which is when FSDP2 would gather it. What TRL gathers in
-    its place has the gradient of the rank's own tokens. accelerate shards the head together with the last
+    TRL's fused head reads the weight and never calls the head, which is when FSDP2 would gather it. What TRL gathers
+    in its place has the gradient of the rank's own tokens. accelerate shards the head together with the last
     normalisation, which is called, where it finds one; in models with encoders of other media it finds none.
 
     Args:

@@ -158,4 +158,4 @@ class WaveTraining:
         is_scaled = getattr(self.trainer, "loss_is_scaled_for_ga", None) is not False
         if is_scaled or not self.trainer.model.training:
             return 1.0
-        return 1 / self.trainer.current_gradient_accumulation_steps
+        return 1 / int(self.trainer.current_gradient_accumulation_steps)
