@@ -38,7 +38,7 @@ class RowCounts:
             return {}
         logs = {
             "sharing_factor": self._sample_tokens / self._row_tokens,
-            "num_trained_tokens": float(self._trained),
+            "num_trained_tokens": round(float(self._trained), 3),  # weights add up in float32
         }
         self._sample_tokens = self._row_tokens = 0
         return logs
