@@ -9,6 +9,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from support.strategies import reasoning_chat
+from support.tiny_conditional import classes_without_loss_arguments, tiny_conditional
 from support.tiny_configs import OWN, tiny_model
 from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
@@ -34,12 +35,12 @@ TOLERANCE = 1e-12
 class Outcome:
     """One row of the page."""
 
-    model_type: str
+    name: str
     status: str
     remark: str = ""
 
     def __str__(self):
-        return f"| `{self.model_type}` | {self.status} | {self.remark} |"
+        return f"| `{self.name}` | {self.status} | {self.remark} |"
 
 
 def branchy_chat():
@@ -53,25 +54,25 @@ def branchy_chat():
     return samples
 
 
-def survey(model_type):
+def survey(name):
     """
-    Return what becomes of a model type: `exact`, or `refused` with the reason.
+    Return what becomes of a model type, or of a class by its name: `exact`, or `refused` with the reason.
 
     Raises:
         AssertionError: If it is accepted and wrong.
     """
-    model = tiny_model(model_type)
+    model = tiny_model(name) if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else tiny_conditional(name)
     try:
         check_model(model)
     except UnsupportedModelError as error:
-        return Outcome(model_type, "refused", _reason(str(error)))
+        return Outcome(name, "refused", _reason(str(error)))
     samples = branchy_chat()
     with ForcedFloat64():
         expected = npass_loss_and_gradients(model, samples)
         use_tree_attention(model)
         assert_same(single_pass_loss_and_gradients(model, samples), expected)
         assert_nothing_leaks(model, samples)
-    return Outcome(model_type, "exact", remark_of(model))
+    return Outcome(name, "exact", remark_of(model))
 
 
 def assert_same(found, expected, tolerance=TOLERANCE):
@@ -129,16 +130,17 @@ def remark_of(model):
 
 
 def _reason(error):
-    sentence = error.split(". Train this model")[0]
+    sentence = re.split(r"\. (?:Train this|Load another) model", error)[0]
     return sentence.split(" ", 1)[1]
 
 
-def model_types():
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def names():
+    """Return what the page lists: every model type of a causal language model, and the classes of its second table."""
+    return [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *classes_without_loss_arguments()]
 
 
 def read_page():
-    """Return the transformers version of the page and its outcomes by model type."""
+    """Return the transformers version of the page and its outcomes by name."""
     text = PAGE.read_text(encoding="utf-8")
     version = re.search(r"transformers (\S+)\.", text).group(1)
     rows = re.findall(r"^\| `(.+?)` \| (.+?) \| (.*?) \|$", text, re.M)
@@ -146,13 +148,21 @@ def read_page():
 
 
 def write_page(outcomes):
-    counts = {status: sum(outcome.status == status for outcome in outcomes) for status in STATUSES}
-    rows = "\n".join(
-        map(str, sorted(outcomes, key=lambda outcome: (STATUSES.index(outcome.status), outcome.model_type)))
-    )
-    summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+    classes = set(classes_without_loss_arguments())
+    tables = [[outcome for outcome in outcomes if (outcome.name in classes) == wanted] for wanted in (False, True)]
+    counts = [", ".join(f"{_count(table, status)} {status}" for status in STATUSES) for table in tables]
+    texts = (PREFACE.format(version=transformers.__version__, summary=counts[0]), CLASSES.format(summary=counts[1]))
+    rows = ["".join(f"{outcome}\n" for outcome in sorted(table, key=_order)) for table in tables]
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(PREFACE.format(version=transformers.__version__, summary=summary) + rows + "\n", encoding="utf-8")
+    PAGE.write_text(texts[0] + rows[0] + texts[1] + rows[1], encoding="utf-8")
+
+
+def _count(outcomes, status):
+    return sum(outcome.status == status for outcome in outcomes)
+
+
+def _order(outcome):
+    return STATUSES.index(outcome.status), outcome.name
 
 
 STATUSES = ["exact", "refused", "cannot be built here"]
@@ -192,5 +202,18 @@ Mixture-of-experts models:
   with N-pass to 1e-6.
 
 | `model_type` | | layers of the tiny model, or reason |
+|---|---|---|
+"""
+CLASSES = """\
+
+## Classes that read other media, on text
+
+Generating classes that say `accepts_loss_kwargs = False`, among them what the checkpoints of Qwen3-VL, Qwen3.5 and
+Gemma 4 load as, with tiny encoders, on rows of text. {summary}.
+
+For these, transformers' Trainer counts no tokens, and the stock trainer takes the mean of each batch's mean. In a
+single pass, every step is the mean over all its tokens, for them as for any other class.
+
+| class | | layers of the tiny model, or reason |
 |---|---|---|
 """

@@ -1,11 +1,10 @@
 """Tiny random models of every causal language model of transformers, with each layer type that they can have."""
 
-import inspect
-
-import torch
 import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from support.tiny_models import initialised
 
 
 VOCAB_SIZE = 97
@@ -226,10 +225,6 @@ CANNOT_BE_BUILT = {
 }
 
 
-class CannotBuildError(Exception):
-    """A model type of which no tiny model can be made here; the message says why."""
-
-
 def tiny_model(model_type, **overrides):
     """
     Return a tiny random model in float64 and training mode, without dropout.
@@ -237,24 +232,7 @@ def tiny_model(model_type, **overrides):
     Raises:
         CannotBuildError: If there is no such model here.
     """
-    model_class = model_class_of(model_type)
-    config = tiny_config(model_type, **overrides)
-    torch.manual_seed(0)
-    experts = {"experts_implementation": "eager"} if model_class._can_set_experts_implementation() else {}
-    implementation = "sdpa" if model_class._supports_sdpa else "eager"
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in model_class(config).parameters())
-    if size > 3e6:
-        raise CannotBuildError(f"its smallest configuration has {size / 1e6:.0f} million parameters")
-    model = model_class._from_config(config, attn_implementation=implementation, dtype=torch.float32, **experts)
-    for parameter in model.parameters():
-        if (parameter.numel() and not parameter.isfinite().all()) or (parameter == 0).all():
-            torch.nn.init.normal_(parameter, std=0.2)
-    without_dropout(model)
-    text = model.config.get_text_config()
-    if has_auxiliary_loss(model):
-        text.output_router_logits, text.router_aux_loss_coef = True, 0.1
-    return model.double().train()
+    return initialised(model_class_of(model_type), tiny_config(model_type, **overrides))
 
 
 def tiny_config(model_type, **overrides):
@@ -263,16 +241,17 @@ def tiny_config(model_type, **overrides):
     text = probe.get_text_config(decoder=True)
     # Encoder-decoders return a copy with other names, and some models call something else a part.
     if type(text) is type(probe) or not {"text_config", "decoder"} & set(probe.sub_configs):
-        return _sized(probe, model_type, overrides)
-    sized = _sized(text, model_type, overrides)
+        return sized(probe, model_type, overrides)
+    tiny_text = sized(text, model_type, overrides)
     if model_class_of(model_type).config_class is not type(probe):
-        return sized
-    parts = {name: _sized(getattr(probe, name)) for name in probe.sub_configs if getattr(probe, name) is not None}
+        return tiny_text
+    parts = {name: sized(getattr(probe, name)) for name in probe.sub_configs if getattr(probe, name) is not None}
     own_name = next(name for name in parts if type(getattr(probe, name)) is type(text))
-    return type(probe)(**parts | {own_name: sized})
+    return type(probe)(**parts | {own_name: tiny_text})
 
 
-def _sized(probe, model_type=None, overrides=None):
+def sized(probe, model_type=None, overrides=None):
+    """Return a configuration with tiny sizes and one layer of each type."""
     sizes = {name: value for name, value in SIZES.items() if _has(probe, name)}
     for name, count in (("layer_types", "num_hidden_layers"), ("mlp_layer_types", None)):
         # One layer of each type that the default config has, in the order of their first appearance.
@@ -298,20 +277,3 @@ def model_class_of(model_type):
 
 def _has(config, name):
     return vars(config).get(name) is not None
-
-
-def has_auxiliary_loss(model):
-    """Whether a model computes a load-balancing loss over its experts."""
-    forward = inspect.unwrap(type(model).forward)
-    is_mixture = any("router" in name or "experts" in name for name, _ in model.named_modules())
-    return is_mixture and "load_balancing_loss_func" in forward.__code__.co_names
-
-
-def without_dropout(model):
-    """Set every probability of dropping or jittering to 0, wherever the modules keep it."""
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and any(word in name for word in ("dropout", "jitter", "layerdrop")):
-                setattr(module, name, 0.0)
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0

@@ -38,6 +38,7 @@ from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
 from support.exact import in_float64, recompute_in_float64
 from support.families import tiny_model
+from support.tiny_conditional import model_for
 from support.training import SETTINGS as COMMON
 from support.training import as_dataset, float32_model
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
@@ -109,6 +110,8 @@ def build_trainer(settings):
     # Before the config: a DeepSpeed config makes transformers partition models as they are made, from here on.
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, **settings.get("model", {})}
     model = float32_model(tokenizer, **heads)
+    if "class_name" in settings:
+        model = model_for(settings["class_name"], tokenizer)
     if "family" in settings:
         model = tiny_model(settings["family"], len(tokenizer), torch.float32, attn_implementation="eager", **heads)
     if settings.get("float64"):

@@ -3,21 +3,59 @@
 from types import SimpleNamespace
 
 import pytest
+import transformers
+import trl
 from peft import PromptTuningConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.hybrid_step import small_hybrid
 from support.conversations import chat, tool_chat
+from support.tiny_conditional import tiny_conditional
 from support.training import float32_model, needs_cached_states, single_pass_trainer
-from trl_singlepass.training.compatibility import check_parallelism, check_recurrent_layers, check_tensor_parallelism
-from trl_singlepass.training.model import UnsupportedModelError
+from trl_singlepass.training.compatibility import (
+    check_loss_is_divided,
+    check_parallelism,
+    check_recurrent_layers,
+    check_tensor_parallelism,
+    check_weights_reach_the_loss,
+)
+from trl_singlepass.training.model import UnsupportedModelError, check_model
 
 
 pytestmark = pytest.mark.filterwarnings(
     # Deprecations of TRL and transformers that a user who sets these arguments sees in stock training as well.
     "ignore:.*(is|are) deprecated.*:FutureWarning",
 )
+TINY = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 16}
 CHATS = [chat(3), chat(2, seed=1), tool_chat()]
+
+
+def test_a_loss_that_the_model_divides_is_refused(monkeypatch):
+    trainer = SimpleNamespace(model_accepts_loss_kwargs=False, model=GPT2LMHeadModel(GPT2Config(**TINY)))
+    check_loss_is_divided(trainer)
+    monkeypatch.setattr(trl, "__version__", "1.14.0")
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel divides its loss by the tokens of each batch.*trl>=1\.15"):
+        check_loss_is_divided(trainer)
+
+
+def test_weights_that_do_not_reach_the_loss_are_refused(monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.14.0")
+    with pytest.raises(ValueError, match=r"need trl>=1\.15, found 1\.14\.0"):
+        check_weights_reach_the_loss(SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    ("class_name", "message"),
+    [
+        ("Molmo2ForConditionalGeneration", "does not train on text alone: .*mm_token_type_ids.*Load another model"),
+        ("GlmImageForConditionalGeneration", "has no head over the tokens that it reads.*Load another model"),
+    ],
+)
+def test_models_that_do_not_train_on_text_are_refused(class_name, message):
+    if not hasattr(transformers, class_name):
+        pytest.skip(f"transformers has no {class_name}")
+    with pytest.raises(UnsupportedModelError, match=f"{class_name} {message}"):
+        check_model(tiny_conditional(class_name))
 
 
 def test_images_are_refused(tmp_path, tokenizer):

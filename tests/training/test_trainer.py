@@ -114,6 +114,19 @@ def test_what_max_length_takes_is_counted_in_the_log(tmp_path, tokenizer, caplog
     assert "in 1 turns that are trained in part and 1 turns dropped whole (0 conversations" in caplog.text
 
 
+@pytest.mark.parametrize(("settings", "bound"), [((None, 40), "max_row_tokens"), ((40, 41), "max_length")])
+def test_the_log_names_the_setting_that_turns_are_longer_than(tmp_path, tokenizer, caplog, settings, bound):
+    stream = as_dataset(CHATS[:1]).to_iterable_dataset()
+    for dataset in (CHATS[:1], stream):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), transformers_logs_propagate():
+            trainer = single_pass_trainer(
+                tmp_path, tokenizer, dataset, max_length=settings[0], max_row_tokens=settings[1]
+            )
+            next(iter(trainer.train_dataset), None)
+        assert f"completion tokens past {bound}, in" in caplog.text
+
+
 def test_what_max_length_takes_of_a_stream_is_counted_as_it_comes(tmp_path, tokenizer, caplog):
     stream = as_dataset(CHATS[:1]).to_iterable_dataset()
     trainer = single_pass_trainer(tmp_path, tokenizer, stream, max_length=40)

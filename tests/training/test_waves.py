@@ -196,13 +196,13 @@ def test_weights_reach_waves(tmp_path, tokenizer):
     assert logged(waves, "loss") == pytest.approx(logged(row, "loss"), rel=1e-5)
 
 
-def test_losses_that_are_means_of_their_batch_are_scaled_as_the_trainer_scales_them(tmp_path, tokenizer):
+def test_losses_that_the_trainer_is_told_to_scale_are_scaled_as_it_does(tmp_path, tokenizer):
     model = float32_model(tokenizer)
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     row = single_pass_trainer(tmp_path, tokenizer, model, **settings)
     waves = single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, **settings)
     for trainer in (row, waves):
-        trainer.model_accepts_loss_kwargs = False  # the Trainer then counts no items and divides each batch's loss
+        trainer.loss_is_scaled_for_ga = False  # the Trainer then divides each batch's loss by their number
         trainer.train()
     assert largest_difference(row, waves) <= TOLERANCE
     assert logged(waves, "grad_norm") == pytest.approx(logged(row, "grad_norm"), rel=1e-5)

@@ -86,8 +86,8 @@ def _fitted(sample: Sample, limit: int | None, overlong_turns: OverlongTurns) ->
     if overlong_turns == "error":
         where = "" if sample.message_index is None else f" at message {sample.message_index}"
         raise OverlongTurnError(
-            f"The turn{where} has {len(sample)} tokens with its context, {limit} are allowed. Raise max_length (and "
-            "max_row_tokens), or choose overlong_turns='truncate' or 'drop'."
+            f"The turn{where} has {len(sample)} tokens with its context, {limit} are allowed. Raise max_length and "
+            "max_row_tokens, where they are set, or choose overlong_turns='truncate' or 'drop'."
         )
     if overlong_turns == "drop":
         return None

@@ -145,7 +145,7 @@ def conversations_to_rows(
     bad = [(index, reason) for index, reason in reasons if reason is not None]
     if bad and bad_rows == "error":
         raise refusal(group_errors(bad), len(dataset), name)
-    return rows, report_of(counts, table["num_tokens"].to_pylist(), bad_rows=bad)
+    return rows, report_of(counts, table["num_tokens"].to_pylist(), settings.bound, bad_rows=bad)
 
 
 def _prepare_batch(

@@ -40,6 +40,8 @@ class PreparationReport:
             Of those, history that splitting repeats.
         overlong (`tuple[str, ...]`):
             The first few turns that were too long, by name.
+        bound (`str`, *optional*):
+            The setting that they are longer than.
         bad_rows (`tuple[RowErrors, ...]`, *optional*):
             Rows that cannot be trained and were dropped, by reason.
     """
@@ -57,6 +59,7 @@ class PreparationReport:
     num_row_tokens: int
     num_repeated_tokens: int
     overlong: tuple[str, ...]
+    bound: str | None = None
     bad_rows: tuple[RowErrors, ...] = ()
 
     @property
@@ -83,8 +86,8 @@ class PreparationReport:
         if self.num_cut_tokens == 0:
             return f"{held}all {self.num_trained_tokens} completion tokens trained{split}"
         return (
-            f"{held}not trained: {self.num_cut_tokens} completion tokens past max_length, in {self.num_cut_turns} "
-            f"turns that are trained in part and {self.num_dropped_turns} turns dropped whole "
+            f"{held}not trained: {self.num_cut_tokens} completion tokens past {self.bound}, in "
+            f"{self.num_cut_turns} turns that are trained in part and {self.num_dropped_turns} turns dropped whole "
             f"({self.num_dropped_conversations} conversations dropped whole; {', '.join(self.overlong)}{self._more}), "
             f"of {self.num_trained_tokens + self.num_cut_tokens}{split}"
         )
@@ -98,6 +101,7 @@ class PreparationReport:
 def report_of(
     counts: Mapping[str, Sequence[int]],
     lengths: Sequence[int],
+    bound: str | None,
     num_named: int = 3,
     bad_rows: Sequence[tuple[int, str]] = (),
 ) -> PreparationReport:
@@ -109,6 +113,8 @@ def report_of(
             `COUNT_COLUMNS`, one value per row.
         lengths (`Sequence[int]`):
             Tokens of each row.
+        bound (`str`, *optional*):
+            The setting that bounds a sample ([`RowSettings.bound`]).
         num_named (`int`, *optional*, defaults to 3):
             How many overlong turns to name.
         bad_rows (`Sequence[tuple[int, str]]`, *optional*):
@@ -135,6 +141,7 @@ def report_of(
         num_split_conversations=sum(number > 1 for number in rows_of.values()),
         num_row_tokens=sum(lengths),
         overlong=tuple(named[:num_named]),
+        bound=bound,
         bad_rows=group_errors(bad_rows),
         **{name: sum(counts[name]) for name in (*turns, *tokens)},
     )

@@ -63,5 +63,10 @@ class RowSettings:
     @property
     def longest_sample(self) -> int | None:
         """Most tokens that a sample may have, if bounded."""
-        bounds = [bound for bound in (self.max_length, self.max_row_tokens) if bound is not None]
-        return min(bounds, default=None)
+        return None if self.bound is None else getattr(self, self.bound)
+
+    @property
+    def bound(self) -> str | None:
+        """Which setting bounds a sample: the smaller of the two, if any is set."""
+        bounds = [name for name in ("max_length", "max_row_tokens") if getattr(self, name) is not None]
+        return min(bounds, key=lambda name: int(getattr(self, name)), default=None)

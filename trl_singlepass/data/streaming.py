@@ -111,7 +111,7 @@ class _StreamPreparation:
     def _log(self) -> None:
         lost = sum(self._counts["num_cut_turns"]) + sum(self._counts["num_dropped_turns"])
         if lost >= self._next_log:
-            report = report_of(self._counts, self._lengths)
+            report = report_of(self._counts, self._lengths, self._settings.bound)
             logger.warning(f"Stream of the {self._name} dataset so far: {report}.")
             self._next_log = 2 * lost
 

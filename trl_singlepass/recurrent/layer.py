@@ -15,7 +15,7 @@ from ..attention.context import Tree
 from ..attention.tree_mask import TreeMask
 from .boundary import Handover, HandsOver
 from .fork_cache import ForkStates
-from .layer_kinds import SELECTION, Handling, recurrent_layers
+from .layer_kinds import DISTANCE, SELECTION, Handling, recurrent_layers
 from .layout import Layout
 from .schedule import Piece
 from .tree_carrier import carried_tree, carry_trees
@@ -110,7 +110,7 @@ def _run(layer: Any, arguments: dict[str, Any], tree: Tree) -> Any:
     arguments = {name: False if name == "use_cache" else value for name, value in arguments.items()}
     if handover is not None:
         arguments = {name: _extended(layer, name, value, handover) for name, value in arguments.items()}
-    steps = {name: _per_step(layer, value, layout) for name, value in arguments.items()}
+    steps = {name: _per_step(layer, name, value, layout) for name, value in arguments.items()}
     cache_arguments = _cache_arguments(layer)
     outputs: list[Any] = []
     states: dict[int, ForkStates] = {}
@@ -151,8 +151,10 @@ def _source(layer: Any, piece: Piece, states: dict[int, ForkStates], layout: Lay
     return layout.handover.recall(layer, piece.recalled - layout.length, layout.device)
 
 
-def _per_step(layer: Any, value: Any, layout: Layout) -> list[Any]:
+def _per_step(layer: Any, name: str, value: Any, layout: Layout) -> list[Any]:
     """Values of one argument for each batch of pieces."""
+    if name == DISTANCE and value is not None:
+        return layout.distances()
     if not isinstance(getattr(value, "tree", None), Tree):
         return layout.gather(value)
     if not layer._tree_handling.attends:

@@ -24,6 +24,8 @@ SELECTING_LAYERS = frozenset({"DogeAttention"})
 SELECTING_PARTS = ("indexer", "compressor")
 # Argument that holds what an earlier layer selected.
 SELECTION = "prev_topk_indices"
+# Argument that holds how far apart two tokens of the sequence are, for each pair.
+DISTANCE = "relative_distance"
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,6 +120,11 @@ class Layout:
             return None
         return torch.cat([output.flatten(0, 1) for output in outputs])[self.into_row][None]
 
+    def distances(self) -> list[torch.Tensor]:
+        """How far each token of a path is behind each other one, per batch, shape `(num_tokens, num_tokens)`."""
+        positions = [torch.arange(length, device=self.device) for _, length in self.shapes]
+        return [position[:, None] - position[None, :] for position in positions]
+
     def masks(self, mask: TreeMask, dtype: torch.dtype | None) -> list[torch.Tensor]:
         """
         Masks of a layer that attends over whole paths, one per batch.

@@ -246,6 +246,26 @@ def check_sequence_parallelism(trainer: Any) -> None:
             raise ValueError(f"Sequence parallelism (sp_size) does not work with {what}. {way_out}.")
 
 
+def check_loss_is_divided(trainer: Any) -> None:
+    """
+    Refuse a loss that the model divides itself, by the tokens of each batch: steps would not be means over tokens.
+
+    Args:
+        trainer (`trl.SFTTrainer`):
+            Trainer, as its own `__init__` left it.
+
+    Raises:
+        `ValueError`: If TRL takes such a loss from the model; since 1.15, it computes its own.
+    """
+    if trainer.model_accepts_loss_kwargs or Version(trl.__version__) >= Version("1.15"):
+        return
+    name = type(without_adapters(trainer.model)).__name__
+    raise ValueError(
+        f"{name} divides its loss by the tokens of each batch, so that trl {trl.__version__} trains a mean of batch "
+        "means. Upgrade to trl>=1.15, which computes the loss of each token itself."
+    )
+
+
 def check_weights_reach_the_loss(trainer: Any) -> None:
     """
     Refuse losses that would not read loss weights.
@@ -258,7 +278,7 @@ def check_weights_reach_the_loss(trainer: Any) -> None:
         `ValueError`: If it computes such a loss, or TRL is too old to return losses per token.
     """
     if Version(trl.__version__) < Version("1.15"):
-        raise ValueError(f"Loss weights other than 1 need trl>=1.16, found {trl.__version__}. Upgrade trl.")
+        raise ValueError(f"Loss weights other than 1 need trl>=1.15, found {trl.__version__}. Upgrade trl.")
     for name, is_set in (
         ("loss_type='dft'", trainer.args.loss_type == "dft"),
         ("label_smoothing_factor", trainer.label_smoother is not None),

@@ -158,7 +158,7 @@ class SinglePassSFTConfig(SFTConfig):
         super().__post_init__()
         self._check_waves()
         if self.log_turn_metrics and Version(trl.__version__) < Version("1.15"):
-            raise ValueError(f"log_turn_metrics=True needs trl>=1.16, found {trl.__version__}. Upgrade trl.")
+            raise ValueError(f"log_turn_metrics=True needs trl>=1.15, found {trl.__version__}. Upgrade trl.")
         for name in ("max_length", "max_row_tokens"):
             value = getattr(self, name)
             if value is not None and value < 2:

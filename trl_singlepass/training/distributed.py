@@ -12,10 +12,12 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
+from .compatibility import check_loss_is_divided
 from .evaluation import without_repeated_examples
 from .loss import step_weight
 from .progress import RowCounts
 from .sequence_parallel import SequenceParallel
+from .sharded_head import gather_head_with_model
 from .stream_epochs import StepsOfStream, position_in_stream, stream_loader
 
 
@@ -63,6 +65,7 @@ class DistributedTrainer(SFTTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         model, loader = super()._prepare_for_training(*args, **kwargs)
+        gather_head_with_model(self.model)
         return model, loader if self._sequence_parallel is None else self._sequence_parallel.connect(loader)
 
     def get_batch_samples(self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, *args: Any) -> Any:
@@ -130,23 +133,35 @@ class DistributedTrainer(SFTTrainer):
             prepared["loss_weights"] = inputs["loss_weights"].to(self.args.device)
         return prepared
 
+    def _count_every_step(self) -> None:
+        """
+        Make the Trainer leave the divisor of a step's loss to this one, whatever the model's class says of itself.
+
+        With `accepts_loss_kwargs = False`, a model's own loss is the mean of a batch: the Trainer counts no items, and
+        divides by the number of accumulated batches. The loss here is TRL's, of log probabilities per token.
+        """
+        if not self._shares_rows:  # whose loss undoes what the Trainer divides by
+            check_loss_is_divided(self)
+            self.model_accepts_loss_kwargs = True
+
+    @property
+    def _shares_rows(self) -> bool:
+        return getattr(self.accelerator.parallelism_config, "sp_size", 1) > 1
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Sum of the loss weights of a step on all ranks: the number of trained tokens where all weights are 1."""
-        has_trees = any("tree_plan" in batch for batch in batch_samples)
-        if self._is_evaluating and has_trees:
+        if not any("tree_plan" in batch for batch in batch_samples):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        if self._is_evaluating:
             return None  # `evaluation_loop` pools batch means, so each has to be the mean of its own batch
-        num_items = super()._get_num_items_in_batch(batch_samples, device)
-        shares_rows = self._sequence_parallel is not None
-        if not has_trees or (num_items is None and not shares_rows):
-            return num_items
-        is_weighted = any("loss_weights" in batch for batch in batch_samples)
-        if is_weighted or self.accelerator.num_processes > 1:  # whether some other rank has weights is not known here
-            counts_all_ranks = shares_rows or self.args.average_tokens_across_devices
-            num_items = step_weight(batch_samples, self.accelerator if counts_all_ranks else None).to(device)
-            if counts_all_ranks:
-                num_items = num_items / self.get_tp_size()  # ranks that share layers have the same rows
+        own = step_weight(batch_samples).to(device)
+        everyone = self.accelerator.gather(own[None])
+        num_items = everyone.sum() / self.get_tp_size()  # ranks that share layers have the same rows
         self._counts.add(batch_samples, num_items)
-        return num_items
+        if self.args.average_tokens_across_devices or self._shares_rows:
+            return num_items
+        # The mean over ranks of their own means. A rank that only has repeated rows has none, and does not count.
+        return own * ((everyone > 0).sum() / len(everyone))
 
 
 def without_last_batches(number: int, values: tuple[Any, ...], args: Any) -> tuple[Any, ...]:

@@ -73,21 +73,15 @@ def total_weight(batch: dict[str, Any]) -> torch.Tensor:
     return weights.sum()
 
 
-def step_weight(batches: Sequence[dict[str, Any]], accelerator: Any = None) -> torch.Tensor:
+def step_weight(batches: Sequence[dict[str, Any]]) -> torch.Tensor:
     """
-    Return the sum of the loss weights of a step, as `torch.float32`.
+    Return the sum of the loss weights of the batches of a step, as `torch.float32`.
 
     Args:
         batches (`Sequence[dict[str, Any]]`):
             Batches of this rank.
-        accelerator (`accelerate.Accelerator`, *optional*):
-            If given, the sum is over all ranks.
 
     Returns:
         `torch.Tensor`: Scalar.
     """
-    weight = torch.stack([total_weight(batch) for batch in batches]).sum().float()
-    if accelerator is None or accelerator.num_processes == 1:
-        return weight
-    gathered: torch.Tensor = accelerator.gather(weight.to(accelerator.device))
-    return gathered.sum()
+    return torch.stack([total_weight(batch) for batch in batches]).sum().float()

@@ -30,6 +30,14 @@ _RECURRENT_LAYER_TYPES = frozenset(
         "heavily_compressed_attention",
     }
 )
+# Attention of one token over the outputs of earlier layers: no token reads another there.
+_TOKENWISE_ATTENTION = frozenset(
+    {
+        "Inkling2BlockAttentionResidual",
+        "Inkling2LoopBlockAttentionResidual",
+        "Inkling2LoopMessageAttentionResidual",
+    }
+)
 _WAY_OUT = "Train this model on one sample per turn (N-pass) with TRL's SFTTrainer."
 
 
@@ -47,8 +55,11 @@ def check_model(model: Any) -> None:
 
     Raises:
         `UnsupportedModelError`: If a layer mixes tokens in a way that is not known, attends to later tokens, or the
-            model does not take its attention function, its mask or its positions from outside.
+            model does not take its attention function, its mask or its positions from outside, or does not train on
+            text.
     """
+    if reason := _trains_on_other_media(model):
+        raise UnsupportedModelError(f"{type(model).__name__} {reason}. Load another model.")
     reason = _mixes_branches(model) or (None if _only_recurs(model) else _is_out_of_reach(model))
     if reason is not None:
         raise UnsupportedModelError(f"{type(model).__name__} {reason}. {_WAY_OUT}")
@@ -94,9 +105,27 @@ def _is_out_of_reach(model: Any) -> str | None:
     return None
 
 
+def _trains_on_other_media(model: Any) -> str | None:
+    head, vocab_size = model.get_output_embeddings(), getattr(model.config.get_text_config(), "vocab_size", 0)
+    # Not the size of its weight, of which ZeRO-3 leaves nothing to see.
+    if head is None or getattr(head, "out_features", vocab_size) < vocab_size:
+        return "has no head over the tokens that it reads, so it does not generate text"
+    if demand := next(filter(None, map(_demand_in_training, model.modules())), None):
+        return f"does not train on text alone: {demand!r}"
+    return None
+
+
+def _demand_in_training(module: Any) -> str | None:
+    """What a module says when it is trained without an input that rows of text do not have."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    texts = [text for text in code.co_consts if isinstance(text, str)] if code is not None else []
+    return next((text for text in texts if "is required as a model input when training" in text), None)
+
+
 def _looks_ahead(module: Any) -> bool:
     """Whether a module is attention without causality; decoders may leave that to their mask."""
-    return getattr(module, "is_causal", True) is False and not getattr(module, "is_decoder", False)
+    looks_ahead = getattr(module, "is_causal", True) is False and not getattr(module, "is_decoder", False)
+    return looks_ahead and type(module).__name__ not in _TOKENWISE_ATTENTION
 
 
 def check_every_layer_attended(model: Any, tree: Tree) -> None:
@@ -127,7 +156,8 @@ def attention_layers(model: Any) -> list[Any]:
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         reads_interface = code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
         # Cross attention reads an encoder, and runs only where there is one.
-        if reads_interface and module not in on_whole_paths and "Cross" not in type(module).__name__:
+        is_elsewhere = "Cross" in type(module).__name__ or type(module).__name__ in _TOKENWISE_ATTENTION
+        if reads_interface and module not in on_whole_paths and not is_elsewhere:
             layers.append(module)
     return layers
 

@@ -178,6 +178,7 @@ class SinglePassSFTTrainer(MeasuringTrainer):
         self._uses_tree_attention = False
         self._start_measuring()
         if trains_turns:
+            self._count_every_step()
             self._use_tree_attention()
 
     def _use_tree_attention(self) -> None:

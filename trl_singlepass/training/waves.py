@@ -103,7 +103,7 @@ class WaveTraining:
             logger.info(f"Step {trainer.state.global_step + 1}: {plan}.")
         mode = "train" if trainer.model.training else "eval"
         trainer._metrics[mode]["num_waves"].append(float(len(plan.waves)))
-        engine = engine_of(model, trainer.accelerator, self._scale(num_items))
+        engine = engine_of(model, trainer.accelerator, self._scale())
         if len(plan.waves) == 1 and not isinstance(engine, ShardedEngine):
             return model
         balance = None if self.recorder is None else self.recorder.start()
@@ -153,10 +153,9 @@ class WaveTraining:
         total = total if "loss_weights" in inputs else total.clamp(min=1)
         return torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1) * ranks / total
 
-    def _scale(self, num_items: Any) -> float:
+    def _scale(self) -> float:
         """What `Trainer.training_step` multiplies the loss with before it sends gradients back."""
-        trainer = self.trainer
-        is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if is_scaled is None:
-            is_scaled = trainer.model_accepts_loss_kwargs and num_items is not None
-        return 1.0 if is_scaled or not trainer.model.training else 1 / trainer.current_gradient_accumulation_steps
+        is_scaled = getattr(self.trainer, "loss_is_scaled_for_ga", None) is not False
+        if is_scaled or not self.trainer.model.training:
+            return 1.0
+        return 1 / int(self.trainer.current_gradient_accumulation_steps)
