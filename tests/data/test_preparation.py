@@ -12,6 +12,7 @@ from trl_singlepass.data.preparation import conversations_to_rows
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.data.tokenizer_fingerprint import tokenizer_fingerprint
 from trl_singlepass.rendering.samples import RenderingError
+from trl_singlepass.trees.sample import CompletionKind
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -121,3 +122,17 @@ def test_a_template_that_raises_is_named_with_the_row(tokenizer):
     )
     with pytest.raises(RenderingError, match=r"Row 0: .*too many"):
         conversations_to_rows(as_dataset([chat(4)]), tokenizer, RowSettings(), num_proc=None)
+
+
+def test_the_report_counts_turns_by_how_they_were_rendered():
+    opened_by_the_model = [{"role": "assistant", "content": "Hello."}, *chat(1)]
+    dataset = datasets.Dataset.from_list([{"messages": messages} for messages in (chat(2), opened_by_the_model)])
+    _, report = conversations_to_rows(dataset, make_tokenizer("deepseek_r1_distill"), RowSettings())
+    assert report.kinds == {CompletionKind.REASONING_RESTORED: 3}
+    assert report.num_turns_without_prompt == 1
+    assert not report.is_complete
+    assert str(report).startswith(
+        "3 turns of 2 conversations (3 reasoning restored); 1 assistant messages before any prompt, which are context"
+    )
+    _, report = conversations_to_rows(dataset.select([0]), make_tokenizer("qwen3"), RowSettings())
+    assert str(report).startswith("2 turns of 1 conversations; all ")

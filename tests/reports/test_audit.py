@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config
 
 import trl_singlepass
+from support.chat_templates import HARD_TEMPLATES
 from support.chat_tokenizers import make_tokenizer, template_text
 from support.conversations import TOOLS, chat, tool_chat
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
@@ -189,8 +190,19 @@ def test_prompts_that_are_no_token_prefixes():
 
 
 def test_prompts_that_the_answer_changes():
-    stats = audit([agentic()], make_tokenizer("gptoss")).all_turns
-    assert stats.prompt_changed == 3  # at each final answer, the analysis before its tool calls disappears
+    report = audit([agentic()], make_tokenizer("gptoss"))
+    assert report.all_turns.prompt_changed == 3  # at each final answer, the analysis before its tool calls disappears
+    assert report.all_turns.kinds == {"as served": 6, "history rewritten": 3}
+    assert "In 3 of 9 turns, the template rewrites earlier messages once the answer is there." in str(report)
+
+
+def test_turns_are_counted_by_how_they_were_rendered():
+    lost = [plain(1)[0], {"role": "assistant", "cot": "?", "content": "!"}]
+    kinds = audit([chat(2), lost], make_tokenizer()).all_turns.kinds
+    assert kinds == {"as served": 2, "refused": 1}
+    assert audit([chat(2)], make_tokenizer("deepseek_r1_distill")).all_turns.kinds == {"reasoning restored": 2}
+    closed = make_tokenizer(None, HARD_TEMPLATES["closed prompt"].source)
+    assert audit([plain(2)], closed).all_turns.kinds == {"opening continued": 2}
 
 
 def test_token_counts_and_turns_over_max_length():

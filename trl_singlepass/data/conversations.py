@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from ..rendering.prefixes import Prefixes
 from ..rendering.samples import render_conversation
 from ..trees.prefix_tree import PrefixTree
 from ..trees.rows import ROW_COLUMNS, Row
-from ..trees.sample import Sample
+from ..trees.sample import CompletionKind, Sample
 from ..trees.splitting import split_samples
 from .bad_rows import BadRowError, reason_of
 from .overlong import FittedSamples, OverlongTurnError, fit_samples
@@ -24,9 +25,13 @@ from .tokenized_turns import samples_of_turns, turns_in
 from .weights import message_weights, weigh
 
 
+# Columns that count the turns of a conversation by how their completions came about.
+KIND_COLUMNS = {kind: f"num_{kind.name.lower()}_turns" for kind in CompletionKind}
 COUNT_COLUMNS = (
     "conversation",
     "num_turns",
+    "num_turns_without_prompt",
+    *KIND_COLUMNS.values(),
     "num_unselected_turns",
     "num_trained_tokens",
     "num_cut_turns",
@@ -70,7 +75,7 @@ def samples_of(
         `OverlongTurnError`: If a turn is too long, and none may be.
     """
     try:
-        given, weights = _turns_of(example, tokenizer, settings, prefixes)
+        given, weights, num_turns = _turns_of(example, tokenizer, settings, prefixes)
         given = [replace(sample, turn_index=turn) for turn, sample in enumerate(given)]
         chosen = select_turns(given, settings.train_turns, seed=settings.seed, row_index=index)
         chosen = [sample for sample in chosen if weights[sample.message_index or 0] > 0]
@@ -87,22 +92,30 @@ def samples_of(
         loss_reduction=settings.loss_reduction,
         reasoning_weight=settings.reasoning_weight,
     )
-    return replace(fitted, samples=tuple(weighed), num_unselected_turns=len(given) - len(chosen))
+    return replace(
+        fitted,
+        samples=tuple(weighed),
+        num_unselected_turns=len(given) - len(chosen),
+        num_turns_without_prompt=num_turns - len(given),
+        kinds=Counter(sample.kind for sample in given),
+    )
 
 
 def _turns_of(
     example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: RowSettings, prefixes: Prefixes | None
-) -> tuple[list[Sample], list[float]]:
-    """Samples of all turns of a row, and the weight of each message, or of each turn that is tokens already."""
+) -> tuple[list[Sample], list[float], int]:
+    """Samples of a row, the weight of each message (or of each turn that is tokens already), the number of turns."""
     turns = turns_in(example)
     if turns is not None:
-        return samples_of_turns(turns, len(tokenizer)), message_weights(turns)
+        return samples_of_turns(turns, len(tokenizer)), message_weights(turns), len(turns)
     conversation = Conversation.from_row(dict(example))
     history = example.get("history") or settings.history
     weights = message_weights(conversation.messages)
     if prefixes is not None and history == "template":
-        return render_conversation(conversation, tokenizer, prefixes=prefixes), weights
-    return render_with_history(conversation, tokenizer, history), weights
+        samples = render_conversation(conversation, tokenizer, prefixes=prefixes)
+    else:
+        samples = render_with_history(conversation, tokenizer, history)
+    return samples, weights, len(conversation.turns)
 
 
 def rows_of(
@@ -144,6 +157,8 @@ def _counts(index: int, fitted: FittedSamples) -> dict[str, int]:
     return {
         "conversation": index,
         "num_turns": len(fitted.samples) + fitted.num_dropped_turns + fitted.num_unselected_turns,
+        "num_turns_without_prompt": fitted.num_turns_without_prompt,
+        **{column: fitted.kinds[kind] for kind, column in KIND_COLUMNS.items()},
         "num_unselected_turns": fitted.num_unselected_turns,
         "num_trained_tokens": fitted.num_trained_tokens,
         "num_cut_turns": fitted.num_cut_turns,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..rendering.conversation import RenderingError
-from ..trees.sample import Sample
+from ..trees.sample import CompletionKind, Sample
 from .settings import OverlongTurns
 
 
@@ -34,6 +35,10 @@ class FittedSamples:
             Trained tokens that were lost.
         num_unselected_turns (`int`, *optional*, defaults to 0):
             Turns that are context only, by their weight or by `train_turns`.
+        num_turns_without_prompt (`int`, *optional*, defaults to 0):
+            Assistant messages that open a conversation, so that no prompt leads to them: they are context only.
+        kinds (`Counter[CompletionKind]`, *optional*):
+            All turns of the conversation, by how their completions came about.
     """
 
     samples: tuple[Sample, ...]
@@ -43,6 +48,8 @@ class FittedSamples:
     num_dropped_turns: int
     num_cut_tokens: int
     num_unselected_turns: int = 0
+    num_turns_without_prompt: int = 0
+    kinds: Counter[CompletionKind] = field(default_factory=Counter)
 
 
 def fit_samples(samples: Sequence[Sample], limit: int | None, overlong_turns: OverlongTurns) -> FittedSamples:

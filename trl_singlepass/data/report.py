@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..trees.sample import CompletionKind
 from .bad_rows import RowErrors, dropped, group_errors
+from .conversations import KIND_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,10 @@ class PreparationReport:
             Conversations given, without bad rows.
         num_turns (`int`):
             Turns given.
+        num_turns_without_prompt (`int`):
+            Assistant messages besides those, which open a conversation and are context only.
+        kinds (`Mapping[CompletionKind, int]`):
+            All turns, by how their completions came about.
         num_unselected_turns (`int`):
             Of those, turns that are context only, by their weight or by `train_turns`.
         num_trained_tokens (`int`):
@@ -48,6 +54,8 @@ class PreparationReport:
 
     num_conversations: int
     num_turns: int
+    num_turns_without_prompt: int
+    kinds: Mapping[CompletionKind, int]
     num_unselected_turns: int
     num_trained_tokens: int
     num_cut_turns: int
@@ -70,11 +78,13 @@ class PreparationReport:
     @property
     def is_complete(self) -> bool:
         """Whether every token of every turn of every row is trained."""
-        return self.num_cut_tokens == 0 and not self.bad_rows
+        return self.num_cut_tokens == 0 and not self.bad_rows and not self.num_turns_without_prompt
 
     def __str__(self) -> str:
         held = f"{dropped(self.bad_rows)}; " if self.bad_rows else ""
-        held += f"{self.num_turns} turns of {self.num_conversations} conversations; "
+        held += f"{self.num_turns} turns of {self.num_conversations} conversations{self._rendered}; "
+        if self.num_turns_without_prompt:
+            held += f"{self.num_turns_without_prompt} assistant messages before any prompt, which are context only; "
         if self.num_unselected_turns:
             held += f"{self.num_unselected_turns} of them context only, by weight or train_turns; "
         split = ""
@@ -91,6 +101,13 @@ class PreparationReport:
             f"({self.num_dropped_conversations} conversations dropped whole; {', '.join(self.overlong)}{self._more}), "
             f"of {self.num_trained_tokens + self.num_cut_tokens}{split}"
         )
+
+    @property
+    def _rendered(self) -> str:
+        """How the turns were rendered, where there is something to say about it."""
+        if set(self.kinds) <= {CompletionKind.AS_SERVED, CompletionKind.GIVEN_AS_TOKENS}:
+            return ""
+        return f" ({', '.join(f'{count} {kind}' for kind, count in self.kinds.items())})"
 
     @property
     def _more(self) -> str:
@@ -133,7 +150,8 @@ def report_of(
         )
         if length
     ]
-    turns = ("num_turns", "num_unselected_turns", "num_cut_turns", "num_dropped_turns")
+    kinds = {kind: sum(counts[column]) for kind, column in KIND_COLUMNS.items()}
+    turns = ("num_turns", "num_turns_without_prompt", "num_unselected_turns", "num_cut_turns", "num_dropped_turns")
     tokens = ("num_trained_tokens", "num_cut_tokens", "num_sample_tokens", "num_repeated_tokens")
     return PreparationReport(
         num_conversations=len(rows_of) - len(bad_rows),
@@ -142,6 +160,7 @@ def report_of(
         num_row_tokens=sum(lengths),
         overlong=tuple(named[:num_named]),
         bound=bound,
+        kinds={kind: count for kind, count in kinds.items() if count},
         bad_rows=group_errors(bad_rows),
         **{name: sum(counts[name]) for name in (*turns, *tokens)},
     )

@@ -61,10 +61,14 @@ def foreign_words(prefixes: Prefixes, k: int, completion: str) -> list[str]:
     """
     template, own = prefixes.template, prefixes.messages[k]
     unexplained = _words(completion) - _words(template.source) - _words(" ".join(_spellings(own)))
-    unexplained -= _words(" ".join(_spellings({"tools": template.tools}) if unexplained else ()))
+    if unexplained:
+        unexplained -= _words(
+            " ".join([*template.tokenizer.get_added_vocab(), *_spellings({"tools": template.tools})])
+        )
     if not unexplained:
         return []
-    others = (text for message in prefixes.messages[:k] for text in _spellings(message))
+    said = ({key: value for key, value in message.items() if key != "role"} for message in prefixes.messages[:k])
+    others = (text for message in said for text in _spellings(message))
     return sorted(word for word in unexplained & _words(" ".join(others)) if len(word) > 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,8 @@ class TurnStats:
             Turns whose prompt is a prefix of its rendering with the answer as text, but not as tokens.
         prompt_changed (`int`):
             Turns whose prompt is rendered differently once the answer follows.
+        kinds (`dict[str, int]`):
+            Turns by how their completions came about ([`CompletionKind`]), and those that are `"refused"`.
         followed (`int`):
             Turns that another one follows.
         branches (`dict[str, int]`):
@@ -104,6 +107,7 @@ class TurnStats:
     stop_added: int
     not_token_prefix: int
     prompt_changed: int
+    kinds: dict[str, int]
     followed: int
     branches: dict[str, int]
 
@@ -137,6 +141,7 @@ class TurnStats:
             stop_added=sum(fact.stop_added for fact in facts),
             not_token_prefix=sum(fact.prompt_continues == AS_TEXT for fact in facts),
             prompt_changed=sum(fact.prompt_continues == NOT_AT_ALL for fact in facts),
+            kinds=dict(Counter("refused" if fact.kind is None else str(fact.kind) for fact in facts)),
             followed=sum(fact.followed for fact in facts),
             branches={cause: causes.count(cause) for cause in dict.fromkeys(causes)},
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...trees.sample import CompletionKind
 from .facts import AuditFacts, RecipeReport
 from .recipes import LAST_TURN
 from .templates import MIXED, STRIPPED, STRIPPED_EVERYWHERE, TemplateFacts
@@ -89,11 +90,21 @@ def _about_prompts(report: AuditFacts) -> Iterator[str]:
             f"In {_of(turns.not_token_prefix, turns.turns)}, a token of the rendering reaches over the end of the "
             "prompt; the completion is tokenised on its own there, as the model would write it."
         )
-    if turns.prompt_changed:
+    rewritten = turns.kinds.get(CompletionKind.HISTORY_REWRITTEN)
+    if rewritten:
         yield (
-            f"In {_of(turns.prompt_changed, turns.turns)}, the template renders the prompt differently once the "
-            "answer follows, so that they are trained on a context that differs from inference."
+            f"In {_of(rewritten, turns.turns)}, the template rewrites earlier messages once the answer is there. The "
+            "prompt is trained as it is served, followed by the answer's own text."
         )
+    continued = turns.kinds.get(CompletionKind.OPENING_CONTINUED)
+    if continued:
+        yield (
+            f"In {_of(continued, turns.turns)}, the prompt begins the answer in words that the template leaves out "
+            "before such a message. The completion continues from there."
+        )
+    refused = turns.kinds.get("refused")
+    if refused:
+        yield f"{_of(refused, turns.turns)} are refused; the errors below say why."
 
 
 def _about_branches(report: AuditFacts) -> Iterator[str]:

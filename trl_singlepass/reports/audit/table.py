@@ -43,7 +43,7 @@ def tables(report: AuditFacts) -> list[Table]:
     if report.all_turns.turns or report.all_turns.trainable:
         parts.append(_size_table(report))
     if report.all_turns.turns:
-        parts.append(_template_table(report))
+        parts += [_template_table(report), _kind_table(report)]
     if report.forecast is not None:
         parts += [_recipe_table(report), _forecast_table(report)]
     return parts
@@ -129,6 +129,13 @@ def _template_cells(stats: TurnStats) -> list[str]:
     others = (stats.reasoning_hidden, stats.with_calls, stats.calls_lost)
     ends = (stats.stop_added, stats.not_token_prefix, stats.prompt_changed)
     return ["all" if stats.turn is None else str(stats.turn), *(f"{n:,}" for n in (*reasoning, *others, *ends))]
+
+
+def _kind_table(report: AuditFacts) -> Table:
+    table = _table("Turns, by how their completions came about", "completion", "turns", "of all turns")
+    for kind, count in report.all_turns.kinds.items():
+        table.add_row(kind, f"{count:,}", _percent(count, report.all_turns.turns))
+    return table
 
 
 def _recipe_table(report: AuditFacts) -> Table:

@@ -1,0 +1,259 @@
+"""
+A second opinion on rendering that shares no code with it.
+
+Conversations hold a different word in each place. A sample is right if its prompt is what `apply_chat_template` gives
+for the messages before the turn, and if its completion holds the words of the turn, each once and in order, no word of
+any other message, and a stop token at its end. Or the turn is refused.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from itertools import count
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from support.chat_templates import HARD_TEMPLATES
+from support.chat_tokenizers import CONTROL_TOKENS, make_tokenizer, template_names, template_text
+from trl_singlepass.rendering.conversation import Conversation, RenderingError
+from trl_singlepass.rendering.samples import render_conversation, render_row
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "lookup",
+            "description": "Looks up.",
+            "parameters": {
+                "type": "object",
+                "properties": {"key": {"type": "string", "description": "What"}},
+                "required": ["key"],
+            },
+        },
+    }
+]
+# Tokens at which the models of TRL's templates stop, where they are not the tokenizer's EOS token.
+STOPS = {
+    "gptoss": ("<|return|>", "<|call|>"),
+    "glm4moe": ("<|user|>", "<|observation|>"),
+    "gemma4": ("<turn|>", "<|tool_response>"),
+    "diffusion_gemma": ("<turn|>", "<|tool_response>"),
+    "gemma": ("<end_of_turn>",),
+    "cohere": ("<|END_OF_TURN_TOKEN|>",),
+    "llama3": ("<|eot_id|>", "<|eom_id|>"),
+    "phi3": ("<|end|>", "<|endoftext|>"),
+    "muse_glimmer": ("<|eot|>",),
+    "idefics3": ("<end_of_utterance>",),
+    "smolvlm": ("<end_of_utterance>",),
+}
+PARTS_ONLY = ("idefics3", "llava_next", "smolvlm")
+# Answers that begin like markup, reasoning that is found within markup, and both in one another.
+TRICKY = ("of", "end", "think", "assistant", "user", "H", "<b>", "a", "final", "message")
+
+
+class Author:
+    """Writes conversations in which every part holds words of its own."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.words = count(seed * 1000)
+        self.calls = count(seed * 100 % 9000)
+
+    def words_for(self, kind: str) -> str:
+        return " ".join(f"{kind}{next(self.words)}x" for _ in range(self.random.randint(1, 3)))
+
+    def assistant(self, thinks: bool, calls: bool, empty: bool) -> dict:
+        message = {"role": "assistant", "content": "" if empty or calls else self.words_for("answer")}
+        if thinks:
+            message["reasoning_content"] = self.words_for("reason")
+        if calls:
+            function = {"name": "lookup", "arguments": {"key": self.words_for("argument")}}
+            message["tool_calls"] = [{"id": f"call{next(self.calls):05}", "type": "function", "function": function}]
+        return message
+
+    def tool(self, message: dict) -> dict:
+        id_ = message["tool_calls"][0]["id"]
+        return {"role": "tool", "name": "lookup", "tool_call_id": id_, "content": self.words_for("result")}
+
+    def conversation(self, tools: bool) -> list[dict]:
+        chance = self.random.random
+        messages = [{"role": "system", "content": self.words_for("system")}] if chance() < 0.3 else []
+        thinks = self.random.choice((0.0, 0.5, 1.0))
+        for _ in range(self.random.randint(1, 4)):
+            messages.append({"role": "user", "content": self.words_for("question")})
+            while tools and chance() < 0.5:
+                call = self.assistant(chance() < thinks, calls=True, empty=False)
+                messages += [call, self.tool(call)]
+            messages.append(self.assistant(chance() < thinks, calls=False, empty=chance() < 0.05))
+            if chance() < 0.08:
+                messages.append(self.assistant(chance() < thinks, calls=False, empty=False))
+        return messages
+
+
+def said(message: dict) -> list[str]:
+    """The texts of a message, in the order in which a model writes them."""
+    calls = [call["function"]["arguments"]["key"] for call in message.get("tool_calls") or []]
+    return [text for text in (message.get("reasoning_content"), message["content"], *calls) if text]
+
+
+def as_parts(messages: list[dict]) -> list[dict]:
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def without_time(text: str) -> str:
+    return re.sub(r"\d\d:\d\d:\d\d", "", text)
+
+
+def with_json_arguments(messages: list[dict]) -> list[dict]:
+    copies = json.loads(json.dumps(messages))
+    for call in (call for message in copies for call in message.get("tool_calls") or []):
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    return copies
+
+
+def faults(messages, tokenizer, stops, tools, parts) -> list[str]:
+    """What is wrong with the samples of a conversation; nothing if it is refused."""
+    samples = render_conversation(Conversation(messages, tools), tokenizer)
+    served = as_parts(messages) if parts else messages
+    if "+ tool['function']['arguments'] +" in tokenizer.chat_template:  # DeepSeek's
+        served = with_json_arguments(served)
+    found = []
+    for sample in samples:
+        k = sample.message_index
+        prompt = tokenizer.apply_chat_template(served[:k], tools=tools, add_generation_prompt=True, tokenize=False)
+        ids = [int(i) for i in sample.token_ids]
+        text = tokenizer.decode(ids[sample.prompt_length :])
+        served_prompt = tokenizer.decode(ids[: sample.prompt_length])
+        if without_time(served_prompt) != without_time(prompt):
+            found.append(f"message {k}: the prompt {served_prompt[-90:]!r} is served as {prompt[-90:]!r}")
+        position = 0
+        for part in said(messages[k]):
+            at = text.find(part, position)
+            if at < 0 or text.count(part) != 1:
+                found.append(f"message {k}: {part!r} stands {text.count(part)} times in {text!r}")
+            position = at + len(part)
+        others = [
+            word
+            for i, other in enumerate(messages)
+            if i != k
+            for part in said_or_content(other)
+            for word in part.split()
+        ]
+        found += [f"message {k}: {word!r} of another message in {text!r}" for word in others if word in text]
+        if not text.rstrip().endswith(stops):
+            found.append(f"message {k}: no stop token at the end of {text!r}")
+    return found
+
+
+def said_or_content(message: dict) -> list[str]:
+    return said(message) if message["role"] == "assistant" else [message["content"]]
+
+
+def _templates():
+    for name in template_names():
+        stops = next((stops for prefix, stops in STOPS.items() if name.startswith(prefix)), None)
+        yield pytest.param(name, None, stops, name.startswith(PARTS_ONLY), id=name)
+    for name, hard in HARD_TEMPLATES.items():
+        yield pytest.param(None, hard.source, hard.stops, hard.parts, id=name)
+
+
+TEMPLATES = list(_templates())
+
+
+def check_template(name, source, stops, parts, seeds) -> Counter:
+    tokenizer = make_tokenizer(name, source)
+    stops = stops or (tokenizer.eos_token,)
+    if source:
+        tokenizer.eos_token = stops[0]
+    outcomes = Counter()
+    for seed in seeds:
+        tools = TOOLS if seed % 2 else None
+        messages = Author(seed).conversation(tools is not None)
+        try:
+            found = faults(messages, tokenizer, stops, tools, parts)
+        except RenderingError:
+            outcomes["refused"] += 1
+            continue
+        outcomes["rendered"] += 1
+        assert not found, "\n".join([*found[:3], json.dumps(messages)])
+    return outcomes
+
+
+@pytest.mark.parametrize(("name", "source", "stops", "parts"), TEMPLATES)
+def test_prompts_are_served_and_completions_hold_the_turn_alone(name, source, stops, parts):
+    outcomes = check_template(name, source, stops, parts, range(6))
+    assert outcomes["rendered"], "refusing everything is no way to be right"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "source", "stops", "parts"), TEMPLATES)
+def test_prompts_are_served_and_completions_hold_the_turn_alone_over_many(name, source, stops, parts):
+    check_template(name, source, stops, parts, range(10, 170))
+
+
+@pytest.mark.parametrize(("name", "source", "stops", "parts"), TEMPLATES)
+@pytest.mark.parametrize("key", ["reasoning_content", "content"])
+def test_words_that_stand_in_markup_are_neither_found_nor_lost_there(name, source, stops, parts, key):
+    tokenizer = make_tokenizer(name, source)
+    for word in TRICKY:
+        message = {"role": "assistant", "reasoning_content": "Rowan", "content": "Aspen"} | {key: word}
+        if key == "content":
+            del message["reasoning_content"]
+        conversation = Conversation([{"role": "user", "content": "Juniper"}, message])
+        try:
+            (sample,) = render_conversation(conversation, tokenizer)
+        except RenderingError as error:
+            # For no other reason than that of a word which stands nowhere else.
+            plain = {**message, key: "Hazel"}
+            with pytest.raises(RenderingError, match=re.escape(str(error).split(": ", 1)[1].split("'")[0][:40])):
+                render_conversation(Conversation([conversation.messages[0], plain]), tokenizer)
+            continue
+        plain = {**message, key: "Hazel"}
+        (expected,) = render_conversation(Conversation([conversation.messages[0], plain]), tokenizer)
+        texts = [tokenizer.decode(s.token_ids[s.prompt_length :]) for s in (sample, expected)]
+        assert texts[0] == texts[1].replace("Hazel", word)
+
+
+SHARED = Path(__file__).parents[3] / "shared"
+DATA = ["llamafactory_reason_tool_use", "taubench_gpt4o_airline", "mathchat_follow_up_300"]
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer():
+    folder = SHARED / "tokenizers" / "qwen3"
+    if not folder.exists():
+        pytest.skip("no Qwen3 tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(CONTROL_TOKENS, special_tokens=True)  # of the other templates
+    return tokenizer
+
+
+@pytest.mark.parametrize("file", DATA)
+@pytest.mark.parametrize(
+    "name", ["gptoss", "round dropped", "final without stop", "qwen3", "glm4moe", "nemotron_3_nano"]
+)
+def test_no_tool_result_of_a_real_conversation_is_trained(name, file, real_tokenizer):
+    path = SHARED / "data" / f"{file}.jsonl"
+    if not path.exists():
+        pytest.skip(f"no {path.name}")
+    real_tokenizer.chat_template = HARD_TEMPLATES[name].source if name in HARD_TEMPLATES else template_text(name)
+    trained = 0
+    for line in path.read_text().splitlines()[:10]:
+        row = json.loads(line)
+        try:
+            samples = render_row(row, real_tokenizer)
+        except RenderingError:
+            continue
+        results = [
+            m["content"] for m in row["messages"] if m["role"] in ("tool", "user") and len(m["content"] or "") > 40
+        ]
+        for sample in samples[-6:]:
+            completion = real_tokenizer.decode(sample.token_ids[sample.prompt_length :])
+            own = json.dumps(row["messages"][sample.message_index], ensure_ascii=False)
+            assert not [text for text in results if text in completion and text not in own]
+            trained += 1
+    assert trained or name == "gptoss"
