@@ -35,7 +35,7 @@ from trl_singlepass.attention.tree_mask import TreeMask
 from trl_singlepass.attention.varlen_plan import varlen_calls
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row, TreePlan
 
 
@@ -127,7 +127,7 @@ def choose(model: Any, kernel: str) -> None:
     model.set_attn_implementation("sdpa")
     model.config._attn_implementation_internal, _, backend = kernel.partition(":")
     model.config.kernel_options = {"BACKEND": backend} if backend else None
-    use_tree_attention(model)
+    enable_tree(model)
 
 
 def measure(model: Any, samples: list[Sample], kernel: str | None, make: Any, repeats: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.recurrent import recurrent_layers
 from trl_singlepass.recurrent.layer_kinds import Handling
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row
 
 
@@ -94,8 +94,8 @@ def single_pass(model: Any, samples: list[Sample]) -> float:
 def modes() -> dict[str, Callable[[list[Sample]], float]]:
     """Each mode with a model of its own, all of the same weights."""
     plain, forks, paths = (small_hybrid() for _ in range(3))
-    use_tree_attention(forks)
-    use_tree_attention(paths)
+    enable_tree(forks)
+    enable_tree(paths)
     for layer in recurrent_layers(paths):
         layer._tree_handling = Handling(starts_from_state=False)
     return {

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row
 
 
@@ -111,7 +111,7 @@ def npass_packed(step: Step) -> Callable[[], float]:
 
 def single_pass(step: Step) -> Callable[[], float]:
     """The samples' prefix tree in one row."""
-    use_tree_attention(step.model)
+    enable_tree(step.model)
     row = Row.from_tree(PrefixTree.from_samples(step.samples)).columns()
     batch = DataCollatorForSinglePass(pad_token_id=0)([row])
     plan = batch.pop("tree_plan")

@@ -22,7 +22,7 @@ from trl_singlepass.attention.block_mask import block_mask_of
 from trl_singlepass.attention.context import Tree, tree_context
 from trl_singlepass.attention.tree_mask import TreeMask
 from trl_singlepass.attention.varlen_plan import varlen_calls
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.trees.sample import Sample
@@ -86,7 +86,7 @@ def forward_time(rows, repeats):
         num_key_value_heads=2, head_dim=64, max_position_embeddings=65536,
     )  # fmt: skip
     model = transformers.Qwen3ForCausalLM(config).eval()
-    use_tree_attention(model)
+    enable_tree(model)
     plan, row = TreePlan.from_rows(rows), Row.join(rows)
     inputs = {
         "input_ids": torch.from_numpy(row.input_ids)[None],

@@ -30,7 +30,7 @@ from trl_singlepass import PrefixTree
 from trl_singlepass.attention.context import Tree
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.waves import WavePlan, WaveRow, select
 from trl_singlepass.waves.budget import ActivationBytes
@@ -72,7 +72,7 @@ class Case:
 
 def waves(step: Step, case: Case) -> tuple[Callable[[], float], dict[str, Any]]:
     """The samples' prefix tree in waves; and what is counted about them, filled in by the step."""
-    use_tree_attention(step.model)
+    enable_tree(step.model)
     batch = DataCollatorForSinglePass(pad_token_id=0)([Row.from_tree(PrefixTree.from_samples(step.samples)).columns()])
     tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
     plan, labels = case.plan(batch["tree_plan"]), batch["labels"][0]

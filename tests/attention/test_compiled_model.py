@@ -7,7 +7,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from support.exact import assert_equal_to_npass, single_pass_loss
 from support.families import tiny_model
 from support.strategies import reasoning_chat
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 
 
 @pytest.mark.slow
@@ -17,7 +17,7 @@ def test_a_compiled_model_trains_the_same(family):
     torch.compiler.reset()
     plain, compiled = (tiny_model(family, dtype=torch.float32, attn_implementation="eager") for _ in range(2))
     for model in (plain, compiled):
-        use_tree_attention(model)
+        enable_tree(model)
     compiled.forward = torch.compile(compiled.forward, backend="aot_eager")
     stats = torch._dynamo.utils.counters["stats"]
     for turns in (3, 4, 5, 6, 7):

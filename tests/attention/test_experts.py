@@ -9,7 +9,7 @@ from support.tiny_configs import tiny_model
 from trl_singlepass.attention import tree_context
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.float64 import ForcedFloat64
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 
 
 WITH_AUXILIARY_LOSS = ["qwen2_moe", "qwen3_moe", "gpt_oss", "mixtral", "granitemoehybrid", "jamba", "qwen3_next"]
@@ -21,7 +21,7 @@ def test_experts_computed_at_once_equal_npass_in_float32(model_type, experts):
     model = tiny_model(model_type, initializer_range=0.05).float()
     model.set_experts_implementation(experts)
     expected = npass_loss_and_gradients(model, branchy_chat())
-    use_tree_attention(model)
+    enable_tree(model)
     found = single_pass_loss_and_gradients(model, branchy_chat())
     assert abs(found.loss - expected.loss) <= 1e-6 * expected.loss
     gradient = torch.cat([expected.gradients[name].flatten() for name in expected.gradients])
@@ -32,7 +32,7 @@ def test_experts_computed_at_once_equal_npass_in_float32(model_type, experts):
 @pytest.mark.parametrize("model_type", WITH_AUXILIARY_LOSS)
 def test_auxiliary_loss_counts_a_shared_token_once_per_sample(model_type):
     model = tiny_model(model_type)
-    use_tree_attention(model)
+    enable_tree(model)
     with ForcedFloat64():
         outputs, batch = forward(model, [branchy_chat()])
         with tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]):

@@ -17,7 +17,7 @@ from support.varlen_reference import ReferenceKernel
 from trl_singlepass.attention import flash, registry, varlen_kernels, varlen_plan
 from trl_singlepass.attention.sdpa import tree_attention
 from trl_singlepass.attention.varlen_plan import varlen_calls
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -40,7 +40,7 @@ def switch(model, implementation="flash_attention_2"):
     """What loading with `attn_implementation` does where the package is installed."""
     model.set_attn_implementation("eager")
     model.config._attn_implementation_internal = implementation
-    use_tree_attention(model)
+    enable_tree(model)
 
 
 @pytest.mark.usefixtures("float64")
@@ -236,7 +236,7 @@ def test_hub_kernels_are_registered_when_asked_for(kernel):
     assert name.startswith("tree_varlen_")
     assert not {"flash", "/", "sdpa"} & set(name.split("_"))
     assert "flash" not in name
-    use_tree_attention(model)  # a second trainer on the same model
+    enable_tree(model)  # a second trainer on the same model
     assert model.config._attn_implementation == name
 
 

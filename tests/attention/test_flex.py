@@ -14,7 +14,7 @@ from support.strategies import reasoning_chat, sample_sets
 from support.trees import mask_of, tree_masks, tree_of
 from trl_singlepass.attention import block_mask, flex
 from trl_singlepass.attention.block_mask import block_mask_of, mask_mod_of
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 
 
 ANY_RULE = ("causal", "window", "chunk", "other")
@@ -159,7 +159,7 @@ def test_one_compilation_serves_rows_of_any_length(family, mask_types):
     flex.compiled_flex_attention.cache_clear()
     sizes = {"dtype": torch.float32, "hidden_size": 64, "head_dim": 16}
     model, reference = flex_model(family, **sizes), tiny_model(family, attn_implementation="eager", **sizes)
-    use_tree_attention(reference)
+    enable_tree(reference)
     graphs, before = torch._dynamo.utils.counters["stats"], torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for turns in (9, 12, 20, 7, 30, 13):
         with torch.no_grad():

@@ -9,7 +9,7 @@ from trl_singlepass.attention import TREE_ATTENTION
 from trl_singlepass.attention.registry import tree_attention_name
 from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.reference.single_pass import single_pass_loss_and_gradients
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 
 
 SIZES = {"hidden_size": 128, "head_dim": 32, "initializer_range": 0.05}
@@ -25,7 +25,7 @@ def npass_gradients(family, dtype, device):
 def tree_gradients(family, kernel, device, checkpointing):
     model = tiny_model(family, dtype=torch.bfloat16, **sizes_of(family)).to(device)
     model.config._attn_implementation_internal = kernel
-    use_tree_attention(model)
+    enable_tree(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return flat(single_pass_loss_and_gradients(model, SAMPLES).gradients.values())
@@ -72,6 +72,6 @@ def test_autocast(family):
     with torch.autocast("cpu", torch.bfloat16):
         own_error = (npass_gradients(family, torch.float32, "cpu") - exact).norm()
         model = tiny_model(family, dtype=torch.float32, **sizes_of(family))
-        use_tree_attention(model)
+        enable_tree(model)
         gradients = flat(single_pass_loss_and_gradients(model, SAMPLES).gradients.values())
     assert (gradients - exact).norm() <= 2 * own_error

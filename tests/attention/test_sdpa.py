@@ -21,7 +21,7 @@ from trl_singlepass.attention.block_kernels import BlockMath, CpuFlash
 from trl_singlepass.attention.blocks import BlockAttention, tree_blocks
 from trl_singlepass.attention.dense import dense_attention
 from trl_singlepass.attention.sdpa import tree_attention
-from trl_singlepass.training.model import UnsupportedModelError, check_every_layer_attended, use_tree_attention
+from trl_singlepass.training.model import UnsupportedModelError, check_every_layer_attended, enable_tree
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import TreePlan
 
@@ -161,27 +161,27 @@ def test_ordinary_batches_run_as_before(family):
     with torch.no_grad():
         logits = model(**inputs).logits[kept]
         tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        use_tree_attention(model)
+        enable_tree(model)
         torch.testing.assert_close(model(**inputs).logits[kept], logits, rtol=0, atol=1e-10)
         assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), tokens)
 
 
-def test_use_tree_attention_names_an_unknown_implementation():
+def test_enable_tree_names_an_unknown_implementation():
     model = tiny_model("qwen3")
     model.config._attn_implementation = "paged|eager"
     with pytest.raises(ValueError, match=r"attn_implementation='paged\|eager'.*'sdpa'"):
-        use_tree_attention(model)
+        enable_tree(model)
 
 
 def test_switching_twice_changes_nothing():
     model = tiny_model("qwen3", attn_implementation="sdpa")
-    assert use_tree_attention(model) == "sdpa"
-    assert use_tree_attention(model) == model.config._attn_implementation
+    assert enable_tree(model) == "sdpa"
+    assert enable_tree(model) == model.config._attn_implementation
 
 
 def test_the_saved_config_holds_no_trace_of_tree_attention(tmp_path):
     model = tiny_model("qwen3")
-    use_tree_attention(model)
+    enable_tree(model)
     model.save_pretrained(tmp_path)
     assert "tree" not in (tmp_path / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
@@ -190,19 +190,19 @@ def test_the_saved_config_holds_no_trace_of_tree_attention(tmp_path):
 def test_models_that_do_not_take_attention_from_outside_are_refused():
     model = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2))
     with pytest.raises(UnsupportedModelError, match="BloomForCausalLM does not take its attention function"):
-        use_tree_attention(model)
+        enable_tree(model)
 
 
 def test_attention_dropout_is_refused():
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, attn_pdrop=0.1))
-    use_tree_attention(model.train())
+    enable_tree(model.train())
     with pytest.raises(ValueError, match=r"GPT2Attention asks for attention dropout 0\.1.*attention_dropout"):
         forward(model, [reasoning_chat()])
 
 
 def test_a_layer_that_does_not_receive_the_tree_is_found():
     model = tiny_model("qwen3", attn_implementation="sdpa")
-    use_tree_attention(model)
+    enable_tree(model)
     tree = mask_of(reasoning_chat()).tree
     tree.attended_by.add(model.model.layers[0].self_attn)
     with pytest.raises(UnsupportedModelError, match="Qwen3ForCausalLM did not receive the tree in 'Qwen3Attention'"):

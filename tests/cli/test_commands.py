@@ -25,7 +25,7 @@ from trl_singlepass.reference import timing
 from trl_singlepass.rendering.samples import render_row
 from trl_singlepass.reports.audit import audit
 from trl_singlepass.scripts import sft
-from trl_singlepass.training.preemption import checkpoint_to_resume
+from trl_singlepass.training.checkpoints import checkpoint_to_resume
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")

@@ -14,7 +14,7 @@ from support.chat_tokenizers import make_tokenizer
 from support.runs import assert_same_training, on_engine, with_config, zero
 from support.training import SETTINGS, as_dataset, needs_weighted_loss
 from support.worker import training_conversations
-from trl_singlepass.training.preemption import damages, last_good_checkpoint
+from trl_singlepass.training.checkpoints import find_damage, last_good_checkpoint
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3, "optim": "adamw_torch"}
@@ -80,7 +80,7 @@ def test_told_to_stop(tmp_path, nursery, uninterrupted, engine):
     settings, environment = on_engine(engine, with_config(SHORT, save_steps=100))
     run = partial(nursery.run, tmp_path, world_size=2, environment=environment)
     stopped = run({**settings, "accident": {"kind": "SIGTERM", "step": 3, "rank": 1}})
-    assert "Told to stop: saving a checkpoint after step" in stopped.log
+    assert "Received a signal to stop: saving a checkpoint after step" in stopped.log
     assert not hasattr(stopped, "loss")
     assert 3 <= int(last_good_checkpoint(tmp_path / "out").rpartition("-")[2]) < 6
     assert_same_training(run(settings), uninterrupted(settings, environment))
@@ -116,7 +116,7 @@ def test_full_disk(tmp_path, nursery, one_process):
     assert run.codes == [1]
     assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-3")
     resumed = nursery.run(tmp_path, settings)
-    assert "Passing over" in resumed.log
+    assert "Skipping " in resumed.log
     assert "checkpoint-4" in resumed.log
     assert_same_training(resumed, one_process(with_config(settings, save_strategy="no")))
 
@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, saved, name, damage):
     file.write_bytes(content[: len(content) // 2])
     if damage != "is cut off":
         file.unlink()
-    assert damage in next(damages(file.parent))
+    assert damage in next(find_damage(file.parent))
     assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-2")
 
 

@@ -22,7 +22,7 @@ from trl_singlepass.recurrent.layout import Layout
 from trl_singlepass.recurrent.schedule import fork_schedule, path_schedule
 from trl_singlepass.reference.float64 import ForcedFloat64
 from trl_singlepass.rendering.samples import render_row
-from trl_singlepass.training.model import UnsupportedModelError, check_model, use_tree_attention
+from trl_singlepass.training.model import UnsupportedModelError, check_model, enable_tree
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.trees.sample import Sample
@@ -73,7 +73,7 @@ def test_random_trees(model_type, samples):
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "kimi_linear", "bamba", "lfm2", "zamba2"])
 def test_states_at_forks_equal_whole_paths(model_type):
     model = tiny_model(model_type)
-    use_tree_attention(model)
+    enable_tree(model)
     fast, _ = forward(model, [branchy_chat()])
     for layer in recurrent_layers(model):
         layer._tree_handling = Handling(starts_from_state=False)
@@ -93,7 +93,7 @@ def test_ordinary_batches_run_as_before(model_type):
     model = tiny_model(model_type).float().eval()
     batch = {"input_ids": torch.arange(5, 25).reshape(2, 10)}
     before = model(**batch).logits
-    use_tree_attention(model)
+    enable_tree(model)
     layers = list(recurrent_layers(model))
     assert layers
     assert all(map(on_trees, layers))
@@ -106,7 +106,7 @@ def test_ordinary_batches_run_as_before(model_type):
 @pytest.mark.parametrize("model_type", KINDS)
 def test_a_copied_model_runs_its_own_layers(model_type):
     model = tiny_model(model_type)
-    use_tree_attention(model)
+    enable_tree(model)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -118,7 +118,7 @@ def test_a_copied_model_runs_its_own_layers(model_type):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_recomputation_without_the_tree_raises(use_reentrant):
     model = tiny_model("qwen3_5_text")
-    use_tree_attention(model)
+    enable_tree(model)
     for handle in model._tree_handles:
         handle.remove()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -132,7 +132,7 @@ def test_selecting_attention_refuses_kernels_of_other_attention():
     for config in (model.config, *(layer.config for layer in recurrent_layers(model))):
         config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="attn_implementation='sdpa' or 'eager', not 'flex_attention'"):
-        use_tree_attention(model)
+        enable_tree(model)
 
 
 def test_unknown_mixing_layers_are_refused_by_name():

@@ -10,7 +10,7 @@ from support.strategies import reasoning_chat
 from trl_singlepass import Sample, verify
 from trl_singlepass.recurrent.layer import on_trees
 from trl_singlepass.reference import leak_probe, npass_loss_and_gradients, single_pass
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import TreePlan
 
 
@@ -103,7 +103,7 @@ HYBRID = {
 def test_a_model_with_recurrent_layers_agrees_and_is_left_as_it_was(tokenizer, dtype, comes_on_trees):
     model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(vocab_size=len(tokenizer), **HYBRID)).to(dtype)
     if comes_on_trees:
-        use_tree_attention(model)
+        enable_tree(model)
     attention = model.config._attn_implementation
     report = verify(model, tokenizer, CONVERSATIONS)
     assert report.ok, str(report)
@@ -154,7 +154,7 @@ def test_npass_ignores_tree_attention(tokenizer):
     model = model_for(tokenizer)
     samples = reasoning_chat()
     expected = npass_loss_and_gradients(model, samples)
-    use_tree_attention(model)
+    enable_tree(model)
     found = npass_loss_and_gradients(model, samples)
     assert model.config._attn_implementation == "tree_torch"
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
@@ -215,7 +215,7 @@ def test_the_verdict_names_a_leak(tokenizer, monkeypatch):
     plant(monkeypatch, branch_sees_its_sibling)
     model = model_for(tokenizer)
     assert "a turn sees tokens of another turn" in str(verify(model, tokenizer, CONVERSATIONS))
-    use_tree_attention(model)
+    enable_tree(model)
     assert leak_probe(model.eval(), reasoning_chat()).leaked > 0
 
 
@@ -223,12 +223,12 @@ def test_the_verdict_names_lost_history(tokenizer, monkeypatch):
     plant(monkeypatch, branch_misses_its_history)
     model = model_for(tokenizer)
     assert "have no effect on it" in str(verify(model, tokenizer, CONVERSATIONS))
-    use_tree_attention(model)
+    enable_tree(model)
     assert leak_probe(model.eval(), reasoning_chat()).blind > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sound_model_leaks_nothing(family):
     model = tiny_model(family, dtype=torch.float32).eval()
-    use_tree_attention(model)
+    enable_tree(model)
     assert leak_probe(model, reasoning_chat()).ok

@@ -9,7 +9,7 @@ from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.reference.float64 import ForcedFloat64
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 
@@ -94,7 +94,7 @@ def assert_equal_to_npass(model, sample_sets, prepare=None, pad_to_multiple_of=N
     makes rows of the sample sets.
     """
     expected = npass_loss_and_gradients(model, [sample for samples in sample_sets for sample in samples])
-    use_tree_attention(model)
+    enable_tree(model)
     if prepare is not None:
         prepare(model)
     model.zero_grad()

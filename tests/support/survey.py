@@ -20,7 +20,7 @@ from trl_singlepass.training.model import (
     UnsupportedModelError,
     check_every_layer_attended,
     check_model,
-    use_tree_attention,
+    enable_tree,
 )
 from trl_singlepass.trees.prefix_tree import PrefixTree, sample_paths
 from trl_singlepass.trees.rows import Row
@@ -69,7 +69,7 @@ def survey(name):
     samples = branchy_chat()
     with ForcedFloat64():
         expected = npass_loss_and_gradients(model, samples)
-        use_tree_attention(model)
+        enable_tree(model)
         assert_same(single_pass_loss_and_gradients(model, samples), expected)
         assert_nothing_leaks(model, samples)
     return Outcome(name, "exact", remark_of(model))

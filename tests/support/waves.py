@@ -6,7 +6,7 @@ from support.exact import TOLERANCE
 from trl_singlepass.attention.context import Tree
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.reference import npass_loss_and_gradients
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 from trl_singlepass.waves import WavePlan, WaveRow, select
@@ -54,7 +54,7 @@ def assert_waves_equal_npass(
 ):
     """Assert that loss and all gradients of a row that runs in waves are those of the separate samples."""
     expected = npass_loss_and_gradients(model, [sample for samples in sample_sets for sample in samples])
-    use_tree_attention(model)
+    enable_tree(model)
     if prepare is not None:
         prepare(model)
     batch = batch_of(sample_sets, pad_to_multiple_of)

@@ -43,7 +43,8 @@ from support.training import SETTINGS as COMMON
 from support.training import as_dataset, float32_model
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.training import sequence_parallel
-from trl_singlepass.training.preemption import PreemptionCallback, last_good_checkpoint
+from trl_singlepass.training.checkpoints import last_good_checkpoint
+from trl_singlepass.training.preemption import PreemptionCallback
 
 
 def offer_fsdp_on_cpu():

@@ -16,7 +16,7 @@ from support.waves import assert_waves_equal_npass, batch_of, plan_of, train_in_
 from trl_singlepass.attention import Tree
 from trl_singlepass.attention.context import running_on
 from trl_singlepass.recurrent import recurrent_layers
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 
 
 pytestmark = [
@@ -114,7 +114,7 @@ def test_offloaded_inputs_and_states_train_the_same(model_type):
 @pytest.mark.parametrize(("model_type", "tokens_per_fork"), [("qwen3_5_text", 1), ("lfm2", 2)])
 def test_only_the_inputs_that_run_again_are_kept(model_type, tokens_per_fork):
     model = model_of(model_type)
-    use_tree_attention(model)
+    enable_tree(model)
     batch = batch_of([reasoning_chat(4)])
     plan = plan_of(batch, 60)
     _, row = train_in_waves(model, batch, plan)
@@ -132,7 +132,7 @@ def test_only_the_inputs_that_run_again_are_kept(model_type, tokens_per_fork):
 
 def test_trees_are_freed_with_their_row():
     model = model_of("qwen3_5_text")
-    use_tree_attention(model)
+    enable_tree(model)
     batch = batch_of([reasoning_chat(2)])
     tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
     with torch.no_grad(), running_on(tree):

@@ -10,7 +10,7 @@ from support.families import FAMILIES, MIXTURES, tiny_model
 from support.strategies import reasoning_chat, sample_sets
 from support.waves import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
 from trl_singlepass.attention.context import Tree
-from trl_singlepass.training.model import use_tree_attention
+from trl_singlepass.training.model import enable_tree
 from trl_singlepass.waves import WaveRow
 
 
@@ -73,7 +73,7 @@ def test_long_chat_over_many_windows(family):
 
 def test_keys_and_values_take_the_bytes_that_are_counted():
     model = model_of("qwen3")
-    use_tree_attention(model)
+    enable_tree(model)
     batch = batch_of([reasoning_chat()])
     for size in (5, 66):
         plan = plan_of(batch, size)
@@ -85,7 +85,7 @@ def test_keys_and_values_take_the_bytes_that_are_counted():
 
 def test_layers_with_a_window_keep_what_it_looks_back_to():
     model = model_of("gemma3")  # a layer with a window of 7 tokens, and one without
-    use_tree_attention(model)
+    enable_tree(model)
     batch = batch_of([reasoning_chat(turns=12)])
     plan = plan_of(batch, 100, keep_history=False)
     _, row = train_in_waves(model, batch, plan)
@@ -97,7 +97,7 @@ def test_layers_with_a_window_keep_what_it_looks_back_to():
 
 def test_offloaded_keys_and_values_train_the_same():
     model = model_of("qwen3")
-    use_tree_attention(model)
+    enable_tree(model)
     batch = batch_of([reasoning_chat()])
     tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
     row = WaveRow(plan_of(batch, 20), tree, offload=True)

@@ -35,7 +35,7 @@ def single_pass_loss_and_gradients(model: nn.Module, samples: Sequence[Sample]) 
 
     Args:
         model (`torch.nn.Module`):
-            Model under tree attention (see [`use_tree_attention`]), in the mode in which it shall run.
+            Model under tree attention (see [`enable_tree`]), in the mode in which it shall run.
         samples (`Sequence[Sample]`):
             Samples, with at least one trained token between them.
 

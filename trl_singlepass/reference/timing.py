@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from ..cost.flops import Cost, npass_cost, shape_of, single_pass_cost
-from ..training.model import use_tree_attention
+from ..training.model import enable_tree
 from ..trees.prefix_tree import PrefixTree
 from ..trees.sample import Sample
 from .npass import LossAndGradients, npass_loss_and_gradients
@@ -88,7 +88,7 @@ def time_both(
     """
     shape = shape_of(model.config)
     npass = _seconds(npass_loss_and_gradients, model, conversations, repeats, on_step)
-    use_tree_attention(model)
+    enable_tree(model)
     single_pass = _seconds(single_pass_loss_and_gradients, model, conversations, repeats, on_step)
     return Timing(
         npass,

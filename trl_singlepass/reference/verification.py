@@ -14,8 +14,7 @@ from torch import nn
 from ..data.bad_rows import each_row
 from ..recurrent.layer import on_trees, stop_tree_recurrence
 from ..rendering.samples import render_row
-from ..training.adapters import without_adapters
-from ..training.model import use_tree_attention
+from ..training.model import enable_tree, without_adapters
 from ..trees.sample import Sample
 from .float64 import ForcedFloat64
 from .npass import LossAndGradients, device_of, npass_loss_and_gradients, text_config
@@ -114,7 +113,7 @@ def _left_as_found(model: Any) -> Iterator[str | None]:
             yield attention if came_on_trees else None
     finally:
         if came_on_trees:
-            use_tree_attention(base)
+            enable_tree(base)
             _set_attention(base, attention)
         for module, training in modes.items():
             module.training = training
@@ -123,7 +122,7 @@ def _left_as_found(model: Any) -> Iterator[str | None]:
 @contextmanager
 def _on_trees(model: Any, tree_attention: str | None) -> Iterator[None]:
     base = without_adapters(model)
-    before = use_tree_attention(base)
+    before = enable_tree(base)
     try:
         if tree_attention is not None:
             _set_attention(base, tree_attention)

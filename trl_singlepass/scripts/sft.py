@@ -26,8 +26,9 @@ from trl import (
 )
 
 from ..data.files import LINES, TABLES, JsonLines
+from ..training.checkpoints import checkpoint_to_resume
 from ..training.config import SinglePassSFTConfig
-from ..training.preemption import PreemptionCallback, checkpoint_to_resume
+from ..training.preemption import PreemptionCallback
 from ..training.trainer import SinglePassSFTTrainer
 
 

@@ -14,7 +14,7 @@ from transformers import DataCollator
 
 from ..data.collator import DataCollatorForSinglePass
 from ..recurrent.layer_kinds import recurrent_layer_names
-from .adapters import without_adapters
+from .model import without_adapters
 
 
 def check_dataset(columns: Collection[str]) -> None:

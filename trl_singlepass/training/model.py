@@ -9,7 +9,6 @@ from ..attention.context import Tree
 from ..attention.registry import tree_attention_name
 from ..recurrent.layer import use_tree_recurrence
 from ..recurrent.layer_kinds import decoder_of, recurrent_layers, unknown_mixing_layers
-from .adapters import without_adapters
 
 
 # Layer types of transformers that attend under a mask; layers of the last two mix tokens in another way as well.
@@ -166,7 +165,7 @@ def _listed(names: set[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names))
 
 
-def use_tree_attention(model: Any) -> str:
+def enable_tree(model: Any) -> str:
     """
     Switch a model to tree attention; batches without a tree run as before.
 
@@ -190,3 +189,17 @@ def use_tree_attention(model: Any) -> str:
     if name != implementation and base._can_set_attn_implementation():  # some models have recurrent layers only
         base.set_attn_implementation(name)
     return implementation
+
+
+def without_adapters(model: Any) -> Any:
+    """
+    Return the model inside a PEFT wrapper, or the model itself if it has no adapters.
+
+    Args:
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model.
+
+    Returns:
+        `transformers.PreTrainedModel`: The base model.
+    """
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -23,10 +23,10 @@ from ..attention import Tree, TreeMask
 from ..attention.context import running_on
 from ..data.row_padding import padded_to
 from ..trees.rows import TreePlan
-from .adapters import without_adapters
 from .compatibility import check_sequence_parallelism
 from .gradient_scale import GradientCheck, overcounting_of
 from .loss import weighted_model
+from .model import without_adapters
 
 
 class SequenceParallel:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .adapters import without_adapters
+from .model import without_adapters
 
 
 def gather_head_with_model(model: Any) -> None:

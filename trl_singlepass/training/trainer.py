@@ -24,7 +24,6 @@ from ..data.formatted_text import as_text
 from ..data.preparation import prepare_dataset
 from ..data.sampler import train_sampler
 from ..trees.rows import ROW_COLUMNS
-from .adapters import without_adapters
 from .compatibility import (
     check_collator,
     check_dataset,
@@ -42,7 +41,7 @@ from .config import (
 )
 from .loss import normalized, weighted_model
 from .metrics import MeasuringTrainer
-from .model import check_every_layer_attended, check_model, use_tree_attention
+from .model import check_every_layer_attended, check_model, enable_tree, without_adapters
 from .paper import PAPER
 from .sequence_parallel import SequenceParallel
 from .setting_compatibility import check_turn_settings
@@ -183,7 +182,7 @@ class SinglePassSFTTrainer(MeasuringTrainer):
 
     def _use_tree_attention(self) -> None:
         if not self._uses_tree_attention:
-            use_tree_attention(self.model)
+            enable_tree(self.model)
             self._uses_tree_attention = True
             self._checked_layers = False
             self._waves = WaveTraining(self)

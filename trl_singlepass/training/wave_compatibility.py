@@ -13,7 +13,7 @@ from torch import nn
 from ..attention.registry import TREE_ATTENTION
 from ..recurrent.layer_kinds import recurrent_layer_names
 from ..waves.engines import SHARDED
-from .adapters import without_adapters
+from .model import without_adapters
 
 
 def check_waves(trainer: Any) -> None:

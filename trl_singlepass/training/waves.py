@@ -17,8 +17,8 @@ from ..waves.loss import WaveLoss
 from ..waves.model import WavedModel
 from ..waves.plan import WavePlan
 from ..waves.runner import WaveRow
-from .adapters import without_adapters
 from .loss import total_weight
+from .model import without_adapters
 from .wave_compatibility import check_waves
 
 
