@@ -29,11 +29,11 @@ from benchmarks.step_time import MODEL, TINY_MODEL, TINY_SIZES, now
 from trl_singlepass import PrefixTree
 from trl_singlepass.attention.context import Tree
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
+from trl_singlepass.cost.memory import ActivationBytes
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.waves import WavePlan, WaveRow, select
-from trl_singlepass.waves.budget import ActivationBytes
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -137,7 +137,7 @@ def counted(case: Case) -> dict[str, Any]:
     samples, config = case.samples(), Qwen3Config(**case.model)
     tree, shape = PrefixTree.from_samples(samples), ModelShape.from_config(config)
     npass, single = npass_cost(samples, shape), single_pass_cost([tree], shape)
-    count = ActivationBytes.of(config, 4, checkpointing=case.checkpointing)
+    count = ActivationBytes.from_config(config, 4, checkpointing=case.checkpointing)
     return {
         "turns": case.turns,
         "npass_tokens": npass.tokens,

@@ -235,7 +235,7 @@ def test_rows_that_fit_run_at_once_and_the_log_says_so(tmp_path, tokenizer, capl
 
 
 def test_auto_that_finds_no_room_says_what_there_is(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("trl_singlepass.waves.budget.free_bytes", lambda device: 2**20)
+    monkeypatch.setattr("trl_singlepass.training.wave_budget.free_bytes", lambda device: 2**20)
     trainer = single_pass_trainer(
         tmp_path, tokenizer, float32_model(tokenizer), wave_tokens="auto", per_device_train_batch_size=4
     )

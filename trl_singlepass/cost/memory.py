@@ -1,8 +1,13 @@
-"""How many ranks should share a row (`sp_size`), from counted bytes and floating-point operations."""
+"""
+Memory of a row, in counted bytes.
+
+How many ranks should share a row (`sp_size`), and how many of its tokens may have activations at once (`wave_tokens`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from .flops import ModelShape
@@ -113,6 +118,52 @@ def smallest_group(config: Any, num_tokens: int, free_bytes: float) -> int | Non
     """
     fitting = (size for size in _sizes(config) if row_bytes(config, num_tokens, size) <= free_bytes)
     return next(fitting, None)
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationBytes:
+    """
+    Bytes per token that a decoder saves for its backward.
+
+    Args:
+        per_token (`int`):
+            Activations of all layers.
+        key_value (`int`):
+            Keys and values of all layers, without their gradients: what a token with descendants in later waves keeps.
+    """
+
+    per_token: int
+    key_value: int
+
+    @classmethod
+    def from_config(cls, config: Any, itemsize: int, *, checkpointing: bool) -> ActivationBytes:
+        """
+        Count the bytes of a decoder with gated MLPs.
+
+        Per token, a layer saves: for each of its two norms the input, its float32 copy and the normalised output; the
+        inputs of its four kinds of matrices; queries and keys before and after rotation, values, the attention output
+        and its log-sum-exp; and in the MLP the gate, the activated gate, up and the product. Query and key norms
+        (Qwen3) save what the other norms do.
+
+        Args:
+            config (`transformers.PreTrainedConfig`):
+                Configuration of the model.
+            itemsize (`int`):
+                Bytes of one activation.
+            checkpointing (`bool`):
+                Whether layers save only their input and are recomputed one by one in backward.
+        """
+        config = config.get_text_config()
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        queries, keys = _widths(config, 1)
+        inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        inner *= getattr(config, "num_experts_per_tok", None) or 1
+        norms = 2 * hidden * (2 * itemsize + 4) + (queries + keys) * (itemsize + 4)
+        attention = (2 * hidden + 3 * queries + 4 * keys) * itemsize + 4 * heads
+        layer = norms + attention + 4 * inner * itemsize
+        layers = config.num_hidden_layers
+        per_token = layers * hidden * itemsize + layer if checkpointing else layers * layer
+        return cls(per_token, layers * 2 * keys * itemsize)
 
 
 def _sizes(config: Any) -> Iterator[int]:

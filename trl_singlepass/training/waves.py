@@ -10,15 +10,14 @@ from transformers import logging
 
 from ..attention.context import Tree
 from ..recurrent.layer_kinds import recurrent_layers
-from ..waves.balance import RouterRecorder
-from ..waves.budget import wave_tokens_that_fit
 from ..waves.engines import SHARDED, ShardedEngine, engine_of
-from ..waves.loss import WaveLoss
+from ..waves.loss import RouterRecorder, WaveLoss
 from ..waves.model import WavedModel
 from ..waves.plan import WavePlan
 from ..waves.runner import WaveRow
 from .loss import total_weight
 from .model import without_adapters
+from .wave_budget import wave_tokens_that_fit
 from .wave_compatibility import check_waves
 
 
@@ -106,13 +105,13 @@ class WaveTraining:
         engine = engine_of(model, trainer.accelerator, self._scale())
         if len(plan.waves) == 1 and not isinstance(engine, ShardedEngine):
             return model
-        balance = None if self.recorder is None else self.recorder.start()
+        balance = None if self.recorder is None else self.recorder.new_row()
         steps = trainer.current_gradient_accumulation_steps if num_items is not None and trainer.model.training else 1
         loss = WaveLoss(
             self._coefficients(inputs, num_items),
             is_dft=trainer.args.loss_type == "dft",
-            balance=balance,
-            balance_coefficient=0.0 if balance is None else trainer.router_aux_loss_coef / steps,
+            load_balancing=balance,
+            load_balancing_coefficient=0.0 if balance is None else trainer.router_aux_loss_coef / steps,
         )
         self._unchecked = loss if trainer.model.training else None
         row = WaveRow(plan, tree, trainer.args.offload_kv)

@@ -1,15 +1,30 @@
-"""The loss of one wave: its share of TRL's loss of the whole row, and of the load-balancing loss."""
+"""
+The loss of one wave: its share of TRL's loss for the whole row, and of the load-balancing loss.
+
+The load-balancing loss of a mixture of experts is exact although no wave sees the whole row. With `C_e` the tokens
+routed to expert `e` and `P_e` the sum of its router probabilities, over all `R` tokens and layers, it is
+`E · Σ_e C_e/R · P_e/R`. `C_e` has no gradient, so once all `C_e` are known the loss is linear in each wave's part of
+`P_e`: the share of a wave is `E · Σ_e C_e · P_e(wave) / R²`, and the shares add up to the loss.
+
+Source: `load_balancing_loss_func` of transformers; Switch Transformer, arXiv 2101.03961, equations 4 to 6.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
-from .balance import LoadBalance
 from .plan import Wave
 from .state import select
+
+
+if TYPE_CHECKING:
+    from trl.trainer.utils import FusedCausalLMOutput  # trl>=1.16
 
 
 @dataclass(eq=False)
@@ -19,37 +34,96 @@ class WaveLoss:
 
     Args:
         coefficients (`torch.Tensor` of shape `(1, row_length)`, `torch.float32`):
-            Factor `c` of the loss of the target of each position.
+            Factor `c` of each position's target.
         is_dft (`bool`):
             Whether each token's loss is multiplied by its probability.
-        balance (`LoadBalance`, *optional*):
+        load_balancing (`LoadBalancingLoss`, *optional*):
             Load-balancing loss of a mixture of experts.
-        balance_coefficient (`float`, *optional*, defaults to 0):
+        load_balancing_coefficient (`float`, *optional*, defaults to 0):
             Its factor.
     """
 
     coefficients: torch.Tensor
     is_dft: bool
-    balance: LoadBalance | None = None
-    balance_coefficient: float = 0.0
+    load_balancing: LoadBalancingLoss | None = None
+    load_balancing_coefficient: float = 0.0
     total: float | torch.Tensor = field(default=0.0, init=False)
 
-    def __call__(self, wave: Wave, outputs: Any) -> torch.Tensor:
-        """
-        Return the loss of a wave.
-
-        Args:
-            wave (`Wave`):
-                The wave.
-            outputs (`Any`):
-                Outputs of TRL's fused head, with `log_probs` of shape `(1, num_tokens)`.
-        """
+    def __call__(self, wave: Wave, outputs: FusedCausalLMOutput) -> torch.Tensor:
+        """Return the loss of a wave from the outputs of TRL's fused head, and add it to `total`."""
         log_probs = outputs.log_probs
         loss: torch.Tensor = -log_probs * select(self.coefficients, ((wave.start, wave.end),))
         if self.is_dft:
             loss = loss * log_probs.exp().detach()
         loss = loss.sum()
         if outputs.aux_loss is not None:
-            loss = loss + self.balance_coefficient * outputs.aux_loss
+            loss = loss + self.load_balancing_coefficient * outputs.aux_loss
         self.total = self.total + loss.detach()
         return loss
+
+
+class LoadBalancingLoss:
+    """
+    Load-balancing loss of one row: [`count`] every wave first, then ask for the [`share`] of each.
+
+    Both take the router logits of a wave, one tensor of shape `(num_tokens, num_experts)` per layer, and the
+    multiplicity of its tokens (how often N-pass runs each), shape `(1, num_tokens)`.
+
+    Args:
+        num_experts (`int`):
+            Number of experts per layer.
+        experts_per_token (`int`):
+            Number of experts that each token is routed to.
+    """
+
+    def __init__(self, num_experts: int, experts_per_token: int) -> None:
+        self.num_experts = num_experts
+        self.experts_per_token = experts_per_token
+        self._routed: torch.Tensor | float = 0.0
+        self._total: torch.Tensor | float = 0.0
+
+    def count(self, router_logits: Sequence[torch.Tensor], multiplicity: torch.Tensor) -> None:
+        """Add the tokens of a wave to the counts of the row."""
+        weight = multiplicity.reshape(-1).float()
+        for logits in router_logits:
+            chosen = logits.softmax(-1).topk(self.experts_per_token, dim=-1).indices
+            routed = weight.new_zeros(self.num_experts)
+            routed.scatter_add_(0, chosen.reshape(-1), weight.repeat_interleave(self.experts_per_token))
+            self._routed = self._routed + routed
+            self._total = self._total + weight.sum()
+
+    def share(self, router_logits: Sequence[torch.Tensor], multiplicity: torch.Tensor) -> torch.Tensor:
+        """Return what a wave contributes to the loss of the row."""
+        weight = multiplicity.reshape(-1).float()
+        probability = torch.stack([(logits.softmax(-1).float() * weight[:, None]).sum(0) for logits in router_logits])
+        shares: torch.Tensor = self.num_experts * self._routed * probability.sum(0) / self._total**2
+        return shares.sum()
+
+
+class RouterRecorder:
+    """
+    Records the router logits that a model's decoder returns: TRL's fused head does not pass them on.
+
+    Args:
+        model (`transformers.PreTrainedModel`):
+            Mixture-of-experts model, without adapters or wrappers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config()
+        self.num_experts, self.experts_per_token = int(config.num_experts), int(config.num_experts_per_tok)
+        self._logits: Sequence[torch.Tensor] | None = None
+        model.base_model.register_forward_hook(self._record)
+
+    def _record(self, module: torch.nn.Module, args: tuple[object, ...], outputs: ModelOutput) -> None:
+        self._logits = getattr(outputs, "router_logits", None)
+
+    def pop(self) -> Sequence[torch.Tensor]:
+        """Return the router logits of the last forward."""
+        logits, self._logits = self._logits, None
+        assert logits is not None, "the model was asked for router logits"
+        return logits
+
+    def new_row(self) -> LoadBalancingLoss:
+        """Return the load-balancing loss of a new row."""
+        return LoadBalancingLoss(self.num_experts, self.experts_per_token)

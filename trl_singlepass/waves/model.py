@@ -9,9 +9,8 @@ import torch
 from ..attention.context import Tree, running_on
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import Run, TreePlan
-from .balance import RouterRecorder
 from .engines import Engine, ShardedEngine
-from .loss import WaveLoss
+from .loss import RouterRecorder, WaveLoss
 from .plan import Ranges, Wave
 from .runner import WaveRow
 from .state import select
@@ -92,7 +91,7 @@ class WavedModel:
             parts.append(outputs)
             if self.recorder is not None:
                 logits.append((wave, self._count(wave, inputs)))
-        assert self.loss.balance is not None or not logits
+        assert self.loss.load_balancing is not None or not logits
         for outputs, (wave, router_logits) in zip(parts, logits, strict=False):
             outputs.aux_loss = self._share(wave, inputs, router_logits)
         return _joined(parts)
@@ -150,14 +149,15 @@ class WavedModel:
 
     def _count(self, wave: Wave, inputs: dict[str, Any]) -> Any:
         assert self.recorder is not None
-        assert self.loss.balance is not None
+        assert self.loss.load_balancing is not None
         router_logits = self.recorder.pop()
-        self.loss.balance.count(router_logits, select(inputs["attention_mask"], ((wave.start, wave.end),)))
+        self.loss.load_balancing.count(router_logits, select(inputs["attention_mask"], ((wave.start, wave.end),)))
         return router_logits
 
     def _share(self, wave: Wave, inputs: dict[str, Any], router_logits: Any) -> torch.Tensor:
-        assert self.loss.balance is not None
-        return self.loss.balance.share(router_logits, select(inputs["attention_mask"], ((wave.start, wave.end),)))
+        assert self.loss.load_balancing is not None
+        multiplicity = select(inputs["attention_mask"], ((wave.start, wave.end),))
+        return self.loss.load_balancing.share(router_logits, multiplicity)
 
 
 def _detached(outputs: Any) -> Any:

@@ -1,0 +1,56 @@
+"""`wave_tokens="auto"`: how many tokens may have activations at once, from free memory and counted bytes."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from ..cost.memory import ActivationBytes
+from .config import SinglePassSFTConfig
+
+
+# The rest is for what is not counted: fragmentation, temporary buffers, keys and values that wait for later waves.
+_USABLE_SHARE = 0.8
+_MULTIPLE = 256
+
+
+def wave_tokens_that_fit(model: PreTrainedModel, args: SinglePassSFTConfig) -> tuple[int, str]:
+    """
+    Return how many tokens may have activations at the same time, and why.
+
+    Args:
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`):
+            Model, on its device.
+        args (`SinglePassSFTConfig`):
+            Training arguments.
+
+    Returns:
+        `tuple[int, str]`: The number of tokens, a multiple of 256, and the calculation behind it.
+
+    Raises:
+        `ValueError`: If not even 256 tokens fit.
+    """
+    itemsize = 2 if args.bf16 or args.fp16 else next(model.parameters()).element_size()
+    counted = ActivationBytes.from_config(model.config, itemsize, checkpointing=bool(args.gradient_checkpointing))
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    free = free_bytes(args.device)
+    # The first step allocates gradients and two moments, all in float32.
+    left = int(_USABLE_SHARE * free) - 12 * num_trained
+    tokens = left // counted.per_token // _MULTIPLE * _MULTIPLE
+    gib, mib = 2**30, 2**20
+    reason = (
+        f"{free / gib:.1f} GiB are free on {args.device}, of which {12 * num_trained / gib:.1f} GiB go to gradients "
+        f"and optimizer and a fifth stays in reserve; a token needs {counted.per_token / mib:.2f} MiB of activations"
+    )
+    if tokens < _MULTIPLE:
+        raise ValueError(f"wave_tokens='auto' found no room for {_MULTIPLE} tokens: {reason}. Set wave_tokens.")
+    return tokens, reason
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that can still be allocated on a device, including those that PyTorch holds unused."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + unused)
+    return int(psutil.virtual_memory().available)
