@@ -24,8 +24,8 @@ from benchmarks.machine import describe
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.recurrent import recurrent_layers
-from trl_singlepass.recurrent.layer_kinds import Handling
+from trl_singlepass.recurrent import path_dependent_layers
+from trl_singlepass.recurrent.layer_kinds import ReplayMode
 from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row
 
@@ -96,8 +96,8 @@ def modes() -> dict[str, Callable[[list[Sample]], float]]:
     plain, forks, paths = (small_hybrid() for _ in range(3))
     enable_tree(forks)
     enable_tree(paths)
-    for layer in recurrent_layers(paths):
-        layer._tree_handling = Handling(starts_from_state=False)
+    for layer in path_dependent_layers(paths):
+        layer._replay_mode = ReplayMode(starts_from_state=False)
     return {
         "npass": lambda samples: sample_by_sample(plain, samples),
         "npass_padded": lambda samples: padded_batch(plain, samples),

@@ -33,7 +33,7 @@ from trl_singlepass.cost.memory import ActivationBytes
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row, TreePlan
-from trl_singlepass.waves import WavePlan, WaveRow, select
+from trl_singlepass.waves import WavePlan, WaveRunner, select
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -82,7 +82,7 @@ def waves(step: Step, case: Case) -> tuple[Callable[[], float], dict[str, Any]]:
         return step.decoder(**{name: select(batch[name], tokens) for name in NAMES})
 
     def loss() -> float:
-        row, total = WaveRow(plan, tree), 0.0
+        row, total = WaveRunner(plan, tree), 0.0
         for wave, hidden in row.train(decoder, decoder):
             targets = torch.cat([labels[wave.start + 1 : wave.end + 1], labels[:1]])[: len(wave)]
             predicting = (targets != -100).nonzero()[:, 0]

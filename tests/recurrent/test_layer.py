@@ -14,10 +14,10 @@ from support.strategies import branch_at_every_depth, reasoning_chat, sample_set
 from support.survey import branchy_chat
 from support.tiny_configs import HYBRIDS, KINDS, tiny_model
 from support.training import largest_difference, needs_cached_states, single_pass_trainer, stock_trainer
+from trl_singlepass.recurrent import disable_tree_recurrence, path_dependent_layers
 from trl_singlepass.recurrent import layer as recurrent_layer
-from trl_singlepass.recurrent import recurrent_layers, stop_tree_recurrence
-from trl_singlepass.recurrent.layer import on_trees
-from trl_singlepass.recurrent.layer_kinds import Handling
+from trl_singlepass.recurrent.layer import runs_on_trees
+from trl_singlepass.recurrent.layer_kinds import ReplayMode
 from trl_singlepass.recurrent.layout import Layout
 from trl_singlepass.recurrent.schedule import fork_schedule, path_schedule
 from trl_singlepass.reference.float64 import ForcedFloat64
@@ -75,8 +75,8 @@ def test_states_at_forks_equal_whole_paths(model_type):
     model = tiny_model(model_type)
     enable_tree(model)
     fast, _ = forward(model, [branchy_chat()])
-    for layer in recurrent_layers(model):
-        layer._tree_handling = Handling(starts_from_state=False)
+    for layer in path_dependent_layers(model):
+        layer._replay_mode = ReplayMode(starts_from_state=False)
     slow, _ = forward(model, [branchy_chat()])
     assert (fast.logits - slow.logits).abs().max() <= 1e-12 * slow.logits.abs().max()
 
@@ -94,11 +94,11 @@ def test_ordinary_batches_run_as_before(model_type):
     batch = {"input_ids": torch.arange(5, 25).reshape(2, 10)}
     before = model(**batch).logits
     enable_tree(model)
-    layers = list(recurrent_layers(model))
+    layers = list(path_dependent_layers(model))
     assert layers
-    assert all(map(on_trees, layers))
+    assert all(map(runs_on_trees, layers))
     assert torch.equal(model(**batch).logits, before)
-    stop_tree_recurrence(model)
+    disable_tree_recurrence(model)
     assert not any("forward" in vars(layer) for layer in layers)
     assert torch.equal(model(**batch).logits, before)
 
@@ -129,7 +129,7 @@ def test_recomputation_without_the_tree_raises(use_reentrant):
 
 def test_selecting_attention_refuses_kernels_of_other_attention():
     model = tiny_model("deepseek_v32")
-    for config in (model.config, *(layer.config for layer in recurrent_layers(model))):
+    for config in (model.config, *(layer.config for layer in path_dependent_layers(model))):
         config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="attn_implementation='sdpa' or 'eager', not 'flex_attention'"):
         enable_tree(model)

@@ -8,7 +8,7 @@ from support.conversations import TOOLS, chat, tool_chat
 from support.families import FAMILIES, tiny_model
 from support.strategies import reasoning_chat
 from trl_singlepass import Sample, verify
-from trl_singlepass.recurrent.layer import on_trees
+from trl_singlepass.recurrent.layer import runs_on_trees
 from trl_singlepass.reference import leak_probe, npass_loss_and_gradients, single_pass
 from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import TreePlan
@@ -108,7 +108,7 @@ def test_a_model_with_recurrent_layers_agrees_and_is_left_as_it_was(tokenizer, d
     report = verify(model, tokenizer, CONVERSATIONS)
     assert report.ok, str(report)
     assert model.config._attn_implementation == attention
-    assert any(map(on_trees, model.modules())) == comes_on_trees
+    assert any(map(runs_on_trees, model.modules())) == comes_on_trees
 
 
 def state_of(model):

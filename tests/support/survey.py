@@ -13,7 +13,7 @@ from support.tiny_conditional import classes_without_loss_arguments, tiny_condit
 from support.tiny_configs import OWN, tiny_model
 from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.recurrent import recurrent_layers
+from trl_singlepass.recurrent import path_dependent_layers
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.float64 import ForcedFloat64
 from trl_singlepass.training.model import (
@@ -113,14 +113,14 @@ def remark_of(model):
     """Layer types of the tiny model, which of them do not run as tree attention, and its auxiliary loss."""
     config = model.config.get_text_config()
     parts = [", ".join(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"]))]
-    handlings = set(recurrent_layers(model).values())
-    if any(handling.starts_from_state for handling in handlings):
+    modes = set(path_dependent_layers(model).values())
+    if any(mode.starts_from_state for mode in modes):
         parts.append("states at forks")
-    if any(handling.reach for handling in handlings):
+    if any(mode.reach for mode in modes):
         parts.append("convolution tails at forks")
-    if any(handling.attends for handling in handlings):
+    if any(mode.attends for mode in modes):
         parts.append("attention on whole paths")
-    if any(not (handling.starts_from_state or handling.reach or handling.attends) for handling in handlings):
+    if any(not (mode.starts_from_state or mode.reach or mode.attends) for mode in modes):
         parts.append("recurrence on whole paths")
     if getattr(config, "output_router_logits", False):
         parts.append("auxiliary loss")

@@ -9,7 +9,7 @@ from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
-from trl_singlepass.waves import WavePlan, WaveRow, select
+from trl_singlepass.waves import WavePlan, WaveRunner, select
 
 
 def batch_of(sample_sets, pad_to_multiple_of=None):
@@ -30,7 +30,7 @@ def targets_and_weights(batch):
 
 def train_in_waves(model, batch, plan, offload=False):
     """Accumulate the gradients of a row; return its loss and the row."""
-    row = WaveRow(plan, Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]), offload)
+    row = WaveRunner(plan, Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]), offload)
     labels, weights = targets_and_weights(batch)
 
     def forward(wave, tokens):

@@ -15,7 +15,7 @@ from support.tiny_configs import HYBRIDS, KINDS, tiny_model
 from support.waves import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
 from trl_singlepass.attention import Tree
 from trl_singlepass.attention.context import running_on
-from trl_singlepass.recurrent import recurrent_layers
+from trl_singlepass.recurrent import path_dependent_layers
 from trl_singlepass.training.model import enable_tree
 
 
@@ -118,7 +118,7 @@ def test_only_the_inputs_that_run_again_are_kept(model_type, tokens_per_fork):
     batch = batch_of([reasoning_chat(4)])
     plan = plan_of(batch, 60)
     _, row = train_in_waves(model, batch, plan)
-    layers = set(recurrent_layers(model))
+    layers = set(path_dependent_layers(model))
     inputs = [
         value.shape[1]
         for layer in layers & row.memories[0].leaves.keys()

@@ -11,7 +11,7 @@ from support.strategies import reasoning_chat, sample_sets
 from support.waves import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
 from trl_singlepass.attention.context import Tree
 from trl_singlepass.training.model import enable_tree
-from trl_singlepass.waves import WaveRow
+from trl_singlepass.waves import WaveRunner
 
 
 pytestmark = [
@@ -100,6 +100,6 @@ def test_offloaded_keys_and_values_train_the_same():
     enable_tree(model)
     batch = batch_of([reasoning_chat()])
     tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
-    row = WaveRow(plan_of(batch, 20), tree, offload=True)
+    row = WaveRunner(plan_of(batch, 20), tree, offload=True)
     for memory in row.memories:
         assert memory.of(model, 3).like(torch.zeros(1, 2, 3, 4, device="meta"), torch.float64).device.type == "cpu"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..trees.rows import TreePlan
 from .boundary_grads import Key, Leaves, LeavingStates, Recalled, WithKept
 from .fork_cache import ForkStates
-from .layer_kinds import Handling
+from .layer_kinds import ReplayMode
 from .schedule import Schedule
 
 
@@ -173,7 +173,7 @@ class Handover:
 class HandsOver(Protocol):
     """Tree of a row whose ancestors ran in earlier rows, as waves make it."""
 
-    def handover(self, handling: Handling) -> Handover | None:
+    def handover(self, mode: ReplayMode) -> Handover | None:
         """Return what layers that run alike need of ancestors that ran before."""
 
 

@@ -15,33 +15,33 @@ from ..attention.context import Tree
 from ..attention.tree_mask import TreeMask
 from .boundary import Handover, HandsOver
 from .fork_cache import ForkStates
-from .layer_kinds import DISTANCE, SELECTION, Handling, recurrent_layers
+from .layer_kinds import DISTANCE, SELECTION, ReplayMode, path_dependent_layers
 from .layout import Layout
 from .schedule import Piece
 from .tree_carrier import carried_tree, carry_trees
 
 
-def use_tree_recurrence(model: Any) -> None:
+def enable_tree_recurrence(model: Any) -> None:
     """
     Make the recurrent layers of a model run on trees; batches without a tree run as before.
 
-    Each layer's `forward` is wrapped on the instance; [`stop_tree_recurrence`] takes that back.
+    Each layer's `forward` is wrapped on the instance; [`disable_tree_recurrence`] takes that back.
 
     Args:
         model (`transformers.PreTrainedModel`):
             Model, changed in place. Its attention must not have been switched to tree attention yet.
     """
-    layers = {layer: handling for layer, handling in recurrent_layers(model).items() if not on_trees(layer)}
-    for layer, handling in layers.items():
-        _wrap(layer, handling)
+    layers = {layer: mode for layer, mode in path_dependent_layers(model).items() if not runs_on_trees(layer)}
+    for layer, mode in layers.items():
+        _wrap(layer, mode)
     if layers:
         model._tree_handles = carry_trees(model, layers)
 
 
-def _wrap(layer: Any, handling: Handling) -> None:
-    if handling.attends:
+def _wrap(layer: Any, mode: ReplayMode) -> None:
+    if mode.attends:
         layer.config = _with_stock_attention(layer)
-    layer._tree_handling = handling
+    layer._replay_mode = mode
     layer._stock_forward = layer.forward
     layer._had_own_forward = "forward" in vars(layer)
     layer.forward = MethodType(_forward, layer)
@@ -58,27 +58,27 @@ def _with_stock_attention(layer: Any) -> Any:
     return copy.copy(layer.config)
 
 
-def stop_tree_recurrence(model: Any) -> None:
+def disable_tree_recurrence(model: Any) -> None:
     """
-    Take back what [`use_tree_recurrence`] did.
+    Take back what [`enable_tree_recurrence`] did.
 
     Args:
         model (`transformers.PreTrainedModel`):
             Model, changed in place.
     """
-    for layer in filter(on_trees, model.modules()):
+    for layer in filter(runs_on_trees, model.modules()):
         if layer._had_own_forward:
             layer.forward = layer._stock_forward
         else:
             del layer.forward
-        del layer._stock_forward, layer._tree_handling, layer._had_own_forward
+        del layer._stock_forward, layer._replay_mode, layer._had_own_forward
     for handle in vars(model).pop("_tree_handles", ()):
         handle.remove()
 
 
-def on_trees(layer: nn.Module) -> bool:
+def runs_on_trees(layer: nn.Module) -> bool:
     """Whether a layer runs on trees."""
-    return "_tree_handling" in vars(layer)
+    return "_replay_mode" in vars(layer)
 
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,8 +104,8 @@ def _check_not_lost(layer: Any) -> None:
 
 
 def _run(layer: Any, arguments: dict[str, Any], tree: Tree) -> Any:
-    handling: Handling = layer._tree_handling
-    layout = _layout(tree, handling)
+    mode: ReplayMode = layer._replay_mode
+    layout = _layout(tree, mode)
     handover = layout.handover
     arguments = {name: False if name == "use_cache" else value for name, value in arguments.items()}
     if handover is not None:
@@ -118,9 +118,9 @@ def _run(layer: Any, arguments: dict[str, Any], tree: Tree) -> Any:
         inputs = {name: values[step] for name, values in steps.items()}
         pieces = [layout.schedule.pieces[index] for index in batch]
         cache = ForkStates([_source(layer, piece, states, layout) for piece in pieces if piece.starts_from_state])
-        inputs |= dict.fromkeys(cache_arguments, cache if handling.starts_from_state else None)
+        inputs |= dict.fromkeys(cache_arguments, cache if mode.starts_from_state else None)
         outputs.append(layer._stock_forward(**inputs))
-        if handling.starts_from_state and not cache.final:
+        if mode.starts_from_state and not cache.final:
             raise RuntimeError(
                 f"{type(layer).__name__} put no state in the cache that it was given, so its branches would be "
                 "trained without their history. Use a version of transformers that README.md lists as known to work."
@@ -157,7 +157,7 @@ def _per_step(layer: Any, name: str, value: Any, layout: Layout) -> list[Any]:
         return layout.distances()
     if not isinstance(getattr(value, "tree", None), Tree):
         return layout.gather(value)
-    if not layer._tree_handling.attends:
+    if not layer._replay_mode.attends:
         return [None] * len(layout.shapes)  # no padding comes before a token, so there is nothing to mask
     if isinstance(value, TreeMask):
         is_eager = layer.config._attn_implementation == "eager"
@@ -165,18 +165,18 @@ def _per_step(layer: Any, name: str, value: Any, layout: Layout) -> list[Any]:
     return [torch.ones(shape, dtype=torch.bool, device=value.device) for shape in layout.shapes]
 
 
-def _layout(tree: Tree, handling: Handling) -> Layout:
+def _layout(tree: Tree, mode: ReplayMode) -> Layout:
     """Layout of a row, made once and shared by all layers that run the same way."""
     layouts = _layouts.setdefault(tree, {})
-    if handling not in layouts:
-        handover = tree.handover(handling) if isinstance(tree, HandsOver) else None
-        schedule = handling.schedule(tree.plan, () if handover is None else handover.state_ends)
+    if mode not in layouts:
+        handover = tree.handover(mode) if isinstance(tree, HandsOver) else None
+        schedule = mode.schedule(tree.plan, () if handover is None else handover.state_ends)
         # Not the tree itself, which would never be freed as a value of its own key.
-        layouts[handling] = Layout(tree.plan.length, schedule, tree.depth.device, handover)
-    return layouts[handling]
+        layouts[mode] = Layout(tree.plan.length, schedule, tree.depth.device, handover)
+    return layouts[mode]
 
 
-_layouts: WeakKeyDictionary[Tree, dict[Handling, Layout]] = WeakKeyDictionary()
+_layouts: WeakKeyDictionary[Tree, dict[ReplayMode, Layout]] = WeakKeyDictionary()
 
 
 def _cache_arguments(layer: nn.Module) -> set[str]:

@@ -29,7 +29,7 @@ DISTANCE = "relative_distance"
 
 
 @dataclass(frozen=True, slots=True)
-class Handling:
+class ReplayMode:
     """
     How a layer runs on a tree.
 
@@ -62,7 +62,7 @@ class Handling:
         return path_schedule(plan, self.reach, shortest_in_batch=0.0 if self.attends else SHORTEST_IN_BATCH)
 
 
-def handling_of(layer: nn.Module) -> Handling | None:
+def get_replay_mode(layer: nn.Module) -> ReplayMode | None:
     """
     Return how a layer runs on a tree, `None` if it is neither recurrent nor attention that needs a whole path.
 
@@ -80,14 +80,14 @@ def handling_of(layer: nn.Module) -> Handling | None:
     calls = set(code.co_names)  # and the globals that it reads
     keywords = {name for constant in code.co_consts if isinstance(constant, tuple) for name in constant}
     if "ALL_ATTENTION_FUNCTIONS" in calls and _needs_whole_path(layer, keywords):
-        return Handling(starts_from_state=False, attends=True)
+        return ReplayMode(starts_from_state=False, attends=True)
     if type(layer).__name__ in WHOLE_PATH_LAYERS or "get_linear_cache" in calls:
-        return Handling(starts_from_state=False)
+        return ReplayMode(starts_from_state=False)
     if "get_conv_state" not in calls:
         return None
     if "get_recurrent_state" not in calls:
-        return Handling(starts_from_state=False, reach=_reach(layer))
-    return Handling(starts_from_state=bool(keywords & {"initial_state", "initial_states"}))
+        return ReplayMode(starts_from_state=False, reach=_reach(layer))
+    return ReplayMode(starts_from_state=bool(keywords & {"initial_state", "initial_states"}))
 
 
 def _needs_whole_path(layer: nn.Module, keywords: set[Any]) -> bool:
@@ -104,7 +104,7 @@ def _reach(layer: nn.Module) -> int:
     return sum((module.kernel_size[0] - 1) * module.dilation[0] for module in convolutions)
 
 
-def recurrent_layers(model: Any) -> dict[nn.Module, Handling]:
+def path_dependent_layers(model: Any) -> dict[nn.Module, ReplayMode]:
     """
     Return the layers of a model that mix tokens outside attention, or select the tokens that they attend to.
 
@@ -113,26 +113,26 @@ def recurrent_layers(model: Any) -> dict[nn.Module, Handling]:
             Model.
 
     Returns:
-        `dict[torch.nn.Module, Handling]`: The outermost such layers, with how each runs on a tree.
+        `dict[torch.nn.Module, ReplayMode]`: The outermost such layers, with how each runs on a tree.
     """
-    return {layer: handling for layer, handling in _outermost(decoder_of(model)) if handling is not None}
+    return {layer: mode for layer, mode in _outermost(get_decoder(model)) if mode is not None}
 
 
-def recurrent_layer_names(model: Any) -> list[str]:
-    """Return the classes of [`recurrent_layers`], for messages."""
-    return sorted({type(layer).__name__ for layer in recurrent_layers(model)})
+def path_dependent_layer_names(model: Any) -> list[str]:
+    """Return the classes of [`path_dependent_layers`], for messages."""
+    return sorted({type(layer).__name__ for layer in path_dependent_layers(model)})
 
 
 def unknown_mixing_layers(model: Any) -> set[str]:
     """Return the classes of layers that convolve or recur over tokens in a way that is not known."""
     return {
         type(layer).__name__
-        for layer, handling in _outermost(decoder_of(model))
-        if handling is None and any(isinstance(child, MIXING_MODULES) for child in layer.children())
+        for layer, mode in _outermost(get_decoder(model))
+        if mode is None and any(isinstance(child, MIXING_MODULES) for child in layer.children())
     }
 
 
-def decoder_of(model: Any) -> nn.Module:
+def get_decoder(model: Any) -> nn.Module:
     """Return the part of a model that reads tokens, without the encoders of other media."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     # Some models call their head a decoder.
@@ -142,10 +142,10 @@ def decoder_of(model: Any) -> nn.Module:
     return whole
 
 
-def _outermost(module: nn.Module) -> Iterator[tuple[nn.Module, Handling | None]]:
+def _outermost(module: nn.Module) -> Iterator[tuple[nn.Module, ReplayMode | None]]:
     """Yield a module and what it holds, down to layers that run on trees as a whole."""
-    handling = handling_of(module)
-    yield module, handling
-    if handling is None:
+    mode = get_replay_mode(module)
+    yield module, mode
+    if mode is None:
         for child in module.children():
             yield from _outermost(child)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..data.bad_rows import each_row
-from ..recurrent.layer import on_trees, stop_tree_recurrence
+from ..recurrent.layer import disable_tree_recurrence, runs_on_trees
 from ..rendering.samples import render_row
 from ..training.model import enable_tree, without_adapters
 from ..trees.sample import Sample
@@ -103,7 +103,7 @@ def _left_as_found(model: Any) -> Iterator[str | None]:
     base = without_adapters(model)
     modes = {module: module.training for module in model.modules()}
     attention = text_config(base)._attn_implementation
-    came_on_trees = attention.startswith("tree_") or any(map(on_trees, base.modules()))
+    came_on_trees = attention.startswith("tree_") or any(map(runs_on_trees, base.modules()))
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
     model.eval()
     if came_on_trees:
@@ -132,7 +132,7 @@ def _on_trees(model: Any, tree_attention: str | None) -> Iterator[None]:
 
 
 def _leave_trees(base: Any, attention: str) -> None:
-    stop_tree_recurrence(base)
+    disable_tree_recurrence(base)
     _set_attention(base, attention)
 
 

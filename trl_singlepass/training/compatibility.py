@@ -13,7 +13,7 @@ from packaging.version import Version
 from transformers import DataCollator
 
 from ..data.collator import DataCollatorForSinglePass
-from ..recurrent.layer_kinds import recurrent_layer_names
+from ..recurrent.layer_kinds import path_dependent_layer_names
 from .model import without_adapters
 
 
@@ -136,7 +136,7 @@ def check_recurrent_layers(trainer: Any) -> None:
     plugin = trainer.accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage < 3 or trainer.accelerator.num_processes == 1:
         return
-    recurrent = recurrent_layer_names(without_adapters(trainer.model))
+    recurrent = path_dependent_layer_names(without_adapters(trainer.model))
     if recurrent:
         raise ValueError(
             f"ZeRO-3 does not work with {', '.join(recurrent)}: it gathers parameters as often as a layer's parts "
@@ -167,7 +167,7 @@ def check_tensor_parallelism(trainer: Any) -> None:
     if trainer.get_tp_size() == 1:
         return
     summed_per_batch = "replicated_with_grad_allreduce" in (getattr(base, "tp_plan", None) or {}).values()
-    recurrent = recurrent_layer_names(base)
+    recurrent = path_dependent_layer_names(base)
     for refused, what, way_out in (
         (
             summed_per_batch and args.gradient_accumulation_steps > 1,
@@ -234,7 +234,7 @@ def check_sequence_parallelism(trainer: Any) -> None:
         `ValueError`: If a setting or the model does not work with sequence parallelism.
     """
     args = trainer.args
-    recurrent = recurrent_layer_names(without_adapters(trainer.model))
+    recurrent = path_dependent_layer_names(without_adapters(trainer.model))
     for refused, what, way_out in (
         (trainer.accelerator.distributed_type != DistributedType.DEEPSPEED, "another engine than DeepSpeed", "Use it"),
         (args.per_device_train_batch_size > 1, "per_device_train_batch_size above 1", "Set it to 1, and accumulate"),

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..attention.context import Tree
 from ..attention.registry import tree_attention_name
-from ..recurrent.layer import use_tree_recurrence
-from ..recurrent.layer_kinds import decoder_of, recurrent_layers, unknown_mixing_layers
+from ..recurrent.layer import enable_tree_recurrence
+from ..recurrent.layer_kinds import get_decoder, path_dependent_layers, unknown_mixing_layers
 
 
 # Layer types of transformers that attend under a mask; layers of the last two mix tokens in another way as well.
@@ -16,7 +16,7 @@ _ATTENTION_LAYER_TYPES = frozenset(
     {"full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding"}
 )
 _TOKENWISE_LAYER_TYPES = frozenset({"mlp", "moe", "dense", "sparse"})
-# The layers themselves are found by what they do (see `recurrent_layers`).
+# The layers themselves are found by what they do (see `path_dependent_layers`).
 _RECURRENT_LAYER_TYPES = frozenset(
     {
         "linear_attention",
@@ -74,7 +74,7 @@ def _mixes_branches(model: Any) -> str | None:
         return f"has {_listed(unknown)} layers; they mix neighbouring tokens, so a branch would see its siblings"
     recurrent = [layer_type for layer_type in layer_types if layer_type in _RECURRENT_LAYER_TYPES]
     stateful = getattr(model, "_is_stateful", False)
-    if len(recurrent_layers(model)) < max(len(recurrent), int(stateful)):
+    if len(path_dependent_layers(model)) < max(len(recurrent), int(stateful)):
         what = f"{_listed(set(recurrent))} layers" if recurrent else "a recurrent state"
         return f"has {what} that cannot be run from fork to fork; a branch would see its siblings through them"
     return None
@@ -85,11 +85,11 @@ def _only_recurs(model: Any) -> bool:
     config = model.config.get_text_config()
     if set(getattr(config, "layer_types", None) or ()) & _ATTENTION_LAYER_TYPES:
         return False
-    return not attention_layers(model) and len(recurrent_layers(model)) >= config.num_hidden_layers
+    return not attention_layers(model) and len(path_dependent_layers(model)) >= config.num_hidden_layers
 
 
 def _is_out_of_reach(model: Any) -> str | None:
-    modules = list(decoder_of(model).modules())
+    modules = list(get_decoder(model).modules())
     if looking_ahead := {type(module).__name__ for module in modules if _looks_ahead(module)}:
         return f"attends to later tokens in {_listed(looking_ahead)}, which one pass would not"
     if numbering := [module for module in modules if hasattr(module, "create_position_ids_from_input_ids")]:
@@ -140,7 +140,7 @@ def check_every_layer_attended(model: Any, tree: Tree) -> None:
     Raises:
         `UnsupportedModelError`: If a layer did not receive it.
     """
-    layers = [*attention_layers(model), *recurrent_layers(model)]
+    layers = [*attention_layers(model), *path_dependent_layers(model)]
     missed = {type(layer).__name__ for layer in layers if layer not in tree.attended_by}
     if missed or not layers:
         which = f"did not receive the tree in {_listed(missed)}" if missed else "has no layers that received the tree"
@@ -150,8 +150,8 @@ def check_every_layer_attended(model: Any, tree: Tree) -> None:
 def attention_layers(model: Any) -> list[Any]:
     """Return the layers that take their attention function from transformers, without those on whole paths."""
     layers: list[Any] = []
-    on_whole_paths = {part for layer in recurrent_layers(model) for part in layer.modules()}
-    for module in decoder_of(model).modules():
+    on_whole_paths = {part for layer in path_dependent_layers(model) for part in layer.modules()}
+    for module in get_decoder(model).modules():
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         reads_interface = code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
         # Cross attention reads an encoder, and runs only where there is one.
@@ -185,7 +185,7 @@ def enable_tree(model: Any) -> str:
     check_model(base)
     implementation = str(base.config.get_text_config()._attn_implementation)
     name = tree_attention_name(implementation)
-    use_tree_recurrence(base)
+    enable_tree_recurrence(base)
     if name != implementation and base._can_set_attn_implementation():  # some models have recurrent layers only
         base.set_attn_implementation(name)
     return implementation

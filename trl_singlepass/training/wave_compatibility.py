@@ -11,7 +11,7 @@ from packaging.version import Version
 from torch import nn
 
 from ..attention.registry import TREE_ATTENTION
-from ..recurrent.layer_kinds import recurrent_layer_names
+from ..recurrent.layer_kinds import path_dependent_layer_names
 from ..waves.engines import SHARDED
 from .model import without_adapters
 
@@ -49,7 +49,7 @@ def _refused(trainer: Any) -> Iterator[tuple[str, str, str]]:
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer in ("lomo", "adalomo") or "layerwise" in optimizer:
         yield f"optim={optimizer!r}", "it updates parameters during backward, between waves", "Choose another"
-    recurrent = recurrent_layer_names(base)
+    recurrent = path_dependent_layer_names(base)
     if recurrent and args.wave_tokens == "auto":
         yield recurrent[0], "its activations are not counted", "Set a number of tokens"
     yield from _refused_models(trainer.model, base)

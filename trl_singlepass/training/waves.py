@@ -9,12 +9,12 @@ import trl
 from transformers import logging
 
 from ..attention.context import Tree
-from ..recurrent.layer_kinds import recurrent_layers
-from ..waves.engines import SHARDED, ShardedEngine, engine_of
+from ..recurrent.layer_kinds import path_dependent_layers
+from ..waves.engines import SHARDED, ShardedEngine, get_engine
 from ..waves.loss import RouterRecorder, WaveLoss
-from ..waves.model import WavedModel
+from ..waves.model import WaveModel
 from ..waves.plan import WavePlan
-from ..waves.runner import WaveRow
+from ..waves.runner import WaveRunner
 from .loss import total_weight
 from .model import without_adapters
 from .wave_budget import wave_tokens_that_fit
@@ -47,7 +47,7 @@ class WaveTraining:
         base = without_adapters(trainer.model)
         self.recorder = None if self.runs_at_once or not trainer.aux_loss_enabled else RouterRecorder(base)
         # Models take a lone token for a step of generation, and drop the mask that carries the tree to recomputation.
-        self._is_hybrid = bool(recurrent_layers(base))
+        self._is_hybrid = bool(path_dependent_layers(base))
         self._unchecked: WaveLoss | None = None
         self._is_checked = False
         self._wave_tokens: int | None = None if trainer.args.wave_tokens == "auto" else trainer.args.wave_tokens
@@ -102,7 +102,7 @@ class WaveTraining:
             logger.info(f"Step {trainer.state.global_step + 1}: {plan}.")
         mode = "train" if trainer.model.training else "eval"
         trainer._metrics[mode]["num_waves"].append(float(len(plan.waves)))
-        engine = engine_of(model, trainer.accelerator, self._scale())
+        engine = get_engine(model, trainer.accelerator, self._scale())
         if len(plan.waves) == 1 and not isinstance(engine, ShardedEngine):
             return model
         balance = None if self.recorder is None else self.recorder.new_row()
@@ -114,8 +114,8 @@ class WaveTraining:
             load_balancing_coefficient=0.0 if balance is None else trainer.router_aux_loss_coef / steps,
         )
         self._unchecked = loss if trainer.model.training else None
-        row = WaveRow(plan, tree, trainer.args.offload_kv)
-        return WavedModel(engine, row, loss, self.recorder)
+        row = WaveRunner(plan, tree, trainer.args.offload_kv)
+        return WaveModel(engine, row, loss, self.recorder)
 
     def check_loss(self, result: Any) -> None:
         """

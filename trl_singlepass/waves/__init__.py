@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .plan import Wave as Wave
 from .plan import WavePlan as WavePlan
-from .runner import WaveRow as WaveRow
+from .runner import WaveRunner as WaveRunner
 from .state import WaveTree as WaveTree
 from .state import select as select

@@ -113,7 +113,7 @@ class ShardedEngine(Engine):
         return most[0] - num_forwards, most[1] - num_waves
 
 
-def engine_of(model: Any, accelerator: Any, scale: float) -> Engine:
+def get_engine(model: Any, accelerator: Any, scale: float) -> Engine:
     """
     Return how waves call a model.
 

@@ -12,14 +12,14 @@ from ..trees.rows import Run, TreePlan
 from .engines import Engine, ShardedEngine
 from .loss import RouterRecorder, WaveLoss
 from .plan import Ranges, Wave
-from .runner import WaveRow
+from .runner import WaveRunner
 from .state import select
 
 
 PER_TOKEN = ("log_probs", "entropy", "is_top1", "label_mask")
 
 
-class WavedModel:
+class WaveModel:
     """
     Model that runs a row wave by wave and returns the outputs of TRL's fused head for the whole row.
 
@@ -29,7 +29,7 @@ class WavedModel:
     Args:
         engine (`Engine`):
             Calls the model.
-        row (`WaveRow`):
+        row (`WaveRunner`):
             The row.
         loss (`WaveLoss`):
             Loss of a wave.
@@ -37,7 +37,9 @@ class WavedModel:
             Router logits of a mixture of experts, where its load-balancing loss is trained.
     """
 
-    def __init__(self, engine: Engine, row: WaveRow, loss: WaveLoss, recorder: RouterRecorder | None = None) -> None:
+    def __init__(
+        self, engine: Engine, row: WaveRunner, loss: WaveLoss, recorder: RouterRecorder | None = None
+    ) -> None:
         self.engine, self.row, self.loss, self.recorder = engine, row, loss, recorder
 
     def __call__(self, *, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **inputs: Any) -> Any:

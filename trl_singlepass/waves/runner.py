@@ -14,7 +14,7 @@ from .plan import Ranges, Wave, WavePlan
 from .state import GroupMemory, WaveTree
 
 
-class WaveRow:
+class WaveRunner:
     """
     A row that runs wave by wave.
 

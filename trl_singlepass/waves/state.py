@@ -14,7 +14,7 @@ from ..attention.context import Tree
 from ..attention.kv_cache import HandedOn, LayerMemory, MemoryAccess
 from ..recurrent.boundary import Handover, Kept
 from ..recurrent.boundary_grads import Leaves
-from ..recurrent.layer_kinds import Handling
+from ..recurrent.layer_kinds import ReplayMode
 from ..trees.rows import TreePlan
 from .plan import Ranges, Wave
 from .subplan import Placement, pass_plan
@@ -40,7 +40,7 @@ class GroupMemory:
         self.layers: dict[torch.nn.Module, LayerMemory] = {}
         self.leaves: defaultdict[torch.nn.Module, Leaves] = defaultdict(lambda: Leaves(offload))
         self._waves = waves
-        self._kept: dict[Handling, Kept] = {}
+        self._kept: dict[ReplayMode, Kept] = {}
 
     def of(self, layer: torch.nn.Module, num_slots: int) -> LayerMemory:
         """Return the memory of a layer."""
@@ -52,15 +52,15 @@ class GroupMemory:
         """Return the slots of the tokens to which layers look back that see so many tokens."""
         if local_size is None:
             return np.arange(len(self.slots))
-        return self.kept(Handling(starts_from_state=False, reach=local_size - 1)).inputs
+        return self.kept(ReplayMode(starts_from_state=False, reach=local_size - 1)).inputs
 
-    def kept(self, handling: Handling) -> Kept:
+    def kept(self, mode: ReplayMode) -> Kept:
         """Return what the waves need of one another where recurrent layers run one way."""
-        if handling not in self._kept:
+        if mode not in self._kept:
             whole = (Placement.one_after_the_other(((wave.start, wave.end),)) for wave in self._waves)
             plans = (pass_plan(self.row, tokens, self.slots) for tokens in whole)
-            self._kept[handling] = Kept.by(plans, handling.schedule)
-        return self._kept[handling]
+            self._kept[mode] = Kept.by(plans, mode.schedule)
+        return self._kept[mode]
 
     def handed_on(self, tokens: Placement, wave: Wave) -> HandedOn:
         """
@@ -157,13 +157,13 @@ class WaveTree(Tree):
         kept = self.memory.kept_within(local_size)
         return MemoryAccess.to(self.memory.of(layer, len(kept)), self.handed_on, kept, writes=self.writes)
 
-    def handover(self, handling: Handling) -> Handover | None:
+    def handover(self, mode: ReplayMode) -> Handover | None:
         """Return what recurrent layers need of ancestors that ran before."""
         assert self.memory is not None
         if not len(self.memory.slots):
             return None
         own = {slot + i: first + i for first, last, slot in self.handed_on for i in range(last - first)}
-        return Handover(self.plan.length, own, self.memory.kept(handling), self.memory.leaves, self.writes)
+        return Handover(self.plan.length, own, self.memory.kept(mode), self.memory.leaves, self.writes)
 
 
 def select(x: torch.Tensor, tokens: Ranges) -> torch.Tensor:
