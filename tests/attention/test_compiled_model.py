@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers.models.qwen3 import modeling_qwen3
 
-from support.exact import assert_equal_to_npass, single_pass_loss
-from support.families import tiny_model
-from support.strategies import reasoning_chat
+from support.float64_comparison import assert_equal_to_npass, single_pass_loss
+from support.sample_sets import reasoning_chat
+from support.tiny_families import tiny_model
 from trl_singlepass.training.model import enable_tree
 
 

@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-from support.exact import CHECKPOINTING, assert_equal_to_npass
-from support.families import FAMILIES, MIXTURES, tiny_model
-from support.strategies import nested_forks, reasoning_chat, sample_sets
+from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass
+from support.sample_sets import nested_forks, reasoning_chat, sample_sets
+from support.tiny_families import FAMILIES, MIXTURES, tiny_model
 
 
 pytestmark = [

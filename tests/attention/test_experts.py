@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from support.exact import forward
-from support.survey import branchy_chat
-from support.tiny_configs import tiny_model
+from support.float64_comparison import forward
+from support.model_survey import branchy_chat
+from support.tiny_causal_lms import tiny_model
 from trl_singlepass.attention import tree_context
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.float64 import ForcedFloat64

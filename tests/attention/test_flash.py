@@ -9,10 +9,10 @@ import transformers.modeling_flash_attention_utils as stock
 from hypothesis import HealthCheck, given, settings
 
 from support import fake_flash
-from support.exact import CHECKPOINTING, assert_equal_to_npass, forward
-from support.families import FAMILIES, MIXTURES, tiny_model
-from support.strategies import reasoning_chat, sample_sets
-from support.trees import mask_of, tree_masks, tree_of
+from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass, forward
+from support.sample_sets import reasoning_chat, sample_sets
+from support.tiny_families import FAMILIES, MIXTURES, tiny_model
+from support.tree_masks import mask_of, tree_masks, tree_of
 from support.varlen_reference import ReferenceKernel
 from trl_singlepass.attention import flash, registry, varlen_kernels, varlen_plan
 from trl_singlepass.attention.sdpa import tree_attention

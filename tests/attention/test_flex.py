@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import flex_attention as torch_flex
 
-from support.exact import CHECKPOINTING, assert_equal_to_npass, forward
-from support.families import FAMILIES, MIXTURES, tiny_model
-from support.strategies import reasoning_chat, sample_sets
-from support.trees import mask_of, tree_masks, tree_of
+from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass, forward
+from support.sample_sets import reasoning_chat, sample_sets
+from support.tiny_families import FAMILIES, MIXTURES, tiny_model
+from support.tree_masks import mask_of, tree_masks, tree_of
 from trl_singlepass.attention import block_mask, flex
 from trl_singlepass.attention.block_mask import block_mask_of, mask_mod_of
 from trl_singlepass.training.model import enable_tree

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from support.families import FAMILIES, tiny_model
-from support.strategies import reasoning_chat
+from support.sample_sets import reasoning_chat
+from support.tiny_families import FAMILIES, tiny_model
 from trl_singlepass.attention import TREE_ATTENTION
 from trl_singlepass.attention.registry import tree_attention_name
 from trl_singlepass.reference import npass_loss_and_gradients

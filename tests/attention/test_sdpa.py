@@ -12,9 +12,9 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from support.exact import forward
-from support.families import FAMILIES, MIXTURES, tiny_model
-from support.strategies import reasoning_chat, sample_sets
+from support.float64_comparison import forward
+from support.sample_sets import reasoning_chat, sample_sets
+from support.tiny_families import FAMILIES, MIXTURES, tiny_model
 from trl_singlepass import Sample
 from trl_singlepass.attention import Tree, TreeMask
 from trl_singlepass.attention.block_kernels import BlockMath, CpuFlash

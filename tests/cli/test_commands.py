@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS, chat, tool_chat
-from support.training import float32_model
+from support.trainers import float32_model
 from trl_singlepass.cli import commands, launch
 from trl_singlepass.cli.main import EXAMPLES, SUMMARIES, _parser_class, main
 from trl_singlepass.cost import ModelShape, npass_cost

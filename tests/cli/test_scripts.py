@@ -10,7 +10,7 @@ from transformers import Trainer
 from trl.scripts import sft as stock_script
 
 from support.conversations import chat
-from support.training import as_dataset, float32_model, logged
+from support.trainers import as_dataset, float32_model, logged
 from trl_singlepass import SinglePassSFTTrainer
 from trl_singlepass.scripts import sft as our_script
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.balance_at_scale import MODEL
-from support.families import tiny_model
+from support.tiny_families import tiny_model
 from trl_singlepass.cost.memory import exchange_bytes, exchange_share, row_bytes, smallest_group
 
 

@@ -11,8 +11,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from support.conversations import TOOLS, chat, tool_chat
-from support.malformed import HELLO, HI, MALFORMED, SHAREGPT
-from support.training import as_dataset, single_pass_trainer
+from support.malformed_examples import HELLO, HI, MALFORMED, SHAREGPT
+from support.trainers import as_dataset, single_pass_trainer
 from trl_singlepass import SinglePassSFTConfig, audit, to_npass, verify
 from trl_singlepass.data import conversations as conversation_rows
 from trl_singlepass.data import preparation

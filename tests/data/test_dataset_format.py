@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from support.conversations import chat
-from support.malformed import HELLO, HI, SHAREGPT
-from support.training import as_dataset, single_pass_trainer, stock_trainer
+from support.malformed_examples import HELLO, HI, SHAREGPT
+from support.trainers import as_dataset, single_pass_trainer, stock_trainer
 from trl_singlepass.data.dataset_format import holds_turns
 from trl_singlepass.rendering.samples import RenderingError
 

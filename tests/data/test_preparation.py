@@ -6,7 +6,7 @@ import pytest
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
-from support.training import as_dataset, single_pass_trainer
+from support.trainers import as_dataset, single_pass_trainer
 from trl_singlepass.data import preparation
 from trl_singlepass.data.preparation import conversations_to_rows
 from trl_singlepass.data.settings import RowSettings

@@ -1,10 +1,7 @@
 """Streams: every conversation once per pass over workers, ranks and resumed runs; packed in a bounded buffer."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import pytest
@@ -12,7 +9,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from support.conversations import chat, expand
-from support.training import as_dataset, largest_difference, logged, parameters, single_pass_trainer, stock_trainer
+from support.trainers import as_dataset, largest_difference, logged, parameters, single_pass_trainer, stock_trainer
+from support.two_processes import run_on_two_processes
 from trl_singlepass.data import streaming
 from trl_singlepass.data.preparation import conversations_to_rows
 from trl_singlepass.data.settings import RowSettings
@@ -214,7 +212,7 @@ def test_the_last_step_of_an_epoch_is_taken_where_it_is_not_full(tmp_path, token
 @pytest.mark.distributed
 def test_two_processes_train_each_row_of_a_stream_once_an_epoch(tmp_path, tokenizer):
     """Their parts of the stream are of unequal length, and end in the middle of an accumulated step."""
-    ranks = run_on_two_processes(tmp_path)
+    ranks = results_of_two_processes(tmp_path)
     chats = [chat(1 + seed % 3, seed=seed) for seed in range(9)]
     expected = trained(conversations_to_rows(as_dataset(chats), tokenizer, RowSettings())[0])
     one = single_pass_trainer(tmp_path, tokenizer, chats, per_device_train_batch_size=len(chats), max_steps=2)
@@ -233,18 +231,6 @@ def test_two_processes_train_each_row_of_a_stream_once_an_epoch(tmp_path, tokeni
                 assert first["parameters"][name] == pytest.approx(float(value.double().sum()), abs=1e-4), (case, name)
 
 
-def run_on_two_processes(tmp_path):
-    worker = Path(__file__).parents[1] / "support" / "stream_worker.py"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        worker,
-        tmp_path,
-    ]
-    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=300)
-    assert run.returncode == 0, run.stderr[-4000:]
+def results_of_two_processes(tmp_path):
+    run_on_two_processes("stream_worker", tmp_path, timeout=300)
     return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]

@@ -1,4 +1,4 @@
-"""What the distributed tests share: runs of the worker, and what one process trains."""
+"""Fixtures of the distributed tests: runs of the worker on several processes, and the same training on one."""
 
 import json
 import os
@@ -10,26 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.runs import read_result
+from support.worker_settings import read_result
 
 
 HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
-    """Mark every test of this folder."""
+    """Mark every test in this folder as `distributed`."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.distributed)
 
 
-class Nursery:
-    """Runs the worker in any number of processes, forked from one that has imported everything."""
+class WorkerPool:
+    """Runs the worker in any number of processes, forked from one that has already imported everything."""
 
     def __init__(self):
-        read_end, write_end = os.pipe()  # not stdout, on which libraries print
+        read_end, write_end = os.pipe()  # not stdout, which libraries print to
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", HERE.parent / "support" / "nursery.py", str(write_end)],
+            [sys.executable, "-W", "ignore", HERE.parent / "support" / "fork_server.py", str(write_end)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -41,9 +41,9 @@ class Nursery:
         self.answers = os.fdopen(read_end)
 
     def run(self, folder, settings, world_size=1, environment=None, expect_success=True, timeout=300):
-        """Run the worker and return its result, with the exit codes of the ranks and what they printed."""
+        """Run the worker; return its result with the exit codes and the output of the ranks."""
         settings = {"result": str(folder / "result"), **settings}
-        # The store outlives the ranks and takes a port that is free: no race for one.
+        # The store picks a free port and holds it until the ranks have ended: no race for it.
         store = torch.distributed.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
         )
@@ -66,28 +66,28 @@ class Nursery:
         return result
 
     def close(self):
-        """End the process."""
+        """Stop the fork server."""
         self.process.stdin.close()
         self.answers.close()
         self.process.wait(timeout=20)
 
 
 @pytest.fixture(scope="session")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+def workers():
+    workers = WorkerPool()
+    yield workers
+    workers.close()
 
 
 @pytest.fixture(scope="session")
-def one_process(nursery, tmp_path_factory):
-    """Return what one process trains with some settings; the same settings are run once."""
+def one_process(workers, tmp_path_factory):
+    """Return a function that trains in one process, once for each combination of settings."""
     results = {}
 
     def train(settings):
         key = json.dumps(settings, sort_keys=True)
         if key not in results:
-            results[key] = nursery.run(tmp_path_factory.mktemp("one_process"), settings)
+            results[key] = workers.run(tmp_path_factory.mktemp("one_process"), settings)
         return results[key]
 
     return train

@@ -2,8 +2,8 @@
 
 import pytest
 
-from support.runs import assert_same_training, on_engine, with_config, zero
-from support.training import needs_weighted_loss
+from support.trainers import needs_weighted_loss
+from support.worker_settings import assert_same_training, on_engine, with_config, zero
 
 
 ENGINES = {
@@ -38,13 +38,13 @@ def assert_engine(run, engine, world_size=2):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_six_steps(tmp_path, nursery, one_process, precision, engine, case):
+def test_six_steps(tmp_path, workers, one_process, precision, engine, case):
     precise, tolerance = precision
     settings = {**CASES[case], **precise}
     alone = one_process(with_config(settings, per_device_train_batch_size=2))
     assert len(alone.loss) == 6
     settings, environment = on_engine(engine, settings)
-    run = nursery.run(tmp_path, settings, world_size=2, environment=environment)
+    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert_engine(run, engine)
     assert_same_training(run, alone, tolerance)
     assert run.num_trained_tokens == alone.num_trained_tokens
@@ -54,32 +54,32 @@ def test_six_steps(tmp_path, nursery, one_process, precision, engine, case):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_every_row_is_trained_once_in_an_epoch(tmp_path, nursery, one_process, engine, accumulation):
+def test_every_row_is_trained_once_in_an_epoch(tmp_path, workers, one_process, engine, accumulation):
     """Seven rows, two of them without targets: in the last step of an epoch, the second rank has no row left."""
     config = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": accumulation}
     settings = {"num_rows": 7, "silent_rows": [1, 4], "config": config}
     alone = one_process(with_config(settings, per_device_train_batch_size=2))
     settings, environment = on_engine(engine, settings)
-    run = nursery.run(tmp_path, settings, world_size=2, environment=environment)
+    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert_engine(run, engine)
     assert len(run.loss) == len(alone.loss) == (8 if accumulation == 1 else 4)
     assert_same_training(run, alone)
     assert run.num_trained_tokens == alone.num_trained_tokens
 
 
-def test_loss_weights_where_a_rank_has_no_row_left(tmp_path, nursery, one_process):
+def test_loss_weights_where_a_rank_has_no_row_left(tmp_path, workers, one_process):
     """Four rows per step, of five: the second rank has repeated rows only, in training and in evaluation."""
     weights = {"loss_reduction": "turn", "reasoning_weight": 0.3}
     config = {"max_steps": -1, "num_train_epochs": 2, "per_device_eval_batch_size": 4, **weights}
     settings = {"num_rows": 5, "evaluate": True, "config": config}
     alone = one_process(with_config(settings, per_device_train_batch_size=4))
-    run = nursery.run(tmp_path, with_config(settings, per_device_train_batch_size=2), world_size=2)
+    run = workers.run(tmp_path, with_config(settings, per_device_train_batch_size=2), world_size=2)
     assert_same_training(run, alone)
     assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_bf16(tmp_path, nursery, one_process, engine):
+def test_bf16(tmp_path, workers, one_process, engine):
     """FSDP keeps more in bf16 than autocast does, the logits too."""
     settings = {"config": {"bf16": True}}
     alone = one_process(with_config(settings, per_device_train_batch_size=2))
@@ -87,18 +87,18 @@ def test_bf16(tmp_path, nursery, one_process, engine):
     if engine == "fsdp2":  # without a GPU, transformers takes bf16=True with use_cpu=True only, which turns FSDP off
         settings = with_config(settings, bf16=False)
         environment = {**environment, "ACCELERATE_MIXED_PRECISION": "bf16"}
-    run = nursery.run(tmp_path, settings, world_size=2, environment=environment)
+    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert_engine(run, engine)
     assert run.loss == pytest.approx(alone.loss, rel=5e-3 if engine == "fsdp2" else 5e-4)
     assert run.grad_norm == pytest.approx(alone.grad_norm, rel=1e-2)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-def test_offloaded_optimizer_and_parameters(tmp_path, nursery, one_process, bf16):
+def test_offloaded_optimizer_and_parameters(tmp_path, workers, one_process, bf16):
     device = {"device": "cpu"}
     config = zero(3, offload_optimizer=device, offload_param=device)
     settings = {"config": {"deepspeed": config, "bf16": bf16, "per_device_train_batch_size": 1}}
-    run = nursery.run(tmp_path, settings, world_size=2)
+    run = workers.run(tmp_path, settings, world_size=2)
     assert_engine(run, "zero3")
     alone = one_process({"config": {"per_device_train_batch_size": 2}})
     if bf16:
@@ -107,25 +107,25 @@ def test_offloaded_optimizer_and_parameters(tmp_path, nursery, one_process, bf16
         assert_same_training(run, alone)
 
 
-def test_fsdp_with_parameters_in_cpu_memory(tmp_path, nursery, one_process):
+def test_fsdp_with_parameters_in_cpu_memory(tmp_path, workers, one_process):
     settings, environment = on_engine("fsdp2", {})
-    run = nursery.run(tmp_path, settings, world_size=2, environment={**environment, "FSDP_OFFLOAD_PARAMS": "true"})
+    run = workers.run(tmp_path, settings, world_size=2, environment={**environment, "FSDP_OFFLOAD_PARAMS": "true"})
     assert_engine(run, "fsdp2")
     assert_same_training(run, one_process({"config": {"per_device_train_batch_size": 2}}))
 
 
-def test_an_engine_that_falls_back_is_refused(tmp_path, nursery):
+def test_an_engine_that_falls_back_is_refused(tmp_path, workers):
     settings = on_engine("zero3", {})[0]
-    run = nursery.run(
+    run = workers.run(
         tmp_path, settings, world_size=2, environment={"ACCELERATE_USE_CPU": "true"}, expect_success=False
     )
     assert run.codes != [0, 0]
     assert "asks for DeepSpeed, and accelerate chose MULTI_CPU" in run.log
 
 
-def test_fsdp_that_falls_back_is_refused(tmp_path, nursery):
+def test_fsdp_that_falls_back_is_refused(tmp_path, workers):
     settings, environment = on_engine("fsdp2", {})
-    run = nursery.run(
+    run = workers.run(
         tmp_path,
         with_config({**settings, "fsdp_on_cpu": False}, use_cpu=True),
         world_size=2,

@@ -4,10 +4,17 @@ import pytest
 import torch
 
 from support.chat_tokenizers import make_tokenizer
-from support.runs import on_engine, zero
-from support.tiny_conditional import model_for
-from support.token_mean import after_steps, assert_same_parameters, conversations, mean_loss, samples_of, with_weights
-from support.training import needs_weighted_loss
+from support.tiny_multimodal import model_for
+from support.token_mean_reference import (
+    after_steps,
+    assert_same_parameters,
+    conversations,
+    mean_loss,
+    samples_of,
+    with_weights,
+)
+from support.trainers import needs_weighted_loss
+from support.worker_settings import on_engine, zero
 
 
 LEARNING_RATE = 0.02
@@ -41,73 +48,73 @@ def assert_token_mean(run, class_name, *steps):
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
-def test_two_ranks(tmp_path, nursery, vocab_size, class_name):
+def test_two_ranks(tmp_path, workers, vocab_size, class_name):
     rows = conversations(vocab_size, (3, 1, 2, 1))
     settings, environment = on_engine("ddp", settings_of(class_name, rows, gradient_accumulation_steps=2))
-    run = nursery.run(tmp_path, settings, world_size=2, environment=environment)
+    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert_token_mean(run, class_name, samples_of(rows))
     assert run.num_trained_tokens == [sum(sum(weights) for _, weights in samples_of(rows))]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("class_name", UNCOUNTED[:2])
-def test_a_rank_that_only_repeats_a_row_adds_nothing(tmp_path, nursery, vocab_size, class_name, engine):
+def test_a_rank_that_only_repeats_a_row_adds_nothing(tmp_path, workers, vocab_size, class_name, engine):
     """Three rows: in the second step, the second rank has one that was trained in the first."""
     rows = conversations(vocab_size, (3, 1, 2))
     settings, environment = on_engine(engine, settings_of(class_name, rows))
-    run = nursery.run(tmp_path, settings, world_size=2, environment=environment)
+    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert_token_mean(run, class_name, samples_of(rows[:2]), samples_of(rows[2:]))
 
 
 @pytest.mark.parametrize("class_name", UNCOUNTED[:1])
 def test_a_rank_that_only_repeats_a_row_does_not_count_where_ranks_are_averaged(
-    tmp_path, nursery, vocab_size, class_name
+    tmp_path, workers, vocab_size, class_name
 ):
     rows = conversations(vocab_size, (3, 1, 2))
     config = settings_of(class_name, rows[2:], average_tokens_across_devices=False)
-    run = nursery.run(tmp_path, on_engine("ddp", config)[0], world_size=2)
+    run = workers.run(tmp_path, on_engine("ddp", config)[0], world_size=2)
     assert_token_mean(run, class_name, samples_of(rows[2:]))
 
 
 @pytest.mark.parametrize("class_name", UNCOUNTED)
-def test_weights_and_waves(tmp_path, nursery, vocab_size, class_name):
+def test_weights_and_waves(tmp_path, workers, vocab_size, class_name):
     rows = with_weights(conversations(vocab_size, (3, 1, 2, 1)))
     settings = settings_of(class_name, rows, gradient_accumulation_steps=2, wave_tokens=24)
-    run = nursery.run(tmp_path, on_engine("ddp", settings)[0], world_size=2)
+    run = workers.run(tmp_path, on_engine("ddp", settings)[0], world_size=2)
     assert_token_mean(run, class_name, samples_of(rows))
 
 
 @pytest.mark.parametrize("class_name", UNCOUNTED[:1])
-def test_mean_over_turns_of_split_rows(tmp_path, nursery, vocab_size, class_name):
+def test_mean_over_turns_of_split_rows(tmp_path, workers, vocab_size, class_name):
     rows = conversations(vocab_size, (6,))
     longest = max(len(tokens) for tokens, _ in samples_of(rows))
     settings = settings_of(
         class_name, rows, loss_reduction="turn", max_row_tokens=longest + 1, gradient_accumulation_steps=99
     )
-    run = nursery.run(tmp_path, on_engine("ddp", settings)[0], world_size=2)
+    run = workers.run(tmp_path, on_engine("ddp", settings)[0], world_size=2)
     assert_token_mean(run, class_name, samples_of(rows, is_mean_of_turns=True))
 
 
-def test_parameters_that_zero_3_shards(tmp_path, nursery, vocab_size):
+def test_parameters_that_zero_3_shards(tmp_path, workers, vocab_size):
     rows = conversations(vocab_size, (3, 1, 2, 1))
     settings, environment = on_engine("zero3", settings_of(UNCOUNTED[0], rows, gradient_accumulation_steps=2))
-    run = nursery.run(tmp_path, settings, world_size=2, environment=environment)
+    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert_token_mean(run, UNCOUNTED[0], samples_of(rows))
 
 
-def test_ranks_that_share_each_row(tmp_path, nursery, vocab_size):
+def test_ranks_that_share_each_row(tmp_path, workers, vocab_size):
     rows = with_weights(conversations(vocab_size, (3, 1, 2, 1)))
     deepspeed = {"deepspeed": zero(3), "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     settings = {**settings_of(UNCOUNTED[0], rows, **deepspeed), "sp_size": 2}
-    run = nursery.run(tmp_path, settings, world_size=2)
+    run = workers.run(tmp_path, settings, world_size=2)
     assert_token_mean(run, UNCOUNTED[0], samples_of(rows))
 
 
-def test_ranks_that_share_the_layers(tmp_path, nursery, vocab_size):
+def test_ranks_that_share_the_layers(tmp_path, workers, vocab_size):
     pytest.importorskip("transformers.distributed.configuration_utils", reason="needs DistributedConfig")
     class_name, rows = "Qwen2_5_VLForConditionalGeneration", conversations(vocab_size, (3, 1, 2, 1))
     engine = {"use_cpu": False, "ddp_backend": "gloo", "per_device_train_batch_size": 1}
     settings = settings_of(class_name, rows, gradient_accumulation_steps=4, **engine)
-    run = nursery.run(tmp_path, {**settings, "fsdp_on_cpu": True, "divided": {"tp_size": 2}}, world_size=2)
+    run = workers.run(tmp_path, {**settings, "fsdp_on_cpu": True, "divided": {"tp_size": 2}}, world_size=2)
     assert run.tp_size == 2
     assert_token_mean(run, class_name, samples_of(rows))

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from support.chat_tokenizers import make_tokenizer
-from support.runs import assert_same_training, on_engine, with_config, zero
-from support.training import SETTINGS, as_dataset, needs_weighted_loss
-from support.worker import training_conversations
+from support.distributed_worker import training_conversations
+from support.trainers import SETTINGS, as_dataset, needs_weighted_loss
+from support.worker_settings import assert_same_training, on_engine, with_config, zero
 from trl_singlepass.training.checkpoints import find_damage, last_good_checkpoint
 
 
@@ -23,7 +23,7 @@ SHORT = {"config": {**SAVING, "max_steps": 6, "learning_rate": 1e-3}}
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(nursery, tmp_path_factory):
+def uninterrupted(workers, tmp_path_factory):
     """What two processes train without an accident, by settings."""
     results = {}
 
@@ -31,42 +31,42 @@ def uninterrupted(nursery, tmp_path_factory):
         key = json.dumps(settings, sort_keys=True)
         if key not in results:
             run = with_config(settings, save_strategy="no")
-            results[key] = nursery.run(tmp_path_factory.mktemp("whole"), run, world_size=2, environment=environment)
+            results[key] = workers.run(tmp_path_factory.mktemp("whole"), run, world_size=2, environment=environment)
         return results[key]
 
     return train
 
 
-def test_ten_kills(tmp_path, nursery, uninterrupted):
+def test_ten_kills(tmp_path, workers, uninterrupted):
     """SIGKILL of either rank, in a step or while saving; the other one goes down with it."""
     settings = on_engine("ddp", LONG)[0]
     chance, step = random.Random(), 0
     for _ in range(10):
         step += chance.randint(1, 2)
         accident = {"kind": "SIGKILL", "step": step, "rank": chance.randint(0, 1), "delay": chance.uniform(0, 2)}
-        run = nursery.run(tmp_path, {**settings, "accident": accident}, world_size=2, expect_success=False)
+        run = workers.run(tmp_path, {**settings, "accident": accident}, world_size=2, expect_success=False)
         assert -9 in run.codes, run.log[-4000:]
         assert 0 not in run.codes  # the other rank lost its connection, or was killed with it
         saved = last_good_checkpoint(tmp_path / "out")
         step = max(step, int(saved.rpartition("-")[2]) if saved else 0)
     assert step < LONG["config"]["max_steps"]
-    assert_same_training(nursery.run(tmp_path, settings, world_size=2), uninterrupted(settings), tolerance=1e-7)
+    assert_same_training(workers.run(tmp_path, settings, world_size=2), uninterrupted(settings), tolerance=1e-7)
 
 
 @pytest.mark.parametrize("num_shards", [1, 2], ids=["shared stream", "divided stream"])
-def test_a_killed_stream(tmp_path, nursery, uninterrupted, num_shards):
+def test_a_killed_stream(tmp_path, workers, uninterrupted, num_shards):
     """Two ranks pack a stream of ten rows on the fly, and are killed in the second of three passes over it."""
     settings = {**with_config(on_engine("ddp", LONG)[0], max_steps=13), "num_shards": num_shards}
     killed = {**settings, "accident": {"kind": "SIGKILL", "step": 7}}
-    assert -9 in nursery.run(tmp_path, killed, world_size=2, expect_success=False).codes
+    assert -9 in workers.run(tmp_path, killed, world_size=2, expect_success=False).codes
     assert last_good_checkpoint(tmp_path / "out").endswith(("checkpoint-6", "checkpoint-7", "checkpoint-8"))
-    assert_same_training(nursery.run(tmp_path, settings, world_size=2), uninterrupted(settings), tolerance=1e-7)
+    assert_same_training(workers.run(tmp_path, settings, world_size=2), uninterrupted(settings), tolerance=1e-7)
 
 
-def test_killed_before_the_last_file_of_a_rank(tmp_path, nursery):
+def test_killed_before_the_last_file_of_a_rank(tmp_path, workers):
     """The first rank, which is done with its own, does not call the checkpoint whole."""
     accident = {"kind": "SIGKILL in saving", "step": 3, "rank": 1}
-    run = nursery.run(
+    run = workers.run(
         tmp_path, {**on_engine("ddp", SHORT)[0], "accident": accident}, world_size=2, expect_success=False
     )
     assert -9 in run.codes
@@ -75,10 +75,10 @@ def test_killed_before_the_last_file_of_a_rank(tmp_path, nursery):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
-def test_told_to_stop(tmp_path, nursery, uninterrupted, engine):
+def test_told_to_stop(tmp_path, workers, uninterrupted, engine):
     """The signal reaches one rank only; all save after the same step and end well."""
     settings, environment = on_engine(engine, with_config(SHORT, save_steps=100))
-    run = partial(nursery.run, tmp_path, world_size=2, environment=environment)
+    run = partial(workers.run, tmp_path, world_size=2, environment=environment)
     stopped = run({**settings, "accident": {"kind": "SIGTERM", "step": 3, "rank": 1}})
     assert "Received a signal to stop: saving a checkpoint after step" in stopped.log
     assert not hasattr(stopped, "loss")
@@ -87,45 +87,45 @@ def test_told_to_stop(tmp_path, nursery, uninterrupted, engine):
 
 
 @needs_weighted_loss  # whose fused head the worker keeps in float64: Adam makes much of a rounding
-def test_a_resumed_epoch_trains_every_row_once(tmp_path, nursery, one_process):
+def test_a_resumed_epoch_trains_every_row_once(tmp_path, workers, one_process):
     """Seven rows on two ranks: killed in the second epoch, in whose last step one rank has no row left."""
     settings = {"num_rows": 7, "float64": True, "config": {**SHORT["config"], "max_steps": -1, "num_train_epochs": 2}}
     whole = one_process(with_config(settings, save_strategy="no", per_device_train_batch_size=2))
     settings = on_engine("ddp", settings)[0]
     killed = {**settings, "accident": {"kind": "SIGKILL", "step": 6}}
-    assert -9 in nursery.run(tmp_path, killed, world_size=2, expect_success=False).codes
-    assert_same_training(nursery.run(tmp_path, settings, world_size=2), whole, tolerance=1e-10)
+    assert -9 in workers.run(tmp_path, killed, world_size=2, expect_success=False).codes
+    assert_same_training(workers.run(tmp_path, settings, world_size=2), whole, tolerance=1e-10)
 
 
 @needs_weighted_loss
-def test_shared_rows_resume(tmp_path, nursery, one_process):
+def test_shared_rows_resume(tmp_path, workers, one_process):
     """Three rows per step: the checkpoint lies within what the ranks exchange at a time."""
     settings = with_config(SHORT, per_device_train_batch_size=1, gradient_accumulation_steps=3, save_steps=2)
     settings = {**settings, "float64": True}
     whole = one_process(with_config(settings, save_strategy="no"))
     settings = {**with_config(settings, deepspeed=zero(3)), "sp_size": 2}
     killed = {**settings, "accident": {"kind": "SIGKILL", "step": 3}}
-    assert -9 in nursery.run(tmp_path, killed, world_size=2, expect_success=False).codes
+    assert -9 in workers.run(tmp_path, killed, world_size=2, expect_success=False).codes
     assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-2")
-    assert_same_training(nursery.run(tmp_path, settings, world_size=2), whole, tolerance=1e-10)
+    assert_same_training(workers.run(tmp_path, settings, world_size=2), whole, tolerance=1e-10)
 
 
-def test_full_disk(tmp_path, nursery, one_process):
+def test_full_disk(tmp_path, workers, one_process):
     settings = with_config(SHORT, per_device_train_batch_size=2)
-    run = nursery.run(tmp_path, {**settings, "accident": {"kind": "full disk", "step": 4}}, expect_success=False)
+    run = workers.run(tmp_path, {**settings, "accident": {"kind": "full disk", "step": 4}}, expect_success=False)
     assert run.codes == [1]
     assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-3")
-    resumed = nursery.run(tmp_path, settings)
+    resumed = workers.run(tmp_path, settings)
     assert "Skipping " in resumed.log
     assert "checkpoint-4" in resumed.log
     assert_same_training(resumed, one_process(with_config(settings, save_strategy="no")))
 
 
 @pytest.fixture(scope="module")
-def saved(nursery, tmp_path_factory):
+def saved(workers, tmp_path_factory):
     """The folder of a run that saved three checkpoints."""
     folder = tmp_path_factory.mktemp("saved")
-    nursery.run(folder, with_config(SHORT, per_device_train_batch_size=2, max_steps=3))
+    workers.run(folder, with_config(SHORT, per_device_train_batch_size=2, max_steps=3))
     return folder / "out"
 
 
@@ -160,10 +160,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, saved, name, damage):
         ("fsdp2", "optimizer_0/.metadata"),
     ],
 )
-def test_a_damaged_part_of_a_rank_is_passed_over(tmp_path, nursery, uninterrupted, engine, part):
+def test_a_damaged_part_of_a_rank_is_passed_over(tmp_path, workers, uninterrupted, engine, part):
     settings, environment = on_engine(engine, SHORT)
     environment = {**environment, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
-    run = partial(nursery.run, tmp_path, world_size=2, environment=environment)
+    run = partial(workers.run, tmp_path, world_size=2, environment=environment)
     run(with_config(settings, max_steps=4))
     (file,) = (tmp_path / "out" / "checkpoint-4").glob(part)
     content = file.read_bytes()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.runs import assert_same_training, with_config
+from support.worker_settings import assert_same_training, with_config
 
 
 pytest.importorskip("transformers.distributed.configuration_utils", reason="needs DistributedConfig")
@@ -28,9 +28,9 @@ def in_parts(settings, batch_size=2, **sizes):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_six_steps(tmp_path, nursery, one_process, case):
+def test_six_steps(tmp_path, workers, one_process, case):
     alone = one_process(with_config(CASES[case], per_device_train_batch_size=2))
-    run = nursery.run(tmp_path, in_parts(CASES[case], tp_size=2), world_size=2)
+    run = workers.run(tmp_path, in_parts(CASES[case], tp_size=2), world_size=2)
     assert (run.world_size, run.tp_size, len(run.loss)) == (2, 2, 6)
     assert_same_training(run, alone)
     assert run.num_trained_tokens == alone.num_trained_tokens
@@ -38,16 +38,16 @@ def test_six_steps(tmp_path, nursery, one_process, case):
         assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
 
 
-def test_divided_experts(tmp_path, nursery, one_process):
+def test_divided_experts(tmp_path, workers, one_process):
     settings = CASES["load-balancing loss"]
-    run = nursery.run(tmp_path, in_parts(settings, tp_size=2, ep_size=2), world_size=2)
+    run = workers.run(tmp_path, in_parts(settings, tp_size=2, ep_size=2), world_size=2)
     assert_same_training(run, one_process(with_config(settings, per_device_train_batch_size=2)))
 
 
-def test_with_fsdp(tmp_path, nursery, one_process):
+def test_with_fsdp(tmp_path, workers, one_process):
     """Two groups of two ranks, one row per group, and an epoch whose last row has no partner."""
     settings = {"num_rows": 7, "config": {"max_steps": -1, "num_train_epochs": 2}}
-    run = nursery.run(tmp_path, in_parts(settings, batch_size=1, tp_size=2, fsdp_size=2), world_size=4)
+    run = workers.run(tmp_path, in_parts(settings, batch_size=1, tp_size=2, fsdp_size=2), world_size=4)
     assert (run.world_size, run.tp_size, run.engine) == (4, 2, "FSDPQwen3ForCausalLM")
     assert_same_training(run, one_process(with_config(settings, per_device_train_batch_size=2)))
 
@@ -59,8 +59,8 @@ def test_with_fsdp(tmp_path, nursery, one_process):
         ({"wave_tokens": 32}, "wave_tokens. Leave it out"),
     ],
 )
-def test_what_divided_layers_get_wrong_is_refused(tmp_path, nursery, config, reason):
+def test_what_divided_layers_get_wrong_is_refused(tmp_path, workers, config, reason):
     settings = in_parts({"config": config}, tp_size=2)
-    run = nursery.run(tmp_path, settings, world_size=2, expect_success=False)
+    run = workers.run(tmp_path, settings, world_size=2, expect_success=False)
     assert run.codes != [0, 0]
     assert f"Tensor parallelism (tp_size) does not work with {reason}" in run.log

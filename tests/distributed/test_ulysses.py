@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from support.families import tiny_model
-from support.runs import assert_same_training, with_config, zero
-from support.training import needs_weighted_loss
-from support.worker import training_conversations
+from support.distributed_worker import training_conversations
+from support.tiny_families import tiny_model
+from support.trainers import needs_weighted_loss
+from support.worker_settings import assert_same_training, with_config, zero
 from trl_singlepass.cost.memory import exchange_bytes
 
 
@@ -41,9 +41,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_six_steps(tmp_path, nursery, one_process, case):
+def test_six_steps(tmp_path, workers, one_process, case):
     alone = one_process(CASES[case])
-    run = nursery.run(tmp_path, shared(CASES[case]), world_size=2)
+    run = workers.run(tmp_path, shared(CASES[case]), world_size=2)
     assert (run.world_size, run.engine, run.zero_stage) == (2, "DeepSpeedEngine", 3)
     assert len(run.loss) == 6
     assert_same_training(run, alone)
@@ -54,17 +54,17 @@ def test_six_steps(tmp_path, nursery, one_process, case):
 
 @needs_weighted_loss  # whose fused head the worker keeps in float64
 @pytest.mark.parametrize("case", ["packing", "lora", "sinks"])
-def test_six_steps_in_float64(tmp_path, nursery, one_process, case):
+def test_six_steps_in_float64(tmp_path, workers, one_process, case):
     settings = {**CASES[case], "float64": True}
-    run = nursery.run(tmp_path, shared(settings), world_size=2)
+    run = workers.run(tmp_path, shared(settings), world_size=2)
     assert_same_training(run, one_process(settings), tolerance=1e-13)
 
 
 @pytest.mark.parametrize(("num_rows", "world_size", "accumulation"), [(7, 2, 1), (5, 4, 1), (7, 4, 2)])
-def test_every_row_is_trained_once_in_an_epoch(tmp_path, nursery, one_process, num_rows, world_size, accumulation):
+def test_every_row_is_trained_once_in_an_epoch(tmp_path, workers, one_process, num_rows, world_size, accumulation):
     """Rows that are no multiple of the ranks; with four ranks, two groups of two share rows."""
     epochs = {"num_rows": num_rows, "config": {"max_steps": -1, "num_train_epochs": 2}}
-    run = nursery.run(tmp_path, shared(one_row_per_batch(accumulation, **epochs)), world_size=world_size)
+    run = workers.run(tmp_path, shared(one_row_per_batch(accumulation, **epochs)), world_size=world_size)
     assert run.world_size == world_size
     groups = world_size // 2
     order = list(range(num_rows))
@@ -77,61 +77,61 @@ def test_every_row_is_trained_once_in_an_epoch(tmp_path, nursery, one_process, n
 @pytest.mark.parametrize(
     "engine", [(1, {}), (2, {}), (3, {"reduce_scatter": False})], ids=["zero1", "zero2", "zero3 without scatter"]
 )
-def test_gradients_that_deepspeed_doubles_are_corrected(tmp_path, nursery, one_process, engine):
+def test_gradients_that_deepspeed_doubles_are_corrected(tmp_path, workers, one_process, engine):
     settings = one_row_per_batch(2)
-    run = nursery.run(tmp_path, shared(settings, engine[0], **engine[1]), world_size=2)
+    run = workers.run(tmp_path, shared(settings, engine[0], **engine[1]), world_size=2)
     assert run.zero_stage == engine[0]
     assert_same_training(run, one_process(one_row_per_batch(2, evaluate=True)))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_is_sent_is_what_is_counted(tmp_path, nursery, checkpointing):
+def test_what_is_sent_is_what_is_counted(tmp_path, workers, checkpointing):
     """Six steps of one conversation; in float32, numbers take twice the bytes."""
     config = {"gradient_checkpointing": checkpointing}
     settings = {"config": config, "rows": [{"messages": training_conversations()[3]}], "count_exchange": True}
-    run = nursery.run(tmp_path, shared(one_row_per_batch(**settings)), world_size=2)
+    run = workers.run(tmp_path, shared(one_row_per_batch(**settings)), world_size=2)
     config = tiny_model("qwen3", num_attention_heads=4, num_key_value_heads=2).config
     counted = exchange_bytes(config, run.row_tokens, 2, passes=3 if checkpointing else 2)
     assert run.exchanged == 6 * 2 * counted
 
 
-def test_bf16(tmp_path, nursery, one_process):
+def test_bf16(tmp_path, workers, one_process):
     settings = one_row_per_batch(2, config={"bf16": True})
-    run = nursery.run(tmp_path, shared(settings), world_size=2)
+    run = workers.run(tmp_path, shared(settings), world_size=2)
     alone = one_process(settings)
     assert run.loss == pytest.approx(alone.loss, rel=5e-4)
     assert run.grad_norm == pytest.approx(alone.grad_norm, rel=1e-2)
 
 
-def test_parameters_in_cpu_memory(tmp_path, nursery, one_process):
+def test_parameters_in_cpu_memory(tmp_path, workers, one_process):
     device = {"device": "cpu"}
     settings = shared(one_row_per_batch(2), offload_optimizer=device, offload_param=device)
-    run = nursery.run(tmp_path, settings, world_size=2)
+    run = workers.run(tmp_path, settings, world_size=2)
     assert_same_training(run, one_process(one_row_per_batch(2, evaluate=True)))
 
 
-def test_doubled_gradients_are_noticed(tmp_path, nursery):
+def test_doubled_gradients_are_noticed(tmp_path, workers):
     settings = {**shared(one_row_per_batch(2), stage=2), "break": "overcounting"}
-    run = nursery.run(tmp_path, settings, world_size=2, expect_success=False)
+    run = workers.run(tmp_path, settings, world_size=2, expect_success=False)
     assert run.codes != [0, 0]
     assert "gradients 2 times as large" in run.log
 
 
 @pytest.mark.parametrize("wire", ["tree_of_a_layer", "tree_of_attention"])
-def test_a_tree_is_never_trained_as_one_text(tmp_path, nursery, wire):
+def test_a_tree_is_never_trained_as_one_text(tmp_path, workers, wire):
     """With either wire cut, DeepSpeed would run plain causal attention over all branches."""
-    run = nursery.run(tmp_path, {**shared(one_row_per_batch()), "break": wire}, world_size=2, expect_success=False)
+    run = workers.run(tmp_path, {**shared(one_row_per_batch()), "break": wire}, world_size=2, expect_success=False)
     assert run.codes != [0, 0]
     assert "got no tree under sequence parallelism" in run.log
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the conversations in ../shared")
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_real_conversations(tmp_path, nursery, one_process, accumulation):
+def test_real_conversations(tmp_path, workers, one_process, accumulation):
     lines = (SHARED / "data" / "mathchat_follow_up_300.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [{"messages": json.loads(line)["messages"]} for line in sorted(lines, key=len)[: 6 * accumulation]]
     settings = one_row_per_batch(accumulation, rows=rows)
-    run = nursery.run(tmp_path, shared(settings), world_size=2)
+    run = workers.run(tmp_path, shared(settings), world_size=2)
     assert_same_training(run, one_process(settings))
 
 
@@ -143,9 +143,9 @@ def test_real_conversations(tmp_path, nursery, one_process, accumulation):
     ],
     ids=["batches", "experts"],
 )
-def test_what_shared_rows_cannot_honour_is_refused(tmp_path, nursery, change, reason):
+def test_what_shared_rows_cannot_honour_is_refused(tmp_path, workers, change, reason):
     settings = shared(one_row_per_batch())
     settings = {**settings, **change, "config": {**settings["config"], **change.get("config", {})}}
-    run = nursery.run(tmp_path, settings, world_size=2, expect_success=False)
+    run = workers.run(tmp_path, settings, world_size=2, expect_success=False)
     assert run.codes != [0, 0]
     assert f"Sequence parallelism (sp_size) does not work with {reason}" in run.log

@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.runs import assert_same_training, in_waves, on_engine, with_config
+from support.worker_settings import assert_same_training, in_waves, on_engine, with_config
 
 
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
@@ -14,11 +14,11 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_in_waves(tmp_path, nursery, one_process, engine, case):
+def test_two_processes_in_waves(tmp_path, workers, one_process, engine, case):
     expected = one_process(with_config(CASES[case], per_device_train_batch_size=2))
     settings, environment = on_engine(engine, CASES[case])
     settings = in_waves(settings, wave_tokens=32)
-    run = nursery.run(tmp_path, settings, world_size=2, environment=environment)
+    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert run.world_size == 2
     assert_same_training(run, expected)
     if "evaluate" in CASES[case]:

@@ -26,7 +26,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from demo.load import load_tokenizer
 from demo.make_model import FOLDER as DEMO_MODEL
-from support.playground import as_a_reader, make_playground, run_python
+from support.small_repository import as_a_reader, make_small_repository, run_python
 from trl_singlepass import cli
 from trl_singlepass.cli import launch
 from trl_singlepass.rendering.samples import render_row
@@ -166,7 +166,7 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_playground(tmp_path_factory.mktemp("repository"))
+    return make_small_repository(tmp_path_factory.mktemp("repository"))
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

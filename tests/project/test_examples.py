@@ -7,7 +7,7 @@ import pytest
 import trl
 from packaging.version import Version
 
-from support.playground import ROOT, as_a_reader, make_playground, run_python
+from support.small_repository import ROOT, as_a_reader, make_small_repository, run_python
 
 
 pytestmark = [
@@ -19,7 +19,7 @@ SMALL = ["--bf16", "false", "--max_steps", "1", "--save_strategy", "no", "--repo
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_playground(tmp_path_factory.mktemp("repository"))
+    return make_small_repository(tmp_path_factory.mktemp("repository"))
 
 
 def run(folder, name, *arguments):

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from demo import make_model
 from demo.load import load_rows
 from support.chat_tokenizers import make_tokenizer, template_text
-from support.playground import as_a_reader, make_playground, run_python
-from support.tiny_configs import tiny_config
+from support.small_repository import as_a_reader, make_small_repository, run_python
+from support.tiny_causal_lms import tiny_config
 from trl_singlepass import SinglePassSFTTrainer, audit
 from trl_singlepass.cli import launch
 from trl_singlepass.scripts import sft
@@ -40,7 +40,7 @@ def name_of(path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = make_playground(tmp_path_factory.mktemp("repository"))
+    folder = make_small_repository(tmp_path_factory.mktemp("repository"))
     with as_a_reader(folder) as patch:
         run_python(["examples/agent_turns.py", "--max_steps", "1"], patch)
     for name, (template, model_type) in FAMILIES.items():

@@ -12,7 +12,7 @@ from packaging.version import Version
 from trl import SFTConfig
 
 from support.conversations import chat
-from support.training import SETTINGS, as_dataset, logged, single_pass_trainer
+from support.trainers import SETTINGS, as_dataset, logged, single_pass_trainer
 from trl_singlepass import SinglePassSFTConfig
 
 

@@ -9,11 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from support.chat_tokenizers import make_tokenizer
-from support.exact import assert_equal_to_npass, checkpoint_layers, forward
-from support.strategies import branch_at_every_depth, reasoning_chat, sample_sets
-from support.survey import branchy_chat
-from support.tiny_configs import HYBRIDS, KINDS, tiny_model
-from support.training import largest_difference, needs_cached_states, single_pass_trainer, stock_trainer
+from support.float64_comparison import assert_equal_to_npass, checkpoint_layers, forward
+from support.model_survey import branchy_chat
+from support.sample_sets import branch_at_every_depth, reasoning_chat, sample_sets
+from support.tiny_causal_lms import HYBRIDS, KINDS, tiny_model
+from support.trainers import largest_difference, needs_cached_states, single_pass_trainer, stock_trainer
 from trl_singlepass.recurrent import disable_tree_recurrence, path_dependent_layers
 from trl_singlepass.recurrent import layer as recurrent_layer
 from trl_singlepass.recurrent.layer import runs_on_trees

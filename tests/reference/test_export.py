@@ -9,7 +9,7 @@ import pytest
 import trl_singlepass
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS, chat, tool_chat
-from support.training import as_dataset, float32_model, largest_difference, logged, single_pass_trainer, stock_trainer
+from support.trainers import as_dataset, float32_model, largest_difference, logged, single_pass_trainer, stock_trainer
 from trl_singlepass import SinglePassSFTConfig
 from trl_singlepass.data.conversations import samples_of
 from trl_singlepass.reference.export import to_npass

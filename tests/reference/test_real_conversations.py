@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from support.chat_tokenizers import make_tokenizer, template_text
-from support.exact import assert_equal_to_npass
-from support.families import FAMILIES, tiny_model
-from support.training import float32_model, logged, single_pass_trainer
+from support.float64_comparison import assert_equal_to_npass
+from support.tiny_families import FAMILIES, tiny_model
+from support.trainers import float32_model, logged, single_pass_trainer
 from trl_singlepass import PrefixTree
 from trl_singlepass.rendering.samples import render_row
 

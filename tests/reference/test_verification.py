@@ -5,8 +5,8 @@ import torch
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from support.conversations import TOOLS, chat, tool_chat
-from support.families import FAMILIES, tiny_model
-from support.strategies import reasoning_chat
+from support.sample_sets import reasoning_chat
+from support.tiny_families import FAMILIES, tiny_model
 from trl_singlepass import Sample, verify
 from trl_singlepass.recurrent.layer import runs_on_trees
 from trl_singlepass.reference import leak_probe, npass_loss_and_gradients, single_pass

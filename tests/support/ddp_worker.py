@@ -1,4 +1,4 @@
-"""One of two processes that train in a single pass: started by `torchrun`, writes what it trained to a file."""
+"""Train a single pass on two DDP processes: a script for `torchrun` that writes its results to a file."""
 
 import os
 import sys
@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from support.chat_tokenizers import make_tokenizer
-from support.equivalence import CONVERSATIONS, adapted, single_pass_trainer
-from support.training import float32_model, logged, parameters
+from support.paired_trainers import CONVERSATIONS, adapted, single_pass_trainer
+from support.trainers import float32_model, logged, parameters
 
 
 def full(tokenizer):
@@ -47,13 +47,17 @@ def train(case, output_dir):
     }
 
 
-if __name__ == "__main__":
+def write_results(train, cases):
+    """Train every case on both processes; the first writes the results to the file that the command line names."""
     torch.set_num_threads(1)
-    results = {case: train(case, tempfile.mkdtemp()) for case in CASES}
+    results = {case: train(case, tempfile.mkdtemp()) for case in cases}
     if int(os.environ["RANK"]) == 0:
         torch.save(results, Path(sys.argv[1]))
     torch.distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # gloo's threads sometimes abort the interpreter's shutdown after all is done.
-    os._exit(0)
+    os._exit(0)  # gloo's threads sometimes abort an ordinary exit after everything is done
+
+
+if __name__ == "__main__":
+    write_results(train, CASES)

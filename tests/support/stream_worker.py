@@ -1,4 +1,8 @@
-"""Train two processes on streams whose parts are of unequal length; each writes down what it trained."""
+"""
+Train two processes on streams whose shards have unequal lengths.
+
+A script for `torchrun`; each rank writes its results to the folder that the command line names.
+"""
 
 import json
 import os
@@ -15,11 +19,11 @@ from transformers import TrainerCallback
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat
-from support.training import as_dataset, logged, parameters, single_pass_trainer
+from support.trainers import as_dataset, logged, parameters, single_pass_trainer
 
 
 CHATS = [chat(1 + seed % 3, seed=seed) for seed in range(9)]
-# Shards of the stream, batches per step, packing: in the first three, an epoch is one step.
+# Shards of the stream, batches per step, packing. In the first three cases, an epoch is one step.
 CASES = {
     "one shard": (1, 5, False),
     "three shards": (3, 8, False),
@@ -29,7 +33,7 @@ CASES = {
 
 
 class Epochs(TrainerCallback):
-    """Notes steps and trained tokens at the end of each epoch."""
+    """Records the step and the number of trained tokens at the end of each epoch."""
 
     def __init__(self):
         self.ends = []
@@ -39,7 +43,7 @@ class Epochs(TrainerCallback):
 
 
 def train(case, output):
-    """Train two epochs of one case; return what one rank holds at the end."""
+    """Train two epochs of one case; return the results of this rank."""
     num_shards, num_accumulated, packing = CASES[case]
     epochs, seen = Epochs(), Counter()
     settings = {"packing": True, "max_row_tokens": 300} if packing else {}
@@ -74,7 +78,7 @@ def train(case, output):
 
 
 def main():
-    """Train all cases, and write what one rank holds at the end."""
+    """Train every case and write the results of this rank."""
     torch.set_num_threads(1)
     output = Path(sys.argv[1])
     results = {case: train(case, output) for case in CASES}
@@ -82,7 +86,7 @@ def main():
     (output / f"rank{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads abort the interpreter's end now and then
+    os._exit(0)  # gloo's threads sometimes abort an ordinary exit after everything is done
 
 
 if __name__ == "__main__":

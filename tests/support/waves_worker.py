@@ -1,16 +1,11 @@
-"""One of two processes that train in waves: started by `torchrun`, writes what it trained to a file."""
-
-import os
-import sys
-import tempfile
-from pathlib import Path
+"""Train in waves on two DDP processes: a script for `torchrun` that writes its results to a file."""
 
 import torch
 
 from support.chat_tokenizers import make_tokenizer
-from support.ddp_worker import full, lora
-from support.equivalence import CONVERSATIONS, single_pass_trainer
-from support.training import float32_model, logged, parameters
+from support.ddp_worker import full, lora, write_results
+from support.paired_trainers import CONVERSATIONS, single_pass_trainer
+from support.trainers import float32_model, logged, parameters
 
 
 def mixture(tokenizer):
@@ -61,12 +56,4 @@ def train(case, output_dir):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    results = {case: train(case, tempfile.mkdtemp()) for case in CASES}
-    if int(os.environ["RANK"]) == 0:
-        torch.save(results, Path(sys.argv[1]))
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # gloo's threads sometimes abort the interpreter's shutdown after all is done.
-    os._exit(0)
+    write_results(train, CASES)

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.hybrid_step import small_hybrid
 from support.conversations import chat, tool_chat
-from support.tiny_conditional import tiny_conditional
-from support.training import float32_model, needs_cached_states, single_pass_trainer
+from support.tiny_multimodal import tiny_conditional
+from support.trainers import float32_model, needs_cached_states, single_pass_trainer
 from trl_singlepass.training.compatibility import (
     check_loss_is_divided,
     check_parallelism,

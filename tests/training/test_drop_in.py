@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS, chat, expand, tool_chat
-from support.training import (
+from support.trainers import (
     SETTINGS,
     as_dataset,
     float32_model,

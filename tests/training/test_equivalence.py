@@ -1,17 +1,13 @@
 """Training in a single pass moves parameters as stock `SFTTrainer` does on the expanded samples."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from support.ddp_worker import CASES
-from support.equivalence import CONVERSATIONS, adapted, stock_trainer, train_both
-from support.families import tiny_model
-from support.training import float32_model, largest_difference, logged, parameters
+from support.paired_trainers import CONVERSATIONS, adapted, stock_trainer, train_both
+from support.tiny_families import tiny_model
+from support.trainers import float32_model, largest_difference, logged, parameters
+from support.two_processes import run_on_two_processes
 
 
 TOLERANCE = 1e-6
@@ -144,12 +140,7 @@ def test_compute_metrics(tmp_path, tokenizer):
 def two_processes(tmp_path_factory):
     """What two processes trained, by case: parameters, losses and evaluation loss."""
     result = tmp_path_factory.mktemp("ddp") / "result.pt"
-    worker = Path(__file__).parents[1] / "support" / "ddp_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker, result]
-    path = os.pathsep.join(map(str, worker.parents[1:3]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
+    run_on_two_processes("ddp_worker", result)
     return torch.load(result)
 
 

@@ -5,10 +5,10 @@ import os
 import pytest
 import transformers
 
-from support.survey import PAGE, STATUSES, Outcome, names, read_page, survey, write_page
-from support.tiny_conditional import CANNOT_BE_BUILT as CLASSES_THAT_CANNOT
-from support.tiny_conditional import classes_without_loss_arguments
-from support.tiny_configs import CANNOT_BE_BUILT as TYPES_THAT_CANNOT
+from support.model_survey import PAGE, STATUSES, Outcome, names, read_page, survey, write_page
+from support.tiny_causal_lms import CANNOT_BE_BUILT as TYPES_THAT_CANNOT
+from support.tiny_multimodal import CANNOT_BE_BUILT as CLASSES_THAT_CANNOT
+from support.tiny_multimodal import classes_without_loss_arguments
 
 
 WRITES = os.environ.get("WRITE_MODELS_PAGE") == "1"

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.strategies import sample_sets
+from support.sample_sets import sample_sets
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.data.row_padding import padded_to
 from trl_singlepass.training.sequence_parallel import tree_of

@@ -7,9 +7,16 @@ import trl
 from packaging.version import Version
 from torch.utils.data import SequentialSampler
 
-from support.tiny_conditional import model_for
-from support.token_mean import after_steps, assert_same_parameters, conversations, mean_loss, samples_of, with_weights
-from support.training import SETTINGS, as_dataset, logged, needs_weighted_loss, parameters
+from support.tiny_multimodal import model_for
+from support.token_mean_reference import (
+    after_steps,
+    assert_same_parameters,
+    conversations,
+    mean_loss,
+    samples_of,
+    with_weights,
+)
+from support.trainers import SETTINGS, as_dataset, logged, needs_weighted_loss, parameters
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from support.conversations import chat, expand, tool_chat
-from support.training import (
+from support.trainers import (
     SETTINGS,
     as_dataset,
     float32_model,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
-from support.strategies import sample_sets
-from support.training import as_dataset, float32_model, needs_weighted_loss, single_pass_trainer
+from support.sample_sets import sample_sets
+from support.trainers import as_dataset, float32_model, needs_weighted_loss, single_pass_trainer
 from trl_singlepass.data.conversations import samples_of
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.training.turn_metrics import NUM_TURNS

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from support.conversations import chat, tool_chat
-from support.training import as_dataset, float32_model, logged, needs_weighted_loss, parameters, single_pass_trainer
+from support.trainers import as_dataset, float32_model, logged, needs_weighted_loss, parameters, single_pass_trainer
 from trl_singlepass import SinglePassSFTConfig, render_samples
 from trl_singlepass.data.preparation import conversations_to_rows
 from trl_singlepass.data.weights import message_weights, weigh

@@ -1,10 +1,6 @@
 """Training in waves moves parameters as stock `SFTTrainer` does on the expanded samples."""
 
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +8,11 @@ import torch
 from accelerate.utils import DistributedType
 
 from benchmarks.hybrid_step import small_hybrid
-from support.equivalence import CONVERSATIONS, adapted, single_pass_trainer, stock_trainer
-from support.families import tiny_model
-from support.tiny_configs import tiny_model as tiny_hybrid
-from support.training import float32_model, largest_difference, logged, parameters
+from support.paired_trainers import CONVERSATIONS, adapted, single_pass_trainer, stock_trainer
+from support.tiny_causal_lms import tiny_model as tiny_hybrid
+from support.tiny_families import tiny_model
+from support.trainers import float32_model, largest_difference, logged, parameters
+from support.two_processes import run_on_two_processes
 from support.waves_worker import CASES
 from trl_singlepass.training.wave_compatibility import _refused_engines
 
@@ -149,12 +146,7 @@ def test_hybrids(tmp_path, tokenizer, model_type, checkpointing):
 def two_processes(tmp_path_factory):
     """What two processes trained, by case: parameters, losses and evaluation loss."""
     result = tmp_path_factory.mktemp("ddp") / "result.pt"
-    worker = Path(__file__).parents[1] / "support" / "waves_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker, result]
-    path = os.pathsep.join(map(str, worker.parents[1:3]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
+    run_on_two_processes("waves_worker", result)
     return torch.load(result)
 
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from support.oracles import PrefixOracle, ancestors, prefixes
-from support.strategies import nested_forks, reasoning_chat, sample_sets
+from support.prefix_tree_reference import PrefixOracle, ancestors, prefixes
+from support.sample_sets import nested_forks, reasoning_chat, sample_sets
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.trees.prefix_tree import sample_paths
 from trl_singlepass.trees.rows import Row, TreePlan

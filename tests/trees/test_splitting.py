@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.conversations import chat, expand, tool_chat
-from support.exact import assert_equal_to_npass, one_row_each
-from support.families import tiny_model
-from support.strategies import reasoning_chat, sample_sets
-from support.training import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
+from support.float64_comparison import assert_equal_to_npass, one_row_each
+from support.sample_sets import reasoning_chat, sample_sets
+from support.tiny_families import tiny_model
+from support.trainers import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
 from trl_singlepass import render_samples
 from trl_singlepass.data.overlong import fit_samples
 from trl_singlepass.data.preparation import conversations_to_rows

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.strategies import reasoning_chat, sample_sets
-from support.waves import batch_of
+from support.sample_sets import reasoning_chat, sample_sets
+from support.wave_training import batch_of
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.waves import WavePlan

@@ -8,11 +8,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.exact import checkpoint_layers
-from support.strategies import branch_at_every_depth, nested_forks, reasoning_chat, sample_sets
-from support.survey import branchy_chat
-from support.tiny_configs import HYBRIDS, KINDS, tiny_model
-from support.waves import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
+from support.float64_comparison import checkpoint_layers
+from support.model_survey import branchy_chat
+from support.sample_sets import branch_at_every_depth, nested_forks, reasoning_chat, sample_sets
+from support.tiny_causal_lms import HYBRIDS, KINDS, tiny_model
+from support.wave_training import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
 from trl_singlepass.attention import Tree
 from trl_singlepass.attention.context import running_on
 from trl_singlepass.recurrent import path_dependent_layers

@@ -5,10 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.exact import CHECKPOINTING
-from support.families import FAMILIES, MIXTURES, tiny_model
-from support.strategies import reasoning_chat, sample_sets
-from support.waves import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
+from support.float64_comparison import CHECKPOINTING
+from support.sample_sets import reasoning_chat, sample_sets
+from support.tiny_families import FAMILIES, MIXTURES, tiny_model
+from support.wave_training import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
 from trl_singlepass.attention.context import Tree
 from trl_singlepass.training.model import enable_tree
 from trl_singlepass.waves import WaveRunner

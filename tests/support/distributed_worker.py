@@ -1,8 +1,8 @@
 """
-One process of a distributed test: train a tiny model for a few steps and write down what happened.
+One process of a distributed test: train a tiny model for a few steps and write the results to a file.
 
-Usage: `worker.py SETTINGS.json`, alone or under `torchrun`, `accelerate launch` or `deepspeed`; or as `nursery.py`
-forks it. The settings: `result` (a path without ending), `config` (arguments of the trainer's config), and what
+Usage: `distributed_worker.py SETTINGS.json`, alone or under `torchrun`, `accelerate launch` or `deepspeed`; the fork
+server calls `main`. Settings: `result` (a path without suffix), `config` (arguments of the trainer's config), and what
 `build_trainer` and `main` read below.
 """
 
@@ -36,11 +36,11 @@ from transformers import TrainerCallback
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
-from support.exact import in_float64, recompute_in_float64
-from support.families import tiny_model
-from support.tiny_conditional import model_for
-from support.training import SETTINGS as COMMON
-from support.training import as_dataset, float32_model
+from support.float64_comparison import in_float64, recompute_in_float64
+from support.tiny_families import tiny_model
+from support.tiny_multimodal import model_for
+from support.trainers import SETTINGS as COMMON
+from support.trainers import as_dataset, float32_model
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.training import sequence_parallel
 from trl_singlepass.training.checkpoints import last_good_checkpoint
@@ -48,19 +48,19 @@ from trl_singlepass.training.preemption import PreemptionCallback
 
 
 def offer_fsdp_on_cpu():
-    """Make accelerate wrap models in FSDP2 without a GPU; as shipped, it would silently train without it."""
+    """Make accelerate wrap models in FSDP2 without a GPU; unpatched, it would silently train without."""
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # what FSDP does with parameters in CPU memory
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # FSDP pins parameters in CPU memory
 
 
 def without_compiled_communication():
-    """Keep DeepSpeed from compiling an extension for ranks on one CPU: gloo does without, and needs no compiler."""
+    """Keep DeepSpeed from compiling its extension for ranks on one CPU: gloo needs neither it nor a compiler."""
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 def with_gradients_in_float64():
-    """Keep DeepSpeed's ZeRO-1 from adding gradients up in float32, which it takes for the type of every such model."""
+    """Keep DeepSpeed's ZeRO-1 from accumulating gradients in float32, the type that it assumes for any such model."""
     engine = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
     engine.get_data_types = lambda _: (torch.float64, torch.float64)
 
@@ -71,7 +71,7 @@ def training_conversations():
 
 
 def evaluation_conversations():
-    """Five conversations: on two ranks, the last one of the second is a repetition."""
+    """Five conversations: on two ranks, the last one on the second rank is a repetition."""
     return [chat(1 + seed, seed=20 + seed) for seed in range(5)]
 
 
@@ -85,7 +85,7 @@ def parallelism(sp_size):
 
 
 def divided(model, folder, sizes):
-    """Return a model whose layers transformers divides among ranks as it loads them."""
+    """Return a model whose layers transformers shards among ranks as it loads them."""
     from transformers.distributed.configuration_utils import DistributedConfig
 
     folder = f"{folder}/model{os.environ['RANK']}"
@@ -98,7 +98,7 @@ def divided(model, folder, sizes):
 
 
 def set_adapter(model):
-    """Give an adapter the same first factors however its layers are divided."""
+    """Initialize an adapter's first factors the same way however its layers are sharded."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_A" in name:
@@ -108,7 +108,7 @@ def set_adapter(model):
 def build_trainer(settings):
     """Return the trainer that the settings describe."""
     tokenizer = make_tokenizer("qwen3")
-    # Before the config: a DeepSpeed config makes transformers partition models as they are made, from here on.
+    # Before the config: once there is a DeepSpeed config, transformers partitions every new model.
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, **settings.get("model", {})}
     model = float32_model(tokenizer, **heads)
     if "class_name" in settings:
@@ -145,7 +145,7 @@ def build_trainer(settings):
 
 
 def untrained(example, index, silent_rows):
-    """Return a prepared row without targets, if it is one of those."""
+    """Return a prepared row, without targets if its index is among the silent rows."""
     if index in silent_rows:
         example["labels"] = [-100] * len(example["labels"])
         example["loss_weights"] = [0.0] * len(example["labels"])
@@ -153,7 +153,7 @@ def untrained(example, index, silent_rows):
 
 
 def cut(wire):
-    """Break the wiring of shared rows in one place."""
+    """Break one part of sequence parallelism, to see that the test notices."""
     if wire == "overcounting":
         sequence_parallel.overcounting_of = lambda *_: 1
     if wire == "tree_of_a_layer":
@@ -163,8 +163,8 @@ def cut(wire):
 
 
 def count_exchanged_bytes():
-    """Count what this rank sends to others when ranks that share a row trade tokens for heads."""
-    import deepspeed  # takes seconds, and most runs do without
+    """Count the bytes that this rank sends when ranks that share a row exchange tokens for heads."""
+    import deepspeed  # takes seconds, and most runs do not need it
 
     exchange, sent = deepspeed.comm.all_to_all_single, [0]
 
@@ -178,13 +178,13 @@ def count_exchanged_bytes():
 
 
 def keep_the_head_in_float64():
-    """Autograd leaves the context that forces float64 when it runs TRL's fused head backwards: enter it there."""
+    """Enter the float64 context in the backward of TRL's fused head: autograd runs it outside of any context."""
     head = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
     head.backward = staticmethod(in_float64(head.backward))
 
 
 class RecomputeInFloat64(TrainerCallback):
-    """Gradient checkpointing, once it is on, that keeps float64."""
+    """Keeps gradient checkpointing in float64, where it is on."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.gradient_checkpointing:
@@ -192,7 +192,7 @@ class RecomputeInFloat64(TrainerCallback):
 
 
 class Accident(TrainerCallback):
-    """Something that happens to one rank: as a step ends, or `delay` times its duration later, at most two steps."""
+    """A failure of one rank: at the end of a step, or `delay` step durations later, two steps later at the latest."""
 
     def __init__(self, kind, step, rank=0, delay=0.0):
         self.kind, self.step, self.rank, self.delay = kind, step, rank, delay
@@ -209,7 +209,7 @@ class Accident(TrainerCallback):
             self.happen()
 
     def happen(self):
-        if self.kind == "full disk":  # as seen by a process: a write fails when a file is half written
+        if self.kind == "full disk":  # what a process sees of it: a write fails halfway through a file
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
         elif self.kind == "SIGKILL in saving":
             torch.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
@@ -218,7 +218,7 @@ class Accident(TrainerCallback):
 
 
 def summary(trainer):
-    """Return what was trained, and by which engine."""
+    """Return metrics of the run and the engine that trained it."""
     history = trainer.state.log_history
     keys = ("loss", "grad_norm", "num_tokens", "num_trained_tokens", "eval_loss")
     return {
@@ -236,7 +236,7 @@ def summary(trainer):
 
 
 def train(settings):
-    """Train and write the result of rank 0."""
+    """Train; rank 0 writes the result."""
     cut(settings.get("break"))
     exchanged = count_exchanged_bytes() if settings.get("count_exchange") else [0]
     trainer = build_trainer(settings)
@@ -266,7 +266,7 @@ def train(settings):
 
 
 def main(settings):
-    """Train as the settings say, as one of several processes or alone."""
+    """Train with these settings, alone or as one of several processes."""
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     transformers.set_seed(0)
@@ -290,5 +290,5 @@ if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text()))
     sys.stdout.flush()
     sys.stderr.flush()
-    # gloo's threads may abort a process that ends the ordinary way, after all has been done.
+    # gloo's threads sometimes abort an ordinary exit after everything is done.
     os._exit(0)

@@ -1,9 +1,9 @@
 """
-Fork workers from one process that has imported everything: a distributed run then starts in no time.
+Fork workers from a process that has already imported everything, so that a distributed run starts at once.
 
-Reads one job per line: `world_size`, `port` of the store, `environment`, `settings` of the worker, `timeout` in
-seconds, `log` (a path). Answers with one line per job, on the file descriptor that its argument names: the exit code
-of each rank, in order; negative for a signal.
+Reads one JSON job per line from stdin: `world_size`, `port` of the store, `environment`, `settings` of the worker,
+`timeout` in seconds, and `log` (a path). Writes one line per job to the file descriptor given as its argument: the
+exit code of each rank, in order; negative for a signal.
 """
 
 import faulthandler
@@ -15,8 +15,8 @@ import sys
 import time
 import traceback
 
-import deepspeed  # noqa: F401 - so that no fork has to import it
-import worker
+import deepspeed  # noqa: F401 - imported here once, not in every fork
+import distributed_worker
 
 
 def run_rank(job, rank):
@@ -24,7 +24,7 @@ def run_rank(job, rank):
     log = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-    faulthandler.dump_traceback_later(0.8 * job["timeout"])  # where it hangs, before it is killed
+    faulthandler.dump_traceback_later(0.8 * job["timeout"])  # shows where a rank hangs before it is killed
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["world_size"], "LOCAL_WORLD_SIZE": job["world_size"]}
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"], "TORCHELASTIC_USE_AGENT_STORE": "True"}
     if job["world_size"] > 1:
@@ -32,7 +32,7 @@ def run_rank(job, rank):
     os.environ.update(job.get("environment", {}))
     code = 1
     try:
-        worker.main(job["settings"])
+        distributed_worker.main(job["settings"])
         code = 0
     except SystemExit as stop:
         code = int(stop.code or 0)
@@ -40,11 +40,11 @@ def run_rank(job, rank):
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # gloo's threads may abort a process that ends the ordinary way
+    os._exit(code)  # gloo's threads sometimes abort an ordinary exit
 
 
 def run(job):
-    """Fork all ranks and return their exit codes; the others are killed when one fails or time is up."""
+    """Fork all ranks and return their exit codes; if one fails or times out, kill the others."""
     children = {}
     for rank in range(job["world_size"]):
         pid = os.fork()
@@ -66,7 +66,7 @@ def run(job):
 
 def main():
     """Serve jobs until the input ends."""
-    gc.freeze()  # a collection would write to every page that the ranks share
+    gc.freeze()  # a collection would write to, and so copy, every page that the ranks share
     answers = os.fdopen(int(sys.argv[1]), "w")
     for line in sys.stdin:
         answers.write(json.dumps(run(json.loads(line))) + "\n")

@@ -1,8 +1,8 @@
-"""A row run wave by wave, without a trainer: what the wave tests share."""
+"""Train a row wave by wave without a trainer, and compare it with N-pass."""
 
 import torch
 
-from support.exact import TOLERANCE
+from support.float64_comparison import assert_same_loss_and_gradients, gradients_of
 from trl_singlepass.attention.context import Tree
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.reference import npass_loss_and_gradients
@@ -22,7 +22,7 @@ def plan_of(batch, wave_tokens, **kwargs):
 
 
 def targets_and_weights(batch):
-    """Target of each position and its loss weight."""
+    """Return the target of each position and its loss weight, both `(1, num_tokens)`."""
     labels = torch.cat([batch["labels"][:, 1:], torch.full((1, 1), -100)], dim=1)
     weights = batch.get("loss_weights", (batch["labels"] != -100).double())
     return labels, torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1).double()
@@ -52,7 +52,7 @@ def train_in_waves(model, batch, plan, offload=False):
 def assert_waves_equal_npass(
     model, sample_sets, wave_tokens, prepare=None, pad_to_multiple_of=None, offload=False, **plan_settings
 ):
-    """Assert that loss and all gradients of a row that runs in waves are those of the separate samples."""
+    """Assert that a row in waves gives the loss and all gradients of the separate samples, for each `wave_tokens`."""
     expected = npass_loss_and_gradients(model, [sample for samples in sample_sets for sample in samples])
     enable_tree(model)
     if prepare is not None:
@@ -61,16 +61,4 @@ def assert_waves_equal_npass(
     for tokens in wave_tokens:
         model.zero_grad()
         loss, _ = train_in_waves(model, batch, plan_of(batch, tokens, **plan_settings), offload)
-        assert abs(loss - expected.loss) <= TOLERANCE * abs(expected.loss)
-        assert_gradients_equal(model, expected.gradients)
-
-
-def assert_gradients_equal(model, expected):
-    largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        error = float((gradient - expected[name]).abs().max())
-        scale = max(float(expected[name].abs().max()), 1e-3 * largest)
-        assert error <= TOLERANCE * scale, f"{name}: gradient is off by {error:.1e}, of {scale:.1e}"
+        assert_same_loss_and_gradients(loss, gradients_of(model), expected)

@@ -1,4 +1,4 @@
-"""What becomes of each model type on a tree, and the page that says so."""
+"""Try every model type of transformers on a tree; read and write the page with the results, docs/models.md."""
 
 import re
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from support.strategies import reasoning_chat
-from support.tiny_conditional import classes_without_loss_arguments, tiny_conditional
-from support.tiny_configs import OWN, tiny_model
+from support.float64_comparison import assert_same_loss_and_gradients
+from support.sample_sets import reasoning_chat
+from support.tiny_causal_lms import OWN, tiny_model
+from support.tiny_multimodal import classes_without_loss_arguments, tiny_conditional
 from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.recurrent import path_dependent_layers
@@ -28,12 +29,11 @@ from trl_singlepass.trees.sample import Sample
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-TOLERANCE = 1e-12
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row of the page."""
+    """One row of a table on the page."""
 
     name: str
     status: str
@@ -56,10 +56,10 @@ def branchy_chat():
 
 def survey(name):
     """
-    Return what becomes of a model type, or of a class by its name: `exact`, or `refused` with the reason.
+    Return the outcome for a model type, or for a class by its name: `exact`, or `refused` with the reason.
 
     Raises:
-        AssertionError: If it is accepted and wrong.
+        AssertionError: If the model is accepted but its gradients are wrong.
     """
     model = tiny_model(name) if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else tiny_conditional(name)
     try:
@@ -70,23 +70,14 @@ def survey(name):
     with ForcedFloat64():
         expected = npass_loss_and_gradients(model, samples)
         enable_tree(model)
-        assert_same(single_pass_loss_and_gradients(model, samples), expected)
+        found = single_pass_loss_and_gradients(model, samples)
+        assert_same_loss_and_gradients(found.loss, found.gradients, expected)
         assert_nothing_leaks(model, samples)
     return Outcome(name, "exact", remark_of(model))
 
 
-def assert_same(found, expected, tolerance=TOLERANCE):
-    """Loss and every gradient are the same, relative to the gradient of their own parameter."""
-    assert abs(found.loss - expected.loss) <= tolerance * abs(expected.loss)
-    largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
-    for name, gradient in expected.gradients.items():
-        scale = max(float(gradient.abs().max()), 1e-3 * largest)
-        error = float((found.gradients[name] - gradient).abs().max())
-        assert error <= tolerance * scale, f"{name}: gradient is off by {error:.1e}, of {scale:.1e}"
-
-
 def assert_nothing_leaks(model, samples):
-    """Every layer had the tree, and the outputs of two samples depend on no token of another."""
+    """Assert that every layer read the tree and that two samples' outputs depend on no token outside their paths."""
     tree = PrefixTree.from_samples(samples)
     batch = DataCollatorForSinglePass(pad_token_id=0)([Row.from_tree(tree).columns()])
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
@@ -110,7 +101,7 @@ def assert_nothing_leaks(model, samples):
 
 
 def remark_of(model):
-    """Layer types of the tiny model, which of them do not run as tree attention, and its auxiliary loss."""
+    """Return the model's layer types, how those that are not tree attention run, and whether it has an auxiliary loss."""
     config = model.config.get_text_config()
     parts = [", ".join(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"]))]
     modes = set(path_dependent_layers(model).values())
@@ -135,7 +126,7 @@ def _reason(error):
 
 
 def names():
-    """Return what the page lists: every model type of a causal language model, and the classes of its second table."""
+    """Return the names on the page: every causal language model type, then the classes of the second table."""
     return [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *classes_without_loss_arguments()]
 
 

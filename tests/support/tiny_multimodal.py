@@ -9,8 +9,8 @@ import torch
 import transformers
 from transformers import GenerationMixin, PreTrainedModel
 
-from support import tiny_configs
-from support.tiny_models import initialised
+from support import tiny_causal_lms
+from support.tiny_model_builder import initialised
 
 
 # Sizes that only parts for other media have, set where a part has them.
@@ -83,7 +83,7 @@ def _generates(model_class):
     return issubclass(model_class, GenerationMixin)
 
 
-def tiny_conditional(class_name, vocab_size=tiny_configs.VOCAB_SIZE, dtype=torch.float64, **overrides):
+def tiny_conditional(class_name, vocab_size=tiny_causal_lms.VOCAB_SIZE, dtype=torch.float64, **overrides):
     """
     Return a tiny random model of a class, in training mode, without dropout.
 
@@ -124,4 +124,4 @@ def _sized(probe, text, overrides):
     }
     own = OWN.get(probe.model_type or probe.base_config_key, {})
     media = {name: size for name, size in MEDIA_SIZES.items() if name in vars(probe)}
-    return tiny_configs.sized(probe, probe.model_type, media | own | parts | (overrides if probe is text else {}))
+    return tiny_causal_lms.sized(probe, probe.model_type, media | own | parts | (overrides if probe is text else {}))

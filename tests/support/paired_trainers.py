@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from trl import SFTConfig, SFTTrainer
 
 from support.conversations import chat, expand
-from support.training import SETTINGS, as_dataset
+from support.trainers import SETTINGS, as_dataset
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 
 

@@ -9,7 +9,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from support.strategies import sample_sets
+from support.sample_sets import sample_sets
 from trl_singlepass.attention.context import Tree
 from trl_singlepass.attention.tree_mask import TreeMask
 from trl_singlepass.trees.prefix_tree import PrefixTree

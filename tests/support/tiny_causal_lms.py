@@ -4,7 +4,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from support.tiny_models import initialised
+from support.tiny_model_builder import initialised
 
 
 VOCAB_SIZE = 97

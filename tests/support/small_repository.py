@@ -13,14 +13,14 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from demo.load import load_tokenizer
 from demo.make_model import FOLDER as DEMO_MODEL
-from support.training import float32_model
+from support.trainers import float32_model
 
 
 ROOT = Path(__file__).parents[2]
 NUM_ROWS = 2  # with tool calls, and as many without: the shortest of the demo's conversations
 
 
-def make_playground(folder):
+def make_small_repository(folder):
     """Fill a folder with links to the repository; the demo's data are the first rows, its model is tinier."""
     for path in ROOT.iterdir():
         if path.name not in ("demo", "out", ".git"):

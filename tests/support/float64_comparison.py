@@ -1,4 +1,4 @@
-"""Comparison of loss and gradients in float64, to the tolerance that the project promises."""
+"""Compare loss and gradients with N-pass in float64, to the tolerance that the project promises."""
 
 from functools import partial
 
@@ -35,7 +35,7 @@ CHECKPOINTING = {
 
 
 def recompute_in_float64(model):
-    """Autograd leaves the context that forces float64 when it runs a checkpointed layer again: enter it there."""
+    """Enter the float64 context in each checkpointed layer: autograd recomputes layers outside of any context."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert layers
     for layer in layers:
@@ -49,7 +49,7 @@ def _checkpoint_in_float64(checkpoint, function, *args):
 
 
 def in_float64(function):
-    """Return the function, run in the context that forces float64."""
+    """Wrap a function so that it runs in the context that forces float64."""
 
     def forced(*args):
         with ForcedFloat64():
@@ -59,12 +59,12 @@ def in_float64(function):
 
 
 def one_row_each(sample_sets):
-    """Return a row per sample set, which holds its tree."""
+    """Return one row per sample set, with the tree of its samples."""
     return [Row.from_tree(PrefixTree.from_samples(samples)) for samples in sample_sets]
 
 
 def forward(model, sample_sets, pad_to_multiple_of=None, rows_of=one_row_each):
-    """Run the rows of the sample sets side by side in one; return the model's outputs and the batch."""
+    """Run the rows of the sample sets joined in one row; return the model's outputs and the batch."""
     rows = [row.columns() for row in rows_of(sample_sets)]
     batch = DataCollatorForSinglePass(pad_token_id=0, pad_to_multiple_of=pad_to_multiple_of)(rows)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
@@ -75,7 +75,7 @@ def forward(model, sample_sets, pad_to_multiple_of=None, rows_of=one_row_each):
 
 
 def single_pass_loss(model, sample_sets, pad_to_multiple_of=None, rows_of=one_row_each):
-    """Loss of one row, written the way any consumer would that shifts labels by one."""
+    """Return the loss of one row, computed as by any code that shifts labels by one."""
     outputs, batch = forward(model, sample_sets, pad_to_multiple_of, rows_of)
     logits, labels = outputs.logits[0, :-1], batch["labels"][0, 1:]
     nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
@@ -88,10 +88,10 @@ def single_pass_loss(model, sample_sets, pad_to_multiple_of=None, rows_of=one_ro
 
 def assert_equal_to_npass(model, sample_sets, prepare=None, pad_to_multiple_of=None, rows_of=one_row_each):
     """
-    Assert that one row trains what the separate samples train: the loss and the gradient of every parameter.
+    Assert that one row gives the loss and the gradient of every parameter of the separate samples.
 
-    `prepare` changes the model between both, for what N-pass must not depend on (gradient checkpointing); `rows_of`
-    makes rows of the sample sets.
+    `prepare` changes the model after N-pass and before the single pass (to turn gradient checkpointing on); `rows_of`
+    turns sample sets into rows.
     """
     expected = npass_loss_and_gradients(model, [sample for samples in sample_sets for sample in samples])
     enable_tree(model)
@@ -100,13 +100,22 @@ def assert_equal_to_npass(model, sample_sets, prepare=None, pad_to_multiple_of=N
     model.zero_grad()
     loss = single_pass_loss(model, sample_sets, pad_to_multiple_of, rows_of)
     loss.backward()
-    assert abs(float(loss.detach()) - expected.loss) <= TOLERANCE * abs(expected.loss)
+    assert_same_loss_and_gradients(float(loss.detach()), gradients_of(model), expected)
+
+
+def gradients_of(model):
+    """Return the accumulated gradient of every trainable parameter by name; zeros where there is none."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
+
+
+def assert_same_loss_and_gradients(loss, gradients, expected, tolerance=TOLERANCE):
+    """Assert that the loss and every gradient equal those of N-pass, each relative to its own size."""
+    assert abs(loss - expected.loss) <= tolerance * abs(expected.loss)
+    assert gradients.keys() == expected.gradients.keys()
     largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        error = float((gradient - expected.gradients[name]).abs().max())
-        # Relative to the parameter's own gradient, which must not be a mere rounding error of the others.
-        scale = max(float(expected.gradients[name].abs().max()), 1e-3 * largest)
-        assert error <= TOLERANCE * scale, f"{name}: gradient is off by {error:.1e}, of {scale:.1e}"
+    for name, gradient in expected.gradients.items():
+        error = float((gradients[name] - gradient).abs().max())
+        # A gradient that is itself only rounding error of the others is compared with their size instead.
+        scale = max(float(gradient.abs().max()), 1e-3 * largest)
+        assert error <= tolerance * scale, f"{name}: gradient is off by {error:.1e}, of {scale:.1e}"

@@ -8,7 +8,7 @@ import trl
 from packaging.version import Version
 from trl import SFTConfig, SFTTrainer
 
-from support.families import tiny_model
+from support.tiny_families import tiny_model
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 
 
