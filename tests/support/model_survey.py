@@ -101,7 +101,7 @@ def assert_nothing_leaks(model, samples):
 
 
 def remark_of(model):
-    """Return the model's layer types, how those that are not tree attention run, and whether it has an auxiliary loss."""
+    """Return the layer types, how those that are not tree attention run, and whether there is an auxiliary loss."""
     config = model.config.get_text_config()
     parts = [", ".join(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"]))]
     modes = set(path_dependent_layers(model).values())
