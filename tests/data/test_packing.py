@@ -22,7 +22,7 @@ from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 from trl_singlepass.trees.sample import Sample
-from trl_singlepass.trees.sharing import MIN_SHARED_TOKENS, join_sharing, merge, shareable_length
+from trl_singlepass.trees.sharing import MIN_SHARED_TOKENS, join_with_shared_prefixes, merge_rows, shareable_length
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -52,7 +52,7 @@ def with_system(samples):
 
 @given(st.lists(sample_sets(), min_size=1, max_size=3))
 def test_merged_rows_hold_what_the_tree_of_all_samples_holds(sets):
-    row = merge(one_row_each(sets))
+    row = merge_rows(one_row_each(sets))
     oracle = PrefixOracle([sample for samples in sets for sample in samples])
     assert len(row) == oracle.num_tokens
     assert contents(row) == (oracle.weighted_targets, dict(oracle.multiplicity))
@@ -62,7 +62,7 @@ def test_merged_rows_hold_what_the_tree_of_all_samples_holds(sets):
 @given(st.lists(sample_sets(), min_size=2, max_size=4), st.randoms(use_true_random=False))
 def test_the_order_of_conversations_changes_nothing(sets, random):
     shuffled = random.sample(sets, len(sets))
-    one, other = (join_sharing(one_row_each(map(with_system, of))) for of in (sets, shuffled))
+    one, other = (join_with_shared_prefixes(one_row_each(map(with_system, of))) for of in (sets, shuffled))
     assert len(one) == len(other)
     assert contents(one) == contents(other)
 
@@ -133,7 +133,7 @@ def test_a_conversation_longer_than_a_row_is_refused():
 def test_what_is_shareable_costs_nothing_twice(samples):
     row = Row.from_tree(PrefixTree.from_samples(samples))
     length = shareable_length(row.labels, row.subtree_end)
-    assert len(merge([row, row])) <= 2 * len(row) - length
+    assert len(merge_rows([row, row])) <= 2 * len(row) - length
 
 
 @pytest.mark.usefixtures("float64")

@@ -19,7 +19,7 @@ from trl_singlepass.training.turn_metrics import NUM_TURNS
 from trl_singlepass.trees.prefix_tree import PrefixTree, sample_paths
 from trl_singlepass.trees.rows import Row
 from trl_singlepass.trees.sample import PARTS, Sample
-from trl_singlepass.trees.sharing import merge
+from trl_singlepass.trees.sharing import merge_rows
 
 
 pytestmark = [
@@ -58,7 +58,7 @@ def test_rows_that_share_a_beginning_keep_the_parts_of_their_labels(samples, sam
     samples = with_turns(samples)
     starts = range(0, len(samples), samples_per_row)
     rows = [Row.from_tree(PrefixTree.from_samples(samples[start : start + samples_per_row])) for start in starts]
-    assert targets_of(merge(rows)) == targets_of(PrefixTree.from_samples(samples))
+    assert targets_of(merge_rows(rows)) == targets_of(PrefixTree.from_samples(samples))
 
 
 def targets_of(row):

@@ -18,8 +18,9 @@ from trl_singlepass.data.preparation import conversations_to_rows
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.rendering.samples import RenderingError
 from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.radix import common_prefix_length
 from trl_singlepass.trees.sample import Sample
-from trl_singlepass.trees.splitting import fewest_tokens_possible, split_samples
+from trl_singlepass.trees.splitting import split_samples
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -77,6 +78,37 @@ def partitions(items):
             yield [*rest[:i], [items[0], *part], *rest[i + 1 :]]
 
 
+def fewest_tokens_possible(samples, max_row_tokens):
+    """
+    A number of tokens below which no splitting can go, whichever samples share a row.
+
+    Let `u_k` be the tokens of sample `k` that no other sample shares and `h_k` the others, made monotone from below
+    (`h_k = min over m >= k of len(m) - u_m`). A row whose latest sample is `e` holds `h_e` shared tokens and
+    has room for `max_row_tokens - h_e` unshared ones. All samples after `e` must stand in rows that end after `e`, so
+    the ends that filling rows from the last turn backwards gives, a sample cut anywhere if need be, are the earliest
+    that any splitting can have, one by one; and earlier ends share less. Hence
+
+        tokens >= max(tokens of the tree, Σ u_k + Σ h_e over those ends)
+    """
+    shared = np.array([shared_length(sample, [*samples[:k], *samples[k + 1 :]]) for k, sample in enumerate(samples)])
+    unshared = np.array([len(sample) for sample in samples]) - shared
+    history = np.minimum.accumulate(shared[::-1])[::-1]
+    total, last, left = int(unshared.sum()), len(samples) - 1, unshared.astype(np.int64)
+    while last >= 0:
+        total += int(history[last])
+        room = max_row_tokens - int(history[last])
+        while last >= 0 and room >= left[last]:
+            room -= int(left[last])
+            last -= 1
+        if last >= 0:
+            left[last] -= room
+    return max(total, len(PrefixTree.from_samples(samples)))
+
+
+def shared_length(sample, others):
+    return max((common_prefix_length(sample.token_ids, other.token_ids) for other in others), default=0)
+
+
 @settings(max_examples=60)
 @given(sample_sets(max_samples=5, max_length=12), st.integers(0, 20))
 def test_no_splitting_whatsoever_goes_below_the_bound(samples, spare):
@@ -116,7 +148,7 @@ def test_the_token_that_two_targets_fork_counts_twice():
 
 
 def test_a_sample_longer_than_a_row_cannot_be_split():
-    with pytest.raises(ValueError, match=r"A sample of 3 tokens does not fit a row of max_row_tokens=2.*Shorten"):
+    with pytest.raises(ValueError, match=r"A sample of 3 tokens does not fit into a row of max_row_tokens=2.*Shorten"):
         split_samples([Sample.from_prompt_and_completion([5, 6], [7])], 2)
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
 from ..trees.rows import Row
-from ..trees.sharing import join_sharing, shareable_length
+from ..trees.sharing import join_with_shared_prefixes, shareable_length
 from .arrow import ROWS_VERSION, ListColumn, RowReader, row_features, rows_to_table
 from .packing import place
 from .report import PackingReport
@@ -98,7 +98,7 @@ def pack_rows(rows: Sequence[Row], max_row_tokens: int) -> list[Row]:
     """
     shareable = [shareable_length(row.labels, row.subtree_end) for row in rows]
     members = place([len(row) for row in rows], lambda i: rows[i].input_ids[: shareable[i]], max_row_tokens)
-    return [join_sharing([rows[i] for i in of_row]) for of_row in members]
+    return [join_with_shared_prefixes([rows[i] for i in of_row]) for of_row in members]
 
 
 class _Joiner:
@@ -114,5 +114,5 @@ class _Joiner:
     def __call__(self, batch: Mapping[str, list[list[int]]]) -> pa.Table:
         if self._reader is None:
             self._reader = RowReader(self._rows.data.table)
-        rows = [join_sharing([self._reader(i) for i in members]) for members in batch["members"]]
+        rows = [join_with_shared_prefixes([self._reader(i) for i in members]) for members in batch["members"]]
         return rows_to_table(rows, [{}] * len(rows), self._features)

@@ -1,10 +1,11 @@
-"""Samples merged on their shared prefixes: the prefix tree, laid out depth first in one token sequence."""
+"""The prefix tree: samples merged on their shared prefixes and laid out depth first in one token sequence."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +20,17 @@ IGNORE_INDEX = -100
 @dataclass(frozen=True, slots=True)
 class Segment:
     """
-    Longest run of tokens that the same samples share.
+    Longest range of tokens that the same samples share.
 
     Args:
         parent (`int`):
-            Index of the segment that this one continues, -1 for the start of a tree.
+            Index of the segment that this one continues, -1 at the start of a tree.
         start (`int`):
-            Position of the first token in the layout.
+            Position of the first token.
         end (`int`):
-            Position just past the last token in the layout.
+            Position just past the last token.
         depth (`int`):
-            Depth of the first token: the number of tokens before it on its path.
+            Depth of the first token: the number of its ancestors.
         num_samples (`int`):
             Number of samples that pass through the segment (its multiplicity).
     """
@@ -46,37 +47,45 @@ class PrefixTree:
     """
     Samples merged on their shared prefixes, each distinct prefix stored once, laid out depth first.
 
-    At a fork the child that continues the spine (the one that most samples share) comes first, then the branches: the
-    history lies together at the front. A token's descendants then follow it without a gap, so `subtree_end` holds the
-    whole structure: position `j` is an ancestor of `i`, or `i` itself, exactly when `j <= i < subtree_end[j]`.
+    At a fork, the child on the spine comes first and the branches follow, so that the history lies together at the
+    front. A token's descendants follow it without a gap, so `subtree_end` holds the whole structure: position `j` is
+    an ancestor of `i`, or `i` itself, exactly when `j <= i < subtree_end[j]`.
 
-    Where samples train two different targets from one position, the tree forks one token earlier and stores that
-    token once per target, so that every position has at most one target. Where several samples train the same target,
-    their loss weights add up, as they do in N-pass.
+    Where samples train different targets from one position, the tree forks one token earlier and stores that token
+    once per target, so that every position has at most one target. Where several samples train the same target, their
+    loss weights add up, as they do in N-pass. Samples `[1, 2, 3]` and `[1, 2, 4, 5]` that train all tokens but the
+    first two:
 
-    All arrays have shape `(num_tokens,)` and are in layout order.
+        position        0     1     2     3     4     5
+        input_ids       1     2     4     5     2     3
+        position_ids    0     1     2     3     1     2
+        subtree_end     6     4     4     4     6     6
+        labels       -100  -100     4     5  -100     3
+        multiplicity    2     1     1     1     1     1
+
+    All arrays have shape `(num_tokens,)`.
 
     Args:
         input_ids (`numpy.ndarray` of `numpy.int64`):
             Tokens.
         position_ids (`numpy.ndarray` of `numpy.int64`):
-            Depth of each token: the number of tokens before it on its path, as RoPE needs it.
+            Depth of each token, as RoPE needs it.
         subtree_end (`numpy.ndarray` of `numpy.int64`):
-            For each token, the position just past its last descendant.
+            Position just past the last descendant of each token.
         labels (`numpy.ndarray` of `numpy.int64`):
-            Targets, rolled: `labels[i + 1]` is what position `i` must predict and `labels[0]` is -100, so that every
-            loss that shifts labels by one sees the right pairs. -100 where a position has no target.
+            Rolled targets: `labels[i + 1]` is what position `i` must predict, -100 if nothing, so that a loss that
+            shifts labels by one sees the right pairs. `labels[0]` is -100.
         loss_weights (`numpy.ndarray` of `numpy.float64`):
-            Factor of the loss of each label; 0 where there is none.
+            Factor of the loss of each label; 0 where the label is -100.
         label_parts (`numpy.ndarray` of `numpy.int64`):
-            For each label, what it is part of ([`Sample.token_parts`]); 0 where there is none.
+            What each label belongs to ([`Sample.token_parts`]); 0 where the label is -100.
         multiplicity (`numpy.ndarray` of `numpy.int64`):
             Number of samples that pass through each token.
         segments (`tuple[Segment, ...]`):
-            Segments in layout order.
+            Segments in the order of their positions.
 
-    Source: generalises the hand-made mask of arXiv 2504.18246 (section 3) to any set of samples; forking one token
-    early follows `TreeRow` of TRL's AsyncGRPO, which forks always.
+    Source: generalises the hand-made mask of arXiv 2504.18246 (section 3) to any set of samples. Forking one token
+    early follows `TreeRow` of TRL's AsyncGRPO, which always does it.
     """
 
     input_ids: NDArray[np.int64]
@@ -91,24 +100,24 @@ class PrefixTree:
     @classmethod
     def from_samples(cls, samples: Sequence[Sample]) -> PrefixTree:
         """
-        Merge samples in a prefix tree (a forest where their first tokens differ).
+        Merge samples into a prefix tree (a forest if their first tokens differ).
 
         Args:
             samples (`Sequence[Sample]`):
-                Samples in the order of their turns. The loss does not depend on the order; of several children that
-                equally many samples share, the one of the latest sample continues the spine.
+                Samples in the order of their turns. The order does not change the loss; where equally many samples
+                share several children, the spine follows the last sample.
 
         Returns:
             `PrefixTree`: The tree.
 
         Raises:
-            `ValueError`: If there is no sample.
+            `ValueError`: If there are no samples.
         """
         if not samples:
             raise ValueError("A prefix tree needs at least one sample, got none.")
         root = RadixNode.root()
         for index, sample in enumerate(samples):
-            root.add(RadixNode.of_sample(sample, index))
+            root.add(RadixNode.from_sample(sample, index))
         return lay_out(root)
 
     def __len__(self) -> int:
@@ -116,22 +125,22 @@ class PrefixTree:
 
     @property
     def num_sample_tokens(self) -> int:
-        """Number of tokens of all samples: what N-pass computes."""
+        """Number of tokens in all samples: what N-pass computes."""
         return int(self.multiplicity.sum())
 
     @property
     def sharing_factor(self) -> float:
-        """Tokens of all samples ÷ tokens of the tree."""
+        """Tokens in all samples ÷ tokens in the tree."""
         return self.num_sample_tokens / len(self)
 
 
 def lay_out(root: RadixNode) -> PrefixTree:
-    """Return the tree below a root laid out in one token sequence; the root is used up."""
-    nodes, parents, next_tokens = [], [], []
+    """Return a radix tree laid out in one token sequence; this changes the radix tree."""
+    nodes, parents, targets = [], [], []
     for node, parent in depth_first(root):
         nodes.append(node)
         parents.append(parent)
-        next_tokens.append(_target(node.children))
+        targets.append(_target_after(node))
     lengths = np.array([len(node.tokens) for node in nodes])
     ends = np.cumsum(lengths)
     starts = ends - lengths
@@ -144,7 +153,7 @@ def lay_out(root: RadixNode) -> PrefixTree:
             last_descendant[parents[i]] = max(last_descendant[parents[i]], last_descendant[i])
     counts = np.array([node.num_samples for node in nodes])
     input_ids = np.concatenate([node.tokens for node in nodes])
-    labels, loss_weights, label_parts = _rolled_labels(nodes, next_tokens, starts, ends)
+    labels, loss_weights, label_parts = _roll_labels(nodes, targets, starts, ends)
     return PrefixTree(
         input_ids=input_ids,
         position_ids=np.arange(len(input_ids)) + np.repeat(depths - starts, lengths),
@@ -157,36 +166,45 @@ def lay_out(root: RadixNode) -> PrefixTree:
     )
 
 
-def _rolled_labels(
+class _Target(NamedTuple):
+    token: int
+    weight: float
+    part: int
+
+
+_NO_TARGET = _Target(IGNORE_INDEX, 0.0, 0)
+
+
+def _target_after(node: RadixNode) -> _Target:
+    """Return the target of a node's last token, which its children hold."""
+    trained = [child for child in node.children if child.weights[0] > 0]
+    if not trained:
+        return _NO_TARGET
+    assert len({child.tokens[0] for child in trained}) == 1, "colliding targets must have been forked"
+    weight = float(sum(child.weights[0] for child in trained))
+    return _Target(int(trained[0].tokens[0]), weight, int(trained[0].parts[0]))
+
+
+def _roll_labels(
     nodes: list[RadixNode],
-    next_tokens: list[tuple[int, float, int]],
+    targets: list[_Target],
     starts: NDArray[np.int64],
     ends: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
     labels = np.full(ends[-1], IGNORE_INDEX, np.int64)
     loss_weights, parts = np.zeros(ends[-1]), np.zeros(ends[-1], np.int64)
-    for node, (token, weight, part), start, end in zip(nodes, next_tokens, starts, ends, strict=True):
+    for node, target, start, end in zip(nodes, targets, starts, ends, strict=True):
         inside = node.weights[1:]
         labels[start + 1 : end] = np.where(inside > 0, node.tokens[1:], IGNORE_INDEX)
         parts[start + 1 : end] = np.where(inside > 0, node.parts[1:], 0)
         loss_weights[start + 1 : end] = inside
-        if weight > 0:  # a node with a trained child is never the last one, so `end` lies inside the layout
-            labels[end], loss_weights[end], parts[end] = token, weight, part
+        if target.weight > 0:  # a node with a trained child is never the last one, so `end` is a valid position
+            labels[end], loss_weights[end], parts[end] = target
     return labels, loss_weights, parts
 
 
-def _target(children: list[RadixNode]) -> tuple[int, float, int]:
-    """Target of a node's last token, its weight and what it is part of; (-100, 0, 0) where no child is trained."""
-    trained = [child for child in children if child.weights[0] > 0]
-    if not trained:
-        return IGNORE_INDEX, 0.0, 0
-    assert len({child.tokens[0] for child in trained}) == 1, "colliding targets must have been forked"
-    weight = float(sum(child.weights[0] for child in trained))
-    return int(trained[0].tokens[0]), weight, int(trained[0].parts[0])
-
-
 def sample_paths(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np.int64]]:
-    """For each sample, the positions of its tokens in the tree's layout."""
+    """Return, for each sample of a tree, the positions of its tokens."""
     children: dict[int, list[int]] = defaultdict(list)
     for index, segment in enumerate(tree.segments):
         children[segment.parent].append(index)
@@ -199,7 +217,7 @@ def sample_paths(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np
             positions = np.arange(segment.start, min(segment.end, segment.start + len(tokens)))
             if np.array_equal(tree.input_ids[positions], tokens[: len(positions)]):
                 rest = path(tokens[len(positions) :], index)
-                # Copies of a token that had colliding targets look alike until the tokens after them are compared.
+                # Copies of a token that had different targets look alike until the tokens after them are compared.
                 if rest is not None:
                     return [positions, *rest]
         return None

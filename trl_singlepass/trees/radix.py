@@ -1,4 +1,4 @@
-"""Radix tree under construction: what samples share is stored once, before it is laid out in a row."""
+"""Radix tree of samples: built sample by sample, then laid out depth first by `prefix_tree`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .sample import Sample
 @dataclass(slots=True, eq=False)
 class RadixNode:
     """
-    Run of tokens of a radix tree; the children of a node begin with different tokens.
+    Node of a radix tree: one or more tokens that the same samples share. Its children begin with different tokens.
 
     Args:
         tokens (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
-            Tokens; none at the root, which stands before the first token of every sample.
+            Tokens; none at the root, which precedes the first token of every sample.
         weights (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.float64`):
-            For each token, the loss weight of predicting it from the tokens before it, summed over the samples.
+            Loss weight of predicting each token from those before it, summed over the samples.
         parts (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
-            For each token, what it is part of ([`Sample.token_parts`]); of the first sample that trains it, if any.
+            What each token belongs to ([`Sample.token_parts`]), in the first sample that trains it, if any does.
         num_samples (`int`):
             Number of samples that pass through the node.
         latest_sample (`int`):
-            Number of the latest of them.
+            Index of the last of them.
         children (`list[RadixNode]`, *optional*):
-            Nodes that continue it.
+            Nodes that continue this one.
     """
 
     tokens: NDArray[np.int64]
@@ -44,32 +44,32 @@ class RadixNode:
         return cls(np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64), 0, -1)
 
     @classmethod
-    def of_sample(cls, sample: Sample, number: int) -> RadixNode:
+    def from_sample(cls, sample: Sample, index: int) -> RadixNode:
         """Return a sample as one node."""
-        return cls(sample.token_ids, sample.loss_weights, sample.token_parts, 1, number)
+        return cls(sample.token_ids, sample.loss_weights, sample.token_parts, 1, index)
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of the tree below the node, itself included, once it is laid out."""
+        """Number of tokens that the node and everything below it have in the layout."""
         count, stack = len(self.tokens), [self]
         while stack:
             node = stack.pop()
             targets = sum(child.weights[0] > 0 for child in node.children)
-            # At a fork, the token before it is stored once per target.
+            # Where children train different targets, the token before them is stored once per target.
             count += max(int(targets) - 1, 0) * (len(node.tokens) > 0)
             count += sum(len(child.tokens) for child in node.children)
             stack += node.children
         return count
 
-    def child(self, token: int) -> RadixNode | None:
-        """Return the child that begins with a token."""
+    def find_child(self, token: int) -> RadixNode | None:
+        """Return the child that begins with a token, if there is one."""
         for child in self.children:
             if child.tokens[0] == token:
                 return child
         return None
 
     def split(self, length: int) -> None:
-        """Move all but the first `length` tokens to a new only child."""
+        """Move all but the first `length` tokens into a new child, the only one."""
         rest = RadixNode(*self._arrays(slice(length, None)), self.num_samples, self.latest_sample, self.children)
         self.tokens, self.weights, self.parts = self._arrays(slice(length))
         self.children = [rest]
@@ -79,16 +79,18 @@ class RadixNode:
 
     def add(self, branch: RadixNode) -> None:
         """
-        Merge a branch, with all below it, into the children; what both hold is stored once, weights add up.
+        Merge a branch and everything below it into the children; shared tokens are stored once, their weights add up.
+
+        A node `[1, 2, 3]` that is given `[1, 2, 4, 5]` splits into `[1, 2]` with the children `[3]` and `[4, 5]`.
 
         Args:
             branch (`RadixNode`):
-                Continues this node. It is taken over and must not be used afterwards.
+                Continues this node. It becomes part of the tree and must not be used afterwards.
         """
         stack = [(self, branch, 0)]
         while stack:
             parent, node, start = stack.pop()
-            child = parent.child(node.tokens[start])
+            child = parent.find_child(node.tokens[start])
             if child is None:
                 node.tokens, node.weights, node.parts = node._arrays(slice(start, None))
                 parent.children.append(node)
@@ -96,16 +98,16 @@ class RadixNode:
             end = start + common_prefix_length(child.tokens, node.tokens[start:])
             if end - start < len(child.tokens):
                 child.split(end - start)
-            child._take(node, slice(start, end))
+            child._add_shared(node, slice(start, end))
             if end < len(node.tokens):
                 stack.append((child, node, end))
             else:
                 stack += [(child, grandchild, 0) for grandchild in node.children]
 
-    def _take(self, node: RadixNode, where: slice) -> None:
-        """Add a stretch of the same tokens of another node; most of it is history, which carries no weight."""
+    def _add_shared(self, node: RadixNode, where: slice) -> None:
+        """Add the weights and samples of another node, whose tokens `where` are this node's."""
         _, weights, parts = node._arrays(where)
-        if np.count_nonzero(weights):
+        if np.count_nonzero(weights):  # most shared tokens are history, which has no weight
             self.parts = np.where((self.weights == 0) & (weights > 0), parts, self.parts)
             self.weights = self.weights + weights
         self.num_samples += node.num_samples
@@ -113,7 +115,7 @@ class RadixNode:
 
 
 def common_prefix_length(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
-    """Return how many tokens two sequences have in common at their start."""
+    """Return the length of the longest common prefix of two token sequences."""
     length = min(len(a), len(b))
     if length == 0:
         return 0
@@ -124,16 +126,16 @@ def common_prefix_length(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
 
 def depth_first(root: RadixNode) -> Iterator[tuple[RadixNode, int]]:
     """
-    Yield every node with the index of its parent, the child that continues the spine before its siblings.
+    Yield every node with the index of its parent, the child on the spine before its siblings.
 
-    Where children train different targets, the node is forked one token earlier on the way; the tree is used up.
+    Where children train different targets, the node forks one token earlier; this changes the tree.
 
     Args:
         root (`RadixNode`):
-            Root of the tree, which is not yielded.
+            Root of the tree; it is not yielded itself.
 
     Yields:
-        `tuple[RadixNode, int]`: A node, and the number of the yielded node that it continues; -1 if none.
+        `tuple[RadixNode, int]`: A node, and the index of its parent in the order of this generator, -1 if it has none.
     """
     count = 0
     stack = [(node, -1) for node in _spine_last(_fork_colliding(root.children))]
@@ -155,6 +157,11 @@ def _fork_colliding(children: list[RadixNode]) -> list[RadixNode]:
 
 
 def _fork_one_token_earlier(node: RadixNode) -> list[RadixNode]:
+    """
+    Store a node's last token once per target where its children train different ones.
+
+    `[1, 2]` with the trained children `[3]` and `[4, 5]` becomes `[1]` with the children `[2, 3]` and `[2, 4, 5]`.
+    """
     targets = list(dict.fromkeys(child.tokens[0] for child in node.children if child.weights[0] > 0))
     if len(targets) < 2:
         return [node]
@@ -164,7 +171,7 @@ def _fork_one_token_earlier(node: RadixNode) -> list[RadixNode]:
     groups[0] += [child for child in node.children if child.tokens[0] not in targets]
     copies = [_copy_of_last_token(node, group, is_first=i == 0) for i, group in enumerate(groups)]
     if len(node.tokens) == 1:
-        # A copy that was joined with its only child ends where that child ended, and may fork there in turn.
+        # A copy that was joined with its only child ends where that child ends, and may have to fork there in turn.
         return _fork_colliding(copies)
     node.tokens, node.weights, node.parts = node._arrays(slice(-1))
     node.children = copies
@@ -172,7 +179,7 @@ def _fork_one_token_earlier(node: RadixNode) -> list[RadixNode]:
 
 
 def _copy_of_last_token(node: RadixNode, children: list[RadixNode], *, is_first: bool) -> RadixNode:
-    """Copy for one target; the first one carries the weight of predicting the token and the samples that end on it."""
+    """Copy for one target. The first copy has the token's own loss weight, and the samples that end on the token."""
     num_samples = sum(child.num_samples for child in children)
     if is_first:
         num_samples += node.num_samples - sum(child.num_samples for child in node.children)

@@ -1,14 +1,13 @@
-"""Trees to rows: one or more trees in one token sequence, and the runs that kernels work on."""
+"""Rows: one or more trees in one token sequence, and the runs that kernels work on."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .prefix_tree import PrefixTree
 
@@ -19,23 +18,10 @@ ROW_COLUMNS = ("input_ids", "subtree_end", "labels", "loss_weights", "label_part
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
     """
-    One or more trees laid out in one token sequence; arrays of shape `(num_tokens,)` as in [`PrefixTree`].
+    One or more trees side by side in one token sequence.
 
-    Depths are not stored: they follow from `subtree_end` (see [`TreePlan`]).
-
-    Args:
-        input_ids (`numpy.ndarray` of `numpy.int64`):
-            Tokens.
-        subtree_end (`numpy.ndarray` of `numpy.int64`):
-            For each token, the position just past its last descendant, counted in tokens from the start of the row.
-        labels (`numpy.ndarray` of `numpy.int64`):
-            Rolled targets: `labels[i + 1]` is what position `i` must predict.
-        loss_weights (`numpy.ndarray` of `numpy.float64`):
-            Factor of the loss of each label; 0 where there is none.
-        label_parts (`numpy.ndarray` of `numpy.int64`):
-            For each label, what it is part of ([`Sample.token_parts`]); 0 where there is none.
-        multiplicity (`numpy.ndarray` of `numpy.int64`):
-            Number of samples that pass through each token.
+    The arrays are those of [`PrefixTree`], with positions counted from the start of the row. Depths are not stored:
+    they follow from `subtree_end` (see [`TreePlan`]).
     """
 
     input_ids: NDArray[np.int64]
@@ -51,8 +37,8 @@ class Row:
         return cls(*(getattr(tree, name) for name in ROW_COLUMNS))
 
     @classmethod
-    def from_columns(cls, columns: Mapping[str, Any]) -> Row:
-        """Return the row that a dataset holds under `ROW_COLUMNS`."""
+    def from_columns(cls, columns: Mapping[str, ArrayLike]) -> Row:
+        """Return the row that a dataset holds in `ROW_COLUMNS`."""
         integers = {name: np.asarray(columns[name], np.int64) for name in ROW_COLUMNS if name != "loss_weights"}
         return cls(**integers, loss_weights=np.asarray(columns["loss_weights"], np.float64))
 
@@ -64,7 +50,7 @@ class Row:
         joined["subtree_end"] = joined["subtree_end"] + np.repeat(offsets, [len(row) for row in rows])
         return cls(**joined)
 
-    def columns(self) -> dict[str, NDArray[Any]]:
+    def columns(self) -> dict[str, NDArray[np.int64] | NDArray[np.float64]]:
         """Return the row as dataset columns."""
         return {name: getattr(self, name) for name in ROW_COLUMNS}
 
@@ -75,17 +61,17 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Run:
     """
-    Maximal stretch of a row in which every token's parent is the token before it.
+    Longest range of a row in which every token's parent is the token before it.
 
     Args:
         start (`int`):
-            Position of the first token in the row.
+            Position of the first token.
         end (`int`):
-            Position just past the last token in the row.
+            Position just past the last token.
         depth (`int`):
             Depth of the first token: the number of tokens in `prefix`.
         prefix (`tuple[tuple[int, int], ...]`):
-            Half-open ranges of row positions that hold the ancestors of the first token, in the order of their depth.
+            Ranges that hold the ancestors of the first token, in the order of their depth.
     """
 
     start: int
@@ -97,17 +83,17 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class TreePlan:
     """
-    Structure of a row in plain integers: what a kernel needs to run tree attention without asking the device.
+    Structure of a row in plain integers: what a kernel needs to run tree attention without a device synchronisation.
 
     Args:
         length (`int`):
-            Number of tokens of the row.
+            Number of tokens in the row.
         runs (`tuple[Run, ...]`):
-            Runs in row order; together they cover the row.
+            Runs in the order of their positions; together they cover the row.
         example_ends (`tuple[int, ...]`):
-            For each dataset row in it, the position just past its last token.
+            Position just past the last token of each row of the dataset that stands in it.
         num_sample_tokens (`int`):
-            Number of tokens of all samples in it: what N-pass computes.
+            Number of tokens in all its samples: what N-pass computes.
     """
 
     length: int
@@ -117,7 +103,7 @@ class TreePlan:
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row]) -> TreePlan:
-        """Return the plan of dataset rows side by side in one row."""
+        """Return the plan of several rows of a dataset side by side in one row."""
         return replace(
             cls.from_subtree_end(Row.join(rows).subtree_end),
             example_ends=tuple(np.cumsum([len(row) for row in rows]).tolist()),
@@ -129,10 +115,12 @@ class TreePlan:
         """
         Return the plan of a row.
 
+        A run ends where a token has no descendants. For `subtree_end = [6, 4, 4, 4, 6, 6]`, that is after positions 3
+        and 5: the runs are `[0, 4)`, with no ancestors, and `[4, 6)` at depth 1, whose ancestors are `[0, 1)`.
+
         Args:
             subtree_end (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
-                For each token, the position just past its last descendant, counted in tokens from the start of the
-                row.
+                Position just past the last descendant of each token.
 
         Returns:
             `TreePlan`: The plan.
@@ -141,7 +129,7 @@ class TreePlan:
         positions = np.arange(1, length)
         starts = [0, *positions[subtree_end[:-1] <= positions].tolist()] if length else []
         runs: list[Run] = []
-        path: list[tuple[int, int]] = []  # runs that can still hold ancestors
+        path: list[tuple[int, int]] = []  # parts of earlier runs that can still hold ancestors
         for start, end in zip(starts, [*starts[1:], length], strict=True):
             path = [(first, _end_of_ancestors(subtree_end, first, last, start)) for first, last in path]
             path = [(first, last) for first, last in path if first < last]
@@ -157,5 +145,5 @@ class TreePlan:
 
 
 def _end_of_ancestors(subtree_end: NDArray[np.int64], first: int, last: int, position: int) -> int:
-    """Position just past the last ancestor of `position` within a run; along a run `subtree_end` never grows."""
+    """Return the position past the last ancestor of `position` in a run, along which `subtree_end` never increases."""
     return bisect_left(range(last), -position, lo=first, key=lambda j: -subtree_end[j])

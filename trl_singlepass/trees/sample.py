@@ -1,14 +1,13 @@
-"""One turn as the model sees it: the exact tokens of its prompt and completion, with a loss weight per token."""
+"""One turn as the model sees it: the exact tokens of prompt and completion, with a loss weight for each token."""
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 
-# What a trained token belongs to, in the order of `Sample.token_parts`.
+# Parts of a completion, in the order in which `Sample.token_parts` numbers them.
 PARTS = ("reasoning", "first_answer_token", "later_answer_tokens")
 
 
@@ -18,11 +17,11 @@ class CompletionKind(StrEnum):
     AS_SERVED = "as served"
     """The template's rendering continues the prompt."""
     HISTORY_REWRITTEN = "history rewritten"
-    """The template rewrites earlier messages once this one is there; its own text follows the prompt."""
+    """The template rewrites earlier messages once this one is there; the message's own text follows the prompt."""
     OPENING_CONTINUED = "opening continued"
-    """The prompt begins the answer in words that the template does not write before such a message."""
+    """The prompt opens the answer with text that the template does not write before such a message."""
     REASONING_RESTORED = "reasoning restored"
-    """The template leaves the reasoning out; it stands where the model writes it."""
+    """The template leaves the reasoning out; it is put back where the model writes it."""
     GIVEN_AS_TOKENS = "given as tokens"
     """The dataset holds the tokens themselves."""
 
@@ -30,22 +29,22 @@ class CompletionKind(StrEnum):
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """
-    Exact tokens of one turn: what N-pass trains as one separate sequence.
+    Exact tokens of one turn: what N-pass trains as a sequence of its own.
 
     Args:
         token_ids (`numpy.ndarray` of shape `(length,)`, `numpy.int64`):
             Prompt as served, followed by the completion as generated. Any sequence of integers is converted.
         loss_weights (`numpy.ndarray` of shape `(length,)`, `numpy.float64`):
-            For each token, the factor of the loss of predicting it from the tokens before it; 0 where it is not
-            trained. Any sequence of numbers is converted. The first token has no predecessor, so its weight must be 0.
+            Factor of the loss of predicting each token from those before it; 0 for a token that is not trained. Any
+            sequence of numbers is converted. Nothing precedes the first token, so its weight must be 0.
         prompt_length (`int`):
             Number of tokens of the prompt.
         message_index (`int`, *optional*):
-            Position of the turn's assistant message in its conversation.
+            Index of the turn's assistant message in its conversation.
         reasoning_length (`int`, *optional*, defaults to 0):
-            Number of tokens at the start of the completion that are reasoning, its closing tag included.
+            Number of tokens of reasoning at the start of the completion, the closing tag included.
         turn_index (`int`, *optional*, defaults to 0):
-            Position of the turn among the turns of its conversation, trained or not.
+            Index of the turn among all turns of its conversation, trained or not.
         kind (`CompletionKind`, *optional*, defaults to `CompletionKind.GIVEN_AS_TOKENS`):
             How the completion came about.
 
@@ -78,7 +77,7 @@ class Sample:
             )
         if self.loss_weights[0] != 0:
             raise ValueError(
-                "The first token of a sample has no token before it to predict it from, so its loss weight must be 0, "
+                "Nothing precedes the first token of a sample to predict it from, so its loss weight must be 0, "
                 f"got {self.loss_weights[0]}. Start the prompt with at least one token."
             )
         if not 0 <= self.prompt_length <= len(self.token_ids):
@@ -95,13 +94,13 @@ class Sample:
     @classmethod
     def from_prompt_and_completion(
         cls,
-        prompt_ids: Any,
-        completion_ids: Any,
+        prompt_ids: ArrayLike,
+        completion_ids: ArrayLike,
         message_index: int | None = None,
         reasoning_length: int = 0,
         kind: CompletionKind = CompletionKind.GIVEN_AS_TOKENS,
     ) -> "Sample":
-        """Return the sample whose completion tokens all weigh 1 and whose prompt tokens weigh 0."""
+        """Return the sample whose completion tokens have weight 1 and whose prompt tokens have weight 0."""
         prompt = np.asarray(prompt_ids, dtype=np.int64)
         completion = np.asarray(completion_ids, dtype=np.int64)
         weights = np.concatenate([np.zeros(len(prompt)), np.ones(len(completion))])
@@ -113,12 +112,16 @@ class Sample:
 
     @property
     def is_trained(self) -> bool:
-        """Whether any token of the sample has a loss."""
+        """Whether any token of the sample is trained."""
         return bool((self.loss_weights > 0).any())
 
     @property
     def token_parts(self) -> NDArray[np.int64]:
-        """For each token, what it belongs to: `1 + 3 · turn_index + i` for `PARTS[i]`, 0 for the prompt."""
+        """
+        What each token belongs to: `1 + 3 · turn_index + i` for `PARTS[i]`, 0 for the prompt.
+
+        With 2 tokens of prompt, 2 of reasoning and 3 of answer, turn 1 has `[0, 0, 4, 4, 5, 6, 6]`.
+        """
         parts = np.full(len(self), 3 + 3 * self.turn_index)
         answer = self.prompt_length + self.reasoning_length
         parts[: self.prompt_length] = 0
@@ -140,7 +143,7 @@ class Sample:
         )
 
 
-def _freeze(sample: Sample, name: str, array: NDArray[Any]) -> None:
+def _freeze(sample: Sample, name: str, array: NDArray[np.generic]) -> None:
     array = array.view()
     array.setflags(write=False)
     object.__setattr__(sample, name, array)

@@ -1,4 +1,4 @@
-"""Rows to one row in which conversations that begin alike hold their common prefix once."""
+"""Join rows into one that stores the common prefixes of conversations once."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from .radix import RadixNode
 from .rows import Row
 
 
-# Shorter prefixes are repeated: to look one up costs attention more than to compute it again.
+# Shorter prefixes are repeated: attention to a shared prefix costs more than computing the tokens again.
 MIN_SHARED_TOKENS = 32
 
 
-def join_sharing(rows: Sequence[Row]) -> Row:
+def join_with_shared_prefixes(rows: Sequence[Row]) -> Row:
     """
-    Return one row that holds the trees of several, with prefixes that they have in common stored once.
+    Return one row that holds the trees of several rows and stores their common prefixes once.
 
-    Rows are merged where they have their first `MIN_SHARED_TOKENS` tokens in common. Multiplicities and the loss
-    weights of shared targets add up, so that loss and gradients are those of the separate rows.
+    Rows whose first `MIN_SHARED_TOKENS` tokens are the same are merged. Multiplicities and the loss weights of shared
+    targets add up, so that loss and gradients are those of the separate rows.
 
     Args:
         rows (`Sequence[Row]`):
-            Rows, each as long as its trees are.
+            Rows.
 
     Returns:
-        `Row`: The row; its trees stand in the order in which the first of their rows was given.
+        `Row`: The row. Merged trees stand where the first of their rows stood.
     """
     groups: dict[bytes | int, list[Row]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(_beginning(row) or index, []).append(row)
-    return Row.join([merge(group) for group in groups.values()])
+    return Row.join([merge_rows(group) for group in groups.values()])
 
 
 def shareable_length(labels: NDArray[np.integer], subtree_end: NDArray[np.integer]) -> int:
     """
-    Return how many tokens at the start of a row certainly cost nothing in a row that begins with the same tokens.
+    Return how many tokens at the start of a row are certain to cost nothing in a row that begins with the same tokens.
 
-    That is the first path up to the first target: where two rows train different targets from one position, its token
-    is stored twice.
+    These are the tokens before the first fork and before the first one with a target: where two rows train different
+    targets from one position, its token is stored twice. With `labels = [-100, -100, -100, 7, 8]` in a row without
+    forks, position 2 has the first target, and 2 tokens can be shared.
 
     Args:
         labels (`numpy.ndarray` of shape `(num_tokens,)`):
             Rolled targets of the row.
         subtree_end (`numpy.ndarray` of shape `(num_tokens,)`):
-            For each token, the position just past its last descendant.
+            Position just past the last descendant of each token.
 
     Returns:
-        `int`: The length, in tokens.
+        `int`: Number of tokens.
     """
     if len(labels) == 0:
         return 0
@@ -60,42 +61,33 @@ def shareable_length(labels: NDArray[np.integer], subtree_end: NDArray[np.intege
     return min(first_target, int(is_leaf.argmax()) + 1)
 
 
-def merge(rows: Sequence[Row]) -> Row:
-    """
-    Return one row in which every prefix of several rows is stored once, however short.
-
-    Args:
-        rows (`Sequence[Row]`):
-            Rows.
-
-    Returns:
-        `Row`: The row.
-    """
+def merge_rows(rows: Sequence[Row]) -> Row:
+    """Return one row that stores every prefix of several rows once, however short it is."""
     if len(rows) == 1:
         return rows[0]
     root = RadixNode.root()
     for index, row in enumerate(rows):
-        for tree in _trees(row, index):
+        for tree in _to_radix_trees(row, index):
             root.add(tree)
     return Row.from_tree(lay_out(root))
 
 
 def _beginning(row: Row) -> bytes | None:
-    """First tokens as a key; none if the row can share fewer."""
+    """Return the first tokens of a row as a key, or `None` if it can share fewer than `MIN_SHARED_TOKENS`."""
     if shareable_length(row.labels, row.subtree_end) < MIN_SHARED_TOKENS:
         return None
     return row.input_ids[:MIN_SHARED_TOKENS].tobytes()
 
 
-def _trees(row: Row, number: int) -> list[RadixNode]:
-    """Return the trees of a row as radix trees, what was stored once per target joined again."""
+def _to_radix_trees(row: Row, index: int) -> list[RadixNode]:
+    """Return the trees of a row as radix trees, in which tokens that were stored once per target are merged again."""
     changes = (np.diff(row.subtree_end) != 0) | (np.diff(row.multiplicity) != 0)
     starts = [0, *(np.flatnonzero(changes) + 1).tolist()]
     ends = [*starts[1:], len(row)]
     parents = _parents(row.subtree_end, starts)
-    weights, parts = _targets_of_tokens(row, starts, ends, parents)
+    weights, parts = _unroll_targets(row, starts, ends, parents)
     nodes = [
-        RadixNode(row.input_ids[start:end], weights[start:end], parts[start:end], int(row.multiplicity[start]), number)
+        RadixNode(row.input_ids[start:end], weights[start:end], parts[start:end], int(row.multiplicity[start]), index)
         for start, end in zip(starts, ends, strict=True)
     ]
     root = RadixNode.root()
@@ -106,7 +98,7 @@ def _trees(row: Row, number: int) -> list[RadixNode]:
 
 
 def _parents(subtree_end: NDArray[np.int64], starts: list[int]) -> list[int]:
-    """For each segment, the index of the one that it continues, -1 for the start of a tree."""
+    """Return the index of each segment's parent, -1 at the start of a tree."""
     parents: list[int] = []
     path: list[int] = []
     for index, start in enumerate(starts):
@@ -117,10 +109,15 @@ def _parents(subtree_end: NDArray[np.int64], starts: list[int]) -> list[int]:
     return parents
 
 
-def _targets_of_tokens(
+def _unroll_targets(
     row: Row, starts: list[int], ends: list[int], parents: list[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """For each token, the loss weight of predicting it and what it is part of: labels stand behind the parent."""
+    """
+    Return the loss weight of predicting each token, and what the token belongs to.
+
+    The label of a segment's first token stands behind the last token of its parent, which several children share: it
+    is that of the first child that begins with the label.
+    """
     weights, parts = row.loss_weights.copy(), row.label_parts.copy()
     weights[starts] = parts[starts] = 0
     waiting = {end for end in ends if end < len(row) and row.labels[end] != IGNORE_INDEX}
