@@ -93,7 +93,7 @@ class Auditor:
         prefixes: Prefixes | None = None
         try:
             if turns_in(row) is None:  # otherwise it has tokens already, and no template is involved
-                conversation = Conversation.from_row(row)
+                conversation = Conversation.from_example(row)
                 prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
                 tally.turns.append(get_turn_facts(conversation, prefixes))
                 tally.templates[self.survey.get_facts(conversation)] += 1
