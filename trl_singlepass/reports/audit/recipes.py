@@ -1,11 +1,10 @@
-"""What other recipes train of the same conversations: which reasoning they skip, and in which contexts they train."""
+"""What other recipes train of the same conversations: what reasoning they skip, and in which contexts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from enum import StrEnum
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,15 +15,7 @@ from ...rendering.tokenization import common_length
 from ...trees.sample import Sample
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-class Recipe(StrEnum):
-    """A common way to train multi-turn conversations."""
-
-    ASSISTANT_ONLY = "TRL assistant_only_loss"
-    LAST_TURN = "last turn only"
+ASSISTANT_ONLY, LAST_TURN = "TRL assistant_only_loss", "last turn only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +25,13 @@ class RecipeCounts:
 
     Args:
         completion_tokens (`int`):
-            Completion tokens of all turns, each in its own context: what there is to train.
+            Completion tokens that there are to train: of all turns, each in its own context.
         reasoning_tokens (`int`):
-            Completion tokens that are reasoning.
+            Those of them that are reasoning.
         trained_tokens (`int`):
             Tokens that the recipe trains.
         unlike_inference (`int`):
-            Trained tokens that the model would not write itself, or not in this context.
+            Those of them whose context the model does not see at inference, or that it does not write itself.
         reasoning_not_trained (`int`):
             Reasoning tokens that the recipe trains in no context.
     """
@@ -52,36 +43,11 @@ class RecipeCounts:
     reasoning_not_trained: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecipeReport(RecipeCounts):
-    """
-    Tokens that a recipe trains of all trainable conversations it can be applied to.
-
-    Args:
-        name (`Recipe`):
-            The recipe.
-        conversations (`int`):
-            Conversations it can be applied to.
-        refusal (`str`, *optional*):
-            Why it cannot be applied to the others, or to any.
-    """
-
-    name: Recipe
-    conversations: int
-    refusal: str | None
-
-    @classmethod
-    def from_counts(cls, name: Recipe, counts: Sequence[RecipeCounts], refusal: str | None) -> RecipeReport:
-        """Sum up the counts of single conversations."""
-        totals = {field.name: sum(getattr(c, field.name) for c in counts) for field in fields(RecipeCounts)}
-        return cls(name=name, conversations=len(counts), refusal=refusal, **totals)
-
-
-def count_last_turn(samples: Sequence[Sample]) -> RecipeCounts:
-    """Count what training only the last turn of a conversation trains."""
+def last_turn_only(samples: Sequence[Sample]) -> RecipeCounts:
+    """Count what training on the last turn of a conversation alone trains."""
     last = samples[-1]
     return RecipeCounts(
-        **_count_available(samples),
+        **_present(samples),
         trained_tokens=len(last) - last.prompt_length,
         unlike_inference=0,
         reasoning_not_trained=sum(sample.reasoning_length for sample in samples[:-1]),
@@ -90,14 +56,14 @@ def count_last_turn(samples: Sequence[Sample]) -> RecipeCounts:
 
 class AssistantOnlyLoss:
     """
-    TRL's `assistant_only_loss=True`: the conversation as one sequence, rendered with TRL's training template.
+    TRL's `assistant_only_loss=True`: the conversation in one sequence, by TRL's training template.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
             Tokenizer with a chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         from trl.chat_template_utils import get_training_chat_template
 
         self.tokenizer = tokenizer
@@ -109,7 +75,7 @@ class AssistantOnlyLoss:
         except ValueError:
             self.refusal = "TRL has no training template for this chat template"
 
-    def count(self, conversation: Conversation, samples: Sequence[Sample]) -> RecipeCounts:
+    def counts(self, conversation: Conversation, samples: Sequence[Sample]) -> RecipeCounts:
         """
         Count what the recipe trains of a conversation.
 
@@ -123,22 +89,22 @@ class AssistantOnlyLoss:
             `RecipeCounts`: The counts.
 
         Raises:
-            `Exception`: Any exception that the training template raises.
+            `Exception`: Whatever the training template raises.
         """
         token_ids, trained = self._tokenize(conversation)
         exact = np.zeros(len(token_ids), bool)
         for sample in samples:
             shared = common_length(token_ids, sample.token_ids)
             exact[:shared] |= sample.loss_weights[:shared] > 0
-        if conversation.first_trained:  # TRL masks the prompt of a prompt-completion example
+        if conversation.first_trained:  # TRL masks the prompt of a prompt and completion
             prompt, _ = self._tokenize(conversation, conversation.first_trained)
             trained[: common_length(token_ids, prompt)] = False
         parsed = [self._parse(conversation, sample) for sample in samples]
         return RecipeCounts(
-            **_count_available(samples),
+            **_present(samples),
             trained_tokens=int(trained.sum()),
             unlike_inference=int((trained & ~exact).sum()),
-            reasoning_not_trained=_missing_reasoning(self._decode(token_ids, trained), parsed, samples),
+            reasoning_not_trained=_missing_reasoning(self._texts(token_ids, trained), parsed, samples),
         )
 
     def _tokenize(
@@ -159,13 +125,13 @@ class AssistantOnlyLoss:
         message = conversation.messages[sample.message_index]
         return ParsedMessage.from_message(message, reasoning_tags(self.tokenizer.chat_template))
 
-    def _decode(self, token_ids: NDArray[np.int64], trained: NDArray[np.bool_]) -> str:
-        """Text of all contiguous trained ranges, one per line."""
+    def _texts(self, token_ids: NDArray[np.int64], trained: NDArray[np.bool_]) -> str:
+        """Text of all trained stretches, one after the other."""
         borders = np.flatnonzero(np.diff(trained, prepend=False, append=False)).reshape(-1, 2)
         return "\n".join(self.tokenizer.decode(token_ids[start:end].tolist()) for start, end in borders)
 
 
-def _count_available(samples: Sequence[Sample]) -> dict[str, int]:
+def _present(samples: Sequence[Sample]) -> dict[str, int]:
     return {
         "completion_tokens": sum(len(sample) - sample.prompt_length for sample in samples),
         "reasoning_tokens": sum(sample.reasoning_length for sample in samples),
