@@ -30,7 +30,7 @@ from demo.make_model import FOLDER as DEMO_MODEL
 from support.small_repository import as_a_reader, make_small_repository, run_python
 from trl_singlepass import cli
 from trl_singlepass.cli import launch
-from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.scripts import sft
 
 
@@ -135,7 +135,7 @@ def evaluate_bash(example):
 def evaluate_json(example):
     row = json.loads(example.parsed)
     if "messages" in row:
-        assert render_row(row, load_tokenizer(None))
+        assert render_example(row, load_tokenizer(None))
 
 
 def evaluate_yaml(example):

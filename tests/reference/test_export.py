@@ -13,7 +13,7 @@ from support.trainers import as_dataset, float32_model, largest_difference, logg
 from trl_singlepass import SinglePassSFTConfig
 from trl_singlepass.data.conversations import samples_of
 from trl_singlepass.reference.export import to_npass
-from trl_singlepass.rendering.samples import RenderingError, render_row
+from trl_singlepass.rendering.samples import RenderingError, render_example
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -24,7 +24,7 @@ def rows():
 
 
 def expected(tokenizer):
-    return [sample for row in rows() for sample in render_row(row, tokenizer)]
+    return [sample for row in rows() for sample in render_example(row, tokenizer)]
 
 
 def test_it_is_public():

@@ -258,3 +258,13 @@ def test_eos_ends_answers_where_history_shows_no_token():
     tokenizer.eos_token = None
     with pytest.raises(RenderingError, match="no stop token after it and the tokenizer has no EOS token"):
         render_samples(without_reasoning(CHAT), tokenizer)
+
+
+def test_a_call_without_arguments_gets_its_stop_and_no_markup():
+    call = {"type": "function", "function": {"name": "list_airports", "arguments": {}}}
+    messages = [{"role": "user", "content": "Where to?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tokenizer = make_tokenizer("glm4moe")
+    (sample,) = render_samples(messages, tokenizer)
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert rendered.endswith("</tool_call>")
+    assert tokenizer.decode(sample.token_ids) == rendered + "<|observation|>"

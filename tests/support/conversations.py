@@ -52,3 +52,22 @@ def expand(messages):
         for index, message in enumerate(messages)
         if message["role"] == "assistant"
     ]
+
+
+def plain_chat(turns):
+    """A chat without reasoning."""
+    return [{key: value for key, value in message.items() if key != "reasoning_content"} for message in chat(turns)]
+
+
+def agentic_chat():
+    """A row of three user turns, each with two tool-calling steps and an answer: nine assistant messages."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+    messages = []
+    for turn in range(3):
+        messages.append({"role": "user", "content": f"Question {turn}."})
+        for step in range(2):
+            reasoning = f"Step {step} of {turn}."
+            messages.append({"role": "assistant", "reasoning_content": reasoning, "content": "", "tool_calls": [call]})
+            messages.append({"role": "tool", "name": "add", "content": f"Result {step} of {turn}."})
+        messages.append({"role": "assistant", "reasoning_content": f"Done {turn}.", "content": f"Answer {turn}."})
+    return {"messages": messages, "tools": TOOLS}

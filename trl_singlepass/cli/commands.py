@@ -117,7 +117,7 @@ def inspect(model: str, data: str, args: InspectArguments, console: Console) -> 
 def audit(model: str, data: str, args: AuditArguments, console: Console) -> int:
     """Report what the data holds, what the template drops, and what training costs."""
     from ..reports.audit import audit as audit_dataset
-    from ..reports.audit.table import renderable_of
+    from ..reports.audit.table import render_report
 
     tokenizer, rows = _tokenizer(model, args), _rows(data, args)
     config = load_config(model, trust_remote_code=args.trust_remote_code)
@@ -133,7 +133,7 @@ def audit(model: str, data: str, args: AuditArguments, console: Console) -> int:
     if args.json == "-":
         console.file.write(json.dumps(report.to_dict(), indent=2) + "\n")
         return 0
-    console.print(renderable_of(report))
+    console.print(render_report(report))
     if args.json is not None:
         _write(args.json, json.dumps(report.to_dict(), indent=2) + "\n", console)
     if args.html is not None:

@@ -108,7 +108,7 @@ def _turns_of(
     turns = turns_in(example)
     if turns is not None:
         return samples_of_turns(turns, len(tokenizer)), message_weights(turns), len(turns)
-    conversation = Conversation.from_row(dict(example))
+    conversation = Conversation.from_example(dict(example))
     history = example.get("history") or settings.history
     weights = message_weights(conversation.messages)
     if prefixes is not None and history == "template":

@@ -187,7 +187,7 @@ def _check_some_are_conversations(first: Sequence[Mapping[str, Any]], name: str)
     for index, row in enumerate(first):
         try:
             if turns_in(row) is None:
-                Conversation.from_row(dict(row))
+                Conversation.from_example(dict(row))
         except ValueError as error:
             reasons.append((index, str(error)))
     if len(reasons) == len(first):

@@ -43,7 +43,7 @@ def as_text(
         "formatting_func."
     )
 
-    def text_of(example: dict[str, Any]) -> dict[str, str]:
+    def get_text(example: dict[str, Any]) -> dict[str, str]:
         text: Any = formatting_func(example)
         if not isinstance(text, str):
             raise ValueError(
@@ -55,4 +55,4 @@ def as_text(
     options: dict[str, Any] = {"remove_columns": get_dataset_column_names(dataset)}
     if isinstance(dataset, Dataset):
         options |= {"num_proc": args.dataset_num_proc, "desc": f"Applying formatting function to {name} dataset"}
-    return dataset.map(text_of, **options)
+    return dataset.map(get_text, **options)

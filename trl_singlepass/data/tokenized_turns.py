@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
 from numpy.typing import NDArray
 
-from ..rendering.validation import MESSAGE_COLUMNS, kind_of
+from ..rendering.validation import MESSAGE_COLUMNS, describe_type
 from ..trees.sample import Sample
 from .bad_rows import RowErrors, dropped, group_errors, refusal
 from .settings import BadRows
@@ -61,8 +61,8 @@ def turns_in(row: Mapping[str, Any]) -> list[Any] | None:
         return turns
     if "turns" in row and not any(set(columns) <= set(row) for columns in MESSAGE_COLUMNS):
         raise ValueError(
-            f"'turns' is {kind_of(turns)}, expected a list of turns, each with 'prompt_ids' and 'completion_ids'. "
-            "Repair it, or leave the row out."
+            f"'turns' is {describe_type(turns)}, expected a list of turns, each with 'prompt_ids' and "
+            "'completion_ids'. Repair it, or leave the row out."
         )
     return None
 
@@ -141,8 +141,8 @@ def _check_turn(row: Mapping[str, Any], vocab_size: int | None) -> dict[str, str
     try:
         if not isinstance(row["conversation_id"], Hashable) or row["conversation_id"] is None:
             raise ValueError(
-                f"Its 'conversation_id' is {kind_of(row['conversation_id'])}, so it belongs to no conversation. Give "
-                "it a number or a name."
+                f"Its 'conversation_id' is {describe_type(row['conversation_id'])}, so it belongs to no conversation. "
+                "Give it a number or a name."
             )
         _sample(row, "The turn", 0, vocab_size)
         message_weights([row])
@@ -157,7 +157,9 @@ def _turns_at(example: Mapping[str, Any], log: Dataset) -> dict[str, list[dict[s
 
 def _sample(turn: Any, where: str, index: int, vocab_size: int | None) -> Sample:
     if not isinstance(turn, Mapping):
-        raise ValueError(f"{where} is {kind_of(turn)}, expected an object with 'prompt_ids' and 'completion_ids'.")
+        raise ValueError(
+            f"{where} is {describe_type(turn)}, expected an object with 'prompt_ids' and 'completion_ids'."
+        )
     missing = [name for name in TURN_COLUMNS if turn.get(name) is None]
     if missing:
         raise ValueError(f"{where} has no {missing[0]!r}; got the keys {sorted(turn)}. Repair it, or leave it out.")

@@ -75,7 +75,7 @@ def own_strings(message: Message) -> list[str]:
     return [text for value in message.values() for text in _strings(value)]
 
 
-def _strings(value: Any) -> list[str]:
+def _strings(value: object) -> list[str]:
     if isinstance(value, dict):
         return [text for key, item in value.items() for text in (str(key), *_strings(item))]
     if isinstance(value, list | tuple):
@@ -83,7 +83,7 @@ def _strings(value: Any) -> list[str]:
     return [] if value is None else [str(value)]
 
 
-def _has_text(value: Any) -> bool:
+def _has_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 

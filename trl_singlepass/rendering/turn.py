@@ -252,7 +252,8 @@ class _TurnRenderer:
             return completion.removesuffix(ending.written) + ending.trained
         tokens = [token.content for token in self.template.tokenizer.added_tokens_decoder.values() if token.special]
         ends = completion.rstrip().endswith((ending.trained.strip(), *tokens))
-        return completion if ends else completion + ending.trained
+        # A call without arguments may end with less markup than the ending was measured on: only the stop is missing.
+        return completion if ends else completion + ending.trained.removeprefix(ending.written)
 
     def check(self, completion: str, reasoning_start: int) -> None:
         rest = completion

@@ -1,4 +1,4 @@
-"""`audit`: what a dataset holds, what its chat template drops, and what training it costs by each schedule."""
+"""`audit`: what a dataset contains, what its chat template drops, and what each schedule of training would cost."""
 
-from .dataset import audit as audit
+from .audit import audit as audit
 from .report import AuditReport as AuditReport

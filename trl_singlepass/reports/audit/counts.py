@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...trees.sample import Sample
-from .turns import AS_TEXT, LOST, NOT_AT_ALL, OTHER_KEY, RENDERED, RESTORED, TurnFacts
+from .turns import PromptMatch, ReasoningOutcome, TurnFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class SampleSize:
     answer: int
 
     @classmethod
-    def of(cls, sample: Sample) -> SampleSize:
-        """Return the sizes of a sample."""
+    def from_sample(cls, sample: Sample) -> SampleSize:
+        """Count the tokens of a sample."""
         prompt, reasoning = sample.prompt_length, sample.reasoning_length
         return cls(prompt, reasoning, len(sample) - prompt - reasoning)
 
@@ -45,7 +45,7 @@ class SampleSize:
 @dataclass(frozen=True, slots=True)
 class TurnStats:
     """
-    Counts over turns: of all turns, or of the turns at one place in their conversations.
+    Counts over all turns, or over the turns at one position in their conversations.
 
     Args:
         turn (`int`, *optional*):
@@ -53,7 +53,7 @@ class TurnStats:
         turns (`int`):
             Turns that the template renders.
         trainable (`int`):
-            Those in conversations that can be trained; token counts are theirs.
+            Turns of conversations that can be trained; the token counts are theirs.
         prompt_tokens (`int`):
             Tokens of their prompts.
         reasoning_tokens (`int`):
@@ -61,7 +61,7 @@ class TurnStats:
         answer_tokens (`int`):
             Other tokens of their completions.
         over_max_length (`int`):
-            Those longer than `max_length`.
+            Trainable turns longer than `max_length`.
         reasoning_found (`int`):
             Turns whose reasoning is trained: rendered by the template, or put back.
         reasoning_restored (`int`):
@@ -69,25 +69,25 @@ class TurnStats:
         reasoning_under_other_key (`int`):
             Turns with reasoning under a key that the template ignores.
         reasoning_lost (`int`):
-            Turns whose reasoning cannot be rendered for another reason.
+            Turns whose reasoning cannot be rendered for any other reason.
         reasoning_hidden (`int`):
             Turns whose reasoning the next turn does not see.
         with_calls (`int`):
             Turns with tool calls.
         calls_lost (`int`):
-            Turns that lose a tool call or a part of one.
+            Turns that lose a tool call or part of one.
         stop_added (`int`):
             Turns after which the template writes no stop token.
         not_token_prefix (`int`):
-            Turns whose prompt is a prefix of its rendering with the answer as text, but not as tokens.
+            Turns whose prompt is a prefix of the rendering with the answer as text, but not as tokens.
         prompt_changed (`int`):
             Turns whose prompt is rendered differently once the answer follows.
         kinds (`dict[str, int]`):
             Turns by how their completions came about ([`CompletionKind`]), and those that are `"refused"`.
         followed (`int`):
-            Turns that another one follows.
+            Turns that another turn follows.
         branches (`dict[str, int]`):
-            Those that the next turn's prompt does not begin with, by what differs.
+            Turns with which the next turn's prompt does not begin, by cause ([`BranchCause`]).
     """
 
     turn: int | None
@@ -113,16 +113,17 @@ class TurnStats:
 
     @property
     def with_reasoning(self) -> int:
-        """Turns that say reasoning, under whatever key."""
+        """Turns with reasoning, under whatever key."""
         return self.reasoning_found + self.reasoning_under_other_key + self.reasoning_lost
 
     @classmethod
-    def of(
+    def from_turns(
         cls, turn: int | None, facts: Sequence[TurnFacts], samples: Sequence[SampleSize], max_length: int | None
     ) -> TurnStats:
-        """Sum up turns and the sizes of those that can be trained."""
-        states = [fact.reasoning for fact in facts]
-        causes = [fact.branches for fact in facts if fact.branches is not None]
+        """Sum up turns, and the sizes of those that can be trained."""
+        outcomes = Counter(fact.reasoning for fact in facts)
+        matches = Counter(fact.prompt_match for fact in facts)
+        restored = outcomes[ReasoningOutcome.RESTORED]
         return cls(
             turn=turn,
             turns=len(facts),
@@ -131,47 +132,20 @@ class TurnStats:
             reasoning_tokens=sum(sample.reasoning for sample in samples),
             answer_tokens=sum(sample.answer for sample in samples),
             over_max_length=sum(max_length is not None and sample.length > max_length for sample in samples),
-            reasoning_found=states.count(RENDERED) + states.count(RESTORED),
-            reasoning_restored=states.count(RESTORED),
-            reasoning_under_other_key=states.count(OTHER_KEY),
-            reasoning_lost=states.count(LOST),
+            reasoning_found=outcomes[ReasoningOutcome.RENDERED] + restored,
+            reasoning_restored=restored,
+            reasoning_under_other_key=outcomes[ReasoningOutcome.OTHER_KEY],
+            reasoning_lost=outcomes[ReasoningOutcome.LOST],
             reasoning_hidden=sum(fact.hidden for fact in facts),
             with_calls=sum(fact.calls > 0 for fact in facts),
             calls_lost=sum(fact.calls_lost for fact in facts),
             stop_added=sum(fact.stop_added for fact in facts),
-            not_token_prefix=sum(fact.prompt_continues == AS_TEXT for fact in facts),
-            prompt_changed=sum(fact.prompt_continues == NOT_AT_ALL for fact in facts),
+            not_token_prefix=matches[PromptMatch.TEXT],
+            prompt_changed=matches[PromptMatch.NONE],
             kinds=dict(Counter("refused" if fact.kind is None else str(fact.kind) for fact in facts)),
             followed=sum(fact.followed for fact in facts),
-            branches={cause: causes.count(cause) for cause in dict.fromkeys(causes)},
+            branches=dict(Counter(str(fact.branches) for fact in facts if fact.branches is not None)),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class SharingByTurns:
-    """
-    Sharing of the conversations with a number of turns.
-
-    Args:
-        num_turns (`int`):
-            The number of turns.
-        conversations (`int`):
-            How many there are.
-        npass_tokens (`int`):
-            Tokens of their samples.
-        tree_tokens (`int`):
-            Tokens of their trees.
-    """
-
-    num_turns: int
-    conversations: int
-    npass_tokens: int
-    tree_tokens: int
-
-    @property
-    def sharing_factor(self) -> float:
-        """Tokens of the samples ÷ tokens of the trees."""
-        return self.npass_tokens / self.tree_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,17 +155,17 @@ class Lengths:
 
     Args:
         smallest (`int`):
-            The smallest.
+            The smallest number.
         median (`int`):
             The median.
         percentile_99 (`int`):
             The 99th percentile.
         largest (`int`):
-            The largest.
+            The largest number.
         edges (`tuple[int, ...]`):
-            Borders of the histogram's bins, one more than there are bins.
+            Edges of the histogram's bins, one more than there are bins.
         counts (`tuple[int, ...]`):
-            How many fall in each bin.
+            Numbers in each bin.
     """
 
     smallest: int
@@ -202,7 +176,7 @@ class Lengths:
     counts: tuple[int, ...]
 
     @classmethod
-    def of(cls, values: Iterable[int], bins: int = 24) -> Lengths:
+    def from_values(cls, values: Iterable[int], bins: int = 24) -> Lengths:
         """Summarise at least one number."""
         array = np.fromiter(values, np.int64)
         edges = np.unique(np.linspace(array.min(), array.max() + 1, bins + 1).round().astype(np.int64))

@@ -1,4 +1,4 @@
-"""Ratios estimated from a random sample of conversations, with the interval that the sample leaves open."""
+"""Ratios estimated from a random sample of conversations, with their confidence intervals."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Estimate:
         value (`float`):
             The estimate.
         low (`float`, *optional*):
-            Lower end of the interval; the value itself where every conversation was audited, `None` where a single
-            one leaves it open.
+            Lower end of the interval; the value itself if every conversation was audited, `None` if only one of many
+            was.
         high (`float`, *optional*):
             Upper end of the interval.
     """
@@ -39,20 +39,20 @@ class Estimate:
         return f"{self.value:.2f} ± {half:.2f}" if half >= 0.005 else f"{self.value:.2f} ± <0.01"
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float], coverage: float) -> Estimate:
+def estimate_ratio(numerators: Sequence[float], denominators: Sequence[float], coverage: float) -> Estimate:
     """
     Estimate the ratio of two totals of a dataset.
 
     Args:
         numerators (`Sequence[float]`):
-            First quantity of each conversation of the sample.
+            Numerator of each conversation in the sample.
         denominators (`Sequence[float]`):
-            Second quantity of each conversation, with a sum above 0.
+            Denominator of each conversation, with a sum above 0.
         coverage (`float`):
-            Part of the dataset that the sample is: 1 for all of it, and 0 where its size is unknown.
+            Fraction of the dataset that was sampled: 1 for all of it, 0 if its size is unknown.
 
     Returns:
-        `Estimate`: The ratio of the sample's totals. The interval is that of the linearised ratio estimator, with the
+        `Estimate`: The ratio of the sample's totals, with the interval of the linearised ratio estimator under the
         finite-population correction.
 
     Source: Cochran, *Sampling Techniques* (1977), formula 6.13.

@@ -1,9 +1,11 @@
-"""What training the same turns costs by each schedule: counted for single conversations, summed up for a dataset."""
+"""The work of training the same turns by each schedule: counted per conversation, summed up for a dataset."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,17 +14,25 @@ from ...cost.flops import ONE_LAYER, Cost, ModelShape, npass_cost, single_pass_c
 from ...rendering.tokenization import common_length
 from ...trees.prefix_tree import PrefixTree
 from ...trees.sample import Sample
-from .estimates import Estimate, ratio
+from .estimates import Estimate, estimate_ratio
 
 
-NPASS, CHAINS = "N-pass", "N-pass of maximal chains"
-SINGLE_PASS, SHARED = "single pass", "single pass, shared prefixes"
-SCHEDULES = (NPASS, CHAINS, SINGLE_PASS, SHARED)
 ROW_TOKENS = 32_768
-# Gains below this are in the noise of kernels, padding and data loading.
+# A smaller gain drowns in the noise of kernels, padding and data loading.
 WORTHWHILE = 1.1
 
-# Without a model's config, pairs are counted for one layer of full attention and nothing else is.
+
+class Schedule(StrEnum):
+    """A way to compute the same losses."""
+
+    NPASS = "N-pass"
+    """Every sample is a sequence of its own, without padding."""
+    CHAINS = "N-pass of maximal chains"
+    """Samples that begin another one are merged into it."""
+    SINGLE_PASS = "single pass"
+    """One prefix tree per conversation."""
+    SHARED = "single pass, shared prefixes"
+    """Conversations that begin alike also share their first prompt, in rows of `ROW_TOKENS` tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +41,17 @@ class ConversationCost:
     Counted work of one conversation.
 
     Args:
-        by_schedule (`dict[str, Cost]`):
-            Cost of N-pass, of N-pass of maximal chains and of the single pass.
+        by_schedule (`dict[Schedule, Cost]`):
+            Cost by each schedule but `Schedule.SHARED`, which depends on the other conversations.
         num_turns (`int`):
             Number of samples.
         num_chains (`int`):
-            Number of samples that no other one begins with.
+            Number of samples with which no other sample begins.
         first_prompt (`numpy.ndarray` of `numpy.int32`):
-            Tokens of the first prompt, which other conversations may begin with as well.
+            Tokens of the first prompt, with which other conversations may begin as well.
     """
 
-    by_schedule: dict[str, Cost]
+    by_schedule: dict[Schedule, Cost]
     num_turns: int
     num_chains: int
     first_prompt: NDArray[np.int32]
@@ -50,26 +60,26 @@ class ConversationCost:
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """
-    What training a dataset once costs by each schedule.
+    Cost of one epoch by each schedule.
 
     Args:
-        costs (`dict[str, Cost]`):
-            Cost of each of `SCHEDULES`, for the conversations that were audited. Attention pairs are those of one
-            layer and operations are 0 if no model was given.
+        costs (`dict[Schedule, Cost]`):
+            Cost of the audited conversations by each schedule. Without a model, attention pairs are those of one
+            layer of full attention, and operations are 0.
         sharing_factor (`Estimate`):
             Tokens of all samples ÷ tokens of the trees.
         over_npass (`Estimate`):
-            Counted work of N-pass ÷ that of the single pass; tokens instead of work if no model was given.
+            Counted work of N-pass ÷ that of the single pass; tokens instead of work if there is no model.
         over_chains (`Estimate`):
-            The same against N-pass of maximal chains: the most that N-pass can save without a tree.
+            The same for N-pass of maximal chains, the cheapest exact way without a tree.
         shared_over_npass (`Estimate`):
-            As `over_npass`, for conversations that share their prefix in rows of `ROW_TOKENS` tokens. A lower bound:
-            in a sample, fewer conversations begin alike.
+            As `over_npass`, for conversations that share their first prompt. A lower bound: fewer conversations of a
+            random sample begin alike than of the whole dataset.
         has_model (`bool`):
             Whether operations were counted.
     """
 
-    costs: dict[str, Cost]
+    costs: dict[Schedule, Cost]
     sharing_factor: Estimate
     over_npass: Estimate
     over_chains: Estimate
@@ -78,32 +88,56 @@ class Forecast:
 
     @property
     def verdict(self) -> str:
-        """What to make of it, in a sentence."""
+        """What the numbers mean, in a sentence or two."""
         gain, what = self.over_npass.value, "work" if self.has_model else "tokens"
-        extra = self.shared_over_npass.value / gain
+        over_chains, in_all = self.over_chains.value, self.shared_over_npass.value
         sharing = ""
-        if extra >= WORTHWHILE:
-            sharing = (
-                f" Packing conversations that begin alike saves more: {self.shared_over_npass.value:.2f} × in all."
-            )
+        if in_all / gain >= WORTHWHILE:
+            sharing = f" Packing conversations that begin alike saves more: {in_all:.2f} × in all."
         if gain < WORTHWHILE:
             return (
-                f"A single pass saves too little to matter here: N separate samples cost {gain:.2f} × its {what}. "
-                f"It is exact all the same.{sharing}"
+                f"A single pass saves too little to matter here: N separate samples take {gain:.2f} × its {what}. "
+                f"It is still exact.{sharing}"
             )
-        if self.over_chains.value < WORTHWHILE:
+        if over_chains < WORTHWHILE:
             return (
                 f"A single pass saves {1 - 1 / gain:.0%} of the {what} of N separate samples, but too little to "
-                f"matter over samples merged where one begins another ({self.over_chains.value:.2f} ×).{sharing}"
+                f"matter compared with merging each sample into one that it begins ({over_chains:.2f} ×).{sharing}"
             )
         return (
             f"A single pass saves {1 - 1 / gain:.0%} of the {what} of N separate samples: expect up to {gain:.2f} × "
-            f"the speed, and up to {self.over_chains.value:.2f} × that of samples merged where one begins another."
-            f"{sharing}"
+            f"the speed, and up to {over_chains:.2f} × that of merging each sample into one that it begins.{sharing}"
         )
 
 
-def conversation_cost(samples: Sequence[Sample], shape: ModelShape) -> ConversationCost:
+@dataclass(frozen=True, slots=True)
+class SharingByTurns:
+    """
+    Token sharing in the conversations that have a given number of turns.
+
+    Args:
+        num_turns (`int`):
+            Number of turns of each conversation.
+        conversations (`int`):
+            Number of such conversations.
+        npass_tokens (`int`):
+            Tokens of their samples.
+        tree_tokens (`int`):
+            Tokens of their trees.
+    """
+
+    num_turns: int
+    conversations: int
+    npass_tokens: int
+    tree_tokens: int
+
+    @property
+    def sharing_factor(self) -> float:
+        """Tokens of the samples ÷ tokens of the trees."""
+        return self.npass_tokens / self.tree_tokens
+
+
+def count_conversation(samples: Sequence[Sample], shape: ModelShape) -> ConversationCost:
     """
     Count the work of one conversation.
 
@@ -118,9 +152,9 @@ def conversation_cost(samples: Sequence[Sample], shape: ModelShape) -> Conversat
     """
     chains = maximal_chains(samples)
     costs = {
-        NPASS: npass_cost(samples, shape),
-        CHAINS: npass_cost(chains, shape),
-        SINGLE_PASS: single_pass_cost([PrefixTree.from_samples(samples)], shape),
+        Schedule.NPASS: npass_cost(samples, shape),
+        Schedule.CHAINS: npass_cost(chains, shape),
+        Schedule.SINGLE_PASS: single_pass_cost([PrefixTree.from_samples(samples)], shape),
     }
     prompt = samples[0].token_ids[: samples[0].prompt_length].astype(np.int32)
     return ConversationCost(costs, len(samples), len(chains), prompt)
@@ -128,17 +162,18 @@ def conversation_cost(samples: Sequence[Sample], shape: ModelShape) -> Conversat
 
 def maximal_chains(samples: Sequence[Sample]) -> list[Sample]:
     """
-    Merge samples that begin another one into it, so that it has several trained stretches.
+    Merge every sample that begins another one into it, so that one sequence trains several turns.
 
-    This is the most that can be saved without a tree, and as exact as separate samples: what comes later in a sequence
-    has no effect on what comes before.
+    Nothing saves more without a tree, and it is as exact as separate samples: under causal attention, later tokens
+    have no effect on earlier ones. Samples `[1, 2]` and `[1, 2, 3, 4]` become `[1, 2, 3, 4]` with the loss weights of
+    both; `[1, 2, 5]` stays on its own.
 
     Args:
         samples (`Sequence[Sample]`):
             Samples of one conversation.
 
     Returns:
-        `list[Sample]`: Samples of which none begins another, with the loss weights of all.
+        `list[Sample]`: The longest samples, none of which begins another, with the loss weights of all.
     """
     chains: list[Sample] = []
     for sample in sorted(samples, key=len, reverse=True):
@@ -153,40 +188,67 @@ def maximal_chains(samples: Sequence[Sample]) -> list[Sample]:
     return chains
 
 
-def forecast(conversations: Sequence[ConversationCost], shape: ModelShape, coverage: float) -> Forecast:
+def make_forecast(conversations: Sequence[ConversationCost], shape: ModelShape, coverage: float) -> Forecast:
     """
-    Sum up the work of a dataset.
+    Sum up the cost of a dataset.
 
     Args:
         conversations (`Sequence[ConversationCost]`):
-            At least one conversation.
+            Cost of at least one conversation.
         shape (`ModelShape`):
             Sizes of the model.
         coverage (`float`):
-            Part of the dataset that they are a random sample of.
+            Fraction of the dataset that the conversations are a random sample of, as [`estimate_ratio`] takes it.
 
     Returns:
         `Forecast`: The forecast.
     """
-    costs = {name: [conversation.by_schedule[name] for conversation in conversations] for name in SCHEDULES[:3]}
-    shared = _shared_prefixes([c.first_prompt for c in conversations], [cost.tokens for cost in costs[SINGLE_PASS]])
+    counted = (Schedule.NPASS, Schedule.CHAINS, Schedule.SINGLE_PASS)
+    costs = {schedule: [conversation.by_schedule[schedule] for conversation in conversations] for schedule in counted}
+    trees = costs[Schedule.SINGLE_PASS]
+    shared = _shared_prefixes([c.first_prompt for c in conversations], [cost.tokens for cost in trees])
     saved = [_prefix_cost(length, shape) for length in shared]
-    costs[SHARED] = [_difference(cost, less) for cost, less in zip(costs[SINGLE_PASS], saved, strict=True)]
+    costs[Schedule.SHARED] = [_subtract(cost, less) for cost, less in zip(trees, saved, strict=True)]
     has_model = shape is not ONE_LAYER
-    work = {name: [float(c.flops if has_model else c.tokens) for c in costs[name]] for name in SCHEDULES}
-    tokens = {name: [float(cost.tokens) for cost in costs[name]] for name in SCHEDULES}
+
+    def ratio(numerator: Schedule, denominator: Schedule, unit: str) -> Estimate:
+        above, below = ([float(getattr(cost, unit)) for cost in costs[s]] for s in (numerator, denominator))
+        return estimate_ratio(above, below, coverage)
+
+    work = "flops" if has_model else "tokens"
     return Forecast(
-        costs={name: _sum(costs[name]) for name in SCHEDULES},
-        sharing_factor=ratio(tokens[NPASS], tokens[SINGLE_PASS], coverage),
-        over_npass=ratio(work[NPASS], work[SINGLE_PASS], coverage),
-        over_chains=ratio(work[CHAINS], work[SINGLE_PASS], coverage),
-        shared_over_npass=ratio(work[NPASS], work[SHARED], coverage),
+        costs={schedule: _sum(costs[schedule]) for schedule in Schedule},
+        sharing_factor=ratio(Schedule.NPASS, Schedule.SINGLE_PASS, "tokens"),
+        over_npass=ratio(Schedule.NPASS, Schedule.SINGLE_PASS, work),
+        over_chains=ratio(Schedule.CHAINS, Schedule.SINGLE_PASS, work),
+        shared_over_npass=ratio(Schedule.NPASS, Schedule.SHARED, work),
         has_model=has_model,
     )
 
 
+def sharing_by_turns(costs: Sequence[ConversationCost]) -> tuple[SharingByTurns, ...]:
+    """Sum up the tokens of conversations by their number of turns."""
+    groups: dict[int, list[ConversationCost]] = defaultdict(list)
+    for cost in costs:
+        groups[cost.num_turns].append(cost)
+    return tuple(
+        SharingByTurns(
+            num_turns,
+            len(group),
+            sum(cost.by_schedule[Schedule.NPASS].tokens for cost in group),
+            sum(cost.by_schedule[Schedule.SINGLE_PASS].tokens for cost in group),
+        )
+        for num_turns, group in sorted(groups.items())
+    )
+
+
 def _shared_prefixes(prompts: Sequence[NDArray[np.int32]], lengths: Sequence[int]) -> list[int]:
-    """For each conversation, how much of its first prompt the one before it in its row has already."""
+    """
+    For each conversation, how many tokens of its first prompt it shares with the one before it in its row.
+
+    Prompts `[1, 2, 3]`, `[4]` and `[1, 2, 5]` are sorted to `[1, 2, 3]`, `[1, 2, 5]`, `[4]`, so that the result is
+    `[0, 0, 2]`: the third conversation finds two tokens of its prompt in the row. A full row starts a new one.
+    """
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].astype(">u4").tobytes())
     shared, row_tokens, previous = [0] * len(prompts), 0, None
     for index in order:
@@ -204,7 +266,7 @@ def _prefix_cost(length: int, shape: ModelShape) -> Cost:
     return npass_cost([Sample(np.zeros(length, np.int64), np.zeros(length), length)], shape)
 
 
-def _difference(cost: Cost, less: Cost) -> Cost:
+def _subtract(cost: Cost, less: Cost) -> Cost:
     return Cost(
         cost.tokens - less.tokens,
         cost.attention_pairs - less.attention_pairs,

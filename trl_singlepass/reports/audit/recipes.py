@@ -1,10 +1,11 @@
-"""What other recipes train of the same conversations: what reasoning they skip, and in which contexts."""
+"""What other recipes train of the same conversations: which reasoning they skip, and in which contexts they train."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,15 @@ from ...rendering.tokenization import common_length
 from ...trees.sample import Sample
 
 
-ASSISTANT_ONLY, LAST_TURN = "TRL assistant_only_loss", "last turn only"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Recipe(StrEnum):
+    """A common way to train multi-turn conversations."""
+
+    ASSISTANT_ONLY = "TRL assistant_only_loss"
+    LAST_TURN = "last turn only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +34,13 @@ class RecipeCounts:
 
     Args:
         completion_tokens (`int`):
-            Completion tokens that there are to train: of all turns, each in its own context.
+            Completion tokens of all turns, each in its own context: what there is to train.
         reasoning_tokens (`int`):
-            Those of them that are reasoning.
+            Completion tokens that are reasoning.
         trained_tokens (`int`):
             Tokens that the recipe trains.
         unlike_inference (`int`):
-            Those of them whose context the model does not see at inference, or that it does not write itself.
+            Trained tokens that the model would not write itself, or not in this context.
         reasoning_not_trained (`int`):
             Reasoning tokens that the recipe trains in no context.
     """
@@ -43,11 +52,36 @@ class RecipeCounts:
     reasoning_not_trained: int
 
 
-def last_turn_only(samples: Sequence[Sample]) -> RecipeCounts:
-    """Count what training on the last turn of a conversation alone trains."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeReport(RecipeCounts):
+    """
+    Tokens that a recipe trains of all trainable conversations it can be applied to.
+
+    Args:
+        name (`Recipe`):
+            The recipe.
+        conversations (`int`):
+            Conversations it can be applied to.
+        refusal (`str`, *optional*):
+            Why it cannot be applied to the others, or to any.
+    """
+
+    name: Recipe
+    conversations: int
+    refusal: str | None
+
+    @classmethod
+    def from_counts(cls, name: Recipe, counts: Sequence[RecipeCounts], refusal: str | None) -> RecipeReport:
+        """Sum up the counts of single conversations."""
+        totals = {field.name: sum(getattr(c, field.name) for c in counts) for field in fields(RecipeCounts)}
+        return cls(name=name, conversations=len(counts), refusal=refusal, **totals)
+
+
+def count_last_turn(samples: Sequence[Sample]) -> RecipeCounts:
+    """Count what training only the last turn of a conversation trains."""
     last = samples[-1]
     return RecipeCounts(
-        **_present(samples),
+        **_count_available(samples),
         trained_tokens=len(last) - last.prompt_length,
         unlike_inference=0,
         reasoning_not_trained=sum(sample.reasoning_length for sample in samples[:-1]),
@@ -56,14 +90,14 @@ def last_turn_only(samples: Sequence[Sample]) -> RecipeCounts:
 
 class AssistantOnlyLoss:
     """
-    TRL's `assistant_only_loss=True`: the conversation in one sequence, by TRL's training template.
+    TRL's `assistant_only_loss=True`: the conversation as one sequence, rendered with TRL's training template.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
             Tokenizer with a chat template.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         from trl.chat_template_utils import get_training_chat_template
 
         self.tokenizer = tokenizer
@@ -75,7 +109,7 @@ class AssistantOnlyLoss:
         except ValueError:
             self.refusal = "TRL has no training template for this chat template"
 
-    def counts(self, conversation: Conversation, samples: Sequence[Sample]) -> RecipeCounts:
+    def count(self, conversation: Conversation, samples: Sequence[Sample]) -> RecipeCounts:
         """
         Count what the recipe trains of a conversation.
 
@@ -89,22 +123,22 @@ class AssistantOnlyLoss:
             `RecipeCounts`: The counts.
 
         Raises:
-            `Exception`: Whatever the training template raises.
+            `Exception`: Any exception that the training template raises.
         """
         token_ids, trained = self._tokenize(conversation)
         exact = np.zeros(len(token_ids), bool)
         for sample in samples:
             shared = common_length(token_ids, sample.token_ids)
             exact[:shared] |= sample.loss_weights[:shared] > 0
-        if conversation.first_trained:  # TRL masks the prompt of a prompt and completion
+        if conversation.first_trained:  # TRL masks the prompt of a prompt-completion example
             prompt, _ = self._tokenize(conversation, conversation.first_trained)
             trained[: common_length(token_ids, prompt)] = False
         parsed = [self._parse(conversation, sample) for sample in samples]
         return RecipeCounts(
-            **_present(samples),
+            **_count_available(samples),
             trained_tokens=int(trained.sum()),
             unlike_inference=int((trained & ~exact).sum()),
-            reasoning_not_trained=_missing_reasoning(self._texts(token_ids, trained), parsed, samples),
+            reasoning_not_trained=_missing_reasoning(self._decode(token_ids, trained), parsed, samples),
         )
 
     def _tokenize(
@@ -125,13 +159,13 @@ class AssistantOnlyLoss:
         message = conversation.messages[sample.message_index]
         return ParsedMessage.from_message(message, reasoning_tags(self.tokenizer.chat_template))
 
-    def _texts(self, token_ids: NDArray[np.int64], trained: NDArray[np.bool_]) -> str:
-        """Text of all trained stretches, one after the other."""
+    def _decode(self, token_ids: NDArray[np.int64], trained: NDArray[np.bool_]) -> str:
+        """Text of all contiguous trained ranges, one per line."""
         borders = np.flatnonzero(np.diff(trained, prepend=False, append=False)).reshape(-1, 2)
         return "\n".join(self.tokenizer.decode(token_ids[start:end].tolist()) for start, end in borders)
 
 
-def _present(samples: Sequence[Sample]) -> dict[str, int]:
+def _count_available(samples: Sequence[Sample]) -> dict[str, int]:
     return {
         "completion_tokens": sum(len(sample) - sample.prompt_length for sample in samples),
         "reasoning_tokens": sum(sample.reasoning_length for sample in samples),

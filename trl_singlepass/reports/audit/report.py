@@ -1,4 +1,4 @@
-"""`AuditReport`: the facts of an audit with what they say, in sentences, as a table and for JSON."""
+"""`AuditReport`: the facts of an audit, with the sentences, tables and JSON made of them."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .facts import AuditFacts
-from .findings import findings_of
-from .table import table_of
+from .findings import get_findings
+from .table import format_report
 
 
 @dataclass(frozen=True, slots=True)
 class AuditReport(AuditFacts):
-    """What a dataset holds, what its template makes of it, and what training it costs; `str()` of it is a table."""
+    """What a dataset contains, what its template makes of it, and what training on it costs; `str()` is a table."""
 
     @property
     def findings(self) -> list[str]:
         """What deserves attention, in plain sentences."""
-        return findings_of(self)
+        return get_findings(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as a dictionary that `json.dumps` takes."""
+        """Return the report as a dictionary for `json.dumps`."""
         report = asdict(self)
         report["templates"] = [{**asdict(facts), "conversations": count} for facts, count in self.templates]
         report["findings"] = self.findings
@@ -29,4 +29,4 @@ class AuditReport(AuditFacts):
         return report
 
     def __str__(self) -> str:
-        return table_of(self)
+        return format_report(self)

@@ -1,10 +1,11 @@
-"""What the rows looked at so far hold, and looking at one more."""
+"""Audits one row at a time and keeps a running tally."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...cost.flops import ModelShape
 from ...data.bad_rows import reason_of
@@ -14,36 +15,40 @@ from ...data.tokenized_turns import turns_in
 from ...rendering.conversation import Conversation
 from ...rendering.prefixes import Prefixes
 from .counts import SampleSize
-from .forecast import ConversationCost, conversation_cost
-from .recipes import AssistantOnlyLoss, RecipeCounts, last_turn_only
+from .forecast import ConversationCost, count_conversation
+from .recipes import AssistantOnlyLoss, RecipeCounts, count_last_turn
 from .templates import TemplateFacts, TemplateSurvey
-from .turns import TurnFacts, turn_facts
+from .turns import TurnFacts, get_turn_facts
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(slots=True)
 class Tally:
     """
-    What rows hold. Of the tokens themselves, only first prompts are kept.
+    What the audited rows contain. Of their tokens, only first prompts are kept.
 
     Args:
         num_rows (`int`):
-            Rows looked at.
+            Number of audited rows.
         errors (`list[tuple[int, str]]`):
             Rows that cannot be trained, each with its reason.
         templates (`Counter[TemplateFacts]`):
-            Ways in which the template is called.
+            What the template does, by number of conversations.
         turns (`list[list[TurnFacts]]`):
-            Turns of each conversation that is rendered.
+            Turns of each conversation that can be rendered.
         sizes (`list[list[SampleSize]]`):
-            Samples of each that can be trained.
+            Sizes of the samples of each conversation that can be trained.
         costs (`list[ConversationCost]`):
-            Work of each of these.
+            Cost of each of these conversations.
         last_turn (`list[RecipeCounts]`):
-            What the last turn alone would train of it.
+            What the last turn alone would train of each.
         assistant_only (`list[RecipeCounts]`):
-            What TRL's `assistant_only_loss` would train of it.
+            What TRL's `assistant_only_loss` would train of each it can be applied to.
         recipe_refusals (`Counter[str]`):
-            Reasons why it would not.
+            Why it cannot be applied to the others.
     """
 
     num_rows: int = 0
@@ -57,7 +62,7 @@ class Tally:
     recipe_refusals: Counter[str] = field(default_factory=Counter)
 
     def merge(self, later: Tally) -> None:
-        """Add what rows after these hold."""
+        """Add the tally of the rows after these."""
         self.num_rows += later.num_rows
         for name in ("templates", "recipe_refusals"):
             getattr(self, name).update(getattr(later, name))
@@ -67,7 +72,7 @@ class Tally:
 
 class Auditor:
     """
-    Looks at rows.
+    Audits rows.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -76,32 +81,35 @@ class Auditor:
             Sizes of the model.
     """
 
-    def __init__(self, tokenizer: Any, shape: ModelShape) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> None:
         self.tokenizer, self.shape = tokenizer, shape
         self.recipe, self.survey = AssistantOnlyLoss(tokenizer), TemplateSurvey(tokenizer)
 
-    def look_at(self, index: int, row: dict[str, Any], tally: Tally) -> None:
-        """Look at one row. Whatever is wrong with it is noted; it must not keep the others from being looked at."""
+    def add_row(self, index: int, row: Mapping[str, object], tally: Tally) -> None:
+        """Add one row to a tally. Anything wrong with it is recorded, so that the other rows can still be audited."""
         tally.num_rows += 1
+        row = dict(row)
         conversation: Conversation | None = None
         prefixes: Prefixes | None = None
         try:
-            if turns_in(row) is None:  # else tokens already: no template takes part
-                conversation = Conversation.from_row(row)
+            if turns_in(row) is None:  # otherwise it has tokens already, and no template is involved
+                conversation = Conversation.from_example(row)
                 prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
-                tally.turns.append(turn_facts(conversation, prefixes))
-                tally.templates[self.survey.facts(conversation)] += 1
+                tally.turns.append(get_turn_facts(conversation, prefixes))
+                tally.templates[self.survey.get_facts(conversation)] += 1
             samples = samples_of(row, index, self.tokenizer, RowSettings(), prefixes=prefixes).samples
             if not samples:
                 raise ValueError("All its turns have the weight 0, so nothing of it is trained.")
-        except Exception as error:  # a row can be anything, and templates raise what they like
+        except Exception as error:  # a row can contain anything, and templates may raise any exception
             tally.errors.append((index, reason_of(error, index)))
             return
-        tally.sizes.append([SampleSize.of(sample) for sample in samples])
-        tally.costs.append(conversation_cost(samples, self.shape))
-        tally.last_turn.append(last_turn_only(samples))
+        tally.sizes.append([SampleSize.from_sample(sample) for sample in samples])
+        tally.costs.append(count_conversation(samples, self.shape))
+        tally.last_turn.append(count_last_turn(samples))
         if self.recipe.refusal is None and conversation is not None:
             try:
-                tally.assistant_only.append(self.recipe.counts(conversation, samples))
-            except Exception as error:  # noted: TRL's training templates refuse what the stock ones render
+                tally.assistant_only.append(self.recipe.count(conversation, samples))
+            except (
+                Exception
+            ) as error:  # recorded: TRL's training templates refuse some rows that the stock ones render
                 tally.recipe_refusals[str(error) or type(error).__name__] += 1

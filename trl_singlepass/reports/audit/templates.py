@@ -1,9 +1,11 @@
-"""What a chat template does with reasoning and with the ends of messages, measured by rendering a small chat."""
+"""What a chat template does with reasoning and with the ends of messages, found out by rendering a small chat."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from ...rendering.checks import template_name
 from ...rendering.conversation import Conversation, Message
@@ -12,35 +14,49 @@ from ...rendering.template import ChatTemplate
 from ...rendering.traits import get_traits
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # Words that no template writes itself.
 _QUESTIONS, _ANSWER = ("Juniper", "Linden", "Maple", "Cedar"), "Aspen"
 _REASONINGS = ("Rowan", "Hazel", "Birch", "Alder")
 
-STRIPPED, KEPT, STRIPPED_EVERYWHERE = "stripped", "kept", "stripped from every turn"
-MIXED, REFUSED = "mixed", "refuses a plain chat"
+
+class ReasoningPolicy(StrEnum):
+    """Which turns keep their reasoning under a chat template."""
+
+    STRIPPED = "stripped"
+    """The last turn alone: the reasoning of earlier turns is removed."""
+    KEPT = "kept"
+    """All turns."""
+    STRIPPED_EVERYWHERE = "stripped from every turn"
+    """No turn, not even the last one."""
+    MIXED = "mixed"
+    """Some earlier turns but not others."""
+    REFUSED = "refuses a plain chat"
+    """Unknown: the template does not render the small chat."""
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateFacts:
     """
-    What a chat template does, as it is called in a dataset.
+    What a chat template does, given the arguments with which a dataset calls it.
 
     Args:
         name (`str`):
             What to call the template.
-        kind (`str`):
-            What becomes of reasoning: `"stripped"` (from all turns but the last), `"kept"`, `"stripped from every
-            turn"` (the last one too), `"mixed"` (kept in some earlier turns), or `"refuses a plain chat"`.
+        kind (`ReasoningPolicy`):
+            Which turns keep their reasoning.
         last_ending (`str`):
             What the template writes after the last answer of a conversation.
         history_ending (`str`):
             What it writes after the same answer once another message follows.
         added_stop (`str`):
-            Stop token that is added to a last answer because the template writes none.
+            Stop token added to a last answer because the template writes none.
     """
 
     name: str
-    kind: str
+    kind: ReasoningPolicy
     last_ending: str
     history_ending: str
     added_stop: str
@@ -48,20 +64,20 @@ class TemplateFacts:
 
 class TemplateSurvey:
     """
-    Measures each way in which a dataset calls its template once.
+    Measures a chat template once for each set of arguments with which a dataset calls it.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
             Tokenizer with the chat template.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._known: dict[str, TemplateFacts] = {}
 
-    def facts(self, conversation: Conversation) -> TemplateFacts:
+    def get_facts(self, conversation: Conversation) -> TemplateFacts:
         """Return what the template does under the arguments of a conversation."""
-        # Some templates keep more reasoning when there are tools; which tools these are does not matter.
+        # Some templates keep more reasoning when there are tools; which tools does not matter.
         key = repr([sorted(conversation.template_kwargs.items(), key=str), bool(conversation.tools)])
         if key not in self._known:
             template = ChatTemplate.for_conversation(
@@ -75,17 +91,18 @@ def _measure(template: ChatTemplate) -> TemplateFacts:
     name = template_name(template.tokenizer, template.source)
     try:
         last, history = _endings(template)
-        return TemplateFacts(name, _kind(template), last, history, _added_stop(template))
-    except Exception:  # templates raise what they like, and some take no plain chat
-        return TemplateFacts(name, REFUSED, "", "", "")
+        return TemplateFacts(name, _reasoning_policy(template), last, history, _added_stop(template))
+    except Exception:  # templates may raise anything, and some do not render a plain chat
+        return TemplateFacts(name, ReasoningPolicy.REFUSED, "", "", "")
 
 
-def _kind(template: ChatTemplate) -> str:
-    kinds = [_kind_of(template, _chat(reasoning)) for reasoning in (_under_key, _inline)]
-    return next((kind for kind in kinds if kind != STRIPPED_EVERYWHERE), STRIPPED_EVERYWHERE)
+def _reasoning_policy(template: ChatTemplate) -> ReasoningPolicy:
+    policies = [_policy_for_chat(template, _make_chat(message)) for message in (_under_key, _inline)]
+    known = (policy for policy in policies if policy != ReasoningPolicy.STRIPPED_EVERYWHERE)
+    return next(known, ReasoningPolicy.STRIPPED_EVERYWHERE)
 
 
-def _kind_of(template: ChatTemplate, messages: list[Message]) -> str:
+def _policy_for_chat(template: ChatTemplate, messages: list[Message]) -> ReasoningPolicy:
     adapted = [as_context(message, template) for message in messages]
     turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
     trained = {k: as_trained(messages[k], template) for k in turns}
@@ -93,18 +110,18 @@ def _kind_of(template: ChatTemplate, messages: list[Message]) -> str:
     history = template.render([*adapted, {"role": "user", "content": "Oak"}], add_generation_prompt=True)
     remembered = [word in history for word in _REASONINGS]
     if not any(own):
-        return STRIPPED_EVERYWHERE
+        return ReasoningPolicy.STRIPPED_EVERYWHERE
     if all(own) and all(remembered):
-        return KEPT
-    return MIXED if any(remembered) or not all(own) else STRIPPED
+        return ReasoningPolicy.KEPT
+    return ReasoningPolicy.MIXED if any(remembered) or not all(own) else ReasoningPolicy.STRIPPED
 
 
-def _chat(assistant: Any) -> list[Message]:
+def _make_chat(answer_with: Callable[[str], Message]) -> list[Message]:
     pairs = zip(_QUESTIONS, _REASONINGS, strict=True)
     return [
         message
         for question, reasoning in pairs
-        for message in ({"role": "user", "content": question}, {"role": "assistant", **assistant(reasoning)})
+        for message in ({"role": "user", "content": question}, {"role": "assistant", **answer_with(reasoning)})
     ]
 
 
@@ -122,7 +139,7 @@ def _endings(template: ChatTemplate) -> tuple[str, str]:
     last = template.render(messages).rpartition(_ANSWER)[2].strip()
     history = template.render([*messages, following]).rpartition(_ANSWER)[2].partition("Oak")[0]
     token = _added_stop(template) or last
-    # Of what follows the answer in history, as much as ends it: the rest begins the next message.
+    # Of the text after the answer in history, only what ends the answer: the rest begins the next message.
     return last, token if history.lstrip().startswith(token) else _first_token(template, history.lstrip())
 
 

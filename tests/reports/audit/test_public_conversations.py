@@ -10,7 +10,7 @@ from support.chat_tokenizers import make_tokenizer, template_text
 from trl_singlepass.reports.audit import audit
 
 
-SHARED = Path(__file__).parents[3] / "shared"
+SHARED = Path(__file__).parents[4] / "shared"
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the conversations in ../shared")
 
 
@@ -44,12 +44,19 @@ def test_what_stock_templates_do_to_public_conversations(name, template):
     report = audit(rows, make_tokenizer(template))
     stats, says_reasoning = report.all_turns, name != "taubench_gpt4o_airline"
     assert stats.turns == sum(message["role"] == "assistant" for row in rows for message in row["messages"])
-    assert stats.reasoning_found == (stats.turns if says_reasoning else 0)
+    assert stats.reasoning_found + stats.reasoning_lost == (stats.turns if says_reasoning else 0)
+    # DeepSeek's template leaves out all reasoning, and loses tool calls: such turns are refused as a whole.
+    refused = stats.kinds.get("refused", 0) if template == "deepseek_r1_distill" and says_reasoning else 0
+    assert stats.reasoning_lost == refused
     assert stats.reasoning_restored == (stats.reasoning_found if template == "deepseek_r1_distill" else 0)
     assert stats.stop_added == (stats.turns if template == "glm4moe" else 0)
     causes = set(stats.branches)
     if not says_reasoning:
-        expected = {"qwen3": {"empty reasoning block"}, "gptoss": {"other stop token"}}
+        expected = {
+            "qwen3": {"empty reasoning block"},
+            "deepseek_r1_distill": {"empty reasoning block"},
+            "gptoss": {"other stop token", "earlier history rewritten"},
+        }
         assert causes == expected.get(template, set())
     if template == "deepseek_r1_distill":
         assert stats.calls_lost == stats.with_calls
