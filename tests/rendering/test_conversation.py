@@ -270,3 +270,26 @@ def test_arguments_of_every_type_are_recognised(name, value):
     messages = assistant(content="", tool_calls=[call("find", name=value)])
     (sample,) = render_samples(messages, make_tokenizer(name), tools=TOOLS)
     assert np.any(sample.loss_weights)
+
+
+IDS_FOR_NAMES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls %}<tool_call>{{ c.id }} "
+    "{{ c.function.arguments | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_names_tools_by_the_ids_of_their_calls_asks_for_names_in_the_ids():
+    tokenizer = make_tokenizer(chat_template=IDS_FOR_NAMES)
+
+    def messages(call_id):
+        return assistant(content="", tool_calls=[{**call("find", name="Mia"), "id": call_id}])
+
+    with pytest.raises(
+        RenderingError, match=r"id 'call_7' in its place: put the name into it, as in 'functions\.find:0'"
+    ):
+        render_example({"messages": messages("call_7")}, tokenizer)
+    (sample,) = render_example({"messages": messages("functions.find:0")}, tokenizer)
+    assert tokenizer.decode(sample.token_ids).endswith(
+        '<tool_call>functions.find:0 {"name": "Mia"}</tool_call><|im_end|>\n'
+    )

@@ -48,9 +48,19 @@ def missing_content(message: Message, parsed: ParsedMessage, completion: str, ch
             "content as a string, or a literal closing tag such as </think> in an answer?"
         )
     lost = lost_calls(parsed, completion)
+    return f"{lost}. {_how_to_render_calls(message, completion)}" if lost else None
+
+
+def _how_to_render_calls(message: Message, completion: str) -> str:
+    for call in message["tool_calls"]:
+        name, call_id = str((call.get("function") or call).get("name")), call.get("id")
+        if call_id and str(call_id) in completion and name not in str(call_id):  # Kimi K2 names the tool in the id
+            return (
+                f"The template writes the id {call_id!r} in its place: put the name into it, as in "
+                f"'functions.{name}:0'"
+            )
     several = "Give each call a message of its own, if the template renders one per message, or use"
-    way_out = several if len(parsed.calls) > 1 else "Use"
-    return f"{lost}. {way_out} a template that renders tool calls" if lost else None
+    return f"{several if len(message['tool_calls']) > 1 else 'Use'} a template that renders tool calls"
 
 
 def missing_reasoning(chat_template: str) -> str:
