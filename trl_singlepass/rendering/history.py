@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from ..trees.sample import Sample
 from .conversation import Conversation, Message, RenderingError
@@ -14,10 +14,6 @@ from .prefixes import Prefixes
 from .reasoning import ParsedMessage, reasoning_tags, without_reasoning
 from .samples import has_prompt, render_conversation
 from .template import ChatTemplate
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 History = Literal["template", "keep", "strip"]
@@ -36,11 +32,7 @@ _PROBE = "What was said before."
 
 
 def render_with_history(
-    conversation: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    history: str = "template",
-    *,
-    chat_template: str | None = None,
+    conversation: Conversation, tokenizer: Any, history: str = "template", *, chat_template: str | None = None
 ) -> list[Sample]:
     """
     Render the turns of a conversation under a history policy.
@@ -81,7 +73,7 @@ def render_with_history(
     return render_conversation(replace(conversation, messages=messages), tokenizer, source)
 
 
-def _keeping_template(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+def _keeping_template(conversation: Conversation, tokenizer: Any, source: str) -> str:
     if _keeps_reasoning(conversation, tokenizer, source):
         return source
     training = _training_template(tokenizer)
@@ -94,7 +86,7 @@ def _keeping_template(conversation: Conversation, tokenizer: PreTrainedTokenizer
     )
 
 
-def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _training_template(tokenizer: Any) -> str | None:
     from trl.chat_template_utils import get_training_chat_template  # here, because it imports torch
 
     try:
@@ -104,16 +96,14 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return template
 
 
-def _keeps_reasoning(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, source: str) -> bool:
+def _keeps_reasoning(conversation: Conversation, tokenizer: Any, source: str) -> bool:
     template = ChatTemplate.for_conversation(tokenizer, source, conversation.tools, conversation.template_kwargs)
     answer = as_trained({"role": "assistant", "reasoning_content": _PROBE, "content": "Yes."}, template)
     question = {"role": "user", "content": "Really?"}
     return _PROBE in template.render([question, answer, question], add_generation_prompt=True)
 
 
-def _without_earlier_reasoning(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, source: str
-) -> list[Sample]:
+def _without_earlier_reasoning(conversation: Conversation, tokenizer: Any, source: str) -> list[Sample]:
     tags = reasoning_tags(source)
 
     def bare(message: Message) -> Message:
