@@ -29,7 +29,7 @@ from benchmarks.modes import MODES, Step
 from benchmarks.step_time import TINY_SIZES
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.attention import TREE_ATTENTION, tree_context
-from trl_singlepass.attention.block_mask import block_mask_of
+from trl_singlepass.attention.block_mask import build_block_mask
 from trl_singlepass.attention.context import Tree
 from trl_singlepass.attention.tree_mask import TreeMask
 from trl_singlepass.attention.varlen_plan import varlen_calls
@@ -179,7 +179,7 @@ def planning(samples: list[Sample], device: str) -> dict[str, float]:
     causal = transformers.masking_utils.causal_mask_function
     parts = {
         "plan": lambda: TreePlan.from_rows([row]),
-        "block_mask": lambda: block_mask_of(TreeMask(Tree(plan, end, depth), causal), (128, 128)),
+        "block_mask": lambda: build_block_mask(TreeMask(Tree(plan, end, depth), causal), (128, 128)),
         "varlen": lambda: varlen_calls(TreeMask(Tree(plan, end, depth), causal)),
     }
     times = {}

@@ -20,7 +20,7 @@ from benchmarks.report import fastest
 from demo.load import load_model, load_rows, load_tokenizer
 from demo.make_data import DATA
 from trl_singlepass import PrefixTree, SinglePassSFTConfig, SinglePassSFTTrainer, audit
-from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.curve_plots import plot_loss_by_turn, plot_sharing, plot_speedup
 from trl_singlepass.reports.tree_plots import plot_mask, plot_tree
 
@@ -33,7 +33,7 @@ STEPS, CONVERSATIONS_PER_STEP = 40, 3
 
 def smallest_of_four_turns(tokenizer: PreTrainedTokenizerBase) -> PrefixTree:
     """A conversation that fits in a picture, and the mask in a page."""
-    rendered = [render_row(row, tokenizer) for row in load_rows(None, 10**6)]
+    rendered = [render_example(row, tokenizer) for row in load_rows(None, 10**6)]
     turns = min((turns for turns in rendered if len(turns) == 4), key=lambda turns: sum(map(len, turns)))
     return PrefixTree.from_samples(turns)
 

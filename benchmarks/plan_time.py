@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from benchmarks.machine import describe
-from trl_singlepass.attention.block_mask import block_mask_of
+from trl_singlepass.attention.block_mask import build_block_mask
 from trl_singlepass.attention.context import Tree, tree_context
 from trl_singlepass.attention.tree_mask import TreeMask
 from trl_singlepass.attention.varlen_plan import varlen_calls
@@ -72,8 +72,8 @@ def planning(rows, repeats):
 
     return {
         "plan": best(lambda: TreePlan.from_rows(rows), repeats),
-        "block_mask_full": best(lambda: block_mask_of(mask(full), (128, 128)), repeats),
-        "block_mask_sliding": best(lambda: block_mask_of(mask(sliding, WINDOW), (128, 128)), repeats),
+        "block_mask_full": best(lambda: build_block_mask(mask(full), (128, 128)), repeats),
+        "block_mask_sliding": best(lambda: build_block_mask(mask(sliding, WINDOW), (128, 128)), repeats),
         "varlen_full": best(lambda: varlen_calls(mask(full)), repeats),
         "varlen_sliding": best(lambda: varlen_calls(mask(sliding, WINDOW)), repeats),
     }

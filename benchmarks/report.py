@@ -1,5 +1,5 @@
 """
-Write the measured tables into the README, from the files under benchmarks/results/ and nothing else.
+Write the measured tables into README.md and docs/benchmarks.md, from the files under benchmarks/results/ alone.
 
     python -m benchmarks.report
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 MEMORY_MODES = ("single_pass", "causal_row")
 OTHERS = ("last_turn", "keep_reasoning")
@@ -25,8 +26,8 @@ OTHERS_HEADER = [
     "tokens trained by the last turn only",
 ]
 OTHERS_TITLE = (
-    "What is done instead of N-pass, on the same conversations. It is not the same training: contexts that never\n"
-    "occur at inference, or a part of the tokens.\n\n"
+    "What people do instead of N-pass, on the same conversations. It is not the same training: it uses contexts that\n"
+    "never occur at inference, or trains only some of the tokens.\n\n"
 )
 SPEED_HEADER = [
     "turns",
@@ -41,9 +42,21 @@ SPEED_HEADER = [
     "peak memory, single pass",
 ]
 
+SUMMARY_HEADER = [
+    "one conversation",
+    "N-pass",
+    "single pass",
+    "**speed-up**",
+    "peak memory, N-pass",
+    "single pass",
+    "single pass in waves",
+]
+SUMMARY_TURNS = (8, 16, 32)
+SUMMARY_SHAPE = "taubench_gpt4o_airline"
+
 
 def fastest(measured: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The fastest measurement of every mode; checks that all modes computed the same loss and gradient."""
+    """The fastest measurement of every mode."""
     best = {}
     for one in sorted(measured, key=lambda one: one["seconds"], reverse=True):
         best[one["mode"]] = one
@@ -111,12 +124,40 @@ def others_rows(result: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def summary_row(name: str, best: dict[str, dict[str, Any]], waves: dict[str, Any] | None) -> list[str]:
+    npass = min((one for mode, one in best.items() if mode in NAMES), key=lambda one: one["seconds"])
+    single = best["single_pass"]
+    return [
+        name,
+        f"{npass['seconds']:.1f} s",
+        f"{single['seconds']:.1f} s",
+        f"**{npass['seconds'] / single['seconds']:.2f}×**",
+        gibibytes(npass["bytes"]),
+        gibibytes(single["bytes"]),
+        gibibytes(waves["bytes"]) if waves else "not measured",
+    ]
+
+
+def summary(speed: dict[str, Any], shapes: dict[str, Any], waves: dict[str, Any]) -> str:
+    """The README's table: chats of several lengths, and the longest agent conversation."""
+    by_turns = {count["turns"]: best for count, best in by_conversation(speed)}
+    in_waves = {one["turns"]: one for one in waves["measured"] if one["mode"] == "waves"}
+    rows = [summary_row(f"chat, {turns} turns", by_turns[turns], in_waves[turns]) for turns in SUMMARY_TURNS]
+    agents = [(count, best) for count, best in by_conversation(shapes) if count["shape"] == SUMMARY_SHAPE]
+    count, best = max(agents, key=lambda pair: pair[0]["turns"])
+    return table(SUMMARY_HEADER, [*rows, summary_row(f"agent (τ-bench), {count['turns']} turns", best, None)])
+
+
 def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
 
 
 def mebibytes(value: float) -> str:
     return f"{value / 2**20:,.0f} MiB"
+
+
+def gibibytes(value: float) -> str:
+    return f"{value / 2**30:.1f} GiB"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -163,18 +204,29 @@ def provenance(result: dict[str, Any], name: str) -> str:
 SECTIONS = {"step_time": speed_section, "step_time_shapes": shapes_section, "row_memory": memory_section}
 
 
-def report() -> str:
-    """All tables, in the order of the files' kinds and names."""
+def read(kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """All results of one kind with the names of their files, in the order of the names."""
     results = [(path.name, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
-    known = [(name, result) for name, result in results if result.get("kind") in SECTIONS]
-    known.sort(key=lambda item: (list(SECTIONS).index(item[1]["kind"]), item[0]))
-    return "\n\n".join(SECTIONS[result["kind"]](result, name) for name, result in known)
+    return [(name, result) for name, result in results if result.get("kind") == kind]
+
+
+def report() -> str:
+    """All tables of docs/benchmarks.md."""
+    return "\n\n".join(section(result, name) for kind, section in SECTIONS.items() for name, result in read(kind))
+
+
+def replace_between_markers(path: Path, text: str) -> None:
+    head, begin, rest = path.read_text().partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"Expected the lines {BEGIN} and {END} in {path}: the tables go between them.")
+    path.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")
 
 
 def main() -> None:
-    head, _, rest = README.read_text().partition(BEGIN)
-    tail = rest.partition(END)[2]
-    README.write_text(f"{head}{BEGIN}\n\n{report()}\n\n{END}{tail}")
+    latest = [read(kind)[-1][1] for kind in ("step_time", "step_time_shapes", "waves")]
+    replace_between_markers(README, summary(*latest))
+    replace_between_markers(PAGE, report())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from demo.load import load_model, load_rows, load_tokenizer
 from demo.train import Task
 from trl_singlepass import verify
 from trl_singlepass.cost import ModelShape
-from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.rendering.samples import render_example
 
 
 MODES = ("npass", "single_pass")
@@ -89,7 +89,7 @@ def main() -> None:
     data = load_rows(args.data, (args.steps or DEFAULT_STEPS) * args.conversations_per_step)
     task = task_of(args, len(data))
     data = data[: task.steps * task.conversations_per_step]
-    rows = [render_row(row, tokenizer, row_index=index) for index, row in enumerate(data)]
+    rows = [render_example(row, tokenizer, example_index=index) for index, row in enumerate(data)]
     with console.status(f"Training {task.steps} steps with SFTTrainer (N-pass) and with SinglePassSFTTrainer …"):
         npass, single_pass = train_both(task, args.output)
     with console.status(f"verify: losses and gradients of {VERIFIED_ROWS} conversations …"):

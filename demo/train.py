@@ -17,7 +17,7 @@ from benchmarks.memory import peak, reset_peak
 from demo.load import SEED, load_model, load_rows, load_tokenizer
 from demo.npass import NPassTrainer, as_stock_dataset
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
-from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.rendering.samples import render_example
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def single_pass_trainer(task: Task, output: Path) -> SFTTrainer:
 def npass_trainer(task: Task, output: Path) -> SFTTrainer:
     tokenizer = load_tokenizer(task.model)
     rows = load_rows(task.data, task.steps * task.conversations_per_step)
-    samples = [render_row(row, tokenizer) for row in rows]
+    samples = [render_example(row, tokenizer) for row in rows]
     steps = [samples[first : first + task.conversations_per_step] for first in task.first_conversations()]
     return NPassTrainer(
         model=load_model(task.model, tokenizer),

@@ -5,19 +5,17 @@ import itertools
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch.nn.attention import flex_attention as torch_flex
 
 from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass, forward
 from support.sample_sets import reasoning_chat, sample_sets
 from support.tiny_families import FAMILIES, MIXTURES, tiny_model
-from support.tree_masks import mask_of, tree_masks, tree_of
-from trl_singlepass.attention import block_mask, flex
-from trl_singlepass.attention.block_mask import block_mask_of, mask_mod_of
+from support.tree_masks import mask_of, tree_of
+from trl_singlepass.attention import flex
+from trl_singlepass.attention.block_mask import build_block_mask
 from trl_singlepass.training.model import enable_tree
 
 
-ANY_RULE = ("causal", "window", "chunk", "other")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
     # Uncompiled FlexAttention is traced by dynamo, which looks at every attribute.
@@ -47,50 +45,6 @@ def captured(differentiable, monkeypatch):
 def flex_model(family, **overrides):
     """A model under tree attention by FlexAttention; transformers refuses the stock name for some families."""
     return tiny_model(family, attn_implementation="tree_flex", **overrides)
-
-
-def blocks(dense, block_size):
-    """For each block of a dense mask, whether any pair is visible, and whether all are, with the rows that exist."""
-    length = len(dense)
-    rows, columns = (range(0, length, size) for size in block_size)
-    cut = [[dense[i : i + block_size[0], j : j + block_size[1]] for j in columns] for i in rows]
-    any_ = torch.tensor([[bool(block.any()) for block in row] for row in cut])
-    all_ = torch.tensor([[bool(block.all()) and block.shape[1] == block_size[1] for block in row] for row in cut])
-    return any_, all_
-
-
-def listed(num_blocks, indices):
-    """Dense map of the blocks that a table of `BlockMask` lists."""
-    out = torch.zeros(indices.shape[2:], dtype=torch.bool)
-    for row, (count, columns) in enumerate(zip(num_blocks[0, 0].tolist(), indices[0, 0], strict=True)):
-        out[row, columns[:count].long()] = True
-    return out
-
-
-@settings(max_examples=150)
-@given(mask=tree_masks(ANY_RULE), block_size=st.sampled_from([(4, 4), (8, 4), (4, 8), (16, 16), (128, 128)]))
-def test_block_mask_equals_the_dense_mask(mask, block_size):
-    dense, result = mask.dense()[0, 0], block_mask_of(mask, block_size)
-    some, every = blocks(dense, block_size)
-    full = listed(result.full_kv_num_blocks, result.full_kv_indices)
-    partial = listed(result.kv_num_blocks, result.kv_indices)
-    assert not (full & partial).any()
-    if block_mask.rule_of(mask) is None:  # of a rule that we do not know, no block is computed unseen
-        assert not full.any()
-        assert bool((some <= partial).all())
-    else:
-        assert torch.equal(full, every)
-        assert torch.equal(full | partial, some)
-    assert torch.equal(listed(result.full_q_num_blocks, result.full_q_indices), full.T)
-    assert torch.equal(listed(result.q_num_blocks, result.q_indices), partial.T)
-    position = torch.arange(len(dense))
-    assert torch.equal(mask_mod_of(mask)(0, 0, position[:, None], position[None, :]), dense)
-    assert result.shape[-2:] == dense.shape
-
-
-def test_block_mask_skips_other_branches():
-    mask = mask_of(tree_of([reasoning_chat(16)]), "causal", 0)
-    assert block_mask_of(mask, (16, 16)).sparsity() > 65
 
 
 # Not captured, PyTorch 2.13 returns garbage as gradients of a softcap that is traced under checkpointing's hooks.
@@ -140,9 +94,9 @@ def test_layers_of_a_mask_type_share_one_block_mask(family, mask_types, differen
 
     def counted(*args):
         built.append(args)
-        return block_mask_of(*args)
+        return build_block_mask(*args)
 
-    monkeypatch.setattr(flex, "block_mask_of", counted)
+    monkeypatch.setattr(flex, "build_block_mask", counted)
     layers = ["sliding_attention", "full_attention"] * 3 if family == "gemma3" else None
     layers = ["chunked_attention", "full_attention"] * 3 if family == "llama4" else layers
     overrides = {"no_rope_layers": [1, 0] * 3} if family == "llama4" else {}

@@ -20,9 +20,9 @@ from support.trainers import float32_model
 from trl_singlepass.cli import commands, launch
 from trl_singlepass.cli.main import EXAMPLES, SUMMARIES, _parser_class, main
 from trl_singlepass.cost import ModelShape, npass_cost
-from trl_singlepass.data.files import JsonLines, load_examples
+from trl_singlepass.data.files import JsonLines, load_rows
 from trl_singlepass.reference import timing
-from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.audit import audit
 from trl_singlepass.scripts import sft
 from trl_singlepass.training.checkpoints import checkpoint_to_resume
@@ -152,7 +152,7 @@ def test_bench_times_both_with_the_forecast_beside(run, model, data):
 
 def test_timing_counts_the_work_it_times():
     tokenizer = make_tokenizer()
-    conversations = [render_row(row, tokenizer) for row in rows()[:2]]
+    conversations = [render_example(row, tokenizer) for row in rows()[:2]]
     network, steps = float32_model(tokenizer), []
     timed = timing.time_both(network, conversations, repeats=2, on_step=lambda: steps.append(1))
     assert len(steps) == 2 * 2 * 3
@@ -196,7 +196,7 @@ ERRORS = [
     (["inspect", "{model}", "{data}", "--config", "{tmp}/none.yaml"], "none.yaml"),
     (["inspect", "{model}", "{tmp}/none.jsonl"], "There is no file"),
     (["inspect", "{model}", "{tmp}/empty.jsonl"], "is empty. Expected one JSON object per line"),
-    (["inspect", "{model}", "{tmp}/broken.jsonl"], "row 0: not JSON"),
+    (["inspect", "{model}", "{tmp}/broken.jsonl"], "row 0: no JSON"),
     (["inspect", "{model}", "{tmp}/list.jsonl"], "expected a JSON object, got list"),
     (["inspect", "{model}", "{tmp}/text.txt"], "is none of .jsonl"),
     (["inspect", "{model}", "{tmp}/user.jsonl"], "Row 0: Expected at least one assistant message"),
@@ -289,11 +289,11 @@ def test_other_files_and_folders(kind, tmp_path):
     else:
         datasets.DatasetDict({"train": plain}).save_to_disk(path)
         with pytest.raises(ValueError, match="has no split 'test', only train"):
-            load_examples(str(path), split="test")
-    loaded = load_examples(str(path))
+            load_rows(str(path), split="test")
+    loaded = load_rows(str(path))
     tokenizer = make_tokenizer()
-    expected = [len(sample) for sample in render_row(rows()[0], tokenizer)]
-    assert [len(sample) for sample in render_row(dict(loaded[0]), tokenizer)] == expected
+    expected = [len(sample) for sample in render_example(rows()[0], tokenizer)]
+    assert [len(sample) for sample in render_example(dict(loaded[0]), tokenizer)] == expected
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def test_script_trains_on_a_file_with_tool_calls_of_both_forms(model, data, tmp_
     assert trained(tmp_path / "out")
     tokenizer = make_tokenizer()
     for row, original_row in zip(seen[0]["train_dataset"], rows(), strict=True):
-        ours, expected = render_row(row, tokenizer), render_row(original_row, tokenizer)
+        ours, expected = render_example(row, tokenizer), render_example(original_row, tokenizer)
         assert [sample.token_ids.tolist() for sample in ours] == [sample.token_ids.tolist() for sample in expected]
 
 

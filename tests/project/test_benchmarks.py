@@ -1,6 +1,8 @@
 """The benchmark's modes are the same training step, and its report says what was measured."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from benchmarks.step_time import TINY_MODEL, TINY_SIZES, Case, counted
 from trl_singlepass import PrefixTree
 
 
+ROOT = Path(__file__).parents[2]
 SAMPLES = conversation(3, TINY_MODEL["vocab_size"], seed=0, sizes=TINY_SIZES)
 KEPT = conversation(3, TINY_MODEL["vocab_size"], seed=0, sizes=TINY_SIZES, keep=True)
 
@@ -97,16 +100,46 @@ SPEED = result(
 
 def test_report_compares_the_fastest_of_each(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
     (tmp_path / "speed.json").write_text(json.dumps(SPEED))
-    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.main()
-    text = (tmp_path / "README.md").read_text()
+    text = report.report()
     assert "| one by one | 4.00 s | 2.00 s | **2.00** |" in text
     assert "| 2 | 2.00 s | 1.50 s | 1.00 s |" in text
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
+
+
+def test_summary_has_the_chats_in_waves_too_and_the_longest_agent_conversation(monkeypatch):
+    monkeypatch.setattr(report, "SUMMARY_TURNS", (2,))
+    agents = result(
+        *(
+            measured(mode, seconds * turns, turns=turns, shape=report.SUMMARY_SHAPE)
+            for turns in (2, 3)
+            for mode, seconds in (("single_pass", 1), ("npass_sequential", 5))
+        )
+    )
+    agents["counted"] = [{**agents["counted"][0], "turns": turns, "shape": report.SUMMARY_SHAPE} for turns in (2, 3)]
+    text = report.summary(SPEED, agents, result(measured("waves", 1.0, bytes=2**31)))
+    chat, agent = text.splitlines()[2:]
+    assert chat == "| chat, 2 turns | 4.0 s | 2.0 s | **2.00×** | 0.0 GiB | 0.0 GiB | 2.0 GiB |"
+    assert agent == "| agent (τ-bench), 3 turns | 15.0 s | 3.0 s | **5.00×** | 0.0 GiB | 0.0 GiB | not measured |"
+
+
+def test_tables_replace_what_is_between_the_markers(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.replace_between_markers(page, "new")
+    assert page.read_text() == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match=r"Expected the lines .* in .*page\.md"):
+        report.replace_between_markers(page, "new")
+
+
+def test_pages_say_what_the_committed_results_say(tmp_path, monkeypatch):
+    for name in ("README", "PAGE"):
+        page = getattr(report, name)
+        monkeypatch.setattr(report, name, tmp_path / page.name)
+        shutil.copy(page, tmp_path)
+    report.main()
+    for page in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
+        assert (tmp_path / page.name).read_text() == page.read_text()
 
 
 def test_report_refuses_measurements_of_different_steps():

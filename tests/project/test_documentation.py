@@ -1,5 +1,5 @@
 """
-Every code block of the README and of docs/ does what it says.
+Every code block of the README, of CONTRIBUTING.md and of docs/ does what it says.
 
 Python runs, `trl-singlepass` commands run in this process, JSON and YAML are read by what reads them. Commands that
 start other machines or build environments are checked without being run, and `slow` runs every block in a real shell.
@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from markdown.extensions.toc import slugify
 from sybil import Sybil
 from sybil.parsers.abstract.lexers import LexerCollection
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
@@ -29,13 +30,15 @@ from demo.make_model import FOLDER as DEMO_MODEL
 from support.small_repository import as_a_reader, make_small_repository, run_python
 from trl_singlepass import cli
 from trl_singlepass.cli import launch
-from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.scripts import sft
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = [ROOT / "recipes", ROOT / "docs"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(page for f in FOLDERS for page in sorted(f.glob("*.md")))]
 UNCHECKED = {"text", "bibtex", "jinja"}  # output, trees, citations: nothing that a reader would run
+MOST_README_WORDS = 1100
 ON_CPU = ["--bf16", "false", "--output_dir", "out"]
 
 pytestmark = [
@@ -132,7 +135,7 @@ def evaluate_bash(example):
 def evaluate_json(example):
     row = json.loads(example.parsed)
     if "messages" in row:
-        assert render_row(row, load_tokenizer(None))
+        assert render_example(row, load_tokenizer(None))
 
 
 def evaluate_yaml(example):
@@ -187,6 +190,24 @@ def test_every_block_says_what_it_is(document):
 def test_every_skip_has_a_reason():
     skips = [line for document in DOCUMENTS for line in document.text.splitlines() if "skip:" in line]
     assert [line for line in skips if not re.fullmatch(r'<!-- skip: next "[^"]{10,}" -->', line.strip())] == []
+
+
+def test_the_readme_is_short():
+    text = re.sub(r"<!--.*?-->", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    assert len(text.split()) <= MOST_README_WORDS
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(Path(document.path).relative_to(ROOT)))
+def test_links_to_files_lead_somewhere(document):
+    """`make docs` checks pages under docs/ with their anchors, but neither the README nor what it links to."""
+    page = Path(document.path)
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)(?:#([^)]+))?\)", document.text)
+    for target, anchor in links:
+        path = page.parent / target
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+            assert anchor in {slugify(heading, "-") for heading in headings}, f"{target}#{anchor}"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Imports go one way: between the package's folders, between its files, and from tests to what they share."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,22 @@ def test_every_folder_has_a_rank():
     entries = {path.name for path in PACKAGE.iterdir()} - {"__init__.py", "py.typed", "__pycache__"}
     assert entries == set(RANKS)
     assert len(entries) <= MOST_ENTRIES
+
+
+def test_contributing_says_what_a_room_may_import():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)/` \|.*\|([^|]*)\|$", text, re.M)
+    assert {room for room, _ in rows} == RANKS.keys()
+    for index, (room, excluded) in enumerate(rows):
+        above = {other for other, _ in rows[:index]} - set(re.findall(r"`(\w+)/`", excluded))
+        assert above == {other for other, rank in RANKS.items() if rank < RANKS[room]}, room
+
+
+def test_contributing_names_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)`", text)
+    assert len(paths) > 20
+    assert [path for path in paths if not (PACKAGE / path).exists() and not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))

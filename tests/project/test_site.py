@@ -24,7 +24,7 @@ def site(tmp_path_factory):
     return folder
 
 
-def text_of(page):
+def get_text(page):
     return unescape(re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8")))
 
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::P
 
 
 def test_the_reference_has_every_public_name_and_setting(site):
-    text = text_of(site / "reference" / "index.html")
+    text = get_text(site / "reference" / "index.html")
     settings = vars(trl_singlepass.SinglePassSFTConfig)["__annotations__"]
     for name in (*trl_singlepass.__all__, *settings):
         assert re.search(rf"\b{name}\b", text), name
@@ -55,4 +55,4 @@ def test_no_markdown_leaves_the_docs():
 
 def test_no_formula_or_block_is_left_as_it_was_written(site):
     for page in site.rglob("index.html"):
-        assert "```" not in text_of(page), page
+        assert "```" not in get_text(page), page

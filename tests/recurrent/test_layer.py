@@ -21,7 +21,7 @@ from trl_singlepass.recurrent.layer_kinds import ReplayMode
 from trl_singlepass.recurrent.layout import Layout
 from trl_singlepass.recurrent.schedule import fork_schedule, path_schedule
 from trl_singlepass.reference.float64 import ForcedFloat64
-from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.training.model import UnsupportedModelError, check_model, enable_tree
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan
@@ -227,7 +227,7 @@ def test_trainer_on_real_conversations(tmp_path, template, model_type):
     ours = single_pass_trainer(
         tmp_path, tokenizer, conversations, models[0], per_device_train_batch_size=len(conversations)
     )
-    samples = [sample for row in conversations for sample in render_row(row, tokenizer)]
+    samples = [sample for row in conversations for sample in render_example(row, tokenizer)]
     rows = [
         {"input_ids": sample.token_ids.tolist(), "completion_mask": (sample.loss_weights > 0).astype(int).tolist()}
         for sample in samples

@@ -11,7 +11,7 @@ from support.float64_comparison import assert_equal_to_npass
 from support.tiny_families import FAMILIES, tiny_model
 from support.trainers import float32_model, logged, single_pass_trainer
 from trl_singlepass import PrefixTree
-from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.rendering.samples import render_example
 
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -51,7 +51,7 @@ def shortest(name, num_turns, count):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_reasoning_chats_are_exact(template):
     tokenizer = make_tokenizer(template)
-    sets = [render_row(row, tokenizer) for row in shortest("mathchat_follow_up_300", num_turns=3, count=3)]
+    sets = [render_example(row, tokenizer) for row in shortest("mathchat_follow_up_300", num_turns=3, count=3)]
     assert [len(samples) for samples in sets] == [3, 3, 3]
     assert_equal_to_npass(tiny_model(TEMPLATES[template], len(tokenizer)), sets)
 
@@ -62,7 +62,7 @@ def test_reasoning_chats_are_exact(template):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_exact_under_every_template(family, template):
     tokenizer = make_tokenizer(template)
-    sets = [render_row(row, tokenizer) for row in shortest("mathchat_follow_up_300", num_turns=3, count=2)]
+    sets = [render_example(row, tokenizer) for row in shortest("mathchat_follow_up_300", num_turns=3, count=2)]
     assert_equal_to_npass(tiny_model(family, len(tokenizer)), sets)
 
 
@@ -71,7 +71,7 @@ def test_every_family_is_exact_under_every_template(family, template):
 def test_reasoning_chats_with_tool_calls_are_exact(template):
     tokenizer = make_tokenizer(template)
     (row,) = shortest("llamafactory_reason_tool_use", num_turns=3, count=1)
-    samples = render_row(row, tokenizer)
+    samples = render_example(row, tokenizer)
     assert len(samples) >= 3
     assert_equal_to_npass(tiny_model("qwen3", len(tokenizer), attn_implementation="sdpa"), [samples])
 
@@ -93,7 +93,7 @@ def qwen3_tokenizer():
 @pytest.mark.parametrize(("name", "sharing_factor", "num_samples"), DATASETS)
 def test_sharing_factors_under_qwen3(qwen3_tokenizer, name, sharing_factor, num_samples):
     tokenizer = qwen3_tokenizer
-    samples = [render_row(row, tokenizer) for row in conversations(name)]
+    samples = [render_example(row, tokenizer) for row in conversations(name)]
     trees = [PrefixTree.from_samples(turns) for turns in samples]
     assert sum(map(len, samples)) == num_samples
     assert sum(tree.num_sample_tokens for tree in trees) == sum(len(turn) for turns in samples for turn in turns)

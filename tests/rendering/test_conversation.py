@@ -10,7 +10,7 @@ from trl import maybe_convert_to_chatml
 from support.chat_conversations import as_blocks, call
 from support.chat_tokenizers import make_tokenizer
 from trl_singlepass.rendering.conversation import Conversation
-from trl_singlepass.rendering.samples import RenderingError, render_row, render_samples
+from trl_singlepass.rendering.samples import RenderingError, render_example, render_samples
 
 
 def tool(name, properties, required=()):
@@ -51,39 +51,39 @@ def test_arrow_round_trip_renders_as_the_original(tokenizer):
     arguments = stored[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
     assert "nights" in arguments  # what Arrow adds: without it this test shows nothing
     assert arguments["nights"] is None
-    assert ids(render_row(stored[0], tokenizer)) == ids(render_samples(MESSAGES, tokenizer, tools=TOOLS))
-    assert ids(render_row(stored[1], tokenizer)) == ids(render_samples(PLAIN, tokenizer))
+    assert ids(render_example(stored[0], tokenizer)) == ids(render_samples(MESSAGES, tokenizer, tools=TOOLS))
+    assert ids(render_example(stored[1], tokenizer)) == ids(render_samples(PLAIN, tokenizer))
 
 
 def test_arrow_keeps_nulls_that_the_schema_requires():
     (stored,) = through_arrow({"messages": MESSAGES, "tools": TOOLS})
-    calls = [c["function"] for m in Conversation.from_row(stored).messages for c in m.get("tool_calls") or []]
+    calls = [c["function"] for m in Conversation.from_example(stored).messages for c in m.get("tool_calls") or []]
     assert [c["arguments"] for c in calls] == [
         {"query": {"name": "Mia"}},
         {"city": "Oslo", "nights": 2},
         {"reason": None},
     ]
-    without_schema = Conversation.from_row({"messages": stored["messages"]}).messages
+    without_schema = Conversation.from_example({"messages": stored["messages"]}).messages
     assert without_schema[3]["tool_calls"][1]["function"]["arguments"] == {}
 
 
 def test_rows_that_arrow_did_not_make_stay_as_they_are():
     tools = [tool("find", {"name": {"type": "string", "default": None}, "age": {"default": None}}), TOOLS[0]]
     messages = [MESSAGES[0], {"role": "assistant", "tool_calls": [call("find", name="Mia", age=None), call("stop")]}]
-    conversation = Conversation.from_row({"messages": messages, "tools": tools})
+    conversation = Conversation.from_example({"messages": messages, "tools": tools})
     assert conversation.tools == tools
     assert conversation.messages == messages
 
 
 def test_a_null_argument_stays_where_messages_show_that_arrow_was_not_there():
     messages = [MESSAGES[0], {"role": "assistant", "tool_calls": [call("find", name=None)]}]
-    assert Conversation.from_row({"messages": messages}).messages == messages
+    assert Conversation.from_example({"messages": messages}).messages == messages
 
 
 def test_arrow_adds_no_template_arguments():
     kwargs = [{"enable_thinking": False}, {"reasoning_effort": "low"}]
     stored = through_arrow(*({"messages": PLAIN, "chat_template_kwargs": item} for item in kwargs))
-    assert [Conversation.from_row(row).template_kwargs for row in stored] == kwargs
+    assert [Conversation.from_example(row).template_kwargs for row in stored] == kwargs
 
 
 def test_json_columns_keep_their_nulls():
@@ -91,7 +91,7 @@ def test_json_columns_keep_their_nulls():
     messages = [MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": [call("find", name=None)]}]
     messages[1]["tool_calls"][0]["function"]["arguments"] = '{"name": null}'
     row = {"messages": messages, "tools": json.dumps(tools), "chat_template_kwargs": '{"enable_thinking": false}'}
-    conversation = Conversation.from_row(row)
+    conversation = Conversation.from_example(row)
     assert conversation.tools == tools
     assert conversation.messages[1]["tool_calls"][0]["function"]["arguments"] == '{"name": null}'
     assert conversation.template_kwargs == {"enable_thinking": False}
@@ -100,26 +100,26 @@ def test_json_columns_keep_their_nulls():
 def test_reading_leaves_the_row_alone(tokenizer):
     (row,) = through_arrow({"messages": MESSAGES, "tools": TOOLS})
     before = json.dumps(row)
-    render_row(row, tokenizer)
+    render_example(row, tokenizer)
     assert json.dumps(row) == before
 
 
 @pytest.mark.parametrize("form", [lambda tools: tools, json.dumps, lambda tools: [json.dumps(t) for t in tools]])
 def test_tools_may_be_objects_or_json(form, tokenizer):
     row = {"messages": MESSAGES, "tools": form(TOOLS)}
-    assert ids(render_row(row, tokenizer)) == ids(render_samples(MESSAGES, tokenizer, tools=TOOLS))
+    assert ids(render_example(row, tokenizer)) == ids(render_samples(MESSAGES, tokenizer, tools=TOOLS))
 
 
 @pytest.mark.parametrize("form", [dict, json.dumps])
 def test_template_kwargs_come_from_their_column(form, tokenizer):
     row = {"messages": PLAIN, "chat_template_kwargs": form({"enable_thinking": False})}
-    assert ids(render_row(row, tokenizer)) == ids(render_samples(PLAIN, tokenizer, enable_thinking=False))
+    assert ids(render_example(row, tokenizer)) == ids(render_samples(PLAIN, tokenizer, enable_thinking=False))
     with_none = through_arrow(row, {"messages": PLAIN, "chat_template_kwargs": None})[1]
-    assert ids(render_row(with_none, tokenizer)) == ids(render_samples(PLAIN, tokenizer))
+    assert ids(render_example(with_none, tokenizer)) == ids(render_samples(PLAIN, tokenizer))
 
 
 def test_only_assistant_messages_of_the_completion_are_trained(tokenizer):
-    samples = render_row({"prompt": MESSAGES[:2], "completion": MESSAGES[2:], "tools": TOOLS}, tokenizer)
+    samples = render_example({"prompt": MESSAGES[:2], "completion": MESSAGES[2:], "tools": TOOLS}, tokenizer)
     assert [sample.message_index for sample in samples] == [3, 5]
     assert ids(samples) == ids(render_samples(MESSAGES, tokenizer, tools=TOOLS))[1:]
 
@@ -127,25 +127,25 @@ def test_only_assistant_messages_of_the_completion_are_trained(tokenizer):
 @pytest.mark.parametrize(("user", "model"), [("human", "gpt"), ("user", "assistant")])
 def test_sharegpt_conversations(user, model, tokenizer):
     row = {"conversations": [{"from": user, "value": "Hi."}, {"from": model, "value": "Hello."}]}
-    assert ids(render_row(row, tokenizer)) == ids(render_samples(PLAIN, tokenizer))
+    assert ids(render_example(row, tokenizer)) == ids(render_samples(PLAIN, tokenizer))
     assert row["conversations"][0]["from"] == user
     assert maybe_convert_to_chatml(row)["messages"][0]["role"] == user  # TRL converts keys, not roles
 
 
 def test_rendering_works_in_worker_processes(tokenizer):
     dataset = Dataset.from_list([{"messages": PLAIN}] * 4)
-    mapped = dataset.map(row_to_ids, fn_kwargs={"tokenizer": tokenizer}, with_indices=True, num_proc=2)
+    mapped = dataset.map(example_to_ids, fn_kwargs={"tokenizer": tokenizer}, with_indices=True, num_proc=2)
     assert mapped["ids"] == ids(render_samples(PLAIN, tokenizer)) * 4
 
 
-def row_to_ids(row, row_index, tokenizer):
-    return {"ids": render_row(row, tokenizer, row_index=row_index)[0].token_ids}
+def example_to_ids(row, index, tokenizer):
+    return {"ids": render_example(row, tokenizer, example_index=index)[0].token_ids}
 
 
 def test_content_in_blocks_is_checked_like_text():
     vlm = make_tokenizer("smolvlm")
     (row,) = through_arrow({"messages": as_blocks(PLAIN)})
-    (sample,) = render_row(row, vlm)
+    (sample,) = render_example(row, vlm)
     assert vlm.decode(sample.token_ids[sample.prompt_length :]) == " Hello.<end_of_utterance>\n"
 
 
@@ -189,7 +189,7 @@ BAD_ROWS = {
 def test_bad_rows_say_what_to_do(row, tokenizer):
     given, message = BAD_ROWS[row]
     with pytest.raises(RenderingError, match=message):
-        render_row(given, tokenizer, row_index=3)
+        render_example(given, tokenizer, example_index=3)
 
 
 BAD_WITH_TEMPLATE = {
@@ -270,3 +270,26 @@ def test_arguments_of_every_type_are_recognised(name, value):
     messages = assistant(content="", tool_calls=[call("find", name=value)])
     (sample,) = render_samples(messages, make_tokenizer(name), tools=TOOLS)
     assert np.any(sample.loss_weights)
+
+
+IDS_FOR_NAMES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls %}<tool_call>{{ c.id }} "
+    "{{ c.function.arguments | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_names_tools_by_the_ids_of_their_calls_asks_for_names_in_the_ids():
+    tokenizer = make_tokenizer(chat_template=IDS_FOR_NAMES)
+
+    def messages(call_id):
+        return assistant(content="", tool_calls=[{**call("find", name="Mia"), "id": call_id}])
+
+    with pytest.raises(
+        RenderingError, match=r"id 'call_7' in its place: put the name into it, as in 'functions\.find:0'"
+    ):
+        render_example({"messages": messages("call_7")}, tokenizer)
+    (sample,) = render_example({"messages": messages("functions.find:0")}, tokenizer)
+    assert tokenizer.decode(sample.token_ids).endswith(
+        '<tool_call>functions.find:0 {"name": "Mia"}</tool_call><|im_end|>\n'
+    )

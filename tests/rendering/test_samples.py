@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from support.chat_conversations import AGENT, CHAT, TOOLS, completion, prompt, without_reasoning
 from support.chat_tokenizers import CONTROL_TOKENS, make_tokenizer, template_text
-from trl_singlepass.rendering.samples import RenderingError, render_row, render_samples
+from trl_singlepass.rendering.samples import RenderingError, render_example, render_samples
 from trl_singlepass.trees.sample import CompletionKind
 
 
@@ -170,6 +170,8 @@ def with_dict_arguments(messages):
 
 def test_row_errors_name_the_row():
     with pytest.raises(RenderingError, match=r"^Row 7: Message 1 cannot be rendered with the chat template 'qwen3'"):
-        render_row(
-            {"messages": [CHAT[0], {"role": "assistant", "cot": "x", "content": ""}]}, make_tokenizer(), row_index=7
+        render_example(
+            {"messages": [CHAT[0], {"role": "assistant", "cot": "x", "content": ""}]},
+            make_tokenizer(),
+            example_index=7,
         )

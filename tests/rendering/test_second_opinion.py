@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from support.chat_templates import HARD_TEMPLATES
 from support.chat_tokenizers import CONTROL_TOKENS, make_tokenizer, template_names, template_text
 from trl_singlepass.rendering.conversation import Conversation, RenderingError
-from trl_singlepass.rendering.samples import render_conversation, render_row
+from trl_singlepass.rendering.samples import render_conversation, render_example
 
 
 TOOLS = [
@@ -245,7 +245,7 @@ def test_no_tool_result_of_a_real_conversation_is_trained(name, file, real_token
     for line in path.read_text().splitlines()[:10]:
         row = json.loads(line)
         try:
-            samples = render_row(row, real_tokenizer)
+            samples = render_example(row, real_tokenizer)
         except RenderingError:
             continue
         results = [

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS, chat, tool_chat
-from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.html import inspection_page
 from trl_singlepass.reports.html.frame import frame
 from trl_singlepass.reports.inspection import Inspection, render
@@ -19,7 +19,7 @@ from trl_singlepass.trees.sample import Sample
 
 def inspected(messages, template="qwen3", **row):
     tokenizer = make_tokenizer(template)
-    return Inspection.of(render_row({"messages": messages, **row}, tokenizer), tokenizer)
+    return Inspection.of(render_example({"messages": messages, **row}, tokenizer), tokenizer)
 
 
 def printed(inspection):

@@ -1,4 +1,4 @@
-"""A folder like the repository's, with a model and data that train in a second: where commands of the docs run."""
+"""A folder like the repository, with a model and data that train in a second, to run the docs' commands in."""
 
 import os
 import runpy
@@ -17,11 +17,11 @@ from support.trainers import float32_model
 
 
 ROOT = Path(__file__).parents[2]
-NUM_ROWS = 2  # with tool calls, and as many without: the shortest of the demo's conversations
+NUM_ROWS = 2  # the shortest with tool calls, and as many of the shortest without
 
 
 def make_small_repository(folder):
-    """Fill a folder with links to the repository; the demo's data are the first rows, its model is tinier."""
+    """Fill a folder with links to the repository, a few of its conversations, and a tinier model than the demo's."""
     for path in ROOT.iterdir():
         if path.name not in ("demo", "out", ".git"):
             (folder / path.name).symlink_to(path)
@@ -41,7 +41,7 @@ def make_small_repository(folder):
 
 @contextmanager
 def as_a_reader(folder):
-    """In that folder, with the variables that the docs ask for; settings that outlive their use are taken back."""
+    """Enter that folder with the variables that the docs ask for; undo what commands leave behind in this process."""
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.chdir(folder)
         os.environ.update(MODEL=str(DEMO_MODEL), NODE_RANK="0")
@@ -54,6 +54,7 @@ def run_python(arguments, patch):
     """Run `python` with these arguments in this process."""
     patch.setattr(sys, "argv", arguments[arguments[0] == "-m" :])
     if arguments[0] == "-m":
+        patch.delitem(sys.modules, arguments[1], raising=False)  # as in a fresh interpreter
         runpy.run_module(arguments[1], run_name="__main__")
     else:
         runpy.run_path(arguments[0], run_name="__main__")

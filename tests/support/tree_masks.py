@@ -10,7 +10,9 @@ from transformers.masking_utils import (
 )
 
 from support.sample_sets import sample_sets
+from trl_singlepass import Sample
 from trl_singlepass.attention.context import Tree
+from trl_singlepass.attention.inputs import AttentionInputs
 from trl_singlepass.attention.tree_mask import TreeMask
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan
@@ -35,6 +37,8 @@ def mask_of(tree, kind, size):
         return TreeMask(tree, sliding_window_causal_mask_function(size), size)
     if kind == "chunk":
         return TreeMask(tree, chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.long)), size)
+    if kind == "unbounded":  # a rule that is none of these, and looks back as far as it likes
+        return TreeMask(tree, and_masks(odd_depths_see_even_depths, causal_mask_function))
     return TreeMask(tree, and_masks(odd_depths_see_even_depths, sliding_window_causal_mask_function(size)), size)
 
 
@@ -42,3 +46,37 @@ def mask_of(tree, kind, size):
 def tree_masks(draw, kinds=("causal", "window", "chunk")):
     sets = draw(st.lists(sample_sets(max_samples=5, max_length=20), min_size=1, max_size=3))
     return mask_of(tree_of(sets), draw(st.sampled_from(kinds)), draw(st.integers(1, 9)))
+
+
+def random_inputs(
+    tree, *, heads=4, kv_heads=2, head_dim=8, value_dim=None, softcap=None, sinks=False, dtype=torch.float64
+):
+    """Return `AttentionInputs` of a row that require gradients."""
+    generator, length = torch.Generator().manual_seed(tree.plan.length), tree.plan.length
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
+
+    query, key = draw(1, heads, length, head_dim), draw(1, kv_heads, length, head_dim)
+    value = draw(1, kv_heads, length, head_dim if value_dim is None else value_dim)
+    return AttentionInputs(query, key, value, 0.3, softcap, draw(heads) if sinks else None)
+
+
+def output_and_gradients(attention, inputs):
+    """Return `[out, gradients of queries, keys, values and, if there are any, sinks]` of a function of inputs."""
+    out = attention(inputs)
+    weights = torch.arange(out.numel(), dtype=out.dtype).view_as(out).sin()
+    tensors = [inputs.query, inputs.key, inputs.value, *([] if inputs.sinks is None else [inputs.sinks])]
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), tensors)]
+
+
+def assert_same(actual, expected):
+    """Compare what `output_and_gradients` returned: 1e-12, of the largest number where that is above 1."""
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * max(1.0, float(other.abs().max())))
+
+
+def long_branches(length):
+    """Two samples of `2 · length` tokens that share the first half."""
+    history = [7] * length
+    return [Sample.from_prompt_and_completion(history, [first] * length) for first in (8, 9)]

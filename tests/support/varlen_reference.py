@@ -79,13 +79,15 @@ class ReferenceKernel(VarlenKernel):
         self.has_softcap = has_softcap
         self.calls = []
 
-    def forward(self, q, k, v, call, scale, softcap):
-        self.calls.append(call)
-        return varlen_forward(q, k, v, *arguments(call), scale, softcap)
+    def forward(self, x):
+        self.calls.append(x.call)
+        return varlen_forward(x.query, x.key, x.value, *arguments(x))
 
-    def backward(self, grad, q, k, v, out, lse, call, scale, softcap, deterministic):
-        return varlen_backward(grad, q, k, v, out, lse, *arguments(call), scale, softcap)
+    def backward(self, grad, x, out, lse, *, deterministic):
+        return varlen_backward(grad, x.query, x.key, x.value, out, lse, *arguments(x))
 
 
-def arguments(call):
-    return call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k, True, call.window
+def arguments(x):
+    call = x.call
+    borders = call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k
+    return *borders, True, call.window, x.scale, x.softcap

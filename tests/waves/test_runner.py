@@ -102,4 +102,6 @@ def test_offloaded_keys_and_values_train_the_same():
     tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
     row = WaveRunner(plan_of(batch, 20), tree, offload=True)
     for memory in row.memories:
-        assert memory.of(model, 3).like(torch.zeros(1, 2, 3, 4, device="meta"), torch.float64).device.type == "cpu"
+        assert (
+            memory.of(model, 3).zeros_like(torch.zeros(1, 2, 3, 4, device="meta"), torch.float64).device.type == "cpu"
+        )

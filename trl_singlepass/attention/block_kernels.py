@@ -3,86 +3,110 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 
 aten = torch.ops.aten
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Gradients of queries, keys and values."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockInputs:
+    """
+    One block of queries and keys of a row.
+
+    Args:
+        query (`torch.Tensor` of shape `(1, heads, num_queries, head_dim)`):
+            Queries.
+        key (`torch.Tensor` of shape `(1, kv_heads, num_keys, head_dim)`):
+            Keys.
+        value (`torch.Tensor` of shape `(1, kv_heads, num_keys, head_dim)`):
+            Values.
+        is_causal (`bool`):
+            Whether query `i` sees keys up to `i` only.
+        mask (`torch.Tensor` of shape `(num_queries, num_keys)`, `torch.bool`, *optional*):
+            `True` where the query attends.
+        scale (`float`):
+            Factor of the scores.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    is_causal: bool
+    mask: torch.Tensor | None
+    scale: float
 
 
 class BlockKernel(ABC):
-    """
-    Attention between blocks of one row, forward and backward.
-
-    Shapes: query `(1, heads, num_queries, head_dim)`, key and value `(1, kv_heads, num_keys, head_dim)`, mask
-    `(num_queries, num_keys)`, log-sum-exp `(1, heads, num_queries)`. In `backward`, `out` and `lse` are the **merged**
-    output and log-sum-exp of the queries over all their blocks: with them each block's gradients are exact on their
-    own, and the gradients of a query's blocks add up (as in ring attention).
-    """
+    """Attention of one block, forward and backward."""
 
     query_block: ClassVar[int | None] = None
     """Largest number of queries per call that keeps memory linear in the row, `None` for no limit."""
 
     @abstractmethod
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, mask: torch.Tensor | None, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output of the block alone, and the log-sum-exp of its scores."""
+    def forward(self, block: BlockInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the output of the block alone, and the log-sum-exp of its scores, `(1, heads, num_queries)`."""
 
     @abstractmethod
-    def backward(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        causal: bool,
-        mask: torch.Tensor | None,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the block's share of the gradients of its queries, keys and values."""
+    def backward(self, grad: torch.Tensor, block: BlockInputs, out: torch.Tensor, lse: torch.Tensor) -> Gradients:
+        """
+        Return the block's share of the gradients.
+
+        Args:
+            grad (`torch.Tensor` of shape `(1, heads, num_queries, head_dim)`):
+                Gradient of the merged output.
+            block (`BlockInputs`):
+                The block.
+            out (`torch.Tensor` of shape `(1, heads, num_queries, head_dim)`):
+                Output of the queries, **merged** over all their blocks. With the merged output and log-sum-exp, each
+                block's gradients are exact on their own, and those of a query's blocks add up (as in ring attention).
+            lse (`torch.Tensor` of shape `(1, heads, num_queries)`):
+                Log-sum-exp of the queries, merged in the same way.
+        """
 
 
 class CpuFlash(BlockKernel):
     """PyTorch's flash attention for CPU: linear memory, grouped heads, float64 included."""
 
-    def forward(self, q: Any, k: Any, v: Any, causal: bool, mask: Any, scale: float) -> tuple[Any, Any]:
+    def forward(self, block: BlockInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return output and log-sum-exp."""
-        bias = _additive(mask, q.dtype)
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            block.query, block.key, block.value, 0.0, block.is_causal, attn_mask=_bias(block), scale=block.scale
+        )
         return out, lse
 
-    def backward(
-        self, grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, mask: Any, scale: float
-    ) -> tuple[Any, Any, Any]:
+    def backward(self, grad: torch.Tensor, block: BlockInputs, out: torch.Tensor, lse: torch.Tensor) -> Gradients:
         """Return the gradients of queries, keys and values."""
-        bias = _additive(mask, q.dtype)
-        grads: tuple[Any, Any, Any] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=bias, scale=scale
-        )
+        grads: Gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, block.query, block.key, block.value, out, lse.contiguous(), 0.0, block.is_causal,
+            attn_mask=_bias(block), scale=block.scale,
+        )  # fmt: skip
         return grads
 
 
 class CudaFlash(BlockKernel):
     """PyTorch's flash attention for CUDA (half precision, head size up to 256); takes no mask."""
 
-    def forward(self, q: Any, k: Any, v: Any, causal: bool, mask: Any, scale: float) -> tuple[Any, Any]:
+    def forward(self, block: BlockInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return output and log-sum-exp."""
-        assert mask is None, "the flash kernel takes no mask"
-        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+        assert block.mask is None, "the flash kernel takes no mask"
+        out, lse = aten._scaled_dot_product_flash_attention(
+            block.query, block.key, block.value, 0.0, block.is_causal, False, scale=block.scale
+        )[:2]
         return out, lse
 
-    def backward(
-        self, grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, mask: Any, scale: float
-    ) -> tuple[Any, Any, Any]:
+    def backward(self, grad: torch.Tensor, block: BlockInputs, out: torch.Tensor, lse: torch.Tensor) -> Gradients:
         """Return the gradients of queries, keys and values."""
+        q, k, v = block.query, block.key, block.value
         unused = torch.empty(0, dtype=torch.int64, device=q.device)  # random state and borders: no dropout, no varlen
-        grads: tuple[Any, Any, Any] = aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused,
-            scale=scale,
+        grads: Gradients = aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, block.is_causal, unused,
+            unused, scale=block.scale,
         )  # fmt: skip
         return grads
 
@@ -102,43 +126,43 @@ class BlockMath(BlockKernel):
     def __init__(self, softcap: float | None = None) -> None:
         self.softcap = softcap
 
-    def forward(self, q: Any, k: Any, v: Any, causal: bool, mask: Any, scale: float) -> tuple[Any, Any]:
+    def forward(self, block: BlockInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return output and log-sum-exp."""
-        scores = self._scores(q, k, causal, mask, scale)
+        scores = self._scores(block)
         lse = scores.logsumexp(-1)
-        out = (scores - lse[..., None]).exp() @ _grouped(v, q).to(scores.dtype)
-        return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+        out = (scores - lse[..., None]).exp() @ block.value[:, :, None].to(scores.dtype)
+        return out.flatten(1, 2).to(block.query.dtype), lse.flatten(1, 2)
 
-    def backward(
-        self, grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, causal: bool, mask: Any, scale: float
-    ) -> tuple[Any, Any, Any]:
+    def backward(self, grad: torch.Tensor, block: BlockInputs, out: torch.Tensor, lse: torch.Tensor) -> Gradients:
         """Return the gradients of queries, keys and values."""
-        scores = self._scores(q, k, causal, mask, scale)
-        dtype, kv_heads = scores.dtype, k.shape[1]
-        weights = (scores - _split_heads(lse, kv_heads)[..., None]).exp()
-        grad_, q_ = _split_heads(grad, kv_heads).to(dtype), _split_heads(q, kv_heads).to(dtype)
-        delta = (grad_ * _split_heads(out, kv_heads).to(dtype)).sum(-1, keepdim=True)
-        grad_scores = weights * (grad_ @ _grouped(v, q).to(dtype).transpose(-1, -2) - delta)
+        scores = self._scores(block)
+        dtype, kv_heads = scores.dtype, block.key.shape[1]
+        grad_, out_, q, lse_ = (_in_groups(x, kv_heads).to(dtype) for x in (grad, out, block.query, lse))
+        k, v = (x[:, :, None].to(dtype) for x in (block.key, block.value))
+        weights = (scores - lse_[..., None]).exp()
+        delta = (grad_ * out_).sum(-1, keepdim=True)
+        grad_scores = weights * (grad_ @ v.transpose(-1, -2) - delta)
         if self.softcap is not None:
             grad_scores = grad_scores * (1 - (scores.nan_to_num(neginf=0.0) / self.softcap) ** 2)
-        grad_scores = grad_scores * scale
-        grad_q = (grad_scores @ _grouped(k, q).to(dtype)).flatten(1, 2)
-        grad_k = (grad_scores.transpose(-1, -2) @ q_).sum(2)
+        grad_scores = grad_scores * block.scale
+        grad_q = (grad_scores @ k).flatten(1, 2)
+        grad_k = (grad_scores.transpose(-1, -2) @ q).sum(2)
         grad_v = (weights.transpose(-1, -2) @ grad_).sum(2)
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+        return grad_q.to(block.query.dtype), grad_k.to(block.key.dtype), grad_v.to(block.value.dtype)
 
-    def _scores(self, q: Any, k: Any, causal: bool, mask: Any, scale: float) -> torch.Tensor:
+    def _scores(self, block: BlockInputs) -> torch.Tensor:
         """Scores of shape `(1, kv_heads, groups, num_queries, num_keys)`, -inf where masked."""
+        q, k, mask = block.query, block.key, block.mask
         dtype = torch.promote_types(q.dtype, torch.float32)
-        scores = _split_heads(q, k.shape[1]).to(dtype) @ _grouped(k, q).to(dtype).transpose(-1, -2) * scale
+        scores = _in_groups(q, k.shape[1]).to(dtype) @ k[:, :, None].to(dtype).transpose(-1, -2) * block.scale
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        if causal:
+        if block.is_causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
 
-def kernel_for(query: torch.Tensor, *, softcap: float | None, masked: bool) -> BlockKernel:
+def choose_block_kernel(query: torch.Tensor, *, softcap: float | None, masked: bool) -> BlockKernel:
     """
     Return the fastest kernel of PyTorch that computes this attention.
 
@@ -160,17 +184,14 @@ def kernel_for(query: torch.Tensor, *, softcap: float | None, masked: bool) -> B
     return BlockMath()
 
 
-def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    if mask is None:
+def _bias(block: BlockInputs) -> torch.Tensor | None:
+    """The mask as numbers to add to the scores, 0 or -inf."""
+    if block.mask is None:
         return None
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)[None, None]
+    zeros = torch.zeros(block.mask.shape, dtype=block.query.dtype, device=block.mask.device)
+    return zeros.masked_fill_(~block.mask, -torch.inf)[None, None]
 
 
-def _split_heads(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """Split the heads, dimension 1, in key-value heads and groups."""
+def _in_groups(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """Split the heads, dimension 1, into key-value heads and the groups of query heads that share them."""
     return x.view(x.shape[0], kv_heads, -1, *x.shape[2:])
-
-
-def _grouped(kv: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Insert the dimension of the groups of query heads."""
-    return kv[:, :, None]

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from .key_ranges import Ints, KeyRanges, Pieces, concatenated_ranges, key_ranges
-from .mask_rules import rule_of
+from .mask_rules import RuleKind
 from .tree_mask import TreeMask
 
 
@@ -18,10 +18,10 @@ _TABLES = (
     "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
     "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices",
 )  # fmt: skip
-MaskMod = Callable[[Any, Any, Any, Any], Any]
+MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def block_mask_of(mask: TreeMask, block_size: tuple[int, int]) -> BlockMask:
+def build_block_mask(mask: TreeMask, block_size: tuple[int, int]) -> BlockMask:
     """
     Return the `BlockMask` of a mask type.
 
@@ -44,10 +44,10 @@ def block_mask_of(mask: TreeMask, block_size: tuple[int, int]) -> BlockMask:
     by_query = [_table(blocks // shape[1], blocks % shape[1], shape) for blocks in (partial, full)]
     by_key = [_table(*_sorted_by_key(blocks, shape[1]), shape[::-1]) for blocks in (partial, full)]
     tables: dict[str, Any] = dict(zip(_TABLES, _to_device([*by_query, *by_key], mask.tree.depth.device), strict=True))
-    return BlockMask((length, length), **tables, BLOCK_SIZE=block_size, mask_mod=mask_mod_of(mask))
+    return BlockMask((length, length), **tables, BLOCK_SIZE=block_size, mask_mod=build_mask_mod(mask))
 
 
-def mask_mod_of(mask: TreeMask) -> MaskMod:
+def build_mask_mod(mask: TreeMask) -> MaskMod:
     """
     Return the mask as FlexAttention's function of token pairs, reading three integers per token.
 
@@ -56,25 +56,25 @@ def mask_mod_of(mask: TreeMask) -> MaskMod:
             Mask type of the model.
     """
     end, depth = (x[0].to(torch.int32) for x in (mask.tree.subtree_end, mask.tree.depth))
-    rule = rule_of(mask)
+    rule = mask.rule
     if rule is None:
         own_rule = mask.mask_function
 
-        def general(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        def general(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             is_ancestor = (key <= query) & (query < end[key])
             return is_ancestor & own_rule(batch, head, depth[query], depth[key])
 
         return general
-    if rule.kind == "causal":
+    if rule.kind is RuleKind.CAUSAL:
 
-        def causal(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        def causal(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             return (key <= query) & (query < end[key])
 
         return causal
     # The size of a window or chunk as a tensor, never as a number: a number would be compiled in, once per size.
     first_depth = rule.first_depth(depth)
 
-    def local(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    def local(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key <= query) & (query < end[key]) & (depth[key] >= first_depth[query])
 
     return local
@@ -88,7 +88,7 @@ def _blocks(mask: TreeMask, block_size: tuple[int, int], shape: tuple[int, int])
     """
     plan, (query_size, key_size) = mask.tree.plan, block_size
     pieces = Pieces.from_plan(plan, query_size)
-    rule = rule_of(mask)
+    rule = mask.rule
     if rule is not None:
         first, last = rule.first_depth(pieces.depth), rule.first_depth(pieces.last_depth)
     else:  # all that is known of the rule is how far back it looks

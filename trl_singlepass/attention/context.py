@@ -1,4 +1,16 @@
-"""The tree of the row that a model call runs on, for the layers inside the call."""
+"""
+The tree of the row that a model call runs on, and how it reaches the layers of the model.
+
+A layer has to find the tree twice: in the forward pass, and when gradient checkpointing runs the layer again during
+backward, long after the forward's context has ended. Checkpointing repeats a layer with the arguments it had, so the
+tree travels in those arguments. There are three carriers, each for a reader that gets nothing else:
+
+| carrier | who reads it | why |
+|---|---|---|
+| [`current_tree`], a context variable around the model call | mask functions registered with transformers, and the pre-forward hook of the inner model (`recurrent/tree_carrier.py`) | both run once per forward, outside of checkpointed layers, and no argument reaches them |
+| [`TreeMask`], passed as `attention_mask` | attention layers | transformers builds one mask per layer type and passes it to every layer of that type |
+| `RowMask`, passed as the two-dimensional `attention_mask` | recurrent and convolutional layers | they get the padding mask, not the mask of attention |
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -11,7 +23,7 @@ from functools import cached_property
 import torch
 
 from ..trees.rows import TreePlan
-from .kv_cache import MemoryAccess
+from .kv_cache import KVCacheView
 
 
 @dataclass(eq=False)
@@ -26,6 +38,8 @@ class Tree:
             For each token, the position just past its last descendant.
         depth (`torch.Tensor` of shape `(1, row_length)`, `torch.int64`):
             Number of tokens before each token on its path.
+        attended_by (`set[torch.nn.Module]`):
+            Layers that have received the tree.
     """
 
     plan: TreePlan
@@ -48,9 +62,9 @@ class Tree:
         """Largest depth of a token."""
         return max(run.depth + run.end - run.start for run in self.plan.runs) - 1
 
-    def memory_of(self, layer: torch.nn.Module, local_size: int | None = None) -> MemoryAccess | None:
+    def kv_cache(self, layer: torch.nn.Module, local_size: int | None = None) -> KVCacheView | None:
         """
-        Return keys and values of ancestors that ran before this row; a whole tree has none.
+        Return the keys and values of ancestors that ran before this row; a whole tree has none.
 
         Args:
             layer (`torch.nn.Module`):
@@ -67,7 +81,7 @@ _current_tree: ContextVar[Tree | None] = ContextVar("trl_singlepass_tree", defau
 @contextmanager
 def tree_context(plan: TreePlan, subtree_end: torch.Tensor, position_ids: torch.Tensor) -> Iterator[Tree]:
     """
-    Run the model calls inside on one row of trees; other calls stay ordinary.
+    Run the model calls inside on one row of trees. Calls outside are not affected.
 
     Args:
         plan (`TreePlan`):
@@ -78,7 +92,7 @@ def tree_context(plan: TreePlan, subtree_end: torch.Tensor, position_ids: torch.
             Depth of each token.
 
     Yields:
-        `Tree`: The tree; after a forward, `attended_by` holds the attention modules that received it.
+        `Tree`: The tree; after a forward, `attended_by` holds the layers that received it.
     """
     with running_on(Tree(plan, subtree_end, position_ids)) as tree:
         yield tree

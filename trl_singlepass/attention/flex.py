@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 from torch.nn.attention import flex_attention as torch_flex
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from .block_mask import block_mask_of
-from .inputs import query_at_depth
-from .sdpa import check_layer, in_one_dtype
+from .block_mask import build_block_mask
+from .inputs import AttentionInputs
+from .interface import tree_attention_or
 from .tree_mask import TreeMask
 
 
@@ -35,77 +35,59 @@ def compiled_flex_attention() -> Callable[..., Any]:
 
 
 def flex_tree_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: TreeMask,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    kernel_options: dict[str, Any] | None = None,
+    inputs: AttentionInputs, mask: TreeMask, kernel_options: dict[str, Any] | None = None
 ) -> torch.Tensor:
     """
     Return attention of a row of trees by FlexAttention.
 
     Args:
-        query (`torch.Tensor` of shape `(1, heads, row_length, head_dim)`):
-            Queries.
-        key (`torch.Tensor` of shape `(1, kv_heads, row_length, head_dim)`):
-            Keys; `kv_heads` divides `heads`.
-        value (`torch.Tensor` of shape `(1, kv_heads, row_length, value_dim)`):
-            Values.
+        inputs (`AttentionInputs`):
+            Tensors of the layer.
         mask (`TreeMask`):
-            Rule of the layer.
-        scale (`float`):
-            Factor of the scores.
-        softcap (`float`, *optional*):
-            Scores become `softcap · tanh(score / softcap)` (Gemma 2).
-        sinks (`torch.Tensor` of shape `(heads,)`, *optional*):
-            Logit per head of a key without value (gpt-oss).
+            Mask of the layer.
         kernel_options (`dict[str, Any]`, *optional*):
             FlexAttention's own, such as `{"BACKEND": "FLASH"}` for FlashAttention 4.
 
     Returns:
-        `torch.Tensor` of shape `(1, heads, row_length, value_dim)`: The outputs.
+        `torch.Tensor` of shape `(1, row_length, heads, value_dim)`: The output.
     """
+    query, key, value, softcap = inputs.query, inputs.key, inputs.value, inputs.softcap
     attend = compiled_flex_attention()
     options: dict[str, Any] = {
-        "block_mask": mask.derived(block_mask_of, block_size(query.device, kernel_options)),
+        "block_mask": mask.build_once(build_block_mask, block_size(query.device, kernel_options)),
         "score_mod": None if softcap is None else _score_mod(softcap, query.dtype, query.device),
-        "scale": scale,
+        "scale": inputs.scale,
         "enable_gqa": query.shape[1] != key.shape[1],
         "kernel_options": kernel_options,
     }
-    if sinks is None:
+    if inputs.sinks is None:
         out: torch.Tensor = attend(query, key, value, **options)
-        return out
-    out, lse = attend_with_lse(attend, query, key, value, options)
-    # A sink takes part in the softmax without a value: it only scales the output.
-    weight = torch.sigmoid(lse - sinks.to(lse.dtype)[None, :, None])
-    return out * weight.to(out.dtype)[..., None]
+    else:
+        out, lse = attend_with_lse(attend, inputs, options)
+        # A sink takes part in the softmax without a value: it only scales the output.
+        weight = torch.sigmoid(lse - inputs.sinks.to(lse.dtype)[None, :, None])
+        out = out * weight.to(out.dtype)[..., None]
+    return out.transpose(1, 2).contiguous()
 
 
 def attend_with_lse(
-    attend: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+    attend: Callable[..., Any], inputs: AttentionInputs, options: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Return the output and the log-sum-exp of the scores, from any release of PyTorch.
+    Return the output and the log-sum-exp of the scores, with any release of PyTorch.
 
     Args:
         attend (`Callable`):
             FlexAttention, compiled or not.
-        query (`torch.Tensor` of shape `(1, heads, row_length, head_dim)`):
-            Queries.
-        key (`torch.Tensor` of shape `(1, kv_heads, row_length, head_dim)`):
-            Keys.
-        value (`torch.Tensor` of shape `(1, kv_heads, row_length, value_dim)`):
-            Values.
-        options (`dict[str, Any]`):
-            What else FlexAttention takes.
+        inputs (`AttentionInputs`):
+            Tensors of the layer.
+        options (`Mapping[str, Any]`):
+            Further arguments of FlexAttention.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Output, and log-sum-exp of shape `(1, heads, row_length)`.
     """
+    query, key, value = inputs.query, inputs.key, inputs.value
     if hasattr(torch_flex, "AuxRequest"):  # from PyTorch 2.9 on
         out, aux = attend(query, key, value, **options, return_aux=torch_flex.AuxRequest(lse=True))
         return out, aux.lse
@@ -140,67 +122,38 @@ def _score_mod(softcap: float, dtype: torch.dtype, device: torch.device) -> Call
     return score_mod
 
 
-def flex_forward(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
+def _plain(
+    module: Any, *args: Any, kernel_options: dict[str, Any] | None = None, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    Attention function of a layer, as transformers' `AttentionInterface` calls it.
-
-    Args:
-        module (`torch.nn.Module`):
-            Attention layer. `module.config.kernel_options`, where set, are FlexAttention's own options.
-        query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`):
-            Queries.
-        key (`torch.Tensor` of shape `(batch, kv_heads, length, head_dim)`):
-            Keys.
-        value (`torch.Tensor` of shape `(batch, kv_heads, length, value_dim)`):
-            Values.
-        attention_mask (`Any`):
-            `TreeMask` on a tree, the stock mask of `flex_attention` otherwise.
-        dropout (`float`, *optional*, defaults to `0.0`):
-            Dropout of attention weights.
-        scaling (`float`, *optional*):
-            Factor of the scores, `head_dim ** -0.5` if not given.
-        softcap (`float`, *optional*):
-            Softcap of the scores.
-        s_aux (`torch.Tensor` of shape `(heads,)`, *optional*):
-            Attention sinks.
-        **kwargs (`Any`):
-            What else the layer passes, `kernel_options` among them.
-
-    Returns:
-        `tuple`: Output of shape `(batch, length, heads, value_dim)`, and the log-sum-exp on ordinary batches.
-
-    Raises:
-        `ValueError`: If the layer asks for what a tree or FlexAttention cannot do.
-    """
-    options = kwargs.pop("kernel_options", None) or getattr(module.config, "kernel_options", None)
-    if not isinstance(attention_mask, TreeMask):
-        plain: tuple[torch.Tensor, torch.Tensor | None] = flex_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux,
-            dropout=dropout, kernel_options=options, **kwargs,
-        )  # fmt: skip
-        return plain
-    check_layer(module, attention_mask, query, dropout, kwargs)
-    assert attention_mask.tree.memory_of(module) is None, "waves hand keys from row to row on sdpa only"
-    _check_backward(query, key, value)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = in_one_dtype(query_at_depth(module, query, attention_mask.tree), key, value)
-    out = flex_tree_attention(query, key, value, attention_mask, scale, softcap, s_aux, options)
-    return out.transpose(1, 2).contiguous(), None
+    options = kernel_options or _kernel_options(module)
+    result: tuple[torch.Tensor, torch.Tensor | None] = flex_attention_forward(
+        module, *args, kernel_options=options, **kwargs
+    )
+    return result
 
 
-def _check_backward(*tensors: torch.Tensor) -> None:
-    device = tensors[0].device.type
+def _on_tree(
+    module: torch.nn.Module, inputs: AttentionInputs, mask: TreeMask, options: Mapping[str, Any]
+) -> torch.Tensor:
+    assert mask.tree.kv_cache(module) is None, "waves hand keys from row to row on sdpa only"
+    _check_backward(inputs)
+    kernel_options = options.get("kernel_options") or _kernel_options(module)
+    return flex_tree_attention(inputs.to_common_dtype(), mask, kernel_options)
+
+
+flex_forward = tree_attention_or(_plain, _on_tree)
+"""The [`AttentionFunction`] of `flex_attention`."""
+
+
+def _kernel_options(module: Any) -> dict[str, Any] | None:
+    """FlexAttention's own options, from the model's config."""
+    options: dict[str, Any] | None = getattr(module.config, "kernel_options", None)
+    return options
+
+
+def _check_backward(inputs: AttentionInputs) -> None:
+    tensors = (inputs.query, inputs.key, inputs.value)
+    device = inputs.query.device.type
     if device in _WITHOUT_BACKWARD and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError(
             f"PyTorch's FlexAttention cannot be trained on device '{device}': it has no backward pass there. Load the "

@@ -1,17 +1,105 @@
-"""Llama 4 scales queries by their index in the row; on a tree that has to be their depth."""
+"""What an attention layer hands to its kernel, and what is checked and corrected first."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .context import Tree
+from .tree_mask import TreeMask
 
 
-def query_at_depth(module: Any, query: torch.Tensor, tree: Tree) -> torch.Tensor:
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionInputs:
     """
-    Correct the attention temperature of layers that read it off the row's index instead of `position_ids`.
+    Tensors of one attention layer, of a row of trees or of an ordinary batch.
+
+    On a row of trees, `batch` is 1, and `num_queries` and `num_keys` are the length of the row.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, num_queries, head_dim)`):
+            Queries.
+        key (`torch.Tensor` of shape `(batch, kv_heads, num_keys, head_dim)`):
+            Keys; `kv_heads` divides `heads`.
+        value (`torch.Tensor` of shape `(batch, kv_heads, num_keys, value_dim)`):
+            Values.
+        scale (`float`):
+            Factor of the scores.
+        softcap (`float`, *optional*):
+            Scores become `softcap · tanh(score / softcap)` (Gemma 2).
+        sinks (`torch.Tensor` of shape `(heads,)`, *optional*):
+            Logit per head of a key without value (gpt-oss).
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> AttentionInputs:
+        """Return the inputs with queries, keys and values cast to a dtype."""
+        return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), value=self.value.to(dtype))
+
+    def to_common_dtype(self) -> AttentionInputs:
+        """
+        Return the inputs in one dtype, chosen as stock SDPA chooses it.
+
+        Under autocast, norms can leave queries in float32 while values are in half precision.
+        """
+        dtype = torch.promote_types(self.query.dtype, torch.promote_types(self.key.dtype, self.value.dtype))
+        device = self.query.device.type
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        return self.to(dtype)
+
+
+def check_layer(
+    module: torch.nn.Module, mask: TreeMask, query: torch.Tensor, dropout: float, kwargs: Mapping[str, object]
+) -> None:
+    """
+    Record that a layer received the tree, and refuse what a tree cannot honour.
+
+    Args:
+        module (`torch.nn.Module`):
+            Attention layer.
+        mask (`TreeMask`):
+            Mask of the layer.
+        query (`torch.Tensor` of shape `(batch, heads, num_queries, head_dim)`):
+            Queries.
+        dropout (`float`):
+            Dropout of attention weights.
+        kwargs (`Mapping[str, object]`):
+            Further arguments that the layer passes.
+
+    Raises:
+        `ValueError`: If the row does not fit the tree, or the layer asks for dropout or a position bias.
+    """
+    name = type(module).__name__
+    if (query.shape[0], query.shape[2]) != (1, mask.tree.plan.length):
+        raise ValueError(
+            f"{name} got {query.shape[0]} rows of {query.shape[2]} tokens on a tree of {mask.tree.plan.length}. "
+            "Pass the batch of `DataCollatorForSinglePass` as it is, without a cache."
+        )
+    if dropout:
+        raise ValueError(
+            f"{name} asks for attention dropout {dropout}, which one pass cannot draw as N separate passes would. Set "
+            "the model config's attention dropout (`attention_dropout`, `attn_pdrop`, …) to 0."
+        )
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{name} adds a position bias to its scores, which tree attention does not support.")
+    mask.tree.attended_by.add(module)
+
+
+def scale_by_depth(module: Any, query: torch.Tensor, tree: Tree) -> torch.Tensor:
+    """
+    Correct the attention temperature of layers that compute it from the index in the row (Llama 4).
+
+    On a tree it has to be computed from the depth, which these layers do not read from `position_ids`.
 
     Args:
         module (`torch.nn.Module`):

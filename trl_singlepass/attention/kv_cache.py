@@ -10,17 +10,17 @@ import torch
 from numpy.typing import NDArray
 
 
-HandedOn = tuple[tuple[int, int, int], ...]
-"""Ranges `[first, last)` of a row with the slot of their first token in the memory."""
+SlotRanges = tuple[tuple[int, int, int], ...]
+"""Ranges `[first, last)` of a row, each with the slot of its first token in a cache."""
 
 
-class LayerMemory:
+class KVCache:
     """
     Keys and values of one attention layer that later rows attend to, one slot per token.
 
     Args:
         num_slots (`int`):
-            Number of tokens that are handed on.
+            Number of tokens that later rows attend to.
         offload (`bool`, *optional*, defaults to `False`):
             Whether to hold them on the CPU; attention copies what it reads to its own device.
     """
@@ -33,47 +33,51 @@ class LayerMemory:
         self.grad_key: torch.Tensor | None = None
         self.grad_value: torch.Tensor | None = None
 
-    def like(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def zeros_like(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return zeros with one slot per token, shape `(1, kv_heads, num_slots, head_dim)`."""
         shape = (*x.shape[:2], self.num_slots, x.shape[3])
         return torch.zeros(shape, dtype=dtype, device="cpu" if self.offload else x.device)
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryAccess:
+class KVCacheView:
     """
-    What one layer reads from its memory, writes to it, and sends back while it runs over one row.
+    One layer's cache while the layer runs over one row: what it reads, what it stores, where gradients go back.
 
     Args:
-        memory (`LayerMemory`):
-            Memory of the layer.
-        handed_on (`HandedOn`):
-            Tokens of the row that later rows attend to.
-        writes (`bool`):
-            Whether the row runs for the first time, so that the memory does not hold these tokens yet.
+        cache (`KVCache`):
+            Cache of the layer.
+        handed_on (`SlotRanges`):
+            Tokens of the row that later rows attend to, with their slots in this layer's cache.
+        stores (`bool`):
+            Whether the row runs for the first time, so that the cache does not hold these tokens yet.
         kept (`numpy.ndarray` of `numpy.int64`):
-            For each slot of the layer, the slot among the tokens that any layer keeps: those that a window looks back
-            to, or all.
+            For each slot of this layer, its number among the slots that any layer keeps. A full layer keeps them all,
+            a window only those it looks back to.
     """
 
-    memory: LayerMemory
-    handed_on: HandedOn
-    writes: bool
+    cache: KVCache
+    handed_on: SlotRanges
+    stores: bool
     kept: NDArray[np.int64]
 
     @classmethod
-    def to(cls, memory: LayerMemory, handed_on: HandedOn, kept: NDArray[np.int64], *, writes: bool) -> MemoryAccess:
+    def for_layer(cls, cache: KVCache, handed_on: SlotRanges, kept: NDArray[np.int64], *, stores: bool) -> KVCacheView:
         """
-        Return the access of a layer.
+        Return the view of a layer that keeps only some slots.
+
+        Tokens 10 to 15 of a row have the slots 4 to 9. A layer that keeps the slots 2, 6, 7 and 9 has them as its own
+        slots 0 to 3, so what it hands on is `((12, 14, 1), (15, 16, 3))`: tokens 12 and 13 from its slot 1 on, token
+        15 in its slot 3.
 
         Args:
-            memory (`LayerMemory`):
-                Memory of the layer, with as many slots as are kept.
-            handed_on (`HandedOn`):
+            cache (`KVCache`):
+                Cache of the layer, with as many slots as are kept.
+            handed_on (`SlotRanges`):
                 Tokens of the row that any later row attends to, in any layer.
             kept (`numpy.ndarray` of `numpy.int64`):
-                Slots of which this layer keeps anything, sorted.
-            writes (`bool`):
+                Slots that this layer keeps, sorted.
+            stores (`bool`):
                 Whether the row runs for the first time.
         """
         own: list[tuple[int, int, int]] = []
@@ -83,58 +87,61 @@ class MemoryAccess:
             for begin, stop in pairwise(borders if start < end else []):
                 position = first + int(kept[begin]) - slot
                 own.append((position, position + stop - begin, begin))
-        return cls(memory, tuple(own), writes, kept)
+        return cls(cache, tuple(own), stores, kept)
 
-    def places(self, ranges: tuple[tuple[int, int], ...], row_length: int) -> tuple[tuple[int, int], ...]:
+    def locate(self, ranges: tuple[tuple[int, int], ...], row_length: int) -> tuple[tuple[int, int], ...]:
         """
-        Return where keys lie: positions of the row as they are, those after it as slots of this layer.
+        Return where the keys of this layer lie: positions in the row stay, those past it become slots of the layer.
+
+        In a row of 20 tokens, position 26 is slot 6. The layer of the example above holds it in its own slot 1, so
+        `((26, 28), (0, 20))` becomes `((21, 23), (0, 20))`.
 
         Args:
             ranges (`tuple[tuple[int, int], ...]`):
-                Half-open ranges of positions; those from `row_length` on are slots among all.
+                Half-open ranges of positions; from `row_length` on, they are slots among those that any layer keeps.
             row_length (`int`):
                 Number of tokens of the row.
         """
-        placed = []
+        located = []
         for first, last in ranges:
             if first >= row_length:
                 place = int(np.searchsorted(self.kept, first - row_length))
                 assert self.kept[place + last - first - 1] == last - 1 - row_length, (
-                    "a window looks back to what is kept"
+                    "a window looks back to tokens that are kept"
                 )
                 first, last = row_length + place, row_length + place + last - first
-            placed.append((first, last))
-        return tuple(placed)
+            located.append((first, last))
+        return tuple(located)
 
     @property
     def key(self) -> torch.Tensor | None:
         """Keys of shape `(1, kv_heads, num_slots, head_dim)`."""
-        return self.memory.key
+        return self.cache.key
 
     @property
     def value(self) -> torch.Tensor | None:
         """Values of shape `(1, kv_heads, num_slots, head_dim)`."""
-        return self.memory.value
+        return self.cache.value
 
     @property
     def grad_key(self) -> torch.Tensor | None:
         """Gradients of the keys so far, in float32 at least: history gets them from every branch."""
-        memory = self.memory
-        if memory.grad_key is None and memory.key is not None:
-            memory.grad_key = memory.like(memory.key, torch.promote_types(memory.key.dtype, torch.float32))
-        return memory.grad_key
+        cache = self.cache
+        if cache.grad_key is None and cache.key is not None:
+            cache.grad_key = cache.zeros_like(cache.key, torch.promote_types(cache.key.dtype, torch.float32))
+        return cache.grad_key
 
     @property
     def grad_value(self) -> torch.Tensor | None:
         """Gradients of the values so far."""
-        memory = self.memory
-        if memory.grad_value is None and memory.value is not None:
-            memory.grad_value = memory.like(memory.value, torch.promote_types(memory.value.dtype, torch.float32))
-        return memory.grad_value
+        cache = self.cache
+        if cache.grad_value is None and cache.value is not None:
+            cache.grad_value = cache.zeros_like(cache.value, torch.promote_types(cache.value.dtype, torch.float32))
+        return cache.grad_value
 
-    def remember(self, key: torch.Tensor, value: torch.Tensor) -> None:
+    def store(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """
-        Keep the keys and values that later rows attend to.
+        Store the keys and values that later rows attend to, unless the cache holds them already.
 
         Args:
             key (`torch.Tensor` of shape `(1, kv_heads, row_length, head_dim)`):
@@ -142,18 +149,18 @@ class MemoryAccess:
             value (`torch.Tensor` of shape `(1, kv_heads, row_length, head_dim)`):
                 Values of the row.
         """
-        memory = self.memory
-        if not self.writes or not self.handed_on:
+        cache = self.cache
+        if not self.stores or not self.handed_on:
             return
-        if memory.key is None or memory.value is None:
-            memory.key, memory.value = memory.like(key, key.dtype), memory.like(value, value.dtype)
+        if cache.key is None or cache.value is None:
+            cache.key, cache.value = cache.zeros_like(key, key.dtype), cache.zeros_like(value, value.dtype)
         for first, last, slot in self.handed_on:
-            memory.key[:, :, slot : slot + last - first] = key[:, :, first:last]
-            memory.value[:, :, slot : slot + last - first] = value[:, :, first:last]
+            cache.key[:, :, slot : slot + last - first] = key[:, :, first:last]
+            cache.value[:, :, slot : slot + last - first] = value[:, :, first:last]
 
-    def collect(self, grad_key: torch.Tensor, grad_value: torch.Tensor) -> None:
+    def add_gradients_from_later_rows(self, grad_key: torch.Tensor, grad_value: torch.Tensor) -> None:
         """
-        Add what later rows sent back for the tokens of this row.
+        Add the gradients that later rows sent back for the tokens of this row.
 
         Args:
             grad_key (`torch.Tensor` of shape `(1, kv_heads, row_length, head_dim)`):
@@ -161,7 +168,7 @@ class MemoryAccess:
             grad_value (`torch.Tensor` of shape `(1, kv_heads, row_length, head_dim)`):
                 Gradient of the row's values, changed in place.
         """
-        for own, sent_back in ((grad_key, self.memory.grad_key), (grad_value, self.memory.grad_value)):
+        for own, sent_back in ((grad_key, self.cache.grad_key), (grad_value, self.cache.grad_value)):
             if sent_back is not None:
                 for first, last, slot in self.handed_on:
                     own[:, :, first:last] += sent_back[:, :, slot : slot + last - first].to(own.device)

@@ -1,88 +1,106 @@
-"""Mask rules that a kernel can compute on its own: causal, sliding window and chunk, all by depth."""
+"""Mask rules that kernels compute themselves: causal, sliding window and chunk, all counted in depth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-from .tree_mask import TreeMask
+from transformers.masking_utils import causal_mask_function
 
 
 Depths = TypeVar("Depths", torch.Tensor, NDArray[np.int64])
+MaskFunction = Callable[..., torch.Tensor]
+"""transformers' description of a mask: `mask_function(batch, head, query, key)`, `True` where the query attends."""
+
+
+class RuleKind(StrEnum):
+    """Which ancestors a token attends to."""
+
+    CAUSAL = "causal"
+    """All of them."""
+    WINDOW = "window"
+    """The last `size` tokens of the path, the token itself included."""
+    CHUNK = "chunk"
+    """Those in the same chunk of `size` depths."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class MaskRule:
     """
     Which ancestors a token attends to: all from some depth on.
 
     Args:
-        kind (`str`):
-            `"causal"` (all ancestors), `"window"` (the last `size` tokens of the path, the token itself included) or
-            `"chunk"` (ancestors in the same chunk of `size` depths).
+        kind (`RuleKind`):
+            Kind of rule.
         size (`int`):
-            Size of the window or chunk in tokens; 0 where all ancestors are visible.
+            Size of the window or chunk in tokens; 0 for a causal rule.
     """
 
-    kind: str
+    kind: RuleKind
     size: int = 0
+
+    @classmethod
+    def from_mask_function(cls, mask_function: MaskFunction) -> MaskRule | None:
+        """
+        Recognise a mask function of transformers.
+
+        Args:
+            mask_function (`Callable`):
+                The model's own rule.
+
+        Returns:
+            `MaskRule` or `None`: The rule, `None` where the function says more than a rule can.
+        """
+        if mask_function is causal_mask_function:
+            return cls(RuleKind.CAUSAL)
+        parts = _combined(mask_function)
+        if len(parts) != 2 or "causal_mask_function" not in {_name(part) for part in parts}:
+            return None
+        for part in parts:
+            sizes = _captured(part)
+            if _name(part).startswith("sliding_window_overlay."):
+                return cls(RuleKind.WINDOW, int(sizes["sliding_window"]))
+            if _name(part).startswith("chunked_overlay."):
+                return cls(RuleKind.CHUNK, int(sizes["chunk_size"]))
+        return None
 
     def first_depth(self, depth: Depths) -> Depths:
         """
-        Return the depth of the first ancestor that a token attends to; of a window, it can be negative.
+        Return the depth of the first ancestor that a token attends to; with a window, it can be negative.
+
+        A token at depth 7 attends from depth 0 on if causal, from depth 5 on with a window of 3, and from depth 6 on
+        with chunks of 3 (depths 6, 7 and 8 are a chunk).
 
         Args:
             depth (`torch.Tensor` or `numpy.ndarray`):
                 Depths of tokens.
         """
-        if self.kind == "window":
+        if self.kind is RuleKind.WINDOW:
             return depth - (self.size - 1)
-        if self.kind == "chunk":
+        if self.kind is RuleKind.CHUNK:
             return depth - depth % self.size
         return depth * 0
 
 
-def rule_of(mask: TreeMask) -> Rule | None:
-    """
-    Return the rule of a mask type, `None` where the model's own `mask_function` says more than a rule can.
-
-    Args:
-        mask (`TreeMask`):
-            Mask type of the model.
-    """
-    if mask.is_causal:
-        return Rule("causal")
-    parts = _combined(mask.mask_function)
-    if len(parts) != 2 or "causal_mask_function" not in {_name(part) for part in parts}:
-        return None
-    for part in parts:
-        sizes = _captured(part)
-        if _name(part).startswith("sliding_window_overlay."):
-            return Rule("window", int(sizes["sliding_window"]))
-        if _name(part).startswith("chunked_overlay."):
-            return Rule("chunk", int(sizes["chunk_size"]))
-    return None
-
-
-def _combined(mask_function: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+def _combined(mask_function: MaskFunction) -> tuple[MaskFunction, ...]:
     """Parts of a mask function that transformers' `and_masks` made."""
     if not _name(mask_function).startswith("and_masks."):
         return ()
-    parts: tuple[Callable[..., Any], ...] = _captured(mask_function)["mask_functions"]
+    parts: tuple[MaskFunction, ...] = _captured(mask_function)["mask_functions"]
     return parts
 
 
-def _name(function: Callable[..., Any]) -> str:
+def _name(function: MaskFunction) -> str:
     return getattr(function, "__qualname__", "")
 
 
-def _captured(function: Callable[..., Any]) -> dict[str, Any]:
-    """What a function sees of the function that made it."""
+def _captured(function: MaskFunction) -> dict[str, Any]:
+    """Variables that a function captured from the function that made it."""
     cells = getattr(function, "__closure__", None) or ()
     names = function.__code__.co_freevars if cells else ()
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}

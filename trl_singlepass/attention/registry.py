@@ -10,8 +10,9 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask, flex_attention_mask, sdpa_mask
 
-from .flash import varlen_forward_of
+from .flash import varlen_forward
 from .flex import flex_forward
+from .interface import AttentionFunction
 from .sdpa import sdpa_forward
 from .tree_mask import tree_mask_or
 from .varlen_kernels import flash_kernel
@@ -64,7 +65,7 @@ def _is_hub_kernel(implementation: str) -> bool:
     return "/" in implementation and "flash" in implementation and "|" not in implementation
 
 
-def _register(name: str, attention: Callable[..., Any], plain_mask: Callable[..., Any]) -> None:
+def _register(name: str, attention: AttentionFunction, plain_mask: Callable[..., Any]) -> None:
     # A compiled model (`torch_compile=True`) leaves its graphs for these two: dynamo would specialise them on the tree
     # of the first batch.
     AttentionInterface.register(name, torch.compiler.disable(attention))  # type: ignore[no-untyped-call]
@@ -74,7 +75,7 @@ def _register(name: str, attention: Callable[..., Any], plain_mask: Callable[...
 
 def _register_varlen(implementation: str) -> None:
     plain_mask = sdpa_mask if implementation == "torch_varlen" else flash_attention_mask
-    _register(TREE_ATTENTION[implementation], varlen_forward_of(implementation), plain_mask)
+    _register(TREE_ATTENTION[implementation], varlen_forward(implementation), plain_mask)
 
 
 _register("tree_torch", sdpa_forward, sdpa_mask)
@@ -82,4 +83,4 @@ _register("tree_flex", flex_forward, flex_attention_mask)
 for _implementation in ("flash_attention_2", "flash_attention_3", "torch_varlen"):
     _register_varlen(_implementation)
 # transformers has no name of its own for PyTorch's varlen kernel: this one makes a model load with it.
-_register("torch_varlen", varlen_forward_of("torch_varlen"), sdpa_mask)
+_register("torch_varlen", varlen_forward("torch_varlen"), sdpa_mask)

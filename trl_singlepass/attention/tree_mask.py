@@ -1,4 +1,4 @@
-"""What each layer receives as its attention mask: the tree of the row together with the model's own rule."""
+"""The attention mask that each layer receives: the tree of the row together with the model's own rule."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from transformers.masking_utils import causal_mask_function
 
 from .context import Tree, current_tree
+from .mask_rules import MaskFunction, MaskRule, RuleKind
 
 
 T = TypeVar("T")
@@ -17,68 +17,65 @@ T = TypeVar("T")
 
 class TreeMask:
     """
-    Attention rule of one mask type of the model, on a tree.
+    Attention mask of one mask type of the model, on a tree.
 
     transformers builds one mask per type (full, sliding, chunked) and hands it to each layer of that type as
-    `attention_mask`. This object goes the same way, so no argument has to survive the layers, and the recomputation of
-    gradient checkpointing sees what the forward saw.
+    `attention_mask`. This object takes the same route, so that layers need no further argument and the recomputation
+    of gradient checkpointing sees what the forward saw (the other carriers of the tree: `attention/context.py`).
 
     A query attends to a key exactly when the key is the query itself or one of its ancestors, and the model's own
     `mask_function` allows it **at their depths**: sliding windows and chunks count depth, not index.
 
-    It is no dataclass: FSDP looks for tensors in those, and would hand each layer a copy in another precision.
+    Not a dataclass: FSDP looks for tensors in those, and would hand each layer a copy in another precision.
 
     Args:
         tree (`Tree`):
             Tree of the row.
         mask_function (`Callable`):
-            The model's own rule, as transformers defines it: `mask_function(batch, head, query, key)`.
+            The model's own rule, as transformers defines it.
         local_size (`int`, *optional*):
             Upper bound of how many tokens back the rule looks (window or chunk), in tokens.
     """
 
-    def __init__(self, tree: Tree, mask_function: Callable[..., torch.Tensor], local_size: int | None = None) -> None:
+    def __init__(self, tree: Tree, mask_function: MaskFunction, local_size: int | None = None) -> None:
         self.tree, self.mask_function, self.local_size = tree, mask_function, local_size
-        self._derived: dict[Any, Any] = {}
+        self._built: dict[tuple[object, ...], Any] = {}
 
-    def derived(self, build: Callable[..., T], *arguments: Any) -> T:
+    def build_once(self, build: Callable[..., T], *arguments: object) -> T:
         """
         Return `build(self, *arguments)`, built once and shared by all layers of this mask type.
 
         Args:
             build (`Callable`):
                 Function of this mask and of `arguments`.
-            *arguments (`Any`):
+            *arguments (`object`):
                 Hashable arguments.
 
         Returns:
             `T`: What `build` returned.
         """
         key = (build, *arguments)
-        if key not in self._derived:
-            self._derived[key] = build(self, *arguments)
-        result: T = self._derived[key]
+        if key not in self._built:
+            self._built[key] = build(self, *arguments)
+        result: T = self._built[key]
         return result
 
     @cached_property
+    def rule(self) -> MaskRule | None:
+        """The rule on this tree, `None` where `mask_function` says more than a rule can."""
+        rule = MaskRule.from_mask_function(self.mask_function)
+        if rule is not None and rule.kind is not RuleKind.CAUSAL and self.tree.max_depth < rule.size:
+            return MaskRule(RuleKind.CAUSAL)  # no path is longer than the window or the chunk
+        return rule
+
+    @property
     def is_causal(self) -> bool:
         """Whether every ancestor is visible, so that no mask has to be evaluated."""
-        if self.mask_function is causal_mask_function:
-            return True
-        return self.local_size is not None and self.tree.max_depth < self.local_size and self._is_local_only
+        return self.rule is not None and self.rule.kind is RuleKind.CAUSAL
 
-    @cached_property
-    def _is_local_only(self) -> bool:
-        """Whether the rule is transformers' own causal window or chunk and nothing else."""
-        closure = getattr(self.mask_function, "__closure__", None) or ()
-        parts = next((cell.cell_contents for cell in closure if isinstance(cell.cell_contents, tuple)), ())
-        names = sorted(getattr(part, "__qualname__", "") for part in parts)
-        local = {"sliding_window_overlay.<locals>.inner_mask", "chunked_overlay.<locals>.inner_mask"}
-        return len(names) == 2 and "causal_mask_function" in names and bool(local & set(names))
-
-    def between(self, query_depth: torch.Tensor, key_depth: torch.Tensor) -> torch.Tensor:
+    def evaluate(self, query_depth: torch.Tensor, key_depth: torch.Tensor) -> torch.Tensor:
         """
-        Evaluate the rule between tokens of one path.
+        Evaluate the model's rule between tokens of one path.
 
         Args:
             query_depth (`torch.Tensor` of shape `(num_queries,)`, `torch.int64`):
@@ -93,17 +90,10 @@ class TreeMask:
         zero = torch.zeros((), dtype=torch.long, device=query_depth.device)
         return self.mask_function(zero, zero, query, key) & (key <= query)
 
-    def dense(self) -> torch.Tensor:
-        """Return the whole mask, shape `(1, 1, row_length, row_length)`, `torch.bool`: the reference, O(tokens²)."""
-        depth, end = self.tree.depth[0], self.tree.subtree_end[0]
-        position = torch.arange(len(depth), device=depth.device)
-        is_ancestor = (position[None, :] <= position[:, None]) & (position[:, None] < end[None, :])
-        return (self.between(depth, depth) & is_ancestor)[None, None]
-
 
 def tree_mask_or(plain_mask: Callable[..., Any]) -> Callable[..., Any]:
     """
-    Return the mask function to register in transformers: a `TreeMask` on a tree, the stock mask on other batches.
+    Return the mask function to register with transformers: a `TreeMask` on a tree, the stock mask on other batches.
 
     Args:
         plain_mask (`Callable`):

@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
-from .blocks import sink_gradient
-from .varlen_plan import VarlenCall
+from .inputs import AttentionInputs
+from .sinks import add_sinks_, sink_gradient
+from .tree_mask import TreeMask
+from .varlen_plan import VarlenCall, varlen_calls
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Gradients of queries, keys and values."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VarlenInputs:
+    """
+    One call of a varlen kernel.
+
+    Args:
+        query (`torch.Tensor` of shape `(num_queries, heads, head_dim)`):
+            Queries.
+        key (`torch.Tensor` of shape `(num_keys, kv_heads, head_dim)`):
+            Keys.
+        value (`torch.Tensor` of shape `(num_keys, kv_heads, head_dim)`):
+            Values.
+        call (`VarlenCall`):
+            Borders of the sequences, and the window.
+        scale (`float`):
+            Factor of the scores.
+        softcap (`float`):
+            Softcap of the scores, 0 for none.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    call: VarlenCall
+    scale: float
+    softcap: float
 
 
 class VarlenKernel(ABC):
-    """
-    Flash attention over sequences of different lengths, causal and aligned at the end of the keys.
-
-    Shapes: query and out `(num_queries, heads, head_dim)`, key and value `(num_keys, kv_heads, head_dim)`, log-sum-exp
-    `(heads, num_queries)`.
-    """
+    """Flash attention over sequences of different lengths, causal and aligned at the end of the keys."""
 
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
     """Dtypes that the kernel takes."""
@@ -25,31 +56,57 @@ class VarlenKernel(ABC):
     """Whether the kernel has a softcap."""
 
     @abstractmethod
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: VarlenCall, scale: float, softcap: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return output and log-sum-exp; `softcap` is 0 where there is none."""
+    def forward(self, x: VarlenInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the output, `(num_queries, heads, head_dim)`, and the log-sum-exp, `(heads, num_queries)`."""
 
     @abstractmethod
     def backward(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        call: VarlenCall,
-        scale: float,
-        softcap: float,
-        deterministic: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the gradients of queries, keys and values."""
+        self, grad: torch.Tensor, x: VarlenInputs, out: torch.Tensor, lse: torch.Tensor, *, deterministic: bool
+    ) -> Gradients:
+        """Return the gradients, from the gradient of the output and from what `forward` returned."""
+
+
+def varlen_tree_attention(
+    inputs: AttentionInputs, mask: TreeMask, kernel: VarlenKernel, deterministic: bool = False
+) -> torch.Tensor:
+    """
+    Return attention of a row of trees by a varlen flash kernel.
+
+    Args:
+        inputs (`AttentionInputs`):
+            Tensors of the layer.
+        mask (`TreeMask`):
+            Mask of the layer.
+        kernel (`VarlenKernel`):
+            Kernel.
+        deterministic (`bool`, *optional*, defaults to `False`):
+            Whether gradients are added up in a fixed order, which is slower.
+
+    Returns:
+        `torch.Tensor` of shape `(1, row_length, heads, value_dim)`: The output.
+    """
+    head_dim, value_dim = inputs.query.shape[-1], inputs.value.shape[-1]
+    width = -(-max(head_dim, value_dim) // 8) * 8  # kernels want one head size, a multiple of 8: zeros change nothing
+    tokens = (_tokens_first(x, width) for x in (inputs.query, inputs.key, inputs.value))
+    calls = mask.build_once(varlen_calls)
+    out: torch.Tensor = VarlenAttention.apply(  # type: ignore[no-untyped-call]
+        *tokens, inputs.sinks, calls, kernel, inputs.scale, inputs.softcap or 0.0, deterministic
+    )
+    return out[None, ..., :value_dim]
+
+
+def _tokens_first(x: torch.Tensor, width: int) -> torch.Tensor:
+    """`(1, heads, row_length, head_dim)` to `(row_length, heads, width)`, without a copy where the width is right."""
+    x = x.transpose(1, 2)[0]
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 class VarlenAttention(torch.autograd.Function):
     """
     Attention of a row of trees by a varlen kernel.
+
+    Shapes: query and output `(row_length, heads, head_dim)`, key and value `(row_length, kv_heads, head_dim)`, sinks
+    `(heads,)`. `calls` together cover the row.
 
     Keys and values are gathered along the paths for the call only, and gathered again for backward instead of kept.
     Sinks enter after the kernel: backward takes the output and log-sum-exp **with** the sink, which makes every
@@ -69,78 +126,44 @@ class VarlenAttention(torch.autograd.Function):
         softcap: float,
         deterministic: bool,
     ) -> torch.Tensor:
-        """
-        Compute the output.
-
-        Args:
-            ctx (`Any`):
-                Autograd context.
-            query (`torch.Tensor` of shape `(row_length, heads, head_dim)`):
-                Queries.
-            key (`torch.Tensor` of shape `(row_length, kv_heads, head_dim)`):
-                Keys.
-            value (`torch.Tensor` of shape `(row_length, kv_heads, head_dim)`):
-                Values.
-            sinks (`torch.Tensor` of shape `(heads,)`, *optional*):
-                Logit per head of a key without value (gpt-oss).
-            calls (`tuple[VarlenCall, ...]`):
-                Calls that cover the row.
-            kernel (`VarlenKernel`):
-                Code that computes a call.
-            scale (`float`):
-                Factor of the scores.
-            softcap (`float`):
-                Softcap of the scores, 0 for none.
-            deterministic (`bool`):
-                Whether gradients are added up in a fixed order.
-
-        Returns:
-            `torch.Tensor` of shape `(row_length, heads, head_dim)`: The output.
-        """
-        outs, lses = zip(
-            *[kernel.forward(query[c.start : c.end], c.keys(key), c.keys(value), c, scale, softcap) for c in calls],
-            strict=True,
-        )
-        out, lse = (outs[0], lses[0]) if len(calls) == 1 else (torch.cat(outs), torch.cat(lses, dim=1))
+        """Return the output."""
+        parts = [kernel.forward(_cut(query, key, value, call, scale, softcap)) for call in calls]
+        if len(parts) == 1:
+            out, lse = parts[0]
+        else:
+            out, lse = torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
         if sinks is not None:
-            merged = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-            out = out * (lse - merged).exp().T[..., None].to(out.dtype)
-            lse = merged
+            lse = add_sinks_(out.transpose(0, 1), lse, sinks)
         ctx.save_for_backward(query, key, value, sinks, out, lse)
-        ctx.calls, ctx.kernel, ctx.options = calls, kernel, (scale, softcap, deterministic)
+        ctx.calls, ctx.kernel, ctx.options, ctx.deterministic = calls, kernel, (scale, softcap), deterministic
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """
-        Compute the gradients.
-
-        Args:
-            ctx (`Any`):
-                Autograd context.
-            *grads (`torch.Tensor` of shape `(row_length, heads, head_dim)`):
-                Gradient of the output.
-
-        Returns:
-            `tuple`: Gradients of `query`, `key`, `value` and `sinks`; `None` for the rest.
-        """
+        """Return the gradients of `query`, `key`, `value` and `sinks`, and `None` for the rest."""
         query, key, value, sinks, out, lse = ctx.saved_tensors
-        grad, deterministic = grads[0].contiguous(), ctx.options[-1]
+        grad = grads[0].contiguous()
         grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        grad_key, grad_value = _PathSum(key, deterministic), _PathSum(value, deterministic)
-        for c in ctx.calls:
-            here = slice(c.start, c.end)
+        grad_key, grad_value = _PathSum(key, ctx.deterministic), _PathSum(value, ctx.deterministic)
+        for call in ctx.calls:
+            here = slice(call.start, call.end)
+            inputs = _cut(query, key, value, call, *ctx.options)
             dq, dk, dv = ctx.kernel.backward(
-                grad[here], query[here], c.keys(key), c.keys(value), out[here], lse[:, here].contiguous(), c,
-                *ctx.options,
-            )  # fmt: skip
+                grad[here], inputs, out[here], lse[:, here].contiguous(), deterministic=ctx.deterministic
+            )
             grad_query[here] = dq
-            grad_key.add(dk, c.key_index)
-            grad_value.add(dv, c.key_index)
+            grad_key.add(dk, call.key_index)
+            grad_value.add(dv, call.key_index)
         grad_sinks = None
         if sinks is not None:
-            grad_sinks = sink_gradient(grad.transpose(0, 1)[None], out.transpose(0, 1)[None], lse[None], sinks)
+            grad_sinks = sink_gradient(grad.transpose(0, 1), out.transpose(0, 1), lse, sinks)
         return grad_query, grad_key.total, grad_value.total, grad_sinks, None, None, None, None, None
+
+
+def _cut(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: VarlenCall, scale: float, softcap: float
+) -> VarlenInputs:
+    return VarlenInputs(query[call.start : call.end], call.keys(key), call.keys(value), call, scale, softcap)
 
 
 class _PathSum:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
-from .varlen import VarlenKernel
+from .varlen import Gradients, VarlenInputs, VarlenKernel
 from .varlen_plan import VarlenCall
 
 
@@ -32,20 +32,19 @@ class Flash2(VarlenKernel):
         self._forward = interface._flash_attn_varlen_forward
         self._backward = interface._flash_attn_varlen_backward
 
-    def forward(self, q: Any, k: Any, v: Any, call: VarlenCall, scale: float, softcap: float) -> tuple[Any, Any]:
+    def forward(self, x: VarlenInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return output and log-sum-exp."""
-        result = _call(self._forward, q=q, k=k, v=v, dropout_p=0.0, **_common(call, scale, softcap))
-        return _output_and_lse(result, q)
+        result = _call(self._forward, q=x.query, k=x.key, v=x.value, dropout_p=0.0, **_common(x))
+        return _output_and_lse(result, x.query)
 
     def backward(
-        self, grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, call: VarlenCall, scale: float, softcap: float,
-        deterministic: bool,
-    ) -> tuple[Any, Any, Any]:  # fmt: skip
+        self, grad: torch.Tensor, x: VarlenInputs, out: torch.Tensor, lse: torch.Tensor, *, deterministic: bool
+    ) -> Gradients:
         """Return the gradients of queries, keys and values."""
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        dq, dk, dv = (torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x.query, x.key, x.value))
         _call(
-            self._backward, dout=grad, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv, dropout_p=0.0,
-            deterministic=deterministic, **_common(call, scale, softcap),
+            self._backward, dout=grad, q=x.query, k=x.key, v=x.value, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv,
+            dropout_p=0.0, deterministic=deterministic, **_common(x),
         )  # fmt: skip
         return dq, dk, dv
 
@@ -69,23 +68,23 @@ class TorchFlash(VarlenKernel):
 
     has_softcap: ClassVar[bool] = False
 
-    def forward(self, q: Any, k: Any, v: Any, call: VarlenCall, scale: float, softcap: float) -> tuple[Any, Any]:
+    def forward(self, x: VarlenInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return output and log-sum-exp."""
         out, lse, *_ = aten._flash_attention_forward(
-            q, k, v, *_borders(call), 0.0, call.window is None, False, scale=scale, **_window(call)
-        )
+            x.query, x.key, x.value, *_borders(x.call), 0.0, x.call.window is None, False, scale=x.scale,
+            **_window(x.call),
+        )  # fmt: skip
         return out, lse
 
     def backward(
-        self, grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, call: VarlenCall, scale: float, softcap: float,
-        deterministic: bool,
-    ) -> tuple[Any, Any, Any]:  # fmt: skip
+        self, grad: torch.Tensor, x: VarlenInputs, out: torch.Tensor, lse: torch.Tensor, *, deterministic: bool
+    ) -> Gradients:
         """Return the gradients of queries, keys and values; `torch.use_deterministic_algorithms` fixes their order."""
-        random_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
-        unused = torch.empty(0, device=q.device)
-        grads: tuple[Any, Any, Any] = aten._flash_attention_backward(
-            grad, q, k, v, out, lse, *_borders(call), 0.0, call.window is None, random_state, unused, scale=scale,
-            **_window(call),
+        random_state = torch.zeros(2, dtype=torch.uint64, device=x.query.device)  # of dropout, which there is none of
+        unused = torch.empty(0, device=x.query.device)
+        grads: Gradients = aten._flash_attention_backward(
+            grad, x.query, x.key, x.value, out, lse, *_borders(x.call), 0.0, x.call.window is None, random_state,
+            unused, scale=x.scale, **_window(x.call),
         )  # fmt: skip
         return grads
 
@@ -148,10 +147,10 @@ def _call(function: Callable[..., Any], **arguments: Any) -> Any:
     return function(**{**without_default, **{name: arguments[name] for name in parameters if name in arguments}})
 
 
-def _common(call: VarlenCall, scale: float, softcap: float) -> dict[str, Any]:
+def _common(x: VarlenInputs) -> dict[str, Any]:
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-    borders = dict(zip(names, _borders(call), strict=True))
-    return {**borders, **_window(call), "softmax_scale": scale, "causal": True, "softcap": softcap}
+    borders = dict(zip(names, _borders(x.call), strict=True))
+    return {**borders, **_window(x.call), "softmax_scale": x.scale, "causal": True, "softcap": x.softcap}
 
 
 def _borders(call: VarlenCall) -> tuple[torch.Tensor, torch.Tensor, int, int]:
@@ -163,7 +162,7 @@ def _window(call: VarlenCall) -> dict[str, int]:
     return {"window_size_left": -1 if call.window is None else call.window - 1, "window_size_right": 0}
 
 
-def _output_and_lse(result: Any, query: torch.Tensor) -> tuple[Any, Any]:
+def _output_and_lse(result: Sequence[torch.Tensor], query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = result[0], result[1]
     expected = (query.shape[1], query.shape[0])
     if tuple(lse.shape) != expected:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .key_ranges import Ints, Pieces, concatenated_ranges, key_ranges
-from .mask_rules import Rule, rule_of
+from .mask_rules import MaskRule, RuleKind
 from .tree_mask import TreeMask
 
 
@@ -72,7 +72,7 @@ def varlen_calls(mask: TreeMask) -> tuple[VarlenCall, ...]:
     Raises:
         `ValueError`: If the model's rule is not causal, a sliding window or a chunk.
     """
-    rule = rule_of(mask)
+    rule = mask.rule
     if rule is None:
         raise ValueError(
             f"The model's mask rule ({getattr(mask.mask_function, '__qualname__', mask.mask_function)}) is neither "
@@ -80,15 +80,16 @@ def varlen_calls(mask: TreeMask) -> tuple[VarlenCall, ...]:
             "attn_implementation='sdpa' or 'flex_attention'."
         )
     plan = mask.tree.plan
-    # Inside a chunk a token sees all ancestors of that chunk, so that pieces of one chunk each are plain causal.
-    pieces = Pieces.from_plan(plan, rule.size, by_depth=True) if rule.kind == "chunk" else Pieces.from_plan(plan)
+    # Inside a chunk a token sees all ancestors of that chunk, so pieces of one chunk each are plain causal.
+    chunk_size = rule.size if rule.kind is RuleKind.CHUNK else None
+    pieces = Pieces.from_plan(plan, chunk_size, by_depth=True)
     ranges = key_ranges(plan, pieces, rule.first_depth(pieces.depth), before=pieces.end)
     key_index = concatenated_ranges(ranges.start, ranges.end - ranges.start)
     num_keys = np.bincount(ranges.piece, weights=ranges.end - ranges.start, minlength=len(pieces.start))
     return tuple(_calls(pieces, num_keys.astype(np.int64), key_index, rule, mask))
 
 
-def _calls(pieces: Pieces, num_keys: Ints, key_index: Ints, rule: Rule, mask: TreeMask) -> Iterator[VarlenCall]:
+def _calls(pieces: Pieces, num_keys: Ints, key_index: Ints, rule: MaskRule, mask: TreeMask) -> Iterator[VarlenCall]:
     length = mask.tree.plan.length
     key_borders = np.concatenate([[0], np.cumsum(num_keys)])
     query_borders = np.append(pieces.start, length)
@@ -106,7 +107,7 @@ def _calls(pieces: Pieces, num_keys: Ints, key_index: Ints, rule: Rule, mask: Tr
             max_seqlen_q=int(np.diff(cu_q).max()),
             max_seqlen_k=int(np.diff(cu_k).max()),
             key_index=None if is_row else index,
-            window=rule.size if rule.kind == "window" else None,
+            window=rule.size if rule.kind is RuleKind.WINDOW else None,
         )
 
 

@@ -1,42 +1,27 @@
-"""
-Rows of a dataset that cannot be trained: all named in one error, or left out and counted.
-
-Here, as in the setting `bad_rows` and in every message to the user, the rows are the examples that a dataset holds.
-"""
+"""Rows of a dataset that cannot be trained: all named in one error, or left out and counted."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import logging
 
 from ..rendering.conversation import RenderingError
+from .settings import BadRows
 
 
 logger = logging.get_logger(__name__)
 
-Example = TypeVar("Example")
-Value = TypeVar("Value")
+T = TypeVar("T")
 _ROWS_NAMED = 10
-_EXCERPT = 80  # characters of a row of a stream, to find it by
-_WAY_OUT = "bad_rows='drop' trains without such rows and counts them in the log."
-
-
-class BadRows(StrEnum):
-    """What happens to rows that cannot be trained."""
-
-    ERROR = "error"
-    """One error names them all; in a stream, the first one stops it."""
-    DROP = "drop"
-    """They are left out and counted."""
+_EXCERPT = 80  # characters of a row of a stream, by which to find it
 
 
 class BadRowError(RenderingError):
-    """A row that cannot be trained and may be left out."""
+    """A row that cannot be trained, and may be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +33,9 @@ class RowErrors:
         count (`int`):
             Number of rows.
         rows (`tuple[int, ...]`):
-            Indices of the first few of them in the dataset.
+            Positions of the first of them in the dataset.
         reason (`str`):
-            What is wrong with the first one.
+            The error of the first one.
     """
 
     count: int
@@ -66,72 +51,75 @@ class RowErrors:
 
 def group_errors(reasons: Iterable[tuple[int, str]]) -> tuple[RowErrors, ...]:
     """
-    Group bad rows by reason, the most frequent first; reasons that differ only in names and numbers are one.
+    Return the reasons of bad rows, those that differ in names and numbers only as one, the most frequent first.
 
     Args:
         reasons (`Iterable[tuple[int, str]]`):
-            Index and reason of each bad row.
+            Position and reason of each bad row.
 
     Returns:
         `tuple[RowErrors, ...]`: The groups.
     """
     groups: dict[str, list[tuple[int, str]]] = {}
     for index, reason in reasons:
-        groups.setdefault(_without_details(reason), []).append((index, reason))
+        groups.setdefault(_kind(reason), []).append((index, reason))
     by_size = sorted(groups.values(), key=len, reverse=True)
     return tuple(RowErrors(len(g), tuple(index for index, _ in g[:_ROWS_NAMED]), g[0][1]) for g in by_size)
 
 
-def get_reason(error: Exception, index: int | None = None) -> str:
-    """Return why a row cannot be trained, without its index."""
+def reason_of(error: Exception, index: int | None = None) -> str:
+    """Return why a row cannot be trained, without its position."""
     reason = str(error) if isinstance(error, ValueError) else f"it cannot be read ({type(error).__name__}: {error})."
     return reason.removeprefix(f"Row {index}: ")
 
 
-def bad_rows_error(errors: Sequence[RowErrors], num_rows: int, name: str) -> RenderingError:
+def refusal(errors: Sequence[RowErrors], num_rows: int, name: str) -> RenderingError:
     """Return the error that names all bad rows of a dataset."""
     lines = "".join(f"\n- {error}" for error in errors)
     count = sum(error.count for error in errors)
     return RenderingError(f"{count} of {num_rows} rows of the {name} dataset cannot be trained:{lines}\n{_WAY_OUT}")
 
 
-def read_all(rows: Sequence[Example], read: Callable[[int, Example], Value], name: str) -> list[Value]:
+_WAY_OUT = "bad_rows='drop' trains without such rows and counts them in the log."
+
+
+def each_row(rows: Sequence[T], read: Callable[[int, T], Any], name: str) -> list[Any]:
     """
-    Read every row, and name all bad rows in one error.
+    Return what is read from each row, or refuse all bad rows at once.
 
     Args:
         rows (`Sequence`):
             Rows.
         read (`Callable`):
-            Function of a row's index and the row.
+            Function of a row's position and the row.
         name (`str`):
-            Name of the dataset, for the error.
+            What the rows are called in the error.
 
     Returns:
-        `list`: What `read` returned for each row.
+        `list`: One value per row.
 
     Raises:
-        `RenderingError`: If `read` raised one for any row.
+        `RenderingError`: If `read` refuses a row.
     """
     values, reasons = [], []
     for index, row in enumerate(rows):
         try:
             values.append(read(index, row))
         except RenderingError as error:
-            reasons.append((index, get_reason(error, index)))
+            reasons.append((index, reason_of(error, index)))
     if reasons:
-        raise bad_rows_error(group_errors(reasons), len(rows), name)
+        raise refusal(group_errors(reasons), len(rows), name)
     return values
 
 
 class StreamedBadRows:
     """
-    Bad rows of a stream, as they come: the first one stops it, or they are left out and logged whenever their number
-    has doubled.
+    Bad rows of a stream, as they come: the first one stops it, or they are left out and logged each time that they
+    have doubled.
 
     Args:
-        bad_rows (`BadRows`):
-            What happens to bad rows.
+        bad_rows (`str`):
+            `"error"` or `"drop"`.
         name (`str`):
             Name of the dataset.
     """
@@ -141,23 +129,23 @@ class StreamedBadRows:
         self._reasons: list[tuple[int, str]] = []
         self._next_log = 1
 
-    def add(self, index: int, row: object, error: BadRowError) -> None:
+    def add(self, index: int, row: Any, error: BadRowError) -> None:
         """
-        Count a bad row.
+        Note a bad row.
 
         Args:
             index (`int`):
-                Its index in what this process reads of the stream.
-            row (`object`):
+                Its position in what this process reads of the stream.
+            row (`Any`):
                 The row.
             error (`BadRowError`):
                 Why it cannot be trained.
 
         Raises:
-            `BadRowError`: If bad rows are an error.
+            `BadRowError`: If bad rows are refused.
         """
-        reason = get_reason(error, index)
-        if self._bad_rows == BadRows.ERROR:
+        reason = reason_of(error, index)
+        if self._bad_rows == "error":
             shown = repr(row)
             shown = shown if len(shown) <= _EXCERPT else f"{shown[:_EXCERPT]}…"
             raise BadRowError(
@@ -166,21 +154,19 @@ class StreamedBadRows:
             ) from error
         self._reasons.append((index, reason))
         if len(self._reasons) >= self._next_log:
-            logger.warning(
-                f"Stream of the {self._name} dataset so far: {describe_dropped(group_errors(self._reasons))}."
-            )
+            logger.warning(f"Stream of the {self._name} dataset so far: {dropped(group_errors(self._reasons))}.")
             self._next_log = 2 * len(self._reasons)
 
 
-def describe_dropped(errors: Sequence[RowErrors]) -> str:
-    """Return what the log says about bad rows that were left out."""
+def dropped(errors: Sequence[RowErrors]) -> str:
+    """Return what a log says of bad rows that were left out."""
     count = sum(error.count for error in errors)
     reasons = "; ".join(str(error).rstrip(".") for error in errors)
     return f"{count} bad {'row' if count == 1 else 'rows'} dropped ({reasons})"
 
 
-def _without_details(reason: str) -> str:
-    """Replace what differs from row to row: names, numbers, quoted values and how many of them there are."""
+def _kind(reason: str) -> str:
+    """Reason without what differs from row to row: names, numbers, quoted values and how many of them there are."""
     reason = re.sub(r"^Message \d+ cannot be rendered with the [^:]*: ", "", reason)
     reason = re.sub(r"(with the roles): [^.]*", r"\1: …", reason)
     reason = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", reason)

@@ -1,4 +1,4 @@
-"""From one example to its samples and rows: render, select, truncate, weigh, merge, split; count what is lost."""
+"""One conversation to its rows: render, fit, merge, split; what is lost on the way is counted."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from ..trees.prefix_tree import PrefixTree
 from ..trees.rows import ROW_COLUMNS, Row
 from ..trees.sample import CompletionKind, Sample
 from ..trees.splitting import split_samples
-from .bad_rows import BadRowError, get_reason
-from .selection import FittedSamples, OverlongTurnError, fit_samples, select_turns
+from .bad_rows import BadRowError, reason_of
+from .overlong import FittedSamples, OverlongTurnError, fit_samples
+from .selection import select_turns
 from .settings import RowSettings
-from .tokenized_turns import get_tokenized_turns, tokenized_turns_to_samples
+from .tokenized_turns import samples_of_turns, turns_in
 from .weights import message_weights, weigh
 
 
-# Columns that count a conversation's turns by how their completions came about.
+# Columns that count the turns of a conversation by how their completions came about.
 KIND_COLUMNS = {kind: f"num_{kind.name.lower()}_turns" for kind in CompletionKind}
 COUNT_COLUMNS = (
     "conversation",
@@ -43,8 +44,8 @@ COUNT_COLUMNS = (
 )
 
 
-def example_to_samples(
-    example: Mapping[str, object],
+def samples_of(
+    example: Mapping[str, Any],
     index: int,
     tokenizer: PreTrainedTokenizerBase,
     settings: RowSettings,
@@ -52,39 +53,39 @@ def example_to_samples(
     prefixes: Prefixes | None = None,
 ) -> FittedSamples:
     """
-    Return the samples of one example that are trained.
+    Return the samples of one dataset row that are trained.
 
     Args:
-        example (`Mapping[str, object]`):
-            One conversation, in any of the forms that a dataset may hold.
+        example (`Mapping[str, Any]`):
+            Dataset row.
         index (`int`):
-            Its index in the dataset.
+            Its index, for error messages.
         tokenizer (`transformers.PreTrainedTokenizerBase`):
             Tokenizer with a chat template.
         settings (`RowSettings`):
-            How conversations become rows.
+            Bounds.
         prefixes ([`Prefixes`], *optional*):
-            Every prefix of the conversation, if it has been rendered already.
+            The beginnings of the row's conversation, where they are at hand.
 
     Returns:
         `FittedSamples`: The samples, and what was lost.
 
     Raises:
-        `BadRowError`: If the conversation cannot be rendered without losing part of a turn.
+        `BadRowError`: If the row cannot be rendered without losing part of a turn.
         `OverlongTurnError`: If a turn is too long, and none may be.
     """
     try:
-        given, weights, num_turns = _render_turns(example, tokenizer, settings, prefixes)
+        given, weights, num_turns = _turns_of(example, tokenizer, settings, prefixes)
         given = [replace(sample, turn_index=turn) for turn, sample in enumerate(given)]
-        chosen = select_turns(given, settings.train_turns, seed=settings.seed, example_index=index)
+        chosen = select_turns(given, settings.train_turns, seed=settings.seed, row_index=index)
         chosen = [sample for sample in chosen if weights[sample.message_index or 0] > 0]
         fitted = fit_samples(chosen, settings.longest_sample, settings.overlong_turns)
     except OverlongTurnError as error:
         raise OverlongTurnError(f"Row {index}: {error}") from error
     except AssertionError:
         raise
-    except Exception as error:  # an example can hold anything, and templates may raise any exception
-        raise BadRowError(f"Row {index}: {get_reason(error)}") from error
+    except Exception as error:  # a row can be anything, and templates raise what they like
+        raise BadRowError(f"Row {index}: {reason_of(error)}") from error
     weighed = weigh(
         fitted.samples,
         [weights[sample.message_index or 0] for sample in fitted.samples],
@@ -100,15 +101,15 @@ def example_to_samples(
     )
 
 
-def _render_turns(
-    example: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, settings: RowSettings, prefixes: Prefixes | None
+def _turns_of(
+    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: RowSettings, prefixes: Prefixes | None
 ) -> tuple[list[Sample], list[float], int]:
-    """Return all samples, the weight of each message (of each turn if turns are tokens), and the number of turns."""
-    turns = get_tokenized_turns(example)
+    """Samples of a row, the weight of each message (or of each turn that is tokens already), the number of turns."""
+    turns = turns_in(example)
     if turns is not None:
-        return tokenized_turns_to_samples(turns, len(tokenizer)), message_weights(turns), len(turns)
-    conversation = Conversation.from_row(dict(example))
-    history: Any = example.get("history") or settings.history  # a column may hold anything
+        return samples_of_turns(turns, len(tokenizer)), message_weights(turns), len(turns)
+    conversation = Conversation.from_example(dict(example))
+    history = example.get("history") or settings.history
     weights = message_weights(conversation.messages)
     if prefixes is not None and history == "template":
         samples = render_conversation(conversation, tokenizer, prefixes=prefixes)
@@ -117,19 +118,30 @@ def _render_turns(
     return samples, weights, len(conversation.turns)
 
 
-def example_to_rows(
-    example: Mapping[str, object], index: int, tokenizer: PreTrainedTokenizerBase, settings: RowSettings
+def rows_of(
+    example: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, settings: RowSettings
 ) -> tuple[list[Row], list[dict[str, int]]]:
     """
-    Return the rows of one example: one, or several if its tree is larger than a row.
+    Return the rows of one conversation: one, or several where its tree is larger than a row.
 
-    Arguments and errors are those of [`example_to_samples`].
+    Args:
+        example (`Mapping[str, Any]`):
+            Dataset row.
+        index (`int`):
+            Its index.
+        tokenizer (`transformers.PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        settings (`RowSettings`):
+            Bounds.
 
     Returns:
         `tuple[list[Row], list[dict[str, int]]]`: The rows, and `COUNT_COLUMNS` for each: the conversation's counts
-        beside its first row, zeros beside the others. A conversation of which nothing is trained has one empty row.
+        beside its first row, zeros beside the others. Of a conversation of which nothing is trained, an empty row.
+
+    Raises:
+        `BadRowError` or `OverlongTurnError`: As [`samples_of`].
     """
-    fitted = example_to_samples(example, index, tokenizer, settings)
+    fitted = samples_of(example, index, tokenizer, settings)
     samples = list(fitted.samples)
     trees = [PrefixTree.from_samples(part) for part in split_samples(samples, settings.max_row_tokens) if part]
     rows = [Row.from_tree(tree) for tree in trees] or [_empty_row()]
@@ -160,7 +172,7 @@ def _counts(index: int, fitted: FittedSamples) -> dict[str, int]:
 
 
 def no_rows(index: int) -> tuple[list[Row], list[dict[str, int]]]:
-    """Return, for an example that cannot be read, what [`example_to_rows`] returns for others."""
+    """Return what [`rows_of`] returns, of a row that cannot be read."""
     return [_empty_row()], [_no_counts(index)]
 
 

@@ -1,4 +1,4 @@
-"""Conversations grouped by common prefixes, in a radix tree that holds references to tokens instead of tokens."""
+"""Conversations grouped by how they begin: a prefix tree of beginnings that holds references instead of tokens."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..trees.radix import common_prefix_length
 from ..trees.sharing import MIN_SHARED_TOKENS
 
 
-Prefixes = Callable[[int], NDArray[np.integer]]
+Beginnings = Callable[[int], NDArray[np.integer]]
 
 
 class RowNumbers:
-    """Growing array of row numbers that drops full rows now and then."""
+    """Growing array of row numbers, from which full rows are dropped now and then."""
 
     def __init__(self) -> None:
         self._buffer = np.empty(4, np.int64)
         self._length = 0
 
     def append(self, row: int) -> None:
-        """Append a row."""
+        """Add a row."""
         if self._length == len(self._buffer):
             self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
         self._buffer[self._length] = row
         self._length += 1
 
     def drop_full(self, room: NDArray[np.int64], least: int) -> NDArray[np.int64]:
-        """Return the rows, without those that have less room than `least` once they are more than half."""
+        """Return the rows; once half of them have less room than `least`, those are forgotten."""
         rows = self._buffer[: self._length]
         if self._length < 32:
             return rows
@@ -45,25 +44,25 @@ class RowNumbers:
 @dataclass(slots=True, eq=False)
 class Group:
     """
-    Conversations with a common prefix.
+    Conversations that begin with the same tokens.
 
     Args:
         depth (`int`):
-            Number of tokens in the prefix.
+            Number of tokens that they have in common.
         parent (`Group`, *optional*):
-            The group with the next shorter prefix.
+            The group of those that have fewer tokens in common.
         members (`list[int]`, *optional*):
-            Conversations that are in no subgroup.
+            Conversations that are in no smaller group, the longest first.
         subgroups (`list[Group]`, *optional*):
-            Groups with longer prefixes.
+            Smaller groups within.
         longest (`int`, *optional*, defaults to 0):
-            Tokens of the longest conversation, those of subgroups included.
+            Tokens of the longest conversation in the group.
         least (`int`, *optional*):
-            Fewest tokens that a conversation has after the prefix.
-        remaining (`int`, *optional*, defaults to 0):
-            Tokens after the prefix in all conversations that have no row yet.
+            Fewest tokens that one of its conversations has after those in common.
+        rest (`int`, *optional*, defaults to 0):
+            Tokens that the conversations not placed yet have after those in common.
         rows (`RowNumbers`, *optional*):
-            Rows that hold the prefix.
+            Rows that hold the group.
     """
 
     depth: int
@@ -72,20 +71,24 @@ class Group:
     subgroups: list[Group] = field(default_factory=list)
     longest: int = 0
     least: int = 2**62
-    remaining: int = 0
+    rest: int = 0
     rows: RowNumbers = field(default_factory=RowNumbers)
 
     def path(self) -> Iterator[Group]:
-        """Yield the group and all groups that contain it."""
+        """Yield the group and all groups that it lies in."""
         group: Group | None = self
         while group is not None:
             yield group
             group = group.parent
 
+    def count_off(self, size: int) -> None:
+        """Take a conversation that has been placed off the rest."""
+        self.rest -= size - self.depth
+
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """Node of a radix tree; its tokens are those of conversation `reference`, from the parent's depth to its own."""
+    """Node of the tree of beginnings; its tokens are those of `reference`, from the parent's depth to its own."""
 
     depth: int
     reference: int
@@ -93,18 +96,14 @@ class _Node:
     children: dict[int, _Node] = field(default_factory=dict)
 
 
-def group_by_prefix(sizes: NDArray[np.int64], prefixes: Prefixes) -> Iterator[tuple[Group, int]]:
+def group_by_beginning(sizes: NDArray[np.int64], beginnings: Beginnings) -> Iterator[tuple[Group, int]]:
     """
-    Yield conversations in the order in which they are assigned to rows.
-
-    For example, conversations 0 to 4 have 90, 70, 80, 60 and 50 tokens; 0 and 2 begin with the same 40 tokens, 1 and 4
-    with 40 others. That makes two groups of depth 40. The longest conversation is in the first group, so 0 and 2 come
-    first, then 1 and 4, whose longest has 70 tokens, and then 3.
+    Yield conversations in the order in which they are placed.
 
     Args:
         sizes (`numpy.ndarray` of shape `(num_conversations,)`, `numpy.int64`):
             Tokens of each conversation; those with 0 are left out.
-        prefixes (`Callable`):
+        beginnings (`Callable`):
             Returns the first tokens of conversation `i`, those that it can share.
 
     Yields:
@@ -113,21 +112,22 @@ def group_by_prefix(sizes: NDArray[np.int64], prefixes: Prefixes) -> Iterator[tu
     """
     root = _Node(0, -1)
     for index in np.flatnonzero(sizes):
-        _insert(root, int(index), prefixes)
-    yield from _in_order(_form_groups(root, sizes), sizes)
+        _insert(root, int(index), beginnings)
+    yield from _in_order(_grouped(root, sizes), sizes)
 
 
-def _insert(root: _Node, index: int, prefixes: Prefixes) -> None:
-    """Add a conversation; a node of which it shares only the first tokens is split there."""
-    tokens = prefixes(index)
+def _insert(root: _Node, index: int, beginnings: Beginnings) -> None:
+    tokens = beginnings(index)
     node, depth = root, 0
     while depth < len(tokens):
         child = node.children.get(int(tokens[depth]))
         if child is None:
             node.children[int(tokens[depth])] = _Node(len(tokens), index, [index])
             return
-        stored = prefixes(child.reference)[depth : child.depth]
-        shared = common_prefix_length(stored, tokens[depth:])
+        stored = beginnings(child.reference)[depth : child.depth]
+        length = min(len(stored), len(tokens) - depth)
+        differs = stored[:length] != tokens[depth : depth + length]
+        shared = int(differs.argmax()) if differs.any() else length
         if shared < len(stored):
             middle = _Node(depth + shared, index, [], {int(stored[shared]): child})
             node.children[int(tokens[depth])] = middle
@@ -136,8 +136,8 @@ def _insert(root: _Node, index: int, prefixes: Prefixes) -> None:
     node.ending.append(index)
 
 
-def _form_groups(root: _Node, sizes: NDArray[np.int64]) -> Group:
-    """Return a group of all conversations, with subgroups where two or more have enough further tokens in common."""
+def _grouped(root: _Node, sizes: NDArray[np.int64]) -> Group:
+    """Return the groups worth forming: two or more conversations, enough tokens in common."""
     whole = Group(0, None)
     stack = [(root, whole)]
     while stack:
@@ -147,21 +147,20 @@ def _form_groups(root: _Node, sizes: NDArray[np.int64]) -> Group:
             group.subgroups.append(Group(node.depth, group))
             group = group.subgroups[-1]
         for index in node.ending:
-            _add_member(group, index, int(sizes[index]))
+            _enter(group, index, int(sizes[index]))
         stack += [(child, group) for child in node.children.values()]
     return whole
 
 
-def _add_member(group: Group, index: int, size: int) -> None:
+def _enter(group: Group, index: int, size: int) -> None:
     group.members.append(index)
     for each in group.path():
         each.longest = max(each.longest, size)
         each.least = min(each.least, size - each.depth)
-        each.remaining += size - each.depth
+        each.rest += size - each.depth
 
 
 def _in_order(whole: Group, sizes: NDArray[np.int64]) -> Iterator[tuple[Group, int]]:
-    """Yield the members of a group and, in between, those of its subgroups: whichever holds the longest first."""
     stack: list[tuple[Group, int | None]] = [(whole, None)]
     while stack:
         group, member = stack.pop()

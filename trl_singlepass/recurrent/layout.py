@@ -141,7 +141,7 @@ class Layout:
         masks = []
         for pieces, length in self.shapes:
             depth = torch.arange(length, device=self.device)
-            visible = mask.between(depth, depth)[None, None]
+            visible = mask.evaluate(depth, depth)[None, None]
             if dtype is not None:
                 floor = torch.finfo(dtype).min
                 visible = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, floor)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.bad_rows import read_all
+from ..data.bad_rows import each_row
 from ..recurrent.layer import disable_tree_recurrence, runs_on_trees
-from ..rendering.samples import render_row
+from ..rendering.samples import render_example
 from ..training.model import enable_tree, without_adapters
 from ..trees.sample import Sample
 from .float64 import ForcedFloat64
@@ -86,9 +86,9 @@ def verify(
         row = dict(conversation) if isinstance(conversation, Mapping) else {"messages": conversation}
         if tools is not None and row.get("tools") is None:
             row["tools"] = tools
-        return render_row(row, tokenizer, chat_template=chat_template, row_index=index)
+        return render_example(row, tokenizer, chat_template=chat_template, example_index=index)
 
-    rows = read_all(list(islice(conversations, max_rows)), read, "given")
+    rows = each_row(list(islice(conversations, max_rows)), read, "given")
     if not rows:
         raise ValueError("Nothing to verify: `conversations` is empty. Pass at least one conversation.")
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())

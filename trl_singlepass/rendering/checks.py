@@ -1,16 +1,22 @@
-"""What a turn says and its completion lacks, and what its completion holds that the turn does not say."""
+"""What a completion lacks of its message, and what it holds that the message does not say."""
+
+from __future__ import annotations
 
 import json
 import re
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .conversation import Message, text_of
+from .conversation import Message, get_text
 from .markers import own_strings
 from .prefixes import Prefixes
 from .reasoning import REASONING_KEYS, ParsedMessage, is_reasoning_part, reasoning_tags, without_comments
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 # Parts of a key's name that make reasoning of what it holds.
@@ -19,7 +25,7 @@ _REASONING_WORDS = ("reason", "think", "thought", "cot", "rationale", "analysis"
 
 def missing_content(message: Message, parsed: ParsedMessage, completion: str, chat_template: str) -> str | None:
     """
-    Return what an assistant message says and its completion lacks, as an error message; `None` if nothing is missing.
+    Return an error message naming what an assistant message says but its completion lacks, `None` if nothing.
 
     Args:
         message (`dict`):
@@ -42,9 +48,19 @@ def missing_content(message: Message, parsed: ParsedMessage, completion: str, ch
             "content as a string, or a literal closing tag such as </think> in an answer?"
         )
     lost = lost_calls(parsed, completion)
+    return f"{lost}. {_how_to_render_calls(message, completion)}" if lost else None
+
+
+def _how_to_render_calls(message: Message, completion: str) -> str:
+    for call in message["tool_calls"]:
+        name, call_id = str((call.get("function") or call).get("name")), call.get("id")
+        if call_id and str(call_id) in completion and name not in str(call_id):  # Kimi K2 names the tool in the id
+            return (
+                f"The template writes the id {call_id!r} in its place: put the name into it, as in "
+                f"'functions.{name}:0'"
+            )
     several = "Give each call a message of its own, if the template renders one per message, or use"
-    way_out = several if len(parsed.calls) > 1 else "Use"
-    return f"{lost}. {way_out} a template that renders tool calls" if lost else None
+    return f"{several if len(message['tool_calls']) > 1 else 'Use'} a template that renders tool calls"
 
 
 def missing_reasoning(chat_template: str) -> str:
@@ -54,7 +70,7 @@ def missing_reasoning(chat_template: str) -> str:
 
 def foreign_words(prefixes: Prefixes, k: int, completion: str) -> list[str]:
     """
-    Return words in the completion of message `k` that only other messages say.
+    Return the words in the completion of message `k` that only other messages contain.
 
     A last line of defence: whatever a template does, its prompts are not trained. Words that the template or the tools
     write themselves do not count, and neither do words of one or two characters.
@@ -76,16 +92,16 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"[^\W_]+", text))
 
 
-def _spellings(value: Any) -> list[str]:
-    """Everything that a message says, also as JSON and as Python write it: templates print all of these."""
+def _spellings(value: Message) -> list[str]:
+    """Everything a message says, as text, as JSON and as Python prints it: templates use all three."""
     strings = own_strings(value)
     decoded = [item for item in map(_decoded, strings) if isinstance(item, dict | list)]
     strings += [text for item in decoded for text in own_strings({"": item})]
     return [*strings, json.dumps(value, default=str), json.dumps(value, default=str, ensure_ascii=False), str(value)]
 
 
-def template_name(tokenizer: Any, chat_template: str) -> str:
-    """Return how to call a template in a message to the user."""
+def template_name(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
+    """Return the name of a template for messages to the user."""
     name = _name_in_trl(chat_template) or tokenizer.name_or_path
     return f"chat template '{name}'" if name else "chat template"
 
@@ -99,22 +115,22 @@ def _name_in_trl(chat_template: str) -> str | None:
 
 
 def contains(text: str, part: str) -> bool:
-    """Whether a text contains another one, but for white space around it."""
+    """Whether a text contains another, ignoring white space around it."""
     return part.strip() in text
 
 
 def without(text: str, part: str) -> str:
-    """Return a text with the first occurrence of another one taken out."""
+    """Return a text without the first occurrence of another."""
     return text.replace(part.strip(), " ", 1) if part.strip() in text else text
 
 
 def _answers(message: Message, parsed: ParsedMessage) -> list[str]:
     content = message.get("content")
-    return [text_of([block]) for block in content] if isinstance(content, list) else [parsed.answer]
+    return [get_text([block]) for block in content] if isinstance(content, list) else [parsed.answer]
 
 
 def stray_reasoning(message: Message) -> list[str]:
-    """Return the keys of a message that hold reasoning by their name, but that no template reads."""
+    """Return the keys of a message whose names suggest reasoning, but which no template reads."""
     return [
         key
         for key, value in message.items()
@@ -144,7 +160,7 @@ def _way_out(chat_template: str) -> str:
 
 
 def lost_calls(parsed: ParsedMessage, rest: str) -> str | None:
-    """Return which tool call, or argument of one, a completion without its reasoning does not hold, if any."""
+    """Return the tool call, or argument of one, that is missing from a completion without its reasoning, if any."""
     # Looked for outside the answer, which may speak of the tool. A short answer may also be a part of an argument, and
     # stand after the calls.
     reversed_answer = parsed.answer.strip()[::-1]
@@ -159,19 +175,19 @@ def lost_calls(parsed: ParsedMessage, rest: str) -> str | None:
     return None
 
 
-def is_object(content: Any) -> bool:
-    """Whether a message's content is what a tool returned as an object, or a list of objects, and no text."""
+def is_object(content: object) -> bool:
+    """Whether a message's content is an object that a tool returned, or a list of objects, rather than text."""
     parts = content if isinstance(content, list) else [content]
     objects = [part for part in parts if isinstance(part, dict) and not is_reasoning_part(part)]
     return any(not isinstance(part.get("text"), str) for part in objects)
 
 
-def prints(text: str, value: Any) -> bool:
+def prints(text: str, value: object) -> bool:
     """Whether a text holds all keys and values of an object."""
     return all(_prints(text, leaf) for leaf in _leaves(value))
 
 
-def _leaves(value: Any) -> list[Any]:
+def _leaves(value: object) -> list[Any]:
     if isinstance(value, str):
         decoded = _decoded(value)
         return _leaves(decoded) if isinstance(decoded, dict | list) else [value]
@@ -180,7 +196,7 @@ def _leaves(value: Any) -> list[Any]:
     return _plain_leaves(value)
 
 
-def _plain_leaves(value: Any) -> list[Any]:
+def _plain_leaves(value: object) -> list[Any]:
     if isinstance(value, dict):
         return [leaf for key, item in value.items() for leaf in (str(key), *_plain_leaves(item))]
     if isinstance(value, list | tuple):
@@ -195,7 +211,7 @@ def _decoded(text: str) -> Any:
         return None
 
 
-def _prints(text: str, leaf: Any) -> bool:
+def _prints(text: str, leaf: object) -> bool:
     """Whether a text holds a value in one of the ways in which templates print it."""
     if not isinstance(leaf, str):
         return str(leaf) in text or json.dumps(leaf) in text
@@ -205,6 +221,6 @@ def _prints(text: str, leaf: Any) -> bool:
     return any(contains(text, form[1:-1]) for form in quoted)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:76]}…{text[-1]}"

@@ -1,7 +1,7 @@
-"""A dataset row as a conversation: messages, tools and template arguments, without what Arrow added on the way."""
+"""A dataset example as a conversation: messages, tools and template arguments, without the keys that Arrow adds."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from .validation import (
 
 
 Message = dict[str, Any]
+# JSON schemas, or Python functions that transformers turns into schemas.
+Tools = list[dict[str, Any] | Callable[..., Any]]
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -25,7 +27,7 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """
-    What one dataset row says, in the form that `apply_chat_template` takes.
+    What one dataset example says, in the form that `apply_chat_template` takes.
 
     Args:
         messages (`list[dict]`):
@@ -39,7 +41,7 @@ class Conversation:
     """
 
     messages: list[Message]
-    tools: list[Any] | None = None
+    tools: Tools | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     first_trained: int = 0
 
@@ -50,12 +52,12 @@ class Conversation:
         return [k for k in range(self.first_trained, len(roles)) if roles[k] == "assistant"]
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> "Conversation":
+    def from_example(cls, example: dict[str, Any]) -> "Conversation":
         """
-        Read a dataset row.
+        Read a dataset example.
 
         Args:
-            row (`dict`):
+            example (`dict`):
                 `messages`, or `prompt` and `completion` as lists of messages, or ShareGPT's `conversations`;
                 optionally `tools` and `chat_template_kwargs`, each as an object or as a JSON string. In dicts that
                 went through Arrow, keys whose value is `None` are dropped: Arrow gives every struct the keys of all of
@@ -63,12 +65,12 @@ class Conversation:
                 the arguments are a JSON string.
 
         Raises:
-            `RenderingError`: If the row has none of these columns, or they hold something else.
+            `RenderingError`: If the example has none of these columns, or they hold something else.
         """
-        groups = _message_lists(row)
-        tools = _read_tools(row.get("tools"))
+        groups = _get_message_lists(example)
+        tools = _read_tools(example.get("tools"))
         required = _required_arguments(tools)
-        kwargs = _decoded(row.get("chat_template_kwargs"), "chat_template_kwargs")
+        kwargs = _decoded(example.get("chat_template_kwargs"), "chat_template_kwargs")
         kwargs = {} if kwargs is None else kwargs
         check_template_kwargs(kwargs)
         return cls(
@@ -79,13 +81,13 @@ class Conversation:
         )
 
 
-def tool_calls_of(message: Message) -> list[dict[str, Any]]:
+def get_function_calls(message: Message) -> list[dict[str, Any]]:
     """Return the functions that a message calls, each a dict with `name` and `arguments`."""
     calls = message.get("tool_calls") or []
     return [call.get("function") or call for call in calls]
 
 
-def text_of(content: Any) -> str:
+def get_text(content: object) -> str:
     """Return the text of a message's content, which is a string or a list of blocks."""
     if isinstance(content, str):
         return content
@@ -93,9 +95,9 @@ def text_of(content: Any) -> str:
     return "".join(block.get("text") or "" if isinstance(block, dict) else str(block) for block in blocks)
 
 
-def _message_lists(row: dict[str, Any]) -> list[list[Message]]:
-    columns = message_columns(row)
-    groups = [row[name] for name in columns]
+def _get_message_lists(example: dict[str, Any]) -> list[list[Message]]:
+    columns = message_columns(example)
+    groups = [example[name] for name in columns]
     check_are_objects([message for group in groups for message in group])
     if columns == ("conversations",):
         groups = [_chatml(group) for group in groups]
@@ -115,7 +117,7 @@ def _chatml(conversations: list[Message]) -> list[Message]:
     return [{**message, "role": role} for message, role in zip(messages, roles, strict=True)]
 
 
-def _decoded(value: Any, column: str) -> Any:
+def _decoded(value: object, column: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
@@ -126,7 +128,7 @@ def _decoded(value: Any, column: str) -> Any:
         ) from error
 
 
-def _read_tools(value: Any) -> list[Any] | None:
+def _read_tools(value: object) -> Tools | None:
     tools = _decoded(value, "tools")
     if isinstance(value, list):
         tools = [_decoded(tool, "tools") for tool in value]
@@ -140,7 +142,7 @@ def _read_messages(messages: list[Message], required: dict[Any, set[str]]) -> li
     if not _share_keys(messages):
         return messages
     messages = _without_added_keys(messages, untouched="arguments")
-    calls = [call for message in messages for call in tool_calls_of(message)]
+    calls = [call for message in messages for call in get_function_calls(message)]
     siblings = _without_added_keys([call.get("arguments") for call in calls])
     arguments = iter(
         _in_order(call["arguments"], cleaned, required.get(call.get("name"), set()))
@@ -168,7 +170,7 @@ def _with_arguments(call: dict[str, Any], arguments: Any) -> dict[str, Any]:
     return {**call, "arguments": arguments} if "arguments" in call else call
 
 
-def _required_arguments(tools: list[Any] | None) -> dict[Any, set[str]]:
+def _required_arguments(tools: Tools | None) -> dict[Any, set[str]]:
     functions = [tool.get("function") or tool for tool in tools or [] if isinstance(tool, dict)]
     parameters = {function.get("name"): function.get("parameters") for function in functions}
     required = {name: schema.get("required") for name, schema in parameters.items() if isinstance(schema, dict)}
@@ -185,7 +187,7 @@ def _share_keys(dicts: list[dict[str, Any]]) -> bool:
 
 def _without_added_keys(siblings: list[Any], untouched: str = "") -> list[Any]:
     """
-    Drop the keys that Arrow added to values found in the same place of a row.
+    Drop the keys that Arrow added to values found in the same place of an example.
 
     Arrow gives all structs of a column the same keys and fills the absent ones with `None`. So dicts that differ in
     their keys did not come through Arrow, and all that they hold was meant: they are returned as they are, as are the
@@ -194,8 +196,10 @@ def _without_added_keys(siblings: list[Any], untouched: str = "") -> list[Any]:
     dicts = [item for item in siblings if isinstance(item, dict)]
     if dicts and _share_keys(dicts):
         columns = {key: _clean_column(key, dicts, untouched) for key in dicts[0]}
-        rows = iter([{key: columns[key][i] for key in item if item[key] is not None} for i, item in enumerate(dicts)])
-        return [next(rows) if isinstance(item, dict) else item for item in siblings]
+        cleaned = iter(
+            [{key: columns[key][i] for key in item if item[key] is not None} for i, item in enumerate(dicts)]
+        )
+        return [next(cleaned) if isinstance(item, dict) else item for item in siblings]
     if not dicts and any(isinstance(item, list) for item in siblings):
         lists = [item if isinstance(item, list) else [] for item in siblings]
         elements = iter(_without_added_keys([element for item in lists for element in item], untouched))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..trees.sample import Sample
 from .conversation import Conversation, Message, RenderingError
@@ -14,6 +14,10 @@ from .prefixes import Prefixes
 from .reasoning import ParsedMessage, reasoning_tags, without_reasoning
 from .samples import has_prompt, render_conversation
 from .template import ChatTemplate
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 History = Literal["template", "keep", "strip"]
@@ -32,7 +36,11 @@ _PROBE = "What was said before."
 
 
 def render_with_history(
-    conversation: Conversation, tokenizer: Any, history: str = "template", *, chat_template: str | None = None
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    history: str = "template",
+    *,
+    chat_template: str | None = None,
 ) -> list[Sample]:
     """
     Render the turns of a conversation under a history policy.
@@ -73,7 +81,7 @@ def render_with_history(
     return render_conversation(replace(conversation, messages=messages), tokenizer, source)
 
 
-def _keeping_template(conversation: Conversation, tokenizer: Any, source: str) -> str:
+def _keeping_template(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     if _keeps_reasoning(conversation, tokenizer, source):
         return source
     training = _training_template(tokenizer)
@@ -86,7 +94,7 @@ def _keeping_template(conversation: Conversation, tokenizer: Any, source: str) -
     )
 
 
-def _training_template(tokenizer: Any) -> str | None:
+def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     from trl.chat_template_utils import get_training_chat_template  # here, because it imports torch
 
     try:
@@ -96,14 +104,16 @@ def _training_template(tokenizer: Any) -> str | None:
     return template
 
 
-def _keeps_reasoning(conversation: Conversation, tokenizer: Any, source: str) -> bool:
+def _keeps_reasoning(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, source: str) -> bool:
     template = ChatTemplate.for_conversation(tokenizer, source, conversation.tools, conversation.template_kwargs)
     answer = as_trained({"role": "assistant", "reasoning_content": _PROBE, "content": "Yes."}, template)
     question = {"role": "user", "content": "Really?"}
     return _PROBE in template.render([question, answer, question], add_generation_prompt=True)
 
 
-def _without_earlier_reasoning(conversation: Conversation, tokenizer: Any, source: str) -> list[Sample]:
+def _without_earlier_reasoning(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, source: str
+) -> list[Sample]:
     tags = reasoning_tags(source)
 
     def bare(message: Message) -> Message:

@@ -75,7 +75,7 @@ def own_strings(message: Message) -> list[str]:
     return [text for value in message.values() for text in _strings(value)]
 
 
-def _strings(value: Any) -> list[str]:
+def _strings(value: object) -> list[str]:
     if isinstance(value, dict):
         return [text for key, item in value.items() for text in (str(key), *_strings(item))]
     if isinstance(value, list | tuple):
@@ -83,7 +83,7 @@ def _strings(value: Any) -> list[str]:
     return [] if value is None else [str(value)]
 
 
-def _has_text(value: Any) -> bool:
+def _has_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
@@ -113,6 +113,10 @@ def _mark_inline(content: str, parsed: ParsedMessage) -> str:
     )
 
 
-def _with_name(call: dict[str, Any], name: str) -> dict[str, Any]:
-    function = call.get("function")
-    return {**call, "function": {**function, "name": name}} if function else {**call, "name": name}
+def _with_name(call: dict[str, Any], marker: str) -> dict[str, Any]:
+    """Mark the name of a called function, in the call's id as well: Kimi K2 prints `functions.get_weather:0` alone."""
+    function = call.get("function") or call
+    marked = {**call, "function": {**function, "name": marker}} if call.get("function") else {**call, "name": marker}
+    if isinstance(call.get("id"), str) and function.get("name"):
+        marked["id"] = call["id"].replace(str(function["name"]), marker)
+    return marked

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from .conversation import Message, text_of
+from .conversation import Message, get_text
 from .reasoning import (
     REASONING_KEYS,
     THINK,
@@ -67,11 +67,11 @@ def _with_content_as_read(message: Message, traits: Traits) -> Message:
     if isinstance(content, str) and role in traits.parts_roles:
         return {**message, "content": [{"type": "text", "text": content}]}
     if isinstance(content, list) and role in traits.string_roles and all(map(_is_text, content)):
-        return {**message, "content": text_of(content)}
+        return {**message, "content": get_text(content)}
     return message
 
 
-def _is_text(part: Any) -> bool:
+def _is_text(part: object) -> bool:
     return isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
 
 

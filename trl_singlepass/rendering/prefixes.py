@@ -1,10 +1,12 @@
 """Renderings of every prefix of a conversation, with what they share prepared once."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Template, TemplateError
 
@@ -12,6 +14,10 @@ from .conversation import Conversation, Message
 from .message_format import as_context, as_trained
 from .sandbox import compiled_template
 from .template import ChatTemplate
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 # Ways of calling templates of which all renderings of a conversation were compared with `apply_chat_template`.
@@ -58,12 +64,12 @@ class Prefixes:
     def from_conversation(
         cls,
         conversation: Conversation,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
         now: datetime | None = None,
-    ) -> "Prefixes":
+    ) -> Prefixes:
         """
-        Prepare a conversation as it was read from a dataset row.
+        Prepare a conversation as it was read from a dataset example.
 
         Args:
             conversation ([`Conversation`]):
@@ -92,7 +98,7 @@ class Prefixes:
         last = max(conversation.turns, default=0)
         return slow._faster(last + 1) if len(conversation.turns) > 1 and _is_stock(template) else slow
 
-    def _faster(self, length: int) -> "Prefixes":
+    def _faster(self, length: int) -> Prefixes:
         """Return the same prefixes in the fast sandbox, if that renders the longest one alike."""
         template = self.template
         way = template.source, bool(template.tools), frozenset(template.kwargs)
@@ -100,7 +106,7 @@ class Prefixes:
         if compiled is None:
             return self
         try:
-            variables = _variables_of(template, self.messages)
+            variables = _get_variables(template, self.messages)
             longest = template.render(self.messages[:length])
             fast = replace(self, compiled=compiled, variables=variables, compares=way not in _compared)
             agrees = fast._fast(variables["messages"][:length], False) == longest
@@ -137,7 +143,7 @@ class Prefixes:
         try:
             prepared = self.variables["messages"][: len(messages)]
             if last is not None:
-                prepared[-1:] = _variables_of(self.template, [last])["messages"]
+                prepared[-1:] = _get_variables(self.template, [last])["messages"]
             text = self._fast(prepared, add_generation_prompt)
         except Exception:  # the same comes out of `apply_chat_template`, or nothing does
             return self.template.render(messages, add_generation_prompt)
@@ -163,15 +169,15 @@ def _is_stock(template: ChatTemplate) -> bool:
     method = getattr(template.tokenizer.apply_chat_template, "__func__", None)
     if method is not PreTrainedTokenizerBase.apply_chat_template:
         return False
-    return all(name.isidentifier() and name not in _parameters_of(method) for name in template.kwargs)
+    return all(name.isidentifier() and name not in _get_parameters(method) for name in template.kwargs)
 
 
 @cache
-def _parameters_of(function: Any) -> frozenset[str]:
+def _get_parameters(function: Any) -> frozenset[str]:
     return frozenset(signature(function).parameters)
 
 
-def _variables_of(template: ChatTemplate, messages: list[Message]) -> dict[str, Any]:
+def _get_variables(template: ChatTemplate, messages: list[Message]) -> dict[str, Any]:
     """What transformers lets a template see, as told by a template that raises it."""
     names = dict.fromkeys([*_ALWAYS_SEEN, *template.tokenizer.special_tokens_map, *template.arguments])
     teller = "{{ raise_exception({" + ", ".join(f"'{name}': {name}" for name in names) + "}) }}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from .conversation import Message, text_of, tool_calls_of
+from .conversation import Message, get_function_calls, get_text
 from .validation import REASONING_KEYS as REASONING_KEYS
 
 
@@ -74,7 +74,7 @@ class ParsedMessage:
     @classmethod
     def from_message(cls, message: Message, tags: ReasoningTags | None = None) -> "ParsedMessage":
         """Parse an assistant message whose inline reasoning stands between `<think>` tags or the given ones."""
-        content, calls = text_of(message.get("content")), tool_calls_of(message)
+        content, calls = get_text(message.get("content")), get_function_calls(message)
         for key in REASONING_KEYS:
             if isinstance(message.get(key), str) and message[key].strip():
                 return cls(message[key].strip(), content, calls, verbatim=message[key])
@@ -89,16 +89,16 @@ class ParsedMessage:
         return cls("", content, calls)
 
 
-def _reasoning_in_parts(content: Any) -> str:
+def _reasoning_in_parts(content: object) -> str:
     parts = content if isinstance(content, list) else []
-    return "".join(_text_of_part(part) for part in parts if isinstance(part, Mapping))
+    return "".join(_get_reasoning_text(part) for part in parts if isinstance(part, Mapping))
 
 
-def _text_of_part(part: Mapping[str, Any]) -> str:
+def _get_reasoning_text(part: Mapping[str, Any]) -> str:
     if part.get("type") not in _REASONING_PARTS:
         return ""
     text = part.get(part["type"]) or part.get("text")
-    return text if isinstance(text, str) else text_of(text)
+    return text if isinstance(text, str) else get_text(text)
 
 
 def reasoning_tags(chat_template: str) -> ReasoningTags | None:
@@ -121,7 +121,7 @@ def without_reasoning(message: Message, parsed: ParsedMessage) -> Message:
     return {**bare, "content": parsed.answer.lstrip("\n")} if parsed.inline else bare
 
 
-def is_reasoning_part(part: Any) -> bool:
+def is_reasoning_part(part: object) -> bool:
     """Whether a content part holds reasoning."""
     return isinstance(part, Mapping) and part.get("type") in _REASONING_PARTS
 

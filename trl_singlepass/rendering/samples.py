@@ -1,18 +1,24 @@
 """Turns of a conversation as samples: the prompt as served, the completion as generated."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..trees.sample import Sample
 from .checks import contains, is_object, prints
-from .conversation import Conversation, Message, text_of
+from .conversation import Conversation, Message, Tools, get_text
 from .conversation import RenderingError as RenderingError
 from .prefixes import Prefixes
 from .template import ChatTemplate
 from .tokenization import Ids, common_length, hard_borders, tokenize, tokenize_after
 from .turn import RenderedTurn, render_turn, rendering_error
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 _COMMON_ROLES = ("system", "user", "assistant", "tool")
@@ -22,9 +28,9 @@ _SETUP_ROLES = ("system", "developer", "assistant")
 
 def render_samples(
     messages: Sequence[Message],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
-    tools: list[Any] | None = None,
+    tools: Tools | None = None,
     chat_template: str | None = None,
     **chat_template_kwargs: Any,
 ) -> list[Sample]:
@@ -59,42 +65,50 @@ def render_samples(
     return render_conversation(Conversation(list(messages), tools, chat_template_kwargs), tokenizer, chat_template)
 
 
-def render_row(
-    row: dict[str, Any], tokenizer: Any, *, chat_template: str | None = None, row_index: int | None = None
+def render_example(
+    example: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: str | None = None,
+    example_index: int | None = None,
 ) -> list[Sample]:
     """
-    Render the turns of one dataset row.
+    Render the turns of one dataset example.
 
     Args:
-        row (`dict`):
+        example (`dict`):
             `messages`, or `prompt` and `completion` as lists of messages (only the completion is trained), or
             ShareGPT's `conversations`; optionally `tools` and `chat_template_kwargs`.
         tokenizer (`PreTrainedTokenizerBase`):
             Tokenizer with a chat template.
         chat_template (`str`, *optional*):
             Template to use instead of the tokenizer's own.
-        row_index (`int`, *optional*):
-            Position of the row, for error messages.
+        example_index (`int`, *optional*):
+            Position of the example in its dataset, for error messages.
 
     Returns:
         `list[Sample]`: One sample per trained assistant message.
 
     Raises:
-        `RenderingError`: As [`render_samples`], with the row's position.
+        `RenderingError`: As [`render_samples`], with the example's position.
     """
     try:
-        return render_conversation(Conversation.from_row(row), tokenizer, chat_template)
+        return render_conversation(Conversation.from_example(example), tokenizer, chat_template)
     except RenderingError as error:
-        if row_index is None:
+        if example_index is None:
             raise
-        raise RenderingError(f"Row {row_index}: {error}") from error
+        raise RenderingError(f"Row {example_index}: {error}") from error
 
 
 def render_conversation(
-    conversation: Conversation, tokenizer: Any, chat_template: str | None = None, *, prefixes: Prefixes | None = None
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+    *,
+    prefixes: Prefixes | None = None,
 ) -> list[Sample]:
     """
-    Render the turns of a conversation that has been read from a dataset row.
+    Render the turns of a conversation that has been read from a dataset example.
 
     An assistant message that begins the conversation is context only where the template renders no prompt for it:
     there is nothing that a model could be served.
@@ -159,7 +173,7 @@ def _check_context(prefixes: Prefixes, turns: list[RenderedTurn]) -> None:
             raise rendering_error(prefixes.template, k, reason)
         if message.get("role") in _COMMON_ROLES:
             continue
-        if following and not contains(following.prompt, text_of(content)):
+        if following and not contains(following.prompt, get_text(content)):
             reason = f"the template drops messages of the role '{message.get('role')}'. Give it a role that it knows"
             raise rendering_error(prefixes.template, k, reason)
 

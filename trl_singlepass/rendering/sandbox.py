@@ -1,4 +1,4 @@
-"""transformers' sandbox for chat templates, with its verdicts on plain data remembered instead of found each time."""
+"""transformers' sandbox for chat templates, caching its verdicts on plain data."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -16,23 +16,23 @@ _DICTS_KEPT = 256
 _PLAIN_TYPES = frozenset({bool, int, float, str, type(None), list, dict})
 
 
-def _harmless_of_strings() -> frozenset[str]:
-    """Methods of strings that the sandbox hands out as they are: it decides by type and name, and wraps `format`."""
+def _get_harmless_string_methods() -> frozenset[str]:
+    """Methods of strings that the sandbox passes through: it decides by type and name, and wraps `format`."""
     sandbox = ImmutableSandboxedEnvironment()
     methods = {name: getattr("", name) for name in dir("") if not name.startswith("format")}
     return frozenset(name for name, method in methods.items() if sandbox.is_safe_attribute("", name, method))
 
 
-_HARMLESS: dict[type, frozenset[str]] = {str: _harmless_of_strings(), LoopContext: frozenset(_OF_LOOPS)}
+_HARMLESS: dict[type, frozenset[str]] = {str: _get_harmless_string_methods(), LoopContext: frozenset(_OF_LOOPS)}
 
 
 class CachingSandbox(ImmutableSandboxedEnvironment):
     """
     A sandbox that gives what `ImmutableSandboxedEnvironment` gives, faster on what templates do most.
 
-    Templates spend their time in looking up keys of messages, methods of strings and fields of `loop` and
-    `namespace`. For these types alone, and not their subclasses, jinja's verdict depends on type and name. All else
-    is left to jinja.
+    Templates spend most of their time looking up keys of messages, methods of strings, and fields of `loop` and
+    `namespace`. For these exact types (not their subclasses), jinja's verdict depends on type and name alone.
+    Everything else is left to jinja.
     """
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -60,15 +60,15 @@ class CachingSandbox(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
 
-def _remembered(filter_: Callable[..., Any]) -> Callable[..., Any]:
+def _cached(filter_: Callable[..., Any]) -> Callable[..., Any]:
     """
-    A filter that keeps what it made of the last dicts: tools are printed in each rendering.
+    Cache a filter's results for the most recent dicts, because tools are printed in every rendering.
 
-    A template cannot change a dict, and nobody else holds those that it sees.
+    Templates cannot change a dict, and nothing else holds the ones that they see.
     """
     made: dict[Any, tuple[Any, Any]] = {}
 
-    def remembered(value: Any, *args: Any, **kwargs: Any) -> Any:
+    def cached(value: object, *args: Any, **kwargs: Any) -> Any:
         if type(value) is not dict:
             return filter_(value, *args, **kwargs)
         key = id(value), args, *kwargs.items()
@@ -78,12 +78,12 @@ def _remembered(filter_: Callable[..., Any]) -> Callable[..., Any]:
                 del made[oldest]
         return made[key][1]
 
-    return remembered
+    return cached
 
 
 @lru_cache
 def _missing_key(undefined: type[Undefined], name: str) -> Undefined:
-    """What a template gets for a key that a dict lacks; of the dict itself it sees nothing."""
+    """What a template gets for a key that a dict lacks. The dict itself stays hidden."""
     return undefined(obj={}, name=name)
 
 
@@ -97,8 +97,8 @@ def compiled_template(source: str) -> Template | None:
             The template.
 
     Returns:
-        `jinja2.Template` or `None`: The template; `None` where transformers runs it in another sandbox than the
-        one whose verdicts are remembered.
+        `jinja2.Template` or `None`: The template; `None` if transformers runs it in a sandbox other than the one whose
+        verdicts are cached.
     """
     try:
         from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -107,7 +107,11 @@ def compiled_template(source: str) -> Template | None:
     environment: Environment = _compile_jinja_template(source).environment
     if type(environment) is not ImmutableSandboxedEnvironment:
         return None
-    remembering = environment.overlay()
-    remembering.__class__ = CachingSandbox
-    remembering.filters = {**environment.filters, "tojson": _remembered(environment.filters["tojson"])}
-    return remembering.from_string(source)
+    caching = CachingSandbox(
+        trim_blocks=environment.trim_blocks,
+        lstrip_blocks=environment.lstrip_blocks,
+        extensions=[type(extension) for extension in environment.extensions.values()],
+    )
+    caching.filters = {**environment.filters, "tojson": _cached(environment.filters["tojson"])}
+    caching.globals.update(environment.globals)
+    return caching.from_string(source)

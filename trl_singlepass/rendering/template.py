@@ -1,13 +1,19 @@
 """A chat template as one conversation calls it: with its tools, its arguments and a clock that stands still."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .conversation import Message, RenderingError
+from .conversation import Message, RenderingError, Tools
 from .reasoning import ReasoningTags, reasoning_tags
 from .validation import missing_parts
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 # Directives of strftime: a template prints date and time through them, so they are what has to stand still. It may put
@@ -44,21 +50,21 @@ class ChatTemplate:
             at the start wherever a template prints the time.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     source: str
-    tools: list[Any] | None
+    tools: Tools | None
     kwargs: dict[str, Any]
     now: datetime
 
     @classmethod
     def for_conversation(
         cls,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None,
-        tools: list[Any] | None,
+        tools: Tools | None,
         kwargs: dict[str, Any],
         now: datetime | None = None,
-    ) -> "ChatTemplate":
+    ) -> ChatTemplate:
         """Return the template that `tokenizer` uses for a conversation, with the clock stopped at `now`."""
         source = tokenizer.get_chat_template(chat_template, tools)
         return cls(tokenizer, source, tools, kwargs, now or datetime.now())

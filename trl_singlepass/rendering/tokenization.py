@@ -1,15 +1,21 @@
 """Token ids of the renderings of one conversation, with the text that they share tokenised once."""
 
+from __future__ import annotations
+
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 Ids = NDArray[np.int64]
@@ -20,10 +26,10 @@ _PROBES = ("x", " x", "x ", "\n", "\n\nx", "  \n x y", "é")
 # Characters from which on it pays to keep the ids of a beginning, and how many of them are kept.
 _LONG, _BEGINNINGS_KEPT = 1024, 64
 
-_borders: WeakKeyDictionary[Any, dict[tuple[str, int], "HardBorders"]] = WeakKeyDictionary()
+_borders: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, int], HardBorders]] = WeakKeyDictionary()
 
 
-def hard_borders(tokenizer: Any, chat_template: str) -> "HardBorders":
+def hard_borders(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> HardBorders:
     """Return the added tokens of a template at which `tokenizer` cuts every text before it tokenises the pieces."""
     known = _borders.setdefault(tokenizer, {})
     key = chat_template, len(tokenizer)
@@ -44,12 +50,12 @@ class HardBorders:
             The tokens. With none of them, texts are tokenised whole.
     """
 
-    def __init__(self, tokenizer: Any, tokens: Sequence[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
         self.tokenizer = tokenizer
         self.tokens = sorted(tokens, key=len, reverse=True)  # of two that match, a tokenizer takes the longer
         self.longest = max(map(len, tokens), default=0)
         self.beginnings: dict[str, Ids] = {}
-        self.backend = _backend_of(tokenizer) if tokens else None
+        self.backend = _get_backend(tokenizer) if tokens else None
         self.pattern = re.compile("(" + "|".join(map(re.escape, self.tokens)) + ")")
 
     @cached_property
@@ -115,7 +121,7 @@ def tokenize(borders: HardBorders, texts: Sequence[str]) -> list[Ids]:
     return tokenized
 
 
-def tokenize_after(tokenizer: Any, text: str) -> Ids:
+def tokenize_after(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
     """Tokenise a text that continues another, without the prefix space that some tokenizers put before a text."""
     newline, after_newline, alone = _encode(tokenizer, ["\n", "\n" + text, text])
     if np.array_equal(after_newline[: len(newline)], newline) and len(newline) + len(alone) > len(after_newline):
@@ -153,14 +159,14 @@ def _split_all(borders: HardBorders, texts: Sequence[str]) -> Iterator[tuple[int
         previous, ends = text, [*ends[:kept], *accumulate(map(len, pieces), initial=ends[kept])]
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[Ids]:
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
     if not texts:
         return []
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
     return [np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"]]
 
 
-def _backend_of(tokenizer: Any) -> Any:
+def _get_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     """What a tokenizer of stock methods asks for ids, if it is new enough to leave out offsets."""
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -172,7 +178,7 @@ def _backend_of(tokenizer: Any) -> Any:
     return backend if is_stock and hasattr(backend, "encode_batch_fast") else None
 
 
-def _candidates(tokenizer: Any, chat_template: str) -> list[str]:
+def _candidates(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> list[str]:
     if not getattr(tokenizer, "is_fast", False) or getattr(tokenizer, "split_special_tokens", False):
         return []
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}

@@ -1,15 +1,21 @@
 """How a chat template treats messages, found by rendering small conversations with it."""
 
+from __future__ import annotations
+
 import json
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from .conversation import Message, RenderingError
 from .reasoning import REASONING_KEYS, THINK, reasoning_tags
 from .template import ChatTemplate
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 # Words that no template writes itself.
@@ -22,7 +28,9 @@ _TOOL = {"type": "function", "function": {"name": "oak", "description": "Oak", "
 _CLOSES_A_PART = re.compile("^</|^\\[/|[_\u2581]end[|\uff5c]>$|^<[a-z_]+\\|>$")
 _ROLES = ("system", "user", "assistant", "tool")
 
-_known: WeakKeyDictionary[Any, dict[tuple[str, str, int, str | None], "Traits"]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, str, int, str | None], Traits]] = (
+    WeakKeyDictionary()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +131,7 @@ class _Probe:
         except RenderingError:
             return ""
 
-    def takes(self, role: str, content: Any) -> bool:
+    def takes(self, role: str, content: object) -> bool:
         """Whether the template prints a content of that form as text, and not as Python or JSON writes a list."""
         before = {"system": (), "user": (), "assistant": (_USER,), "tool": (_USER, _calling(*self.arguments))}[role]
         after = (_USER,) if role == "system" else ()
@@ -226,7 +234,7 @@ class _Probe:
         return next((token for token in tokens if rest.startswith(token)), eos)
 
 
-def split_markup(text: str, tokenizer: Any) -> list[str]:
+def split_markup(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Cut markup into added tokens, tags, words and single other characters: pieces that must not be cut further."""
     added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
     return re.findall("|".join([*map(re.escape, added), r"<[^<>\s]*>", r"\[[^\[\]\s]*\]", r"\w+", r"\s", "."]), text)

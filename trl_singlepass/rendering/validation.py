@@ -1,4 +1,4 @@
-"""What a dataset row must hold to be a conversation: each fault named with its message, its key and the way out."""
+"""What a dataset example must hold to be a conversation: each fault named with message, key and way out."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -32,13 +32,13 @@ def expected_columns(columns: Collection[str]) -> str:
     )
 
 
-def message_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
+def message_columns(example: Mapping[str, Any]) -> tuple[str, ...]:
     """
-    Return the columns that hold the conversation of a row.
+    Return the columns that hold the conversation of an example.
 
     Args:
-        row (`Mapping[str, Any]`):
-            Dataset row.
+        example (`Mapping[str, Any]`):
+            Dataset example.
 
     Returns:
         `tuple[str, ...]`: `("messages",)`, `("prompt", "completion")` or `("conversations",)`.
@@ -47,14 +47,16 @@ def message_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
         `RenderingError`: If none of them holds lists of messages.
     """
     for columns in MESSAGE_COLUMNS:
-        if all(isinstance(row.get(name), list) for name in columns):
+        if all(isinstance(example.get(name), list) for name in columns):
             return columns
-    given = [columns for columns in MESSAGE_COLUMNS if set(columns) <= set(row)]
-    filled = [columns for columns in given if any(row[name] is not None for name in columns)]
+    given = [columns for columns in MESSAGE_COLUMNS if set(columns) <= set(example)]
+    filled = [columns for columns in given if any(example[name] is not None for name in columns)]
     for columns in (filled or given)[:1]:
-        name = next(name for name in columns if not isinstance(row[name], list))
-        raise RenderingError(f"'{name}' is {kind_of(row[name])}, expected a list of messages. {_to_list(row[name])}.")
-    raise RenderingError(expected_columns(row))
+        name = next(name for name in columns if not isinstance(example[name], list))
+        raise RenderingError(
+            f"'{name}' is {describe_type(example[name])}, expected a list of messages. {_to_list(example[name])}."
+        )
+    raise RenderingError(expected_columns(example))
 
 
 def check_are_objects(messages: Sequence[Any]) -> None:
@@ -67,8 +69,8 @@ def check_are_objects(messages: Sequence[Any]) -> None:
             )
         if not isinstance(message, Mapping):
             raise RenderingError(
-                f"Message {index} is {kind_of(message)}, expected an object with 'role' and 'content'. Repair it, or "
-                "leave the row out."
+                f"Message {index} is {describe_type(message)}, expected an object with 'role' and 'content'. "
+                "Repair it, or leave the row out."
             )
 
 
@@ -78,7 +80,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         messages (`Sequence[Mapping[str, Any]]`):
-            All messages of a row. A key whose value is `None` counts as absent.
+            All messages of an example. A key whose value is `None` counts as absent.
 
     Raises:
         `RenderingError`: If a role, content, reasoning or tool call is missing or of a wrong type.
@@ -98,19 +100,21 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def check_tools(tools: Any) -> None:
+def check_tools(tools: object) -> None:
     """Refuse tools that are no list of JSON schemas or functions."""
     if tools is None:
         return
     if isinstance(tools, Mapping):
         raise RenderingError("'tools' is an object, expected a list of tools. Put the tool in a list.")
     if not isinstance(tools, list | tuple):
-        raise RenderingError(f"'tools' is {kind_of(tools)}, expected a list of tools. Leave it empty without tools.")
+        raise RenderingError(
+            f"'tools' is {describe_type(tools)}, expected a list of tools. Leave it empty without tools."
+        )
     for index, tool in enumerate(tools):
         if callable(tool):
             continue
         if not isinstance(tool, Mapping):
-            raise RenderingError(f"Tool {index} is {kind_of(tool)}, expected an object with its JSON schema.")
+            raise RenderingError(f"Tool {index} is {describe_type(tool)}, expected an object with its JSON schema.")
         if not isinstance(tool.get("function"), Mapping | None):
             raise RenderingError(_wrong(f"Tool {index}", "function", tool["function"], "an object"))
         name = (tool.get("function") or tool).get("name")
@@ -118,11 +122,12 @@ def check_tools(tools: Any) -> None:
             raise RenderingError(_wrong(f"Tool {index}", "name", name, "text"))
 
 
-def check_template_kwargs(kwargs: Any) -> None:
+def check_template_kwargs(kwargs: object) -> None:
     """Refuse arguments of the chat template that are no object, or that rendering sets itself."""
     if not isinstance(kwargs, Mapping):
         raise RenderingError(
-            f"'chat_template_kwargs' is {kind_of(kwargs)}, expected an object such as {{'enable_thinking': false}}."
+            f"'chat_template_kwargs' is {describe_type(kwargs)}, expected an object such as "
+            "{'enable_thinking': false}."
         )
     reserved = [name for name in _OF_RENDERING if kwargs.get(name) is not None]
     if reserved:
@@ -163,7 +168,7 @@ def missing_parts(error: Exception, messages: Sequence[Mapping[str, Any]], tools
     return f" (missing: {'; '.join(found)})" if found else " (a tool or a message lacks a key that the template reads)"
 
 
-def kind_of(value: Any) -> str:
+def describe_type(value: object) -> str:
     """Return what a value is called in an error message."""
     names: dict[type, str] = {str: "text", bytes: "bytes", bool: "a boolean", int: "a number", float: "a number"}
     if value is None:
@@ -201,12 +206,12 @@ def _check_content(index: int, message: Mapping[str, Any]) -> None:
         _check_part(f"Part {position} of the content of message {index}", part, role)
 
 
-def _check_part(where: str, part: Any, role: str) -> None:
+def _check_part(where: str, part: object, role: str) -> None:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in _MEDIA:
         raise RenderingError(f"{where} is of the type '{kind}': a single pass trains text. Leave the row out.")
     if not isinstance(part, str | Mapping):
-        raise RenderingError(f"{where} is {kind_of(part)}, expected an object with 'type' and 'text'.")
+        raise RenderingError(f"{where} is {describe_type(part)}, expected an object with 'type' and 'text'.")
     if isinstance(part, str) or role not in _TEXT_ROLES:
         return
     text = part.get("text")
@@ -216,7 +221,7 @@ def _check_part(where: str, part: Any, role: str) -> None:
         raise RenderingError(_wrong(where, "text", text, "text"))
 
 
-def _check_calls(index: int, calls: Any) -> None:
+def _check_calls(index: int, calls: object) -> None:
     if calls is None:
         return
     if not isinstance(calls, list):
@@ -226,7 +231,9 @@ def _check_calls(index: int, calls: Any) -> None:
         where = f"Call {position} of message {index}"
         function = (call.get("function") or call) if isinstance(call, Mapping) else call
         if not isinstance(function, Mapping):
-            raise RenderingError(f"{where} is {kind_of(function)}, expected an object with 'name' and 'arguments'.")
+            raise RenderingError(
+                f"{where} is {describe_type(function)}, expected an object with 'name' and 'arguments'."
+            )
         name, arguments = function.get("name"), function.get("arguments")
         if not isinstance(name, str) or not name:
             raise RenderingError(f"{where} has no 'name'. Write the name of the tool that it calls.")
@@ -234,11 +241,11 @@ def _check_calls(index: int, calls: Any) -> None:
             raise RenderingError(_wrong(where, "arguments", arguments, "an object, or JSON of one"))
 
 
-def _wrong(where: str, key: str, value: Any, expected: str) -> str:
-    return f"{where} has '{key}' that is {kind_of(value)}, expected {expected}."
+def _wrong(where: str, key: str, value: object, expected: str) -> str:
+    return f"{where} has '{key}' that is {describe_type(value)}, expected {expected}."
 
 
-def _to_list(value: Any, otherwise: str = "Repair it, or leave the row out") -> str:
+def _to_list(value: object, otherwise: str = "Repair it, or leave the row out") -> str:
     if isinstance(value, str) and _is_json(value):
         return "Decode the JSON with json.loads"
     return "Decode it" if isinstance(value, bytes) else otherwise

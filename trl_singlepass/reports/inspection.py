@@ -80,15 +80,15 @@ class Inspection:
         tree = PrefixTree.from_samples(samples)
         plan = TreePlan.from_subtree_end(tree.subtree_end)
         paths = sample_paths(tree, samples)
-        text_of = {token: tokenizer.decode([token]) for token in np.unique(tree.input_ids).tolist()}
-        texts = tuple(text_of[token] for token in tree.input_ids.tolist())
+        get_text = {token: tokenizer.decode([token]) for token in np.unique(tree.input_ids).tolist()}
+        texts = tuple(get_text[token] for token in tree.input_ids.tolist())
         roles = _roles(tree, plan, texts, set(tokenizer.added_tokens_decoder))
         for sample, path in zip(samples, paths, strict=True):
             reasoning_end = sample.prompt_length + sample.reasoning_length
             for start, end, role in ((sample.prompt_length, reasoning_end, REASONING), (reasoning_end, None, ANSWER)):
                 for position in path[start:end]:
                     roles[position] = role
-        targets = tuple(text_of.get(label) for label in [*tree.labels[1:].tolist(), IGNORE_INDEX])
+        targets = tuple(get_text.get(label) for label in [*tree.labels[1:].tolist(), IGNORE_INDEX])
         weights = incoming_weights(tree, plan)
         return cls(tuple(samples), tree, plan, tuple(paths), texts, tuple(roles), targets, weights)
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..attention.context import Tree
-from ..attention.kv_cache import HandedOn, LayerMemory, MemoryAccess
+from ..attention.kv_cache import KVCache, KVCacheView, SlotRanges
 from ..recurrent.boundary import Handover, Kept
 from ..recurrent.boundary_grads import Leaves
 from ..recurrent.layer_kinds import ReplayMode
@@ -37,15 +37,15 @@ class GroupMemory:
         self.row = row
         self.slots = Placement.one_after_the_other(tokens for wave in waves for tokens in wave.handed_on)
         self.offload = offload
-        self.layers: dict[torch.nn.Module, LayerMemory] = {}
+        self.layers: dict[torch.nn.Module, KVCache] = {}
         self.leaves: defaultdict[torch.nn.Module, Leaves] = defaultdict(lambda: Leaves(offload))
         self._waves = waves
         self._kept: dict[ReplayMode, Kept] = {}
 
-    def of(self, layer: torch.nn.Module, num_slots: int) -> LayerMemory:
+    def of(self, layer: torch.nn.Module, num_slots: int) -> KVCache:
         """Return the memory of a layer."""
         if layer not in self.layers:
-            self.layers[layer] = LayerMemory(num_slots, self.offload)
+            self.layers[layer] = KVCache(num_slots, self.offload)
         return self.layers[layer]
 
     def kept_within(self, local_size: int | None) -> NDArray[np.int64]:
@@ -62,7 +62,7 @@ class GroupMemory:
             self._kept[mode] = Kept.by(plans, mode.schedule)
         return self._kept[mode]
 
-    def handed_on(self, tokens: Placement, wave: Wave) -> HandedOn:
+    def handed_on(self, tokens: Placement, wave: Wave) -> SlotRanges:
         """
         Return the slots of the tokens that a wave hands on.
 
@@ -106,14 +106,14 @@ class WaveTree(Tree):
             Layers that received it.
         memory (`GroupMemory`):
             Keys and values of the ancestors that do not run along.
-        handed_on (`HandedOn`):
+        handed_on (`SlotRanges`):
             Tokens that later waves attend to.
         writes (`bool`):
             Whether these tokens run for the first time.
     """
 
     memory: GroupMemory | None = None
-    handed_on: HandedOn = ()
+    handed_on: SlotRanges = ()
     writes: bool = False
 
     @classmethod
@@ -149,13 +149,13 @@ class WaveTree(Tree):
         handed_on = memory.handed_on(placement, wave)
         return cls(plan, end, select(row.depth, tokens), row.attended_by, memory, handed_on, writes)
 
-    def memory_of(self, layer: torch.nn.Module, local_size: int | None = None) -> MemoryAccess | None:
+    def kv_cache(self, layer: torch.nn.Module, local_size: int | None = None) -> KVCacheView | None:
         """Return keys and values of ancestors that ran before, as far as the layer looks back."""
         assert self.memory is not None
         if not len(self.memory.slots):
             return None
         kept = self.memory.kept_within(local_size)
-        return MemoryAccess.to(self.memory.of(layer, len(kept)), self.handed_on, kept, writes=self.writes)
+        return KVCacheView.for_layer(self.memory.of(layer, len(kept)), self.handed_on, kept, stores=self.writes)
 
     def handover(self, mode: ReplayMode) -> Handover | None:
         """Return what recurrent layers need of ancestors that ran before."""

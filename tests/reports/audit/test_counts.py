@@ -4,13 +4,13 @@ from transformers import Qwen3Config
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat
-from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.audit import audit
 
 
 def test_token_counts_and_turns_over_max_length():
     tokenizer, rows = make_tokenizer(), [chat(2), chat(3, 1)]
-    samples = [render_row({"messages": row}, tokenizer) for row in rows]
+    samples = [render_example({"messages": row}, tokenizer) for row in rows]
     limit = sorted(len(sample) for turns in samples for sample in turns)[2]
     report = audit(rows, tokenizer, max_length=limit)
     assert report.all_turns.prompt_tokens == sum(s.prompt_length for turns in samples for s in turns)

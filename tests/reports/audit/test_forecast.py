@@ -9,7 +9,7 @@ from transformers import Qwen3Config
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import agentic_chat, chat, tool_chat
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
-from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.audit import audit
 from trl_singlepass.reports.audit.forecast import Schedule, count_conversation, make_forecast, maximal_chains
 from trl_singlepass.trees.prefix_tree import PrefixTree
@@ -39,7 +39,7 @@ def test_single_turns_are_not_worth_a_tree():
 
 def test_forecast_counts_what_each_schedule_computes():
     tokenizer, rows = make_tokenizer(), [chat(2), chat(3, 1), tool_chat()]
-    samples = [render_row({"messages": row}, tokenizer) for row in rows]
+    samples = [render_example({"messages": row}, tokenizer) for row in rows]
     report, shape = audit(rows, tokenizer, CONFIG).forecast, ModelShape.from_config(CONFIG)
     trees = [PrefixTree.from_samples(turns) for turns in samples]
     assert report.costs[Schedule.NPASS] == npass_cost([s for turns in samples for s in turns], shape)
@@ -67,7 +67,7 @@ def test_without_a_model_the_forecast_counts_tokens_and_pairs():
     assert report.forecast.over_npass.value == report.forecast.sharing_factor.value
     assert "of the tokens" in report.forecast.verdict
     assert report.forecast.costs[Schedule.NPASS].attention_pairs == sum(
-        len(s) * (len(s) + 1) // 2 for s in render_row({"messages": chat(3)}, make_tokenizer())
+        len(s) * (len(s) + 1) // 2 for s in render_example({"messages": chat(3)}, make_tokenizer())
     )
 
 
@@ -82,7 +82,7 @@ def test_chains_are_exact_and_none_begins_another(token_lists):
 
 def test_the_forecast_needs_no_samples_to_be_kept():
     tokenizer, shape = make_tokenizer(), ModelShape.from_config(CONFIG)
-    costs = [count_conversation(render_row({"messages": chat(3, i)}, tokenizer), shape) for i in range(3)]
+    costs = [count_conversation(render_example({"messages": chat(3, i)}, tokenizer), shape) for i in range(3)]
     assert all(cost.first_prompt.dtype == np.int32 for cost in costs)
     assert make_forecast(costs, shape, 1.0).costs[Schedule.NPASS].tokens == sum(
         c.by_schedule[Schedule.NPASS].tokens for c in costs

@@ -2,7 +2,7 @@
 
 from support.chat_tokenizers import make_tokenizer, template_text
 from support.conversations import chat
-from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.audit import audit
 
 
@@ -10,7 +10,7 @@ def test_other_recipes():
     report = audit([chat(4)], make_tokenizer())
     by_name = {recipe.name: recipe for recipe in report.recipes}
     swapped, last = by_name["TRL assistant_only_loss"], by_name["last turn only"]
-    samples = render_row({"messages": chat(4)}, make_tokenizer())
+    samples = render_example({"messages": chat(4)}, make_tokenizer())
     # TRL's training template for Qwen3 keeps all reasoning: it is trained, but in contexts that inference never shows.
     assert swapped.reasoning_not_trained == 0
     first = len(samples[0]) - samples[0].prompt_length
@@ -21,7 +21,7 @@ def test_other_recipes():
 
 def test_recipes_whose_template_strips_lose_the_reasoning_of_earlier_turns():
     report = audit([chat(4)], make_tokenizer("glm4moe"))
-    samples = render_row({"messages": chat(4)}, make_tokenizer("glm4moe"))
+    samples = render_example({"messages": chat(4)}, make_tokenizer("glm4moe"))
     recipe = next(recipe for recipe in report.recipes if recipe.name == "TRL assistant_only_loss")
     assert recipe.reasoning_not_trained == sum(sample.reasoning_length for sample in samples[:-1])
     assert any("would not train" in finding for finding in report.findings)

@@ -1,0 +1,39 @@
+"""Blocks: every visible pair of tokens is in exactly one, and the examples of the docstrings hold."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.dense_reference import dense_mask
+from support.tree_masks import tree_masks
+from trl_singlepass.attention.block_plan import Block, causal_blocks, masked_blocks, tree_blocks
+from trl_singlepass.trees.rows import Run
+
+
+BRANCH = Run(7, 10, depth=3, prefix=((0, 3),))
+
+
+def test_blocks_of_a_branch():
+    assert list(causal_blocks(BRANCH, None)) == [
+        Block(7, 10, ((0, 3),), 0, "full"),
+        Block(7, 10, ((7, 10),), 3, "causal"),
+    ]
+    assert list(causal_blocks(BRANCH, 2)) == [
+        Block(7, 9, ((0, 3),), 0, "full"),
+        Block(7, 9, ((7, 9),), 3, "causal"),
+        Block(9, 10, ((0, 3),), 0, "full"),
+        Block(9, 10, ((7, 9),), 3, "full"),
+        Block(9, 10, ((9, 10),), 5, "causal"),
+    ]
+    assert list(masked_blocks(BRANCH, 2)) == [Block(7, 10, ((2, 3), (7, 10)), 2, "masked")]
+
+
+@given(mask=tree_masks(("causal", "window", "chunk", "unbounded")), query_block=st.sampled_from([None, 3]))
+def test_blocks_cover_every_visible_pair_and_no_key_twice(mask, query_block):
+    visible = dense_mask(mask)
+    covered = torch.zeros_like(visible, dtype=torch.int)
+    for block in tree_blocks(mask, query_block):
+        for first, last in block.keys:
+            covered[block.start : block.end, first:last] += 1
+    assert (covered <= 1).all()
+    assert (covered.bool() | ~visible).all()

@@ -1,0 +1,47 @@
+"""Attention sinks: a logit per head that takes part in the softmax without a key or a value (gpt-oss)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def add_sinks_(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """
+    Add a sink to the softmax after the fact: it only scales the output, by `exp(lse - logaddexp(lse, sink))`.
+
+    Args:
+        out (`torch.Tensor` of shape `(..., heads, num_queries, value_dim)`):
+            Output without sinks, scaled in place.
+        lse (`torch.Tensor` of shape `(..., heads, num_queries)`):
+            Log-sum-exp of the scores without sinks.
+        sinks (`torch.Tensor` of shape `(heads,)`):
+            Logit of each head.
+
+    Returns:
+        `torch.Tensor` of shape `(..., heads, num_queries)`: Log-sum-exp with the sinks.
+    """
+    merged = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    out *= (lse - merged).exp()[..., None].to(out.dtype)
+    return merged
+
+
+def sink_gradient(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """
+    Return the gradient of the sinks, `-Σ weight · rowsum(grad · out)` with the weight `exp(sink - lse)`.
+
+    Args:
+        grad (`torch.Tensor` of shape `(heads, num_queries, value_dim)`):
+            Gradient of the output.
+        out (`torch.Tensor` of shape `(heads, num_queries, value_dim)`):
+            Output with sinks.
+        lse (`torch.Tensor` of shape `(heads, num_queries)`):
+            Log-sum-exp with sinks.
+        sinks (`torch.Tensor` of shape `(heads,)`):
+            Logit of each head.
+
+    Returns:
+        `torch.Tensor` of shape `(heads,)`: The gradient.
+    """
+    delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    weight = (sinks.to(lse.dtype)[:, None] - lse).exp()
+    return -(weight * delta).sum(-1).to(sinks.dtype)
