@@ -104,7 +104,7 @@ def test_contributing_says_what_a_room_may_import():
 
 def test_contributing_names_files_that_exist():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    paths = re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)`", text)
+    paths = re.findall(r"(?<![\w./])(?:\w+/)+(?:\w+\.(?:py|md))?", text)
     assert len(paths) > 20
     assert [path for path in paths if not (PACKAGE / path).exists() and not (ROOT / path).exists()] == []
 
