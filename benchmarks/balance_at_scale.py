@@ -25,8 +25,8 @@ from benchmarks.machine import describe
 from trl_singlepass import PrefixTree
 from trl_singlepass.cli.loading import load_tokenizer
 from trl_singlepass.data.arrow import num_attention_pairs
-from trl_singlepass.data.conversations import samples_of
-from trl_singlepass.data.files import load_rows
+from trl_singlepass.data.conversations import example_to_samples
+from trl_singlepass.data.files import load_examples
 from trl_singlepass.data.sampler import BalancedSampler, predicted_imbalance, row_costs
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.trees.rows import Row
@@ -73,8 +73,8 @@ class Lengths:
 def read_lengths(tokenizer: str, data: Path) -> Lengths:
     """Lengths of the conversations of a file."""
     loaded, lengths = load_tokenizer(tokenizer), []
-    for index, conversation in enumerate(load_rows(str(data))):
-        samples = samples_of(conversation, index, loaded, RowSettings()).samples
+    for index, conversation in enumerate(load_examples(str(data))):
+        samples = example_to_samples(conversation, index, loaded, RowSettings()).samples
         row = Row.from_tree(PrefixTree.from_samples(samples))
         lengths.append((len(row), num_attention_pairs(row), [len(sample) for sample in samples]))
     tokens, pairs, of_samples = zip(*lengths, strict=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from trl_singlepass import Sample
 from trl_singlepass.cli.loading import load_tokenizer
-from trl_singlepass.data.files import load_rows
+from trl_singlepass.data.files import load_examples
 from trl_singlepass.rendering.conversation import Conversation
 from trl_singlepass.rendering.history import render_with_history
 from trl_singlepass.trees.radix import common_prefix_length
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--chat_template", help="file to take the place of the tokenizer's own")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer, chat_template=args.chat_template)
-    conversations = [Conversation.from_example(dict(row)) for row in load_rows(str(args.data))]
+    conversations = [Conversation.from_example(dict(row)) for row in load_examples(str(args.data))]
     rendered = [render_with_history(conversation, tokenizer, "template") for conversation in conversations]
     order = np.argsort([sum(map(len, samples)) for samples in rendered], kind="stable")
     chosen = [int(order[int(quartile * (len(order) - 1))]) for quartile in QUARTILES]

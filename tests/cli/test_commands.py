@@ -20,7 +20,7 @@ from support.trainers import float32_model
 from trl_singlepass.cli import commands, launch
 from trl_singlepass.cli.main import EXAMPLES, SUMMARIES, _parser_class, main
 from trl_singlepass.cost import ModelShape, npass_cost
-from trl_singlepass.data.files import JsonLines, load_rows
+from trl_singlepass.data.files import JsonLines, load_examples
 from trl_singlepass.reference import timing
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.audit import audit
@@ -196,7 +196,7 @@ ERRORS = [
     (["inspect", "{model}", "{data}", "--config", "{tmp}/none.yaml"], "none.yaml"),
     (["inspect", "{model}", "{tmp}/none.jsonl"], "There is no file"),
     (["inspect", "{model}", "{tmp}/empty.jsonl"], "is empty. Expected one JSON object per line"),
-    (["inspect", "{model}", "{tmp}/broken.jsonl"], "row 0: no JSON"),
+    (["inspect", "{model}", "{tmp}/broken.jsonl"], "row 0: not JSON"),
     (["inspect", "{model}", "{tmp}/list.jsonl"], "expected a JSON object, got list"),
     (["inspect", "{model}", "{tmp}/text.txt"], "is none of .jsonl"),
     (["inspect", "{model}", "{tmp}/user.jsonl"], "Row 0: Expected at least one assistant message"),
@@ -289,8 +289,8 @@ def test_other_files_and_folders(kind, tmp_path):
     else:
         datasets.DatasetDict({"train": plain}).save_to_disk(path)
         with pytest.raises(ValueError, match="has no split 'test', only train"):
-            load_rows(str(path), split="test")
-    loaded = load_rows(str(path))
+            load_examples(str(path), split="test")
+    loaded = load_examples(str(path))
     tokenizer = make_tokenizer()
     expected = [len(sample) for sample in render_example(rows()[0], tokenizer)]
     assert [len(sample) for sample in render_example(dict(loaded[0]), tokenizer)] == expected

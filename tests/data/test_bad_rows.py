@@ -17,9 +17,9 @@ from trl_singlepass import SinglePassSFTConfig, audit, to_npass, verify
 from trl_singlepass.data import conversations as conversation_rows
 from trl_singlepass.data import preparation
 from trl_singlepass.data.bad_rows import BadRowError
-from trl_singlepass.data.conversations import samples_of
-from trl_singlepass.data.overlong import OverlongTurnError
+from trl_singlepass.data.conversations import example_to_samples
 from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.selection import OverlongTurnError
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.data.streaming import stream_rows
 from trl_singlepass.rendering.samples import RenderingError
@@ -69,7 +69,7 @@ def propagated(monkeypatch):
 def test_every_shape_has_one_clear_error_with_its_row(tokenizer, shape):
     row, reason = MALFORMED[shape]
     with pytest.raises(BadRowError, match=f"^Row 7: .*{reason}"):
-        samples_of(row, 7, tokenizer, RowSettings())
+        example_to_samples(row, 7, tokenizer, RowSettings())
 
 
 @pytest.mark.parametrize("shape", MALFORMED)
@@ -127,8 +127,8 @@ def test_a_dataset_of_bad_rows_alone_is_refused(tmp_path, tokenizer):
 def test_changing_one_s_mind_prepares_nothing_again(tmp_path, tokenizer, monkeypatch):
     as_dataset(MIXED).save_to_disk(tmp_path / "data")
     stored = datasets.load_from_disk(str(tmp_path / "data"))
-    calls, rows_of = [], preparation.rows_of
-    monkeypatch.setattr(preparation, "rows_of", lambda *args: calls.append(args[1]) or rows_of(*args))
+    calls, example_to_rows = [], preparation.example_to_rows
+    monkeypatch.setattr(preparation, "example_to_rows", lambda *args: calls.append(args[1]) or example_to_rows(*args))
     with pytest.raises(RenderingError):
         conversations_to_rows(stored, tokenizer, RowSettings())
     conversations_to_rows(stored, tokenizer, RowSettings(), bad_rows="drop")
@@ -315,7 +315,7 @@ def test_whatever_stands_where_it_does_not_belong_is_named_or_trained(tokenizer,
 
 def refusal_of(row, tokenizer):
     try:
-        samples_of(row, 3, tokenizer, RowSettings())
+        example_to_samples(row, 3, tokenizer, RowSettings())
     except BadRowError as error:
         return str(error)
     return None

@@ -16,7 +16,7 @@ from support.sample_sets import reasoning_chat, sample_sets
 from support.tiny_families import tiny_model
 from support.trainers import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
 from trl_singlepass.data.packed_dataset import pack_dataset, pack_rows
-from trl_singlepass.data.packing import place
+from trl_singlepass.data.packing import assign_to_rows
 from trl_singlepass.data.preparation import conversations_to_rows
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.trees.prefix_tree import PrefixTree
@@ -90,7 +90,7 @@ def test_no_row_is_overfull_and_no_token_lost(sets, spare):
 def test_every_conversation_is_placed_once_and_fits(conversations, capacity):
     beginnings = [np.full(min(size, MIN_SHARED_TOKENS + 4), kind) for kind, size in conversations]
     sizes = np.array([size for _, size in conversations])
-    rows = place(sizes, lambda i: beginnings[i], capacity)
+    rows = assign_to_rows(sizes, lambda i: beginnings[i], capacity)
     assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
     for row in rows:
         distinct = {}
@@ -102,7 +102,7 @@ def test_every_conversation_is_placed_once_and_fits(conversations, capacity):
 
 def test_conversations_that_begin_alike_stand_together():
     beginnings = [np.full(50, index % 2) for index in range(40)]
-    rows = place([60] * 40, lambda i: beginnings[i], 50 + 20 * 10)
+    rows = assign_to_rows([60] * 40, lambda i: beginnings[i], 50 + 20 * 10)
     assert len(rows) == 2
     assert [{index % 2 for index in row} for row in rows] in ([{0}, {1}], [{1}, {0}])
 
@@ -111,7 +111,7 @@ def test_a_group_that_fits_nowhere_whole_is_not_scattered():
     """In the room that large conversations leave, each member would repeat the beginning, for nothing."""
     large, members = 10, 10
     beginnings = [np.empty(0)] * large + [np.full(50, 1)] * members
-    rows = place([140] * large + [60] * members, lambda i: beginnings[i], 200)
+    rows = assign_to_rows([140] * large + [60] * members, lambda i: beginnings[i], 200)
     assert len(rows) == large + 1
     assert sorted(rows[-1]) == list(range(large, large + members))
 
@@ -126,7 +126,7 @@ def test_room_is_kept_for_the_token_that_two_targets_fork():
 
 def test_a_conversation_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match=r"Conversation 1 has 9 tokens, a row has max_row_tokens=8.*Split it first"):
-        place([3, 9], lambda i: np.empty(0), 8)
+        assign_to_rows([3, 9], lambda i: np.empty(0), 8)
 
 
 @given(sample_sets())

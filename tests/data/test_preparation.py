@@ -8,9 +8,8 @@ from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
 from support.trainers import as_dataset, single_pass_trainer
 from trl_singlepass.data import preparation
-from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.preparation import conversations_to_rows, tokenizer_fingerprint
 from trl_singlepass.data.settings import RowSettings
-from trl_singlepass.data.tokenizer_fingerprint import tokenizer_fingerprint
 from trl_singlepass.rendering.samples import RenderingError
 from trl_singlepass.trees.sample import CompletionKind
 
@@ -35,8 +34,8 @@ def stored(tmp_path):
 def prepared(monkeypatch):
     """Numbers of the conversations that were prepared, not taken from the cache."""
     calls = []
-    rows_of = preparation.rows_of
-    monkeypatch.setattr(preparation, "rows_of", lambda *args: calls.append(args[1]) or rows_of(*args))
+    example_to_rows = preparation.example_to_rows
+    monkeypatch.setattr(preparation, "example_to_rows", lambda *args: calls.append(args[1]) or example_to_rows(*args))
     return calls
 
 

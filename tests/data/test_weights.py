@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_singlepass.data.selection import parse_train_turns, select_turns
-from trl_singlepass.data.tokenized_turns import samples_of_turns
-from trl_singlepass.data.weights import LOSS_REDUCTIONS, message_weights, weigh
+from trl_singlepass.data.tokenized_turns import tokenized_turns_to_samples
+from trl_singlepass.data.weights import LossReduction, message_weights, weigh
 from trl_singlepass.trees.sample import Sample
 
 
@@ -73,7 +73,7 @@ def test_turn_reduction_counts_a_turn_as_often_as_its_message_weighs():
     assert mean_loss(weighed, nll) == pytest.approx(np.average(means, weights=weights))
 
 
-@pytest.mark.parametrize("loss_reduction", LOSS_REDUCTIONS)
+@pytest.mark.parametrize("loss_reduction", list(LossReduction))
 def test_reasoning_weight_scales_reasoning_within_a_turn(loss_reduction):
     samples = samples_of([(2, 6)], reasoning_length=4)
     nll = nll_of(samples)
@@ -82,7 +82,7 @@ def test_reasoning_weight_scales_reasoning_within_a_turn(loss_reduction):
     assert mean_loss(weighed, nll) == pytest.approx(np.average(part, weights=[0.25] * 4 + [1] * 2))
 
 
-@pytest.mark.parametrize("loss_reduction", LOSS_REDUCTIONS)
+@pytest.mark.parametrize("loss_reduction", list(LossReduction))
 def test_a_conversation_of_weight_zero_stays_untrained(loss_reduction):
     (sample,) = weigh(samples_of([(2, 3)]), [0.0], loss_reduction=loss_reduction)
     assert not sample.is_trained
@@ -119,10 +119,10 @@ def test_sampled_turns_depend_on_seed_and_row_and_nothing_else():
     def draw(**kwargs):
         return [sample.message_index for sample in select_turns(samples, "sample:5", **kwargs)]
 
-    assert draw(seed=1, row_index=2) == draw(seed=1, row_index=2)
+    assert draw(seed=1, example_index=2) == draw(seed=1, example_index=2)
     assert len(draw()) == 5
     assert draw() == sorted(draw())
-    assert len({tuple(draw(seed=seed, row_index=row)) for seed in range(3) for row in range(3)}) > 6
+    assert len({tuple(draw(seed=seed, example_index=row)) for seed in range(3) for row in range(3)}) > 6
 
 
 @pytest.mark.parametrize("train_turns", [0, -1, "first", "sample:", "sample:0", True, 1.5])
@@ -136,7 +136,7 @@ def test_tokenised_turns_are_samples():
         {"prompt_ids": [5, 6], "completion_ids": [7], "completion_weights": None},
         {"prompt_ids": [5, 6, 7], "completion_ids": [8, 9], "completion_weights": [0.5, 0]},
     ]
-    first, second = samples_of_turns(turns, vocab_size=10)
+    first, second = tokenized_turns_to_samples(turns, vocab_size=10)
     assert first.token_ids.tolist() == [5, 6, 7]
     assert first.loss_weights.tolist() == [0, 0, 1]
     assert second.loss_weights.tolist() == [0, 0, 0, 0.5, 0]
@@ -164,4 +164,4 @@ def test_tokenised_turns_are_samples():
 )
 def test_wrong_turns_are_named(turns, message):
     with pytest.raises(ValueError, match=message):
-        samples_of_turns(turns, vocab_size=10)
+        tokenized_turns_to_samples(turns, vocab_size=10)

@@ -11,7 +11,7 @@ from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS, chat, tool_chat
 from support.trainers import as_dataset, float32_model, largest_difference, logged, single_pass_trainer, stock_trainer
 from trl_singlepass import SinglePassSFTConfig
-from trl_singlepass.data.conversations import samples_of
+from trl_singlepass.data.conversations import example_to_samples
 from trl_singlepass.reference.export import to_npass
 from trl_singlepass.rendering.samples import RenderingError, render_example
 
@@ -73,7 +73,7 @@ def test_weights_and_choices_of_the_run_hold(settings):
     samples = [
         sample
         for index, row in enumerate(rows())
-        for sample in samples_of(row, index, tokenizer, args.row_settings()).samples
+        for sample in example_to_samples(row, index, tokenizer, args.row_settings()).samples
     ]
     assert ("loss_weights" in exported.column_names) == ("train_turns" not in settings)
     assert len(exported) == len(samples)

@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.sample_sets import sample_sets
-from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.data.row_padding import padded_to
+from trl_singlepass.data.collator import DataCollatorForSinglePass, pad_batch
 from trl_singlepass.training.sequence_parallel import tree_of
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
@@ -34,7 +33,7 @@ def test_padding_a_batch_is_padding_its_rows(sets, multiple):
     padded_rows = DataCollatorForSinglePass(PAD, pad_to_multiple_of=multiple)(rows)
     batch = DataCollatorForSinglePass(PAD)(rows)
     del batch["subtree_end"]
-    padded = padded_to(padded_rows["tree_plan"].length, batch, PAD)
+    padded = pad_batch(batch, padded_rows["tree_plan"].length, PAD)
     assert padded["tree_plan"].runs == padded_rows["tree_plan"].runs
     for name in padded.keys() - {"tree_plan"}:
         assert torch.equal(padded[name], padded_rows[name]), name

@@ -13,7 +13,7 @@ from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
 from support.sample_sets import sample_sets
 from support.trainers import as_dataset, float32_model, needs_weighted_loss, single_pass_trainer
-from trl_singlepass.data.conversations import samples_of
+from trl_singlepass.data.conversations import example_to_samples
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.training.turn_metrics import NUM_TURNS
 from trl_singlepass.trees.prefix_tree import PrefixTree, sample_paths
@@ -77,7 +77,7 @@ def npass_metrics(model, tokenizer, conversations, **settings):
     """The same metrics from one forward pass per sample."""
     sums = defaultdict(lambda: np.zeros(3))
     for index, messages in enumerate(conversations):
-        for sample in samples_of({"messages": messages}, index, tokenizer, RowSettings(**settings)).samples:
+        for sample in example_to_samples({"messages": messages}, index, tokenizer, RowSettings(**settings)).samples:
             turn = sum(message["role"] == "assistant" for message in messages[: sample.message_index]) + 1
             with torch.no_grad():
                 logits = model(torch.tensor(sample.token_ids)[None]).logits[0, :-1].double()

@@ -13,8 +13,8 @@ from support.sample_sets import reasoning_chat, sample_sets
 from support.tiny_families import tiny_model
 from support.trainers import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
 from trl_singlepass import render_samples
-from trl_singlepass.data.overlong import fit_samples
 from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.selection import fit_samples
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.rendering.samples import RenderingError
 from trl_singlepass.trees.prefix_tree import PrefixTree

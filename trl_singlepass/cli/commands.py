@@ -12,9 +12,9 @@ from datasets.utils.tqdm import tqdm
 from rich.console import Console
 from rich.text import Text
 
-from ..data.bad_rows import each_row
-from ..data.conversations import samples_of
-from ..data.files import load_rows
+from ..data.bad_rows import read_all
+from ..data.conversations import example_to_samples
+from ..data.files import load_examples
 from ..data.settings import RowSettings
 from ..trees.sample import Sample
 from .loading import load_config, load_model, load_tokenizer
@@ -92,7 +92,7 @@ def inspect(model: str, data: str, args: InspectArguments, console: Console) -> 
     from ..reports.inspection import Inspection, render
 
     tokenizer, rows = _tokenizer(model, args), _rows(data, args)
-    samples = samples_of(_row(rows, args.row, data), args.row, tokenizer, RowSettings()).samples
+    samples = example_to_samples(_row(rows, args.row, data), args.row, tokenizer, RowSettings()).samples
     if not samples:
         raise ValueError(f"Row {args.row}: all its turns have the weight 0, so nothing of it is trained.")
     inspection = Inspection.of(samples, tokenizer)
@@ -184,7 +184,7 @@ def _tokenizer(model: str, args: DataArguments) -> Any:
 
 
 def _rows(data: str, args: DataArguments) -> Any:
-    return load_rows(data, split=args.split, config=args.dataset_config)
+    return load_examples(data, split=args.split, config=args.dataset_config)
 
 
 def _model(model: str, args: Any) -> Any:
@@ -199,9 +199,9 @@ def _model(model: str, args: Any) -> Any:
 
 def _samples(rows: Sequence[Any], tokenizer: Any) -> list[tuple[Sample, ...]]:
     def read(index: int, row: Any) -> tuple[Sample, ...]:
-        return samples_of(row, index, tokenizer, RowSettings()).samples
+        return example_to_samples(row, index, tokenizer, RowSettings()).samples
 
-    return each_row(rows, read, "given")
+    return read_all(rows, read, "given")
 
 
 def _row(rows: Sequence[Any], index: int, data: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What training costs: floating-point operations of both ways, and the memory of a row that ranks share."""
+"""What training costs: floating-point operations of N-pass and a single pass, and the memory of a row."""
 
 from .flops import Cost as Cost
 from .flops import ModelShape as ModelShape

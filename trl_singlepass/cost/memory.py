@@ -1,34 +1,39 @@
 """
-Memory of a row, in counted bytes.
+Memory of a row, in counted bytes: how many ranks should share it, and how many of its tokens may have activations.
 
-How many ranks should share a row (`sp_size`), and how many of its tokens may have activations at once (`wave_tokens`).
+Training counts with [`ActivationBytes`] (for `wave_tokens="auto"`). The functions are for planning a run by hand: they
+tell the smallest `sp_size` with which rows fit, and what its communication costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .flops import ModelShape
-
-
-BYTES = 2  # of a number in bf16
+from .flops import ModelShape, head_sizes
 
 
-def row_bytes(config: Any, num_tokens: int, sp_size: int = 1) -> int:
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+_ITEMSIZE = 2  # bytes of a number in bf16
+
+
+def row_bytes(config: PreTrainedConfig, num_tokens: int, sp_size: int = 1) -> int:
     """
-    Return the memory that a row takes on each rank of a group with gradient checkpointing, in bytes.
+    Return the memory that a row takes on each rank of its group with gradient checkpointing, in bytes.
 
-    The hidden states between layers, `2 · tokens · hidden · layers`, and what one layer keeps while it runs again, of
-    each token: 4 hidden states per norm (2 of them in one of float32), queries 6 times, keys and values 5 times, and
-    4 vectors of the MLP. Logits are not kept, and tree attention adds little.
+    This is the hidden states between layers, `2 · tokens · hidden · layers`, and what one layer saves for each token
+    while it is recomputed: 4 hidden states per norm (one in float32 counts twice), queries 6 times, keys and values 5
+    times, and 4 vectors of the MLP. Logits are not saved, and tree attention adds little.
 
     Args:
         config (`transformers.PreTrainedConfig`):
             Configuration of a model with dense gated MLPs.
         num_tokens (`int`):
-            Tokens of the row.
+            Tokens in the row.
         sp_size (`int`, *optional*, defaults to 1):
             Ranks that share the row.
 
@@ -39,26 +44,26 @@ def row_bytes(config: Any, num_tokens: int, sp_size: int = 1) -> int:
     queries, keys = _widths(config, sp_size)
     layer = 8 * config.hidden_size + 6 * queries + 5 * keys + 4 * config.intermediate_size
     numbers: int = config.num_hidden_layers * config.hidden_size + layer
-    return BYTES * numbers * -(-num_tokens // sp_size)
+    return _ITEMSIZE * numbers * -(-num_tokens // sp_size)
 
 
-def exchange_bytes(config: Any, num_tokens: int, sp_size: int, *, passes: int = 3) -> int:
+def exchange_bytes(config: PreTrainedConfig, num_tokens: int, sp_size: int, *, passes: int = 3) -> int:
     """
-    Return what each rank of a group sends to the others for a row, in bytes.
+    Return how much each rank of a group sends to the others for a row, in bytes.
 
-    Around the attention of each layer, queries, keys, values and results go `(sp_size - 1) / sp_size` of the way:
-    `2 · (queries + keys) · 2 · tokens / sp_size` bytes, once forward, once backward, and once when a checkpointed
-    layer runs again.
+    Around the attention of each layer, a rank sends `(sp_size - 1) / sp_size` of its queries, keys, values and
+    results, which are `2 · (queries + keys) · 2 · tokens / sp_size` bytes: once forward, once backward, and once more
+    when a checkpointed layer is recomputed.
 
     Args:
         config (`transformers.PreTrainedConfig`):
             Configuration of the model.
         num_tokens (`int`):
-            Tokens of the row.
+            Tokens in the row.
         sp_size (`int`):
             Ranks that share the row.
         passes (`int`, *optional*, defaults to 3):
-            Passes through each layer; 2 without gradient checkpointing.
+            Passes through each layer: 2 without gradient checkpointing.
 
     Returns:
         `int`: The bytes.
@@ -67,54 +72,54 @@ def exchange_bytes(config: Any, num_tokens: int, sp_size: int, *, passes: int = 
     queries, keys = _widths(config, sp_size)
     part = -(-num_tokens // sp_size)
     numbers: int = config.num_hidden_layers * 2 * (queries + keys) * part
-    return passes * BYTES * numbers * (sp_size - 1) // sp_size
+    return passes * _ITEMSIZE * numbers * (sp_size - 1) // sp_size
 
 
 def exchange_share(
-    config: Any, num_tokens: int, num_pairs: int, sp_size: int, *, flops: float, bandwidth: float
+    config: PreTrainedConfig, num_tokens: int, num_pairs: int, sp_size: int, *, flops: float, bandwidth: float
 ) -> float:
     """
-    Return the time of the exchange ÷ the time of the computation of a row, with gradient checkpointing.
+    Return the time that ranks exchange data ÷ the time that they compute for a row, with gradient checkpointing.
 
     Args:
         config (`transformers.PreTrainedConfig`):
             Configuration of the model.
         num_tokens (`int`):
-            Tokens of the row.
+            Tokens in the row.
         num_pairs (`int`):
-            Pairs of a token and an ancestor or itself; `tokens · (tokens + 1) / 2` in a text.
+            Pairs of a token and an ancestor or itself: `tokens · (tokens + 1) / 2` without branches.
         sp_size (`int`):
             Ranks that share the row.
         flops (`float`):
-            Floating-point operations per second that a rank reaches.
+            Floating-point operations per second that a rank achieves.
         bandwidth (`float`):
             Bytes per second that a rank sends to the others of its group.
 
     Returns:
-        `float`: 0.1 where ranks exchange for a tenth of the time that they compute.
+        `float`: 0.1 if the exchange takes a tenth of the time that the computation takes.
     """
     shape = ModelShape.from_config(config)
     forward = 2 * shape.matrix_parameters * num_tokens + 4 * shape.attention_width * num_pairs * len(shape.windows)
-    compute = 4 * forward / sp_size / flops  # forward, twice that backward, and forward again
+    compute = 4 * forward / sp_size / flops  # forward, twice that for backward, and forward again
     return exchange_bytes(config, num_tokens, sp_size) / bandwidth / compute
 
 
-def smallest_group(config: Any, num_tokens: int, free_bytes: float) -> int | None:
+def smallest_group(config: PreTrainedConfig, num_tokens: int, free_bytes: float) -> int | None:
     """
     Return the smallest `sp_size` with which a row fits.
 
-    More ranks than needed only exchange more: on rows of their own, they train as many tokens in the same time.
+    More ranks than needed only exchange more: with rows of their own, they train as many tokens in the same time.
 
     Args:
         config (`transformers.PreTrainedConfig`):
             Configuration of the model.
         num_tokens (`int`):
-            Tokens of the row.
+            Tokens in the row.
         free_bytes (`float`):
-            Memory of each rank that the model and its optimizer leave.
+            Memory of each rank that the model and its optimizer leave free.
 
     Returns:
-        `int` or `None`: The size; `None` if the row does not fit with any.
+        `int` or `None`: The size; `None` if the row fits with none.
     """
     fitting = (size for size in _sizes(config) if row_bytes(config, num_tokens, size) <= free_bytes)
     return next(fitting, None)
@@ -136,7 +141,7 @@ class ActivationBytes:
     key_value: int
 
     @classmethod
-    def from_config(cls, config: Any, itemsize: int, *, checkpointing: bool) -> ActivationBytes:
+    def from_config(cls, config: PreTrainedConfig, itemsize: int, *, checkpointing: bool) -> ActivationBytes:
         """
         Count the bytes of a decoder with gated MLPs.
 
@@ -166,18 +171,15 @@ class ActivationBytes:
         return cls(per_token, layers * 2 * keys * itemsize)
 
 
-def _sizes(config: Any) -> Iterator[int]:
-    """Numbers of ranks among which DeepSpeed can divide the heads of a model."""
-    heads = config.get_text_config().num_attention_heads
-    keys = getattr(config.get_text_config(), "num_key_value_heads", None) or heads
+def _sizes(config: PreTrainedConfig) -> Iterator[int]:
+    """Yield the numbers of ranks among which DeepSpeed can divide a model's heads."""
+    heads, kv_heads, _ = head_sizes(config.get_text_config())
     for size in range(1, heads + 1):
-        if heads % size == 0 and (keys % size == 0 or size % keys == 0):
+        if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0):
             yield size
 
 
-def _widths(config: Any, sp_size: int) -> tuple[int, int]:
-    """Numbers per token of the queries and of the keys, which are repeated where there are fewer heads than ranks."""
-    heads = config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads * head_dim, max(keys, sp_size) * head_dim
+def _widths(config: PreTrainedConfig, sp_size: int) -> tuple[int, int]:
+    """Return the numbers per token in queries and in keys, which are repeated if there are fewer heads than ranks."""
+    heads, kv_heads, head_dim = head_sizes(config)
+    return heads * head_dim, max(kv_heads, sp_size) * head_dim

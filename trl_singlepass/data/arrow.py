@@ -1,8 +1,7 @@
-"""Rows in Arrow tables: narrow columns to write, and rows read without copying the table."""
+"""Rows in Arrow tables: written in narrow columns, read without copying the table."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ def row_features(counts: Sequence[str] = ()) -> Features:
 
     Args:
         counts (`Sequence[str]`, *optional*):
-            Names of further columns, one integer per row.
+            Names of further columns, each with one integer per row.
 
     Returns:
         `datasets.Features`: `ROW_COLUMNS`, `COST_COLUMNS` and the counts.
@@ -42,21 +41,22 @@ def rows_to_table(rows: Sequence[Row], counts: Sequence[Mapping[str, int]], feat
 
     Args:
         rows (`Sequence[Row]`):
-            Rows, possibly empty ones.
+            Rows, some of which may be empty.
         counts (`Sequence[Mapping[str, int]]`):
-            For each row, its further columns.
+            Further columns of each row.
         features (`datasets.Features`):
             Features that [`row_features`] made.
 
     Returns:
         `pyarrow.Table`: The table.
     """
-    columns: dict[str, Any] = {name: _lists([getattr(row, name) for row in rows], _DTYPES[name]) for name in _DTYPES}
-    columns["num_tokens"] = pa.array([len(row) for row in rows], pa.int64())
-    columns["num_pairs"] = pa.array([num_attention_pairs(row) for row in rows], pa.int64())
-    for name in features:
-        if name not in columns:
-            columns[name] = pa.array([count[name] for count in counts], pa.int64())
+    columns: dict[str, list[NDArray[np.generic]] | list[int]] = {
+        name: [getattr(row, name).astype(dtype) for row in rows] for name, dtype in _DTYPES.items()
+    }
+    columns["num_tokens"] = [len(row) for row in rows]
+    columns["num_pairs"] = [num_attention_pairs(row) for row in rows]
+    for name in features.keys() - columns.keys():
+        columns[name] = [count[name] for count in counts]
     return pa.table(columns, schema=features.arrow_schema)
 
 
@@ -65,47 +65,12 @@ def num_attention_pairs(row: Row) -> int:
     return int((row.subtree_end - np.arange(len(row))).sum())
 
 
-def _lists(arrays: list[NDArray[Any]], dtype: str) -> pa.ListArray:
-    offsets = np.cumsum([0, *map(len, arrays)]).astype(np.int32)
-    values = np.concatenate(arrays) if arrays else np.empty(0)
-    return pa.ListArray.from_arrays(offsets, pa.array(values.astype(dtype, copy=False)))
+def read_list(column: pa.ChunkedArray, index: int) -> NDArray[Any]:
+    """Return one list of a column of lists without copying it."""
+    values: NDArray[Any] = column[index].values.to_numpy(zero_copy_only=True)
+    return values
 
 
-class ListColumn:
-    """
-    Column of lists of an Arrow table, read one list at a time without copying.
-
-    Args:
-        column (`pyarrow.ChunkedArray`):
-            Column, in memory or memory-mapped.
-    """
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self._starts = np.cumsum([0] + [len(chunk) for chunk in chunks]).tolist()
-        self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
-        self._values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
-
-    def __call__(self, index: int) -> NDArray[Any]:
-        """Return one list."""
-        chunk = bisect_right(self._starts, index) - 1
-        offsets, local = self._offsets[chunk], index - self._starts[chunk]
-        values: NDArray[Any] = self._values[chunk][offsets[local] : offsets[local + 1]]
-        return values
-
-
-class RowReader:
-    """
-    Rows of an Arrow table, read one at a time without copying the table.
-
-    Args:
-        table (`pyarrow.Table`):
-            Table with `ROW_COLUMNS`.
-    """
-
-    def __init__(self, table: pa.Table) -> None:
-        self._columns = {name: ListColumn(table[name]) for name in ROW_COLUMNS}
-
-    def __call__(self, index: int) -> Row:
-        """Return one row."""
-        return Row.from_columns({name: column(index) for name, column in self._columns.items()})
+def read_row(table: pa.Table, index: int) -> Row:
+    """Return one row of a table with `ROW_COLUMNS`."""
+    return Row.from_columns({name: read_list(table[name], index) for name in ROW_COLUMNS})

@@ -1,27 +1,42 @@
-"""Rows of a dataset that cannot be trained: all named in one error, or left out and counted."""
+"""
+Rows of a dataset that cannot be trained: all named in one error, or left out and counted.
+
+Here, as in the setting `bad_rows` and in every message to the user, the rows are the examples that a dataset holds.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from enum import StrEnum
+from typing import TypeVar
 
 from transformers import logging
 
 from ..rendering.conversation import RenderingError
-from .settings import BadRows
 
 
 logger = logging.get_logger(__name__)
 
-T = TypeVar("T")
+Example = TypeVar("Example")
+Value = TypeVar("Value")
 _ROWS_NAMED = 10
-_EXCERPT = 80  # characters of a row of a stream, by which to find it
+_EXCERPT = 80  # characters of a row of a stream, to find it by
+_WAY_OUT = "bad_rows='drop' trains without such rows and counts them in the log."
+
+
+class BadRows(StrEnum):
+    """What happens to rows that cannot be trained."""
+
+    ERROR = "error"
+    """One error names them all; in a stream, the first one stops it."""
+    DROP = "drop"
+    """They are left out and counted."""
 
 
 class BadRowError(RenderingError):
-    """A row that cannot be trained, and may be left out."""
+    """A row that cannot be trained and may be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +48,9 @@ class RowErrors:
         count (`int`):
             Number of rows.
         rows (`tuple[int, ...]`):
-            Positions of the first of them in the dataset.
+            Indices of the first few of them in the dataset.
         reason (`str`):
-            The error of the first one.
+            What is wrong with the first one.
     """
 
     count: int
@@ -51,75 +66,72 @@ class RowErrors:
 
 def group_errors(reasons: Iterable[tuple[int, str]]) -> tuple[RowErrors, ...]:
     """
-    Return the reasons of bad rows, those that differ in names and numbers only as one, the most frequent first.
+    Group bad rows by reason, the most frequent first; reasons that differ only in names and numbers are one.
 
     Args:
         reasons (`Iterable[tuple[int, str]]`):
-            Position and reason of each bad row.
+            Index and reason of each bad row.
 
     Returns:
         `tuple[RowErrors, ...]`: The groups.
     """
     groups: dict[str, list[tuple[int, str]]] = {}
     for index, reason in reasons:
-        groups.setdefault(_kind(reason), []).append((index, reason))
+        groups.setdefault(_without_details(reason), []).append((index, reason))
     by_size = sorted(groups.values(), key=len, reverse=True)
     return tuple(RowErrors(len(g), tuple(index for index, _ in g[:_ROWS_NAMED]), g[0][1]) for g in by_size)
 
 
-def reason_of(error: Exception, index: int | None = None) -> str:
-    """Return why a row cannot be trained, without its position."""
+def get_reason(error: Exception, index: int | None = None) -> str:
+    """Return why a row cannot be trained, without its index."""
     reason = str(error) if isinstance(error, ValueError) else f"it cannot be read ({type(error).__name__}: {error})."
     return reason.removeprefix(f"Row {index}: ")
 
 
-def refusal(errors: Sequence[RowErrors], num_rows: int, name: str) -> RenderingError:
+def bad_rows_error(errors: Sequence[RowErrors], num_rows: int, name: str) -> RenderingError:
     """Return the error that names all bad rows of a dataset."""
     lines = "".join(f"\n- {error}" for error in errors)
     count = sum(error.count for error in errors)
     return RenderingError(f"{count} of {num_rows} rows of the {name} dataset cannot be trained:{lines}\n{_WAY_OUT}")
 
 
-_WAY_OUT = "bad_rows='drop' trains without such rows and counts them in the log."
-
-
-def each_row(rows: Sequence[T], read: Callable[[int, T], Any], name: str) -> list[Any]:
+def read_all(rows: Sequence[Example], read: Callable[[int, Example], Value], name: str) -> list[Value]:
     """
-    Return what is read from each row, or refuse all bad rows at once.
+    Read every row, and name all bad rows in one error.
 
     Args:
         rows (`Sequence`):
             Rows.
         read (`Callable`):
-            Function of a row's position and the row.
+            Function of a row's index and the row.
         name (`str`):
-            What the rows are called in the error.
+            Name of the dataset, for the error.
 
     Returns:
-        `list`: One value per row.
+        `list`: What `read` returned for each row.
 
     Raises:
-        `RenderingError`: If `read` refuses a row.
+        `RenderingError`: If `read` raised one for any row.
     """
     values, reasons = [], []
     for index, row in enumerate(rows):
         try:
             values.append(read(index, row))
         except RenderingError as error:
-            reasons.append((index, reason_of(error, index)))
+            reasons.append((index, get_reason(error, index)))
     if reasons:
-        raise refusal(group_errors(reasons), len(rows), name)
+        raise bad_rows_error(group_errors(reasons), len(rows), name)
     return values
 
 
 class StreamedBadRows:
     """
-    Bad rows of a stream, as they come: the first one stops it, or they are left out and logged each time that they
-    have doubled.
+    Bad rows of a stream, as they come: the first one stops it, or they are left out and logged whenever their number
+    has doubled.
 
     Args:
-        bad_rows (`str`):
-            `"error"` or `"drop"`.
+        bad_rows (`BadRows`):
+            What happens to bad rows.
         name (`str`):
             Name of the dataset.
     """
@@ -129,23 +141,23 @@ class StreamedBadRows:
         self._reasons: list[tuple[int, str]] = []
         self._next_log = 1
 
-    def add(self, index: int, row: Any, error: BadRowError) -> None:
+    def add(self, index: int, row: object, error: BadRowError) -> None:
         """
-        Note a bad row.
+        Count a bad row.
 
         Args:
             index (`int`):
-                Its position in what this process reads of the stream.
-            row (`Any`):
+                Its index in what this process reads of the stream.
+            row (`object`):
                 The row.
             error (`BadRowError`):
                 Why it cannot be trained.
 
         Raises:
-            `BadRowError`: If bad rows are refused.
+            `BadRowError`: If bad rows are an error.
         """
-        reason = reason_of(error, index)
-        if self._bad_rows == "error":
+        reason = get_reason(error, index)
+        if self._bad_rows == BadRows.ERROR:
             shown = repr(row)
             shown = shown if len(shown) <= _EXCERPT else f"{shown[:_EXCERPT]}…"
             raise BadRowError(
@@ -154,19 +166,21 @@ class StreamedBadRows:
             ) from error
         self._reasons.append((index, reason))
         if len(self._reasons) >= self._next_log:
-            logger.warning(f"Stream of the {self._name} dataset so far: {dropped(group_errors(self._reasons))}.")
+            logger.warning(
+                f"Stream of the {self._name} dataset so far: {describe_dropped(group_errors(self._reasons))}."
+            )
             self._next_log = 2 * len(self._reasons)
 
 
-def dropped(errors: Sequence[RowErrors]) -> str:
-    """Return what a log says of bad rows that were left out."""
+def describe_dropped(errors: Sequence[RowErrors]) -> str:
+    """Return what the log says about bad rows that were left out."""
     count = sum(error.count for error in errors)
     reasons = "; ".join(str(error).rstrip(".") for error in errors)
     return f"{count} bad {'row' if count == 1 else 'rows'} dropped ({reasons})"
 
 
-def _kind(reason: str) -> str:
-    """Reason without what differs from row to row: names, numbers, quoted values and how many of them there are."""
+def _without_details(reason: str) -> str:
+    """Replace what differs from row to row: names, numbers, quoted values and how many of them there are."""
     reason = re.sub(r"^Message \d+ cannot be rendered with the [^:]*: ", "", reason)
     reason = re.sub(r"(with the roles): [^.]*", r"\1: …", reason)
     reason = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", reason)

@@ -1,53 +1,58 @@
-"""Rows to batch tensors: the conversations of a batch side by side in one row without padding."""
+"""From rows to batch tensors: the conversations of a batch side by side in one padding-free row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
 
 from ..trees.prefix_tree import IGNORE_INDEX
-from ..trees.rows import ROW_COLUMNS, Row, TreePlan
+from ..trees.rows import ROW_COLUMNS, Row, Run, TreePlan
+
+
+Collator = Callable[[list[Mapping[str, Any]]], dict[str, Any]]
 
 
 @dataclass
 class DataCollatorForSinglePass:
     """
-    Join the conversations of a batch in one padding-free row.
+    Join the conversations of a batch into one padding-free row.
 
-    Everything that a kernel needs to know of the tree's structure leaves here as plain integers (`tree_plan`), so that
-    a training step copies nothing from the device to find it out.
+    All that a kernel needs to know about the structure of the trees leaves here as plain integers (`tree_plan`), so
+    that a training step never waits for the device to learn it.
 
     Args:
         pad_token_id (`int`):
-            Token that fills the row up to a multiple of `pad_to_multiple_of`.
+            Token that pads the row to a multiple of `pad_to_multiple_of`.
         pad_to_multiple_of (`int`, *optional*):
-            If set, the row length is rounded up to a multiple of this value, in tokens.
+            If set, the length of the row is a multiple of this number of tokens.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Mapping[str, ArrayLike]]) -> dict[str, Any]:
         """
         Collate rows.
 
         Args:
-            examples (`Sequence[Mapping[str, Any]]`):
+            examples (`Sequence[Mapping[str, ArrayLike]]`):
                 Rows, as columns (see [`Row.columns`]).
 
         Returns:
             `dict[str, Any]`: `input_ids`, `position_ids`, `attention_mask` (the multiplicity of each token, 0 on
             padding), `labels` (rolled), `label_parts` and `subtree_end`, all `torch.int64` of shape `(1, row_length)`;
-            `loss_weights`, `torch.float32` of that shape, only where some label weighs other than 1; and `tree_plan`,
+            `loss_weights`, `torch.float32` of that shape, only if a label has a weight other than 1; and `tree_plan`,
             a [`TreePlan`].
         """
         rows = [Row.from_columns(example) for example in examples]
         if self.pad_to_multiple_of:
-            rows += _padding(-sum(map(len, rows)) % self.pad_to_multiple_of, self.pad_token_id)
+            rows += _padding_rows(-sum(map(len, rows)) % self.pad_to_multiple_of, self.pad_token_id)
         row, plan = Row.join(rows), TreePlan.from_rows(rows)
         batch: dict[str, Any] = {
             "input_ids": _as_batch(row.input_ids),
@@ -65,27 +70,57 @@ class DataCollatorForSinglePass:
 
 class TreeOrPlainCollator:
     """
-    Conversations to one collator, plain rows to another: a trainer may train on one and evaluate on the other.
+    Collate trees with one collator and plain sequences with another: a trainer may train on one and evaluate on the
+    other.
 
     Args:
         tree (`Callable`):
             Collator of rows that hold trees.
         plain (`Callable`):
-            Collator of all other rows.
+            Collator of all other examples.
     """
 
-    def __init__(self, tree: Callable[..., Any], plain: Callable[..., Any]) -> None:
+    def __init__(self, tree: Collator, plain: Collator) -> None:
         self.tree, self.plain = tree, plain
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Collate rows, all of one kind."""
+        """Collate examples, all of one kind."""
         collate = self.tree if set(ROW_COLUMNS) <= set(examples[0]) else self.plain
-        batch: dict[str, Any] = collate(list(examples))
+        return collate(list(examples))
+
+
+def pad_batch(batch: dict[str, Any], length: int, pad_token_id: int) -> dict[str, Any]:
+    """
+    Return a batch whose row is padded with one more chain, which no other token attends to and nothing trains.
+
+    Args:
+        batch (`dict[str, Any]`):
+            Batch of one row with `tree_plan`, without `subtree_end`.
+        length (`int`):
+            Length of the padded row, in tokens.
+        pad_token_id (`int`):
+            Token to pad with.
+
+    Returns:
+        `dict[str, Any]`: The batch.
+    """
+    plan = batch["tree_plan"]
+    missing = length - plan.length
+    if missing == 0:
         return batch
+    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
+    padded = {
+        name: F.pad(value, (0, missing), value=fill.get(name, 0)) if torch.is_tensor(value) else value
+        for name, value in batch.items()
+    }
+    padded["position_ids"][:, plan.length :] = torch.arange(missing)
+    padding = Run(start=plan.length, end=length, depth=0, prefix=())
+    padded["tree_plan"] = replace(plan, length=length, runs=(*plan.runs, padding))
+    return padded
 
 
-def _padding(num_tokens: int, pad_token_id: int) -> list[Row]:
-    """Rows that fill up `num_tokens`: one more chain, so that padding costs a kernel one run and not one per token."""
+def _padding_rows(num_tokens: int, pad_token_id: int) -> list[Row]:
+    """Return `num_tokens` of padding as one chain, so that it costs a kernel one run and not one per token."""
     if num_tokens == 0:
         return []
     return [
@@ -100,5 +135,5 @@ def _padding(num_tokens: int, pad_token_id: int) -> list[Row]:
     ]
 
 
-def _as_batch(array: np.ndarray) -> torch.Tensor:
+def _as_batch(array: NDArray[np.generic]) -> torch.Tensor:
     return torch.from_numpy(np.array(array))[None]

@@ -1,4 +1,4 @@
-"""One conversation to its rows: render, fit, merge, split; what is lost on the way is counted."""
+"""From one example to its samples and rows: render, select, truncate, weigh, merge, split; count what is lost."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from ..trees.prefix_tree import PrefixTree
 from ..trees.rows import ROW_COLUMNS, Row
 from ..trees.sample import CompletionKind, Sample
 from ..trees.splitting import split_samples
-from .bad_rows import BadRowError, reason_of
-from .overlong import FittedSamples, OverlongTurnError, fit_samples
-from .selection import select_turns
+from .bad_rows import BadRowError, get_reason
+from .selection import FittedSamples, OverlongTurnError, fit_samples, select_turns
 from .settings import RowSettings
-from .tokenized_turns import samples_of_turns, turns_in
+from .tokenized_turns import get_tokenized_turns, tokenized_turns_to_samples
 from .weights import message_weights, weigh
 
 
-# Columns that count the turns of a conversation by how their completions came about.
+# Columns that count a conversation's turns by how their completions came about.
 KIND_COLUMNS = {kind: f"num_{kind.name.lower()}_turns" for kind in CompletionKind}
 COUNT_COLUMNS = (
     "conversation",
@@ -44,8 +43,8 @@ COUNT_COLUMNS = (
 )
 
 
-def samples_of(
-    example: Mapping[str, Any],
+def example_to_samples(
+    example: Mapping[str, object],
     index: int,
     tokenizer: PreTrainedTokenizerBase,
     settings: RowSettings,
@@ -53,39 +52,39 @@ def samples_of(
     prefixes: Prefixes | None = None,
 ) -> FittedSamples:
     """
-    Return the samples of one dataset row that are trained.
+    Return the samples of one example that are trained.
 
     Args:
-        example (`Mapping[str, Any]`):
-            Dataset row.
+        example (`Mapping[str, object]`):
+            One conversation, in any of the forms that a dataset may hold.
         index (`int`):
-            Its index, for error messages.
+            Its index in the dataset.
         tokenizer (`transformers.PreTrainedTokenizerBase`):
             Tokenizer with a chat template.
         settings (`RowSettings`):
-            Bounds.
+            How conversations become rows.
         prefixes ([`Prefixes`], *optional*):
-            The beginnings of the row's conversation, where they are at hand.
+            Every prefix of the conversation, if it has been rendered already.
 
     Returns:
         `FittedSamples`: The samples, and what was lost.
 
     Raises:
-        `BadRowError`: If the row cannot be rendered without losing part of a turn.
+        `BadRowError`: If the conversation cannot be rendered without losing part of a turn.
         `OverlongTurnError`: If a turn is too long, and none may be.
     """
     try:
-        given, weights, num_turns = _turns_of(example, tokenizer, settings, prefixes)
+        given, weights, num_turns = _render_turns(example, tokenizer, settings, prefixes)
         given = [replace(sample, turn_index=turn) for turn, sample in enumerate(given)]
-        chosen = select_turns(given, settings.train_turns, seed=settings.seed, row_index=index)
+        chosen = select_turns(given, settings.train_turns, seed=settings.seed, example_index=index)
         chosen = [sample for sample in chosen if weights[sample.message_index or 0] > 0]
         fitted = fit_samples(chosen, settings.longest_sample, settings.overlong_turns)
     except OverlongTurnError as error:
         raise OverlongTurnError(f"Row {index}: {error}") from error
     except AssertionError:
         raise
-    except Exception as error:  # a row can be anything, and templates raise what they like
-        raise BadRowError(f"Row {index}: {reason_of(error)}") from error
+    except Exception as error:  # an example can hold anything, and templates may raise any exception
+        raise BadRowError(f"Row {index}: {get_reason(error)}") from error
     weighed = weigh(
         fitted.samples,
         [weights[sample.message_index or 0] for sample in fitted.samples],
@@ -101,15 +100,15 @@ def samples_of(
     )
 
 
-def _turns_of(
-    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: RowSettings, prefixes: Prefixes | None
+def _render_turns(
+    example: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, settings: RowSettings, prefixes: Prefixes | None
 ) -> tuple[list[Sample], list[float], int]:
-    """Samples of a row, the weight of each message (or of each turn that is tokens already), the number of turns."""
-    turns = turns_in(example)
+    """Return all samples, the weight of each message (of each turn if turns are tokens), and the number of turns."""
+    turns = get_tokenized_turns(example)
     if turns is not None:
-        return samples_of_turns(turns, len(tokenizer)), message_weights(turns), len(turns)
+        return tokenized_turns_to_samples(turns, len(tokenizer)), message_weights(turns), len(turns)
     conversation = Conversation.from_example(dict(example))
-    history = example.get("history") or settings.history
+    history: Any = example.get("history") or settings.history  # a column may hold anything
     weights = message_weights(conversation.messages)
     if prefixes is not None and history == "template":
         samples = render_conversation(conversation, tokenizer, prefixes=prefixes)
@@ -118,30 +117,19 @@ def _turns_of(
     return samples, weights, len(conversation.turns)
 
 
-def rows_of(
-    example: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, settings: RowSettings
+def example_to_rows(
+    example: Mapping[str, object], index: int, tokenizer: PreTrainedTokenizerBase, settings: RowSettings
 ) -> tuple[list[Row], list[dict[str, int]]]:
     """
-    Return the rows of one conversation: one, or several where its tree is larger than a row.
+    Return the rows of one example: one, or several if its tree is larger than a row.
 
-    Args:
-        example (`Mapping[str, Any]`):
-            Dataset row.
-        index (`int`):
-            Its index.
-        tokenizer (`transformers.PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
-        settings (`RowSettings`):
-            Bounds.
+    Arguments and errors are those of [`example_to_samples`].
 
     Returns:
         `tuple[list[Row], list[dict[str, int]]]`: The rows, and `COUNT_COLUMNS` for each: the conversation's counts
-        beside its first row, zeros beside the others. Of a conversation of which nothing is trained, an empty row.
-
-    Raises:
-        `BadRowError` or `OverlongTurnError`: As [`samples_of`].
+        beside its first row, zeros beside the others. A conversation of which nothing is trained has one empty row.
     """
-    fitted = samples_of(example, index, tokenizer, settings)
+    fitted = example_to_samples(example, index, tokenizer, settings)
     samples = list(fitted.samples)
     trees = [PrefixTree.from_samples(part) for part in split_samples(samples, settings.max_row_tokens) if part]
     rows = [Row.from_tree(tree) for tree in trees] or [_empty_row()]
@@ -172,7 +160,7 @@ def _counts(index: int, fitted: FittedSamples) -> dict[str, int]:
 
 
 def no_rows(index: int) -> tuple[list[Row], list[dict[str, int]]]:
-    """Return what [`rows_of`] returns, of a row that cannot be read."""
+    """Return, for an example that cannot be read, what [`example_to_rows`] returns for others."""
     return [_empty_row()], [_no_counts(index)]
 
 

@@ -1,10 +1,10 @@
-"""What a dataset holds: conversations, rows made of them, or what stock `SFTTrainer` trains. Told by its columns."""
+"""What a dataset holds, by its columns: conversations, rows made from them, or what stock `SFTTrainer` trains."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
 from itertools import islice
-from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 
@@ -12,53 +12,58 @@ from ..rendering.conversation import Conversation, RenderingError
 from ..rendering.validation import MESSAGE_COLUMNS, expected_columns
 from ..trees.rows import ROW_COLUMNS
 from .bad_rows import group_errors
-from .tokenized_turns import is_single_turn, turns_in
+from .tokenized_turns import get_tokenized_turns, is_single_turn
 
 
-# Rows that are looked at: of a stream that does not say of what type its columns are, they tell.
-_LOOKED_AT = 10
+# Examples that are looked at: a stream may not tell the types of its columns.
+_NUM_FIRST = 10
 EXAMPLE = "example"
-_LIST, _TEXT, _OTHER = "list", "text", "other"
+
+
+class _ColumnType(StrEnum):
+    LIST = "list"
+    TEXT = "text"
+    OTHER = "other"
 
 
 def holds_rows(column_names: Iterable[str]) -> bool:
-    """Return whether a dataset with these columns has already been prepared."""
+    """Return whether a dataset with these columns has been prepared already."""
     return set(ROW_COLUMNS) <= set(column_names)
 
 
-def holds_turns(dataset: Any, *, text_field: str = "text", name: str = "train") -> bool:
+def holds_turns(dataset: object, *, text_field: str = "text", name: str = "train") -> bool:
     """
     Return whether a dataset holds conversations, or rows that were prepared from them.
 
-    Columns and their types decide, not what one row holds: bad rows are for the preparation to name.
+    Columns and their types decide, not the content of single examples: it is preparation that names bad ones.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset`):
-            Dataset that the user passed.
+            What the user passed.
         text_field (`str`, *optional*, defaults to `"text"`):
             Column of plain text.
         name (`str`, *optional*, defaults to `"train"`):
             Name of the dataset, for error messages.
 
     Returns:
-        `bool`: `True` for `messages`, conversational `prompt` + `completion`, ShareGPT `conversations`, turns that are
-        tokens already (`turns`, or one per row), and rows; `False` for plain text and tokenised rows, which stock
+        `bool`: `True` for `messages`, conversational `prompt` + `completion`, ShareGPT `conversations`, tokenised
+        turns (`turns`, or one per example), and rows; `False` for plain text and tokenised sequences, which stock
         `SFTTrainer` trains as they are.
 
     Raises:
-        `TypeError`: If it is no dataset, but splits or a list.
+        `TypeError`: If it is not a dataset, but splits or a list.
         `ValueError`: If it is empty, or holds nothing that can be trained.
     """
-    check_is_dataset(dataset, name)
-    first = list(islice(dataset, _LOOKED_AT))
+    checked = check_is_dataset(dataset, name)
+    first = list(islice(checked, _NUM_FIRST))
     if not first:
         raise ValueError(f"The {name} dataset is empty. Expected at least one row.")
-    columns = _column_types(dataset, first)
+    columns = _column_types(checked, first)
     if holds_rows(columns):
         return True
     if "input_ids" in columns:
         return False
-    if columns.get("turns") == _LIST or is_single_turn(columns):
+    if columns.get("turns") == _ColumnType.LIST or is_single_turn(columns):
         return True
     if _hold_messages(columns):
         return True
@@ -68,60 +73,63 @@ def holds_turns(dataset: Any, *, text_field: str = "text", name: str = "train") 
         raise ValueError(f"The {name} dataset has no column to train on. {_expected(columns, first, text_field)}")
     if isinstance(dataset, IterableDataset):
         _check_some_are_conversations(first, name)
-    return True  # of a type that holds no messages: the preparation names the rows
+    return True  # the types hold no messages: preparation names the bad examples
 
 
 def holds_messages(dataset: Dataset | IterableDataset) -> bool:
-    """Return whether a dataset has columns of messages, whatever else it holds; a `formatting_func` may read them."""
-    return _hold_messages(_column_types(dataset, list(islice(dataset, _LOOKED_AT))))
+    """Return whether a dataset has columns of messages, which a `formatting_func` may read, whatever else it holds."""
+    return _hold_messages(_column_types(dataset, list(islice(dataset, _NUM_FIRST))))
 
 
 def _hold_messages(columns: Mapping[str, str]) -> bool:
-    return any(all(columns.get(column) == _LIST for column in group) for group in MESSAGE_COLUMNS)
+    return any(all(columns.get(column) == _ColumnType.LIST for column in group) for group in MESSAGE_COLUMNS)
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    """Return the columns of a dataset; of a stream that does not tell them, those of its first rows."""
+    """Return the columns of a dataset; for a stream that does not tell them, those of its first examples."""
     if dataset.column_names is not None and not _is_transformed(dataset):
         return list(dataset.column_names)
-    return list(dict.fromkeys(name for row in islice(dataset, _LOOKED_AT) for name in row))
+    return _names(list(islice(dataset, _NUM_FIRST)))
 
 
 def in_one_column(dataset: IterableDataset) -> IterableDataset:
     """
-    Return a stream of rows as a stream of one column that holds them.
+    Return a stream with a single column that holds each example whole.
 
-    A stream need not tell its columns, and may bring further ones later, which nobody could remove by name.
+    A stream need not tell its columns, and columns that appear later could not be removed by name.
 
     Args:
         dataset (`datasets.IterableDataset`):
             Any stream.
 
     Returns:
-        `datasets.IterableDataset`: The same rows under the column `EXAMPLE`.
+        `datasets.IterableDataset`: The same examples in the column `EXAMPLE`.
     """
     return dataset.map(_in_one_column).select_columns([EXAMPLE])
 
 
-def _in_one_column(example: Mapping[str, Any]) -> dict[str, Any]:
+def _in_one_column(example: Mapping[str, object]) -> dict[str, dict[str, object]]:
     return {EXAMPLE: dict(example)}
 
 
-def check_is_dataset(dataset: Any, name: str) -> None:
+def check_is_dataset(dataset: object, name: str) -> Dataset | IterableDataset:
     """
-    Refuse what is no dataset, in TRL's words.
+    Return a dataset, or raise TRL's error if it is something else.
 
     Args:
-        dataset (`Any`):
+        dataset (`object`):
             What the user passed.
         name (`str`):
             Name of the dataset.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset`: The same object.
 
     Raises:
         `TypeError`: If it is neither a `Dataset` nor an `IterableDataset`.
     """
     if isinstance(dataset, Dataset | IterableDataset):
-        return
+        return dataset
     argument = f"{name}_dataset"
     way_out = f"Make one of rows in memory: {argument}=Dataset.from_list(rows)."
     if isinstance(dataset, Mapping):
@@ -140,53 +148,57 @@ def _is_transformed(dataset: Dataset | IterableDataset) -> bool:
     return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 
-def _column_types(dataset: Dataset | IterableDataset, first: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _names(examples: Sequence[Mapping[str, object]]) -> list[str]:
+    return list(dict.fromkeys(name for example in examples for name in example))
+
+
+def _column_types(dataset: Dataset | IterableDataset, first: Sequence[Mapping[str, object]]) -> dict[str, _ColumnType]:
     features = _features(dataset)
     if features is None:
-        names = dict.fromkeys(name for row in first for name in row)
-        return {name: _type_of_values([row.get(name) for row in first]) for name in names}
+        return {name: _type_of_values(first, name) for name in _names(first)}
     names = dict.fromkeys(dataset.column_names or features)  # a format may hide some
-    return {name: _type_of(features[name], name, first) for name in names if name in features}
+    return {name: _type_of_feature(features[name], first, name) for name in names if name in features}
 
 
-def _type_of(feature: Any, name: str, first: Sequence[Mapping[str, Any]]) -> str:
+def _type_of_feature(feature: object, first: Sequence[Mapping[str, object]], name: str) -> _ColumnType:
     if isinstance(feature, List | LargeList | list):
-        return _LIST
+        return _ColumnType.LIST
     if isinstance(feature, Value):
-        return _TEXT if "string" in feature.dtype else _OTHER
+        return _ColumnType.TEXT if "string" in feature.dtype else _ColumnType.OTHER
     if isinstance(feature, dict):
-        return _OTHER
-    return _type_of_values([row.get(name) for row in first])  # such as Json, which is anything
+        return _ColumnType.OTHER
+    return _type_of_values(first, name)  # such as Json, which can be anything
 
 
-def _type_of_values(values: Sequence[Any]) -> str:
+def _type_of_values(first: Sequence[Mapping[str, object]], name: str) -> _ColumnType:
+    values = [example.get(name) for example in first]
     if any(isinstance(value, list) for value in values):
-        return _LIST
-    return _TEXT if any(isinstance(value, str) for value in values) else _OTHER
+        return _ColumnType.LIST
+    return _ColumnType.TEXT if any(isinstance(value, str) for value in values) else _ColumnType.OTHER
 
 
 def _is_text(columns: Mapping[str, str], text_field: str) -> bool:
     pair = {columns.get("prompt"), columns.get("completion")}
-    return columns.get(text_field, _LIST) != _LIST or pair == {_TEXT}
+    return columns.get(text_field, _ColumnType.LIST) != _ColumnType.LIST or pair == {_ColumnType.TEXT}
 
 
-def _expected(columns: Mapping[str, str], first: Sequence[Mapping[str, Any]], text_field: str) -> str:
+def _expected(columns: Mapping[str, str], first: Sequence[Mapping[str, object]], text_field: str) -> str:
     lists = [name for name in columns if any(_looks_like_messages(row.get(name)) for row in first)]
     found = f" '{lists[0]}' looks like it: dataset.rename_column('{lists[0]}', 'messages')." if len(lists) == 1 else ""
     return f"{expected_columns(columns)}{found} Plain text is read from '{text_field}' (dataset_text_field)."
 
 
-def _looks_like_messages(value: Any) -> bool:
+def _looks_like_messages(value: object) -> bool:
     keys = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else {}
     return bool({"role", "from"} & set(keys))
 
 
-def _check_some_are_conversations(first: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Refuse a stream none of whose first rows is read, before training begins."""
+def _check_some_are_conversations(first: Sequence[Mapping[str, object]], name: str) -> None:
+    """Raise before training begins if none of a stream's first examples can be read."""
     reasons = []
     for index, row in enumerate(first):
         try:
-            if turns_in(row) is None:
+            if get_tokenized_turns(row) is None:
                 Conversation.from_example(dict(row))
         except ValueError as error:
             reasons.append((index, str(error)))

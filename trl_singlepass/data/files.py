@@ -1,4 +1,4 @@
-"""DATA of the command line, a file, a folder or a hub id, to rows."""
+"""Load what DATA names on the command line: a file, a folder or a dataset on the Hub."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LINES, TABLES = (".jsonl", ".ndjson"), {".parquet": "parquet", ".json": "json", 
 
 class JsonLines(Sequence[dict[str, Any]]):
     """
-    Rows of a JSON Lines file, each read when it is asked for.
+    Examples of a JSON Lines file, each read when it is asked for.
 
-    Reading them through Arrow would give all structs of a column the same keys, and refuse a column that is a string
-    in one row and an object in another, as tool-call arguments often are.
+    Arrow would give all structs of a column the same keys, and refuse a column that is a string in one example and an
+    object in another, as tool-call arguments often are.
 
     Args:
         path (`Path`):
@@ -63,7 +63,7 @@ class JsonLines(Sequence[dict[str, Any]]):
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{self.path}, row {index}: no JSON ({error}). Expected one object per line.") from error
+            raise ValueError(f"{self.path}, row {index}: not JSON ({error}). Expected one object per line.") from error
         if not isinstance(row, dict):
             raise ValueError(f"{self.path}, row {index}: expected a JSON object, got {type(row).__name__}.")
         return row
@@ -72,21 +72,21 @@ class JsonLines(Sequence[dict[str, Any]]):
         return (self[index] for index in range(len(self)))
 
 
-def load_rows(data: str, *, split: str = "train", config: str | None = None) -> Sequence[Any] | Dataset:
+def load_examples(data: str, *, split: str = "train", config: str | None = None) -> Sequence[Any] | Dataset:
     """
-    Return the conversations that DATA names.
+    Return the examples that DATA names.
 
     Args:
         data (`str`):
             A `.jsonl`, `.json`, `.parquet`, `.csv` or `.arrow` file, a folder of such files or of `save_to_disk`, or a
-            dataset of the Hub.
+            dataset on the Hub.
         split (`str`, *optional*, defaults to `"train"`):
-            Split of a folder or of a dataset of the Hub.
+            Split of a folder or of a dataset on the Hub.
         config (`str`, *optional*):
-            Configuration of a dataset of the Hub.
+            Configuration of a dataset on the Hub.
 
     Returns:
-        `datasets.Dataset` or [`JsonLines`]: The rows.
+        `datasets.Dataset` or [`JsonLines`]: The examples.
 
     Raises:
         `ValueError`: If there is no such data.
@@ -103,11 +103,11 @@ def load_rows(data: str, *, split: str = "train", config: str | None = None) -> 
     if path.suffix in (*LINES, *TABLES):
         raise ValueError(f"There is no file {data}.")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _split_of(load_from_disk(str(path)), split, data)
-    return _from_hub(data, split, config)
+        return _get_split(load_from_disk(str(path)), split, data)
+    return _load_from_hub(data, split, config)
 
 
-def _split_of(dataset: Dataset | DatasetDict, split: str, data: str) -> Dataset:
+def _get_split(dataset: Dataset | DatasetDict, split: str, data: str) -> Dataset:
     if isinstance(dataset, Dataset):
         return dataset
     if split not in dataset:
@@ -115,10 +115,10 @@ def _split_of(dataset: Dataset | DatasetDict, split: str, data: str) -> Dataset:
     return dataset[split]
 
 
-def _from_hub(data: str, split: str, config: str | None) -> Dataset:
+def _load_from_hub(data: str, split: str, config: str | None) -> Dataset:
     try:
         return load_dataset(data, name=config, split=split)
-    except Exception as error:  # the Hub client raises what it likes
+    except Exception as error:  # the Hub client may raise any exception
         raise ValueError(
             f"{data} is neither a file nor a dataset that can be loaded: {first_line(error)} Expected a .jsonl or "
             ".parquet file, a folder, or the id of a dataset on the Hub."
@@ -126,7 +126,7 @@ def _from_hub(data: str, split: str, config: str | None) -> Dataset:
 
 
 def first_line(error: BaseException, length: int = 300) -> str:
-    """Return the beginning of an error's text in one line, as a sentence."""
+    """Return the first `length` characters of an error's text in one line, as a sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = text if len(text) <= length else text[: length - 1] + "…"
     return text if text.endswith((".", "…", "!", "?")) else f"{text}."

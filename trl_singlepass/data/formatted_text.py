@@ -1,41 +1,44 @@
-"""Conversations that a `formatting_func` turns into plain text."""
+"""Turn conversations into plain text with a `formatting_func`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import logging
+from trl import SFTConfig
 from trl.data_utils import get_dataset_column_names
 
 
 logger = logging.get_logger(__name__)
 
 
-def as_text(
-    dataset: Dataset | IterableDataset, formatting_func: Callable[[dict[str, Any]], str], args: Any, name: str
+def format_as_text(
+    dataset: Dataset | IterableDataset,
+    formatting_func: Callable[[dict[str, object]], object],
+    args: SFTConfig,
+    name: str,
 ) -> Dataset | IterableDataset:
     """
-    Return conversations as plain text, which TRL then tokenises and trains as such.
+    Return conversations as plain text, which TRL then tokenises and trains.
 
-    TRL itself would add the text beside the messages, and go on to train the messages.
+    TRL itself would add the text beside the messages and go on to train the messages.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset`):
             Conversations.
         formatting_func (`Callable`):
-            Function from a row to its text.
+            Returns the text of an example.
         args (`trl.SFTConfig`):
             Arguments, for the name of the text column and the number of processes.
         name (`str`):
-            Name of the dataset in progress bar and log.
+            Name of the dataset in progress bars and log.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: One column of text.
 
     Raises:
-        `ValueError`: If the function returns something other than text.
+        `ValueError`: If the function returns anything but text.
     """
     logger.warning(
         f"formatting_func makes plain text of the conversations of the {name} dataset. They are trained as SFTTrainer "
@@ -43,8 +46,8 @@ def as_text(
         "formatting_func."
     )
 
-    def get_text(example: dict[str, Any]) -> dict[str, str]:
-        text: Any = formatting_func(example)
+    def format_example(example: dict[str, object]) -> dict[str, str]:
+        text = formatting_func(example)
         if not isinstance(text, str):
             raise ValueError(
                 f"formatting_func returned {type(text).__name__}, and text (str) was expected. To change messages, "
@@ -52,7 +55,7 @@ def as_text(
             )
         return {args.dataset_text_field: text}
 
-    options: dict[str, Any] = {"remove_columns": get_dataset_column_names(dataset)}
+    options: dict[str, object] = {"remove_columns": get_dataset_column_names(dataset)}
     if isinstance(dataset, Dataset):
         options |= {"num_proc": args.dataset_num_proc, "desc": f"Applying formatting function to {name} dataset"}
-    return dataset.map(get_text, **options)
+    return dataset.map(format_example, **options)

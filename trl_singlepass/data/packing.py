@@ -1,40 +1,43 @@
-"""Which conversations share a row: best fit decreasing, those that begin alike together."""
+"""Which conversations share a row: best-fit decreasing, with common prefixes kept together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .packing_groups import Group, group_by_beginning
+from .packing_groups import Group, Prefixes, group_by_prefix
 
 
-# A group may start in what another left of a row if at most this part of it goes to repeating the group's beginning.
+# A group may begin again in the free part of a row if repeating its prefix takes at most this share of that part.
 MAX_REPEATED_PART = 1 / 8
 
 
-def place(
-    lengths: Sequence[int], beginnings: Callable[[int], NDArray[np.integer]], max_row_tokens: int
-) -> list[list[int]]:
+def assign_to_rows(lengths: Sequence[int], prefixes: Prefixes, max_row_tokens: int) -> list[list[int]]:
     """
-    Place conversations in rows so that few tokens are repeated and rows are full.
+    Assign conversations to rows so that few tokens are repeated and rows are full.
 
-    Conversations are taken group by group, a group being those that begin with the same system prompt, tools or
-    examples, the one with the longest conversation first and long ones first within it (best fit decreasing). Each
-    goes to the fullest row that holds its beginning and has room for the rest; otherwise its group starts anew, where
-    there is room for all that is left of the group or where repeating the beginning costs little, or in a new row.
+    A group is the conversations that begin with the same system prompt, tools or few-shot examples. Conversations are
+    taken group by group, the group with the longest conversation first, and long ones first within it (best-fit
+    decreasing). Each goes to the fullest row that holds the group's prefix and has room for the rest. If there is
+    none, the group begins again: in a row with room for all that is left of the group, in one where repeating the
+    prefix costs little, or in a new row.
+
+    For example, rows of 200 tokens, conversations 0 to 2 with 140 tokens and no common prefix, and 3 to 7 with 60
+    tokens of which the first 50 are the same. The first three take a row each and leave 60 tokens free. One of the
+    others would fit there, but the group needs 50 + 5 · 10 tokens, and the repeated prefix would be more than an
+    eighth of the free part. So the group begins in a new row: `[[2], [1], [0], [3, 4, 5, 6, 7]]`.
 
     Args:
         lengths (`Sequence[int]`):
-            Tokens of each conversation, none more than `max_row_tokens`; those with 0 are left out.
-        beginnings (`Callable`):
+            Tokens of each conversation, at most `max_row_tokens`; those with 0 are left out.
+        prefixes (`Callable`):
             Returns the first tokens of conversation `i`, up to its first fork or target: what it can share.
         max_row_tokens (`int`):
             Capacity of a row, in tokens.
 
     Returns:
-        `list[list[int]]`: For each row, the conversations in it, in the order of the dataset.
+        `list[list[int]]`: The conversations in each row, in the order of the dataset.
 
     Raises:
         `ValueError`: If a conversation is longer than a row.
@@ -46,7 +49,7 @@ def place(
             f"{max_row_tokens}. Split it first, or raise max_row_tokens."
         )
     rows = _Rows(max_row_tokens)
-    for group, member in group_by_beginning(sizes, beginnings):
+    for group, member in group_by_prefix(sizes, prefixes):
         rows.add(member, int(sizes[member]), group)
     return [sorted(members) for members in rows.members]
 
@@ -60,17 +63,17 @@ class _Rows:
         self.members: list[list[int]] = []
 
     def add(self, member: int, size: int, group: Group) -> None:
-        """Place one conversation of a group, and count it off the group's rest."""
+        """Assign one conversation of a group to a row."""
         row, shared, started = self._find(size, group)
         self._room[row] -= size - shared
         self.members[row].append(member)
         for each in started:
             each.rows.append(row)
         for each in group.path():
-            each.count_off(size)
+            each.remaining -= size - each.depth
 
     def _find(self, size: int, group: Group) -> tuple[int, int, list[Group]]:
-        """Row, the tokens shared there, and the groups that start in it."""
+        """Return a row, the number of tokens shared there, and the groups that begin in it."""
         row = self._tightest(group, size - group.depth)
         if row is not None:
             return row, group.depth, []
@@ -79,7 +82,7 @@ class _Rows:
         while parent is not None:
             started.append(child)
             repeated = child.depth - parent.depth
-            wanted = min(repeated + child.rest, int(repeated / MAX_REPEATED_PART))
+            wanted = min(repeated + child.remaining, int(repeated / MAX_REPEATED_PART))
             row = self._tightest(parent, max(size - parent.depth, wanted))
             if row is not None:
                 return row, parent.depth, started
@@ -87,7 +90,7 @@ class _Rows:
         return self._new_row(), 0, [*started, child]
 
     def _tightest(self, group: Group, wanted: int) -> int | None:
-        """Of the rows that hold a group and have so much room, the one with the least."""
+        """Return the row with the least room among those that hold a group and have the room wanted."""
         rows = group.rows.drop_full(self._room, group.least)
         room = self._room[rows]
         fits = room >= wanted

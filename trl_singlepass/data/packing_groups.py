@@ -1,4 +1,4 @@
-"""Conversations grouped by how they begin: a prefix tree of beginnings that holds references instead of tokens."""
+"""Conversations grouped by common prefixes, in a radix tree that holds references to tokens instead of tokens."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ..trees.radix import common_prefix_length
 from ..trees.sharing import MIN_SHARED_TOKENS
 
 
-Beginnings = Callable[[int], NDArray[np.integer]]
+Prefixes = Callable[[int], NDArray[np.integer]]
 
 
 class RowNumbers:
-    """Growing array of row numbers, from which full rows are dropped now and then."""
+    """Growing array of row numbers that drops full rows now and then."""
 
     def __init__(self) -> None:
         self._buffer = np.empty(4, np.int64)
         self._length = 0
 
     def append(self, row: int) -> None:
-        """Add a row."""
+        """Append a row."""
         if self._length == len(self._buffer):
             self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
         self._buffer[self._length] = row
         self._length += 1
 
     def drop_full(self, room: NDArray[np.int64], least: int) -> NDArray[np.int64]:
-        """Return the rows; once half of them have less room than `least`, those are forgotten."""
+        """Return the rows, without those that have less room than `least` once they are more than half."""
         rows = self._buffer[: self._length]
         if self._length < 32:
             return rows
@@ -44,25 +45,25 @@ class RowNumbers:
 @dataclass(slots=True, eq=False)
 class Group:
     """
-    Conversations that begin with the same tokens.
+    Conversations with a common prefix.
 
     Args:
         depth (`int`):
-            Number of tokens that they have in common.
+            Number of tokens in the prefix.
         parent (`Group`, *optional*):
-            The group of those that have fewer tokens in common.
+            The group with the next shorter prefix.
         members (`list[int]`, *optional*):
-            Conversations that are in no smaller group, the longest first.
+            Conversations that are in no subgroup.
         subgroups (`list[Group]`, *optional*):
-            Smaller groups within.
+            Groups with longer prefixes.
         longest (`int`, *optional*, defaults to 0):
-            Tokens of the longest conversation in the group.
+            Tokens of the longest conversation, those of subgroups included.
         least (`int`, *optional*):
-            Fewest tokens that one of its conversations has after those in common.
-        rest (`int`, *optional*, defaults to 0):
-            Tokens that the conversations not placed yet have after those in common.
+            Fewest tokens that a conversation has after the prefix.
+        remaining (`int`, *optional*, defaults to 0):
+            Tokens after the prefix in all conversations that have no row yet.
         rows (`RowNumbers`, *optional*):
-            Rows that hold the group.
+            Rows that hold the prefix.
     """
 
     depth: int
@@ -71,24 +72,20 @@ class Group:
     subgroups: list[Group] = field(default_factory=list)
     longest: int = 0
     least: int = 2**62
-    rest: int = 0
+    remaining: int = 0
     rows: RowNumbers = field(default_factory=RowNumbers)
 
     def path(self) -> Iterator[Group]:
-        """Yield the group and all groups that it lies in."""
+        """Yield the group and all groups that contain it."""
         group: Group | None = self
         while group is not None:
             yield group
             group = group.parent
 
-    def count_off(self, size: int) -> None:
-        """Take a conversation that has been placed off the rest."""
-        self.rest -= size - self.depth
-
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """Node of the tree of beginnings; its tokens are those of `reference`, from the parent's depth to its own."""
+    """Node of a radix tree; its tokens are those of conversation `reference`, from the parent's depth to its own."""
 
     depth: int
     reference: int
@@ -96,14 +93,18 @@ class _Node:
     children: dict[int, _Node] = field(default_factory=dict)
 
 
-def group_by_beginning(sizes: NDArray[np.int64], beginnings: Beginnings) -> Iterator[tuple[Group, int]]:
+def group_by_prefix(sizes: NDArray[np.int64], prefixes: Prefixes) -> Iterator[tuple[Group, int]]:
     """
-    Yield conversations in the order in which they are placed.
+    Yield conversations in the order in which they are assigned to rows.
+
+    For example, conversations 0 to 4 have 90, 70, 80, 60 and 50 tokens; 0 and 2 begin with the same 40 tokens, 1 and 4
+    with 40 others. That makes two groups of depth 40. The longest conversation is in the first group, so 0 and 2 come
+    first, then 1 and 4, whose longest has 70 tokens, and then 3.
 
     Args:
         sizes (`numpy.ndarray` of shape `(num_conversations,)`, `numpy.int64`):
             Tokens of each conversation; those with 0 are left out.
-        beginnings (`Callable`):
+        prefixes (`Callable`):
             Returns the first tokens of conversation `i`, those that it can share.
 
     Yields:
@@ -112,22 +113,21 @@ def group_by_beginning(sizes: NDArray[np.int64], beginnings: Beginnings) -> Iter
     """
     root = _Node(0, -1)
     for index in np.flatnonzero(sizes):
-        _insert(root, int(index), beginnings)
-    yield from _in_order(_grouped(root, sizes), sizes)
+        _insert(root, int(index), prefixes)
+    yield from _in_order(_form_groups(root, sizes), sizes)
 
 
-def _insert(root: _Node, index: int, beginnings: Beginnings) -> None:
-    tokens = beginnings(index)
+def _insert(root: _Node, index: int, prefixes: Prefixes) -> None:
+    """Add a conversation; a node of which it shares only the first tokens is split there."""
+    tokens = prefixes(index)
     node, depth = root, 0
     while depth < len(tokens):
         child = node.children.get(int(tokens[depth]))
         if child is None:
             node.children[int(tokens[depth])] = _Node(len(tokens), index, [index])
             return
-        stored = beginnings(child.reference)[depth : child.depth]
-        length = min(len(stored), len(tokens) - depth)
-        differs = stored[:length] != tokens[depth : depth + length]
-        shared = int(differs.argmax()) if differs.any() else length
+        stored = prefixes(child.reference)[depth : child.depth]
+        shared = common_prefix_length(stored, tokens[depth:])
         if shared < len(stored):
             middle = _Node(depth + shared, index, [], {int(stored[shared]): child})
             node.children[int(tokens[depth])] = middle
@@ -136,8 +136,8 @@ def _insert(root: _Node, index: int, beginnings: Beginnings) -> None:
     node.ending.append(index)
 
 
-def _grouped(root: _Node, sizes: NDArray[np.int64]) -> Group:
-    """Return the groups worth forming: two or more conversations, enough tokens in common."""
+def _form_groups(root: _Node, sizes: NDArray[np.int64]) -> Group:
+    """Return a group of all conversations, with subgroups where two or more have enough further tokens in common."""
     whole = Group(0, None)
     stack = [(root, whole)]
     while stack:
@@ -147,20 +147,21 @@ def _grouped(root: _Node, sizes: NDArray[np.int64]) -> Group:
             group.subgroups.append(Group(node.depth, group))
             group = group.subgroups[-1]
         for index in node.ending:
-            _enter(group, index, int(sizes[index]))
+            _add_member(group, index, int(sizes[index]))
         stack += [(child, group) for child in node.children.values()]
     return whole
 
 
-def _enter(group: Group, index: int, size: int) -> None:
+def _add_member(group: Group, index: int, size: int) -> None:
     group.members.append(index)
     for each in group.path():
         each.longest = max(each.longest, size)
         each.least = min(each.least, size - each.depth)
-        each.rest += size - each.depth
+        each.remaining += size - each.depth
 
 
 def _in_order(whole: Group, sizes: NDArray[np.int64]) -> Iterator[tuple[Group, int]]:
+    """Yield the members of a group and, in between, those of its subgroups: whichever holds the longest first."""
     stack: list[tuple[Group, int | None]] = [(whole, None)]
     while stack:
         group, member = stack.pop()

@@ -1,10 +1,9 @@
-"""Datasets of conversations to datasets of rows, cached, in several processes, or as a stream."""
+"""Prepare datasets: from conversations to rows, cached, in several processes, or as a stream."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,22 +13,23 @@ from transformers import PreTrainedTokenizerBase, logging
 
 from ..trees.rows import Row
 from .arrow import ROWS_VERSION, row_features, rows_to_table
-from .bad_rows import BadRowError, RowErrors, group_errors, reason_of, refusal
-from .conversations import COUNT_COLUMNS, no_rows, rows_of
+from .bad_rows import BadRowError, BadRows, RowErrors, bad_rows_error, get_reason, group_errors
+from .conversations import COUNT_COLUMNS, example_to_rows, no_rows
 from .dataset_format import column_names
 from .packed_dataset import pack_dataset
-from .report import PreparationReport, report_of
-from .settings import BadRows, RowSettings
+from .report import PreparationReport
+from .settings import RowSettings
 from .streaming import stream_rows
 from .tokenized_turns import gather_turns, is_single_turn
-from .tokenizer_fingerprint import tokenizer_fingerprint
 
 
 logger = logging.get_logger(__name__)
 
-# Conversations that a process prepares before it writes them.
+# Conversations that a process prepares before it writes their rows.
 _PREPARED_AT_ONCE = 32
-_REASON = "bad_row"  # column with the reason why a row cannot be trained
+_REASON = "bad_row"  # column with the reason why an example cannot be trained
+# A serialised tokenizer begins with its version and with the truncation and padding of its last call.
+_AFTER_LAST_CALL = '"added_tokens"'
 
 
 def prepare_dataset(
@@ -38,12 +38,12 @@ def prepare_dataset(
     settings: RowSettings,
     *,
     packing: bool = False,
-    bad_rows: BadRows = "error",
+    bad_rows: BadRows = BadRows.ERROR,
     num_proc: int | None = None,
     name: str = "train",
 ) -> Dataset | IterableDataset:
     """
-    Return a dataset of conversations as a dataset of rows; what it held and what of it is lost is logged.
+    Return a dataset of conversations as a dataset of rows, and log what it held and what is lost.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset`):
@@ -51,14 +51,13 @@ def prepare_dataset(
         tokenizer (`transformers.PreTrainedTokenizerBase`):
             Tokenizer with a chat template.
         settings (`RowSettings`):
-            Bounds; with packing, `max_row_tokens` is the capacity of a row.
+            How conversations become rows; with packing, `max_row_tokens` is the capacity of a row.
         packing (`bool`, *optional*, defaults to `False`):
             Whether several conversations share a row.
-        bad_rows (`str`, *optional*, defaults to `"error"`):
-            Whether rows that cannot be trained stop the preparation, which names all of them, or are left out and
-            counted (`"drop"`).
+        bad_rows (`BadRows`, *optional*, defaults to `"error"`):
+            What happens to examples that cannot be trained.
         num_proc (`int`, *optional*):
-            Number of processes; a streamed dataset is prepared on the fly.
+            Number of processes; a stream is prepared on the fly.
         name (`str`, *optional*, defaults to `"train"`):
             Name of the dataset in progress bars and log.
 
@@ -66,16 +65,16 @@ def prepare_dataset(
         `datasets.Dataset` or `datasets.IterableDataset`: The rows.
 
     Raises:
-        `RenderingError`: If rows cannot be rendered without losing part of a turn, and may not be left out.
+        `RenderingError`: If examples cannot be rendered without losing part of a turn, and may not be left out.
         `ValueError`: If no turn of the dataset is trained.
     """
-    of_log: tuple[RowErrors, ...] = ()
+    bad_turns: tuple[RowErrors, ...] = ()
     if is_single_turn(column_names(dataset)):
-        dataset, of_log = gather_turns(dataset, len(tokenizer), bad_rows=bad_rows, num_proc=num_proc, name=name)
+        dataset, bad_turns = gather_turns(dataset, len(tokenizer), bad_rows=bad_rows, num_proc=num_proc, name=name)
     if isinstance(dataset, IterableDataset):
         return stream_rows(dataset, tokenizer, settings, packing=packing, bad_rows=bad_rows, name=name)
     rows, report = conversations_to_rows(dataset, tokenizer, settings, bad_rows=bad_rows, num_proc=num_proc, name=name)
-    report = replace(report, bad_rows=(*of_log, *report.bad_rows))
+    report = replace(report, bad_rows=(*bad_turns, *report.bad_rows))
     (logger.info if report.is_complete else logger.warning)(f"{name} dataset: {report}.")
     if report.num_row_tokens == 0:
         way_out = "Raise max_length, or set it to None" if report.num_cut_tokens else "Repair its rows"
@@ -95,36 +94,21 @@ def conversations_to_rows(
     tokenizer: PreTrainedTokenizerBase,
     settings: RowSettings,
     *,
-    bad_rows: BadRows = "error",
+    bad_rows: BadRows = BadRows.ERROR,
     num_proc: int | None = None,
     name: str = "train",
 ) -> tuple[Dataset, PreparationReport]:
     """
-    Return each conversation of a dataset as its rows.
+    Return the rows of every conversation in a dataset, and what the conversations held and lost.
 
-    The result is cached by `datasets` under a fingerprint of the dataset, the tokenizer's rules and the settings:
-    other training arguments, or having used the tokenizer before, prepare nothing again.
+    `datasets` caches the rows under a fingerprint of the dataset, the tokenizer's rules and the settings: nothing is
+    prepared again because other training arguments changed or the tokenizer was used.
 
-    Args:
-        dataset (`datasets.Dataset`):
-            Conversations.
-        tokenizer (`transformers.PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
-        settings (`RowSettings`):
-            Bounds.
-        bad_rows (`str`, *optional*, defaults to `"error"`):
-            Whether rows that cannot be trained are refused, or left out (`"drop"`).
-        num_proc (`int`, *optional*):
-            Number of processes.
-        name (`str`, *optional*, defaults to `"train"`):
-            Name of the dataset for the progress bar.
+    Arguments and errors are those of [`prepare_dataset`].
 
     Returns:
         `tuple[Dataset, PreparationReport]`: Rows with `COUNT_COLUMNS`, an empty one for a conversation of which
-        nothing is trained; and what they held and lost.
-
-    Raises:
-        `RenderingError`: If rows cannot be rendered without losing part of a turn, and may not be left out.
+        nothing is trained; and the report.
     """
     state = ("rows", ROWS_VERSION, dataset._fingerprint, tokenizer_fingerprint(tokenizer), repr(settings))
     rows = dataset.map(
@@ -143,13 +127,14 @@ def conversations_to_rows(
     counts = {column: table[column].to_pylist() for column in COUNT_COLUMNS}
     reasons = zip(counts["conversation"], table[_REASON].to_pylist(), strict=True)
     bad = [(index, reason) for index, reason in reasons if reason is not None]
-    if bad and bad_rows == "error":
-        raise refusal(group_errors(bad), len(dataset), name)
-    return rows, report_of(counts, table["num_tokens"].to_pylist(), settings.bound, bad_rows=bad)
+    if bad and bad_rows == BadRows.ERROR:
+        raise bad_rows_error(group_errors(bad), len(dataset), name)
+    lengths = table["num_tokens"].to_pylist()
+    return rows, PreparationReport.from_counts(counts, lengths, settings.bound, bad_rows=bad)
 
 
 def _prepare_batch(
-    batch: Mapping[str, Sequence[Any]],
+    batch: Mapping[str, Sequence[object]],
     indices: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     settings: RowSettings,
@@ -161,11 +146,35 @@ def _prepare_batch(
         example = {name: values[position] for name, values in batch.items()}
         reason = None
         try:
-            of_one, counts_of_one = rows_of(example, index, tokenizer, settings)
+            new_rows, new_counts = example_to_rows(example, index, tokenizer, settings)
         except BadRowError as error:
-            (of_one, counts_of_one), reason = no_rows(index), reason_of(error, index)
-        rows += of_one
-        counts += counts_of_one
-        reasons += [reason] * len(of_one)
+            (new_rows, new_counts), reason = no_rows(index), get_reason(error, index)
+        rows += new_rows
+        counts += new_counts
+        reasons += [reason] * len(new_rows)
     table = rows_to_table(rows, counts, row_features(COUNT_COLUMNS))
     return table.append_column(_REASON, pa.array(reasons, pa.string()))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    Return a hash of a tokenizer that does not change when the tokenizer is used.
+
+    A fast tokenizer remembers the padding and truncation of its last call, which would make `datasets` prepare
+    everything again.
+
+    Args:
+        tokenizer (`transformers.PreTrainedTokenizerBase`):
+            Tokenizer.
+
+    Returns:
+        `str`: Hash of its vocabulary, rules, special tokens and chat template.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: object = sorted(tokenizer.get_vocab().items())
+    else:
+        serialised: str = backend.to_str()
+        rules = serialised[max(serialised.find(_AFTER_LAST_CALL), 0) :]
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    return str(Hasher.hash((type(tokenizer).__name__, rules, special, tokenizer.chat_template)))

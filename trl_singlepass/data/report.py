@@ -1,4 +1,4 @@
-"""What a dataset held, what of it is not trained, and how full its rows are."""
+"""Reports: what a dataset held, what is not trained, and how full its rows are."""
 
 from __future__ import annotations
 
@@ -6,48 +6,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..trees.sample import CompletionKind
-from .bad_rows import RowErrors, dropped, group_errors
+from .bad_rows import RowErrors, describe_dropped, group_errors
 from .conversations import KIND_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
 class PreparationReport:
     """
-    What a dataset held and what of it is not trained.
+    What a dataset held, and what is not trained.
 
     Args:
         num_conversations (`int`):
-            Conversations given, without bad rows.
+            Conversations, without bad rows.
         num_turns (`int`):
-            Turns given.
+            Turns.
         num_turns_without_prompt (`int`):
-            Assistant messages besides those, which open a conversation and are context only.
+            Further assistant messages that open a conversation and are context only.
         kinds (`Mapping[CompletionKind, int]`):
             All turns, by how their completions came about.
         num_unselected_turns (`int`):
-            Of those, turns that are context only, by their weight or by `train_turns`.
+            Turns that are context only, by their weight or by `train_turns`.
         num_trained_tokens (`int`):
-            Trained tokens, counted as N-pass trains them. With `num_cut_tokens` they make up all that was given.
+            Trained tokens, counted as N-pass trains them. Together with `num_cut_tokens`, all completion tokens.
         num_cut_turns (`int`):
-            Turns that are too long and trained on the rest.
+            Turns that are too long and trained in part.
         num_dropped_turns (`int`):
-            Turns of which nothing is trained: too long for any of their completion, or dropped for being too long.
+            Turns that are too long and not trained at all.
         num_cut_tokens (`int`):
-            Tokens of completions that are not trained.
+            Completion tokens that are not trained.
         num_dropped_conversations (`int`):
             Conversations of which no turn is trained.
         num_split_conversations (`int`):
-            Conversations that stand in several rows.
+            Conversations that are split over several rows.
         num_sample_tokens (`int`):
-            Tokens of all trained samples: what N-pass computes.
+            Tokens in all trained samples: what N-pass computes.
         num_row_tokens (`int`):
-            Tokens of all rows, before packing.
+            Tokens in all rows, before packing.
         num_repeated_tokens (`int`):
-            Of those, history that splitting repeats.
+            Tokens of history among them that splitting repeats.
         overlong (`tuple[str, ...]`):
-            The first few turns that were too long, by name.
+            The first few turns that are too long, by name.
         bound (`str`, *optional*):
-            The setting that they are longer than.
+            The setting that they exceed.
         bad_rows (`tuple[RowErrors, ...]`, *optional*):
             Rows that cannot be trained and were dropped, by reason.
     """
@@ -70,6 +70,58 @@ class PreparationReport:
     bound: str | None = None
     bad_rows: tuple[RowErrors, ...] = ()
 
+    @classmethod
+    def from_counts(
+        cls,
+        counts: Mapping[str, Sequence[int]],
+        lengths: Sequence[int],
+        bound: str | None,
+        num_named: int = 3,
+        bad_rows: Sequence[tuple[int, str]] = (),
+    ) -> PreparationReport:
+        """
+        Return the report on prepared rows.
+
+        Args:
+            counts (`Mapping[str, Sequence[int]]`):
+                `COUNT_COLUMNS`, one value per row.
+            lengths (`Sequence[int]`):
+                Tokens in each row.
+            bound (`str`, *optional*):
+                The setting that bounds a sample ([`RowSettings.bound`]).
+            num_named (`int`, *optional*, defaults to 3):
+                How many overlong turns to name.
+            bad_rows (`Sequence[tuple[int, str]]`, *optional*):
+                Index and reason of each row that was dropped.
+
+        Returns:
+            `PreparationReport`: The report.
+        """
+        num_rows: dict[int, int] = {}
+        for conversation, length in zip(counts["conversation"], lengths, strict=True):
+            num_rows[conversation] = num_rows.get(conversation, 0) + (length > 0)
+        named = [
+            f"row {conversation}{f', message {message}' if message >= 0 else ''}: {length} tokens"
+            for conversation, message, length in zip(
+                counts["conversation"], counts["overlong_message"], counts["overlong_length"], strict=True
+            )
+            if length
+        ]
+        kinds = {kind: sum(counts[column]) for kind, column in KIND_COLUMNS.items()}
+        turns = ("num_turns", "num_turns_without_prompt", "num_unselected_turns", "num_cut_turns", "num_dropped_turns")
+        tokens = ("num_trained_tokens", "num_cut_tokens", "num_sample_tokens", "num_repeated_tokens")
+        return cls(
+            num_conversations=len(num_rows) - len(bad_rows),
+            num_dropped_conversations=sum(number == 0 for number in num_rows.values()) - len(bad_rows),
+            num_split_conversations=sum(number > 1 for number in num_rows.values()),
+            num_row_tokens=sum(lengths),
+            overlong=tuple(named[:num_named]),
+            bound=bound,
+            kinds={kind: count for kind, count in kinds.items() if count},
+            bad_rows=group_errors(bad_rows),
+            **{name: sum(counts[name]) for name in (*turns, *tokens)},
+        )
+
     @property
     def num_bad_rows(self) -> int:
         """Rows that cannot be trained and were dropped."""
@@ -81,7 +133,7 @@ class PreparationReport:
         return self.num_cut_tokens == 0 and not self.bad_rows and not self.num_turns_without_prompt
 
     def __str__(self) -> str:
-        held = f"{dropped(self.bad_rows)}; " if self.bad_rows else ""
+        held = f"{describe_dropped(self.bad_rows)}; " if self.bad_rows else ""
         held += f"{self.num_turns} turns of {self.num_conversations} conversations{self._rendered}; "
         if self.num_turns_without_prompt:
             held += f"{self.num_turns_without_prompt} assistant messages before any prompt, which are context only; "
@@ -115,73 +167,22 @@ class PreparationReport:
         return f" and {others} more" if others else ""
 
 
-def report_of(
-    counts: Mapping[str, Sequence[int]],
-    lengths: Sequence[int],
-    bound: str | None,
-    num_named: int = 3,
-    bad_rows: Sequence[tuple[int, str]] = (),
-) -> PreparationReport:
-    """
-    Return the report of prepared rows.
-
-    Args:
-        counts (`Mapping[str, Sequence[int]]`):
-            `COUNT_COLUMNS`, one value per row.
-        lengths (`Sequence[int]`):
-            Tokens of each row.
-        bound (`str`, *optional*):
-            The setting that bounds a sample ([`RowSettings.bound`]).
-        num_named (`int`, *optional*, defaults to 3):
-            How many overlong turns to name.
-        bad_rows (`Sequence[tuple[int, str]]`, *optional*):
-            Position and reason of each row that was dropped.
-
-    Returns:
-        `PreparationReport`: The report.
-    """
-    rows_of: dict[int, int] = {}
-    for conversation, length in zip(counts["conversation"], lengths, strict=True):
-        rows_of[conversation] = rows_of.get(conversation, 0) + (length > 0)
-    named = [
-        f"row {conversation}{f', message {message}' if message >= 0 else ''}: {length} tokens"
-        for conversation, message, length in zip(
-            counts["conversation"], counts["overlong_message"], counts["overlong_length"], strict=True
-        )
-        if length
-    ]
-    kinds = {kind: sum(counts[column]) for kind, column in KIND_COLUMNS.items()}
-    turns = ("num_turns", "num_turns_without_prompt", "num_unselected_turns", "num_cut_turns", "num_dropped_turns")
-    tokens = ("num_trained_tokens", "num_cut_tokens", "num_sample_tokens", "num_repeated_tokens")
-    return PreparationReport(
-        num_conversations=len(rows_of) - len(bad_rows),
-        num_dropped_conversations=sum(number == 0 for number in rows_of.values()) - len(bad_rows),
-        num_split_conversations=sum(number > 1 for number in rows_of.values()),
-        num_row_tokens=sum(lengths),
-        overlong=tuple(named[:num_named]),
-        bound=bound,
-        kinds={kind: count for kind, count in kinds.items() if count},
-        bad_rows=group_errors(bad_rows),
-        **{name: sum(counts[name]) for name in (*turns, *tokens)},
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class PackingReport:
     """
-    How full packed rows are and what conversations share in them.
+    How full packed rows are, and what conversations share in them.
 
     Args:
         num_rows (`int`):
             Rows.
         num_row_tokens (`int`):
-            Tokens of all rows.
+            Tokens in all rows.
         max_row_tokens (`int`):
             Capacity of a row, in tokens.
         num_unpacked_tokens (`int`):
-            Tokens of the conversations' own trees.
+            Tokens in the conversations' own trees.
         num_sample_tokens (`int`):
-            Tokens of all samples: what N-pass computes.
+            Tokens in all samples: what N-pass computes.
     """
 
     num_rows: int
@@ -192,17 +193,17 @@ class PackingReport:
 
     @property
     def fill_rate(self) -> float:
-        """Tokens of the rows ÷ their capacity."""
+        """Tokens in the rows ÷ their capacity."""
         return self.num_row_tokens / (self.num_rows * self.max_row_tokens)
 
     @property
     def sharing_within(self) -> float:
-        """Tokens of all samples ÷ tokens of the conversations' own trees."""
+        """Tokens in all samples ÷ tokens in the conversations' own trees."""
         return self.num_sample_tokens / self.num_unpacked_tokens
 
     @property
     def sharing_across(self) -> float:
-        """Tokens of the conversations' own trees ÷ tokens of the rows."""
+        """Tokens in the conversations' own trees ÷ tokens in the rows."""
         return self.num_unpacked_tokens / self.num_row_tokens
 
     def __str__(self) -> str:

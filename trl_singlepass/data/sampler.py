@@ -1,9 +1,9 @@
-"""Which row goes to which rank: ranks wait for the slowest at every step, so each gets rows of the same cost."""
+"""Which rank computes which row: every step waits for the slowest rank, so each gets rows of the same cost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,28 +16,35 @@ from ..cost.flops import ModelShape
 from .arrow import COST_COLUMNS
 
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedConfig, Trainer
+
+
 logger = logging.get_logger(__name__)
 
 
-# Steps whose rows are grouped by cost at once; Hugging Face's group_by_length sorts 50 batches at once as well.
+# Steps whose rows are grouped by cost at once, as Hugging Face's group_by_length sorts 50 batches at once.
 _GROUPED_STEPS = 50
 
 
-def row_costs(num_tokens: NDArray[np.int64], num_pairs: NDArray[np.int64], config: Any) -> NDArray[np.float64]:
+def row_costs(
+    num_tokens: NDArray[np.int64], num_pairs: NDArray[np.int64], config: PreTrainedConfig
+) -> NDArray[np.float64]:
     """
-    Return the predicted cost of rows, in tokens without attention.
+    Return the predicted cost of rows, in the cost of one token without attention.
 
     Args:
         num_tokens (`numpy.ndarray` of shape `(num_rows,)`):
-            Tokens of each row.
+            Tokens in each row.
         num_pairs (`numpy.ndarray` of shape `(num_rows,)`):
             Pairs of a token and one on its path in each row, the token itself included.
         config (`transformers.PreTrainedConfig`):
             Configuration of the model.
 
     Returns:
-        `numpy.ndarray` of shape `(num_rows,)`: The costs. Where sizes that counting needs are not in the
-        configuration, a layer is taken to have `12 · hidden_size²` weights.
+        `numpy.ndarray` of shape `(num_rows,)`: The costs. If the configuration lacks sizes that counting needs, a
+        layer is assumed to have `12 · hidden_size²` weights.
     """
     text = config.get_text_config()
     if not isinstance(getattr(text, "intermediate_size", None), int):
@@ -54,11 +61,14 @@ def predicted_imbalance(
     order: Sequence[int], costs: NDArray[np.float64], *, batch_size: int, num_ranks: int, num_accumulated: int = 1
 ) -> float:
     """
-    Return how much longer a run takes than if all ranks had the same work: 0.1 where steps take 10 % longer.
+    Return how much longer steps take than if all ranks had the same work: 0.1 for 10 % longer.
+
+    For example, rows of cost 5, 1, 2, 2 on two ranks with one row per batch: two steps take 5 + 2 instead of 3 + 2, so
+    the imbalance is 0.4. With two accumulated batches, one step takes 5 + 2 on the slower rank instead of 5.
 
     Args:
         order (`Sequence[int]`):
-            Rows in the order of the sampler; batches of them go to the ranks in turn.
+            Rows in the order of the sampler; their batches go to the ranks in turn.
         costs (`numpy.ndarray` of shape `(num_rows,)`):
             Cost of each row.
         batch_size (`int`):
@@ -69,7 +79,7 @@ def predicted_imbalance(
             Batches per rank and step.
 
     Returns:
-        `float`: Time of the slowest rank ÷ mean time of the ranks, over all whole steps, less 1.
+        `float`: Time of the slowest rank ÷ mean time of the ranks, over all complete steps, minus 1.
     """
     step = batch_size * num_ranks * num_accumulated
     whole = len(order) // step * step
@@ -80,9 +90,9 @@ def predicted_imbalance(
     return float(per_rank.max(axis=1).sum() / per_rank.mean(axis=1).sum() - 1)
 
 
-def train_sampler(trainer: Any) -> BalancedSampler | None:
+def make_train_sampler(trainer: Trainer) -> BalancedSampler | None:
     """
-    Return the sampler of a trainer's rows, and log how even the work of several ranks will be.
+    Return the sampler for a trainer's rows, and log how evenly the work will be divided among several ranks.
 
     Args:
         trainer (`transformers.Trainer`):
@@ -90,7 +100,7 @@ def train_sampler(trainer: Any) -> BalancedSampler | None:
 
     Returns:
         `BalancedSampler` or `None`: The sampler for `train_sampling_strategy="group_by_length"`, and for `"random"` on
-        several ranks; `None` where Hugging Face's own does.
+        several ranks; `None` where Hugging Face's own sampler is right.
     """
     args, rows = trainer.args, trainer.train_dataset
     if not (isinstance(rows, Dataset) and set(COST_COLUMNS) <= set(rows.column_names)):
@@ -117,8 +127,8 @@ def train_sampler(trainer: Any) -> BalancedSampler | None:
     return sampler
 
 
-def _deals_batches(accelerator: Any) -> bool:
-    """Whether there are several ranks, each of which takes whole batches of the sampler in turn."""
+def _deals_batches(accelerator: Accelerator) -> bool:
+    """Return whether there are several ranks that take whole batches of the sampler in turn."""
     config, parallelism = accelerator.dataloader_config, accelerator.parallelism_config
     is_plain = parallelism is None or parallelism.non_data_parallel_size == 1
     return accelerator.num_processes > 1 and is_plain and not (config.split_batches or config.dispatch_batches)
@@ -126,11 +136,11 @@ def _deals_batches(accelerator: Any) -> bool:
 
 class BalancedSampler(Sampler[int]):
     """
-    Shuffled rows, ordered such that the ranks of a step get the same work.
+    Shuffled rows in an order that gives the ranks of a step the same work.
 
-    The rows of a step are those of a plain shuffle; only which rank computes which is chosen, so that training is
-    statistically untouched. With `group_by_cost`, steps are made of rows of similar cost as well, as with Hugging
-    Face's `group_by_length`. Every rank draws the same order, and takes every `num_ranks`-th batch of it.
+    Each step has the rows of a plain shuffle. Only the rank that computes a row is chosen, which does not change the
+    statistics of training. With `group_by_cost`, steps also consist of rows of similar cost, as with Hugging Face's
+    `group_by_length`. Every rank draws the same order and takes every `num_ranks`-th batch of it.
 
     Args:
         costs (`numpy.ndarray` of shape `(num_rows,)`):
@@ -144,8 +154,8 @@ class BalancedSampler(Sampler[int]):
         seed (`int`):
             Seed of the shuffle.
         epoch (`Callable[[], int]`):
-            Returns the number of the epoch that begins; with the seed, it decides the order, so that a resumed run
-            goes on in the same one.
+            Returns the number of the epoch that begins. The order depends on it and on the seed alone, so that a
+            resumed run continues in the same order.
         group_by_cost (`bool`, *optional*, defaults to `False`):
             Whether a step has rows of similar cost.
     """
@@ -173,13 +183,13 @@ class BalancedSampler(Sampler[int]):
 
     def order(self, epoch: int, *, balanced: bool = True) -> list[int]:
         """
-        Return the rows in the order of an epoch.
+        Return the rows in their order in an epoch.
 
         Args:
             epoch (`int`):
                 Number of the epoch.
             balanced (`bool`, *optional*, defaults to `True`):
-                Whether to balance the ranks; without, what plain shuffling would do.
+                Whether to balance the ranks, or only to shuffle.
 
         Returns:
             `list[int]`: Each row once.
@@ -204,12 +214,12 @@ class BalancedSampler(Sampler[int]):
         return [rows[start : start + self._step_size] for start in range(0, len(rows), self._step_size)]
 
     def _grouped(self, shuffled: NDArray[np.int64], generator: torch.Generator) -> NDArray[np.int64]:
-        """Sort stretches of many steps by cost and shuffle their steps; the last, incomplete step stays the last."""
+        """Sort the rows of many steps at once by cost and shuffle these steps; an incomplete last step stays last."""
         whole = len(shuffled) // self._step_size * self._step_size
-        stretch = self._step_size * min(_GROUPED_STEPS, max(whole // self._step_size // 4, 1))
+        num_sorted = self._step_size * min(_GROUPED_STEPS, max(whole // self._step_size // 4, 1))
         grouped: list[NDArray[np.int64]] = []
-        for start in range(0, whole, stretch):
-            rows = shuffled[start : min(start + stretch, whole)]
+        for start in range(0, whole, num_sorted):
+            rows = shuffled[start : min(start + num_sorted, whole)]
             steps = self._steps(rows[np.argsort(-self.costs[rows], kind="stable")])
             grouped += [steps[i] for i in torch.randperm(len(steps), generator=generator)]
         return np.concatenate([*grouped, shuffled[whole:]])
@@ -229,10 +239,13 @@ class BalancedSampler(Sampler[int]):
 
 def even_parts(rows: Sequence[int], costs: NDArray[np.float64], num_parts: int) -> list[list[int]]:
     """
-    Divide rows in parts of equal number and nearly equal cost.
+    Divide rows into parts of equal number and nearly equal cost.
 
-    In rounds, the most costly rows left go one to each part, the most costly to the cheapest part; then rows of the
-    costliest and the cheapest part are exchanged as long as that helps.
+    In each round, every part gets one of the most costly rows left, the cheapest part the most costly one. Then the
+    most costly and the cheapest part exchange rows as long as that helps.
+
+    For example, rows of cost 10, 9, 8, 3, 2, 1 in two parts: the first round gives 10 and 9, the second 10 + 3 and
+    9 + 8, the third 10 + 3 + 2 and 9 + 8 + 1. No exchange brings 15 and 18 closer together.
 
     Args:
         rows (`Sequence[int]`):
@@ -259,7 +272,7 @@ def even_parts(rows: Sequence[int], costs: NDArray[np.float64], num_parts: int) 
 
 
 def _exchange(parts: list[list[int]], totals: NDArray[np.float64], costs: NDArray[np.float64]) -> bool:
-    """Exchange the two rows that bring the costliest and the cheapest part closest together, if any do."""
+    """Exchange the two rows that bring the most costly and the cheapest part closest together, if any do."""
     high, low = int(totals.argmax()), int(totals.argmin())
     gap = totals[high] - totals[low]
     moved = costs[parts[high]][:, None] - costs[parts[low]][None, :]
@@ -274,5 +287,5 @@ def _exchange(parts: list[list[int]], totals: NDArray[np.float64], costs: NDArra
 
 
 def _most_costly_first(batches: list[list[int]], costs: NDArray[np.float64]) -> list[list[int]]:
-    """So that the batches that the ranks run at the same time are alike, and memory runs out early if at all."""
+    """Sort so that ranks run similar batches at the same time, and memory runs out early if it does at all."""
     return sorted(batches, key=lambda batch: -costs[batch].sum())

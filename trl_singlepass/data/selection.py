@@ -1,43 +1,71 @@
-"""Which turns of a conversation are trained, to trade cost for coverage."""
+"""Which turns of a conversation are trained, and what happens to those that are too long."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 import numpy as np
 
-from ..trees.sample import Sample
+from ..rendering.conversation import RenderingError
+from ..trees.sample import CompletionKind, Sample
 
 
 _FORMS = "'all', 'last', a number n for the first n, or 'sample:n' for n drawn at random"
 
 
-def parse_train_turns(train_turns: str | int) -> tuple[str, int]:
+class TurnChoice(StrEnum):
+    """Which turns of a conversation are trained."""
+
+    ALL = "all"
+    FIRST = "first"
+    LAST = "last"
+    SAMPLE = "sample"
+
+
+class OverlongTurns(StrEnum):
+    """What happens to a turn that is longer than allowed."""
+
+    TRUNCATE = "truncate"
+    """Its first tokens are trained."""
+    DROP = "drop"
+    """It is left out."""
+    ERROR = "error"
+    """It is an error."""
+
+
+class OverlongTurnError(RenderingError):
+    """A turn is too long, and none may be. Its row is not a bad one, so no setting drops it."""
+
+
+def parse_train_turns(train_turns: str | int) -> tuple[TurnChoice, int]:
     """
-    Return a choice of turns as its kind and number.
+    Return the setting `train_turns` as a choice and its number.
 
     Args:
         train_turns (`str` or `int`):
             `"all"`, `"last"`, `n` for the first `n`, or `"sample:n"` for `n` drawn at random.
 
     Returns:
-        `tuple[str, int]`: `"all"`, `"last"`, `"first"` or `"sample"`, and `n` (0 where it has none).
+        `tuple[TurnChoice, int]`: The choice and `n`, 0 where it has none.
 
     Raises:
         `ValueError`: If it is none of these.
     """
     text = str(train_turns)
-    if text in ("all", "last"):
-        return text, 0
+    if text in (TurnChoice.ALL, TurnChoice.LAST):
+        return TurnChoice(text), 0
     found = re.fullmatch(r"(sample:)?([1-9]\d*)", text)
     if not found or isinstance(train_turns, bool):
         raise ValueError(f"train_turns={train_turns!r} is none of {_FORMS}.")
-    return "sample" if found[1] else "first", int(found[2])
+    return TurnChoice.SAMPLE if found[1] else TurnChoice.FIRST, int(found[2])
 
 
 def select_turns(
-    samples: Sequence[Sample], train_turns: str | int, *, seed: int = 0, row_index: int = 0
+    samples: Sequence[Sample], train_turns: str | int, *, seed: int = 0, example_index: int = 0
 ) -> list[Sample]:
     """
     Return the samples of the turns that are trained, in the order of the conversation.
@@ -46,24 +74,114 @@ def select_turns(
         samples (`Sequence[Sample]`):
             Samples of one conversation.
         train_turns (`str` or `int`):
-            `"all"`, `"last"`, `n` for the first `n`, or `"sample:n"` for `n` drawn at random.
+            See [`parse_train_turns`].
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the draw.
-        row_index (`int`, *optional*, defaults to `0`):
-            Position of the conversation in its dataset: with the seed, it decides the draw.
+            Seed of a random choice.
+        example_index (`int`, *optional*, defaults to `0`):
+            Index of the conversation in its dataset. A random choice depends on it and on the seed, nothing else.
 
     Returns:
         `list[Sample]`: The chosen samples.
 
     Raises:
-        `ValueError`: If `train_turns` is of no known form.
+        `ValueError`: If `train_turns` has no known form.
     """
-    kind, number = parse_train_turns(train_turns)
-    if kind == "all":
+    choice, number = parse_train_turns(train_turns)
+    if choice == TurnChoice.ALL:
         return list(samples)
-    if kind == "last":
+    if choice == TurnChoice.LAST:
         return list(samples[-1:])
-    if kind == "first":
+    if choice == TurnChoice.FIRST:
         return list(samples[:number])
-    chosen = np.random.default_rng((seed, row_index)).permutation(len(samples))[:number]
+    chosen = np.random.default_rng((seed, example_index)).permutation(len(samples))[:number]
     return [samples[index] for index in sorted(chosen)]
+
+
+@dataclass(frozen=True, slots=True)
+class FittedSamples:
+    """
+    Samples of one conversation that are short enough to train, and what was lost on the way.
+
+    Args:
+        samples (`tuple[Sample, ...]`):
+            Samples that still have a trained token.
+        overlong (`tuple[Sample, ...]`):
+            Samples that lost trained tokens, as they were before.
+        num_trained_tokens (`int`):
+            Trained tokens in `samples`.
+        num_cut_turns (`int`):
+            Turns that lost part of their completion.
+        num_dropped_turns (`int`):
+            Turns of which nothing is trained.
+        num_cut_tokens (`int`):
+            Trained tokens that were lost.
+        num_unselected_turns (`int`, *optional*, defaults to 0):
+            Turns that are context only, by their weight or by `train_turns`.
+        num_turns_without_prompt (`int`, *optional*, defaults to 0):
+            Assistant messages that open a conversation. No prompt leads to them, so they are context only.
+        kinds (`Counter[CompletionKind]`, *optional*):
+            All turns of the conversation, by how their completions came about.
+    """
+
+    samples: tuple[Sample, ...]
+    overlong: tuple[Sample, ...]
+    num_trained_tokens: int
+    num_cut_turns: int
+    num_dropped_turns: int
+    num_cut_tokens: int
+    num_unselected_turns: int = 0
+    num_turns_without_prompt: int = 0
+    kinds: Counter[CompletionKind] = field(default_factory=Counter)
+
+
+def fit_samples(samples: Sequence[Sample], limit: int | None, overlong_turns: OverlongTurns) -> FittedSamples:
+    """
+    Return samples with at most `limit` tokens each.
+
+    Args:
+        samples (`Sequence[Sample]`):
+            Samples of one conversation.
+        limit (`int`, *optional*):
+            Longest sample, in tokens; `None` keeps every sample whole.
+        overlong_turns (`OverlongTurns`):
+            What happens to longer samples.
+
+    Returns:
+        `FittedSamples`: The samples and what was lost: together, their trained tokens are those that were given.
+
+    Raises:
+        `OverlongTurnError`: If a sample is too long and `overlong_turns="error"`.
+    """
+    trained = [(sample, _fit(sample, limit, overlong_turns)) for sample in samples if sample.is_trained]
+    kept = [fitted for _, fitted in trained if fitted is not None]
+    losses = [
+        (sample, fitted is None, _num_trained_tokens(sample) - (_num_trained_tokens(fitted) if fitted else 0))
+        for sample, fitted in trained
+    ]
+    return FittedSamples(
+        samples=tuple(kept),
+        overlong=tuple(sample for sample, _, lost in losses if lost > 0),
+        num_trained_tokens=sum(map(_num_trained_tokens, kept)),
+        num_cut_turns=sum(lost > 0 and not is_dropped for _, is_dropped, lost in losses),
+        num_dropped_turns=sum(is_dropped for _, is_dropped, _ in losses),
+        num_cut_tokens=sum(lost for _, _, lost in losses),
+    )
+
+
+def _fit(sample: Sample, limit: int | None, overlong_turns: OverlongTurns) -> Sample | None:
+    if limit is None or len(sample) <= limit:
+        return sample
+    if overlong_turns == OverlongTurns.ERROR:
+        where = "" if sample.message_index is None else f" at message {sample.message_index}"
+        raise OverlongTurnError(
+            f"The turn{where} has {len(sample)} tokens with its context, {limit} are allowed. Raise max_length and "
+            "max_row_tokens, where they are set, or choose overlong_turns='truncate' or 'drop'."
+        )
+    if overlong_turns == OverlongTurns.DROP:
+        return None
+    cut = sample.truncated(limit)
+    return cut if cut.is_trained else None
+
+
+def _num_trained_tokens(sample: Sample) -> int:
+    return int((sample.loss_weights > 0).sum())

@@ -1,25 +1,26 @@
-"""Streams of conversations to streams of rows: prepared and packed on the fly, losses counted as they come."""
+"""Prepare streams: from conversations to rows on the fly, counting what is lost as it comes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import numpy as np
 from datasets import IterableDataset
+from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerBase, logging
 
 from ..trees.rows import ROW_COLUMNS, Row
-from .bad_rows import BadRowError, StreamedBadRows
-from .conversations import COUNT_COLUMNS, rows_of
+from .bad_rows import BadRowError, BadRows, StreamedBadRows
+from .conversations import COUNT_COLUMNS, example_to_rows
 from .dataset_format import EXAMPLE, in_one_column
 from .packed_dataset import pack_rows
-from .report import report_of
-from .settings import BadRows, RowSettings
+from .report import PreparationReport
+from .settings import RowSettings
 
 
 logger = logging.get_logger(__name__)
 
-# Conversations that are placed at once. More fill rows better; fewer start sooner and resume faster.
+# Conversations that are packed together. More of them fill rows better; fewer start sooner and resume faster.
 PACKING_BUFFER = 512
 _PREPARED_AT_ONCE = 8
 
@@ -30,28 +31,15 @@ def stream_rows(
     settings: RowSettings,
     *,
     packing: bool = False,
-    bad_rows: BadRows = "error",
+    bad_rows: BadRows = BadRows.ERROR,
     name: str = "train",
 ) -> IterableDataset:
     """
     Return a stream of conversations as a stream of rows.
 
-    Rows hold nothing but what the stream yields next, so that workers, ranks and a resumed run see the same rows: with
-    packing, every `PACKING_BUFFER` conversations are packed on their own.
-
-    Args:
-        dataset (`datasets.IterableDataset`):
-            Conversations.
-        tokenizer (`transformers.PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
-        settings (`RowSettings`):
-            Bounds; with packing, `max_row_tokens` is the capacity of a row.
-        packing (`bool`, *optional*, defaults to `False`):
-            Whether several conversations share a row.
-        bad_rows (`str`, *optional*, defaults to `"error"`):
-            Whether a row that cannot be trained stops the stream when it comes, or is left out (`"drop"`).
-        name (`str`, *optional*, defaults to `"train"`):
-            Name of the dataset in the log.
+    Workers, ranks and a resumed run see the same rows, since rows depend only on what comes next in the stream: with
+    packing, every `PACKING_BUFFER` conversations are packed together. A bad row stops the stream when it comes, unless
+    bad rows are dropped. Arguments are those of [`prepare_dataset`].
 
     Returns:
         `datasets.IterableDataset`: Rows, with `ROW_COLUMNS`.
@@ -76,9 +64,9 @@ def stream_rows(
 
 class _StreamPreparation:
     """
-    Prepares batches of a stream, and logs what is lost each time that it has doubled.
+    Prepares batches of a stream, and logs what is lost whenever it has doubled.
 
-    A stream has no end at which losses could be summed up, and a line per loss would drown the log.
+    A stream may have no end at which to sum up what is lost, and a line per loss would flood the log.
     """
 
     def __init__(
@@ -90,18 +78,20 @@ class _StreamPreparation:
         self._lengths: list[int] = []
         self._next_log = 1
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+    def __call__(
+        self, batch: Mapping[str, Sequence[Mapping[str, object]]], indices: Sequence[int]
+    ) -> dict[str, list[NDArray[np.generic]]]:
         trained: list[Row] = []
         for example, index in zip(batch[EXAMPLE], indices, strict=True):
             try:
-                rows, counts = rows_of(example, index, self._tokenizer, self._settings)
+                rows, counts = example_to_rows(example, index, self._tokenizer, self._settings)
             except BadRowError as error:
                 self._bad_rows.add(index, example, error)
                 continue
             trained += [row for row in rows if len(row)]
             self._count(rows, counts)
         self._log()
-        return as_columns(trained)
+        return _to_columns(trained)
 
     def _count(self, rows: list[Row], counts: list[dict[str, int]]) -> None:
         self._lengths += map(len, rows)
@@ -111,19 +101,16 @@ class _StreamPreparation:
     def _log(self) -> None:
         lost = sum(self._counts["num_cut_turns"]) + sum(self._counts["num_dropped_turns"])
         if lost >= self._next_log:
-            report = report_of(self._counts, self._lengths, self._settings.bound)
+            report = PreparationReport.from_counts(self._counts, self._lengths, self._settings.bound)
             logger.warning(f"Stream of the {self._name} dataset so far: {report}.")
             self._next_log = 2 * lost
 
 
-def _pack_batch(batch: Mapping[str, Sequence[Any]], max_row_tokens: int) -> dict[str, list[Any]]:
-    rows = [
-        Row.from_columns(dict(zip(ROW_COLUMNS, values, strict=True)))
-        for values in zip(*(batch[name] for name in ROW_COLUMNS), strict=True)
-    ]
-    return as_columns(pack_rows(rows, max_row_tokens))
+def _pack_batch(batch: Mapping[str, Sequence[ArrayLike]], max_row_tokens: int) -> dict[str, list[NDArray[np.generic]]]:
+    columns = zip(*(batch[name] for name in ROW_COLUMNS), strict=True)
+    rows = [Row.from_columns(dict(zip(ROW_COLUMNS, values, strict=True))) for values in columns]
+    return _to_columns(pack_rows(rows, max_row_tokens))
 
 
-def as_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Return rows as a batch of dataset columns."""
+def _to_columns(rows: Sequence[Row]) -> dict[str, list[NDArray[np.generic]]]:
     return {name: [getattr(row, name) for row in rows] for name in ROW_COLUMNS}

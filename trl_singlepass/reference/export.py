@@ -9,10 +9,19 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase, logging
 
-from ..data.bad_rows import BadRowError, RowErrors, StreamedBadRows, dropped, group_errors, reason_of, refusal
-from ..data.conversations import samples_of
+from ..data.bad_rows import (
+    BadRowError,
+    BadRows,
+    RowErrors,
+    StreamedBadRows,
+    bad_rows_error,
+    describe_dropped,
+    get_reason,
+    group_errors,
+)
+from ..data.conversations import example_to_samples
 from ..data.dataset_format import EXAMPLE, check_is_dataset, column_names, in_one_column
-from ..data.settings import BadRows, RowSettings
+from ..data.settings import RowSettings
 from ..data.tokenized_turns import gather_turns, is_single_turn
 from ..training.config import SinglePassSFTConfig
 from ..trees.prefix_tree import IGNORE_INDEX
@@ -75,7 +84,7 @@ def to_npass(
         dataset = _as_dataset(dataset)
     check_is_dataset(dataset, "train")
     settings = RowSettings() if args is None else args.row_settings()
-    bad_rows: BadRows = "error" if args is None else args.bad_rows
+    bad_rows: BadRows = BadRows.ERROR if args is None else args.bad_rows
     if is_single_turn(column_names(dataset)):
         dataset, errors = gather_turns(dataset, len(tokenizer), bad_rows=bad_rows, num_proc=num_proc)
         _log_dropped(errors)
@@ -103,8 +112,8 @@ def to_npass(
 def _without_bad_rows(samples: Dataset, num_rows: int, bad_rows: BadRows) -> Dataset:
     told = zip(samples["row"], samples["bad_row"], strict=True)
     errors = group_errors((row, reason) for row, reason in told if reason is not None)
-    if errors and bad_rows == "error":
-        raise refusal(errors, num_rows, "given")
+    if errors and bad_rows == BadRows.ERROR:
+        raise bad_rows_error(errors, num_rows, "given")
     _log_dropped(errors)
     kept = [index for index, reason in enumerate(samples["bad_row"]) if reason is None]
     return (samples.select(kept) if errors else samples).remove_columns(list(_BAD_ROW))
@@ -112,7 +121,7 @@ def _without_bad_rows(samples: Dataset, num_rows: int, bad_rows: BadRows) -> Dat
 
 def _log_dropped(errors: Sequence[RowErrors]) -> None:
     if errors:
-        logger.warning(f"N-pass export: {dropped(errors)}.")
+        logger.warning(f"N-pass export: {describe_dropped(errors)}.")
 
 
 def _as_dataset(conversations: Sequence[Any]) -> Dataset:
@@ -130,7 +139,7 @@ def _expand_or_tell(
         row = {name: values[0] for name, values in batch.items()}
         expanded = _expand(row, indices[0], tokenizer, settings)
     except BadRowError as error:
-        return {**{key: [[]] for key in _FEATURES}, "row": indices, "bad_row": [reason_of(error, indices[0])]}
+        return {**{key: [[]] for key in _FEATURES}, "row": indices, "bad_row": [get_reason(error, indices[0])]}
     num_samples = len(expanded["input_ids"])
     return {**expanded, "row": indices * num_samples, "bad_row": [None] * num_samples}
 
@@ -154,7 +163,7 @@ class _StreamExpansion:
 def _expand(
     row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, settings: RowSettings
 ) -> dict[str, list[Any]]:
-    samples = samples_of(row, index, tokenizer, settings).samples
+    samples = example_to_samples(row, index, tokenizer, settings).samples
     return {
         "input_ids": [sample.token_ids.tolist() for sample in samples],
         "labels": [_labels(sample) for sample in samples],

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..cost.flops import Cost, npass_cost, shape_of, single_pass_cost
+from ..cost.flops import Cost, get_model_shape, npass_cost, single_pass_cost
 from ..training.model import enable_tree
 from ..trees.prefix_tree import PrefixTree
 from ..trees.sample import Sample
@@ -86,7 +86,7 @@ def time_both(
     Returns:
         `Timing`: The measurement, with the counted work beside it.
     """
-    shape = shape_of(model.config)
+    shape = get_model_shape(model.config)
     npass = _seconds(npass_loss_and_gradients, model, conversations, repeats, on_step)
     enable_tree(model)
     single_pass = _seconds(single_pass_loss_and_gradients, model, conversations, repeats, on_step)

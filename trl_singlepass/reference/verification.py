@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.bad_rows import each_row
+from ..data.bad_rows import read_all
 from ..recurrent.layer import disable_tree_recurrence, runs_on_trees
 from ..rendering.samples import render_example
 from ..training.model import enable_tree, without_adapters
@@ -88,7 +88,7 @@ def verify(
             row["tools"] = tools
         return render_example(row, tokenizer, chat_template=chat_template, example_index=index)
 
-    rows = each_row(list(islice(conversations, max_rows)), read, "given")
+    rows = read_all(list(islice(conversations, max_rows)), read, "given")
     if not rows:
         raise ValueError("Nothing to verify: `conversations` is empty. Pass at least one conversation.")
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())

@@ -13,8 +13,10 @@ from packaging.version import Version
 from transformers import TrainingArguments, logging
 from trl import SFTConfig
 
-from ..data.settings import BAD_ROWS, OVERLONG_TURNS, BadRows, OverlongTurns, RowSettings
-from ..data.weights import LOSS_REDUCTIONS, LossReduction
+from ..data.bad_rows import BadRows
+from ..data.selection import OverlongTurns
+from ..data.settings import RowSettings
+from ..data.weights import LossReduction
 from ..rendering.history import HISTORIES, History
 
 
@@ -97,18 +99,18 @@ class SinglePassSFTConfig(SFTConfig):
         },
     )
     overlong_turns: OverlongTurns = field(
-        default="truncate",
+        default=OverlongTurns.TRUNCATE,
         metadata={
             "help": "What happens to turns longer than `max_length` or `max_row_tokens`: 'truncate', 'drop', 'error'.",
-            "choices": list(OVERLONG_TURNS),
+            "choices": list(OverlongTurns),
         },
     )
     bad_rows: BadRows = field(
-        default="error",
+        default=BadRows.ERROR,
         metadata={
             "help": "What happens to rows that cannot be trained: 'error' names all of them and stops, 'drop' leaves "
             "them out and counts them in the log.",
-            "choices": list(BAD_ROWS),
+            "choices": list(BadRows),
         },
     )
     history: History = field(
@@ -127,10 +129,10 @@ class SinglePassSFTConfig(SFTConfig):
         },
     )
     loss_reduction: LossReduction = field(
-        default="token",
+        default=LossReduction.TOKEN,
         metadata={
             "help": "What counts the same in the loss: every 'token', every 'turn' or every 'conversation'.",
-            "choices": list(LOSS_REDUCTIONS),
+            "choices": list(LossReduction),
         },
     )
     reasoning_weight: float = field(
@@ -163,8 +165,8 @@ class SinglePassSFTConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise ValueError(f"{name}={value} leaves no room for a token and its target. Set it to 2 or more.")
-        if self.bad_rows not in BAD_ROWS:
-            raise ValueError(f"bad_rows={self.bad_rows!r} is none of {', '.join(BAD_ROWS)}.")
+        if self.bad_rows not in tuple(BadRows):
+            raise ValueError(f"bad_rows={self.bad_rows!r} is none of {', '.join(BadRows)}.")
         self.row_settings()  # refuses what is none of its choices
 
     def row_settings(self, packing: bool = False) -> RowSettings:

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import Tree, TreeMask
 from ..attention.context import running_on
-from ..data.row_padding import padded_to
+from ..data.collator import pad_batch
 from ..trees.rows import TreePlan
 from .compatibility import check_sequence_parallelism
 from .gradient_scale import GradientCheck, overcounting_of
@@ -261,7 +261,7 @@ class SharedRows(IterableDataset[dict[str, Any]]):
         weights = whole.get("loss_weights", (whole["labels"] != -100).float())
         whole["loss_weights"] = F.pad(weights[:, 1:], (0, 1))
         whole["label_parts"] = F.pad(whole["label_parts"][:, 1:], (0, 1))
-        return padded_to(self._common_length(whole["tree_plan"].length), whole, self.trainer._tokenizer.pad_token_id)
+        return pad_batch(whole, self._common_length(whole["tree_plan"].length), self.trainer._tokenizer.pad_token_id)
 
     def _common_length(self, length: int) -> int:
         """Length that the group can share; gloo gathers only tensors of one size, other backends of any."""

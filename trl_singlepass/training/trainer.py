@@ -20,9 +20,9 @@ from transformers import (
 from ..attention import Tree, tree_context
 from ..data.collator import DataCollatorForSinglePass, TreeOrPlainCollator
 from ..data.dataset_format import check_is_dataset, column_names, holds_messages, holds_rows, holds_turns
-from ..data.formatted_text import as_text
+from ..data.formatted_text import format_as_text
 from ..data.preparation import prepare_dataset
-from ..data.sampler import train_sampler
+from ..data.sampler import make_train_sampler
 from ..trees.rows import ROW_COLUMNS
 from .compatibility import (
     check_collator,
@@ -202,7 +202,7 @@ class SinglePassSFTTrainer(MeasuringTrainer):
             return dataset
         is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
         if formatting_func is not None and not is_transformed and holds_messages(dataset):
-            dataset = as_text(dataset, formatting_func, args, dataset_name)
+            dataset = format_as_text(dataset, formatting_func, args, dataset_name)
             formatting_func = None
         is_stock = formatting_func is not None or is_transformed
         if is_stock or not holds_turns(dataset, text_field=args.dataset_text_field, name=dataset_name):
@@ -224,7 +224,7 @@ class SinglePassSFTTrainer(MeasuringTrainer):
         return rows.shuffle(seed=args.seed) if args.shuffle_dataset and isinstance(rows, Dataset) else rows
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        sampler = train_sampler(self)
+        sampler = make_train_sampler(self)
         return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
     def _set_signature_columns_if_needed(self) -> None:

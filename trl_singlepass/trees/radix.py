@@ -114,7 +114,7 @@ class RadixNode:
         self.latest_sample = max(self.latest_sample, node.latest_sample)
 
 
-def common_prefix_length(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+def common_prefix_length(a: NDArray[np.integer], b: NDArray[np.integer]) -> int:
     """Return the length of the longest common prefix of two token sequences."""
     length = min(len(a), len(b))
     if length == 0:

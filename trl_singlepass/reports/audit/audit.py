@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from datasets.utils.tqdm import tqdm
 
-from ...cost.flops import shape_of
+from ...cost.flops import get_model_shape
 from ...data.bad_rows import group_errors
 from .counts import Lengths, TurnStats
 from .forecast import Schedule, make_forecast, sharing_by_turns
@@ -84,7 +84,7 @@ def audit(
     if max_length is None and model_config is not None:
         max_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     num_rows = len(dataset) if hasattr(dataset, "__len__") else None
-    auditor = Auditor(_with_template(tokenizer, chat_template), shape_of(model_config))
+    auditor = Auditor(_with_template(tokenizer, chat_template), get_model_shape(model_config))
     rows, positions = _draw(dataset, num_rows, DEFAULT_SAMPLE_SIZE if sample_size is None else sample_size, seed)
     if not positions:
         raise ValueError("Nothing to audit: the dataset is empty.")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...cost.flops import ModelShape
-from ...data.bad_rows import reason_of
-from ...data.conversations import samples_of
+from ...data.bad_rows import get_reason
+from ...data.conversations import example_to_samples
 from ...data.settings import RowSettings
-from ...data.tokenized_turns import turns_in
+from ...data.tokenized_turns import get_tokenized_turns
 from ...rendering.conversation import Conversation
 from ...rendering.prefixes import Prefixes
 from .counts import SampleSize
@@ -92,16 +92,16 @@ class Auditor:
         conversation: Conversation | None = None
         prefixes: Prefixes | None = None
         try:
-            if turns_in(row) is None:  # otherwise it has tokens already, and no template is involved
+            if get_tokenized_turns(row) is None:  # otherwise it has tokens already, and no template is involved
                 conversation = Conversation.from_example(row)
                 prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
                 tally.turns.append(get_turn_facts(conversation, prefixes))
                 tally.templates[self.survey.get_facts(conversation)] += 1
-            samples = samples_of(row, index, self.tokenizer, RowSettings(), prefixes=prefixes).samples
+            samples = example_to_samples(row, index, self.tokenizer, RowSettings(), prefixes=prefixes).samples
             if not samples:
                 raise ValueError("All its turns have the weight 0, so nothing of it is trained.")
         except Exception as error:  # a row can contain anything, and templates may raise any exception
-            tally.errors.append((index, reason_of(error, index)))
+            tally.errors.append((index, get_reason(error, index)))
             return
         tally.sizes.append([SampleSize.from_sample(sample) for sample in samples])
         tally.costs.append(count_conversation(samples, self.shape))
