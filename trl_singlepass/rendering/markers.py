@@ -1,4 +1,4 @@
-"""Messages with their words replaced by markers, which show where a template puts what a message says."""
+"""Replace the words of messages with markers, which show where a template puts each part of a message."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ from .conversation import Message
 from .reasoning import REASONING_KEYS, ParsedMessage
 
 
-# Words that neither a template nor a conversation contains.
+# Words that no template and no conversation contains.
 CONTEXT_MARKER, _REASONING, _ANSWER, _NAME = "Xqcontextqx", "Xqreasoningqx", "Xqanswer{}qx", "Xqname{}qx"
 
 
@@ -71,7 +71,7 @@ def mark_context(message: Message) -> Message:
 
 
 def own_strings(message: Message) -> list[str]:
-    """Return all that a message says: content, reasoning, names and arguments of calls, whatever their nesting."""
+    """Return every string in a message: content, reasoning, names and arguments of calls, at any depth."""
     return [text for value in message.values() for text in _strings(value)]
 
 

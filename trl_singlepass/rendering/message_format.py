@@ -1,4 +1,4 @@
-"""Messages in the form that a chat template reads, saying the same as before."""
+"""Convert messages to the form that a chat template reads, without changing what they say."""
 
 import json
 from typing import Any
@@ -90,5 +90,5 @@ def _decode_object(text: str) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
-        return None  # models do write calls that are not JSON: the template may still print them
+        return None  # models sometimes write calls that are not valid JSON; the template may still print them
     return value if isinstance(value, dict) else None

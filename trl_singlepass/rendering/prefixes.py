@@ -1,4 +1,4 @@
-"""Renderings of every prefix of a conversation, with what they share prepared once."""
+"""Render every prefix of a conversation, preparing only once what they share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Ways of calling templates of which all renderings of a conversation were compared with `apply_chat_template`.
+# Ways of calling templates, and whether all renderings of one conversation agreed with `apply_chat_template`.
 _compared: dict[tuple[str, bool, frozenset[str]], bool] = {}
 _ALWAYS_SEEN = ("messages", "tools", "documents", "add_generation_prompt")
 
@@ -41,11 +41,11 @@ class Prefixes:
         messages (`list[dict]`):
             The conversation, in the form in which the template reads context.
         trained (`dict[int, dict]`):
-            The messages that the template reads in another form to write their completions.
+            The messages whose completions need another form than the one that the template reads as context.
         compiled (`jinja2.Template`, *optional*):
             The template in the fast sandbox; `None` to render through `apply_chat_template` alone.
         variables (`dict`):
-            What the template sees of the whole conversation.
+            The variables that the template sees for the whole conversation.
         compares (`bool`):
             Whether to compare each rendering.
         known (`dict`):
@@ -99,7 +99,7 @@ class Prefixes:
         return slow._faster(last + 1) if len(conversation.turns) > 1 and _is_stock(template) else slow
 
     def _faster(self, length: int) -> Prefixes:
-        """Return the same prefixes in the fast sandbox, if that renders the longest one alike."""
+        """Return the same prefixes in the fast sandbox, if it renders the longest one identically."""
         template = self.template
         way = template.source, bool(template.tools), frozenset(template.kwargs)
         compiled = compiled_template(template.full_source) if _compared.get(way, True) else None
@@ -110,7 +110,7 @@ class Prefixes:
             longest = template.render(self.messages[:length])
             fast = replace(self, compiled=compiled, variables=variables, compares=way not in _compared)
             agrees = fast._fast(variables["messages"][:length], False) == longest
-        except Exception:  # templates may raise anything; it comes up again where that rendering is asked for
+        except Exception:  # templates may raise any exception; it is raised again when that rendering is needed
             return self
         fast.known[length, False] = longest
         _compared[way] = agrees
@@ -125,7 +125,7 @@ class Prefixes:
         return self._text(k)
 
     def through(self, k: int, last: Message | None = None) -> str:
-        """Return the messages up to and including message `k`, or another one in its place."""
+        """Return the messages up to and including message `k`, or `last` in its place."""
         last = last or self.trained.get(k)
         if last is None or last is self.messages[k]:
             return self._text(k + 1)
@@ -145,7 +145,7 @@ class Prefixes:
             if last is not None:
                 prepared[-1:] = _get_variables(self.template, [last])["messages"]
             text = self._fast(prepared, add_generation_prompt)
-        except Exception:  # the same comes out of `apply_chat_template`, or nothing does
+        except Exception:  # `apply_chat_template` renders the same text, or raises
             return self.template.render(messages, add_generation_prompt)
         return self._compared(text, messages, add_generation_prompt) if self.compares else text
 
@@ -163,7 +163,7 @@ class Prefixes:
 
 
 def _is_stock(template: ChatTemplate) -> bool:
-    """Whether a template is called by transformers' own code, and all arguments are variables that it sees."""
+    """Whether transformers' own code calls the template, with all arguments visible to it as variables."""
     from transformers import PreTrainedTokenizerBase
 
     method = getattr(template.tokenizer.apply_chat_template, "__func__", None)
@@ -178,7 +178,7 @@ def _get_parameters(function: Any) -> frozenset[str]:
 
 
 def _get_variables(template: ChatTemplate, messages: list[Message]) -> dict[str, Any]:
-    """What transformers lets a template see, as told by a template that raises it."""
+    """Return the variables that transformers passes to a template, by rendering a template that raises them."""
     names = dict.fromkeys([*_ALWAYS_SEEN, *template.tokenizer.special_tokens_map, *template.arguments])
     teller = "{{ raise_exception({" + ", ".join(f"'{name}': {name}" for name in names) + "}) }}"
     try:

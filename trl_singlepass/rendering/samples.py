@@ -164,7 +164,7 @@ def _no_prompt(prefixes: Prefixes, k: int) -> RenderingError:
 
 
 def _check_context(prefixes: Prefixes, turns: list[RenderedTurn]) -> None:
-    """Refuse messages of which the template drops the role, or content that is an object, without a word."""
+    """Refuse messages whose role, or whose object content, the template silently drops."""
     for k, message in enumerate(prefixes.messages):
         following = next((turn for turn in turns if turn.message_index > k), None)
         content = message.get("content")
@@ -199,6 +199,6 @@ def _sample(turn: RenderedTurn, prompt: Ids, reasoning: Ids, whole: Ids, templat
 
 
 def _length_within(beginning: Ids, whole: Ids) -> int:
-    """Number of tokens of a text that begin in a given beginning of it."""
+    """Return how many tokens of a text start within a given prefix of it."""
     shared = common_length(beginning, whole)
     return shared if shared == len(beginning) else shared + 1  # one that reaches over its end counts

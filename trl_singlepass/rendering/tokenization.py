@@ -1,4 +1,4 @@
-"""Token ids of the renderings of one conversation, with the text that they share tokenised once."""
+"""Tokenise the renderings of one conversation, and the text that they share only once."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 Ids = NDArray[np.int64]
 
-# Text of each shape that a tokenizer could treat differently at a border than inside a text.
+# Text that a tokenizer might treat differently at a border than inside a text.
 _PROBES = ("x", " x", "x ", "\n", "\n\nx", "  \n x y", "é")
 
-# Characters from which on it pays to keep the ids of a beginning, and how many of them are kept.
+# Shortest beginning, in characters, whose ids are worth keeping, and how many are kept.
 _LONG, _BEGINNINGS_KEPT = 1024, 64
 
 _borders: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, int], HardBorders]] = WeakKeyDictionary()
@@ -69,7 +69,7 @@ class HardBorders:
         return [piece for piece in self.pattern.split(text) if piece] if self.tokens else [text]
 
     def encode(self, pieces: list[str]) -> list[Ids]:
-        """Return the ids of each piece: where nothing else is asked for, without the offsets that take time."""
+        """Return the ids of each piece, without computing offsets where nothing requires them."""
         backend = self.backend
         if backend is None or backend.truncation or backend.padding or backend.encode_special_tokens:
             return _encode(self.tokenizer, pieces)
@@ -77,7 +77,7 @@ class HardBorders:
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def remember(self, beginning: dict[str, Ids]) -> None:
-        """Keep the ids of a system prompt, tool schemas or a few shots: other conversations may begin with them."""
+        """Keep the ids of long beginnings (system prompt, tools, examples), which other conversations may share."""
         for piece, ids in beginning.items():
             if len(piece) >= _LONG:
                 self.beginnings.pop(piece, None)
@@ -86,7 +86,7 @@ class HardBorders:
             del self.beginnings[oldest]
 
     def hold(self) -> bool:
-        """Whether pieces tokenise to the same ids alone as within a text: not so where a text gets a prefix space."""
+        """Whether pieces have the same ids alone as within a text, which a prefix space would break."""
         if not self.tokens:
             return True
         text = self.tokens[0].join(_PROBES) + "".join(self.tokens)
@@ -167,7 +167,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
 
 
 def _get_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What a tokenizer of stock methods asks for ids, if it is new enough to leave out offsets."""
+    """Return the backend of a tokenizer with stock methods, if it can encode without offsets."""
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     kind, backend = type(tokenizer), getattr(tokenizer, "backend_tokenizer", None)

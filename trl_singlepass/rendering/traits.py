@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Words that no template writes itself.
+# Words that no template contains.
 _ANSWER, _REASONING, _VALUE, _TEXT = "Aspen", "Rowan", "Maple", "Willow"
 _USER: Message = {"role": "user", "content": "Juniper"}
 _TOOL_RESULT: Message = {"role": "tool", "name": "oak", "tool_call_id": "call00000", "content": "Linden"}
@@ -42,8 +42,8 @@ class Ending:
         written (`str`):
             What the template writes at the end of a conversation's last message.
         trained (`str`, *optional*):
-            What stands in its place in a completion: the same, with a stop token where the template writes none,
-            without the next message's header where it writes that. `None` if there is no token to stop at.
+            What replaces it in a completion: the same text, plus a stop token if the template writes none, minus the
+            next message's header if it writes that. `None` if there is no token to stop at.
     """
 
     written: str
@@ -92,7 +92,7 @@ class Traits:
 
 
 def get_traits(template: ChatTemplate) -> Traits:
-    """Return the traits of a chat template under its arguments, from memory where its tokenizer has met it before."""
+    """Return the traits of a chat template under its arguments, cached per tokenizer."""
     known = _known.setdefault(template.tokenizer, {})
     # Some templates keep more reasoning when there are tools.
     arguments = json.dumps([template.kwargs, bool(template.tools)], sort_keys=True, default=repr)
@@ -125,14 +125,14 @@ class _Probe:
         )
 
     def text(self, *messages: Message, add_generation_prompt: bool = False) -> str:
-        """Return a rendering; nothing where the template refuses the messages, which then say nothing of it."""
+        """Return a rendering, or an empty string if the template refuses the messages."""
         try:
             return self.template.render(list(messages), add_generation_prompt)
         except RenderingError:
             return ""
 
     def takes(self, role: str, content: object) -> bool:
-        """Whether the template prints a content of that form as text, and not as Python or JSON writes a list."""
+        """Whether the template prints content of this form as text, rather than as a Python or JSON list."""
         before = {"system": (), "user": (), "assistant": (_USER,), "tool": (_USER, _calling(*self.arguments))}[role]
         after = (_USER,) if role == "system" else ()
         message = {**(_TOOL_RESULT if role == "tool" else {"role": role}), "content": content}
@@ -173,7 +173,7 @@ class _Probe:
         return False, not renderings[False, False]
 
     def ending(self, message: Message, following: Message, last_word: str) -> Ending:
-        """How a message ends that ends in a word; as the template writes it where it does not render the word."""
+        """Return how a message ends whose last word is given; unchanged if the template does not render the word."""
         text = self.text(_USER, message)
         _, found, rest = text.rpartition(last_word)
         if not found:
@@ -207,7 +207,7 @@ class _Probe:
         return bool(found) and token in after.partition(_ANSWER)[0]
 
     def without_header(self, ending: str) -> str:
-        """Drop the header of the next answer, which some templates write whether they are asked for it or not."""
+        """Drop the header of the next answer, which some templates write whether or not it was requested."""
         bare = self.text(_USER)
         if not bare or bare != self.text(_USER, add_generation_prompt=True):
             return ending
@@ -235,7 +235,7 @@ class _Probe:
 
 
 def split_markup(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Cut markup into added tokens, tags, words and single other characters: pieces that must not be cut further."""
+    """Split markup into added tokens, tags, words and single characters: pieces that must not be split further."""
     added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
     return re.findall("|".join([*map(re.escape, added), r"<[^<>\s]*>", r"\[[^\[\]\s]*\]", r"\w+", r"\s", "."]), text)
 

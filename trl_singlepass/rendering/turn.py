@@ -21,7 +21,7 @@ _NO_PLACE = (
     "its prompt closes the reasoning before the message can give its own. Switch thinking on through "
     "'chat_template_kwargs', remove the reasoning, or use a template that renders it"
 )
-# Stands in for reasoning that a turn lacks, to see how the template closes it.
+# Placeholder reasoning for a turn without any, to see how the template closes it.
 _PLACEHOLDER = "Xqplaceholderqx"
 
 
@@ -38,13 +38,13 @@ class RenderedTurn:
         completion (`str`):
             What the model generates after that, up to and including its stop token.
         reasoning_end (`int`):
-            Length of the reasoning that begins the completion, in characters, its closing tag included.
+            Length in characters of the reasoning that starts the completion, including its closing tag.
         parsed ([`ParsedMessage`]):
             What the message says.
         kind ([`CompletionKind`]):
             How the completion came about.
         stop_added (`bool`):
-            Whether the template writes no stop token there, and one was added.
+            Whether a stop token was added because the template writes none there.
     """
 
     message_index: int
@@ -130,7 +130,7 @@ class _TurnRenderer:
         )
 
     def completion(self) -> tuple[str, int, CompletionKind]:
-        """Return the completion, where the reasoning begins in it (-1 if there is none), and how it came about."""
+        """Return the completion, the position of its reasoning (-1 if there is none), and how it came about."""
         own = self.own_text(self.message)
         if self.parsed.reasoning and not self.shows(own.text, self.parsed.reasoning, self.marked.reasoning):
             return *self.with_reasoning(), CompletionKind.REASONING_RESTORED
@@ -157,7 +157,7 @@ class _TurnRenderer:
         return own
 
     def shows(self, text: str, part: str, marker: str) -> bool:
-        """Whether a text holds a part of the message itself, and not markup or another part that looks the same."""
+        """Whether a text holds this part of the message, rather than markup or another part with the same words."""
         if part.strip() not in text:
             return False
         return not self.is_ambiguous(part.strip()) or marker in self.marked_own.text
@@ -179,7 +179,7 @@ class _TurnRenderer:
         return own.text.find(self.parsed.reasoning)
 
     def with_reasoning(self) -> tuple[str, int]:
-        """Write the reasoning that the template leaves out, where the prompt and the template show how."""
+        """Write the reasoning that the template leaves out, the way the prompt and the template show."""
         tags, reasoning = self.template.tags, self.parsed.reasoning
         if tags is None:
             raise RenderingError(missing_reasoning(self.template.source))
@@ -199,7 +199,7 @@ class _TurnRenderer:
         return any(tags.opening + newline in self.template.source for newline in ("\n", "\\n"))
 
     def after_opening(self, own: OwnText) -> tuple[str, int]:
-        """Continue a prompt that begins the answer in words which the template does not write before this message."""
+        """Continue a prompt that starts the answer with text that the template does not write for this message."""
         assert own.start is not None
         head, rest = own.text[: own.start].strip(), own.text[own.start :]
         is_closed = any(tags.closing in own.opening for tags in KNOWN_TAGS)
@@ -212,14 +212,14 @@ class _TurnRenderer:
         return self.close_reasoning(own), -1
 
     def without_empty_block(self, text: str) -> str:
-        """Drop the block that the template writes where it has no reasoning: the prompt holds one already."""
+        """Drop the empty block that the template writes in place of reasoning: the prompt already has one."""
         if self.template.tags is not None:
             opening, closing = re.escape(self.template.tags.opening), re.escape(self.template.tags.closing)
             text = re.sub(rf"\A\s*(?:{opening}\s*)?{closing}\s*", "", text)
         return text.lstrip() if self.prompt[-1:].isspace() else text
 
     def close_reasoning(self, own: OwnText) -> str:
-        """Close the reasoning that the prompt opens and that the message lacks, as the model would."""
+        """Close the reasoning that the prompt opens for a message without reasoning, as the model would."""
         with_one = as_trained({**self.message, "reasoning_content": _PLACEHOLDER}, self.template)
         text = self.own_text(with_one).text
         head, found, rest = text.partition(_PLACEHOLDER)
