@@ -87,8 +87,8 @@ def waves(step: Step, case: Case) -> tuple[Callable[[], float], dict[str, Any]]:
             targets = torch.cat([labels[wave.start + 1 : wave.end + 1], labels[:1]])[: len(wave)]
             predicting = (targets != -100).nonzero()[:, 0]
             total += step.backward(hidden[0, predicting], targets[predicting])
-        facts["key_value_bytes"] = row.peak_memory_bytes
-        facts["key_value_tokens"] = plan.memory_tokens
+        facts["key_value_bytes"] = row.peak_cache_bytes
+        facts["key_value_tokens"] = plan.cached_tokens
         return total
 
     return loss, facts

@@ -1,7 +1,9 @@
 """Recurrent layers on trees: exact for every hybrid family, whatever the tree, with and without checkpointing."""
 
 import copy
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,17 +16,15 @@ from support.model_survey import branchy_chat
 from support.sample_sets import branch_at_every_depth, reasoning_chat, sample_sets
 from support.tiny_causal_lms import HYBRIDS, KINDS, tiny_model
 from support.trainers import largest_difference, needs_cached_states, single_pass_trainer, stock_trainer
+from support.wave_training import batch_of
+from trl_singlepass.attention.context import Tree, running_on
 from trl_singlepass.recurrent import disable_tree_recurrence, path_dependent_layers
 from trl_singlepass.recurrent import layer as recurrent_layer
 from trl_singlepass.recurrent.layer import runs_on_trees
 from trl_singlepass.recurrent.layer_kinds import ReplayMode
-from trl_singlepass.recurrent.layout import Layout
-from trl_singlepass.recurrent.schedule import fork_schedule, path_schedule
 from trl_singlepass.reference.float64 import ForcedFloat64
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.training.model import UnsupportedModelError, check_model, enable_tree
-from trl_singlepass.trees.prefix_tree import PrefixTree
-from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.trees.sample import Sample
 
 
@@ -135,72 +135,9 @@ def test_selecting_attention_refuses_kernels_of_other_attention():
         enable_tree(model)
 
 
-def test_unknown_mixing_layers_are_refused_by_name():
-    class MovingAverage(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.average = torch.nn.Conv1d(32, 32, 3, padding=2)
-
-        def forward(self, hidden_states):
-            return self.average(hidden_states.mT)[..., : hidden_states.shape[1]].mT
-
-    model = tiny_model("llama")
-    model.model.layers[1].mlp = torch.nn.Sequential(model.model.layers[1].mlp, MovingAverage())
-    with pytest.raises(UnsupportedModelError, match="has 'MovingAverage' layers; they mix neighbouring tokens"):
-        check_model(model)
-
-
 def test_models_that_look_ahead_are_refused():
     with pytest.raises(UnsupportedModelError, match="attends to later tokens in 'BertSelfAttention'"):
         check_model(tiny_model("bert", is_decoder=False))
-
-
-def runs_of(samples):
-    return TreePlan.from_rows([Row.from_tree(PrefixTree.from_samples(samples))])
-
-
-@settings(max_examples=100)
-@given(samples=sample_sets())
-def test_schedules_run_every_token_once_in_a_valid_order(samples):
-    plan = runs_of(samples)
-    for schedule in (fork_schedule(plan), path_schedule(plan), path_schedule(plan, reach=3)):
-        own = sorted(piece.ranges[-1] for piece in schedule.pieces)
-        assert [start for start, _ in own] == [0, *(end for _, end in own[:-1])]
-        assert own[-1][1] == plan.length
-        done = set()
-        for batch in schedule.batches:
-            pieces = [schedule.pieces[index] for index in batch]
-            assert all(piece.source < 0 or piece.source in done for piece in pieces)
-            assert len({piece.source >= 0 for piece in pieces}) == 1
-            assert len(batch) == 1 or not any(piece.is_source for piece in pieces)
-            assert not any(piece.is_source and piece.source >= 0 and piece.length == 1 for piece in pieces)
-            done |= set(batch)
-        assert done == set(range(len(schedule.pieces)))
-
-
-def test_no_layer_takes_a_lone_token_for_a_step_of_generation():
-    # The last token of the second sample is not trained, so its branch is that token and no more.
-    samples = [Sample(range(5, 12), [0.0] + [1.0] * 6, 1), Sample([5, 6, 7, 30], [0.0, 1.0, 1.0, 0.0], 1)]
-    row = Row.from_tree(PrefixTree.from_samples(samples))
-    plan = TreePlan.from_rows([row])
-    layout = Layout(plan.length, fork_schedule(plan), torch.device("cpu"))
-    starts = [layout.schedule.pieces[batch[0]].source < 0 for batch in layout.schedule.batches]
-    lengths = [length for _, length in layout.shapes]
-    assert 1 in [piece.length for piece in layout.schedule.pieces if piece.source >= 0]
-    assert all(length >= 2 or start for length, start in zip(lengths, starts, strict=True))
-
-
-def test_forks_run_no_token_twice_when_branches_are_long():
-    schedule = fork_schedule(runs_of(reasoning_chat(6)))
-    assert sum(piece.num_warmup for piece in schedule.pieces) == 0
-    # All six branches together, after six pieces of history.
-    assert len(schedule.batches) <= 6 + 2
-
-
-def test_reach_bounds_the_history_that_is_run_again():
-    plan = runs_of(reasoning_chat(6))
-    assert max(piece.num_warmup for piece in path_schedule(plan, reach=3).pieces) == 3
-    assert max(piece.num_warmup for piece in path_schedule(plan).pieces) > 40
 
 
 def shortest_conversations(count):
@@ -244,3 +181,16 @@ def test_a_layer_that_does_not_take_its_state_from_the_cache_is_refused(monkeypa
     monkeypatch.setattr(recurrent_layer, "_cache_arguments", lambda layer: set())
     with pytest.raises(RuntimeError, match="would be trained without their history"):
         assert_equal_to_npass(tiny_model("qwen3_5_text"), [branch_at_every_depth()])
+
+
+def test_trees_are_freed_with_their_row():
+    model = tiny_model("qwen3_5_text")
+    enable_tree(model)
+    batch = batch_of([reasoning_chat(2)])
+    tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
+    with torch.no_grad(), running_on(tree):
+        model(**{name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}, use_cache=False)
+    assert tree.attended_by
+    tree = weakref.ref(tree)
+    gc.collect()
+    assert tree() is None

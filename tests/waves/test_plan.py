@@ -9,8 +9,23 @@ from support.sample_sets import reasoning_chat, sample_sets
 from support.wave_training import batch_of
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan
-from trl_singlepass.waves import WavePlan
-from trl_singlepass.waves.subplan import Placement, pass_plan
+from trl_singlepass.waves import Wave, WavePlan
+
+
+# The row of the docstrings: spine [0, 7), a branch [7, 9) after token 3, a branch [9, 11) after token 1.
+EXAMPLE = TreePlan.from_subtree_end(np.array([11, 11, 9, 9, 7, 7, 7, 9, 9, 11, 11]))
+
+
+@pytest.mark.parametrize(
+    ("wave_tokens", "waves"),
+    [
+        (11, (Wave(0, 11, ()),)),
+        (8, (Wave(0, 4, ((0, 4),), is_kept=True), Wave(4, 7, ()), Wave(7, 11, ()))),
+        (5, (Wave(0, 4, ((0, 4),)), Wave(4, 9, ()), Wave(9, 11, ()))),
+    ],
+)
+def test_waves_of_the_documented_row(wave_tokens, waves):
+    assert WavePlan.from_tree_plan(EXAMPLE, wave_tokens).waves == waves
 
 
 def row_of(sample_sets):
@@ -21,7 +36,7 @@ def row_of(sample_sets):
 rows = st.lists(sample_sets(max_samples=5, max_length=16), min_size=1, max_size=3).map(row_of)
 sizes = st.integers(1, 60)
 policies = st.fixed_dictionaries(
-    {"keep_history": st.booleans(), "smallest_wave": st.integers(1, 8), "lone_tokens": st.booleans()}
+    {"keep_history": st.booleans(), "smallest_wave": st.integers(1, 8), "allow_single_tokens": st.booleans()}
 )
 
 
@@ -31,14 +46,14 @@ def test_waves_cover_the_row_once_in_order(row, size, policy):
     borders = [0, *(wave.end for wave in plan.waves)]
     assert [wave.start for wave in plan.waves] == borders[:-1]
     assert borders[-1] == len(row[0])
-    shortest = 1 if policy["lone_tokens"] else min(2, len(row[0]))
+    shortest = 1 if policy["allow_single_tokens"] else min(2, len(row[0]))
     assert all(len(wave) >= shortest for wave in plan.waves)
 
 
 @given(rows, sizes, policies)
 def test_no_more_tokens_than_allowed_are_alive(row, size, policy):
     plan = WavePlan.from_tree_plan(row[1], size, **policy)
-    size += 0 if policy["lone_tokens"] else 2
+    size += 0 if policy["allow_single_tokens"] else 2
     for group in plan.groups:
         kept = [wave for wave in group if wave.is_kept]
         assert kept in ([], [group[0]])
@@ -70,29 +85,6 @@ def test_a_branch_that_fits_is_not_torn(row, size, policy):
         is_leaf = all(row.subtree_end[run.start : run.end] <= run.end)
         if is_leaf and run.prefix and run.end - run.start <= room:
             assert not ends & set(range(run.start + 1, run.end))
-
-
-def ancestors(plan, position):
-    """Positions of the ancestors of a token, itself included, in the order of their depth."""
-    run = next(run for run in plan.runs if run.start <= position < run.end)
-    return [token for first, last in (*run.prefix, (run.start, position + 1)) for token in range(first, last)]
-
-
-@given(rows, sizes, policies)
-def test_a_pass_sees_the_ancestors_of_the_row(row, size, policy):
-    plan = WavePlan.from_tree_plan(row[1], size, **policy)
-    for group in plan.groups:
-        memory = Placement.one_after_the_other(tokens for wave in group for tokens in wave.handed_on)
-        slots = [token for first, last in memory.ranges for token in range(first, last)]
-        for wave in group:
-            for tokens in {((wave.start, wave.end),), wave.handed_on} - {()}:
-                of_pass = pass_plan(row[1], Placement.one_after_the_other(tokens), memory)
-                running = [token for first, last in tokens for token in range(first, last)]
-                assert of_pass.length == len(running)
-                assert of_pass.depths().tolist() == row[1].depths()[running].tolist()
-                where = running + slots
-                for position, token in enumerate(running):
-                    assert [where[other] for other in ancestors(of_pass, position)] == ancestors(row[1], token)
 
 
 def test_a_history_that_fits_beside_a_branch_is_kept():
@@ -127,4 +119,4 @@ def test_long_chains_run_all_but_their_last_piece_twice(turns):
     plan = WavePlan.from_tree_plan(TreePlan.from_subtree_end(np.full(10 * turns, 10 * turns)), 10)
     assert len(plan.waves) == turns
     assert plan.num_repeated == 10 * (turns - 1)
-    assert plan.memory_tokens == 10 * (turns - 1)
+    assert plan.cached_tokens == 10 * (turns - 1)

@@ -1,10 +1,6 @@
 """Hybrid models in waves: inputs and states of recurrent layers are handed from wave to wave, exactly."""
 
-import gc
-import weakref
-
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,8 +9,6 @@ from support.model_survey import branchy_chat
 from support.sample_sets import branch_at_every_depth, nested_forks, reasoning_chat, sample_sets
 from support.tiny_causal_lms import HYBRIDS, KINDS, tiny_model
 from support.wave_training import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
-from trl_singlepass.attention import Tree
-from trl_singlepass.attention.context import running_on
 from trl_singlepass.recurrent import path_dependent_layers
 from trl_singlepass.training.model import enable_tree
 
@@ -75,7 +69,7 @@ def test_gradient_checkpointing(model_type, use_reentrant):
         pytest.skip("has no gradient checkpointing")
     # A row of 79 tokens, whose last wave of 25 tokens would be a single one.
     chats, prepare = [reasoning_chat(2), reasoning_chat(1, seed=1)], checkpoint_layers(use_reentrant)
-    assert_waves_equal_npass(model, chats, [25], prepare=prepare, lone_tokens=False)
+    assert_waves_equal_npass(model, chats, [25], prepare=prepare, allow_single_tokens=False)
 
 
 @pytest.mark.parametrize("model_type", KINDS)
@@ -112,32 +106,19 @@ def test_offloaded_inputs_and_states_train_the_same(model_type):
 
 
 @pytest.mark.parametrize(("model_type", "tokens_per_fork"), [("qwen3_5_text", 1), ("lfm2", 2)])
-def test_only_the_inputs_that_run_again_are_kept(model_type, tokens_per_fork):
+def test_only_the_inputs_that_are_replayed_are_stored(model_type, tokens_per_fork):
     model = model_of(model_type)
     enable_tree(model)
     batch = batch_of([reasoning_chat(4)])
     plan = plan_of(batch, 60)
-    _, row = train_in_waves(model, batch, plan)
+    _, runner = train_in_waves(model, batch, plan)
     layers = set(path_dependent_layers(model))
     inputs = [
         value.shape[1]
-        for layer in layers & row.memories[0].leaves.keys()
-        for key, value in row.memories[0].leaves[layer].values.items()
-        if key == ("hidden_states",)
+        for layer, tensors in runner.caches[0].inputs_and_states.items()
+        for key, value in tensors.values.items()
+        if layer in layers and key == ("hidden_states",)
     ]
     assert inputs
-    assert plan.memory_tokens > 30
+    assert plan.cached_tokens > 30
     assert set(inputs) == {3 * tokens_per_fork}
-
-
-def test_trees_are_freed_with_their_row():
-    model = model_of("qwen3_5_text")
-    enable_tree(model)
-    batch = batch_of([reasoning_chat(2)])
-    tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
-    with torch.no_grad(), running_on(tree):
-        model(**{name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}, use_cache=False)
-    assert tree.attended_by
-    tree = weakref.ref(tree)
-    gc.collect()
-    assert tree() is None

@@ -1,17 +1,13 @@
 """Float64: loss and every gradient of a row in waves equal those of separate forwards."""
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.float64_comparison import CHECKPOINTING
 from support.sample_sets import reasoning_chat, sample_sets
 from support.tiny_families import FAMILIES, MIXTURES, tiny_model
-from support.wave_training import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
-from trl_singlepass.attention.context import Tree
-from trl_singlepass.training.model import enable_tree
-from trl_singlepass.waves import WaveRunner
+from support.wave_training import assert_waves_equal_npass
 
 
 pytestmark = [
@@ -69,39 +65,3 @@ def test_frozen_layers(family):
 @pytest.mark.parametrize("family", ["gemma3", "llama4"])
 def test_long_chat_over_many_windows(family):
     assert_waves_equal_npass(model_of(family), [reasoning_chat(turns=12)], [13, 100, 150])
-
-
-def test_keys_and_values_take_the_bytes_that_are_counted():
-    model = model_of("qwen3")
-    enable_tree(model)
-    batch = batch_of([reasoning_chat()])
-    for size in (5, 66):
-        plan = plan_of(batch, size)
-        _, row = train_in_waves(model, batch, plan)
-        config = model.config
-        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8
-        assert row.peak_memory_bytes == 2 * plan.memory_tokens * per_token  # with their gradients
-
-
-def test_layers_with_a_window_keep_what_it_looks_back_to():
-    model = model_of("gemma3")  # a layer with a window of 7 tokens, and one without
-    enable_tree(model)
-    batch = batch_of([reasoning_chat(turns=12)])
-    plan = plan_of(batch, 100, keep_history=False)
-    _, row = train_in_waves(model, batch, plan)
-    (memory,) = row.memories
-    windowed, full = (memory.layers[layer.self_attn].num_slots for layer in model.model.layers)
-    assert full == plan.memory_tokens
-    assert 6 < windowed < full / 2  # of 14 tokens of history per turn, the six before the next branch
-
-
-def test_offloaded_keys_and_values_train_the_same():
-    model = model_of("qwen3")
-    enable_tree(model)
-    batch = batch_of([reasoning_chat()])
-    tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
-    row = WaveRunner(plan_of(batch, 20), tree, offload=True)
-    for memory in row.memories:
-        assert (
-            memory.of(model, 3).zeros_like(torch.zeros(1, 2, 3, 4, device="meta"), torch.float64).device.type == "cpu"
-        )

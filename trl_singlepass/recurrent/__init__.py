@@ -1,4 +1,4 @@
-"""Recurrent and convolutional layers on trees: each runs from fork to fork, and sees the history once."""
+"""Recurrent and convolutional layers on trees: each branch sees its own history, and no sibling."""
 
 from __future__ import annotations
 

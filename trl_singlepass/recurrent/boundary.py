@@ -1,4 +1,10 @@
-"""What recurrent layers need of earlier rows and leave for later ones: inputs of tokens, and states after tokens."""
+"""
+What a layer takes from rows that ran before, and leaves for rows that run after.
+
+Tokens with descendants in later rows (waves) have a **slot** each; in the plan of a row that continues them, slot `s`
+is position `row_length + s`. Later rows replay the inputs of some of these tokens and start from the states after
+others, depending on how a layer runs ([`ReplayMode`]). Only those are stored.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +15,38 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from ..trees.rows import TreePlan
-from .boundary_grads import Key, Leaves, LeavingStates, Recalled, WithKept
+from .boundary_grads import AppendDetachedInputs, BoundaryTensors, CollectStateGradients, InputKey, LoadState, StateKey
 from .fork_cache import ForkStates
 from .layer_kinds import ReplayMode
 from .schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Kept:
+class BoundarySlots:
     """
-    What rows need of tokens outside of them, which have a slot each.
+    Slots of which layers that run alike need anything.
 
     Args:
         inputs (`numpy.ndarray` of `numpy.int64`):
-            Slots of the tokens whose inputs to the layer run again, sorted.
+            Slots of the tokens whose inputs are replayed, sorted.
         states (`frozenset[int]`):
-            Slots of the tokens after which pieces start.
+            Slots of the tokens whose states pieces start from.
     """
 
     inputs: NDArray[np.int64]
     states: frozenset[int]
 
     @classmethod
-    def by(cls, plans: Iterable[TreePlan], schedule: Callable[[TreePlan], Schedule]) -> Kept:
+    def from_plans(cls, plans: Iterable[TreePlan], schedule: Callable[[TreePlan], Schedule]) -> BoundarySlots:
         """
-        Collect it.
+        Collect the slots that rows need.
 
         Args:
             plans (`Iterable[TreePlan]`):
-                Structure of the rows; positions from their length on are slots.
+                Structure of the rows.
             schedule (`Callable`):
                 Returns the pieces in which a layer runs over a row.
         """
@@ -49,132 +56,130 @@ class Kept:
             for piece in schedule(plan).pieces:
                 for start, end in piece.ranges:
                     inputs.update(range(start - plan.length, end - plan.length) if start >= plan.length else ())
-                if piece.recalled >= 0:
-                    states.add(piece.recalled - plan.length)
+                if piece.source_token >= 0:
+                    states.add(piece.source_token - plan.length)
         return cls(np.array(sorted(inputs), np.int64), frozenset(states))
 
 
-class Handover:
+class RowBoundary:
     """
-    What layers that run alike need and leave while they run over one row.
+    What layers that run alike take from other rows and leave for them while they run over one row.
 
     Args:
         length (`int`):
             Number of tokens of the row.
-        slots (`Mapping[int, int]`):
-            Position in the row of each token that has descendants in later rows, by its slot.
-        kept (`Kept`):
-            What any row needs.
-        leaves (`Mapping[torch.nn.Module, Leaves]`):
-            What is kept for each layer.
-        writes (`bool`):
-            Whether the row runs for the first time, so that nothing of it is kept yet.
+        positions (`Mapping[int, int]`):
+            Maps the slot of each token of the row that has descendants in later rows to its position.
+        needed (`BoundarySlots`):
+            Slots that any row needs.
+        tensors (`Mapping[torch.nn.Module, BoundaryTensors]`):
+            Tensors of each layer.
+        stores (`bool`):
+            Whether the row runs for the first time, so that its tensors are not stored yet.
     """
 
     def __init__(
         self,
         length: int,
-        slots: Mapping[int, int],
-        kept: Kept,
-        leaves: Mapping[torch.nn.Module, Leaves],
-        writes: bool,
+        positions: Mapping[int, int],
+        needed: BoundarySlots,
+        tensors: Mapping[nn.Module, BoundaryTensors],
+        stores: bool,
     ) -> None:
-        self.length, self.kept, self.leaves, self.writes = length, kept, leaves, writes
-        own = [(place, slots[slot]) for place, slot in enumerate(kept.inputs.tolist()) if slot in slots]
-        self.places, self.positions = torch.tensor(own, dtype=torch.long).reshape(-1, 2).unbind(1)
-        self.state_ends = {slots[slot] + 1: slot for slot in sorted(kept.states) if slot in slots}
+        self.length, self.needed, self.tensors, self.stores = length, needed, tensors, stores
+        own = [(place, positions[slot]) for place, slot in enumerate(needed.inputs.tolist()) if slot in positions]
+        self._places, self._positions = torch.tensor(own, dtype=torch.long).reshape(-1, 2).unbind(1)
+        self.state_ends = {positions[slot] + 1: slot for slot in sorted(needed.states) if slot in positions}
 
-    def place_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where tokens stand in extended inputs: those of the row first, then those that are kept."""
-        outside = self.length + np.searchsorted(self.kept.inputs, positions - self.length)
+    @property
+    def num_outside(self) -> int:
+        """Number of tokens outside the row whose inputs are appended to those of the row."""
+        return len(self.needed.inputs)
+
+    def locate(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """
+        Return where the inputs of tokens are once those from outside the row are appended.
+
+        In a row of 4 tokens where slots 2 and 5 are replayed, positions `[1, 6, 9]` are token 1, slot 2 and slot 5:
+        indices `[1, 4, 5]`.
+        """
+        outside = self.length + np.searchsorted(self.needed.inputs, positions - self.length)
         return np.where(positions < self.length, positions, outside)
 
-    def extended(self, layer: torch.nn.Module, value: Any, key: Key = ()) -> Any:
+    def extend(self, layer: nn.Module, value: object, key: InputKey) -> object:
         """
-        Add to an argument of a layer what is kept of the same argument, and keep what later rows need of it.
+        Append to a layer's argument what is stored of it for tokens outside the row, and store what later rows need.
 
         Args:
             layer (`torch.nn.Module`):
-                The layer.
-            value (`Any`):
-                Tensor with one entry per token, shape `(1, length, ...)`, or a tuple or dictionary of such; anything
-                else is returned as it is.
-            key (`tuple`, *optional*):
+                Layer that gets the argument.
+            value (`object`):
+                Tensor with one entry per token, shape `(1, row_length, ...)`, or a tuple or dictionary of such. Other
+                values are returned as they are.
+            key (`InputKey`):
                 Name of the argument.
         """
         if isinstance(value, dict):
-            return {name: self.extended(layer, part, (*key, name)) for name, part in value.items()}
+            return {name: self.extend(layer, part, (*key, name)) for name, part in value.items()}
         if isinstance(value, tuple):
-            return tuple(self.extended(layer, part, (*key, index)) for index, part in enumerate(value))
+            return tuple(self.extend(layer, part, (*key, index)) for index, part in enumerate(value))
         if not isinstance(value, torch.Tensor) or value.shape[:2] != (1, self.length):
             return value
-        leaves = self.leaves[layer]
-        if key not in leaves.values:
-            leaves.keep(key, value.new_zeros(1, len(self.kept.inputs), *value.shape[2:]))
-        held = leaves.values[key]
-        if self.writes:
-            own = value.detach()[:, self.positions.to(value.device)]
-            held[:, self.places.to(held.device)] = own.to(held.device)
+        tensors = self.tensors[layer]
+        if key not in tensors.values:
+            tensors.store(key, value.new_zeros(1, self.num_outside, *value.shape[2:]))
+        stored = tensors.values[key]
+        if self.stores:
+            own = value.detach()[:, self._positions.to(value.device)]
+            stored[:, self._places.to(stored.device)] = own.to(stored.device)
         if not value.requires_grad:
-            return torch.cat([value, held.to(value.device)], dim=1)
-        return WithKept.apply(value, leaves, key, self.positions, self.places)  # type: ignore[no-untyped-call]
+            return torch.cat([value, stored.to(value.device)], dim=1)
+        return AppendDetachedInputs.apply(value, tensors, key, self._positions, self._places)  # type: ignore[no-untyped-call]
 
-    def recall(self, layer: torch.nn.Module, slot: int, device: torch.device) -> ForkStates:
-        """
-        Return the states of a layer after a token of an earlier row.
-
-        Args:
-            layer (`torch.nn.Module`):
-                The layer.
-            slot (`int`):
-                Slot of the token.
-            device (`torch.device`):
-                Device of the layer's inputs.
-        """
-        leaves, states = self.leaves[layer], ForkStates()
+    def load_states(self, layer: nn.Module, slot: int, device: torch.device) -> ForkStates:
+        """Return the states of a layer after the token of a slot, on the device of the layer's inputs."""
+        tensors, states = self.tensors[layer], ForkStates()
         anchor = torch.zeros((), device=device, requires_grad=True)
-        keys = [key for key in leaves.values if key[:2] == (_STATE, slot)]
-        states.final = {key[2]: Recalled.apply(anchor, leaves, key) for key in keys}  # type: ignore[no-untyped-call]
-        assert states.final, "a state is kept before a row starts from it"
+        keys = [key for key in tensors.values if isinstance(key, StateKey) and key.slot == slot]
+        states.final = {key.name: LoadState.apply(anchor, tensors, key) for key in keys}  # type: ignore[no-untyped-call]
+        assert states.final, "a state is stored before a row starts from it"
         return states
 
-    def hand_on(self, layer: torch.nn.Module, output: Any, states: Mapping[int, ForkStates]) -> Any:
+    def store_states(self, layer: nn.Module, output: Any, states: Mapping[int, ForkStates]) -> Any:
         """
-        Keep the states that later rows start from.
+        Store the states that later rows start from.
 
         Args:
             layer (`torch.nn.Module`):
-                The layer.
+                Layer that ran.
             output (`Any`):
                 Its output for the row: a tensor, or a tuple whose first entry is one.
             states (`Mapping[int, ForkStates]`):
                 States by the position just past the token after which they hold.
 
         Returns:
-            `Any`: The output, whose backward also sends back what came for these states.
+            `Any`: The output. Its backward also goes through these states, with the gradients that
+            later rows sent back.
         """
         if isinstance(output, tuple):
-            return (self.hand_on(layer, output[0], states), *output[1:])
-        leaves = self.leaves[layer]
-        tensors = {
-            (_STATE, slot, name): state
+            return (self.store_states(layer, output[0], states), *output[1:])
+        tensors = self.tensors[layer]
+        own = {
+            StateKey(slot, name): state
             for end, slot in self.state_ends.items()
             for name, state in states[end].final.items()
         }
-        if self.writes:
-            for key, state in tensors.items():
-                leaves.keep(key, state)
-        if not tensors or not torch.is_grad_enabled():
+        if self.stores:
+            for key, state in own.items():
+                tensors.store(key, state)
+        if not own or not torch.is_grad_enabled():
             return output
-        return LeavingStates.apply(output, leaves, list(tensors), *tensors.values())  # type: ignore[no-untyped-call]
+        return CollectStateGradients.apply(output, tensors, list(own), *own.values())  # type: ignore[no-untyped-call]
 
 
 @runtime_checkable
-class HandsOver(Protocol):
-    """Tree of a row whose ancestors ran in earlier rows, as waves make it."""
+class HasBoundary(Protocol):
+    """Tree of a row some of whose tokens have ancestors or descendants in other rows, as waves do."""
 
-    def handover(self, mode: ReplayMode) -> Handover | None:
-        """Return what layers that run alike need of ancestors that ran before."""
-
-
-_STATE = "after token"  # no argument is called so
+    def get_boundary(self, mode: ReplayMode) -> RowBoundary | None:
+        """Return what layers that run this way take from other rows and leave for them; `None` if nothing."""

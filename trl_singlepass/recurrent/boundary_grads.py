@@ -1,41 +1,67 @@
-"""Tensors that a recurrent layer leaves for later rows, as leaves of their graphs: gradients come back here."""
+"""
+Tensors of a recurrent layer that later rows need, detached from the graph of the row that made them.
+
+Gradients cross this cut by hand: later rows add theirs to [`BoundaryTensors`], and the backward of the row that made
+the tensors collects them. Rows therefore run backward from the last to the first. The three functions below are the
+places where a layer's graph meets the cut.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from .fork_cache import StateName
 
-Key = tuple[Any, ...]
+
+class StateKey(NamedTuple):
+    """
+    Key of a state.
+
+    Args:
+        slot (`int`):
+            Slot of the token after which it holds.
+        name (`StateName`):
+            Which of the layer's states it is.
+    """
+
+    slot: int
+    name: StateName
+
+
+InputKey = tuple[str | int, ...]
+"""Path to an input in a layer's arguments: `("position_embeddings", 0)` is the first entry of that tuple."""
+
+Key = InputKey | StateKey
 
 
 @dataclass(eq=False)
-class Leaves:
+class BoundaryTensors:
     """
-    Tensors of one layer by name, with the gradients that later rows send back.
+    Inputs and states of one layer that cross from row to row, with the gradients that later rows send back.
 
     Args:
         offload (`bool`, *optional*, defaults to `False`):
             Whether to hold them on the CPU.
-        values (`dict[tuple, torch.Tensor]`, *optional*):
-            The tensors.
-        gradients (`dict[tuple, torch.Tensor]`, *optional*):
-            Their gradients so far, in float32 at least: history gets them from every branch.
+        values (`dict[Key, torch.Tensor]`, *optional*):
+            The tensors, detached. Inputs have shape `(1, num_inputs, ...)`, states `(1, ...)`.
+        gradients (`dict[Key, torch.Tensor]`, *optional*):
+            Their gradients so far, at least in float32: every branch adds to those of the history.
     """
 
     offload: bool = False
     values: dict[Key, torch.Tensor] = field(default_factory=dict)
     gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
 
-    def keep(self, key: Key, value: torch.Tensor) -> None:
-        """Keep a tensor under a name."""
+    def store(self, key: Key, value: torch.Tensor) -> None:
+        """Store a tensor."""
         self.values[key] = value.detach().to("cpu" if self.offload else value.device)
 
-    def send_back(self, key: Key, gradient: torch.Tensor) -> None:
-        """Add a gradient of a tensor."""
+    def add_gradient(self, key: Key, gradient: torch.Tensor) -> None:
+        """Add to the gradient of a tensor."""
         if key not in self.gradients:
             value = self.values[key]
             dtype = torch.promote_types(value.dtype, torch.float32)
@@ -49,130 +75,80 @@ class Leaves:
         return sum(x.numel() * x.element_size() for x in held)
 
 
-class WithKept(torch.autograd.Function):
-    """Inputs of the row, followed by those that are kept of tokens outside of it."""
+class AppendDetachedInputs(torch.autograd.Function):
+    """
+    Append the stored inputs of tokens outside the row to the inputs of the row.
+
+    Takes the row's inputs, shape `(1, row_length, ...)`, the layer's tensors and the key of the inputs; for tokens of
+    the row that later rows replay, their `positions` in the row and their `places` among the stored inputs, both of
+    shape `(num_stored_by_row,)`. Returns shape `(1, row_length + num_inputs, ...)`.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, value: torch.Tensor, leaves: Leaves, key: Key, positions: torch.Tensor, places: torch.Tensor
+        ctx: Any,
+        value: torch.Tensor,
+        tensors: BoundaryTensors,
+        key: InputKey,
+        positions: torch.Tensor,
+        places: torch.Tensor,
     ) -> torch.Tensor:
-        """
-        Join them.
-
-        Args:
-            ctx (`Any`):
-                Autograd context.
-            value (`torch.Tensor` of shape `(1, length, ...)`):
-                Inputs of the row.
-            leaves (`Leaves`):
-                What is kept for the layer.
-            key (`tuple`):
-                Name of the inputs.
-            positions (`torch.Tensor` of shape `(num_kept,)`, `torch.int64`):
-                Tokens of the row that are kept.
-            places (`torch.Tensor` of shape `(num_kept,)`, `torch.int64`):
-                Where they stand among all that are kept.
-
-        Returns:
-            `torch.Tensor` of shape `(1, length + num_places, ...)`: All inputs.
-        """
-        ctx.leaves, ctx.key, ctx.length, ctx.positions, ctx.places = leaves, key, value.shape[1], positions, places
-        return torch.cat([value, leaves.values[key].to(value.device)], dim=1)
+        """Concatenate both."""
+        ctx.tensors, ctx.key, ctx.length, ctx.positions, ctx.places = tensors, key, value.shape[1], positions, places
+        return torch.cat([value, tensors.values[key].to(value.device)], dim=1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """
-        Send gradients back to rows before this one, and add to its own what rows after it sent back.
-
-        Args:
-            ctx (`Any`):
-                Autograd context.
-            *grads (`torch.Tensor` of shape `(1, length + num_places, ...)`):
-                Gradient of all inputs.
-        """
+        """Send gradients to earlier rows, and add what later rows sent to the gradients of this one."""
         own, outside = grads[0][:, : ctx.length], grads[0][:, ctx.length :]
-        leaves: Leaves = ctx.leaves
-        sent_back = leaves.gradients.get(ctx.key)
-        if sent_back is not None and len(ctx.places):
+        tensors: BoundaryTensors = ctx.tensors
+        from_later_rows = tensors.gradients.get(ctx.key)
+        if from_later_rows is not None and len(ctx.places):
             own = own.clone()
-            own[:, ctx.positions.to(own.device)] += sent_back[:, ctx.places.to(sent_back.device)].to(own)
-        leaves.send_back(ctx.key, outside)
+            own[:, ctx.positions.to(own.device)] += from_later_rows[:, ctx.places.to(from_later_rows.device)].to(own)
+        tensors.add_gradient(ctx.key, outside)
         return own, None, None, None, None
 
 
-class Recalled(torch.autograd.Function):
-    """A kept tensor as an input of the row."""
+class LoadState(torch.autograd.Function):
+    """
+    Load the state after a token of an earlier row.
+
+    Takes any tensor that requires gradients, on the device where the state is needed, the layer's tensors and the key.
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, leaves: Leaves, key: Key) -> torch.Tensor:
-        """
-        Return it.
-
-        Args:
-            ctx (`Any`):
-                Autograd context.
-            anchor (`torch.Tensor`):
-                Any tensor that requires gradients, on the device where the result is needed.
-            leaves (`Leaves`):
-                What is kept for the layer.
-            key (`tuple`):
-                Name of the tensor.
-        """
-        ctx.leaves, ctx.key = leaves, key
-        return leaves.values[key].detach().to(anchor.device)
+    def forward(ctx: Any, anchor: torch.Tensor, tensors: BoundaryTensors, key: StateKey) -> torch.Tensor:
+        """Return the state."""
+        ctx.tensors, ctx.key = tensors, key
+        return tensors.values[key].detach().to(anchor.device)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None, None]:
-        """
-        Send its gradient back.
-
-        Args:
-            ctx (`Any`):
-                Autograd context.
-            *grads (`torch.Tensor`):
-                Gradient of the tensor.
-        """
-        ctx.leaves.send_back(ctx.key, grads[0])
+        """Send the gradient to the earlier row."""
+        ctx.tensors.add_gradient(ctx.key, grads[0])
         return None, None, None
 
 
-class LeavingStates(torch.autograd.Function):
-    """The output of a row, whose backward also sends back what came for tensors that the row left for later ones."""
+class CollectStateGradients(torch.autograd.Function):
+    """
+    Tie the states that a row stored to its output, so that one backward goes through both.
+
+    Takes the output of the layer, its tensors, and the keys and values of the states. Returns the output.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, leaves: Leaves, keys: Sequence[Key], *tensors: torch.Tensor
+        ctx: Any, output: torch.Tensor, tensors: BoundaryTensors, keys: Sequence[StateKey], *states: torch.Tensor
     ) -> torch.Tensor:
-        """
-        Return the output.
-
-        Args:
-            ctx (`Any`):
-                Autograd context.
-            output (`torch.Tensor`):
-                Output of the layer.
-            leaves (`Leaves`):
-                What is kept for the layer.
-            keys (`Sequence[tuple]`):
-                Names of the tensors that are handed on.
-            *tensors (`torch.Tensor`):
-                These tensors.
-        """
-        ctx.leaves, ctx.keys = leaves, keys
+        """Return the output."""
+        ctx.tensors, ctx.keys = tensors, keys
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """
-        Return the gradients of the output and of the tensors.
-
-        Args:
-            ctx (`Any`):
-                Autograd context.
-            *grads (`torch.Tensor`):
-                Gradient of the output.
-        """
-        sent_back = [ctx.leaves.gradients.get(key) for key in ctx.keys]
-        dtypes = [ctx.leaves.values[key].dtype for key in ctx.keys]
-        own = [None if x is None else x.to(grads[0].device, d) for x, d in zip(sent_back, dtypes, strict=True)]
+        """Return the gradient of the output, and those that later rows sent for the states."""
+        sent = [ctx.tensors.gradients.get(key) for key in ctx.keys]
+        dtypes = [ctx.tensors.values[key].dtype for key in ctx.keys]
+        own = [None if x is None else x.to(grads[0].device, d) for x, d in zip(sent, dtypes, strict=True)]
         return grads[0], None, None, *own

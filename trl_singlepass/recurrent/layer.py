@@ -1,31 +1,33 @@
-"""A recurrent layer on a tree: its inputs are gathered piece by piece, run, and put back in the row's order."""
+"""A recurrent layer on a tree: gather its inputs piece by piece, run them, and put the outputs in the row's order."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.context import Tree
 from ..attention.tree_mask import TreeMask
-from .boundary import Handover, HandsOver
+from .boundary import HasBoundary, RowBoundary
 from .fork_cache import ForkStates
 from .layer_kinds import DISTANCE, SELECTION, ReplayMode, path_dependent_layers
 from .layout import Layout
 from .schedule import Piece
-from .tree_carrier import carried_tree, carry_trees
+from .tree_carrier import find_tree, pass_tree_in_masks
 
 
-def enable_tree_recurrence(model: Any) -> None:
+def enable_tree_recurrence(model: PreTrainedModel) -> None:
     """
-    Make the recurrent layers of a model run on trees; batches without a tree run as before.
+    Make the path-dependent layers of a model run on trees. Batches without a tree run as before.
 
-    Each layer's `forward` is wrapped on the instance; [`disable_tree_recurrence`] takes that back.
+    Each layer's `forward` is wrapped on the instance; [`disable_tree_recurrence`] restores it.
 
     Args:
         model (`transformers.PreTrainedModel`):
@@ -35,7 +37,7 @@ def enable_tree_recurrence(model: Any) -> None:
     for layer, mode in layers.items():
         _wrap(layer, mode)
     if layers:
-        model._tree_handles = carry_trees(model, layers)
+        model._tree_handles = pass_tree_in_masks(model, layers)
 
 
 def _wrap(layer: Any, mode: ReplayMode) -> None:
@@ -47,8 +49,8 @@ def _wrap(layer: Any, mode: ReplayMode) -> None:
     layer.forward = MethodType(_forward, layer)
 
 
-def _with_stock_attention(layer: Any) -> Any:
-    """Return a config for one layer, which keeps the attention that its selection of tokens is written for."""
+def _with_stock_attention(layer: Any) -> PreTrainedConfig:
+    """Return a copy of a layer's config, so that the layer keeps its attention when the model switches to another."""
     implementation = layer.config._attn_implementation
     if implementation not in ("eager", "sdpa"):
         raise ValueError(
@@ -58,9 +60,9 @@ def _with_stock_attention(layer: Any) -> Any:
     return copy.copy(layer.config)
 
 
-def disable_tree_recurrence(model: Any) -> None:
+def disable_tree_recurrence(model: PreTrainedModel) -> None:
     """
-    Take back what [`enable_tree_recurrence`] did.
+    Undo [`enable_tree_recurrence`].
 
     Args:
         model (`transformers.PreTrainedModel`):
@@ -77,13 +79,13 @@ def disable_tree_recurrence(model: Any) -> None:
 
 
 def runs_on_trees(layer: nn.Module) -> bool:
-    """Whether a layer runs on trees."""
+    """Whether a layer has been made to run on trees."""
     return "_replay_mode" in vars(layer)
 
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stand in for the `forward` of a layer."""
-    tree = carried_tree([*args, *kwargs.values()])
+    """Replace the `forward` of a layer."""
+    tree = find_tree([*args, *kwargs.values()])
     if tree is None:
         _check_not_lost(layer)
         return layer._stock_forward(*args, **kwargs)
@@ -103,19 +105,19 @@ def _check_not_lost(layer: Any) -> None:
     layer._ran_on_tree = False
 
 
-def _run(layer: Any, arguments: dict[str, Any], tree: Tree) -> Any:
+def _run(layer: Any, arguments: Mapping[str, object], tree: Tree) -> Any:
     mode: ReplayMode = layer._replay_mode
-    layout = _layout(tree, mode)
-    handover = layout.handover
+    layout = _get_layout(tree, mode)
+    boundary = layout.boundary
     arguments = {name: False if name == "use_cache" else value for name, value in arguments.items()}
-    if handover is not None:
-        arguments = {name: _extended(layer, name, value, handover) for name, value in arguments.items()}
-    steps = {name: _per_step(layer, name, value, layout) for name, value in arguments.items()}
+    if boundary is not None:
+        arguments = {name: _extend(layer, name, value, boundary) for name, value in arguments.items()}
+    per_batch = {name: _split(layer, name, value, layout) for name, value in arguments.items()}
     cache_arguments = _cache_arguments(layer)
     outputs: list[Any] = []
     states: dict[int, ForkStates] = {}
     for step, batch in enumerate(layout.schedule.batches):
-        inputs = {name: values[step] for name, values in steps.items()}
+        inputs = {name: values[step] for name, values in per_batch.items()}
         pieces = [layout.schedule.pieces[index] for index in batch]
         cache = ForkStates([_source(layer, piece, states, layout) for piece in pieces if piece.starts_from_state])
         inputs |= dict.fromkeys(cache_arguments, cache if mode.starts_from_state else None)
@@ -128,51 +130,56 @@ def _run(layer: Any, arguments: dict[str, Any], tree: Tree) -> Any:
         if pieces[0].is_source:
             states[batch[0]] = cache
     output = layout.scatter(outputs)
-    if handover is None:
+    if boundary is None:
         return output
-    ends = {layout.schedule.pieces[index].ranges[-1][1]: cache for index, cache in states.items()}
-    return handover.hand_on(layer, output, ends)
+    states_by_end = {layout.schedule.pieces[index].ranges[-1][1]: cache for index, cache in states.items()}
+    return boundary.store_states(layer, output, states_by_end)
 
 
-def _extended(layer: Any, name: str, value: Any, handover: Handover) -> Any:
-    """One argument with what is kept of it, but for masks: they are made anew for each batch of pieces."""
-    if isinstance(getattr(value, "tree", None), Tree):
+def _extend(layer: nn.Module, name: str, value: Any, boundary: RowBoundary) -> object:
+    """Append to one argument what is stored of it, except for masks, which are built anew for each batch of pieces."""
+    if _carries_tree(value):
         return value
-    if name == SELECTION and value is not None:  # of queries, and history that runs again queries in vain
-        return torch.cat([value, value[:, :1].expand(-1, len(handover.kept.inputs), *value.shape[2:])], dim=1)
-    return handover.extended(layer, value, (name,))
+    if name == SELECTION and value is not None:
+        # One entry per query. Replayed history needs some, but nobody reads what it attends to.
+        return torch.cat([value, value[:, :1].expand(-1, boundary.num_outside, *value.shape[2:])], dim=1)
+    return boundary.extend(layer, value, (name,))
 
 
-def _source(layer: Any, piece: Piece, states: dict[int, ForkStates], layout: Layout) -> ForkStates:
-    """States that a piece starts from."""
+def _source(layer: nn.Module, piece: Piece, states: Mapping[int, ForkStates], layout: Layout) -> ForkStates:
+    """Return the states that a piece starts from."""
     if piece.source >= 0:
         return states[piece.source]
-    assert layout.handover is not None, "only a wave continues tokens outside its row"
-    return layout.handover.recall(layer, piece.recalled - layout.length, layout.device)
+    assert layout.boundary is not None, "only a wave continues tokens outside its row"
+    return layout.boundary.load_states(layer, piece.source_token - layout.length, layout.device)
 
 
-def _per_step(layer: Any, name: str, value: Any, layout: Layout) -> list[Any]:
-    """Values of one argument for each batch of pieces."""
+def _split(layer: Any, name: str, value: Any, layout: Layout) -> list[Any]:
+    """Return the values of one argument for each batch of pieces."""
     if name == DISTANCE and value is not None:
         return layout.distances()
-    if not isinstance(getattr(value, "tree", None), Tree):
+    if not _carries_tree(value):
         return layout.gather(value)
     if not layer._replay_mode.attends:
-        return [None] * len(layout.shapes)  # no padding comes before a token, so there is nothing to mask
+        return [None] * len(layout.shapes)  # padding comes last, so there is nothing to mask
     if isinstance(value, TreeMask):
         is_eager = layer.config._attn_implementation == "eager"
         return layout.masks(value, next(layer.parameters()).dtype if is_eager else None)
     return [torch.ones(shape, dtype=torch.bool, device=value.device) for shape in layout.shapes]
 
 
-def _layout(tree: Tree, mode: ReplayMode) -> Layout:
-    """Layout of a row, made once and shared by all layers that run the same way."""
+def _carries_tree(value: object) -> bool:
+    return isinstance(getattr(value, "tree", None), Tree)
+
+
+def _get_layout(tree: Tree, mode: ReplayMode) -> Layout:
+    """Return the layout of a row, made once and shared by all layers that run the same way."""
     layouts = _layouts.setdefault(tree, {})
     if mode not in layouts:
-        handover = tree.handover(mode) if isinstance(tree, HandsOver) else None
-        schedule = mode.schedule(tree.plan, () if handover is None else handover.state_ends)
-        # Not the tree itself, which would never be freed as a value of its own key.
-        layouts[mode] = Layout(tree.plan.length, schedule, tree.depth.device, handover)
+        boundary = tree.get_boundary(mode) if isinstance(tree, HasBoundary) else None
+        schedule = mode.schedule(tree.plan, () if boundary is None else boundary.state_ends)
+        # Without the tree itself: a value that refers to its own key would never be freed.
+        layouts[mode] = Layout(tree.plan.length, schedule, tree.depth.device, boundary)
     return layouts[mode]
 
 
@@ -180,5 +187,5 @@ _layouts: WeakKeyDictionary[Tree, dict[ReplayMode, Layout]] = WeakKeyDictionary(
 
 
 def _cache_arguments(layer: nn.Module) -> set[str]:
-    """Names under which a layer takes its cache; transformers 5.24 calls it `cache`, earlier ones by the others."""
+    """Return the names under which a layer takes its cache: `cache` since transformers 5.24, the others before."""
     return {"cache", "cache_params", "past_key_values"} & set(inspect.signature(type(layer).forward).parameters)

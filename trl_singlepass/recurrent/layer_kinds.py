@@ -5,26 +5,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..trees.rows import TreePlan
-from .schedule import SHORTEST_IN_BATCH, Schedule, fork_schedule, path_schedule
+from .schedule import MIN_LENGTH_RATIO, Schedule, fork_schedule, path_schedule
 
 
-# A mask reaches none of these: they mix neighbouring tokens of the row, siblings included.
+# No mask reaches these: they mix neighbouring tokens of the row, siblings included.
 MIXING_MODULES = (nn.Conv1d, nn.RNNBase)
 
-# Layers whose states are kept outside the cache, or in several methods, and attention that selects its tokens in a way
-# of its own: they run over whole paths. A class is listed by its name in transformers.
+# Layers that keep states outside the cache or update them in several methods, and attention that selects its tokens in
+# its own way: they run over whole paths. Listed by class name in transformers.
 WHOLE_PATH_LAYERS = frozenset({"RecurrentGemmaRecurrentBlock", "Qwen4ExpTextPLELayer"})
 SELECTING_LAYERS = frozenset({"DogeAttention"})
-# Parts of attention that choose tokens or pool them.
+# Submodules of attention that select tokens or pool them.
 SELECTING_PARTS = ("indexer", "compressor")
 # Argument that holds what an earlier layer selected.
 SELECTION = "prev_topk_indices"
-# Argument that holds how far apart two tokens of the sequence are, for each pair.
+# Argument that holds the distance between each pair of tokens.
 DISTANCE = "relative_distance"
 
 
@@ -35,9 +35,9 @@ class ReplayMode:
 
     Args:
         starts_from_state (`bool`):
-            Whether branches start from the state at their fork; otherwise they run together with their history.
+            Whether branches start from the state at their fork. If not, their history is replayed before them.
         reach (`int`, *optional*):
-            How many tokens back an output depends on; all of them if not given.
+            How many tokens back an output depends on; on all of them if not given.
         attends (`bool`, *optional*, defaults to `False`):
             Whether the layer is attention, which needs its own causal mask over a path.
     """
@@ -58,17 +58,17 @@ class ReplayMode:
         """
         if self.starts_from_state:
             return fork_schedule(plan, handed_on)
-        # How many tokens attention selects depends on the length of the batch, which therefore has to be one.
-        return path_schedule(plan, self.reach, shortest_in_batch=0.0 if self.attends else SHORTEST_IN_BATCH)
+        # How many tokens attention selects depends on the length of the batch, so all paths run in one batch.
+        return path_schedule(plan, self.reach, min_length_ratio=0.0 if self.attends else MIN_LENGTH_RATIO)
 
 
 def get_replay_mode(layer: nn.Module) -> ReplayMode | None:
     """
     Return how a layer runs on a tree, `None` if it is neither recurrent nor attention that needs a whole path.
 
-    What a recurrent layer is follows from the calls that its `forward` makes to transformers' cache: one that hands
-    the cached state to its kernel as an initial state can start anywhere; one that caches nothing but inputs of a
-    convolution looks a few tokens back; any other can only run over a whole path.
+    The calls that a layer's `forward` makes to transformers' cache tell what kind of layer it is. One that passes the
+    cached state to its kernel as an initial state can start anywhere. One that caches only a convolution's inputs
+    looks a few tokens back. Any other runs over whole paths.
 
     Args:
         layer (`torch.nn.Module`):
@@ -77,25 +77,25 @@ def get_replay_mode(layer: nn.Module) -> ReplayMode | None:
     code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
     if code is None:
         return None
-    calls = set(code.co_names)  # and the globals that it reads
+    names = set(code.co_names)  # of methods it calls and globals it reads
     keywords = {name for constant in code.co_consts if isinstance(constant, tuple) for name in constant}
-    if "ALL_ATTENTION_FUNCTIONS" in calls and _needs_whole_path(layer, keywords):
+    if "ALL_ATTENTION_FUNCTIONS" in names and _needs_whole_path(layer, keywords):
         return ReplayMode(starts_from_state=False, attends=True)
-    if type(layer).__name__ in WHOLE_PATH_LAYERS or "get_linear_cache" in calls:
+    if type(layer).__name__ in WHOLE_PATH_LAYERS or "get_linear_cache" in names:
         return ReplayMode(starts_from_state=False)
-    if "get_conv_state" not in calls:
+    if "get_conv_state" not in names:
         return None
-    if "get_recurrent_state" not in calls:
+    if "get_recurrent_state" not in names:
         return ReplayMode(starts_from_state=False, reach=_reach(layer))
     return ReplayMode(starts_from_state=bool(keywords & {"initial_state", "initial_states"}))
 
 
-def _needs_whole_path(layer: nn.Module, keywords: set[Any]) -> bool:
-    """Whether a layer is attention that selects or pools tokens, or adds to its scores what depends on their index."""
+def _needs_whole_path(layer: nn.Module, keywords: set[object]) -> bool:
+    """Whether attention selects or pools tokens, or its scores depend on the tokens' index in the sequence."""
     if type(layer).__name__ in SELECTING_LAYERS or "position_bias" in keywords:
         return True
     selects = any(isinstance(getattr(layer, part, None), nn.Module) for part in SELECTING_PARTS)
-    # A layer may take over the selection of an earlier one, as indices within a path.
+    # A layer may reuse an earlier layer's selection, which holds indices within a path.
     return selects or SELECTION in inspect.signature(type(layer).forward).parameters
 
 
@@ -104,9 +104,11 @@ def _reach(layer: nn.Module) -> int:
     return sum((module.kernel_size[0] - 1) * module.dilation[0] for module in convolutions)
 
 
-def path_dependent_layers(model: Any) -> dict[nn.Module, ReplayMode]:
+def path_dependent_layers(model: PreTrainedModel) -> dict[nn.Module, ReplayMode]:
     """
-    Return the layers of a model that mix tokens outside attention, or select the tokens that they attend to.
+    Return the layers of a model that a mask alone does not bring onto a tree.
+
+    They mix tokens outside attention, or they are attention that selects its tokens.
 
     Args:
         model (`transformers.PreTrainedModel`):
@@ -118,13 +120,13 @@ def path_dependent_layers(model: Any) -> dict[nn.Module, ReplayMode]:
     return {layer: mode for layer, mode in _outermost(get_decoder(model)) if mode is not None}
 
 
-def path_dependent_layer_names(model: Any) -> list[str]:
-    """Return the classes of [`path_dependent_layers`], for messages."""
+def path_dependent_layer_names(model: PreTrainedModel) -> list[str]:
+    """Return the class names of [`path_dependent_layers`], for messages."""
     return sorted({type(layer).__name__ for layer in path_dependent_layers(model)})
 
 
-def unknown_mixing_layers(model: Any) -> set[str]:
-    """Return the classes of layers that convolve or recur over tokens in a way that is not known."""
+def unknown_mixing_layers(model: PreTrainedModel) -> set[str]:
+    """Return the class names of layers that convolve or recur over tokens in an unknown way."""
     return {
         type(layer).__name__
         for layer, mode in _outermost(get_decoder(model))
@@ -132,8 +134,8 @@ def unknown_mixing_layers(model: Any) -> set[str]:
     }
 
 
-def get_decoder(model: Any) -> nn.Module:
-    """Return the part of a model that reads tokens, without the encoders of other media."""
+def get_decoder(model: PreTrainedModel) -> nn.Module:
+    """Return the part of a model that reads tokens, without the encoders of other modalities."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     # Some models call their head a decoder.
     if isinstance(decoder, nn.Module) and model.get_input_embeddings() in set(decoder.modules()):
@@ -143,7 +145,7 @@ def get_decoder(model: Any) -> nn.Module:
 
 
 def _outermost(module: nn.Module) -> Iterator[tuple[nn.Module, ReplayMode | None]]:
-    """Yield a module and what it holds, down to layers that run on trees as a whole."""
+    """Yield a module and its submodules, without those inside a path-dependent layer."""
     mode = get_replay_mode(module)
     yield module, mode
     if mode is None:

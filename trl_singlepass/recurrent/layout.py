@@ -1,4 +1,13 @@
-"""A schedule as index tensors: from the row to the batches of pieces, and back."""
+"""
+A schedule as index tensors: from the row to batches of pieces, and back.
+
+The row of [`schedule`] has 11 tokens. With `path_schedule`, its batches have shapes `(2, 7)` and `(1, 4)`:
+
+    gather_index     0 1 2 3 4 5 6   0 1 2 3 7 8 8   0 1 9 10       the second piece is padded with its last token
+    scatter_index    0 1 2 3 4 5 6   11 12           16 17          where tokens 0-6, 7-8 and 9-10 are in gather_index
+
+Tokens 0-3 of the second piece and 0-1 of the third are replayed: the row takes their outputs from the first piece.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..attention.tree_mask import TreeMask
-from .boundary import Handover
+from .boundary import RowBoundary
 from .schedule import Piece, Schedule
 
 
@@ -29,63 +39,64 @@ class Layout:
             Pieces and batches.
         device (`torch.device`):
             Device of the layer's inputs.
-        handover (`Handover`, *optional*):
-            What the layers need of earlier rows and leave for later ones.
+        boundary (`RowBoundary`, *optional*):
+            What the layers take from other rows and leave for them.
     """
 
     length: int
     schedule: Schedule
     device: torch.device
-    handover: Handover | None = None
+    boundary: RowBoundary | None = None
 
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
-        """Number of pieces and of tokens per piece of each batch."""
-        return [(len(batch), self._length(batch)) for batch in self.schedule.batches]
+        """Shape `(num_pieces, num_tokens)` of each batch."""
+        return [(len(batch), self._padded_length(batch)) for batch in self.schedule.batches]
 
-    def _length(self, batch: Sequence[int]) -> int:
-        length = self.schedule.pieces[batch[0]].length
-        # A single token on top of a state would be taken for a step of generation, which has no gradients.
-        return max(length, 2) if self.schedule.pieces[batch[0]].starts_from_state else length
+    def _padded_length(self, batch: Sequence[int]) -> int:
+        longest = self.schedule.pieces[batch[0]]
+        # A layer takes a single token after a state for a generation step, which has no gradients.
+        return max(longest.length, 2) if longest.starts_from_state else longest.length
 
     @property
     def num_inputs(self) -> int:
-        """Number of tokens whose inputs the layer gets: those of the row, and what is kept of earlier rows."""
-        return self.length + (0 if self.handover is None else len(self.handover.kept.inputs))
+        """Number of tokens whose inputs the layer gets: those of the row, and stored ones of other rows."""
+        return self.length + (0 if self.boundary is None else self.boundary.num_outside)
 
     @cached_property
-    def into_batches(self) -> torch.Tensor:
-        """Row position of each token of all batches, one after the other, shape `(num_batched_tokens,)`."""
-        parts = [
-            _padded(self.schedule.pieces[index], length)
-            for batch, (_, length) in zip(self.schedule.batches, self.shapes, strict=True)
-            for index in batch
-        ]
-        positions = np.concatenate(parts)
-        places = positions if self.handover is None else self.handover.place_of(positions)
-        return torch.from_numpy(places).to(self.device)
+    def gather_index(self) -> torch.Tensor:
+        """Index into the layer's inputs of each token of all batches, shape `(num_batched_tokens,)`."""
+        positions = np.concatenate(
+            [
+                _pad(self.schedule.pieces[index], length)
+                for batch, (_, length) in zip(self.schedule.batches, self.shapes, strict=True)
+                for index in batch
+            ]
+        )
+        located = positions if self.boundary is None else self.boundary.locate(positions)
+        return torch.from_numpy(located).to(self.device)
 
     @cached_property
-    def into_row(self) -> torch.Tensor:
-        """For each token of the row, its place in `into_batches`, shape `(row_length,)`."""
-        places = np.empty(self.length, np.int64)
+    def scatter_index(self) -> torch.Tensor:
+        """Index into `gather_index` of each token of the row, shape `(row_length,)`."""
+        indices = np.empty(self.length, np.int64)
         offset = 0
         for batch, (_, length) in zip(self.schedule.batches, self.shapes, strict=True):
             for index in batch:
                 piece = self.schedule.pieces[index]
-                start, end = piece.ranges[-1]  # the ranges before it are run again, and theirs is another piece
-                places[start:end] = np.arange(offset + piece.num_warmup, offset + piece.length)
+                start, end = piece.ranges[-1]
+                indices[start:end] = np.arange(offset + piece.num_replayed, offset + piece.length)
                 offset += length
-        return torch.from_numpy(places).to(self.device)
+        return torch.from_numpy(indices).to(self.device)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: object) -> list[object]:
         """
-        Cut an argument of a layer into one per batch.
+        Split an argument of a layer into one per batch.
 
         Args:
-            value (`Any`):
-                A tensor with one entry per token, shape `(1, num_inputs, ...)`, or a tuple or
-                dictionary of such; anything else goes to every batch as it is.
+            value (`object`):
+                Tensor with one entry per token, shape `(1, num_inputs, ...)`, or a tuple or dictionary of such. Every
+                batch gets other values as they are.
 
         Returns:
             `list`: One value per batch; tensors have shape `(num_pieces, num_tokens, ...)`.
@@ -97,19 +108,19 @@ class Layout:
             return list(zip(*(self.gather(part) for part in value), strict=True))
         if not isinstance(value, torch.Tensor) or value.shape[:2] != (1, self.num_inputs):
             return [value] * len(self.shapes)
-        batches = torch.split(value[0, self.into_batches], [pieces * tokens for pieces, tokens in self.shapes])
+        batches = torch.split(value[0, self.gather_index], [pieces * tokens for pieces, tokens in self.shapes])
         return [batch.reshape(*shape, *batch.shape[1:]) for batch, shape in zip(batches, self.shapes, strict=True)]
 
     def scatter(self, outputs: Sequence[Any]) -> Any:
         """
-        Put the outputs of all batches in the row's order.
+        Put the outputs of all batches in the order of the row.
 
         Args:
             outputs (`Sequence`):
                 What the layer returned for each batch: a tensor with one entry per token, or a tuple.
 
         Returns:
-            `Any`: The same for the row; `None` in place of what has no entry per token (states, attention weights).
+            `Any`: The same for the row, with `None` for what has no entry per token (states, attention weights).
         """
         if isinstance(outputs[0], tuple):
             return tuple(self.scatter(parts) for parts in zip(*outputs, strict=True))
@@ -118,22 +129,22 @@ class Layout:
             for output, shape in zip(outputs, self.shapes, strict=True)
         ):
             return None
-        return torch.cat([output.flatten(0, 1) for output in outputs])[self.into_row][None]
+        return torch.cat([output.flatten(0, 1) for output in outputs])[self.scatter_index][None]
 
     def distances(self) -> list[torch.Tensor]:
-        """How far each token of a path is behind each other one, per batch, shape `(num_tokens, num_tokens)`."""
+        """Return how far behind each other the tokens of a path are, per batch, shape `(num_tokens, num_tokens)`."""
         positions = [torch.arange(length, device=self.device) for _, length in self.shapes]
         return [position[:, None] - position[None, :] for position in positions]
 
     def masks(self, mask: TreeMask, dtype: torch.dtype | None) -> list[torch.Tensor]:
         """
-        Masks of a layer that attends over whole paths, one per batch.
+        Return the masks of a layer that attends over whole paths, one per batch.
 
         Args:
             mask (`TreeMask`):
-                Rule of the layer.
+                Mask of the layer for the row.
             dtype (`torch.dtype`, *optional*):
-                If set, masks are added to scores of this dtype, as eager attention does; boolean otherwise.
+                If set, masks are added to scores of this dtype, as in eager attention; otherwise they are boolean.
 
         Returns:
             `list[torch.Tensor]`: Masks of shape `(num_pieces, 1, num_tokens, num_tokens)`.
@@ -149,6 +160,7 @@ class Layout:
         return masks
 
 
-def _padded(piece: Piece, length: int) -> np.ndarray:
+def _pad(piece: Piece, length: int) -> NDArray[np.int64]:
+    """Positions of a piece, padded to a length with the last one."""
     positions = np.concatenate([np.arange(start, end) for start, end in piece.ranges])
     return np.pad(positions, (0, length - len(positions)), mode="edge")

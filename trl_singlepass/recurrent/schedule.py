@@ -1,4 +1,17 @@
-"""In which pieces a recurrent layer runs over a row of trees: plain integers."""
+"""
+The pieces in which a recurrent layer runs over a row of trees, in plain integers.
+
+A layer that follows one path at a time cannot run over a whole row. It either replays the history before each branch
+([`path_schedule`]) or starts each branch from the state at its fork ([`fork_schedule`]). For a row of 11 tokens, whose
+spine is `[0, 7)`, with branches `[7, 9)` after token 3 and `[9, 11)` after token 1:
+
+    path_schedule    pieces   0: [0, 7)   1: [0, 4) [7, 9)   2: [0, 2) [9, 11)
+                     batches  (0, 1)  (2,)
+    with reach 2     pieces   0: [0, 7)   1: [2, 4) [7, 9)   2: [0, 2) [9, 11)
+                     batches  (0,)  (1, 2)
+    fork_schedule    pieces   0: [0, 2)   1: [2, 4) from 0   2: [4, 7) from 1   3: [7, 9) from 1   4: [9, 11) from 0
+                     batches  (0,)  (1,)  (2,)  (3, 4)
+"""
 
 from __future__ import annotations
 
@@ -11,8 +24,8 @@ from ..trees.rows import TreePlan
 
 Ranges = tuple[tuple[int, int], ...]
 
-# Pieces that run together are filled up to the longest; one that is shorter than this share of it starts a new batch.
-SHORTEST_IN_BATCH = 0.7
+# Batches are padded to their longest piece. A piece shorter than this share of it starts a new batch.
+MIN_LENGTH_RATIO = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,28 +35,29 @@ class Piece:
 
     Args:
         ranges (`Ranges`):
-            Half-open ranges of row positions, in the order of their depth.
-        num_warmup (`int`):
-            Number of leading tokens that are run again only to bring the layer into the right state.
+            Half-open ranges of row positions, in the order of their depth. The last one is the piece's own; those
+            before it belong to other pieces and are replayed.
+        num_replayed (`int`):
+            Number of tokens in the replayed ranges.
         source (`int`, *optional*, defaults to -1):
-            Index of the piece whose final state this one starts from, -1 for the start of a sample.
+            Index of the piece whose final state this one starts from, -1 for none.
         is_source (`bool`, *optional*, defaults to `False`):
-            Whether another piece starts from the final state of this one, or one of a later row does.
-        recalled (`int`, *optional*, defaults to -1):
-            Position of the token outside the row after which this piece starts, -1 for none. Positions from the length
-            of the row on lie outside of it.
+            Whether another piece, or one of a later row, starts from this one's final state.
+        source_token (`int`, *optional*, defaults to -1):
+            Position of the token outside the row whose state this piece starts from, -1 for none. Positions from the
+            row's length on lie outside it.
     """
 
     ranges: Ranges
-    num_warmup: int
+    num_replayed: int
     source: int = -1
     is_source: bool = False
-    recalled: int = -1
+    source_token: int = -1
 
     @property
     def starts_from_state(self) -> bool:
-        """Whether the layer finds a state when it runs over this piece."""
-        return self.source >= 0 or self.recalled >= 0
+        """Whether the layer starts from a state when it runs over this piece."""
+        return self.source >= 0 or self.source_token >= 0
 
     @property
     def length(self) -> int:
@@ -60,14 +74,14 @@ class Schedule:
         pieces (`tuple[Piece, ...]`):
             Pieces.
         batches (`tuple[tuple[int, ...], ...]`):
-            Indices of the pieces that run together, longest first; a piece's source comes in an earlier batch.
+            Indices of the pieces that run together, longest first. A piece's source is in an earlier batch.
     """
 
     pieces: tuple[Piece, ...]
     batches: tuple[tuple[int, ...], ...]
 
 
-def path_schedule(plan: TreePlan, reach: int | None = None, shortest_in_batch: float = SHORTEST_IN_BATCH) -> Schedule:
+def path_schedule(plan: TreePlan, reach: int | None = None, min_length_ratio: float = MIN_LENGTH_RATIO) -> Schedule:
     """
     Run every branch together with its history.
 
@@ -75,28 +89,28 @@ def path_schedule(plan: TreePlan, reach: int | None = None, shortest_in_batch: f
         plan (`TreePlan`):
             Structure of the row.
         reach (`int`, *optional*):
-            How many tokens back an output of the layer depends on. Only so much history is run again; all of it if
+            How many tokens back an output of the layer depends on. Only that much history is replayed; all of it if
             not given.
-        shortest_in_batch (`float`, *optional*, defaults to 0.7):
-            Share of a batch's longest piece that its shortest has at least.
+        min_length_ratio (`float`, *optional*, defaults to 0.7):
+            Length of a batch's shortest piece ÷ length of its longest, at least.
 
     Returns:
         `Schedule`: One piece per run of the plan.
     """
     pieces = []
     for run in plan.runs:
-        history = run.prefix if reach is None else _last_tokens(run.prefix, reach)
-        num_warmup = sum(end - start for start, end in history)
-        pieces.append(Piece((*history, (run.start, run.end)), num_warmup))
-    return Schedule(tuple(pieces), tuple(_batches(pieces, range(len(pieces)), shortest_in_batch)))
+        history = run.prefix if reach is None else last_tokens(run.prefix, reach)
+        num_replayed = sum(end - start for start, end in history)
+        pieces.append(Piece((*history, (run.start, run.end)), num_replayed))
+    return Schedule(tuple(pieces), tuple(_batches(pieces, range(len(pieces)), min_length_ratio)))
 
 
 def fork_schedule(plan: TreePlan, handed_on: Collection[int] = ()) -> Schedule:
     """
     Run the history once, cut where branches leave it, and start every branch from the state at its fork.
 
-    Pieces that others start from run one by one, because the state after padding is not the state at the fork. What
-    continues tokens outside the row runs the last of them again: no such piece is a single token.
+    Pieces that others start from run one at a time, because the state after padding is not the state at the fork. A
+    piece that continues tokens outside the row replays the last of them, so that it is never a single token.
 
     Args:
         plan (`TreePlan`):
@@ -111,8 +125,8 @@ def fork_schedule(plan: TreePlan, handed_on: Collection[int] = ()) -> Schedule:
     sources = [(index,) for index, piece in enumerate(pieces) if piece.is_source]
     ends = [index for index, piece in enumerate(pieces) if not piece.is_source]
     starts = [index for index in ends if not pieces[index].starts_from_state]
-    leaves = [index for index in ends if pieces[index].starts_from_state]
-    return Schedule(tuple(pieces), (*sources, *_batches(pieces, starts), *_batches(pieces, leaves)))
+    continued = [index for index in ends if pieces[index].starts_from_state]
+    return Schedule(tuple(pieces), (*sources, *_batches(pieces, starts), *_batches(pieces, continued)))
 
 
 def _fork_pieces(plan: TreePlan, handed_on: Collection[int]) -> list[Piece]:
@@ -131,31 +145,43 @@ def _fork_pieces(plan: TreePlan, handed_on: Collection[int]) -> list[Piece]:
             elif run.prefix:
                 piece = replace(piece, source=piece_ending_at[run.prefix[-1][1]])
             if piece.is_source and piece.length == 1 and piece.source >= 0:
-                piece = _with_source_run_again(piece, pieces[piece.source])
+                piece = _replay_source(piece, pieces[piece.source])
             piece_ending_at[end] = len(pieces)
             pieces.append(piece)
     return pieces
 
 
 def _after_tokens_outside(piece: Piece, prefix: Ranges) -> Piece:
-    """Let a piece run the last token of its history again, from the state before that token."""
+    """Let a piece replay the last token of its history, from the state before that token."""
     last = prefix[-1][1] - 1
     before = [end - 1 for start, end in (*prefix[:-1], (prefix[-1][0], last)) if start < end]
-    recalled = before[-1] if before else -1
-    return replace(piece, ranges=((last, last + 1), *piece.ranges), num_warmup=1, recalled=recalled)
+    source_token = before[-1] if before else -1
+    return replace(piece, ranges=((last, last + 1), *piece.ranges), num_replayed=1, source_token=source_token)
 
 
-def _with_source_run_again(piece: Piece, source: Piece) -> Piece:
+def _replay_source(piece: Piece, source: Piece) -> Piece:
     """
-    Give a single token the tokens of its source to run along.
+    Let a single token replay the piece that it starts from.
 
-    Layers take a single token on top of a state for a step of generation, whose kernels have no gradients; and a token
-    of padding would change the state that other pieces start from.
+    Layers take a single token after a state for a generation step, whose kernels have no gradients. Padding it to two
+    would change the state that other pieces start from.
     """
-    return replace(source, ranges=source.ranges + piece.ranges, num_warmup=source.length)
+    return replace(source, ranges=source.ranges + piece.ranges, num_replayed=source.length)
 
 
-def _last_tokens(path: Ranges, count: int) -> Ranges:
+def last_tokens(path: Ranges, count: int) -> Ranges:
+    """
+    Return the last tokens of a path.
+
+    Args:
+        path (`Ranges`):
+            Half-open ranges of positions, in the order of their depth.
+        count (`int`):
+            How many tokens; all of a shorter path.
+
+    Returns:
+        `Ranges`: Their ranges.
+    """
     kept: list[tuple[int, int]] = []
     for start, end in reversed(path):
         if count <= 0:
@@ -166,12 +192,12 @@ def _last_tokens(path: Ranges, count: int) -> Ranges:
 
 
 def _batches(
-    pieces: Sequence[Piece], indices: Sequence[int], shortest: float = SHORTEST_IN_BATCH
+    pieces: Sequence[Piece], indices: Sequence[int], min_length_ratio: float = MIN_LENGTH_RATIO
 ) -> Iterator[tuple[int, ...]]:
     """Group pieces of similar length, longest first."""
     batch: list[int] = []
     for index in sorted(indices, key=lambda index: -pieces[index].length):
-        if batch and pieces[index].length < shortest * pieces[batch[0]].length:
+        if batch and pieces[index].length < min_length_ratio * pieces[batch[0]].length:
             yield tuple(batch)
             batch = []
         batch.append(index)

@@ -1,4 +1,4 @@
-"""How the tree reaches recurrent layers: as the padding mask that they receive anyway."""
+"""How the tree reaches recurrent layers: inside the padding mask that they receive anyway."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..attention.context import Tree, current_tree
 
 
-class RowMask(torch.Tensor):
+class TreePaddingMask(torch.Tensor):
     """
     Padding mask of shape `(1, row_length)` that carries the tree of the row.
 
-    The recomputation of gradient checkpointing runs after the forward's context has ended, with the arguments that
-    each layer had. Attention layers have their `TreeMask`; recurrent layers get the model's two-dimensional
-    `attention_mask`, trimmed and moved, so the tree goes along with that tensor.
+    Gradient checkpointing recomputes a layer after the forward's context has ended, with the arguments that the layer
+    had. Attention layers have their `TreeMask`. Recurrent layers get the model's two-dimensional `attention_mask`,
+    trimmed and moved, so the tree travels in that tensor.
 
-    It holds twos: transformers drops a mask that is all ones and takes zeros for padding, and the multiplicity of
-    tokens, which is what the model got, must not multiply hidden states.
+    The mask is filled with twos: transformers drops a mask of ones and takes zeros for padding. The multiplicity of
+    tokens, which the model got as its mask, would scale hidden states.
     """
 
     tree: Tree
 
     @classmethod
-    def of(cls, tree: Tree) -> RowMask:
+    def from_tree(cls, tree: Tree) -> TreePaddingMask:
         """Return the mask of a row."""
         mask = torch.full_like(tree.subtree_end, 2).as_subclass(cls)
         mask.tree = tree
@@ -40,13 +41,13 @@ class RowMask(torch.Tensor):
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-            if func in _STILL_THE_MASK:
+            if func in _KEEP_THE_TREE:
                 result = result.as_subclass(cls)
                 result.tree = args[0].tree
         return result
 
 
-_STILL_THE_MASK = (
+_KEEP_THE_TREE = (
     torch.Tensor.__getitem__,
     torch.Tensor.clone,
     torch.Tensor.contiguous,
@@ -55,46 +56,49 @@ _STILL_THE_MASK = (
 )
 
 
-def carry_trees(model: nn.Module, layers: Iterable[nn.Module]) -> list[Any]:
+def pass_tree_in_masks(model: PreTrainedModel, layers: Iterable[nn.Module]) -> list[RemovableHandle]:
     """
-    Hand the tree of the row to the inner models that build the masks of some layers.
+    Pass the tree of the row to the inner models that build the masks of some layers.
 
     Args:
         model (`transformers.PreTrainedModel`):
-            Model with its head; its own `attention_mask` stays what it is (mixture-of-experts losses read it).
+            Model with its head. Its own `attention_mask` stays as it is: mixture-of-experts losses read it.
         layers (`Iterable[torch.nn.Module]`):
             Recurrent layers.
 
     Returns:
-        `list`: Handles that remove the hooks.
+        `list[torch.utils.hooks.RemovableHandle]`: Handles that remove the hooks.
     """
     wanted = set(layers)
     return [
-        module.register_forward_pre_hook(_mask_carries_tree, with_kwargs=True)
+        module.register_forward_pre_hook(_replace_mask, with_kwargs=True)
         for module in model.modules()
         if module is not model and isinstance(module, PreTrainedModel) and wanted & set(module.modules())
     ]
 
 
-def _mask_carries_tree(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _replace_mask(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     tree = current_tree()
     if tree is None:
         return None
+    mask = TreePaddingMask.from_tree(tree)
     names = list(inspect.signature(module.forward).parameters)[: len(args)]
     if "attention_mask" in names:
         index = names.index("attention_mask")
-        return (*args[:index], RowMask.of(tree), *args[index + 1 :]), kwargs
-    return args, {**kwargs, "attention_mask": RowMask.of(tree)}
+        return (*args[:index], mask, *args[index + 1 :]), kwargs
+    return args, {**kwargs, "attention_mask": mask}
 
 
-def carried_tree(arguments: Iterable[Any]) -> Tree | None:
-    """Return the tree that one of a layer's arguments carries, the current one if none does."""
+def find_tree(arguments: Iterable[object]) -> Tree | None:
+    """Return the tree that one of a layer's arguments carries, or else the current one."""
     for value in arguments:
         tree = getattr(value, "tree", None)
         if isinstance(tree, Tree):
             return tree
         if isinstance(value, dict):
-            inner = carried_tree(value.values())
+            inner = find_tree(value.values())
             if inner is not None:
                 return inner
     return current_tree()

@@ -78,7 +78,7 @@ class WaveTraining:
             self.wave_tokens,
             keep_history=keep,
             smallest_wave=smallest,
-            lone_tokens=not self._is_hybrid,
+            allow_single_tokens=not self._is_hybrid,
         )
 
     def over(self, model: Any, tree: Tree, inputs: dict[str, Any], num_items: Any) -> Any:

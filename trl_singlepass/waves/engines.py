@@ -1,21 +1,22 @@
-"""Gradients of all waves but the last stay on the rank; the last backward synchronises."""
+"""How waves call a wrapped model: gradients of all waves but the last stay on the rank, the last backward reduces."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
 
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
-"""Engines whose ranks meet inside of the model: they need the same calls on every rank, and in the same order."""
+"""Engines whose ranks meet inside the model: every rank has to make the same calls in the same order."""
 
 
 class Engine:
     """
-    How waves call the model, and how the first of them send their gradients back: one process.
+    One process: waves call the model as it is.
 
     Args:
         model (`torch.nn.Module`):
@@ -23,14 +24,14 @@ class Engine:
         accelerator (`accelerate.Accelerator`):
             Accelerator of the Trainer.
         scale (`float`):
-            What the Trainer multiplies its loss with.
+            What the Trainer multiplies its loss by.
     """
 
-    def __init__(self, model: Any, accelerator: Any, scale: float) -> None:
+    def __init__(self, model: torch.nn.Module, accelerator: Accelerator, scale: float) -> None:
         self.model, self.accelerator, self.scale = model, accelerator, scale
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Send gradients back from the loss of a wave that is not the last: the optimizer does not step after it."""
+        """Run the backward of a wave that is not the last: the optimizer does not step after it."""
         state = self.accelerator.gradient_state
         steps = state.sync_gradients
         state._set_sync_gradients(False)
@@ -43,57 +44,62 @@ class Engine:
 
     def padding(self, num_forwards: int, num_waves: int) -> tuple[int, int]:
         """
-        Return how many forwards without and with a backward this rank has to add so that all ranks have as many.
+        Return how many calls this rank has to add so that all ranks make as many.
 
         Args:
             num_forwards (`int`):
-                Forwards without a backward of this rank.
+                Forwards of this rank without a backward.
             num_waves (`int`):
-                Forwards with a backward of this rank.
+                Forwards of this rank with a backward.
+
+        Returns:
+            `tuple[int, int]`: Forwards to add without and with a backward.
         """
         return 0, 0
 
-    def inner(self, **inputs: Any) -> Any:
+    def forward(self, **inputs: Any) -> Any:
         """Run the model for a wave whose gradients stay on the rank."""
         return self.model(**inputs)
 
-    def last(self, *, is_kept: bool, **inputs: Any) -> Any:
+    def forward_last(self, *, is_kept: bool, **inputs: Any) -> Any:
         """
         Run the model for the wave whose backward comes last.
 
         Args:
             is_kept (`bool`):
-                Whether backwards of other waves come before its own.
+                Whether backwards of other waves come between this forward and its own backward.
             **inputs (`Any`):
                 Inputs of the model.
         """
         return self.model(**inputs)
 
-    def synchronise(self, outputs: torch.Tensor) -> None:
-        """Make the next backward, from these outputs of a wave that was kept, reduce gradients over all ranks."""
+    def reduce_in_next_backward(self, outputs: torch.Tensor) -> None:
+        """Make the next backward, from these outputs of a kept wave, reduce gradients over all ranks."""
 
 
 class DataParallelEngine(Engine):
     """
-    `DistributedDataParallel`, whose forward runs once per batch on every rank, however many waves a rank has.
+    `DistributedDataParallel`: its forward runs once per batch on every rank, however many waves the rank has.
 
-    Its collectives (buffers, buckets) then pair up. Inner waves run on the module inside, whose gradients add up as
+    Its collectives (buffers, buckets) then pair up. Other waves run on the module inside, whose gradients add up as
     under `no_sync`.
     """
 
-    def inner(self, **inputs: Any) -> Any:
+    model: DistributedDataParallel
+
+    def forward(self, **inputs: Any) -> Any:
         """Run the module inside."""
         return self.model.module(**inputs)
 
-    def last(self, *, is_kept: bool, **inputs: Any) -> Any:
-        """Run the wrapper; without preparing it for backward where other backwards come first."""
+    def forward_last(self, *, is_kept: bool, **inputs: Any) -> Any:
+        """Run the wrapper, which prepares for backward unless other backwards come first."""
         if not is_kept:
             return self.model(**inputs)
         with self.model.no_sync():
             return self.model(**inputs)
 
-    def synchronise(self, outputs: torch.Tensor) -> None:
-        """Prepare the wrapper for backward, as its own forward and `Accelerator.trigger_sync_in_backward` do."""
+    def reduce_in_next_backward(self, outputs: torch.Tensor) -> None:
+        """Prepare the wrapper for backward as its own forward and `Accelerator.trigger_sync_in_backward` do."""
         if self.model.require_backward_grad_sync:
             self.model.require_forward_param_sync = True
             self.model.reducer.prepare_for_backward([outputs] if self.model.find_unused_parameters else [])
@@ -101,21 +107,21 @@ class DataParallelEngine(Engine):
 
 class ShardedEngine(Engine):
     """
-    DeepSpeed and FSDP2: every wave is to the engine one more batch of gradient accumulation.
+    DeepSpeed and FSDP2: to the engine, every wave is one more batch of gradient accumulation.
 
-    Gradients are reduced wave by wave, so that no rank holds those of all parameters.
+    Gradients are reduced wave by wave, so no rank holds those of all parameters.
     """
 
     def padding(self, num_forwards: int, num_waves: int) -> tuple[int, int]:
-        """Ask all ranks."""
+        """Compare with all ranks."""
         own = torch.tensor([[num_forwards, num_waves]], device=self.accelerator.device)
         most = self.accelerator.gather(own).amax(0).tolist()
         return most[0] - num_forwards, most[1] - num_waves
 
 
-def get_engine(model: Any, accelerator: Any, scale: float) -> Engine:
+def get_engine(model: torch.nn.Module, accelerator: Accelerator, scale: float) -> Engine:
     """
-    Return how waves call a model.
+    Return the engine for a model.
 
     Args:
         model (`torch.nn.Module`):
@@ -123,7 +129,7 @@ def get_engine(model: Any, accelerator: Any, scale: float) -> Engine:
         accelerator (`accelerate.Accelerator`):
             Accelerator of the Trainer.
         scale (`float`):
-            What the Trainer multiplies its loss with.
+            What the Trainer multiplies its loss by.
     """
     if accelerator.distributed_type in SHARDED:
         return ShardedEngine(model, accelerator, scale)

@@ -1,4 +1,17 @@
-"""Which tokens of a row are alive at the same time: the row cut in waves, in plain integers."""
+"""
+Split a row into waves: which of its tokens have activations at the same time, in plain integers.
+
+A row of 11 tokens has the spine `[0, 7)`, the branch `[7, 9)` after token 3 and the branch `[9, 11)` after token 1.
+Its history, up to the last fork, is `[0, 4)`; `[4, 7)` is a branch like the others.
+
+    wave_tokens    waves                                     tokens with activations
+    11             [0, 11)                                   11
+    8              [0, 4) kept    [4, 7)    [7, 11)          4, then 4 + 4, then 4 + 3
+    5              [0, 4)         [4, 9)    [9, 11)          4 without backward, then 2, 5 and 4
+
+With 5, the history does not fit beside the longest branch. Its four tokens run twice: forward first, so that the
+branches find their keys and values, and forward and backward last.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +30,7 @@ class Wave:
     """
     Consecutive tokens of a row that run together.
 
-    A row is laid out depth first, so ancestors come before their descendants: in the same wave or an earlier one.
+    A row is laid out depth first, so the ancestors of a token are in its wave or an earlier one.
 
     Args:
         start (`int`):
@@ -25,10 +38,10 @@ class Wave:
         end (`int`):
             Position just past the last token in the row.
         handed_on (`Ranges`):
-            Half-open ranges of its tokens that have descendants in later waves, in the order of their depth.
+            Half-open ranges of the tokens that have descendants in later waves, in the order of their depth.
         is_kept (`bool`, *optional*, defaults to `False`):
-            Whether it runs once and its activations stay until all its descendants are done; otherwise the tokens
-            that are handed on run a second time.
+            Whether it runs once and its activations stay until all its descendants are done. If not, the tokens that
+            are handed on run a second time.
     """
 
     start: int
@@ -54,7 +67,7 @@ class WavePlan:
         row (`TreePlan`):
             Structure of the row.
         groups (`tuple[tuple[Wave, ...], ...]`):
-            Waves in row order, those of the same trees together: no group has ancestors in another.
+            Waves in row order, grouped so that no token has an ancestor in another group.
     """
 
     row: TreePlan
@@ -68,14 +81,14 @@ class WavePlan:
         *,
         keep_history: bool = True,
         smallest_wave: int = 1,
-        lone_tokens: bool = True,
+        allow_single_tokens: bool = True,
     ) -> WavePlan:
         """
-        Cut a row in waves.
+        Split a row into waves.
 
-        Trees that fit are run whole, several together. Of a tree that does not fit, the history is kept where it fits
-        beside any one branch; then branches run in waves of what is left. Where it does not, history and branches are
-        cut in waves of `wave_tokens`.
+        Trees that fit run whole, several together. If a tree does not fit, its history is kept where it fits beside
+        any single branch, and branches run in waves of what is left. Otherwise both are split into waves of
+        `wave_tokens`.
 
         Args:
             row (`TreePlan`):
@@ -83,18 +96,18 @@ class WavePlan:
             wave_tokens (`int`):
                 Largest number of tokens that have activations at the same time.
             keep_history (`bool`, *optional*, defaults to `True`):
-                Whether a history that fits may be kept instead of being run twice.
+                Whether a history that fits may be kept instead of run twice.
             smallest_wave (`int`, *optional*, defaults to 1):
                 A history is kept only where it leaves room for waves of this many tokens.
-            lone_tokens (`bool`, *optional*, defaults to `True`):
-                Whether a wave may be a single token. If not, it joins a wave beside it, which then has up to two
-                tokens more than `wave_tokens`.
+            allow_single_tokens (`bool`, *optional*, defaults to `True`):
+                Whether a wave may be a single token. If not, it joins a neighbour, which then has up to two tokens
+                more than `wave_tokens`.
 
         Returns:
             `WavePlan`: The waves.
         """
         groups: list[tuple[Wave, ...]] = []
-        together: list[tuple[int, int]] = []  # trees that still fit in one wave
+        together: list[tuple[int, int]] = []  # trees that fit into one wave so far
         for runs in _trees(row):
             start, end = runs[0].start, runs[-1].end
             if together and end - together[0][0] > wave_tokens:
@@ -106,7 +119,7 @@ class WavePlan:
             groups.append(tuple(_waves_of_tree(row, runs, wave_tokens, keep_history, smallest_wave)))
         if together:
             groups.append((_wave(row, together[0][0], together[-1][1]),))
-        return cls(row, tuple(groups) if lone_tokens else tuple(_without_lone_tokens(row, groups)))
+        return cls(row, tuple(groups) if allow_single_tokens else tuple(_without_single_tokens(row, groups)))
 
     @property
     def waves(self) -> tuple[Wave, ...]:
@@ -115,7 +128,7 @@ class WavePlan:
 
     @property
     def num_repeated(self) -> int:
-        """Number of tokens that run twice, once of it forward only."""
+        """Number of tokens that run twice, the first time forward only."""
         return sum(wave.num_handed_on for wave in self.waves if not wave.is_kept)
 
     @property
@@ -124,7 +137,7 @@ class WavePlan:
         return max(_peak(group) for group in self.groups)
 
     @property
-    def memory_tokens(self) -> int:
+    def cached_tokens(self) -> int:
         """Largest number of tokens whose keys and values wait for later waves."""
         return max(sum(wave.num_handed_on for wave in group) for group in self.groups)
 
@@ -145,7 +158,7 @@ def _peak(group: Sequence[Wave]) -> int:
 
 
 def _trees(row: TreePlan) -> Iterator[list[Run]]:
-    """Yield the runs of each tree."""
+    """Yield the runs of each tree of a row."""
     tree: list[Run] = []
     for run in row.runs:
         if tree and not run.prefix:
@@ -171,7 +184,7 @@ def _waves_of_tree(
 
 
 def _parts(runs: Sequence[Run]) -> list[tuple[int, int]]:
-    """Runs, cut at the last fork of each: what comes after it is a branch like the others."""
+    """Split runs at their last fork: what follows it is a branch like the others. The example has four parts."""
     starts = [run.start for run in runs]
     last_fork: dict[int, int] = {}
     for run in runs:
@@ -189,7 +202,7 @@ def _parts(runs: Sequence[Run]) -> list[tuple[int, int]]:
 
 
 def _packed(parts: Sequence[tuple[int, int]], limit: int) -> Iterator[tuple[int, int]]:
-    """Ranges of at most `limit` tokens that tear no part which fits in one."""
+    """Yield ranges of at most `limit` tokens that split no part which fits into one."""
     first = parts[0][0]
     for start, end in parts:
         if end - first > limit >= end - start and start > first:
@@ -202,8 +215,8 @@ def _packed(parts: Sequence[tuple[int, int]], limit: int) -> Iterator[tuple[int,
         yield first, parts[-1][1]
 
 
-def _without_lone_tokens(row: TreePlan, groups: Sequence[tuple[Wave, ...]]) -> Iterator[tuple[Wave, ...]]:
-    """Groups whose waves have two tokens at least, if the row has."""
+def _without_single_tokens(row: TreePlan, groups: Sequence[tuple[Wave, ...]]) -> Iterator[tuple[Wave, ...]]:
+    """Yield groups whose waves have at least two tokens, if the row has."""
     joined: list[list[Wave]] = []
     for group in groups:
         if joined and 1 in (_num_tokens(group), _num_tokens(joined[-1])):
@@ -227,7 +240,7 @@ def _num_tokens(waves: Sequence[Wave]) -> int:
 
 
 def _wave(row: TreePlan, start: int, end: int, is_kept: bool = False) -> Wave:
-    """A wave with the tokens it hands on: the ancestors of the first token after it."""
+    """Return a wave; the tokens that it hands on are the ancestors of the first token after it."""
     if end == row.length:
         return Wave(start, end, (), is_kept)
     run = row.runs[bisect_right(row.runs, end, key=lambda run: run.start) - 1]

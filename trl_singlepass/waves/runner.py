@@ -1,134 +1,131 @@
-"""The schedule: forward and backward over the waves of a row, in an order that never needs more than one at a time."""
+"""Run the waves of a row forward and backward, so that besides a kept history only one has activations."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 from ..attention.context import Tree, running_on
 from .plan import Ranges, Wave, WavePlan
-from .state import GroupMemory, WaveTree
+from .state import GroupCache, WaveTree
+
+
+Output = TypeVar("Output")
+Forward = Callable[[Wave, Ranges], Output]
+"""Runs the model on some tokens of a wave, given as row ranges, and returns its outputs."""
 
 
 class WaveRunner:
     """
-    A row that runs wave by wave.
+    Runs a row wave by wave.
 
-    A wave needs the keys and values of its ancestors, and the gradients of its own from its descendants. So the tokens
-    that have descendants in later waves run forward first, in row order, keeping only keys and values; then each wave
-    runs forward and backward, from the last to the first.
+    A wave needs the keys and values of its ancestors, and for these the gradients of their descendants. So tokens with
+    descendants in later waves run forward first, in row order, and only keys, values and what else layers need of them
+    are stored. Then each wave runs forward and backward, from the last to the first.
 
     Args:
         plan (`WavePlan`):
-            The waves.
+            Waves of the row.
         tree (`Tree`):
             Tree of the whole row.
         offload (`bool`, *optional*, defaults to `False`):
-            Whether keys, values and their gradients wait on the CPU.
+            Whether what is stored, and its gradients, wait on the CPU.
     """
 
     def __init__(self, plan: WavePlan, tree: Tree, offload: bool = False) -> None:
         self.plan = plan
         self.tree = tree
-        self.memories = [GroupMemory(plan.row, group, offload) for group in plan.groups]
-        self.peak_memory_bytes = 0
-        self._surveyed = False
+        self.caches = [GroupCache(plan.row, group, offload) for group in plan.groups]
+        self.peak_cache_bytes = 0
+        self._history_is_stored = False
 
     @property
     def last(self) -> Wave:
         """The wave whose backward comes last."""
         return self.plan.groups[-1][0]
 
-    def survey(self, forward: Callable[[Wave, Ranges], Any]) -> Iterator[tuple[Wave, Any]]:
+    def forward_all(self, forward: Forward[Output]) -> Iterator[tuple[Wave, Output]]:
         """
-        Run the whole row forward, wave by wave, keeping keys and values only.
+        Run the whole row forward, without gradients, and store what later waves need.
 
         Args:
-            forward (`Callable`):
-                Runs the model on some tokens (row ranges) of a wave and returns its outputs.
+            forward (`Forward`):
+                Runs the model.
 
         Yields:
-            `tuple[Wave, Any]`: Each wave in row order, with its outputs.
+            `tuple[Wave, Output]`: Each wave in row order, with its outputs.
         """
-        for group, memory in zip(self.plan.groups, self.memories, strict=True):
+        for group, cache in zip(self.plan.groups, self.caches, strict=True):
             for wave in group:
                 with _forward_only():
-                    outputs = self._run(wave, ((wave.start, wave.end),), memory, forward, writes=True)
+                    outputs = self._run(wave, ((wave.start, wave.end),), cache, forward, stores=True)
                 yield wave, outputs
-        self._surveyed = True
+        self._history_is_stored = True
 
-    def remember(self, remember: Callable[[Wave, Ranges], Any]) -> None:
+    def store_history(self, forward: Forward[object]) -> None:
         """
-        Run what is handed on forward, for all groups before the first wave trains.
+        Run the tokens that later waves descend from, for all groups before the first wave trains.
 
         Args:
-            remember (`Callable`):
-                Runs the model on some tokens (row ranges) of a wave.
+            forward (`Forward`):
+                Runs the model; its outputs are not used.
         """
-        waves = [
-            (wave, memory)
-            for group, memory in zip(self.plan.groups, self.memories, strict=True)
-            for wave in group
-            if wave.handed_on
-        ]
-        for wave, memory in waves:
-            with _forward_only():
-                self._run(wave, wave.handed_on, memory, remember, writes=True)
-        self._surveyed = True
+        for group, cache in zip(self.plan.groups, self.caches, strict=True):
+            self._store_group(group, cache, forward)
+        self._history_is_stored = True
 
-    def train(
-        self, forward: Callable[[Wave, Ranges], Any], remember: Callable[[Wave, Ranges], Any]
-    ) -> Iterator[tuple[Wave, Any]]:
+    def train(self, forward: Forward[Output], forward_history: Forward[object]) -> Iterator[tuple[Wave, Output]]:
         """
-        Run the row forward and backward; the caller sends gradients back through a wave before it asks for the next.
+        Run the row forward and backward. The caller runs the backward of a wave before it asks for the next one.
 
         Args:
-            forward (`Callable`):
-                Runs the model on some tokens (row ranges) of a wave and returns its outputs.
-            remember (`Callable`):
-                The same where outputs are not needed, only what attention layers see.
+            forward (`Forward`):
+                Runs the model.
+            forward_history (`Forward`):
+                The same where only the layers matter, not the outputs.
 
         Yields:
-            `tuple[Wave, Any]`: Each wave with its outputs, [`last`] last.
+            `tuple[Wave, Output]`: Each wave with its outputs, [`last`] last.
         """
         for index, group in enumerate(self.plan.groups):
-            memory = self.memories[index]
-            yield from self._train_group(group, memory, forward, remember)
-            self.peak_memory_bytes = max(self.peak_memory_bytes, memory.num_bytes)
+            cache = self.caches[index]
+            yield from self._train_group(group, cache, forward, forward_history)
+            self.peak_cache_bytes = max(self.peak_cache_bytes, cache.num_bytes)
             if group[0] is not self.last:  # the last backward is still to come
-                self.memories[index] = GroupMemory(self.plan.row, group)
+                self.caches[index] = GroupCache(self.plan.row, group)
 
     def _train_group(
-        self, group: tuple[Wave, ...], memory: GroupMemory, forward: Callable[..., Any], remember: Callable[..., Any]
-    ) -> Iterator[tuple[Wave, Any]]:
-        kept = None
-        assert not (group[0].is_kept and self._surveyed), "a history that is kept runs once"
-        if group[0].is_kept:
-            kept = self._run(group[0], ((group[0].start, group[0].end),), memory, forward, writes=True)
-        for wave in group:
-            if wave.handed_on and not wave.is_kept and not self._surveyed:
-                with _forward_only():
-                    self._run(wave, wave.handed_on, memory, remember, writes=True)
+        self, group: tuple[Wave, ...], cache: GroupCache, forward: Forward[Output], forward_history: Forward[object]
+    ) -> Iterator[tuple[Wave, Output]]:
+        assert not (group[0].is_kept and self._history_is_stored), "a history that is kept runs once"
+        first = group[0]
+        kept = [self._run(first, ((first.start, first.end),), cache, forward, stores=True)] if first.is_kept else []
+        if not self._history_is_stored:
+            self._store_group(group, cache, forward_history)
         for wave in reversed(group):
             if wave.is_kept:
-                yield wave, kept
+                yield wave, kept.pop()
             else:
-                yield wave, self._run(wave, ((wave.start, wave.end),), memory, forward, writes=False)
+                yield wave, self._run(wave, ((wave.start, wave.end),), cache, forward, stores=False)
 
-    def _run(
-        self, wave: Wave, tokens: Ranges, memory: GroupMemory, forward: Callable[..., Any], *, writes: bool
-    ) -> Any:
-        with running_on(WaveTree.of(wave, tokens, memory, self.tree, writes=writes)):
+    def _store_group(self, group: tuple[Wave, ...], cache: GroupCache, forward: Forward[object]) -> None:
+        for wave in group:
+            if wave.handed_on and not wave.is_kept:
+                with _forward_only():
+                    self._run(wave, wave.handed_on, cache, forward, stores=True)
+
+    def _run(self, wave: Wave, tokens: Ranges, cache: GroupCache, forward: Forward[Output], *, stores: bool) -> Output:
+        with running_on(WaveTree.from_wave(wave, tokens, cache, self.tree, stores=stores)):
             return forward(wave, tokens)
 
 
 @contextmanager
 def _forward_only() -> Iterator[None]:
-    """No gradients; reentrant checkpointing warns that there are none, which is meant here."""
+    """Run without gradients. Reentrant checkpointing warns that there are none, which is intended here."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
         yield

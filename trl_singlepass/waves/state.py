@@ -1,10 +1,11 @@
-"""A wave as the tree that layers receive, and what its layers remember for later waves."""
+"""A wave as the tree that layers receive, and what its layers store for later waves."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,17 +13,21 @@ from numpy.typing import NDArray
 
 from ..attention.context import Tree
 from ..attention.kv_cache import KVCache, KVCacheView, SlotRanges
-from ..recurrent.boundary import Handover, Kept
-from ..recurrent.boundary_grads import Leaves
+from ..recurrent.boundary import BoundarySlots, RowBoundary
+from ..recurrent.boundary_grads import BoundaryTensors
 from ..recurrent.layer_kinds import ReplayMode
+from ..recurrent.schedule import last_tokens
 from ..trees.rows import TreePlan
 from .plan import Ranges, Wave
-from .subplan import Placement, pass_plan
+from .subplan import RangeMap, make_subplan
 
 
-class GroupMemory:
+class GroupCache:
     """
-    Keys and values that the waves of a group hand on, by layer, with the gradients that come back.
+    What the waves of a group store for one another, by layer, with the gradients that come back.
+
+    Every token with descendants in later waves has a slot: slots count these tokens in row order. Of the slots, each
+    layer stores what it needs.
 
     Args:
         row (`TreePlan`):
@@ -30,102 +35,111 @@ class GroupMemory:
         waves (`Sequence[Wave]`):
             Waves of the group, in row order.
         offload (`bool`, *optional*, defaults to `False`):
-            Whether to hold keys, values and their gradients on the CPU.
+            Whether to hold it on the CPU.
     """
 
     def __init__(self, row: TreePlan, waves: Sequence[Wave], offload: bool = False) -> None:
         self.row = row
-        self.slots = Placement.one_after_the_other(tokens for wave in waves for tokens in wave.handed_on)
+        self.slots = RangeMap.consecutive(tokens for wave in waves for tokens in wave.handed_on)
         self.offload = offload
-        self.layers: dict[torch.nn.Module, KVCache] = {}
-        self.leaves: defaultdict[torch.nn.Module, Leaves] = defaultdict(lambda: Leaves(offload))
+        self.kv_caches: dict[torch.nn.Module, KVCache] = {}
+        self.inputs_and_states: defaultdict[torch.nn.Module, BoundaryTensors] = defaultdict(
+            lambda: BoundaryTensors(offload)
+        )
         self._waves = waves
-        self._kept: dict[ReplayMode, Kept] = {}
+        self._window_slots: dict[int | None, NDArray[np.int64]] = {None: np.arange(len(self.slots))}
+        self._boundary_slots: dict[ReplayMode, BoundarySlots] = {}
 
-    def of(self, layer: torch.nn.Module, num_slots: int) -> KVCache:
-        """Return the memory of a layer."""
-        if layer not in self.layers:
-            self.layers[layer] = KVCache(num_slots, self.offload)
-        return self.layers[layer]
+    @cached_property
+    def _plans(self) -> list[TreePlan]:
+        """Plan of each wave, all of whose tokens run."""
+        whole = (RangeMap.consecutive(((wave.start, wave.end),)) for wave in self._waves)
+        return [make_subplan(self.row, tokens, self.slots) for tokens in whole]
 
-    def kept_within(self, local_size: int | None) -> NDArray[np.int64]:
-        """Return the slots of the tokens to which layers look back that see so many tokens."""
-        if local_size is None:
-            return np.arange(len(self.slots))
-        return self.kept(ReplayMode(starts_from_state=False, reach=local_size - 1)).inputs
+    def get_kv_cache(self, layer: torch.nn.Module, num_slots: int) -> KVCache:
+        """Return the keys and values of an attention layer that stores so many slots."""
+        if layer not in self.kv_caches:
+            self.kv_caches[layer] = KVCache(num_slots, self.offload)
+        return self.kv_caches[layer]
 
-    def kept(self, mode: ReplayMode) -> Kept:
-        """Return what the waves need of one another where recurrent layers run one way."""
-        if mode not in self._kept:
-            whole = (Placement.one_after_the_other(((wave.start, wave.end),)) for wave in self._waves)
-            plans = (pass_plan(self.row, tokens, self.slots) for tokens in whole)
-            self._kept[mode] = Kept.by(plans, mode.schedule)
-        return self._kept[mode]
+    def get_window_slots(self, local_size: int | None) -> NDArray[np.int64]:
+        """Return the slots that an attention layer looks back to, sorted; `local_size` as in [`Tree.kv_cache`]."""
+        if local_size not in self._window_slots:
+            assert local_size is not None
+            seen = {
+                slot
+                for plan in self._plans
+                for run in plan.runs
+                for first, last in last_tokens(run.prefix, local_size - 1)
+                if first >= plan.length
+                for slot in range(first - plan.length, last - plan.length)
+            }
+            self._window_slots[local_size] = np.array(sorted(seen), np.int64)
+        return self._window_slots[local_size]
 
-    def handed_on(self, tokens: Placement, wave: Wave) -> SlotRanges:
+    def get_boundary_slots(self, mode: ReplayMode) -> BoundarySlots:
+        """Return the slots that layers which run this way need."""
+        if mode not in self._boundary_slots:
+            self._boundary_slots[mode] = BoundarySlots.from_plans(self._plans, mode.schedule)
+        return self._boundary_slots[mode]
+
+    def get_handed_on(self, tokens: RangeMap, wave: Wave) -> SlotRanges:
         """
         Return the slots of the tokens that a wave hands on.
 
         Args:
-            tokens (`Placement`):
-                Tokens that run.
+            tokens (`RangeMap`):
+                Where the tokens that run are in the sequence that runs.
             wave (`Wave`):
                 Their wave.
         """
         return tuple(
             (*own, slot[0])
             for first, last in wave.handed_on
-            for own, slot in zip(tokens.of(first, last), self.slots.of(first, last), strict=True)
+            for own, slot in zip(tokens.locate(first, last), self.slots.locate(first, last), strict=True)
         )
 
     @property
     def num_bytes(self) -> int:
         """Bytes of keys, values, inputs, states and gradients."""
         held = (
-            x for layer in self.layers.values() for x in (layer.key, layer.value, layer.grad_key, layer.grad_value)
+            x for layer in self.kv_caches.values() for x in (layer.key, layer.value, layer.grad_key, layer.grad_value)
         )
         keys_and_values = sum(x.numel() * x.element_size() for x in held if x is not None)
-        return keys_and_values + sum(leaves.num_bytes for leaves in self.leaves.values())
+        return keys_and_values + sum(tensors.num_bytes for tensors in self.inputs_and_states.values())
 
 
 @dataclass(eq=False)
 class WaveTree(Tree):
     """
-    Tree of a forward over some tokens of a row, whose other ancestors lie in memory.
+    Tree of a forward over some tokens of a row, whose other ancestors are in a cache.
 
-    Positions of its plan from `plan.length` on are slots of the memory (see [`pass_plan`]).
+    Positions of its plan from `plan.length` on are slots of the cache (see [`make_subplan`]). Its tensors have shape
+    `(1, num_tokens)`, with an entry for each token that runs.
 
     Args:
         plan (`TreePlan`):
             Structure of the tokens that run.
         subtree_end (`torch.Tensor` of shape `(1, num_tokens)`, `torch.int64`):
-            For each token, the position just past its last descendant that runs along.
+            For each token, the position just past its last descendant that runs as well.
         depth (`torch.Tensor` of shape `(1, num_tokens)`, `torch.int64`):
-            Number of tokens before each token on its path.
+            Depth of each token in the row.
         attended_by (`set[torch.nn.Module]`):
             Layers that received it.
-        memory (`GroupMemory`):
-            Keys and values of the ancestors that do not run along.
+        cache (`GroupCache`):
+            What the layers have stored of ancestors that do not run.
         handed_on (`SlotRanges`):
-            Tokens that later waves attend to.
-        writes (`bool`):
+            Tokens that later waves descend from.
+        stores (`bool`):
             Whether these tokens run for the first time.
     """
 
-    memory: GroupMemory | None = None
+    cache: GroupCache | None = None
     handed_on: SlotRanges = ()
-    writes: bool = False
+    stores: bool = False
 
     @classmethod
-    def of(
-        cls,
-        wave: Wave,
-        tokens: Ranges,
-        memory: GroupMemory,
-        row: Tree,
-        *,
-        writes: bool,
-    ) -> WaveTree:
+    def from_wave(cls, wave: Wave, tokens: Ranges, cache: GroupCache, row: Tree, *, stores: bool) -> WaveTree:
         """
         Return the tree of a forward.
 
@@ -134,47 +148,57 @@ class WaveTree(Tree):
                 Wave that runs.
             tokens (`Ranges`):
                 Its tokens that run: all of them, or those that it hands on.
-            memory (`GroupMemory`):
-                Memory of its group.
+            cache (`GroupCache`):
+                Cache of its group.
             row (`Tree`):
                 Tree of the whole row.
-            writes (`bool`):
+            stores (`bool`):
                 Whether these tokens run for the first time.
         """
-        placement = Placement.one_after_the_other(tokens)
-        plan = pass_plan(memory.row, placement, memory.slots)
+        running = RangeMap.consecutive(tokens)
+        plan = make_subplan(cache.row, running, cache.slots)
         end = (select(row.subtree_end, tokens) - tokens[0][0]).clamp(max=plan.length)
-        if len(tokens) > 1:  # a path: what comes later descends from what comes earlier
+        if len(tokens) > 1:  # a path: all later tokens descend from earlier ones
             end = torch.full_like(end, plan.length)
-        handed_on = memory.handed_on(placement, wave)
-        return cls(plan, end, select(row.depth, tokens), row.attended_by, memory, handed_on, writes)
+        handed_on = cache.get_handed_on(running, wave)
+        return cls(plan, end, select(row.depth, tokens), row.attended_by, cache, handed_on, stores)
 
     def kv_cache(self, layer: torch.nn.Module, local_size: int | None = None) -> KVCacheView | None:
-        """Return keys and values of ancestors that ran before, as far as the layer looks back."""
-        assert self.memory is not None
-        if not len(self.memory.slots):
+        """Return the keys and values of ancestors that ran before, as far back as the layer looks."""
+        assert self.cache is not None
+        if not len(self.cache.slots):
             return None
-        kept = self.memory.kept_within(local_size)
-        return KVCacheView.for_layer(self.memory.of(layer, len(kept)), self.handed_on, kept, stores=self.writes)
+        slots = self.cache.get_window_slots(local_size)
+        stored = self.cache.get_kv_cache(layer, len(slots))
+        return KVCacheView.for_layer(stored, self.handed_on, slots, stores=self.stores)
 
-    def handover(self, mode: ReplayMode) -> Handover | None:
-        """Return what recurrent layers need of ancestors that ran before."""
-        assert self.memory is not None
-        if not len(self.memory.slots):
+    def get_boundary(self, mode: ReplayMode) -> RowBoundary | None:
+        """Return what layers that run this way take from other waves and leave for them."""
+        assert self.cache is not None
+        if not len(self.cache.slots):
             return None
-        own = {slot + i: first + i for first, last, slot in self.handed_on for i in range(last - first)}
-        return Handover(self.plan.length, own, self.memory.kept(mode), self.memory.leaves, self.writes)
+        positions = {slot + i: first + i for first, last, slot in self.handed_on for i in range(last - first)}
+        return RowBoundary(
+            self.plan.length,
+            positions,
+            self.cache.get_boundary_slots(mode),
+            self.cache.inputs_and_states,
+            self.stores,
+        )
 
 
 def select(x: torch.Tensor, tokens: Ranges) -> torch.Tensor:
     """
-    Return some tokens of a row.
+    Return the entries of some tokens of a row.
 
     Args:
         x (`torch.Tensor` of shape `(1, row_length, ...)`):
-            Something per token.
+            Per-token tensor.
         tokens (`Ranges`):
             Half-open ranges of row positions.
+
+    Returns:
+        `torch.Tensor` of shape `(1, num_tokens, ...)`: Entries of these tokens.
     """
     parts = [x[:, start:end] for start, end in tokens]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

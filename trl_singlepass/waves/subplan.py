@@ -1,4 +1,16 @@
-"""Some tokens of a row as a row of their own, whose other ancestors lie in memory: in plain integers."""
+"""
+Some tokens of a row as a row of their own, whose other ancestors are in a cache; in plain integers.
+
+A row of 11 tokens has the spine `[0, 7)`, the branch `[7, 9)` after token 3 and the branch `[9, 11)` after token 1:
+
+    runs             [0, 7)          [7, 9) with ancestors [0, 4)     [9, 11) with ancestors [0, 2)
+
+Tokens 0-3 ran before and have slots 0-3. The plan of the wave `[7, 11)` has length 4, so slot `s` is position `4 + s`:
+
+    tokens           7  8  9 10
+    positions        0  1  2  3
+    runs             [0, 2) at depth 4 with ancestors [4, 8)          [2, 4) at depth 2 with ancestors [4, 6)
+"""
 
 from __future__ import annotations
 
@@ -11,9 +23,9 @@ from .plan import Ranges
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class RangeMap:
     """
-    Where ranges of a row lie in another sequence of tokens.
+    Where ranges of a row are in another sequence of tokens.
 
     Args:
         ranges (`Ranges`):
@@ -26,8 +38,8 @@ class Placement:
     starts: tuple[int, ...]
 
     @classmethod
-    def one_after_the_other(cls, ranges: Iterable[tuple[int, int]]) -> Placement:
-        """Return the placement of ranges that follow one another from position 0."""
+    def consecutive(cls, ranges: Iterable[tuple[int, int]]) -> RangeMap:
+        """Map ranges to a sequence in which they follow one another from position 0."""
         ranges = tuple(ranges)
         starts, total = [], 0
         for first, last in ranges:
@@ -38,9 +50,9 @@ class Placement:
     def __len__(self) -> int:
         return self.starts[-1] + self.ranges[-1][1] - self.ranges[-1][0] if self.ranges else 0
 
-    def of(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+    def locate(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """
-        Yield where a range of the row lies.
+        Yield where a range of the row is: with `[0, 4)` and `[9, 11)` one after the other, `[10, 11)` is at `[5, 6)`.
 
         Args:
             first (`int`):
@@ -60,34 +72,34 @@ class Placement:
             first, index = stop, index + 1
 
 
-def pass_plan(row: TreePlan, tokens: Placement, memory: Placement) -> TreePlan:
+def make_subplan(row: TreePlan, running: RangeMap, slots: RangeMap) -> TreePlan:
     """
     Return the plan of a forward over some tokens of a row.
 
     Args:
         row (`TreePlan`):
             Structure of the row.
-        tokens (`Placement`):
-            The tokens that run, in row order.
-        memory (`Placement`):
-            Tokens whose keys and values are in memory; every ancestor before the first running token is one.
+        running (`RangeMap`):
+            Tokens that run, in row order.
+        slots (`RangeMap`):
+            Tokens that have a slot. Every ancestor before the first running token has one.
 
     Returns:
-        `TreePlan`: Positions below its length are running tokens, those above it are slots of the memory.
+        `TreePlan`: Positions below its length are running tokens, the others are slots.
     """
-    first_running, length = tokens.ranges[0][0], len(tokens)
+    first_running, length = running.ranges[0][0], len(running)
 
-    def path(ranges: Ranges) -> Iterator[tuple[int, int]]:
+    def locate(ranges: Ranges) -> Iterator[tuple[int, int]]:
         for first, last in ranges:
             border = min(max(first, first_running), last)
-            yield from ((length + start, length + end) for start, end in memory.of(first, border))
-            yield from tokens.of(border, last)
+            yield from ((length + start, length + end) for start, end in slots.locate(first, border))
+            yield from running.locate(border, last)
 
     runs: list[Run] = []
-    for (first, last), start in zip(tokens.ranges, tokens.starts, strict=True):
+    for (first, last), start in zip(running.ranges, running.starts, strict=True):
         for run in _overlapping(row.runs, first, last):
             begin, end = max(run.start, first), min(run.end, last)
-            prefix = _joined(path((*run.prefix, (run.start, begin))))
+            prefix = _join(locate((*run.prefix, (run.start, begin))))
             position, depth = start + begin - first, run.depth + begin - run.start
             _append(runs, Run(position, position + end - begin, depth, prefix))
     return TreePlan(length, tuple(runs))
@@ -100,8 +112,8 @@ def _overlapping(runs: Sequence[Run], first: int, last: int) -> Iterator[Run]:
         index += 1
 
 
-def _joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """Ranges, with neighbours that touch made one."""
+def _join(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Merge adjacent ranges."""
     joined: list[tuple[int, int]] = []
     for first, last in ranges:
         if joined and joined[-1][1] == first:
@@ -112,8 +124,8 @@ def _joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def _append(runs: list[Run], run: Run) -> None:
-    """Add a run, or lengthen the one before it where the new one continues its path."""
-    if runs and run.prefix == _joined((*runs[-1].prefix, (runs[-1].start, runs[-1].end))):
+    """Append a run, or extend the last one if the new one continues its path."""
+    if runs and run.prefix == _join((*runs[-1].prefix, (runs[-1].start, runs[-1].end))):
         runs[-1] = replace(runs[-1], end=run.end)
     else:
         runs.append(run)

@@ -1,0 +1,42 @@
+"""What rows store for one another: only what later rows need, found where the docstrings say."""
+
+import numpy as np
+import torch
+
+from trl_singlepass.recurrent.boundary import BoundarySlots, RowBoundary
+from trl_singlepass.recurrent.boundary_grads import BoundaryTensors
+from trl_singlepass.recurrent.layer_kinds import ReplayMode
+from trl_singlepass.trees.rows import Run, TreePlan
+
+
+# Two tokens after slots 0 to 3 of an earlier row, which are positions 2 to 5.
+PLAN = TreePlan(2, (Run(0, 2, 4, ((2, 6),)),))
+
+
+def test_slots_that_each_mode_needs():
+    needed = {
+        mode: BoundarySlots.from_plans([PLAN], mode.schedule)
+        for mode in (ReplayMode(True), ReplayMode(False, reach=3), ReplayMode(False))
+    }
+    assert [slots.inputs.tolist() for slots in needed.values()] == [[3], [1, 2, 3], [0, 1, 2, 3]]
+    assert [sorted(slots.states) for slots in needed.values()] == [[2], [], []]
+
+
+def test_inputs_of_other_rows_follow_those_of_the_row():
+    boundary = RowBoundary(4, {}, BoundarySlots(np.array([2, 5]), frozenset()), {}, stores=True)
+    assert boundary.locate(np.array([1, 6, 9])).tolist() == [1, 4, 5]
+
+
+def test_gradients_of_stored_inputs_return_to_the_row_that_made_them():
+    layer, tensors = torch.nn.Identity(), BoundaryTensors()
+    needed = BoundarySlots(np.array([1]), frozenset())
+    first = RowBoundary(3, {0: 1, 1: 2}, needed, {layer: tensors}, stores=True)  # slot 1 is its token 2
+    second = RowBoundary(2, {}, needed, {layer: tensors}, stores=True)
+    x = torch.tensor([[[1.0], [2.0], [3.0]]], requires_grad=True)
+    y = torch.tensor([[[4.0], [5.0]]], requires_grad=True)
+    extended_x, extended_y = first.extend(layer, x, ("x",)), second.extend(layer, y, ("x",))
+    assert extended_y.flatten().tolist() == [4.0, 5.0, 3.0]
+    (extended_y * torch.tensor([1.0, 1.0, 7.0])[:, None]).sum().backward()
+    extended_x[:, :3].sum().backward()
+    assert y.grad.flatten().tolist() == [1.0, 1.0]
+    assert x.grad.flatten().tolist() == [1.0, 1.0, 8.0]

@@ -1,0 +1,43 @@
+"""From a row to the batches of its pieces, and back."""
+
+import numpy as np
+import torch
+
+from trl_singlepass.recurrent.layout import Layout
+from trl_singlepass.recurrent.schedule import fork_schedule, path_schedule
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row, TreePlan
+from trl_singlepass.trees.sample import Sample
+
+
+def test_the_documented_row():
+    plan = TreePlan.from_subtree_end(np.array([11, 11, 9, 9, 7, 7, 7, 9, 9, 11, 11]))
+    layout = Layout(plan.length, path_schedule(plan), torch.device("cpu"))
+    assert layout.shapes == [(2, 7), (1, 4)]
+    assert layout.gather_index.tolist() == [*range(7), 0, 1, 2, 3, 7, 8, 8, 0, 1, 9, 10]
+    assert layout.scatter_index.tolist() == [*range(7), 11, 12, 16, 17]
+
+
+def test_arguments_are_split_and_outputs_put_back():
+    plan = TreePlan.from_subtree_end(np.array([11, 11, 9, 9, 7, 7, 7, 9, 9, 11, 11]))
+    layout = Layout(plan.length, path_schedule(plan), torch.device("cpu"))
+    x = torch.arange(22).reshape(1, 11, 2)
+    batches = layout.gather({"hidden": x, "rotary": (x, x), "scale": 3.0})
+    assert [batch["hidden"].shape for batch in batches] == [(2, 7, 2), (1, 4, 2)]
+    assert [batch["scale"] for batch in batches] == [3.0, 3.0]
+    assert torch.equal(layout.scatter([batch["hidden"] for batch in batches]), x)
+    output, weights = layout.scatter([(batch["rotary"][0], None) for batch in batches])
+    assert torch.equal(output, x)
+    assert weights is None
+
+
+def test_no_layer_takes_a_single_token_for_a_generation_step():
+    # The last token of the second sample is not trained, so its branch is that token and no more.
+    samples = [Sample(range(5, 12), [0.0] + [1.0] * 6, 1), Sample([5, 6, 7, 30], [0.0, 1.0, 1.0, 0.0], 1)]
+    row = Row.from_tree(PrefixTree.from_samples(samples))
+    plan = TreePlan.from_rows([row])
+    layout = Layout(plan.length, fork_schedule(plan), torch.device("cpu"))
+    starts = [layout.schedule.pieces[batch[0]].source < 0 for batch in layout.schedule.batches]
+    lengths = [length for _, length in layout.shapes]
+    assert 1 in [piece.length for piece in layout.schedule.pieces if piece.source >= 0]
+    assert all(length >= 2 or start for length, start in zip(lengths, starts, strict=True))

@@ -1,0 +1,49 @@
+"""What the waves of a row store for one another, and how much of it."""
+
+import pytest
+import torch
+
+from support.sample_sets import reasoning_chat
+from support.tiny_families import tiny_model
+from support.wave_training import batch_of, plan_of, train_in_waves
+from trl_singlepass.attention.context import Tree
+from trl_singlepass.training.model import enable_tree
+from trl_singlepass.waves import WaveRunner
+
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def test_keys_and_values_take_the_bytes_that_are_counted():
+    model = tiny_model("qwen3")
+    enable_tree(model)
+    batch = batch_of([reasoning_chat()])
+    for size in (5, 66):
+        plan = plan_of(batch, size)
+        _, runner = train_in_waves(model, batch, plan)
+        config = model.config
+        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 8
+        assert runner.peak_cache_bytes == 2 * plan.cached_tokens * per_token  # with their gradients
+
+
+def test_layers_with_a_window_keep_what_it_looks_back_to():
+    model = tiny_model("gemma3")  # a layer with a window of 7 tokens, and one without
+    enable_tree(model)
+    batch = batch_of([reasoning_chat(turns=12)])
+    plan = plan_of(batch, 100, keep_history=False)
+    _, runner = train_in_waves(model, batch, plan)
+    (cache,) = runner.caches
+    windowed, full = (cache.kv_caches[layer.self_attn].num_slots for layer in model.model.layers)
+    assert full == plan.cached_tokens
+    assert 6 < windowed < full / 2  # of 14 tokens of history per turn, the six before the next branch
+
+
+def test_offloaded_keys_and_values_are_on_the_cpu():
+    model = tiny_model("qwen3")
+    enable_tree(model)
+    batch = batch_of([reasoning_chat()])
+    tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
+    runner = WaveRunner(plan_of(batch, 20), tree, offload=True)
+    for cache in runner.caches:
+        stored = cache.get_kv_cache(model, 3)
+        assert stored.zeros_like(torch.zeros(1, 2, 3, 4, device="meta"), torch.float64).device.type == "cpu"
