@@ -6,12 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ..trees.rows import Run
+from ..trees.rows import Ranges, Run
 from .tree_mask import TreeMask
-
-
-Ranges = tuple[tuple[int, int], ...]
-"""Half-open ranges of positions."""
 
 
 class BlockKind(StrEnum):

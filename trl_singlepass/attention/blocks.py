@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..trees.rows import Ranges
 from .block_kernels import BlockInputs, BlockKernel, choose_block_kernel
-from .block_plan import Block, BlockKind, Ranges, tree_blocks
+from .block_plan import Block, BlockKind, tree_blocks
 from .inputs import AttentionInputs
 from .kv_cache import KVCacheView
 from .sinks import add_sinks_, sink_gradient

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..trees.rows import Ranges
+
 
 SlotRanges = tuple[tuple[int, int, int], ...]
 """Ranges `[first, last)` of a row, each with the slot of its first token in a cache."""
@@ -89,7 +91,7 @@ class KVCacheView:
                 own.append((position, position + stop - begin, begin))
         return cls(cache, tuple(own), stores, kept)
 
-    def locate(self, ranges: tuple[tuple[int, int], ...], row_length: int) -> tuple[tuple[int, int], ...]:
+    def locate(self, ranges: Ranges, row_length: int) -> Ranges:
         """
         Return where the keys of this layer lie: positions in the row stay, those past it become slots of the layer.
 
@@ -97,7 +99,7 @@ class KVCacheView:
         `((26, 28), (0, 20))` becomes `((21, 23), (0, 20))`.
 
         Args:
-            ranges (`tuple[tuple[int, int], ...]`):
+            ranges (`Ranges`):
                 Half-open ranges of positions; from `row_length` on, they are slots among those that any layer keeps.
             row_length (`int`):
                 Number of tokens of the row.

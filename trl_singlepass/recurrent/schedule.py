@@ -19,10 +19,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from ..trees.rows import TreePlan
+from ..trees.rows import Ranges, TreePlan
 
-
-Ranges = tuple[tuple[int, int], ...]
 
 # Batches are padded to their longest piece. A piece shorter than this share of it starts a new batch.
 MIN_LENGTH_RATIO = 0.7

@@ -12,6 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 from .prefix_tree import PrefixTree
 
 
+Ranges = tuple[tuple[int, int], ...]
+"""Half-open ranges of positions."""
+
 ROW_COLUMNS = ("input_ids", "subtree_end", "labels", "loss_weights", "label_parts", "multiplicity")
 
 
@@ -70,14 +73,14 @@ class Run:
             Position just past the last token.
         depth (`int`):
             Depth of the first token: the number of tokens in `prefix`.
-        prefix (`tuple[tuple[int, int], ...]`):
+        prefix (`Ranges`):
             Ranges that hold the ancestors of the first token, in the order of their depth.
     """
 
     start: int
     end: int
     depth: int
-    prefix: tuple[tuple[int, int], ...]
+    prefix: Ranges
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ import torch
 
 from ..attention.context import Tree, running_on
 from ..trees.prefix_tree import IGNORE_INDEX
-from ..trees.rows import Run, TreePlan
+from ..trees.rows import Ranges, Run, TreePlan
 from .engines import Engine, ShardedEngine
 from .loss import RouterRecorder, WaveLoss
-from .plan import Ranges, Wave
+from .plan import Wave
 from .runner import WaveRunner
 from .state import select
 

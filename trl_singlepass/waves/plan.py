@@ -19,10 +19,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..trees.rows import Run, TreePlan
-
-
-Ranges = tuple[tuple[int, int], ...]
+from ..trees.rows import Ranges, Run, TreePlan
 
 
 @dataclass(frozen=True, slots=True)

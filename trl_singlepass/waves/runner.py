@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 
 from ..attention.context import Tree, running_on
-from .plan import Ranges, Wave, WavePlan
+from ..trees.rows import Ranges
+from .plan import Wave, WavePlan
 from .state import GroupCache, WaveTree
 
 

@@ -17,8 +17,8 @@ from ..recurrent.boundary import BoundarySlots, RowBoundary
 from ..recurrent.boundary_grads import BoundaryTensors
 from ..recurrent.layer_kinds import ReplayMode
 from ..recurrent.schedule import last_tokens
-from ..trees.rows import TreePlan
-from .plan import Ranges, Wave
+from ..trees.rows import Ranges, TreePlan
+from .plan import Wave
 from .subplan import RangeMap, make_subplan
 
 
