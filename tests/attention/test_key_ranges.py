@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 
+from support.tree_masks import row_of_ten
 from trl_singlepass.attention.key_ranges import Pieces, concatenated_ranges, key_ranges
-from trl_singlepass.trees.rows import TreePlan
 
 
 @pytest.fixture
 def plan():
-    """Tokens 0-2 are the history of two branches, 3-6 and 7-9."""
-    return TreePlan.from_subtree_end(np.array([10, 10, 10, 7, 7, 7, 7, 10, 10, 10]))
+    return row_of_ten().plan
 
 
 def columns(record):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 from support.dense_reference import dense_mask
 from support.sample_sets import reasoning_chat
-from support.tree_masks import mask_of, tree_masks, tree_of
+from support.tree_masks import mask_of, row_of_ten, tree_masks, tree_of
 from trl_singlepass.attention.varlen_plan import varlen_calls
 
 
@@ -76,3 +76,19 @@ def test_plain_text_is_not_gathered():
 def test_a_rule_that_flash_kernels_do_not_know_is_refused():
     with pytest.raises(ValueError, match="neither causal nor a sliding window nor a chunk"):
         varlen_calls(mask_of(tree_of([reasoning_chat()]), "other", 4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "cu_seqlens_q", "cu_seqlens_k", "key_index", "window"),
+    [
+        ("causal", 0, [0, 7, 10], [0, 7, 13], [*range(7), 0, 1, 2, 7, 8, 9], None),
+        ("window", 3, [0, 7, 10], [0, 7, 12], [*range(7), 1, 2, 7, 8, 9], 3),
+        ("chunk", 4, [0, 4, 7, 8, 10], [0, 4, 7, 11, 13], [*range(7), 0, 1, 2, 7, 8, 9], None),
+    ],
+)
+def test_calls_of_the_row_of_ten(kind, size, cu_seqlens_q, cu_seqlens_k, key_index, window):
+    (call,) = varlen_calls(mask_of(row_of_ten(), kind, size))
+    assert call.cu_seqlens_q.tolist() == cu_seqlens_q
+    assert call.cu_seqlens_k.tolist() == cu_seqlens_k
+    assert call.key_index.tolist() == key_index
+    assert call.window == window

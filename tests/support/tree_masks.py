@@ -1,5 +1,6 @@
 """Trees without a model: masks of every rule that transformers builds, on the trees of random samples."""
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from transformers.masking_utils import (
@@ -23,6 +24,13 @@ def tree_of(sample_sets):
     rows = [Row.from_tree(PrefixTree.from_samples(samples)) for samples in sample_sets]
     plan = TreePlan.from_rows(rows)
     return Tree(plan, torch.from_numpy(Row.join(rows).subtree_end)[None], torch.from_numpy(plan.depths())[None])
+
+
+def row_of_ten():
+    """Return the row of the docstrings' examples: a history of three tokens, and branches of four and three."""
+    subtree_end = np.array([10, 10, 10, 7, 7, 7, 7, 10, 10, 10])
+    plan = TreePlan.from_subtree_end(subtree_end)
+    return Tree(plan, torch.from_numpy(subtree_end)[None], torch.from_numpy(plan.depths())[None])
 
 
 def odd_depths_see_even_depths(batch, head, query, key):

@@ -25,8 +25,17 @@ def build_block_mask(mask: TreeMask, block_size: tuple[int, int]) -> BlockMask:
     """
     Return the `BlockMask` of a mask type.
 
-    Blocks of queries × keys are skipped, computed without looking at the mask (full), or computed pair by pair
-    (partial). Which is which follows from the runs of the row, on the host: the device is not asked for anything.
+    A block of queries × keys is skipped, computed without looking at the mask (full), or computed pair by pair
+    (partial). Which is which follows from the runs of the row, on the host, without waiting for the device.
+
+    The row of ten tokens in `key_ranges.py`, causal, in blocks of 2 × 2 (f: full, p: partial):
+
+        keys            0-1  2-3  4-5  6-7  8-9      kv_num_blocks  full_kv_num_blocks
+        queries 0-1      p                                 1                0
+        queries 2-3      f    p                            1                1
+        queries 4-5      f    f    p                       1                2
+        queries 6-7      f    p    p    p                  3                1
+        queries 8-9      f    p         p    p             3                1
 
     Args:
         mask (`TreeMask`):
@@ -49,7 +58,7 @@ def build_block_mask(mask: TreeMask, block_size: tuple[int, int]) -> BlockMask:
 
 def build_mask_mod(mask: TreeMask) -> MaskMod:
     """
-    Return the mask as FlexAttention's function of token pairs, reading three integers per token.
+    Return the mask as FlexAttention's function of token pairs; it reads three integers per token.
 
     Args:
         mask (`TreeMask`):
@@ -84,16 +93,17 @@ def _blocks(mask: TreeMask, block_size: tuple[int, int], shape: tuple[int, int])
     """
     Sorted codes, `query block × number of key blocks + key block`, of blocks with some visible pairs and with all.
 
-    All queries of a piece see a key when the first one does and the last one still does.
+    All queries of a piece see a key when the first one does and the last one still does. In the example above, the
+    codes are 0, 6, 12, 16, … (query block 3, key block 1 is `3 × 5 + 1`) and 5, 10, 11, 15, 20.
     """
     plan, (query_size, key_size) = mask.tree.plan, block_size
     pieces = Pieces.from_plan(plan, query_size)
     rule = mask.rule
     if rule is not None:
         first, last = rule.first_depth(pieces.depth), rule.first_depth(pieces.last_depth)
-    else:  # all that is known of the rule is how far back it looks
+    else:  # of this rule we only know how far back it looks
         first = pieces.depth * 0 if mask.local_size is None else pieces.depth - (mask.local_size - 1)
-        last = pieces.last_depth + 1  # no key is visible for sure
+        last = pieces.last_depth + 1  # no key is certainly visible
     block = pieces.start // query_size
     some = key_ranges(plan, pieces, first, before=pieces.end)
     every = key_ranges(plan, pieces, last, before=pieces.start + 1)
@@ -116,14 +126,19 @@ def _sorted_by_key(blocks: Ints, num_key_blocks: int) -> tuple[Ints, Ints]:
 
 
 def _table(row: Ints, column: Ints, shape: tuple[int, int]) -> tuple[Ints, Ints, Ints, tuple[int, int]]:
-    """Number of blocks in each row; and the table of their columns: its filled places, their values, its shape."""
+    """
+    Number of blocks in each row, and the table of their columns: its filled places, their values, its shape.
+
+    The full blocks of the example are `(1, 0) (2, 0) (2, 1) (3, 0) (4, 0)`. Their counts are 0, 1, 2, 1, 1, and of the
+    5 × 5 table, the places 5, 10, 11, 15, 20 hold 0, 0, 1, 0, 0.
+    """
     count = np.bincount(row, minlength=shape[0])
     slot = np.arange(len(row)) - (np.cumsum(count) - count)[row]
     return count, row * shape[1] + slot, column, shape
 
 
 def _to_device(tables: list[tuple[Ints, Ints, Ints, tuple[int, int]]], device: torch.device) -> Iterator[torch.Tensor]:
-    """Counts and tables as `BlockMask` takes them; only what is filled is moved, in one copy each."""
+    """Counts and tables as `BlockMask` takes them; only filled places are moved to the device, in two copies."""
     counts = np.concatenate([count for count, *_ in tables]).astype(np.int32)
     sizes = [shape[0] * shape[1] for *_, shape in tables]
     offsets = np.cumsum(sizes) - sizes
@@ -135,8 +150,8 @@ def _to_device(tables: list[tuple[Ints, Ints, Ints, tuple[int, int]]], device: t
     moved_counts = torch.from_numpy(counts).to(device, non_blocking=True)
     split_counts = torch.split(moved_counts, [len(count) for count, *_ in tables])
     for count, table, (*_, shape) in zip(split_counts, torch.split(flat, sizes), tables, strict=True):
-        # Copies, since the offset of a view is compiled in where it equals a size by chance; and marked, or the number
-        # of blocks of the first row is compiled in.
+        # Copies, because the offset of a view is compiled in where it happens to equal a size; and marked as dynamic,
+        # or the number of blocks of the first row is compiled in.
         for tensor in (count.view(1, 1, -1).clone(), table.view(1, 1, *shape).clone()):
             torch._dynamo.maybe_mark_dynamic(tensor, list(range(2, tensor.dim())))
             yield tensor

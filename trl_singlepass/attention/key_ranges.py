@@ -1,4 +1,13 @@
-"""Paths as ranges of row positions: which keys a stretch of queries can see, for all stretches at once (numpy)."""
+"""
+Which keys a piece of a run can see, as ranges of positions, for all pieces of a row at once (numpy).
+
+The examples of this folder share a row of ten tokens: a history of three, and two branches of four and three.
+
+    position       0  1  2  3  4  5  6  7  8  9
+    depth          0  1  2  3  4  5  6  3  4  5
+    subtree_end   10 10 10  7  7  7  7 10 10 10
+    runs          [0, 7)              [7, 10) with ancestors [0, 3)
+"""
 
 from __future__ import annotations
 
@@ -16,7 +25,7 @@ Ints = NDArray[np.int64]
 @dataclass(frozen=True, slots=True, eq=False)
 class Pieces:
     """
-    Stretches of a row, each inside one run; together they cover it in order. Arrays of shape `(num_pieces,)`.
+    Parts of runs that together cover a row in order. Arrays of shape `(num_pieces,)`.
 
     Args:
         start (`numpy.ndarray`):
@@ -38,6 +47,9 @@ class Pieces:
     def from_plan(cls, plan: TreePlan, size: int | None = None, *, by_depth: bool = False) -> Pieces:
         """
         Cut the runs of a row.
+
+        The row above, cut at multiples of 5, has the pieces `[0, 5)`, `[5, 7)` and `[7, 10)`. By depth, the second run
+        is cut as well, where it reaches depth 5: `[0, 5)`, `[5, 7)`, `[7, 9)`, `[9, 10)`.
 
         Args:
             plan (`TreePlan`):
@@ -91,6 +103,11 @@ def key_ranges(plan: TreePlan, pieces: Pieces, first_depth: Ints, before: Ints) 
     """
     Return the keys on the path of each piece, from some depth on and before some position.
 
+    In the row above, with runs as pieces and everything up to the piece's end:
+
+        from depth 0 on            piece 0: [0, 7)    piece 1: [0, 3) [7, 10)
+        depth - 2 on (window 3)    piece 0: [0, 7)    piece 1: [1, 3) [7, 10)
+
     Args:
         plan (`TreePlan`):
             Structure of the row.
@@ -121,7 +138,7 @@ def key_ranges(plan: TreePlan, pieces: Pieces, first_depth: Ints, before: Ints) 
 
 
 def concatenated_ranges(start: Ints, length: Ints) -> Ints:
-    """Return `start[0], start[0] + 1, …` (`length[0]` integers), then those of the next range, and so on."""
+    """Return the integers of all ranges in a row: starts 4, 0 and lengths 3, 2 give 4, 5, 6, 0, 1."""
     return np.repeat(start, length) + _position_in_group(length)
 
 

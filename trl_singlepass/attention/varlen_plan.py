@@ -1,4 +1,4 @@
-"""Varlen calls of a row: which keys each stretch of queries is given, in plain integers made on the host."""
+"""Varlen calls of a row: which keys each run of queries is given, in plain integers made on the host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .mask_rules import MaskRule, RuleKind
 from .tree_mask import TreeMask
 
 
-# Keys gathered by one call, in rows' worth of tokens: what bounds memory where many branches share a long history.
+# Most keys that one call gathers, as a multiple of the row's tokens: bounds memory where many branches share a long
+# history.
 KEYS_PER_CALL = 4
 
 
@@ -35,9 +36,9 @@ class VarlenCall:
         cu_seqlens_k (`torch.Tensor` of shape `(num_sequences + 1,)`, `torch.int32`):
             Borders of the sequences among the gathered keys.
         max_seqlen_q (`int`):
-            Most queries of a sequence.
+            Length of the longest query sequence.
         max_seqlen_k (`int`):
-            Most keys of a sequence.
+            Length of the longest key sequence.
         key_index (`torch.Tensor` of shape `(num_keys,)`, `torch.int32`, *optional*):
             Positions of the keys in the row; not given where they are the row as it is.
         window (`int`, *optional*):
@@ -61,6 +62,15 @@ class VarlenCall:
 def varlen_calls(mask: TreeMask) -> tuple[VarlenCall, ...]:
     """
     Return the calls that compute attention of a mask type; together they cover the row.
+
+    The row of ten tokens in `key_ranges.py` takes one call with two sequences, one per run:
+
+        causal     cu_seqlens_q 0 7 10    cu_seqlens_k 0 7 13    key_index 0 1 2 3 4 5 6  0 1 2 7 8 9
+        window 3   cu_seqlens_q 0 7 10    cu_seqlens_k 0 7 12    key_index 0 1 2 3 4 5 6  1 2 7 8 9
+
+    With chunks of 4, runs are cut at depth 4, and inside a chunk attention is plain causal:
+
+        chunk 4    cu_seqlens_q 0 4 7 8 10    cu_seqlens_k 0 4 7 11 13    key_index 0 1 2 3  4 5 6  0 1 2 7  8 9
 
     Args:
         mask (`TreeMask`):
@@ -112,7 +122,11 @@ def _calls(pieces: Pieces, num_keys: Ints, key_index: Ints, rule: MaskRule, mask
 
 
 def _grouped(borders: Ints, budget: int) -> Iterator[tuple[int, int]]:
-    """Neighbouring pieces `[first, last)` with at most `budget` keys, but at least one piece."""
+    """
+    Neighbouring pieces `[first, last)` with at most `budget` keys together, but at least one piece.
+
+    Borders 0, 3, 5, 9 (pieces of 3, 2 and 4 keys) and a budget of 5 give `[0, 2)` and `[2, 3)`.
+    """
     first = 0
     while first < len(borders) - 1:
         last = int(np.searchsorted(borders, borders[first] + budget, side="right")) - 1
@@ -122,6 +136,6 @@ def _grouped(borders: Ints, budget: int) -> Iterator[tuple[int, int]]:
 
 
 def _to_device(arrays: list[Ints], mask: TreeMask) -> list[torch.Tensor]:
-    """Integers moved in one copy."""
+    """The arrays on the device of the tree, moved in one copy."""
     flat = torch.from_numpy(np.concatenate(arrays).astype(np.int32)).to(mask.tree.depth.device, non_blocking=True)
     return list(torch.split(flat, [len(array) for array in arrays]))
