@@ -59,14 +59,7 @@ def test_block_mask_skips_other_branches():
 
 def test_block_mask_of_the_row_of_ten():
     result = build_block_mask(mask_of(row_of_ten(), "causal", 0), (2, 2))
-    kinds = (
-        listed(result.kv_num_blocks, result.kv_indices)
-        + 2 * listed(result.full_kv_num_blocks, result.full_kv_indices).int()
-    )
-    assert ["".join(" pf"[kind] for kind in row) for row in kinds.tolist()] == [
-        "p    ",
-        "fp   ",
-        "ffp  ",
-        "fppp ",
-        "fp pp",
-    ]
+    full = listed(result.full_kv_num_blocks, result.full_kv_indices).int()
+    kinds = (listed(result.kv_num_blocks, result.kv_indices) + 2 * full).tolist()
+    drawn = ["".join(" pf"[kind] for kind in row) for row in kinds]
+    assert drawn == ["p    ", "fp   ", "ffp  ", "fppp ", "fp pp"]

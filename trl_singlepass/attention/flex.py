@@ -1,4 +1,4 @@
-"""Backend for `attn_implementation="flex_attention"`: one compiled kernel that skips the blocks of other branches."""
+"""Backend for `attn_implementation="flex_attention"`: one compiled kernel that skips blocks of other branches."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from .tree_mask import TreeMask
 # Devices for which PyTorch has no backward of FlexAttention (2.15 included).
 _WITHOUT_BACKWARD = {"cpu", "mps"}
 _MAX_VARIANTS = 64
+KernelOptions = dict[str, object]
+"""FlexAttention's `kernel_options`, such as `{"BACKEND": "FLASH"}` for FlashAttention 4."""
 
 
 @cache
 def compiled_flex_attention() -> Callable[..., Any]:
     """
-    Return FlexAttention compiled for rows of any length; compiled at the first call.
+    Return FlexAttention, to be compiled at its first call, for rows of any length.
 
     A model needs one variant per mask type, with and without gradients, and a few more for its dtypes: more than the 8
-    that PyTorch allows. Running out of them is an error here, not a silent slide into O(tokens²) memory.
+    that PyTorch allows. With `fullgraph`, running out of variants is an error instead of a silent fall back to
+    O(tokens²) memory.
     """
     compiled = torch.compile(torch_flex.flex_attention, dynamic=True, fullgraph=True)
     patched: Callable[..., Any] = torch._dynamo.config.patch(recompile_limit=_MAX_VARIANTS)(compiled)
@@ -35,7 +38,7 @@ def compiled_flex_attention() -> Callable[..., Any]:
 
 
 def flex_tree_attention(
-    inputs: AttentionInputs, mask: TreeMask, kernel_options: dict[str, Any] | None = None
+    inputs: AttentionInputs, mask: TreeMask, kernel_options: KernelOptions | None = None
 ) -> torch.Tensor:
     """
     Return attention of a row of trees by FlexAttention.
@@ -45,8 +48,8 @@ def flex_tree_attention(
             Tensors of the layer.
         mask (`TreeMask`):
             Mask of the layer.
-        kernel_options (`dict[str, Any]`, *optional*):
-            FlexAttention's own, such as `{"BACKEND": "FLASH"}` for FlashAttention 4.
+        kernel_options (`KernelOptions`, *optional*):
+            FlexAttention's own options.
 
     Returns:
         `torch.Tensor` of shape `(1, row_length, heads, value_dim)`: The output.
@@ -95,14 +98,14 @@ def attend_with_lse(
     return out, lse
 
 
-def block_size(device: torch.device, kernel_options: dict[str, Any] | None) -> tuple[int, int]:
+def block_size(device: torch.device, kernel_options: KernelOptions | None) -> tuple[int, int]:
     """
     Return the number of queries and keys that one block of the mask covers.
 
     Args:
         device (`torch.device`):
             Device that attention runs on.
-        kernel_options (`dict[str, Any]`, *optional*):
+        kernel_options (`KernelOptions`, *optional*):
             FlexAttention's own options.
     """
     if device.type == "cuda" and (kernel_options or {}).get("BACKEND") == "FLASH":
@@ -112,18 +115,20 @@ def block_size(device: torch.device, kernel_options: dict[str, Any] | None) -> t
 
 
 @cache
-def _score_mod(softcap: float, dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
+def _score_mod(softcap: float, dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
     # As a tensor: a captured number does not compile for rows of any length.
     cap = torch.tensor(softcap, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
-    def score_mod(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+    def score_mod(
+        score: torch.Tensor, batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         return cap * torch.tanh(score / cap)
 
     return score_mod
 
 
 def _plain(
-    module: Any, *args: Any, kernel_options: dict[str, Any] | None = None, **kwargs: Any
+    module: Any, *args: Any, kernel_options: KernelOptions | None = None, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     options = kernel_options or _kernel_options(module)
     result: tuple[torch.Tensor, torch.Tensor | None] = flex_attention_forward(
@@ -145,9 +150,9 @@ flex_forward = tree_attention_or(_plain, _on_tree)
 """The [`AttentionFunction`] of `flex_attention`."""
 
 
-def _kernel_options(module: Any) -> dict[str, Any] | None:
+def _kernel_options(module: Any) -> KernelOptions | None:
     """FlexAttention's own options, from the model's config."""
-    options: dict[str, Any] | None = getattr(module.config, "kernel_options", None)
+    options: KernelOptions | None = getattr(module.config, "kernel_options", None)
     return options
 
 

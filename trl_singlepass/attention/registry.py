@@ -1,4 +1,4 @@
-"""Which tree attention an `attn_implementation` means: the table, and the registration with transformers."""
+"""Which tree attention stands behind an `attn_implementation`, and its registration with transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tree_mask import tree_mask_or
 from .varlen_kernels import flash_kernel
 
 
-# The registered names avoid "sdpa", "flash", "flex_attention" and "/", in which transformers reads a meaning.
+# The registered names avoid "sdpa", "flash", "flex_attention" and "/", which have a meaning to transformers.
 TREE_ATTENTION = {
     "sdpa": "tree_torch",
     "eager": "tree_torch",
@@ -27,12 +27,12 @@ TREE_ATTENTION = {
     "flash_attention_3": "tree_varlen_3",
     "torch_varlen": "tree_varlen_torch",
 }
-"""For each `attn_implementation`, the registered name of its tree attention; Hub kernels join when asked for."""
+"""For each `attn_implementation`, the registered name of its tree attention; Hub kernels join on first use."""
 
 
 def tree_attention_name(implementation: str) -> str:
     """
-    Return the registered name of the tree attention that an `attn_implementation` means.
+    Return the registered name of the tree attention of an `attn_implementation`.
 
     Args:
         implementation (`str`):
@@ -46,7 +46,7 @@ def tree_attention_name(implementation: str) -> str:
         `ImportError`: If its kernel is not installed.
     """
     if _is_hub_kernel(implementation) and implementation not in TREE_ATTENTION:
-        flash_kernel(implementation)  # before a name exists for it
+        flash_kernel(implementation)  # raises before a name exists for it
         TREE_ATTENTION[implementation] = "tree_varlen_" + re.sub(r"\W+|flash", "_", implementation.lower())
         _register_varlen(implementation)
     stands_for = {name: known for known, name in TREE_ATTENTION.items()}
@@ -66,8 +66,8 @@ def _is_hub_kernel(implementation: str) -> bool:
 
 
 def _register(name: str, attention: AttentionFunction, plain_mask: Callable[..., Any]) -> None:
-    # A compiled model (`torch_compile=True`) leaves its graphs for these two: dynamo would specialise them on the tree
-    # of the first batch.
+    # Kept out of the graphs of a compiled model (`torch_compile=True`): dynamo would specialise them on the tree of the
+    # first batch.
     AttentionInterface.register(name, torch.compiler.disable(attention))  # type: ignore[no-untyped-call]
     mask: Any = torch.compiler.disable(tree_mask_or(plain_mask))  # type: ignore[no-untyped-call]
     AttentionMaskInterface.register(name, mask)
@@ -82,5 +82,5 @@ _register("tree_torch", sdpa_forward, sdpa_mask)
 _register("tree_flex", flex_forward, flex_attention_mask)
 for _implementation in ("flash_attention_2", "flash_attention_3", "torch_varlen"):
     _register_varlen(_implementation)
-# transformers has no name of its own for PyTorch's varlen kernel: this one makes a model load with it.
+# transformers has no name for PyTorch's varlen kernel; with this one, a model loads with it.
 _register("torch_varlen", varlen_forward("torch_varlen"), sdpa_mask)

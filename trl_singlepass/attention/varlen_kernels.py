@@ -64,7 +64,7 @@ class Flash3(Flash2):
 
 
 class TorchFlash(VarlenKernel):
-    """PyTorch's own flash attention for CUDA, of `torch.nn.attention.varlen`: no package needed, no softcap."""
+    """PyTorch's own flash attention for CUDA (`torch.nn.attention.varlen`): needs no package, has no softcap."""
 
     has_softcap: ClassVar[bool] = False
 
@@ -80,7 +80,7 @@ class TorchFlash(VarlenKernel):
         self, grad: torch.Tensor, x: VarlenInputs, out: torch.Tensor, lse: torch.Tensor, *, deterministic: bool
     ) -> Gradients:
         """Return the gradients of queries, keys and values; `torch.use_deterministic_algorithms` fixes their order."""
-        random_state = torch.zeros(2, dtype=torch.uint64, device=x.query.device)  # of dropout, which there is none of
+        random_state = torch.zeros(2, dtype=torch.uint64, device=x.query.device)  # of dropout, and there is none
         unused = torch.empty(0, device=x.query.device)
         grads: Gradients = aten._flash_attention_backward(
             grad, x.query, x.key, x.value, out, lse, *_borders(x.call), 0.0, x.call.window is None, random_state,
@@ -92,7 +92,7 @@ class TorchFlash(VarlenKernel):
 @cache
 def flash_kernel(implementation: str) -> VarlenKernel:
     """
-    Return the kernel that an `attn_implementation` stands for.
+    Return the kernel of an `attn_implementation`.
 
     Args:
         implementation (`str`):
@@ -135,7 +135,7 @@ def _call(function: Callable[..., Any], **arguments: Any) -> Any:
     """
     Call an entry point whose parameters differ between releases.
 
-    Some take `window_size` for its two sides, or `is_causal` for `causal`, and some have no defaults.
+    Some take one `window_size` for both sides, or `is_causal` for `causal`, and some have no defaults.
     """
     parameters = inspect.signature(getattr(function, "_init_fn", function)).parameters
     arguments["window_size"] = (arguments["window_size_left"], arguments["window_size_right"])
