@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 
+from .inputs import Gradients
+
 
 aten = torch.ops.aten
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Gradients of queries, keys and values."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

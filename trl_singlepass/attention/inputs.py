@@ -12,6 +12,10 @@ from .context import Tree
 from .tree_mask import TreeMask
 
 
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Gradients of queries, keys and values."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionInputs:
     """

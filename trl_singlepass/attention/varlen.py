@@ -9,14 +9,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from .inputs import AttentionInputs
+from .inputs import AttentionInputs, Gradients
 from .sinks import add_sinks_, sink_gradient
 from .tree_mask import TreeMask
 from .varlen_plan import VarlenCall, varlen_calls
-
-
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Gradients of queries, keys and values."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
-from .varlen import Gradients, VarlenInputs, VarlenKernel
+from .inputs import Gradients
+from .varlen import VarlenInputs, VarlenKernel
 from .varlen_plan import VarlenCall
 
 
