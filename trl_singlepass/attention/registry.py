@@ -66,8 +66,8 @@ def _is_hub_kernel(implementation: str) -> bool:
 
 
 def _register(name: str, attention: AttentionFunction, plain_mask: Callable[..., Any]) -> None:
-    # Kept out of the graphs of a compiled model (`torch_compile=True`), which dynamo would specialise on the tree of the
-    # first batch.
+    # Kept out of the graphs of a compiled model (`torch_compile=True`): dynamo would specialise them on the tree of
+    # the first batch.
     AttentionInterface.register(name, torch.compiler.disable(attention))  # type: ignore[no-untyped-call]
     mask: Any = torch.compiler.disable(tree_mask_or(plain_mask))  # type: ignore[no-untyped-call]
     AttentionMaskInterface.register(name, mask)
