@@ -13,18 +13,18 @@ from support.conversations import TOOLS, chat, tool_chat
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.html import inspection_page
 from trl_singlepass.reports.html.frame import frame
-from trl_singlepass.reports.inspection import Inspection, render
+from trl_singlepass.reports.inspection import Inspection, render_inspection
 from trl_singlepass.trees.sample import Sample
 
 
 def inspected(messages, template="qwen3", **row):
     tokenizer = make_tokenizer(template)
-    return Inspection.of(render_example({"messages": messages, **row}, tokenizer), tokenizer)
+    return Inspection.from_samples(render_example({"messages": messages, **row}, tokenizer), tokenizer)
 
 
 def printed(inspection):
     console = Console(file=io.StringIO(), width=100)
-    console.print(render(inspection))
+    console.print(render_inspection(inspection))
     return console.file.getvalue()
 
 
@@ -89,11 +89,13 @@ def test_terminal_names_what_is_shared_and_trained():
 def test_terminal_names_uneven_weights():
     tokenizer = make_tokenizer()
     weights = [0, 0, 0.5, 2]
-    inspection = Inspection.of([Sample([5, 6, 7, 8], weights, 2), Sample([5, 6, 9, 8], weights, 2)], tokenizer)
+    inspection = Inspection.from_samples(
+        [Sample([5, 6, 7, 8], weights, 2), Sample([5, 6, 9, 8], weights, 2)], tokenizer
+    )
     assert "2 trained, weight 0.5 to 2" in printed(inspection)
 
 
-def test_text_of_the_conversation_is_shown_literally():
+def test_get_text_the_conversation_is_shown_literally():
     messages = [
         {"role": "user", "content": "[red]</script><b>[/nope]"},
         {"role": "assistant", "content": "<i>no</i> [x]"},

@@ -89,14 +89,14 @@ class BenchArguments(ModelArguments, DataArguments):
 
 def inspect(model: str, data: str, args: InspectArguments, console: Console) -> int:
     """Show one conversation as its tree."""
-    from ..reports.inspection import Inspection, render
+    from ..reports.inspection import Inspection, render_inspection
 
     tokenizer, rows = _tokenizer(model, args), _rows(data, args)
     samples = example_to_samples(_row(rows, args.row, data), args.row, tokenizer, RowSettings()).samples
     if not samples:
         raise ValueError(f"Row {args.row}: all its turns have the weight 0, so nothing of it is trained.")
-    inspection = Inspection.of(samples, tokenizer)
-    console.print(render(inspection))
+    inspection = Inspection.from_samples(samples, tokenizer)
+    console.print(render_inspection(inspection))
     if args.html is not None:
         from ..reports.html import inspection_page
 

@@ -1,1 +1,1 @@
-"""What a person looks at: a conversation, a dataset, pictures and pages of them."""
+"""Reports for people: the inspection of a conversation, the audit of a dataset, plots, and HTML pages."""

@@ -1,4 +1,4 @@
-"""Pictures of losses by turn, of sharing and of speed-up; they need matplotlib (the extra `plot`)."""
+"""Plots of loss by turn, of sharing and of speed-up. They need matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _TURN = re.compile(r"(?:eval_)?turn_(\d+)/(\w+)")
 
 def plot_loss_by_turn(metrics: Mapping[str, float]) -> Figure:
     """
-    Draw the loss against the turn of the conversation, for reasoning, for answers and for both.
+    Plot the loss by turn of the conversation: of reasoning, of answers and of both.
 
     Args:
         metrics (`Mapping[str, float]`):
-            With `log_turn_metrics=True`: an entry of `trainer.state.log_history`, or what `evaluate()` returns.
+            An entry of `trainer.state.log_history`, or the result of `evaluate()`, with `log_turn_metrics=True`.
 
     Returns:
-        `matplotlib.figure.Figure`: The picture; save it with `figure.savefig(path)`.
+        `matplotlib.figure.Figure`: The figure; `figure.savefig(path)` saves it.
 
     Raises:
         `ValueError`: If there are no metrics by turn.
@@ -37,7 +37,9 @@ def plot_loss_by_turn(metrics: Mapping[str, float]) -> Figure:
     found = [(match, value) for name, value in metrics.items() if (match := _TURN.fullmatch(name))]
     by_part = {part: sorted((int(m[1]), value) for m, value in found if m[2] == part) for part in _PARTS}
     if not by_part["loss"]:
-        raise ValueError(f"No loss by turn in {sorted(metrics)}. Train or evaluate with log_turn_metrics=True.")
+        raise ValueError(
+            f"Expected metrics by turn, got {sorted(metrics)}. Train or evaluate with log_turn_metrics=True."
+        )
     figure, axes = _axes("turn", "loss per token")
     for part, (label, colour) in _PARTS.items():
         if by_part[part]:
@@ -53,14 +55,14 @@ def plot_loss_by_turn(metrics: Mapping[str, float]) -> Figure:
 
 def plot_sharing(report: AuditReport) -> Figure:
     """
-    Draw the sharing factor against the number of turns, for the conversations of a dataset.
+    Plot the sharing factor of a dataset's conversations by their number of turns.
 
     Args:
         report ([`AuditReport`]):
             The audit of the dataset.
 
     Returns:
-        `matplotlib.figure.Figure`: The picture; save it with `figure.savefig(path)`.
+        `matplotlib.figure.Figure`: The figure; `figure.savefig(path)` saves it.
 
     Raises:
         `ValueError`: If no conversation can be trained.
@@ -69,7 +71,7 @@ def plot_sharing(report: AuditReport) -> Figure:
 
     entries = report.sharing_by_turns
     if not entries:
-        raise ValueError("No conversation of this dataset can be trained, so nothing is shared.")
+        raise ValueError("Nothing to plot: no conversation of this dataset can be trained.")
     turns, sharing = [entry.num_turns for entry in entries], [entry.sharing_factor for entry in entries]
     figure, axes = _axes("turns of a conversation", "sharing factor")
     axes.plot(turns, sharing, color=CONTEXT, linewidth=1.4, zorder=1)
@@ -78,24 +80,24 @@ def plot_sharing(report: AuditReport) -> Figure:
     axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     axes.set_ylim(bottom=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, steps=[1, 2, 5, 10]))
-    axes.set_title("Tokens of N separate samples ÷ tokens of the tree; area: conversations", fontsize=11)
+    axes.set_title("Tokens of N separate samples ÷ tokens of the tree (area: number of conversations)", fontsize=11)
     return figure
 
 
 def plot_speedup(turns: Sequence[int], measured: Sequence[float], bound: Sequence[float]) -> Figure:
     """
-    Draw the measured speed-up over N-pass against the number of turns, with the bound of the counted work.
+    Plot the measured speed-up over N-pass by number of turns, with the bound that the counted work sets.
 
     Args:
         turns (`Sequence[int]`):
             Numbers of turns.
         measured (`Sequence[float]`):
-            For each, the time of N-pass over that of a single pass.
+            For each, time of N-pass ÷ time of a single pass.
         bound (`Sequence[float]`):
-            For each, the counted work of N-pass over that of a single pass.
+            For each, counted work of N-pass ÷ counted work of a single pass.
 
     Returns:
-        `matplotlib.figure.Figure`: The picture; save it with `figure.savefig(path)`.
+        `matplotlib.figure.Figure`: The figure; `figure.savefig(path)` saves it.
     """
     figure, axes = _axes("turns of a conversation", "speed-up over N-pass")
     axes.fill_between(turns, 1, bound, color=CONTEXT, alpha=0.35, linewidth=0)

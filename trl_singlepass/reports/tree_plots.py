@@ -1,10 +1,10 @@
-"""Pictures of a prefix tree and of the attention that it allows; they need matplotlib (the extra `plot`)."""
+"""Plots of a prefix tree and of its attention mask. They need matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ INCHES_PER_CHARACTER = 0.068  # at 7.5 points, monospaced
 
 @dataclass(frozen=True, slots=True)
 class _SampleEnd:
-    """Where a sample ends: its lane (index of a run), and the depth just past its last token."""
+    """Where a sample ends: its lane (index of a run), and the depth just after its last token."""
 
     lane: int
     depth: int
@@ -34,49 +34,49 @@ class _SampleEnd:
 
 def plot_tree(tree: PrefixTree, tokenizer: PreTrainedTokenizerBase) -> Figure:
     """
-    Draw a prefix tree: depth from left to right, the spine on top, every branch on a lane of its own.
+    Plot a prefix tree: depth from left to right, the spine on top, and every branch in a lane of its own.
 
     Args:
         tree ([`PrefixTree`]):
             Tree of one conversation.
         tokenizer (`PreTrainedTokenizerBase`):
-            Decodes the tokens that are written into the bars.
+            Tokenizer to decode the text in the bars with.
 
     Returns:
-        `matplotlib.figure.Figure`: The picture; save it with `figure.savefig(path)`.
+        `matplotlib.figure.Figure`: The figure; `figure.savefig(path)` saves it.
     """
     from matplotlib.figure import Figure
 
     plan = TreePlan.from_subtree_end(tree.subtree_end)
     ends = _sample_ends(tree, plan)
-    row_of = _row_of_each_lane(plan, ends)
+    places = _place_lanes(plan, ends)
     figure = Figure(figsize=(WIDTH, 1.1 + LANE_HEIGHT * len(plan.runs)), layout="constrained")
     axes = figure.add_subplot()
     longest = int(tree.position_ids.max()) + 1
     for lane, run in enumerate(plan.runs):
         own_ends = {end.depth for end in ends if end.lane == lane}
-        _draw_lane(axes, tree, tokenizer, run, row_of[lane], own_ends)
-    for run, row in zip(plan.runs[1:], row_of[1:], strict=True):
+        _draw_lane(axes, tree, tokenizer, run, places[lane], own_ends)
+    for run, place in zip(plan.runs[1:], places[1:], strict=True):
         if run.prefix:
-            _draw_fork(axes, run, row, row_of[_lane_of(plan, run.prefix[-1][0])])
+            _draw_fork(axes, run, place, places[_lane_of(plan, run.prefix[-1][0])])
     for end in ends:
-        _label_sample(axes, end, row_of[end.lane], plan.runs[end.lane])
+        _label_sample(axes, end, places[end.lane], plan.runs[end.lane])
     _finish_tree(axes, tree, longest, len(plan.runs), len(ends))
     return figure
 
 
 def plot_mask(tree: PrefixTree, tokenizer: PreTrainedTokenizerBase) -> Figure:
     """
-    Draw which tokens each token of a row attends to.
+    Plot the attention mask: which tokens each token of a row attends to.
 
     Args:
         tree ([`PrefixTree`]):
-            Tree of one conversation; up to a few thousand tokens.
+            Tree of one conversation, up to a few thousand tokens.
         tokenizer (`PreTrainedTokenizerBase`):
-            Decodes the first words of every run, written beside it.
+            Tokenizer to decode the first words of each run with, which label it.
 
     Returns:
-        `matplotlib.figure.Figure`: The picture; save it with `figure.savefig(path)`.
+        `matplotlib.figure.Figure`: The figure; `figure.savefig(path)` saves it.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -94,15 +94,15 @@ def plot_mask(tree: PrefixTree, tokenizer: PreTrainedTokenizerBase) -> Figure:
     _label_runs(axes, tree, tokenizer, plan)
     share = attends.sum() / (len(tree) * (len(tree) + 1) / 2)
     axes.set_xlabel("attended token (position in the row)")
-    axes.set_title(f"{len(tree)} tokens; {share:.0%} of the causal triangle is attended", fontsize=10)
-    _legend(axes, "upper right", "row of a context token", "row of a trained token")
+    axes.set_title(f"{len(tree)} tokens; {share:.0%} of the causal triangle is used", fontsize=10)
+    _legend(axes, "upper right", "attention of a context token", "attention of a trained token")
     return figure
 
 
 def _is_trained(tree: PrefixTree, plan: TreePlan) -> NDArray[np.bool_]:
     """For each token, whether the tree predicts it from the token before it on its path."""
-    # `labels` are rolled along the layout: the target of a token lies just after it, and at a fork it may be that of
-    # another lane than the one that goes on there.
+    # The target of a token is the label at the next position of the layout. After a fork, that position may belong to
+    # another lane than the one that continues there.
     label = tree.labels.copy()
     for run in plan.runs[1:]:
         label[run.start] = tree.labels[run.prefix[-1][1]] if run.prefix else IGNORE_INDEX
@@ -111,25 +111,25 @@ def _is_trained(tree: PrefixTree, plan: TreePlan) -> NDArray[np.bool_]:
 
 
 def _sample_ends(tree: PrefixTree, plan: TreePlan) -> list[_SampleEnd]:
-    """Ends of all samples, numbered in the order of their turns."""
+    """Ends of all samples, numbered by turn."""
     continued = np.zeros(len(tree.segments), np.int64)
     for segment in tree.segments:
         if segment.parent >= 0:
             continued[segment.parent] += segment.num_samples
     trained = _is_trained(tree, plan)
     found = []
-    for segment, going_on in zip(tree.segments, continued, strict=True):
+    for segment, num_continued in zip(tree.segments, continued, strict=True):
         lane = _lane_of(plan, segment.start)
         starts = _trained_starts(trained, plan.runs[lane], segment.end)
         end = (starts, lane, segment.depth + segment.end - segment.start)
-        found += [end] * int(segment.num_samples - going_on)
+        found += [end] * int(segment.num_samples - num_continued)
     return [_SampleEnd(lane, depth, turn) for turn, (_, lane, depth) in enumerate(sorted(found), start=1)]
 
 
 def _trained_starts(trained: NDArray[np.bool_], run: Run, end: int) -> list[int]:
     """
-    Depths at which the trained stretches of a path begin. They order turns: a later turn has a longer history, or
-    goes on where an earlier one ended.
+    Depths at which the trained ranges of a path begin. They put turns in order: a later turn has a longer history, or
+    continues where an earlier one ended.
     """
     on_path = np.concatenate([trained[first:last] for first, last in (*run.prefix, (run.start, end))])
     starts: list[int] = np.flatnonzero(on_path & ~np.append(False, on_path[:-1])).tolist()
@@ -140,42 +140,44 @@ def _lane_of(plan: TreePlan, position: int) -> int:
     return next(lane for lane, run in enumerate(plan.runs) if run.start <= position < run.end)
 
 
-def _row_of_each_lane(plan: TreePlan, ends: list[_SampleEnd]) -> list[int]:
+def _place_lanes(plan: TreePlan, ends: list[_SampleEnd]) -> list[int]:
     """The spine on top, below it the branches in the order of their turns."""
     first_turn = [min(end.turn for end in ends if end.lane == lane) for lane in range(len(plan.runs))]
     order = sorted(range(len(plan.runs)), key=lambda lane: (lane > 0, first_turn[lane]))
     return [order.index(lane) for lane in range(len(plan.runs))]
 
 
-def _draw_lane(axes: Axes, tree: PrefixTree, tokenizer: Any, run: Run, row: int, ends: set[int]) -> None:
-    """One bar per stretch of trained or of context tokens, with as much of its text as fits."""
+def _draw_lane(
+    axes: Axes, tree: PrefixTree, tokenizer: PreTrainedTokenizerBase, run: Run, place: int, ends: set[int]
+) -> None:
+    """One bar per range of trained or context tokens, with as much of its text as fits."""
     trained = _is_trained(tree, TreePlan.from_subtree_end(tree.subtree_end))[run.start : run.end]
     characters_per_token = (WIDTH - 1.2) / INCHES_PER_CHARACTER / (tree.position_ids.max() + 1)
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
     for start, end in pairwise(borders):
         colour, left = TRAINED if trained[start] else CONTEXT, run.depth + start
-        axes.barh(row, end - start, left=left, height=0.72, color=colour, edgecolor="white", linewidth=0.8)
+        axes.barh(place, end - start, left=left, height=0.72, color=colour, edgecolor="white", linewidth=0.8)
         has_label = end < len(trained) and run.depth + end in ends
         room = int((end - start) * characters_per_token) - (9 if has_label else 1)
         text = _clip(tokenizer.decode(tree.input_ids[run.start + start : run.start + end].tolist()), room)
         axes.annotate(
-            text, (left, row), xytext=(2, 0), textcoords="offset points",
+            text, (left, place), xytext=(2, 0), textcoords="offset points",
             va="center", fontsize=7.5, family="monospace", color=INK, parse_math=False,
         )  # fmt: skip
 
 
-def _draw_fork(axes: Axes, run: Run, row: int, parent_row: int) -> None:
-    axes.plot([run.depth, run.depth], [parent_row, row], color=INK, linewidth=0.7, zorder=0.5)
+def _draw_fork(axes: Axes, run: Run, place: int, parent_place: int) -> None:
+    axes.plot([run.depth, run.depth], [parent_place, place], color=INK, linewidth=0.7, zorder=0.5)
 
 
-def _label_sample(axes: Axes, end: _SampleEnd, row: int, run: Run) -> None:
-    """Right of a lane's end; inside the lane where it goes on."""
-    axes.plot([end.depth, end.depth], [row - 0.42, row + 0.42], color=INK, linewidth=1.4)
-    goes_on = end.depth < run.depth + run.end - run.start
+def _label_sample(axes: Axes, end: _SampleEnd, place: int, run: Run) -> None:
+    """Right of the lane's end, or inside the lane if it continues."""
+    axes.plot([end.depth, end.depth], [place - 0.42, place + 0.42], color=INK, linewidth=1.4)
+    continues = end.depth < run.depth + run.end - run.start
     axes.annotate(
-        f"turn {end.turn}", (end.depth, row), xytext=(-3 if goes_on else 3, 0), textcoords="offset points",
-        ha="right" if goes_on else "left", va="center", fontsize=8, weight="bold", color=INK,
-        bbox=None if goes_on else {"facecolor": "white", "edgecolor": "none", "pad": 1},
+        f"turn {end.turn}", (end.depth, place), xytext=(-3 if continues else 3, 0), textcoords="offset points",
+        ha="right" if continues else "left", va="center", fontsize=8, weight="bold", color=INK,
+        bbox=None if continues else {"facecolor": "white", "edgecolor": "none", "pad": 1},
     )  # fmt: skip
 
 
@@ -193,8 +195,8 @@ def _finish_tree(axes: Axes, tree: PrefixTree, longest: int, lanes: int, turns: 
     _legend(axes, "lower left", "context", "trained")
 
 
-def _label_runs(axes: Axes, tree: PrefixTree, tokenizer: Any, plan: TreePlan) -> None:
-    """Turns and first words of every run at its height; of runs too low for two lines, those that leave room."""
+def _label_runs(axes: Axes, tree: PrefixTree, tokenizer: PreTrainedTokenizerBase, plan: TreePlan) -> None:
+    """Label each run with its turns and first words; runs that are too low for two lines are skipped."""
     ends, ticks, labels, free_from = _sample_ends(tree, plan), [], [], -np.inf
     for lane, run in enumerate(plan.runs):
         middle = (run.start + run.end) / 2

@@ -1,4 +1,4 @@
-"""The audit of a dataset as a page: its tables, its findings and three plots."""
+"""The audit of a dataset as a page: findings, plots and tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def audit_page(report: AuditReport, title: str) -> str:
         report ([`AuditReport`]):
             The audit.
         title (`str`):
-            What to call it.
+            Title of the page.
 
     Returns:
         `str`: HTML.
@@ -42,7 +42,7 @@ def audit_page(report: AuditReport, title: str) -> str:
 
 
 def _section(table: Table) -> str:
-    """A table of the terminal as one of HTML: the same cells."""
+    """The terminal's table as HTML."""
     head = "".join(f"<th>{_text(column.header)}</th>" for column in table.columns)
     rows = zip(*(list(column.cells) for column in table.columns), strict=True)
     lines = []
@@ -71,7 +71,7 @@ def _plots(report: AuditReport) -> Iterable[str]:
     if report.sharing_by_turns:
         sharing = [entry.sharing_factor for entry in report.sharing_by_turns]
         names = [str(entry.num_turns) for entry in report.sharing_by_turns]
-        yield _plot("Sharing factor by turns of a conversation", sharing, names, decimals=1)
+        yield _plot("Sharing factor by number of turns", sharing, names, decimals=1)
     lost = [
         (recipe.name, recipe.reasoning_not_trained / max(1, recipe.reasoning_tokens))
         for recipe in report.recipes
@@ -79,7 +79,7 @@ def _plots(report: AuditReport) -> Iterable[str]:
     ]
     if lost:
         yield _plot(
-            "Reasoning that other recipes do not train, %", [100 * share for _, share in lost], [n for n, _ in lost]
+            "Reasoning that other recipes leave untrained, %", [100 * share for _, share in lost], [n for n, _ in lost]
         )
 
 
@@ -88,7 +88,7 @@ def _histogram(lengths: Lengths) -> tuple[Sequence[float], Sequence[str]]:
 
 
 def _plot(title: str, values: Sequence[float], names: Sequence[str], decimals: int = 0) -> str:
-    """Bars with a label under as many as there is room for."""
+    """A bar chart. Bars are labelled at regular intervals, as often as the labels fit."""
     top, step = max(*values, 0), (_WIDTH - _LEFT) / len(values)
     longest = max(map(len, names))
     every = max(1, round((longest * 6.5 + 8) / step + 0.49))

@@ -1,29 +1,28 @@
-"""What every page has: one file, no network, its text escaped."""
+"""The frame of every page: a single file that loads nothing, with all text escaped."""
 
 from __future__ import annotations
 
 import json
 from html import escape
 from importlib import resources
-from typing import Any
 
 
-def frame(title: str, body: str, *, script: str | None = None, data: Any = None) -> str:
+def frame(title: str, body: str, *, script: str | None = None, data: object = None) -> str:
     """
-    Return a page in one piece.
+    Return a complete page.
 
     Args:
         title (`str`):
             Plain text.
         body (`str`):
-            HTML, in which text of the data is escaped.
+            HTML. Text from the data must be escaped already.
         script (`str`, *optional*):
-            Name of a JavaScript file of this folder. It finds `data` under `JSON.parse` of the element `data`.
-        data (`Any`, *optional*):
-            What the script shows.
+            Name of a JavaScript file in this folder. It reads `data` from the element with the id `data`.
+        data (`object`, *optional*):
+            What the script shows: anything that `json.dumps` takes.
 
     Returns:
-        `str`: HTML that needs no other file. Its content policy forbids it to load any.
+        `str`: HTML that needs no other file. Its content security policy forbids loading any.
     """
     scripts = ""
     if script is not None:
@@ -41,8 +40,8 @@ def frame(title: str, body: str, *, script: str | None = None, data: Any = None)
     )
 
 
-def json_in_html(data: Any) -> str:
-    """Return JSON that can stand inside a script element: no text of the data can end it."""
+def json_in_html(data: object) -> str:
+    """Return JSON to embed in a script element: no text in the data can close the element."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 

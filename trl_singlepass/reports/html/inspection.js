@@ -109,7 +109,7 @@ function numbers(list) {
 function fillTokens() {
   data.lanes.forEach((run, index) => {
     const block = make("div", { class: "lane" });
-    const title = index === 0 ? "start" : run.fork < 0 ? "another start" : `branch from token ${run.fork}`;
+    const title = index === 0 ? "root" : run.fork < 0 ? "another root" : `branch after token ${run.fork}`;
     block.append(make("h3", {}, `${title}: tokens ${run.start}–${run.end - 1}, depth ${run.depth}; turns ${numbers(turnsOf[run.start])}`));
     for (let i = run.start; i < run.end; i++) block.append(tokenSpan(i, data.weight[i] > 0));
     byId("tokens").append(block);
@@ -128,11 +128,11 @@ function show(position, scroll) {
   const target = data.target[position];
   const lines = [
     ["text", JSON.stringify(data.text[position])],
-    ["part of", data.roles[data.role[position]]],
+    ["role", data.roles[data.role[position]]],
     ["position", `${position} of ${length}`],
     ["depth", data.depth[position]],
     ["weight", data.weight[position] > 0 ? `${data.weight[position]} (trained)` : "0 (context)"],
-    ["must predict", target === null ? "nothing" : JSON.stringify(target)],
+    ["target", target === null ? "none" : JSON.stringify(target)],
     ["turns", numbers(turnsOf[position])],
   ];
   byId("token").replaceChildren(...lines.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value))]));
@@ -156,8 +156,8 @@ function openTurn(index) {
   const turn = data.turns[index];
   const positions = turn.path.flatMap(([start, end]) => Array.from({ length: end - start }, (_, i) => start + i));
   const spans = positions.map((position, place) => tokenSpan(position, place >= turn.prompt && data.weight[position] > 0));
-  byId("sample-title").textContent = `Turn ${index + 1}: ${turn.prompt} tokens of prompt, ${positions.length - turn.prompt} of completion` +
-    (turn.reasoning ? ` (${turn.reasoning} reasoning)` : "") + (turn.message === null ? "" : `, message ${turn.message}`);
+  byId("sample-title").textContent = `Turn ${index + 1}: ${turn.prompt} prompt tokens, ${positions.length - turn.prompt} completion tokens` +
+    (turn.reasoning ? ` (${turn.reasoning} of reasoning)` : "") + (turn.message === null ? "" : `, message ${turn.message}`);
   byId("sample-text").replaceChildren(...spans);
   document.querySelectorAll("#turns button").forEach((button, i) => button.classList.toggle("current", i === index));
   const lanes = new Set(turn.path.map(([start]) => laneOf(start)));

@@ -1,11 +1,10 @@
-"""One conversation as a page: tokens by role and weight, its tree, its mask, and the text of every turn."""
+"""One conversation as a page: tree, attention mask, tokens by role and weight, and the text of each turn."""
 
 from __future__ import annotations
 
 from html import escape
-from typing import Any
 
-from ..inspection import ROLES, Inspection
+from ..inspection import Inspection, TokenRole
 from .frame import frame
 
 
@@ -17,56 +16,51 @@ def inspection_page(inspection: Inspection, title: str) -> str:
         inspection (`Inspection`):
             The conversation.
         title (`str`):
-            What to call it.
+            Title of the page.
 
     Returns:
         `str`: HTML.
     """
-    tree = inspection.tree
-    summary = (
-        f"{len(inspection.samples)} turns, {tree.num_sample_tokens:,} tokens as separate samples, {len(tree):,} as a "
-        f"tree: sharing factor {tree.sharing_factor:.2f}"
-    )
-    legend = "".join(f'<li><span class="token {role}">{role}</span></li>' for role in ROLES)
+    legend = "".join(f'<li><span class="token {role}">{role}</span></li>' for role in TokenRole)
     body = f"""<header>
 <h1>{escape(title)}</h1>
-<p>{summary}</p>
+<p>{inspection.summary}</p>
 <ul class="legend" aria-label="Colours">{legend}<li><span class="token trained">trained</span></li></ul>
 </header>
 <nav aria-label="Turns" id="turns"></nav>
 <main>
 <div>
 <section aria-labelledby="tree-title" class="tree"><h2 id="tree-title">Tree</h2>
-<p class="hint">Depth from left to right; the history on top, a lane for every branch. Orange is trained.</p>
+<p class="hint">Depth runs from left to right. History is on top; branches have lanes of their own. Orange is trained.</p>
 <div id="tree"></div></section>
-<section aria-labelledby="tokens-title" class="tokens text"><h2 id="tokens-title">Tokens of the row</h2>
-<p class="hint">Hover, or focus and use the arrow keys. Each block is a lane of the tree.</p>
+<section aria-labelledby="tokens-title" class="tokens text"><h2 id="tokens-title">Tokens</h2>
+<p class="hint">Hover over a token, or click here and use the arrow keys. Each block is a lane of the tree.</p>
 <div id="tokens" tabindex="0" role="group" aria-label="Tokens"></div></section>
 </div>
 <div>
-<section aria-labelledby="mask-title" class="mask"><h2 id="mask-title">Mask</h2>
-<p class="hint">Row: a token; column: what it attends to.</p>
+<section aria-labelledby="mask-title" class="mask"><h2 id="mask-title">Attention mask</h2>
+<p class="hint">Each row is a token, each column a token that it may attend to.</p>
 <canvas id="mask" role="img" aria-label="Attention mask"></canvas></section>
 <section aria-labelledby="token-title" class="token-panel"><h2 id="token-title">Token</h2>
 <dl id="token" aria-live="polite"></dl></section>
 </div>
 </main>
 <dialog id="sample" aria-labelledby="sample-title"><h2 id="sample-title"></h2>
-<p class="hint">What N-pass trains as one sequence. Left and right arrow: other turns; Escape: close.</p>
+<p class="hint">The sequence that N-pass trains for this turn. Arrow keys switch turns; Escape closes.</p>
 <div id="sample-text" class="text" tabindex="0"></div>
 <form method="dialog"><button>Close</button></form></dialog>
-<noscript>This page needs JavaScript. It loads nothing.</noscript>"""
+<noscript>This page needs JavaScript. It loads nothing from elsewhere.</noscript>"""
     return frame(title, body, script="inspection.js", data=_data(inspection))
 
 
-def _data(inspection: Inspection) -> dict[str, Any]:
+def _data(inspection: Inspection) -> dict[str, object]:
     tree = inspection.tree
     turns = [
         {
             "message": sample.message_index,
             "prompt": sample.prompt_length,
             "reasoning": sample.reasoning_length,
-            "path": _ranges(path.tolist()),
+            "path": _to_ranges(path.tolist()),
         }
         for sample, path in zip(inspection.samples, inspection.paths, strict=True)
     ]
@@ -74,10 +68,11 @@ def _data(inspection: Inspection) -> dict[str, Any]:
         {"start": run.start, "end": run.end, "depth": run.depth, "fork": run.prefix[-1][1] - 1 if run.prefix else -1}
         for run in inspection.plan.runs
     ]
+    roles = list(TokenRole)
     return {
         "text": list(inspection.texts),
-        "role": [ROLES.index(role) for role in inspection.roles],
-        "roles": list(ROLES),
+        "role": [roles.index(role) for role in inspection.roles],
+        "roles": roles,
         "weight": inspection.weights.tolist(),
         "target": list(inspection.targets),
         "depth": tree.position_ids.tolist(),
@@ -88,8 +83,8 @@ def _data(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def _ranges(positions: list[int]) -> list[list[int]]:
-    """Positions as half-open ranges."""
+def _to_ranges(positions: list[int]) -> list[list[int]]:
+    """Return `[[0, 3], [7, 9]]` for `[0, 1, 2, 7, 8]`."""
     ranges: list[list[int]] = []
     for position in positions:
         if ranges and ranges[-1][1] == position:
