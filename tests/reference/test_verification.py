@@ -9,7 +9,8 @@ from support.sample_sets import reasoning_chat
 from support.tiny_families import FAMILIES, tiny_model
 from trl_singlepass import Sample, verify
 from trl_singlepass.recurrent.layer import runs_on_trees
-from trl_singlepass.reference import leak_probe, npass_loss_and_gradients, single_pass
+from trl_singlepass.reference import leak_probe, npass_loss_and_gradients, single_pass, verification
+from trl_singlepass.rendering.samples import render_row
 from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import TreePlan
 
@@ -64,6 +65,49 @@ def test_dataset_rows_with_tools_and_completions(tokenizer):
 def test_max_rows_limits_the_work(tokenizer):
     endless = (chat(1, seed=seed) for seed in range(10**9))
     assert len(verify(model_for(tokenizer), tokenizer, endless, max_rows=2).rows) == 2
+
+
+def test_max_tokens_leaves_out_turns_and_says_so(tokenizer):
+    model, lengths = model_for(tokenizer), [len(sample) for sample in render_row({"messages": chat(3)}, tokenizer)]
+    report = verify(model, tokenizer, [chat(3)], max_tokens=sum(lengths[:2]))
+    assert report.ok, str(report)
+    assert [turn.turn for turn in report.rows[0].turns] == [1, 2]
+    assert report.rows[0].npass_tokens == sum(lengths[:2])
+    assert "1 turns beyond max_tokens were not compared" in str(report)
+    assert len(verify(model, tokenizer, [chat(3)], max_tokens=1).rows[0].turns) == 1
+
+
+def test_both_ways_warm_up_before_they_are_timed(tokenizer, monkeypatch):
+    ran = []
+    for name in ("npass_loss_and_gradients", "single_pass_loss_and_gradients"):
+        original = getattr(verification, name)
+
+        def remember(*args, name=name, original=original, **kwargs):
+            ran.append(original(*args, **kwargs))
+            return ran[-1]
+
+        monkeypatch.setattr(verification, name, remember)
+    (row,) = verify(model_for(tokenizer), tokenizer, [chat(2)]).rows
+    warm_up, npass, single_warm_up, single = ran
+    assert (warm_up.num_tokens, single_warm_up.num_tokens) == (npass.num_tokens, single.num_tokens)
+    assert (row.npass_seconds, row.single_pass_seconds) == (npass.seconds, single.seconds)
+
+
+def test_progress_counts_passes_within_a_conversation(tokenizer, monkeypatch):
+    bars = []
+
+    class Bar(verification.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.steps = []
+            bars.append(self)
+
+        def update(self, n=1):
+            self.steps.append(n)
+
+    monkeypatch.setattr(verification, "tqdm", Bar)
+    verify(model_for(tokenizer), tokenizer, [chat(3), chat(2)])
+    assert [(bar.total, sum(bar.steps), len(bar.steps)) for bar in bars] == [(16, 16, 16)]
 
 
 def test_nothing_to_verify_is_an_error(tokenizer):
@@ -168,8 +212,8 @@ def test_npass_needs_a_trained_token(tokenizer):
 
 def plant(monkeypatch, change):
     """Plant a defect in the batch on its way to the model."""
-    collate = single_pass._batch_of
-    monkeypatch.setattr(single_pass, "_batch_of", lambda *args: change(collate(*args)))
+    collate = single_pass._make_batch
+    monkeypatch.setattr(single_pass, "_make_batch", lambda *args: change(collate(*args)))
 
 
 def target_moved_by_one(batch):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,10 @@ class VerifyArguments(ModelArguments, DataArguments):
     """Arguments of `verify`."""
 
     num_rows: int = field(default=4, metadata={"aliases": ["-n"], "help": "Conversations to check, from the first."})
+    max_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of separate samples to check of each conversation: its first turns that fit."},
+    )
 
 
 @dataclass
@@ -145,18 +149,12 @@ def audit(model: str, data: str, args: AuditArguments, console: Console) -> int:
 
 def verify(model: str, data: str, args: VerifyArguments, console: Console) -> int:
     """Compare the single pass with N-pass; 1 if they disagree."""
-    from ..reference import VerifyReport
     from ..reference import verify as verify_model
 
     tokenizer, rows = _tokenizer(model, args), _rows(data, args)
     first = list(islice(rows, _at_least_one(args.num_rows, "-n")))
-    _samples(first, tokenizer)  # bad rows are told before anything is loaded or run
-    loaded, compared = _model(model, args), []
-    for index, row in enumerate(tqdm(first, desc="Verifying conversations", unit=" rows")):
-        (comparison,) = verify_model(loaded, tokenizer, [row]).rows
-        turns = tuple(replace(turn, row=index) for turn in comparison.turns)
-        compared.append(replace(comparison, turns=turns))
-    report = VerifyReport(tuple(compared), args.dtype)
+    _samples(first, tokenizer)  # names bad rows before a model is loaded
+    report = verify_model(_model(model, args), tokenizer, first, max_tokens=args.max_tokens)
     console.print(Text(str(report).rstrip()))
     return 0 if report.ok else 1
 

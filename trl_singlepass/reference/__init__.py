@@ -1,4 +1,4 @@
-"""N-pass, the reference for everything, and `verify`, which compares the single pass with it."""
+"""N-pass, the reference implementation, and `verify`, which compares the single pass with it."""
 
 from .npass import LossAndGradients as LossAndGradients
 from .npass import npass_loss_and_gradients as npass_loss_and_gradients

@@ -33,6 +33,7 @@ logger = logging.get_logger(__name__)
 _FEATURES = Features(
     {"input_ids": List(Value("int64")), "labels": List(Value("int64")), "loss_weights": List(Value("float64"))}
 )
+_ONE_BY_ONE: dict[str, Any] = {"batched": True, "batch_size": 1, "with_indices": True}
 _BAD_ROW = {"row": Value("int64"), "bad_row": Value("string")}
 
 
@@ -44,18 +45,18 @@ def to_npass(
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """
-    Expand conversations into the separate, already tokenised samples that [`SinglePassSFTTrainer`] trains in one pass.
+    Expand conversations into the separate, tokenized samples that [`SinglePassSFTTrainer`] trains in one pass.
 
-    Any trainer that takes tokens and labels trains on them what the single pass trains, at N times the cost: it is the
-    baseline to compare with, and a way out for trainers and models that have no single pass.
+    Any trainer that takes tokens and labels learns from them what the single pass learns, at the cost of N-pass. They
+    are the baseline for comparisons, and the way out for trainers and models without a single pass.
 
     Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset`, `list`):
-            Conversations, as [`SinglePassSFTTrainer`] takes them; in a list, also plain lists of messages.
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list`):
+            Conversations, as [`SinglePassSFTTrainer`] takes them; a list may also hold plain lists of messages.
         tokenizer (`PreTrainedTokenizerBase`):
             Tokenizer with a chat template.
         args ([`SinglePassSFTConfig`], *optional*):
-            Arguments of the training run: what they say of lengths, weights and bad rows holds for the samples.
+            Training arguments, whose settings for lengths, weights and bad rows apply to the samples.
         num_proc (`int`, *optional*):
             Number of processes.
 
@@ -63,20 +64,18 @@ def to_npass(
         `datasets.Dataset` or `datasets.IterableDataset`: One row per turn, in the order of the conversations, with
 
         - `input_ids`: prompt and completion;
-        - `labels`: the token at every place that is trained, -100 elsewhere (not shifted, as models expect them);
-        - `loss_weights`: the factor of each token's loss, aligned with `labels`; left out where all of them are 1.
+        - `labels`: each trained token at its own position, -100 elsewhere (not shifted, as models expect);
+        - `loss_weights`: the weight of each token's loss, aligned with `labels`. Dropped if all trained tokens have
+          weight 1, except from streams.
 
-        A stream always has `loss_weights`. The loss of a step is `Σ weight · nll ÷ Σ weight`.
+        The loss of a step is `Σ weight · nll ÷ Σ weight`.
 
     Raises:
-        `RenderingError`: If rows cannot be rendered without losing part of a turn, and `args` do not drop them.
+        `RenderingError`: If some rows cannot be rendered in full, unless `args.bad_rows` is `"drop"`.
 
     Example:
 
     ```python
-    from trl import SFTTrainer
-    from trl_singlepass import to_npass
-
     trainer = SFTTrainer(model, train_dataset=to_npass(dataset, tokenizer))
     ```
     """
@@ -88,30 +87,30 @@ def to_npass(
     if is_single_turn(column_names(dataset)):
         dataset, errors = gather_turns(dataset, len(tokenizer), bad_rows=bad_rows, num_proc=num_proc)
         _log_dropped(errors)
-    options: dict[str, Any] = {
-        "batched": True,
-        "batch_size": 1,
-        "with_indices": True,
-    }
     if isinstance(dataset, IterableDataset):
         expand = _StreamExpansion(tokenizer, settings, bad_rows)
-        return in_one_column(dataset).map(expand, remove_columns=[EXAMPLE], features=_FEATURES, **options)
-    samples = dataset.map(
-        _expand_or_tell,
+        return in_one_column(dataset).map(expand, remove_columns=[EXAMPLE], features=_FEATURES, **_ONE_BY_ONE)
+    samples = _without_bad_rows(_expand_rows(dataset, tokenizer, settings, num_proc), len(dataset), bad_rows)
+    return samples if _has_other_weights(samples) else samples.remove_columns("loss_weights")
+
+
+def _expand_rows(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, num_proc: int | None
+) -> Dataset:
+    return dataset.map(
+        _expand_or_explain,
         remove_columns=dataset.column_names,
         num_proc=num_proc,
         features=Features({**_FEATURES, **_BAD_ROW}),
         fn_kwargs={"tokenizer": tokenizer, "settings": settings},
         desc="Expanding conversations into samples",
-        **options,
+        **_ONE_BY_ONE,
     )
-    samples = _without_bad_rows(samples, len(dataset), bad_rows)
-    return samples if _has_other_weights(samples) else samples.remove_columns("loss_weights")
 
 
 def _without_bad_rows(samples: Dataset, num_rows: int, bad_rows: BadRows) -> Dataset:
-    told = zip(samples["row"], samples["bad_row"], strict=True)
-    errors = group_errors((row, reason) for row, reason in told if reason is not None)
+    reasons = zip(samples["row"], samples["bad_row"], strict=True)
+    errors = group_errors((row, reason) for row, reason in reasons if reason is not None)
     if errors and bad_rows == BadRows.ERROR:
         raise bad_rows_error(errors, num_rows, "given")
     _log_dropped(errors)
@@ -126,15 +125,15 @@ def _log_dropped(errors: Sequence[RowErrors]) -> None:
 
 def _as_dataset(conversations: Sequence[Any]) -> Dataset:
     rows = [{"messages": row} if isinstance(row, list) else row for row in conversations]
-    # `Dataset.from_list` takes the columns of the first row alone.
+    # `Dataset.from_list` would take the columns of the first row only.
     columns = dict.fromkeys(name for row in rows for name in row)
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
 
 
-def _expand_or_tell(
+def _expand_or_explain(
     batch: dict[str, list[Any]], indices: list[int], tokenizer: PreTrainedTokenizerBase, settings: RowSettings
 ) -> dict[str, list[Any]]:
-    """Expand a batch of one conversation; of one that cannot be trained, tell the reason."""
+    """Expand a batch of one conversation, or give the reason why it cannot be trained."""
     try:
         row = {name: values[0] for name, values in batch.items()}
         expanded = _expand(row, indices[0], tokenizer, settings)

@@ -1,4 +1,4 @@
-"""Float64 that stays float64: model code that drops to float32 on its own is made to keep the precision."""
+"""Float64 throughout: model code that asks for float32 by name gets float64 as well."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class ForcedFloat64(TorchFunctionMode):
     """
     Context manager that turns every request for float32 into float64.
 
-    `model.double()` alone is not float64: RMSNorm, rotary embeddings, softmax and router code of transformers ask for
-    float32 by name, and round to it. Inside this context they get float64. Autograd runs the backward pass outside of
-    it, so a checkpointed function that is to be recomputed in float64 must enter the context itself.
+    `model.double()` is not enough: in transformers, RMSNorm, rotary embeddings, softmax and routers ask for float32 by
+    name and round to it. Inside this context they get float64. Autograd runs the backward pass outside the context, so
+    a checkpointed function must enter the context itself to be recomputed in float64.
 
     Example:
 
@@ -28,12 +28,12 @@ class ForcedFloat64(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.Tensor.float:
             return args[0].double()
         return func(*map(_widen, args), **{name: _widen(value) for name, value in (kwargs or {}).items()})
 
 
-def _widen(value: Any) -> Any:
+def _widen(value: object) -> object:
     return torch.float64 if value is torch.float32 else value

@@ -1,4 +1,4 @@
-"""N-pass: one ordinary forward per sample. What every other way of training is compared with."""
+"""N-pass: one ordinary forward and backward per sample, the reference for the single pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,25 +17,28 @@ from torch.nn.utils.rnn import pad_sequence
 from ..trees.sample import Sample
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 STOCK_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LossAndGradients:
     """
-    Loss of some samples, taken apart by token, and the gradients of all trainable parameters.
+    Loss of a set of samples, in total and per token, and the gradients of all trainable parameters.
 
     Args:
         loss (`float`):
-            Σ weight · nll ÷ Σ weight over the trained tokens of all samples, plus the weighted auxiliary loss of a
-            mixture-of-experts model whose config asks for it.
+            Σ weight · nll ÷ Σ weight over the trained tokens of all samples, plus the weighted load-balancing loss if
+            the model's config asks for it.
         token_losses (`tuple[torch.Tensor, ...]`):
-            For each sample, the negative log-likelihood of each of its trained tokens, in the order of the tokens:
-            `torch.float64` on CPU, of shape `(num_trained_tokens,)`.
+            For each sample, the negative log-likelihoods of its trained tokens, in order: `torch.float64` on CPU, of
+            shape `(num_trained_tokens,)`.
         gradients (`dict[str, torch.Tensor]`):
-            Gradient of the loss by parameter name, zeros where the loss does not depend on the parameter.
+            Gradient of the loss by parameter name; zeros if the loss does not depend on the parameter.
         num_tokens (`int`):
-            Number of tokens that the model computed.
+            Number of tokens in all forward passes.
         seconds (`float`):
             Wall time of forward and backward.
     """
@@ -47,22 +50,26 @@ class LossAndGradients:
     seconds: float
 
 
-def npass_loss_and_gradients(model: nn.Module, samples: Sequence[Sample]) -> LossAndGradients:
+def npass_loss_and_gradients(
+    model: PreTrainedModel, samples: Sequence[Sample], *, on_pass: Callable[[], object] = lambda: None
+) -> LossAndGradients:
     """
-    Loss and gradients of separate samples: one ordinary forward and backward per sample.
+    Compute loss and gradients with one ordinary forward and backward per sample.
 
-    Nothing here knows of trees. The model runs in the mode it is in (put it in `eval()` to turn dropout off) and under
-    attention of transformers' own: its current `attn_implementation`, or SDPA (eager where the model has no SDPA) if
-    the current one is not stock. `param.grad` is left alone.
+    Nothing here knows about trees. The model keeps its mode (call `eval()` to turn dropout off) and runs on
+    transformers' own attention: its current `attn_implementation`, or, if that is not stock, SDPA (eager for models
+    without SDPA). `param.grad` is not touched.
 
-    A mixture-of-experts model whose config has `output_router_logits=True` adds its load-balancing loss. That loss is
-    not a sum over samples; it is computed as stock `SFTTrainer` does when it puts all samples in one padded batch.
+    A mixture of experts whose config has `output_router_logits=True` adds its load-balancing loss, which is not a sum
+    over samples. It is computed as by the stock `SFTTrainer` with all samples in one padded batch.
 
     Args:
         model (`torch.nn.Module`):
             Causal language model of transformers, or a `PeftModel` around one.
         samples (`Sequence[Sample]`):
-            Samples, with at least one trained token between them.
+            Samples, with at least one trained token in all.
+        on_pass (`Callable`, *optional*):
+            Called after each sample, for a progress bar.
 
     Returns:
         `LossAndGradients`: Loss and gradients over all samples.
@@ -81,43 +88,44 @@ def npass_loss_and_gradients(model: nn.Module, samples: Sequence[Sample]) -> Los
             nll, weights = _forward(model, sample)
             token_losses.append(nll.detach().double().cpu())
             loss += _accumulate((nll * weights).sum() / total_weight, parameters, gradients)
-        if wants_auxiliary_loss(model):
+            on_pass()
+        if has_auxiliary_loss(model):
             loss += _accumulate(_auxiliary_loss(model, samples), parameters, gradients)
     num_tokens = sum(map(len, samples))
     return LossAndGradients(loss, tuple(token_losses), gradients, num_tokens, seconds())
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that training would change (those of the adapter, for LoRA) by name."""
+    """Return the parameters that training would change, by name; for LoRA, those of the adapter."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def wants_auxiliary_loss(model: nn.Module) -> bool:
-    """Whether the model's config adds a load-balancing loss to the loss."""
-    return bool(getattr(text_config(model), "output_router_logits", False))
+def has_auxiliary_loss(model: PreTrainedModel) -> bool:
+    """Return whether the model's config adds the load-balancing loss of its experts to the loss."""
+    return bool(getattr(get_text_config(model), "output_router_logits", False))
 
 
-def text_config(model: Any) -> Any:
-    """Config of the language model: its own, or a part of a multimodal one."""
+def get_text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Return the config of the language model, which may be part of a multimodal one."""
     return model.config.get_text_config()
 
 
-def gradients_of(loss: torch.Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Gradients by parameter name, zeros where the loss does not depend on the parameter; `param.grad` stays."""
+def compute_gradients(loss: torch.Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return gradients by parameter name without touching `param.grad`; zeros for parameters that have no effect."""
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(parameters, gradients, strict=True))
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Device of the first parameter, where inputs go."""
+def get_device(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter, where inputs go."""
     return next(model.parameters()).device
 
 
 @contextmanager
-def stock_attention(model: Any) -> Iterator[None]:
-    """Run the model on attention of transformers' own, and put back what it had."""
-    before = text_config(model)._attn_implementation
-    stock = before in STOCK_ATTENTION or "/" in before  # a slash names a kernel of the Hub
+def stock_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Run the model on transformers' own attention, then restore its implementation."""
+    before = get_text_config(model)._attn_implementation
+    stock = before in STOCK_ATTENTION or "/" in before  # a slash names a kernel on the Hub
     if not stock:
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
@@ -129,8 +137,8 @@ def stock_attention(model: Any) -> Iterator[None]:
 
 @contextmanager
 def stopwatch(model: nn.Module) -> Iterator[Callable[[], float]]:
-    """Yield a function that returns the seconds since entry, device work included."""
-    device = device_of(model)
+    """Yield a function that returns the seconds since entry, after waiting for the device."""
+    device = get_device(model)
 
     def now() -> float:
         if device.type == "cuda":
@@ -141,9 +149,9 @@ def stopwatch(model: nn.Module) -> Iterator[Callable[[], float]]:
     yield lambda: now() - start
 
 
-def _forward(model: nn.Module, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(model: PreTrainedModel, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihoods and weights of the trained tokens, each of shape `(num_trained_tokens,)`."""
-    device = device_of(model)
+    device = get_device(model)
     trained = torch.from_numpy(np.flatnonzero(sample.loss_weights)).to(device)
     token_ids = torch.tensor(sample.token_ids, device=device)
     logits = model(input_ids=token_ids[None], use_cache=False).logits[0, trained - 1]
@@ -151,8 +159,8 @@ def _forward(model: nn.Module, sample: Sample) -> tuple[torch.Tensor, torch.Tens
     return nll, torch.tensor(sample.loss_weights, device=device)[trained].to(nll.dtype)
 
 
-def _auxiliary_loss(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
-    device = device_of(model)
+def _auxiliary_loss(model: PreTrainedModel, samples: Sequence[Sample]) -> torch.Tensor:
+    device = get_device(model)
     token_ids = [torch.tensor(sample.token_ids, device=device) for sample in samples]
     outputs = model(
         input_ids=pad_sequence(token_ids, batch_first=True),
@@ -160,11 +168,11 @@ def _auxiliary_loss(model: Any, samples: Sequence[Sample]) -> torch.Tensor:
         output_router_logits=True,
         use_cache=False,
     )
-    weighted: torch.Tensor = text_config(model).router_aux_loss_coef * outputs.aux_loss
+    weighted: torch.Tensor = get_text_config(model).router_aux_loss_coef * outputs.aux_loss
     return weighted
 
 
 def _accumulate(loss: torch.Tensor, parameters: dict[str, nn.Parameter], gradients: dict[str, torch.Tensor]) -> float:
-    for name, part in gradients_of(loss, parameters).items():
+    for name, part in compute_gradients(loss, parameters).items():
         gradients[name] += part
     return float(loss.detach())

@@ -1,7 +1,8 @@
-"""What `verify` found: the comparison of the single pass with N-pass, by turn and by row, and its table."""
+"""The report of `verify`: the comparison of the single pass with N-pass, by turn and by row, and its tables."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import StringIO
 
@@ -17,11 +18,13 @@ MAX_TURNS_SHOWN = 24
 @dataclass(frozen=True, slots=True)
 class TurnComparison:
     """
-    Loss of one turn, both ways.
+    Loss of one turn in N-pass and in the single pass.
 
     Args:
         row (`int`):
-            Index of the turn's conversation among those verified.
+            Index of its conversation among those verified.
+        turn (`int`):
+            Number of the turn in its conversation, from 1.
         message_index (`int`, *optional*):
             Position of the assistant message in its conversation.
         num_tokens (`int`):
@@ -31,12 +34,13 @@ class TurnComparison:
         single_pass_loss (`float`):
             The same in the single pass.
         error (`float`):
-            Largest difference of the loss of one of its tokens. Not a number where a target is missing.
+            Largest difference between the losses of a token; NaN if a target is missing.
         allowed (`float`):
-            Largest error that the precision of the model explains.
+            Largest error that the model's precision explains.
     """
 
     row: int
+    turn: int
     message_index: int | None
     num_tokens: int
     npass_loss: float
@@ -46,42 +50,42 @@ class TurnComparison:
 
     @property
     def ok(self) -> bool:
-        """Whether both losses agree within the precision of the model."""
+        """Whether the losses agree within the model's precision."""
         return self.error <= self.allowed
 
 
 @dataclass(frozen=True, slots=True)
 class RowComparison:
     """
-    Loss and gradients of one conversation, both ways.
+    Loss and gradients of one conversation in N-pass and in the single pass.
 
     Args:
         turns (`tuple[TurnComparison, ...]`):
             Turns with at least one trained token.
         npass_loss (`float`):
-            Loss of the conversation: the mean over its trained tokens, and the auxiliary loss where there is one.
+            Loss of the conversation: the mean over its trained tokens, plus the load-balancing loss if there is one.
         single_pass_loss (`float`):
             The same in the single pass.
         weight (`float`):
             Sum of the loss weights.
         gradient_error (`float`):
-            Norm of the difference of both gradients ÷ norm of the gradient, over all parameters.
+            Norm of the difference between the gradients ÷ norm of N-pass's gradient, over all parameters.
         gradient_allowed (`float`):
-            Largest such error that the precision of the model explains.
+            Largest such error that the model's precision explains.
         gradient_max_error (`float`):
-            Largest absolute difference of an element of the gradient.
+            Largest absolute difference between elements of the gradients.
         worst_parameter (`str`):
-            Parameter that holds it.
+            Name of the parameter with that difference.
         npass_tokens (`int`):
-            Number of tokens that N-pass computed.
+            Number of tokens in N-pass.
         single_pass_tokens (`int`):
-            Number of tokens that the single pass computed.
+            Number of tokens in the single pass.
         npass_seconds (`float`):
-            Wall time of N-pass, forward and backward.
+            Wall time of N-pass, forward and backward, after a warm-up.
         single_pass_seconds (`float`):
-            Wall time of the single pass, forward and backward.
+            Wall time of the single pass, forward and backward, after a warm-up.
         leak (`LeakReport`):
-            What the turns see of each other.
+            Which tokens the turns see.
     """
 
     turns: tuple[TurnComparison, ...]
@@ -100,7 +104,7 @@ class RowComparison:
 
     @property
     def ok(self) -> bool:
-        """Whether all turns and the gradient agree within the precision of the model, and no turn sees another."""
+        """Whether losses and gradient agree within the model's precision, and each turn sees only its sample."""
         return all(turn.ok for turn in self.turns) and self.gradient_error <= self.gradient_allowed and self.leak.ok
 
 
@@ -113,46 +117,47 @@ class VerifyReport:
         rows (`tuple[RowComparison, ...]`):
             One comparison per conversation.
         dtype (`str`):
-            Precision of the model's parameters.
+            Data type of the model's parameters.
+        turns_left_out (`int`, *optional*, defaults to 0):
+            Turns that were not compared because of `max_tokens`.
     """
 
     rows: tuple[RowComparison, ...]
     dtype: str
+    turns_left_out: int = 0
 
     @property
     def ok(self) -> bool:
-        """Whether every conversation agrees within the precision of the model."""
+        """Whether every conversation agrees within the model's precision."""
         return all(row.ok for row in self.rows)
 
     @property
     def npass_loss(self) -> float:
-        """Loss over all trained tokens of all conversations, in N-pass."""
+        """Loss in N-pass over all trained tokens of all conversations."""
         return sum(row.npass_loss * row.weight for row in self.rows) / sum(row.weight for row in self.rows)
 
     @property
     def single_pass_loss(self) -> float:
-        """Loss over all trained tokens of all conversations, in the single pass."""
+        """Loss in the single pass over all trained tokens of all conversations."""
         return sum(row.single_pass_loss * row.weight for row in self.rows) / sum(row.weight for row in self.rows)
 
     def __str__(self) -> str:
-        console = Console(file=StringIO(), width=110)
-        console.print(_turn_table(self))
-        console.print(_total_table(self))
-        console.print(_verdict(self))
-        assert isinstance(console.file, StringIO)
-        return console.file.getvalue()
+        text = StringIO()
+        Console(file=text, width=110).print(_turn_table(self), _total_table(self), _verdict(self), sep="\n")
+        return text.getvalue()
 
 
 def _turn_table(report: VerifyReport) -> Table:
     turns = [turn for row in report.rows for turn in row.turns]
-    # What fails is what the reader looks for.
+    # Turns that differ come first: they are what the reader looks for.
     shown = sorted(sorted(turns, key=lambda turn: turn.ok)[:MAX_TURNS_SHOWN], key=lambda turn: turn.row)
     table = Table(title=f"Loss per turn ({len(shown)} of {len(turns)})")
-    for name in ("row", "message", "tokens", "N-pass", "single pass", "error", "allowed", ""):
+    for name in ("row", "turn", "message", "tokens", "N-pass", "single pass", "error", "allowed", "result"):
         table.add_column(name, justify="right")
     for turn in shown:
         table.add_row(
             str(turn.row),
+            str(turn.turn),
             "" if turn.message_index is None else str(turn.message_index),
             str(turn.num_tokens),
             f"{turn.npass_loss:.6f}",
@@ -186,15 +191,21 @@ def _total_table(report: VerifyReport) -> Table:
 
 def _verdict(report: VerifyReport) -> str:
     if report.ok:
-        return f"The single pass equals N-pass within the precision of {report.dtype}."
-    found = []
+        verdict = f"The single pass equals N-pass within the precision of {report.dtype}."
+    else:
+        verdict = f"The single pass does NOT equal N-pass: {'; '.join(_differences(report))}."
+    if report.turns_left_out:
+        verdict += f" {report.turns_left_out} turns beyond max_tokens were not compared."
+    return verdict
+
+
+def _differences(report: VerifyReport) -> Iterator[str]:
     for index, row in enumerate(report.rows):
         if row.leak.leaked > 0:
-            found.append(f"row {index}: a turn sees tokens of another turn")
+            yield f"row {index}: a turn sees tokens of another turn"
         if row.leak.blind > 0:
-            found.append(f"row {index}: {row.leak.blind} tokens of a turn's own history have no effect on it")
+            yield f"row {index}: {row.leak.blind} tokens of a turn's own history have no effect on it"
         if not all(turn.ok for turn in row.turns):
-            found.append(f"row {index}: losses differ")
+            yield f"row {index}: losses differ"
         if not row.gradient_error <= row.gradient_allowed:
-            found.append(f"row {index}: gradients differ")
-    return "The single pass does NOT equal N-pass: " + "; ".join(found) + "."
+            yield f"row {index}: gradients differ"

@@ -1,11 +1,11 @@
-"""The single pass, taken apart by turn for the comparison with N-pass, and a probe for leaks between branches."""
+"""The single pass with its losses by turn, for the comparison with N-pass, and a probe for leaks between branches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,43 +19,48 @@ from ..trees.rows import Row
 from ..trees.sample import Sample
 from .npass import (
     LossAndGradients,
-    device_of,
-    gradients_of,
+    compute_gradients,
+    get_device,
+    get_text_config,
+    has_auxiliary_loss,
     stock_attention,
     stopwatch,
-    text_config,
     trainable_parameters,
-    wants_auxiliary_loss,
 )
 
 
-def single_pass_loss_and_gradients(model: nn.Module, samples: Sequence[Sample]) -> LossAndGradients:
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.utils import ModelOutput
+
+
+def single_pass_loss_and_gradients(model: PreTrainedModel, samples: Sequence[Sample]) -> LossAndGradients:
     """
-    Loss and gradients of the same samples in one pass over their prefix tree.
+    Compute loss and gradients of the same samples in one pass over their prefix tree.
 
     Args:
         model (`torch.nn.Module`):
-            Model under tree attention (see [`enable_tree`]), in the mode in which it shall run.
+            Model under tree attention (see [`enable_tree`]), in training or evaluation mode.
         samples (`Sequence[Sample]`):
-            Samples, with at least one trained token between them.
+            Samples, with at least one trained token in all.
 
     Returns:
-        `LossAndGradients`: As [`npass_loss_and_gradients`] returns it; `num_tokens` are those of the tree.
+        `LossAndGradients`: The same quantities as from [`npass_loss_and_gradients`]; `num_tokens` counts the tree.
     """
     tree = PrefixTree.from_samples(samples)
-    batch = _batch_of(tree, device_of(model))
+    batch = _make_batch(tree, get_device(model))
     paths = sample_paths(tree, samples)
     positions = (batch["labels"][0] != IGNORE_INDEX).nonzero()[:, 0] - 1
     parameters = trainable_parameters(model)
     with stopwatch(model) as seconds:
-        outputs = _run(model, batch)
+        outputs = _forward(model, batch)
         targets = batch["labels"][0, positions + 1]
         nll = F.cross_entropy(outputs.logits[0, positions].float(), targets, reduction="none")
         weights = batch["loss_weights"][0, positions + 1].to(nll.dtype) if "loss_weights" in batch else nll.new_ones(1)
         loss = (nll * weights).sum() / weights.expand_as(nll).sum()
-        if wants_auxiliary_loss(model):
-            loss = loss + text_config(model).router_aux_loss_coef * outputs.aux_loss
-        gradients = gradients_of(loss, parameters)
+        if has_auxiliary_loss(model):
+            loss = loss + get_text_config(model).router_aux_loss_coef * outputs.aux_loss
+        gradients = compute_gradients(loss, parameters)
     row_nll = torch.full((len(tree),), torch.nan, dtype=torch.float64)
     row_nll[positions.cpu()] = nll.detach().double().cpu()
     token_losses = tuple(
@@ -67,14 +72,14 @@ def single_pass_loss_and_gradients(model: nn.Module, samples: Sequence[Sample]) 
 @dataclass(frozen=True, slots=True)
 class LeakReport:
     """
-    What the outputs of a row's turns depend on.
+    Which tokens the outputs of a row's turns depend on.
 
     Args:
         leaked (`float`):
-            Largest gradient of a turn's output with respect to the embedding of a token that is not in the turn's
-            sample. Anything but 0 is a leak.
+            Largest gradient of a turn's output with respect to the embedding of a token outside its sample. Anything
+            but 0 is a leak.
         blind (`int`):
-            Number of tokens whose embedding has an effect in N-pass and none in the single pass.
+            Number of tokens whose embedding has an effect in N-pass but none in the single pass.
     """
 
     leaked: float
@@ -82,15 +87,15 @@ class LeakReport:
 
     @property
     def ok(self) -> bool:
-        """Whether each turn sees all tokens of its sample and none besides."""
+        """Whether each turn sees all tokens of its sample and no others."""
         return self.leaked == 0 and self.blind == 0
 
 
-def leak_probe(model: nn.Module, samples: Sequence[Sample], num_probes: int = 4) -> LeakReport:
+def leak_probe(model: PreTrainedModel, samples: Sequence[Sample], num_probes: int = 4) -> LeakReport:
     """
-    Check by gradients that turns see their own history and nothing of each other.
+    Check with gradients that each turn sees its own history and nothing of the other turns.
 
-    This needs no tolerance: masked attention contributes exactly zero in every precision.
+    No tolerance is needed: masked attention contributes exactly zero in every precision.
 
     Args:
         model (`torch.nn.Module`):
@@ -98,7 +103,7 @@ def leak_probe(model: nn.Module, samples: Sequence[Sample], num_probes: int = 4)
         samples (`Sequence[Sample]`):
             Samples of one row.
         num_probes (`int`, defaults to 4):
-            Number of samples whose last output is differentiated, evenly spread.
+            Number of samples, evenly spread, whose last output is differentiated.
 
     Returns:
         `LeakReport`: Leaks and blind spots over all probes.
@@ -108,11 +113,11 @@ def leak_probe(model: nn.Module, samples: Sequence[Sample], num_probes: int = 4)
     chosen = np.unique(np.linspace(0, len(samples) - 1, min(num_probes, len(samples))).round().astype(int))
     leaked, blind = 0.0, 0
     with _captured_embeddings(model) as embeddings:
-        logits = _run(model, _batch_of(tree, device_of(model))).logits[0]
+        logits = _forward(model, _make_batch(tree, get_device(model))).logits[0]
         row_embeddings = embeddings.pop()
         for index in chosen:
             effect = _effect(logits[paths[index][-1]], row_embeddings)
-            token_ids = torch.tensor(samples[index].token_ids, device=device_of(model))[None]
+            token_ids = torch.tensor(samples[index].token_ids, device=get_device(model))[None]
             with stock_attention(model):
                 output = model(input_ids=token_ids, use_cache=False).logits[0, -1]
             expected = _effect(output, embeddings.pop())
@@ -124,18 +129,18 @@ def leak_probe(model: nn.Module, samples: Sequence[Sample], num_probes: int = 4)
 
 
 def _effect(output: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    """Largest gradient of an output by token: embeddings of shape `(1, length, hidden)` to `(length,)`."""
+    """Largest absolute gradient of an output by token, of shape `(length,)`; embeddings are `(1, length, hidden)`."""
     direction = torch.cos(torch.arange(len(output), device=output.device)).to(output.dtype)
     (gradient,) = torch.autograd.grad(output @ direction, embeddings, retain_graph=True)
     return gradient[0].abs().amax(-1).double().cpu()
 
 
 @contextmanager
-def _captured_embeddings(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Collect what the embedding layer returns, as leaves that have a gradient even where the layer is frozen."""
+def _captured_embeddings(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Collect the outputs of the embedding layer as leaves, so that they have gradients even if it is frozen."""
     captured: list[torch.Tensor] = []
 
-    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    def hook(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
         captured.append(output.detach().requires_grad_())
         return captured[-1]
 
@@ -146,14 +151,14 @@ def _captured_embeddings(model: Any) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-def _batch_of(tree: PrefixTree, device: torch.device) -> dict[str, Any]:
+def _make_batch(tree: PrefixTree, device: torch.device) -> dict[str, Any]:
     batch = DataCollatorForSinglePass(pad_token_id=0)([Row.from_tree(tree).columns()])
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-def _run(model: nn.Module, batch: dict[str, Any]) -> Any:
+def _forward(model: PreTrainedModel, batch: dict[str, Any]) -> ModelOutput:
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
-    if wants_auxiliary_loss(model):
+    if has_auxiliary_loss(model):
         inputs["output_router_logits"] = True
     with tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]):
         return model(**inputs, use_cache=False)

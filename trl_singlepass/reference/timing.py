@@ -1,11 +1,11 @@
-"""Both ways timed on this machine: one forward and backward per sample, and one per tree."""
+"""Times N-pass and the single pass on this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -17,16 +17,20 @@ from .npass import LossAndGradients, npass_loss_and_gradients
 from .single_pass import single_pass_loss_and_gradients
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """
-    Measured and counted work of some conversations, both ways.
+    Measured time and counted work of N-pass and the single pass on the same conversations.
 
     Args:
         npass_seconds (`float`):
-            Forward and backward of all samples, one by one: sum over conversations of the median of all repeats.
+            Forward and backward of all samples, one by one: the sum over conversations of each one's median.
         single_pass_seconds (`float`):
-            The same for all trees.
+            The same for the trees.
         npass_cost (`Cost`):
             Counted work of all samples.
         single_pass_cost (`Cost`):
@@ -40,7 +44,7 @@ class Timing:
 
     @property
     def speedup(self) -> float:
-        """Seconds of N-pass ÷ seconds of the single pass."""
+        """Measured seconds of N-pass ÷ those of the single pass."""
         return self.npass_seconds / self.single_pass_seconds
 
     @property
@@ -49,7 +53,7 @@ class Timing:
         return self.npass_cost.flops / self.single_pass_cost.flops
 
     def table(self) -> Table:
-        """Return the timing as a table."""
+        """Return the timing as a table for `rich` to print."""
         table = Table(title="Forward and backward on this machine", title_justify="left", title_style="bold")
         for name in ("", "N-pass", "single pass", "N-pass ÷ single pass"):
             table.add_column(name, justify="right" if name else "left")
@@ -64,27 +68,27 @@ class Timing:
 
 
 def time_both(
-    model: Any,
+    model: PreTrainedModel,
     conversations: Sequence[Sequence[Sample]],
     *,
     repeats: int = 3,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[], object] = lambda: None,
 ) -> Timing:
     """
-    Time N-pass and the single pass on the same conversations. The model is left on tree attention.
+    Time N-pass and the single pass on the same conversations. Afterwards, the model is on tree attention.
 
     Args:
         model (`torch.nn.Module`):
-            Model, on its own attention.
+            Model on stock attention.
         conversations (`Sequence[Sequence[Sample]]`):
             Samples of each conversation.
         repeats (`int`, *optional*, defaults to 3):
-            Timed runs of each conversation, after one to warm up.
+            Timed runs of each conversation, after one warm-up run.
         on_step (`Callable`, *optional*):
-            Called after each run, for a progress bar: `2 × conversations × (repeats + 1)` times.
+            Called after each run, `2 × conversations × (repeats + 1)` times in all, for a progress bar.
 
     Returns:
-        `Timing`: The measurement, with the counted work beside it.
+        `Timing`: Measured time and counted work.
     """
     shape = get_model_shape(model.config)
     npass = _seconds(npass_loss_and_gradients, model, conversations, repeats, on_step)
@@ -99,11 +103,11 @@ def time_both(
 
 
 def _seconds(
-    run: Callable[[Any, Sequence[Sample]], LossAndGradients],
-    model: Any,
+    run: Callable[[PreTrainedModel, Sequence[Sample]], LossAndGradients],
+    model: PreTrainedModel,
     conversations: Sequence[Sequence[Sample]],
     repeats: int,
-    on_step: Callable[[], None],
+    on_step: Callable[[], object],
 ) -> float:
     total = 0.0
     for samples in conversations:

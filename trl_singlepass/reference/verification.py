@@ -1,14 +1,15 @@
-"""`verify`: N-pass and the single pass on a user's own model, tokenizer and conversations."""
+"""`verify`: compares N-pass and the single pass on a user's own model, tokenizer and conversations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from datasets.utils.tqdm import tqdm
 from torch import nn
 
 from ..data.bad_rows import read_all
@@ -17,102 +18,132 @@ from ..rendering.samples import render_example
 from ..training.model import enable_tree, without_adapters
 from ..trees.sample import Sample
 from .float64 import ForcedFloat64
-from .npass import LossAndGradients, device_of, npass_loss_and_gradients, text_config
+from .npass import LossAndGradients, get_device, get_text_config, npass_loss_and_gradients
 from .report import RowComparison, TurnComparison, VerifyReport
 from .single_pass import leak_probe, single_pass_loss_and_gradients
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 FLOAT64_TOLERANCE = 1e-12
-# The single pass and N-pass both carry rounding errors of about the size that is measured.
+# The single pass and N-pass both carry rounding errors of about the measured size.
 NOISE_FACTOR = 2.0
 
 
 def verify(
-    model: nn.Module,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     conversations: Iterable[Any],
     *,
-    tools: Any = None,
+    tools: list[Any] | str | None = None,
     chat_template: str | None = None,
     max_rows: int | None = None,
+    max_tokens: int | None = None,
 ) -> VerifyReport:
     """
     Check on your own model and data that the single pass computes what N separate samples would.
 
-    Each conversation is run three times: as separate samples, as separate samples by a model whose weights are all
-    moved by about one unit in the last place, and as one prefix tree. The second run measures how much of a
-    difference the precision of the model's dtype explains: its distance from the first is the error that one rounding
-    of each weight makes. The single pass agrees if it is no further away than twice that. A float64 model is held to
-    1e-12 instead, with the float32 parts of its code forced to float64.
-
-    In addition, gradients show that no turn's output depends on a token outside its own sample. That is exact in
-    every precision.
+    N-pass runs twice, once with every weight moved by about one unit in the last place. The difference between the two
+    runs is the error that the model's precision explains; the single pass may differ by at most twice as much. A
+    float64 model must agree to 1e-12 instead, with the float32 parts of its code forced to float64. Gradients then
+    show, exactly and in every precision, that no turn's output depends on a token outside its own sample.
 
     The model is left as it was: parameters, gradients, training mode, attention implementation and random state. It
-    runs in evaluation mode, so without dropout and gradient checkpointing; three sets of gradients and a second copy
-    of the parameters must fit beside it.
+    runs in evaluation mode, so without dropout and gradient checkpointing. Three sets of gradients and a second copy
+    of the parameters must fit in memory beside it.
 
     Args:
-        model (`torch.nn.Module`):
-            Causal language model of transformers, or a `PeftModel` around one (of which the adapter is compared).
+        model (`PreTrainedModel`):
+            Causal language model, or a `PeftModel` around one, whose adapter is compared.
         tokenizer (`PreTrainedTokenizerBase`):
             Tokenizer with a chat template.
         conversations (`Iterable`):
-            Lists of messages, or dataset rows: dictionaries with `messages`, or `prompt` and `completion`, and
-            whatever else [`SinglePassSFTTrainer`] accepts beside them.
+            Lists of messages, or examples as [`SinglePassSFTTrainer`] takes them.
         tools (`list` or `str`, *optional*):
-            Tools for conversations that bring none of their own.
+            Tools for conversations that have none of their own.
         chat_template (`str`, *optional*):
             Template to use instead of the tokenizer's.
         max_rows (`int`, *optional*):
-            Number of conversations to check, from the first. All by default.
+            Number of conversations to check, from the first. Defaults to all.
+        max_tokens (`int`, *optional*):
+            Length of the separate samples to check of each conversation, in tokens. Its first turns are checked as
+            far as they fit, at least one; the report counts the others. Defaults to all.
 
     Returns:
-        `VerifyReport`: `.ok` says whether all agrees; `str()` of it is a table.
+        `VerifyReport`: `.ok` says whether everything agrees; `str()` of it is a table.
 
     Raises:
-        `ValueError`: If there is no conversation, or some cannot be rendered; all of these are named.
+        `ValueError`: If there is no conversation, or some cannot be rendered; the error names all of these.
 
     Example:
 
     ```python
     report = verify(model, tokenizer, dataset, max_rows=4)
-    print(report)
-    assert report.ok
+    assert report.ok, report
     ```
     """
+    rendered = _render(list(islice(conversations, max_rows)), tokenizer, tools, chat_template)
+    rows = [_first_turns(samples, max_tokens) for samples in rendered]
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    left_out = sum(map(len, rendered)) - sum(map(len, rows))
+    return VerifyReport(_compare_rows(model, rows, dtype), str(dtype).removeprefix("torch."), left_out)
 
+
+def _render(
+    conversations: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: list[Any] | str | None,
+    chat_template: str | None,
+) -> list[list[Sample]]:
     def read(index: int, conversation: Any) -> list[Sample]:
         row = dict(conversation) if isinstance(conversation, Mapping) else {"messages": conversation}
         if tools is not None and row.get("tools") is None:
             row["tools"] = tools
         return render_example(row, tokenizer, chat_template=chat_template, example_index=index)
 
-    rows = read_all(list(islice(conversations, max_rows)), read, "given")
-    if not rows:
+    if not conversations:
         raise ValueError("Nothing to verify: `conversations` is empty. Pass at least one conversation.")
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    with _left_as_found(model) as attention, ForcedFloat64() if dtype is torch.float64 else nullcontext():
-        compared = tuple(_compare(model, index, samples, dtype, attention) for index, samples in enumerate(rows))
-    return VerifyReport(compared, str(dtype).removeprefix("torch."))
+    return read_all(conversations, read, "given")
+
+
+def _first_turns(samples: list[Sample], max_tokens: int | None) -> list[Sample]:
+    if max_tokens is None:
+        return samples
+    num_fitting = int((np.cumsum([len(sample) for sample in samples]) <= max_tokens).sum())
+    return samples[: max(num_fitting, 1)]
+
+
+def _compare_rows(
+    model: PreTrainedModel, rows: Sequence[Sequence[Sample]], dtype: torch.dtype
+) -> tuple[RowComparison, ...]:
+    num_passes = sum(2 * len(samples) + 3 for samples in rows)
+    with (
+        tqdm(total=num_passes, desc="Verifying", unit=" passes") as bar,
+        _left_as_found(model) as attention,
+        ForcedFloat64() if dtype is torch.float64 else nullcontext(),
+    ):
+        return tuple(
+            _compare(model, index, samples, dtype, attention, bar.update) for index, samples in enumerate(rows)
+        )
 
 
 @contextmanager
-def _left_as_found(model: Any) -> Iterator[str | None]:
-    """Take the model off trees and to evaluation; yield the tree attention that it came with, as a trainer's does."""
+def _left_as_found(model: PreTrainedModel) -> Iterator[str | None]:
+    """Put the model on stock layers in evaluation mode; yield the tree attention it came with, if any."""
     base = without_adapters(model)
     modes = {module: module.training for module in model.modules()}
-    attention = text_config(base)._attn_implementation
-    came_on_trees = attention.startswith("tree_") or any(map(runs_on_trees, base.modules()))
-    devices = [device_of(model)] if device_of(model).type == "cuda" else []
+    attention = get_text_config(base)._attn_implementation
+    was_on_trees = attention.startswith("tree_") or any(map(runs_on_trees, base.modules()))
+    devices = [get_device(model)] if get_device(model).type == "cuda" else []
     model.eval()
-    if came_on_trees:
+    if was_on_trees:
         _leave_trees(base, "sdpa" if base._supports_sdpa else "eager")
     try:
         with torch.random.fork_rng(devices), torch.enable_grad():
-            yield attention if came_on_trees else None
+            yield attention if was_on_trees else None
     finally:
-        if came_on_trees:
+        if was_on_trees:
             enable_tree(base)
             _set_attention(base, attention)
         for module, training in modes.items():
@@ -120,7 +151,7 @@ def _left_as_found(model: Any) -> Iterator[str | None]:
 
 
 @contextmanager
-def _on_trees(model: Any, tree_attention: str | None) -> Iterator[None]:
+def _on_trees(model: PreTrainedModel, tree_attention: str | None) -> Iterator[None]:
     base = without_adapters(model)
     before = enable_tree(base)
     try:
@@ -131,26 +162,35 @@ def _on_trees(model: Any, tree_attention: str | None) -> Iterator[None]:
         _leave_trees(base, before)
 
 
-def _leave_trees(base: Any, attention: str) -> None:
+def _leave_trees(base: PreTrainedModel, attention: str) -> None:
     disable_tree_recurrence(base)
     _set_attention(base, attention)
 
 
-def _set_attention(base: Any, implementation: str) -> None:
-    if base._can_set_attn_implementation():  # some models have recurrent layers only
+def _set_attention(base: PreTrainedModel, implementation: str) -> None:
+    if base._can_set_attn_implementation():  # models with recurrent layers only cannot
         base.set_attn_implementation(implementation)
 
 
 def _compare(
-    model: Any, index: int, samples: Sequence[Sample], dtype: torch.dtype, tree_attention: str | None
+    model: PreTrainedModel,
+    index: int,
+    samples: Sequence[Sample],
+    dtype: torch.dtype,
+    tree_attention: str | None,
+    on_pass: Callable[[], object],
 ) -> RowComparison:
-    # The run with moved weights comes first: it warms up the device for the two that are timed.
-    with _moved_by_one_rounding(model):
-        moved = npass_loss_and_gradients(model, samples)
-    npass = npass_loss_and_gradients(model, samples)
+    # Both ways run once before they are timed: kernels are compiled, tuned and cached by shape.
+    with _weights_moved_by_one_rounding(model):
+        moved = npass_loss_and_gradients(model, samples, on_pass=on_pass)
+    npass = npass_loss_and_gradients(model, samples, on_pass=on_pass)
     with _on_trees(model, tree_attention):
+        single_pass_loss_and_gradients(model, samples)
+        on_pass()
         single_pass = single_pass_loss_and_gradients(model, samples)
+        on_pass()
         leak = leak_probe(model, samples)
+        on_pass()
     is_float64 = dtype is torch.float64
     difference = {name: single_pass.gradients[name] - gradient for name, gradient in npass.gradients.items()}
     noise = _norm({name: moved.gradients[name] - gradient for name, gradient in npass.gradients.items()})
@@ -180,19 +220,21 @@ def _compare_turns(
     single_pass: LossAndGradients,
     moved: LossAndGradients | None,
 ) -> tuple[TurnComparison, ...]:
-    # Over the whole row: a turn of few tokens can come out nearly equal by luck.
+    # The error allowed is that of the whole row: the few tokens of a short turn may agree by luck.
     if moved is None:
         allowed = FLOAT64_TOLERANCE * _largest(torch.cat(npass.token_losses))
     else:
         allowed = NOISE_FACTOR * _largest(torch.cat(npass.token_losses) - torch.cat(moved.token_losses))
     turns = []
-    for sample, a, b in zip(samples, npass.token_losses, single_pass.token_losses, strict=True):
+    losses = zip(samples, npass.token_losses, single_pass.token_losses, strict=True)
+    for number, (sample, a, b) in enumerate(losses, start=1):
         weights = torch.from_numpy(sample.loss_weights[np.flatnonzero(sample.loss_weights)])
         if len(weights) == 0:
             continue
         turns.append(
             TurnComparison(
                 row=index,
+                turn=number,
                 message_index=sample.message_index,
                 num_tokens=len(weights),
                 npass_loss=float((a * weights).sum() / weights.sum()),
@@ -205,8 +247,8 @@ def _compare_turns(
 
 
 @contextmanager
-def _moved_by_one_rounding(model: nn.Module) -> Iterator[None]:
-    """Multiply each weight by 1 + eps or 1 - eps, at random, and put back the original memory afterwards."""
+def _weights_moved_by_one_rounding(model: nn.Module) -> Iterator[None]:
+    """Multiply each weight by 1 + eps or 1 - eps at random, then restore the original tensors."""
     kept = {parameter: parameter.data for parameter in model.parameters() if parameter.is_floating_point()}
     try:
         for seed, (parameter, data) in enumerate(kept.items()):

@@ -88,11 +88,7 @@ def audit(
     rows, positions = _draw(dataset, num_rows, DEFAULT_SAMPLE_SIZE if sample_size is None else sample_size, seed)
     if not positions:
         raise ValueError("Nothing to audit: the dataset is empty.")
-    tally = Tally()
-    with tqdm(total=len(positions), desc="Auditing conversations", unit=" rows") as bar:
-        for part in _audit_batches(auditor, rows, positions, num_proc or 1):
-            tally.merge(part)
-            bar.update(part.num_rows)
+    tally = _audit_positions(auditor, rows, positions, num_proc or 1)
     return _make_report(tally, auditor, num_rows, max_length)
 
 
@@ -116,6 +112,15 @@ def _draw(
         return rows, list(range(len(rows)))
     drawn = np.random.default_rng(seed).permutation(num_rows)[:sample_size]
     return dataset, np.sort(drawn).tolist()
+
+
+def _audit_positions(auditor: Auditor, rows: Dataset | Sequence[Any], positions: list[int], num_proc: int) -> Tally:
+    tally = Tally()
+    with tqdm(total=len(positions), desc="Auditing conversations", unit=" rows") as bar:
+        for part in _audit_batches(auditor, rows, positions, num_proc):
+            tally.merge(part)
+            bar.update(part.num_rows)
+    return tally
 
 
 def _audit_batches(
