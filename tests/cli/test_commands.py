@@ -19,11 +19,8 @@ from support.conversations import TOOLS, chat, tool_chat
 from support.trainers import float32_model
 from trl_singlepass.cli import commands, launch
 from trl_singlepass.cli.main import EXAMPLES, SUMMARIES, _parser_class, main
-from trl_singlepass.cost import ModelShape, npass_cost
 from trl_singlepass.data.files import JsonLines, load_examples
-from trl_singlepass.reference import timing
 from trl_singlepass.rendering.samples import render_example
-from trl_singlepass.reports.audit import audit
 from trl_singlepass.scripts import sft
 from trl_singlepass.training.checkpoints import checkpoint_to_resume
 
@@ -150,22 +147,6 @@ def test_bench_times_both_with_the_forecast_beside(run, model, data):
     assert "2 conversations, 5 turns" in out
 
 
-def test_timing_counts_the_work_it_times():
-    tokenizer = make_tokenizer()
-    conversations = [render_example(row, tokenizer) for row in rows()[:2]]
-    network, steps = float32_model(tokenizer), []
-    timed = timing.time_both(network, conversations, repeats=2, on_step=lambda: steps.append(1))
-    assert len(steps) == 2 * 2 * 3
-    assert network.config._attn_implementation.startswith("tree_")
-    samples = [sample for turns in conversations for sample in turns]
-    assert timed.npass_cost == npass_cost(samples, ModelShape.from_config(network.config))
-    assert timed.npass_cost.tokens > timed.single_pass_cost.tokens
-    assert (
-        timed.forecast
-        == audit([row["messages"] for row in rows()[:2]], tokenizer, network.config).forecast.over_npass.value
-    )
-
-
 def test_flags_win_over_the_config_file(run, model, data, tmp_path):
     (tmp_path / "c.yaml").write_text("sample_size: 3\nseed: 1\n")
     _, out, _ = run("audit", model, data, "--config", tmp_path / "c.yaml", "--json", "-")
@@ -242,7 +223,7 @@ def test_debug_shows_where(model, broken):
         main(["inspect", model, str(broken / "user.jsonl"), "--debug"])
 
 
-def test_text_of_the_data_is_escaped_in_the_audit_page(run, model, tmp_path):
+def test_get_text_the_data_is_escaped_in_the_audit_page(run, model, tmp_path):
     row = {"messages": [{"role": "<script>alert(1)</script>[red]", "content": "x"}]}
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"messages": chat(1)}) + "\n")
     _, out, _ = run("audit", model, tmp_path / "x.jsonl", "--html", tmp_path / "x.html")

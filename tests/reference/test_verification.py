@@ -5,14 +5,13 @@ import torch
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from support.conversations import TOOLS, chat, tool_chat
-from support.sample_sets import reasoning_chat
+from support.planted_defects import DEFECTS, plant_defect
 from support.tiny_families import FAMILIES, tiny_model
-from trl_singlepass import Sample, verify
+from trl_singlepass import verify
 from trl_singlepass.recurrent.layer import runs_on_trees
-from trl_singlepass.reference import leak_probe, npass_loss_and_gradients, single_pass, verification
+from trl_singlepass.reference import single_pass, verification
 from trl_singlepass.rendering.samples import render_row
 from trl_singlepass.training.model import enable_tree
-from trl_singlepass.trees.rows import TreePlan
 
 
 CONVERSATIONS = [chat(3), chat(2, seed=1)]
@@ -30,24 +29,6 @@ def test_a_sound_model_agrees(tokenizer, family, dtype):
     assert report.rows[0].leak.leaked == 0
     assert len(report.rows) == 2
     assert [turn.message_index for turn in report.rows[0].turns] == [2, 4, 6]
-
-
-def test_the_report_is_a_table(tokenizer):
-    report = verify(model_for(tokenizer), tokenizer, CONVERSATIONS)
-    text = str(report)
-    assert "The single pass equals N-pass within the precision of float32." in text
-    assert "Loss per turn (5 of 5)" in text
-    assert f"{report.npass_loss:.6f}" in text
-    tokens = [(row.npass_tokens, row.single_pass_tokens) for row in report.rows]
-    assert f"sharing factor {sum(n for n, _ in tokens) / sum(t for _, t in tokens):.2f}" in text
-    assert max(map(len, text.splitlines())) <= 110
-
-
-def test_losses_are_pooled_over_tokens(tokenizer):
-    report = verify(model_for(tokenizer), tokenizer, CONVERSATIONS)
-    turns = [turn for row in report.rows for turn in row.turns]
-    pooled = sum(turn.npass_loss * turn.num_tokens for turn in turns) / sum(turn.num_tokens for turn in turns)
-    assert report.npass_loss == pytest.approx(pooled, rel=1e-6)
 
 
 def test_dataset_rows_with_tools_and_completions(tokenizer):
@@ -194,85 +175,10 @@ def test_the_model_is_left_as_it_was_after_an_error(tokenizer, monkeypatch):
     assert (after["training"], after["attention"]) == (before["training"], before["attention"])
 
 
-def test_npass_ignores_tree_attention(tokenizer):
-    model = model_for(tokenizer)
-    samples = reasoning_chat()
-    expected = npass_loss_and_gradients(model, samples)
-    enable_tree(model)
-    found = npass_loss_and_gradients(model, samples)
-    assert model.config._attn_implementation == "tree_torch"
-    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
-    assert found.num_tokens == sum(map(len, samples))
-
-
-def test_npass_needs_a_trained_token(tokenizer):
-    with pytest.raises(ValueError, match="no token of the samples has a weight above 0"):
-        npass_loss_and_gradients(model_for(tokenizer), [Sample([1, 2], [0, 0], 1)])
-
-
-def plant(monkeypatch, change):
-    """Plant a defect in the batch on its way to the model."""
-    collate = single_pass._make_batch
-    monkeypatch.setattr(single_pass, "_make_batch", lambda *args: change(collate(*args)))
-
-
-def target_moved_by_one(batch):
-    labels, branch = batch["labels"][0], batch["tree_plan"].runs[-1]
-    labels[branch.start + 1 : branch.end - 1] = labels[branch.start + 2 : branch.end].clone()
-    return batch
-
-
-def position_off_by_one(batch):
-    run = batch["tree_plan"].runs[-1]
-    batch["position_ids"][0, run.start : run.end] += 1
-    return batch
-
-
-def branch_sees_its_sibling(batch):
-    *_, sibling, branch = batch["tree_plan"].runs
-    batch["subtree_end"][0, sibling.start : sibling.end] = branch.end
-    batch["tree_plan"] = TreePlan.from_subtree_end(batch["subtree_end"][0].numpy())
-    return batch
-
-
-def branch_misses_its_history(batch):
-    branch = batch["tree_plan"].runs[-1]
-    _, end = branch.prefix[-1]
-    batch["subtree_end"][0, end - 5 : end] = branch.start
-    batch["tree_plan"] = TreePlan.from_subtree_end(batch["subtree_end"][0].numpy())
-    return batch
-
-
-DEFECTS = [target_moved_by_one, position_off_by_one, branch_sees_its_sibling, branch_misses_its_history]
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
 def test_defects_are_found(tokenizer, monkeypatch, defect, dtype):
-    plant(monkeypatch, defect)
+    plant_defect(monkeypatch, defect)
     report = verify(model_for(tokenizer, dtype=dtype), tokenizer, CONVERSATIONS)
     assert not report.ok
     assert "does NOT equal N-pass" in str(report)
-
-
-def test_the_verdict_names_a_leak(tokenizer, monkeypatch):
-    plant(monkeypatch, branch_sees_its_sibling)
-    model = model_for(tokenizer)
-    assert "a turn sees tokens of another turn" in str(verify(model, tokenizer, CONVERSATIONS))
-    enable_tree(model)
-    assert leak_probe(model.eval(), reasoning_chat()).leaked > 0
-
-
-def test_the_verdict_names_lost_history(tokenizer, monkeypatch):
-    plant(monkeypatch, branch_misses_its_history)
-    model = model_for(tokenizer)
-    assert "have no effect on it" in str(verify(model, tokenizer, CONVERSATIONS))
-    enable_tree(model)
-    assert leak_probe(model.eval(), reasoning_chat()).blind > 0
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_sound_model_leaks_nothing(family):
-    model = tiny_model(family, dtype=torch.float32).eval()
-    enable_tree(model)
-    assert leak_probe(model, reasoning_chat()).ok
