@@ -7,7 +7,7 @@ from support.conversations import chat
 from support.trainers import float32_model
 from trl_singlepass.cost import ModelShape, npass_cost
 from trl_singlepass.reference import timing
-from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.audit import audit
 
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWa
 def test_timing_counts_the_work_it_times():
     tokenizer = make_tokenizer()
     chats = [chat(3), chat(2, 1)]
-    conversations = [render_row({"messages": messages}, tokenizer) for messages in chats]
+    conversations = [render_example({"messages": messages}, tokenizer) for messages in chats]
     network, steps = float32_model(tokenizer), []
     timed = timing.time_both(network, conversations, repeats=2, on_step=lambda: steps.append(1))
     assert len(steps) == 2 * 2 * 3

@@ -10,7 +10,7 @@ from support.tiny_families import FAMILIES, tiny_model
 from trl_singlepass import verify
 from trl_singlepass.recurrent.layer import runs_on_trees
 from trl_singlepass.reference import single_pass, verification
-from trl_singlepass.rendering.samples import render_row
+from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.training.model import enable_tree
 
 
@@ -49,7 +49,7 @@ def test_max_rows_limits_the_work(tokenizer):
 
 
 def test_max_tokens_leaves_out_turns_and_says_so(tokenizer):
-    model, lengths = model_for(tokenizer), [len(sample) for sample in render_row({"messages": chat(3)}, tokenizer)]
+    model, lengths = model_for(tokenizer), [len(sample) for sample in render_example({"messages": chat(3)}, tokenizer)]
     report = verify(model, tokenizer, [chat(3)], max_tokens=sum(lengths[:2]))
     assert report.ok, str(report)
     assert [turn.turn for turn in report.rows[0].turns] == [1, 2]

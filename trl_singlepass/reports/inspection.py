@@ -100,8 +100,8 @@ class Inspection:
         tree = PrefixTree.from_samples(samples)
         plan = TreePlan.from_subtree_end(tree.subtree_end)
         paths = sample_paths(tree, samples)
-        get_text = {token: tokenizer.decode([token]) for token in np.unique(tree.input_ids).tolist()}
-        texts = tuple(get_text[token] for token in tree.input_ids.tolist())
+        token_texts = {token: tokenizer.decode([token]) for token in np.unique(tree.input_ids).tolist()}
+        texts = tuple(token_texts[token] for token in tree.input_ids.tolist())
         roles = _roles(tree, plan, texts, set(tokenizer.added_tokens_decoder))
         for sample, path in zip(samples, paths, strict=True):
             reasoning_end = sample.prompt_length + sample.reasoning_length
@@ -109,7 +109,7 @@ class Inspection:
                 roles[position] = TokenRole.REASONING
             for position in path[reasoning_end:]:
                 roles[position] = TokenRole.ANSWER
-        targets = tuple(get_text.get(label) for label in [*tree.labels[1:].tolist(), IGNORE_INDEX])
+        targets = tuple(token_texts.get(label) for label in [*tree.labels[1:].tolist(), IGNORE_INDEX])
         weights = incoming_weights(tree, plan)
         return cls(tuple(samples), tree, plan, tuple(paths), texts, tuple(roles), targets, weights)
 

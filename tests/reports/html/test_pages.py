@@ -32,7 +32,8 @@ def pages(tmp_path_factory):
     long_word = [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y" * 300}]
     chats = {"chat": chat(12), "tools": tool_chat(), "word": long_word}
     for name, messages in chats.items():
-        inspection = Inspection.from_samples(render_example({"messages": messages, "tools": TOOLS}, tokenizer), tokenizer)
+        samples = render_example({"messages": messages, "tools": TOOLS}, tokenizer)
+        inspection = Inspection.from_samples(samples, tokenizer)
         (folder / f"{name}.html").write_text(inspection_page(inspection, f"a {'long ' * 20}title"), "utf-8")
     report = audit([{"messages": messages} for messages in chats.values()], tokenizer)
     (folder / "audit.html").write_text(audit_page(report, "audit"), "utf-8")
