@@ -1,16 +1,28 @@
 """Counted work against brute force: every pair of a tree and of its samples, one by one."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+)
 
 from benchmarks.conversations import Sizes, conversation
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
+from trl_singlepass.cost.flops import GATED_DELTA_CHUNK
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.sample import Sample
 
@@ -91,6 +103,48 @@ def test_a_token_pays_for_the_experts_that_it_visits():
     router = 32 * 16
     expected = ModelShape.from_config(dense).matrix_parameters + router
     assert ModelShape.from_config(mixture).matrix_parameters == expected
+
+
+SMALL = {
+    "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 32,
+}  # fmt: skip
+
+
+def operations_that_pytorch_counts(model, num_tokens):
+    """By operator, of one forward of the decoder."""
+    with FlopCounterMode(display=False) as counter:
+        model.model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long), use_cache=False)
+    return Counter({str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()})
+
+
+def test_gpt_oss_costs_what_pytorch_counts():
+    config = GptOssConfig(**SMALL, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=16)
+    model = GptOssForCausalLM._from_config(config, attn_implementation="eager", experts_implementation="eager")
+    shape, length = ModelShape.from_config(config), 32
+    # PyTorch computes all pairs, and masks them then.
+    expected = 2 * shape.matrix_parameters * length + 4 * shape.attention_width * 2 * length**2
+    assert operations_that_pytorch_counts(model, length).total() == expected
+    assert shape.windows == (16, None)
+
+
+def test_a_gated_delta_rule_costs_what_pytorch_counts():
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    config = Qwen3_5TextConfig(
+        **SMALL, **linear, linear_key_head_dim=16, linear_value_head_dim=24, num_hidden_layers=4
+    )
+    model = Qwen3_5ForCausalLM._from_config(config, attn_implementation="eager")
+    shape, length = ModelShape.from_config(config), 2 * GATED_DELTA_CHUNK
+    counted = operations_that_pytorch_counts(model, length)
+    num_scans, width = 3, 2 * 2 * 16 + 4 * 24
+    convolutions = num_scans * width * config.linear_conv_kernel_dim
+    assert counted["aten.mm"] == 2 * (shape.matrix_parameters - convolutions) * length
+    # PyTorch counts no triangular systems; it pads the convolution by 3 tokens.
+    systems = num_scans * 4 * GATED_DELTA_CHUNK * (16 + 24)
+    assert counted["aten.bmm"] == (shape.scan_flops - systems) * length + 4 * shape.attention_width * length**2
+    assert counted["aten.convolution"] == 2 * convolutions * (length + 3)
+    assert counted.keys() == {"aten.mm", "aten.bmm", "aten.convolution"}
+    assert shape.windows == (None,)
 
 
 @pytest.mark.parametrize("turns", [2, 8, 32])

@@ -5,6 +5,7 @@ One multiply-add counts as two operations and the backward pass as twice the for
 
     3 × (2 × matrix parameters × tokens                 every token passes through every weight matrix
          + 4 × heads × head_dim × pairs, over layers    scores and weighted sum of values
+         + scan operations × tokens                     chunks of a gated delta rule, in hybrids
          + 2 × hidden × vocabulary × targets)           the LM head runs only on positions with a target
 
 Norms, RoPE, activations and the embedding look-up, which are linear in the tokens and have no matrix, are not counted.
@@ -43,18 +44,22 @@ class ModelShape:
         head_parameters (`int`):
             Weights of the LM head: hidden size × vocabulary.
         windows (`tuple[int | None, ...]`):
-            How many tokens of its path a token attends to in each layer, itself included; `None` for all.
+            How many tokens of its path a token attends to in each attention layer, itself included; `None` for all.
+        scan_flops (`int`, *optional*, defaults to 0):
+            Operations of the recurrences of all layers for one token, forward.
     """
 
     matrix_parameters: int
     attention_width: int
     head_parameters: int
     windows: tuple[int | None, ...]
+    scan_flops: int = 0
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> ModelShape:
         """
-        Read the sizes of a decoder with gated MLPs (Llama, Qwen, Mistral, Gemma and their mixtures of experts).
+        Read the sizes of a decoder with gated MLPs (Llama, Qwen, Mistral, Gemma, their mixtures of experts, gpt-oss,
+        and hybrids with gated delta rules such as Qwen3.5).
 
         Args:
             config (`transformers.PreTrainedConfig`):
@@ -65,15 +70,25 @@ class ModelShape:
         """
         config = config.get_text_config()
         heads, kv_heads, head_dim = head_sizes(config)
-        attention = 2 * config.hidden_size * head_dim * (heads + kv_heads)
+        gates = heads if config.model_type in GATED_ATTENTION else 0
+        attention = config.hidden_size * head_dim * (2 * heads + 2 * kv_heads + gates)
+        num_scans = _num_gated_delta_layers(config)
+        scan = gated_delta_cost(config) if num_scans else (0, 0)
+        num_layers = config.num_hidden_layers
         return cls(
-            matrix_parameters=config.num_hidden_layers * (attention + _mlp_parameters(config)),
+            matrix_parameters=(num_layers - num_scans) * attention
+            + num_scans * scan[0]
+            + num_layers * _mlp_parameters(config),
             attention_width=heads * head_dim,
             head_parameters=config.hidden_size * config.vocab_size,
             windows=_windows(config),
+            scan_flops=num_scans * scan[1],
         )
 
 
+# Models whose query projection computes a gate for each number of the attention output as well.
+GATED_ATTENTION = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
+GATED_DELTA_CHUNK = 64  # tokens; of transformers' own code and of flash-linear-attention
 ONE_LAYER = ModelShape(matrix_parameters=0, attention_width=0, head_parameters=0, windows=(None,))
 
 
@@ -156,7 +171,7 @@ def _count(depths: NDArray[np.int64], targets: int, shape: ModelShape) -> Cost:
     }
     pairs = sum(pairs_with[window] for window in shape.windows)
     forward = (
-        2 * shape.matrix_parameters * len(depths)
+        (2 * shape.matrix_parameters + shape.scan_flops) * len(depths)
         + 4 * shape.attention_width * pairs
         + 2 * shape.head_parameters * targets
     )
@@ -183,4 +198,40 @@ def _mlp_parameters(config: PreTrainedConfig) -> int:
 def _windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    attending = [kind for kind in types if not (kind == "linear_attention" and _has_gated_delta(config))]
+    return tuple(window if kind == "sliding_attention" else None for kind in attending)
+
+
+def _has_gated_delta(config: PreTrainedConfig) -> bool:
+    return hasattr(config, "linear_num_value_heads")
+
+
+def _num_gated_delta_layers(config: PreTrainedConfig) -> int:
+    return list(config.layer_types).count("linear_attention") if _has_gated_delta(config) else 0
+
+
+def gated_delta_cost(config: PreTrainedConfig) -> tuple[int, int]:
+    """
+    Count a layer with a gated delta rule, beside its MLP.
+
+    In chunks of `C` tokens, each head multiplies keys with keys and queries with keys (`2 · 2·C·d_k` operations per
+    token), solves a triangular system for its values and keys (`C·(d_k + d_v)`), applies scores to values (`2·C·d_v`),
+    and reads the state with keys and queries and updates it (`3 · 2·d_k·d_v`).
+
+    Args:
+        config (`transformers.PreTrainedConfig`):
+            Text configuration of the model.
+
+    Returns:
+        `tuple[int, int]`: Matrix parameters, with those of the convolution, and operations of the scan per token.
+
+    Source:
+        `torch_chunk_gated_delta_rule` of transformers; Gated Delta Networks, arXiv 2412.06464, section 3.3.
+    """
+    heads, key_dim, value_dim = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
+    keys, values = config.linear_num_key_heads * key_dim, heads * value_dim
+    mixed = 2 * keys + values
+    # Queries, keys and values, the output's gate, two numbers per head (decay and step), the output.
+    matrices = config.hidden_size * (mixed + values + 2 * heads + values) + mixed * config.linear_conv_kernel_dim
+    scores = GATED_DELTA_CHUNK * (4 * key_dim + (key_dim + value_dim) + 2 * value_dim)
+    return matrices, heads * (scores + 6 * key_dim * value_dim)
