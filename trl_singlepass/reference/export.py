@@ -65,8 +65,7 @@ def to_npass(
 
         - `input_ids`: prompt and completion;
         - `labels`: each trained token at its own position, -100 elsewhere (not shifted, as models expect);
-        - `loss_weights`: the weight of each token's loss, aligned with `labels`. Dropped if all trained tokens have
-          weight 1, except from streams.
+        - `loss_weights`: weight of each token's loss, aligned with `labels`; left out if all are 1, except in streams.
 
         The loss of a step is `Σ weight · nll ÷ Σ weight`.
 
