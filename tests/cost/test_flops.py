@@ -67,6 +67,11 @@ def test_a_single_pass_never_costs_more_than_npass_where_nothing_forks_early(seq
     assert tree.flops <= npass_cost(samples, SHAPE).flops
 
 
+def test_the_cost_of_the_docstring():
+    shape = ModelShape(matrix_parameters=7, attention_width=3, head_parameters=5, windows=(None, None))
+    assert npass_cost([sample([1, 2, 3])], shape).flops == 618
+
+
 def test_flops_are_three_times_the_forward_pass():
     cost = npass_cost([sample([1, 2, 3])], SHAPE)
     assert cost.attention_pairs == 6 + 5 + 6

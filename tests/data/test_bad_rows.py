@@ -211,27 +211,6 @@ LOG = [
 ]
 
 
-@pytest.mark.parametrize("num_proc", [None, 2])
-def test_rows_of_a_log_are_named_by_their_place_in_it(tmp_path, tokenizer, num_proc):
-    reasons = (
-        "(?s)3 of 6 rows of the train dataset cannot be trained:\n"
-        r"- 2 rows \(2, 4\), the first: Its 'conversation_id' is null.*- Row 1: The turn has no 'completion_ids'"
-    )
-    with pytest.raises(RenderingError, match=reasons):
-        single_pass_trainer(tmp_path, tokenizer, LOG, dataset_num_proc=num_proc)
-    trainer = single_pass_trainer(tmp_path, tokenizer, LOG, bad_rows="drop", shuffle_dataset=False)
-    assert ids(trainer.train_dataset) == [[5, 6, 7, 9, 7], [5, 6, 8]]
-
-
-def test_turns_of_a_row_share_its_fate(tokenizer):
-    rows = [{"turns": [TURN]}, {"turns": [TURN, {**TURN, "completion_ids": []}]}, {"turns": None}, {"turns": [TURN]}]
-    with pytest.raises(RenderingError, match=r"(?s)2 of 4 rows.*- Row 1: Turn 1 has empty.*- Row 2: 'turns' is null"):
-        conversations_to_rows(as_dataset(rows), tokenizer, RowSettings())
-    kept, report = conversations_to_rows(as_dataset(rows), tokenizer, RowSettings(), bad_rows="drop")
-    assert [len(row) for row in kept["input_ids"]] == [3, 0, 0, 3]
-    assert (report.num_turns, report.num_bad_rows) == (2, 2)
-
-
 def config(**settings):
     return SinglePassSFTConfig(report_to="none", use_cpu=True, bf16=False, **settings)
 

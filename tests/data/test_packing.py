@@ -11,60 +11,20 @@ from hypothesis import strategies as st
 
 from support.conversations import chat, expand, tool_chat
 from support.float64_comparison import assert_equal_to_npass, one_row_each
-from support.prefix_tree_reference import PrefixOracle, prefixes
-from support.sample_sets import reasoning_chat, sample_sets
+from support.prefix_tree_reference import PrefixOracle, contents
+from support.sample_sets import SYSTEM, reasoning_chat, sample_sets, with_system
 from support.tiny_families import tiny_model
 from support.trainers import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
 from trl_singlepass.data.packed_dataset import pack_dataset, pack_rows
 from trl_singlepass.data.packing import assign_to_rows
+from trl_singlepass.data.packing_groups import group_by_prefix
 from trl_singlepass.data.preparation import conversations_to_rows
 from trl_singlepass.data.settings import RowSettings
-from trl_singlepass.trees.prefix_tree import PrefixTree
-from trl_singlepass.trees.rows import Row
 from trl_singlepass.trees.sample import Sample
-from trl_singlepass.trees.sharing import MIN_SHARED_TOKENS, join_with_shared_prefixes, merge_rows, shareable_length
+from trl_singlepass.trees.sharing import MIN_SHARED_TOKENS
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-SYSTEM = [7, *range(5, 5 + MIN_SHARED_TOKENS + 8)]
-
-
-def contents(row):
-    """What a row trains and which samples pass where, whatever its layout: weighted targets and multiplicities."""
-    targets, multiplicity = {}, {}
-    paths = prefixes(row.input_ids, row.subtree_end)
-    for position, path in enumerate(paths):
-        multiplicity[path] = multiplicity.get(path, 0) + int(row.multiplicity[position])
-    for position, target in enumerate(row.labels[1:]):
-        if target != -100:
-            key = (paths[position], int(target))
-            targets[key] = targets.get(key, 0) + float(row.loss_weights[position + 1])
-    return targets, multiplicity
-
-
-def with_system(samples):
-    """Put the same long beginning before the samples of a conversation."""
-    return [
-        Sample([*SYSTEM, *sample.token_ids], [*[0] * len(SYSTEM), *sample.loss_weights], len(SYSTEM) + 1)
-        for sample in samples
-    ]
-
-
-@given(st.lists(sample_sets(), min_size=1, max_size=3))
-def test_merged_rows_hold_what_the_tree_of_all_samples_holds(sets):
-    row = merge_rows(one_row_each(sets))
-    oracle = PrefixOracle([sample for samples in sets for sample in samples])
-    assert len(row) == oracle.num_tokens
-    assert contents(row) == (oracle.weighted_targets, dict(oracle.multiplicity))
-
-
-@settings(max_examples=40)
-@given(st.lists(sample_sets(), min_size=2, max_size=4), st.randoms(use_true_random=False))
-def test_the_order_of_conversations_changes_nothing(sets, random):
-    shuffled = random.sample(sets, len(sets))
-    one, other = (join_with_shared_prefixes(one_row_each(map(with_system, of))) for of in (sets, shuffled))
-    assert len(one) == len(other)
-    assert contents(one) == contents(other)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -116,6 +76,17 @@ def test_a_group_that_fits_nowhere_whole_is_not_scattered():
     assert sorted(rows[-1]) == list(range(large, large + members))
 
 
+def test_rows_are_those_of_the_docstring():
+    prefixes = [np.empty(0)] * 3 + [np.full(50, 1)] * 5
+    assert assign_to_rows([140] * 3 + [60] * 5, lambda i: prefixes[i], 200) == [[2], [1], [0], [3, 4, 5, 6, 7]]
+
+
+def test_the_order_is_that_of_the_docstring():
+    prefixes = [np.full(40, 1), np.full(40, 2), np.full(40, 1), np.empty(0), np.full(40, 2)]
+    order = group_by_prefix(np.array([90, 70, 80, 60, 50]), lambda i: prefixes[i])
+    assert [(group.depth, index) for group, index in order] == [(40, 0), (40, 2), (40, 1), (40, 4), (0, 3)]
+
+
 def test_room_is_kept_for_the_token_that_two_targets_fork():
     """After the same beginning, one trains 8 and the other 9: the 5 before them is stored twice."""
     rows = one_row_each(with_system([Sample.from_prompt_and_completion([5], [target])]) for target in (8, 9))
@@ -127,13 +98,6 @@ def test_room_is_kept_for_the_token_that_two_targets_fork():
 def test_a_conversation_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match=r"Conversation 1 has 9 tokens, a row has max_row_tokens=8.*Split it first"):
         assign_to_rows([3, 9], lambda i: np.empty(0), 8)
-
-
-@given(sample_sets())
-def test_what_is_shareable_costs_nothing_twice(samples):
-    row = Row.from_tree(PrefixTree.from_samples(samples))
-    length = shareable_length(row.labels, row.subtree_end)
-    assert len(merge_rows([row, row])) <= 2 * len(row) - length
 
 
 @pytest.mark.usefixtures("float64")

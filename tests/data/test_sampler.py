@@ -155,6 +155,14 @@ def test_nothing_to_balance():
     assert predicted_imbalance([], np.empty(0), batch_size=1, num_ranks=2) == 0
 
 
+def test_the_numbers_of_the_docstrings():
+    costs = np.array([5.0, 1, 2, 2])
+    for num_accumulated in (1, 2):
+        imbalance = predicted_imbalance(range(4), costs, batch_size=1, num_ranks=2, num_accumulated=num_accumulated)
+        assert imbalance == pytest.approx(0.4)
+    assert even_parts(range(6), np.array([10.0, 9, 8, 3, 2, 1]), 2) == [[0, 3, 4], [1, 2, 5]]
+
+
 def test_grouping_by_length_goes_by_the_cost_of_rows_and_resumes(tmp_path, tokenizer):
     chats = [chat(1 + seed % 4, seed=seed) for seed in range(24)]
     settings = {

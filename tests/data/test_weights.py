@@ -5,8 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_singlepass.data.selection import parse_train_turns, select_turns
-from trl_singlepass.data.tokenized_turns import tokenized_turns_to_samples
 from trl_singlepass.data.weights import LossReduction, message_weights, weigh
 from trl_singlepass.trees.sample import Sample
 
@@ -35,6 +33,17 @@ def nll_of(samples):
 def split(values, samples):
     ends = np.cumsum([len(sample) for sample in samples])
     return [part[sample.prompt_length :] for part, sample in zip(np.split(values, ends[:-1]), samples, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("loss_reduction", "weights"), [("token", [1, 1]), ("turn", [1 / 2, 1 / 4]), ("conversation", [1 / 6] * 2)]
+)
+def test_the_weights_of_the_docstring(loss_reduction, weights):
+    weighed = weigh(samples_of([(1, 2), (1, 4)]), [1.0, 1.0], loss_reduction=loss_reduction)
+    assert [sample.loss_weights[1:].tolist() for sample in weighed] == [
+        pytest.approx([weights[0]] * 2),
+        pytest.approx([weights[1]] * 4),
+    ]
 
 
 @given(LENGTHS)
@@ -102,66 +111,3 @@ def test_a_wrong_weight_is_named(weight):
 def test_a_wrong_train_flag_is_named():
     with pytest.raises(ValueError, match=r"Message 0 has train='no'\. Set it to true or false"):
         message_weights([{"train": "no"}])
-
-
-@pytest.mark.parametrize(
-    ("train_turns", "kept"),
-    [("all", [0, 1, 2, 3]), ("last", [3]), (2, [0, 1]), ("2", [0, 1]), (9, [0, 1, 2, 3])],
-)
-def test_turns_are_selected_in_order(train_turns, kept):
-    samples = samples_of([(1, 1)] * 4)
-    assert [sample.message_index for sample in select_turns(samples, train_turns)] == kept
-
-
-def test_sampled_turns_depend_on_seed_and_row_and_nothing_else():
-    samples = samples_of([(1, 1)] * 20)
-
-    def draw(**kwargs):
-        return [sample.message_index for sample in select_turns(samples, "sample:5", **kwargs)]
-
-    assert draw(seed=1, example_index=2) == draw(seed=1, example_index=2)
-    assert len(draw()) == 5
-    assert draw() == sorted(draw())
-    assert len({tuple(draw(seed=seed, example_index=row)) for seed in range(3) for row in range(3)}) > 6
-
-
-@pytest.mark.parametrize("train_turns", [0, -1, "first", "sample:", "sample:0", True, 1.5])
-def test_an_unknown_choice_of_turns_is_named(train_turns):
-    with pytest.raises(ValueError, match=r"train_turns=.* is none of 'all', 'last'"):
-        parse_train_turns(train_turns)
-
-
-def test_tokenised_turns_are_samples():
-    turns = [
-        {"prompt_ids": [5, 6], "completion_ids": [7], "completion_weights": None},
-        {"prompt_ids": [5, 6, 7], "completion_ids": [8, 9], "completion_weights": [0.5, 0]},
-    ]
-    first, second = tokenized_turns_to_samples(turns, vocab_size=10)
-    assert first.token_ids.tolist() == [5, 6, 7]
-    assert first.loss_weights.tolist() == [0, 0, 1]
-    assert second.loss_weights.tolist() == [0, 0, 0, 0.5, 0]
-    assert (second.prompt_length, second.message_index) == (3, 1)
-
-
-@pytest.mark.parametrize(
-    ("turns", "message"),
-    [
-        ([], "at least one turn"),
-        ([{"prompt_ids": [1]}], "Turn 0 has no 'completion_ids'; got the keys"),
-        ([{"prompt_ids": [1], "completion_ids": []}], "Turn 0 has empty 'completion_ids'"),
-        ([{"prompt_ids": [], "completion_ids": [1]}], "Turn 0 has empty 'prompt_ids'"),
-        ([{"prompt_ids": [1], "completion_ids": [10]}], "Turn 0 has the token id 10, but the vocabulary"),
-        ([{"prompt_ids": [-1], "completion_ids": [1]}], "Turn 0 has the token id -1"),
-        (
-            [{"prompt_ids": [1], "completion_ids": [1], "completion_weights": [1, 1]}],
-            "Turn 0 has 2 completion_weights for 1 completion tokens",
-        ),
-        (
-            [{"prompt_ids": [1], "completion_ids": [1], "completion_weights": [-1]}],
-            "Turn 0: Loss weights must be finite and not negative",
-        ),
-    ],
-)
-def test_wrong_turns_are_named(turns, message):
-    with pytest.raises(ValueError, match=message):
-        tokenized_turns_to_samples(turns, vocab_size=10)

@@ -38,3 +38,16 @@ def ancestors(subtree_end):
 def prefixes(input_ids, subtree_end):
     """For each position of a row, the tuple of tokens on its path."""
     return [tuple(int(input_ids[j]) for j in sorted(above)) for above in ancestors(subtree_end)]
+
+
+def contents(row):
+    """`{(prefix, target): weight}` and `{prefix: multiplicity}` of a row, whatever its layout."""
+    targets, multiplicity = {}, {}
+    paths = prefixes(row.input_ids, row.subtree_end)
+    for position, path in enumerate(paths):
+        multiplicity[path] = multiplicity.get(path, 0) + int(row.multiplicity[position])
+    for position, target in enumerate(row.labels[1:]):
+        if target != -100:
+            key = (paths[position], int(target))
+            targets[key] = targets.get(key, 0) + float(row.loss_weights[position + 1])
+    return targets, multiplicity

@@ -4,10 +4,13 @@ import numpy as np
 from hypothesis import strategies as st
 
 from trl_singlepass import Sample
+from trl_singlepass.trees.sharing import MIN_SHARED_TOKENS
 
 
 # Exact in float32, so that sums of weights are the same in every precision.
 WEIGHTS = [0.0, 0.0, 0.25, 0.5, 1.0, 1.0, 1.0, 2.0]
+# Long enough to be shared across conversations.
+SYSTEM = [7, *range(5, 5 + MIN_SHARED_TOKENS + 8)]
 
 
 @st.composite
@@ -93,3 +96,11 @@ def branch_at_every_depth():
     samples.append(Sample([*spine[:2], 22, 40, 41, 60, 61], [0.0] * 5 + [1.0] * 2, 5))
     samples.append(Sample([*spine[:2], 22, 40, 41, 62], [0.0] * 5 + [1.0], 5))
     return samples
+
+
+def with_system(samples):
+    """Put the same long prefix before the samples of a conversation."""
+    return [
+        Sample([*SYSTEM, *sample.token_ids], [*[0] * len(SYSTEM), *sample.loss_weights], len(SYSTEM) + 1)
+        for sample in samples
+    ]

@@ -12,7 +12,6 @@ from support.prefix_tree_reference import PrefixOracle, ancestors, prefixes
 from support.sample_sets import nested_forks, reasoning_chat, sample_sets
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.trees.prefix_tree import sample_paths
-from trl_singlepass.trees.rows import Row, TreePlan
 
 
 # Two samples train different tokens after the same prompt, and a third goes on without training.
@@ -34,6 +33,15 @@ def targets_of(tree):
         assert key not in found, "a target is trained from one position only"
         found[key] = float(tree.loss_weights[position + 1])
     return found
+
+
+def test_the_tree_of_the_docstring():
+    tree = PrefixTree.from_samples([Sample([1, 2, 3], [0, 0, 1], 2), Sample([1, 2, 4, 5], [0, 0, 1, 1], 2)])
+    assert tree.input_ids.tolist() == [1, 2, 4, 5, 2, 3]
+    assert tree.position_ids.tolist() == [0, 1, 2, 3, 1, 2]
+    assert tree.subtree_end.tolist() == [6, 4, 4, 4, 6, 6]
+    assert tree.labels.tolist() == [-100, -100, 4, 5, -100, 3]
+    assert tree.multiplicity.tolist() == [2, 1, 1, 1, 1, 1]
 
 
 @given(samples=sample_sets())
@@ -178,29 +186,6 @@ def test_max_length_cuts_samples_at_the_end_and_drops_what_trains_nothing(sample
         tree = PrefixTree.from_samples(kept)
         assert targets_of(tree) == PrefixOracle(expected).weighted_targets
         assert (tree.position_ids < max_length).all()
-
-
-@given(sets=st.lists(sample_sets(max_samples=3), min_size=1, max_size=3))
-def test_rows_keep_their_trees_apart(sets):
-    trees = [PrefixTree.from_samples(samples) for samples in sets]
-    row = Row.join([Row.from_tree(tree) for tree in trees])
-    expected = [path for tree in trees for path in prefixes(tree.input_ids, tree.subtree_end)]
-    assert prefixes(row.input_ids, row.subtree_end) == expected
-    assert row.loss_weights.tolist() == np.concatenate([tree.loss_weights for tree in trees]).tolist()
-    assert Row.from_columns(row.columns()).labels.tolist() == row.labels.tolist()
-
-
-@given(sets=st.lists(sample_sets(max_samples=3), min_size=1, max_size=3))
-def test_a_plan_lists_the_ancestors_of_each_run(sets):
-    row = Row.join([Row.from_tree(PrefixTree.from_samples(samples)) for samples in sets])
-    plan, above = TreePlan.from_subtree_end(row.subtree_end), ancestors(row.subtree_end)
-    assert plan.length == len(row)
-    assert [position for run in plan.runs for position in range(run.start, run.end)] == list(range(len(row)))
-    for run in plan.runs:
-        prefix = [position for start, end in run.prefix for position in range(start, end)]
-        for position in range(run.start, run.end):
-            assert above[position] == {*prefix, *range(run.start, position + 1)}
-    assert plan.depths().tolist() == [len(item) - 1 for item in above]
 
 
 def trl_tree(samples):

@@ -11,12 +11,8 @@ from support.conversations import chat, expand, tool_chat
 from support.float64_comparison import assert_equal_to_npass, one_row_each
 from support.sample_sets import reasoning_chat, sample_sets
 from support.tiny_families import tiny_model
-from support.trainers import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
+from support.trainers import largest_difference, logged, single_pass_trainer, stock_trainer
 from trl_singlepass import render_samples
-from trl_singlepass.data.preparation import conversations_to_rows
-from trl_singlepass.data.selection import fit_samples
-from trl_singlepass.data.settings import RowSettings
-from trl_singlepass.rendering.samples import RenderingError
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.radix import common_prefix_length
 from trl_singlepass.trees.sample import Sample
@@ -132,6 +128,14 @@ def test_a_conversation_of_64_turns_repeats_little_more_than_it_must():
     assert 0 < bound <= repeated <= 1.15 * bound
 
 
+def test_the_split_of_the_docstring():
+    turns = [([1, 2], [8, 8, 8]), ([1, 2, 3, 4], [8, 8, 8]), ([1, 2, 3, 4, 5], [6])]
+    samples = [Sample.from_prompt_and_completion(*turn) for turn in turns]
+    sizes = [[num_tokens([samples[i : j + 1]]) for j in range(i, 3)] for i in range(3)]
+    assert sizes == [[5, 10, 12], [7, 9], [6]]
+    assert split_samples(samples, 10) == [samples[:1], samples[1:]]
+
+
 def test_what_fits_is_not_split():
     samples = reasoning_chat(3)
     size = len(PrefixTree.from_samples(samples))
@@ -192,58 +196,3 @@ def test_split_training_equals_stock_on_the_samples(tmp_path, tokenizer, packing
         sum(float(sample.loss_weights.sum()) for messages in CHATS for sample in render_samples(messages, tokenizer))
     ]
     assert largest_difference(ours, stock) < 1e-6
-
-
-@given(sample_sets(weights=(0.0, 1.0), trained=False), st.integers(2, 30), st.sampled_from(["truncate", "drop"]))
-def test_tokens_in_are_tokens_trained_and_tokens_reported(samples, limit, overlong_turns):
-    fitted = fit_samples(samples, limit, overlong_turns)
-    given_tokens = sum(int((sample.loss_weights > 0).sum()) for sample in samples)
-    assert fitted.num_trained_tokens + fitted.num_cut_tokens == given_tokens
-    assert sum(int((sample.loss_weights > 0).sum()) for sample in fitted.samples) == fitted.num_trained_tokens
-    assert all(len(sample) <= limit for sample in fitted.samples)
-
-
-@pytest.mark.parametrize("overlong_turns", ["truncate", "drop"])
-@pytest.mark.parametrize("bounds", [{"max_length": 150}, {"max_row_tokens": 150}, {"max_row_tokens": 200}])
-def test_a_dataset_loses_no_token_that_its_report_does_not_count(tokenizer, bounds, overlong_turns):
-    rows, report = conversations_to_rows(
-        as_dataset(CHATS), tokenizer, RowSettings(**bounds, overlong_turns=overlong_turns)
-    )
-    samples = [sample for messages in CHATS for sample in render_samples(messages, tokenizer)]
-    given_tokens = sum(float(sample.loss_weights.sum()) for sample in samples)
-    assert sum(map(sum, rows["loss_weights"])) == report.num_trained_tokens
-    assert report.num_trained_tokens + report.num_cut_tokens == given_tokens
-    assert report.num_turns == len(samples)
-    bound = min(bounds.values())
-    long = sum(len(sample) > bound for sample in samples)
-    assert report.num_cut_turns + report.num_dropped_turns == long
-    if overlong_turns == "drop":
-        assert report.num_cut_turns == 0
-    tokens = sum(rows["num_tokens"]) - report.num_repeated_tokens
-    if "max_row_tokens" in bounds and not long:
-        assert report.num_repeated_tokens > 0
-        assert tokens == sum(len(PrefixTree.from_samples(render_samples(messages, tokenizer))) for messages in CHATS)
-
-
-def test_overlong_turns_are_named(tokenizer):
-    _, report = conversations_to_rows(as_dataset(CHATS), tokenizer, RowSettings(max_length=110))
-    longer = [s for s in render_samples(CHATS[0], tokenizer) if len(s) > 110]
-    assert f"row 0, message {longer[0].message_index}: {len(longer[0])} tokens" in str(report)
-    assert f"and {report.num_cut_turns + report.num_dropped_turns - 2} more" in str(report)
-
-
-def test_overlong_turns_are_refused_where_that_is_asked_for(tmp_path, tokenizer):
-    with pytest.raises(RenderingError, match=r"Row 0: The turn at message \d+ has \d+ tokens.*150 are allowed"):
-        single_pass_trainer(tmp_path, tokenizer, CHATS, max_length=150, overlong_turns="error")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"overlong_turns": "keep"}, "overlong_turns='keep' is none of truncate, drop, error"),
-        ({"max_row_tokens": 1}, "max_row_tokens=1 leaves no room"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(tmp_path, tokenizer, settings, message):
-    with pytest.raises(ValueError, match=message):
-        single_pass_trainer(tmp_path, tokenizer, CHATS, **settings)

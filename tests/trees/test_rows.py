@@ -1,0 +1,38 @@
+"""Rows keep their trees apart, and their plan lists the ancestors of every run."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.prefix_tree_reference import ancestors, prefixes
+from support.sample_sets import sample_sets
+from trl_singlepass import PrefixTree
+from trl_singlepass.trees.rows import Row, Run, TreePlan
+
+
+@given(sets=st.lists(sample_sets(max_samples=3), min_size=1, max_size=3))
+def test_rows_keep_their_trees_apart(sets):
+    trees = [PrefixTree.from_samples(samples) for samples in sets]
+    row = Row.join([Row.from_tree(tree) for tree in trees])
+    expected = [path for tree in trees for path in prefixes(tree.input_ids, tree.subtree_end)]
+    assert prefixes(row.input_ids, row.subtree_end) == expected
+    assert row.loss_weights.tolist() == np.concatenate([tree.loss_weights for tree in trees]).tolist()
+    assert Row.from_columns(row.columns()).labels.tolist() == row.labels.tolist()
+
+
+@given(sets=st.lists(sample_sets(max_samples=3), min_size=1, max_size=3))
+def test_a_plan_lists_the_ancestors_of_each_run(sets):
+    row = Row.join([Row.from_tree(PrefixTree.from_samples(samples)) for samples in sets])
+    plan, above = TreePlan.from_subtree_end(row.subtree_end), ancestors(row.subtree_end)
+    assert plan.length == len(row)
+    assert [position for run in plan.runs for position in range(run.start, run.end)] == list(range(len(row)))
+    for run in plan.runs:
+        prefix = [position for start, end in run.prefix for position in range(start, end)]
+        for position in range(run.start, run.end):
+            assert above[position] == {*prefix, *range(run.start, position + 1)}
+    assert plan.depths().tolist() == [len(item) - 1 for item in above]
+
+
+def test_the_plan_of_the_docstring():
+    plan = TreePlan.from_subtree_end(np.array([6, 4, 4, 4, 6, 6]))
+    assert plan.runs == (Run(0, 4, 0, ()), Run(4, 6, 1, ((0, 1),)))
