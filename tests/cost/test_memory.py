@@ -1,11 +1,12 @@
-"""How many ranks share a row: what is counted is what a model keeps."""
+"""Counted bytes: what a model keeps, and how many ranks share a row."""
 
 import pytest
 import torch
+from transformers import Qwen3Config
 
 from benchmarks.balance_at_scale import MODEL
 from support.tiny_families import tiny_model
-from trl_singlepass.cost.memory import exchange_bytes, exchange_share, row_bytes, smallest_group
+from trl_singlepass.cost.memory import ActivationBytes, exchange_bytes, exchange_share, row_bytes, smallest_group
 
 
 def test_a_layer_keeps_what_is_counted():
@@ -44,3 +45,17 @@ def test_long_rows_exchange_for_less_of_their_time():
     ]
     assert shares[1] < shares[0] / 2
     assert exchange_bytes(MODEL, 8192, 1) == 0
+
+
+def test_bytes_per_token_are_those_of_the_memory_page():
+    config = Qwen3Config(
+        num_hidden_layers=6,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+    )
+    assert ActivationBytes.from_config(config, 4, checkpointing=False) == ActivationBytes(344_256, 12_288)
+    per_layer, between_layers = 344_256 // 6, 6 * 512 * 4
+    assert ActivationBytes.from_config(config, 4, checkpointing=True).per_token == per_layer + between_layers

@@ -99,7 +99,7 @@ def _check_not_lost(layer: Any) -> None:
     """Refuse to recompute a layer without the tree that its forward had."""
     if getattr(layer, "_ran_on_tree", False) and torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
-            f"{type(layer).__name__} is recomputed in backward, but the tree of its forward was not handed to it. "
+            f"{type(layer).__name__} is recomputed in backward, but the tree of its forward was not passed to it. "
             "Turn gradient checkpointing off for this model."
         )
     layer._ran_on_tree = False

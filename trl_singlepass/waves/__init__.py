@@ -1,4 +1,4 @@
-"""Waves: a row of trees run piece by piece, with loss and gradients of the whole, memory of one piece."""
+"""Waves: run a row part by part, with the loss and gradients of the whole row and the memory of one part."""
 
 from __future__ import annotations
 

@@ -108,14 +108,14 @@ class WavePlan:
         for runs in _trees(row):
             start, end = runs[0].start, runs[-1].end
             if together and end - together[0][0] > wave_tokens:
-                groups.append((_wave(row, together[0][0], together[-1][1]),))
+                groups.append((_make_wave(row, together[0][0], together[-1][1]),))
                 together = []
             if end - start <= wave_tokens:
                 together.append((start, end))
                 continue
             groups.append(tuple(_waves_of_tree(row, runs, wave_tokens, keep_history, smallest_wave)))
         if together:
-            groups.append((_wave(row, together[0][0], together[-1][1]),))
+            groups.append((_make_wave(row, together[0][0], together[-1][1]),))
         return cls(row, tuple(groups) if allow_single_tokens else tuple(_without_single_tokens(row, groups)))
 
     @property
@@ -169,19 +169,23 @@ def _trees(row: TreePlan) -> Iterator[list[Run]]:
 def _waves_of_tree(
     row: TreePlan, runs: Sequence[Run], wave_tokens: int, keep_history: bool, smallest_wave: int
 ) -> Iterator[Wave]:
-    parts = _parts(runs)
+    parts = _split_at_forks(runs)
     history, branches = parts[0], parts[1:]
     room = wave_tokens - (history[1] - history[0])
     longest = max((end - start for start, end in branches), default=0)
     if keep_history and branches and room >= max(longest, smallest_wave):
-        yield _wave(row, *history, is_kept=True)
+        yield _make_wave(row, *history, is_kept=True)
         parts, wave_tokens = branches, room
-    for start, end in _packed(parts, wave_tokens):
-        yield _wave(row, start, end)
+    for start, end in _pack(parts, wave_tokens):
+        yield _make_wave(row, start, end)
 
 
-def _parts(runs: Sequence[Run]) -> list[tuple[int, int]]:
-    """Split runs at their last fork: what follows it is a branch like the others. The example has four parts."""
+def _split_at_forks(runs: Sequence[Run]) -> list[tuple[int, int]]:
+    """
+    Split each run at its last fork: what follows the fork is a branch like the others.
+
+    The runs of the example become `[0, 4)`, `[4, 7)`, `[7, 9)` and `[9, 11)`.
+    """
     starts = [run.start for run in runs]
     last_fork: dict[int, int] = {}
     for run in runs:
@@ -198,8 +202,12 @@ def _parts(runs: Sequence[Run]) -> list[tuple[int, int]]:
     return parts
 
 
-def _packed(parts: Sequence[tuple[int, int]], limit: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of at most `limit` tokens that split no part which fits into one."""
+def _pack(parts: Sequence[tuple[int, int]], limit: int) -> Iterator[tuple[int, int]]:
+    """
+    Yield ranges of at most `limit` tokens. A part that fits into one range is not split.
+
+    With a limit of 4, the parts `[4, 7)`, `[7, 9)` and `[9, 11)` become `[4, 7)` and `[7, 11)`.
+    """
     first = parts[0][0]
     for start, end in parts:
         if end - first > limit >= end - start and start > first:
@@ -213,7 +221,12 @@ def _packed(parts: Sequence[tuple[int, int]], limit: int) -> Iterator[tuple[int,
 
 
 def _without_single_tokens(row: TreePlan, groups: Sequence[tuple[Wave, ...]]) -> Iterator[tuple[Wave, ...]]:
-    """Yield groups whose waves have at least two tokens, if the row has."""
+    """
+    Yield groups whose waves have at least two tokens, if the row has.
+
+    A wave of one token joins the next wave of its group, the last one the wave before. A group of one token joins the
+    group before, the first one the next group.
+    """
     joined: list[list[Wave]] = []
     for group in groups:
         if joined and 1 in (_num_tokens(group), _num_tokens(joined[-1])):
@@ -228,7 +241,7 @@ def _without_single_tokens(row: TreePlan, groups: Sequence[tuple[Wave, ...]]) ->
                 merged.append(wave)
             else:
                 is_kept = wave.is_kept or (before.is_kept and len(before) > 1)
-                merged[-1] = _wave(row, before.start, wave.end, is_kept)
+                merged[-1] = _make_wave(row, before.start, wave.end, is_kept)
         yield tuple(merged)
 
 
@@ -236,7 +249,7 @@ def _num_tokens(waves: Sequence[Wave]) -> int:
     return sum(len(wave) for wave in waves)
 
 
-def _wave(row: TreePlan, start: int, end: int, is_kept: bool = False) -> Wave:
+def _make_wave(row: TreePlan, start: int, end: int, is_kept: bool = False) -> Wave:
     """Return a wave; the tokens that it hands on are the ancestors of the first token after it."""
     if end == row.length:
         return Wave(start, end, (), is_kept)
