@@ -115,18 +115,6 @@ def test_a_copied_model_runs_its_own_layers(model_type):
     assert outputs.logits.abs().max() > 0
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_recomputation_without_the_tree_raises(use_reentrant):
-    model = tiny_model("qwen3_5_text")
-    enable_tree(model)
-    for handle in model._tree_handles:
-        handle.remove()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    outputs, _ = forward(model, [reasoning_chat(2)])
-    with pytest.raises(RuntimeError, match="is recomputed in backward, but the tree of its forward was not"):
-        outputs.logits.sum().backward()
-
-
 def test_selecting_attention_refuses_kernels_of_other_attention():
     model = tiny_model("deepseek_v32")
     for config in (model.config, *(layer.config for layer in path_dependent_layers(model))):
