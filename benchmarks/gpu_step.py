@@ -23,8 +23,6 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.conversations import Sizes, conversation
-from benchmarks.memory import peak, reset_peak
 from benchmarks.modes import MODES, Step
 from benchmarks.step_time import TINY_SIZES
 from trl_singlepass import PrefixTree, Sample
@@ -35,6 +33,8 @@ from trl_singlepass.attention.tree_mask import TreeMask
 from trl_singlepass.attention.varlen_plan import varlen_calls
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.reference.peak_memory import peak, reset_peak
+from trl_singlepass.reference.random_conversations import Sizes, conversation
 from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row, TreePlan
 

@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, logging
 
-from benchmarks.conversations import Sizes, conversation
 from benchmarks.machine import describe
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.recurrent import path_dependent_layers
 from trl_singlepass.recurrent.layer_kinds import ReplayMode
+from trl_singlepass.reference.random_conversations import Sizes, conversation
 from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row
 

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
-from benchmarks.conversations import Sizes, conversation
 from benchmarks.machine import describe
-from benchmarks.memory import peak, reset_peak
 from benchmarks.modes import MODES, Step
 from benchmarks.shapes import SHAPES, read_shapes, samples_of
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
+from trl_singlepass.reference.peak_memory import peak, reset_peak
+from trl_singlepass.reference.random_conversations import Sizes, conversation
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,9 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
-from benchmarks.conversations import Sizes, conversation
 from benchmarks.machine import describe
-from benchmarks.memory import peak, reset_peak
 from benchmarks.modes import MODES, Step
 from benchmarks.step_time import MODEL, TINY_MODEL, TINY_SIZES, now
 from trl_singlepass import PrefixTree
@@ -31,6 +29,9 @@ from trl_singlepass.attention.context import Tree
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.cost.memory import ActivationBytes
 from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.reference.peak_memory import peak, reset_peak
+from trl_singlepass.reference.random_conversations import Sizes, conversation
+from trl_singlepass.reference.steps import wave_tokens_that_keep_the_history
 from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.waves import WavePlan, WaveRunner, select
@@ -65,9 +66,7 @@ class Case:
         """Waves of the given size; by default, of the smallest that lets the history be kept beside any branch."""
         if self.wave_tokens:
             return WavePlan.from_tree_plan(row, self.wave_tokens)
-        history = max((end for run in row.runs for _, end in run.prefix), default=0)
-        longest = max(run.end - max(run.start, history) for run in row.runs)
-        return WavePlan.from_tree_plan(row, history + longest)
+        return WavePlan.from_tree_plan(row, wave_tokens_that_keep_the_history(row))
 
 
 def waves(step: Step, case: Case) -> tuple[Callable[[], float], dict[str, Any]]:

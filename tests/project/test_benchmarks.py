@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
 from benchmarks import report
-from benchmarks.conversations import conversation
 from benchmarks.modes import MODES, Step
 from benchmarks.shapes import SHAPES, read_shapes, samples_of, shape_of
 from benchmarks.step_time import TINY_MODEL, TINY_SIZES, Case, counted
 from trl_singlepass import PrefixTree
+from trl_singlepass.reference.random_conversations import conversation
 
 
 ROOT = Path(__file__).parents[2]

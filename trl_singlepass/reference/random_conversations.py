@@ -1,0 +1,63 @@
+"""Samples of conversations with the lengths of reasoning models' turns and random tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..trees.sample import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """
+    Lengths of the parts of a turn, in tokens: the smallest and the largest of each.
+
+    Args:
+        user (`tuple[int, int]`, *optional*, defaults to `(50, 100)`):
+            User message, or the output of a tool.
+        reasoning (`tuple[int, int]`, *optional*, defaults to `(300, 1000)`):
+            Reasoning.
+        answer (`tuple[int, int]`, *optional*, defaults to `(100, 200)`):
+            Answer, or a tool call.
+        system (`int`, *optional*, defaults to 50):
+            System message, once.
+    """
+
+    user: tuple[int, int] = (50, 100)
+    reasoning: tuple[int, int] = (300, 1000)
+    answer: tuple[int, int] = (100, 200)
+    system: int = 50
+
+
+def conversation(
+    turns: int, vocabulary: int, seed: int, sizes: Sizes = Sizes(), *, keep: bool = False
+) -> list[Sample]:
+    """
+    Return the samples of one conversation.
+
+    Args:
+        turns (`int`):
+            Number of turns.
+        vocabulary (`int`):
+            Token ids are smaller than this.
+        seed (`int`):
+            Seed of lengths and tokens.
+        sizes (`Sizes`, *optional*):
+            Lengths of the parts of a turn; a chat's by default.
+        keep (`bool`, *optional*, defaults to `False`):
+            Whether the history keeps the reasoning of earlier turns instead of dropping it.
+    """
+    random = np.random.default_rng(seed)
+    history, samples = random.integers(vocabulary, size=sizes.system), []
+    for index in range(turns):
+        user, reasoning, answer = (
+            random.integers(vocabulary, size=random.integers(low, high + 1))
+            for low, high in (sizes.user, sizes.reasoning, sizes.answer)
+        )
+        history = np.concatenate([history, user])
+        completion = np.concatenate([reasoning, answer])
+        samples.append(Sample.from_prompt_and_completion(history, completion, index))
+        history = np.concatenate([history, completion if keep else answer])
+    return samples

@@ -1,0 +1,136 @@
+"""Training steps on one conversation, for measurements: packed N-pass, a single pass, and a single pass in waves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from ..attention.context import Tree, running_on
+from ..data.collator import DataCollatorForSinglePass
+from ..recurrent.layer_kinds import get_decoder
+from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree
+from ..trees.rows import Row, TreePlan
+from ..trees.sample import Sample
+from ..waves import WavePlan, WaveRunner, select
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HEAD_CHUNK = 1024  # tokens
+INPUTS = ("input_ids", "position_ids", "attention_mask")
+
+
+class Schedule(StrEnum):
+    """Ways of computing the same training step."""
+
+    NPASS_PACKED = "npass_packed"
+    """Separate samples in one row without padding, on the same kernels as a single pass."""
+    SINGLE_PASS = "single_pass"
+    """The samples' prefix tree in one row."""
+    WAVES = "waves"
+    """The same row in waves."""
+
+
+def make_step(
+    model: PreTrainedModel, samples: Sequence[Sample], schedule: Schedule, device: torch.device | str | None = None
+) -> Callable[[], torch.Tensor]:
+    """
+    Return a function that runs forward and backward of one conversation, and returns its loss.
+
+    The LM head runs on targets only, in chunks whose gradient is taken at once, so that logits cost the same in every
+    schedule. All targets have the same weight.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model under tree attention (see [`enable_tree`]).
+        samples (`Sequence[Sample]`):
+            Samples of the conversation.
+        schedule (`Schedule`):
+            How the step is computed.
+        device (`torch.device`, *optional*):
+            Device of the inputs; the model's by default.
+    """
+    together = [samples] if schedule is not Schedule.NPASS_PACKED else [[sample] for sample in samples]
+    rows = [Row.from_tree(PrefixTree.from_samples(group)).columns() for group in together]
+    batch: dict[str, Any] = dict(DataCollatorForSinglePass(pad_token_id=0)(rows))
+    labels = batch["labels"][0]
+    shifted = F.pad(labels[1:], (0, 1), value=IGNORE_INDEX)
+    plan: TreePlan = batch["tree_plan"]
+    on_device = {name: batch[name].to(model.device if device is None else device) for name in (*INPUTS, "subtree_end")}
+    step = _Step(model, plan, on_device, shifted)
+    return step.in_waves if schedule is Schedule.WAVES else step.in_one_row
+
+
+def wave_tokens_that_keep_the_history(plan: TreePlan) -> int:
+    """Return the smallest `wave_tokens` with which a history is kept beside any branch, so that nothing runs twice."""
+    history = max((end for run in plan.runs for _, end in run.prefix), default=0)
+    return history + max(run.end - max(run.start, history) for run in plan.runs)
+
+
+class _Step:
+    """
+    Forward and backward of one row.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model under tree attention.
+        plan (`TreePlan`):
+            Structure of the row.
+        tensors (`dict[str, torch.Tensor]`):
+            Inputs of the model and `subtree_end`, of shape `(1, row_length)`, on the model's device.
+        targets (`torch.Tensor` of shape `(row_length,)`):
+            Token that each position predicts, on the CPU.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, plan: TreePlan, tensors: dict[str, torch.Tensor], targets: torch.Tensor
+    ) -> None:
+        self._decoder, self._head = get_decoder(model), model.get_output_embeddings()
+        self._inputs = {name: tensors[name] for name in INPUTS}
+        self._tree = Tree(plan, tensors["subtree_end"], tensors["position_ids"])
+        self._targets = targets
+        self._num_targets = int((targets != IGNORE_INDEX).sum())
+
+    def in_one_row(self) -> torch.Tensor:
+        """Run the row at once."""
+        with running_on(self._tree):
+            hidden = self._decode(((0, self._tree.plan.length),))
+        return self._backward(hidden, 0)
+
+    def in_waves(self) -> torch.Tensor:
+        """Run the row in the smallest waves that run nothing twice."""
+        plan = WavePlan.from_tree_plan(self._tree.plan, wave_tokens_that_keep_the_history(self._tree.plan))
+        losses = [
+            self._backward(hidden, wave.start)
+            for wave, hidden in WaveRunner(plan, self._tree).train(self._decode_wave, self._decode_wave)
+        ]
+        return torch.stack(losses).sum()
+
+    def _decode_wave(self, wave: object, tokens: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        return self._decode(tokens)
+
+    def _decode(self, tokens: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        """Last hidden states of some tokens of the row, of shape `(num_tokens, hidden)`."""
+        inputs = {name: select(value, tokens) for name, value in self._inputs.items()}
+        hidden: torch.Tensor = self._decoder(**inputs, use_cache=False)[0][0]
+        return hidden
+
+    def _backward(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
+        """Loss of hidden states from a position of the row on, and its gradients."""
+        targets = self._targets[start : start + len(hidden)]
+        predicting = (targets != IGNORE_INDEX).nonzero()[:, 0]
+        chosen = hidden.index_select(0, predicting.to(hidden.device))
+        leaf, total = chosen.detach().requires_grad_(), chosen.new_zeros((), dtype=torch.float32)
+        expected = targets[predicting].to(hidden.device)
+        for first in range(0, len(leaf), HEAD_CHUNK):
+            logits = self._head(leaf[first : first + HEAD_CHUNK]).float()
+            loss = F.cross_entropy(logits, expected[first : first + HEAD_CHUNK], reduction="sum") / self._num_targets
+            torch.autograd.backward(loss)
+            total = total + loss.detach()
+        torch.autograd.backward(chosen, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+        return total
