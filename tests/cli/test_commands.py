@@ -179,7 +179,7 @@ ERRORS = [
     (["inspect", "{model}", "{tmp}/empty.jsonl"], "is empty. Expected one JSON object per line"),
     (["inspect", "{model}", "{tmp}/broken.jsonl"], "row 0: not JSON"),
     (["inspect", "{model}", "{tmp}/list.jsonl"], "expected a JSON object, got list"),
-    (["inspect", "{model}", "{tmp}/text.txt"], "is none of .jsonl"),
+    (["inspect", "{model}", "{tmp}/text.txt"], "Expected a file that ends in .jsonl"),
     (["inspect", "{model}", "{tmp}/user.jsonl"], "Row 0: Expected at least one assistant message"),
     (["verify", "{model}", "{tmp}/user.jsonl"], "Row 0: Expected at least one assistant message"),
     (["audit", "{model}", "no-such/dataset"], "is neither a file nor a dataset that can be loaded"),

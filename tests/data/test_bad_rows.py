@@ -249,7 +249,7 @@ def test_the_audit_tells_the_same_rows_and_reasons(tokenizer):
 
 
 def test_the_setting_is_checked(tmp_path):
-    with pytest.raises(ValueError, match="bad_rows='skip' is none of error, drop"):
+    with pytest.raises(ValueError, match="bad_rows='skip' is not one of error, drop"):
         SinglePassSFTConfig(str(tmp_path), use_cpu=True, bad_rows="skip")
 
 

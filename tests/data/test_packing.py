@@ -166,7 +166,7 @@ def test_packing_says_how_full_rows_are_and_what_they_share(tokenizer, caplog):
     assert packing.sharing_across > 1.2
     multiplicities = [sum(row["multiplicity"]) for row in packed]
     assert packing.sharing_within * packing.sharing_across == pytest.approx(sum(multiplicities) / sum(lengths))
-    assert f"packed in {len(lengths)} rows of at most 450 tokens, " in str(packing)
+    assert f"packed into {len(lengths)} rows of at most 450 tokens, " in str(packing)
     assert report.num_sample_tokens == sum(multiplicities)
 
 

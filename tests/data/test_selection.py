@@ -48,7 +48,7 @@ def test_sampled_turns_depend_on_seed_and_example_and_nothing_else():
 
 @pytest.mark.parametrize("train_turns", [0, -1, "first", "sample:", "sample:0", True, 1.5])
 def test_an_unknown_choice_of_turns_is_named(train_turns):
-    with pytest.raises(ValueError, match=r"train_turns=.* is none of 'all', 'last'"):
+    with pytest.raises(ValueError, match=r"train_turns=.* is not one of 'all', 'last'"):
         parse_train_turns(train_turns)
 
 
@@ -98,7 +98,7 @@ def test_overlong_turns_are_refused_where_that_is_asked_for(tmp_path, tokenizer)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"overlong_turns": "keep"}, "overlong_turns='keep' is none of truncate, drop, error"),
+        ({"overlong_turns": "keep"}, "overlong_turns='keep' is not one of truncate, drop, error"),
         ({"max_row_tokens": 1}, "max_row_tokens=1 leaves no room"),
     ],
 )

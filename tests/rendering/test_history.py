@@ -75,7 +75,7 @@ def test_a_template_that_cannot_keep_reasoning_is_refused():
 
 
 def test_an_unknown_policy_is_named():
-    with pytest.raises(RenderingError, match="history='drop' is none of 'template', 'keep', 'strip'"):
+    with pytest.raises(RenderingError, match="history='drop' is not one of 'template', 'keep', 'strip'"):
         render(chat(2), "qwen3", "drop")
 
 

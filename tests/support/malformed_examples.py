@@ -98,7 +98,7 @@ MALFORMED = {
     "number for the template": ({**answered(), "chat_template_kwargs": 5}, "'chat_template_kwargs' is a number"),
     "reserved argument": ({**answered(), "chat_template_kwargs": {"tokenize": True}}, "has 'tokenize', which is set"),
     "weight of text": (answered(weight="x"), "Message 1 has weight='x'"),
-    "history": ({**answered(), "history": "all"}, "history='all' is none of"),
+    "history": ({**answered(), "history": "all"}, "history='all' is not one of"),
     "completion is text": ({"prompt": [HI], "completion": "Hello."}, "'completion' is text, expected a list"),
     "prompt is text": ({"prompt": "Hi.", "completion": [HELLO]}, "'prompt' is text, expected a list"),
     "completion is null": ({"prompt": [HI], "completion": None}, "'completion' is null, expected a list"),

@@ -177,9 +177,9 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_reduction": "mean"}, "loss_reduction='mean' is none of token, turn, conversation"),
-        ({"history": "drop"}, "history='drop' is none of template, keep, strip"),
-        ({"train_turns": "first"}, "train_turns='first' is none of 'all', 'last'"),
+        ({"loss_reduction": "mean"}, "loss_reduction='mean' is not one of token, turn, conversation"),
+        ({"history": "drop"}, "history='drop' is not one of template, keep, strip"),
+        ({"train_turns": "first"}, "train_turns='first' is not one of 'all', 'last'"),
         ({"reasoning_weight": -1.0}, r"reasoning_weight=-1\.0: expected a number of 0 or more"),
         ({"reasoning_weight": float("nan")}, "reasoning_weight=nan"),
     ],

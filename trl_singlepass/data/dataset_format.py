@@ -183,7 +183,7 @@ def _is_text(columns: Mapping[str, str], text_field: str) -> bool:
 
 
 def _expected(columns: Mapping[str, str], first: Sequence[Mapping[str, object]], text_field: str) -> str:
-    lists = [name for name in columns if any(_looks_like_messages(row.get(name)) for row in first)]
+    lists = [name for name in columns if any(_looks_like_messages(example.get(name)) for example in first)]
     found = f" '{lists[0]}' looks like it: dataset.rename_column('{lists[0]}', 'messages')." if len(lists) == 1 else ""
     return f"{expected_columns(columns)}{found} Plain text is read from '{text_field}' (dataset_text_field)."
 
@@ -196,10 +196,10 @@ def _looks_like_messages(value: object) -> bool:
 def _check_some_are_conversations(first: Sequence[Mapping[str, object]], name: str) -> None:
     """Raise before training begins if none of a stream's first examples can be read."""
     reasons = []
-    for index, row in enumerate(first):
+    for index, example in enumerate(first):
         try:
-            if get_tokenized_turns(row) is None:
-                Conversation.from_example(dict(row))
+            if get_tokenized_turns(example) is None:
+                Conversation.from_example(dict(example))
         except ValueError as error:
             reasons.append((index, str(error)))
     if len(reasons) == len(first):

@@ -61,12 +61,12 @@ class JsonLines(Sequence[dict[str, Any]]):
             file.seek(self.offsets[index])
             line = file.readline()
         try:
-            row = json.loads(line)
+            example = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{self.path}, row {index}: not JSON ({error}). Expected one object per line.") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{self.path}, row {index}: expected a JSON object, got {type(row).__name__}.")
-        return row
+        if not isinstance(example, dict):
+            raise ValueError(f"{self.path}, row {index}: expected a JSON object, got {type(example).__name__}.")
+        return example
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
@@ -97,7 +97,8 @@ def load_examples(data: str, *, split: str = "train", config: str | None = None)
     if path.is_file():
         if path.suffix not in TABLES:
             raise ValueError(
-                f"{data} is none of {', '.join([*LINES, *TABLES])}. Convert it, or rename it if it is one."
+                f"Expected a file that ends in {', '.join([*LINES, *TABLES])}, got {data}. Convert it, or rename it "
+                "if it has one of these formats."
             )
         return load_dataset(TABLES[path.suffix], data_files=str(path), split="train")
     if path.suffix in (*LINES, *TABLES):

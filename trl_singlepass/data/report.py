@@ -10,6 +10,9 @@ from .bad_rows import RowErrors, describe_dropped, group_errors
 from .conversations import KIND_COLUMNS
 
 
+_NUM_NAMED = 3  # overlong turns that a report names
+
+
 @dataclass(frozen=True, slots=True)
 class PreparationReport:
     """
@@ -76,7 +79,6 @@ class PreparationReport:
         counts: Mapping[str, Sequence[int]],
         lengths: Sequence[int],
         bound: str | None,
-        num_named: int = 3,
         bad_rows: Sequence[tuple[int, str]] = (),
     ) -> PreparationReport:
         """
@@ -89,8 +91,6 @@ class PreparationReport:
                 Tokens in each row.
             bound (`str`, *optional*):
                 The setting that bounds a sample ([`RowSettings.bound`]).
-            num_named (`int`, *optional*, defaults to 3):
-                How many overlong turns to name.
             bad_rows (`Sequence[tuple[int, str]]`, *optional*):
                 Index and reason of each row that was dropped.
 
@@ -100,13 +100,6 @@ class PreparationReport:
         num_rows: dict[int, int] = {}
         for conversation, length in zip(counts["conversation"], lengths, strict=True):
             num_rows[conversation] = num_rows.get(conversation, 0) + (length > 0)
-        named = [
-            f"row {conversation}{f', message {message}' if message >= 0 else ''}: {length} tokens"
-            for conversation, message, length in zip(
-                counts["conversation"], counts["overlong_message"], counts["overlong_length"], strict=True
-            )
-            if length
-        ]
         kinds = {kind: sum(counts[column]) for kind, column in KIND_COLUMNS.items()}
         turns = ("num_turns", "num_turns_without_prompt", "num_unselected_turns", "num_cut_turns", "num_dropped_turns")
         tokens = ("num_trained_tokens", "num_cut_tokens", "num_sample_tokens", "num_repeated_tokens")
@@ -115,7 +108,7 @@ class PreparationReport:
             num_dropped_conversations=sum(number == 0 for number in num_rows.values()) - len(bad_rows),
             num_split_conversations=sum(number > 1 for number in num_rows.values()),
             num_row_tokens=sum(lengths),
-            overlong=tuple(named[:num_named]),
+            overlong=_name_overlong_turns(counts),
             bound=bound,
             kinds={kind: count for kind, count in kinds.items() if count},
             bad_rows=group_errors(bad_rows),
@@ -139,19 +132,13 @@ class PreparationReport:
             held += f"{self.num_turns_without_prompt} assistant messages before any prompt, which are context only; "
         if self.num_unselected_turns:
             held += f"{self.num_unselected_turns} of them context only, by weight or train_turns; "
-        split = ""
-        if self.num_split_conversations:
-            split = (
-                f"; {self.num_split_conversations} conversations split over several rows, which repeat "
-                f"{self.num_repeated_tokens} of {self.num_row_tokens} tokens"
-            )
         if self.num_cut_tokens == 0:
-            return f"{held}all {self.num_trained_tokens} completion tokens trained{split}"
+            return f"{held}all {self.num_trained_tokens} completion tokens trained{self._split}"
         return (
             f"{held}not trained: {self.num_cut_tokens} completion tokens past {self.bound}, in "
             f"{self.num_cut_turns} turns that are trained in part and {self.num_dropped_turns} turns dropped whole "
             f"({self.num_dropped_conversations} conversations dropped whole; {', '.join(self.overlong)}{self._more}), "
-            f"of {self.num_trained_tokens + self.num_cut_tokens}{split}"
+            f"of {self.num_trained_tokens + self.num_cut_tokens}{self._split}"
         )
 
     @property
@@ -162,9 +149,28 @@ class PreparationReport:
         return f" ({', '.join(f'{count} {kind}' for kind, count in self.kinds.items())})"
 
     @property
+    def _split(self) -> str:
+        if not self.num_split_conversations:
+            return ""
+        return (
+            f"; {self.num_split_conversations} conversations split over several rows, which repeat "
+            f"{self.num_repeated_tokens} of {self.num_row_tokens} tokens"
+        )
+
+    @property
     def _more(self) -> str:
         others = self.num_cut_turns + self.num_dropped_turns - len(self.overlong)
         return f" and {others} more" if others else ""
+
+
+def _name_overlong_turns(counts: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+    columns = (counts[name] for name in ("conversation", "overlong_message", "overlong_length"))
+    named = [
+        f"row {conversation}{f', message {message}' if message >= 0 else ''}: {length} tokens"
+        for conversation, message, length in zip(*columns, strict=True)
+        if length
+    ]
+    return tuple(named[:_NUM_NAMED])
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +214,7 @@ class PackingReport:
 
     def __str__(self) -> str:
         return (
-            f"packed in {self.num_rows} rows of at most {self.max_row_tokens} tokens, {self.fill_rate:.1%} full; "
+            f"packed into {self.num_rows} rows of at most {self.max_row_tokens} tokens, {self.fill_rate:.1%} full; "
             f"sharing factor {self.sharing_within:.2f} within conversations × {self.sharing_across:.2f} across them = "
             f"{self.sharing_within * self.sharing_across:.2f}"
         )

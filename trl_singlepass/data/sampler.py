@@ -66,17 +66,7 @@ def predicted_imbalance(
     For example, rows of cost 5, 1, 2, 2 on two ranks with one row per batch: two steps take 5 + 2 instead of 3 + 2, so
     the imbalance is 0.4. With two accumulated batches, one step takes 5 + 2 on the slower rank instead of 5.
 
-    Args:
-        order (`Sequence[int]`):
-            Rows in the order of the sampler; their batches go to the ranks in turn.
-        costs (`numpy.ndarray` of shape `(num_rows,)`):
-            Cost of each row.
-        batch_size (`int`):
-            Rows per batch of a rank.
-        num_ranks (`int`):
-            Ranks.
-        num_accumulated (`int`, *optional*, defaults to 1):
-            Batches per rank and step.
+    `order` holds the rows in the order of the sampler; the other arguments are those of [`BalancedSampler`].
 
     Returns:
         `float`: Time of the slowest rank ÷ mean time of the ranks, over all complete steps, minus 1.

@@ -53,14 +53,14 @@ def parse_train_turns(train_turns: str | int) -> tuple[TurnChoice, int]:
         `tuple[TurnChoice, int]`: The choice and `n`, 0 where it has none.
 
     Raises:
-        `ValueError`: If it is none of these.
+        `ValueError`: If it has none of these forms.
     """
     text = str(train_turns)
     if text in (TurnChoice.ALL, TurnChoice.LAST):
         return TurnChoice(text), 0
     found = re.fullmatch(r"(sample:)?([1-9]\d*)", text)
     if not found or isinstance(train_turns, bool):
-        raise ValueError(f"train_turns={train_turns!r} is none of {_FORMS}.")
+        raise ValueError(f"train_turns={train_turns!r} is not one of {_FORMS}.")
     return TurnChoice.SAMPLE if found[1] else TurnChoice.FIRST, int(found[2])
 
 

@@ -34,7 +34,7 @@ class RowSettings:
             Seed of `train_turns="sample:n"`.
 
     Raises:
-        `ValueError`: If a setting is none of its choices.
+        `ValueError`: If a setting has a value that is not one of its choices.
     """
 
     max_length: int | None = None
@@ -51,7 +51,7 @@ class RowSettings:
         choices = {"history": HISTORIES, "loss_reduction": [*LossReduction], "overlong_turns": [*OverlongTurns]}
         for name, values in choices.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(values)}.")
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(values)}.")
         # A plain string and the member that equals it must have the same `repr`, which is part of a fingerprint.
         object.__setattr__(self, "loss_reduction", LossReduction(self.loss_reduction))
         object.__setattr__(self, "overlong_turns", OverlongTurns(self.overlong_turns))

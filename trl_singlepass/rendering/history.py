@@ -67,7 +67,7 @@ def render_with_history(
     if history == "template":
         return render_conversation(conversation, tokenizer, chat_template)
     if history not in HISTORIES:
-        raise RenderingError(f"history={history!r} is none of {', '.join(map(repr, HISTORIES))}.")
+        raise RenderingError(f"history={history!r} is not one of {', '.join(map(repr, HISTORIES))}.")
     source = tokenizer.get_chat_template(chat_template, conversation.tools)
     keep = history == "keep"
     switches = {name: value == keep for name, value in _KEEPING_SWITCHES.items() if name in source}

@@ -166,7 +166,7 @@ class SinglePassSFTConfig(SFTConfig):
             if value is not None and value < 2:
                 raise ValueError(f"{name}={value} leaves no room for a token and its target. Set it to 2 or more.")
         if self.bad_rows not in tuple(BadRows):
-            raise ValueError(f"bad_rows={self.bad_rows!r} is none of {', '.join(BadRows)}.")
+            raise ValueError(f"bad_rows={self.bad_rows!r} is not one of {', '.join(BadRows)}.")
         self.row_settings()  # refuses what is none of its choices
 
     def row_settings(self, packing: bool = False) -> RowSettings:
