@@ -160,37 +160,36 @@ STATUSES = ["exact", "refused", "cannot be built here"]
 PREFACE = """\
 # Models
 
-Every causal language model that transformers registers, by its `model_type`, and what becomes of it in a single pass.
+Every causal language model that transformers registers, by its `model_type`, and what happens to it in a single pass.
 Surveyed with transformers {version}. {summary}.
 
-A test writes and checks this page (`tests/training/test_model.py`): a tiny random model with one layer of each type
-that the family can have runs a tree with branches at many depths, some of them shorter than any convolution.
+A test writes and checks this page (`tests/training/test_model.py`): a tiny random model with one layer of each type in
+its family runs a tree with branches at many depths, some of them shorter than any convolution.
 
-- **exact**: loss and the gradient of every parameter equal those of separate samples, in float64 to 1e-12, and no
+- **exact**: the loss and the gradient of every parameter equal those of separate samples to 1e-12 in float64, and no
   output depends on a sibling branch.
 - **refused**: `SinglePassSFTTrainer` raises an error with this reason before it prepares the dataset. No model is
   accepted and wrong.
-- **cannot be built here**: no tiny model could be made, so nothing is promised.
+- **cannot be built here**: no tiny model could be built, so nothing is promised.
 
-How layers run that are not plain attention:
+How layers other than plain attention run:
 
-- *States at forks*: the layer runs over the history once, cut where branches leave it, and every branch starts from
-  the state at its fork. Each token is computed once.
-- *Convolution tails at forks*: the layer runs over each branch and the few tokens before it that the convolution
-  sees.
+- *States at forks*: the layer runs over the history once, interrupted where branches leave it, and every branch starts
+  from the state at its fork. Each token is computed once.
+- *Convolution tails at forks*: the layer runs over each branch and the few preceding tokens that the convolution sees.
 - *On whole paths*: the layer runs over each branch together with its history, because its kernel takes no initial
   state, or because it selects, pools or scores tokens by their index. That layer costs what it costs in N-pass; the
   rest of the model is shared. Attention of this kind needs `attn_implementation="sdpa"` or `"eager"`.
 
 Mixture-of-experts models:
 
-- A token that several samples share has one context in all of them, so its router decides once what it decides in
-  each sample.
+- A token that several samples share has the same context in all of them, so its router decides once what it would
+  decide in each sample.
 - *Auxiliary loss*: the load-balancing loss (`output_router_logits=True`) is a mean over tokens, in which a shared
-  token has to count once per sample. The model's `attention_mask` holds that number, and transformers weighs tokens
-  with it; the loss is that of all samples in one padded batch.
-- Implementations that compute all experts at once (`grouped_mm`, `batched_mm`) have no float64; in float32 they agree
-  with N-pass to 1e-6.
+  token must count once per sample. The model's `attention_mask` holds that number, and transformers weights tokens by
+  it; the loss is that of all samples in one padded batch.
+- Implementations that compute all experts at once (`grouped_mm`, `batched_mm`) do not support float64; in float32,
+  they agree with N-pass to 1e-6.
 
 | `model_type` | | layers of the tiny model, or reason |
 |---|---|---|
@@ -199,11 +198,11 @@ CLASSES = """\
 
 ## Classes that read other media, on text
 
-Generating classes that say `accepts_loss_kwargs = False`, among them what the checkpoints of Qwen3-VL, Qwen3.5 and
-Gemma 4 load as, with tiny encoders, on rows of text. {summary}.
+Generative classes with `accepts_loss_kwargs = False`, on rows of text and with tiny encoders. Among them are the
+classes of the Qwen3-VL, Qwen3.5 and Gemma 4 checkpoints. {summary}.
 
-For these, transformers' Trainer counts no tokens, and the stock trainer takes the mean of each batch's mean. In a
-single pass, every step is the mean over all its tokens, for them as for any other class.
+For these, transformers' `Trainer` counts no tokens, and the stock trainer averages the means of batches. In a single
+pass, every step is the mean over all its tokens, as for any other class.
 
 | class | | layers of the tiny model, or reason |
 |---|---|---|
