@@ -29,5 +29,5 @@ def test_the_smaller_length_bounds_a_sample(lengths, bound, longest):
 
 @pytest.mark.parametrize("weight", [-1, float("inf"), float("nan")])
 def test_a_wrong_reasoning_weight_is_named(weight):
-    with pytest.raises(ValueError, match="reasoning_weight=.*: expected a number of 0 or more"):
+    with pytest.raises(ValueError, match=r"reasoning_weight=.*: expected a number of 0 or more"):
         RowSettings(reasoning_weight=weight)
