@@ -1,10 +1,10 @@
 """
-What ranks lose by waiting for the slowest, from 8 to 1,024 of them: single pass against packed samples of N-pass.
+Compute what 8 to 1,024 ranks lose by waiting for the slowest, for a single pass and for packed samples of N-pass.
 
     python -m benchmarks.balance_at_scale
 
-Lengths are those of the files of conversations that are there (--data, with --tokenizer), each drawn many times, and
-of @@
+Lengths are those of real conversations (files given with --data, tokenized with --tokenizer), each drawn many times,
+and of random ones with log-normal reasoning.
 """
 
 import argparse
@@ -49,7 +49,7 @@ MODEL = Qwen3Config(  # Qwen3-8B
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens and attention pairs of the rows of a set of conversations, and the lengths of their samples."""
+    """Tokens and attention pairs of the rows of several conversations, and the lengths of their samples."""
 
     tokens: NDArray[np.int64]
     pairs: NDArray[np.int64]
@@ -71,7 +71,7 @@ class Lengths:
 
 
 def read_lengths(tokenizer: str, data: Path) -> Lengths:
-    """Lengths of the conversations of a file."""
+    """Return the lengths of the conversations in a file."""
     loaded, lengths = load_tokenizer(tokenizer), []
     for index, conversation in enumerate(load_examples(str(data))):
         samples = example_to_samples(conversation, index, loaded, RowSettings()).samples
@@ -84,10 +84,10 @@ def read_lengths(tokenizer: str, data: Path) -> Lengths:
 def chat_lengths(
     user: NDArray[np.int64], reasoning: NDArray[np.int64], answer: NDArray[np.int64]
 ) -> tuple[int, int, list[int]]:
-    """Tokens and pairs of the row of a chat whose history keeps answers only, and the lengths of its samples."""
-    before = np.concatenate([[0], np.cumsum(user + answer)[:-1]])  # history in front of each turn
+    """Return tokens and pairs of the row of a chat whose history keeps only answers, and its samples' lengths."""
+    before = np.concatenate([[0], np.cumsum(user + answer)[:-1]])  # history before each turn
     prompt, completion = before + user, reasoning + answer
-    # The last answer stands on its branch only, all others in the history as well.
+    # The last answer is only on its branch; all others are in the history too.
     spine = np.arange(prompt[-1])
     branches = [np.arange(start, start + size) for start, size in zip(prompt, completion, strict=True)]
     depths = np.concatenate([spine, *branches])
@@ -95,7 +95,7 @@ def chat_lengths(
 
 
 def log_normal_lengths(number: int, random: np.random.Generator) -> Lengths:
-    """1 to 6 turns; reasoning of 800 tokens in the median, a tenth above 2,500; it is dropped from the history."""
+    """Draw chats of 1 to 6 turns with reasoning of 800 tokens in the median, a tenth of it above 2,500 tokens."""
     lengths = []
     for _ in range(number):
         turns = random.integers(1, 7)
@@ -108,10 +108,10 @@ def log_normal_lengths(number: int, random: np.random.Generator) -> Lengths:
 
 
 def packed(lengths: NDArray[np.int64]) -> Iterator[list[int]]:
-    """Pack sequences as TRL does, 1,000 at a time, and tell which went together."""
+    """Pack sequences as TRL does, 1,000 at a time, and yield which sequences share a row."""
     for start in range(0, len(lengths), 1000):
         part = lengths[start : start + 1000]
-        # A sequence is told by its content after packing; TRL packs lists of numbers.
+        # TRL packs lists of numbers: fill each sequence with its index to recognize it afterwards.
         columns = [np.full(size, start + i, np.int32) for i, size in enumerate(part)]
         offsets = np.cumsum([0, *part]).astype(np.int32)
         table = pa.table({"input_ids": pa.ListArray.from_arrays(offsets, np.concatenate(columns))})
@@ -122,29 +122,29 @@ def packed(lengths: NDArray[np.int64]) -> Iterator[list[int]]:
 
 
 def total_costs(tokens: NDArray[np.int64], pairs: NDArray[np.int64], rows: list[list[int]]) -> NDArray[np.float64]:
-    """Cost of each packed row."""
+    """Return the cost of each packed row."""
     one = row_costs(tokens, pairs, MODEL)
     return np.array([one[row].sum() for row in rows])
 
 
 @dataclass(frozen=True)
-class Way:
-    """Rows that a way of training has, how many of them a rank computes per step, and how they are dealt out."""
+class Schedule:
+    """Costs of the rows of one way of training, the number of rows per rank and step, and how they are assigned."""
 
     costs: NDArray[np.float64]
     rows_per_step: int
     order: str
 
     def efficiency(self, num_ranks: int) -> float:
-        """Part of the ranks' time that is work, over all steps."""
+        """Return the share of time that ranks spend working, over all steps."""
         layout = {"batch_size": 1, "num_ranks": num_ranks, "num_accumulated": self.rows_per_step}
         sampler = BalancedSampler(self.costs, seed=0, epoch=lambda: 0, group_by_cost=self.order == "grouped", **layout)
         order = sampler.order(0, balanced=self.order != "as they come")
         return 1 / (1 + predicted_imbalance(order, self.costs, **layout))
 
 
-def ways_of(lengths: Lengths, rank_steps: int, random: np.random.Generator) -> dict[str, Way]:
-    """All ways to train the same conversations, as many as ranks train in a number of steps together."""
+def make_schedules(lengths: Lengths, rank_steps: int, random: np.random.Generator) -> dict[str, Schedule]:
+    """Return all schedules for the same conversations, as many as all ranks train in some number of steps."""
     rows_per_step = max(round(ROW_TOKENS * ROWS_PER_STEP / lengths.tokens.mean()), 1)
     drawn = lengths.drawn(rows_per_step * rank_steps, random)
     costs = row_costs(drawn.tokens, drawn.pairs, MODEL)
@@ -152,28 +152,28 @@ def ways_of(lengths: Lengths, rank_steps: int, random: np.random.Generator) -> d
     of_rows = total_costs(drawn.tokens, drawn.pairs, list(packed(drawn.tokens)))
     of_samples = total_costs(samples, samples * (samples + 1) // 2, list(packed(samples)))
     return {
-        "as they come": Way(costs, rows_per_step, "as they come"),
-        "balanced": Way(costs, rows_per_step, "balanced"),
-        "packed": Way(of_rows, ROWS_PER_STEP, "balanced"),
-        "N-pass": Way(of_samples, ROWS_PER_STEP, "as they come"),
+        "as they come": Schedule(costs, rows_per_step, "as they come"),
+        "balanced": Schedule(costs, rows_per_step, "balanced"),
+        "packed": Schedule(of_rows, ROWS_PER_STEP, "balanced"),
+        "N-pass": Schedule(of_samples, ROWS_PER_STEP, "as they come"),
     }
 
 
 def measure(lengths: Lengths, rank_steps: int, random: np.random.Generator) -> dict[str, Any]:
-    """Efficiency of every way by the number of ranks, and its speed compared with N-pass."""
-    ways = ways_of(lengths, rank_steps, random)
+    """Return the efficiency of every schedule by number of ranks, and its speed relative to N-pass."""
+    schedules = make_schedules(lengths, rank_steps, random)
     ranks = [number for number in RANKS if 2 * number <= rank_steps]
-    efficiency = {name: [way.efficiency(number) for number in ranks] for name, way in ways.items()}
+    efficiency = {name: [schedule.efficiency(number) for number in ranks] for name, schedule in schedules.items()}
     speed = {
         name: [
-            one / way.costs.sum() * ways["N-pass"].costs.sum() / of_npass
+            one / schedule.costs.sum() * schedules["N-pass"].costs.sum() / of_npass
             for one, of_npass in zip(efficiency[name], efficiency["N-pass"], strict=True)
         ]
-        for name, way in ways.items()
+        for name, schedule in schedules.items()
     }
     return {
         "lengths": lengths.describe(),
-        "rows_per_rank_and_step": {name: way.rows_per_step for name, way in ways.items()},
+        "rows_per_rank_and_step": {name: schedule.rows_per_step for name, schedule in schedules.items()},
         "ranks": ranks,
         "efficiency": efficiency,
         "speed": speed,
@@ -181,12 +181,14 @@ def measure(lengths: Lengths, rank_steps: int, random: np.random.Generator) -> d
 
 
 def by_rows_per_step(lengths: Lengths, num_ranks: int, random: np.random.Generator) -> dict[str, Any]:
-    """Efficiency by how many conversations a rank computes per step: the fewer, the less there is to balance."""
+    """Return the efficiency by conversations per rank and step: with fewer, there is less to balance."""
     numbers = [1, 2, 4, 8, 16]
     drawn = lengths.drawn(max(numbers) * num_ranks * 8, random)
     costs = row_costs(drawn.tokens, drawn.pairs, MODEL)
     orders = ("as they come", "balanced", "grouped")
-    efficiency = {order: [Way(costs, number, order).efficiency(num_ranks) for number in numbers] for order in orders}
+    efficiency = {
+        order: [Schedule(costs, number, order).efficiency(num_ranks) for number in numbers] for order in orders
+    }
     return {"ranks": num_ranks, "rows_per_rank_and_step": numbers, "efficiency": efficiency}
 
 
@@ -199,7 +201,7 @@ STYLES = {
 
 
 def draw(datasets_measured: dict[str, Any], path: Path) -> None:
-    """Efficiency above, speed below, a column for each set of conversations."""
+    """Plot efficiency above and speed below, with one column per set of conversations."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -211,10 +213,10 @@ def draw(datasets_measured: dict[str, Any], path: Path) -> None:
     )
     for (name, measured), (above, below) in zip(datasets_measured.items(), axes.T, strict=True):
         above.set_title(f"{name}\nN-pass: {measured['lengths']['sharing_factor']:.1f} times the tokens", fontsize=9)
-        for way, (label, color, marker) in STYLES.items():
+        for schedule, (label, color, marker) in STYLES.items():
             style = {"label": label, "color": color, "marker": marker, "markersize": 4, "linewidth": 1.4}
-            above.plot(measured["ranks"], [100 * value for value in measured["efficiency"][way]], **style)
-            below.plot(measured["ranks"], measured["speed"][way], **style)
+            above.plot(measured["ranks"], [100 * value for value in measured["efficiency"][schedule]], **style)
+            below.plot(measured["ranks"], measured["speed"][schedule], **style)
         below.set_xscale("log", base=2)
         below.set_xticks(measured["ranks"], [str(number) for number in measured["ranks"]], rotation=45)
         below.set_xlabel("ranks")
@@ -236,7 +238,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="*", default=sorted((SHARED / "data").glob("*.jsonl")))
     parser.add_argument("--tokenizer", default=str(SHARED / "tokenizers" / "qwen3"))
     parser.add_argument("--rank-steps", type=int, default=2 * RANKS[-1], help="ranks × steps of every simulation")
-    parser.add_argument("--redraw", action="store_true", help="draw the picture again from the results")
+    parser.add_argument("--redraw", action="store_true", help="only redraw the picture from the results")
     arguments = parser.parse_args()
     if arguments.redraw:
         draw(json.loads(RESULTS.read_text())["datasets"], PICTURE)

@@ -1,11 +1,12 @@
 """
-Bytes per parameter that each engine keeps on each of two ranks, in a training step with AdamW, on a CPU.
+Measure how many bytes per parameter each engine keeps on each of two ranks in a training step with AdamW, on a CPU.
 
     python -m benchmarks.engine_memory
 
-Counted are all tensors that Python knows, before and after the optimizer's step (parameters, gradients, moments,
-buffers, no activations), and the memory that the process has taken since before the model was made, which includes
-what libraries keep for themselves and leaves out what was never written. The DeepSpeed configurations are the recipes.
+Two numbers: the size of all tensors that Python knows before and after the optimizer step (parameters, gradients,
+moments and buffers, but no activations), and the growth of the process since before the model was built, which
+includes what libraries keep for themselves and excludes memory that was never written. The DeepSpeed configurations
+are those of the recipes.
 """
 
 import argparse
@@ -39,7 +40,7 @@ MODEL = {
 
 
 class LiveTensors(TrainerCallback):
-    """The most bytes of all tensors around the optimizer's steps, but for the first, which makes its state."""
+    """Largest size of all tensors around optimizer steps, except the first, which creates the optimizer's state."""
 
     def __init__(self) -> None:
         self.most = self.resident = self.steps = 0
@@ -50,7 +51,7 @@ class LiveTensors(TrainerCallback):
             self.look()
             return step(engine, *args, **kwargs)
 
-        deepspeed.DeepSpeedEngine.step = look_and_step  # takes place within backward, before any callback
+        deepspeed.DeepSpeedEngine.step = look_and_step  # runs inside the backward pass, before any callback
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.look()
@@ -72,16 +73,16 @@ class LiveTensors(TrainerCallback):
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs."""
+    """Return the bytes of this process that are not backed by a file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def train_one(engine: str, bf16: bool, folder: Path) -> None:
-    """Train two steps as one of two ranks, and write what this rank keeps."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]  # they run all engines without a GPU
-    import worker
-    from runs import on_engine, with_config
+    """Train two steps as one of two ranks, and write how many bytes this rank keeps."""
+    sys.path.insert(0, str(ROOT / "tests"))  # the tests can run all engines without a GPU
+    from support import distributed_worker as worker
+    from support.worker_settings import on_engine, with_config
 
     torch.set_num_threads(1)
     config = {"max_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-4, "bf16": bf16}

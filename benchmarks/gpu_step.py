@@ -1,13 +1,13 @@
 """
-Whole training steps on one GPU: a single pass on every attention kernel found, against N-pass and a plain causal row.
+Measure whole training steps on one GPU: a single pass on every available kernel, N-pass, and a plain causal row.
 
     python -m benchmarks.gpu_step                     about 8 minutes on an H100
     python -m benchmarks.gpu_step --device cpu --tiny --turns 2 3
 
-Forward with gradient checkpointing, backward and AdamW in bfloat16; random weights in the shape of Qwen3-0.6B and 1.7B
-and of a small hybrid. Packed N-pass is a row of separate samples on the same kernels, so that both ways differ in
-nothing but sharing. A kernel that is not installed, a case out of memory or out of time is written down as such.
-Writes benchmarks/results/gpu_step_<device>.json.
+A step is a forward pass with gradient checkpointing, a backward pass and AdamW in bfloat16. Weights are random, in the
+shapes of Qwen3-0.6B, Qwen3-1.7B and a small hybrid. Packed N-pass is a row of separate samples on the same kernels, so
+the two differ only in sharing. Kernels that are not installed and cases that run out of memory or time are recorded as
+such. Writes benchmarks/results/gpu_step_<device>.json.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def build(name: str, device: str, tiny: bool) -> Any:
 
 
 def tree_step(step: Step, sample_sets: list[list[Sample]]) -> Callable[[], float]:
-    """One row that holds a tree per sample set: all samples in one is a single pass, one each is packed N-pass."""
+    """One row with a tree per set of samples: a single set is a single pass, one set per sample is packed N-pass."""
     rows = [Row.from_tree(PrefixTree.from_samples(samples)).columns() for samples in sample_sets]
     batch = DataCollatorForSinglePass(pad_token_id=0)(rows)
     plan = batch.pop("tree_plan")
@@ -94,7 +94,7 @@ def tree_step(step: Step, sample_sets: list[list[Sample]]) -> Callable[[], float
 
 
 def cases(samples: list[Sample], kernels: list[str], is_hybrid: bool) -> Iterator[tuple[str, str | None, Any]]:
-    """Yield name, kernel, and a function that makes the step: every way of training one conversation."""
+    """Yield name, kernel and step function for every way of training one conversation."""
     for kernel in kernels:
         yield "single_pass", kernel, lambda step: tree_step(step, [samples])
         yield "npass_packed", kernel, lambda step: tree_step(step, [[sample] for sample in samples])
@@ -104,7 +104,7 @@ def cases(samples: list[Sample], kernels: list[str], is_hybrid: bool) -> Iterato
 
 
 def available_kernels(device: str, tiny: bool) -> tuple[list[str], dict[str, str]]:
-    """Kernels that train one small step here, and why the others do not."""
+    """Return the kernels that can train a small step on this machine, and why the others cannot."""
     found, missing = [], {}
     samples = conversation(2, 400, 0, TINY_SIZES)
     for kernel in KERNELS:
@@ -115,7 +115,7 @@ def available_kernels(device: str, tiny: bool) -> tuple[list[str], dict[str, str
             choose(model, kernel)
             tree_step(Step(model, samples), [samples])()
             found.append(kernel)
-        except Exception as error:  # whatever a package raises: it is reported, and the kernel is left out
+        except Exception as error:  # packages may raise anything: report it and leave the kernel out
             missing[kernel] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         del model
         collect()
@@ -123,7 +123,7 @@ def available_kernels(device: str, tiny: bool) -> tuple[list[str], dict[str, str
 
 
 def choose(model: Any, kernel: str) -> None:
-    """Tree attention on a kernel, as loading with `attn_implementation` chooses it."""
+    """Switch a model to tree attention on a kernel, as loading it with `attn_implementation` would."""
     model.set_attn_implementation("sdpa")
     model.config._attn_implementation_internal, _, backend = kernel.partition(":")
     model.config.kernel_options = {"BACKEND": backend} if backend else None
@@ -131,7 +131,7 @@ def choose(model: Any, kernel: str) -> None:
 
 
 def measure(model: Any, samples: list[Sample], kernel: str | None, make: Any, repeats: int) -> dict[str, Any]:
-    """Best time of a whole step, its loss, and the peak of memory above the model and its optimizer."""
+    """Return the best time of a whole step, its loss, and the peak memory above model and optimizer."""
     if kernel is None:
         model.set_attn_implementation("sdpa")
     else:
@@ -140,7 +140,7 @@ def measure(model: Any, samples: list[Sample], kernel: str | None, make: Any, re
     loss, times, value = make(Step(model, samples)), [], 0.0
     before = 0
     for repeat in range(repeats + 1):
-        if repeat == 1:  # the first compiles kernels and makes the optimizer's state
+        if repeat == 1:  # the first repetition compiles kernels and creates the optimizer's state
             before = reset_peak()
         start = now(model.device.type)
         value = loss()
@@ -172,7 +172,7 @@ def counted(samples: list[Sample], config: Any) -> dict[str, Any]:
 
 
 def planning(samples: list[Sample], device: str) -> dict[str, float]:
-    """Seconds on the host for the plan, and for what kernels derive from it, until the device has it."""
+    """Return the seconds on the host for the plan and what kernels derive from it, until the device has both."""
     row = Row.from_tree(PrefixTree.from_samples(samples))
     plan = TreePlan.from_rows([row])
     end, depth = (torch.from_numpy(x).to(device)[None] for x in (row.subtree_end, plan.depths()))
@@ -192,7 +192,7 @@ def planning(samples: list[Sample], device: str) -> dict[str, float]:
 
 
 def run(args: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a record per case, until the time is up."""
+    """Yield one record per case until time runs out."""
     deadline = time.monotonic() + args.seconds
     for name in args.models:
         model = build(name, args.device, args.tiny)
@@ -234,10 +234,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_step", description=__doc__.splitlines()[1])
     parser.add_argument("--models", nargs="+", default=[*DECODERS, "hybrid"], choices=[*DECODERS, "hybrid"])
     parser.add_argument("--turns", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--repeats", type=int, default=3, help="the smallest time of so many is reported")
-    parser.add_argument("--seconds", type=float, default=480, help="cases that would start later are left out")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="number of repetitions, of which the fastest is reported"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=480, help="time limit; cases that would start later are left out"
+    )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="sizes that only try the script out")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try out the script")
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -255,7 +259,9 @@ def main() -> None:
     path = args.output / f"gpu_step_{re.sub(r'[^a-z0-9]+', '_', device_name.lower())}.json"
     for record in run(args, result):
         result["measured"].append(record)
-        path.write_text(json.dumps(result, indent=1) + "\n")  # after each case, in case the next one ends the process
+        path.write_text(
+            json.dumps(result, indent=1) + "\n"
+        )  # after each case, since the next one may crash the process
         outcome = record.get("failed") or f"{record['seconds']:.3f} s {record['bytes'] / 2**20:.0f} MiB"
         print(f"{record['model']:11} {record['turns']:3} turns {record['mode']:13} {record['kernel']!s:18} {outcome}")
     print(path)

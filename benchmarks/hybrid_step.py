@@ -1,10 +1,10 @@
 """
-One training step of a small hybrid (Qwen3.5 architecture, random weights) on CPU: a single pass against N-pass.
+Time one training step of a small hybrid (Qwen3.5 architecture, random weights) on CPU: a single pass and N-pass.
 
     python -m benchmarks.hybrid_step
 
-Times are seconds of processor time of one thread, the least of several rounds in which the modes take turns; so a
-busy machine does not change them much. N-pass runs once sample by sample and once as one padded batch.
+Times are CPU seconds of one thread, the smallest of several rounds in which the modes alternate, so a busy machine
+does not change them much. N-pass runs sample by sample, and as one padded batch.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SIZES = Sizes(user=(20, 40), reasoning=(100, 300), answer=(40, 80), system=20)
 
 
 def small_hybrid() -> Any:
-    """Three layers of gated delta rule to one of attention, as in the released models."""
+    """Build a model with three gated delta rule layers per attention layer, as in the released models."""
     torch.manual_seed(0)
     config = Qwen3_5TextConfig(
         vocab_size=VOCABULARY,
@@ -92,7 +92,7 @@ def single_pass(model: Any, samples: list[Sample]) -> float:
 
 
 def modes() -> dict[str, Callable[[list[Sample]], float]]:
-    """Each mode with a model of its own, all of the same weights."""
+    """Return a step function per mode, each with its own copy of the same model."""
     plain, forks, paths = (small_hybrid() for _ in range(3))
     enable_tree(forks)
     enable_tree(paths)

@@ -1,4 +1,4 @@
-"""What a measurement ran on: machine, versions, commit."""
+"""Describe where a measurement ran: machine, versions, commit."""
 
 import datetime
 import os

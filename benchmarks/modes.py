@@ -1,11 +1,11 @@
 """
-The ways of training one conversation that the benchmark compares.
+Ways of training one conversation, as compared by the benchmarks.
 
-The single pass and all kinds of N-pass are the same training step. `last_turn` and `keep_reasoning` are what is done
-instead to save N-pass its time: less is trained, or on contexts that do not occur at inference.
+The single pass and all kinds of N-pass are the same training step. `last_turn` and `keep_reasoning` are what people do
+to avoid the cost of N-pass: they train less, or on contexts that do not occur at inference.
 
-Every mode runs the decoder on all of its tokens and the LM head on targets only, in chunks whose gradient is taken at
-once, so that logits cost the same in each.
+Every mode runs the decoder on all of its tokens and the LM head only on targets, in chunks whose gradient is computed
+right away, so that logits cost the same in every mode.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ def packed_attention(
     lengths: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One causal call per sample of a packed row: what variable-length kernels do, with PyTorch's own attention."""
+    """Run one causal call per sample of a packed row: what varlen kernels do, with PyTorch's attention."""
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in parts]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
@@ -48,7 +48,7 @@ AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
 
 
 class Step:
-    """Model and samples on their device; `loss()` of a mode runs forward and backward."""
+    """Model and samples on their device; the `loss()` of a mode runs forward and backward."""
 
     def __init__(self, model: Any, samples: Sequence[Sample], kept: Sequence[Sample] = ()) -> None:
         self.model, self.device = model, model.device
@@ -57,11 +57,11 @@ class Step:
         self.num_targets = sum(len(sample) - sample.prompt_length for sample in samples)
 
     def decoder(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Last hidden states, of shape `(batch, length, hidden)`."""
+        """Return the last hidden states, of shape `(batch, length, hidden)`."""
         return self.model.model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
 
     def backward(self, hidden: torch.Tensor, targets: torch.Tensor) -> float:
-        """Loss of hidden states of shape `(targets, hidden)`, and its gradient into them and on through the model."""
+        """Return the loss of hidden states `(targets, hidden)`, after backpropagating it through the model."""
         leaf, loss = hidden.detach().requires_grad_(), 0.0
         for chunk, chunk_targets in zip(leaf.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
             logits = self.model.lm_head(chunk).float()
@@ -72,7 +72,7 @@ class Step:
         return loss
 
     def completions(self, hidden: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states that predict completion tokens, and these tokens; `hidden` has shape `(length, hidden)`."""
+        """Return the hidden states that predict completion tokens, and these tokens; `hidden`: `(length, hidden)`."""
         starts = [sample.prompt_length for sample in self.samples]
         triples = list(zip(hidden, self.tokens, starts, strict=True))
         predicting = [states[start - 1 : len(tokens) - 1] for states, tokens, start in triples]
@@ -90,7 +90,7 @@ def npass_sequential(step: Step) -> Callable[[], float]:
 
 
 def npass_padded(step: Step) -> Callable[[], float]:
-    """All samples in one batch. Padding on the right needs no mask: no token sees what comes after it."""
+    """All samples in one batch. Right padding needs no mask, since no token attends to later ones."""
     input_ids = pad_sequence(step.tokens, batch_first=True)
     return lambda: step.backward(*step.completions(list(step.decoder(input_ids))))
 
@@ -134,12 +134,12 @@ def last_turn(step: Step) -> Callable[[], float]:
 
 
 def keep_reasoning(step: Step) -> Callable[[], float]:
-    """One causal row of all turns, each in a context that keeps the reasoning of earlier ones."""
+    """All turns in one causal row, in contexts that keep the reasoning of earlier turns."""
     return causal_row(Step(step.model, step.kept))
 
 
 def causal_row(step: Step) -> Callable[[], float]:
-    """A plain causal row of as many tokens and targets as the tree's: the yardstick for memory, not for the loss."""
+    """A plain causal row with as many tokens and targets as the tree: a yardstick for memory, not for the loss."""
     row = PrefixTree.from_samples(step.samples)
     input_ids = torch.from_numpy(row.input_ids.copy()).to(step.device)[None]
     labels = torch.from_numpy(row.labels.copy()).to(step.device)

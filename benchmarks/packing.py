@@ -1,5 +1,5 @@
 """
-Time and memory of packing many conversations into rows, from rows on disk to rows on disk, in one process.
+Measure time and memory of packing many conversations into rows, from disk to disk, in one process.
 
     python -m benchmarks.packing --conversations 100000
 """
@@ -30,7 +30,7 @@ AT_ONCE = 100
 
 
 def conversation(random: np.random.Generator, system: np.ndarray) -> list[Sample]:
-    """A chat of 1 to 5 turns, whose template drops the reasoning of earlier turns."""
+    """Return the samples of a chat of 1 to 5 turns whose template drops the reasoning of earlier turns."""
     history, samples = system, []
     for index in range(random.integers(1, 6)):
         user, reasoning, answer = (
@@ -64,7 +64,7 @@ def write_rows(path: Path, num_conversations: int, num_systems: int) -> datasets
 
 
 class PeakMemory:
-    """Largest memory of this process that no file backs, in bytes, above what it had at the start."""
+    """Peak bytes of this process that are not backed by a file, above what it held at the start."""
 
     def __enter__(self) -> "PeakMemory":
         self.start = self.peak = _anonymous_bytes()
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=100_000)
     parser.add_argument("--system-prompts", type=int, default=50)
     parser.add_argument("--max-row-tokens", type=int, default=32768)
-    parser.add_argument("--dry-run", action="store_true", help="print, do not write the result")
+    parser.add_argument("--dry-run", action="store_true", help="print the result instead of writing it")
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     result = measure(arguments.conversations, arguments.system_prompts, arguments.max_row_tokens)

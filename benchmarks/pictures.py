@@ -1,10 +1,10 @@
 """
-Draw the pictures of the documentation into docs/images/, from the demo's conversations and the files under results/.
+Draw the pictures of the docs into docs/images/, from the demo's conversations and the files under results/.
 
     python -m benchmarks.pictures
 
-The loss by turn comes from a small model that is trained for it, which takes minutes on a CPU; its numbers are kept in
-results/loss_by_turn.json and used again until that file is deleted.
+The loss by turn comes from training a small model, which takes minutes on a CPU. Its numbers are stored in
+results/loss_by_turn.json and reused until that file is deleted.
 """
 
 import json
@@ -32,7 +32,7 @@ STEPS, CONVERSATIONS_PER_STEP = 40, 3
 
 
 def smallest_of_four_turns(tokenizer: PreTrainedTokenizerBase) -> PrefixTree:
-    """A conversation that fits in a picture, and the mask in a page."""
+    """Return the tree of a conversation small enough that tree and mask fit in a picture."""
     rendered = [render_example(row, tokenizer) for row in load_rows(None, 10**6)]
     turns = min((turns for turns in rendered if len(turns) == 4), key=lambda turns: sum(map(len, turns)))
     return PrefixTree.from_samples(turns)
@@ -51,7 +51,7 @@ def speedup() -> Figure:
 
 
 def losses_by_turn(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Loss on held-out conversations, after training on the others."""
+    """Return the losses on held-out conversations after training on the others."""
     if not LOSSES.exists():
         data = load_dataset("json", data_files=str(DATA), split="train").train_test_split(test_size=20, seed=0)
         trainer = SinglePassSFTTrainer(

@@ -1,11 +1,12 @@
 """
-Time to plan a row on the host, against the time of its forward pass on one CPU core.
+Time the planning of a row on the host, and its forward pass on one CPU core.
 
     python -m benchmarks.plan_time
 
-Rows of 8k to 64k tokens that hold 64 trees. Planning is all that a step does besides the model: the collator's plan,
-the block mask of FlexAttention (full and sliding), and the calls of a varlen kernel. The model is small on purpose (2
-layers of width 256): a larger one makes the share smaller. Writes benchmarks/results/plan_time.json.
+Rows have 8k to 64k tokens and 64 trees. Planning is everything that a step does besides the model: the collator's
+plan, the block mask of FlexAttention (full and sliding), and the calls of a varlen kernel. The model is deliberately
+small (2 layers of width 256); with a larger one, the share of planning is smaller. Writes
+benchmarks/results/plan_time.json.
 """
 
 import argparse
@@ -33,7 +34,7 @@ TREES, TURNS, WINDOW = 64, 6, 512
 
 
 def row_of(num_tokens, seed=0):
-    """Dataset rows of 64 chats whose reasoning is dropped from history, together about `num_tokens` long."""
+    """Return rows of 64 chats without reasoning in the history, about `num_tokens` long in total."""
     generator = np.random.default_rng(seed)
     unit = num_tokens / TREES / TURNS / 8  # a turn is 1 question + 1 answer + a branch of 5 + 1
     return [Row.from_tree(PrefixTree.from_samples(chat(generator, unit))) for _ in range(TREES)]
@@ -59,7 +60,7 @@ def best(function, repeats):
 
 
 def planning(rows, repeats):
-    """Seconds of each part of planning."""
+    """Return the seconds of each part of planning."""
     plan = TreePlan.from_rows(rows)
     end, depth = torch.from_numpy(Row.join(rows).subtree_end)[None], torch.from_numpy(plan.depths())[None]
     full, sliding = (
@@ -80,7 +81,7 @@ def planning(rows, repeats):
 
 
 def forward_time(rows, repeats):
-    """Seconds of a forward pass of the row, without the LM head."""
+    """Return the seconds of a forward pass of the row, without the LM head."""
     config = transformers.Qwen3Config(
         vocab_size=1000, hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, max_position_embeddings=65536,
@@ -105,7 +106,7 @@ def measure(num_tokens, repeats=20, forwards=1):
     rows = row_of(num_tokens)
     parts, forward = planning(rows, repeats), forward_time(rows, forwards)
     shares = {name: parts[name] / forward for name in parts}
-    # What a step with one backend and two mask types plans.
+    # What a step with one backend and two types of mask plans.
     flex = sum(shares[name] for name in ("plan", "block_mask_full", "block_mask_sliding"))
     varlen = sum(shares[name] for name in ("plan", "varlen_full", "varlen_sliding"))
     return {

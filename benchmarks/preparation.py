@@ -1,5 +1,5 @@
 """
-Conversations per second that are prepared, beside TRL preparing the N samples of each, one process each.
+Measure how many conversations per second are prepared, next to TRL preparing their N samples, in one process each.
 
     python -m benchmarks.preparation --tokenizer Qwen/Qwen3-0.6B
 """
@@ -32,7 +32,7 @@ therefore function return value 12 7 2024 x = y + z ( ) , . ; : matrix gradient 
 
 
 def text(source: random.Random, low: int, high: int) -> str:
-    """Words, in lines as reasoning has them; about one token per word."""
+    """Return words in lines like those of reasoning, about one token per word."""
     words = [source.choice(WORDS) for _ in range(source.randint(low, high))]
     return "\n".join(" ".join(words[start : start + 14]) for start in range(0, len(words), 14))
 
@@ -48,7 +48,7 @@ def conversation(turns: int, seed: int) -> list[dict[str, str]]:
 
 
 def expanded(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """The samples that N-pass trains: one per assistant message."""
+    """Return the samples that N-pass trains: one per assistant message."""
     return [
         {"prompt": messages[:index], "completion": [message]}
         for index, message in enumerate(messages)
@@ -62,7 +62,7 @@ def tiny_model(tokenizer: Any) -> Qwen3ForCausalLM:
 
 
 def seconds_to_prepare(trainer_class: Any, config_class: Any, rows: list[dict[str, Any]], tokenizer: Any) -> Any:
-    """Processor seconds from rows to a prepared dataset, written to disk; and the dataset."""
+    """Return the CPU seconds from rows to a prepared dataset on disk, and the dataset."""
     with tempfile.TemporaryDirectory() as folder:
         args = config_class(folder, report_to="none", use_cpu=True, bf16=False, max_length=None)
         one_row = datasets.Dataset.from_list(rows[:1])
@@ -102,12 +102,12 @@ def measure(turns: int, num_conversations: int, rounds: int, tokenizer: Any) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", default="Qwen/Qwen3-0.6B", help="path or hub id of a tokenizer")
+    parser.add_argument("--tokenizer", default="Qwen/Qwen3-0.6B", help="path or Hub id of a tokenizer")
     parser.add_argument("--chat-template", help="file with a chat template to use instead of the tokenizer's own")
     parser.add_argument("--turns", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--turns-in-all", type=int, default=512, help="per measurement, over all conversations")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dry-run", action="store_true", help="print, do not write the result")
+    parser.add_argument("--dry-run", action="store_true", help="print the result instead of writing it")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

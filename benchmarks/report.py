@@ -76,7 +76,7 @@ def check_equal(best: dict[str, dict[str, Any]], precision: float) -> None:
 
 
 def by_conversation(result: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
-    """For each conversation, what was counted and the fastest measurement of each mode."""
+    """For each conversation, its counted costs and the fastest measurement of each mode."""
     groups = [list(measured) for _, measured in groupby(result["measured"], key=_conversation)]
     counted = {_conversation(count): count for count in result["counted"]}
     pairs = [(counted[_conversation(measured[0])], fastest(measured)) for measured in groups]
@@ -171,7 +171,7 @@ def speed_section(result: dict[str, Any], name: str) -> str:
 
 
 def shapes_section(result: dict[str, Any], name: str) -> str:
-    """Conversations in the shape of real ones, with the file that each is like."""
+    """The table of conversations in the shape of real ones, with the file that each shape is from."""
     files = [count["shape"] for count, _ in by_conversation(result)]
     rows = [[f"`{file}`", *row] for file, row in zip(files, speed_rows(result), strict=True)]
     title = "The same for conversations in the shape of public ones (lengths and what turns share; random tokens):\n\n"
@@ -205,7 +205,7 @@ SECTIONS = {"step_time": speed_section, "step_time_shapes": shapes_section, "row
 
 
 def read(kind: str) -> list[tuple[str, dict[str, Any]]]:
-    """All results of one kind with the names of their files, in the order of the names."""
+    """All results of one kind with their file names, in alphabetical order."""
     results = [(path.name, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
     return [(name, result) for name, result in results if result.get("kind") == kind]
 

@@ -1,10 +1,10 @@
 """
-Shapes of real conversations: how long their turns are and what these share, without a word of their text.
+Extract the shapes of real conversations: lengths of their turns and of what turns share, without any of their text.
 
     python -m benchmarks.shapes TOKENIZER conversations.jsonl --chat_template qwen3.jinja
 
-reads a file of conversations, takes those at the quartiles of the tokens that N-pass trains, and writes their shapes
-to benchmarks/shapes/<name of the file>.json, for `benchmarks.step_time --shapes`.
+reads a file of conversations, picks those at the quartiles of the number of N-pass tokens, and writes their shapes to
+benchmarks/shapes/<name of the file>.json, for `benchmarks.step_time --shapes`.
 """
 
 import argparse
@@ -27,8 +27,8 @@ SHAPES = Path(__file__).parent / "shapes"
 QUARTILES = (0.25, 0.5, 0.75)
 
 
-def shape_of(samples: Sequence[Sample]) -> list[dict[str, int]]:
-    """For each sample, with which earlier one it shares how many tokens, and the lengths of its parts."""
+def get_shape(samples: Sequence[Sample]) -> list[dict[str, int]]:
+    """Return, for each sample, the earlier sample that it shares most tokens with, their number, and its lengths."""
     shape = []
     for index, sample in enumerate(samples):
         shared = [common_prefix_length(sample.token_ids, earlier.token_ids) for earlier in samples[:index]]
@@ -45,13 +45,13 @@ def shape_of(samples: Sequence[Sample]) -> list[dict[str, int]]:
     return shape
 
 
-def samples_of(shape: Sequence[dict[str, int]], vocabulary: int, seed: int = 0) -> list[Sample]:
-    """Random tokens in a shape; two samples never share more than the shape says."""
+def make_samples(shape: Sequence[dict[str, int]], vocabulary: int, seed: int = 0) -> list[Sample]:
+    """Return random samples of a shape; no two samples share more tokens than the shape says."""
     random, samples = np.random.default_rng(seed), []
     for index, sizes in enumerate(shape):
         beginning = samples[sizes["source"]].token_ids[: sizes["shared"]] if samples else np.empty(0, np.int64)
         rest = random.integers(len(shape), vocabulary, size=sizes["length"] - len(beginning))
-        rest[:1] = index  # no other sample goes on like that
+        rest[:1] = index  # no other sample continues with this token
         ids = np.concatenate([beginning, rest])
         prompt = sizes["prompt"]
         sample = Sample.from_prompt_and_completion(ids[:prompt], ids[prompt:], index, sizes["reasoning"])
@@ -60,7 +60,7 @@ def samples_of(shape: Sequence[dict[str, int]], vocabulary: int, seed: int = 0) 
 
 
 def read_shapes(name: str) -> list[dict[str, Any]]:
-    """Shapes of a file's conversations, as `main` wrote them."""
+    """Return the shapes of the conversations in a file, as written by `main`."""
     shapes: list[dict[str, Any]] = json.loads((SHAPES / f"{name}.json").read_text())["conversations"]
     return shapes
 
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.shapes", description=__doc__.splitlines()[1])
     parser.add_argument("tokenizer")
     parser.add_argument("data", type=Path)
-    parser.add_argument("--chat_template", help="file to take the place of the tokenizer's own")
+    parser.add_argument("--chat_template", help="file with a chat template to use instead of the tokenizer's own")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer, chat_template=args.chat_template)
     conversations = [Conversation.from_example(dict(row)) for row in load_examples(str(args.data))]
@@ -82,8 +82,8 @@ def main() -> None:
         "conversations": [
             {
                 "row": row,
-                "template": shape_of(rendered[row]),
-                "keep": shape_of(render_with_history(conversations[row], tokenizer, "keep")),
+                "template": get_shape(rendered[row]),
+                "keep": get_shape(render_with_history(conversations[row], tokenizer, "keep")),
             }
             for row in chosen
         ],

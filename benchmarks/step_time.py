@@ -1,13 +1,14 @@
 """
-Time and peak memory of one training step on one conversation: in a single pass, in three kinds of N-pass, and by what
-is done instead (the last turn only; one pass that keeps all reasoning).
+Measure time and peak memory of one training step on one conversation: single pass, N-pass, and the alternatives.
 
-    python -m benchmarks.step_time                     speed, the README's table
+There are three kinds of N-pass. The alternatives train the last turn only, or keep all reasoning in one pass.
+
+    python -m benchmarks.step_time                     speed: the tables of the README and of docs/benchmarks.md
     python -m benchmarks.step_time --shapes            conversations in the shape of real ones (benchmarks/shapes/)
     python -m benchmarks.step_time --memory            memory of a 16k-token row against a plain causal row
 
-Each measurement runs in a process of its own. Modes take turns, so that a slow minute of the machine hits all of them.
-On a CPU, time is processor time of one thread, which other programs hardly disturb; on a GPU it is wall time.
+Each measurement runs in its own process. Modes alternate, so that a slow minute of the machine affects all of them. On
+a CPU, time is the CPU time of one thread, which other programs hardly disturb; on a GPU, it is wall time.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
 from benchmarks.machine import describe
 from benchmarks.modes import MODES, Step
-from benchmarks.shapes import SHAPES, read_shapes, samples_of
+from benchmarks.shapes import SHAPES, make_samples, read_shapes
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.reference.peak_memory import peak, reset_peak
@@ -32,7 +33,7 @@ from trl_singlepass.reference.random_conversations import Sizes, conversation
 
 
 RESULTS = Path(__file__).parent / "results"
-# All samples at once, in more tokens than this (16 turns), need over 14 GB of activations; that is never the fastest.
+# With more tokens than this (16 turns), all samples at once need over 14 GB of activations, and are never the fastest.
 MOST_TOKENS_AT_ONCE = 40_000
 NPASS_MODES = ("npass_sequential", "npass_padded", "npass_packed")
 SPEED_MODES = ("single_pass", *NPASS_MODES, "last_turn", "keep_reasoning")
@@ -48,14 +49,14 @@ MODEL = {
     "max_position_embeddings": 65_536,
     "tie_word_embeddings": False,
 }
-# Small enough to fill in a second: a trial of the script, not a measurement.
+# Small enough to run in a second, to try out the script rather than to measure.
 TINY_MODEL = {**MODEL, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 500}
 TINY_SIZES = Sizes(user=(5, 10), reasoning=(30, 100), answer=(10, 20), system=5)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement; everything in it is plain, so that it travels to a process of its own as JSON."""
+    """One measurement, with plain fields only, so that it can be passed to its own process as JSON."""
 
     mode: str
     turns: int
@@ -63,7 +64,7 @@ class Case:
     tiny: bool
     device: str
     dtype: str
-    shape: str = ""  # name of a file of shapes, of which `seed` is the index; made-up conversations if empty
+    shape: str = ""  # name of a file of shapes, in which `seed` is the index; random conversations if empty
 
     @property
     def model(self) -> dict[str, Any]:
@@ -72,13 +73,13 @@ class Case:
     def samples(self, keep: bool = False) -> list[Sample]:
         if self.shape:
             shape = read_shapes(self.shape)[self.seed]["keep" if keep else "template"]
-            return samples_of(shape, self.model["vocab_size"])
+            return make_samples(shape, self.model["vocab_size"])
         sizes = TINY_SIZES if self.tiny else Sizes()
         return conversation(self.turns, self.model["vocab_size"], self.seed, sizes, keep=keep)
 
     @property
     def fits(self) -> bool:
-        """Whether the mode is worth its memory: whole batches of samples soon are not."""
+        """Whether the mode is worth its memory: whole batches of samples soon stop being so."""
         samples = self.samples() if self.mode in NPASS_MODES else []
         return {
             "npass_padded": len(samples) * max(map(len, samples), default=0) <= MOST_TOKENS_AT_ONCE,
@@ -87,12 +88,12 @@ class Case:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Run one step after a short one that warms up, in this process."""
+    """Run one step in this process, after a short warm-up step."""
     torch.set_num_threads(1)
     set_seed(0)
     config = Qwen3Config(**case.model)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype)).to(case.device)
-    # A GPU chooses and compiles kernels by shape; a CPU has little to warm up.
+    # A GPU selects and compiles kernels by shape; a CPU needs little warm-up.
     on_gpu = torch.cuda.is_available()
     vocabulary = case.model["vocab_size"]
     warm_up = case.samples() if on_gpu else conversation(2, vocabulary, seed=1, sizes=TINY_SIZES)
@@ -137,7 +138,7 @@ def measure_apart(case: Case) -> dict[str, Any]:
 
 
 def counted(case: Case) -> dict[str, Any]:
-    """What both ways cost by counting, and what that predicts."""
+    """Return the counted cost of both ways and the speed-up that it predicts."""
     samples = case.samples()
     tree, shape = PrefixTree.from_samples(samples), ModelShape.from_config(Qwen3Config(**case.model))
     npass, single = npass_cost(samples, shape), single_pass_cost([tree], shape)
@@ -155,7 +156,7 @@ def counted(case: Case) -> dict[str, Any]:
 
 
 def seed_of_length(turns: int, tokens: int, tiny: bool) -> int:
-    """Seed of the conversation whose row comes closest to a length."""
+    """Return the seed of the conversation whose row is closest to a given length."""
     seeds = [Case("", turns, seed, tiny, "", "") for seed in range(200)]
     return min(seeds, key=lambda case: abs(len(PrefixTree.from_samples(case.samples())) - tokens)).seed
 
@@ -163,13 +164,15 @@ def seed_of_length(turns: int, tokens: int, tiny: bool) -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.step_time", description=__doc__.splitlines()[1])
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--repeats", type=int, default=3, help="the smallest time of so many is reported")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="number of repetitions, of which the fastest is reported"
+    )
     parser.add_argument("--memory", action="store_true", help="measure a 16k-token row against a plain causal one")
     parser.add_argument("--shapes", action="store_true", help="measure conversations in the shape of real ones")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--name", help="name of the file under benchmarks/results/")
-    parser.add_argument("--tiny", action="store_true", help="sizes that only try the script out")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try out the script")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -196,12 +199,12 @@ def main() -> None:
     for case in cases:
         runs = [replace(case, mode=mode) for _ in range(args.repeats) for mode in modes]
         result["measured"] += [measure_apart(run) for run in runs if run.fits]
-        path.write_text(json.dumps(result, indent=1) + "\n")  # what is measured so far
+        path.write_text(json.dumps(result, indent=1) + "\n")  # what has been measured so far
     print(path)
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
-    """What is measured, in every mode."""
+    """Return the cases to measure, in every mode."""
     common = {"mode": "", "tiny": args.tiny, "device": args.device, "dtype": args.dtype}
     if args.shapes:
         names = sorted(path.stem for path in SHAPES.glob("*.json"))

@@ -1,12 +1,12 @@
 """
-Time and peak memory of one training step on one conversation: in waves, in one row, and sample by sample.
+Measure time and peak memory of one training step on one conversation: in waves, in one row, and sample by sample.
 
     python -m benchmarks.waves                         8, 16 and 32 turns
     python -m benchmarks.waves --checkpointing         the same with gradient checkpointing
     python -m benchmarks.waves --long                  64 turns and one turn of 64k tokens in waves of 2048
 
-Each measurement runs in a process of its own, and modes take turns. Time is processor time of one thread; memory is
-the peak of the process above what it held before the step.
+Each measurement runs in its own process, and modes alternate. Time is the CPU time of one thread; memory is the peak
+of the process above what it held before the step.
 """
 
 import argparse
@@ -43,7 +43,7 @@ NAMES = ("input_ids", "position_ids", "attention_mask")
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement; everything in it is plain, so that it travels to a process of its own as JSON."""
+    """One measurement, with plain fields only, so that it can be passed to its own process as JSON."""
 
     mode: str
     turns: int
@@ -63,14 +63,14 @@ class Case:
         return conversation(self.turns, self.model["vocab_size"], 0, sizes)
 
     def plan(self, row: TreePlan) -> WavePlan:
-        """Waves of the given size; by default, of the smallest that lets the history be kept beside any branch."""
+        """Return waves of the given size; by default, the smallest that keeps the history next to any branch."""
         if self.wave_tokens:
             return WavePlan.from_tree_plan(row, self.wave_tokens)
         return WavePlan.from_tree_plan(row, wave_tokens_that_keep_the_history(row))
 
 
 def waves(step: Step, case: Case) -> tuple[Callable[[], float], dict[str, Any]]:
-    """The samples' prefix tree in waves; and what is counted about them, filled in by the step."""
+    """The samples' prefix tree in waves, with counts that the step fills in."""
     enable_tree(step.model)
     batch = DataCollatorForSinglePass(pad_token_id=0)([Row.from_tree(PrefixTree.from_samples(step.samples)).columns()])
     tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
@@ -94,7 +94,7 @@ def waves(step: Step, case: Case) -> tuple[Callable[[], float], dict[str, Any]]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Run one step after a short one that warms up, in this process."""
+    """Run one step in this process, after a short warm-up step."""
     torch.set_num_threads(1)
     set_seed(0)
     model = AutoModelForCausalLM.from_config(Qwen3Config(**case.model), dtype=torch.float32).train()
@@ -102,7 +102,7 @@ def measure(case: Case) -> dict[str, Any]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     warm_up = conversation(2, case.model["vocab_size"], 1, TINY_SIZES)
     MODES["single_pass"](Step(model, warm_up))()
-    model.zero_grad(set_to_none=False)  # gradients are there before the step, as from its second batch on
+    model.zero_grad(set_to_none=False)  # gradients exist before the step, as from the second batch on
     model.set_attn_implementation("sdpa")
     step, facts = Step(model, case.samples()), {}
     if case.mode == "waves":
@@ -132,7 +132,7 @@ def measure_apart(case: Case) -> dict[str, Any]:
 
 
 def counted(case: Case) -> dict[str, Any]:
-    """What N-pass and the tree cost by counting, and the bytes of activations of a token."""
+    """Return the counted cost of N-pass and of the tree, and the bytes of activations per token."""
     samples, config = case.samples(), Qwen3Config(**case.model)
     tree, shape = PrefixTree.from_samples(samples), ModelShape.from_config(config)
     npass, single = npass_cost(samples, shape), single_pass_cost([tree], shape)
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing inside each wave")
     parser.add_argument("--long", action="store_true", help="64 turns, and one turn of 64k tokens")
     parser.add_argument("--one-turn", type=int, help="tokens of the one long turn")
-    parser.add_argument("--tiny", action="store_true", help="sizes that only try the script out")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try out the script")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()

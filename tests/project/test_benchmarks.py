@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
 from benchmarks import report
 from benchmarks.modes import MODES, Step
-from benchmarks.shapes import SHAPES, read_shapes, samples_of, shape_of
+from benchmarks.shapes import SHAPES, get_shape, make_samples, read_shapes
 from benchmarks.step_time import TINY_MODEL, TINY_SIZES, Case, counted
 from trl_singlepass import PrefixTree
 from trl_singlepass.reference.random_conversations import conversation
@@ -51,15 +51,15 @@ def test_what_is_done_instead_is_another_step(reference):
 def test_samples_in_a_shape_share_what_the_shape_says(name):
     for shapes in read_shapes(name):
         for policy in ("template", "keep"):
-            samples = samples_of(shapes[policy], vocabulary=1000)
-            assert shape_of(samples) == shapes[policy]
+            samples = make_samples(shapes[policy], vocabulary=1000)
+            assert get_shape(samples) == shapes[policy]
         assert len(PrefixTree.from_samples(samples)) == max(map(len, samples))  # all reasoning kept: one chain
 
 
 def test_samples_that_leave_one_at_the_same_place_share_nothing_more():
     sizes = {"source": 0, "prompt": 5, "reasoning": 0, "length": 10}
     shape = [{**sizes, "shared": shared} for shared in (0, 5, 5)]
-    assert shape_of(samples_of(shape, vocabulary=1000)) == shape
+    assert get_shape(make_samples(shape, vocabulary=1000)) == shape
 
 
 def test_causal_row_is_as_long_as_the_tree_and_not_the_same_step(reference):
