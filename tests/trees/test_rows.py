@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from support.prefix_tree_reference import ancestors, prefixes
 from support.sample_sets import sample_sets
-from trl_singlepass import PrefixTree
+from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.trees.rows import Row, Run, TreePlan
 
 
@@ -36,3 +36,13 @@ def test_a_plan_lists_the_ancestors_of_each_run(sets):
 def test_the_plan_of_the_docstring():
     plan = TreePlan.from_subtree_end(np.array([6, 4, 4, 4, 6, 6]))
     assert plan.runs == (Run(0, 4, 0, ()), Run(4, 6, 1, ((0, 1),)))
+
+
+def test_the_tree_of_the_glossary():
+    tree = PrefixTree.from_samples([Sample([1, 2, 3], [0] * 3, 2), Sample([1, 2, 4, 5], [0] * 4, 2)])
+    assert tree.input_ids.tolist() == [1, 2, 4, 5, 3]
+    assert tree.position_ids.tolist() == [0, 1, 2, 3, 2]
+    assert tree.subtree_end.tolist() == [5, 5, 4, 4, 5]
+    assert tree.multiplicity.tolist() == [2, 2, 1, 1, 1]
+    assert [(segment.start, segment.end) for segment in tree.segments] == [(0, 2), (2, 4), (4, 5)]
+    assert TreePlan.from_subtree_end(tree.subtree_end).runs == (Run(0, 4, 0, ()), Run(4, 5, 2, ((0, 2),)))
