@@ -120,7 +120,7 @@ def test_an_engine_that_falls_back_is_refused(tmp_path, workers):
         tmp_path, settings, world_size=2, environment={"ACCELERATE_USE_CPU": "true"}, expect_success=False
     )
     assert run.codes != [0, 0]
-    assert "asks for DeepSpeed, and accelerate chose MULTI_CPU" in run.log
+    assert "asks for DeepSpeed, but accelerate chose MULTI_CPU" in run.log
 
 
 def test_fsdp_that_falls_back_is_refused(tmp_path, workers):
@@ -133,4 +133,4 @@ def test_fsdp_that_falls_back_is_refused(tmp_path, workers):
         expect_success=False,
     )
     assert run.codes != [0, 0]
-    assert "asks for FSDP, and accelerate chose MULTI_CPU" in run.log
+    assert "asks for FSDP, but accelerate chose MULTI_CPU" in run.log

@@ -13,7 +13,7 @@ from support.conversations import chat, tool_chat
 from support.tiny_multimodal import tiny_conditional
 from support.trainers import float32_model, needs_cached_states, single_pass_trainer
 from trl_singlepass.training.compatibility import (
-    check_loss_is_divided,
+    check_loss_is_per_token,
     check_parallelism,
     check_recurrent_layers,
     check_tensor_parallelism,
@@ -31,17 +31,17 @@ CHATS = [chat(3), chat(2, seed=1), tool_chat()]
 
 
 def test_a_loss_that_the_model_divides_is_refused(monkeypatch):
-    trainer = SimpleNamespace(model_accepts_loss_kwargs=False, model=GPT2LMHeadModel(GPT2Config(**TINY)))
-    check_loss_is_divided(trainer)
+    model = GPT2LMHeadModel(GPT2Config(**TINY))
+    check_loss_is_per_token(model, accepts_loss_kwargs=False)
     monkeypatch.setattr(trl, "__version__", "1.14.0")
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel divides its loss by the tokens of each batch.*trl>=1\.15"):
-        check_loss_is_divided(trainer)
+        check_loss_is_per_token(model, accepts_loss_kwargs=False)
 
 
 def test_weights_that_do_not_reach_the_loss_are_refused(monkeypatch):
     monkeypatch.setattr(trl, "__version__", "1.14.0")
     with pytest.raises(ValueError, match=r"need trl>=1\.15, found 1\.14\.0"):
-        check_weights_reach_the_loss(SimpleNamespace())
+        check_weights_reach_the_loss(SimpleNamespace(), compute_loss_func=None)
 
 
 @pytest.mark.parametrize(
@@ -90,26 +90,26 @@ def test_parallelism_over_the_row_is_refused(sizes, message):
 def test_a_pipeline_is_refused(tmp_path, tokenizer):
     model = float32_model(tokenizer)
     model.config.distributed_config = type("DistributedConfig", (), {"pp_size": 2})()
-    with pytest.raises(ValueError, match="pp_size=2: a pipeline hands on"):
-        check_tensor_parallelism(type("Trainer", (), {"args": None, "model": model})())
+    with pytest.raises(ValueError, match="pp_size=2: a pipeline passes hidden states on"):
+        check_tensor_parallelism(model, args=None, tp_size=1)
 
 
 @needs_cached_states
 def test_recurrent_layers_are_not_sharded_by_zero3():
     plugin = SimpleNamespace(zero_stage=3)
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), num_processes=2)
-    trainer = SimpleNamespace(model=small_hybrid(), accelerator=accelerator)
+    model = small_hybrid()
     with pytest.raises(ValueError, match="ZeRO-3 does not work with Qwen3_5GatedDeltaNet: it gathers parameters as"):
-        check_recurrent_layers(trainer)
+        check_recurrent_layers(model, accelerator)
     plugin.zero_stage = 2
-    check_recurrent_layers(trainer)
+    check_recurrent_layers(model, accelerator)
 
 
 def test_a_refused_model_is_named_before_the_dataset_is_prepared(tmp_path, tokenizer, monkeypatch):
     model = float32_model(tokenizer)
     model.config.layer_types = ["full_attention", "indexed_attention"]
     monkeypatch.setattr(
-        "trl_singlepass.training.trainer.prepare_dataset", lambda *_, **__: pytest.fail("prepared first")
+        "trl_singlepass.training.dataset.prepare_dataset", lambda *_, **__: pytest.fail("prepared first")
     )
     with pytest.raises(UnsupportedModelError, match="Qwen3ForCausalLM has 'indexed_attention' layers"):
         single_pass_trainer(tmp_path, tokenizer, CHATS, model)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from support.sample_sets import sample_sets
 from trl_singlepass.data.collator import DataCollatorForSinglePass, pad_batch
-from trl_singlepass.training.sequence_parallel import tree_of
+from trl_singlepass.training.sequence_parallel import tree_from_plan
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 
@@ -22,7 +22,7 @@ def columns(sets):
 @given(SETS)
 def test_a_plan_holds_the_whole_tree(sets):
     batch = DataCollatorForSinglePass(PAD)(columns(sets))
-    tree = tree_of(batch["tree_plan"], torch.device("cpu"))
+    tree = tree_from_plan(batch["tree_plan"], torch.device("cpu"))
     assert torch.equal(tree.subtree_end, batch["subtree_end"])
     assert torch.equal(tree.depth, batch["position_ids"])
 
@@ -37,5 +37,5 @@ def test_padding_a_batch_is_padding_its_rows(sets, multiple):
     assert padded["tree_plan"].runs == padded_rows["tree_plan"].runs
     for name in padded.keys() - {"tree_plan"}:
         assert torch.equal(padded[name], padded_rows[name]), name
-    tree = tree_of(padded["tree_plan"], torch.device("cpu"))
+    tree = tree_from_plan(padded["tree_plan"], torch.device("cpu"))
     assert torch.equal(tree.subtree_end, padded_rows["subtree_end"])

@@ -14,7 +14,7 @@ from support.tiny_families import tiny_model
 from support.trainers import float32_model, largest_difference, logged, parameters
 from support.two_processes import run_on_two_processes
 from support.waves_worker import CASES
-from trl_singlepass.training.wave_compatibility import _refused_engines
+from trl_singlepass.training.waves import refused_engines
 
 
 TOLERANCE = 1e-6
@@ -239,10 +239,9 @@ def test_a_loss_that_trl_computes_otherwise_stops_the_first_step(tmp_path, token
     trainer = single_pass_trainer(
         tmp_path, tokenizer, float32_model(tokenizer), wave_tokens=64, per_device_train_batch_size=4
     )
-    trainer._waves._coefficients = lambda inputs, num_items: (
-        2 * type(trainer._waves)._coefficients(trainer._waves, inputs, num_items)
-    )
-    with pytest.raises(RuntimeError, match=r"The waves of a row have a loss of .*, TRL .* computes "):
+    waves = trainer._tree_loss.waves
+    waves._loss_coefficients = lambda batch, num_items: 2 * type(waves)._loss_coefficients(waves, batch, num_items)
+    with pytest.raises(RuntimeError, match=r"The waves of a row have a loss of .*, but TRL .* computes "):
         trainer.train()
 
 
@@ -250,7 +249,10 @@ def test_a_loss_that_trl_computes_otherwise_stops_the_first_step(tmp_path, token
     ("settings", "message"),
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor does not work with wave_tokens: it reads the log"),
-        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha does not work with wave_tokens: history would get other"),
+        (
+            {"neftune_noise_alpha": 5.0},
+            "neftune_noise_alpha does not work with wave_tokens: history would get different",
+        ),
         ({"optim": "lomo"}, "optim='lomo' does not work with wave_tokens: it updates parameters during backward"),
         ({"torch_compile": True}, "torch_compile does not work with wave_tokens: waves add up gradients where"),
         ({"kwargs": {"compute_loss_func": lambda *_, **__: 0}}, "compute_loss_func does not work with wave_tokens"),
@@ -292,7 +294,7 @@ def test_engines_that_accumulate_otherwise_are_refused():
         plugin = SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": settings})
         state = SimpleNamespace(deepspeed_plugin=plugin)
         accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=False, parallelism_config=None, state=state)
-        return [what for what, _, _ in _refused_engines(accelerator)]
+        return [what for what, _, _ in refused_engines(accelerator)]
 
     assert refusals(DistributedType.MEGATRON_LM) == ["MEGATRON_LM"]
     assert refusals(DistributedType.FSDP) == ["FSDP version 1"]

@@ -15,7 +15,9 @@ from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import ROW_COLUMNS, Row, Run, TreePlan
 
 
-Collator = Callable[[list[Mapping[str, Any]]], dict[str, Any]]
+Batch = dict[str, Any]
+"""Inputs of a model by name; those that [`DataCollatorForSinglePass`] returns, where there is a `tree_plan`."""
+Collator = Callable[[list[Mapping[str, Any]]], Batch]
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 from transformers import logging
@@ -18,7 +18,7 @@ from .arrow import COST_COLUMNS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PreTrainedConfig, Trainer
+    from transformers import PreTrainedConfig, TrainingArguments
 
 
 logger = logging.get_logger(__name__)
@@ -80,35 +80,39 @@ def predicted_imbalance(
     return float(per_rank.max(axis=1).sum() / per_rank.mean(axis=1).sum() - 1)
 
 
-def make_train_sampler(trainer: Trainer) -> BalancedSampler | None:
+def make_train_sampler(
+    rows: Dataset | IterableDataset,
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    config: PreTrainedConfig,
+    batch_size: int,
+    epoch: Callable[[], int],
+) -> BalancedSampler | None:
     """
-    Return the sampler for a trainer's rows, and log how evenly the work will be divided among several ranks.
+    Return the sampler of a training set, and log how evenly the work will be divided among several ranks.
 
-    Args:
-        trainer (`transformers.Trainer`):
-            Trainer on a prepared dataset.
+    `batch_size` is the number of rows per batch of a rank; `epoch` returns the number of the epoch that begins.
 
     Returns:
         `BalancedSampler` or `None`: The sampler for `train_sampling_strategy="group_by_length"`, and for `"random"` on
         several ranks; `None` where Hugging Face's own sampler is right.
     """
-    args, rows = trainer.args, trainer.train_dataset
     if not (isinstance(rows, Dataset) and set(COST_COLUMNS) <= set(rows.column_names)):
         return None
     is_grouped = args.train_sampling_strategy == "group_by_length"
-    if not is_grouped and not (args.train_sampling_strategy == "random" and _deals_batches(trainer.accelerator)):
+    if not is_grouped and not (args.train_sampling_strategy == "random" and _deals_batches(accelerator)):
         return None
     columns = rows.select_columns(list(COST_COLUMNS)).with_format("numpy")[:]
     sampler = BalancedSampler(
-        row_costs(columns["num_tokens"], columns["num_pairs"], trainer.model.config),
-        batch_size=trainer._train_batch_size,
-        num_ranks=trainer.accelerator.num_processes,
+        row_costs(columns["num_tokens"], columns["num_pairs"], config),
+        batch_size=batch_size,
+        num_ranks=accelerator.num_processes,
         num_accumulated=args.gradient_accumulation_steps,
         seed=args.seed if args.data_seed is None else args.data_seed,
-        epoch=lambda: int(trainer.state.epoch or 0),
+        epoch=epoch,
         group_by_cost=is_grouped,
     )
-    if trainer.accelerator.num_processes > 1:
+    if accelerator.num_processes > 1:
         balanced, plain = (sampler.predicted_imbalance(balanced=is_balanced) for is_balanced in (True, False))
         logger.info(
             f"Predicted: steps take {balanced:.1%} longer than if all ranks had the same work ({plain:.1%} with rows "

@@ -1,53 +1,132 @@
-"""Settings that a single pass cannot honour: each refused by name, with the way out."""
+"""What a single pass cannot honour: each check names the setting, the reason and the way out."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 import transformers
 import trl
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DistributedType
+from datasets import Dataset, IterableDataset
 from packaging.version import Version
-from transformers import DataCollator
+from transformers import DataCollator, PreTrainedModel, TrainingArguments
+from trl import SFTConfig
 
 from ..data.collator import DataCollatorForSinglePass
+from ..data.dataset_format import column_names, holds_rows
 from ..recurrent.layer_kinds import path_dependent_layer_names
-from .model import without_adapters
+from .model import check_model, without_adapters
 
 
-def check_dataset(columns: Collection[str]) -> None:
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+_TRAINS_USERS = "would also train what users and tools wrote; a single pass trains what the model says, turn by turn"
+_TRAIN_ALL = "Leave it out, or use TRL's SFTTrainer to train every token of a conversation"
+
+
+def check_conversations(
+    args: SFTConfig,
+    dataset: Dataset | IterableDataset,
+    data_collator: DataCollator | None,
+    model: str | PreTrainedModel | PeftModel,
+    peft_config: PeftConfig | None,
+) -> None:
     """
-    Refuse conversations with images.
-
-    Args:
-        columns (`Collection[str]`):
-            Columns of a dataset.
+    Check what the user passed to the trainer along with a dataset of conversations, before anything expensive starts.
 
     Raises:
-        `ValueError`: If one of them holds images.
+        `ValueError`: If a single pass cannot honour one of the arguments.
+        `UnsupportedModelError`: If a single pass would train the model incorrectly.
     """
+    check_columns(column_names(dataset))
+    check_turn_settings(args, dataset)
+    check_collator(data_collator)
+    check_adapters(model, peft_config)
+    check_parallelism(args.parallelism_config)
+    if isinstance(model, PreTrainedModel):
+        check_model(model)
+
+
+# The dataset and its settings ----------------------------------------------------------------------------------------
+
+
+def check_columns(columns: Collection[str]) -> None:
+    """Refuse a dataset with a column of images."""
     images = sorted({"image", "images"} & set(columns))
     if images:
         raise ValueError(
             f"The dataset has a column {images[0]!r}: images are not supported in a single pass, since their "
-            "positions have several dimensions. Remove the column to train on text, or use "
-            "TRL's SFTTrainer."
+            "positions have several dimensions. Remove the column to train on text, or use TRL's SFTTrainer."
         )
 
 
-def check_collator(data_collator: DataCollator | None) -> None:
+def check_turn_settings(args: SFTConfig, dataset: Dataset | IterableDataset, packing: bool | None = None) -> None:
     """
-    Refuse a collator that would lose the tree.
+    Refuse settings that the turns of conversations cannot follow; plain text follows them as in TRL.
 
     Args:
-        data_collator (`DataCollator`, *optional*):
-            Collator that the user passed.
+        args (`trl.SFTConfig`):
+            Arguments of the run.
+        dataset (`datasets.Dataset`, `datasets.IterableDataset`):
+            Conversations.
+        packing (`bool`, *optional*):
+            Whether they are packed; defaults to `args.packing`.
 
     Raises:
-        `ValueError`: If it is not a `DataCollatorForSinglePass`.
+        `ValueError`: If one of the settings is refused.
     """
+    packing = args.packing if packing is None else packing
+    # TRL's own default of assistant_only_loss is False, and means that nobody asked for it.
+    defaults_to_none = args.__dataclass_fields__["assistant_only_loss"].default is None
+    for refused, setting, why, way_out in (
+        (args.completion_only_loss is False, "completion_only_loss=False", _TRAINS_USERS, _TRAIN_ALL),
+        (
+            defaults_to_none and args.assistant_only_loss is False,
+            "assistant_only_loss=False",
+            _TRAINS_USERS,
+            _TRAIN_ALL,
+        ),
+        (
+            args.max_length is not None and args.truncation_mode != "keep_start",
+            f"truncation_mode={args.truncation_mode!r}",
+            "would start each turn at a different token, and turns of one conversation could no longer share a prefix",
+            "Use truncation_mode='keep_start', or max_length=None",
+        ),
+        (
+            packing and args.packing_strategy != "bfd",
+            f"packing_strategy={args.packing_strategy!r}",
+            "cuts sequences at arbitrary tokens, which would break up trees",
+            "Use packing_strategy='bfd', which packs whole conversations",
+        ),
+        (
+            (args.dataset_kwargs or {}).get("skip_prepare_dataset") and not holds_rows(column_names(dataset)),
+            "dataset_kwargs={'skip_prepare_dataset': True}",
+            "passes messages on unprepared, but they must become rows of tokens first",
+            "Leave it out",
+        ),
+        (
+            isinstance(dataset, Dataset) and args.accelerator_config.dispatch_batches,
+            "accelerator_config={'dispatch_batches': True}",
+            "splits the batches of the first process among the others, which would break up trees",
+            "Leave it out: each process then reads its own rows",
+        ),
+        (
+            "inputs" in args.include_for_metrics,
+            "include_for_metrics=['inputs']",
+            "asks for one row of tokens per example, but a batch of conversations is a single row",
+            "Leave 'inputs' out: the labels that compute_metrics receives are the trained tokens",
+        ),
+    ):
+        if refused:
+            raise ValueError(f"{setting} does not work for conversations in a single pass: it {why}. {way_out}.")
+
+
+def check_collator(data_collator: DataCollator | None) -> None:
+    """Refuse a collator of the user's own that would lose the tree."""
     if data_collator is not None and not isinstance(data_collator, DataCollatorForSinglePass):
         raise ValueError(
             f"data_collator={type(data_collator).__name__} would drop the tree of the rows, and branches would be "
@@ -55,122 +134,124 @@ def check_collator(data_collator: DataCollator | None) -> None:
         )
 
 
-def check_peft(model: Any, peft_config: Any) -> None:
-    """
-    Refuse prompt-learning adapters.
+# The model and its loss ----------------------------------------------------------------------------------------------
 
-    Args:
-        model (`transformers.PreTrainedModel`, `peft.PeftModel`, `str`):
-            Model that the user passed.
-        peft_config (`peft.PeftConfig`, *optional*):
-            Adapter configuration that the user passed.
 
-    Raises:
-        `ValueError`: If an adapter adds virtual tokens.
-    """
-    configs = [peft_config, *getattr(model, "peft_config", {}).values()]
-    for config in configs:
+def check_adapters(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
+    """Refuse prompt-learning adapters."""
+    for config in (peft_config, *getattr(model, "peft_config", {}).values()):
         if getattr(config, "is_prompt_learning", False):
             raise ValueError(
-                f"{type(config).__name__} adds virtual tokens in front of the row, which belongs to no branch of the "
+                f"{type(config).__name__} adds virtual tokens in front of the row, which belong to no branch of the "
                 "tree. Use an adapter that adds no tokens, such as LoraConfig."
             )
 
 
-def check_parallelism(parallelism_config: Any) -> None:
+def check_loss_is_per_token(model: PreTrainedModel | PeftModel, accepts_loss_kwargs: bool) -> None:
     """
-    Refuse to split a row over devices in a way that loses the tree.
+    Refuse a loss that the model itself divides by the tokens of each batch: a step would not be a mean over tokens.
 
-    Args:
-        parallelism_config (`accelerate.ParallelismConfig`, *optional*):
-            Parallelism of the run.
-
-    Raises:
-        `ValueError`: If context parallelism is on, or sequence and tensor parallelism together.
+    `accepts_loss_kwargs` is `Trainer.model_accepts_loss_kwargs`: whether the model takes the divisor as an argument.
+    Since 1.15, TRL computes a loss of its own instead.
     """
-    if parallelism_config is None:
+    if accepts_loss_kwargs or Version(trl.__version__) >= Version("1.15"):
         return
-    if parallelism_config.cp_size > 1:
-        raise ValueError(
-            f"cp_size={parallelism_config.cp_size}: context parallelism replaces every attention mask by a causal "
-            "one, so branches would see each other. Set cp_size=1, and share rows with sp_size instead."
-        )
-    if parallelism_config.tp_size > 1 and getattr(parallelism_config, "sp_size", 1) > 1:
-        raise ValueError(
-            f"tp_size={parallelism_config.tp_size} and sp_size={parallelism_config.sp_size} both divide the heads of "
-            "attention. Set one of them to 1."
-        )
+    raise ValueError(
+        f"{type(without_adapters(model)).__name__} divides its loss by the tokens of each batch, so that trl "
+        f"{trl.__version__} trains a mean of batch means. Upgrade to trl>=1.15, which computes the loss of each token "
+        "itself."
+    )
 
 
-def check_run(trainer: Any) -> None:
-    """
-    Refuse a run on several processes that would train something else than was asked for.
+def check_weights_reach_the_loss(args: SFTConfig, compute_loss_func: Callable[..., object] | None) -> None:
+    """Refuse, for a batch with loss weights other than 1, losses that would not read them."""
+    if Version(trl.__version__) < Version("1.15"):
+        raise ValueError(f"Loss weights other than 1 need trl>=1.15, found {trl.__version__}. Upgrade trl.")
+    for name, is_set in (
+        ("loss_type='dft'", args.loss_type == "dft"),
+        ("label_smoothing_factor", args.label_smoothing_factor != 0),
+        ("compute_loss_func", compute_loss_func is not None),
+    ):
+        if is_set:
+            raise ValueError(
+                f"{name} computes its own loss, which does not read loss weights, and this batch has weights other "
+                f"than 1. Unset {name}, or give every message the same weight."
+            )
 
-    Args:
-        trainer (`transformers.Trainer`):
-            Trainer with its accelerator.
 
-    Raises:
-        `ValueError`: If its engine or its kind of parallelism does not work with trees.
-    """
-    check_parallelism(trainer.accelerator.parallelism_config)  # may come from accelerate's own configuration
-    check_engine(trainer.args, trainer.accelerator)
-    check_tensor_parallelism(trainer)
-    check_recurrent_layers(trainer)
+# Several processes ---------------------------------------------------------------------------------------------------
 
 
-def check_recurrent_layers(trainer: Any) -> None:
-    """
-    Refuse to shard recurrent layers by ZeRO-3: ranks would wait for one another forever, or mix up parameters.
+def check_run(
+    model: PreTrainedModel | PeftModel, args: TrainingArguments, accelerator: Accelerator, *, tp_size: int
+) -> None:
+    """Check the engine and the parallelism that accelerate and transformers set up."""
+    check_parallelism(accelerator.parallelism_config)  # may come from accelerate's own configuration
+    check_engine(args, accelerator)
+    check_tensor_parallelism(model, args, tp_size=tp_size)
+    check_recurrent_layers(model, accelerator)
 
-    It gathers parameters whenever a module runs, on all ranks at once. The parts of a recurrent layer run as often as
-    the row of a rank has pieces.
 
-    Args:
-        trainer (`transformers.Trainer`):
-            Trainer with its model and accelerator.
-
-    Raises:
-        `ValueError`: If the model has recurrent layers and several processes shard its parameters by ZeRO-3.
-    """
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    if plugin is None or plugin.zero_stage < 3 or trainer.accelerator.num_processes == 1:
+def check_parallelism(config: ParallelismConfig | None) -> None:
+    """Refuse to divide a row among devices in a way that loses the tree."""
+    if config is None:
         return
-    recurrent = path_dependent_layer_names(without_adapters(trainer.model))
-    if recurrent:
+    if config.cp_size > 1:
         raise ValueError(
-            f"ZeRO-3 does not work with {', '.join(recurrent)}: it gathers parameters as often as a layer's parts "
-            "run, which differs between ranks. Shard the model with FSDP2, or use ZeRO-2."
+            f"cp_size={config.cp_size}: context parallelism replaces every attention mask by a causal one, so "
+            "branches would see each other. Set cp_size=1, and share rows with sp_size instead."
+        )
+    if config.tp_size > 1 and getattr(config, "sp_size", 1) > 1:
+        raise ValueError(
+            f"tp_size={config.tp_size} and sp_size={config.sp_size} both divide the heads of attention. Set one of "
+            "them to 1."
         )
 
 
-def check_tensor_parallelism(trainer: Any) -> None:
-    """
-    Refuse what ranks that share the layers of a model get wrong.
+def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Refuse an engine other than the one asked for, DeepSpeed's tensor parallelism, and disconnected processes."""
+    kind = accelerator.distributed_type
+    asks_for_fsdp = bool(getattr(args, "fsdp", None)) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    for asked, name, expected in (
+        (bool(args.deepspeed), "DeepSpeed", DistributedType.DEEPSPEED),
+        (asks_for_fsdp and accelerator.num_processes > 1, "FSDP", DistributedType.FSDP),
+    ):
+        if asked and kind != expected:
+            raise ValueError(
+                f"The run asks for {name}, but accelerate chose {kind.value}, which would train something else. Check "
+                "the launch: `accelerate launch --cpu`, ACCELERATE_USE_CPU and use_cpu=True switch engines off."
+            )
+    plugin = accelerator.state.deepspeed_plugin
+    tensor_parallel = {} if plugin is None else plugin.deepspeed_config.get("tensor_parallel", {})
+    if tensor_parallel.get("autotp_size", 0) > 1:
+        raise ValueError(
+            f"autotp_size={tensor_parallel['autotp_size']}: tensor parallelism has not been shown to train a tree "
+            "exactly. Leave tensor_parallel out of the DeepSpeed configuration, and shard the model with ZeRO-3."
+        )
+    if kind == DistributedType.NO and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} processes were launched, but accelerate trains each of them alone. Set "
+            "ddp_backend, or use_cpu=True on a machine without a GPU."
+        )
 
-    Args:
-        trainer (`transformers.Trainer`):
-            Trainer with its model.
 
-    Raises:
-        `ValueError`: If layers are divided in a way that has not been shown to be exact, or a setting does not work
-            with it.
-    """
-    args, base = trainer.args, without_adapters(trainer.model)
+def check_tensor_parallelism(model: PreTrainedModel | PeftModel, args: TrainingArguments, *, tp_size: int) -> None:
+    """Refuse pipelines, and what ranks that share the layers of a model get wrong."""
+    base = without_adapters(model)
     sizes = getattr(base.config, "distributed_config", None)
     num_stages = getattr(sizes, "pp_size", None) or 1
     if num_stages > 1:
         raise ValueError(
-            f"pp_size={num_stages}: a pipeline hands on hidden states without the tree. Leave it out, and shard the "
+            f"pp_size={num_stages}: a pipeline passes hidden states on without the tree. Leave it out, and shard the "
             "model with FSDP or ZeRO-3."
         )
-    if trainer.get_tp_size() == 1:
+    if tp_size == 1:
         return
-    summed_per_batch = "replicated_with_grad_allreduce" in (getattr(base, "tp_plan", None) or {}).values()
+    adds_up_per_batch = "replicated_with_grad_allreduce" in (getattr(base, "tp_plan", None) or {}).values()
     recurrent = path_dependent_layer_names(base)
     for refused, what, way_out in (
         (
-            summed_per_batch and args.gradient_accumulation_steps > 1,
+            adds_up_per_batch and args.gradient_accumulation_steps > 1,
             "gradient_accumulation_steps above 1 in this model: transformers sums the gradients of its q_norm and "
             "k_norm over ranks after each batch, and again with the next one",
             "Set it to 1, and raise per_device_train_batch_size",
@@ -183,109 +264,35 @@ def check_tensor_parallelism(trainer: Any) -> None:
             raise ValueError(f"Tensor parallelism (tp_size) does not work with {what}. {way_out}.")
 
 
-def check_engine(args: Any, accelerator: Any) -> None:
+def check_recurrent_layers(model: PreTrainedModel | PeftModel, accelerator: Accelerator) -> None:
     """
-    Refuse a run that asked for DeepSpeed or FSDP and got another engine, tensor parallelism by DeepSpeed, and
-    processes that do not know of each other.
+    Refuse to shard recurrent layers by ZeRO-3.
 
-    Args:
-        args (`transformers.TrainingArguments`):
-            Arguments of the run.
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the run.
-
-    Raises:
-        `ValueError`: If accelerate silently chose something else, or the engine shards layers.
+    It gathers parameters on all ranks at once whenever a module runs, but a recurrent layer runs once per segment of
+    the rank's own row: ranks would wait for each other forever, or mix up parameters.
     """
-    kind = accelerator.distributed_type
-    asks_for_fsdp = bool(getattr(args, "fsdp", None)) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    for asked, name, expected in (
-        (bool(args.deepspeed), "DeepSpeed", DistributedType.DEEPSPEED),
-        (asks_for_fsdp and accelerator.num_processes > 1, "FSDP", DistributedType.FSDP),
-    ):
-        if asked and kind != expected:
-            raise ValueError(
-                f"The run asks for {name}, and accelerate chose {kind.value}, which would train something else. Check "
-                "the launch: `accelerate launch --cpu`, ACCELERATE_USE_CPU and use_cpu=True switch engines off."
-            )
     plugin = accelerator.state.deepspeed_plugin
-    tensor_parallel = {} if plugin is None else plugin.deepspeed_config.get("tensor_parallel", {})
-    if tensor_parallel.get("autotp_size", 0) > 1:
+    if plugin is None or plugin.zero_stage < 3 or accelerator.num_processes == 1:
+        return
+    recurrent = path_dependent_layer_names(without_adapters(model))
+    if recurrent:
         raise ValueError(
-            f"autotp_size={tensor_parallel['autotp_size']}: tensor parallelism has not been shown to train a tree "
-            "exactly. Leave tensor_parallel out of the DeepSpeed configuration, and shard the model with ZeRO-3."
-        )
-    if kind == DistributedType.NO and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"{os.environ['WORLD_SIZE']} processes were launched, and accelerate trains each one alone. Set "
-            "ddp_backend, or use_cpu=True on a machine without a GPU."
+            f"ZeRO-3 does not work with {', '.join(recurrent)}: it gathers parameters as often as a layer's parts "
+            "run, which differs between ranks. Shard the model with FSDP2, or use ZeRO-2."
         )
 
 
-def check_sequence_parallelism(trainer: Any) -> None:
-    """
-    Refuse what shared rows cannot honour.
-
-    Args:
-        trainer (`SinglePassSFTTrainer`):
-            Trainer whose accelerator has `sp_size` above 1, its model under tree attention.
-
-    Raises:
-        `ValueError`: If a setting or the model does not work with sequence parallelism.
-    """
-    args = trainer.args
-    recurrent = path_dependent_layer_names(without_adapters(trainer.model))
+def check_sequence_parallelism(
+    model: PreTrainedModel | PeftModel, args: SFTConfig, accelerator: Accelerator, *, has_router_loss: bool
+) -> None:
+    """Refuse what rows that ranks share (`sp_size` above 1) cannot honour."""
+    recurrent = path_dependent_layer_names(without_adapters(model))
     for refused, what, way_out in (
-        (trainer.accelerator.distributed_type != DistributedType.DEEPSPEED, "another engine than DeepSpeed", "Use it"),
+        (accelerator.distributed_type != DistributedType.DEEPSPEED, "an engine other than DeepSpeed", "Use DeepSpeed"),
         (args.per_device_train_batch_size > 1, "per_device_train_batch_size above 1", "Set it to 1, and accumulate"),
         (args.fp16, "fp16, whose loss scale hides wrong gradients", "Use bf16"),
-        (trainer.aux_loss_enabled, "a load-balancing loss, which needs whole rows", "Set router_aux_loss_coef=0"),
+        (has_router_loss, "a load-balancing loss, which needs whole rows", "Set router_aux_loss_coef=0"),
         (bool(recurrent), f"{', '.join(recurrent)}, which run along a whole row", "Train without sp_size"),
     ):
         if refused:
             raise ValueError(f"Sequence parallelism (sp_size) does not work with {what}. {way_out}.")
-
-
-def check_loss_is_divided(trainer: Any) -> None:
-    """
-    Refuse a loss that the model divides itself, by the tokens of each batch: steps would not be means over tokens.
-
-    Args:
-        trainer (`trl.SFTTrainer`):
-            Trainer, as its own `__init__` left it.
-
-    Raises:
-        `ValueError`: If TRL takes such a loss from the model; since 1.15, it computes its own.
-    """
-    if trainer.model_accepts_loss_kwargs or Version(trl.__version__) >= Version("1.15"):
-        return
-    name = type(without_adapters(trainer.model)).__name__
-    raise ValueError(
-        f"{name} divides its loss by the tokens of each batch, so that trl {trl.__version__} trains a mean of batch "
-        "means. Upgrade to trl>=1.15, which computes the loss of each token itself."
-    )
-
-
-def check_weights_reach_the_loss(trainer: Any) -> None:
-    """
-    Refuse losses that would not read loss weights.
-
-    Args:
-        trainer (`trl.SFTTrainer`):
-            Trainer whose batch has weights other than 1.
-
-    Raises:
-        `ValueError`: If it computes such a loss, or TRL is too old to return losses per token.
-    """
-    if Version(trl.__version__) < Version("1.15"):
-        raise ValueError(f"Loss weights other than 1 need trl>=1.15, found {trl.__version__}. Upgrade trl.")
-    for name, is_set in (
-        ("loss_type='dft'", trainer.args.loss_type == "dft"),
-        ("label_smoothing_factor", trainer.label_smoother is not None),
-        ("compute_loss_func", trainer.compute_loss_func is not None),
-    ):
-        if is_set:
-            raise ValueError(
-                f"{name} computes its own loss, which does not read loss weights, and this batch has weights other "
-                f"than 1. Unset {name}, or give every message the same weight."
-            )

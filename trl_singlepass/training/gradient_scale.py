@@ -1,24 +1,28 @@
-"""Gradients under sequence parallelism: what DeepSpeed makes of them is corrected, and measured in the first step."""
+"""Gradients under sequence parallelism: DeepSpeed scales them, which is corrected, and measured in the first step."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 
-def overcounting_of(engine: Any, sp_size: int) -> int:
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def get_gradient_scale(engine: DeepSpeedEngine, sp_size: int) -> int:
     """
     Return how many times too large DeepSpeed makes gradients under sequence parallelism.
 
-    It divides their sum by the number of ranks with ZeRO-3's reduce-scatter, and by the number of groups elsewhere
+    It divides their sum by the number of ranks with ZeRO-3's reduce-scatter, but by the number of groups elsewhere
     (DeepSpeed issue 5248). Adam hides the difference; gradient clipping, SGD and the logged norm do not.
 
     Args:
         engine (`deepspeed.DeepSpeedEngine`):
             Engine of the run.
         sp_size (`int`):
-            Number of ranks of a group.
+            Number of ranks in a group.
     """
     scatters = engine.zero_optimization_stage() == 3 and engine.zero_reduce_scatter()
     return 1 if scatters else sp_size
@@ -26,19 +30,19 @@ def overcounting_of(engine: Any, sp_size: int) -> int:
 
 class GradientCheck:
     """
-    Compares one parameter's gradient after DeepSpeed's reduction with the mean over ranks, before the first step.
+    Compares the gradient of one parameter after DeepSpeed's reduction with the mean over ranks, before the first step.
 
     Args:
         engine (`deepspeed.DeepSpeedEngine`):
             Engine of the run.
-        overcounting (`int`):
+        scale (`int`):
             How many times too large its gradients are expected to be.
     """
 
-    def __init__(self, engine: Any, overcounting: int) -> None:
-        self.engine, self.overcounting = engine, overcounting
+    def __init__(self, engine: DeepSpeedEngine, scale: int) -> None:
+        self.engine, self.scale = engine, scale
         trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-        # The last ones: an adapter's first factor has no gradient yet.
+        # The last one: the first factor of an adapter has no gradient yet.
         self.parameter = trainable[-1]
         self.local: torch.Tensor | None = None
         self._hook = self.parameter.register_hook(self._add)
@@ -56,7 +60,7 @@ class GradientCheck:
         return self._step(*args, **kwargs)
 
     def _compare(self) -> bool:
-        """Return whether there was something to compare; raise if it is not as expected."""
+        """Return whether there was a gradient to compare; raise if its scale is not the expected one."""
         from deepspeed.utils import safe_get_full_grad
 
         reduced = safe_get_full_grad(self.parameter)
@@ -64,15 +68,15 @@ class GradientCheck:
             return False
         expected, self.local = self.local, None
         torch.distributed.all_reduce(expected)
-        expected = expected * (self.overcounting / torch.distributed.get_world_size())
-        reference = float(expected.norm())
-        if reference == 0:
+        expected = expected * (self.scale / torch.distributed.get_world_size())
+        norm = float(expected.norm())
+        if norm == 0:
             return False
-        ratio = float((reduced.to(expected.dtype).flatten() @ expected.flatten()) / reference**2)
+        ratio = float((reduced.to(expected.dtype).flatten() @ expected.flatten()) / norm**2)
         if abs(ratio - 1) > 0.1:
             raise RuntimeError(
                 f"DeepSpeed returned gradients {ratio:.3g} times as large as their mean over ranks under sequence "
-                "parallelism, and clipping, SGD and the logged norm would be wrong by that. Use ZeRO-3 with its "
+                "parallelism: clipping, SGD and the logged norm would be wrong by that factor. Use ZeRO-3 with its "
                 "default reduce_scatter, without fp16."
             )
         return True

@@ -1,16 +1,54 @@
-"""Loss weights on top of TRL's own loss: each target counts as often as N-pass trains it."""
+"""How the loss of a batch becomes a mean over the tokens of a step, each counted as often as N-pass trains it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
+from transformers.utils import ModelOutput
 
+from ..data.collator import Batch
 from ..trees.prefix_tree import IGNORE_INDEX
+from .metrics import TurnMetrics
+from .model import Forward
 
 
-def weighted_model(model: Callable[..., Any], loss_weights: torch.Tensor) -> Callable[..., Any]:
+NumItems: TypeAlias = torch.Tensor | int | None
+"""The Trainer's `num_items_in_batch`: what the summed loss of a step is divided by, `None` in evaluation."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossContext:
+    """
+    What the trainer knows of the batch whose loss is computed.
+
+    Args:
+        num_items (`torch.Tensor` or `int`, *optional*):
+            Divisor of the summed loss: the sum of the loss weights of the step over all ranks. `None` in evaluation,
+            where each batch is divided by its own.
+        num_batches (`int`):
+            Batches of this rank in the step.
+        divisor (`int`):
+            What `Trainer.training_step` divides the loss by before the backward pass: `num_batches`, or 1.
+        step (`int`):
+            Number of the step.
+        metrics (`dict[str, list[float]]`):
+            TRL's metrics of training or of evaluation; the log averages each list.
+        turn_metrics (`TurnMetrics`, *optional*):
+            Metrics by turn, if they are logged.
+    """
+
+    num_items: NumItems
+    num_batches: int
+    divisor: int
+    step: int
+    metrics: dict[str, list[float]]
+    turn_metrics: TurnMetrics | None
+
+
+def weighted_model(model: Forward, loss_weights: torch.Tensor) -> Forward:
     """
     Return the model with every per-token output of its fused head multiplied by the loss weights.
 
@@ -19,17 +57,17 @@ def weighted_model(model: Callable[..., Any], loss_weights: torch.Tensor) -> Cal
     metrics become weighted means: what N-pass computes when `w` samples train the same target.
 
     Args:
-        model (`Callable`):
-            Model, or its wrapper, whose fused head returns per-token outputs (TRL 1.15 and later).
+        model (`Forward`):
+            Model whose fused head returns per-token outputs (TRL 1.15 and later).
         loss_weights (`torch.Tensor` of shape `(1, row_length)`, `torch.float32`):
             Weight of each rolled label.
 
     Returns:
-        `Callable`: The same forward, weighted.
+        `Forward`: The same forward, weighted.
     """
 
-    def forward(**kwargs: Any) -> Any:
-        outputs = model(**kwargs)
+    def forward(**inputs: object) -> ModelOutput:
+        outputs = model(**inputs)
         weights = loss_weights[:, 1:]  # aligned with the labels, which the fused head shifts by one
         for name in ("log_probs", "entropy", "is_top1", "label_mask"):
             outputs[name] = outputs[name] * weights
@@ -40,7 +78,7 @@ def weighted_model(model: Callable[..., Any], loss_weights: torch.Tensor) -> Cal
 
 def normalized(loss_weights: torch.Tensor, total: torch.Tensor | int | None = None) -> torch.Tensor:
     """
-    Return loss weights divided by their sum; zeros stay zeros where there are no others.
+    Return loss weights divided by their sum; if all are 0, they stay 0.
 
     Args:
         loss_weights (`torch.Tensor` of shape `(1, row_length)`, `torch.float32`):
@@ -55,17 +93,8 @@ def normalized(loss_weights: torch.Tensor, total: torch.Tensor | int | None = No
     return loss_weights / total.clamp(min=torch.finfo(loss_weights.dtype).tiny)
 
 
-def total_weight(batch: dict[str, Any]) -> torch.Tensor:
-    """
-    Return the sum of the loss weights of a batch: what its loss is divided by.
-
-    Args:
-        batch (`dict[str, Any]`):
-            Batch of the collator, `labels` of shape `(batch, row_length)`, with `loss_weights` if some differ from 1.
-
-    Returns:
-        `torch.Tensor`: Scalar.
-    """
+def total_weight(batch: Batch) -> torch.Tensor:
+    """Return the sum of the loss weights of a batch, a scalar: what its loss is divided by."""
     if "loss_weights" in batch:  # parts of rows, under sequence parallelism, always have them
         weights: torch.Tensor = batch["loss_weights"]
     else:
@@ -73,15 +102,22 @@ def total_weight(batch: dict[str, Any]) -> torch.Tensor:
     return weights.sum()
 
 
-def step_weight(batches: Sequence[dict[str, Any]]) -> torch.Tensor:
+def step_weight(batches: Sequence[Batch]) -> torch.Tensor:
+    """Return the sum of the loss weights of this rank's batches of a step, a scalar of `torch.float32`."""
+    return torch.stack([total_weight(batch) for batch in batches]).sum().float()
+
+
+def mean_of_means_divisor(own: torch.Tensor, everyone: torch.Tensor) -> torch.Tensor:
     """
-    Return the sum of the loss weights of the batches of a step, as `torch.float32`.
+    Return the divisor of a rank's loss for which the mean over ranks is the mean of the ranks' own means.
+
+    A rank that only has repeated rows has no mean, and does not count: with weights of 10, 30 and 0, the first two
+    ranks divide by 10 · 2/3 and 30 · 2/3, so that a third of the sum is half the sum of their means.
 
     Args:
-        batches (`Sequence[dict[str, Any]]`):
-            Batches of this rank.
-
-    Returns:
-        `torch.Tensor`: Scalar.
+        own (`torch.Tensor`):
+            Sum of this rank's loss weights, a scalar.
+        everyone (`torch.Tensor` of shape `(num_ranks,)`):
+            The same of all ranks.
     """
-    return torch.stack([total_weight(batch) for batch in batches]).sum().float()
+    return own * ((everyone > 0).sum() / len(everyone))

@@ -1,110 +1,187 @@
-"""What a trainer measures: the loss of an evaluation set, counts of rows, loss and accuracy by turn."""
+"""What the log and an evaluation report: pooled loss, counts of tokens, loss and accuracy by turn, predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 import torch
+from accelerate import Accelerator
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import ModelOutput
 
-from .distributed import DistributedTrainer
-from .evaluation import PooledLoss, without_repeated_examples
-from .loss import total_weight
-from .prediction_rows import per_example
-from .progress import RowCounts
-from .turn_metrics import TurnMetrics
+from ..data.collator import Batch
+from ..trees.prefix_tree import IGNORE_INDEX
+from ..trees.sample import PARTS
+from .model import Forward
 
 
-class MeasuringTrainer(DistributedTrainer):
-    """TRL's trainer on rows of trees, with metrics that are pooled over tokens."""
+NUM_TURNS = 16  # later turns are logged together
+# Prefixes of the names of turn metrics, with the parts of a turn (indices into `PARTS`) that each pools.
+_GROUPS = {"": (0, 1, 2), "reasoning_": (0,), "answer_": (1, 2), "first_answer_token_": (1,)}
 
-    _pooled_loss: PooledLoss
-    _turns: TurnMetrics | None
 
-    def _start_measuring(self) -> None:
-        self._counts = RowCounts()
-        self._pooled_loss = PooledLoss(self.args.device)
-        self._turns = self._new_turn_metrics()
+def _widest_float(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
-    def _new_turn_metrics(self) -> TurnMetrics | None:
-        return TurnMetrics(self.args.device) if self.args.log_turn_metrics else None
 
-    def _by_turn(
-        self, model: Callable[..., Any], label_parts: torch.Tensor, loss_weights: torch.Tensor | None
-    ) -> Callable[..., Any]:
-        """Return the model, its losses added up by turn if that is asked for."""
-        return model if self._turns is None else self._turns.over(model, label_parts, loss_weights)
+class PooledLoss:
+    """
+    Mean loss of a dataset, over all its trained tokens, whatever the batch size and the number of processes.
 
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    The sums stay on the device until the end.
+
+    Args:
+        device (`torch.device`):
+            Device of the losses.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dtype=_widest_float(device), device=device)
+
+    def add(self, loss: torch.Tensor, weight: torch.Tensor) -> None:
         """
-        Evaluate one batch, and add its loss to the pooled one.
+        Add a batch.
 
         Args:
-            model (`torch.nn.Module`):
-                Model, as the Trainer wrapped it.
-            inputs (`dict[str, Any]`):
-                Batch of the collator.
-            prediction_loss_only (`bool`):
-                Whether to return the loss only.
-            ignore_keys (`list[str]`, *optional*):
-                Outputs to leave out.
+            loss (`torch.Tensor`):
+                Mean loss of the batch, a scalar.
+            weight (`torch.Tensor`):
+                Sum of its loss weights, a scalar.
+        """
+        weight = weight.to(self._sums)
+        self._sums += torch.stack([loss.detach().to(weight) * weight, weight])
+
+    def pop(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the mean over the batches of all processes as `loss`, if there were any; every process must call."""
+        loss, weight = accelerator.reduce(self._sums, reduction="sum").tolist()
+        self._sums.zero_()
+        return {"loss": loss / weight} if weight > 0 else {}
+
+
+class TokenCounts:
+    """Running counts of the tokens of one process; they stay on the device until the log asks for them."""
+
+    def __init__(self) -> None:
+        self._trained: torch.Tensor | float = 0.0
+        self._sample_tokens = 0
+        self._row_tokens = 0
+
+    def add(self, batches: Sequence[Batch], num_items: torch.Tensor) -> None:
+        """
+        Count the batches of one step.
+
+        Args:
+            batches (`Sequence[Batch]`):
+                Batches of this process.
+            num_items (`torch.Tensor`):
+                Sum of the loss weights of the step over all ranks, a scalar.
+        """
+        self._trained = self._trained + num_items.to(_widest_float(num_items.device))
+        for plan in (batch["tree_plan"] for batch in batches if "tree_plan" in batch):
+            self._sample_tokens += plan.num_sample_tokens
+            self._row_tokens += plan.example_ends[-1]
+
+    def pop(self) -> dict[str, float]:
+        """Return the sharing factor since the last call, and the tokens trained since the start of the run."""
+        if self._row_tokens == 0:
+            return {}
+        logs = {
+            "sharing_factor": self._sample_tokens / self._row_tokens,
+            "num_trained_tokens": round(float(self._trained), 4),  # weights add up in float32
+        }
+        self._sample_tokens = self._row_tokens = 0
+        return logs
+
+
+class TurnMetrics:
+    """
+    Loss and accuracy by turn and part of a turn, for `log_turn_metrics`; the sums stay on the device until the log
+    asks for them.
+
+    Args:
+        device (`torch.device`):
+            Device of the losses.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # Weight, loss and correct predictions: first of what is not a target, then turn by turn, all late turns last.
+        shape = 1 + (NUM_TURNS + 1) * len(PARTS), 3
+        self._sums = torch.zeros(shape, dtype=_widest_float(device), device=device)
+
+    def wrap(self, model: Forward, label_parts: torch.Tensor, loss_weights: torch.Tensor | None) -> Forward:
+        """
+        Return the model, its losses summed by turn whenever it computes them.
+
+        With three parts to a turn, label part `1 + 3·turn + part` goes to row `1 + 3·min(turn, 16) + part` of the
+        sums: part 2 of turn 1 is 6, and stays 6; part 0 of turn 20 is 61, and becomes 49.
+
+        Args:
+            model (`Forward`):
+                Model whose fused head returns per-token outputs (TRL 1.15 and later).
+            label_parts (`torch.Tensor` of shape `(1, row_length)`, `torch.int64`):
+                For each rolled label, what it is part of ([`Sample.token_parts`]).
+            loss_weights (`torch.Tensor` of shape `(1, row_length)`, `torch.float32`, *optional*):
+                Weight of each rolled label; 1 if not given.
 
         Returns:
-            `tuple`: Loss, logits and labels, the last two with one row per example.
+            `Forward`: The same forward.
         """
-        if "tree_plan" in inputs:
-            inputs = without_repeated_examples(inputs, self.accelerator, self.args.eval_batch_size)
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if "tree_plan" in inputs and loss is not None:
-            self._pooled_loss.add(loss, total_weight(inputs))
-        if "tree_plan" in inputs and logits is not None:
-            logits, labels = per_example(logits, inputs), per_example(labels, inputs)
-        return loss, logits, labels
+        code = label_parts[0, 1:] - 1
+        turn = torch.div(code, len(PARTS), rounding_mode="floor").clamp(max=NUM_TURNS)
+        parts = 1 + turn * len(PARTS) + code % len(PARTS)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        def forward(**inputs: object) -> ModelOutput:
+            outputs = model(**inputs)
+            if getattr(outputs, "log_probs", None) is not None:  # some losses ask for logits first
+                values = (outputs.label_mask, -outputs.log_probs, outputs.is_top1)
+                columns = torch.stack([value.detach().flatten().to(self._sums) for value in values], dim=-1)
+                weights = 1 if loss_weights is None else loss_weights[0, 1:, None].to(self._sums)
+                self._sums.index_add_(0, parts, columns * weights)
+            return outputs
+
+        return forward
+
+    def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """
-        Evaluate a dataset; the loss is the mean over all its trained tokens, not a mean of batch means.
+        Return the means since the last call, over all processes.
 
         Args:
-            *args (`Any`):
-                Arguments of [`~transformers.Trainer.evaluation_loop`].
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
-                Prefix of the metrics' names.
-            **kwargs (`Any`):
-                Further arguments of [`~transformers.Trainer.evaluation_loop`].
+            accelerator (`accelerate.Accelerator`):
+                Accelerator of the run; every process must call this.
 
         Returns:
-            `transformers.trainer_utils.EvalLoopOutput`: Predictions and metrics.
+            `dict[str, float]`: `turn_1/loss`, `turn_1/accuracy`, the same with `reasoning_`, `answer_` and
+            `first_answer_token_` before the last word, for each trained turn and for `all_turns`.
         """
-        self._pooled_loss = PooledLoss(self.args.device)
-        turns_of_training, self._turns = self._turns, self._new_turn_metrics()
-        self._is_evaluating = True
-        try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            by_turn = self._turns.pop(self.accelerator) if self._turns is not None else {}
-        finally:
-            self._is_evaluating = False
-            self._turns = turns_of_training
-        loss = self._pooled_loss.mean(self.accelerator)
-        if loss is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = loss
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in by_turn.items()})
-        return output
+        sums = accelerator.reduce(self._sums, reduction="sum")[1:].reshape(NUM_TURNS + 1, len(PARTS), 3).cpu()
+        self._sums.zero_()
+        names = [*(f"turn_{number}" for number in range(1, NUM_TURNS + 1)), f"turns_after_{NUM_TURNS}", "all_turns"]
+        metrics: dict[str, float] = {}
+        for name, by_part in zip(names, [*sums, sums.sum(0)], strict=True):
+            for prefix, members in _GROUPS.items():
+                weight, loss, correct = by_part[list(members)].sum(0).tolist()
+                if weight > 0:
+                    metrics[f"{name}/{prefix}loss"] = loss / weight
+                    metrics[f"{name}/{prefix}accuracy"] = correct / weight
+        return metrics
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """
-        Log, with the sharing factor, the tokens trained so far and, if asked for, metrics by turn.
 
-        Args:
-            logs (`dict[str, float]`):
-                Values to log.
-            start_time (`float`, *optional*):
-                Start of the run, in seconds.
-        """
-        if self.model.training:
-            logs.update(self._counts.pop_logs())
-            if self._turns is not None:
-                logs.update(self._turns.pop(self.accelerator))
-        super().log(logs, start_time)
+def split_by_example(tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """
+    Return a row of several examples as one row per example, which is what `compute_metrics` receives in TRL.
+
+    Args:
+        tensor (`torch.Tensor` of shape `(1, row_length, …)`):
+            Logits or rolled labels of a batch.
+        batch (`Batch`):
+            The batch.
+
+    Returns:
+        `torch.Tensor` of shape `(num_examples, longest, …)`: The rows, padded with -100 as the Trainer pads them. In
+        each, the target beside `[:, i + 1]` is that of the prediction at `[:, i]`.
+    """
+    ends = batch["tree_plan"].example_ends
+    starts = (0, *ends[:-1])
+    counts = batch["attention_mask"][0]
+    parts = [tensor[0, start:end] for start, end in zip(starts, ends, strict=True) if counts[start] > 0]  # no padding
+    return pad_sequence(parts, batch_first=True, padding_value=IGNORE_INDEX)

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..attention.context import Tree
 from ..attention.registry import tree_attention_name
 from ..recurrent.layer import enable_tree_recurrence
 from ..recurrent.layer_kinds import get_decoder, path_dependent_layers, unknown_mixing_layers
 
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Forward: TypeAlias = Callable[..., ModelOutput]
+"""A model, or a function in its place: takes the inputs of the model by name, returns its outputs."""
 
 # Layer types of transformers that attend under a mask; layers of the last two mix tokens in another way as well.
 _ATTENTION_LAYER_TYPES = frozenset(
@@ -44,7 +55,7 @@ class UnsupportedModelError(ValueError):
     """A model whose layers would mix branches of a tree, or that tree attention cannot reach."""
 
 
-def check_model(model: Any) -> None:
+def check_model(model: PreTrainedModel) -> None:
     """
     Refuse a model that one pass would train wrongly.
 
@@ -64,7 +75,7 @@ def check_model(model: Any) -> None:
         raise UnsupportedModelError(f"{type(model).__name__} {reason}. {_WAY_OUT}")
 
 
-def _mixes_branches(model: Any) -> str | None:
+def _mixes_branches(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config()
     layer_types = list(getattr(config, "layer_types", None) or ())
     known = _ATTENTION_LAYER_TYPES | _TOKENWISE_LAYER_TYPES | _RECURRENT_LAYER_TYPES
@@ -80,7 +91,7 @@ def _mixes_branches(model: Any) -> str | None:
     return None
 
 
-def _only_recurs(model: Any) -> bool:
+def _only_recurs(model: PreTrainedModel) -> bool:
     """Whether a model has no attention at all, and so no use for positions either."""
     config = model.config.get_text_config()
     if set(getattr(config, "layer_types", None) or ()) & _ATTENTION_LAYER_TYPES:
@@ -88,7 +99,7 @@ def _only_recurs(model: Any) -> bool:
     return not attention_layers(model) and len(path_dependent_layers(model)) >= config.num_hidden_layers
 
 
-def _is_out_of_reach(model: Any) -> str | None:
+def _is_out_of_reach(model: PreTrainedModel) -> str | None:
     modules = list(get_decoder(model).modules())
     if looking_ahead := {type(module).__name__ for module in modules if _looks_ahead(module)}:
         return f"attends to later tokens in {_listed(looking_ahead)}, which one pass would not"
@@ -104,7 +115,7 @@ def _is_out_of_reach(model: Any) -> str | None:
     return None
 
 
-def _trains_on_other_media(model: Any) -> str | None:
+def _trains_on_other_media(model: PreTrainedModel) -> str | None:
     head, vocab_size = model.get_output_embeddings(), getattr(model.config.get_text_config(), "vocab_size", 0)
     # Not the size of its weight, of which ZeRO-3 leaves nothing to see.
     if head is None or getattr(head, "out_features", vocab_size) < vocab_size:
@@ -114,20 +125,20 @@ def _trains_on_other_media(model: Any) -> str | None:
     return None
 
 
-def _demand_in_training(module: Any) -> str | None:
+def _demand_in_training(module: nn.Module) -> str | None:
     """What a module says when it is trained without an input that rows of text do not have."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     texts = [text for text in code.co_consts if isinstance(text, str)] if code is not None else []
     return next((text for text in texts if "is required as a model input when training" in text), None)
 
 
-def _looks_ahead(module: Any) -> bool:
+def _looks_ahead(module: nn.Module) -> bool:
     """Whether a module is attention without causality; decoders may leave that to their mask."""
     looks_ahead = getattr(module, "is_causal", True) is False and not getattr(module, "is_decoder", False)
     return looks_ahead and type(module).__name__ not in _TOKENWISE_ATTENTION
 
 
-def check_every_layer_attended(model: Any, tree: Tree) -> None:
+def check_every_layer_attended(model: PreTrainedModel, tree: Tree) -> None:
     """
     Check after a forward that every layer that mixes tokens received the tree.
 
@@ -147,9 +158,9 @@ def check_every_layer_attended(model: Any, tree: Tree) -> None:
         raise UnsupportedModelError(f"{type(model).__name__} {which}, so branches would be mixed. {_WAY_OUT}")
 
 
-def attention_layers(model: Any) -> list[Any]:
+def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the layers that take their attention function from transformers, without those on whole paths."""
-    layers: list[Any] = []
+    layers: list[nn.Module] = []
     on_whole_paths = {part for layer in path_dependent_layers(model) for part in layer.modules()}
     for module in get_decoder(model).modules():
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
@@ -165,7 +176,7 @@ def _listed(names: set[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names))
 
 
-def enable_tree(model: Any) -> str:
+def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     """
     Switch a model to tree attention; batches without a tree run as before.
 
@@ -191,7 +202,7 @@ def enable_tree(model: Any) -> str:
     return implementation
 
 
-def without_adapters(model: Any) -> Any:
+def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """
     Return the model inside a PEFT wrapper, or the model itself if it has no adapters.
 

@@ -1,67 +1,106 @@
 """
 Sequence parallelism (DeepSpeed Ulysses): the ranks of a group share each row, and attention sees all of it.
 
-Each rank runs its part of the row through every layer; around attention, ranks trade parts of the row for attention
-heads. So attention runs on whole rows with a share of the heads, and tree attention can be what runs there. DeepSpeed
-drops the attention mask on the way, which would train a tree as plain text; here the layer's `TreeMask` goes around
-that, and attention refuses to run without it.
+Each rank runs its part of the row through every layer; around attention, ranks exchange parts of the row for attention
+heads. Attention therefore sees whole rows with a share of the heads, and tree attention can run there. DeepSpeed drops
+the attention mask on the way, which would train a tree as plain text; here the layer's `TreeMask` is passed around the
+exchange, and attention refuses to run without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import AttentionInterface, AttentionMaskInterface
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+from trl import SFTConfig
 
 from ..attention import Tree, TreeMask
 from ..attention.context import running_on
-from ..data.collator import pad_batch
+from ..data.collator import Batch
 from ..trees.rows import TreePlan
 from .compatibility import check_sequence_parallelism
-from .gradient_scale import GradientCheck, overcounting_of
-from .loss import weighted_model
-from .model import without_adapters
+from .gradient_scale import GradientCheck, get_gradient_scale
+from .loss import LossContext, weighted_model
+from .model import Forward, without_adapters
+from .shared_rows import SharedRows
+
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
+    from peft import PeftModel
+
+AttentionFunction: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+"""As transformers' `AttentionInterface` calls it: `(module, query, key, value, attention_mask, **kwargs)`."""
 
 
 class SequenceParallel:
     """
-    Sequence parallelism of a trainer, its model under tree attention.
+    Trains rows that the ranks of a group share.
 
     Args:
-        trainer (`SinglePassSFTTrainer`):
-            Trainer whose accelerator has `sp_size` above 1.
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model with trees enabled.
+        args (`SinglePassSFTConfig`):
+            Arguments of the run.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator with `sp_size` above 1.
+        has_router_loss (`bool`):
+            Whether the run trains the load-balancing loss of a mixture of experts, which is refused.
 
     Raises:
         `ValueError`: If a setting or the model does not work with it; the message names it and the way out.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: SFTConfig,
+        accelerator: Accelerator,
+        *,
+        has_router_loss: bool,
+    ) -> None:
         import deepspeed
 
-        check_sequence_parallelism(trainer)
-        self.trainer = trainer
-        self.size: int = trainer.accelerator.parallelism_config.sp_size
-        base = without_adapters(trainer.model)
+        check_sequence_parallelism(model, args, accelerator, has_router_loss=has_router_loss)
+        self._accelerator = accelerator
+        self.size: int = accelerator.parallelism_config.sp_size
+        base = without_adapters(model)
         self._attention = register_shared_attention(base.config.get_text_config()._attn_implementation)
         base.set_attn_implementation(self._attention)
         # accelerate accepts stock names only; DeepSpeed takes over whatever name stands here.
-        trainer.accelerator.parallelism_config.sp_handler.sp_attn_implementation = self._attention
+        accelerator.parallelism_config.sp_handler.sp_attn_implementation = self._attention
         deepspeed.init_distributed(auto_mpi_discovery=False)  # DeepSpeed makes its groups from its own handle
         self._gradient_check: GradientCheck | None = None
 
-    def connect(self, loader: Any) -> DataLoader[Any]:
+    def connect(
+        self,
+        loader: UlyssesSPDataLoaderAdapter,
+        prepare: Callable[[Batch], Batch],
+        pad_token_id: int,
+        epoch: Callable[[], int],
+    ) -> DataLoader[Batch]:
         """
-        Hand the tree to attention and share rows among ranks, once DeepSpeed has taken over the model.
+        Pass the tree to attention, and rows to the ranks that share them, once DeepSpeed has taken over the model.
 
         Args:
             loader (`UlyssesSPDataLoaderAdapter`):
-                Data loader that shares rows, as the Trainer prepared it.
+                DeepSpeed's loader of row parts, as the Trainer prepared it.
+            prepare (`Callable`):
+                Called with each whole row before it is cut.
+            pad_token_id (`int`):
+                Token that fills rows up to a length that the ranks can share.
+            epoch (`Callable[[], int]`):
+                Returns the number of the epoch that begins.
 
         Returns:
             `torch.utils.data.DataLoader`: Loader of parts of rows that keep their tree.
@@ -71,78 +110,64 @@ class SequenceParallel:
         if exchange is attention:
             raise RuntimeError("DeepSpeed did not take over attention under sequence parallelism; upgrade deepspeed.")
         ALL_ATTENTION_FUNCTIONS[self._attention] = with_tree(exchange, attention)
-        return DataLoader(SharedRows(loader, self.trainer), batch_size=None)
+        return DataLoader(SharedRows(loader, prepare, pad_token_id, epoch), batch_size=None)
 
-    @classmethod
-    def of(cls, trainer: Any) -> SequenceParallel | None:
-        """Return the sequence parallelism of a trainer, `None` if it has none."""
-        config = trainer.accelerator.parallelism_config
-        return cls(trainer) if config is not None and getattr(config, "sp_size", 1) > 1 else None
+    def run_on_tree(self, plan: TreePlan) -> AbstractContextManager[Tree]:
+        """Return a context that runs the model on parts of a row, given the plan of the whole row."""
+        return running_on(tree_from_plan(plan, self._accelerator.device))
 
     def loss(
         self,
-        compute: Callable[..., Any],
-        model: Any,
-        plan: TreePlan,
-        inputs: dict[str, Any],
-        label_parts: torch.Tensor,
-        num_items: Any,
+        compute_loss: Callable[..., object],
+        engine: DeepSpeedEngine,
+        batch: Batch,
+        inputs: Batch,
+        context: LossContext,
     ) -> torch.Tensor:
         """
         Return this rank's part of the loss of a step, scaled such that the mean over ranks is the loss.
 
-        TRL computes the metrics. Its loss would be the mean over batches of each batch's mean, not over all tokens.
+        TRL only computes the metrics: its loss would be the mean over batches of each batch's mean, not over tokens.
 
         Args:
-            compute (`Callable`):
+            compute_loss (`Callable`):
                 TRL's `compute_loss`.
-            model (`deepspeed.DeepSpeedEngine`):
+            engine (`deepspeed.DeepSpeedEngine`):
                 Model, as the Trainer wrapped it.
-            plan (`TreePlan`):
-                Structure of the whole row.
-            inputs (`dict[str, Any]`):
-                Part of the row.
-            label_parts (`torch.Tensor` of shape `(1, part_length)`, `torch.int64`):
-                What the labels of the part belong to, aligned with `shift_labels`.
-            num_items (`torch.Tensor`):
-                Sum of the loss weights of the step over all ranks.
+            batch (`Batch`):
+                Part of a row, from [`SequenceParallel.connect`].
+            inputs (`Batch`):
+                What of it the model takes.
+            context (`LossContext`):
+                How its loss is scaled, and metrics by turn.
         """
-        weights = F.pad(inputs.pop("loss_weights"), (1, 0))  # already aligned with `shift_labels`
-        weighted = weighted_model(self.trainer._by_turn(model, F.pad(label_parts, (1, 0)), weights), weights)
+        weights = F.pad(batch["loss_weights"], (1, 0))  # already aligned with `shift_labels`
+        model: Forward = engine
+        if context.turn_metrics is not None:
+            model = context.turn_metrics.wrap(model, F.pad(batch["label_parts"], (1, 0)), weights)
+        weighted = weighted_model(model, weights)
         sums: list[torch.Tensor] = []
 
-        def forward(**kwargs: Any) -> Any:
+        def forward(**kwargs: object) -> ModelOutput:
             outputs = weighted(**kwargs)
             sums.append(-outputs.log_probs.sum())
             outputs.loss = outputs.loss.detach()
             return outputs
 
-        trainer = self.trainer
-        with running_on(tree_of(plan, trainer.args.device)) as tree:
-            compute(forward, inputs)
-        trainer._check_layers_once(tree)
-        loss = sums[0] / num_items.clamp(min=torch.finfo(torch.float32).tiny) * trainer.accelerator.num_processes
-        if getattr(trainer, "loss_is_scaled_for_ga", None) is not True:
-            loss = loss * trainer.current_gradient_accumulation_steps  # by which the Trainer divides
-        return self._with_right_gradient(model, loss)
+        compute_loss(forward, inputs)
+        num_items = torch.as_tensor(context.num_items).clamp(min=torch.finfo(torch.float32).tiny)
+        loss = sums[0] / num_items * self._accelerator.num_processes * context.divisor
+        return self._with_right_gradient(engine, loss)
 
-    def _with_right_gradient(self, engine: Any, loss: torch.Tensor) -> torch.Tensor:
-        overcounting = overcounting_of(engine, self.size)
+    def _with_right_gradient(self, engine: DeepSpeedEngine, loss: torch.Tensor) -> torch.Tensor:
+        gradient_scale = get_gradient_scale(engine, self.size)
         if self._gradient_check is None:
-            self._gradient_check = GradientCheck(engine, overcounting)
-        return loss + (1 / overcounting - 1) * (loss - loss.detach())
+            self._gradient_check = GradientCheck(engine, gradient_scale)
+        return loss + (1 / gradient_scale - 1) * (loss - loss.detach())
 
 
-def tree_of(plan: TreePlan, device: torch.device) -> Tree:
-    """
-    Return the tree of a whole row from its plan alone, since batches hold parts of rows.
-
-    Args:
-        plan (`TreePlan`):
-            Structure of the row.
-        device (`torch.device`):
-            Device of the tensors.
-    """
+def tree_from_plan(plan: TreePlan, device: torch.device) -> Tree:
+    """Return the tree of a whole row from its plan alone, since batches hold parts of rows."""
     ends = np.zeros(plan.length, np.int64)
     for run in plan.runs:
         ends[run.start : run.end] = run.end
@@ -150,6 +175,9 @@ def tree_of(plan: TreePlan, device: torch.device) -> Tree:
             ends[start:end] = run.end
     subtree_end, depth = (torch.from_numpy(array)[None].to(device) for array in (ends, plan.depths()))
     return Tree(plan, subtree_end, depth)
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
 
 
 def register_shared_attention(name: str) -> str:
@@ -169,29 +197,28 @@ def register_shared_attention(name: str) -> str:
     return shared
 
 
-def on_whole_rows(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """
-    Return an attention function that runs on a tree while training, or not at all.
-
-    Args:
-        attention (`Callable`):
-            Tree attention, as transformers' `AttentionInterface` calls it.
-    """
+def on_whole_rows(attention: AttentionFunction) -> AttentionFunction:
+    """Return tree attention that refuses to train without a tree, and takes its share of per-head parameters."""
 
     def attend(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, Any]:
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: TreeMask | torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         mask = kwargs.pop("tree_mask", attention_mask)
         if module.training and not isinstance(mask, TreeMask):
             raise RuntimeError(
-                f"{type(module).__name__} got no tree under sequence parallelism, and would train the row as one "
+                f"{type(module).__name__} received no tree under sequence parallelism, and would train the row as one "
                 "text. Train conversations only, through SinglePassSFTTrainer."
             )
         sinks = kwargs.get("s_aux")
         if sinks is not None and len(sinks) != query.shape[1]:
             kwargs["s_aux"] = _share_of_heads(sinks, query.shape[1])
-        result: tuple[torch.Tensor, Any] = attention(module, query, key, value, mask, *args, **kwargs)
-        return result
+        return attention(module, query, key, value, mask, *args, **kwargs)
 
     return attend
 
@@ -203,71 +230,28 @@ def _share_of_heads(per_head: torch.Tensor, num_heads: int) -> torch.Tensor:
     return per_head[rank * num_heads : (rank + 1) * num_heads]
 
 
-def with_tree(exchange: Callable[..., Any], attention: Callable[..., Any]) -> Callable[..., Any]:
+def with_tree(exchange: AttentionFunction, attention: AttentionFunction) -> AttentionFunction:
     """
-    Return DeepSpeed's exchange of row parts for heads, with the layer's tree handed around it.
+    Return DeepSpeed's exchange of row parts for heads, with the layer's tree passed around it.
 
     Args:
-        exchange (`Callable`):
-            Attention function that DeepSpeed registered; it drops masks, and passes keyword arguments on.
-        attention (`Callable`):
+        exchange (`AttentionFunction`):
+            Function that DeepSpeed registered; it drops masks, but passes keyword arguments on.
+        attention (`AttentionFunction`):
             What it calls inside.
     """
 
     def attend(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, Any]:
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: TreeMask | torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not module.training:  # rows are not shared in evaluation
-            result: tuple[torch.Tensor, Any] = attention(module, query, key, value, attention_mask, *args, **kwargs)
-        else:
-            result = exchange(module, query, key, value, None, *args, tree_mask=attention_mask, **kwargs)
-        return result
+            return attention(module, query, key, value, attention_mask, *args, **kwargs)
+        return exchange(module, query, key, value, None, *args, tree_mask=attention_mask, **kwargs)
 
     return attend
-
-
-class SharedRows(IterableDataset[dict[str, Any]]):
-    """
-    Parts of rows: each row of each rank of a group in turn, cut among the ranks of the group.
-
-    Args:
-        adapter (`UlyssesSPDataLoaderAdapter`):
-            DeepSpeed's own loader of such parts, for the loader inside it, its group and its rank.
-        trainer (`SinglePassSFTTrainer`):
-            Trainer, for the padding token and the epoch.
-    """
-
-    def __init__(self, adapter: Any, trainer: Any) -> None:
-        self.adapter, self.trainer = adapter, trainer
-
-    def __len__(self) -> int:
-        return len(self.adapter)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        adapter = self.adapter
-        if hasattr(adapter.dl, "set_epoch"):
-            adapter.dl.set_epoch(int(self.trainer.state.epoch or 0))
-        yield from type(adapter)(
-            self._whole_rows(), adapter.sp_rank, adapter.sp_group, adapter.sp_world_size, adapter.device
-        )
-
-    def _whole_rows(self) -> Iterator[dict[str, Any]]:
-        for batch in self.adapter.dl:
-            yield self._ready_to_cut(self.trainer._without_repeated_rows(batch))
-
-    def _ready_to_cut(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return a batch with weights where DeepSpeed puts labels, without what a part of a row cannot use."""
-        whole = {name: value for name, value in batch.items() if name != "subtree_end"}
-        weights = whole.get("loss_weights", (whole["labels"] != -100).float())
-        whole["loss_weights"] = F.pad(weights[:, 1:], (0, 1))
-        whole["label_parts"] = F.pad(whole["label_parts"][:, 1:], (0, 1))
-        return pad_batch(whole, self._common_length(whole["tree_plan"].length), self.trainer._tokenizer.pad_token_id)
-
-    def _common_length(self, length: int) -> int:
-        """Length that the group can share; gloo gathers only tensors of one size, other backends of any."""
-        size: int = self.adapter.sp_world_size
-        if self.adapter.device.type == "cpu":
-            longest = torch.tensor(length)
-            torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, group=self.adapter.sp_group)
-            length = int(longest)
-        return -(-length // size) * size

@@ -1,35 +1,41 @@
-"""FSDP2 and TRL's fused head: its weight has to be whole while it is used, or ranks keep gradients to themselves."""
+"""FSDP2 with TRL's fused head: the head must be gathered while it is used, or gradients stay on their rank."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from .model import without_adapters
 
 
-def gather_head_with_model(model: Any) -> None:
-    """
-    Make a head that FSDP2 shards on its own whole whenever the model runs.
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-    TRL's fused head reads the weight and never calls the head, which is when FSDP2 would gather it. What TRL gathers
-    in its place has the gradient of the rank's own tokens. accelerate shards the head together with the last
-    normalisation, which is called, where it finds one; in models with encoders of other media it finds none.
+
+def gather_head_with_model(model: PreTrainedModel | PeftModel) -> None:
+    """
+    Gather a head that FSDP2 shards on its own whenever the model runs; with other engines, do nothing.
+
+    FSDP2 gathers a module when it is called, but TRL's fused head reads the weight without calling the head, and the
+    copy that TRL gathers instead only collects the gradient of the rank's own tokens. accelerate avoids this where it
+    finds the last normalisation, which is called, and shards the head together with it; in models with encoders of
+    other media it finds none.
 
     Args:
         model (`transformers.PreTrainedModel`, `peft.PeftModel`):
-            Model that the engine has taken over; on other engines, nothing happens.
+            Model, after accelerate has prepared it.
     """
     head = without_adapters(model).get_output_embeddings()
     if not hasattr(head, "unshard"):
         return
 
-    def gather(*_: Any) -> None:
+    def gather(*_: object) -> None:
         head.unshard()
 
-    def release(*_: Any) -> None:
-        if not torch.is_grad_enabled():  # otherwise, backward releases it
+    def release(*_: object) -> None:
+        if not torch.is_grad_enabled():  # otherwise, the backward pass releases it
             head.reshard()
 
     model.register_forward_pre_hook(gather)

@@ -1,27 +1,29 @@
-"""Epochs of a stream: each of its rows once, on any number of ranks, in whole steps."""
+"""Epochs of a stream: each of its rows once, on any number of ranks, in complete steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import send_to_device
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
-from ..data.collator import DataCollatorForSinglePass
+from ..data.collator import Batch, DataCollatorForSinglePass
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import Row
-from .evaluation import data_ranks
+from .last_batch import data_ranks
 
 
-# Settings of the Trainer that are torch's, behind "dataloader_"; older releases of transformers lack the last two.
+# torch's settings that the Trainer has with a "dataloader_" prefix; older releases of transformers lack the last two.
 _LOADER_SETTINGS = (
     "drop_last",
     "num_workers",
@@ -33,27 +35,40 @@ _LOADER_SETTINGS = (
 )
 
 
-def stream_loader(trainer: Any) -> DataLoader[Any]:
+def stream_dataloader(
+    stream: IterableDataset,
+    collate: Callable[..., Batch],
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    batch_size: int,
+) -> DataLoader[Batch]:
     """
     Return the batches of a stream that this rank trains in an epoch.
 
-    Accelerate would complete the last batches of all ranks with rows from the start of the stream. Here they end where
-    the stream ends, and [`StepsOfStream`] keeps the ranks in step.
+    accelerate would complete the last batches of all ranks with rows from the start of the stream. Here they end where
+    the stream ends, and [`StreamSteps`] keeps the ranks in step.
 
     Args:
-        trainer (`transformers.Trainer`):
-            Trainer on a stream of rows.
+        stream (`datasets.IterableDataset`):
+            Rows.
+        collate (`Callable`):
+            Collator of the trainer.
+        args (`transformers.TrainingArguments`):
+            Arguments of the run.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run.
+        batch_size (`int`):
+            Rows per batch; with `split_batches`, of all ranks together.
 
     Returns:
-        `torch.utils.data.DataLoader`: The loader, as accelerate prepares those of one process.
+        `torch.utils.data.DataLoader`: The loader, as accelerate prepares it for a single process.
     """
-    args, accelerator = trainer.args, trainer.accelerator
     num_ranks, rank = data_ranks(accelerator)
     settings = {name: getattr(args, key) for name in _LOADER_SETTINGS if hasattr(args, key := f"dataloader_{name}")}
-    loader: DataLoader[Any] = DataLoader(
-        part_of_rank(trainer.train_dataset, num_ranks, rank),
-        batch_size=trainer._train_batch_size // (num_ranks if accelerator.split_batches else 1),
-        collate_fn=trainer.data_collator,
+    loader: DataLoader[Batch] = DataLoader(
+        part_of_rank(stream, num_ranks, rank),
+        batch_size=batch_size // (num_ranks if accelerator.split_batches else 1),
+        collate_fn=collate,
         **settings,
     )
     return prepare_data_loader(  # type: ignore[no-any-return]
@@ -62,7 +77,7 @@ def stream_loader(trainer: Any) -> DataLoader[Any]:
 
 
 def part_of_rank(stream: IterableDataset, num_ranks: int, rank: int) -> IterableDataset:
-    """Return the rows that one of several ranks reads: whole shards where there are enough, else every n-th row."""
+    """Return the rows that one of several ranks reads: whole shards if there are enough, else every n-th row."""
     if num_ranks == 1:
         return stream
     if stream.num_shards >= num_ranks:
@@ -70,35 +85,36 @@ def part_of_rank(stream: IterableDataset, num_ranks: int, rank: int) -> Iterable
     return split_dataset_by_node(stream, rank=rank, world_size=num_ranks)
 
 
-class StepsOfStream:
+class StreamSteps:
     """
-    Fills up the steps of a stream: its ranks end at different batches, and in the middle of an accumulated step.
+    Completes the steps of a stream, where ranks run out of batches at different times, or in an accumulated step.
 
-    A rank without a batch, where some other has one, and a step that the stream cannot fill get a batch of two tokens
-    without a target. The epoch ends when no rank has a batch left.
+    A rank that has no batch left while another has one, or in a step that it cannot complete, receives a batch of two
+    tokens without a target. The epoch ends when no rank has a batch left.
 
     Args:
-        trainer (`transformers.Trainer`):
-            Trainer on a stream of rows.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run.
+        blank (`Batch`):
+            Batch without a target.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self._accelerator = trainer.accelerator
-        self._blank = blank_batch(trainer._tokenizer.pad_token_id, trainer.args.pad_to_multiple_of)
-        self._ended: Iterator[Any] | None = None
+    def __init__(self, accelerator: Accelerator, blank: Batch) -> None:
+        self._accelerator, self._blank = accelerator, blank
+        self._ended: Iterator[Batch] | None = None
 
-    def fill_up(self, epoch: Iterator[dict[str, Any]], num_batches: int) -> Iterator[dict[str, Any]]:
+    def complete(self, epoch: Iterator[Batch], num_batches: int) -> Iterator[Batch]:
         """
         Return the batches of the next step.
 
         Args:
-            epoch (`Iterator[dict[str, Any]]`):
+            epoch (`Iterator[Batch]`):
                 Batches of the epoch; the same object for all its steps.
             num_batches (`int`):
                 Batches per step.
 
         Returns:
-            `Iterator[dict[str, Any]]`: `num_batches` batches, or none at the end of the epoch.
+            `Iterator[Batch]`: `num_batches` batches, or none at the end of the epoch.
         """
         if epoch is self._ended:  # the Trainer goes on asking, for as many steps as the run has
             return iter(())
@@ -109,19 +125,19 @@ class StepsOfStream:
         num_missing = num_batches - len(batches)
         return iter([*batches, *(self._new_blank() for _ in range(num_missing))])
 
-    def _any_rank_has(self, batches: list[dict[str, Any]]) -> bool:
+    def _any_rank_has(self, batches: list[Batch]) -> bool:
         if self._accelerator.num_processes == 1:
             return bool(batches)
         counts = self._accelerator.gather(torch.tensor([len(batches)], device=self._accelerator.device))
         return bool(counts.any())
 
-    def _new_blank(self) -> dict[str, Any]:
-        batch: dict[str, Any] = send_to_device(dict(self._blank), self._accelerator.device)
+    def _new_blank(self) -> Batch:
+        batch: Batch = send_to_device(dict(self._blank), self._accelerator.device)
         return batch
 
 
-def blank_batch(pad_token_id: int, pad_to_multiple_of: int | None = None) -> dict[str, Any]:
-    """Return a batch of a row without targets: it takes part in a step, and adds nothing to loss and gradients."""
+def blank_batch(pad_token_id: int, pad_to_multiple_of: int | None = None) -> Batch:
+    """Return a batch of one row without targets: it completes a step, and adds nothing to loss or gradients."""
     tokens = np.zeros(2, np.int64)
     row = Row(
         input_ids=tokens + pad_token_id,
@@ -134,19 +150,26 @@ def blank_batch(pad_token_id: int, pad_to_multiple_of: int | None = None) -> dic
     return DataCollatorForSinglePass(pad_token_id, pad_to_multiple_of)([row.columns()])
 
 
-def position_in_stream(state: TrainerState, num_accumulated: int) -> tuple[int, int]:
+def position_in_stream(checkpoint: str | None, args: TrainingArguments) -> tuple[int, int] | None:
     """
-    Return where a saved run stood: the Trainer takes a stream for endless, and counts all steps to its first epoch.
+    Return where in a stream a saved run stood. The Trainer takes a stream to be endless, with all steps in one epoch.
+
+    The `epoch` of the saved state is the number of whole epochs, and a fraction that counts batches in units of all
+    batches of the run: with `max_steps=10` and 2 batches per step, 2.35 is 2 epochs and 0.35 · 20 = 7 batches.
 
     Args:
-        state (`transformers.TrainerState`):
-            State of the saved run: its `epoch` is the number of whole epochs, and a fraction that counts batches in
-            units of all batches of the run.
-        num_accumulated (`int`):
-            Batches per step.
+        checkpoint (`str`, *optional*):
+            Folder of the checkpoint.
+        args (`transformers.TrainingArguments`):
+            Arguments of the run.
 
     Returns:
-        `tuple[int, int]`: Whole epochs, and batches taken in the current one.
+        `tuple[int, int]` or `None`: Whole epochs, and batches to skip in the current one; `None` without a checkpoint
+        that says so.
     """
-    epochs = int(state.epoch or 0)
-    return epochs, round(((state.epoch or 0) - epochs) * state.max_steps * num_accumulated)
+    if checkpoint is None or not (saved := Path(checkpoint, TRAINER_STATE_NAME)).is_file():
+        return None
+    state = TrainerState.load_from_json(str(saved))
+    epochs, fraction = divmod(state.epoch or 0, 1)
+    batches = round(fraction * state.max_steps * args.gradient_accumulation_steps)
+    return int(epochs), 0 if args.ignore_data_skip else batches

@@ -1,114 +1,64 @@
-"""`SinglePassSFTTrainer`: TRL's `SFTTrainer` on rows of prefix trees. The only file that touches TRL's trainer."""
+"""`SinglePassSFTTrainer`: TRL's `SFTTrainer` on rows of prefix trees, in the order of a run. See docs/internals.md."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sized
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from datasets import Dataset, IterableDataset
-from transformers import (
-    DataCollator,
-    EvalPrediction,
-    PreTrainedModel,
-    TrainerCallback,
-    TrainingArguments,
-    logging,
-)
+from torch import nn, optim
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from trl import SFTConfig, SFTTrainer
 
-from ..attention import Tree, tree_context
-from ..data.collator import DataCollatorForSinglePass, TreeOrPlainCollator
-from ..data.dataset_format import check_is_dataset, column_names, holds_messages, holds_rows, holds_turns
-from ..data.formatted_text import format_as_text
-from ..data.preparation import prepare_dataset
+from ..data.collator import Batch, DataCollatorForSinglePass, TreeOrPlainCollator
+from ..data.dataset_format import holds_turns
 from ..data.sampler import make_train_sampler
 from ..trees.rows import ROW_COLUMNS
-from .compatibility import (
-    check_collator,
-    check_dataset,
-    check_parallelism,
-    check_peft,
-    check_run,
-    check_weights_reach_the_loss,
-)
-from .config import (
-    SinglePassSFTConfig,
-    as_single_pass_config,
-    default_config,
-    with_packed_length,
-    without_redundant_settings,
-)
-from .loss import normalized, weighted_model
-from .metrics import MeasuringTrainer
-from .model import check_every_layer_attended, check_model, enable_tree, without_adapters
+from .compatibility import check_conversations, check_loss_is_per_token, check_run
+from .config import as_single_pass_config, default_config, with_packed_length, without_redundant_settings
+from .dataset import AnyDataset, FormattingFunction, find_turns, prepare_conversations
+from .last_batch import num_repeatable_examples, without_empty_batches, without_repeated_examples
+from .loss import LossContext, NumItems, mean_of_means_divisor, step_weight, total_weight
+from .metrics import PooledLoss, TokenCounts, TurnMetrics, split_by_example
 from .paper import PAPER
 from .sequence_parallel import SequenceParallel
-from .setting_compatibility import check_turn_settings
-from .waves import WaveTraining
+from .sharded_head import gather_head_with_model
+from .stream_epochs import StreamSteps, blank_batch, position_in_stream, stream_dataloader
+from .tree_loss import Loss, TreeLoss
 
 
-logger = logging.get_logger(__name__)
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig, DataCollator
 
 
-class SinglePassSFTTrainer(MeasuringTrainer):
+class SinglePassSFTTrainer(SFTTrainer):
     """
     Trainer that trains every turn of a conversation exactly as one sample per turn would, in one pass.
 
-    A drop-in replacement of [`~trl.SFTTrainer`]. Datasets of conversations (`messages`, conversational `prompt` +
-    `completion`, ShareGPT `conversations`) are trained on every assistant message, each in the context that the model
-    sees at inference; loss and gradients are those of the separate samples. Plain text and tokenised datasets are
-    trained as `SFTTrainer` trains them.
+    A drop-in replacement of [`~trl.SFTTrainer`]. Conversations (`messages`, conversational `prompt` + `completion`,
+    ShareGPT `conversations`) are trained on every assistant message, each in the context that the model sees at
+    inference, with the loss and the gradients of separate samples; plain text and tokenised datasets are trained as
+    `SFTTrainer` trains them. Its arguments are those of `SFTTrainer`, of which these differ:
 
-    Args:
-        model (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`]):
-            Model to train, as in [`~trl.SFTTrainer`]. Its `attn_implementation` chooses the attention kernel.
-        args ([`SinglePassSFTConfig`], [`~trl.SFTConfig`], *optional*):
-            Configuration.
-        data_collator ([`DataCollatorForSinglePass`], *optional*):
-            Collator of conversations.
-        train_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`]):
-            Dataset to train on.
-        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`], `dict`, *optional*):
-            Dataset to evaluate on. `eval_loss` is the mean over all its trained tokens, whatever the batch size.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer with a chat template; loaded with the model if not given.
-        compute_loss_func (`Callable`, *optional*):
-            Loss function, as in [`~trl.SFTTrainer`].
-        compute_metrics (`Callable`, *optional*):
-            Metrics of an evaluation, as in [`~trl.SFTTrainer`]; of a conversation it gets one row, with its tree in
-            row order and every target beside its prediction.
-        callbacks (`list[~transformers.TrainerCallback]`, *optional*):
-            Callbacks.
-        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and scheduler.
-        optimizer_cls_and_kwargs (`tuple`, *optional*):
-            Class and arguments of the optimizer.
-        preprocess_logits_for_metrics (`Callable`, *optional*):
-            What is kept of the logits for `compute_metrics`.
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Quantization of a model that is loaded by its name.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter to train.
-        formatting_func (`Callable`, *optional*):
-            Function from a row of the dataset to plain text. Conversations are then trained as text, as
-            [`~trl.SFTTrainer`] trains it, and not turn by turn; the log says so.
+    - `model`: its `attn_implementation` chooses the attention kernel.
+    - `args`: a [`SinglePassSFTConfig`]; a [`~trl.SFTConfig`] gets the settings that it lacks, at their defaults.
+    - `data_collator`: a [`DataCollatorForSinglePass`], for conversations.
+    - `eval_dataset`: `eval_loss` is the mean over all its trained tokens, whatever the batch size.
+    - `compute_metrics`: gets one row per conversation, its tree in row order, every target beside its prediction.
+    - `formatting_func`: conversations are trained as the text it returns, not turn by turn; the log says so.
 
     Raises:
-        `ValueError`: If a setting, a model or a dataset cannot be trained in a single pass; the message names it and
-            the way out.
-        `TypeError`: If a dataset is none, but splits or a list, as in TRL.
+        `ValueError`: If a setting, model or dataset cannot be trained in one pass; it names it, and the way out.
+        `TypeError`: If a dataset is a dictionary of splits or a list, as in TRL.
 
     Example:
 
     ```python
-    from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
-
-    trainer = SinglePassSFTTrainer(
-        model="Qwen/Qwen3-0.6B",
-        args=SinglePassSFTConfig(output_dir="out"),
-        train_dataset=dataset,  # a "messages" column
-    )
+    trainer = SinglePassSFTTrainer("Qwen/Qwen3-0.6B", train_dataset=dataset)  # a "messages" column
     trainer.train()
     ```
     """
@@ -116,45 +66,44 @@ class SinglePassSFTTrainer(MeasuringTrainer):
     _tag_names: ClassVar = ["trl", "sft", "single-pass"]
     _name = "SinglePassSFT"
     _paper: ClassVar = PAPER
+    train_dataset: AnyDataset
+    data_collator: Callable[..., Batch]
+    model_accepts_loss_kwargs: bool
+    _signature_columns: list[str]
+    _tree_loss: TreeLoss | None = None
+    _sequence_parallel: SequenceParallel | None = None
+    _stream_steps: StreamSteps | None = None
+    _pooled_loss: PooledLoss | None = None  # of the evaluation in progress
 
     def __init__(
         self,
-        model: Any,
+        model: str | PreTrainedModel | PeftModel,
         args: TrainingArguments | None = None,
         data_collator: DataCollator | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        compute_loss_func: Callable[..., Any] | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_loss_func: Callable[..., torch.Tensor] | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        optimizers: tuple[optim.Optimizer | None, optim.lr_scheduler.LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[optim.Optimizer], dict[str, object]] | None = None,
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-        quantization_config: Any = None,
-        peft_config: Any = None,
-        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: FormattingFunction | None = None,
     ) -> None:
         args = default_config(model) if args is None else as_single_pass_config(args)
-        trains_turns = (
-            train_dataset is not None
-            and formatting_func is None
-            and holds_turns(train_dataset, text_field=args.dataset_text_field)
-        )
-        if train_dataset is not None and trains_turns:
-            check_dataset(column_names(train_dataset))
-            check_turn_settings(args, train_dataset)
-            check_collator(data_collator)
-            check_peft(model, peft_config)
-            check_parallelism(args.parallelism_config)
-            if isinstance(model, PreTrainedModel):
-                check_model(model)  # before the dataset is prepared, which can take long
-        own_collator = isinstance(data_collator, DataCollatorForSinglePass)
-        with without_redundant_settings(args) if trains_turns else nullcontext():
+        has_turns = train_dataset is not None and formatting_func is None
+        self._trains_turns = has_turns and holds_turns(train_dataset, text_field=args.dataset_text_field)
+        if self._trains_turns:
+            check_conversations(args, train_dataset, data_collator, model, peft_config)
+        collator = data_collator if isinstance(data_collator, DataCollatorForSinglePass) else None
+        with without_redundant_settings(args) if self._trains_turns else nullcontext():
             super().__init__(
                 model,
                 args,
-                None if own_collator else data_collator,
+                data_collator if collator is None else None,
                 train_dataset,
                 eval_dataset,
                 processing_class,
@@ -168,116 +117,184 @@ class SinglePassSFTTrainer(MeasuringTrainer):
                 peft_config=peft_config,
                 formatting_func=formatting_func,
             )
-        check_run(self)
-        tree_collator: Any = data_collator
-        if not own_collator:
-            tree_collator = DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
-        self.data_collator = TreeOrPlainCollator(tree_collator, self.data_collator)
-        self._trains_turns = trains_turns
-        self._uses_tree_attention = False
-        self._start_measuring()
-        if trains_turns:
-            self._count_every_step()
-            self._use_tree_attention()
+        check_run(self.model, args, self.accelerator, tp_size=self.get_tp_size())
+        collator = collator or DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
+        self.data_collator = TreeOrPlainCollator(collator, self.data_collator)
+        self._counts = TokenCounts()
+        self._turn_metrics = TurnMetrics(args.device) if args.log_turn_metrics else None
+        if self._trains_turns:
+            self._enable_tree()
 
-    def _use_tree_attention(self) -> None:
-        if not self._uses_tree_attention:
-            enable_tree(self.model)
-            self._uses_tree_attention = True
-            self._checked_layers = False
-            self._waves = WaveTraining(self)
-            self._sequence_parallel = SequenceParallel.of(self)
+    def _epoch(self) -> int:
+        return int(self.state.epoch or 0)
 
+    def _enable_tree(self) -> TreeLoss:
+        if self._tree_loss is None:
+            router_coef = self.router_aux_loss_coef if self.aux_loss_enabled else None
+            self._tree_loss = TreeLoss(self.model, self.args, self.accelerator, self.compute_loss_func, router_coef)
+            self._sequence_parallel = self._tree_loss.sequence_parallel
+            if self._trains_turns and self._sequence_parallel is None:
+                # The loss is TRL's, of log probabilities, and its divisor comes from here: let the Trainer ask for it
+                # even if the model's class says (`accepts_loss_kwargs = False`) that its own loss is a batch's mean.
+                check_loss_is_per_token(self.model, self.model_accepts_loss_kwargs)
+                self.model_accepts_loss_kwargs = True
+        return self._tree_loss
+
+    # Dataset
     def _prepare_dataset(
         self,
-        dataset: Dataset | IterableDataset,
-        processing_class: Any,
-        args: Any,
+        dataset: AnyDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: SFTConfig,
         packing: bool,
-        formatting_func: Callable[..., Any] | None,
+        formatting_func: FormattingFunction | None,
         dataset_name: str,
-    ) -> Dataset | IterableDataset:
-        check_is_dataset(dataset, dataset_name)
-        if holds_rows(column_names(dataset)):
-            return dataset
-        is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
-        if formatting_func is not None and not is_transformed and holds_messages(dataset):
-            dataset = format_as_text(dataset, formatting_func, args, dataset_name)
-            formatting_func = None
-        is_stock = formatting_func is not None or is_transformed
-        if is_stock or not holds_turns(dataset, text_field=args.dataset_text_field, name=dataset_name):
-            args = with_packed_length(args) if packing else args
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        check_turn_settings(args, dataset, packing)
-        if isinstance(dataset, IterableDataset) and args.shuffle_dataset:
-            dataset = dataset.shuffle(seed=args.seed)  # conversations take less memory in its buffer than rows
-        with args.main_process_first(desc=f"preparing the {dataset_name} dataset"):
-            rows = prepare_dataset(
-                dataset,
-                self._tokenizer,
-                SinglePassSFTConfig.row_settings(args, packing),  # `args` may be TRL's own
-                packing=packing,
-                bad_rows=args.bad_rows,
-                num_proc=args.dataset_num_proc,
-                name=dataset_name,
-            )
-        return rows.shuffle(seed=args.seed) if args.shuffle_dataset and isinstance(rows, Dataset) else rows
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        sampler = make_train_sampler(self)
-        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+    ) -> AnyDataset:
+        """Turn conversations into rows; TRL makes one sequence of each, in which all turns share one context."""
+        dataset, formatting_func, has_turns = find_turns(dataset, formatting_func, args, dataset_name)
+        if has_turns:
+            return prepare_conversations(dataset, self._tokenizer, args, packing=packing, name=dataset_name)
+        args = with_packed_length(args) if packing else args
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns of rows; TRL removes those that it does not know."""
         super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns  # type: ignore[has-type]
-        self._signature_columns = list(dict.fromkeys([*columns, *ROW_COLUMNS]))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ROW_COLUMNS]))
 
+    # Dataloader
+    def _get_train_sampler(self, train_dataset: AnyDataset | None = None) -> Sampler[int] | None:
+        """Give ranks rows of equal cost; the Trainer ignores cost, and every rank waits for the slowest."""
+        sampler = make_train_sampler(
+            self.train_dataset, self.args, self.accelerator, self.model.config, self._train_batch_size, self._epoch
+        )
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """Train each row of a stream once per epoch; accelerate completes the last batches with rows of its start."""
+        stream, self._stream_steps = self.train_dataset, None
+        if isinstance(stream, Sized) or not self._trains_turns:
+            return super().get_train_dataloader()
+        if self._sequence_parallel is None:
+            blank = blank_batch(self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
+            self._stream_steps = StreamSteps(self.accelerator, blank)
+            return stream_dataloader(stream, self.data_collator, self.args, self.accelerator, self._train_batch_size)
+        self.train_dataset = stream.repeat(None)  # a rank that waits for a row to share would wait forever
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = stream
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader[Batch]) -> tuple[int, ...]:
+        """Leave out steps in which ranks that share rows only repeat some; the Trainer does not know of them."""
+        values = super().set_initial_training_values(args, dataloader)
+        if self._sequence_parallel is None:
+            return values
+        num_examples, num_ranks = num_repeatable_examples(self.train_dataset, args), self.accelerator.num_processes
+        return without_empty_batches(values, args, num_examples, num_ranks, self._sequence_parallel.size)
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        """Resume in the epoch and at the row of a stream; the Trainer counts a stream's steps as one endless epoch."""
+        position = super()._init_training_state(*args)
+        saved = None if self._stream_steps is None else position_in_stream(args[3], self.args)  # the checkpoint
+        return saved or position
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader[Batch]]:
+        """Adapt what the engine took over: FSDP2 leaves TRL's fused head sharded, DeepSpeed drops trees from rows."""
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        gather_head_with_model(self.model)
+        if self._sequence_parallel is not None:
+            pad_token_id = self._tokenizer.pad_token_id
+            loader = self._sequence_parallel.connect(loader, self._without_repeats, pad_token_id, self._epoch)
+        return model, loader
+
+    # Step
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, *args: Any
+    ) -> tuple[list[Batch], NumItems]:
+        """Complete a stream's steps, and train no example twice; accelerate repeats some in an epoch's last batch."""
+        if self._stream_steps is not None:
+            epoch_iterator = self._stream_steps.complete(epoch_iterator, num_batches)
+        return super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, *args)
+
+    def _without_repeats(self, batch: Batch) -> Batch:
+        num_examples = num_repeatable_examples(self.train_dataset, self.args)
+        return without_repeated_examples(batch, self.accelerator, self._train_batch_size, num_examples)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> NumItems:
+        """Sum the loss weights of a step over all ranks; the Trainer counts labels, and each of them once."""
+        if not any("tree_plan" in batch for batch in batch_samples):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        if self._pooled_loss is not None:
+            return None  # an evaluation pools the means of batches, so each must be the mean of its own batch
+        own = step_weight(batch_samples).to(device)
+        everyone = self.accelerator.gather(own[None])
+        num_items = everyone.sum() / self.get_tp_size()  # ranks that share layers have the same rows
+        self._counts.add(batch_samples, num_items)
+        pools_ranks = self.args.average_tokens_across_devices or self._sequence_parallel is not None
+        return num_items if pools_ranks else mean_of_means_divisor(own, everyone)
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """Keep loss weights in float32; under DeepSpeed, the Trainer rounds all floats to the model's precision."""
+        prepared = super()._prepare_inputs(inputs)
+        if "loss_weights" in inputs:
+            prepared["loss_weights"] = inputs["loss_weights"].to(self.args.device)
+        return prepared
+
+    # Loss
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """
-        Return TRL's loss, computed on the tree of the row.
-
-        Args:
-            model (`torch.nn.Module`):
-                Model, as the Trainer wrapped it.
-            inputs (`dict[str, Any]`):
-                Batch of the collator.
-            return_outputs (`bool`, *optional*, defaults to `False`):
-                Whether to return the model's outputs as well.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-                Sum of the loss weights over the whole step, all ranks and accumulated batches.
-
-        Returns:
-            `torch.Tensor` or `tuple`: The loss, with the outputs if asked for.
-        """
-        inputs = dict(inputs)
-        plan, label_parts = inputs.pop("tree_plan", None), inputs.pop("label_parts", None)
-        if plan is None:
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: NumItems = None
+    ) -> Loss:
+        """Compute TRL's loss on the tree of a row, each target with its weight; TRL has no trees and no weights."""
+        if "tree_plan" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._use_tree_attention()  # evaluation may bring the first conversations
-        if self._sequence_parallel is not None and "shift_labels" in inputs:
-            compute = super().compute_loss
-            return self._sequence_parallel.loss(compute, model, plan, inputs, label_parts, num_items_in_batch)
-        with tree_context(plan, inputs.pop("subtree_end"), inputs["position_ids"]) as tree:
-            model = self._waves.over(model, tree, inputs, num_items_in_batch)
-            weights = inputs.pop("loss_weights", None)
-            model = self._by_turn(model, label_parts, weights)
-            if weights is not None:
-                check_weights_reach_the_loss(self)
-                # Normalised here, so that TRL's guard against division by a sum below 1 changes nothing.
-                model = weighted_model(model, normalized(weights, num_items_in_batch))
-                num_items_in_batch = None if num_items_in_batch is None else 1
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            self._waves.check_loss(result)
-        self._check_layers_once(tree)
-        return result
+        tree_loss = self._enable_tree()  # evaluation may bring the first conversations
+        context = self._get_loss_context(num_items_in_batch)
+        return tree_loss.compute(super().compute_loss, model, inputs, return_outputs, context)
 
-    def _check_layers_once(self, tree: Tree) -> None:
-        if not self._checked_layers:
-            check_every_layer_attended(without_adapters(self.model), tree)
-            self._checked_layers = True
+    def _get_loss_context(self, num_items: NumItems) -> LossContext:
+        num_batches = self.current_gradient_accumulation_steps if self.model.training and num_items is not None else 1
+        is_scaled = getattr(self, "loss_is_scaled_for_ga", None)  # since transformers 5.19, `None` unless it is set
+        is_scaled = self.model_accepts_loss_kwargs if is_scaled is None else is_scaled
+        step, metrics = self.state.global_step + 1, self._metrics["train" if self.model.training else "eval"]
+        return LossContext(num_items, num_batches, 1 if is_scaled else num_batches, step, metrics, self._turn_metrics)
+
+    # Evaluation
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Pool the loss over tokens, and split predictions by example; TRL takes a row for one example."""
+        inputs = without_repeated_examples(inputs, self.accelerator, self.args.eval_batch_size)
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if "tree_plan" in inputs and loss is not None and self._pooled_loss is not None:
+            self._pooled_loss.add(loss, total_weight(inputs))
+        if "tree_plan" in inputs and logits is not None:
+            logits, labels = split_by_example(logits, inputs), split_by_example(labels, inputs)
+        return loss, logits, labels
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Report means over all trained tokens, also by turn; the Trainer's loss is a mean of batch means."""
+        self._pooled_loss, training_metrics = PooledLoss(self.args.device), self._turn_metrics
+        self._turn_metrics = None if training_metrics is None else TurnMetrics(self.args.device)
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            metrics = self._pooled_loss.pop(self.accelerator)
+            metrics |= {} if self._turn_metrics is None else self._turn_metrics.pop(self.accelerator)
+        finally:
+            self._pooled_loss, self._turn_metrics = None, training_metrics
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    # Log and save
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the sharing factor, the tokens trained so far and metrics by turn, which TRL does not measure."""
+        if self.model.training:
+            logs.update(self._counts.pop())
+            if self._turn_metrics is not None:
+                logs.update(self._turn_metrics.pop(self.accelerator))
+        super().log(logs, start_time)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Wait for all ranks; the first goes on to write the file that marks a checkpoint as complete."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()

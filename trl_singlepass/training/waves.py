@@ -1,25 +1,37 @@
-"""Waves in a trainer: how its rows are cut, and how its loss is scaled before the Trainer scales it."""
+"""Training in waves (`wave_tokens`): how a row is cut, and how its loss is scaled before the Trainer scales it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import trl
-from transformers import logging
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+from packaging.version import Version
+from torch import nn
+from transformers import PreTrainedModel, logging
+from trl import SFTConfig
 
 from ..attention.context import Tree
-from ..recurrent.layer_kinds import path_dependent_layers
+from ..attention.registry import TREE_ATTENTION
+from ..data.collator import Batch
+from ..recurrent.layer_kinds import path_dependent_layer_names, path_dependent_layers
+from ..trees.prefix_tree import IGNORE_INDEX
 from ..waves.engines import SHARDED, ShardedEngine, get_engine
 from ..waves.loss import RouterRecorder, WaveLoss
 from ..waves.model import WaveModel
 from ..waves.plan import WavePlan
 from ..waves.runner import WaveRunner
-from .loss import total_weight
-from .model import without_adapters
+from .loss import LossContext, NumItems, total_weight
+from .model import Forward, without_adapters
 from .wave_budget import wave_tokens_that_fit
-from .wave_compatibility import check_waves
 
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.get_logger(__name__)
 
@@ -29,132 +41,212 @@ SMALLEST_WAVE = 1024
 
 class WaveTraining:
     """
-    The waves of a trainer.
+    Runs the rows of a trainer wave by wave.
 
     Args:
-        trainer (`SinglePassSFTTrainer`):
-            Trainer, its model under tree attention. Without `wave_tokens`, rows run at once.
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model with trees enabled.
+        args (`SinglePassSFTConfig`):
+            Arguments with `wave_tokens`.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run.
+        compute_loss_func (`Callable`, *optional*):
+            The trainer's own loss function, which is refused.
+        router_loss_coef (`float`, *optional*):
+            Coefficient of the load-balancing loss of a mixture of experts, if there is one.
 
     Raises:
         `ValueError`: If a setting, the model or the engine does not work with waves; the message names it.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.runs_at_once = trainer.args.wave_tokens is None
-        if not self.runs_at_once:
-            check_waves(trainer)
-        base = without_adapters(trainer.model)
-        self.recorder = None if self.runs_at_once or not trainer.aux_loss_enabled else RouterRecorder(base)
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: SFTConfig,
+        accelerator: Accelerator,
+        compute_loss_func: Callable[..., object] | None = None,
+        router_loss_coef: float | None = None,
+    ) -> None:
+        check_waves(model, args, accelerator, compute_loss_func)
+        self._model, self._args, self._accelerator = model, args, accelerator
+        base = without_adapters(model)
+        self._recorder = None if router_loss_coef is None else RouterRecorder(base)
+        self._router_loss_coef = router_loss_coef or 0.0
         # Models take a lone token for a step of generation, and drop the mask that carries the tree to recomputation.
         self._is_hybrid = bool(path_dependent_layers(base))
         self._unchecked: WaveLoss | None = None
         self._is_checked = False
-        self._wave_tokens: int | None = None if trainer.args.wave_tokens == "auto" else trainer.args.wave_tokens
+        self._wave_tokens: int | None = None if args.wave_tokens == "auto" else args.wave_tokens
 
     @property
     def wave_tokens(self) -> int:
         """Largest number of tokens that have activations at the same time."""
         if self._wave_tokens is None:
-            self._wave_tokens, reason = wave_tokens_that_fit(self.trainer.model, self.trainer.args)
+            self._wave_tokens, reason = wave_tokens_that_fit(self._model, self._args)
             logger.info(f"wave_tokens='auto' is {self._wave_tokens}: {reason}.")
         return self._wave_tokens
 
     def plan(self, tree: Tree) -> WavePlan:
-        """
-        Cut a row in waves.
-
-        Args:
-            tree (`Tree`):
-                Tree of the row.
-        """
-        on_cpu = self.trainer.args.device.type == "cpu"
-        # The load-balancing loss has to know all of the row before the first backward: history runs then anyway.
-        # Engines that shard the model need all forwards without a backward first.
-        keep = self.recorder is None and self.trainer.accelerator.distributed_type not in SHARDED
-        smallest = 1 if on_cpu else SMALLEST_WAVE
+        """Return the waves of a row, by its tree."""
+        # History runs again after the waves if the load-balancing loss has to see the whole row before the first
+        # backward, or if the engine shards the model and needs all forwards without a backward first.
+        keep_history = self._recorder is None and self._accelerator.distributed_type not in SHARDED
         return WavePlan.from_tree_plan(
             tree.plan,
             self.wave_tokens,
-            keep_history=keep,
-            smallest_wave=smallest,
+            keep_history=keep_history,
+            smallest_wave=1 if self._args.device.type == "cpu" else SMALLEST_WAVE,
             allow_single_tokens=not self._is_hybrid,
         )
 
-    def over(self, model: Any, tree: Tree, inputs: dict[str, Any], num_items: Any) -> Any:
+    def wrap(self, model: nn.Module, tree: Tree, batch: Batch, context: LossContext) -> Forward:
         """
-        Return the model as it runs a row: wave by wave, or as it is where the row fits in one.
+        Return the model as it runs a row: wave by wave, or as it is if one wave holds the row.
 
         Args:
             model (`torch.nn.Module`):
                 Model, as the Trainer wrapped it.
             tree (`Tree`):
                 Tree of the row.
-            inputs (`dict[str, Any]`):
+            batch (`Batch`):
                 Batch of the collator.
-            num_items (`torch.Tensor` or `int`, *optional*):
-                Sum of the loss weights over the whole step, as the Trainer hands it to `compute_loss`.
+            context (`LossContext`):
+                How its loss is scaled, and where the number of waves is logged.
         """
-        if self.runs_at_once:
-            return model
-        trainer, plan = self.trainer, self.plan(tree)
-        if trainer.model.training:
-            logger.info(f"Step {trainer.state.global_step + 1}: {plan}.")
-        mode = "train" if trainer.model.training else "eval"
-        trainer._metrics[mode]["num_waves"].append(float(len(plan.waves)))
-        engine = get_engine(model, trainer.accelerator, self._scale())
+        plan = self.plan(tree)
+        if self._model.training:
+            logger.info(f"Step {context.step}: {plan}.")
+        context.metrics["num_waves"].append(float(len(plan.waves)))
+        engine = get_engine(model, self._accelerator, 1 / context.divisor)
         if len(plan.waves) == 1 and not isinstance(engine, ShardedEngine):
             return model
-        balance = None if self.recorder is None else self.recorder.new_row()
-        steps = trainer.current_gradient_accumulation_steps if num_items is not None and trainer.model.training else 1
+        load_balancing = None if self._recorder is None else self._recorder.new_row()
         loss = WaveLoss(
-            self._coefficients(inputs, num_items),
-            is_dft=trainer.args.loss_type == "dft",
-            load_balancing=balance,
-            load_balancing_coefficient=0.0 if balance is None else trainer.router_aux_loss_coef / steps,
+            self._loss_coefficients(batch, context.num_items),
+            is_dft=self._args.loss_type == "dft",
+            load_balancing=load_balancing,
+            load_balancing_coefficient=self._router_loss_coef / context.num_batches,
         )
-        self._unchecked = loss if trainer.model.training else None
-        row = WaveRunner(plan, tree, trainer.args.offload_kv)
-        return WaveModel(engine, row, loss, self.recorder)
+        self._unchecked = loss if self._model.training else None
+        return WaveModel(engine, WaveRunner(plan, tree, self._args.offload_kv), loss, self._recorder)
 
-    def check_loss(self, result: Any) -> None:
+    def check_loss(self, loss: torch.Tensor) -> None:
         """
-        Check, once in a run, that the losses of the waves add up to the loss of the row that TRL computed.
+        Check, in the first step of a run, that the losses of the waves add up to the row's loss.
 
         Args:
-            result (`torch.Tensor` or `tuple`):
-                What `compute_loss` returned.
+            loss (`torch.Tensor`):
+                Loss that TRL computed from the outputs of the whole row, a scalar.
 
         Raises:
             `RuntimeError`: If they do not; the gradients of the waves would be those of another loss.
         """
-        loss, self._unchecked = self._unchecked, None
-        if loss is None or self._is_checked:
+        waves, self._unchecked = self._unchecked, None
+        if waves is None or self._is_checked:
             return
-        expected = float((result[0] if isinstance(result, tuple) else result).detach())
-        if abs(float(loss.total) - expected) > 1e-3 * abs(expected):
+        expected = float(loss.detach())
+        if abs(float(waves.total) - expected) > 1e-3 * abs(expected):
             raise RuntimeError(
-                f"The waves of a row have a loss of {float(loss.total):.6g}, TRL {trl.__version__} computes "
-                f"{expected:.6g}: it no longer is the loss that waves send back. Set wave_tokens=None."
+                f"The waves of a row have a loss of {float(waves.total):.6g}, but TRL {trl.__version__} computes "
+                f"{expected:.6g}: the loss whose gradients waves compute is no longer TRL's. Set wave_tokens=None."
             )
         self._is_checked = True
 
-    def _coefficients(self, inputs: dict[str, Any], num_items: Any) -> torch.Tensor:
-        """Factor of each position's target in the loss that TRL computes, shape `(1, row_length)`."""
-        labels = inputs["labels"]
-        weights = inputs.get("loss_weights", (labels != -100).float())
-        total = total_weight(inputs) if num_items is None else num_items
+    def _loss_coefficients(self, batch: Batch, num_items: NumItems) -> torch.Tensor:
+        """Return the factor of each position's target in the loss that TRL computes, shape `(1, row_length)`."""
+        labels = batch["labels"]
+        weights = batch.get("loss_weights", (labels != IGNORE_INDEX).float())
+        total = total_weight(batch) if num_items is None else num_items
         total = torch.as_tensor(total, device=labels.device)
         ranks = 1
-        if self.trainer.args.average_tokens_across_devices and num_items is not None:
-            ranks = self.trainer.accelerator.num_processes
+        if self._args.average_tokens_across_devices and num_items is not None:
+            ranks = self._accelerator.num_processes
         # TRL's guard against division by zero; weighted losses are normalised before it.
-        total = total if "loss_weights" in inputs else total.clamp(min=1)
+        total = total if "loss_weights" in batch else total.clamp(min=1)
         return torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1) * ranks / total
 
-    def _scale(self) -> float:
-        """What `Trainer.training_step` multiplies the loss with before it sends gradients back."""
-        is_scaled = getattr(self.trainer, "loss_is_scaled_for_ga", None) is not False
-        if is_scaled or not self.trainer.model.training:
-            return 1.0
-        return 1 / int(self.trainer.current_gradient_accumulation_steps)
+
+# What waves cannot honour --------------------------------------------------------------------------------------------
+
+Refusal: TypeAlias = tuple[str, str, str]
+"""What is refused, why, and what to do instead."""
+
+
+def check_waves(
+    model: PreTrainedModel | PeftModel,
+    args: SFTConfig,
+    accelerator: Accelerator,
+    compute_loss_func: Callable[..., object] | None = None,
+) -> None:
+    """Refuse settings, models and engines under which waves would not train what the whole row trains."""
+    setting = "wave_tokens='auto'" if args.wave_tokens == "auto" else "wave_tokens"
+    for what, why, way_out in chain(
+        _refused_settings(args, compute_loss_func), _refused_layers(model, args), refused_engines(accelerator)
+    ):
+        raise ValueError(f"{what} does not work with {setting}: {why}. {way_out}, or set wave_tokens=None.")
+
+
+def _refused_settings(args: SFTConfig, compute_loss_func: Callable[..., object] | None) -> Iterator[Refusal]:
+    if Version(trl.__version__) < Version("1.16"):
+        yield f"trl {trl.__version__}", "it has no fused head that takes shifted labels", "Upgrade to trl>=1.16"
+    if args.label_smoothing_factor:
+        yield "label_smoothing_factor", "it reads the logits of the whole row", "Set it to 0"
+    if compute_loss_func is not None:
+        yield "compute_loss_func", "it reads the logits of the whole row", "Leave it unset"
+    if args.neftune_noise_alpha is not None:
+        yield "neftune_noise_alpha", "history would get different noise each time it runs", "Leave it unset"
+    if args.torch_compile:
+        yield "torch_compile", "waves add up gradients where a compiled graph cannot see them", "Turn it off"
+    if args.activation_offloading:
+        yield "activation_offloading", "it expects one forward before each backward", "Turn it off"
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer in ("lomo", "adalomo") or "layerwise" in optimizer:
+        yield f"optim={optimizer!r}", "it updates parameters during backward, between waves", "Choose another"
+
+
+def _refused_layers(model: PreTrainedModel | PeftModel, args: SFTConfig) -> Iterator[Refusal]:
+    base = without_adapters(model)
+    recurrent = path_dependent_layer_names(base)
+    if recurrent and args.wave_tokens == "auto":
+        yield recurrent[0], "its activations are not counted", "Set a number of tokens"
+    dropout = sorted(
+        {name for name, module in model.named_modules() if getattr(module, "p", 0) and _is_dropout(module)}
+    )
+    if dropout:
+        yield f"Dropout ({dropout[0]})", "history would drop different units each time it runs", "Set it to 0"
+    config = base.config.get_text_config()
+    if getattr(config, "router_jitter_noise", 0):
+        yield "router_jitter_noise", "history would get different noise each time it runs", "Set it to 0"
+    implementation = config._attn_implementation
+    if implementation != TREE_ATTENTION["sdpa"]:
+        known = {name: given for given, name in TREE_ATTENTION.items()}
+        name = known.get(implementation, implementation)
+        yield f"attn_implementation={name!r}", "its kernel reads keys from a single row", "Load the model with 'sdpa'"
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd)
+
+
+def refused_engines(accelerator: Accelerator) -> Iterator[Refusal]:
+    """Yield what of an engine does not work with waves."""
+    kind = accelerator.distributed_type
+    works = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, *SHARDED)
+    if kind not in works:
+        yield f"{kind.value}", "how it accumulates gradients is not known", "Train with DDP, DeepSpeed or FSDP2"
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        yield "FSDP version 1", "it flattens parameters between backward passes", "Set fsdp_version=2"
+    if kind == DistributedType.DEEPSPEED and _prefetches(accelerator.state.deepspeed_plugin):
+        yield (
+            "ZeRO-3 with stage3_prefetch_bucket_size above 0",
+            "it fetches parameters in the order of the first step, and the number of waves changes from row to row",
+            "Set it to 0",
+        )
+    if getattr(accelerator.parallelism_config, "sp_size", 1) > 1:
+        yield "sp_size", "keys and values of a history would be on other ranks than its branches", "Set it to 1"
+
+
+def _prefetches(plugin: DeepSpeedPlugin) -> bool:
+    """Whether DeepSpeed prefetches; it then frees parameters that a backward in another order still needs (0.19)."""
+    settings = plugin.deepspeed_config.get("zero_optimization", {})
+    return bool(plugin.zero_stage == 3 and settings.get("stage3_prefetch_bucket_size") != 0)

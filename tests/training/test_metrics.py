@@ -15,7 +15,7 @@ from support.sample_sets import sample_sets
 from support.trainers import as_dataset, float32_model, needs_weighted_loss, single_pass_trainer
 from trl_singlepass.data.conversations import example_to_samples
 from trl_singlepass.data.settings import RowSettings
-from trl_singlepass.training.turn_metrics import NUM_TURNS
+from trl_singlepass.training.metrics import NUM_TURNS
 from trl_singlepass.trees.prefix_tree import PrefixTree, sample_paths
 from trl_singlepass.trees.rows import Row
 from trl_singlepass.trees.sample import PARTS, Sample

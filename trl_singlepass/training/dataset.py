@@ -1,0 +1,100 @@
+"""The trainer's dataset: conversations become rows under its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from ..data.dataset_format import check_is_dataset, column_names, holds_messages, holds_rows, holds_turns
+from ..data.formatted_text import format_as_text
+from ..data.preparation import prepare_dataset
+from .compatibility import check_turn_settings
+from .config import SinglePassSFTConfig
+
+
+AnyDataset: TypeAlias = Dataset | IterableDataset
+FormattingFunction: TypeAlias = Callable[[dict[str, object]], str]
+"""The user's function from an example of a dataset to plain text."""
+
+
+def find_turns(
+    dataset: AnyDataset, formatting_func: FormattingFunction | None, args: SFTConfig, name: str
+) -> tuple[AnyDataset, FormattingFunction | None, bool]:
+    """
+    Return a dataset, the function that still has to format it, and whether it holds turns to train.
+
+    Conversations with a `formatting_func` become text here: TRL would add the text to the messages, and train those.
+    Datasets that a transform changes on the fly are left to TRL.
+
+    Args:
+        dataset (`datasets.Dataset`, `datasets.IterableDataset`):
+            Dataset that the user passed.
+        formatting_func (`Callable`, *optional*):
+            Function from an example to plain text.
+        args (`trl.SFTConfig`):
+            Arguments of the run.
+        name (`str`):
+            Name of the dataset in errors and log.
+
+    Raises:
+        `TypeError`: If it is not a dataset.
+        `ValueError`: If it is empty, or holds nothing that can be trained.
+    """
+    check_is_dataset(dataset, name)
+    if holds_rows(column_names(dataset)):
+        return dataset, formatting_func, True
+    is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+    if formatting_func is not None and not is_transformed and holds_messages(dataset):
+        dataset, formatting_func = format_as_text(dataset, formatting_func, args, name), None
+    is_text = formatting_func is not None or is_transformed
+    return (
+        dataset,
+        formatting_func,
+        not is_text and holds_turns(dataset, text_field=args.dataset_text_field, name=name),
+    )
+
+
+def prepare_conversations(
+    dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, *, packing: bool, name: str
+) -> AnyDataset:
+    """
+    Return a dataset of conversations as rows, shuffled if `shuffle_dataset` is set; rows stay as they are.
+
+    Args:
+        dataset (`datasets.Dataset`, `datasets.IterableDataset`):
+            Conversations.
+        tokenizer (`transformers.PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        args (`trl.SFTConfig`):
+            Arguments with the settings of [`SinglePassSFTConfig`].
+        packing (`bool`):
+            Whether several conversations share a row.
+        name (`str`):
+            Name of the dataset in progress bars and log.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset`: The rows.
+
+    Raises:
+        `ValueError`: If a setting does not work for conversations, or some of them cannot be trained.
+    """
+    if holds_rows(column_names(dataset)):
+        return dataset
+    check_turn_settings(args, dataset, packing)
+    if isinstance(dataset, IterableDataset) and args.shuffle_dataset:
+        dataset = dataset.shuffle(seed=args.seed)  # conversations take less memory in its buffer than rows
+    with args.main_process_first(desc=f"preparing the {name} dataset"):
+        rows = prepare_dataset(
+            dataset,
+            tokenizer,
+            SinglePassSFTConfig.row_settings(args, packing),  # `args` may be TRL's own
+            packing=packing,
+            bad_rows=args.bad_rows,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+    return rows.shuffle(seed=args.seed) if args.shuffle_dataset and isinstance(rows, Dataset) else rows

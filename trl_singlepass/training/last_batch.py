@@ -1,0 +1,104 @@
+"""The last batch of an epoch: several processes need a batch each, so accelerate repeats examples of the start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sized
+
+from accelerate import Accelerator
+from transformers import TrainingArguments
+
+from ..data.collator import Batch
+from ..trees.prefix_tree import IGNORE_INDEX
+
+
+def num_repeatable_examples(dataset: object, args: TrainingArguments) -> int:
+    """Return the number of examples of a training set that accelerate may complete with repetitions, else 0."""
+    if args.dataloader_drop_last or args.train_sampling_strategy == "batch_rebalance":
+        return 0
+    return len(dataset) if isinstance(dataset, Sized) else 0
+
+
+def without_repeated_examples(
+    batch: Batch, accelerator: Accelerator, batch_size: int, num_examples: int | None = None
+) -> Batch:
+    """
+    Return a batch without targets in the examples that accelerate repeated, so that none is trained or counted twice.
+
+    Args:
+        batch (`Batch`):
+            Batch that the accelerator's data loader has just returned.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run.
+        batch_size (`int`):
+            Examples per batch of the data loader that was prepared.
+        num_examples (`int`, *optional*):
+            Examples in the dataset. The accelerator knows it, except from a loader that skips some when a run resumes.
+
+    Returns:
+        `Batch`: The batch.
+    """
+    state, (num_ranks, rank) = accelerator.gradient_state, data_ranks(accelerator)
+    is_whole_row = "tree_plan" in batch and "shift_labels" not in batch  # parts were seen to when they were whole
+    if num_ranks == 1 or not state.end_of_dataloader or not is_whole_row:
+        return batch
+    if accelerator.split_batches:
+        batch_size //= num_ranks
+    remainder = state.remainder if num_examples is None else num_examples % (num_ranks * batch_size)
+    if remainder <= 0:
+        return batch
+    ends = (0, *batch["tree_plan"].example_ends)
+    num_new = remainder - rank * batch_size
+    labels = batch["labels"].clone()
+    labels[:, ends[min(max(num_new, 0), len(ends) - 1)] :] = IGNORE_INDEX
+    masked = {**batch, "labels": labels}
+    if "loss_weights" in batch:
+        masked["loss_weights"] = batch["loss_weights"] * (labels != IGNORE_INDEX)
+    return masked
+
+
+def data_ranks(accelerator: Accelerator) -> tuple[int, int]:
+    """
+    Return how many ranks receive batches of their own, and which of them this one is.
+
+    Ranks that share the layers of a model (tensor parallelism) share batches: of 8 ranks with `tp_size=2`, 4 do, and
+    rank 5 is number 2 of them.
+    """
+    size = getattr(accelerator.parallelism_config, "tp_size", None) or 1
+    return accelerator.num_processes // size, accelerator.process_index // size
+
+
+def without_empty_batches(
+    values: tuple[int, ...], args: TrainingArguments, num_examples: int, num_ranks: int, group_size: int
+) -> tuple[int, ...]:
+    """
+    Return the numbers of steps of a run without those that would only train repetitions.
+
+    Ranks that share rows train each other's rows in turn. Where an epoch ends with fewer new rows than ranks that
+    share them, the last turns only repeat rows: of 9 rows on 8 ranks in groups of 4, the last 3 of 8 turns.
+
+    Args:
+        values (`tuple`):
+            Epochs, steps per epoch, …, batches per epoch and steps of the run, as
+            [`~transformers.Trainer.set_initial_training_values`] returns them.
+        args (`transformers.TrainingArguments`):
+            Arguments of the run.
+        num_examples (`int`):
+            Examples of the dataset (see [`num_repeatable_examples`]).
+        num_ranks (`int`):
+            Ranks of the run.
+        group_size (`int`):
+            Ranks that share rows.
+
+    Returns:
+        `tuple`: The values.
+    """
+    epochs, _, *others, batches, max_steps = values
+    num_new = num_examples % num_ranks
+    batches -= max(group_size - num_new, 0) if num_new else 0
+    steps = math.ceil(batches / args.gradient_accumulation_steps)
+    if args.max_steps > 0:
+        epochs = math.ceil(max_steps / steps)
+    else:
+        max_steps = math.ceil(args.num_train_epochs * steps)
+    return epochs, steps, *others, batches, max_steps

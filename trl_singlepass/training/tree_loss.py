@@ -1,0 +1,125 @@
+"""TRL's loss on the tree of a row: what is put around the model while TRL computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+from trl import SFTConfig
+
+from ..attention import Tree, tree_context
+from ..data.collator import Batch
+from .compatibility import check_weights_reach_the_loss
+from .loss import LossContext, normalized, weighted_model
+from .model import Forward, check_every_layer_attended, enable_tree, without_adapters
+from .sequence_parallel import SequenceParallel
+from .waves import WaveTraining
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Loss: TypeAlias = torch.Tensor | tuple[torch.Tensor, ModelOutput]
+"""What `compute_loss` returns: a scalar, with the model's outputs if they are asked for."""
+
+# Inputs that neither TRL nor a model knows.
+_TREE_INPUTS = frozenset({"tree_plan", "subtree_end", "label_parts", "loss_weights"})
+
+
+class TreeLoss:
+    """
+    Enables trees in a model, and computes TRL's loss on them: at once, in waves, or shared among ranks.
+
+    Args:
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model to train.
+        args (`SinglePassSFTConfig`):
+            Arguments of the run.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run.
+        compute_loss_func (`Callable`, *optional*):
+            The user's own loss function.
+        router_loss_coef (`float`, *optional*):
+            Coefficient of the load-balancing loss of a mixture of experts, if it is trained.
+
+    Raises:
+        `UnsupportedModelError`: If a single pass would train the model incorrectly.
+        `ValueError`: If a setting does not work with waves or with shared rows.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: SFTConfig,
+        accelerator: Accelerator,
+        compute_loss_func: Callable[..., torch.Tensor] | None = None,
+        router_loss_coef: float | None = None,
+    ) -> None:
+        enable_tree(model)
+        self._model, self._args, self._compute_loss_func = model, args, compute_loss_func
+        self._layers_are_checked = False
+        self.waves: WaveTraining | None = None
+        self.sequence_parallel: SequenceParallel | None = None
+        if args.wave_tokens is not None:
+            self.waves = WaveTraining(model, args, accelerator, compute_loss_func, router_loss_coef)
+        if getattr(accelerator.parallelism_config, "sp_size", 1) > 1:
+            has_router_loss = router_loss_coef is not None
+            self.sequence_parallel = SequenceParallel(model, args, accelerator, has_router_loss=has_router_loss)
+
+    def compute(
+        self,
+        compute_loss: Callable[..., Loss],
+        model: nn.Module,
+        batch: Batch,
+        return_outputs: bool,
+        context: LossContext,
+    ) -> Loss:
+        """
+        Return the loss of a batch with a `tree_plan`.
+
+        Args:
+            compute_loss (`Callable`):
+                TRL's `compute_loss`.
+            model (`torch.nn.Module`):
+                Model, as the Trainer wrapped it.
+            batch (`Batch`):
+                Batch of the collator.
+            return_outputs (`bool`):
+                Whether to return the model's outputs as well.
+            context (`LossContext`):
+                How the loss is scaled, and where metrics go.
+
+        Returns:
+            `torch.Tensor` or `tuple`: The loss, with the outputs if asked for.
+        """
+        loss: Loss
+        inputs = {name: value for name, value in batch.items() if name not in _TREE_INPUTS}
+        if self.sequence_parallel is not None and "shift_labels" in batch:
+            with self.sequence_parallel.run_on_tree(batch["tree_plan"]) as tree:
+                loss = self.sequence_parallel.loss(compute_loss, model, batch, inputs, context)
+        else:
+            with tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]) as tree:
+                forward: Forward = model if self.waves is None else self.waves.wrap(model, tree, batch, context)
+                if context.turn_metrics is not None:
+                    forward = context.turn_metrics.wrap(forward, batch["label_parts"], batch.get("loss_weights"))
+                num_items = context.num_items
+                if "loss_weights" in batch:
+                    check_weights_reach_the_loss(self._args, self._compute_loss_func)
+                    # Normalised here, so that TRL's guard against division by a sum below 1 changes nothing.
+                    forward = weighted_model(forward, normalized(batch["loss_weights"], num_items))
+                    num_items = None if num_items is None else 1
+                loss = compute_loss(forward, inputs, return_outputs, num_items)
+                if self.waves is not None:
+                    self.waves.check_loss(loss[0] if isinstance(loss, tuple) else loss)
+        self._check_layers_once(tree)
+        return loss
+
+    def _check_layers_once(self, tree: Tree) -> None:
+        if not self._layers_are_checked:
+            check_every_layer_attended(without_adapters(self._model), tree)
+            self._layers_are_checked = True
