@@ -10,9 +10,10 @@ from torch.nn.attention import flex_attention as torch_flex
 from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass, forward
 from support.sample_sets import reasoning_chat, sample_sets
 from support.tiny_families import FAMILIES, MIXTURES, tiny_model
-from support.tree_masks import mask_of, tree_of
+from support.tree_masks import mask_of, on_meta, random_inputs, tree_of
 from trl_singlepass.attention import flex
 from trl_singlepass.attention.block_mask import build_block_mask
+from trl_singlepass.reference import leak_probe
 from trl_singlepass.training.model import enable_tree
 
 
@@ -148,6 +149,40 @@ def test_kernel_options_reach_the_kernel(route, monkeypatch):
     keywords = {"kernel_options": options} if route == "keyword" else {}
     flex.flex_forward(layer, query, key, key, mask_of(tree, "causal", 0), **keywords)
     assert seen == [options]
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        (None, {"FORCE_USE_FLEX_ATTENTION": True}),
+        ({"BLOCK_M": 64}, {"FORCE_USE_FLEX_ATTENTION": True, "BLOCK_M": 64}),
+        ({"BACKEND": "TRITON"}, {"BACKEND": "TRITON"}),  # PyTorch takes one of the two
+    ],
+)
+def test_short_rows_stay_off_the_decoding_kernel(given, passed, monkeypatch):
+    """Which finds no block size for grouped heads. Meta tensors stand for a GPU."""
+    seen = []
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda: lambda q, k, v, **options: seen.append(options) or q)
+    tree = on_meta(tree_of([reasoning_chat()]))
+    flex.flex_tree_attention(on_meta(random_inputs(tree, heads=8)), mask_of(tree, "causal", 0), given)
+    assert seen[0]["kernel_options"] == passed
+
+
+def test_flash_attention_4_cannot_train_sinks():
+    model, tree = flex_model("gpt-oss", dtype=torch.float32), on_meta(tree_of([reasoning_chat()]))
+    inputs = on_meta(random_inputs(tree, sinks=True))
+    with pytest.raises(ValueError, match=r"'FLASH'\} cannot train a model with attention sinks.*Leave BACKEND out"):
+        flex.flex_forward(
+            model.model.layers[0].self_attn, inputs.query, inputs.key, inputs.value, mask_of(tree, "causal", 0),
+            s_aux=inputs.sinks, kernel_options={"BACKEND": "FLASH"},
+        )  # fmt: skip
+
+
+@pytest.mark.usefixtures("captured")
+def test_verify_probes_leaks_of_captured_flex_attention():
+    """Its backward donates what the forward saved, so a graph serves one backward only."""
+    model = flex_model("qwen3", dtype=torch.float32).eval()
+    assert leak_probe(model, reasoning_chat()).ok
 
 
 def test_ordinary_batches_run_the_stock_function(monkeypatch):

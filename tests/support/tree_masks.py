@@ -70,6 +70,17 @@ def random_inputs(
     return AttentionInputs(query, key, value, 0.3, softcap, draw(heads) if sinks else None)
 
 
+def on_meta(record):
+    """Return a `Tree` or `AttentionInputs` whose tensors are on the meta device: shapes and dtypes without numbers."""
+    fields = {name: getattr(record, name) for name in record.__dataclass_fields__}
+    return type(record)(
+        **{
+            name: value.detach().to("meta").requires_grad_(value.requires_grad) if torch.is_tensor(value) else value
+            for name, value in fields.items()
+        }
+    )
+
+
 def output_and_gradients(attention, inputs):
     """Return `[out, gradients of queries, keys, values and, if there are any, sinks]` of a function of inputs."""
     out = attention(inputs)

@@ -61,7 +61,7 @@ def flex_tree_attention(
         "score_mod": None if softcap is None else _score_mod(softcap, query.dtype, query.device),
         "scale": inputs.scale,
         "enable_gqa": query.shape[1] != key.shape[1],
-        "kernel_options": kernel_options,
+        "kernel_options": _with_main_kernel(kernel_options, query.device),
     }
     if inputs.sinks is None:
         out: torch.Tensor = attend(query, key, value, **options)
@@ -114,6 +114,18 @@ def block_size(device: torch.device, kernel_options: KernelOptions | None) -> tu
     return (128, 128)
 
 
+def _with_main_kernel(kernel_options: KernelOptions | None, device: torch.device) -> KernelOptions | None:
+    """
+    Options that keep rows of fewer than 128 tokens off FlexAttention's decoding kernel.
+
+    With grouped heads, that kernel finds no block size for them (`NoValidChoicesError` with PyTorch 2.13, for 101
+    tokens and two query heads per key). A `BACKEND` of the user's own decides by itself.
+    """
+    if device.type in _WITHOUT_BACKWARD or "BACKEND" in (kernel_options or {}):
+        return kernel_options
+    return {"FORCE_USE_FLEX_ATTENTION": True, **(kernel_options or {})}
+
+
 @cache
 def _score_mod(softcap: float, dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
     # As a tensor: a captured number does not compile for rows of any length.
@@ -141,8 +153,8 @@ def _on_tree(
     module: torch.nn.Module, inputs: AttentionInputs, mask: TreeMask, options: Mapping[str, Any]
 ) -> torch.Tensor:
     assert mask.tree.kv_cache(module) is None, "waves hand keys from row to row on sdpa only"
-    _check_backward(inputs)
     kernel_options = options.get("kernel_options") or _kernel_options(module)
+    _check_backward(inputs, kernel_options)
     return flex_tree_attention(inputs.to_common_dtype(), mask, kernel_options)
 
 
@@ -156,11 +168,19 @@ def _kernel_options(module: Any) -> KernelOptions | None:
     return options
 
 
-def _check_backward(inputs: AttentionInputs) -> None:
-    tensors = (inputs.query, inputs.key, inputs.value)
+def _check_backward(inputs: AttentionInputs, kernel_options: KernelOptions | None) -> None:
+    tensors = (inputs.query, inputs.key, inputs.value, inputs.sinks)
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in tensors):
+        return
     device = inputs.query.device.type
-    if device in _WITHOUT_BACKWARD and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if device in _WITHOUT_BACKWARD:
         raise ValueError(
             f"PyTorch's FlexAttention cannot be trained on device '{device}': it has no backward pass there. Load the "
             "model with attn_implementation='sdpa', or train on a GPU."
+        )
+    if inputs.sinks is not None and (kernel_options or {}).get("BACKEND") == "FLASH":
+        raise ValueError(
+            "kernel_options={'BACKEND': 'FLASH'} cannot train a model with attention sinks: FlashAttention 4 has no "
+            "gradient of the log-sum-exp in FlexAttention, and sinks need it. Leave BACKEND out, or load the model "
+            "with attn_implementation='flash_attention_2'."
         )

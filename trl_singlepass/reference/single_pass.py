@@ -113,10 +113,10 @@ def leak_probe(model: PreTrainedModel, samples: Sequence[Sample], num_probes: in
     chosen = np.unique(np.linspace(0, len(samples) - 1, min(num_probes, len(samples))).round().astype(int))
     leaked, blind = 0.0, 0
     with _captured_embeddings(model) as embeddings:
-        logits = _forward(model, _make_batch(tree, get_device(model))).logits[0]
-        row_embeddings = embeddings.pop()
         for index in chosen:
-            effect = _effect(logits[paths[index][-1]], row_embeddings)
+            # One forward per probe: compiled kernels (FlexAttention) free what they saved with the first backward.
+            logits = _forward(model, _make_batch(tree, get_device(model))).logits[0]
+            effect = _effect(logits[paths[index][-1]], embeddings.pop())
             token_ids = torch.tensor(samples[index].token_ids, device=get_device(model))[None]
             with stock_attention(model):
                 output = model(input_ids=token_ids, use_cache=False).logits[0, -1]
@@ -131,7 +131,7 @@ def leak_probe(model: PreTrainedModel, samples: Sequence[Sample], num_probes: in
 def _effect(output: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
     """Largest absolute gradient of an output by token, of shape `(length,)`; embeddings are `(1, length, hidden)`."""
     direction = torch.cos(torch.arange(len(output), device=output.device)).to(output.dtype)
-    (gradient,) = torch.autograd.grad(output @ direction, embeddings, retain_graph=True)
+    (gradient,) = torch.autograd.grad(output @ direction, embeddings)
     return gradient[0].abs().amax(-1).double().cpu()
 
 
