@@ -8,7 +8,8 @@ from support.dense_reference import dense_attention, dense_mask
 from support.sample_sets import reasoning_chat, sample_sets
 from support.tree_masks import assert_same, long_branches, mask_of, output_and_gradients, random_inputs, tree_of
 from trl_singlepass.attention.block_kernels import BlockMath, CpuFlash
-from trl_singlepass.attention.blocks import BlockAttention, block_tree_attention
+from trl_singlepass.attention.blocks import BlockAttention
+from trl_singlepass.attention.sdpa import torch_tree_attention
 
 
 KINDS = ("causal", "window", "chunk", "unbounded")
@@ -26,7 +27,7 @@ def expected(inputs, mask):
 def test_blocks_equal_dense_attention(kind, sinks, softcap, samples):
     mask = mask_of(tree_of([samples]), kind, 5)
     inputs = random_inputs(mask.tree, softcap=softcap, sinks=sinks)
-    assert_same(output_and_gradients(lambda x: block_tree_attention(x, mask), inputs), expected(inputs, mask))
+    assert_same(output_and_gradients(lambda x: torch_tree_attention(x, mask), inputs), expected(inputs, mask))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,7 +46,7 @@ def test_kernels_agree_on_runs_longer_than_a_query_block(kernel, kind):
 def test_values_may_be_narrower_or_wider_than_keys(value_dim):
     mask = mask_of(tree_of([reasoning_chat()]), "causal", 0)
     inputs = random_inputs(mask.tree, value_dim=value_dim)
-    assert_same(output_and_gradients(lambda x: block_tree_attention(x, mask), inputs), expected(inputs, mask))
+    assert_same(output_and_gradients(lambda x: torch_tree_attention(x, mask), inputs), expected(inputs, mask))
 
 
 def test_saved_memory_is_linear_in_tokens():
@@ -53,7 +54,7 @@ def test_saved_memory_is_linear_in_tokens():
         mask = mask_of(tree_of([long_branches(length)]), "causal", 0)
         inputs, sizes = random_inputs(mask.tree, sinks=True, dtype=torch.float32), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
-            block_tree_attention(inputs, mask)
+            torch_tree_attention(inputs, mask)
         return sum(sizes)
 
     assert saved_bytes(800) == pytest.approx(2 * saved_bytes(400), rel=0.01)

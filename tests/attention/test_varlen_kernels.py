@@ -10,7 +10,7 @@ from support import fake_flash
 from support.sample_sets import reasoning_chat
 from support.tree_masks import assert_same, mask_of, output_and_gradients, random_inputs, tree_of
 from trl_singlepass.attention import varlen_kernels
-from trl_singlepass.attention.blocks import block_tree_attention
+from trl_singlepass.attention.sdpa import torch_tree_attention
 from trl_singlepass.attention.varlen import varlen_tree_attention
 
 
@@ -36,7 +36,7 @@ def test_every_package_is_called_right(package, kind, softcap, monkeypatch):
     inputs = random_inputs(mask.tree, head_dim=6, softcap=softcap, sinks=True)
     assert_same(
         output_and_gradients(lambda x: varlen_tree_attention(x, mask, kernel), inputs),
-        output_and_gradients(lambda x: block_tree_attention(x, mask), inputs),
+        output_and_gradients(lambda x: torch_tree_attention(x, mask), inputs),
     )
     if library is not None:
         library._destroy()

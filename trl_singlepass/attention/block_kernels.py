@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from .inputs import Gradients
+from .kernel_choice import TorchKernel
 
 
 aten = torch.ops.aten
@@ -47,6 +48,8 @@ class BlockKernel(ABC):
 
     query_block: ClassVar[int | None] = None
     """Largest number of queries per call that keeps memory linear in the row, `None` for no limit."""
+    head_dim_multiple: ClassVar[int] = 1
+    """Head sizes are padded to a multiple of this number."""
 
     @abstractmethod
     def forward(self, block: BlockInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,6 +94,8 @@ class CpuFlash(BlockKernel):
 
 class CudaFlash(BlockKernel):
     """PyTorch's flash attention for CUDA (half precision, head size up to 256); takes no mask."""
+
+    head_dim_multiple: ClassVar[int] = 8
 
     def forward(self, block: BlockInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return output and log-sum-exp."""
@@ -162,26 +167,22 @@ class BlockMath(BlockKernel):
         return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
 
-def choose_block_kernel(query: torch.Tensor, *, softcap: float | None, masked: bool) -> BlockKernel:
+def get_block_kernel(kernel: TorchKernel, softcap: float | None) -> BlockKernel:
     """
-    Return the fastest kernel of PyTorch that computes this attention.
+    Return the code of a kernel.
 
     Args:
-        query (`torch.Tensor` of shape `(1, heads, row_length, head_dim)`):
-            Queries.
+        kernel (`TorchKernel`):
+            Any but the varlen kernel, which knows no blocks.
         softcap (`float`, *optional*):
             Softcap of the scores.
-        masked (`bool`):
-            Whether blocks carry a mask.
     """
-    if softcap is not None:
-        return BlockMath(softcap)
-    if query.device.type == "cpu":
+    if kernel is TorchKernel.CPU_FLASH:
         return CpuFlash()
-    is_half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.device.type == "cuda" and is_half and query.shape[-1] <= 256 and not masked:
+    if kernel is TorchKernel.CUDA_FLASH:
         return CudaFlash()
-    return BlockMath()
+    assert kernel is TorchKernel.MATH, f"{kernel} does not run block by block"
+    return BlockMath(softcap)
 
 
 def _bias(block: BlockInputs) -> torch.Tensor | None:

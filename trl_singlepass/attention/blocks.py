@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..trees.rows import Ranges
-from .block_kernels import BlockInputs, BlockKernel, choose_block_kernel
+from .block_kernels import BlockInputs, BlockKernel
 from .block_plan import Block, BlockKind, tree_blocks
 from .inputs import AttentionInputs
 from .kv_cache import KVCacheView
@@ -18,7 +17,9 @@ from .sinks import add_sinks_, sink_gradient
 from .tree_mask import TreeMask
 
 
-def block_tree_attention(inputs: AttentionInputs, mask: TreeMask, cache: KVCacheView | None = None) -> torch.Tensor:
+def block_tree_attention(
+    inputs: AttentionInputs, mask: TreeMask, kernel: BlockKernel, cache: KVCacheView | None = None
+) -> torch.Tensor:
     """
     Return attention of a row of trees, block by block: block-sparse, memory linear in tokens.
 
@@ -27,24 +28,19 @@ def block_tree_attention(inputs: AttentionInputs, mask: TreeMask, cache: KVCache
             Tensors of the layer.
         mask (`TreeMask`):
             Mask of the layer.
+        kernel (`BlockKernel`):
+            Code that computes a block.
         cache (`KVCacheView`, *optional*):
             Keys and values of ancestors outside the row.
 
     Returns:
         `torch.Tensor` of shape `(1, row_length, heads, value_dim)`: The output.
     """
-    kernel = choose_block_kernel(inputs.query, softcap=inputs.softcap, masked=not mask.is_causal)
-    # Kernels want one head size: zeros added to queries and keys change no score, and those of values are cut off.
-    value_dim = inputs.value.shape[-1]
-    width = max(inputs.query.shape[-1], value_dim)
-    query, key, value = (
-        x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
-        for x in (inputs.query, inputs.key, inputs.value)
-    )
+    padded = inputs.with_one_head_dim(kernel.head_dim_multiple)
     out: torch.Tensor = BlockAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, inputs.sinks, mask, kernel, inputs.scale, cache
+        padded.query, padded.key, padded.value, padded.sinks, mask, kernel, padded.scale, cache
     )
-    return out[..., :value_dim].transpose(1, 2)
+    return out[..., : inputs.value.shape[-1]].transpose(1, 2)
 
 
 class BlockAttention(torch.autograd.Function):

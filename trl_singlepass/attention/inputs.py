@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .context import Tree
 from .tree_mask import TreeMask
@@ -48,6 +49,28 @@ class AttentionInputs:
     def to(self, dtype: torch.dtype) -> AttentionInputs:
         """Return the inputs with queries, keys and values cast to a dtype."""
         return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), value=self.value.to(dtype))
+
+    @property
+    def head_dim(self) -> int:
+        """Size of the heads, the larger one of keys and values."""
+        return max(self.query.shape[-1], self.value.shape[-1])
+
+    def with_one_head_dim(self, multiple: int = 1) -> AttentionInputs:
+        """
+        Return the inputs with all heads padded to one size, as kernels want them.
+
+        Zeros added to queries and keys change no score; those added to values add zeros to the output, to be cut off.
+
+        Args:
+            multiple (`int`, *optional*, defaults to 1):
+                The size is a multiple of this number.
+        """
+        width = -(-self.head_dim // multiple) * multiple
+        query, key, value = (
+            x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+            for x in (self.query, self.key, self.value)
+        )
+        return replace(self, query=query, key=key, value=value)
 
     def to_common_dtype(self) -> AttentionInputs:
         """

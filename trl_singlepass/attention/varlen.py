@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from .inputs import AttentionInputs, Gradients
 from .sinks import add_sinks_, sink_gradient
@@ -81,20 +80,13 @@ def varlen_tree_attention(
     Returns:
         `torch.Tensor` of shape `(1, row_length, heads, value_dim)`: The output.
     """
-    head_dim, value_dim = inputs.query.shape[-1], inputs.value.shape[-1]
-    width = -(-max(head_dim, value_dim) // 8) * 8  # kernels want one head size, a multiple of 8: zeros change nothing
-    tokens = (_tokens_first(x, width) for x in (inputs.query, inputs.key, inputs.value))
-    calls = mask.build_once(varlen_calls)
+    padded = inputs.with_one_head_dim(8)  # a multiple of 8 is what flash kernels want
+    tokens_first = (x.transpose(1, 2)[0] for x in (padded.query, padded.key, padded.value))
     out: torch.Tensor = VarlenAttention.apply(  # type: ignore[no-untyped-call]
-        *tokens, inputs.sinks, calls, kernel, inputs.scale, inputs.softcap or 0.0, deterministic
-    )
-    return out[None, ..., :value_dim]
-
-
-def _tokens_first(x: torch.Tensor, width: int) -> torch.Tensor:
-    """`(1, heads, row_length, head_dim)` to `(row_length, heads, width)`, without a copy where the width is right."""
-    x = x.transpose(1, 2)[0]
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+        *tokens_first, inputs.sinks, mask.build_once(varlen_calls), kernel, inputs.scale, inputs.softcap or 0.0,
+        deterministic,
+    )  # fmt: skip
+    return out[None, ..., : inputs.value.shape[-1]]
 
 
 class VarlenAttention(torch.autograd.Function):

@@ -96,29 +96,34 @@ def varlen_calls(mask: TreeMask) -> tuple[VarlenCall, ...]:
     ranges = key_ranges(plan, pieces, rule.first_depth(pieces.depth), before=pieces.end)
     key_index = concatenated_ranges(ranges.start, ranges.end - ranges.start)
     num_keys = np.bincount(ranges.piece, weights=ranges.end - ranges.start, minlength=len(pieces.start))
-    return tuple(_calls(pieces, num_keys.astype(np.int64), key_index, rule, mask))
+    return _calls(pieces, num_keys.astype(np.int64), key_index, rule, mask)
 
 
-def _calls(pieces: Pieces, num_keys: Ints, key_index: Ints, rule: MaskRule, mask: TreeMask) -> Iterator[VarlenCall]:
+def _calls(pieces: Pieces, num_keys: Ints, key_index: Ints, rule: MaskRule, mask: TreeMask) -> tuple[VarlenCall, ...]:
     length = mask.tree.plan.length
     key_borders = np.concatenate([[0], np.cumsum(num_keys)])
     query_borders = np.append(pieces.start, length)
-    for first, last in _grouped(key_borders, KEYS_PER_CALL * length):
-        cu_q = query_borders[first : last + 1] - query_borders[first]
-        cu_k = key_borders[first : last + 1] - key_borders[first]
+    groups = list(_grouped(key_borders, KEYS_PER_CALL * length))
+    arrays: list[Ints] = []
+    for first, last in groups:
         keys = key_index[key_borders[first] : key_borders[last]]
         is_row = len(keys) == length and bool((keys == np.arange(length)).all())
-        cu_seqlens_q, cu_seqlens_k, index = _to_device([cu_q, cu_k, keys[:0] if is_row else keys], mask)
-        yield VarlenCall(
+        arrays += [query_borders[first : last + 1] - query_borders[first]]
+        arrays += [key_borders[first : last + 1] - key_borders[first], keys[:0] if is_row else keys]
+    moved = _to_device(arrays, mask.tree.depth.device)
+    return tuple(
+        VarlenCall(
             start=int(query_borders[first]),
             end=int(query_borders[last]),
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=int(np.diff(cu_q).max()),
-            max_seqlen_k=int(np.diff(cu_k).max()),
-            key_index=None if is_row else index,
+            cu_seqlens_q=moved[3 * i],
+            cu_seqlens_k=moved[3 * i + 1],
+            max_seqlen_q=int(np.diff(arrays[3 * i]).max()),
+            max_seqlen_k=int(np.diff(arrays[3 * i + 1]).max()),
+            key_index=moved[3 * i + 2] if len(moved[3 * i + 2]) else None,
             window=rule.size if rule.kind is RuleKind.WINDOW else None,
         )
+        for i, (first, last) in enumerate(groups)
+    )
 
 
 def _grouped(borders: Ints, budget: int) -> Iterator[tuple[int, int]]:
@@ -135,7 +140,7 @@ def _grouped(borders: Ints, budget: int) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def _to_device(arrays: list[Ints], mask: TreeMask) -> list[torch.Tensor]:
-    """The arrays on the device of the tree, moved in one copy."""
-    flat = torch.from_numpy(np.concatenate(arrays).astype(np.int32)).to(mask.tree.depth.device, non_blocking=True)
-    return list(torch.split(flat, [len(array) for array in arrays]))
+def _to_device(arrays: list[Ints], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The arrays on a device, moved in one copy."""
+    flat = torch.from_numpy(np.concatenate(arrays).astype(np.int32)).to(device, non_blocking=True)
+    return torch.split(flat, [len(array) for array in arrays])
