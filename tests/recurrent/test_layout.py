@@ -1,8 +1,8 @@
 """From a row to the batches of its pieces, and back."""
 
-import numpy as np
 import torch
 
+from support.tree_masks import plan_of_eleven
 from trl_singlepass.recurrent.layout import Layout
 from trl_singlepass.recurrent.schedule import fork_schedule, path_schedule
 from trl_singlepass.trees.prefix_tree import PrefixTree
@@ -11,7 +11,7 @@ from trl_singlepass.trees.sample import Sample
 
 
 def test_the_documented_row():
-    plan = TreePlan.from_subtree_end(np.array([11, 11, 9, 9, 7, 7, 7, 9, 9, 11, 11]))
+    plan = plan_of_eleven()
     layout = Layout(plan.length, path_schedule(plan), torch.device("cpu"))
     assert layout.shapes == [(2, 7), (1, 4)]
     assert layout.gather_index.tolist() == [*range(7), 0, 1, 2, 3, 7, 8, 8, 0, 1, 9, 10]
@@ -19,7 +19,7 @@ def test_the_documented_row():
 
 
 def test_arguments_are_split_and_outputs_put_back():
-    plan = TreePlan.from_subtree_end(np.array([11, 11, 9, 9, 7, 7, 7, 9, 9, 11, 11]))
+    plan = plan_of_eleven()
     layout = Layout(plan.length, path_schedule(plan), torch.device("cpu"))
     x = torch.arange(22).reshape(1, 11, 2)
     batches = layout.gather({"hidden": x, "rotary": (x, x), "scale": 3.0})

@@ -1,29 +1,25 @@
 """Pieces of a row: every token has one of its own, sources run first, and as little as possible is replayed."""
 
-import numpy as np
 from hypothesis import given, settings
 
 from support.sample_sets import reasoning_chat, sample_sets
+from support.tree_masks import plan_of_eleven
 from trl_singlepass.recurrent.schedule import Piece, fork_schedule, last_tokens, path_schedule
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, Run, TreePlan
 
 
-# The row of the docstrings: spine [0, 7), a branch [7, 9) after token 3, a branch [9, 11) after token 1.
-EXAMPLE = TreePlan.from_subtree_end(np.array([11, 11, 9, 9, 7, 7, 7, 9, 9, 11, 11]))
-
-
 def test_paths_of_the_documented_row():
-    schedule = path_schedule(EXAMPLE)
+    schedule = path_schedule(plan_of_eleven())
     assert [piece.ranges for piece in schedule.pieces] == [((0, 7),), ((0, 4), (7, 9)), ((0, 2), (9, 11))]
     assert schedule.batches == ((0, 1), (2,))
-    schedule = path_schedule(EXAMPLE, reach=2)
+    schedule = path_schedule(plan_of_eleven(), reach=2)
     assert [piece.ranges for piece in schedule.pieces] == [((0, 7),), ((2, 4), (7, 9)), ((0, 2), (9, 11))]
     assert schedule.batches == ((0,), (1, 2))
 
 
 def test_forks_of_the_documented_row():
-    schedule = fork_schedule(EXAMPLE)
+    schedule = fork_schedule(plan_of_eleven())
     own = [piece.ranges for piece in schedule.pieces]
     assert own == [((0, 2),), ((2, 4),), ((4, 7),), ((7, 9),), ((9, 11),)]
     assert [piece.source for piece in schedule.pieces] == [-1, 0, 1, 1, 0]

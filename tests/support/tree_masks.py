@@ -33,6 +33,11 @@ def row_of_ten():
     return Tree(plan, torch.from_numpy(subtree_end)[None], torch.from_numpy(plan.depths())[None])
 
 
+def plan_of_eleven():
+    """Return the row of the examples of waves and recurrent layers: a spine of seven tokens and branches of two."""
+    return TreePlan.from_subtree_end(np.array([11, 11, 9, 9, 7, 7, 7, 9, 9, 11, 11]))
+
+
 def odd_depths_see_even_depths(batch, head, query, key):
     return (query + key) % 2 == 0
 

@@ -6,14 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.sample_sets import reasoning_chat, sample_sets
+from support.tree_masks import plan_of_eleven
 from support.wave_training import batch_of
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.waves import Wave, WavePlan
-
-
-# The row of the docstrings: spine [0, 7), a branch [7, 9) after token 3, a branch [9, 11) after token 1.
-EXAMPLE = TreePlan.from_subtree_end(np.array([11, 11, 9, 9, 7, 7, 7, 9, 9, 11, 11]))
 
 
 @pytest.mark.parametrize(
@@ -25,7 +22,7 @@ EXAMPLE = TreePlan.from_subtree_end(np.array([11, 11, 9, 9, 7, 7, 7, 9, 9, 11, 1
     ],
 )
 def test_waves_of_the_documented_row(wave_tokens, waves):
-    assert WavePlan.from_tree_plan(EXAMPLE, wave_tokens).waves == waves
+    assert WavePlan.from_tree_plan(plan_of_eleven(), wave_tokens).waves == waves
 
 
 def row_of(sample_sets):

@@ -5,10 +5,13 @@ import torch
 
 from support.sample_sets import reasoning_chat
 from support.tiny_families import tiny_model
+from support.tree_masks import plan_of_eleven
 from support.wave_training import batch_of, plan_of, train_in_waves
 from trl_singlepass.attention.context import Tree
 from trl_singlepass.training.model import enable_tree
-from trl_singlepass.waves import WaveRunner
+from trl_singlepass.waves import WavePlan, WaveRunner
+from trl_singlepass.waves.state import GroupCache
+from trl_singlepass.waves.subplan import RangeMap
 
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -47,3 +50,12 @@ def test_offloaded_keys_and_values_are_on_the_cpu():
     for cache in runner.caches:
         stored = cache.get_kv_cache(model, 3)
         assert stored.zeros_like(torch.zeros(1, 2, 3, 4, device="meta"), torch.float64).device.type == "cpu"
+
+
+def test_slots_of_a_window_in_the_documented_row():
+    plan = plan_of_eleven()
+    group = WavePlan.from_tree_plan(plan, 5).groups[0]
+    cache = GroupCache(plan, group)
+    slots = {local_size: cache.get_window_slots(local_size).tolist() for local_size in (None, 1, 2, 3)}
+    assert slots == {None: [0, 1, 2, 3], 1: [], 2: [1, 3], 3: [0, 1, 2, 3]}
+    assert cache.get_handed_on(RangeMap.consecutive([(0, 4)]), group[0]) == ((0, 4, 0),)

@@ -1,11 +1,11 @@
 """Some tokens of a row as a row of their own: each sees the ancestors that it has in the row."""
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from support.sample_sets import sample_sets
+from support.tree_masks import plan_of_eleven
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, Run, TreePlan
 from trl_singlepass.waves import WavePlan
@@ -13,7 +13,7 @@ from trl_singlepass.waves.subplan import RangeMap, make_subplan
 
 
 def test_a_wave_of_the_documented_row():
-    row = TreePlan.from_subtree_end(np.array([11, 11, 9, 9, 7, 7, 7, 9, 9, 11, 11]))
+    row = plan_of_eleven()
     wave, slots = RangeMap.consecutive([(7, 11)]), RangeMap.consecutive([(0, 4)])
     assert make_subplan(row, wave, slots) == TreePlan(4, (Run(0, 2, 4, ((4, 8),)), Run(2, 4, 2, ((4, 6),))))
 

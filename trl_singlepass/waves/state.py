@@ -63,7 +63,12 @@ class GroupCache:
         return self.kv_caches[layer]
 
     def get_window_slots(self, local_size: int | None) -> NDArray[np.int64]:
-        """Return the slots that an attention layer looks back to, sorted; `local_size` as in [`Tree.kv_cache`]."""
+        """
+        Return the slots that an attention layer looks back to, sorted; `local_size` as in [`Tree.kv_cache`].
+
+        In the example of `plan.py` with `wave_tokens=5`, branches begin after tokens 3 and 1. A layer that sees a token
+        and the one before it needs the slots `[1, 3]` of the four.
+        """
         if local_size not in self._window_slots:
             assert local_size is not None
             seen = {
