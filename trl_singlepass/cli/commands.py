@@ -1,11 +1,12 @@
-"""The commands that look at a model and data: `inspect`, `audit`, `verify` and `bench`."""
+"""The commands that report on a model and data: `inspect`, `audit`, `verify` and `bench`."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets.utils.tqdm import tqdm
@@ -17,86 +18,23 @@ from ..data.conversations import example_to_samples
 from ..data.files import load_examples
 from ..data.settings import RowSettings
 from ..trees.sample import Sample
+from .arguments import AuditArguments, BenchArguments, DataArguments, InspectArguments, ModelArguments, VerifyArguments
 from .loading import load_config, load_model, load_tokenizer
 
 
-@dataclass
-class DataArguments:
-    """Where the conversations are, and how they are rendered."""
-
-    split: str = field(default="train", metadata={"help": "Split of a folder or of a dataset of the Hub."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "File with a chat template to use instead of the tokenizer's own."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Whether code that comes with the model may run on this machine."}
-    )
-    debug: bool = field(default=False, metadata={"help": "Show the traceback of an error."})
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass
-class ModelArguments:
-    """How the model is loaded."""
-
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Precision of the weights.", "choices": ["float64", "float32", "bfloat16", "float16"]},
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel of the model."})
-    device: str | None = field(default=None, metadata={"help": "Device; a GPU if there is one."})
-
-
-@dataclass
-class InspectArguments(DataArguments):
-    """Arguments of `inspect`."""
-
-    row: int = field(default=0, metadata={"help": "Position of the conversation."})
-    html: str | None = field(default=None, metadata={"help": "Write a page with tokens, tree and mask to this file."})
-    png: str | None = field(
-        default=None, metadata={"help": "Write a picture of the tree to this file, one of the mask beside it."}
-    )
-
-
-@dataclass
-class AuditArguments(DataArguments):
-    """Arguments of `audit`."""
-
-    sample_size: int | None = field(
-        default=None, metadata={"help": "Rows to look at, drawn at random. 500 by default."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the draw."})
-    max_length: int | None = field(default=None, metadata={"help": "Length in tokens to compare samples with."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that look at the rows."})
-    json: str | None = field(default=None, metadata={"help": "Write the report as JSON to this file, or '-'."})
-    html: str | None = field(default=None, metadata={"help": "Write the report as a page with plots to this file."})
-
-
-@dataclass
-class VerifyArguments(ModelArguments, DataArguments):
-    """Arguments of `verify`."""
-
-    num_rows: int = field(default=4, metadata={"aliases": ["-n"], "help": "Conversations to check, from the first."})
-    max_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Tokens of separate samples to check of each conversation: its first turns that fit."},
-    )
-
-
-@dataclass
-class BenchArguments(ModelArguments, DataArguments):
-    """Arguments of `bench`."""
-
-    num_rows: int = field(default=4, metadata={"aliases": ["-n"], "help": "Conversations to time, from the first."})
-    repeats: int = field(default=3, metadata={"help": "Timed runs of each conversation, after one to warm up."})
-
-
-def inspect(model: str, data: str, args: InspectArguments, console: Console) -> int:
+def inspect(args: InspectArguments, console: Console) -> int:
     """Show one conversation as its tree."""
     from ..reports.inspection import Inspection, render_inspection
 
-    tokenizer, rows = _tokenizer(model, args), _rows(data, args)
-    samples = example_to_samples(_row(rows, args.row, data), args.row, tokenizer, RowSettings()).samples
+    tokenizer, examples = _load_tokenizer(args), _load_examples(args)
+    if not 0 <= args.row < len(examples):
+        raise ValueError(f"--row {args.row}: {args.data} has {len(examples)} rows, counted from 0.")
+    samples = example_to_samples(dict(examples[args.row]), args.row, tokenizer, RowSettings()).samples
     if not samples:
         raise ValueError(f"Row {args.row}: all its turns have the weight 0, so nothing of it is trained.")
     inspection = Inspection.from_samples(samples, tokenizer)
@@ -104,9 +42,8 @@ def inspect(model: str, data: str, args: InspectArguments, console: Console) -> 
     if args.html is not None:
         from ..reports.html import inspection_page
 
-        _write(
-            args.html, inspection_page(inspection, f"{Path(data).name}, row {args.row}, {Path(model).name}"), console
-        )
+        title = f"{Path(args.data).name}, row {args.row}, {Path(args.model).name}"
+        _write(args.html, inspection_page(inspection, title), console)
     if args.png is not None:
         from ..reports.tree_plots import plot_mask, plot_tree
 
@@ -118,15 +55,15 @@ def inspect(model: str, data: str, args: InspectArguments, console: Console) -> 
     return 0
 
 
-def audit(model: str, data: str, args: AuditArguments, console: Console) -> int:
-    """Report what the data holds, what the template drops, and what training costs."""
+def audit(args: AuditArguments, console: Console) -> int:
+    """Report what the data contains, what the template drops, and what training costs."""
     from ..reports.audit import audit as audit_dataset
     from ..reports.audit.table import render_report
 
-    tokenizer, rows = _tokenizer(model, args), _rows(data, args)
-    config = load_config(model, trust_remote_code=args.trust_remote_code)
+    tokenizer, examples = _load_tokenizer(args), _load_examples(args)
+    config = load_config(args.model, trust_remote_code=args.trust_remote_code)
     report = audit_dataset(
-        rows,
+        examples,
         tokenizer,
         config,
         sample_size=args.sample_size,
@@ -143,51 +80,51 @@ def audit(model: str, data: str, args: AuditArguments, console: Console) -> int:
     if args.html is not None:
         from ..reports.html import audit_page
 
-        _write(args.html, audit_page(report, f"Audit of {Path(data).name} for {Path(model).name}"), console)
+        _write(args.html, audit_page(report, f"Audit of {Path(args.data).name} for {Path(args.model).name}"), console)
     return 0
 
 
-def verify(model: str, data: str, args: VerifyArguments, console: Console) -> int:
-    """Compare the single pass with N-pass; 1 if they disagree."""
+def verify(args: VerifyArguments, console: Console) -> int:
+    """Compare the single pass with N-pass; the exit code is 1 if they differ."""
     from ..reference import verify as verify_model
 
-    tokenizer, rows = _tokenizer(model, args), _rows(data, args)
-    first = list(islice(rows, _at_least_one(args.num_rows, "-n")))
-    _samples(first, tokenizer)  # names bad rows before a model is loaded
-    report = verify_model(_model(model, args), tokenizer, first, max_tokens=args.max_tokens)
+    tokenizer, examples = _load_tokenizer(args), _load_examples(args)
+    first = list(islice(examples, _at_least_one(args.num_rows, "-n")))
+    _to_samples(first, tokenizer)  # names bad rows before a model is loaded
+    report = verify_model(_load_model(args), tokenizer, first, max_tokens=args.max_tokens)
     console.print(Text(str(report).rstrip()))
     return 0 if report.ok else 1
 
 
-def bench(model: str, data: str, args: BenchArguments, console: Console) -> int:
-    """Time both ways on this machine, with the forecast beside it."""
+def bench(args: BenchArguments, console: Console) -> int:
+    """Time N-pass and the single pass on this machine, next to the forecast."""
     from ..reference.timing import time_both
 
-    tokenizer, rows = _tokenizer(model, args), _rows(data, args)
-    first = list(islice(rows, _at_least_one(args.num_rows, "-n")))
-    conversations = [samples for samples in _samples(first, tokenizer) if samples]
-    loaded, repeats = _model(model, args), _at_least_one(args.repeats, "--repeats")
+    tokenizer, examples = _load_tokenizer(args), _load_examples(args)
+    first = list(islice(examples, _at_least_one(args.num_rows, "-n")))
+    conversations = [samples for samples in _to_samples(first, tokenizer) if samples]
+    model, repeats = _load_model(args), _at_least_one(args.repeats, "--repeats")
     with tqdm(total=2 * len(conversations) * (repeats + 1), desc="Timing", unit=" runs") as bar:
-        timing = time_both(loaded, conversations, repeats=repeats, on_step=bar.update)
+        timing = time_both(model, conversations, repeats=repeats, on_step=bar.update)
     console.print(timing.table())
     console.print(
-        f"{len(conversations)} conversations, {sum(map(len, conversations))} turns, {args.dtype} on {loaded.device}. "
-        f"Counted work says {timing.forecast:.2f}, this machine {timing.speedup:.2f}."
+        f"{len(conversations)} conversations, {sum(map(len, conversations))} turns, {args.dtype} on {model.device}. "
+        f"Speed-up: {timing.forecast:.2f} by counted work, {timing.speedup:.2f} measured."
     )
     return 0
 
 
-def _tokenizer(model: str, args: DataArguments) -> Any:
-    return load_tokenizer(model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code)
+def _load_tokenizer(args: DataArguments) -> PreTrainedTokenizerBase:
+    return load_tokenizer(args.model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code)
 
 
-def _rows(data: str, args: DataArguments) -> Any:
-    return load_examples(data, split=args.split, config=args.dataset_config)
+def _load_examples(args: DataArguments) -> Sequence[Any] | Dataset:
+    return load_examples(args.data, split=args.split, config=args.dataset_config)
 
 
-def _model(model: str, args: Any) -> Any:
+def _load_model(args: ModelArguments) -> PreTrainedModel:
     return load_model(
-        model,
+        args.model,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -195,17 +132,11 @@ def _model(model: str, args: Any) -> Any:
     )
 
 
-def _samples(rows: Sequence[Any], tokenizer: Any) -> list[tuple[Sample, ...]]:
-    def read(index: int, row: Any) -> tuple[Sample, ...]:
-        return example_to_samples(row, index, tokenizer, RowSettings()).samples
+def _to_samples(examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[Sample, ...]]:
+    def read(index: int, example: Any) -> tuple[Sample, ...]:
+        return example_to_samples(example, index, tokenizer, RowSettings()).samples
 
-    return read_all(rows, read, "given")
-
-
-def _row(rows: Sequence[Any], index: int, data: str) -> dict[str, Any]:
-    if not 0 <= index < len(rows):
-        raise ValueError(f"--row {index}: {data} has {len(rows)} rows, counted from 0.")
-    return dict(rows[index])
+    return read_all(examples, read, "given")
 
 
 def _at_least_one(number: int, name: str) -> int:

@@ -1,68 +1,119 @@
-"""`trl-singlepass train`: the training script through `accelerate launch`, as `trl sft` starts its own."""
+"""`trl-singlepass train`: runs the training script through `accelerate launch`, as `trl sft` does."""
 
 from __future__ import annotations
 
+import logging
 import signal
-from collections.abc import Sequence
+import subprocess
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
-from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import NoReturn
 
 import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from trl import TrlParser
 
+from ..scripts.sft import make_parser
 from ..training.preemption import SIGNALS
+from .arguments import HelpFormatter, OneLineErrors, refuse_unknown
+from .worker import EXPLAINED
 
 
 SCRIPT = "trl_singlepass.scripts.sft"
-CONFIG_PACKAGES = ("trl.accelerate_configs", "trl_singlepass.accelerate_configs")
+WORKER = "trl_singlepass.cli.worker"  # the script with errors in one line
 
 
-def launch(parser: Any, arguments: Sequence[str]) -> None:
+class Parser(OneLineErrors, TrlParser):  # type: ignore[misc]
+    """TRL's parser with errors in one line."""
+
+
+def launch(arguments: Sequence[str], *, debug: bool = False, **about: str) -> int:
     """
-    Run the training script with the processes that `accelerate` is asked for.
+    Train with as many processes as `accelerate` is asked for.
 
-    What asks to stop (`SIGTERM`, `SIGUSR1`) goes on to the processes, which save first; the run is over when they are.
+    `SIGTERM` and `SIGUSR1` are passed on to the processes, which save a checkpoint and stop.
+
+    Args:
+        arguments (`Sequence[str]`):
+            Arguments of the command line, for the script and for `accelerate launch`.
+        debug (`bool`, *optional*, defaults to `False`):
+            Whether processes show the traceback of every error.
+        **about (`str`):
+            Arguments of `argparse.ArgumentParser`, such as `prog` and `description`.
+
+    Returns:
+        `int`: Exit code: 0, or 2 if a process has printed its error.
+
+    Raises:
+        `ValueError`: If there is no such argument or configuration, or a process ended without a word.
+    """
+    run = parse_launch(
+        make_parser(parser_class=Parser, formatter_class=HelpFormatter, allow_abbrev=False, **about),
+        arguments,
+        SCRIPT if debug else WORKER,
+    )
+    try:
+        with _pass_on_signals(), _quiet_launcher(debug):
+            launch_command(run)
+    except subprocess.CalledProcessError as error:
+        return _explain(error.returncode)
+    except ChildFailedError as error:
+        return _explain(error.get_first_failure()[1].exitcode)
+    return 0
+
+
+def parse_launch(parser: TrlParser, arguments: Sequence[str], module: str) -> Namespace:
+    """
+    Divide the arguments between the script and `accelerate launch`.
 
     Args:
         parser (`trl.TrlParser`):
-            Parser of the script's arguments. What it does not know goes to `accelerate launch`.
+            Parser of the script's arguments. `accelerate launch` gets what it does not know.
         arguments (`Sequence[str]`):
             Arguments of the command line.
+        module (`str`):
+            Module to run.
+
+    Returns:
+        `argparse.Namespace`: Arguments of `accelerate launch`.
 
     Raises:
-        `ValueError`: If `--accelerate_config` names no configuration.
+        `ValueError`: If neither knows an argument, or there is no such configuration.
     """
-    *_, of_config, of_command_line = parser.parse_args_and_config(
+    *_, from_config, from_command_line = parser.parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
-    for_accelerate = with_config_file([*of_config, *of_command_line])
-    for_script = _without(arguments, of_command_line)
-    run = launch_command_parser().parse_args([*for_accelerate, "--module", SCRIPT, *for_script])
-    run.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's others, which would end all within 30 seconds
-    previous = {number: signal.signal(number, _to_processes) for number in SIGNALS}
-    try:
-        launch_command(run)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    accelerate = launch_command_parser()
+    accelerate.error = _raise_error
+    flags = {*accelerate._option_string_actions, "--accelerate_config"}
+    known = [*parser._option_string_actions, *flags]
+    for source, given in (("config file: ", from_config), ("", from_command_line)):
+        names = [argument for argument in given if argument.startswith("--")]
+        refuse_unknown([name for name in names if name.partition("=")[0] not in flags], known, source)
+    for_accelerate = with_config_file([*from_config, *from_command_line])
+    for_script = _without(arguments, from_command_line)
+    run: Namespace = accelerate.parse_args([*for_accelerate, "--module", module, *for_script])
+    run.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # not those of SIGNALS: torchrun would kill all after 30 seconds
+    return run
 
 
-def _to_processes(number: int, frame: FrameType | None) -> None:
-    for process in psutil.Process().children():
-        process.send_signal(number)
+def _raise_error(message: str) -> NoReturn:
+    raise ValueError(f"{message} (accelerate launch --help lists its arguments)")
 
 
 def with_config_file(arguments: Sequence[str]) -> list[str]:
     """
-    Replace `--accelerate_config NAME` by the file that it names.
+    Replace `--accelerate_config NAME` by `--config_file` with the file that it names.
 
     Args:
         arguments (`Sequence[str]`):
-            Arguments for `accelerate launch`. The name is that of a file, or of a configuration that TRL or this
-            package ships (`fsdp2`, `zero3`, …).
+            Arguments for `accelerate launch`. The name is a file, or a configuration that TRL ships (`fsdp2`, `zero3`,
+            …). The last one counts: flags come after the config file.
 
     Returns:
         `list[str]`: Arguments that `accelerate launch` knows.
@@ -70,36 +121,21 @@ def with_config_file(arguments: Sequence[str]) -> list[str]:
     Raises:
         `ValueError`: If there is no such configuration, or no name.
     """
-    rest, path = [], None
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument == "--accelerate_config":
-            path = _config_file(next(remaining, None))  # the last one wins: a flag comes after the config file
-        else:
-            rest.append(argument)
-    return rest if path is None else ["--config_file", path, *rest]
+    parser = OneLineErrors(add_help=False, allow_abbrev=False)
+    parser.add_argument("--accelerate_config")
+    named, others = parser.parse_known_args(arguments)
+    if named.accelerate_config is None:
+        return others
+    return ["--config_file", _find_config(named.accelerate_config), *others]
 
 
-def _config_file(name: str | None) -> str:
-    if name is None:
-        raise ValueError("--accelerate_config needs a name or a file.")
-    path = name if Path(name).is_file() else _shipped_configs().get(name)
+def _find_config(name: str) -> str:
+    files = resources.files("trl.accelerate_configs").iterdir()
+    shipped = {file.name.removesuffix(".yaml"): str(file) for file in files if file.name.endswith(".yaml")}
+    path = name if Path(name).is_file() else shipped.get(name)
     if path is None:
-        raise ValueError(f"--accelerate_config {name} is neither a file nor one of {', '.join(_shipped_configs())}.")
+        raise ValueError(f"--accelerate_config {name} is neither a file nor one of {', '.join(sorted(shipped))}.")
     return path
-
-
-def _shipped_configs() -> dict[str, str]:
-    packages = [resources.files(package) for package in CONFIG_PACKAGES if _exists(package)]
-    files = [file for package in packages for file in package.iterdir() if file.name.endswith(".yaml")]
-    return dict(sorted((file.name.removesuffix(".yaml"), str(file)) for file in files))
-
-
-def _exists(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _without(arguments: Sequence[str], taken: Sequence[str]) -> list[str]:
@@ -111,3 +147,39 @@ def _without(arguments: Sequence[str], taken: Sequence[str]) -> list[str]:
         else:
             rest.append(argument)
     return rest
+
+
+@contextmanager
+def _pass_on_signals() -> Iterator[None]:
+    previous = {number: signal.signal(number, _to_processes) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _to_processes(number: int, frame: FrameType | None) -> None:
+    for process in psutil.Process().children():
+        process.send_signal(number)
+
+
+@contextmanager
+def _quiet_launcher(debug: bool) -> Iterator[None]:
+    """Hide torchrun's log of failed processes: they print their errors, or `launch` tells how they ended."""
+    logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    before = logger.level
+    logger.setLevel(before if debug else logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _explain(exit_code: int) -> int:
+    if exit_code == EXPLAINED:
+        return EXPLAINED
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        raise ValueError(f"A training process was killed by {name}. After SIGKILL, look whether memory ran out.")
+    raise ValueError(f"A training process ended with exit code {exit_code}; its traceback is above.")

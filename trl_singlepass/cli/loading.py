@@ -1,16 +1,23 @@
-"""Tokenizers, configurations and models that the command line names."""
+"""Loads the tokenizer, the configuration and the model that the command line names."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from huggingface_hub import is_offline_mode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..data.files import first_line
 
 
-def load_tokenizer(model: str, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(
+    model: str, *, chat_template: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """
     Return the tokenizer of a model.
 
@@ -30,7 +37,7 @@ def load_tokenizer(model: str, *, chat_template: str | None = None, trust_remote
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the Hub client raises what it likes
+    except Exception as error:  # the Hub client raises many kinds
         raise ValueError(_no_model(model, error)) from error
     if chat_template is not None:
         if not Path(chat_template).is_file():
@@ -41,8 +48,8 @@ def load_tokenizer(model: str, *, chat_template: str | None = None, trust_remote
     return tokenizer
 
 
-def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
-    """Return the configuration of a model; `None` where the folder holds only a tokenizer."""
+def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig | None:
+    """Return the configuration of a model, or `None` for a folder with a tokenizer only."""
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         return None
     try:
@@ -53,7 +60,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
 
 def load_model(
     model: str, *, dtype: str, attn_implementation: str | None, device: str, trust_remote_code: bool = False
-) -> Any:
+) -> PreTrainedModel:
     """
     Return a causal language model, in training mode.
 
@@ -61,11 +68,11 @@ def load_model(
         model (`str`):
             Folder or hub id.
         dtype (`str`):
-            Precision of the weights.
+            Data type of the weights.
         attn_implementation (`str`, *optional*):
-            Attention kernel.
+            Attention implementation.
         device (`str`):
-            Device to load it to.
+            Device to move it to.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code that comes with the model may run.
 
@@ -85,6 +92,5 @@ def load_model(
 
 
 def _no_model(model: str, error: Exception) -> str:
-    return (
-        f"{model} cannot be loaded: {first_line(error)} Expected a folder with a model, or the id of one on the Hub."
-    )
+    reason = "the Hub cannot be reached, and it is not in the cache." if is_offline_mode() else first_line(error)
+    return f"{model} cannot be loaded: {reason} Expected a folder with a model, or the id of one on the Hub."

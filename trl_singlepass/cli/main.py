@@ -3,24 +3,70 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from .. import __version__
+from .arguments import (
+    AuditArguments,
+    BenchArguments,
+    DataArguments,
+    InspectArguments,
+    VerifyArguments,
+    parse_arguments,
+    peek,
+    refuse_dangling_config,
+)
+from .errors import describe_error
+from .hub import check_hub
+from .train_help import format_train_help
 
-EXAMPLES = {
-    "train": "trl-singlepass train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --output_dir out",
-    "inspect": "trl-singlepass inspect Qwen/Qwen3-0.6B data.jsonl --row 3 --html row3.html",
-    "audit": "trl-singlepass audit Qwen/Qwen3-0.6B data.jsonl --html audit.html",
-    "verify": "trl-singlepass verify Qwen/Qwen3-0.6B data.jsonl -n 4 --dtype float64",
-    "bench": "trl-singlepass bench Qwen/Qwen3-0.6B data.jsonl -n 8 --dtype bfloat16",
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """
+    What the help says about a command.
+
+    Args:
+        summary (`str`):
+            What it does, in a line.
+        example (`str`):
+            How to call it.
+    """
+
+    summary: str
+    example: str
+
+
+COMMANDS = {
+    "train": Command(
+        "fine-tune as `trl sft` does, with every turn exact in one pass (also: sft)",
+        "trl-singlepass train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --output_dir out",
+    ),
+    "inspect": Command(
+        "show one conversation as a tree: what is trained, with what weight, and what is shared",
+        "trl-singlepass inspect Qwen/Qwen3-0.6B data.jsonl --row 3 --html row3.html",
+    ),
+    "audit": Command(
+        "report what the data contains, what the chat template drops, and what training costs",
+        "trl-singlepass audit Qwen/Qwen3-0.6B data.jsonl --html audit.html",
+    ),
+    "verify": Command(
+        "compare the single pass with N-pass on your model and data; exit code 1 if they differ",
+        "trl-singlepass verify Qwen/Qwen3-0.6B data.jsonl -n 4 --dtype float64",
+    ),
+    "bench": Command(
+        "time the single pass and N-pass on this machine, next to the forecast",
+        "trl-singlepass bench Qwen/Qwen3-0.6B data.jsonl -n 8 --dtype bfloat16",
+    ),
 }
-SUMMARIES = {
-    "train": "fine-tune as `trl sft` does, every turn exact in one pass (also: sft)",
-    "inspect": "show one conversation as its tree: what is trained, with what weight, what is shared",
-    "audit": "report what the data holds, what the chat template drops, what training costs",
-    "verify": "compare the single pass with N-pass on your model and data; exit code 1 if they disagree",
-    "bench": "time the single pass and N-pass on this machine, with the forecast beside it",
+ALIASES = {"sft": "train"}
+ARGUMENTS: dict[str, type[DataArguments]] = {
+    "inspect": InspectArguments,
+    "audit": AuditArguments,
+    "verify": VerifyArguments,
+    "bench": BenchArguments,
 }
 
 
@@ -30,32 +76,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv (`Sequence[str]`, *optional*):
-            Arguments, those of the process by default.
+            Arguments; those of the process by default.
 
     Returns:
-        `int`: Exit code: 0, 1 if `verify` finds a disagreement, 2 for an error.
+        `int`: Exit code: 0, 1 if `verify` finds a difference, 2 for an error.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0
-    name = {"sft": "train"}.get(arguments[0], arguments[0])
+    if arguments[0] == "--version":
+        print(f"trl-singlepass {__version__}")
+        return 0
+    name = ALIASES.get(arguments[0], arguments[0])
     try:
-        if name not in SUMMARIES:
-            raise ValueError(f"There is no command '{arguments[0]}', only {', '.join(SUMMARIES)}.")
-        return _train(arguments[1:]) if name == "train" else _look(name, arguments[1:])
-    except Exception as error:  # the user gets a line whatever it is that goes wrong
+        if name not in COMMANDS:
+            raise ValueError(f"There is no command '{arguments[0]}', only {', '.join(COMMANDS)}.")
+        return _train(arguments[1:]) if name == "train" else _report(name, arguments[1:])
+    except Exception as error:  # users get one line, whatever goes wrong
         if "--debug" in arguments:
             raise
-        from ..data.files import first_line
-
-        known = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        print(f"trl-singlepass {arguments[0]}: {known}{first_line(error, 600)}", file=sys.stderr)
+        print(f"trl-singlepass {arguments[0]}: {describe_error(error)}", file=sys.stderr)
         return 2
 
 
 def _help() -> str:
-    lines = [f"  {name:9} {summary}" for name, summary in SUMMARIES.items()]
+    lines = [f"  {name:9} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "Exact single-pass supervised fine-tuning on multi-turn reasoning conversations.",
@@ -64,74 +110,60 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "MODEL is a folder or a hub id; DATA a .jsonl or .parquet file, a folder, or a hub id.",
-            "trl-singlepass COMMAND --help lists the arguments of a command.",
+            "MODEL is a folder or a hub id; DATA is a .jsonl or .parquet file, a folder, or a hub id.",
+            "trl-singlepass COMMAND --help lists the arguments of a command, --version prints the version.",
         ]
     )
 
 
-def _look(name: str, arguments: list[str]) -> int:
+def _report(name: str, arguments: Sequence[str]) -> int:
+    args: Any = parse_arguments(ARGUMENTS[name], arguments, **_about(name))
+    check_hub(args.model, args.data)
     from rich.console import Console
 
     from . import commands
 
-    dataclass = getattr(commands, f"{name.capitalize()}Arguments")
-    parser = _parser_class()([dataclass], **_about(name))
-    parser.add_argument("model", metavar="MODEL", help="folder or hub id of a model (of its tokenizer, to inspect)")
-    parser.add_argument("data", metavar="DATA", help=".jsonl or .parquet file, folder, or hub id of a dataset")
-    parser.add_argument("--config", metavar="FILE", help="YAML file with arguments; those given as flags win")
-    _refuse_dangling_config(arguments)
-    args, named = parser.parse_args_and_config(arguments)
     _quiet()
-    # A file or a pipe has no width: tables need room there.
+    # Files and pipes have no width, and tables need room.
     console = Console(width=None if sys.stdout.isatty() else 118)
-    run: Any = getattr(commands, name)
-    return int(run(named.model, named.data, args, console))
+    run: Callable[[Any, Console], int] = getattr(commands, name)
+    return run(args, console)
 
 
 def _train(arguments: list[str]) -> int:
-    from ..scripts.sft import make_parser
+    if any(flag in arguments for flag in ("-h", "--help")):
+        print(format_train_help(COMMANDS["train"].summary, COMMANDS["train"].example))
+        return 0
+    refuse_dangling_config(arguments)
+    check_hub(*peek(arguments, "model_name_or_path", "dataset_name"))
     from .launch import launch
 
-    _refuse_dangling_config(arguments)
-    parser = make_parser(parser_class=_parser_class(), **_about("train"))
-    launch(parser, [argument for argument in arguments if argument != "--debug"])
-    return 0
+    debug, others = _split_debug(arguments)
+    return launch(["--help" if flag == "--help_all" else flag for flag in others], debug=debug, **_about("train"))
 
 
-def _about(name: str) -> dict[str, Any]:
-    class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-        """Defaults with every argument, and the example as it is written."""
+def _split_debug(arguments: Sequence[str]) -> tuple[bool, list[str]]:
+    """Take out `--debug` unless a value follows: transformers has a setting of that name that takes one."""
+    debug, others = False, []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if argument == "--debug" and following.startswith("--"):
+            debug = True
+        else:
+            others.append(argument)
+    return debug, others
 
-    summary = SUMMARIES[name]
+
+def _about(name: str) -> dict[str, str]:
+    command = COMMANDS[name]
     return {
         "prog": f"trl-singlepass {name}",
-        "description": summary[0].upper() + summary[1:] + ".",
-        "epilog": f"example:\n  {EXAMPLES[name]}",
-        "formatter_class": Help,
-        "allow_abbrev": False,
+        "description": f"{command.summary[0].upper()}{command.summary[1:]}.",
+        "epilog": f"example:\n  {command.example}",
     }
 
 
-def _parser_class() -> type:
-    from trl import TrlParser
-
-    class Parser(TrlParser):  # type: ignore[misc]
-        """Parser whose errors are one line: the usage of `train` alone would fill the screen."""
-
-        def error(self, message: str) -> Any:
-            raise ValueError(f"{message} (--help lists the arguments)")
-
-    return Parser
-
-
-def _refuse_dangling_config(arguments: list[str]) -> None:
-    if arguments and arguments[-1] == "--config":
-        raise ValueError("--config needs a YAML file.")
-
-
 def _quiet() -> None:
-    """Leave out what libraries say on the way; warnings stay."""
+    """Hide the libraries' progress bars and deprecations; other warnings stay."""
     import warnings
 
     from transformers.utils import logging

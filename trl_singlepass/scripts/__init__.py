@@ -1,1 +1,1 @@
-"""Scripts that `accelerate launch` runs."""
+"""Scripts for `accelerate launch`."""

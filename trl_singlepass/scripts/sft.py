@@ -1,5 +1,5 @@
 """
-Train as `trl sft` does, with every turn of a conversation exact, in one pass.
+Train as `trl sft` does, with every turn of a conversation exact in one pass.
 
 ```bash
 accelerate launch -m trl_singlepass.scripts.sft \
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -35,24 +35,30 @@ from ..training.trainer import SinglePassSFTTrainer
 DATACLASSES = (ScriptArguments, SinglePassSFTConfig, ModelConfig, DatasetMixtureConfig)
 
 
-def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
+def main(
+    script_args: ScriptArguments,
+    training_args: SinglePassSFTConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> None:
     """Train a model, as `trl.scripts.sft` does."""
-    training_args.model_init_kwargs = {**_model_arguments(model_args, training_args), **_given(training_args)}
-    dataset = _dataset(script_args, dataset_args)
+    given = training_args.model_init_kwargs or {}
+    training_args.model_init_kwargs = {**_model_kwargs(model_args, training_args), **given}
+    dataset = _load_dataset(script_args, dataset_args)
     wants_evaluation = training_args.eval_strategy != "no"
     preemption = PreemptionCallback()
     trainer = SinglePassSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=_split(dataset, script_args.dataset_train_split),
-        eval_dataset=_split(dataset, script_args.dataset_test_split) if wants_evaluation else None,
+        train_dataset=_get_split(dataset, script_args.dataset_train_split),
+        eval_dataset=_get_split(dataset, script_args.dataset_test_split) if wants_evaluation else None,
         peft_config=get_peft_config(model_args),
         callbacks=[preemption],
     )
     checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, training_args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     if preemption.was_preempted:
-        trainer.accelerator.print("Stopped as told. --resume_from_checkpoint auto goes on from here.")
+        trainer.accelerator.print("Stopped by a signal. --resume_from_checkpoint auto resumes the run.")
         return
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
@@ -60,18 +66,14 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
 
-def make_parser(prog: str | None = None, parser_class: type = TrlParser, **kwargs: Any) -> Any:
+def make_parser(prog: str | None = None, parser_class: type[TrlParser] = TrlParser, **kwargs: Any) -> TrlParser:
     """Return the parser of the script's arguments."""
     return parser_class(DATACLASSES, prog=prog, **kwargs)
 
 
-def _given(training_args: Any) -> dict[str, Any]:
-    return dict(training_args.model_init_kwargs or {})
-
-
-def _model_arguments(model_args: Any, training_args: Any) -> dict[str, Any]:
+def _model_kwargs(model_args: ModelConfig, training_args: SinglePassSFTConfig) -> dict[str, object]:
     owner = training_args if hasattr(training_args, "trust_remote_code") else model_args  # moved in TRL 1.12
-    arguments = {
+    kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": owner.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
@@ -79,38 +81,43 @@ def _model_arguments(model_args: Any, training_args: Any) -> dict[str, Any]:
     }
     quantization = get_quantization_config(model_args)
     if quantization is not None:
-        arguments["quantization_config"] = quantization
-    return arguments
+        kwargs["quantization_config"] = quantization
+    return kwargs
 
 
-def _dataset(script_args: Any, dataset_args: Any) -> Any:
+def _load_dataset(
+    script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
+) -> DatasetDict | IterableDatasetDict:
     if dataset_args.datasets:
         return get_dataset(dataset_args)
     if not script_args.dataset_name:
-        raise ValueError("No data: give --dataset_name a file, a folder or a hub id, or list `datasets` in --config.")
+        raise ValueError(
+            "No data: pass a file, a folder or a hub id as --dataset_name, or list `datasets` in the --config file."
+        )
     path, streaming = Path(script_args.dataset_name), script_args.dataset_streaming
     if path.suffix in LINES and path.is_file():
-        kind = IterableDataset if streaming else Dataset
-        rows = kind.from_generator(_rows_for_arrow, gen_kwargs={"path": str(path), "mtime": path.stat().st_mtime})
-        return {script_args.dataset_train_split: rows}
+        kind, dataset_dict = (IterableDataset, IterableDatasetDict) if streaming else (Dataset, DatasetDict)
+        rows = kind.from_generator(_examples_for_arrow, gen_kwargs={"path": str(path), "mtime": path.stat().st_mtime})
+        return dataset_dict({script_args.dataset_train_split: rows})
     if path.suffix in TABLES and path.is_file():
         files = {script_args.dataset_train_split: str(path)}
         return load_dataset(TABLES[path.suffix], data_files=files, streaming=streaming)
     return load_dataset(script_args.dataset_name, name=script_args.dataset_config, streaming=streaming)
 
 
-def _rows_for_arrow(path: str, mtime: float) -> Iterator[dict[str, Any]]:
-    """Rows with what differs in shape from row to row as JSON: Arrow would fill it up or refuse it."""
-    del mtime  # is here for the cache, which would not notice that the file has changed
-    rows = JsonLines(Path(path))
-    absent = dict.fromkeys(name for row in rows for name in row)  # `datasets` takes the columns of the first row alone
-    for row in map(_with_json_arguments, rows):
-        as_json = {name: _as_json(row[name]) for name in ("tools", "chat_template_kwargs") if row.get(name)}
-        yield {**absent, **row, **as_json}
+def _examples_for_arrow(path: str, mtime: float) -> Iterator[dict[str, Any]]:
+    """Encode values that differ in shape between examples as JSON: Arrow would refuse them or fill them up."""
+    del mtime  # an argument only for the cache, which would not notice that the file has changed
+    examples = JsonLines(Path(path))
+    # `datasets` would take the columns of the first example only.
+    absent = dict.fromkeys(name for example in examples for name in example)
+    for example in map(_with_json_arguments, examples):
+        as_json = {name: _as_json(example[name]) for name in ("tools", "chat_template_kwargs") if example.get(name)}
+        yield {**absent, **example, **as_json}
 
 
 def _with_json_arguments(value: Any) -> Any:
-    """Return a value with the arguments of all tool calls below it as JSON."""
+    """Return a value with the arguments of all tool calls in it encoded as JSON."""
     if isinstance(value, list):
         return [_with_json_arguments(item) for item in value]
     if isinstance(value, dict):
@@ -121,11 +128,11 @@ def _with_json_arguments(value: Any) -> Any:
     return value
 
 
-def _as_json(value: Any) -> str:
+def _as_json(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _split(dataset: Any, name: str) -> Any:
+def _get_split(dataset: DatasetDict | IterableDatasetDict, name: str) -> Dataset | IterableDataset:
     if name not in dataset:
         raise ValueError(f"The dataset has no split '{name}', only {', '.join(dataset)}.")
     return dataset[name]

@@ -1,0 +1,49 @@
+"""Arguments from the command line and from YAML."""
+
+import json
+import os
+
+import pytest
+
+from trl_singlepass.cli.arguments import AuditArguments, parse_arguments, peek
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+
+
+def test_flags_win_over_the_config_file(run, model, data, tmp_path):
+    (tmp_path / "c.yaml").write_text("sample_size: 3\nseed: 1\n")
+    _, out, _ = run("audit", model, data, "--config", tmp_path / "c.yaml", "--json", "-")
+    assert json.loads(out)["num_audited"] == 3
+    _, out, _ = run(
+        "audit", model, data, "--config", tmp_path / "c.yaml", "--sample_size", 2, "--num_proc", 2, "--json", "-"
+    )
+    assert json.loads(out)["num_audited"] == 2
+
+
+def test_environment_of_the_config_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("FROM_THE_CONFIG", raising=False)
+    (tmp_path / "c.yaml").write_text("env: {FROM_THE_CONFIG: 3}\nmodel: m\ndata: d\nseed: 1\n")
+    args = parse_arguments(AuditArguments, ["--config", str(tmp_path / "c.yaml")])
+    assert (args.model, args.data, args.seed) == ("m", "d", 1)
+    assert os.environ.pop("FROM_THE_CONFIG") == "3"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [([], False), (["--debug"], True), (["--debug", "true"], True), (["--debug", "no"], False)]
+)
+def test_flags_may_have_a_value(given, expected):
+    assert parse_arguments(AuditArguments, ["m", "d", *given]).debug is expected
+
+
+def test_values_of_the_config_file_are_checked(tmp_path):
+    (tmp_path / "c.yaml").write_text("seed: many\n")
+    with pytest.raises(ValueError, match="argument --seed: invalid int value: 'many'"):
+        parse_arguments(AuditArguments, ["m", "d", "--config", str(tmp_path / "c.yaml")])
+
+
+def test_peek_reads_flags_then_the_config_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("model_name_or_path: from the file\ndataset_name: d\n")
+    arguments = ["--config", str(tmp_path / "c.yaml"), "--model_name_or_path", "from the flag", "--other", "3"]
+    assert peek(arguments, "model_name_or_path", "dataset_name") == ["from the flag", "d"]
+    assert peek(["--model-name-or-path", "m"], "model_name_or_path", "dataset_name") == ["m", None]

@@ -1,0 +1,51 @@
+"""Without a network: one attempt, then only what is cached."""
+
+import os
+import time
+
+import pytest
+from huggingface_hub import constants
+
+from trl_singlepass.cli import hub
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """A Hub that never answers: an address of a network for documentation, to which nothing is routed."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://192.0.2.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+
+@pytest.mark.usefixtures("endpoint")
+def test_a_wrong_model_fails_fast_without_a_network():
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="no-such/model cannot be loaded: it is neither a folder nor in the cache"):
+        hub.check_hub("no-such/model", None)
+    assert time.monotonic() - start < 5
+    assert constants.HF_HUB_OFFLINE
+    assert os.environ["HF_HUB_OFFLINE"] == "1"  # for processes that are started later
+
+
+@pytest.mark.usefixtures("endpoint")
+def test_the_hub_is_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "_answers", lambda endpoint: asked.append(endpoint))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            hub.check_hub("no-such/model", "no-such/data")
+    assert len(asked) == 1
+
+
+@pytest.mark.usefixtures("endpoint")
+def test_cached_models_and_local_files_are_fine(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda model, file: f"/cache/{file}")
+    hub.check_hub("some/model", "some/data")
+    monkeypatch.setattr(hub, "_answers", lambda endpoint: pytest.fail("asked the Hub for local files"))
+    hub.check_hub(str(tmp_path), None)
+
+
+def test_a_path_that_is_no_hub_id_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="neither a folder nor the id of a model"):
+        hub.check_hub("out/demo/model", None)

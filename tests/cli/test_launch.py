@@ -1,0 +1,151 @@
+"""`train`: what goes to the script and what to accelerate, signals, and errors of the processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from trl_singlepass.cli import launch
+from trl_singlepass.cli.main import main
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+
+
+TRAIN = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_steps", "1", "--save_strategy", "no"]
+
+
+def failed_child(exit_code):
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=exit_code, error_file="none")
+    return ChildFailedError("worker", {0: failure})
+
+
+def raising(error):
+    def fail(args):
+        raise error
+
+    return fail
+
+
+def test_train_launches_the_script_through_accelerate(monkeypatch, tmp_path):
+    launched = []
+    monkeypatch.setattr(launch, "launch_command", launched.append)
+    (tmp_path / "c.yaml").write_text("num_processes: 2\nlearning_rate: 1.0e-3\n")
+    for name in ("train", "sft"):
+        arguments = [name, "--config", tmp_path / "c.yaml", "--dataset_name", "d", "--accelerate_config", "fsdp2"]
+        assert main([str(a) for a in [*arguments, "--main_process_port", 1234, "--output_dir", tmp_path, *TRAIN]]) == 0
+    for args in launched:
+        assert args.module
+        assert args.training_script == launch.WORKER
+        assert args.config_file.endswith("fsdp2.yaml")
+        assert (args.num_processes, args.main_process_port) == (2, 1234)
+        assert args.training_script_args[:4] == ["--config", str(tmp_path / "c.yaml"), "--dataset_name", "d"]
+        assert "--main_process_port" not in args.training_script_args
+
+
+PATIENT = """
+import os, pathlib, signal, sys
+folder = pathlib.Path(sys.argv[-1])
+rank = os.environ.get("RANK", "0")
+signal.signal(signal.SIGTERM, lambda *_: (folder / f"stopped{rank}").touch())
+(folder / f"ready{rank}").touch()
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_train_hands_on_that_it_should_stop_and_ends_well(tmp_path, num_processes):
+    (tmp_path / "patient.py").write_text(PATIENT)
+    code = "from trl_singlepass.cli import launch, main; launch.WORKER = 'patient'; raise SystemExit(main())"
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    processes = ["--num_processes", str(num_processes), *(["--multi_gpu"] if num_processes > 1 else [])]
+    command = [sys.executable, "-W", "ignore", "-c", code, "train", *processes, *TRAIN, "--output_dir", str(tmp_path)]
+    run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("ready*"))) < num_processes:
+            assert run.poll() is None, run.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=60) == 0
+    finally:
+        run.kill()
+        run.communicate()
+    assert len(list(tmp_path.glob("stopped*"))) == num_processes
+
+
+def test_accelerate_configs_are_files_or_names(tmp_path):
+    (tmp_path / "mine.yaml").write_text("")
+    mine = str(tmp_path / "mine.yaml")
+    assert launch.with_config_file(["--accelerate_config", mine, "--x"]) == ["--config_file", mine, "--x"]
+    assert launch.with_config_file(["--x"]) == ["--x"]
+    twice = ["--accelerate_config", "zero3", "--x", "--accelerate_config", mine]  # from a recipe, and as a flag
+    assert launch.with_config_file(twice) == ["--config_file", mine, "--x"]
+    assert Path(launch.with_config_file(["--accelerate_config", "zero3"])[1]).is_file()
+    with pytest.raises(ValueError, match="expected one argument"):
+        launch.with_config_file(["--accelerate_config"])
+
+
+@pytest.mark.slow
+def test_train_end_to_end(model, data, tmp_path):
+    arguments = ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", str(tmp_path / "out"), *TRAIN]
+    command = [sys.executable, "-m", "trl_singlepass.cli", "train", *arguments, "--num_processes", "1", "--cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, env=environment, check=True, cwd=tmp_path)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("error", [subprocess.CalledProcessError(2, ["python"]), failed_child(2)])
+def test_an_error_that_a_process_has_printed_is_not_told_again(monkeypatch, run, error):
+    monkeypatch.setattr(launch, "launch_command", raising(error))
+    assert run("train", "--output_dir", "x", *TRAIN) == (2, "", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (subprocess.CalledProcessError(1, ["python"]), "ended with exit code 1; its traceback is above."),
+        (failed_child(-9), "was killed by SIGKILL. After SIGKILL, look whether memory ran out."),
+    ],
+)
+def test_other_ends_of_a_process_are_told_in_a_line(monkeypatch, run, error, message):
+    monkeypatch.setattr(launch, "launch_command", raising(error))
+    code, out, err = run("train", "--output_dir", "x", *TRAIN)
+    assert (code, out) == (2, "")
+    assert err == f"trl-singlepass train: A training process {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "others"),
+    [
+        (["--debug"], launch.SCRIPT, []),
+        ([], launch.WORKER, []),
+        (["--debug", "underflow_overflow"], launch.WORKER, ["--debug", "underflow_overflow"]),
+    ],
+)
+def test_debug_runs_the_script_itself(monkeypatch, run, arguments, module, others):
+    launched = []
+    monkeypatch.setattr(launch, "launch_command", launched.append)
+    assert run("train", *arguments, "--output_dir", "x", *TRAIN)[0] == 0
+    assert launched[0].training_script == module
+    assert launched[0].training_script_args == [*others, "--output_dir", "x", *TRAIN]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [["--num_processes", "1", "--cpu"], ["--num_processes", "2", "--multi_gpu"]])
+def test_errors_of_processes_are_one_line(model, tmp_path, processes):
+    arguments = ["--model_name_or_path", model, "--output_dir", str(tmp_path / "out"), *TRAIN]
+    command = [sys.executable, "-m", "trl_singlepass.cli", "train", *arguments, *processes]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("trl-singlepass"))
+    assert line.startswith("trl-singlepass train: No data: pass a file, a folder or a hub id as --dataset_name")
+    assert "Traceback" not in done.stderr
+    assert "CalledProcessError" not in done.stderr

@@ -1,0 +1,34 @@
+"""Models and tokenizers are loaded as asked."""
+
+import pytest
+import torch
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+
+
+def test_remote_code_is_off_unless_asked_for(monkeypatch, model, data, run):
+    from trl_singlepass.cli import loading
+
+    asked = []
+    original = loading.AutoTokenizer.from_pretrained
+
+    def remember(name, trust_remote_code):
+        asked.append(trust_remote_code)
+        return original(name)
+
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", remember)
+    run("inspect", model, data)
+    run("inspect", model, data, "--trust_remote_code")
+    assert asked == [False, True]
+
+
+def test_models_are_loaded_as_asked(model):
+    from trl_singlepass.cli.loading import load_config, load_model
+
+    loaded = load_model(model, dtype="float64", attn_implementation="eager", device="cpu")
+    assert loaded.dtype is torch.float64
+    assert loaded.config._attn_implementation == "eager"
+    assert load_config(model).model_type == "qwen3"
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model("no-such/model", dtype="float32", attn_implementation=None, device="cpu")

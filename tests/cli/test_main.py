@@ -1,0 +1,126 @@
+"""Help, version, and every error in one line."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trl_singlepass
+from support.chat_tokenizers import make_tokenizer
+from trl_singlepass.cli.arguments import parse_arguments
+from trl_singlepass.cli.main import ARGUMENTS, COMMANDS, main
+
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+
+
+def test_help_names_every_command(run):
+    for arguments in ([], ["--help"]):
+        code, out, _ = run(*arguments)
+        assert code == 0
+        assert all(name in out for name in COMMANDS)
+
+
+def test_version(run):
+    assert run("--version") == (0, f"trl-singlepass {trl_singlepass.__version__}\n", "")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command_has_an_example(name, capsys):
+    with contextlib.suppress(SystemExit):  # argparse ends the process after its help
+        assert main([name, "--help"]) == 0
+    assert f"trl-singlepass {name} " in capsys.readouterr().out.split("example:")[1]
+
+
+@pytest.mark.parametrize("name", ["--version", *(f"{name} --help" for name in COMMANDS)])
+def test_help_imports_no_library_that_takes_seconds(name):
+    code = f"""
+import sys
+from trl_singlepass.cli import main
+try:
+    main({name.split()!r})
+except SystemExit:
+    pass
+heavy = {{"torch", "transformers", "trl", "datasets", "accelerate"}} & sys.modules.keys()
+sys.exit(f"imported {{heavy}}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_examples_parse(name):
+    args = parse_arguments(ARGUMENTS[name], COMMANDS[name].example.split()[2:])
+    assert (args.model, args.data) == ("Qwen/Qwen3-0.6B", "data.jsonl")
+
+
+CPU = ["--output_dir", "x", "--use_cpu", "--bf16", "false"]
+ERRORS = [
+    (["frobnicate"], "There is no command 'frobnicate', only train, inspect"),
+    (["inspect", "{model}"], "the following arguments are required: DATA"),
+    (["inspect", "{model}", "{data}", "--rwo", "1"], "no argument is called --rwo. Did you mean --row?"),
+    (["inspect", "{model}", "{data}", "--row", "x"], "argument --row: invalid"),
+    (["inspect", "{model}", "{data}", "--row", "9"], "has 4 rows, counted from 0"),
+    (["inspect", "{model}", "{data}", "--config"], "--config needs a YAML file"),
+    (["inspect", "{model}", "{data}", "--config", "{tmp}/none.yaml"], "none.yaml"),
+    (["inspect", "{model}", "{tmp}/none.jsonl"], "There is no file"),
+    (["inspect", "{model}", "{tmp}/empty.jsonl"], "is empty. Expected one JSON object per line"),
+    (["inspect", "{model}", "{tmp}/broken.jsonl"], "row 0: not JSON"),
+    (["inspect", "{model}", "{tmp}/list.jsonl"], "expected a JSON object, got list"),
+    (["inspect", "{model}", "{tmp}/text.txt"], "Expected a file that ends in .jsonl"),
+    (["inspect", "{model}", "{tmp}/user.jsonl"], "Row 0: Expected at least one assistant message"),
+    (["verify", "{model}", "{tmp}/user.jsonl"], "Row 0: Expected at least one assistant message"),
+    (["audit", "{model}", "no-such/dataset"], "is neither a file nor a dataset that can be loaded"),
+    (["audit", "no-such/model", "{data}"], "no-such/model cannot be loaded"),
+    (["audit", "{model}", "{data}", "--chat_template", "none.jinja"], "There is no file none.jinja"),
+    (["audit", "{tmp}/bare", "{data}"], "has no chat template. Give one with --chat_template"),
+    (["audit", "{model}", "{data}", "--sample_size", "0"], "sample_size must be 1 or more"),
+    (["verify", "{model}", "{data}", "-n", "0"], "-n must be 1 or more"),
+    (["verify", "{model}", "{data}", "--dtype", "int8"], "invalid choice"),
+    (["bench", "{model}", "{data}", "--repeats", "0"], "--repeats must be 1 or more"),
+    (
+        ["train", "--accelerate_config", "none", *CPU],
+        "is neither a file nor one of",
+    ),
+    (["train", "--learning_rate", "x"], "--learning-rate: invalid float value"),
+    (["train", "--max_stps", "5", *CPU], "no argument is called --max_stps. Did you mean --max_steps?"),
+    (["train", "--num_proceses", "2", *CPU], "no argument is called --num_proceses. Did you mean --num_processes?"),
+    (["train", "--num_processes", "x", *CPU], "argument --num_processes/--num-processes: invalid int value: 'x'"),
+    (
+        ["train", "--config", "{tmp}/typo.yaml", *CPU],
+        "config file: no argument is called --max_stps. Did you mean --max_steps?",
+    ),
+    (["audit", "--config", "{tmp}/typo.yaml"], "typo.yaml: no argument is called --max_stps."),
+    (["train", "--model_name_or_path", "no-such/model", *CPU], "no-such/model cannot be loaded"),
+    (["verify", "no/such/folder", "{data}"], "it is neither a folder nor the id of a model"),
+]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("broken")
+    texts = {"empty.jsonl": "\n", "broken.jsonl": "{nope\n", "list.jsonl": "[1]\n", "text.txt": "x"}
+    for name, text in {**texts, "typo.yaml": "max_stps: 5"}.items():
+        (folder / name).write_text(text)
+    (folder / "user.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n")
+    make_tokenizer(None).save_pretrained(folder / "bare")
+    return folder
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[" ".join(arguments) for arguments, _ in ERRORS])
+def test_errors_are_one_clear_line(run, model, data, broken, arguments, message):
+    code, out, err = run(*(argument.format(model=model, data=data, tmp=broken) for argument in arguments))
+    lines = [line for line in err.splitlines() if line.startswith("trl-singlepass")]
+    assert (code, out) == (2, "")
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err
+
+
+def test_debug_shows_where(model, broken):
+    with pytest.raises(ValueError, match="Row 0"):
+        main(["inspect", model, str(broken / "user.jsonl"), "--debug"])

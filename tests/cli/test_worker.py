@@ -1,0 +1,63 @@
+"""The process that `train` starts: one line for errors that users can act on, a traceback for others."""
+
+import sys
+
+import pytest
+
+from trl_singlepass.cli import worker
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["worker", "--output_dir", "x", "--use_cpu", "--bf16", "false"])
+
+
+@pytest.fixture
+def fail_with(monkeypatch):
+    """Make the script raise an error."""
+
+    def fail_with(error):
+        def main(*args):
+            raise error
+
+        monkeypatch.setattr(worker, "main", main)
+
+    return fail_with
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("No data:\ngive some"), "trl-singlepass train: No data: give some.\n"),
+        (FileNotFoundError("none.json"), "trl-singlepass train: FileNotFoundError: none.json.\n"),
+        (ImportError("peft is missing."), "trl-singlepass train: ImportError: peft is missing.\n"),
+    ],
+)
+def test_errors_are_one_line(fail_with, capsys, error, line):
+    fail_with(error)
+    assert worker.run() == worker.EXPLAINED
+    assert capsys.readouterr().err == line
+
+
+def test_crashes_keep_their_traceback(fail_with):
+    fail_with(RuntimeError("CUDA error"))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        worker.run()
+
+
+def test_rank_0_speaks_first(fail_with, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(worker.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "3")
+    fail_with(ValueError("no"))
+    assert worker.run() == worker.EXPLAINED
+    assert waited == [worker._HEAD_START]
+    assert capsys.readouterr().err == "trl-singlepass train (rank 3): no.\n"
+
+
+def test_a_run_that_ends_well_has_exit_code_0(monkeypatch):
+    monkeypatch.setattr(worker, "main", lambda *args: None)
+    assert worker.run() == 0

@@ -1,0 +1,124 @@
+"""The training script on files, with a signal, and with what is missing."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from support.chat_tokenizers import make_tokenizer
+from support.conversations import chat
+from support.small_files import examples
+from trl_singlepass.rendering.samples import render_example
+from trl_singlepass.scripts import sft
+from trl_singlepass.training.checkpoints import checkpoint_to_resume
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+
+
+TRAIN = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_steps", "1", "--save_strategy", "no"]
+
+
+def trained(folder):
+    return (Path(folder) / "model.safetensors").is_file()
+
+
+def parse(arguments):
+    return sft.make_parser().parse_args_and_config([str(argument) for argument in arguments])
+
+
+def test_script_trains_on_a_file_with_tool_calls_of_both_forms(model, data, tmp_path, monkeypatch):
+    seen = []
+    original = sft.SinglePassSFTTrainer
+
+    def remember(**kwargs):
+        seen.append(kwargs)
+        return original(**kwargs)
+
+    monkeypatch.setattr(sft, "SinglePassSFTTrainer", remember)
+    arguments = ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", tmp_path / "out", *TRAIN]
+    sft.main(*parse([*arguments, "--dtype", "float32"]))
+    assert trained(tmp_path / "out")
+    tokenizer = make_tokenizer()
+    for row, original_row in zip(seen[0]["train_dataset"], examples(), strict=True):
+        ours, expected = render_example(row, tokenizer), render_example(original_row, tokenizer)
+        assert [sample.token_ids.tolist() for sample in ours] == [sample.token_ids.tolist() for sample in expected]
+
+
+class ToldToStop(TrainerCallback):
+    """A scheduler's signal in the second step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_script_saves_when_told_to_stop_and_goes_on_from_there(model, data, tmp_path, monkeypatch, capsys):
+    original = sft.SinglePassSFTTrainer
+    more = ["--max_steps", 4, "--logging_steps", 1, "--save_strategy", "steps", "--save_steps", 100]
+
+    def run(output, *arguments):
+        given = ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", output, *TRAIN, *more]
+        sft.main(*parse([*given, *arguments]))
+
+    def stopped(callbacks, **kwargs):
+        return original(callbacks=[*callbacks, ToldToStop()], **kwargs)
+
+    run(tmp_path / "whole", "--resume_from_checkpoint", "auto")  # nothing there yet
+    monkeypatch.setattr(sft, "SinglePassSFTTrainer", stopped)
+    run(tmp_path / "out")
+    assert "--resume_from_checkpoint auto resumes the run" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name != "README.md"] == ["checkpoint-2"]
+    monkeypatch.setattr(sft, "SinglePassSFTTrainer", original)
+    run(tmp_path / "out", "--resume_from_checkpoint", "true")
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, None), ("false", None), ("here/checkpoint-3",) * 2])
+def test_a_path_to_resume_from_is_taken_as_it_is(tmp_path, given, expected):
+    assert checkpoint_to_resume(given, tmp_path) == expected
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_script_streams_a_file(data, tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(Path(data).read_bytes())
+    if suffix == "parquet":
+        datasets.Dataset.from_list([{"messages": chat(2)}] * 4).to_parquet(path)
+    arguments = ["--dataset_name", path, "--output_dir", tmp_path, *TRAIN]
+    for streaming, kind in (("true", datasets.IterableDataset), ("false", datasets.Dataset)):
+        script, _, _, mixture = parse([*arguments, "--dataset_streaming", streaming])
+        rows = sft._load_dataset(script, mixture)["train"]
+        assert isinstance(rows, kind)
+        assert len(list(rows)) == 4
+
+
+def test_script_reads_a_config_file_and_flags_win(tmp_path):
+    (tmp_path / "c.yaml").write_text("model_name_or_path: m\ndataset_name: d\nmax_length: 7\nwave_tokens: auto\n")
+    script, training, model_args, _ = parse(["--config", tmp_path / "c.yaml", "--max_length", 9, *TRAIN])
+    assert (script.dataset_name, model_args.model_name_or_path) == ("d", "m")
+    assert (training.max_length, training.wave_tokens) == (9, "auto")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [([], "No data"), (["--dataset_name", "{data}", "--eval_strategy", "steps"], "no split 'test'")],
+)
+def test_script_names_what_is_missing(model, data, tmp_path, extra, message):
+    extra = [argument.format(data=data) for argument in extra]
+    with pytest.raises(ValueError, match=message):
+        sft.main(*parse(["--model_name_or_path", model, "--output_dir", tmp_path, *TRAIN, *extra]))
+
+
+@pytest.mark.parametrize("given", ["all", "last", "2", "sample:3"])
+def test_turns_can_be_chosen_on_the_command_line(given):
+    assert parse(["--train_turns", given, *TRAIN])[1].train_turns == given

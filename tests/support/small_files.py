@@ -1,0 +1,32 @@
+"""A tiny model and a file of four conversations, on disk."""
+
+import json
+
+from support.chat_tokenizers import make_tokenizer
+from support.conversations import TOOLS, chat, tool_chat
+from support.trainers import float32_model
+
+
+def examples():
+    """Two chats, and one with tool calls whose arguments are an object, then a string."""
+    called = tool_chat()
+    as_text = json.loads(json.dumps(called))
+    as_text[1]["tool_calls"][0]["function"]["arguments"] = '{"a": 1, "b": 2}'
+    return [
+        {"messages": chat(3)},
+        {"messages": chat(2, 1)},
+        {"messages": called, "tools": TOOLS},
+        {"messages": as_text, "tools": TOOLS},
+    ]
+
+
+def write_model(folder):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    float32_model(tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def write_examples(path):
+    path.write_text("\n".join(json.dumps(example) for example in examples()) + "\n")
+    return str(path)

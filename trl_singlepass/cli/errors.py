@@ -1,0 +1,15 @@
+"""Errors as the command line shows them: in one line."""
+
+from __future__ import annotations
+
+
+# What users can act on: wrong arguments, files, rows and models, and packages that are not installed.
+USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error in one line, with its type unless it is a `ValueError`."""
+    from ..data.files import first_line  # imports datasets, which `--help` does not need
+
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return f"{kind}{first_line(error, 600)}"
