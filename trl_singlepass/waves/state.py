@@ -66,8 +66,8 @@ class GroupCache:
         """
         Return the slots that an attention layer looks back to, sorted; `local_size` as in [`Tree.kv_cache`].
 
-        In the example of `plan.py` with `wave_tokens=5`, branches begin after tokens 3 and 1. A layer that sees a token
-        and the one before it needs the slots `[1, 3]` of the four.
+        In the example of `plan.py` with `wave_tokens=5`, branches start after tokens 3 and 1. A layer that sees only a
+        token and the one before it needs slots 1 and 3 of the four.
         """
         if local_size not in self._window_slots:
             assert local_size is not None
