@@ -122,12 +122,12 @@ class OneLineErrors(ArgumentParser):
         raise ValueError(f"{message} (--help lists the arguments)")
 
 
-def parse_arguments(cls: type[Arguments], arguments: Sequence[str], **about: Any) -> Arguments:
+def parse_arguments(argument_type: type[Arguments], arguments: Sequence[str], **about: Any) -> Arguments:
     """
     Parse the arguments of a command.
 
     Args:
-        cls (`type`):
+        argument_type (`type`):
             Dataclass of the arguments. Fields without a default are positional.
         arguments (`Sequence[str]`):
             Arguments of the command line, which override those of a `--config` file.
@@ -135,19 +135,19 @@ def parse_arguments(cls: type[Arguments], arguments: Sequence[str], **about: Any
             Arguments of `argparse.ArgumentParser`, such as `prog` and `description`.
 
     Returns:
-        An object of `cls`.
+        An object of `argument_type`.
 
     Raises:
         `ValueError`: If an argument is unknown, missing or of the wrong type.
     """
-    parser = _make_parser(cls, about)
+    parser = _make_parser(argument_type, about)
     refuse_dangling_config(arguments)
     config, _ = _config_parser().parse_known_args(arguments)
     if config.config is not None:
-        _set_defaults(parser, cls, config.config)
+        _set_defaults(parser, argument_type, config.config)
     named, unknown = parser.parse_known_args(arguments)
     refuse_unknown(unknown, parser._option_string_actions)
-    return cls(**{field.name: getattr(named, field.name) for field in fields(cls)})
+    return argument_type(**{item.name: getattr(named, item.name) for item in fields(argument_type)})
 
 
 def peek(arguments: Sequence[str], *names: str) -> list[str | None]:
@@ -181,10 +181,10 @@ def _config_parser() -> ArgumentParser:
     return parser
 
 
-def _make_parser(cls: type[DataArguments], about: dict[str, Any]) -> ArgumentParser:
+def _make_parser(argument_type: type[DataArguments], about: dict[str, Any]) -> ArgumentParser:
     parser = OneLineErrors(parents=[_config_parser()], allow_abbrev=False, formatter_class=HelpFormatter, **about)
-    hints = get_type_hints(cls)
-    for item in fields(cls):
+    hints = get_type_hints(argument_type)
+    for item in fields(argument_type):
         options: dict[str, Any] = {"help": item.metadata["help"]}
         if item.default is MISSING:
             parser.add_argument(item.name, metavar=item.name.upper(), **options)
@@ -205,11 +205,11 @@ def _to_bool(text: str) -> bool:
     return values[text.lower()]
 
 
-def _set_defaults(parser: ArgumentParser, cls: type[DataArguments], path: str) -> None:
+def _set_defaults(parser: ArgumentParser, argument_type: type[DataArguments], path: str) -> None:
     """Take defaults from a YAML file, and environment variables from its `env`."""
     config = _read_config(path)
     os.environ.update({name: str(value) for name, value in config.pop("env", {}).items()})
-    names = [item.name for item in fields(cls)]
+    names = [item.name for item in fields(argument_type)]
     refuse_unknown([f"--{name}" for name in config if name not in names], [f"--{name}" for name in names], f"{path}: ")
     # As text, values are converted and checked like those of the command line.
     parser.set_defaults(**{name: None if value is None else str(value) for name, value in config.items()})

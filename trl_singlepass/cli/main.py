@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
-from .. import __version__
 from .arguments import (
     AuditArguments,
     BenchArguments,
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if arguments[0] == "--version":
-        print(f"trl-singlepass {__version__}")
+        print(f"trl-singlepass {version('trl-singlepass')}")
         return 0
     name = ALIASES.get(arguments[0], arguments[0])
     try:
