@@ -6,9 +6,17 @@ from hypothesis import given, settings
 
 from support.dense_reference import dense_attention, dense_mask
 from support.sample_sets import reasoning_chat, sample_sets
-from support.tree_masks import assert_same, long_branches, mask_of, output_and_gradients, random_inputs, tree_of
-from trl_singlepass.attention.block_kernels import BlockMath, CpuFlash
-from trl_singlepass.attention.blocks import BlockAttention
+from support.tree_masks import (
+    assert_same,
+    long_branches,
+    mask_of,
+    on_meta,
+    output_and_gradients,
+    random_inputs,
+    tree_of,
+)
+from trl_singlepass.attention.block_kernels import BlockMath, CpuFlash, CudaFlash
+from trl_singlepass.attention.blocks import BlockAttention, block_tree_attention
 from trl_singlepass.attention.sdpa import torch_tree_attention
 
 
@@ -58,3 +66,14 @@ def test_saved_memory_is_linear_in_tokens():
         return sum(sizes)
 
     assert saved_bytes(800) == pytest.approx(2 * saved_bytes(400), rel=0.01)
+
+
+def test_heads_of_any_size_reach_cuda_kernels_as_multiples_of_8(monkeypatch):
+    """PyTorch pads them in `scaled_dot_product_attention`, above the operator that runs here."""
+    sizes, forward = set(), CudaFlash.forward
+    monkeypatch.setattr(CudaFlash, "forward", lambda self, x: sizes.add(x.query.shape[-1]) or forward(self, x))
+    tree = on_meta(tree_of([reasoning_chat()]))
+    inputs = on_meta(random_inputs(tree, head_dim=20, value_dim=12, dtype=torch.bfloat16))
+    out = block_tree_attention(inputs, mask_of(tree, "causal", 0), CudaFlash())
+    assert sizes == {24}
+    assert out.shape == (1, tree.plan.length, 4, 12)

@@ -116,6 +116,10 @@ def test_refusals(monkeypatch):
     switch(model)
     with pytest.raises(ValueError, match="computes in half precision"):
         forward(model, [reasoning_chat()])
+    monkeypatch.setattr(ReferenceKernel, "dtypes", (torch.float32,))
+    monkeypatch.setattr(ReferenceKernel, "max_head_dim", 4)
+    with pytest.raises(ValueError, match="heads of size 8, and the kernel of 'flash_attention_2' takes up to 4"):
+        forward(model, [reasoning_chat()])
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral-sliding", "gemma2"])

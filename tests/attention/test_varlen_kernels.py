@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from support import fake_flash
+from support.gpu_stand_in import T4, gpu
 from support.sample_sets import reasoning_chat
 from support.tree_masks import assert_same, mask_of, output_and_gradients, random_inputs, tree_of
 from trl_singlepass.attention import varlen_kernels
+from trl_singlepass.attention.kernel_choice import DeviceTraits
 from trl_singlepass.attention.sdpa import torch_tree_attention
 from trl_singlepass.attention.varlen import varlen_tree_attention
 
@@ -61,3 +63,28 @@ def test_a_missing_package_is_named(implementation, message):
 def test_a_log_sum_exp_of_another_shape_is_refused():
     with pytest.raises(ImportError, match="log-sum-exp of shape"):
         varlen_kernels._output_and_lse((None, torch.zeros(1, 4, 9)), torch.zeros(9, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        (T4, r"compute capability 7\.5, not 8\.0 or more"),
+        (DeviceTraits("cuda"), "has none for this device"),
+        (gpu(9, 0, has_packed_lse=False), "pads its log-sum-exps"),
+    ],
+)
+def test_torch_varlen_is_refused_where_it_would_crash(device, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(DeviceTraits, "from_device", classmethod(lambda cls, _: device))
+    with pytest.raises(ImportError, match=f"{reason}.*attn_implementation='sdpa'"):
+        varlen_kernels.flash_kernel.__wrapped__("torch_varlen")
+
+
+def test_padded_log_sum_exps_of_pytorch_are_noticed(monkeypatch):
+    def padded(q, k, v, cu_q, cu_k, max_q, *args, **kwargs):
+        return q, torch.zeros(len(cu_q) - 1, q.shape[1], max_q)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", padded)
+    mask = mask_of(tree_of([reasoning_chat()]), "causal", 0)
+    with pytest.raises(ImportError, match="log-sum-exp of shape"):
+        varlen_tree_attention(random_inputs(mask.tree), mask, varlen_kernels.TorchFlash())

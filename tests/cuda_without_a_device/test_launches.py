@@ -36,9 +36,9 @@ def inputs_of(tree, dtype=torch.bfloat16, **options):
 
 
 @pytest.mark.usefixtures("_h100")
-@pytest.mark.parametrize("turns", [2, 16, 32, 64])
+@pytest.mark.parametrize("turns", [2, 16, 64])
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize(("kind", "size"), [("causal", 0), ("window", 128), ("window", 512), ("chunk", 1024)])
+@pytest.mark.parametrize(("kind", "size"), [("causal", 0), ("window", 512), ("chunk", 1024)])
 def test_launches_of_sdpa_in_half_precision(kind, size, sinks, turns):
     mask = mask_of(row(turns), kind, size)
     further_calls = len(mask.build_once(varlen_calls)) - 1

@@ -32,7 +32,7 @@ def varlen_forward(implementation: str) -> AttentionFunction:
         assert mask.tree.kv_cache(module) is None, "waves hand keys from row to row on sdpa only"
         kernel = flash_kernel(implementation)
         dtype = get_target_dtype(inputs.query, module) or inputs.query.dtype
-        _check_kernel(implementation, kernel, dtype, inputs.softcap)
+        _check_kernel(implementation, kernel, dtype, inputs)
         deterministic = options.get("deterministic")
         if deterministic is None:
             deterministic = is_deterministic()
@@ -47,11 +47,16 @@ def is_deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled() or os.getenv("FLASH_ATTENTION_DETERMINISTIC", "0") == "1"
 
 
-def _check_kernel(implementation: str, kernel: VarlenKernel, dtype: torch.dtype, softcap: float | None) -> None:
-    if softcap is not None and not kernel.has_softcap:
+def _check_kernel(implementation: str, kernel: VarlenKernel, dtype: torch.dtype, inputs: AttentionInputs) -> None:
+    if inputs.softcap is not None and not kernel.has_softcap:
         raise ValueError(
-            f"The model caps its scores (softcap {softcap}), which the kernel of {implementation!r} cannot do. Load "
-            "it with attn_implementation='flash_attention_2' or 'flex_attention'."
+            f"The model caps its scores (softcap {inputs.softcap}), which the kernel of {implementation!r} cannot do. "
+            "Load it with attn_implementation='flash_attention_2' or 'flex_attention'."
+        )
+    if inputs.head_dim > kernel.max_head_dim:
+        raise ValueError(
+            f"The model has heads of size {inputs.head_dim}, and the kernel of {implementation!r} takes up to "
+            f"{kernel.max_head_dim}. Load the model with attn_implementation='sdpa' or 'flex_attention'."
         )
     if dtype not in kernel.dtypes:
         raise ValueError(

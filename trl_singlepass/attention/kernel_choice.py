@@ -60,6 +60,14 @@ class DeviceTraits:
         has_flash = torch.backends.cuda.is_flash_attention_available()
         return cls("cuda", torch.cuda.get_device_capability(device), has_flash, has_packed_lse(), has_triton())
 
+    def why_no_varlen(self) -> str | None:
+        """Return why PyTorch's varlen kernel cannot run here, `None` if it can."""
+        if self.type != "cuda" or not self.has_flash:
+            return "this build of PyTorch has none for this device"
+        if self.capability < (8, 0):
+            return f"this GPU has compute capability {self.capability[0]}.{self.capability[1]}, not 8.0 or more"
+        return None if self.has_packed_lse else "this build of PyTorch pads its log-sum-exps"
+
 
 @cache
 def has_packed_lse() -> bool:
@@ -105,7 +113,7 @@ def choose_torch_kernel(
         return TorchKernel.FLEX if has_flex else TorchKernel.MATH
     if not _has_cuda_flash(device, -(-head_dim // 8) * 8):
         return TorchKernel.MATH
-    if rule is not None and not has_cache and device.has_packed_lse:
+    if rule is not None and not has_cache and device.why_no_varlen() is None:
         return TorchKernel.VARLEN
     is_causal = rule is not None and rule.kind is RuleKind.CAUSAL
     return TorchKernel.CUDA_FLASH if is_causal else TorchKernel.MATH

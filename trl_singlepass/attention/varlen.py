@@ -47,6 +47,8 @@ class VarlenKernel(ABC):
 
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
     """Dtypes that the kernel takes."""
+    max_head_dim: ClassVar[int] = 256
+    """Largest size of a head."""
     has_softcap: ClassVar[bool] = True
     """Whether the kernel has a softcap."""
 

@@ -13,6 +13,7 @@ import torch
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
 from .inputs import Gradients
+from .kernel_choice import DeviceTraits
 from .varlen import VarlenInputs, VarlenKernel
 from .varlen_plan import VarlenCall
 
@@ -71,11 +72,11 @@ class TorchFlash(VarlenKernel):
 
     def forward(self, x: VarlenInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return output and log-sum-exp."""
-        out, lse, *_ = aten._flash_attention_forward(
+        result = aten._flash_attention_forward(
             x.query, x.key, x.value, *_borders(x.call), 0.0, x.call.window is None, False, scale=x.scale,
             **_window(x.call),
         )  # fmt: skip
-        return out, lse
+        return _output_and_lse(result, x.query)
 
     def backward(
         self, grad: torch.Tensor, x: VarlenInputs, out: torch.Tensor, lse: torch.Tensor, *, deterministic: bool
@@ -109,6 +110,8 @@ def flash_kernel(implementation: str) -> VarlenKernel:
     if implementation == "torch_varlen":
         if not torch.cuda.is_available():
             raise ImportError(f"'torch_varlen' is PyTorch's flash attention for CUDA, and there is none. {_INSTALL}")
+        if reason := DeviceTraits.from_device(torch.device("cuda")).why_no_varlen():
+            raise ImportError(f"'torch_varlen' is PyTorch's flash attention for CUDA, and {reason}. {_INSTALL}")
         return TorchFlash()
     try:
         (_, varlen, *_), _ = lazy_import_flash_attention(implementation)
