@@ -1,6 +1,7 @@
 """The tree of the model call in progress."""
 
 import pytest
+import torch
 
 from support.sample_sets import reasoning_chat
 from support.tree_masks import tree_of
@@ -24,3 +25,13 @@ def test_a_call_that_fails_leaves_no_tree_behind():
     with pytest.raises(ZeroDivisionError), running_on(tree_of([reasoning_chat()])):
         _ = 1 / 0
     assert current_tree() is None
+
+
+def test_a_tree_is_copied_to_another_device_once():
+    """As with `device_map="auto"`, where the tree starts on the first GPU. The meta device stands for the second."""
+    tree, device = tree_of([reasoning_chat()]), torch.device("meta")
+    copy = tree.on(device)
+    assert tree.on(torch.device("cpu")) is tree
+    assert tree.on(device) is copy
+    assert copy.subtree_end.device == copy.depth.device == device
+    assert copy.attended_by is tree.attended_by

@@ -77,7 +77,7 @@ def random_inputs(
 
 def on_meta(record):
     """Return a `Tree` or `AttentionInputs` whose tensors are on the meta device: shapes and dtypes without numbers."""
-    fields = {name: getattr(record, name) for name in record.__dataclass_fields__}
+    fields = {name: getattr(record, name) for name, field in record.__dataclass_fields__.items() if field.init}
     return type(record)(
         **{
             name: value.detach().to("meta").requires_grad_(value.requires_grad) if torch.is_tensor(value) else value

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -46,6 +46,7 @@ class Tree:
     subtree_end: torch.Tensor
     depth: torch.Tensor
     attended_by: set[torch.nn.Module] = field(default_factory=set)
+    _copies: dict[torch.device, Tree] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         expected = (1, self.plan.length)
@@ -61,6 +62,23 @@ class Tree:
     def max_depth(self) -> int:
         """Largest depth of a token."""
         return max(run.depth + run.end - run.start for run in self.plan.runs) - 1
+
+    def on(self, device: torch.device) -> Tree:
+        """
+        Return this tree on the device of a layer, copied there once per row.
+
+        Where one process spreads a model over several GPUs (`device_map="auto"`), the tree starts on the first.
+
+        Args:
+            device (`torch.device`):
+                Device of the layer's tensors.
+        """
+        if device == self.depth.device:
+            return self
+        if device not in self._copies:
+            end, depth = (x.to(device, non_blocking=True) for x in (self.subtree_end, self.depth))
+            self._copies[device] = replace(self, subtree_end=end, depth=depth)
+        return self._copies[device]
 
     def kv_cache(self, layer: torch.nn.Module, local_size: int | None = None) -> KVCacheView | None:
         """

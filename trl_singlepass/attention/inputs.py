@@ -80,7 +80,7 @@ class AttentionInputs:
         """
         dtype = torch.promote_types(self.query.dtype, torch.promote_types(self.key.dtype, self.value.dtype))
         device = self.query.device.type
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         return self.to(dtype)
 

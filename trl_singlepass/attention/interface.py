@@ -116,9 +116,9 @@ def tree_attention_or(plain: AttentionFunction, on_tree: TreeAttention) -> Atten
                 s_aux=s_aux, **kwargs,
             )  # fmt: skip
         check_layer(module, attention_mask, query, dropout, kwargs)
+        mask = attention_mask.on(query.device)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        query = scale_by_depth(module, query, attention_mask.tree)
-        inputs = AttentionInputs(query, key, value, scale, softcap, s_aux)
-        return on_tree(module, inputs, attention_mask, kwargs), None
+        query = scale_by_depth(module, query, mask.tree)
+        return on_tree(module, AttentionInputs(query, key, value, scale, softcap, s_aux), mask, kwargs), None
 
     return attention_function

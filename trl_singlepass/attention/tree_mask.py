@@ -60,6 +60,16 @@ class TreeMask:
         result: T = self._built[key]
         return result
 
+    def on(self, device: torch.device) -> TreeMask:
+        """
+        Return this mask on the device of a layer (see [`Tree.on`]).
+
+        Args:
+            device (`torch.device`):
+                Device of the layer's tensors.
+        """
+        return self if device == self.tree.depth.device else self.build_once(_copy_to, device)
+
     @cached_property
     def rule(self) -> MaskRule | None:
         """The rule on this tree, `None` where `mask_function` says more than a rule can."""
@@ -87,8 +97,14 @@ class TreeMask:
             `torch.Tensor` of shape `(num_queries, num_keys)`, `torch.bool`: `True` where the query attends.
         """
         query, key = query_depth[:, None], key_depth[None, :]
+        if self.rule is not None:  # the model's own function may hold tensors of another device
+            return (key <= query) & (key >= self.rule.first_depth(query))
         zero = torch.zeros((), dtype=torch.long, device=query_depth.device)
         return self.mask_function(zero, zero, query, key) & (key <= query)
+
+
+def _copy_to(mask: TreeMask, device: torch.device) -> TreeMask:
+    return TreeMask(mask.tree.on(device), mask.mask_function, mask.local_size)
 
 
 def tree_mask_or(plain_mask: Callable[..., Any]) -> Callable[..., Any]:

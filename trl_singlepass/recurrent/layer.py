@@ -92,7 +92,9 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     layer._ran_on_tree = True
     tree.attended_by.add(layer)
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
-    return _run(layer, dict(zip(names, args, strict=False)) | kwargs, tree)
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+    return _run(layer, arguments, tree.on(device))
 
 
 def _check_not_lost(layer: Any) -> None:
