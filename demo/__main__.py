@@ -29,24 +29,24 @@ VERIFIED_ROWS = 3
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument(
-        "--model", help="path or hub id of a causal language model (default: a small Qwen3, random weights)"
+        "--model", help="path or Hub id of a causal language model (default: a small Qwen3 with random weights)"
     )
     parser.add_argument(
-        "--data", help="JSON Lines or Parquet file, or hub id (default: the conversations shipped here)"
+        "--data", help="JSON Lines or Parquet file, or Hub id of a dataset (default: the conversations of the demo)"
     )
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 30; 4 for a model of your own)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 30, or 4 with --model)")
     parser.add_argument("--conversations-per-step", type=int, default=3)
-    parser.add_argument("--learning-rate", type=float, help="default: 2e-3; 1e-5 for a model of your own")
+    parser.add_argument("--learning-rate", type=float, help="default: 2e-3, or 1e-5 with --model")
     parser.add_argument("--output", type=Path, default=Path("out/demo"))
     return parser.parse_args()
 
 
-def task_of(args: argparse.Namespace, num_rows: int) -> Task:
+def make_task(args: argparse.Namespace, num_rows: int) -> Task:
     steps = args.steps or (DEFAULT_STEPS_OF_A_GIVEN_MODEL if args.model else DEFAULT_STEPS)
     fitting = num_rows // args.conversations_per_step
     if fitting == 0:
         raise SystemExit(
-            f"One step takes {args.conversations_per_step} conversations, but the data holds {num_rows}. "
+            f"Expected at least {args.conversations_per_step} conversations, as one step takes, got {num_rows}. "
             "Pass a smaller --conversations-per-step."
         )
     rate = args.learning_rate or (1e-5 if args.model else 2e-3)
@@ -54,7 +54,7 @@ def task_of(args: argparse.Namespace, num_rows: int) -> Task:
 
 
 class Run:
-    """A training run in a process of its own; its messages go to a log file beside its result."""
+    """A training run in its own process, with a log file next to its result."""
 
     def __init__(self, mode: str, task: Task, folder: Path) -> None:
         self.mode, self.result, self.log = mode, folder / f"{mode}.json", folder / f"{mode}.log"
@@ -70,12 +70,12 @@ class Run:
 
 
 def environment() -> dict[str, str]:
-    # With one thread, processor time is work and not waiting, however busy the machine is.
+    # With one thread, CPU time measures work rather than waiting, however busy the machine is.
     return dict(os.environ) if torch.cuda.is_available() else {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def train_both(task: Task, folder: Path) -> list[dict[str, Any]]:
-    """Both trainers: at the same time on the cores of a CPU, one after the other on a GPU."""
+    """Run both trainers: at the same time on a CPU, one after the other on a GPU."""
     if torch.cuda.is_available():
         return [Run(mode, task, folder).wait() for mode in MODES]
     return [run.wait() for run in [Run(mode, task, folder) for mode in MODES]]
@@ -87,15 +87,15 @@ def main() -> None:
     logging.set_verbosity_error()
     tokenizer = load_tokenizer(args.model)
     data = load_rows(args.data, (args.steps or DEFAULT_STEPS) * args.conversations_per_step)
-    task = task_of(args, len(data))
+    task = make_task(args, len(data))
     data = data[: task.steps * task.conversations_per_step]
     rows = [render_example(row, tokenizer, example_index=index) for index, row in enumerate(data)]
     with console.status(f"Training {task.steps} steps with SFTTrainer (N-pass) and with SinglePassSFTTrainer …"):
         npass, single_pass = train_both(task, args.output)
     with console.status(f"verify: losses and gradients of {VERIFIED_ROWS} conversations …"):
-        torch.set_num_threads(1)  # threads that wait for each other on a busy machine are slower than one
+        torch.set_num_threads(1)  # on a busy machine, several threads that wait for each other are slower than one
         model = load_model(args.model, tokenizer)
-        # The small model affords float64, where rounding cannot hide a mistake.
+        # The small model is fast enough for float64, where rounding cannot hide a mistake.
         report = verify(model if args.model else model.double(), tokenizer, data, max_rows=VERIFIED_ROWS)
     comparison = Comparison(npass, single_pass, rows, ModelShape.from_config(model.config), report)
     console.print(comparison.table())

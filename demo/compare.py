@@ -1,4 +1,4 @@
-"""What both runs did, counted and measured: the demo's table and pictures."""
+"""Compare both runs, by counting and by measurement: the demo's table and pictures."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
+from trl_singlepass.reference.report import VerifyReport
 from trl_singlepass.reports.tree_plots import plot_mask, plot_tree
 
 
@@ -25,15 +26,15 @@ class Comparison:
     """
     Both runs side by side.
 
-    `npass` and `single_pass` are what `demo.train` wrote, `rows` the samples of every conversation that they trained,
-    `report` what `verify` found on the first of them.
+    `npass` and `single_pass` are the results of `demo.train`, `rows` the samples of every trained conversation, and
+    `report` is the result of `verify` on the first of them.
     """
 
     npass: dict[str, Any]
     single_pass: dict[str, Any]
     rows: list[list[Sample]]
     shape: ModelShape
-    report: Any
+    report: VerifyReport
 
     @property
     def runs(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -41,7 +42,7 @@ class Comparison:
 
     @property
     def seconds(self) -> list[float]:
-        """Of all steps but the first, in which memory is still being allocated."""
+        """Total time of each run, without the first step, in which memory is still being allocated."""
         return [sum(run["seconds"][1:]) for run in self.runs]
 
     @property
@@ -108,13 +109,13 @@ class Comparison:
         ]
 
     def draw_losses(self, path: Path) -> None:
-        """Loss of both trainers by step, where the curves must lie on each other, and by time, where they must not."""
+        """Plot the loss of both trainers by step, where the curves must coincide, and by time, where they must not."""
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         by_step, by_time = figure.subplots(1, 2, sharey=True)
         for run, style in zip(self.runs, (NPASS_STYLE, SINGLE_PASS_STYLE), strict=True):
             by_step.plot(range(1, len(run["losses"]) + 1), run["losses"], **style)
             by_time.plot(list(accumulate(run["seconds"])), run["losses"], **style)
-        _finish(by_step, "step", f"same losses: differ by {self.largest_loss_difference:.0e} at most")
+        _finish(by_step, "step", f"same losses: largest difference {self.largest_loss_difference:.0e}")
         _finish(by_time, "seconds of training", "less time")
         by_step.set_ylabel("training loss")
         figure.savefig(path, dpi=150)
@@ -129,7 +130,7 @@ def _finish(axes: Axes, x: str, title: str) -> None:
 
 
 def draw_conversation(rows: list[list[Sample]], tokenizer: Any, folder: Path) -> list[Path]:
-    """Tree and mask of the conversation whose turns fit best in a picture."""
+    """Draw tree and mask of the conversation whose number of turns suits a picture best."""
     turns = min(rows, key=lambda turns: (abs(len(turns) - 7), sum(map(len, turns))))
     tree, paths = PrefixTree.from_samples(turns), [folder / "tree.png", folder / "mask.png"]
     for path, plot in zip(paths, (plot_tree, plot_mask), strict=True):

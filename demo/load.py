@@ -1,4 +1,4 @@
-"""The demo's model, tokenizer and conversations: the shipped ones, or those of the user."""
+"""Load model, tokenizer and conversations: those of the demo, or the user's own."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def load_tokenizer(model: str | None) -> PreTrainedTokenizerBase:
 
 
 def load_model(model: str | None, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
-    """A small Qwen3 with random weights, or the model of a path or hub id; float32, the precision of comparisons."""
+    """Return a small Qwen3 with random weights, or the model of a path or Hub id, in float32 for exact comparison."""
     set_seed(SEED)
     if model is not None:
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -37,7 +37,7 @@ def load_model(model: str | None, tokenizer: PreTrainedTokenizerBase) -> torch.n
 
 
 def load_rows(data: str | None, count: int) -> list[dict[str, Any]]:
-    """The first conversations of the shipped file, of a JSON Lines or Parquet file, or of a dataset on the hub."""
+    """Return the first conversations of the demo, of a JSON Lines or Parquet file, or of a dataset on the Hub."""
     if data is None:
         lines = (HERE / "data" / "conversations.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines[:count]]

@@ -21,7 +21,7 @@ MIN_TURNS, MAX_TURNS = 3, 12
 DATA = Path(__file__).parent / "data" / "conversations.jsonl"
 
 Message = dict[str, Any]
-# One exchange: the user's message and everything the assistant and its tools add until the next one.
+# One exchange: the user's message, and everything that the assistant and its tools add before the next one.
 Exchange = list[Message]
 
 PRICES = {"notebook": "3.50", "pen": "1.20", "folder": "2.75", "ruler": "0.90", "stapler": "8.40", "lamp": "24.00"}
@@ -66,7 +66,7 @@ TOOLS = [
 
 
 def number(value: Fraction) -> str:
-    """A number with at most three decimals, as the assistant writes it."""
+    """Format a number with at most three decimals, as the assistant writes it."""
     return f"{float(value):.3f}".rstrip("0").rstrip(".")
 
 
@@ -93,7 +93,7 @@ def calculate(reasoning: str, left: Fraction, sign: str, right: Fraction) -> lis
 
 
 def shopping(random: Random) -> Iterator[Exchange]:
-    """A shopping list that grows: price from the table, product from the calculator, sum in the head."""
+    """A growing shopping list: the price from the table, the product from the calculator, the sum in the reasoning."""
     total = Fraction(0)
     for item in random.sample(sorted(PRICES), len(PRICES)):
         count, price = random.randint(2, 12), Fraction(PRICES[item])
@@ -132,7 +132,7 @@ def _compare(total: Fraction, budget: Fraction) -> Message:
 
 
 def conversion(random: Random) -> Iterator[Exchange]:
-    """Unit conversions: the factor from the table once per unit, afterwards from the conversation."""
+    """Unit conversions: the factor comes from the table once per unit, and from the conversation after that."""
     known: set[str] = set()
     while True:
         (unit, units), amount = random.choice(sorted(UNITS)), Fraction(random.randint(2, 60))
@@ -188,7 +188,7 @@ def _operation(operation: str, value: int, operand: int) -> tuple[str, str, int]
 
 
 def table(random: Random) -> Iterator[Exchange]:
-    """Questions about a small table that the first message holds."""
+    """Questions about a small table in the first message."""
     towns = random.sample(TOWNS, 5)
     people = {town: random.randint(10, 99) * 100 for town in towns}
     lines = "\n".join(f"| {town} | {count} |" for town, count in people.items())
@@ -232,7 +232,7 @@ SCENES: list[tuple[str, Callable[[Random], Iterator[Exchange]], bool]] = [
 
 
 def conversation(random: Random, scene: int) -> dict[str, Any]:
-    """One dataset row with between `MIN_TURNS` and `MAX_TURNS` assistant messages."""
+    """Return one example with between `MIN_TURNS` and `MAX_TURNS` assistant messages."""
     system, exchanges, uses_tools = SCENES[scene]
     messages: list[Message] = [{"role": "system", "content": system}]
     wanted, turns = random.randint(MIN_TURNS, MAX_TURNS), 0

@@ -16,7 +16,7 @@ from demo.make_data import DATA
 VOCABULARY = 2048
 FOLDER = Path(__file__).parent / "tokenizer"
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Tokens of the text itself: decoding keeps them, as with Qwen3.
+# Not special, so that decoding keeps them, as with Qwen3.
 MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 # Words with their leading space, single digits, runs of punctuation, line breaks, other white space.
 WORDS = r"""'(?:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def texts() -> list[str]:
-    """Everything that the conversations say, tool schemas and arguments as JSON included."""
+    """Return all texts in the conversations, including tool schemas and arguments as JSON."""
     rows = [json.loads(line) for line in DATA.read_text().splitlines()]
     found = [json.dumps(tool) for row in rows for tool in row.get("tools", [])]
     for message in (message for row in rows for message in row["messages"]):

@@ -1,4 +1,4 @@
-"""N-pass as a baseline: TRL's own trainer on one sample per turn, stepping over the same conversations."""
+"""N-pass as a baseline: TRL's trainer on one sample per turn, with the same conversations per step."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,13 +11,13 @@ from trl import SFTTrainer
 from trl_singlepass import Sample
 
 
-# Samples of similar length share a forward up to this many tokens. On a CPU nothing is faster than one sample at a
-# time without any padding; a GPU wants more work at once.
+# Samples of similar length share a forward pass of up to this many tokens. On a CPU, one sample at a time without
+# padding is fastest; a GPU needs more work at once.
 MAX_TOKENS_PER_FORWARD = 8192 if torch.cuda.is_available() else 1
 
 
 def as_stock_dataset(samples: list[Sample]) -> Dataset:
-    """Samples as TRL takes them: token ids and where the completion lies."""
+    """Return samples in TRL's format: token ids and a mask for the completion."""
     return Dataset.from_list(
         [
             {"input_ids": sample.token_ids.tolist(), "completion_mask": (sample.loss_weights > 0).astype(int).tolist()}
@@ -28,10 +28,10 @@ def as_stock_dataset(samples: list[Sample]) -> Dataset:
 
 class NPassTrainer(SFTTrainer):
     """
-    TRL's trainer with the batches of single pass: one step takes all samples of the step's conversations.
+    TRL's trainer with the batches of the single pass: a step takes all samples of its conversations.
 
-    Model, loss, optimizer and schedule are TRL's. Only what a step consists of differs from stock, because stock
-    counts a batch in samples, and conversations differ in how many they have.
+    Model, loss, optimizer and schedule are TRL's. Only the contents of a step differ: stock counts a batch in samples,
+    and conversations have different numbers of samples.
     """
 
     def __init__(self, *args: Any, samples_per_step: list[int], **kwargs: Any) -> None:
@@ -44,7 +44,7 @@ class NPassTrainer(SFTTrainer):
         return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        # Every part's loss is its sum over `num_items_in_batch`, the targets of the whole step.
+        # The loss of each part is its sum divided by `num_items_in_batch`, the number of targets in the whole step.
         parts = _parts_of_similar_length(inputs)
         losses = [super(NPassTrainer, self).training_step(model, part, num_items_in_batch) for part in parts]
         return torch.stack(losses).sum()

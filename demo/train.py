@@ -1,4 +1,4 @@
-"""One training run, in a process of its own so that its peak memory is its own."""
+"""One training run, in its own process so that peak memory is that of this run alone."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ from trl_singlepass.rendering.samples import render_example
 
 @dataclass(frozen=True)
 class Task:
-    """What to train and how: the same for both trainers."""
+    """Model, data and settings, the same for both trainers."""
 
     model: str | None
     data: str | None
@@ -31,12 +31,12 @@ class Task:
     learning_rate: float
 
     def first_conversations(self) -> range:
-        """Index of the first conversation of every step."""
+        """Return the index of the first conversation of every step."""
         return range(0, self.steps * self.conversations_per_step, self.conversations_per_step)
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of every step, data loading included."""
+    """Records the seconds of every step, including data loading."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -53,7 +53,7 @@ class Stopwatch(TrainerCallback):
 
 
 def time_now() -> float:
-    """Wall time on a GPU; on a CPU processor time, which other programs do not disturb."""
+    """Return wall time on a GPU; on a CPU, CPU time, which other programs do not disturb."""
     if not torch.cuda.is_available():
         return time.process_time()
     torch.cuda.synchronize()
@@ -61,7 +61,7 @@ def time_now() -> float:
 
 
 def arguments(task: Task, output: Path) -> dict[str, Any]:
-    """Arguments that both trainers get."""
+    """Return the arguments that both trainers share."""
     return {
         "output_dir": str(output),
         "max_steps": task.steps,
@@ -114,7 +114,7 @@ TRAINERS = {"single_pass": single_pass_trainer, "npass": npass_trainer}
 
 
 def main(mode: str, task: Task, result: Path) -> None:
-    """Train and write what was measured to a JSON file."""
+    """Train and write the measurements to a JSON file."""
     trainer, stopwatch = TRAINERS[mode](task, result.with_suffix("")), Stopwatch()
     trainer.add_callback(stopwatch)
     before = reset_peak()
@@ -127,8 +127,10 @@ def main(mode: str, task: Task, result: Path) -> None:
         "losses": losses,
         "seconds": stopwatch.seconds,
         "memory": peak() - before,
-        "clock": "wall time" if on_gpu else "processor time of one thread",
-        "batching": "samples of similar length in one forward" if on_gpu else "one sample per forward, no padding",
+        "clock": "wall time" if on_gpu else "CPU time of one thread",
+        "batching": "samples of similar length in one forward pass"
+        if on_gpu
+        else "one sample per forward pass, without padding",
     }
     result.write_text(json.dumps(measured))
 

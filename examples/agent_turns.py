@@ -1,11 +1,11 @@
 """
-Train on an agent's log: for every call, the tokens that the inference server was given and those that it generated.
+Train on the log of an agent: the tokens that an inference server received in every call, and those it generated.
 
     python examples/agent_turns.py
 
-No chat template takes part in training, so nothing can be rendered other than it was served: rewritten histories,
-cleared tool results and templates that nobody has any more are all in the log. Calls of one episode share what they
-have in common. The command trains the same log: `trl-singlepass train --config recipes/tokenized-turns.yaml`.
+Training uses no chat template, so nothing can be rendered differently from how it was served: rewritten histories,
+cleared tool results and templates that no longer exist are all in the log. Calls of one episode share their common
+prefixes. To train the same log from the command line: `trl-singlepass train --config recipes/tokenized-turns.yaml`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CONVERSATIONS = "demo/data/conversations.jsonl"
 
 
 def served_calls(path: str, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """One line per call, as a server would log it. Recorded conversations play the agent here."""
+    """Yield one line per call, as a server would log it. Here, recorded conversations take the part of the agent."""
     for episode, row in enumerate(map(json.loads, Path(path).read_text().splitlines())):
         for call in render_samples(row["messages"], tokenizer, tools=row.get("tools")):
             yield {

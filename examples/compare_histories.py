@@ -1,11 +1,11 @@
 """
-Does it matter what a turn sees of earlier reasoning? Train with each history policy, test on the contexts as served.
+Does it matter how much earlier reasoning a turn sees? Train with each policy, and test on the contexts as served.
 
     python examples/compare_histories.py --learning_rate 1e-3 # for a model with random weights
 
 `template` trains every turn in the context that the chat template renders at inference, `keep` with the reasoning of
-all earlier turns (what most tools do), `strip` without any. All are tested on held-out conversations as the template
-serves them, so the last column says what a policy costs when the model is used.
+all earlier turns (as most tools do), and `strip` without any. All three are tested on held-out conversations as the
+template serves them, so the last column shows what a policy costs when the model is used.
 """
 
 import argparse
@@ -24,7 +24,7 @@ POLICIES = ("template", "keep", "strip")
 
 
 def train(policy: str, options: argparse.Namespace, train_set: Dataset, test_set: Dataset) -> tuple[int, float, float]:
-    """Return the tokens trained, the last loss in training, and the loss on test conversations as they are served."""
+    """Return the number of tokens, the last training loss, and the loss on test conversations as they are served."""
     trainer = SinglePassSFTTrainer(
         model=options.model,
         args=SinglePassSFTConfig(
@@ -38,7 +38,7 @@ def train(policy: str, options: argparse.Namespace, train_set: Dataset, test_set
             bf16=torch.cuda.is_available(),
         ),
         train_dataset=train_set,
-        eval_dataset=test_set.add_column("history", ["template"] * len(test_set)),  # a row's own policy wins
+        eval_dataset=test_set.add_column("history", ["template"] * len(test_set)),  # this column overrides `history`
     )
     trainer.train()
     logged: dict[str, Any] = next(entry for entry in trainer.state.log_history if "loss" in entry)

@@ -1,10 +1,10 @@
 #!/bin/bash
-# Train on SLURM, through time limits and preemption: a told-to-stop run saves, leaves, and is queued again.
+# Train on SLURM, through time limits and preemption: on a signal, the run saves, exits, and is requeued.
 #
 #   sbatch recipes/slurm/train.sh train.py --deepspeed recipes/deepspeed/zero3.json
 #
 # train.py resumes from `last_good_checkpoint(output_dir)` and has a `PreemptionCallback` (docs/distributed.md).
-# One task per GPU and no launcher in between, so that signals reach the processes that train.
+# One task per GPU without a launcher in between, so that signals reach the training processes.
 #SBATCH --job-name=singlepass
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -14,13 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.utils import logging
 
 from studies.exactness.arms import ARMS
-from studies.exactness.models import SUBJECTS
-from studies.exactness.runs import RESULTS, SEEDS, SETTINGS, Run, Workplace, cells, execute, finished, save
+from studies.exactness.models import STUDY_MODELS
+from studies.exactness.runs import RESULTS, SEEDS, SETTINGS, Experiment, Run, execute, is_finished, list_runs, save
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m studies.exactness", description=__doc__.splitlines()[1])
-    parser.add_argument("--model", choices=SUBJECTS, default="qwen3", help="default: %(default)s, from random weights")
+    parser.add_argument(
+        "--model", choices=STUDY_MODELS, default="qwen3", help="default: %(default)s, from random weights"
+    )
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="SEED")
     parser.add_argument(
@@ -33,15 +35,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def work_through(runs: Sequence[Run], folder: Path) -> None:
     """Execute runs one after another, with one bar for all of them and one for the current one's steps."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    workplace = None
+    experiment = None
     with Progress(*columns, TimeRemainingColumn()) as progress:
         overall = progress.add_task("runs", total=len(runs))
         for run in runs:
-            if workplace is None or workplace.seed != run.seed:
-                workplace = Workplace(run.subject, run.seed)
+            if experiment is None or experiment.seed != run.seed:
+                experiment = Experiment(run.study_model, run.seed)
             name = f"{run.setting} {run.arm} seed {run.seed}, steps"
             current = progress.add_task(name, total=None)
-            save(execute(run, workplace, lambda task=current: progress.advance(task)), run.path(folder))
+            save(execute(run, experiment, lambda task=current: progress.advance(task)), run.path(folder))
             progress.remove_task(current)
             progress.advance(overall)
 
@@ -51,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     torch.set_num_threads(1)  # threads that wait for each other on a busy machine are slower than one
-    runs = [run for run in cells(args.model, args.setting, args.arms, args.seeds) if not finished(run, args.output)]
+    runs = [
+        run for run in list_runs(args.model, args.setting, args.arms, args.seeds) if not is_finished(run, args.output)
+    ]
     work_through(runs, args.output)
 
 

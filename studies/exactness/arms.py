@@ -1,4 +1,4 @@
-"""The ways of training a conversation that the study compares: one prepared dataset and one trainer each."""
+"""The arms of the study: ways of training a conversation, each with its prepared dataset and its trainer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ from trl_singlepass.cost import ModelShape, single_pass_cost
 from trl_singlepass.trees.rows import Row, TreePlan
 
 
-class GivenSteps:
-    """A trainer whose steps train the rows that it is told: the same conversations in the same order in every arm."""
+class PlannedSteps:
+    """A trainer with a given plan of steps, so that all arms train the same conversations in the same order."""
 
     steps: Sequence[Sequence[int]]
     losses: list[float]
@@ -30,21 +30,21 @@ class GivenSteps:
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        self.losses.append(float(loss))  # what the Trainer logs went through float32
+        self.losses.append(float(loss))  # the losses that the Trainer logs are rounded to float32
         return loss
 
 
-class SinglePassInSteps(GivenSteps, SinglePassSFTTrainer):
-    """Our trainer, whole conversations at once."""
+class SinglePassInSteps(PlannedSteps, SinglePassSFTTrainer):
+    """The single-pass trainer, on whole conversations."""
 
 
-class StockInSteps(GivenSteps, SFTTrainer):
-    """TRL's trainer; model, loss and optimizer are its own."""
+class StockInSteps(PlannedSteps, SFTTrainer):
+    """TRL's trainer, with its own model, loss and optimizer."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """How conversations are trained."""
+    """One way of training conversations."""
 
     title: str
     trainer: type
@@ -53,7 +53,7 @@ class Arm:
     expand: Callable[..., Dataset] | None = None
 
     def build(self, model: Any, tokenizer: Any, rows: list[dict[str, Any]], arguments: dict[str, Any]) -> Any:
-        """A trainer whose dataset is prepared and whose steps are still to be given."""
+        """Return a trainer with a prepared dataset; its steps are set later."""
         dataset = Dataset.from_list(rows)
         trainer = self.trainer(
             model=model,
@@ -75,7 +75,7 @@ ARMS = {
 
 
 class Prepared:
-    """What an arm trains of each conversation: its rows, trained tokens and counted operations."""
+    """The rows, trained tokens and counted operations of each conversation in an arm."""
 
     def __init__(self, trainer: Any, rows_per_conversation: Sequence[int]) -> None:
         shape = ModelShape.from_config(trainer.model.config)
@@ -86,19 +86,19 @@ class Prepared:
         self.flops = [sum(flops[rows.start : rows.stop]) for rows in self.rows]
 
     def rows_of(self, steps: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Rows of the dataset for each step of conversations."""
+        """Return the rows of the dataset for each step of conversations."""
         return [[row for conversation in step for row in self.rows[conversation]] for step in steps]
 
 
 def _counted(row: dict[str, Any], shape: ModelShape) -> tuple[int, int]:
-    """Trained tokens and operations, padding not counted, of a tree or of a plain sequence."""
+    """Return trained tokens and operations, without padding, of a tree or a plain sequence."""
     is_tree = "subtree_end" in row
     depths = TreePlan.from_rows([Row.from_columns(row)]).depths() if is_tree else np.arange(len(row["input_ids"]))
     cost = single_pass_cost([SimpleNamespace(position_ids=depths, labels=np.asarray(row["labels"]))], shape)
     return cost.targets, cost.flops
 
 
-def steps_in_order(seed: int, prepared: Prepared, trained_tokens_per_step: int) -> Iterator[list[int]]:
+def ordered_steps(seed: int, prepared: Prepared, trained_tokens_per_step: int) -> Iterator[list[int]]:
     """
     Steps of conversations without end, every epoch in another order.
 

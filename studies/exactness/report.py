@@ -1,5 +1,5 @@
 """
-Write tables and pictures into docs/study.md, from the files under results/ and nothing else.
+Write tables and pictures into docs/study.md, from the files under results/ alone.
 
     python -m studies.exactness.report
 """
@@ -10,8 +10,8 @@ from statistics import mean
 
 from studies.exactness.arms import ARMS
 from studies.exactness.pictures import compared, draw
-from studies.exactness.runs import RESULTS, SEEDS, SETTINGS, cells
-from studies.exactness.summary import Interval, Record, differences, later_turns, load, loss_differences, of
+from studies.exactness.runs import RESULTS, SEEDS, SETTINGS, list_runs
+from studies.exactness.summary import Interval, Record, differences, later_turns, load, loss_differences, runs_by_seed
 
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -21,10 +21,10 @@ HEADER = ["arm", "seeds", "steps", "conversations", "trained tokens", "GFLOP", "
 
 
 def setting_table(records: Sequence[Record], setting: str) -> list[list[str]]:
-    """One row per arm: what it was trained on, and how well it answers."""
-    exact, rows = of(records, setting, "single_pass"), []
+    """Return one row per arm: what it was trained on, and how well it answers."""
+    exact, rows = runs_by_seed(records, setting, "single_pass"), []
     for name, arm in ARMS.items():
-        runs = of(records, setting, name)
+        runs = runs_by_seed(records, setting, name)
         if not runs:
             continue
         sizes = [mean(run[key] for run in runs.values()) for key in ("steps", "conversations", "trained_tokens")]
@@ -44,18 +44,18 @@ def setting_table(records: Sequence[Record], setting: str) -> list[list[str]]:
 
 
 def history_table(records: Sequence[Record], setting: str) -> list[list[str]]:
-    """One row per arm: accuracy over later turns under each kind of history."""
+    """Return one row per arm: accuracy over later turns for each kind of history."""
     rows = []
     for name, arm in ARMS.items():
-        runs = of(records, setting, name).values()
+        runs = runs_by_seed(records, setting, name).values()
         if runs:
-            cells = [Interval([later_turns(run, history) for run in runs]).text() for history in HISTORIES]
-            rows.append([arm.title, *cells])
+            accuracies = [Interval([later_turns(run, history) for run in runs]).text() for history in HISTORIES]
+            rows.append([arm.title, *accuracies])
     return rows
 
 
 def agreement(records: Sequence[Record], setting: str, arms: tuple[str, str]) -> str:
-    """One sentence on how far two arms agree."""
+    """Return a sentence on how closely two arms agree."""
     by_seed = loss_differences(records, setting, arms)
     if not by_seed:
         return ""
@@ -75,7 +75,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine_line(records: Sequence[Record]) -> str:
-    """What the results were made on; all of it where they differ."""
+    """Return the machines, versions and commits of the results."""
     machines = sorted({f"{record['machine']['processor']}, {record['machine']['device']}" for record in records})
     versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in records})
     commits = sorted({record["commit"][:7] for record in records})
@@ -83,13 +83,13 @@ def machine_line(records: Sequence[Record]) -> str:
     minutes = sum(record["cpu_seconds"] for record in records) / 60
     return (
         f"<sub>`studies/exactness/results/`, {len(records)} runs, {', '.join(dates)}, commit {', '.join(commits)}: "
-        f"{'; '.join(machines)}; {'; '.join(versions)}; {minutes:.0f} minutes of processor time for training.</sub>"
+        f"{'; '.join(machines)}; {'; '.join(versions)}; {minutes:.0f} minutes of CPU time for training.</sub>"
     )
 
 
 def missing_line(folder: Path) -> str:
-    """What one command would still run."""
-    runs = list(cells("qwen3", SETTINGS, ARMS, SEEDS))
+    """Return a line that names the runs that are missing."""
+    runs = list(list_runs("qwen3", SETTINGS, ARMS, SEEDS))
     missing = [run for run in runs if not run.path(folder).exists()]
     if not missing:
         return ""
@@ -98,7 +98,7 @@ def missing_line(folder: Path) -> str:
 
 
 def section(records: Sequence[Record], folder: Path) -> str:
-    """The generated part of the page; `folder` holds the results."""
+    """Return the generated part of the page; `folder` holds the results."""
     parts = []
     for setting, title in compared(records).items():
         parts += [f"### {title.capitalize()}", table(HEADER, setting_table(records, setting))]
@@ -115,7 +115,7 @@ def section(records: Sequence[Record], folder: Path) -> str:
 
 
 def write(results: Path = RESULTS, docs: Path = DOCS) -> None:
-    """Rewrite the page's generated part, and the pictures."""
+    """Rewrite the generated part of the page and the pictures."""
     records, page = load(results / "qwen3"), docs / "study.md"
     before, rest = page.read_text().split(BEGIN)
     page.write_text(f"{before}{BEGIN}\n\n{section(records, results)}\n\n{END}{rest.split(END)[1]}")

@@ -1,4 +1,4 @@
-"""Results by setting, arm and seed, and means over seeds with their intervals."""
+"""Results by setting, arm and seed, and means over seeds with intervals."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,13 +7,13 @@ from statistics import mean, stdev
 from typing import Any
 
 
-# Quantiles of Student's t for two-sided intervals of 95 %, by degrees of freedom.
+# Quantiles of Student's t for two-sided 95 % intervals, by degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 Record = dict[str, Any]
 
 
 class Interval:
-    """Mean over seeds with its 95 % interval; no interval from a single seed."""
+    """Mean over seeds with its 95 % interval; a single seed has no interval."""
 
     def __init__(self, values: Sequence[float]) -> None:
         self.mean, count = mean(values), len(values)
@@ -25,30 +25,30 @@ class Interval:
 
 
 def load(folder: Path) -> list[Record]:
-    """All results of a model."""
+    """Read all results of a model."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def of(records: Sequence[Record], setting: str, arm: str) -> dict[int, Record]:
-    """Results of one arm in one setting, by seed; single pass sets what equal work is, so its runs serve twice."""
+def runs_by_seed(records: Sequence[Record], setting: str, arm: str) -> dict[int, Record]:
+    """Return the results of one arm in one setting, by seed; the runs of the single pass count in both settings."""
     setting = "tokens" if (setting, arm) == ("flops", "single_pass") else setting
     chosen = [record for record in records if (record["plan"]["setting"], record["plan"]["arm"]) == (setting, arm)]
     return {record["plan"]["seed"]: record for record in chosen}
 
 
 def later_turns(record: Record, history: str = "given") -> float:
-    """Accuracy over the turns that have a history."""
+    """Return the mean accuracy over the turns with a history."""
     return mean(record["accuracy"][history][1:])
 
 
 def differences(arm: dict[int, Record], exact: dict[int, Record], value: Callable[[Record], float]) -> list[float]:
-    """What an arm has more than exact training, seed by seed: data and first weights are the same within a seed."""
+    """Return how much an arm exceeds exact training, by seed: data and initial weights are equal within a seed."""
     return [value(arm[seed]) - value(exact[seed]) for seed in arm if seed in exact]
 
 
 def loss_differences(records: Sequence[Record], setting: str, arms: tuple[str, str]) -> dict[int, list[float]]:
-    """Relative difference of two arms' losses by step, for every seed that has both."""
-    first, second = (of(records, setting, arm) for arm in arms)
+    """Return the relative differences between the losses of two arms by step, for every seed with both."""
+    first, second = (runs_by_seed(records, setting, arm) for arm in arms)
     return {
         seed: [abs(a - b) / abs(b) for a, b in zip(first[seed]["losses"], second[seed]["losses"], strict=True)]
         for seed in first

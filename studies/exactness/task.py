@@ -1,8 +1,8 @@
 """
-Conversations with one right answer per turn, most of which need the answer before.
+Conversations with one correct answer per turn, which mostly depends on the previous answer.
 
-The first message holds a table of values. Every question adds a digit to an item of the table or to the last answer
-and asks for the last digit of the sum. The reasoning recalls the value and adds:
+The first message contains a table of values. Every question adds a digit to an item of the table or to the last
+answer, and asks for the last digit of the sum. The reasoning recalls the value and adds:
 
     user       cup=3,pen=8,hat=1       last+4
                pen+4
@@ -17,7 +17,7 @@ from typing import Any
 
 ITEMS = ("cup", "pen", "hat")
 LAST = "last"
-# The share of questions, from the second on, that ask about the last answer and not about the table.
+# Share of questions, from the second on, about the last answer rather than the table.
 HISTORY_SHARE = 0.6
 ADDENDS = range(5)
 TURNS = range(3, 9)
@@ -26,7 +26,7 @@ Conversation = dict[str, list[dict[str, str]]]
 
 
 def conversation(random: Random, turns: int) -> Conversation:
-    """One dataset row with so many questions, reasonings and answers."""
+    """Return one example with this many questions, reasonings and answers."""
     values = {item: random.randrange(10) for item in ITEMS}
     text, messages = ",".join(f"{item}={value}" for item, value in values.items()) + "\n", []
     for _ in range(turns):
@@ -46,16 +46,16 @@ def conversation(random: Random, turns: int) -> Conversation:
 
 
 def conversations(seed: int, count: int, turns: range = TURNS) -> list[Conversation]:
-    """Dataset rows that depend on nothing but the arguments."""
+    """Return examples that depend only on the arguments."""
     random = Random(seed)
     return [conversation(random, random.choice(turns)) for _ in range(count)]
 
 
 def answers(row: Conversation) -> list[str]:
-    """The right answers of a conversation, by turn."""
+    """Return the correct answers of a conversation, by turn."""
     return [message["content"] for message in row["messages"] if message["role"] == "assistant"]
 
 
 def texts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Everything that conversations say."""
+    """Return all texts in the conversations."""
     return [message[part] for row in rows for message in row["messages"] for part in message if part != "role"]

