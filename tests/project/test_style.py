@@ -52,7 +52,7 @@ def arguments(node):
     spec = node.args
     names = [argument.arg for argument in [*spec.posonlyargs, *spec.args, *spec.kwonlyargs]]
     names += [argument.arg for argument in (spec.vararg, spec.kwarg) if argument]
-    return [name for name in names if name not in ("self", "cls")]
+    return [name for name in names if name != "self"]
 
 
 def state(node):
