@@ -27,6 +27,7 @@ RANKS = {
     "cli": 7,
 }
 MOST_ENTRIES = 13
+VERSION = "trl_singlepass.__version__"  # the only name that folders may import from the package itself
 
 
 def name_of(path):
@@ -49,7 +50,7 @@ def imports_of(path):
             module = ".".join([*base, *([node.module] if node.module else [])])
             if module not in MODULES:
                 continue
-            names = {f"{module}.{alias.name}" for alias in node.names}
+            names = {f"{module}.{alias.name}" for alias in node.names} - {VERSION}
             yield from names & MODULES.keys()
             if names - MODULES.keys():
                 yield module
