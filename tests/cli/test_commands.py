@@ -1,10 +1,14 @@
 """Each command on a tiny model and a small file."""
 
 import json
+import time
 
 import pytest
 
+from demo.load import load_model as load_demo_model
+from demo.load import load_tokenizer as load_demo_tokenizer
 from support.conversations import chat
+from trl_singlepass.reference.doctor import examination
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -65,6 +69,38 @@ def test_bench_times_both_with_the_forecast_beside(run, model, data):
     assert "seconds, measured" in out
     assert "TFLOP, counted" in out
     assert "2 conversations, 5 turns" in out
+
+
+def test_doctor_checks_and_measures_a_model(run, tmp_path):
+    """On the demo's model, in under a minute of processor time."""
+    model, file = tmp_path / "model", tmp_path / "out" / "doctor.json"
+    tokenizer = load_demo_tokenizer(None)
+    load_demo_model(None, tokenizer).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    start = time.process_time()
+    code, out, err = run("doctor", model, "--json", file)
+    assert time.process_time() - start < 60
+    found = json.loads(file.read_text())
+    assert code == 0, (found["complaints"], err)
+    assert "single pass in waves" in out
+    assert (found["model"]["num_layers"], found["model"]["total_layers"]) == (4, 4)
+    assert [one["turns"] for one in found["measured"][::3]] == [2, 8, 16]
+    assert found["verified"][0]["turns"] == 7
+
+
+def test_doctor_needs_no_model_and_exits_with_1_where_something_is_wrong(run, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(examination, "verify_samples", fail)
+    code, out, _ = run("doctor", "--turns", 1, "--json", "-")
+    found = json.loads(out)
+    assert code == 1
+    assert found["model"]["name"] == "built-in"
+    assert [one["failed"] for one in found["verified"]] == [
+        "RuntimeError: CUDA error: an illegal memory access was encountered"
+    ] * 2
+    assert all(one["seconds"] > 0 for one in found["measured"])
 
 
 def test_a_chat_template_file_takes_the_place_of_the_tokenizers(run, model, data, tmp_path):

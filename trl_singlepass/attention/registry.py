@@ -61,6 +61,22 @@ def tree_attention_name(implementation: str) -> str:
     return TREE_ATTENTION[implementation]
 
 
+def describe_tree_attention(implementation: str) -> str:
+    """
+    Say in one sentence what tree attention of an `attn_implementation` runs on, and when.
+
+    Args:
+        implementation (`str`):
+            `attn_implementation` of a model.
+    """
+    if TREE_ATTENTION.get(implementation) == "tree_flex":
+        return "one compiled FlexAttention kernel for every rule, with a block mask made from the tree"
+    if TREE_ATTENTION.get(implementation) == "tree_torch":
+        return "PyTorch's own attention, which needs no package and computes every rule, softcap and sink"
+    source = "PyTorch" if implementation == "torch_varlen" else implementation
+    return f"the flash varlen kernel of {source}, one call for all branches, in half precision only"
+
+
 def _is_hub_kernel(implementation: str) -> bool:
     return "/" in implementation and "flash" in implementation and "|" not in implementation
 

@@ -26,7 +26,12 @@ import yaml
 
 
 @dataclass
-class DataArguments:
+class CommandArguments:
+    """Arguments of a command: each is a field with its `help` as metadata."""
+
+
+@dataclass
+class DataArguments(CommandArguments):
     """The model's tokenizer, the conversations, and how to render them."""
 
     model: str = field(metadata={"help": "Folder or hub id of a model; for `inspect`, its tokenizer is enough."})
@@ -104,7 +109,24 @@ class BenchArguments(ModelArguments):
     repeats: int = field(default=3, metadata={"help": "Timed runs of each conversation, after one warm-up run."})
 
 
-Arguments = TypeVar("Arguments", bound=DataArguments)
+@dataclass
+class DoctorArguments(CommandArguments):
+    """Arguments of `doctor`."""
+
+    model: str | None = field(
+        default=None, metadata={"positional": True, "help": "Folder or hub id of a model; a small one by default."}
+    )
+    turns: str = field(default="2,8,16", metadata={"help": "Lengths of the conversations to time, in turns."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation of the model."})
+    device: str | None = field(default=None, metadata={"help": "Device to run on; a GPU by default if there is one."})
+    json: str | None = field(default=None, metadata={"help": "File to write the report to as JSON; '-' prints it."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether code that comes with the model may run on this machine."}
+    )
+    debug: bool = field(default=False, metadata={"help": "Show the traceback of an error."})
+
+
+Arguments = TypeVar("Arguments", bound=CommandArguments)
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -128,7 +150,7 @@ def parse_arguments(argument_type: type[Arguments], arguments: Sequence[str], **
 
     Args:
         argument_type (`type`):
-            Dataclass of the arguments. Fields without a default are positional.
+            Dataclass of the arguments. Fields without a default, or marked so, are positional.
         arguments (`Sequence[str]`):
             Arguments of the command line, which override those of a `--config` file.
         **about (`Any`):
@@ -181,13 +203,16 @@ def _config_parser() -> ArgumentParser:
     return parser
 
 
-def _make_parser(argument_type: type[DataArguments], about: dict[str, Any]) -> ArgumentParser:
+def _make_parser(argument_type: type[CommandArguments], about: dict[str, Any]) -> ArgumentParser:
     parser = OneLineErrors(parents=[_config_parser()], allow_abbrev=False, formatter_class=HelpFormatter, **about)
     hints = get_type_hints(argument_type)
     for item in fields(argument_type):
         options: dict[str, Any] = {"help": item.metadata["help"]}
         if item.default is MISSING:
             parser.add_argument(item.name, metavar=item.name.upper(), **options)
+            continue
+        if "positional" in item.metadata:
+            parser.add_argument(item.name, metavar=item.name.upper(), nargs="?", default=item.default, **options)
             continue
         kind = next(kind for kind in (*get_args(hints[item.name]), hints[item.name]) if kind is not NoneType)
         options |= {"dest": item.name, "default": item.default, "type": _to_bool if kind is bool else kind}
@@ -205,7 +230,7 @@ def _to_bool(text: str) -> bool:
     return values[text.lower()]
 
 
-def _set_defaults(parser: ArgumentParser, argument_type: type[DataArguments], path: str) -> None:
+def _set_defaults(parser: ArgumentParser, argument_type: type[CommandArguments], path: str) -> None:
     """Take defaults from a YAML file, and environment variables from its `env`."""
     config = _read_config(path)
     os.environ.update({name: str(value) for name, value in config.pop("env", {}).items()})

@@ -1,4 +1,4 @@
-"""The commands that report on a model and data: `inspect`, `audit`, `verify` and `bench`."""
+"""The commands that report on a model and data: `inspect`, `audit`, `verify` and `bench`, and `doctor`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..data.files import load_examples
 from ..data.settings import RowSettings
 from ..trees.sample import Sample
 from .arguments import AuditArguments, BenchArguments, DataArguments, InspectArguments, ModelArguments, VerifyArguments
+from .doctor import doctor as doctor
 from .loading import load_config, load_model, load_tokenizer
 
 

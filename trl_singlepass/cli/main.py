@@ -11,7 +11,8 @@ from typing import Any
 from .arguments import (
     AuditArguments,
     BenchArguments,
-    DataArguments,
+    CommandArguments,
+    DoctorArguments,
     InspectArguments,
     VerifyArguments,
     parse_arguments,
@@ -60,13 +61,18 @@ COMMANDS = {
         "time the single pass and N-pass on this machine, next to the forecast",
         "trl-singlepass bench Qwen/Qwen3-0.6B data.jsonl -n 8 --dtype bfloat16",
     ),
+    "doctor": Command(
+        "check this machine: versions, kernel, exactness, time and memory; exit code 1 if something is wrong",
+        "trl-singlepass doctor Qwen/Qwen3-0.6B --json doctor.json",
+    ),
 }
 ALIASES = {"sft": "train"}
-ARGUMENTS: dict[str, type[DataArguments]] = {
+ARGUMENTS: dict[str, type[CommandArguments]] = {
     "inspect": InspectArguments,
     "audit": AuditArguments,
     "verify": VerifyArguments,
     "bench": BenchArguments,
+    "doctor": DoctorArguments,
 }
 
 
@@ -79,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Arguments; those of the process by default.
 
     Returns:
-        `int`: Exit code: 0, 1 if `verify` finds a difference, 2 for an error.
+        `int`: Exit code: 0, 1 if `verify` finds a difference or `doctor` something wrong, 2 for an error.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -118,7 +124,7 @@ def _help() -> str:
 
 def _report(name: str, arguments: Sequence[str]) -> int:
     args: Any = parse_arguments(ARGUMENTS[name], arguments, **_about(name))
-    check_hub(args.model, args.data)
+    check_hub(args.model, getattr(args, "data", None))
     from rich.console import Console
 
     from . import commands

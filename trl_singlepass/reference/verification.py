@@ -85,9 +85,23 @@ def verify(
     """
     rendered = _render(list(islice(conversations, max_rows)), tokenizer, tools, chat_template)
     rows = [_first_turns(samples, max_tokens) for samples in rendered]
+    return verify_samples(model, rows, num_left_out=sum(map(len, rendered)) - sum(map(len, rows)))
+
+
+def verify_samples(model: PreTrainedModel, rows: Sequence[Sequence[Sample]], *, num_left_out: int = 0) -> VerifyReport:
+    """
+    Do what [`verify`] does with conversations that are samples already.
+
+    Args:
+        model (`PreTrainedModel`):
+            Model, as in [`verify`].
+        rows (`Sequence[Sequence[Sample]]`):
+            Samples of each conversation.
+        num_left_out (`int`, *optional*, defaults to 0):
+            Turns that are not checked, for the report.
+    """
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    left_out = sum(map(len, rendered)) - sum(map(len, rows))
-    return VerifyReport(_compare_rows(model, rows, dtype), str(dtype).removeprefix("torch."), left_out)
+    return VerifyReport(_compare_rows(model, rows, dtype), str(dtype).removeprefix("torch."), num_left_out)
 
 
 def _render(

@@ -1,0 +1,162 @@
+"""What is installed, and which versions and devices are known to go wrong."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from packaging.version import Version
+
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "peft",
+    "triton",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "kernels",
+    "flash-linear-attention",
+    "causal-conv1d",
+    "liger-kernel",
+)
+HOPPER = 9  # major compute capability
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """
+    One CUDA device.
+
+    Args:
+        name (`str`):
+            Name of the device.
+        capability (`tuple[int, int]`):
+            Compute capability.
+        memory_bytes (`int`):
+            Memory in all.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """
+    Software and hardware of this machine.
+
+    Args:
+        system (`str`):
+            Operating system and processor.
+        python (`str`):
+            Version of Python.
+        cuda (`str`, *optional*):
+            CUDA version that PyTorch was built for.
+        driver (`str`, *optional*):
+            Version of the NVIDIA driver.
+        gpus (`tuple[Gpu, ...]`):
+            CUDA devices.
+        packages (`dict[str, str | None]`):
+            Version by package; `None` if it is not installed.
+        problems (`tuple[str, ...]`):
+            What is known to go wrong, with the way out.
+    """
+
+    system: str
+    python: str
+    cuda: str | None
+    driver: str | None
+    gpus: tuple[Gpu, ...]
+    packages: dict[str, str | None]
+    problems: tuple[str, ...]
+
+    @classmethod
+    def detect(cls) -> Environment:
+        """Read what is installed on this machine."""
+        packages = {name: _version(name) for name in PACKAGES}
+        gpus = tuple(_gpu(index) for index in range(torch.cuda.device_count()))
+        driver = _driver()
+        return cls(
+            system=f"{platform.system()} {platform.machine()}",
+            python=platform.python_version(),
+            cuda=torch.version.cuda,
+            driver=driver,
+            gpus=gpus,
+            packages=packages,
+            problems=tuple(known_problems(packages, gpus, driver, torch.version.cuda)),
+        )
+
+
+def known_problems(
+    packages: Mapping[str, str | None], gpus: Sequence[Gpu], driver: str | None, cuda: str | None
+) -> Iterator[str]:
+    """
+    Yield what is known to go wrong with these versions and devices, with the way out.
+
+    Args:
+        packages (`Mapping[str, str | None]`):
+            Version by package.
+        gpus (`Sequence[Gpu]`):
+            CUDA devices.
+        driver (`str`, *optional*):
+            Version of the NVIDIA driver.
+        cuda (`str`, *optional*):
+            CUDA version that PyTorch was built for.
+    """
+    has_hopper = any(gpu.capability[0] == HOPPER for gpu in gpus)
+    if has_hopper and packages.get("flash-linear-attention") and _within(packages.get("triton"), "3.4", "3.7.1"):
+        yield (
+            f"Triton {packages['triton']} compiles the backward pass of flash-linear-attention's "
+            "chunk_gated_delta_rule wrongly on Hopper (fla-org/flash-linear-attention#640 and #826). N-pass has the "
+            "same error, so that `verify` cannot see it. Install triton>=3.7.1."
+        )
+    if _within(packages.get("flash-attn"), "0", "2.7"):
+        yield f"flash-attn {packages['flash-attn']} lacks what tree attention needs. Install flash-attn>=2.7."
+    if packages.get("trl") == "1.15.0":
+        yield "TRL 1.15.0 cannot train on a machine without Triton. Install another release."
+    if driver is not None and cuda is None:
+        yield (
+            f"The NVIDIA driver {driver} is installed, but PyTorch {packages.get('torch')} was built without CUDA. "
+            "Install a CUDA build of PyTorch."
+        )
+    elif driver is not None and not gpus:
+        yield f"PyTorch sees no GPU, though the NVIDIA driver {driver} is installed. Is CUDA_VISIBLE_DEVICES empty?"
+    if any(gpu.capability < (8, 0) for gpu in gpus):
+        yield "Flash attention needs a GPU of compute capability 8.0 or higher: older ones run the slow block path."
+
+
+def _within(found: str | None, first: str, end: str) -> bool:
+    return found is not None and Version(first) <= Version(found) < Version(end)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpu(index: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    return Gpu(properties.name, (properties.major, properties.minor), properties.total_memory)
+
+
+def _driver() -> str | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False)
+    return found.stdout.split("\n")[0].strip() or None if found.returncode == 0 else None
