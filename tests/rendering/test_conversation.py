@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 from trl import maybe_convert_to_chatml
 
-from support.chat_conversations import as_blocks, call
 from support.chat_tokenizers import make_tokenizer
+from support.conversations import as_blocks, call
 from trl_singlepass.rendering.conversation import Conversation
 from trl_singlepass.rendering.samples import RenderingError, render_example, render_samples
 

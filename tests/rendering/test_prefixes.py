@@ -7,8 +7,8 @@ from jinja2.runtime import LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from support.chat_conversations import AGENT
 from support.chat_tokenizers import TEMPLATES, make_tokenizer
+from support.conversations import AGENT
 from trl_singlepass.rendering import prefixes as rendering_prefixes
 from trl_singlepass.rendering.conversation import Conversation
 from trl_singlepass.rendering.prefixes import Prefixes

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from support.chat_conversations import AGENT, CHAT, TOOLS, completion, prompt, without_reasoning
 from support.chat_tokenizers import CONTROL_TOKENS, make_tokenizer, template_text
+from support.conversations import AGENT, AGENT_TOOLS, CHAT, completion, prompt, without_reasoning
 from trl_singlepass.rendering.samples import RenderingError, render_example, render_samples
 from trl_singlepass.trees.sample import CompletionKind
 
@@ -27,7 +27,7 @@ WRITES_ITS_STOP = [
 @pytest.mark.parametrize("name", WRITES_ITS_STOP)
 @pytest.mark.parametrize("messages", [CHAT, AGENT], ids=["chat", "agent"])
 def test_samples_equal_apply_chat_template(name, messages):
-    tokenizer, tools = make_tokenizer(name), TOOLS if messages is AGENT else None
+    tokenizer, tools = make_tokenizer(name), AGENT_TOOLS if messages is AGENT else None
     for sample in render_samples(messages, tokenizer, tools=tools):
         k = sample.message_index
         served = tokenizer.apply_chat_template(
@@ -92,10 +92,10 @@ def test_arguments_may_be_json_strings_or_dicts_for_any_template():
             item["function"]["arguments"] = json.dumps(item["function"]["arguments"], ensure_ascii=False)
     for name in ("qwen3", "glm4moe", "lfm2_2_5", "gptoss"):
         tokenizer = make_tokenizer(name)
-        pairs = zip(*(render_samples(m, tokenizer, tools=TOOLS) for m in (AGENT, as_json)), strict=True)
+        pairs = zip(*(render_samples(m, tokenizer, tools=AGENT_TOOLS) for m in (AGENT, as_json)), strict=True)
         assert all(np.array_equal(left.token_ids, right.token_ids) for left, right in pairs)
     tokenizer = make_tokenizer("deepseekv3")
-    left, right = (render_samples(without_reasoning(m)[:2], tokenizer, tools=TOOLS)[0] for m in (AGENT, as_json))
+    left, right = (render_samples(without_reasoning(m)[:2], tokenizer, tools=AGENT_TOOLS)[0] for m in (AGENT, as_json))
     assert completion(left, tokenizer) == completion(right, tokenizer)
     assert '{"user_id": "u7"}' in completion(left, tokenizer)
 

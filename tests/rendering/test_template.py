@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from support.chat_conversations import AGENT, CHAT, TOOLS, as_blocks, completion, inline, without_reasoning
 from support.chat_tokenizers import make_tokenizer, template_names
+from support.conversations import AGENT, AGENT_TOOLS, CHAT, as_blocks, completion, inline, without_reasoning
 from trl_singlepass.rendering.reasoning import THINK, reasoning_tags
 from trl_singlepass.rendering.samples import RenderingError, render_samples
 
@@ -64,7 +64,7 @@ LOSSES = {
     "closed": "its prompt closes the reasoning",
     "prompt": "its prompt begins the answer with",
 }
-CONVERSATIONS = [(CHAT, None), (inline(CHAT), None), (AGENT, TOOLS), (without_reasoning(AGENT), TOOLS)]
+CONVERSATIONS = [(CHAT, None), (inline(CHAT), None), (AGENT, AGENT_TOOLS), (without_reasoning(AGENT), AGENT_TOOLS)]
 
 
 @pytest.mark.parametrize("name", template_names())
@@ -234,7 +234,7 @@ def test_prompts_with_inline_reasoning_are_as_served(name):
 )
 def test_tool_calls_end_in_a_stop_token(name, ending):
     tokenizer = make_tokenizer(name)
-    assert completion(render_samples(AGENT, tokenizer, tools=TOOLS)[0], tokenizer).endswith(ending)
+    assert completion(render_samples(AGENT, tokenizer, tools=AGENT_TOOLS)[0], tokenizer).endswith(ending)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
-from support.chat_conversations import AGENT
 from support.chat_tokenizers import make_tokenizer
+from support.conversations import AGENT
 from trl_singlepass.rendering.samples import _length_within
 from trl_singlepass.rendering.tokenization import HardBorders, hard_borders, tokenize
 
