@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread, fixed seeds, and float64 that stays float64."""
+"""Set up all tests: no network, one thread, fixed seeds, and float64 that stays float64."""
 
 import os
 
@@ -16,7 +16,7 @@ from support.chat_tokenizers import make_tokenizer
 from trl_singlepass.reference.float64 import ForcedFloat64
 
 
-# Examples are the same in every run: a failure that a commit brings is seen in that commit's run.
+# Hypothesis draws the same examples in every run, so a commit that breaks one fails in its own run.
 settings.register_profile("default", deadline=None, derandomize=True, database=None)
 settings.load_profile("default")
 transformers.logging.set_verbosity_error()

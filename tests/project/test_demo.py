@@ -1,4 +1,4 @@
-"""The demo: its data is what its generator writes, its template behaves as Qwen3's, and it runs from end to end."""
+"""The demo's data is what its generator writes, its template behaves like Qwen3's, and it runs end to end."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def test_data_holds_what_the_demo_promises():
 
 
 def without_tool_list(text):
-    """The demo introduces tools in words of its own; all the rest is Qwen3's, character by character."""
+    """Return the text without the tool list, which the demo words in its own way; the rest equals Qwen3's exactly."""
     head, separator, rest = text.partition("</tools>")
     return rest.partition("<|im_end|>")[2] if separator else head
 
@@ -88,7 +88,7 @@ def test_template_shows_history_as_qwen3_does(tokenizer, row):
             assert ours == rendered(tokenizer, messages, QWEN3, tools=row.get("tools"), **options)
 
 
-def test_tokenizer_gives_back_every_text(tokenizer):
+def test_tokenizer_round_trips_every_text(tokenizer):
     for text in [
         "Any text, even Ünïcode ∑ and\ttabs.",
         tokenizer.apply_chat_template(ROWS[0]["messages"], tokenize=False),
@@ -110,8 +110,8 @@ def test_stock_dataset_trains_the_completion():
     assert row == {"input_ids": [5, 6, 7, 8, 9], "completion_mask": [0, 0, 1, 1, 1]}
 
 
-def test_demo_runs_on_a_model_and_data_of_ones_own(tmp_path, tokenizer):
-    """From end to end on two steps, as `make demo MODEL=… DATA=…` does."""
+def test_demo_runs_with_the_users_own_model_and_data(tmp_path, tokenizer):
+    """End to end, for two steps, as `make demo MODEL=… DATA=…` does."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=32,

@@ -1,9 +1,10 @@
 """
-Every code block of the README, of CONTRIBUTING.md and of docs/ does what it says.
+Every code block in the README, CONTRIBUTING.md and docs/ does what it says.
 
-Python runs, `trl-singlepass` commands run in this process, JSON and YAML are read by what reads them. Commands that
-start other machines or build environments are checked without being run, and `slow` runs every block in a real shell.
-A block that neither runs nor is checked says why, in an HTML comment before it: `<!-- skip: next "why" -->`.
+Python runs, `trl-singlepass` commands run in this process, and JSON and YAML are read by the code that reads them.
+Commands that start other machines or build environments are checked without running them, and `slow` runs every block
+in a real shell. A block that neither runs nor is checked says why in an HTML comment before it:
+`<!-- skip: next "why" -->`.
 """
 
 import json
@@ -37,7 +38,7 @@ from trl_singlepass.scripts import sft
 ROOT = Path(__file__).parents[2]
 FOLDERS = [ROOT / "recipes", ROOT / "docs"]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(page for f in FOLDERS for page in sorted(f.glob("*.md")))]
-UNCHECKED = {"text", "bibtex", "jinja"}  # output, trees, citations: nothing that a reader would run
+UNCHECKED = {"text", "bibtex"}  # output, trees, citations: nothing that a reader would run
 MOST_README_WORDS = 1100
 ON_CPU = ["--bf16", "false", "--output_dir", "out"]
 
@@ -51,7 +52,7 @@ pytestmark = [
 
 
 def run_command(words, patch):
-    """Run one command of a block, or what can be run of it here."""
+    """Run one command of a block, or check it if it cannot run here."""
     command, *arguments = words
     if command == "export":
         patch.setenv(*arguments[0].split("=", 1))
@@ -90,7 +91,7 @@ def check_accelerate(arguments):
 
 
 def check_settings(arguments):
-    """Settings that have no name in the script must be arguments of `accelerate launch`."""
+    """Settings unknown to the script must be arguments of `accelerate launch`."""
     *_, others = sft.make_parser().parse_args_and_config([*arguments, *ON_CPU], return_remaining_strings=True)
     launch_command_parser().parse_args([*launch.with_config_file(others), "train.py"])
 
@@ -117,7 +118,7 @@ CHECKS = {
 
 
 def in_this_process(args):
-    """In the place of `accelerate launch`: the first step of what it would start, without processes of its own."""
+    """Stand in for `accelerate launch`: run the first step of what it would start, in this process."""
     arguments = [*args.training_script_args, "--max_steps", "1"]
     sft.main(*sft.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False))
 
@@ -146,7 +147,7 @@ def evaluate_yaml(example):
 
 
 def evaluate_diff(example):
-    """Every line that is to be removed is in TRL's own script or README; every line that is added runs."""
+    """Both the removed and the added lines run."""
     added = [line[1:] for line in str(example.parsed).splitlines() if line.startswith("+")]
     removed = [line[1:] for line in str(example.parsed).splitlines() if line.startswith("-")]
     for lines in (added, removed):
@@ -199,7 +200,7 @@ def test_the_readme_is_short():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(Path(document.path).relative_to(ROOT)))
 def test_links_to_files_lead_somewhere(document):
-    """`make docs` checks pages under docs/ with their anchors, but neither the README nor what it links to."""
+    """`make docs` checks links and anchors within docs/, but not those of the README."""
     page = Path(document.path)
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)(?:#([^)]+))?\)", document.text)
     for target, anchor in links:
@@ -215,7 +216,7 @@ def test_links_to_files_lead_somewhere(document):
     "example", [example for example in EXAMPLES if example.values[0].region.evaluator is evaluate_bash]
 )
 def test_block_in_a_shell(example, folder):
-    """As a reader would: nothing replaced but the model, through its variable."""
+    """As a reader would run it, with nothing replaced but the model, through its variable."""
     block = str(example.parsed)
     if "NODE_RANK" in block or any(re.match(rf"{re.escape(name)} ", block) for name in CHECKS):
         pytest.skip("builds an environment or starts several machines")

@@ -1,4 +1,4 @@
-"""Imports go one way: between the package's folders, between its files, and from tests to what they share."""
+"""Imports go one way: between folders of the package, between its files, and from tests to what they share."""
 
 import ast
 import re

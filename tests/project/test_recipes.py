@@ -1,4 +1,4 @@
-"""Every training recipe is read by the command, trains a step, and reaches the number that its table promises."""
+"""The command reads every recipe, a step of it trains, and it reaches the number that the table promises."""
 
 import re
 import sys
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 TOKENIZER = ROOT.parent / "shared" / "tokenizers" / "qwen3"
 TABLE = (ROOT / "recipes" / "README.md").read_text()
-# Settings of a run on CPU that takes a second, whatever the recipe is for.
+# Settings that make any recipe run on a CPU in a second.
 TINY = ["--bf16", "false", "--dtype", "float32", "--max_steps", "1", "--save_strategy", "no", "--report_to", "none"]
 ONE_STEP = [*TINY, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"]
 FAMILIES = {"gpt-oss-20b": ("gptoss", "gpt_oss"), "qwen3.5-4b": ("qwen3_5_think", "qwen3_5_text")}
@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipe_trains_a_step(path, folder):
-    """With a tiny model of the same family in the place of the Hub's."""
+    """With a tiny model of the same family instead of the one on the Hub."""
     settings = yaml.safe_load(path.read_text())
     local = Path("out") / (path.stem if path.stem in FAMILIES else "demo-model")
     with as_a_reader(folder):
@@ -127,7 +127,7 @@ def test_predictions_are_what_audit_counts(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu-smoke", "tokenized-turns"])
 def test_measured_numbers_are_reached(name, tmp_path):
-    """With the demo's model and all of its data, as the recipe says."""
+    """With the demo's model and all of its data, as in the recipe."""
     for path in ROOT.iterdir():
         if path.name not in ("out", ".git"):
             (tmp_path / path.name).symlink_to(path)

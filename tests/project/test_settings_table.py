@@ -1,4 +1,4 @@
-"""docs/settings.md: every field of the installed releases is in it, and what it calls refused is refused."""
+"""docs/settings.md has every field of the installed releases, and what it calls refused is refused."""
 
 import ast
 import re
@@ -24,7 +24,7 @@ CHATS = [chat(2), chat(2, seed=1), chat(1, seed=2)]
 
 
 def refused_values(name):
-    """`packing=True, packing_strategy='wrapped'` as a dictionary."""
+    """Parse `packing=True, packing_strategy='wrapped'` to a dictionary."""
     call = ast.parse(f"f({REFUSED[name]})").body[0].value
     return {item.arg: ast.literal_eval(item.value) for item in call.keywords}
 
@@ -86,7 +86,7 @@ def test_an_evaluation_set_of_conversations_is_refused_as_well(tmp_path, tokeniz
     ],
     ids=lambda settings: next(iter(settings.items()))[0],
 )
-def test_settings_that_leave_the_loss_alone_do(tmp_path, tokenizer, settings):
+def test_settings_that_should_not_change_the_loss_do_not(tmp_path, tokenizer, settings):
     trainer = single_pass_trainer(tmp_path, tokenizer, CHATS, per_device_train_batch_size=3, **settings)
     trainer.train()
     plain = single_pass_trainer(tmp_path, tokenizer, CHATS, per_device_train_batch_size=3)
@@ -94,7 +94,7 @@ def test_settings_that_leave_the_loss_alone_do(tmp_path, tokenizer, settings):
     assert logged(trainer, "loss") == pytest.approx(logged(plain, "loss"), abs=1e-6)
 
 
-def test_trls_own_default_of_assistant_only_loss_is_not_taken_for_a_wish(tmp_path, tokenizer):
+def test_trls_default_of_assistant_only_loss_counts_as_not_set(tmp_path, tokenizer):
     single_pass_trainer(tmp_path, tokenizer, CHATS, config=SFTConfig)
     assert SinglePassSFTConfig(str(tmp_path), **SETTINGS).assistant_only_loss is None
 

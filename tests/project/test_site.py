@@ -1,4 +1,4 @@
-"""The site builds with every link and anchor in place, and holds what it should."""
+"""The site builds without a broken link or anchor, and has every public name and page."""
 
 import re
 from html import unescape
@@ -28,7 +28,7 @@ def get_text(page):
     return unescape(re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8")))
 
 
-# Libraries of the builder use each other's old names.
+# Libraries of the site builder use deprecated names of each other.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")
 
 
@@ -41,18 +41,18 @@ def test_the_reference_has_every_public_name_and_setting(site):
     assert "*optional*" not in text
 
 
-def test_every_page_is_listed_on_the_first():
+def test_the_first_page_lists_every_page():
     listed = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "README.md").read_text())
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert sorted(listed) == sorted(pages)
 
 
-def test_no_markdown_leaves_the_docs():
+def test_no_link_leaves_the_docs():
     """Links to files of the repository work on GitHub, but not on the site."""
     for page in (ROOT / "docs").glob("*.md"):
         assert not re.findall(r"\]\(\.\./", page.read_text()), page.name
 
 
-def test_no_formula_or_block_is_left_as_it_was_written(site):
+def test_no_block_is_left_unrendered(site):
     for page in site.rglob("index.html"):
         assert "```" not in get_text(page), page

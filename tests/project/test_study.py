@@ -1,4 +1,4 @@
-"""The study's task has right answers, its control coincides with single pass, and its results can be read."""
+"""The study's task has correct answers, its control matches the single pass, and its page is what its results say."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_words_survive_the_tokenizer_and_earlier_reasoning_does_not_survive_the_
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """What every arm trains of the same conversations."""
+    """What every arm trains on the same conversations."""
     experiment, output = Experiment(TINY, 0), str(tmp_path_factory.mktemp("out"))
     return {arm: experiment.build(arm, output)[1] for arm in ARMS}
 
@@ -109,7 +109,7 @@ def test_equal_work_gives_an_arm_the_steps_that_it_can_afford(tiny, prepared):
     assert len(experiment.steps("flops", prepared["single_pass"])) == TINY.steps
 
 
-def test_a_run_end_to_end_and_again(tiny, tmp_path, capsys):
+def test_a_run_works_end_to_end_and_is_not_repeated(tiny, tmp_path, capsys):
     arguments = ["--arms", "assistant_only_loss", "--seeds", "0", "--setting", "flops", "--output", str(tmp_path)]
     main(arguments)
     [path] = tmp_path.rglob("*.json")
@@ -137,7 +137,7 @@ def test_all_arms_settings_and_seeds_are_run():
 
 
 class Scripted(Answerer):
-    """A model that answers with what it is given, one batch per call."""
+    """A model that returns given answers, one batch per call."""
 
     def __init__(self, *batches):
         self.batches, self.asked = list(batches), []
@@ -176,7 +176,7 @@ def test_generation_in_batches_is_generation_one_by_one():
     assert Answerer(model, tokenizer, 3, 24)(histories) == single
 
 
-def test_intervals_are_those_of_student():
+def test_intervals_follow_students_t():
     interval = Interval([0.1, 0.2, 0.3, 0.4, 0.5])
     assert interval.mean == pytest.approx(0.3)
     assert interval.half == pytest.approx(2.776 * 0.0707107, rel=1e-4)

@@ -1,4 +1,4 @@
-"""House rules that no linter checks: size of files, docstrings that list every argument."""
+"""Rules that no linter checks: the size of files, docstrings that list every argument, imports without torch."""
 
 import ast
 import re
@@ -32,7 +32,7 @@ def test_data_modules_do_not_import_torch(module):
 
 
 def public_callables():
-    """Public functions and classes of the package with the AST node that holds their docstring and arguments."""
+    """Yield the AST node of every public function and class of the package."""
     for path in FILES:
         for node in ast.parse(path.read_text()).body:
             if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith("_"):
@@ -41,7 +41,7 @@ def public_callables():
 
 
 def arguments(node):
-    """Names that a caller passes: of a function, of `__init__`, or the fields of a dataclass."""
+    """Return the names of arguments: of a function, of `__init__`, or the fields of a dataclass."""
     if isinstance(node, ast.ClassDef):
         init = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
         if not init:
@@ -56,13 +56,13 @@ def arguments(node):
 
 
 def state(node):
-    """Fields of a dataclass that fill themselves: a docstring may leave them out."""
+    """Return the fields of a dataclass that callers do not pass: a docstring may leave them out."""
     fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and item.value is not None]
     return {item.target.id for item in fields if re.search("default_factory|init=False", ast.unparse(item.value))}
 
 
 def documented(docstring):
-    """Argument names in the `Args:` section of a Hugging Face docstring."""
+    """Return the argument names in the `Args:` section of a Hugging Face docstring."""
     section = re.search(rf"^Args:\n(.*?)(?=^(?:{SECTIONS}):|\Z)", docstring, re.S | re.M)
     if section is None:
         return None

@@ -1,4 +1,4 @@
-"""Small chat templates, each with one habit of a public one that makes rendering hard."""
+"""Small chat templates, each with one quirk of a public template that makes rendering hard."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ def _chatml(assistant: str, prompt: str, others: str = _OTHERS, before: str = ""
 
 @dataclass(frozen=True)
 class HardTemplate:
-    """A template, how messages have to look to be served through it, and the tokens at which its model stops."""
+    """A template, the form of messages that it takes, and the tokens at which its model stops."""
 
     source: str
     stops: tuple[str, ...] = ("<|im_end|>",)
@@ -41,11 +41,11 @@ _KEYED_LAST = (
 )
 
 HARD_TEMPLATES = {
-    # QwQ, Nemotron Nano v2: the prompt opens the reasoning; only the last message keeps its own.
+    # QwQ, Nemotron Nano v2: the prompt opens the reasoning; only the last message keeps its reasoning.
     "forced opening": HardTemplate(_chatml(_STRIPPED + _CALLS, _HEADER + "<think>\n{% endif %}")),
-    # MiniMax-M2: the same with a key, and no block at all for a turn without reasoning.
+    # MiniMax-M2: the same with a key, and without any block for a turn that has no reasoning.
     "forced opening, key": HardTemplate(_chatml(_KEYED_LAST + _CALLS, _HEADER + "<think>\n{% endif %}")),
-    # Apriel 1.6: words in the prompt that the message's own rendering lacks.
+    # Apriel 1.6: the prompt ends in words that are missing when the message itself is rendered.
     "dropped opening": HardTemplate(
         _chatml(
             "{% if loop.last and m.reasoning_content %}{{ m.reasoning_content }}\n[BEGIN FINAL RESPONSE]\n{% endif %}"
@@ -53,7 +53,7 @@ HARD_TEMPLATES = {
             _HEADER + "Here are my reasoning steps:\n{% endif %}",
         )
     ),
-    # Laguna, Hunyuan 3, DeepSeek-V3.1: thinking is off unless it is asked for, and the prompt says so.
+    # Laguna, Hunyuan 3, DeepSeek-V3.1: thinking is off by default, and the prompt says so.
     "closed prompt": HardTemplate(
         _chatml(
             _KEYED_LAST + _CALLS,
@@ -70,7 +70,7 @@ HARD_TEMPLATES = {
         ),
         parts=True,
     ),
-    # DeepSeek-V4, EXAONE 4, Nemotron 3: content is a string; a list would be printed as Python writes it.
+    # DeepSeek-V4, EXAONE 4, Nemotron 3: content is a string; a list would be rendered as its Python repr.
     "strings only": HardTemplate(
         _chatml(
             "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
@@ -79,15 +79,15 @@ HARD_TEMPLATES = {
             others="<|im_start|>{{ m.role }}\n{{ m.content | string }}<|im_end|>\n",
         )
     ),
-    # Granite 3.3, SmolLM3, Phi-4: no key for reasoning; what stands in the content stays there.
+    # Granite 3.3, SmolLM3, Phi-4: no key for reasoning; reasoning in the content is kept.
     "kept in the content": HardTemplate(
         _chatml("{{ m.content }}" + _CALLS, _HEADER + "{% endif %}", before="{#- -#}{{ '' if true else '<think>' }}")
     ),
-    # Command R7B: the header of the next answer stands behind every conversation, asked for or not.
+    # Command R7B: the header of the next answer follows every conversation, requested or not.
     "header behind the stop": HardTemplate(
         _chatml("{{ m.content }}" + _CALLS, "<|im_start|>assistant\n", before="{{ '' if true else '<think>' }}")
     ),
-    # Kimi-K2-Thinking: everything up to the last message without calls loses its reasoning, that message too.
+    # Kimi-K2-Thinking: all messages up to the last one without calls lose their reasoning, including that one.
     "round dropped": HardTemplate(
         "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'assistant' and not m.tool_calls %}"
         "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -97,7 +97,7 @@ HARD_TEMPLATES = {
             _HEADER + "{% endif %}",
         )
     ),
-    # gpt-oss as unsloth ships it: a round loses its reasoning with its final answer, which ends in no stop token.
+    # gpt-oss as shipped by unsloth: the final answer removes the reasoning of its round, and has no stop token.
     "final without stop": HardTemplate(
         "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'assistant' and not m.tool_calls %}"
         "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}"
@@ -111,11 +111,11 @@ HARD_TEMPLATES = {
         "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
         stops=("<|return|>", "<|call|>"),
     ),
-    # DeepSeek-R1: reasoning leaves the last turn as well, and the prompt opens it.
+    # DeepSeek-R1: the last turn loses its reasoning too, and the prompt opens the reasoning.
     "stripped everywhere": HardTemplate(
         _chatml("{{ m.content.split('</think>')[-1] }}" + _CALLS, _HEADER + "<think>\n{% endif %}")
     ),
-    # Seed-OSS: an empty answer ends in nothing.
+    # Seed-OSS: an empty answer has no stop token.
     "no stop after nothing": HardTemplate(
         "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant"
         "{% if m.reasoning_content and loop.last %}\n<think>{{ m.reasoning_content }}</think>{% endif %}"
@@ -131,7 +131,7 @@ HARD_TEMPLATES = {
         "{% if add_generation_prompt %}<|assistant|>{% endif %}",
         stops=("<|user|>", "<|observation|>"),
     ),
-    # Hunyuan: the time to the second, from a format that is put together.
+    # Hunyuan: the time to the second, with a format string assembled from parts.
     "clock": HardTemplate(
         "{% set f = '%H:%M' ~ ':%' ~ 'S' %}{% set clock = strftime_now %}Now: {{ clock(f) }} {{ clock('%d %B %Y') }}\n"
         + _chatml(_KEYED_LAST + _CALLS, _HEADER + "{% endif %}")

@@ -1,4 +1,4 @@
-"""A small in-memory BPE tokenizer that carries any of TRL's chat templates and the tokens that they write."""
+"""A small in-memory BPE tokenizer for any of TRL's chat templates, with the special tokens that they use."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +35,7 @@ CONTROL_TOKENS = [
     *("<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|START_RESPONSE|>"),
     *("<|END_RESPONSE|>", "<end_of_utterance>"),
 ]
-# Tags that belong to what the model says: added tokens, `special=False` in the released tokenizers.
+# Tags within the model's output: added tokens with `special=False` in the released tokenizers.
 CONTENT_TOKENS = [
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
     *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
@@ -67,7 +67,7 @@ def template_names() -> list[str]:
 
 
 def template_text(name: str) -> str:
-    """Return the source of one of TRL's chat templates; older releases of TRL lack some, and skip their tests."""
+    """Return the source of one of TRL's chat templates; skip the test if this release of TRL lacks it."""
     path = TEMPLATES / f"{name}.jinja"
     if not path.exists():
         pytest.skip(f"TRL {trl.__version__} ships no template {name}")

@@ -1,4 +1,4 @@
-"""Modules with the entry points of real flash packages, computed by the reference, to test how they are called."""
+"""Stand-ins with the entry points of real flash packages, backed by the reference, to test how they are called."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from support import varlen_reference
 
 
 def flash2():
-    """flash-attn 2.8: `_flash_attn_varlen_forward` and `_backward`, which writes gradients into what it is given."""
+    """flash-attn 2.8: `_flash_attn_varlen_forward` and `_backward`, which writes gradients into given tensors."""
 
     def _flash_attn_varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
@@ -65,7 +65,7 @@ def flash3():
 
 
 def hub_flash3():
-    """An older FlashAttention 3 of the Hub: no defaults, `window_size` as a pair, `causal` in backward."""
+    """An older FlashAttention 3 from the Hub: no defaults, `window_size` as a pair, `causal` in backward."""
 
     def _flash_attn_forward(
         q, k, v, k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k,
@@ -90,7 +90,7 @@ def hub_flash3():
 
 
 def torch_library():
-    """Return a library that gives PyTorch's own two operators an implementation on CPU, as long as it lives."""
+    """Return a library that implements PyTorch's two varlen operators on CPU for as long as it exists."""
     library = torch.library.Library("aten", "IMPL")
 
     def forward(
@@ -98,7 +98,7 @@ def torch_library():
         scale=None, window_size_left=None, window_size_right=None, **unused,
     ):  # fmt: skip
         assert dropout_p == 0.0
-        # The kernel takes causal as (-1, 0), and a window of both sides where `is_causal` is off.
+        # The kernel expresses causal as (-1, 0), and takes a two-sided window if `is_causal` is off.
         assert is_causal == (window_size_left == -1)
         out, lse = varlen_reference.varlen_forward(
             query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, True, sizes(window_size_left, window_size_right),
@@ -122,7 +122,7 @@ def torch_library():
 
 
 def sizes(left, right):
-    """Size of the window that flash kernels are given as tokens before and after."""
+    """Return the size of a window that flash kernels take as tokens before and after."""
     assert right == 0
     return None if left == -1 else left + 1
 

@@ -1,4 +1,4 @@
-"""Dataset rows that users have and that are no conversations, each with what its error must say."""
+"""Examples as users have them that are not conversations, each with the error that it must raise."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Stock training and the single pass on the same conversations per step."""
+"""A stock and a single-pass trainer whose steps train the same conversations."""
 
 import copy
 
@@ -16,14 +16,14 @@ CONVERSATIONS = [chat(3 - seed % 3, seed) for seed in range(8)]
 
 
 class InOrder(SinglePassSFTTrainer):
-    """Conversations in the order of the dataset."""
+    """A single-pass trainer that keeps the order of the dataset."""
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
 class Expanded(SFTTrainer):
-    """Stock, with all samples of as many conversations in a batch as the single pass has conversations in a batch."""
+    """A stock trainer whose batches hold all samples of the conversations in a batch of the single pass."""
 
     def __init__(self, *args, turns_per_batch, **kwargs):
         self.turns_per_batch = turns_per_batch

@@ -1,4 +1,4 @@
-"""Slow specification of the prefix tree: dictionaries keyed by whole prefixes, no arrays, no radix tricks."""
+"""Slow specification of the prefix tree: dictionaries keyed by whole prefixes, without arrays or a radix tree."""
 
 from collections import defaultdict
 
@@ -26,22 +26,22 @@ class PrefixOracle:
 
     @property
     def weighted_targets(self):
-        """`{(prefix, target): weight}`: the loss, whatever the layout."""
+        """Return `{(prefix, target): weight}`, which defines the loss whatever the layout."""
         return {(prefix, token): w for prefix, by_token in self.targets.items() for token, w in by_token.items()}
 
 
 def ancestors(subtree_end):
-    """For each position, the set of its ancestors and itself, from the interval rule read one pair at a time."""
+    """Return, for each position, the set of its ancestors and itself, by applying the interval rule to each pair."""
     return [{j for j in range(i + 1) if j <= i < subtree_end[j]} for i in range(len(subtree_end))]
 
 
 def prefixes(input_ids, subtree_end):
-    """For each position of a row, the tuple of tokens on its path."""
+    """Return, for each position of a row, the tuple of tokens on its path."""
     return [tuple(int(input_ids[j]) for j in sorted(above)) for above in ancestors(subtree_end)]
 
 
 def contents(row):
-    """`{(prefix, target): weight}` and `{prefix: multiplicity}` of a row, whatever its layout."""
+    """Return `{(prefix, target): weight}` and `{prefix: multiplicity}` of a row, whatever its layout."""
     targets, multiplicity = {}, {}
     paths = prefixes(row.input_ids, row.subtree_end)
     for position, path in enumerate(paths):

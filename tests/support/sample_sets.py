@@ -1,4 +1,4 @@
-"""Hypothesis strategies for sets of samples: nested forks, shared prefixes, several spans, duplicates, forests."""
+"""Sets of samples that make trees: random ones from a Hypothesis strategy, and fixed ones of a known shape."""
 
 import numpy as np
 from hypothesis import strategies as st
@@ -34,14 +34,14 @@ def sample_sets(draw, vocab_size=97, max_samples=6, max_length=24, weights=tuple
 
 
 def _prefix_of_earlier(draw, samples):
-    if not samples or draw(st.integers(0, 4)) == 0:  # a new tree
+    if not samples or draw(st.integers(0, 4)) == 0:  # start a new tree
         return []
     earlier = draw(st.sampled_from(samples)).token_ids.tolist()
     return earlier[: draw(st.integers(0, len(earlier)))]
 
 
 def _weights(draw, length, weights):
-    """Uneven weights, or spans of 0 and 1 as chat data have, or one trained token at the end."""
+    """Draw uneven weights, spans of 0 and 1 as in chat data, or a single trained token at the end."""
     kind = draw(st.sampled_from(["uneven", "spans", "last"]))
     if kind == "uneven":
         drawn = draw(st.lists(st.sampled_from(weights), min_size=length, max_size=length))
@@ -54,7 +54,7 @@ def _weights(draw, length, weights):
 
 
 def reasoning_chat(turns=4, vocab_size=97, seed=0):
-    """Samples of a chat whose template drops the reasoning of earlier turns: one spine with a branch per turn."""
+    """Return a chat whose template drops the reasoning of earlier turns: a spine with one branch per turn."""
     generator = np.random.default_rng(seed)
 
     def text(length):
@@ -70,7 +70,7 @@ def reasoning_chat(turns=4, vocab_size=97, seed=0):
 
 
 def nested_forks(levels=3, branches=2, vocab_size=97, seed=0):
-    """Samples of a full tree: every branch forks again, so that a history lies in several places of the row."""
+    """Return a full tree: every branch forks again, so that a history is in several places of the row."""
     generator = np.random.default_rng(seed)
     samples = []
 
@@ -87,7 +87,7 @@ def nested_forks(levels=3, branches=2, vocab_size=97, seed=0):
 
 
 def branch_at_every_depth():
-    """A spine of 12 tokens with a branch of one, two or three tokens at each of them, and a branch on a branch."""
+    """Return a spine of 12 tokens with a branch of one to three tokens at each, and a branch on a branch."""
     spine = list(range(5, 17))
     samples = [Sample(spine, [0.0] + [1.0] * 11, 1)]
     for depth in range(1, 12):

@@ -1,4 +1,4 @@
-"""Tiny random models of every causal language model of transformers, with each layer type that they can have."""
+"""A tiny random model of every causal language model type in transformers, with one layer of each type it can have."""
 
 import transformers
 from transformers import CONFIG_MAPPING
@@ -239,7 +239,7 @@ def tiny_config(model_type, **overrides):
     """Return a config of a model type, with those of its encoders of other media if its model has them."""
     probe = CONFIG_MAPPING[model_type]()
     text = probe.get_text_config(decoder=True)
-    # Encoder-decoders return a copy with other names, and some models call something else a part.
+    # Encoder-decoders return a copy with different names, and some models use the name of a part for something else.
     if type(text) is type(probe) or not {"text_config", "decoder"} & set(probe.sub_configs):
         return sized(probe, model_type, overrides)
     tiny_text = sized(text, model_type, overrides)
@@ -254,7 +254,7 @@ def sized(probe, model_type=None, overrides=None):
     """Return a configuration with tiny sizes and one layer of each type."""
     sizes = {name: value for name, value in SIZES.items() if _has(probe, name)}
     for name, count in (("layer_types", "num_hidden_layers"), ("mlp_layer_types", None)):
-        # One layer of each type that the default config has, in the order of their first appearance.
+        # One layer of each type in the default config, in the order of first appearance.
         types = list(dict.fromkeys(getattr(probe, name, None) or ()))
         if len(types) > 1 and not isinstance(getattr(type(probe), name, None), property):
             sizes |= {name: types} | ({count: len(types)} if count else {})

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that the project promises to be exact for."""
+"""Tiny random models of the families for which the project promises exactness."""
 
 import torch
 from transformers import (
@@ -79,7 +79,7 @@ MIXTURES = [name for name, (_, _, own) in FAMILIES.items() if "output_router_log
 
 
 def tiny_model(family, vocab_size=VOCAB_SIZE, dtype=torch.float64, attn_implementation="eager", **overrides):
-    """Return a random model of two layers, without dropout, in training mode."""
+    """Return a random two-layer model without dropout, in training mode."""
     model_class, config_class, own = FAMILIES[family]
     sizes = {
         "vocab_size": vocab_size,
@@ -89,18 +89,18 @@ def tiny_model(family, vocab_size=VOCAB_SIZE, dtype=torch.float64, attn_implemen
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 8192,
-        "pad_token_id": vocab_size - 1,  # transformers zeroes its embedding and its gradient
+        "pad_token_id": vocab_size - 1,  # transformers zeroes the embedding of this token and its gradient
         "bos_token_id": 1,
         "eos_token_id": 2,
-        # Larger than usual: at 0.02 attention is nearly uniform, and a wrong mask or position hardly shows.
+        # Larger than usual: at 0.02, attention is nearly uniform, and a wrong mask or position would hardly show.
         "initializer_range": 0.2,
     }
     experts = EAGER_EXPERTS if model_class._can_set_experts_implementation() else {}
     config = config_class(**{**sizes, **own, **overrides}, attention_dropout=0.0)
     torch.manual_seed(0)
-    # Drawn in float32 whatever the dtype, so that the weights are the same in all.
+    # Drawn in float32 whatever the dtype, so that all dtypes get the same weights.
     model = model_class._from_config(config, attn_implementation=attn_implementation, dtype=torch.float32, **experts)
     for name, parameter in model.named_parameters():
-        if "sinks" in name or "bias" in name:  # zero or unset at start: no test of themselves
+        if "sinks" in name or "bias" in name:  # zero or unset initially, which would test nothing
             torch.nn.init.normal_(parameter, std=0.5)
     return model.to(dtype).train()

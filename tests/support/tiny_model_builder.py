@@ -1,4 +1,4 @@
-"""Tiny random models of a configuration: float64 by default, in training mode, without dropout."""
+"""Build a random model from a tiny configuration: float64 by default, in training mode, without dropout."""
 
 import inspect
 
@@ -6,7 +6,7 @@ import torch
 
 
 class CannotBuildError(Exception):
-    """A model type of which no tiny model can be made here; the message says why."""
+    """No tiny model of a model type can be built; the message says why."""
 
 
 def initialised(model_class, config, dtype=torch.float64):
@@ -42,7 +42,7 @@ def has_auxiliary_loss(model):
 
 
 def without_dropout(model):
-    """Set every probability of dropping or jittering to 0, wherever the modules keep it."""
+    """Set every dropout and jitter probability to 0, in whatever attribute modules keep it."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and any(word in name for word in ("dropout", "jitter", "layerdrop")):

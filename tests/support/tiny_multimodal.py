@@ -1,4 +1,4 @@
-"""Tiny random models of the classes that read other media besides text, with tiny encoders of these media."""
+"""Tiny random models of the classes that read images, audio or video besides text, with tiny encoders."""
 
 import importlib
 import inspect
@@ -105,18 +105,18 @@ def tiny_conditional(class_name, vocab_size=tiny_causal_lms.VOCAB_SIZE, dtype=to
     text = probe.get_text_config()
     sizes = {name: vocab_size for name in ("vocab_size", "vocab_size_per_layer_input") if hasattr(text, name)}
     config = _sized(probe, text, sizes | overrides)
-    config.get_text_config()._experts_implementation = "eager"  # not every class hands it on to its text model
+    config.get_text_config()._experts_implementation = "eager"  # not every class passes it to its text model
     return initialised(model_class, config, dtype)
 
 
 def model_for(class_name, tokenizer):
-    """Return a tiny float32 model of a class of any kind, whose tokens are the tokenizer's."""
+    """Return a tiny float32 model of any of these classes, with the tokens of a tokenizer."""
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return tiny_conditional(class_name, len(tokenizer), torch.float32, initializer_range=0.05, **ids)
 
 
 def _sized(probe, text, overrides):
-    """Return a configuration with tiny parts, the overrides in its text model's."""
+    """Return a configuration with tiny parts; overrides apply to the text model."""
     parts = {
         name: _sized(getattr(probe, name), text, overrides)
         for name in probe.sub_configs

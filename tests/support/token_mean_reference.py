@@ -1,4 +1,4 @@
-"""One step of SGD on the mean over all tokens, by one forward per sample: written without the package."""
+"""One step of SGD on the mean over all tokens, with one forward pass per sample, without using the package."""
 
 import copy
 import random
@@ -27,12 +27,12 @@ def conversation(vocab_size, seed, num_turns):
 
 
 def conversations(vocab_size, turns=(3, 1, 2, 1)):
-    """Return a conversation with each of these numbers of turns."""
+    """Return one conversation for each number of turns."""
     return [conversation(vocab_size, seed, number) for seed, number in enumerate(turns)]
 
 
 def with_weights(rows, seed=0):
-    """Return the rows with a weight for each token of a completion; 0 trains none of it."""
+    """Return the rows with a random weight for each token of the completions; some are 0."""
     draw = random.Random(seed)
     turns = [[turn | {"completion_weights": _weights(draw, turn)} for turn in row["turns"]] for row in rows]
     return [{"turns": of_row} for of_row in turns]
@@ -44,7 +44,7 @@ def _weights(draw, turn):
 
 
 def samples_of(rows, is_mean_of_turns=False):
-    """Return every turn as `(token_ids, weights)`; in a mean of turns, those of each turn add up to 1."""
+    """Return every turn as `(token_ids, weights)`; for a mean over turns, the weights of each turn add up to 1."""
     samples = []
     for turn in (turn for row in rows for turn in row["turns"]):
         prompt, completion = turn["prompt_ids"], turn["completion_ids"]
@@ -56,7 +56,7 @@ def samples_of(rows, is_mean_of_turns=False):
 
 def mean_loss(model, samples):
     """Return the weighted mean of the losses of all tokens."""
-    model = copy.deepcopy(model).eval()  # it has no dropout
+    model = copy.deepcopy(model).eval()  # the model has no dropout
     with torch.no_grad():
         total = sum(float(_summed_loss(model, *sample)) for sample in samples)
     return total / _total_weight(samples)
@@ -88,7 +88,7 @@ def _total_weight(samples):
 
 
 def assert_same_parameters(found, expected, start, tolerance=1e-6):
-    """Assert that parameters (by name) are those of a model, which moved far more than the tolerance."""
+    """Assert that parameters (by name) equal a model's, and that training moved them far more than the tolerance."""
     largest_move = 0.0
     for name, value in expected.named_parameters():
         after, before = value.detach(), start.get_parameter(name).detach()

@@ -1,4 +1,4 @@
-"""Trainers on tiny models: what the trainer tests share."""
+"""Trainers on tiny models, stock and single-pass, and what tests read off them."""
 
 import datasets
 import pytest

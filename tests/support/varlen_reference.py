@@ -1,4 +1,4 @@
-"""Varlen attention in plain PyTorch, sequence by sequence: stands in for flash kernels where there is no GPU."""
+"""Varlen attention in plain PyTorch, sequence by sequence, in place of flash kernels where there is no GPU."""
 
 import torch
 
@@ -6,12 +6,12 @@ from trl_singlepass.attention.varlen import VarlenKernel
 
 
 def scores(q, k, causal, window, scale, softcap):
-    """Scores of one sequence, `(heads, num_queries, num_keys)`, aligned at the end, -inf where not visible."""
+    """Return the scores of one sequence, `(heads, num_queries, num_keys)`, aligned at the end, -inf where hidden."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     s = torch.einsum("qhd,khd->hqk", q, k) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)
-    behind = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))  # how far back each key lies
+    behind = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))  # from each query back
     visible = behind >= 0 if causal else torch.ones_like(behind, dtype=torch.bool)
     if window is not None:
         visible &= behind < window
@@ -56,7 +56,7 @@ def varlen_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, w
 
 
 def check_arguments(q, k, v, cu_q, cu_k, max_q, max_k):
-    """What flash kernels require, or read past the end of a tensor without."""
+    """Assert what flash kernels require; without it, they would read past the end of a tensor."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert cu_q.is_contiguous()
     assert cu_k.is_contiguous()
@@ -71,7 +71,7 @@ def check_arguments(q, k, v, cu_q, cu_k, max_q, max_k):
 
 
 class ReferenceKernel(VarlenKernel):
-    """The functions above as a kernel; keeps count of its calls."""
+    """The functions above as a kernel that counts its calls."""
 
     dtypes = (torch.float64, torch.float32)
 

@@ -1,4 +1,4 @@
-"""Settings of the worker, and how two runs are compared."""
+"""Settings of the distributed worker for every engine, and the comparison of two of its runs."""
 
 import json
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def zero(stage, **settings):
         "train_batch_size": "auto",
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
-        # DeepSpeed's own Adam for offloaded parameters is compiled at run time.
+        # DeepSpeed's own Adam for offloaded parameters would be compiled at run time.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": stage == 3, **settings},
@@ -32,12 +32,12 @@ def zero(stage, **settings):
 
 
 def with_config(settings, **config):
-    """Return settings with more arguments for the trainer's config."""
+    """Return settings with additional arguments for the trainer's config."""
     return {**settings, "config": {**settings.get("config", {}), **config}}
 
 
 def on_engine(name, settings):
-    """Return settings and environment that run the same training on an engine, one row per rank."""
+    """Return settings and environment variables that run the same training on an engine, one row per rank."""
     settings = with_config(settings, per_device_train_batch_size=1)
     if name == "ddp":
         return settings, {}
@@ -47,7 +47,7 @@ def on_engine(name, settings):
 
 
 def in_waves(settings, **config):
-    """Return settings that run rows in waves, for which ZeRO-3 must not fetch ahead."""
+    """Return settings that run rows in waves, with ZeRO-3's prefetching off."""
     deepspeed = settings["config"].get("deepspeed")
     if deepspeed is not None and deepspeed["zero_optimization"]["stage"] == 3:
         ahead = {"stage3_prefetch_bucket_size": 0}
@@ -56,7 +56,7 @@ def in_waves(settings, **config):
 
 
 def read_result(path):
-    """Return what a worker wrote, nothing if it did not come so far."""
+    """Return the result that a worker wrote, or an empty one if it did not get that far."""
     if not path.with_suffix(".json").exists():
         return SimpleNamespace()
     result = json.loads(path.with_suffix(".json").read_text())
