@@ -55,7 +55,10 @@ TINY = {
     "num_attention_heads": 4, "head_dim": 16,
 }  # fmt: skip
 # "flex_attention:FLASH" is FlexAttention on FlashAttention 4.
-KERNELS = [*TREE_ATTENTION, "flex_attention:FLASH", "kernels-community/flash-attn2", "kernels-community/flash-attn3"]
+KERNELS = [
+    *TREE_ATTENTION, "flex_attention:FLASH", "kernels-community/flash-attn2", "kernels-community/flash-attn3",
+    "kernels-community/vllm-flash-attn3",
+]  # fmt: skip
 
 
 def build(name: str, device: str, tiny: bool) -> Any:

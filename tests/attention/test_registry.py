@@ -1,11 +1,21 @@
 """The names of tree attention: which `attn_implementation` means which, and what a saved model shows of it."""
 
-import pytest
-from transformers import AutoModelForCausalLM
+from pathlib import Path
 
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, modeling_utils
+
+from benchmarks import gpu_step
+from support.gpu_stand_in import H100
 from support.tiny_families import tiny_model
+from trl_singlepass.attention.kernel_choice import choose_torch_kernel
+from trl_singlepass.attention.mask_rules import MaskRule, RuleKind
 from trl_singlepass.attention.registry import tree_attention_name
 from trl_singlepass.training.model import enable_tree
+
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -35,3 +45,29 @@ def test_the_saved_config_holds_no_trace_of_tree_attention(tmp_path):
     model.save_pretrained(tmp_path)
     assert "tree" not in (tmp_path / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "loaded"),
+    [
+        ("flash_attention_2", "kernels-community/vllm-flash-attn3"),
+        ("kernels-community/flash-attn2", "kernels-community/vllm-flash-attn3"),
+        ("tree_varlen_2", "tree_varlen_2"),
+    ],
+)
+def test_transformers_chooses_the_flash_kernel_of_gpt_oss(asked_for, loaded, monkeypatch):
+    """And `tree_varlen_2`, not a flash kernel to its eyes, gets past that: what docs/kernels.md and the recipe say."""
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda name, **options: None)
+    model = tiny_model("gpt-oss")
+    model.set_attn_implementation(asked_for)
+    assert model.config._attn_implementation == loaded
+    assert loaded in (ROOT / "docs/kernels.md").read_text()
+    assert loaded == "tree_varlen_2" or loaded in gpu_step.KERNELS
+
+
+def test_the_recipe_of_gpt_oss_says_which_kernel_runs():
+    recipe = (ROOT / "recipes/gpt-oss-20b.yaml").read_text()
+    assert "attn_implementation:" not in recipe
+    assert tiny_model("gpt-oss", attn_implementation=None).config._attn_implementation == "eager"
+    assert choose_torch_kernel(H100, torch.bfloat16, 64, MaskRule(RuleKind.WINDOW, 128)) == "varlen"
+    assert "PyTorch's varlen flash kernel" in recipe
