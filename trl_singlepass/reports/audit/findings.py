@@ -116,20 +116,21 @@ def _about_branches(report: AuditFacts) -> Iterator[str]:
 
 
 def _about_recipe(recipe: RecipeReport) -> Iterator[str]:
+    name = f"{recipe.name[0].upper()}{recipe.name[1:]}"
     if recipe.conversations == 0:
         if recipe.refusal:
-            yield f"{recipe.name} cannot be used: {recipe.refusal}."
+            yield f"{name} cannot be used: {recipe.refusal}."
         return
     lost = recipe.reasoning_not_trained
     if lost:
-        yield f"{recipe.name} would not train {_share(lost, recipe.reasoning_tokens)} of the reasoning tokens."
+        yield f"{name} would not train {_share(lost, recipe.reasoning_tokens)} of the reasoning tokens."
     if recipe.unlike_inference:
         share = _share(recipe.unlike_inference, recipe.trained_tokens)
-        yield f"{recipe.name} would train {share} of its tokens in a context that never occurs at inference."
+        yield f"{name} would train {share} of its tokens in a context that never occurs at inference."
     untrained = recipe.completion_tokens - recipe.trained_tokens
     if recipe.name == Recipe.LAST_TURN and untrained:
         share = _share(untrained, recipe.completion_tokens)
-        yield f"{recipe.name} would leave {share} of the completion tokens untrained."
+        yield f"{name} would leave {share} of the completion tokens untrained."
 
 
 def _of(count: int, total: int) -> str:

@@ -102,11 +102,11 @@ class Forecast:
         if over_chains < WORTHWHILE:
             return (
                 f"A single pass saves {1 - 1 / gain:.0%} of the {what} of N separate samples, but too little to "
-                f"matter compared with merging each sample into one that it begins ({over_chains:.2f} ×).{sharing}"
+                f"matter compared with {Schedule.CHAINS} ({over_chains:.2f} ×).{sharing}"
             )
         return (
             f"A single pass saves {1 - 1 / gain:.0%} of the {what} of N separate samples: expect up to {gain:.2f} × "
-            f"the speed, and up to {over_chains:.2f} × that of merging each sample into one that it begins.{sharing}"
+            f"the speed, and up to {over_chains:.2f} × that of {Schedule.CHAINS}.{sharing}"
         )
 
 

@@ -122,7 +122,7 @@ def _table_by_turn(table: Table, report: AuditFacts, cells: Callable[[TurnStats]
 
 
 def _kind_table(report: AuditFacts) -> Table:
-    table = _table("Turns, by how their completions came about", "completion", "turns", "of all turns")
+    table = _table("Turns by kind of completion", "completion", "turns", "of all turns")
     for kind, count in report.all_turns.kinds.items():
         table.add_row(kind, f"{count:,}", _percent(count, report.all_turns.turns))
     return table
