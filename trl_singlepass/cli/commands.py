@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from datasets.utils.tqdm import tqdm
@@ -119,7 +119,7 @@ def _load_tokenizer(args: DataArguments) -> PreTrainedTokenizerBase:
     return load_tokenizer(args.model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code)
 
 
-def _load_examples(args: DataArguments) -> Sequence[Any] | Dataset:
+def _load_examples(args: DataArguments) -> Sequence[Mapping[str, object]] | Dataset:
     return load_examples(args.data, split=args.split, config=args.dataset_config)
 
 
@@ -133,8 +133,10 @@ def _load_model(args: ModelArguments) -> PreTrainedModel:
     )
 
 
-def _to_samples(examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[Sample, ...]]:
-    def read(index: int, example: Any) -> tuple[Sample, ...]:
+def _to_samples(
+    examples: Sequence[Mapping[str, object]], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[Sample, ...]]:
+    def read(index: int, example: Mapping[str, object]) -> tuple[Sample, ...]:
         return example_to_samples(example, index, tokenizer, RowSettings()).samples
 
     return read_all(examples, read, "given")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from ..data.conversations import example_to_samples
 from ..data.dataset_format import EXAMPLE, check_is_dataset, column_names, in_one_column
 from ..data.settings import RowSettings
 from ..data.tokenized_turns import gather_turns, is_single_turn
+from ..rendering.conversation import Message
 from ..training.config import SinglePassSFTConfig
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.sample import Sample
@@ -38,7 +39,7 @@ _BAD_ROW = {"row": Value("int64"), "bad_row": Value("string")}
 
 
 def to_npass(
-    dataset: Dataset | IterableDataset | Sequence[Any],
+    dataset: Dataset | IterableDataset | Sequence[Mapping[str, object] | list[Message]],
     tokenizer: PreTrainedTokenizerBase,
     args: SinglePassSFTConfig | None = None,
     *,
@@ -122,7 +123,7 @@ def _log_dropped(errors: Sequence[RowErrors]) -> None:
         logger.warning(f"N-pass export: {describe_dropped(errors)}.")
 
 
-def _as_dataset(conversations: Sequence[Any]) -> Dataset:
+def _as_dataset(conversations: Sequence[Mapping[str, object] | list[Message]]) -> Dataset:
     rows = [{"messages": row} if isinstance(row, list) else row for row in conversations]
     # `Dataset.from_list` would take the columns of the first row only.
     columns = dict.fromkeys(name for row in rows for name in row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,9 +34,9 @@ NOISE_FACTOR = 2.0
 def verify(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    conversations: Iterable[Any],
+    conversations: Iterable[object],
     *,
-    tools: list[Any] | str | None = None,
+    tools: Sequence[Mapping[str, object]] | str | None = None,
     chat_template: str | None = None,
     max_rows: int | None = None,
     max_tokens: int | None = None,
@@ -105,12 +105,12 @@ def verify_samples(model: PreTrainedModel, rows: Sequence[Sequence[Sample]], *, 
 
 
 def _render(
-    conversations: Sequence[Any],
+    conversations: Sequence[object],
     tokenizer: PreTrainedTokenizerBase,
-    tools: list[Any] | str | None,
+    tools: Sequence[Mapping[str, object]] | str | None,
     chat_template: str | None,
 ) -> list[list[Sample]]:
-    def read(index: int, conversation: Any) -> list[Sample]:
+    def read(index: int, conversation: object) -> list[Sample]:
         row = dict(conversation) if isinstance(conversation, Mapping) else {"messages": conversation}
         if tools is not None and row.get("tools") is None:
             row["tools"] = tools

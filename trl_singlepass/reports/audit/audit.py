@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 from datasets.utils.tqdm import tqdm
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+    from ...rendering.conversation import Message
+
+    Rows: TypeAlias = Dataset | Sequence[Mapping[str, object] | list[Message]]
+
 T = TypeVar("T")
 
 DEFAULT_SAMPLE_SIZE = 500
@@ -33,7 +37,7 @@ _BATCH_SIZE = 32  # rows that a process audits before it reports back
 
 
 def audit(
-    dataset: Dataset | IterableDataset | Sequence[Any],
+    dataset: Rows | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     model_config: PreTrainedConfig | None = None,
     *,
@@ -102,8 +106,8 @@ def _with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None
 
 
 def _draw(
-    dataset: Iterable[Any], num_rows: int | None, sample_size: int, seed: int
-) -> tuple[Dataset | Sequence[Any], list[int]]:
+    dataset: Rows | IterableDataset, num_rows: int | None, sample_size: int, seed: int
+) -> tuple[Rows, list[int]]:
     """Return rows, and the positions of those to audit."""
     if sample_size < 1:
         raise ValueError(f"sample_size must be 1 or more, got {sample_size}.")
@@ -114,7 +118,7 @@ def _draw(
     return dataset, np.sort(drawn).tolist()
 
 
-def _audit_positions(auditor: Auditor, rows: Dataset | Sequence[Any], positions: list[int], num_proc: int) -> Tally:
+def _audit_positions(auditor: Auditor, rows: Rows, positions: list[int], num_proc: int) -> Tally:
     tally = Tally()
     with tqdm(total=len(positions), desc="Auditing conversations", unit=" rows") as bar:
         for part in _audit_batches(auditor, rows, positions, num_proc):
@@ -123,9 +127,7 @@ def _audit_positions(auditor: Auditor, rows: Dataset | Sequence[Any], positions:
     return tally
 
 
-def _audit_batches(
-    auditor: Auditor, rows: Dataset | Sequence[Any], positions: list[int], num_proc: int
-) -> Iterator[Tally]:
+def _audit_batches(auditor: Auditor, rows: Rows, positions: list[int], num_proc: int) -> Iterator[Tally]:
     """Yield tallies in the order of the rows, so that the report does not depend on the number of processes."""
     if num_proc == 1:
         for position in positions:
@@ -139,7 +141,7 @@ def _audit_batches(
         yield from pool.map(_audit_in_worker, batches)
 
 
-def _audit_rows(auditor: Auditor, rows: Dataset | Sequence[Any], positions: Sequence[int]) -> Tally:
+def _audit_rows(auditor: Auditor, rows: Rows, positions: Sequence[int]) -> Tally:
     tally = Tally()
     for position in positions:
         row = rows[position]
@@ -148,10 +150,10 @@ def _audit_rows(auditor: Auditor, rows: Dataset | Sequence[Any], positions: Sequ
 
 
 # A worker gets auditor and rows once: as arguments, they would be pickled again for every batch.
-_worker: list[tuple[Auditor, Any]] = []
+_worker: list[tuple[Auditor, Rows]] = []
 
 
-def _start_worker(auditor: Auditor, rows: Dataset | Sequence[Any]) -> None:
+def _start_worker(auditor: Auditor, rows: Rows) -> None:
     _worker[:] = [(auditor, rows)]
 
 
