@@ -130,8 +130,8 @@ class SinglePassSFTTrainer(SFTTrainer):
 
     def _enable_tree(self) -> TreeLoss:
         if self._tree_loss is None:
-            router_coef = self.router_aux_loss_coef if self.aux_loss_enabled else None
-            self._tree_loss = TreeLoss(self.model, self.args, self.accelerator, self.compute_loss_func, router_coef)
+            coef = getattr(self, "router_aux_loss_coef", 0.0) if self.aux_loss_enabled else None  # since TRL 1.16
+            self._tree_loss = TreeLoss(self.model, self.args, self.accelerator, self.compute_loss_func, coef)
             self._sequence_parallel = self._tree_loss.sequence_parallel
             if self._trains_turns and self._sequence_parallel is None:
                 # The loss is TRL's, of log probabilities, and its divisor comes from here: let the Trainer ask for it
@@ -200,7 +200,7 @@ class SinglePassSFTTrainer(SFTTrainer):
         return saved or position
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader[Batch]]:
-        """Adapt what the engine took over: FSDP2 leaves TRL's fused head sharded, DeepSpeed drops trees from rows."""
+        """Gather the head with the model, and trees with shared rows; FSDP2 leaves it sharded, DeepSpeed drops masks."""
         model, loader = super()._prepare_for_training(*args, **kwargs)
         gather_head_with_model(self.model)
         if self._sequence_parallel is not None:
@@ -210,12 +210,12 @@ class SinglePassSFTTrainer(SFTTrainer):
 
     # Step
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, *args: Any
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], NumItems]:
         """Complete a stream's steps, and train no example twice; accelerate repeats some in an epoch's last batch."""
         if self._stream_steps is not None:
             epoch_iterator = self._stream_steps.complete(epoch_iterator, num_batches)
-        return super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, *args)
+        return super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
 
     def _without_repeats(self, batch: Batch) -> Batch:
         num_examples = num_repeatable_examples(self.train_dataset, self.args)
@@ -287,7 +287,7 @@ class SinglePassSFTTrainer(SFTTrainer):
 
     # Log and save
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the sharing factor, the tokens trained so far and metrics by turn, which TRL does not measure."""
+        """Add the sharing factor, the tokens trained so far and metrics by turn; TRL does not measure them."""
         if self.model.training:
             logs.update(self._counts.pop())
             if self._turn_metrics is not None:
