@@ -43,7 +43,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m demo $(call given,MODEL,--model) $(call given,DATA,--data) $(ARGS)
 
 demo-model: $(INSTALLED)
-	$(BIN)/python -m demo.make_model
+	$(BIN)/trl-singlepass demo-model out/demo-model
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -10,15 +10,15 @@ earlier ones, as in real conversations with reasoning models. The output depends
 import json
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from pathlib import Path
 from random import Random
 from typing import Any
+
+from trl_singlepass.cli.demo import DATA
 
 
 SEED = 2504
 NUM_CONVERSATIONS = 240
 MIN_TURNS, MAX_TURNS = 3, 12
-DATA = Path(__file__).parent / "data" / "conversations.jsonl"
 
 Message = dict[str, Any]
 # One exchange: the user's message, and everything that the assistant and its tools add before the next one.
@@ -249,7 +249,6 @@ def conversation(random: Random, scene: int) -> dict[str, Any]:
 def main() -> None:
     random = Random(SEED)
     rows = [conversation(random, index % len(SCENES)) for index in range(NUM_CONVERSATIONS)]
-    DATA.parent.mkdir(exist_ok=True)
     DATA.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

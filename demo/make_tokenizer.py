@@ -5,16 +5,14 @@ Train the demo's tokenizer on its conversations: byte-level BPE with Qwen3's con
 """
 
 import json
-from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from demo.make_data import DATA
+from trl_singlepass.cli.demo import DATA, TOKENIZER
 
 
 VOCABULARY = 2048
-FOLDER = Path(__file__).parent / "tokenizer"
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Not special, so that decoding keeps them, as with Qwen3.
 MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
@@ -47,8 +45,8 @@ def main() -> None:
         pad_token="<|endoftext|>",
         clean_up_tokenization_spaces=False,
     )
-    fast.chat_template = (FOLDER / "chat_template.jinja").read_text()
-    fast.save_pretrained(FOLDER)
+    fast.chat_template = (TOKENIZER / "chat_template.jinja").read_text()
+    fast.save_pretrained(TOKENIZER)
 
 
 def texts() -> list[str]:

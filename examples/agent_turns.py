@@ -1,6 +1,7 @@
 """
 Train on the log of an agent: the tokens that an inference server received in every call, and those it generated.
 
+    trl-singlepass demo-data out/demo-data.jsonl
     python examples/agent_turns.py
 
 Training uses no chat template, so nothing can be rendered differently from how it was served: rewritten histories,
@@ -22,7 +23,7 @@ from transformers import AutoTokenizer
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer, render_samples
 
 
-CONVERSATIONS = "demo/data/conversations.jsonl"
+CONVERSATIONS = "out/demo-data.jsonl"
 
 
 def served_calls(path: str, tokenizer: Any) -> Iterator[dict[str, Any]]:

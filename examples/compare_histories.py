@@ -1,6 +1,7 @@
 """
 Does it matter how much earlier reasoning a turn sees? Train with each policy, and test on the contexts as served.
 
+    trl-singlepass demo-data out/demo-data.jsonl
     python examples/compare_histories.py --learning_rate 1e-3 # for a model with random weights
 
 `template` trains every turn in the context that the chat template renders at inference, `keep` with the reasoning of
@@ -48,7 +49,7 @@ def train(policy: str, options: argparse.Namespace, train_set: Dataset, test_set
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=os.environ.get("MODEL", "Qwen/Qwen3-0.6B"))
-    parser.add_argument("--data", default="demo/data/conversations.jsonl")
+    parser.add_argument("--data", default="out/demo-data.jsonl")
     parser.add_argument("--max_steps", type=int, default=20)
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     options = parser.parse_args()

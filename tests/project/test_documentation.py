@@ -7,6 +7,7 @@ in a real shell. A block that neither runs nor is checked says why in an HTML co
 `<!-- skip: next "why" -->`.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -27,8 +28,7 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from demo.load import load_tokenizer
-from demo.make_model import FOLDER as DEMO_MODEL
-from support.small_repository import as_a_reader, make_small_repository, run_python
+from support.small_repository import DEMO_MODEL, as_a_reader, make_small_repository, run_python
 from trl_singlepass import cli
 from trl_singlepass.cli import launch
 from trl_singlepass.rendering.samples import render_example
@@ -53,6 +53,11 @@ pytestmark = [
 
 def run_command(words, patch):
     """Run one command of a block, or check it if it cannot run here."""
+    if ">" in words:
+        *words, _, file = words
+        with Path(file).open("w") as output, contextlib.redirect_stdout(output):
+            run_command(words, patch)
+        return
     command, *arguments = words
     if command == "export":
         patch.setenv(*arguments[0].split("=", 1))
@@ -71,7 +76,7 @@ def check_make(arguments):
 def check_pip(arguments):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert arguments[0] == "install"
-    (named,) = (re.fullmatch(r"\.(?:\[(\w+)\])?", argument)[1] for argument in arguments[1:])
+    (named,) = (re.fullmatch(r"(?:\.|trl-singlepass)(?:\[(\w+)\])?", argument)[1] for argument in arguments[1:])
     assert named is None or named in extras
 
 

@@ -7,7 +7,7 @@ import pytest
 import trl
 from packaging.version import Version
 
-from support.small_repository import ROOT, as_a_reader, make_small_repository, run_python
+from support.small_repository import DEMO_DATA, ROOT, as_a_reader, make_small_repository, run_python
 
 
 pytestmark = [
@@ -40,7 +40,9 @@ def test_trls_script_needs_two_lines():
 
 @pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="the example is the script of TRL 1.16")
 def test_trls_script_trains_in_one_pass(folder):
-    arguments = ["--model_name_or_path", "out/demo-model", "--dataset_name", "demo/data", "--output_dir", "out/sft"]
+    arguments = ["--model_name_or_path", "out/demo-model", "--dataset_name", "out/sft-data", "--output_dir", "out/sft"]
+    (folder / "out" / "sft-data").mkdir()
+    (folder / "out" / "sft-data" / "train.jsonl").symlink_to(folder / DEMO_DATA)
     run(folder, "sft", *arguments, *SMALL, "--packing", "--max_row_tokens", "4096")
     assert (folder / "out" / "sft" / "model.safetensors").is_file()
 
@@ -48,7 +50,7 @@ def test_trls_script_trains_in_one_pass(folder):
 def test_agent_turns_are_logged_and_trained(folder):
     run(folder, "agent_turns", "--max_steps", "1")
     lines = (folder / "out" / "agent-turns.jsonl").read_text().splitlines()
-    turns = (folder / "demo" / "data" / "conversations.jsonl").read_text().count('"role": "assistant"')
+    turns = (folder / DEMO_DATA).read_text().count('"role": "assistant"')
     assert len(lines) == turns
     assert (folder / "out" / "agent-turns" / "model.safetensors").is_file()
 

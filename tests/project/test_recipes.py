@@ -1,7 +1,6 @@
 """The command reads every recipe, a step of it trains, and it reaches the number that the table promises."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,13 +8,13 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from demo import make_model
 from demo.load import load_rows
 from support.chat_tokenizers import make_tokenizer, template_text
-from support.small_repository import as_a_reader, make_small_repository, run_python
+from support.small_repository import DEMO_DATA, DEMO_MODEL, as_a_reader, make_small_repository, run_python
 from support.tiny_causal_lms import tiny_config
 from trl_singlepass import SinglePassSFTTrainer, audit
 from trl_singlepass.cli import launch
+from trl_singlepass.cli.demo import write_demo_data, write_demo_model
 from trl_singlepass.scripts import sft
 
 
@@ -132,9 +131,9 @@ def test_measured_numbers_are_reached(name, tmp_path):
         if path.name not in ("out", ".git"):
             (tmp_path / path.name).symlink_to(path)
     promised = float(re.search(r"loss below ([\d.]+)", rows_of_the_table()[name][-1])[1])
+    write_demo_model(str(tmp_path / DEMO_MODEL))
+    write_demo_data(str(tmp_path / DEMO_DATA))
     with as_a_reader(tmp_path) as patch:
-        patch.setattr(sys, "argv", ["make_model"])
-        make_model.main()
         run_python(["examples/agent_turns.py", "--max_steps", "1"], patch)
         patch.setattr(SinglePassSFTTrainer, "save_model", lambda self, folder: logged.extend(self.state.log_history))
         logged = []

@@ -12,27 +12,28 @@ from accelerate import PartialState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from demo.load import load_tokenizer
-from demo.make_model import FOLDER as DEMO_MODEL
 from support.trainers import float32_model
+from trl_singlepass.cli.demo import DATA, write
 
 
 ROOT = Path(__file__).parents[2]
+# Where the docs tell readers to write them.
+DEMO_MODEL, DEMO_DATA = Path("out/demo-model"), Path("out/demo-data.jsonl")
+FEW_ROWS = "few-rows.jsonl"
 NUM_ROWS = 2  # the shortest with tool calls, and as many of the shortest without
 
 
 def make_small_repository(folder):
     """Fill a folder with links to the repository, a few of its conversations, and a tinier model than the demo's."""
     for path in ROOT.iterdir():
-        if path.name not in ("demo", "out", ".git"):
+        if path.name not in ("out", ".git"):
             (folder / path.name).symlink_to(path)
-    (folder / "demo" / "data").mkdir(parents=True)
-    for path in (ROOT / "demo").iterdir():
-        if path.name != "data":
-            (folder / "demo" / path.name).symlink_to(path)
-    rows = (ROOT / "demo" / "data" / "conversations.jsonl").read_text().splitlines(keepends=True)
+    rows = DATA.read_text().splitlines(keepends=True)
     by_kind = [[row for row in rows if ('"tool_calls"' in row) == calls] for calls in (True, False)]
     shortest = [row for kind in by_kind for row in sorted(kind, key=len)[:NUM_ROWS]]
-    (folder / "demo" / "data" / "conversations.jsonl").write_text("".join(shortest))
+    (folder / "out").mkdir()
+    for path in (folder / FEW_ROWS, folder / DEMO_DATA):
+        path.write_text("".join(shortest))
     tokenizer = load_tokenizer(None)
     for part in (float32_model(tokenizer), tokenizer):
         part.save_pretrained(folder / DEMO_MODEL)
@@ -44,6 +45,7 @@ def as_a_reader(folder):
     """Enter that folder with the variables that the docs ask for; undo what commands leave behind in this process."""
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.chdir(folder)
+        patch.setattr(write, "DATA", folder / FEW_ROWS)
         os.environ.update(MODEL=str(DEMO_MODEL), NODE_RANK="0")
         yield patch
     unset_hf_deepspeed_config()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,7 +14,9 @@ from .arguments import (
     BenchArguments,
     CommandArguments,
     DoctorArguments,
+    HelpFormatter,
     InspectArguments,
+    OneLineErrors,
     VerifyArguments,
     parse_arguments,
     peek,
@@ -65,6 +68,18 @@ COMMANDS = {
         "check this machine: versions, kernel, exactness, time and memory; exit code 1 if something is wrong",
         "trl-singlepass doctor Qwen/Qwen3-0.6B --json doctor.json",
     ),
+    "recipes": Command(
+        "list the training recipes that come with the package, print one, or write all",
+        "trl-singlepass recipes cpu-smoke > cpu-smoke.yaml",
+    ),
+    "demo-model": Command(
+        "write a tiny model with random weights, to try everything without a network",
+        "trl-singlepass demo-model out/demo-model",
+    ),
+    "demo-data": Command(
+        "write 240 conversations with reasoning and tool calls, to try everything on",
+        "trl-singlepass demo-data out/demo-data.jsonl",
+    ),
 }
 ALIASES = {"sft": "train"}
 ARGUMENTS: dict[str, type[CommandArguments]] = {
@@ -98,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise ValueError(f"There is no command '{arguments[0]}', only {', '.join(COMMANDS)}.")
-        return _train(arguments[1:]) if name == "train" else _report(name, arguments[1:])
+        return RUNNERS.get(name, _report)(name, arguments[1:])
     except Exception as error:  # users get one line, whatever goes wrong
         if "--debug" in arguments:
             raise
@@ -107,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:9} {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:10} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "Exact single-pass supervised fine-tuning on multi-turn reasoning conversations.",
@@ -136,16 +151,55 @@ def _report(name: str, arguments: Sequence[str]) -> int:
     return run(args, console)
 
 
-def _train(arguments: list[str]) -> int:
+def _train(name: str, arguments: list[str]) -> int:
     if any(flag in arguments for flag in ("-h", "--help")):
-        print(format_train_help(COMMANDS["train"].summary, COMMANDS["train"].example))
+        print(format_train_help(COMMANDS[name].summary, COMMANDS[name].example))
         return 0
     refuse_dangling_config(arguments)
     check_hub(*peek(arguments, "model_name_or_path", "dataset_name"))
     from .launch import launch
 
     debug, others = _split_debug(arguments)
-    return launch(["--help" if flag == "--help_all" else flag for flag in others], debug=debug, **_about("train"))
+    return launch(["--help" if flag == "--help_all" else flag for flag in others], debug=debug, **_about(name))
+
+
+def _recipes(name: str, arguments: list[str]) -> int:
+    from .recipes import list_recipes, read_recipe, write_recipes
+
+    parser = _plain_parser(name)
+    parser.add_argument("name", metavar="NAME", nargs="?", help="recipe to print; without it, they are listed")
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="folder to write all of them to")
+    args = parser.parse_args(arguments)
+    if args.name is not None and args.output is not None:
+        raise ValueError("give NAME to print a recipe, or --output to write all, not both")
+    if args.output is not None:
+        print(write_recipes(args.output))
+    else:
+        print(list_recipes() if args.name is None else read_recipe(args.name).rstrip("\n"))
+    return 0
+
+
+def _demo(name: str, arguments: list[str]) -> int:
+    from .demo import write_demo_data, write_demo_model
+
+    kind, write = ("FILE", write_demo_data) if name == "demo-data" else ("FOLDER", write_demo_model)
+    parser = _plain_parser(name)
+    parser.add_argument("path", metavar=kind, help=f"{kind.lower()} to write")
+    args = parser.parse_args(arguments)
+    _quiet()
+    print(write(args.path))
+    return 0
+
+
+RUNNERS = {"train": _train, "recipes": _recipes, "demo-model": _demo, "demo-data": _demo}
+"""Commands that do more, or less, than report on a model and data."""
+
+
+def _plain_parser(name: str) -> ArgumentParser:
+    about: dict[str, Any] = dict(_about(name))
+    parser = OneLineErrors(allow_abbrev=False, formatter_class=HelpFormatter, **about)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
 def _split_debug(arguments: Sequence[str]) -> tuple[bool, list[str]]:

@@ -1,0 +1,58 @@
+"""`trl-singlepass demo-model` and `demo-data`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+DATA = Path(__file__).with_name("conversations.jsonl")
+"""240 conversations of 3 to 12 turns, which `demo/make_data.py` of the repository generates."""
+TOKENIZER = Path(__file__).with_name("tokenizer")
+"""A tokenizer of 2,048 tokens, trained on `DATA`, with a chat template that renders history as Qwen3's does."""
+SEED = 0
+
+
+def make_demo_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Return a Qwen3 with 2 million random weights in float32, the same ones every time."""
+    from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
+
+    set_seed(SEED)
+    config = Qwen3Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=48,
+        max_position_embeddings=4096,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype="float32")
+    return model
+
+
+def write_demo_model(folder: str) -> str:
+    """Write the demo's model and its tokenizer to a folder, and return a line that says so."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    model = make_demo_model(tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return f"Wrote a Qwen3 with {model.num_parameters() / 1e6:.1f} million random weights to {folder}"
+
+
+def write_demo_data(file: str) -> str:
+    """Write the demo's conversations to a JSON Lines file, and return a line that says so."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(DATA, file)
+    with DATA.open(encoding="utf-8") as lines:
+        return f"Wrote {sum(1 for _ in lines)} conversations to {file}"

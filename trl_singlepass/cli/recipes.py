@@ -1,0 +1,77 @@
+"""`trl-singlepass recipes`: training runs that come with the package, as files to start from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+INSTALLED = Path(__file__).with_name("recipes")
+# The wheel has a copy of the repository's folder; an editable installation reads the folder itself.
+RECIPES = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def find_recipes() -> dict[str, Path]:
+    """Return all recipes by name, those of training runs first: `cpu-smoke`, …, `accelerate/fsdp2`, …."""
+    paths = [path for path in RECIPES.rglob("*") if path.is_file() and path.suffix != ".md"]
+    paths.sort(key=lambda path: (len(path.relative_to(RECIPES).parts), path))
+    return {path.relative_to(RECIPES).as_posix().removesuffix(".yaml"): path for path in paths}
+
+
+def list_recipes() -> str:
+    """Return a line for each recipe: its name and what its first comment says."""
+    recipes = find_recipes()
+    width = max(map(len, recipes))
+    return "\n".join(f"{name:{width}}  {_first_sentence(path)}".rstrip() for name, path in recipes.items())
+
+
+def read_recipe(name: str) -> str:
+    """
+    Return the text of a recipe.
+
+    Args:
+        name (`str`):
+            Its name, or its path in the folder of recipes.
+
+    Returns:
+        `str`: The text.
+
+    Raises:
+        `ValueError`: If there is no such recipe.
+    """
+    recipes = find_recipes()
+    path = recipes.get(name.removesuffix(".yaml"))
+    if path is None:
+        raise ValueError(f"There is no recipe '{name}', only {', '.join(recipes)}.")
+    return path.read_text(encoding="utf-8")
+
+
+def write_recipes(folder: str) -> str:
+    """
+    Write all recipes to a folder, where the paths between them are right if it is called `recipes`.
+
+    Args:
+        folder (`str`):
+            The folder. Files in it that are the same already are left alone.
+
+    Returns:
+        `str`: A line that says what was written.
+
+    Raises:
+        `ValueError`: If a file exists and differs. Nothing is written then.
+    """
+    files = {Path(folder) / path.relative_to(RECIPES): path.read_bytes() for path in find_recipes().values()}
+    changed = [str(file) for file, content in files.items() if file.exists() and file.read_bytes() != content]
+    if changed:
+        raise ValueError(f"{', '.join(changed)} would be overwritten. Move it, or choose another folder.")
+    missing = {file: content for file, content in files.items() if not file.exists()}
+    for file, content in missing.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return f"Wrote {len(missing)} files to {folder}"
+
+
+def _first_sentence(path: Path) -> str:
+    """Return the first sentence of a file's comments; nothing for formats without comments."""
+    comments = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+    return re.split(r"(?<=\w[.?]) ", " ".join(comments), maxsplit=1)[0].rstrip(".")
