@@ -132,3 +132,10 @@ def completion(sample, tokenizer):
 def prompt(sample, tokenizer):
     """Return the prompt of a sample as text."""
     return tokenizer.decode(sample.token_ids[: sample.prompt_length])
+
+
+def text_or_error(render, *args, **kwargs):
+    try:
+        return render(*args, **kwargs)
+    except Exception as error:
+        return repr(error)

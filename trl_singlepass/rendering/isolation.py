@@ -6,7 +6,7 @@ from .conversation import RenderingError
 from .markers import CONTEXT_MARKER, MarkedMessage, mark_context
 from .prefixes import Prefixes
 from .reasoning import KNOWN_TAGS
-from .traits import split_markup
+from .tokenization import split_markup
 
 
 _TAGS = tuple(text for tags in KNOWN_TAGS for text in (tags.opening, tags.closing))

@@ -7,6 +7,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from .clock import freeze, reads_clock, with_frozen_clock
 from .conversation import Message, RenderingError, Tools
 from .reasoning import ReasoningTags, reasoning_tags
 from .validation import missing_parts
@@ -14,21 +15,6 @@ from .validation import missing_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-# Directives of strftime: a template prints date and time through them, so they are what has to stand still. It may put
-# a format together from parts, so all of them are frozen, not only those that it spells out.
-_DIRECTIVES = [f"%{dash}{letter}" for letter in "aAbBcdDefFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ" for dash in ("-", "")]
-# A macro of this name takes the place of transformers' function, which looks at the clock at every call. The newline
-# after it is swallowed by `trim_blocks`, so the template itself begins at the start of a line.
-_FROZEN_CLOCK = """{%- macro strftime_now(format) -%}
-{%- set clock = namespace(text=format) -%}
-{%- for directive, value in frozen_clock.items() -%}
-{%- set clock.text = clock.text | replace(directive, value) -%}
-{%- endfor -%}
-{{- clock.text -}}
-{%- endmacro %}
-"""
 
 
 @dataclass(frozen=True)
@@ -70,21 +56,14 @@ class ChatTemplate:
         return cls(tokenizer, source, tools, kwargs, now or datetime.now())
 
     @property
-    def reads_clock(self) -> bool:
-        """Whether the template prints the date or the time."""
-        return "strftime_now" in self.source
-
-    @property
     def full_source(self) -> str:
-        """The template with the frozen clock that it looks at."""
-        return _FROZEN_CLOCK + self.source if self.reads_clock else self.source
+        """The template, reading the frozen clock if it reads any."""
+        return with_frozen_clock(self.source)
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
         """All further arguments that the template is called with."""
-        if not self.reads_clock:
-            return self.kwargs
-        return {"frozen_clock": {name: self.now.strftime(name) for name in _DIRECTIVES}, **self.kwargs}
+        return {"frozen_clock": freeze(self.now), **self.kwargs} if reads_clock(self.source) else self.kwargs
 
     @cached_property
     def tags(self) -> ReasoningTags | None:

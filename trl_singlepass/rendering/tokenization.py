@@ -193,3 +193,9 @@ def _candidates(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> list[
 def _overlap(token: str, other: str) -> bool:
     """Whether an occurrence of `token` in a text may in truth be a part of `other`."""
     return token in other or any(other.endswith(token[:length]) for length in range(1, len(token)))
+
+
+def split_markup(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Split markup into added tokens, tags, words and single characters: pieces that must not be split further."""
+    added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    return re.findall("|".join([*map(re.escape, added), r"<[^<>\s]*>", r"\[[^\[\]\s]*\]", r"\w+", r"\s", "."]), text)

@@ -12,6 +12,7 @@ from .markers import MarkedMessage, mark_message, own_strings
 from .message_format import as_trained, parse
 from .prefixes import Prefixes
 from .reasoning import KNOWN_TAGS, ParsedMessage, without_reasoning, write_reasoning
+from .stop_tokens import end_with_stop_token
 from .template import ChatTemplate
 from .tokenization import hard_borders
 from .traits import get_traits
@@ -117,7 +118,9 @@ class _TurnRenderer:
     def turn(self) -> RenderedTurn:
         completion, reasoning_start, kind = self.completion()
         reasoning_end = self.reasoning_end(completion, reasoning_start)
-        ended = self.with_stop(completion)
+        traits = get_traits(self.template)
+        ending = traits.calls_ending if self.parsed.calls else traits.answer_ending
+        ended = end_with_stop_token(completion, ending, self.template)
         self.check(ended, reasoning_start)
         return RenderedTurn(
             self.k,
@@ -239,21 +242,6 @@ class _TurnRenderer:
         tags = [self.template.tags.closing] if self.template.tags else []
         closing = [*tags, *hard_borders(self.template.tokenizer, self.template.source).tokens]
         return next((tag + len(text) for text in closing if completion.startswith(text, tag)), end)
-
-    def with_stop(self, completion: str) -> str:
-        traits = get_traits(self.template)
-        ending = traits.calls_ending if self.parsed.calls else traits.answer_ending
-        if ending.trained is None:
-            raise RenderingError(
-                "the chat template writes no stop token after it and the tokenizer has no EOS token, so the model "
-                "would never learn to stop. Set tokenizer.eos_token."
-            )
-        if completion.endswith(ending.written):
-            return completion.removesuffix(ending.written) + ending.trained
-        tokens = [token.content for token in self.template.tokenizer.added_tokens_decoder.values() if token.special]
-        ends = completion.rstrip().endswith((ending.trained.strip(), *tokens))
-        # A call without arguments may end with less markup than the ending was measured on: only the stop is missing.
-        return completion if ends else completion + ending.trained.removeprefix(ending.written)
 
     def check(self, completion: str, reasoning_start: int) -> None:
         rest = completion
