@@ -80,6 +80,10 @@ COMMANDS = {
         "write 240 conversations with reasoning and tool calls, to try everything on",
         "trl-singlepass demo-data out/demo-data.jsonl",
     ),
+    "import": Command(
+        "turn agent logs into a dataset that trains what was sent, reply by reply",
+        "trl-singlepass import openai-chat proxy.jsonl -o data.jsonl",
+    ),
 }
 ALIASES = {"sft": "train"}
 ARGUMENTS: dict[str, type[CommandArguments]] = {
@@ -191,7 +195,16 @@ def _demo(name: str, arguments: list[str]) -> int:
     return 0
 
 
-RUNNERS = {"train": _train, "recipes": _recipes, "demo-model": _demo, "demo-data": _demo}
+def _import(name: str, arguments: list[str]) -> int:
+    from .import_logs import add_arguments, import_logs
+
+    parser = _plain_parser(name)
+    add_arguments(parser)
+    print(import_logs(parser.parse_args(arguments)))
+    return 0
+
+
+RUNNERS = {"train": _train, "recipes": _recipes, "demo-model": _demo, "demo-data": _demo, "import": _import}
 """Commands that do more, or less, than report on a model and data."""
 
 

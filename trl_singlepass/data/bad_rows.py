@@ -77,7 +77,7 @@ def group_errors(reasons: Iterable[tuple[int, str]]) -> tuple[RowErrors, ...]:
     """
     groups: dict[str, list[tuple[int, str]]] = {}
     for index, reason in reasons:
-        groups.setdefault(_without_details(reason), []).append((index, reason))
+        groups.setdefault(mask_details(reason), []).append((index, reason))
     by_size = sorted(groups.values(), key=len, reverse=True)
     return tuple(RowErrors(len(g), tuple(index for index, _ in g[:_ROWS_NAMED]), g[0][1]) for g in by_size)
 
@@ -179,7 +179,7 @@ def describe_dropped(errors: Sequence[RowErrors]) -> str:
     return f"{count} bad {'row' if count == 1 else 'rows'} dropped ({reasons})"
 
 
-def _without_details(reason: str) -> str:
+def mask_details(reason: str) -> str:
     """Replace what differs from row to row: names, numbers, quoted values and how many of them there are."""
     reason = re.sub(r"^Message \d+ cannot be rendered with the [^:]*: ", "", reason)
     reason = re.sub(r"(with the roles): [^.]*", r"\1: …", reason)

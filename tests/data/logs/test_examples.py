@@ -1,0 +1,108 @@
+"""Requests of one conversation are joined where the log is append-only, and only there."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.logs import assistant, user
+from trl_singlepass.data.logs.bad_lines import Place
+from trl_singlepass.data.logs.examples import requests_to_examples, tokens_to_examples
+from trl_singlepass.data.logs.requests import LoggedRequest, LoggedTokens
+
+
+def request(*messages, **keys):
+    *context, reply = messages
+    return LoggedRequest(Place("log", 1), list(context), reply, **keys)
+
+
+U1, A1, U2, A2 = user("1"), assistant("one", reasoning_content="first"), user("2"), assistant("two")
+BARE = assistant("one")
+
+
+def rows(*requests):
+    return requests_to_examples(requests).rows
+
+
+def test_a_later_request_that_adds_to_an_earlier_one_is_the_same_conversation():
+    assert rows(request(U1, A1), request(U1, A1, U2, A2)) == [{"messages": [U1, A1, U2, A2]}]
+
+
+def test_the_order_of_the_log_does_not_matter():
+    assert rows(request(U1, A1, U2, A2), request(U1, A1)) == [{"messages": [U1, A1, U2, A2]}]
+
+
+def test_a_reply_that_is_echoed_without_its_reasoning_is_another_context():
+    assert rows(request(U1, A1), request(U1, BARE, U2, A2)) == [
+        {"messages": [U1, A1]},
+        {"prompt": [U1, BARE, U2], "completion": [A2]},
+    ]
+
+
+def test_assistant_messages_that_are_no_replies_of_the_log_are_not_trained():
+    assert rows(request(U1, A1, U2, A2)) == [{"prompt": [U1, A1, U2], "completion": [A2]}]
+    later = request(U1, A1, U2, A2, U1, A1)
+    assert rows(request(U1, A1, U2, A2), later) == [{"prompt": [U1, A1, U2], "completion": [A2, U1, A1]}]
+    gap = request(U1, A1, U2, A2, U1, A1)
+    assert rows(request(U1, A1), gap) == [
+        {"messages": [U1, A1]},
+        {"prompt": [U1, A1, U2, A2, U1], "completion": [A1]},
+    ]
+
+
+def test_where_a_conversation_branches_its_common_replies_are_trained_once():
+    other, reply = user("3"), assistant("three")
+    assert rows(request(U1, A1), request(U1, A1, U2, A2), request(U1, A1, other, reply)) == [
+        {"messages": [U1, A1, U2, A2]},
+        {"prompt": [U1, A1, other], "completion": [reply]},
+    ]
+
+
+def test_requests_that_stand_in_the_log_twice_are_trained_once():
+    examples = requests_to_examples([request(U1, A1), request(U1, A1), request(U1, A2)])
+    assert examples.rows == [{"messages": [U1, A1]}, {"messages": [U1, A2]}]
+    assert (examples.num_turns, examples.num_duplicates) == (2, 1)
+
+
+@pytest.mark.parametrize("key", ["tools", "chat_template_kwargs"])
+def test_other_tools_or_arguments_are_another_prompt(key):
+    value = [{"type": "function", "function": {"name": "f"}}] if key == "tools" else {"enable_thinking": True}
+    assert rows(request(U1, A1), request(U1, A1, U2, A2, **{key: value})) == [
+        {"messages": [U1, A1]},
+        {"prompt": [U1, A1, U2], "completion": [A2], key: value},
+    ]
+
+
+MESSAGES = st.sampled_from([U1, A1, BARE, U2, A2])
+CONTEXTS = st.lists(MESSAGES, min_size=1, max_size=5)
+REPLIES = st.sampled_from([A1, BARE, A2])
+
+
+@given(st.lists(st.tuples(CONTEXTS, REPLIES), max_size=12))
+def test_examples_train_each_request_once_and_nothing_else(pairs):
+    examples = requests_to_examples([request(*context, reply) for context, reply in pairs])
+    trained = []
+    for row in examples.rows:
+        prompt = row.get("prompt", [])
+        messages = prompt + row.get("messages", row.get("completion"))
+        roles = [message["role"] for message in messages]
+        trained += [(messages[:k], messages[k]) for k in range(len(prompt), len(roles)) if roles[k] == "assistant"]
+    expected = [pair for index, pair in enumerate(pairs) if pair not in pairs[:index]]
+    assert len(trained) == len(expected) == examples.num_turns
+    assert all(pair in trained for pair in expected)
+
+
+def tokens(prompt, completion, conversation=None, line=1):
+    return LoggedTokens(Place("log", line), prompt, completion, conversation)
+
+
+def test_tokens_belong_to_the_conversation_that_the_log_names():
+    examples = tokens_to_examples([tokens([1], [2], "a"), tokens([1, 2, 3], [4], "b")])
+    assert [row["conversation_id"] for row in examples.rows] == ["a", "b"]
+
+
+def test_tokens_belong_to_the_conversation_whose_tokens_they_begin_with():
+    turns = [tokens([1], [2], line=1), tokens([7], [8], line=2), tokens([1, 2, 3], [4], line=3)]
+    turns += [tokens([1, 2, 3, 4, 5], [6], line=4), tokens([1, 2], [9], line=5), tokens([1], [2], line=6)]
+    examples = tokens_to_examples(turns)
+    assert [row["conversation_id"] for row in examples.rows] == ["log:1", "log:2", "log:1", "log:1", "log:1"]
+    assert (examples.num_turns, examples.num_duplicates) == (5, 1)

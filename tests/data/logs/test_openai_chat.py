@@ -1,0 +1,133 @@
+"""Logs of the Chat Completions API."""
+
+import json
+
+import pytest
+
+from support.conversations import TOOLS
+from support.logs import assistant, get_error, import_entries, user
+
+
+def entry(*messages, reply=None, reason="stop", choice=None, **request):
+    message = reply or assistant("Hello.")
+    choices = [{"index": 0, "message": message, "finish_reason": reason, **(choice or {})}]
+    return {"request": {"messages": list(messages), **request}, "response": {"choices": choices}}
+
+
+HI = {"messages": [user("Hi."), assistant("Hello.")]}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda request, response: {"request": request, "response": response},
+        lambda request, response: {"request": {"body": request}, "response": {"status_code": 200, "body": response}},
+        lambda request, response: {
+            "request": {"body": json.dumps(request)},
+            "response": {"body": json.dumps(response)},
+        },
+        lambda request, response: {"request_body": request, "response_body": response},
+        lambda request, response: {"body": request, "response": response},
+        lambda request, response: {**request, "response": response},
+        lambda request, response: {**request, **response},
+    ],
+)
+def test_finds_request_and_response_where_proxies_put_them(tmp_path, wrap):
+    given = entry(user("Hi."))
+    assert import_entries(tmp_path, "openai-chat", [wrap(given["request"], given["response"])])[0] == [HI]
+
+
+def test_each_choice_is_trained(tmp_path):
+    line = entry(user("Hi."))
+    line["response"]["choices"].append({"message": assistant("Good day."), "finish_reason": "stop"})
+    rows, report = import_entries(tmp_path, "openai-chat", [line])
+    assert rows == [HI, {"messages": [user("Hi."), assistant("Good day.")]}]
+    assert report.num_requests == report.num_turns == 2
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_one_key_whatever_the_server_calls_it(tmp_path, key):
+    rows, report = import_entries(
+        tmp_path, "openai-chat", [entry(user("Hi."), reply=assistant("Hello.", **{key: "A greeting."}))]
+    )
+    assert rows == [{"messages": [user("Hi."), assistant("Hello.", reasoning_content="A greeting.")]}]
+    assert report.num_reasoning == 1
+
+
+def test_keys_without_a_value_and_keys_that_no_template_reads_are_left_out(tmp_path):
+    reply = {**assistant("Hello."), "refusal": None, "tool_calls": [], "annotations": [], "provider": {"x": 1}}
+    assert import_entries(tmp_path, "openai-chat", [entry(user("Hi."), reply=reply)])[0] == [HI]
+
+
+def test_tools_and_arguments_of_the_template_are_kept(tmp_path):
+    line = entry(user("Hi."), tools=TOOLS, chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low")
+    kwargs = {"enable_thinking": False, "reasoning_effort": "low"}
+    assert import_entries(tmp_path, "openai-chat", [line])[0] == [
+        {**HI, "tools": TOOLS, "chat_template_kwargs": kwargs}
+    ]
+
+
+def test_extra_body_of_the_client_is_a_part_of_the_request(tmp_path):
+    line = entry(user("Hi."), extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    assert import_entries(tmp_path, "openai-chat", [line])[0][0]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_text_parts_are_one_text(tmp_path):
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i."}]
+    assert import_entries(tmp_path, "openai-chat", [entry(user(parts))])[0] == [HI]
+
+
+def test_calls_without_arguments_have_an_empty_object(tmp_path):
+    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": ""}}
+    rows, _ = import_entries(tmp_path, "openai-chat", [entry(user("Hi."), reply=assistant(None, tool_calls=[call]))])
+    assert rows[0]["messages"][1] == {
+        "role": "assistant",
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}],
+    }
+
+
+def test_encrypted_reasoning_is_counted(tmp_path):
+    reply = assistant("Hello.", reasoning_details=[{"type": "reasoning.encrypted", "data": "x"}])
+    report = import_entries(tmp_path, "openai-chat", [entry(user("Hi."), reply=reply)])[1]
+    assert (report.num_reasoning, report.num_hidden_reasoning) == (0, 1)
+
+
+CHUNK = {"object": "chat.completion.chunk", "choices": []}
+IMAGE = [{"type": "image_url", "image_url": {"url": "data:"}}]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (entry(user("Hi."), reason="length"), "its finish_reason is 'length'"),
+        (entry(user("Hi."), reason=None), "its finish_reason is 'None'"),
+        (entry(user("Hi."), choice={"stop_reason": "Observation:"}), "cut at the stop string 'Observation:'"),
+        (entry(user("Hi."), reply=assistant(None, reasoning="Hm.")), "neither text nor tool calls"),
+        (entry(user("Hi."), reply=assistant(None, refusal="No.")), "has 'refusal'"),
+        (entry(user("Hi."), reply=assistant(None, function_call={"name": "f"})), "has 'function_call'"),
+        (entry(user(IMAGE)), "a part of the type 'image_url': only text is trained"),
+        (entry({"role": "function", "name": "f", "content": "1"}), "has the role 'function'"),
+        (entry(user("Hi."), functions=[{"name": "f"}]), "The request has 'functions'"),
+        (entry(user("Hi."), assistant("He"), continue_final_message=True), "The request has 'continue_final_message'"),
+        (entry(user("Hi."), chat_template_kwargs={"tokenize": False}), "'chat_template_kwargs' has 'tokenize'"),
+        (entry(user("Hi."), chat_template_kwargs=3), "'chat_template_kwargs' has a number where"),
+        (entry(), "The request has no messages."),
+        (entry({"content": "Hi."}), "'role' is missing"),
+        (entry(3), "'messages' has a number where an object is expected"),
+        ({"request": {"messages": [user("Hi.")]}, "response": None}, "There is no response"),
+        ({"request": {"messages": [user("Hi.")]}, "response": {"choices": []}}, "The response has no choices"),
+        ({"request": {"messages": [user("Hi.")]}, "response": {"error": {"message": "busy"}}}, "an error: 'busy'"),
+        ({"request": {"messages": [user("Hi.")]}, "response": CHUNK}, "a stream in parts"),
+        ({"request": {"messages": [user("Hi.")]}, "response": [CHUNK]}, "a stream in parts"),
+        ({"request": {"messages": [user("Hi.")]}, "response": "data: {}\n\ndata: [DONE]"}, "a stream in parts"),
+        ({"request": "not JSON", "response": {}}, "'request' is text that is not JSON"),
+        ({"response": {"choices": [{}]}}, "'messages' is missing"),
+    ],
+)  # fmt: skip
+def test_lines_that_cannot_be_trained_as_they_were_sent_are_bad(tmp_path, line, reason):
+    error = get_error(tmp_path, "openai-chat", [entry(user("Hi.")), line])
+    assert error.startswith(
+        "1 line of the log cannot be trained as it was sent; --bad_lines drop leaves out such lines"
+    )
+    assert "\n- log:2: " in error
+    assert reason in error

@@ -1,0 +1,76 @@
+"""What training sees of an imported log is what the log's requests render to, token by token."""
+
+import json
+
+import pytest
+
+from support.chat_tokenizers import make_tokenizer
+from support.conversations import TOOLS
+from support.log_servers import SCRIPT, AnthropicServer, OpenAIServer, run_agent
+from trl_singlepass.cli.main import main
+from trl_singlepass.rendering.samples import render_example
+
+
+SERVERS = [OpenAIServer, AnthropicServer]
+TEMPLATES = ["qwen3", "qwen3_8"]  # strips the reasoning of earlier turns; keeps it
+
+
+@pytest.fixture(params=SERVERS, ids=lambda server: server.source)
+def server(request):
+    return request.param
+
+
+@pytest.fixture(params=[True, False], ids=["echoes reasoning", "leaves reasoning out"])
+def echoes_reasoning(request):
+    return request.param
+
+
+@pytest.fixture
+def imported(server, echoes_reasoning, tmp_path):
+    """What was exchanged, and the examples that the import makes of its log."""
+    log, data = tmp_path / "log.jsonl", tmp_path / "data.jsonl"
+    exchanges = run_agent(server, log, echoes_reasoning=echoes_reasoning)
+    assert main(["import", server.source, str(log), "-o", str(data)]) == 0
+    return exchanges, [json.loads(line) for line in data.read_text("utf-8").splitlines()]
+
+
+def served(tokenizer, context, reply):
+    """Prompt and completion of a request, by nothing but the chat template."""
+    prompt = tokenizer.apply_chat_template(context, tools=TOOLS, add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template([*context, reply], tools=TOOLS, tokenize=False)
+    assert whole.startswith(prompt)
+    completion = whole[len(prompt) :].removesuffix("\n")
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, completion)]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_samples_are_the_requests_of_the_log(imported, template):
+    exchanges, examples = imported
+    tokenizer = make_tokenizer(template)
+    samples = [sample for example in examples for sample in render_example(example, tokenizer)]
+    expected = [served(tokenizer, context, reply) for context, reply in exchanges]
+    found = [split(tokenizer, sample) for sample in samples]
+    assert found == expected
+
+
+def split(tokenizer, sample):
+    prompt, completion = sample.token_ids[: sample.prompt_length], sample.token_ids[sample.prompt_length :]
+    newline = tokenizer("\n")["input_ids"][0]
+    ended = completion[:-1] if completion[-1] == newline else completion
+    return [prompt.tolist(), ended.tolist()]
+
+
+def test_the_templates_differ_in_what_they_keep():
+    first, reply = SCRIPT[0]
+    messages = [*first, reply, {"role": "user", "content": "Next."}]
+    kept = [make_tokenizer(name).apply_chat_template(messages, tokenize=False) for name in TEMPLATES]
+    assert [reply["reasoning_content"] in text for text in kept] == [False, True]
+
+
+def test_one_conversation_if_reasoning_is_echoed_else_requests_with_their_own_context(imported, echoes_reasoning):
+    _, examples = imported
+    forms = [sorted(example) for example in examples]
+    if echoes_reasoning:
+        assert forms == [["messages", "tools"]]
+    else:  # the first reply is echoed without its reasoning, so that each later request has a context of its own
+        assert forms == [["messages", "tools"], *[["completion", "prompt", "tools"]] * (len(SCRIPT) - 1)]

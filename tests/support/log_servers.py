@@ -1,0 +1,181 @@
+"""
+An agent, and servers that log what it sends: an OpenAI-compatible one and an Anthropic one.
+
+The agent speaks with them over HTTP and keeps, apart from the log, what it sent and what came back as chat messages:
+what an import must find again.
+"""
+
+import json
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+from urllib.request import Request, urlopen
+
+from support.conversations import TOOLS
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def add(call_id, a, b):
+    function = {"name": "add", "arguments": {"a": a, "b": b}}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+# What users and tools say, and what the model answers to it.
+SCRIPT = [
+    (
+        [{"role": "user", "content": "Add 1 and 2, and 3 and 4."}],
+        {
+            "role": "assistant",
+            "content": "I use the tool.",
+            "reasoning_content": "Two sums.",
+            "tool_calls": [add("call_1", 1, 2), add("call_2", 3, 4)],
+        },
+    ),
+    (
+        [
+            {"role": "tool", "content": "3", "tool_call_id": "call_1"},
+            {"role": "tool", "content": "7", "tool_call_id": "call_2"},
+        ],
+        {"role": "assistant", "content": "3 and 7.", "reasoning_content": "It says 3 and 7."},
+    ),
+    (
+        [{"role": "user", "content": "And 5 and 6? Ünïcode “quotes”."}],
+        {"role": "assistant", "reasoning_content": "One more.", "tool_calls": [add("call_3", 5, 6)]},
+    ),
+    (
+        [{"role": "tool", "content": "11", "tool_call_id": "call_3"}],
+        {"role": "assistant", "content": "11.", "reasoning_content": "Done."},
+    ),
+    ([{"role": "user", "content": "Thanks."}], {"role": "assistant", "content": "You are welcome."}),
+]
+
+
+class OpenAIServer:
+    """Chat Completions API, with the reasoning of vLLM."""
+
+    source = "openai-chat"
+
+    @staticmethod
+    def request(messages):
+        return {"model": "m", "messages": [to_openai(message) for message in messages], "tools": TOOLS}
+
+    @staticmethod
+    def reply(body, message):
+        reason = "tool_calls" if message.get("tool_calls") else "stop"
+        sent = {"refusal": None, "content": None, "tool_calls": [], **to_openai(message)}
+        choice = {"index": 0, "message": sent, "finish_reason": reason, "stop_reason": None}
+        return {"id": "chatcmpl-1", "object": "chat.completion", "choices": [choice]}
+
+
+class AnthropicServer:
+    """Messages API, with extended thinking."""
+
+    source = "anthropic"
+
+    @staticmethod
+    def request(messages):
+        schema = TOOLS[0]["function"]
+        tool = {k: schema[k] for k in ("name", "description")} | {"input_schema": schema["parameters"]}
+        turns = []
+        for message in messages[1:]:
+            role, blocks = to_anthropic(message)
+            if turns and turns[-1]["role"] == role:  # the results of one message's calls are one message
+                turns[-1]["content"] += blocks
+            else:
+                turns.append({"role": role, "content": blocks})
+        system = [{"type": "text", "text": messages[0]["content"], "cache_control": {"type": "ephemeral"}}]
+        return {"model": "m", "max_tokens": 99, "system": system, "messages": turns, "tools": [tool]}
+
+    @staticmethod
+    def reply(body, message):
+        reason = "tool_use" if message.get("tool_calls") else "end_turn"
+        return {"type": "message", "role": "assistant", "content": to_anthropic(message)[1], "stop_reason": reason}
+
+
+def to_openai(message):
+    """A chat message as it goes over the wire: arguments are JSON."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def to_anthropic(message):
+    """Role and content blocks of a chat message."""
+    if message["role"] == "tool":
+        return "user", [{"type": "tool_result", "tool_use_id": message["tool_call_id"], "content": message["content"]}]
+    blocks = []
+    if message.get("reasoning_content"):
+        blocks.append({"type": "thinking", "thinking": message["reasoning_content"], "signature": "c2ln"})
+    if message.get("content"):
+        blocks.append({"type": "text", "text": message["content"]})
+    for call in message.get("tool_calls", []):
+        function = call["function"]
+        blocks.append({"type": "tool_use", "id": call["id"], "name": function["name"], "input": function["arguments"]})
+    return message["role"], blocks
+
+
+def run_agent(server, log, *, echoes_reasoning):
+    """
+    Hold the conversation of `SCRIPT` with a server that logs it.
+
+    Args:
+        server: `OpenAIServer` or `AnthropicServer`.
+        log (`Path`): File that the server writes.
+        echoes_reasoning (`bool`): Whether the agent sends the reasoning of earlier replies back.
+
+    Returns:
+        The context and the reply of each request, as chat messages.
+    """
+    context, exchanges = [SYSTEM], []
+    with serve(server, log, [reply for _, reply in SCRIPT]) as url:
+        for said, reply in SCRIPT:
+            context = [*context, *said]
+            post(url, server.request(context))
+            exchanges.append((context, reply))
+            kept = reply if echoes_reasoning else {k: v for k, v in reply.items() if k != "reasoning_content"}
+            context = [*context, kept]
+    return exchanges
+
+
+@contextmanager
+def serve(server, log, replies):
+    """Answer requests with the replies in turn, and write each pair to the log as a line."""
+    waiting = iter(replies)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            answer = server.reply(body, next(waiting))
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"path": self.path, "request": body, "response": answer}) + "\n")
+            data = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            """Say nothing on stderr."""
+
+    httpd = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=httpd.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{httpd.server_port}"
+    finally:
+        httpd.shutdown()
+        thread.join()
+        httpd.server_close()
+
+
+def post(url, body):
+    """Send a request; return the response."""
+    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=30) as response:
+        return json.load(response)

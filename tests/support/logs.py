@@ -1,0 +1,31 @@
+"""Short logs, and what an import makes of them."""
+
+import json
+
+import pytest
+
+from trl_singlepass.data.logs.bad_lines import LogError
+from trl_singlepass.data.logs.importer import import_logs
+from trl_singlepass.data.logs.sources import LogSource
+
+
+def import_entries(folder, source, entries, **options):
+    """Import a log with one entry per line; return the examples and the report."""
+    path = folder / "log.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), "utf-8")
+    return import_logs(LogSource(source), [str(path)], **options)
+
+
+def get_error(folder, source, entries, **options):
+    """Return the error that names the bad lines of a log, with `log` for the file."""
+    with pytest.raises(LogError) as raised:
+        import_entries(folder, source, entries, **options)
+    return str(raised.value).replace(str(folder / "log.jsonl"), "log")
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **keys):
+    return {"role": "assistant", "content": content, **keys}

@@ -1,0 +1,65 @@
+"""Find request and response in a line of a proxy's or a server's log."""
+
+from __future__ import annotations
+
+from .bad_lines import LogError
+from .fields import get_object, get_text
+from .requests import Json, LogLine
+
+
+_REQUEST_KEYS = ("request", "request_body", "body")
+_RESPONSE_KEYS = ("response", "response_body")
+
+
+def get_exchange(line: LogLine) -> tuple[Json, Json]:
+    """
+    Return what was sent and what came back.
+
+    Args:
+        line ([`LogLine`]):
+            Line of a log. The request stands under `request`, `request_body` or `body` or on the line itself, the
+            response under `response`, `response_body` or on the line itself. Either may be wrapped once more, in
+            `body`, and may be JSON text.
+
+    Returns:
+        `tuple[dict, dict]`: Request and response.
+
+    Raises:
+        [`LogError`]: If there is no response, or it is an error or a part of a stream.
+    """
+    request = _unwrap(line.entry, _REQUEST_KEYS)
+    if any(isinstance(line.entry.get(key), list) for key in _RESPONSE_KEYS):
+        raise LogError(_STREAMED)
+    response = _unwrap(line.entry, _RESPONSE_KEYS)
+    if "extra_body" in request:  # of OpenAI's Python client, which merges it into the request
+        request = {**request, **(get_object(request, "extra_body") or {})}
+    _check_response(response, line.entry)
+    return request, response
+
+
+_STREAMED = (
+    "The response is a stream in parts. Let the proxy log the assembled response, or send the requests without "
+    "'stream'."
+)
+
+
+def _unwrap(entry: Json, keys: tuple[str, ...]) -> Json:
+    for key in keys:
+        if entry.get(key) is not None:
+            if isinstance(entry[key], str) and entry[key].lstrip().startswith(("data:", "event:")):
+                raise LogError(_STREAMED)
+            found = get_object(entry, key) or {}
+            body = found.get("body")
+            return (get_object(found, "body") or {}) if isinstance(body, dict | str) else found
+    return entry
+
+
+def _check_response(response: Json, entry: Json) -> None:
+    if response is entry and any(key in entry for key in _RESPONSE_KEYS):
+        raise LogError("There is no response: the request failed or was not answered.")
+    error = response.get("error")
+    if error:
+        message = get_text(error, "message") if isinstance(error, dict) else str(error)
+        raise LogError(f"The response is an error: '{message}'.")
+    if str(response.get("object", "")).endswith(".chunk"):
+        raise LogError(_STREAMED)

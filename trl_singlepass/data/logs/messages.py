@@ -1,0 +1,103 @@
+"""The messages that every format is turned into: content as text, reasoning under one key, arguments as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...rendering.conversation import Message
+from ...rendering.validation import RenderingError, check_messages, check_template_kwargs, check_tools, describe_type
+from .bad_lines import LogError
+from .requests import Json, LoggedRequest
+
+
+def assistant_message(
+    content: str | None, reasoning: str | None = None, tool_calls: Sequence[Json] | None = None
+) -> Message:
+    """
+    Return an assistant message without the keys that it has no value for.
+
+    Args:
+        content (`str`, *optional*):
+            Its answer.
+        reasoning (`str`, *optional*):
+            Its reasoning.
+        tool_calls (`Sequence[dict]`, *optional*):
+            Its calls, made by [`tool_call`].
+
+    Returns:
+        `dict`: The message.
+    """
+    message: Message = {"role": "assistant"}
+    if content is not None:
+        message["content"] = content
+    if reasoning is not None:
+        message["reasoning_content"] = reasoning
+    if tool_calls:
+        message["tool_calls"] = list(tool_calls)
+    return message
+
+
+def tool_call(name: object, arguments: object, call_id: object = None) -> Json:
+    """
+    Return a call of a function.
+
+    Args:
+        name (`str`):
+            Name of the function.
+        arguments (`str` or `dict`, *optional*):
+            Its arguments; kept as they are if they are text already.
+        call_id (`str`, *optional*):
+            What the result refers to.
+
+    Returns:
+        `dict`: The call, with its arguments as JSON.
+
+    Raises:
+        [`LogError`]: If there is no name, or the arguments are something else.
+    """
+    if not isinstance(name, str) or not name:
+        raise LogError("A tool call has no name.")
+    if isinstance(arguments, Mapping):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(arguments, str | None):
+        raise LogError(f"The arguments of a call of '{name}' are {describe_type(arguments)}, expected an object.")
+    call: Json = {} if call_id is None else {"id": call_id}
+    return {**call, "type": "function", "function": {"name": name, "arguments": arguments or "{}"}}
+
+
+def tool_message(content: str, call_id: object = None, name: object = None) -> Message:
+    """Return the message with the result of a tool call."""
+    message: Message = {"role": "tool", "content": content}
+    given = {"tool_call_id": call_id, "name": name}
+    return {**message, **{key: value for key, value in given.items() if value is not None}}
+
+
+def function_tool(name: object, description: object, parameters: object) -> Json:
+    """Return a tool as chat templates read it; a description or parameters that are `None` are left out."""
+    given: dict[str, Any] = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": {key: value for key, value in given.items() if value is not None}}
+
+
+def check_request(request: LoggedRequest) -> None:
+    """
+    Refuse a request that no chat template could render.
+
+    Args:
+        request ([`LoggedRequest`]):
+            The request.
+
+    Raises:
+        [`LogError`]: If its context is empty, or a message, a tool or an argument of the template is of a wrong form.
+    """
+    if not request.context:
+        raise LogError("The request has no messages.")
+    if "content" not in request.reply and "tool_calls" not in request.reply:
+        raise LogError("The reply has neither text nor tool calls, so the model had not come to its end.")
+    try:
+        check_messages([*request.context, request.reply])
+        check_tools(request.tools)
+        check_template_kwargs(request.chat_template_kwargs)
+    except RenderingError as error:
+        raise LogError(str(error)) from error
