@@ -111,7 +111,11 @@ def test_script_reads_a_config_file_and_flags_win(tmp_path):
 
 @pytest.mark.parametrize(
     ("extra", "message"),
-    [([], "No data"), (["--dataset_name", "{data}", "--eval_strategy", "steps"], "no split 'test'")],
+    [
+        ([], "No data"),
+        (["--dataset_name", "none.jsonl"], "There is no file none.jsonl"),
+        (["--dataset_name", "{data}", "--eval_strategy", "steps"], "no split 'test'"),
+    ],
 )
 def test_script_names_what_is_missing(model, data, tmp_path, extra, message):
     extra = [argument.format(data=data) for argument in extra]

@@ -12,7 +12,7 @@ from .errors import USER_ERRORS, describe_error
 
 EXPLAINED = 2
 """Exit code of a process that has printed its error."""
-_HEAD_START = 3.0  # seconds in which rank 0 prints an error that all ranks have, and the launcher stops the others
+_HEAD_START = 10.0  # seconds in which rank 0 prints an error that all ranks have, and the launcher stops the others
 
 
 def run() -> int:

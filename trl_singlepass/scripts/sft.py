@@ -102,6 +102,8 @@ def _load_dataset(
     if path.suffix in TABLES and path.is_file():
         files = {script_args.dataset_train_split: str(path)}
         return load_dataset(TABLES[path.suffix], data_files=files, streaming=streaming)
+    if path.suffix in (*LINES, *TABLES):
+        raise ValueError(f"There is no file {path}.")
     return load_dataset(script_args.dataset_name, name=script_args.dataset_config, streaming=streaming)
 
 

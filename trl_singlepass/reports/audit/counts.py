@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -146,6 +146,16 @@ class TurnStats:
             followed=sum(fact.followed for fact in facts),
             branches=dict(Counter(str(fact.branches) for fact in facts if fact.branches is not None)),
         )
+
+    @classmethod
+    def merge(cls, stats: Sequence[TurnStats]) -> TurnStats:
+        """Add up counts of different turns."""
+        counts: dict[str, object] = {"turn": None}
+        for name in (field.name for field in fields(cls) if field.name != "turn"):
+            values = [getattr(item, name) for item in stats]
+            is_int = isinstance(values[0], int)
+            counts[name] = sum(values) if is_int else dict(sum(map(Counter, values), Counter()))
+        return cls(**counts)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

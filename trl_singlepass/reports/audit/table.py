@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from io import StringIO
+from math import isnan, nan
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -29,11 +31,14 @@ def format_report(report: AuditFacts) -> str:
 
 def render_report(report: AuditFacts) -> RenderableType:
     """Return an audit for `rich` to print. Text from the dataset appears literally."""
-    parts: list[RenderableType] = [Text(headline(report), style="bold"), *tables(report)]
-    lines = Text("\n".join(f"• {finding}" for finding in get_findings(report)))
-    parts += [Text("Findings", style="bold"), Padding(lines, (0, 0, 0, 2))]
+    parts: list[RenderableType] = [Text(headline(report), style="bold")]
     if report.forecast is not None:
-        parts += [Text(""), Text(report.forecast.verdict, style="bold")]
+        parts.append(Text(report.forecast.verdict))
+    lines = Text("\n".join(f"• {finding}" for finding in get_findings(report)))
+    parts += [Text("\nFindings", style="bold"), Padding(lines, (0, 0, 1, 2))]
+    for table in tables(report):
+        caption, table.caption = table.caption, None  # which rich would wrap to the width of the table
+        parts += [table, Text(str(caption), style="dim")] if caption else [table]
     return Group(*parts)
 
 
@@ -79,46 +84,69 @@ def _error_table(report: AuditFacts) -> Table:
     return table
 
 
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column of a table by turn: what it says of a turn, and what its heading means."""
+
+    heading: str
+    value: Callable[[TurnStats], int | float]
+    meaning: str
+
+
+def _mean(count: Callable[[TurnStats], int]) -> Callable[[TurnStats], float]:
+    return lambda stats: count(stats) / stats.trainable if stats.trainable else nan
+
+
+_SIZES = (
+    _Column("turns", lambda stats: max(stats.turns, stats.trainable), ""),
+    _Column("prompt", _mean(lambda stats: stats.prompt_tokens), ""),
+    _Column("reasoning", _mean(lambda stats: stats.reasoning_tokens), ""),
+    _Column("answer", _mean(lambda stats: stats.answer_tokens), ""),
+    _Column("too long", lambda stats: stats.over_max_length, "longer than max_length"),
+    _Column("followed", lambda stats: stats.followed, "another turn follows"),
+    _Column("branch off", lambda stats: sum(stats.branches.values()), "the next prompt does not begin with this turn"),
+)
+_TEMPLATE_EFFECTS = (
+    _Column("reasoning\ntrained", lambda stats: stats.reasoning_found, ""),
+    _Column("put\nback", lambda stats: stats.reasoning_restored, "reasoning that the template leaves out"),
+    _Column("other\nkey", lambda stats: stats.reasoning_under_other_key, "reasoning that the template does not read"),
+    _Column("lost", lambda stats: stats.reasoning_lost, "reasoning that cannot be rendered"),
+    _Column("hidden\nlater", lambda stats: stats.reasoning_hidden, "reasoning that the next turn does not see"),
+    _Column("tool\ncalls", lambda stats: stats.with_calls, ""),
+    _Column("calls\nlost", lambda stats: stats.calls_lost, "a tool call or part of one is not rendered"),
+    _Column("stop\nadded", lambda stats: stats.stop_added, "the template writes no stop token"),
+    _Column("not a token\nprefix", lambda stats: stats.not_token_prefix, "the prompt is a prefix as text only"),
+    _Column("prompt\nchanged", lambda stats: stats.prompt_changed, "rendered differently once the answer follows"),
+)
+
+
 def _size_table(report: AuditFacts) -> Table:
-    names = ("turn", "turns", "prompt", "reasoning", "answer", "over max_length", "followed", "branch off")
-    return _table_by_turn(_table("Turns, with the mean number of tokens of each part", *names), report, _size_cells)
-
-
-def _size_cells(stats: TurnStats) -> list[str]:
-    tokens = (stats.prompt_tokens, stats.reasoning_tokens, stats.answer_tokens)
-    return [
-        f"{max(stats.turns, stats.trainable):,}",
-        *(f"{total / stats.trainable:,.0f}" if stats.trainable else "–" for total in tokens),
-        *(f"{n:,}" for n in (stats.over_max_length, stats.followed, sum(stats.branches.values()))),
-    ]
-
-
-_TEMPLATE_COLUMNS: dict[str, Callable[[TurnStats], int]] = {
-    "reasoning\ntrained": lambda stats: stats.reasoning_found,
-    "put\nback": lambda stats: stats.reasoning_restored,
-    "other\nkey": lambda stats: stats.reasoning_under_other_key,
-    "lost": lambda stats: stats.reasoning_lost,
-    "hidden\nlater": lambda stats: stats.reasoning_hidden,
-    "tool\ncalls": lambda stats: stats.with_calls,
-    "calls\nlost": lambda stats: stats.calls_lost,
-    "stop\nadded": lambda stats: stats.stop_added,
-    "not a token\nprefix": lambda stats: stats.not_token_prefix,
-    "prompt\nchanged": lambda stats: stats.prompt_changed,
-}
+    return _table_by_turn("Turns, with the mean number of tokens of each part", _SIZES, report)
 
 
 def _template_table(report: AuditFacts) -> Table:
-    table = _table("Turns, by what the template does to them", "turn", *_TEMPLATE_COLUMNS)
-    return _table_by_turn(table, report, lambda stats: [f"{count(stats):,}" for count in _TEMPLATE_COLUMNS.values()])
+    return _table_by_turn("Turns, by what the template does to them", _TEMPLATE_EFFECTS, report)
 
 
-def _table_by_turn(table: Table, report: AuditFacts, cells: Callable[[TurnStats], list[str]]) -> Table:
-    """Add a row for each of the first turns, and one for all turns."""
-    for stats in report.by_turn[:MAX_TURNS_SHOWN]:
-        table.add_row(str(stats.turn), *cells(stats))
+def _table_by_turn(title: str, columns: Sequence[_Column], report: AuditFacts) -> Table:
+    """A row for each of the first turns, one for the others and one for all; columns of zeros are left out."""
+    columns = [column for column in columns if column.value(report.all_turns)]
+    table = _table(title, "turn", *(column.heading for column in columns))
+    meanings = [f"{column.heading.replace(chr(10), ' ')}: {column.meaning}" for column in columns if column.meaning]
+    table.caption = "; ".join(meanings) or None
+    first, others = report.by_turn[:MAX_TURNS_SHOWN], report.by_turn[MAX_TURNS_SHOWN:]
+    named = [(str(stats.turn), stats) for stats in first]
+    if others:
+        named.append((f"{others[0].turn}–{others[-1].turn}", TurnStats.merge(others)))
+    for name, stats in named:
+        table.add_row(name, *(_number(column.value(stats)) for column in columns))
     table.add_section()
-    table.add_row("all", *cells(report.all_turns), style="bold")
+    table.add_row("all", *(_number(column.value(report.all_turns)) for column in columns), style="bold")
     return table
+
+
+def _number(value: int | float) -> str:
+    return "–" if isnan(value) else f"{value:,.0f}"
 
 
 def _kind_table(report: AuditFacts) -> Table:

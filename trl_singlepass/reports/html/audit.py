@@ -49,8 +49,9 @@ def _section(table: Table) -> str:
     for cells, row in zip(rows, table.rows, strict=True):
         kind = ' class="total"' if row.style == "bold" else ""
         lines.append(f"<tr{kind}>{''.join(f'<td{_left(cell)}>{_text(cell)}</td>' for cell in cells)}</tr>")
+    caption = f'<p class="hint">{_text(table.caption)}</p>' if table.caption else ""
     return (
-        f'<section><h2>{_text(table.title)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<section><h2>{_text(table.title)}</h2>{caption}<div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div></section>\n"
     )
 
@@ -65,30 +66,31 @@ def _left(cell: object) -> str:
 
 def _plots(report: AuditReport) -> Iterable[str]:
     if report.sample_lengths is not None:
-        yield _plot("Tokens per sample", *_histogram(report.sample_lengths))
+        yield _plot("Tokens per sample", "tokens", "samples", *_histogram(report.sample_lengths))
     if report.tree_lengths is not None:
-        yield _plot("Tokens per tree", *_histogram(report.tree_lengths))
-    if report.sharing_by_turns:
-        sharing = [entry.sharing_factor for entry in report.sharing_by_turns]
-        names = [str(entry.num_turns) for entry in report.sharing_by_turns]
-        yield _plot("Sharing factor by number of turns", sharing, names, decimals=1)
+        yield _plot("Tokens per tree", "tokens", "trees", *_histogram(report.tree_lengths))
+    sharing = report.sharing_by_turns
+    names, factors = [str(entry.num_turns) for entry in sharing], [entry.sharing_factor for entry in sharing]
+    yield _plot("Sharing factor by number of turns", "turns", "sharing factor", factors, names, decimals=1)
     lost = [
-        (recipe.name, recipe.reasoning_not_trained / max(1, recipe.reasoning_tokens))
+        (recipe.name, 100 * recipe.reasoning_not_trained / recipe.reasoning_tokens)
         for recipe in report.recipes
         if recipe.conversations and recipe.reasoning_tokens
     ]
-    if lost:
-        yield _plot(
-            "Reasoning that other recipes leave untrained, %", [100 * share for _, share in lost], [n for n, _ in lost]
-        )
+    shares, recipes = [share for _, share in lost], [name for name, _ in lost]
+    yield _plot("Reasoning that other recipes leave untrained", "recipe", "% of reasoning tokens", shares, recipes)
 
 
 def _histogram(lengths: Lengths) -> tuple[Sequence[float], Sequence[str]]:
     return lengths.counts, [f"{edge:,}" for edge in lengths.edges[:-1]]
 
 
-def _plot(title: str, values: Sequence[float], names: Sequence[str], decimals: int = 0) -> str:
-    """A bar chart. Bars are labelled at regular intervals, as often as the labels fit."""
+def _plot(
+    title: str, x_label: str, y_label: str, values: Sequence[float], names: Sequence[str], decimals: int = 0
+) -> str:
+    """A bar chart, unless there is only one bar. Bars are labelled at regular intervals, as often as labels fit."""
+    if len(values) < 2:
+        return ""
     top, step = max(*values, 0), (_WIDTH - _LEFT) / len(values)
     longest = max(map(len, names))
     every = max(1, round((longest * 6.5 + 8) / step + 0.49))
@@ -107,6 +109,8 @@ def _plot(title: str, values: Sequence[float], names: Sequence[str], decimals: i
     axis = (
         f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH}" y1="{18 + height}" y2="{18 + height}"/>'
         f'<text x="{_LEFT - 6}" y="24" text-anchor="end">{top:,.{decimals}f}</text>'
+        f'<text x="0" y="10">{escape(y_label)}</text>'
+        f'<text x="{_WIDTH}" y="{_HEIGHT - 2}" text-anchor="end">{escape(x_label)}</text>'
         f'<text x="{_LEFT - 6}" y="{18 + height}" text-anchor="end">0</text>'
     )
     label = escape(f"{title}: {len(values)} bars, the highest {top:,.{decimals}f}")
