@@ -2,20 +2,15 @@
 
 import json
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
-from support.chat_tokenizers import CONTROL_TOKENS, make_tokenizer, template_text
+from support.chat_tokenizers import make_tokenizer, template_text
 from support.conversations import AGENT, AGENT_TOOLS, CHAT, completion, prompt, without_reasoning
+from support.public_data import CONVERSATIONS, FOLDER, released_qwen3_tokenizer
 from trl_singlepass.rendering.samples import RenderingError, render_example, render_samples
 from trl_singlepass.trees.sample import CompletionKind
-
-
-SHARED = Path(__file__).parents[3] / "shared"
-DATA = ["llamafactory_reason_tool_use", "taubench_gpt4o_airline", "mathchat_follow_up_300"]
 
 
 WRITES_ITS_STOP = [
@@ -104,18 +99,13 @@ def test_samples_do_not_depend_on_process():
 
 @pytest.fixture(scope="module")
 def qwen3_tokenizer():
-    folder = SHARED / "tokenizers" / "qwen3"
-    if not folder.exists():
-        pytest.skip("no Qwen3 tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(CONTROL_TOKENS, special_tokens=True)  # of the other templates
-    return tokenizer
+    return released_qwen3_tokenizer()
 
 
-@pytest.mark.parametrize("file", DATA)
+@pytest.mark.parametrize("file", CONVERSATIONS)
 @pytest.mark.parametrize("name", ["qwen3", "gptoss", "glm4moe"])
 def test_real_conversations_equal_apply_chat_template(file, name, qwen3_tokenizer):
-    path = SHARED / "data" / f"{file}.jsonl"
+    path = FOLDER / "data" / f"{file}.jsonl"
     if not path.exists():
         pytest.skip(f"no {path.name}")
     qwen3_tokenizer.chat_template = template_text(name)

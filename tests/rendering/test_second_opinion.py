@@ -11,13 +11,12 @@ import random
 import re
 from collections import Counter
 from itertools import count
-from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from support.chat_templates import HARD_TEMPLATES
-from support.chat_tokenizers import CONTROL_TOKENS, make_tokenizer, template_names, template_text
+from support.chat_tokenizers import make_tokenizer, template_names, template_text
+from support.public_data import CONVERSATIONS, FOLDER, released_qwen3_tokenizer
 from trl_singlepass.rendering.conversation import Conversation, RenderingError
 from trl_singlepass.rendering.samples import render_conversation, render_example
 
@@ -218,26 +217,17 @@ def test_words_that_stand_in_markup_are_neither_found_nor_lost_there(name, sourc
         assert texts[0] == texts[1].replace("Hazel", word)
 
 
-SHARED = Path(__file__).parents[3] / "shared"
-DATA = ["llamafactory_reason_tool_use", "taubench_gpt4o_airline", "mathchat_follow_up_300"]
-
-
 @pytest.fixture(scope="module")
 def real_tokenizer():
-    folder = SHARED / "tokenizers" / "qwen3"
-    if not folder.exists():
-        pytest.skip("no Qwen3 tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(CONTROL_TOKENS, special_tokens=True)  # of the other templates
-    return tokenizer
+    return released_qwen3_tokenizer()
 
 
-@pytest.mark.parametrize("file", DATA)
+@pytest.mark.parametrize("file", CONVERSATIONS)
 @pytest.mark.parametrize(
     "name", ["gptoss", "round dropped", "final without stop", "qwen3", "glm4moe", "nemotron_3_nano"]
 )
 def test_no_tool_result_of_a_real_conversation_is_trained(name, file, real_tokenizer):
-    path = SHARED / "data" / f"{file}.jsonl"
+    path = FOLDER / "data" / f"{file}.jsonl"
     if not path.exists():
         pytest.skip(f"no {path.name}")
     real_tokenizer.chat_template = HARD_TEMPLATES[name].source if name in HARD_TEMPLATES else template_text(name)
