@@ -200,7 +200,7 @@ class SinglePassSFTTrainer(SFTTrainer):
         return saved or position
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader[Batch]]:
-        """Gather the head with the model, and trees with shared rows; FSDP2 leaves it sharded, DeepSpeed drops masks."""
+        """Gather the head with the model, trees with shared rows; FSDP2 leaves it sharded, DeepSpeed drops masks."""
         model, loader = super()._prepare_for_training(*args, **kwargs)
         gather_head_with_model(self.model)
         if self._sequence_parallel is not None:
