@@ -122,7 +122,7 @@ def test_a_tree_is_never_trained_as_one_text(tmp_path, workers, wire):
     """With either wire cut, DeepSpeed would run plain causal attention over all branches."""
     run = workers.run(tmp_path, {**shared(one_row_per_batch()), "break": wire}, world_size=2, expect_success=False)
     assert run.codes != [0, 0]
-    assert "got no tree under sequence parallelism" in run.log
+    assert "received no tree under sequence parallelism" in run.log
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the conversations in ../shared")

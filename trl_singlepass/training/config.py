@@ -1,4 +1,4 @@
-"""Arguments of `SinglePassSFTTrainer`: those of `SFTConfig`, less what one pass cannot honour."""
+"""Arguments of `SinglePassSFTTrainer`: those of `SFTConfig`, and what is its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import trl
 from packaging.version import Version
-from transformers import TrainingArguments, logging
+from transformers import PreTrainedModel, TrainingArguments, logging
 from trl import SFTConfig
 
 from ..data.bad_rows import BadRows
@@ -32,46 +32,46 @@ class SinglePassSFTConfig(SFTConfig):
     Configuration class for the [`SinglePassSFTTrainer`].
 
     Every argument of [`~trl.SFTConfig`] keeps its meaning, where a sequence of TRL is one **sample**: one turn with
-    its context. Only the defaults of `max_length` and `assistant_only_loss` differ. `docs/settings.md` tells which of
-    them conversations follow, which have no effect on them and which are refused.
+    its context. Only the defaults of `max_length` and `assistant_only_loss` differ. `docs/settings.md` says which
+    arguments conversations follow, which have no effect on them and which are refused.
 
     Args:
         assistant_only_loss (`bool`, *optional*):
-            Conversations are trained on their assistant messages and nothing else, so that `None` and `True` change
-            nothing, and `False` is refused.
+            Conversations are trained on their assistant messages and nothing else: `None` and `True` change nothing,
+            and `False` is refused.
         max_length (`int`, *optional*):
             Longest sample, in tokens. Longer samples lose the tokens at depth `max_length` and beyond, as with TRL's
             `truncation_mode="keep_start"`; what is lost is counted in the log. `None` keeps every sample whole.
         max_row_tokens (`int`, *optional*):
-            Largest row, in tokens: the knob for memory. A conversation whose tree is larger is split at turn borders
-            into several rows that repeat as little history as possible. With packing, rows are filled up to it, and it
-            defaults to `max_length`, or to TRL's length of a row if that is `None`; otherwise `None`, which never
-            splits.
+            Largest row, in tokens: the setting that bounds memory. A conversation with a larger tree is split between
+            turns into several rows that repeat as little history as possible. With packing, rows are filled up to it,
+            and it defaults to `max_length`, or to TRL's length of a row if that is `None`. Without packing, it
+            defaults to `None`, which never splits.
         overlong_turns (`str`, *optional*, defaults to `"truncate"`):
             What happens to a turn that is longer than `max_length` or `max_row_tokens`: `"truncate"` trains its
             beginning, `"drop"` leaves it out, `"error"` stops. What is lost is counted in the log.
         bad_rows (`str`, *optional*, defaults to `"error"`):
-            What happens to rows of the dataset that cannot be trained, such as one without an assistant message:
-            `"error"` stops the preparation and names all of them with their reasons (in a stream, the first when it
-            comes), `"drop"` leaves them out and counts them in the log.
+            What happens to examples that cannot be trained, such as one without an assistant message: `"error"` names
+            all of them with their reasons and stops (in a stream, at the first), `"drop"` leaves them out and counts
+            them in the log.
         history (`str`, *optional*, defaults to `"template"`):
-            What a turn's context holds of earlier turns: `"template"`, as the chat template renders it; `"keep"`, all
-            reasoning; `"strip"`, no reasoning. A `history` column overrides it row by row.
+            What a turn's context holds of earlier turns: `"template"`, what the chat template renders; `"keep"`, all
+            reasoning; `"strip"`, no reasoning. A `history` column overrides it example by example.
         train_turns (`str` or `int`, *optional*, defaults to `"all"`):
-            Turns that are trained: `"all"`, `"last"`, `n` for the first `n` of each conversation, `"sample:n"` for `n`
-            drawn at random. The others are context, and counted in the log.
+            Turns to train: `"all"`, `"last"`, `n` for the first `n` of each conversation, `"sample:n"` for `n` drawn
+            at random. The others are context, and counted in the log.
         loss_reduction (`str`, *optional*, defaults to `"token"`):
-            What counts the same in the loss: every `"token"`, every `"turn"` or every `"conversation"`.
+            What has equal weight in the loss: every `"token"`, every `"turn"` or every `"conversation"`.
         reasoning_weight (`float`, *optional*, defaults to `1.0`):
-            Factor of the loss of reasoning, beside 1 for answers and tool calls.
+            Weight of the loss on reasoning, relative to 1 for answers and tool calls.
         log_turn_metrics (`bool`, *optional*, defaults to `False`):
             Whether to log loss and accuracy by turn, for reasoning, for answers and for their first token.
         wave_tokens (`int` or `"auto"`, *optional*):
-            Largest number of tokens of a row that have activations at the same time. A row that is longer runs in
-            waves: the same loss and gradients, in the memory of one wave. `None` runs every row at once; `"auto"`
-            takes what free memory allows.
+            Largest number of tokens of a row that have activations at the same time. A longer row runs in waves, with
+            the same loss and gradients, in the memory of one wave. `None` runs every row at once; `"auto"` chooses
+            what free memory allows.
         offload_kv (`bool`, *optional*, defaults to `False`):
-            Whether keys and values that wait for later waves, and their gradients, are held on the CPU.
+            Whether to keep keys and values that wait for later waves, and their gradients, on the CPU.
 
     Raises:
         `ValueError`: If a setting cannot be honoured in a single pass.
@@ -167,10 +167,10 @@ class SinglePassSFTConfig(SFTConfig):
                 raise ValueError(f"{name}={value} leaves no room for a token and its target. Set it to 2 or more.")
         if self.bad_rows not in tuple(BadRows):
             raise ValueError(f"bad_rows={self.bad_rows!r} is not one of {', '.join(BadRows)}.")
-        self.row_settings()  # refuses what is none of its choices
+        self.row_settings()  # checks the choices of its own settings
 
     def row_settings(self, packing: bool = False) -> RowSettings:
-        """Return what of the arguments decides what rows a conversation becomes."""
+        """Return the arguments that determine how conversations become rows."""
         return RowSettings(
             max_length=self.max_length,
             max_row_tokens=packed_length(self) if packing else self.max_row_tokens,
@@ -192,9 +192,9 @@ class SinglePassSFTConfig(SFTConfig):
             raise ValueError("offload_kv=True moves what waits between waves. Set wave_tokens, or offload_kv=False.")
 
 
-def packed_length(args: Any) -> int:
+def packed_length(args: SFTConfig) -> int:
     """
-    Return the length that packed rows are filled up to: what was set, or else TRL's default, which the log names once.
+    Return the length to which packed rows are filled: the one that is set, or TRL's default, which is logged once.
 
     Args:
         args (`SinglePassSFTConfig`, [`~trl.SFTConfig`]):
@@ -213,8 +213,8 @@ def packed_length(args: Any) -> int:
     return _TRL_MAX_LENGTH
 
 
-def with_packed_length(args: Any) -> Any:
-    """Return arguments for TRL's own packing, of plain text: it takes the length of a row from `max_length`."""
+def with_packed_length(args: SFTConfig) -> SFTConfig:
+    """Return arguments for TRL's packing of plain text, which reads the length of a row from `max_length`."""
     if args.max_length is not None:
         return args
     args = copy.copy(args)
@@ -222,29 +222,29 @@ def with_packed_length(args: Any) -> Any:
     return args
 
 
-def as_single_pass_config(args: TrainingArguments) -> Any:
+def as_single_pass_config(args: TrainingArguments) -> SFTConfig:
     """
     Return the arguments of a trainer with the settings of a single pass.
 
-    An [`~trl.SFTConfig`], or an object of a class made from it, is the same object afterwards, so that what its owner
-    changes later has its effect; it gets the settings that it lacks, at their defaults. Plainer arguments are copied
-    to a [`SinglePassSFTConfig`], as TRL copies them to an [`~trl.SFTConfig`].
+    An [`~trl.SFTConfig`], or an instance of a subclass, is returned itself, so that later changes to it take effect;
+    it gets the settings that it lacks, at their defaults. Plain [`~transformers.TrainingArguments`] are copied to a
+    [`SinglePassSFTConfig`], as TRL copies them to an [`~trl.SFTConfig`].
 
     Args:
         args (`transformers.TrainingArguments`):
-            Arguments, [`~trl.SFTConfig`] or plainer ones.
+            Arguments of the user.
 
     Returns:
         `trl.SFTConfig`: The same values, and all fields of [`SinglePassSFTConfig`].
 
     Raises:
-        `ValueError`: If plain arguments have fields that an [`~trl.SFTConfig`] has no place for.
+        `ValueError`: If plain arguments have fields that [`~trl.SFTConfig`] lacks.
     """
     if not isinstance(args, SFTConfig):
         return _copied(args)
     for setting in fields(SinglePassSFTConfig):
         if not hasattr(args, setting.name):
-            assert setting.default is not MISSING, "a setting of its own has a plain default"
+            assert setting.default is not MISSING, "every setting of its own has a default"
             setattr(args, setting.name, setting.default)
     return args
 
@@ -261,23 +261,23 @@ def _copied(args: TrainingArguments) -> SinglePassSFTConfig:
     return SinglePassSFTConfig(**values)
 
 
-def default_config(model: Any) -> SinglePassSFTConfig:
-    """Return the arguments of a trainer that is given none: all defaults, an output folder named after the model."""
+def default_config(model: str | PreTrainedModel) -> SinglePassSFTConfig:
+    """Return the arguments of a trainer that gets none: all defaults, with an output folder named after the model."""
     name = model if isinstance(model, str) else model.config._name_or_path
     return SinglePassSFTConfig(f"{name.split('/')[-1]}-SinglePassSFT")
 
 
 @contextmanager
-def without_redundant_settings(args: Any) -> Iterator[None]:
+def without_redundant_settings(args: SFTConfig) -> Iterator[None]:
     """
-    Turn off, within a block, what TRL offers for one sequence per conversation and a single pass does by nature.
+    Turn off, within a block, settings of TRL that a single pass fulfils anyway.
 
-    Every assistant message is trained and nothing else, which is what `assistant_only_loss` is for; left on, TRL would
-    swap the chat template for one that keeps all reasoning. Every row is free of padding already.
+    It trains every assistant message and nothing else, as `assistant_only_loss` asks; with it, TRL would replace the
+    chat template by one that keeps all reasoning. Its rows have no padding, as `padding_free` asks.
 
     Args:
         args (`trl.SFTConfig`):
-            Arguments; the user's own object, which is as it was after the block.
+            The user's own arguments, which are restored after the block.
     """
     given = {name: getattr(args, name) for name in ("assistant_only_loss", "padding_free")}
     for name in given:

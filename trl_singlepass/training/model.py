@@ -1,4 +1,4 @@
-"""Trees in a model: which models can run them, each refusal with its reason, and how one is switched to them."""
+"""Enable trees in a model, or say why a single pass would train it incorrectly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Forward: TypeAlias = Callable[..., ModelOutput]
 """A model, or a function in its place: takes the inputs of the model by name, returns its outputs."""
 
-# Layer types of transformers that attend under a mask; layers of the last two mix tokens in another way as well.
+# Layer types of transformers that attend under a mask; the last two also mix tokens in another way.
 _ATTENTION_LAYER_TYPES = frozenset(
     {"full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding"}
 )
@@ -40,7 +40,7 @@ _RECURRENT_LAYER_TYPES = frozenset(
         "heavily_compressed_attention",
     }
 )
-# Attention of one token over the outputs of earlier layers: no token reads another there.
+# Attention of each token to its own outputs of earlier layers: no token reads another.
 _TOKENWISE_ATTENTION = frozenset(
     {
         "Inkling2BlockAttentionResidual",
@@ -57,16 +57,15 @@ class UnsupportedModelError(ValueError):
 
 def check_model(model: PreTrainedModel) -> None:
     """
-    Refuse a model that one pass would train wrongly.
+    Refuse a model that a single pass would train incorrectly.
 
     Args:
         model (`transformers.PreTrainedModel`):
             Model without adapters or wrappers.
 
     Raises:
-        `UnsupportedModelError`: If a layer mixes tokens in a way that is not known, attends to later tokens, or the
-            model does not take its attention function, its mask or its positions from outside, or does not train on
-            text.
+        `UnsupportedModelError`: If a layer mixes tokens in an unknown way or attends to later tokens, or if the model
+            does not take its attention function, mask and positions from outside, or does not train on text.
     """
     if reason := _trains_on_other_media(model):
         raise UnsupportedModelError(f"{type(model).__name__} {reason}. Load another model.")
@@ -92,7 +91,7 @@ def _mixes_branches(model: PreTrainedModel) -> str | None:
 
 
 def _only_recurs(model: PreTrainedModel) -> bool:
-    """Whether a model has no attention at all, and so no use for positions either."""
+    """Return whether a model has no attention at all, and therefore no use for positions."""
     config = model.config.get_text_config()
     if set(getattr(config, "layer_types", None) or ()) & _ATTENTION_LAYER_TYPES:
         return False
@@ -117,7 +116,7 @@ def _is_out_of_reach(model: PreTrainedModel) -> str | None:
 
 def _trains_on_other_media(model: PreTrainedModel) -> str | None:
     head, vocab_size = model.get_output_embeddings(), getattr(model.config.get_text_config(), "vocab_size", 0)
-    # Not the size of its weight, of which ZeRO-3 leaves nothing to see.
+    # Not the size of its weight, which is empty under ZeRO-3.
     if head is None or getattr(head, "out_features", vocab_size) < vocab_size:
         return "has no head over the tokens that it reads, so it does not generate text"
     if demand := next(filter(None, map(_demand_in_training, model.modules())), None):
@@ -126,21 +125,21 @@ def _trains_on_other_media(model: PreTrainedModel) -> str | None:
 
 
 def _demand_in_training(module: nn.Module) -> str | None:
-    """What a module says when it is trained without an input that rows of text do not have."""
+    """Return the error that a module raises in training without an input that rows of text do not have."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     texts = [text for text in code.co_consts if isinstance(text, str)] if code is not None else []
     return next((text for text in texts if "is required as a model input when training" in text), None)
 
 
 def _looks_ahead(module: nn.Module) -> bool:
-    """Whether a module is attention without causality; decoders may leave that to their mask."""
+    """Return whether a module is attention that is not causal; decoders may leave that to their mask."""
     looks_ahead = getattr(module, "is_causal", True) is False and not getattr(module, "is_decoder", False)
     return looks_ahead and type(module).__name__ not in _TOKENWISE_ATTENTION
 
 
 def check_every_layer_attended(model: PreTrainedModel, tree: Tree) -> None:
     """
-    Check after a forward that every layer that mixes tokens received the tree.
+    Check after a forward pass that every layer that mixes tokens received the tree.
 
     Args:
         model (`transformers.PreTrainedModel`):
@@ -159,7 +158,7 @@ def check_every_layer_attended(model: PreTrainedModel, tree: Tree) -> None:
 
 
 def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the layers that take their attention function from transformers, without those on whole paths."""
+    """Return the layers that take their attention function from transformers, except those that run on whole paths."""
     layers: list[nn.Module] = []
     on_whole_paths = {part for layer in path_dependent_layers(model) for part in layer.modules()}
     for module in get_decoder(model).modules():
@@ -178,17 +177,17 @@ def _listed(names: set[str]) -> str:
 
 def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     """
-    Switch a model to tree attention; batches without a tree run as before.
+    Make a model run on trees where there is one; batches without a tree run as before.
 
     Args:
         model (`transformers.PreTrainedModel`, `peft.PeftModel`):
-            Model to switch, in place. Its `attn_implementation` chooses the backend.
+            Model, changed in place. Its `attn_implementation` chooses the attention backend.
 
     Returns:
         `str`: The `attn_implementation` that the model had.
 
     Raises:
-        `UnsupportedModelError`: If one pass would train the model wrongly.
+        `UnsupportedModelError`: If a single pass would train the model incorrectly.
         `ValueError`: If there is no tree attention for its `attn_implementation`.
         `ImportError`: If the kernel it chose is not installed.
     """
