@@ -15,9 +15,9 @@ from trl_singlepass.attention.varlen_plan import varlen_calls
 from trl_singlepass.reference.random_conversations import conversation
 
 
-MOST_LAUNCHES = 60
+MOST_LAUNCHES = 46
 """Of a layer in a step: forward, recomputation and backward."""
-MOST_LAUNCHES_PER_FURTHER_CALL = 25
+MOST_LAUNCHES_PER_FURTHER_CALL = 22
 """Where many branches share a long history, so that their keys are gathered in parts."""
 
 
@@ -50,7 +50,7 @@ def test_launches_of_sdpa_in_half_precision(kind, size, sinks, turns):
 
 
 @pytest.mark.usefixtures("_h100")
-@pytest.mark.parametrize(("kind", "size", "stated"), [("causal", 0, 13_800), ("window", 512, 13_500)])
+@pytest.mark.parametrize(("kind", "size", "stated"), [("causal", 0, 13_800), ("window", 512, 11_100)])
 def test_launches_of_the_block_path_are_as_stated(kind, size, stated):
     """Float32, which no flash kernel takes: `docs/kernels.md` says what that costs."""
     mask = mask_of(row(16), kind, size)

@@ -83,12 +83,12 @@ def varlen_tree_attention(
         `torch.Tensor` of shape `(1, row_length, heads, value_dim)`: The output.
     """
     padded = inputs.with_one_head_dim(8)  # a multiple of 8 is what flash kernels want
-    tokens_first = (x.transpose(1, 2)[0] for x in (padded.query, padded.key, padded.value))
+    tokens_first = (x.transpose(1, 2).squeeze(0) for x in (padded.query, padded.key, padded.value))
     out: torch.Tensor = VarlenAttention.apply(  # type: ignore[no-untyped-call]
         *tokens_first, inputs.sinks, mask.build_once(varlen_calls), kernel, inputs.scale, inputs.softcap or 0.0,
         deterministic,
     )  # fmt: skip
-    return out[None, ..., : inputs.value.shape[-1]]
+    return out[..., : inputs.value.shape[-1]].unsqueeze(0)
 
 
 class VarlenAttention(torch.autograd.Function):
@@ -133,7 +133,7 @@ class VarlenAttention(torch.autograd.Function):
         """Return the gradients of `query`, `key`, `value` and `sinks`, and `None` for the rest."""
         query, key, value, sinks, out, lse = ctx.saved_tensors
         grad = grads[0].contiguous()
-        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        grad_query: list[torch.Tensor] = []
         grad_key, grad_value = _PathSum(key, ctx.deterministic), _PathSum(value, ctx.deterministic)
         for call in ctx.calls:
             here = slice(call.start, call.end)
@@ -141,13 +141,14 @@ class VarlenAttention(torch.autograd.Function):
             dq, dk, dv = ctx.kernel.backward(
                 grad[here], inputs, out[here], lse[:, here].contiguous(), deterministic=ctx.deterministic
             )
-            grad_query[here] = dq
+            grad_query.append(dq)
             grad_key.add(dk, call.key_index)
             grad_value.add(dv, call.key_index)
         grad_sinks = None
         if sinks is not None:
             grad_sinks = sink_gradient(grad.transpose(0, 1), out.transpose(0, 1), lse, sinks)
-        return grad_query, grad_key.total, grad_value.total, grad_sinks, None, None, None, None, None
+        joined = grad_query[0] if len(grad_query) == 1 else torch.cat(grad_query)
+        return joined, grad_key.total, grad_value.total, grad_sinks, None, None, None, None, None
 
 
 def _cut(

@@ -82,7 +82,7 @@ class TorchFlash(VarlenKernel):
         self, grad: torch.Tensor, x: VarlenInputs, out: torch.Tensor, lse: torch.Tensor, *, deterministic: bool
     ) -> Gradients:
         """Return the gradients of queries, keys and values; `torch.use_deterministic_algorithms` fixes their order."""
-        random_state = torch.zeros(2, dtype=torch.uint64, device=x.query.device)  # of dropout, and there is none
+        random_state = torch.empty(2, dtype=torch.uint64, device=x.query.device)  # of dropout, and there is none
         unused = torch.empty(0, device=x.query.device)
         grads: Gradients = aten._flash_attention_backward(
             grad, x.query, x.key, x.value, out, lse, *_borders(x.call), 0.0, x.call.window is None, random_state,
