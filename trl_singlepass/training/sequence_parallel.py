@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
     from peft import PeftModel
 
-AttentionFunction: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+Mask: TypeAlias = TreeMask | Tensor | None
+AttentionFunction: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
 """As transformers' `AttentionInterface` calls it: `(module, query, key, value, attention_mask, **kwargs)`."""
 
 
@@ -123,7 +125,7 @@ class SequenceParallel:
         batch: Batch,
         inputs: Batch,
         context: LossContext,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """
         Return this rank's part of the loss of a step, scaled such that the mean over ranks is the loss.
 
@@ -146,7 +148,7 @@ class SequenceParallel:
         if context.turn_metrics is not None:
             model = context.turn_metrics.wrap(model, F.pad(batch["label_parts"], (1, 0)), weights)
         weighted = weighted_model(model, weights)
-        sums: list[torch.Tensor] = []
+        sums: list[Tensor] = []
 
         def forward(**kwargs: object) -> ModelOutput:
             outputs = weighted(**kwargs)
@@ -159,7 +161,7 @@ class SequenceParallel:
         loss = sums[0] / num_items * self._accelerator.num_processes * context.divisor
         return self._with_right_gradient(engine, loss)
 
-    def _with_right_gradient(self, engine: DeepSpeedEngine, loss: torch.Tensor) -> torch.Tensor:
+    def _with_right_gradient(self, engine: DeepSpeedEngine, loss: Tensor) -> Tensor:
         gradient_scale = get_gradient_scale(engine, self.size)
         if self._gradient_check is None:
             self._gradient_check = GradientCheck(engine, gradient_scale)
@@ -201,14 +203,8 @@ def on_whole_rows(attention: AttentionFunction) -> AttentionFunction:
     """Return tree attention that refuses to train without a tree, and takes its share of per-head parameters."""
 
     def attend(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: TreeMask | torch.Tensor | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         mask = kwargs.pop("tree_mask", attention_mask)
         if module.training and not isinstance(mask, TreeMask):
             raise RuntimeError(
@@ -223,7 +219,7 @@ def on_whole_rows(attention: AttentionFunction) -> AttentionFunction:
     return attend
 
 
-def _share_of_heads(per_head: torch.Tensor, num_heads: int) -> torch.Tensor:
+def _share_of_heads(per_head: Tensor, num_heads: int) -> Tensor:
     from deepspeed.utils import groups
 
     rank = groups._get_sequence_parallel_rank()
@@ -242,14 +238,8 @@ def with_tree(exchange: AttentionFunction, attention: AttentionFunction) -> Atte
     """
 
     def attend(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: TreeMask | torch.Tensor | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         if not module.training:  # rows are not shared in evaluation
             return attention(module, query, key, value, attention_mask, *args, **kwargs)
         return exchange(module, query, key, value, None, *args, tree_mask=attention_mask, **kwargs)
