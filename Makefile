@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install test lint demo demo-model bench docs pictures clean
+.PHONY: help install test lint demo demo-model bench gpu docs pictures clean
 
 help:
 	@echo "make install      everything into .venv"
@@ -15,6 +15,7 @@ help:
 	@echo "make docs         build the site from docs/ into out/site"
 	@echo "make pictures     draw the pictures of the docs"
 	@echo "make bench        measure the step time of every mode and write it to benchmarks/results/"
+	@echo "make gpu          on a GPU: doctor, the tests that need one, and step times, in 25 minutes (run it again to go on)"
 
 install: $(INSTALLED)
 
@@ -55,6 +56,9 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.step_time $(ARGS)
 	$(BIN)/python -m benchmarks.step_time --memory --repeats 1
 	$(BIN)/python -m benchmarks.report
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) out

@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -43,3 +44,9 @@ def _processor() -> str:
 
 def _device(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu, one thread"
+
+
+def file_name_of_device(device: str) -> str:
+    """`"NVIDIA H100 80GB HBM3"` -> `"nvidia_h100_80gb_hbm3"`."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
+    return re.sub(r"[^a-z0-9]+", "_", name.lower())

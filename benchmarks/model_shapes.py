@@ -53,7 +53,7 @@ def get_config(name: str, num_layers: int | None = None, **sizes: Any) -> PreTra
     return config_class(**{**released, **layers, **sizes})
 
 
-def make_model(config: PreTrainedConfig, attention: str, device: str) -> Any:
+def make_model(config: PreTrainedConfig, attention: str | None, device: str) -> Any:
     """Return a model with random weights in bfloat16, in training mode with gradient checkpointing."""
     torch.manual_seed(0)
     model_class = getattr(transformers, type(config).__name__.replace("TextConfig", "Config")[:-6] + "ForCausalLM")

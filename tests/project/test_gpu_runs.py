@@ -1,0 +1,212 @@
+"""`make gpu` as far as it goes without a GPU: which cases, one process each, resumed, failures written down."""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_step
+from benchmarks.apart import run_apart
+from benchmarks.gpu_step import LAYERS, Case, cases, measure_apart, run
+from trl_singlepass.reference.steps import Schedule
+
+
+ROOT = Path(__file__).parents[2]
+ARGS = argparse.Namespace(models=[*LAYERS], turns=[16, 8], device="cpu", tiny=True, repeats=1)
+TINY = [Case("Qwen3-0.6B", 2, schedule.value, "sdpa", "cpu", tiny=True, repeats=1) for schedule in Schedule]
+
+
+# Cases of the benchmark ----------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_meets_packed_npass_on_every_model():
+    found = list(cases(["sdpa", "flash_attention_3"], ARGS))
+    for model in LAYERS:
+        for kernel in ("sdpa", "flash_attention_3"):
+            for turns in ARGS.turns:
+                schedules = {
+                    one.schedule for one in found if (one.model, one.kernel, one.turns) == (model, kernel, turns)
+                }
+                assert schedules >= {"single_pass", "npass_packed"}
+    assert len(set(found)) == len(found)
+    assert {one.kernel for one in found if one.schedule == "waves"} == {"sdpa"}
+
+
+def test_what_tells_most_comes_first_and_the_hybrid_is_not_last():
+    found = list(cases(["sdpa"], ARGS))
+    assert [one.turns for one in found] == sorted((one.turns for one in found), reverse=True)
+    order = list(dict.fromkeys(one.model for one in found))
+    assert order[0] == "Qwen3-0.6B"
+    assert order.index("Qwen3.5-4B") < len(order) - 1
+
+
+def test_kernels_that_are_not_here_have_a_reason():
+    found, missing = gpu_step.available_kernels()
+    assert {"sdpa", "flex_attention"} <= set(found)
+    assert set(found) | set(missing) | set(gpu_step.SAME_AS_SDPA) == set(gpu_step.KERNELS)
+    assert all(missing.values())
+
+
+@pytest.mark.parametrize("model", LAYERS)
+@pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")
+def test_every_model_is_measured(model):
+    single, npass = (
+        gpu_step.measure(Case(model, 2, schedule, "sdpa", "cpu", tiny=True, repeats=1))
+        for schedule in ("single_pass", "npass_packed")
+    )
+    assert single["loss"] == pytest.approx(npass["loss"], rel=0.02)  # bfloat16
+    assert single["seconds"] > 0
+
+
+# One process per case ------------------------------------------------------------------------------------------------
+
+
+def test_a_case_runs_in_a_process_of_its_own():
+    record = measure_apart(TINY[0], 120)
+    assert record["seconds"] > 0, record
+    assert record["bound"] > 1
+    assert {**record, **asdict(TINY[0])} == record
+
+
+def test_the_error_of_a_case_is_written_down():
+    record = measure_apart(Case("Qwen3-0.6B", 2, "single_pass", "no_such_kernel", "cpu", tiny=True), 120)
+    assert "There is no tree attention for attn_implementation='no_such_kernel'" in record["failed"]
+    assert "seconds" not in record
+
+
+@pytest.mark.parametrize(
+    ("code", "failed"),
+    [
+        ("print('all is well')", None),
+        ("raise RuntimeError('CUDA error: misaligned address')", "exit code 1: RuntimeError: CUDA error: misaligned"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "exit code -11: no message"),
+        ("import time; print('all is well', flush=True); time.sleep(60)", "took longer than 2 seconds"),
+    ],
+)
+def test_how_a_process_ends(code, failed):
+    outcome = run_apart([sys.executable, "-c", code], 2)
+    assert (outcome.failed or "").startswith(failed or "")
+    assert (outcome.failed is None) == (failed is None)
+    assert outcome.output.strip() in ("all is well", "")
+
+
+# Resuming ------------------------------------------------------------------------------------------------------------
+
+
+def fake(monkeypatch, **failures):
+    asked = []
+
+    def measure(case, seconds):
+        asked.append(case.schedule)
+        result = {"failed": failures[case.schedule]} if case.schedule in failures else {"seconds": 1.0, "bytes": 1}
+        return {**asdict(case), **result}
+
+    monkeypatch.setattr(gpu_step, "measure_apart", measure)
+    return asked
+
+
+def test_the_next_run_goes_on_where_this_one_stopped(monkeypatch, tmp_path):
+    path, asked = tmp_path / "r.json", fake(monkeypatch, waves="exit code 1: RuntimeError: CUDA error")
+    assert run(path, {"measured": []}, TINY, seconds=0) == 3
+    assert asked == []
+    assert run(path, {"measured": []}, TINY[:1], seconds=60) == 0
+    assert run(path, json.loads(path.read_text()), TINY, seconds=60) == 0
+    assert asked == ["npass_packed", "single_pass", "waves"]  # each once, and a failure is a result
+    records = json.loads(path.read_text())["measured"]
+    assert [record.get("failed") for record in records] == [None, None, "exit code 1: RuntimeError: CUDA error"]
+    assert run(path, json.loads(path.read_text()), TINY, seconds=60) == 0
+    assert len(asked) == 3
+
+
+def test_a_case_that_the_end_cuts_off_is_left_for_the_next_run(monkeypatch, tmp_path):
+    fake(monkeypatch, single_pass="took longer than 20 seconds")
+    assert run(tmp_path / "r.json", {"measured": []}, TINY, seconds=20) == 2
+    assert run(tmp_path / "r.json", {"measured": []}, TINY, seconds=1000) == 0  # it had all its time
+
+
+# Tests ---------------------------------------------------------------------------------------------------------------
+
+GPU_TESTS = """
+import os, pathlib, pytest
+pytestmark = pytest.mark.gpu
+broken = []
+
+def test_passes(): pass
+def test_breaks_the_context(): broken.append(1); assert False
+def test_fails_only_after_it(): assert not broken
+def test_is_skipped(): pytest.skip("no such package")
+@pytest.mark.parametrize("size", [1, 2])
+def test_ends_the_process(size):
+    if size == 2: os._exit(9)
+def test_is_not_reached_together(): pass
+"""
+
+
+def test_a_test_that_breaks_the_process_spoils_no_other(tmp_path, monkeypatch):
+    (tmp_path / "test_some.py").write_text(GPU_TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\naddopts = -m 'not gpu'\n")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "r.json"
+    found = gpu.run_tests(path, 300)
+    names = {test.partition("::")[2]: outcome for test, outcome in found.items()}
+    assert names.pop("test_ends_the_process[2]") == "did not end: exit code 9: no message"
+    assert names == {
+        "test_passes": "PASSED",
+        "test_breaks_the_context": "FAILED",
+        "test_fails_only_after_it": "PASSED",
+        "test_is_skipped": "SKIPPED",
+        "test_ends_the_process[1]": "PASSED",
+        "test_is_not_reached_together": "PASSED",
+    }
+    assert json.loads(path.read_text()) == found
+    ran = []
+    monkeypatch.setattr(gpu, "outcomes", lambda tests, seconds: ran.extend(tests) or dict.fromkeys(tests, "PASSED"))
+    assert set(gpu.run_tests(path, 300).values()) == {"PASSED"}
+    assert [test.partition("::")[2] for test in ran] == [
+        "test_breaks_the_context", "test_is_skipped", "test_ends_the_process[2]"
+    ]  # fmt: skip
+
+
+def test_the_tests_marked_gpu_are_found():
+    assert len(gpu.collect_tests(["-m", "gpu", "tests/attention/test_gpu.py"])) > 50
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_it_ends_at_once_with_one_sentence():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert (done.stdout, done.stderr) == ("", f"{gpu.NO_GPU}\n")
+
+
+def test_make_gpu_takes_less_than_25_minutes(monkeypatch, tmp_path):
+    """All parts together get the minutes that they are given."""
+    given = {}
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "file_name_of_device", lambda device: "h100")
+    monkeypatch.setattr(gpu, "run_doctor", lambda path, seconds: given.update(doctor=seconds) or True)
+    monkeypatch.setattr(gpu, "run_tests", lambda path, seconds: given.update(tests=seconds) or {"t": "PASSED"})
+    monkeypatch.setattr(
+        gpu, "run_apart", lambda command, seconds: given.update(steps=seconds) or run_apart(["true"], 5)
+    )
+    monkeypatch.setattr("sys.argv", ["gpu", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    assert stopped.value.code == 0
+    assert max(given["doctor"] + given["tests"], given["steps"]) <= 25 * 60
+    assert "-m benchmarks.gpu" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize(("report", "is_healthy"), [('{"ok": true}', True), ('{"ok": false}', False)])
+def test_a_doctors_report_is_written_once(report, is_healthy, tmp_path):
+    (tmp_path / "d.json").write_text(report)
+    assert gpu.run_doctor(tmp_path / "d.json", 1) is is_healthy
