@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -13,10 +13,15 @@ from transformers.masking_utils import flash_attention_mask, flex_attention_mask
 from .flash import varlen_forward
 from .flex import flex_forward
 from .interface import AttentionFunction
+from .kernel_choice import DeviceTraits, TorchKernel, choose_torch_kernel
+from .mask_rules import MaskRule, RuleKind
 from .sdpa import sdpa_forward
 from .tree_mask import tree_mask_or
 from .varlen_kernels import flash_kernel
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # The registered names avoid "sdpa", "flash", "flex_attention" and "/", which have a meaning to transformers.
 TREE_ATTENTION = {
@@ -28,6 +33,11 @@ TREE_ATTENTION = {
     "torch_varlen": "tree_varlen_torch",
 }
 """For each `attn_implementation`, the registered name of its tree attention; Hub kernels join on first use."""
+_RULES = {
+    "full_attention": RuleKind.CAUSAL,
+    "sliding_attention": RuleKind.WINDOW,
+    "chunked_attention": RuleKind.CHUNK,
+}
 
 
 def tree_attention_name(implementation: str) -> str:
@@ -61,20 +71,45 @@ def tree_attention_name(implementation: str) -> str:
     return TREE_ATTENTION[implementation]
 
 
-def describe_tree_attention(implementation: str) -> str:
+def describe_tree_attention(
+    implementation: str, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+) -> str:
     """
-    Say in one sentence what tree attention of an `attn_implementation` runs on, and when.
+    Say in one sentence on which kernel a model's attention runs on trees, and why.
 
     Args:
         implementation (`str`):
-            `attn_implementation` of a model.
+            `attn_implementation` of the model.
+        config (`transformers.PreTrainedConfig`):
+            Text configuration of the model.
+        device (`torch.device`):
+            Device that it runs on.
+        dtype (`torch.dtype`):
+            Dtype that its attention computes in.
     """
     if TREE_ATTENTION.get(implementation) == "tree_flex":
         return "one compiled FlexAttention kernel for every rule, with a block mask made from the tree"
     if TREE_ATTENTION.get(implementation) == "tree_torch":
-        return "PyTorch's own attention, which needs no package and computes every rule, softcap and sink"
+        return _describe_torch_kernels(config, device, dtype)
     source = "PyTorch" if implementation == "torch_varlen" else implementation
     return f"the flash varlen kernel of {source}, one call for all branches, in half precision only"
+
+
+def _describe_torch_kernels(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> str:
+    traits = DeviceTraits.from_device(device)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
+    kernels: dict[TorchKernel, list[str]] = {}
+    for layer_type in dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"]):
+        if layer_type in _RULES:
+            kernel = choose_torch_kernel(
+                traits, dtype, head_dim, MaskRule(_RULES[layer_type]), has_softcap=has_softcap
+            )
+            kernels.setdefault(kernel, []).append(layer_type)
+    parts = [f"{kernel.value} for {' and '.join(layers)}" for kernel, layers in kernels.items()]
+    why_not = traits.why_no_varlen()
+    reason = "" if why_not is None else f"; not PyTorch's varlen kernel, because {why_not}"
+    return f"the fastest of PyTorch's own kernels that computes a layer in {dtype}: {', '.join(parts)}{reason}"
 
 
 def _is_hub_kernel(implementation: str) -> bool:

@@ -139,7 +139,7 @@ def examine(
         Kernel(
             implementation,
             tree_attention_name(implementation),
-            describe_tree_attention(implementation),
+            describe_tree_attention(implementation, config, device, dtype),
             timing.attention_operators,
         ),
         tuple(verified),
@@ -203,7 +203,7 @@ class _Timing:
 
     def __init__(self, model: PreTrainedModel, shape: ModelShape | None) -> None:
         self.measured: list[Measured] = []
-        self.attention_operators: tuple[str, ...] = ()
+        self.attention_operators: tuple[str, ...] | None = None
         self._model, self._shape = model, shape
         self._implementation = enable_tree(model)
         self._repeats = 3 if model.device.type == "cuda" else 1
@@ -214,7 +214,7 @@ class _Timing:
         """Run a step a few times, and note what it took or why it failed."""
         tree = PrefixTree.from_samples(samples)
         tokens = sum(map(len, samples)) if schedule is Schedule.NPASS_PACKED else len(tree)
-        found: tuple[int, float, int] | None = None
+        found: tuple[int | None, float, int] | None = None
         failed = None
         with self._attention_for(schedule) as attention:
             try:
@@ -240,20 +240,19 @@ class _Timing:
             )
         )
 
-    def _run(self, samples: Sequence[Sample], schedule: Schedule) -> tuple[int, float, int]:
+    def _run(self, samples: Sequence[Sample], schedule: Schedule) -> tuple[int | None, float, int]:
         step = make_step(self._model, samples, schedule)
         if self._model.device.type == "cuda":
             step()  # compiles kernels, which the counter would disturb
-        with LaunchCounter() as counter:
-            step()
+        counter = _count(step)
         if schedule is Schedule.SINGLE_PASS:
-            self.attention_operators = counter.attention_operators
+            self.attention_operators = None if counter is None else counter.attention_operators
         before, times = reset_peak(), []
         for _ in range(self._repeats):
             with stopwatch(self._model) as seconds:
                 step()
             times.append(seconds())
-        return counter.total, min(times), peak() - before
+        return None if counter is None else counter.total, min(times), peak() - before
 
     @contextmanager
     def _attention_for(self, schedule: Schedule) -> Iterator[str]:
@@ -273,6 +272,17 @@ class _Timing:
         if schedule is Schedule.NPASS_PACKED:
             return 1.0
         return npass_cost(samples, self._shape).flops / single_pass_cost([tree], self._shape).flops
+
+
+def _count(step: Callable[[], object]) -> LaunchCounter | None:
+    """Operators of a step; `None` where FlexAttention is compiled: no dispatch mode looks into it."""
+    counter = LaunchCounter()
+    try:
+        with counter:
+            step()
+    except NotImplementedError:
+        return None
+    return counter
 
 
 def _name(dtype: torch.dtype) -> str:

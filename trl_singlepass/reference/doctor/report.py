@@ -44,15 +44,15 @@ class Kernel:
             Registered name of its tree attention.
         reason (`str`):
             Why this kernel.
-        operators (`tuple[str, ...]`):
-            Attention operators that were seen to run in the single pass; none if it was made of matrix products or
-            did not run.
+        operators (`tuple[str, ...]`, *optional*):
+            Attention operators that were seen to run in the single pass, none if it was made of matrix products;
+            `None` if it was compiled or did not run.
     """
 
     attn_implementation: str
     tree_attention: str
     reason: str
-    operators: tuple[str, ...]
+    operators: tuple[str, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Measured:
         tokens (`int`):
             Tokens of the row.
         launches (`int`, *optional*):
-            Operators that reached the device.
+            Operators that reached the device; not counted where attention is compiled.
         seconds (`float`, *optional*):
             Time of the step, the best of a few.
         peak_bytes (`int`, *optional*):

@@ -39,12 +39,18 @@ def _facts(report: DoctorReport) -> Table:
         "missing": missing or "nothing",
         "model": f"{model.name}: {model.architecture}, {part} {model.total_layers} layers, on {model.device}",
         "kernel": f"{kernel.attn_implementation} as {kernel.tree_attention}: {kernel.reason}",
-        "seen to run": ", ".join(kernel.operators) or "no attention operator: matrix products",
+        "seen to run": _operators(kernel.operators),
     }
     facts = Table.grid(padding=(0, 2))
     for name, text in rows.items():
         facts.add_row(Text(name, style="bold"), Text(text))
     return facts
+
+
+def _operators(names: tuple[str, ...] | None) -> str:
+    if names is None:
+        return "nothing: attention is compiled, or did not run"
+    return ", ".join(names) or "no attention operator: matrix products"
 
 
 def _check_cells(check: Verified) -> list[str]:
