@@ -71,14 +71,20 @@ def test_random_trees(model_type, samples):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "kimi_linear", "bamba", "lfm2", "zamba2"])
-def test_states_at_forks_equal_whole_paths(model_type):
+def test_the_row_at_once_and_states_at_forks_equal_whole_paths(model_type):
     model = tiny_model(model_type)
     enable_tree(model)
-    fast, _ = forward(model, [branchy_chat()])
-    for layer in path_dependent_layers(model):
+    at_once, _ = forward(model, [branchy_chat()])
+    layers = list(path_dependent_layers(model))
+    for layer in layers:
+        assert layer._row_kernels is not None
+        layer._row_kernels = None
+    from_states, _ = forward(model, [branchy_chat()])
+    for layer in layers:
         layer._replay_mode = ReplayMode(starts_from_state=False)
     slow, _ = forward(model, [branchy_chat()])
-    assert (fast.logits - slow.logits).abs().max() <= 1e-12 * slow.logits.abs().max()
+    for fast in (at_once, from_states):
+        assert (fast.logits - slow.logits).abs().max() <= 1e-12 * slow.logits.abs().max()
 
 
 def test_a_chain_of_one_sample_per_tree_is_not_taken_for_one_text():
@@ -166,6 +172,7 @@ def test_trainer_on_real_conversations(tmp_path, template, model_type):
 
 
 def test_a_layer_that_does_not_take_its_state_from_the_cache_is_refused(monkeypatch):
+    monkeypatch.setattr(recurrent_layer, "find_row_kernels", lambda layer, mode: None)
     monkeypatch.setattr(recurrent_layer, "_cache_arguments", lambda layer: set())
     with pytest.raises(RuntimeError, match="would be trained without their history"):
         assert_equal_to_npass(tiny_model("qwen3_5_text"), [branch_at_every_depth()])

@@ -24,6 +24,16 @@ def test_forks_of_the_documented_row():
     assert own == [((0, 2),), ((2, 4),), ((4, 7),), ((7, 9),), ((9, 11),)]
     assert [piece.source for piece in schedule.pieces] == [-1, 0, 1, 1, 0]
     assert schedule.batches == ((0,), (1,), (2,), (3, 4))
+    assert fork_schedule(plan_of_eleven(), packed=True).batches == ((0,), (1,), (2, 3, 4))
+
+
+def test_packed_pieces_of_several_trees_run_level_by_level():
+    rows = [Row.from_tree(PrefixTree.from_samples(reasoning_chat(3, seed=seed))) for seed in range(2)]
+    schedule = fork_schedule(TreePlan.from_rows(rows), packed=True)
+    *levels, branches = schedule.batches
+    assert [len(level) for level in levels] == [2] * len(levels)
+    assert all(schedule.pieces[index].is_source for level in levels for index in level)
+    assert not any(schedule.pieces[index].is_source for index in branches)
 
 
 def test_a_branch_of_an_earlier_row_replays_one_token_from_the_state_before_it():

@@ -1,4 +1,9 @@
-"""A recurrent layer on a tree: gather its inputs piece by piece, run them, and put the outputs in the row's order."""
+"""
+A recurrent layer on a tree.
+
+Where only its convolution and scan mix tokens, it runs once over the row ([`row_kernels`]). Any other layer, and every
+layer of a wave, runs piece by piece: its inputs are gathered, and its outputs put in the row's order.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,7 @@ from .boundary import HasBoundary, RowBoundary
 from .fork_cache import ForkStates
 from .layer_kinds import DISTANCE, SELECTION, ReplayMode, path_dependent_layers
 from .layout import Layout
+from .row_kernels import find_row_kernels
 from .schedule import Piece
 from .tree_carrier import find_tree, pass_tree_in_masks
 
@@ -43,7 +49,7 @@ def enable_tree_recurrence(model: PreTrainedModel) -> None:
 def _wrap(layer: Any, mode: ReplayMode) -> None:
     if mode.attends:
         layer.config = _with_stock_attention(layer)
-    layer._replay_mode = mode
+    layer._replay_mode, layer._row_kernels = mode, find_row_kernels(layer, mode)
     layer._stock_forward = layer.forward
     layer._had_own_forward = "forward" in vars(layer)
     layer.forward = MethodType(_forward, layer)
@@ -73,7 +79,7 @@ def disable_tree_recurrence(model: PreTrainedModel) -> None:
             layer.forward = layer._stock_forward
         else:
             del layer.forward
-        del layer._stock_forward, layer._replay_mode, layer._had_own_forward
+        del layer._stock_forward, layer._replay_mode, layer._row_kernels, layer._had_own_forward
     for handle in vars(model).pop("_tree_handles", ()):
         handle.remove()
 
@@ -112,10 +118,13 @@ def _run(layer: Any, arguments: Mapping[str, object], tree: Tree) -> Any:
     layout = _get_layout(tree, mode)
     boundary = layout.boundary
     arguments = {name: False if name == "use_cache" else value for name, value in arguments.items()}
+    cache_arguments = _cache_arguments(layer)
+    if boundary is None and layer._row_kernels is not None:
+        masks = {name for name, value in arguments.items() if _carries_tree(value)}
+        return layer._row_kernels.run(layer, arguments | dict.fromkeys(masks | cache_arguments), tree)
     if boundary is not None:
         arguments = {name: _extend(layer, name, value, boundary) for name, value in arguments.items()}
     per_batch = {name: _split(layer, name, value, layout) for name, value in arguments.items()}
-    cache_arguments = _cache_arguments(layer)
     outputs: list[Any] = []
     states: dict[int, ForkStates] = {}
     for step, batch in enumerate(layout.schedule.batches):

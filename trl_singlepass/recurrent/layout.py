@@ -30,7 +30,8 @@ class Layout:
     """
     Where each token of a row goes when a layer runs over the row in pieces.
 
-    Batches are padded on the right with the last token of each piece: what follows a token does not change its output.
+    Batches are padded on the right with the last token of each piece, as what follows a token does not change its
+    output, or packed: pieces follow one another in one sequence.
 
     Args:
         length (`int`):
@@ -41,22 +42,38 @@ class Layout:
             Device of the layer's inputs.
         boundary (`RowBoundary`, *optional*):
             What the layers take from other rows and leave for them.
+        packed (`bool`, *optional*, defaults to `False`):
+            Whether batches are packed.
     """
 
     length: int
     schedule: Schedule
     device: torch.device
     boundary: RowBoundary | None = None
+    packed: bool = False
+
+    @cached_property
+    def lengths(self) -> list[list[int]]:
+        """Number of tokens of each piece of each batch, padding included."""
+        pieces = self.schedule.pieces
+        if self.packed:
+            return [[pieces[index].length for index in batch] for batch in self.schedule.batches]
+        return [[self._padded_length(pieces[batch[0]])] * len(batch) for batch in self.schedule.batches]
+
+    def _padded_length(self, longest: Piece) -> int:
+        # A layer takes a single token after a state for a generation step, which has no gradients.
+        return max(longest.length, 2) if longest.starts_from_state else longest.length
 
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
-        """Shape `(num_pieces, num_tokens)` of each batch."""
-        return [(len(batch), self._padded_length(batch)) for batch in self.schedule.batches]
+        """Shape `(num_sequences, num_tokens)` of each batch."""
+        return [(1, sum(lengths)) if self.packed else (len(lengths), lengths[0]) for lengths in self.lengths]
 
-    def _padded_length(self, batch: Sequence[int]) -> int:
-        longest = self.schedule.pieces[batch[0]]
-        # A layer takes a single token after a state for a generation step, which has no gradients.
-        return max(longest.length, 2) if longest.starts_from_state else longest.length
+    @cached_property
+    def boundaries(self) -> list[torch.Tensor]:
+        """Where the pieces of each packed batch begin, and where the last one ends, shape `(num_pieces + 1,)`."""
+        ends = [np.cumsum([0, *lengths], dtype=np.int64) for lengths in self.lengths]
+        return [torch.from_numpy(batch).to(self.device) for batch in ends]
 
     @property
     def num_inputs(self) -> int:
@@ -69,8 +86,8 @@ class Layout:
         positions = np.concatenate(
             [
                 _pad(self.schedule.pieces[index], length)
-                for batch, (_, length) in zip(self.schedule.batches, self.shapes, strict=True)
-                for index in batch
+                for batch, lengths in zip(self.schedule.batches, self.lengths, strict=True)
+                for index, length in zip(batch, lengths, strict=True)
             ]
         )
         located = positions if self.boundary is None else self.boundary.locate(positions)
@@ -81,8 +98,8 @@ class Layout:
         """Index into `gather_index` of each token of the row, shape `(row_length,)`."""
         indices = np.empty(self.length, np.int64)
         offset = 0
-        for batch, (_, length) in zip(self.schedule.batches, self.shapes, strict=True):
-            for index in batch:
+        for batch, lengths in zip(self.schedule.batches, self.lengths, strict=True):
+            for index, length in zip(batch, lengths, strict=True):
                 piece = self.schedule.pieces[index]
                 start, end = piece.ranges[-1]
                 indices[start:end] = np.arange(offset + piece.num_replayed, offset + piece.length)
@@ -108,8 +125,14 @@ class Layout:
             return list(zip(*(self.gather(part) for part in value), strict=True))
         if not isinstance(value, torch.Tensor) or value.shape[:2] != (1, self.num_inputs):
             return [value] * len(self.shapes)
-        batches = torch.split(value[0, self.gather_index], [pieces * tokens for pieces, tokens in self.shapes])
+        tokens = self._select(value.squeeze(0))
+        batches = torch.split(tokens, [sequences * length for sequences, length in self.shapes])
         return [batch.reshape(*shape, *batch.shape[1:]) for batch, shape in zip(batches, self.shapes, strict=True)]
+
+    def _select(self, tokens: torch.Tensor) -> torch.Tensor:
+        if any(piece.num_replayed for piece in self.schedule.pieces):
+            return SelectRepeatedly.apply(tokens, self.gather_index)  # type: ignore[no-untyped-call, no-any-return]
+        return tokens.index_select(0, self.gather_index)
 
     def scatter(self, outputs: Sequence[Any]) -> Any:
         """
@@ -129,7 +152,7 @@ class Layout:
             for output, shape in zip(outputs, self.shapes, strict=True)
         ):
             return None
-        return torch.cat([output.flatten(0, 1) for output in outputs])[self.scatter_index][None]
+        return torch.cat([output.flatten(0, 1) for output in outputs]).index_select(0, self.scatter_index)[None]
 
     def distances(self) -> list[torch.Tensor]:
         """Return how far behind each other the tokens of a path are, per batch, shape `(num_tokens, num_tokens)`."""
@@ -158,6 +181,29 @@ class Layout:
                 visible = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, floor)
             masks.append(visible.expand(pieces, -1, -1, -1))
         return masks
+
+
+class SelectRepeatedly(torch.autograd.Function):
+    """
+    Select tokens, some of them several times; gradients of one token add up in float32 at least.
+
+    Takes shape `(num_tokens, ...)` and an index of shape `(num_selected,)`. Indexing with `[]` would sort the index in
+    backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Return the selected tokens."""
+        ctx.save_for_backward(index)
+        ctx.shape = tokens.shape
+        return tokens.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the sum of each token's gradients."""
+        (index,) = ctx.saved_tensors
+        grad = grads[0].to(torch.promote_types(grads[0].dtype, torch.float32))
+        return grad.new_zeros(ctx.shape).index_add_(0, index, grad).to(grads[0].dtype), None
 
 
 def _pad(piece: Piece, length: int) -> NDArray[np.int64]:

@@ -103,7 +103,7 @@ def path_schedule(plan: TreePlan, reach: int | None = None, min_length_ratio: fl
     return Schedule(tuple(pieces), tuple(_batches(pieces, range(len(pieces)), min_length_ratio)))
 
 
-def fork_schedule(plan: TreePlan, handed_on: Collection[int] = ()) -> Schedule:
+def fork_schedule(plan: TreePlan, handed_on: Collection[int] = (), *, packed: bool = False) -> Schedule:
     """
     Run the history once, cut where branches leave it, and start every branch from the state at its fork.
 
@@ -115,16 +115,32 @@ def fork_schedule(plan: TreePlan, handed_on: Collection[int] = ()) -> Schedule:
             Structure of the row.
         handed_on (`Collection[int]`, *optional*):
             Positions just past the tokens whose states later rows start from.
+        packed (`bool`, *optional*, defaults to `False`):
+            Whether batches need no padding: pieces that others start from then run together where none of them starts
+            from another, and all branches in one batch.
 
     Returns:
         `Schedule`: Pieces that begin and end at forks.
     """
     pieces = _fork_pieces(plan, handed_on)
-    sources = [(index,) for index, piece in enumerate(pieces) if piece.is_source]
+    sources = _levels(pieces) if packed else [(index,) for index, piece in enumerate(pieces) if piece.is_source]
     ends = [index for index, piece in enumerate(pieces) if not piece.is_source]
     starts = [index for index in ends if not pieces[index].starts_from_state]
     continued = [index for index in ends if pieces[index].starts_from_state]
-    return Schedule(tuple(pieces), (*sources, *_batches(pieces, starts), *_batches(pieces, continued)))
+    ratio = 0.0 if packed else MIN_LENGTH_RATIO
+    return Schedule(tuple(pieces), (*sources, *_batches(pieces, starts, ratio), *_batches(pieces, continued, ratio)))
+
+
+def _levels(pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
+    """Group the pieces that others start from by the number of pieces that have to run before them."""
+    levels: list[list[int]] = []
+    level_of: dict[int, int] = {}
+    for index, piece in enumerate(pieces):
+        if piece.is_source:
+            level = level_of[index] = level_of.get(piece.source, -1) + 1
+            levels += [[]] * (level == len(levels))
+            levels[level] = [*levels[level], index]
+    return [tuple(level) for level in levels]
 
 
 def _fork_pieces(plan: TreePlan, handed_on: Collection[int]) -> list[Piece]:

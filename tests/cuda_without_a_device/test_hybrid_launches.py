@@ -1,0 +1,54 @@
+"""Kernel launches of a gated delta net beside its scan, counted on meta tensors in the place of a GPU."""
+
+import pytest
+import torch
+import transformers
+
+from support.fast_scans import scan_without_numbers
+from support.launch_count import LaunchAndCopyCounter
+from support.trainers import needs_cached_states
+from support.tree_masks import on_meta, tree_of
+from trl_singlepass.attention.context import running_on
+from trl_singlepass.recurrent.layer import _wrap
+from trl_singlepass.recurrent.layer_kinds import get_replay_mode
+from trl_singlepass.reference.random_conversations import conversation
+
+
+pytestmark = needs_cached_states
+
+PLAIN = (34, 51)
+"""Launches of a row of one sample, forward and backward."""
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """transformers' Qwen3.5, whose scan is a kernel that packs."""
+    module = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
+    monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", scan_without_numbers)
+    return module
+
+
+def launches(layer, length):
+    x = torch.empty(1, length, layer.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    layer(hidden_states=x)  # makes the layouts, once per row
+    with LaunchAndCopyCounter() as ahead:
+        out = layer(hidden_states=x)
+    with LaunchAndCopyCounter() as back:
+        out.backward(torch.empty_like(out))
+    assert ahead.copies_to_device == back.copies_to_device == 0
+    return ahead.launches, back.launches
+
+
+@pytest.mark.parametrize(("turns", "ahead", "back"), [(2, 42, 82), (16, 42, 96), (64, 42, 144)])
+def test_launches_beside_the_scan(module, turns, ahead, back):
+    """At most four times those of a plain row, and as `docs/kernels.md` states them."""
+    with torch.device("meta"):
+        layer = module.Qwen3_5GatedDeltaNet(transformers.Qwen3_5TextConfig(), 0).to(torch.bfloat16).train()
+    tree = on_meta(tree_of([conversation(turns, 30_000, seed=turns)]))
+    plain = launches(layer, tree.plan.length)
+    _wrap(layer, get_replay_mode(layer))
+    with running_on(tree):
+        ours = launches(layer, tree.plan.length)
+    assert plain == PLAIN
+    assert ours == (ahead, back)
+    assert all(own <= 4 * stock for own, stock in zip(ours, plain, strict=True))

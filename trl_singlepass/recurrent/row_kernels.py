@@ -1,0 +1,300 @@
+"""
+A recurrent layer on a whole row: only its convolution and its scan see the tree.
+
+Projections, norms and gates take each token by itself, so they run once over the row, as in an ordinary batch. The two
+kernels that mix tokens are names in transformers' modelling module. The layer's `forward` runs with these names bound
+to the versions here:
+
+- The convolution runs once, over the row with the last `kernel_size - 1` ancestors inserted before each branch.
+- The scan runs over the pieces of [`fork_schedule`], each from the state of the piece before it. A kernel that keeps
+  packed sequences apart takes all pieces that are ready at the same time in one call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import FunctionType
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..attention.context import Tree
+from ..trees.rows import TreePlan
+from .layer_kinds import ReplayMode
+from .layout import Layout
+from .schedule import fork_schedule, last_tokens
+
+
+Kernel = Callable[..., Any]
+T = TypeVar("T")
+
+CONVOLUTION = "causal_conv1d_fn"
+
+
+@dataclass(frozen=True, slots=True)
+class ScanNames:
+    """
+    How a scan of transformers calls its arguments.
+
+    Args:
+        initial_state (`str`):
+            State to start from, shape `(num_sequences, ...)`.
+        returns_state (`str`):
+            Whether to return the final states too.
+        packs (`bool`):
+            Whether fast kernels start each packed sequence (`cu_seqlens`) from a state of its own.
+        returns_pair (`bool`):
+            Whether it returns `(output, None)` if no final state is asked for, instead of the output alone.
+    """
+
+    initial_state: str
+    returns_state: str
+    packs: bool
+    returns_pair: bool
+
+
+_DELTA_RULE = ScanNames("initial_state", "output_final_state", packs=True, returns_pair=True)
+SCANS = {
+    "torch_chunk_gated_delta_rule": _DELTA_RULE,
+    "chunk_kimi_delta_attention": _DELTA_RULE,
+    "mamba2_chunk_scan": ScanNames("initial_states", "return_final_states", packs=False, returns_pair=False),
+}
+
+# Mamba-2's convolution and scan in one kernel. It returns `None` where it is not installed, and the layer runs both.
+FUSED = "mamba2_split_conv1d_scan_combined"
+
+
+@dataclass(frozen=True, slots=True)
+class RowKernels:
+    """
+    Kernels of a layer that mix tokens.
+
+    Args:
+        forward (`FunctionType`):
+            The layer's `forward`, which calls them.
+        scan (`str`, *optional*):
+            Name of its scan; `None` if the layer only convolves.
+    """
+
+    forward: FunctionType
+    scan: str | None
+
+    def run(self, layer: nn.Module, arguments: Mapping[str, object], tree: Tree) -> Any:
+        """
+        Run the layer on a row.
+
+        Args:
+            layer (`torch.nn.Module`):
+                Layer.
+            arguments (`Mapping[str, object]`):
+                Arguments of its `forward`, without a cache or a mask.
+            tree (`Tree`):
+                Tree of the row, on the device of the arguments.
+        """
+        names = self.forward.__globals__
+        passed_on = set(arguments) - set(inspect.signature(self.forward).parameters)  # of packed rows, not of trees
+        called: set[str] = set()
+
+        def convolve(hidden_states: torch.Tensor, weight: torch.Tensor, *args: object, **options: object) -> Any:
+            called.add(CONVOLUTION)
+            options = {name: value for name, value in options.items() if name not in passed_on}
+            size = weight.shape[-1]
+            layout = _get_layout(tree, ("convolution", size), lambda: ConvolutionLayout(tree, size))
+            return layout.run(names[CONVOLUTION], hidden_states, weight, *args, **options)
+
+        def scan(*args: object, **options: object) -> Any:
+            assert self.scan is not None
+            called.add(self.scan)
+            options = {name: value for name, value in options.items() if name not in passed_on}
+            kernel = names[self.scan]
+            packed = SCANS[self.scan].packs and takes_packed_sequences(kernel)
+            layout = _get_layout(tree, ("scan", packed), lambda: _scan_layout(tree, packed))
+            return run_scan(kernel, SCANS[self.scan], layout, args, options)
+
+        bound: dict[str, Kernel] = {CONVOLUTION: convolve, FUSED: lambda *args, **options: None}
+        bound |= {} if self.scan is None else {self.scan: scan}
+        forward = FunctionType(
+            self.forward.__code__, {**names, **bound}, None, self.forward.__defaults__, self.forward.__closure__
+        )
+        forward.__kwdefaults__ = self.forward.__kwdefaults__
+        output = forward(layer, **arguments)
+        missing = {CONVOLUTION, self.scan} - called - {None}
+        if missing:
+            raise RuntimeError(
+                f"{type(layer).__name__} did not call {sorted(map(str, missing))}, so its branches would be trained "
+                "without their history. Use a version of transformers that README.md lists as known to work."
+            )
+        return output
+
+
+def find_row_kernels(layer: nn.Module, mode: ReplayMode) -> RowKernels | None:
+    """
+    Return the kernels of a layer that can run on a whole row.
+
+    Args:
+        layer (`torch.nn.Module`):
+            Layer that does not run on trees yet.
+        mode (`ReplayMode`):
+            How it would run piece by piece.
+
+    Returns:
+        `RowKernels`, *optional*: `None` for a layer that has to run piece by piece: one with another kernel, or whose
+        `forward` or convolution a library has replaced or hooked (CPU offload, `kernelize`).
+    """
+    forward = inspect.unwrap(type(layer).forward)
+    if not isinstance(forward, FunctionType) or mode.attends:
+        return None
+    hooked = "forward" in vars(layer) or any("_hf_hook" in vars(child) for child in layer.children())
+    names = set(forward.__code__.co_names)
+    scans = [name for name in SCANS if name in names]
+    if hooked or CONVOLUTION not in names or len(scans) != mode.starts_from_state:
+        return None
+    if not scans and mode.reach is None:
+        return None
+    return RowKernels(forward, scans[0] if scans else None)
+
+
+@cache
+def takes_packed_sequences(kernel: Kernel) -> bool:
+    """
+    Whether a kernel keeps packed sequences apart.
+
+    transformers wraps its kernels and drops arguments that the installed one does not have: the wrapper's closure
+    tells which those are.
+    """
+    try:
+        accepted = inspect.getclosurevars(kernel).nonlocals.get("applicable_params")
+    except TypeError:  # not a Python function
+        accepted = None
+    return "cu_seqlens" in (accepted or inspect.signature(kernel).parameters)
+
+
+class ConvolutionLayout:
+    """
+    The row with ancestors inserted, so that one causal convolution sees each branch after its history.
+
+    The row of [`schedule`] with a kernel of 3 tokens, where `-` is a zero:
+
+        gather_index     0 1 2 3 4 5 6   2 3 7 8   0 1 9 10
+
+    Args:
+        tree (`Tree`):
+            Tree of the row.
+        kernel_size (`int`):
+            Number of tokens that an output depends on.
+    """
+
+    def __init__(self, tree: Tree, kernel_size: int) -> None:
+        gathered, kept = insert_ancestors(tree.plan, kernel_size - 1)
+        device = tree.depth.device
+        self.needs_zero = bool((gathered == tree.plan.length).any())
+        self.gather_index = torch.from_numpy(gathered).to(device)
+        self.keep_index = torch.from_numpy(kept).to(device)
+
+    def run(self, kernel: Kernel, hidden_states: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        """
+        Convolve along the paths of the tree.
+
+        Args:
+            kernel (`Callable`):
+                Causal convolution over the last dimension.
+            hidden_states (`torch.Tensor` of shape `(1, channels, row_length)`):
+                Row.
+            *args (`object`):
+                Further arguments of the kernel.
+            **options (`object`):
+                Further arguments of the kernel.
+        """
+        tokens = hidden_states.squeeze(0).t()  # the channels of a token side by side, as the projection wrote them
+        if self.needs_zero:
+            tokens = F.pad(tokens, (0, 0, 0, 1))
+        output: torch.Tensor = kernel(tokens.index_select(0, self.gather_index).t()[None], *args, **options)
+        return output.squeeze(0).t().index_select(0, self.keep_index).t()[None]
+
+
+def insert_ancestors(plan: TreePlan, count: int) -> tuple[np.ndarray[Any, np.dtype[np.int64]], ...]:
+    """
+    Insert the last ancestors of each run before it.
+
+    Args:
+        plan (`TreePlan`):
+            Structure of the row.
+        count (`int`):
+            How many ancestors; zeros, as position `row_length`, in the place of those before a sample's first token.
+
+    Returns:
+        `tuple[numpy.ndarray, numpy.ndarray]` of `numpy.int64`: Positions with the inserted ones, and where among them
+        the tokens of the row are.
+    """
+    parts, kept, total = [], [], 0
+    for run in plan.runs:
+        ancestors = [position for ends in last_tokens(run.prefix, count) for position in range(*ends)]
+        zeros = [plan.length] * (count - len(ancestors) if run.start else 0)
+        parts += [np.array([*zeros, *ancestors], np.int64), np.arange(run.start, run.end)]
+        total += len(zeros) + len(ancestors)
+        kept.append(np.arange(total, total + run.end - run.start))
+        total += run.end - run.start
+    return np.concatenate(parts), np.concatenate(kept)
+
+
+def run_scan(
+    kernel: Kernel, names: ScanNames, layout: Layout, args: tuple[object, ...], options: Mapping[str, object]
+) -> Any:
+    """
+    Run a scan along the paths of the tree.
+
+    Args:
+        kernel (`Callable`):
+            Scan over the second dimension.
+        names (`ScanNames`):
+            How it calls its arguments.
+        layout (`Layout`):
+            Pieces of the row, in the order in which they run.
+        args (`tuple`):
+            The scan's arguments for the row, per-token tensors of shape `(1, row_length, ...)` among them.
+        options (`Mapping[str, object]`):
+            Those that it gets by name.
+
+    Returns:
+        `Any`: What the kernel returns if it is not asked for the final state.
+    """
+    pieces = layout.schedule.pieces
+    states: dict[int, torch.Tensor] = {}
+    outputs: list[torch.Tensor] = []
+    calls: list[Any] = layout.gather((args, dict(options)))
+    for step, (tensors, call) in enumerate(calls):
+        batch = layout.schedule.batches[step]
+        sources = [states[pieces[index].source] for index in batch if pieces[index].starts_from_state]
+        call[names.initial_state] = torch.cat(sources) if len(sources) > 1 else next(iter(sources), None)
+        call[names.returns_state] = True
+        if layout.packed and len(batch) > 1:
+            call["cu_seqlens"] = layout.boundaries[step]
+        output, state = kernel(*tensors, **call)
+        outputs.append(output)
+        if pieces[batch[0]].is_source:
+            states.update(zip(batch, state.split(1) if len(batch) > 1 else [state], strict=True))
+    output = layout.scatter(outputs)
+    return (output, None) if names.returns_pair else output
+
+
+def _scan_layout(tree: Tree, packed: bool) -> Layout:
+    return Layout(tree.plan.length, fork_schedule(tree.plan, packed=packed), tree.depth.device, packed=packed)
+
+
+_layouts: WeakKeyDictionary[Tree, dict[Hashable, Any]] = WeakKeyDictionary()
+
+
+def _get_layout(tree: Tree, key: Hashable, build: Callable[[], T]) -> T:
+    """Return what layers that run alike share on a row, made once."""
+    layouts = _layouts.setdefault(tree, {})
+    if key not in layouts:
+        layouts[key] = build()
+    layout: T = layouts[key]
+    return layout
