@@ -153,6 +153,14 @@ def test_a_microcompaction_that_names_no_results_is_refused(tmp_path):
     assert "\n- log:5: 'compactedToolIds' is missing." in get_error(tmp_path, "claude-code", lines)
 
 
+def test_a_microcompaction_that_nothing_follows_makes_what_comes_after_it_uncertain(tmp_path):
+    micro = line("system", "8", "7", subtype="microcompact_boundary", microcompactMetadata={"compactedToolIds": ["a"]})
+    lines = [*PARALLEL, micro, said("9", "7", "Go."), part("10", "9", "m3", text("Gone."), "end_turn")]
+    error = get_error(tmp_path, "claude-code", lines)
+    assert "\n- log:10: It is unknown if it was sent before or after the clearing at log:8." in error
+    assert rows(tmp_path, *PARALLEL, micro) == [{"messages": FOUND}]
+
+
 def test_a_side_chain_is_a_conversation_of_its_own_without_the_system_prompt_of_the_main_one(tmp_path):
     side = [said("s", None, "Search.", isSidechain=True)]
     side += [part("t", "s", "m9", text("Found."), "end_turn", isSidechain=True)]

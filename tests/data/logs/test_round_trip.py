@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from datasets import Dataset, load_dataset
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS
 from support.log_servers import SCRIPT, AnthropicServer, OpenAIServer, run_agent
 from trl_singlepass.cli.main import main
+from trl_singlepass.data.dataset_format import holds_turns
 from trl_singlepass.rendering.samples import render_example
 
 
@@ -53,6 +55,23 @@ def test_samples_are_the_requests_of_the_log(imported, template):
     assert found == expected
 
 
+@pytest.mark.parametrize("load", ["load_dataset", "from_list"])
+def test_samples_are_the_same_when_the_dataset_went_through_arrow(imported, load, tmp_path):
+    _, examples = imported
+    if load == "load_dataset":
+        files = str(tmp_path / "data.jsonl")
+        dataset = load_dataset("json", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    else:
+        dataset = Dataset.from_list(examples)
+    assert holds_turns(dataset)
+    tokenizer = make_tokenizer("qwen3_8")
+    before, after = (
+        [sample.token_ids.tolist() for row in rows for sample in render_example(dict(row), tokenizer)]
+        for rows in (examples, dataset)
+    )
+    assert after == before
+
+
 def split(tokenizer, sample):
     prompt, completion = sample.token_ids[: sample.prompt_length], sample.token_ids[sample.prompt_length :]
     newline = tokenizer("\n")["input_ids"][0]
@@ -69,7 +88,7 @@ def test_the_templates_differ_in_what_they_keep():
 
 def test_one_conversation_if_reasoning_is_echoed_else_requests_with_their_own_context(imported, echoes_reasoning):
     _, examples = imported
-    forms = [sorted(example) for example in examples]
+    forms = [sorted(column for column in example if example[column]) for example in examples]
     if echoes_reasoning:
         assert forms == [["messages", "tools"]]
     else:  # the first reply is echoed without its reasoning, so that each later request has a context of its own

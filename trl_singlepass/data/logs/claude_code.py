@@ -86,7 +86,10 @@ class _Transcript:
         self.nodes: dict[str, _Node] = {}
         self.replies: dict[str, list[_Node]] = {}  # by `message.id`
         self.results: dict[str, list[_Node]] = {}  # by `tool_use_id`
+        self.clearings: list[_Node] = []  # of tool results
+        self.parents: set[str | None] = set()
         self.interrupted: set[str | None] = set()  # `uuid` of the last line before the user interrupted
+        self.read: dict[str, list[Message]] = {}  # messages by `uuid` or `message.id`: all contexts share them
 
     def add(self, line: LogLine) -> None:
         uuid, kind = get_text(line.entry, "uuid"), require(get_text(line.entry, "type"), "type")
@@ -95,6 +98,9 @@ class _Transcript:
         message = get_object(line.entry, "message") or {}
         node = _Node(line, len(self.nodes), uuid, get_text(line.entry, "parentUuid"), message)
         self.nodes[uuid] = node
+        self.parents.add(node.parent)
+        if node.is_system("microcompact_boundary"):
+            self.clearings.append(node)
         if kind == "assistant" and message.get("model") != "<synthetic>":
             self.replies.setdefault(str(message.get("id") or uuid), []).append(node)
         if kind == "user":
@@ -112,7 +118,7 @@ class _Transcript:
             raise LogError(f"The reply did not end: its stop_reason is '{reasons[-1]}'.")
         if not reasons and any(node.uuid in self.interrupted for node in parts):
             raise LogError("The reply was interrupted.")
-        reply, hidden = self.read_reply(message_id)
+        reply = self.read_reply(message_id)
         path = self.get_path(parts[0])
         context = _Context(self)
         for node in path:
@@ -121,18 +127,28 @@ class _Transcript:
             parts[0].line.place,
             context.messages,
             reply,
-            has_hidden_reasoning=hidden,
+            has_hidden_reasoning=anthropic.read_assistant(self.get_blocks(message_id))[1],
             is_side_chain=bool(parts[0].entry.get("isSidechain")),
             has_skipped_attachments=context.has_skipped_attachments,
         )
 
-    def read_reply(self, message_id: str) -> tuple[Message, bool]:
-        blocks = [block for node in self.replies[message_id] for block in get_objects(node.message, "content")]
-        return anthropic.read_assistant(blocks)
+    def read_reply(self, message_id: str) -> Message:
+        if message_id not in self.read:
+            self.read[message_id] = [anthropic.read_assistant(self.get_blocks(message_id))[0]]
+        return self.read[message_id][0]
 
-    def get_path(self, node: _Node) -> list[_Node]:
-        """Return the lines before a line, from its root."""
+    def read_user(self, node: _Node) -> list[Message]:
+        if node.uuid not in self.read:
+            self.read[node.uuid] = anthropic.read_message(node.message)
+        return self.read[node.uuid]
+
+    def get_blocks(self, message_id: str) -> list[Json]:
+        return [block for node in self.replies[message_id] for block in get_objects(node.message, "content")]
+
+    def get_path(self, reply: _Node) -> list[_Node]:
+        """Return the lines before a reply, from its root."""
         path: list[_Node] = []
+        node = reply
         seen = {node.uuid}
         while node.parent is not None and not node.is_system("compact_boundary"):
             if node.parent not in self.nodes or node.parent in seen:
@@ -140,6 +156,10 @@ class _Transcript:
             node = self.nodes[node.parent]
             seen.add(node.uuid)
             path.append(node)
+        for clearing in self.clearings:
+            # Nothing follows it, although the conversation goes on from the line before it.
+            if clearing.uuid not in self.parents and clearing.parent in seen and clearing.order < reply.order:
+                raise LogError(f"It is unknown if it was sent before or after the clearing at {clearing.line.place}.")
         return path[::-1]
 
 
@@ -179,7 +199,7 @@ class _Context:
         if self.needs_summary and not is_summary:
             raise LogError("Its context was compacted, and the summary that replaced it is not in the log.")
         self.needs_summary = False
-        self.messages += anthropic.read_message(node.message)
+        self.messages += self.transcript.read_user(node)
 
     def add_assistant(self, node: _Node) -> None:
         if node.message.get("model") == "<synthetic>":
@@ -188,7 +208,7 @@ class _Context:
             raise LogError("Its context has a message that Claude Code wrote in the model's place.")
         message_id = str(node.message.get("id") or node.uuid)
         self.done |= {part.uuid for part in self.transcript.replies[message_id]}
-        message = self.transcript.read_reply(message_id)[0]
+        message = self.transcript.read_reply(message_id)
         self.messages.append(message)
         results = [self.find_result(str(call.get("id"))) for call in message.get("tool_calls", [])]
         for result in sorted(results, key=lambda node: node.order):  # in which they came

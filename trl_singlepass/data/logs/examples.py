@@ -72,8 +72,9 @@ def requests_to_examples(requests: Sequence[LoggedRequest]) -> Examples:
     """
     unique: dict[bytes, LoggedRequest] = {}
     histories: dict[bytes, bytes | None] = {}
+    dumped: dict[int, bytes] = {}
     for request in requests:
-        keys = _get_keys(request)
+        keys = _get_keys(request, dumped)
         if keys.whole not in unique:
             unique[keys.whole], histories[keys.whole] = request, keys.history
     following: dict[bytes, bytes] = {}  # the first request that goes on where another one ended
@@ -85,15 +86,17 @@ def requests_to_examples(requests: Sequence[LoggedRequest]) -> Examples:
     return Examples(rows, len(unique), len(requests) - len(unique))
 
 
-def _get_keys(request: LoggedRequest) -> _Keys:
+def _get_keys(request: LoggedRequest, dumped: dict[int, bytes]) -> _Keys:
+    """Return the digests of a request; `dumped` keeps messages by `id`, since contexts of a transcript share them."""
     roles = [message["role"] for message in request.context]
     last_reply = max((index for index, role in enumerate(roles) if role == "assistant"), default=None)
     digest, history = blake2b(_dump([request.tools, request.chat_template_kwargs])), None
-    for index, message in enumerate(request.context):
-        digest.update(_dump(message))
+    for index, message in enumerate([*request.context, request.reply]):
+        if id(message) not in dumped:
+            dumped[id(message)] = _dump(message)
+        digest.update(dumped[id(message)])
         if index == last_reply:
             history = digest.digest()
-    digest.update(_dump(request.reply))
     return _Keys(history, digest.digest())
 
 

@@ -78,10 +78,10 @@ def import_logs(
         raise ValueError(f"--skip_attachments is for {LogSource.CLAUDE_CODE}; {source} logs have no attachments.")
     files, bad = find_files(names, DOCUMENTS if source == LogSource.SWE_AGENT else LINES), BadLines()
     parse = partial(claude_code.parse, skip_attachments=True) if skip_attachments else _PARSERS[source]
-    requests = []
+    requests, checked = [], dict[int, Message]()
     for request in parse(chain.from_iterable(read_log(path, bad) for path in files), bad):
         try:
-            requests.append(_complete(request, system_prompt, tools))
+            requests.append(_complete(request, system_prompt, tools, checked))
         except LogError as error:
             bad.add(request.place, str(error))
     if len(bad) and bad_lines == BadRows.ERROR:
@@ -95,7 +95,9 @@ def import_logs(
     return examples.rows, ImportReport.from_import(len(files), requests, examples, bad)
 
 
-def _complete(request: Request, system_prompt: str | None, tools: list[Json] | None) -> Request:
+def _complete(
+    request: Request, system_prompt: str | None, tools: list[Json] | None, checked: dict[int, Message]
+) -> Request:
     """Return a request that can be rendered, with what the transcript lacks."""
     if isinstance(request, LoggedTokens):
         return request
@@ -105,7 +107,7 @@ def _complete(request: Request, system_prompt: str | None, tools: list[Json] | N
             request = replace(request, context=[system, *request.context])
         if tools is not None and not request.tools:
             request = replace(request, tools=tools)
-    check_request(request)
+    check_request(request, checked)
     return request
 
 
@@ -132,8 +134,9 @@ def read_tools(path: Path) -> list[Json]:
     return tools
 
 
-def write_examples(rows: Iterable[Json], path: Path) -> None:
-    """Write examples as JSON Lines."""
+def write_examples(rows: Sequence[Json], path: Path) -> None:
+    """Write examples as JSON Lines, each with the columns of all: `Dataset.from_list` looks at the first row alone."""
+    columns = dict.fromkeys(column for row in rows for column in row)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps({**columns, **row}, ensure_ascii=False) + "\n" for row in rows)

@@ -80,13 +80,16 @@ def function_tool(name: object, description: object, parameters: object) -> Json
     return {"type": "function", "function": {key: value for key, value in given.items() if value is not None}}
 
 
-def check_request(request: LoggedRequest) -> None:
+def check_request(request: LoggedRequest, checked: dict[int, Message]) -> None:
     """
     Refuse a request that no chat template could render.
 
     Args:
         request ([`LoggedRequest`]):
             The request.
+        checked (`dict[int, dict]`):
+            Messages that have been checked, by `id`; those of this request are added. Contexts of a transcript share
+            their messages, and a message is checked once.
 
     Raises:
         [`LogError`]: If its context is empty, or a message, a tool or an argument of the template is of a wrong form.
@@ -95,9 +98,20 @@ def check_request(request: LoggedRequest) -> None:
         raise LogError("The request has no messages.")
     if "content" not in request.reply and "tool_calls" not in request.reply:
         raise LogError("The reply has neither text nor tool calls, so the model had not come to its end.")
+    messages = [*request.context, request.reply]
     try:
-        check_messages([*request.context, request.reply])
+        if any(id(message) not in checked and not _is_right(message) for message in messages):
+            check_messages(messages)  # names the message by its position
+        checked.update((id(message), message) for message in messages)
         check_tools(request.tools)
         check_template_kwargs(request.chat_template_kwargs)
     except RenderingError as error:
         raise LogError(str(error)) from error
+
+
+def _is_right(message: Message) -> bool:
+    try:
+        check_messages([message])
+    except RenderingError:
+        return False
+    return True
