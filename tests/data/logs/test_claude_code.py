@@ -116,8 +116,15 @@ BOUNDARY = line("system", "c", None, subtype="compact_boundary", logicalParentUu
 SUMMARY = said("d", "c", "Summary.", isCompactSummary=True, isVisibleInTranscriptOnly=True)
 
 
-def test_compaction_begins_a_new_root(tmp_path):
-    lines = [*HI, BOUNDARY, SUMMARY, said("e", "d", "Go."), part("f", "e", "m2", text("Gone."), "end_turn")]
+@pytest.mark.parametrize("parent", [None, "2"])
+def test_compaction_begins_a_new_root(tmp_path, parent):
+    lines = [
+        *HI,
+        {**BOUNDARY, "parentUuid": parent},
+        SUMMARY,
+        said("e", "d", "Go."),
+        part("f", "e", "m2", text("Gone."), "end_turn"),
+    ]
     assert rows(tmp_path, *lines) == [
         {"messages": [user("Hi."), assistant("Hello.")]},
         {"messages": [user("Summary."), user("Go."), assistant("Gone.")]},

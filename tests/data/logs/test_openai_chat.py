@@ -111,6 +111,8 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "data:"}}]
         (entry(user("Hi."), assistant("He"), continue_final_message=True), "The request has 'continue_final_message'"),
         (entry(user("Hi."), chat_template_kwargs={"tokenize": False}), "'chat_template_kwargs' has 'tokenize'"),
         (entry(user("Hi."), chat_template_kwargs=3), "'chat_template_kwargs' has a number where"),
+        (entry(user([{"type": "thinking", "text": "Hm."}])), "a part of the type 'thinking': only text is trained"),
+        (entry(user("Hi."), assistant("Yes?"), user(None)), "Message 2 ('user') has no 'content'"),
         (entry(), "The request has no messages."),
         (entry({"content": "Hi."}), "'role' is missing"),
         (entry(3), "'messages' has a number where an object is expected"),

@@ -74,7 +74,7 @@ class _Session:
                 raise LogError("The thread was rolled back here; which messages stayed is not in the log.")
 
     def compact(self, payload: Json) -> None:
-        self.context, self.lost = [], None
+        self.lost = None
         if get_list(payload, "replacement_history") is None:
             raise LogError("The context was compacted here, and what replaced it is not in the log.")
         items = get_objects(payload, "replacement_history")
