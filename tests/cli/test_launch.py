@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from trl_singlepass.cli import launch
@@ -149,3 +150,34 @@ def test_errors_of_processes_are_one_line(model, tmp_path, processes):
     assert line.startswith("trl-singlepass train: No data: pass a file, a folder or a hub id as --dataset_name")
     assert "Traceback" not in done.stderr
     assert "CalledProcessError" not in done.stderr
+
+
+def parse(*arguments):
+    parser = launch.make_parser(parser_class=launch.Parser)
+    return launch.parse_launch(parser, [*arguments, "--output_dir", "x", *TRAIN], launch.WORKER)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--num_processes", "2", "--mixed_precision", "bf16"]])
+def test_the_launcher_has_no_defaults_to_warn_about(arguments, caplog, monkeypatch):
+    monkeypatch.setattr(launch, "default_config_file", "none")
+    run = parse(*arguments)
+    before = vars(run).copy()
+    validated, *_ = _validate_launch_command(run)
+    assert "were not passed" not in caplog.text
+    for name in ("num_machines", "mixed_precision", "dynamo_backend", "num_processes", "multi_gpu"):
+        assert getattr(validated, name) == before[name]
+    assert validated.mixed_precision == ("bf16" if arguments else "no")
+
+
+def test_what_a_configuration_file_says_is_not_replaced(tmp_path):
+    (tmp_path / "mine.yaml").write_text("mixed_precision: bf16\nnum_machines: 2\nnum_processes: 4\n")
+    run = parse("--accelerate_config", str(tmp_path / "mine.yaml"))
+    assert (run.mixed_precision, run.num_machines, run.num_processes) == (None, None, None)
+
+
+@pytest.mark.parametrize(("num_devices", "several"), [(0, False), (1, False), (8, True)])
+def test_all_devices_are_used_unless_it_is_said_otherwise(monkeypatch, num_devices, several):
+    monkeypatch.setattr(launch, "default_config_file", "none")
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: num_devices)
+    run = parse()
+    assert (run.num_processes, bool(run.multi_gpu)) == (num_devices, several)

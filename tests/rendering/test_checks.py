@@ -1,10 +1,13 @@
 """What a template loses of a message is named with the way out, and nothing that it renders counts as lost."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import call
+from trl_singlepass.rendering.checks import template_name
 from trl_singlepass.rendering.samples import RenderingError, render_example, render_samples
 
 
@@ -109,3 +112,15 @@ def test_a_template_that_names_tools_by_the_ids_of_their_calls_asks_for_names_in
     assert tokenizer.decode(sample.token_ids).endswith(
         '<tool_call>functions.find:0 {"name": "Mia"}</tool_call><|im_end|>\n'
     )
+
+
+def test_a_template_is_named_as_in_trl_or_by_its_hash_and_never_by_a_folder(tmp_path):
+    tokenizer = make_tokenizer("qwen3")
+    own = tokenizer.chat_template + "{# changed #}"
+    code = hashlib.sha256(own.encode()).hexdigest()[:8]
+    for source in (str(tmp_path), "Qwen/Qwen3-8B", ""):
+        tokenizer.name_or_path = source
+        assert template_name(tokenizer, tokenizer.chat_template) == "chat template 'qwen3'"
+        expected = f"Qwen/Qwen3-8B ({code})" if source.startswith("Qwen") else code
+        assert template_name(tokenizer, own) == f"chat template '{expected}'"
+    assert template_name(tokenizer, own + " ") != template_name(tokenizer, own)

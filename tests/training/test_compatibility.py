@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 import trl
+from accelerate.utils import DistributedType
 from peft import PromptTuningConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -13,6 +15,7 @@ from support.conversations import chat, tool_chat
 from support.tiny_multimodal import tiny_conditional
 from support.trainers import float32_model, needs_cached_states, single_pass_trainer
 from trl_singlepass.training.compatibility import (
+    check_engine,
     check_loss_is_per_token,
     check_parallelism,
     check_recurrent_layers,
@@ -127,3 +130,44 @@ def test_attention_dropout_stops_the_first_step(tmp_path, tokenizer):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match=r"GPT2Attention asks for attention dropout 0\.1"):
         single_pass_trainer(tmp_path, tokenizer, CHATS, model).train()
+
+
+def make_accelerator(kind, device):
+    return SimpleNamespace(
+        distributed_type=kind,
+        num_processes=1 if kind == DistributedType.NO else 2,
+        device=torch.device(device),
+        state=SimpleNamespace(deepspeed_plugin=None),
+    )
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU])
+@pytest.mark.parametrize("asked", [True, False], ids=["by the arguments", "by accelerate"])
+def test_fsdp_on_a_cpu_says_that_it_needs_a_gpu_whatever_accelerate_chose(monkeypatch, two_processes, kind, asked):
+    """Each setting that an error named led to the next error."""
+    if not asked:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    args = SimpleNamespace(deepspeed=None, fsdp=asked)
+    with pytest.raises(ValueError, match="FSDP needs a GPU. To try two processes on a CPU, use DDP: use_cpu=True"):
+        check_engine(args, make_accelerator(kind, "cpu"))
+
+
+def test_an_engine_that_is_switched_off_on_a_gpu_is_refused_by_name(two_processes):
+    args = SimpleNamespace(deepspeed=None, fsdp=True)
+    with pytest.raises(ValueError, match="asks for FSDP, but accelerate chose MULTI_GPU.*switch engines off"):
+        check_engine(args, make_accelerator(DistributedType.MULTI_GPU, "cuda"))
+
+
+def test_ddp_on_a_cpu_is_accepted(two_processes):
+    check_engine(SimpleNamespace(deepspeed=None, fsdp=None), make_accelerator(DistributedType.MULTI_CPU, "cpu"))
+
+
+def test_one_process_may_keep_an_fsdp_configuration(monkeypatch, two_processes):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_engine(SimpleNamespace(deepspeed=None, fsdp=True), make_accelerator(DistributedType.NO, "cpu"))

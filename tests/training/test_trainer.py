@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import warnings
 
 import datasets
 import numpy as np
@@ -339,3 +340,26 @@ def test_the_collator_needs_no_device_to_know_the_tree(tmp_path, tokenizer):
     assert plan.num_sample_tokens == int(batch["attention_mask"].sum())
     assert len(plan.example_ends) == len(CHATS)
     assert "loss_weights" not in batch
+
+
+@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": False}])
+def test_the_defaults_warn_of_nothing_that_a_user_could_not_change(tmp_path, settings):
+    """Warnings are errors here, so this fails if TRL's default is still passed on under its old name."""
+    if "activation_checkpointing" not in SinglePassSFTConfig.__dataclass_fields__:
+        pytest.skip("the old name is the only one before transformers 5.24")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = SinglePassSFTConfig(str(tmp_path), bf16=False, **settings)
+    assert config.gradient_checkpointing is config.activation_checkpointing is not bool(settings)
+    assert config.dataloader_pin_memory == torch.accelerator.is_available()
+
+
+def test_the_old_name_of_checkpointing_is_still_read(tmp_path):
+    """And warns of itself, where transformers has a new one: this is what a user can change."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = SinglePassSFTConfig(str(tmp_path), bf16=False, gradient_checkpointing=False)
+    assert config.gradient_checkpointing is False
+    if "activation_checkpointing" in SinglePassSFTConfig.__dataclass_fields__:
+        assert config.activation_checkpointing is False
+        assert any("Use `activation_checkpointing` instead" in str(one.message) for one in caught)

@@ -14,6 +14,8 @@ from types import FrameType
 from typing import NoReturn
 
 import psutil
+import torch
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl import TrlParser
@@ -98,8 +100,21 @@ def parse_launch(parser: TrlParser, arguments: Sequence[str], module: str) -> Na
     for_accelerate = with_config_file([*from_config, *from_command_line])
     for_script = _without(arguments, from_command_line)
     run: Namespace = accelerate.parse_args([*for_accelerate, "--module", module, *for_script])
+    _set_defaults(run)
     run.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # not those of SIGNALS: torchrun would kill all after 30 seconds
     return run
+
+
+def _set_defaults(run: Namespace) -> None:
+    """Set the defaults of `accelerate launch` that it would warn about; those of a configuration file stay."""
+    if run.config_file is not None or Path(default_config_file).is_file():
+        return
+    for name, value in {"num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}.items():
+        if getattr(run, name) is None:
+            setattr(run, name, value)
+    if run.num_processes is None:
+        run.num_processes = torch.accelerator.device_count()
+        run.multi_gpu = run.multi_gpu or run.num_processes > 1
 
 
 def _raise_error(message: str) -> NoReturn:

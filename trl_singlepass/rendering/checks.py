@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from functools import lru_cache
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,9 +102,18 @@ def _spellings(value: Message) -> list[str]:
 
 
 def template_name(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
-    """Return the name of a template for messages to the user."""
-    name = _name_in_trl(chat_template) or tokenizer.name_or_path
-    return f"chat template '{name}'" if name else "chat template"
+    """
+    Return the name of a template for messages to the user.
+
+    It is that of the same template in TRL, else the tokenizer's on the Hub with a hash of the template, since neither
+    a folder nor a model's name says which template it is.
+    """
+    name = _name_in_trl(chat_template)
+    if name is None:
+        code = sha256(chat_template.encode()).hexdigest()[:8]
+        source = str(tokenizer.name_or_path or "")
+        name = code if not source or Path(source).is_dir() or Path(source).is_absolute() else f"{source} ({code})"
+    return f"chat template '{name}'"
 
 
 @lru_cache

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 _TRAINS_USERS = "would also train what users and tools wrote; a single pass trains what the model says, turn by turn"
+_ENGINES_OFF = "Check the launch: `accelerate launch --cpu`, ACCELERATE_USE_CPU and use_cpu=True switch engines off"
+_FSDP_ON_CPU = "FSDP needs a GPU. To try two processes on a CPU, use DDP: use_cpu=True, and no FSDP configuration"
 _TRAIN_ALL = "Leave it out, or use TRL's SFTTrainer to train every token of a conversation"
 
 
@@ -212,14 +214,15 @@ def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
     """Refuse an engine other than the one asked for, DeepSpeed's tensor parallelism, and disconnected processes."""
     kind = accelerator.distributed_type
     asks_for_fsdp = bool(getattr(args, "fsdp", None)) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    for asked, name, expected in (
-        (bool(args.deepspeed), "DeepSpeed", DistributedType.DEEPSPEED),
-        (asks_for_fsdp and accelerator.num_processes > 1, "FSDP", DistributedType.FSDP),
+    fsdp_advice = _FSDP_ON_CPU if accelerator.device.type == "cpu" else _ENGINES_OFF
+    num_launched = int(os.environ.get("WORLD_SIZE", "1"))
+    for asked, name, expected, advice in (
+        (bool(args.deepspeed), "DeepSpeed", DistributedType.DEEPSPEED, _ENGINES_OFF),
+        (asks_for_fsdp and num_launched > 1, "FSDP", DistributedType.FSDP, fsdp_advice),
     ):
         if asked and kind != expected:
             raise ValueError(
-                f"The run asks for {name}, but accelerate chose {kind.value}, which would train something else. Check "
-                "the launch: `accelerate launch --cpu`, ACCELERATE_USE_CPU and use_cpu=True switch engines off."
+                f"The run asks for {name}, but accelerate chose {kind.value}, which trains something else. {advice}."
             )
     plugin = accelerator.state.deepspeed_plugin
     tensor_parallel = {} if plugin is None else plugin.deepspeed_config.get("tensor_parallel", {})
@@ -228,10 +231,9 @@ def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
             f"autotp_size={tensor_parallel['autotp_size']}: tensor parallelism has not been shown to train a tree "
             "exactly. Leave tensor_parallel out of the DeepSpeed configuration, and shard the model with ZeRO-3."
         )
-    if kind == DistributedType.NO and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if kind == DistributedType.NO and num_launched > 1:
         raise ValueError(
-            f"{os.environ['WORLD_SIZE']} processes were launched, but accelerate trains each of them alone. Set "
-            "ddp_backend, or use_cpu=True on a machine without a GPU."
+            f"Each of {num_launched} processes would train alone. Set ddp_backend, or use_cpu=True if there is no GPU."
         )
 
 
@@ -257,7 +259,7 @@ def check_tensor_parallelism(model: PreTrainedModel | PeftModel, args: TrainingA
             "Set it to 1, and raise per_device_train_batch_size",
         ),
         (sizes is None, f"transformers {transformers.__version__}", "Upgrade to 5.24"),
-        (args.wave_tokens is not None, "wave_tokens", "Leave it out, and set gradient_checkpointing"),
+        (args.wave_tokens is not None, "wave_tokens", "Leave it out, and set activation_checkpointing"),
         (bool(recurrent), f"{', '.join(recurrent)}, whose states are not divided", "Shard with FSDP or ZeRO-3"),
     ):
         if refused:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+import torch
 import trl
 from packaging.version import Version
 from transformers import PreTrainedModel, TrainingArguments, logging
@@ -157,7 +158,10 @@ class SinglePassSFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        self._use_new_names()
         super().__post_init__()
+        # PyTorch cannot pin memory without an accelerator, and warns in each dataloader that it does not.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         self._check_waves()
         if self.log_turn_metrics and Version(trl.__version__) < Version("1.15"):
             raise ValueError(f"log_turn_metrics=True needs trl>=1.15, found {trl.__version__}. Upgrade trl.")
@@ -181,6 +185,12 @@ class SinglePassSFTConfig(SFTConfig):
             reasoning_weight=self.reasoning_weight,
             seed=self.seed if str(self.train_turns).startswith("sample") else 0,
         )
+
+    def _use_new_names(self) -> None:
+        """Move TRL's default to the name that transformers has for it since 5.24, which warns about the old one."""
+        default = SFTConfig.__dataclass_fields__["gradient_checkpointing"].default
+        if getattr(self, "activation_checkpointing", False) is None and self.gradient_checkpointing is default:
+            self.activation_checkpointing = default
 
     def _check_waves(self) -> None:
         if isinstance(self.wave_tokens, str) and self.wave_tokens.isdecimal():
