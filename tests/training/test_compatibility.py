@@ -154,13 +154,13 @@ def test_fsdp_on_a_cpu_says_that_it_needs_a_gpu_whatever_accelerate_chose(monkey
     if not asked:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     args = SimpleNamespace(deepspeed=None, fsdp=asked)
-    with pytest.raises(ValueError, match="FSDP needs a GPU. To try two processes on a CPU, use DDP: use_cpu=True"):
+    with pytest.raises(ValueError, match=r"FSDP needs a GPU. To try two processes on a CPU, use DDP: use_cpu=True"):
         check_engine(args, make_accelerator(kind, "cpu"))
 
 
 def test_an_engine_that_is_switched_off_on_a_gpu_is_refused_by_name(two_processes):
     args = SimpleNamespace(deepspeed=None, fsdp=True)
-    with pytest.raises(ValueError, match="asks for FSDP, but accelerate chose MULTI_GPU.*switch engines off"):
+    with pytest.raises(ValueError, match=r"asks for FSDP, but accelerate chose MULTI_GPU.*switch engines off"):
         check_engine(args, make_accelerator(DistributedType.MULTI_GPU, "cuda"))
 
 
