@@ -1,5 +1,5 @@
 """
-An agent, and servers that log what it sends: an OpenAI-compatible one and an Anthropic one.
+An agent, servers that log what it sends (two OpenAI-compatible ones and an Anthropic one), and transcripts of its own.
 
 The agent speaks with them over HTTP and keeps, apart from the log, what it sent and what came back as chat messages:
 what an import must find again.
@@ -92,6 +92,39 @@ class AnthropicServer:
     def reply(body, message):
         reason = "tool_use" if message.get("tool_calls") else "end_turn"
         return {"type": "message", "role": "assistant", "content": to_anthropic(message)[1], "stop_reason": reason}
+
+
+class ResponsesServer:
+    """Responses API."""
+
+    source = "openai-responses"
+
+    @staticmethod
+    def request(messages):
+        tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
+        items = [item for message in messages[1:] for item in to_items(message)]
+        return {"model": "m", "instructions": messages[0]["content"], "input": items, "tools": tools}
+
+    @staticmethod
+    def reply(body, message):
+        return {"id": "resp_1", "object": "response", "status": "completed", "output": to_items(message)}
+
+
+def to_items(message):
+    """A chat message as items of the Responses API."""
+    if message["role"] == "tool":
+        return [{"type": "function_call_output", "call_id": message["tool_call_id"], "output": message["content"]}]
+    items = []
+    if message.get("reasoning_content"):
+        content = [{"type": "reasoning_text", "text": message["reasoning_content"]}]
+        items.append({"type": "reasoning", "summary": [], "content": content})
+    if message.get("content"):
+        kind = "output_text" if message["role"] == "assistant" else "input_text"
+        content = [{"type": kind, "text": message["content"]}]
+        items.append({"type": "message", "role": message["role"], "content": content})
+    for call in to_openai(message).get("tool_calls", []):
+        items.append({"type": "function_call", "call_id": call["id"], **call["function"]})
+    return items
 
 
 def to_openai(message):

@@ -7,13 +7,15 @@ from datasets import Dataset, load_dataset
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS
-from support.log_servers import SCRIPT, AnthropicServer, OpenAIServer, run_agent
+from support.log_servers import SCRIPT, SYSTEM, AnthropicServer, OpenAIServer, ResponsesServer, run_agent
+from support.log_transcripts import get_exchanges, write_claude_code, write_codex, write_swe_agent
 from trl_singlepass.cli.main import main
 from trl_singlepass.data.dataset_format import holds_turns
+from trl_singlepass.data.tokenized_turns import gather_turns, tokenized_turns_to_samples
 from trl_singlepass.rendering.samples import render_example
 
 
-SERVERS = [OpenAIServer, AnthropicServer]
+SERVERS = [OpenAIServer, ResponsesServer, AnthropicServer]
 TEMPLATES = ["qwen3", "qwen3_8"]  # strips the reasoning of earlier turns; keeps it
 
 
@@ -70,6 +72,49 @@ def test_samples_are_the_same_when_the_dataset_went_through_arrow(imported, load
         for rows in (examples, dataset)
     )
     assert after == before
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    ("source", "name", "write"),
+    [
+        ("claude-code", "session.jsonl", write_claude_code),
+        ("codex", "rollout.jsonl", write_codex),
+        ("swe-agent", "issue.traj", write_swe_agent),
+    ],
+)
+def test_samples_are_the_requests_behind_a_transcript(tmp_path, source, name, write, template):
+    write(tmp_path / name)
+    (tmp_path / "system.txt").write_text(SYSTEM["content"])
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    given = ["--system_prompt", str(tmp_path / "system.txt"), "--tools", str(tmp_path / "tools.json")]
+    assert main(["import", source, str(tmp_path / name), "-o", str(tmp_path / "data.jsonl"), *given]) == 0
+    examples = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text("utf-8").splitlines()]
+    tokenizer = make_tokenizer(template)
+    samples = [sample for example in examples for sample in render_example(example, tokenizer)]
+    assert [split(tokenizer, sample) for sample in samples] == [served(tokenizer, *pair) for pair in get_exchanges()]
+
+
+def log_vllm(prompt, completion):
+    choice = {"token_ids": completion, "finish_reason": "stop", "stop_reason": None}
+    return {"request": {"return_token_ids": True}, "response": {"prompt_token_ids": prompt, "choices": [choice]}}
+
+
+def log_sglang(prompt, completion):
+    info = {"finish_reason": {"type": "stop", "matched": completion[-1]}, "prompt_tokens": len(prompt)}
+    return {"request": {"input_ids": prompt}, "response": {"output_ids": completion, "meta_info": info}}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(("source", "log"), [("vllm", log_vllm), ("sglang", log_sglang)])
+def test_samples_are_the_tokens_that_a_server_read_and_wrote(tmp_path, source, log, template):
+    tokenizer = make_tokenizer(template)
+    expected = [served(tokenizer, *pair) for pair in get_exchanges()]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(log(*pair)) + "\n" for pair in expected))
+    assert main(["import", source, str(tmp_path / "log.jsonl"), "-o", str(tmp_path / "data.jsonl")]) == 0
+    gathered, _ = gather_turns(Dataset.from_json(str(tmp_path / "data.jsonl"), cache_dir=str(tmp_path)))
+    samples = [sample for row in gathered for sample in tokenized_turns_to_samples(row["turns"])]
+    assert [split(tokenizer, sample) for sample in samples] == expected
 
 
 def split(tokenizer, sample):
