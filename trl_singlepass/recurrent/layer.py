@@ -25,6 +25,7 @@ from .fork_cache import ForkStates
 from .layer_kinds import DISTANCE, SELECTION, ReplayMode, path_dependent_layers
 from .layout import Layout
 from .row_kernels import find_row_kernels
+from .scan_check import check_scan
 from .schedule import Piece
 from .tree_carrier import find_tree, pass_tree_in_masks
 
@@ -100,7 +101,14 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
     arguments = dict(zip(names, args, strict=False)) | kwargs
     device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+    if layer._row_kernels is not None and layer._row_kernels.scan is not None:
+        check_scan(layer, layer._row_kernels.scan, device, _dtype(arguments))
     return _run(layer, arguments, tree.on(device))
+
+
+def _dtype(arguments: Mapping[str, object]) -> torch.dtype:
+    tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
+    return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
 
 
 def _check_not_lost(layer: Any) -> None:
