@@ -89,15 +89,19 @@ def compare_scan(kernel: Scan, sizes: ScanSizes, device: torch.device, dtype: to
         theirs = _results(reference, sizes, device, torch.promote_types(dtype, torch.float32), dtype)
         ours = _results(kernel, sizes, device, dtype, dtype)
     for name, expected in theirs.items():
-        got = ours[name].to(expected.dtype)
-        difference = float((got - expected).norm() / expected.norm())
-        if not difference <= MAX_DIFFERENCE:  # NaN is refused too
-            raise RuntimeError(
-                f"The gated delta rule's kernel is wrong on this machine: its {name} has norm "
-                f"{float(got.norm()):.4g} where PyTorch's own code gives {float(expected.norm()):.4g}, and they differ by {difference:.2g} of "
-                f"it (at most {MAX_DIFFERENCE} was expected; {_versions()}). Triton 3.4 to 3.7.0 compiles the backward "
-                "pass wrongly on Hopper GPUs: install triton>=3.7.1, or uninstall flash-linear-attention."
-            )
+        _refuse_difference(name, ours[name].to(expected.dtype), expected)
+
+
+def _refuse_difference(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+    difference = float((got - expected).norm() / expected.norm())
+    if difference <= MAX_DIFFERENCE:
+        return
+    raise RuntimeError(  # for NaN too
+        f"The gated delta rule's kernel is wrong on this machine: its {name} has norm {float(got.norm()):.4g} where "
+        f"PyTorch's own code gives {float(expected.norm()):.4g}, and they differ by {difference:.2g} of it (at most "
+        f"{MAX_DIFFERENCE} was expected; {_versions()}). Triton 3.4 to 3.7.0 compiles the backward pass wrongly on "
+        "Hopper GPUs: install triton>=3.7.1, or uninstall flash-linear-attention."
+    )
 
 
 def _results(
