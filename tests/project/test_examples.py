@@ -1,6 +1,9 @@
 """The example scripts run, and TRL's own differs from ours in two lines."""
 
 import difflib
+import os
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,3 +64,19 @@ def test_histories_are_compared(folder, capsys):
     found = {row[0]: row[1:] for row in rows if row and row[0] in ("template", "keep", "strip")}
     assert list(found) == ["template", "keep", "strip"]
     assert len({tuple(row) for row in found.values()}) == 3
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_on_a_cpu_in_three_minutes(tmp_path, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    start = time.monotonic()
+    nbclient.NotebookClient(notebook, timeout=180, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert time.monotonic() - start < 180
+    assert (tmp_path / "out" / "quickstart" / "model.safetensors").is_file()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert "\nstep 30: loss " in "".join(output.get("text", "") for output in outputs)

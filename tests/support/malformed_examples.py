@@ -41,6 +41,14 @@ MALFORMED = {
     "null role": (answered(role=None), "Message 1 has no 'role'"),
     "role of a number": (asked(role=0), "Message 0 has 'role' that is a number"),
     "role of a list": (asked(role=["user"]), "Message 0 has 'role' that is a list"),
+    "a call of LLaMA-Factory": (
+        {"conversations": [SHAREGPT[0], {"from": "function_call", "value": "{}"}, SHAREGPT[1]]},
+        "Message 1 has the role 'function_call', .* docs/integrations.md",
+    ),
+    "a call of ms-swift": (
+        {"messages": [HI, {"role": "tool_call", "content": "{}"}, HELLO]},
+        "Message 1 has the role 'tool_call', .* an assistant message with 'tool_calls'",
+    ),
     "from and value": ({"messages": SHAREGPT}, "Message 0 has 'from' and 'value' .* Rename the column to 'conv"),
     "ShareGPT without from": ({"conversations": [{"value": "Hi."}, *SHAREGPT[1:]]}, "Message 0 has no 'role'"),
     "ShareGPT of a list role": ({"conversations": [{"from": ["x"], "value": ""}]}, "'role' that is a list"),

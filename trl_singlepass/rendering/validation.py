@@ -11,6 +11,8 @@ from jinja2 import UndefinedError
 MESSAGE_COLUMNS = (("messages",), ("prompt", "completion"), ("conversations",))
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _MEDIA = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url")
+# Assistant messages in the formats of LLaMA-Factory and ms-swift. A chat template takes them as context: not trained.
+_CALL_ROLES = ("function_call", "tool_call")
 # Roles whose content is text; what a tool returns may be an object, which some templates print as JSON.
 _TEXT_ROLES = ("system", "developer", "user", "assistant")
 _OF_RENDERING = (
@@ -192,6 +194,11 @@ def _check_role(index: int, message: Mapping[str, Any]) -> None:
         )
     if not isinstance(role, str):
         raise RenderingError(_wrong(f"Message {index}", "role", role, "text such as 'user' or 'assistant'"))
+    if role in _CALL_ROLES:
+        raise RenderingError(
+            f"Message {index} has the role '{role}', which chat templates do not know. Make it an assistant message "
+            "with 'tool_calls'; docs/integrations.md has a script."
+        )
 
 
 def _check_content(index: int, message: Mapping[str, Any]) -> None:
