@@ -59,10 +59,18 @@ def without_compiled_communication():
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
-def with_gradients_in_float64():
-    """Keep DeepSpeed's ZeRO-1 from accumulating gradients in float32, the type that it assumes for any such model."""
+def let_deepspeed_train_in_float64():
+    """
+    Keep ZeRO-1 from accumulating gradients in float32, the type that it assumes for any such model, and ZeRO-3 from
+    refusing float64: it partitions parameters in the type that they have, and checks another one.
+    """
     engine = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
     engine.get_data_types = lambda _: (torch.float64, torch.float64)
+    partitioned = importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init
+    set_dtype = partitioned._set_dtype
+    partitioned._set_dtype = lambda self, config, dtype: set_dtype(
+        self, config, torch.float32 if dtype is torch.float64 else dtype
+    )
 
 
 def training_conversations():
@@ -275,7 +283,7 @@ def main(settings):
     if "deepspeed" in settings.get("config", {}) or "ACCELERATE_USE_DEEPSPEED" in os.environ:
         without_compiled_communication()
         if settings.get("float64"):
-            with_gradients_in_float64()
+            let_deepspeed_train_in_float64()
     if settings.get("float64"):
         torch.set_default_dtype(torch.float64)
         keep_the_head_in_float64()

@@ -28,7 +28,7 @@ UNCOUNTED = [
     "Gemma4ForConditionalGeneration",
 ]
 CLASSES = [*UNCOUNTED, "Gemma3ForConditionalGeneration", "Qwen3ForCausalLM"]
-ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "learning_rate": 0.02}
 pytestmark = [
     needs_weighted_loss,  # older releases of TRL are refused
     pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning"),  # of stock training as well
@@ -80,8 +80,8 @@ def test_accumulated_batches_of_unequal_length(tmp_path, tokenizer, class_name, 
 @pytest.mark.parametrize("class_name", UNCOUNTED)
 def test_last_step_of_an_epoch_has_fewer_batches(tmp_path, tokenizer, class_name):
     model, rows = model_for(class_name, tokenizer), conversations(len(tokenizer), (3, 1, 2))
-    settings = {**ACCUMULATED, "gradient_accumulation_steps": 2, "max_steps": 2}
-    trainer = train(tmp_path, tokenizer, model, rows, learning_rate=0.02, **settings)
+    settings = {**ACCUMULATED, "gradient_accumulation_steps": 2, "max_steps": 2, "learning_rate": 0.01}
+    trainer = train(tmp_path, tokenizer, model, rows, **settings)
     assert_token_mean(trainer, model, samples_of(rows[:2]), samples_of(rows[2:]))
 
 
