@@ -81,10 +81,10 @@ def test_withheld_thinking_is_counted(tmp_path, block):
         (entry([user("Hi.")], [text("One."), thinking("Hm."), text("Two.")]), "in the order text, thinking, text"),
         (entry([user("Hi.")], [USE, text("Two.")]), "in the order tool_use, text"),
         (entry([user("Hi.")], [thinking("Hm."), thinking("Oh.")]), "several thinking blocks"),
-        (entry([user("Hi.")], [{"type": "server_tool_use", "name": "web_search"}]), "of the type 'server_tool_use'"),
-        (entry([user([{"type": "image", "source": {}}])]), "a part of the type 'image'"),
+        (entry([user("Hi.")], [{"type": "server_tool_use", "name": "web_search"}]), "of type 'server_tool_use'"),
+        (entry([user([{"type": "image", "source": {}}])]), "a part of type 'image'"),
         (entry([user("Hi."), assistant("He")]), "ends in an assistant message"),
-        (entry([user("Hi.")], tools=[{"type": "bash_20250124", "name": "b"}]), "of the type 'bash_20250124' has no"),
+        (entry([user("Hi.")], tools=[{"type": "bash_20250124", "name": "b"}]), "of type 'bash_20250124' has no"),
         ({"request": {"messages": [user("Hi.")]}, "response": {"error": {"message": "busy"}}}, "an error: 'busy'"),
     ],
 )  # fmt: skip

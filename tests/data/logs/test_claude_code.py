@@ -164,7 +164,7 @@ def test_a_microcompaction_that_nothing_follows_makes_what_comes_after_it_uncert
     micro = line("system", "8", "7", subtype="microcompact_boundary", microcompactMetadata={"compactedToolIds": ["a"]})
     lines = [*PARALLEL, micro, said("9", "7", "Go."), part("10", "9", "m3", text("Gone."), "end_turn")]
     error = get_error(tmp_path, "claude-code", lines)
-    assert "\n- log:10: It is unknown if it was sent before or after the clearing at log:8." in error
+    assert "\n- log:10: It is unknown whether it was sent before or after the clearing at log:8." in error
     assert rows(tmp_path, *PARALLEL, micro) == [{"messages": FOUND}]
 
 
@@ -188,7 +188,7 @@ def test_a_session_that_was_copied_is_trained_once(tmp_path):
 def test_attachments_are_refused_or_left_out_and_counted(tmp_path):
     attachment = line("attachment", "a", "1", attachment={"type": "todo_reminder"})
     lines = [HI[0], attachment, part("2", "a", "m1", text("Hello."), "end_turn")]
-    assert "\n- log:3: Its context has an attachment (line 2)" in get_error(tmp_path, "claude-code", lines)
+    assert "\n- log:3: Its context includes an attachment (line 2)" in get_error(tmp_path, "claude-code", lines)
     found, report = import_entries(tmp_path, "claude-code", lines, skip_attachments=True)
     assert found == [{"messages": [user("Hi."), assistant("Hello.")]}]
     assert "Without their attachments: 1 request" in str(report)

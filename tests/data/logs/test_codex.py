@@ -84,7 +84,7 @@ def test_an_encrypted_compaction_is_refused(tmp_path):
     history = [{"type": "compaction", "encrypted_content": "x"}]
     compacted = {"type": "compacted", "payload": {"message": "", "replacement_history": history}}
     error = get_error(tmp_path, "codex", [META, *TURN, compacted, said("user", "Go."), said("assistant", "Gone.")])
-    assert "\n- log:13: An item is of the type 'compaction'" in error
+    assert "\n- log:13: An item has the type 'compaction'" in error
     assert "\n- log:15: Its context is unknown" in error
 
 
@@ -107,7 +107,7 @@ def test_what_follows_a_rollback_is_refused(tmp_path):
 def test_items_that_no_template_renders_make_the_context_unknown(tmp_path):
     search = item({"type": "web_search_call", "action": {"query": "q"}})
     error = get_error(tmp_path, "codex", [META, said("user", "Hi."), search, said("assistant", "Found.")])
-    assert "\n- log:3: An item is of the type 'web_search_call'" in error
+    assert "\n- log:3: An item has the type 'web_search_call'" in error
     assert "\n- log:4: Its context is unknown" in error
 
 

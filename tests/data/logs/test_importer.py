@@ -53,7 +53,7 @@ def test_bad_lines_are_named_together_by_reason(tmp_path):
         "them:\n"
         "- 15 lines (log:2, 4, 6, 8, 10, 12, 14, 16, 18, 20 and 5 more), the first: The reply did not end: its "
         "finish_reason is 'length', expected 'stop' or 'tool_calls'.\n"
-        "- log:31: The reply has neither text nor tool calls, so the model had not come to its end."
+        "- log:31: The reply has neither text nor tool calls: the model stopped while it was reasoning."
     )
 
 

@@ -99,7 +99,7 @@ def test_what_swe_agent_says_itself_is_not_trained(tmp_path, repeated):
 
 def test_steps_and_history_that_do_not_fit_are_refused(tmp_path):
     error = error_of(tmp_path, trajectory=[step([SYSTEM, TASK], "Other.")], history=[SYSTEM, TASK, LOOK])
-    assert "\n- folder/1.traj:1: The step and the history do not fit together" in error
+    assert "\n- folder/1.traj:1: The step and the history do not match" in error
 
 
 HISTORY = [SYSTEM, item("user", "Demo.", "demonstration", is_demo=True), TASK, LOOK, SEEN, DONE, ENDED]

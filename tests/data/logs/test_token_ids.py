@@ -49,12 +49,12 @@ def test_tokens_of_sglang_may_stand_with_their_log_probabilities(tmp_path):
         ("vllm", vllm([5], [7], "length"), "its finish_reason is 'length'"),
         ("vllm", vllm([5], None), "no tokens of the reply. Send requests with 'return_token_ids': true."),
         ("vllm", vllm(None, [7]), "no tokens of the prompt"),
-        ("vllm", vllm([5.0], [7]), "'prompt_token_ids' holds something else than whole numbers"),
+        ("vllm", vllm([5.0], [7]), "'prompt_token_ids' must hold whole numbers only"),
         ("sglang", sglang([5], [7], "length"), "its finish_reason is 'length'"),
         ("sglang", sglang([5], [7], matched="END"), "cut at the stop string 'END'"),
         ("sglang", sglang(None, [7]), "no tokens of the prompt. Send requests with 'input_ids'"),
-        ("sglang", sglang([5], [7], completion_tokens=2), "The log has 1 ids where 'completion_tokens' is 2"),
-        ("sglang", sglang([5], [7], prompt_tokens=2), "The log has 1 ids where 'prompt_tokens' is 2"),
+        ("sglang", sglang([5], [7], completion_tokens=2), "The log has 1 token ids, but 'completion_tokens' is 2"),
+        ("sglang", sglang([5], [7], prompt_tokens=2), "The log has 1 token ids, but 'prompt_tokens' is 2"),
     ],
 )
 def test_lines_that_cannot_be_trained_as_they_were_sent_are_bad(tmp_path, source, line, reason):

@@ -77,7 +77,7 @@ def read_message(message: Json) -> list[Message]:
         if is_result:
             messages += map(_read_result, group)
         else:
-            messages.append({"role": role, "content": join_text(list(group), ("text",), f"a message of the {role}")})
+            messages.append({"role": role, "content": join_text(list(group), ("text",), f"a '{role}' message")})
     return messages
 
 
@@ -99,7 +99,7 @@ def read_assistant(blocks: list[Json]) -> tuple[Message, bool]:
     kinds = [require(get_text(block, "type"), "type") for block in blocks]
     unknown = [kind for kind in kinds if kind not in _ORDER]
     if unknown:
-        raise LogError(f"An assistant message has a block of the type '{unknown[0]}', which no chat template renders.")
+        raise LogError(f"An assistant message has a block of type '{unknown[0]}', which no chat template renders.")
     places = [_ORDER[kind] for kind in kinds]
     if places != sorted(places):
         raise LogError(
@@ -128,5 +128,5 @@ def _read_result(block: Json) -> Message:
 
 def _read_tool(tool: Json) -> Json:
     if tool.get("type") not in (None, "custom"):
-        raise LogError(f"The tool '{tool.get('name')}' of the type '{tool['type']}' has no schema in the log.")
+        raise LogError(f"The tool '{tool.get('name')}' of type '{tool['type']}' has no schema in the log.")
     return function_tool(tool.get("name"), tool.get("description"), get_object(tool, "input_schema"))

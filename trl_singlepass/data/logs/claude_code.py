@@ -159,7 +159,9 @@ class _Transcript:
         for clearing in self.clearings:
             # Nothing follows it, although the conversation goes on from the line before it.
             if clearing.uuid not in self.parents and clearing.parent in seen and clearing.order < reply.order:
-                raise LogError(f"It is unknown if it was sent before or after the clearing at {clearing.line.place}.")
+                raise LogError(
+                    f"It is unknown whether it was sent before or after the clearing at {clearing.line.place}."
+                )
         return path[::-1]
 
 
@@ -185,8 +187,8 @@ class _Context:
             case "attachment":
                 if not self.transcript.skip_attachments:
                     raise LogError(
-                        f"Its context has an attachment (line {node.line.place.line}), whose wording is not in the "
-                        "transcript; --skip_attachments leaves attachments out."
+                        f"Its context includes an attachment (line {node.line.place.line}) whose wording is not in "
+                        "the transcript; --skip_attachments leaves attachments out."
                     )
                 self.has_skipped_attachments = True
             case "system":
@@ -205,7 +207,7 @@ class _Context:
         if node.message.get("model") == "<synthetic>":
             if node.entry.get("isApiErrorMessage"):
                 return  # shown to the user, never sent
-            raise LogError("Its context has a message that Claude Code wrote in the model's place.")
+            raise LogError("Its context includes a message that Claude Code wrote in the model's place.")
         message_id = str(node.message.get("id") or node.uuid)
         self.done |= {part.uuid for part in self.transcript.replies[message_id]}
         message = self.transcript.read_reply(message_id)
@@ -217,7 +219,9 @@ class _Context:
     def find_result(self, call_id: str) -> _Node:
         results = self.transcript.results.get(call_id, [])
         if len(results) != 1:
-            raise LogError(f"Its context has the tool call '{call_id}' with {len(results)} results, expected one.")
+            raise LogError(
+                f"Its context includes the tool call '{call_id}' with {len(results)} results, expected one."
+            )
         return results[0]
 
     def add_system(self, node: _Node) -> None:

@@ -74,7 +74,7 @@ def join_text(content: object, types: Collection[str], where: str) -> str | None
             continue
         kind = part.get("type") if isinstance(part, dict) else describe_type(part)
         if not isinstance(part, dict) or kind not in types or not isinstance(part.get("text"), str):
-            raise LogError(f"The content of {where} has a part of the type '{kind}': only text is trained.")
+            raise LogError(f"The content of {where} has a part of type '{kind}': only text is trained.")
         texts.append(part["text"])
     return "".join(texts)
 

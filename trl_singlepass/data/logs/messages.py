@@ -97,7 +97,7 @@ def check_request(request: LoggedRequest, checked: dict[int, Message]) -> None:
     if not request.context:
         raise LogError("The request has no messages.")
     if "content" not in request.reply and "tool_calls" not in request.reply:
-        raise LogError("The reply has neither text nor tool calls, so the model had not come to its end.")
+        raise LogError("The reply has neither text nor tool calls: the model stopped while it was reasoning.")
     messages = [*request.context, request.reply]
     try:
         if any(id(message) not in checked and not _is_right(message) for message in messages):

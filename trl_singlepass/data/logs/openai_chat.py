@@ -82,7 +82,7 @@ def read_message(message: Json) -> Message:
     role = require(get_text(message, "role"), "role")
     if role == "assistant":
         return _read_assistant(message)
-    content = join_text(message.get("content"), ("text",), f"a message of the role '{role}'")
+    content = join_text(message.get("content"), ("text",), f"a '{role}' message")
     if role == "tool":
         return tool_message(content or "", message.get("tool_call_id"), message.get("name"))
     if role == "function":
@@ -105,7 +105,7 @@ def _read_assistant(message: Json) -> Message:
 def _read_call(call: Json) -> Json:
     function = get_object(call, "function")
     if function is None:
-        raise LogError(f"A tool call is of the type '{call.get('type')}', expected 'function'.")
+        raise LogError(f"A tool call has the type '{call.get('type')}', expected 'function'.")
     return tool_call(function.get("name"), function.get("arguments"), call.get("id"))
 
 

@@ -88,5 +88,5 @@ def _read_tool(tool: Json) -> Json:
     if tool.get("type") == "custom":
         return function_tool(tool.get("name"), tool.get("description"), _TEXT_INPUT)
     if tool.get("type") != "function":
-        raise LogError(f"A tool is of the type '{tool.get('type')}', whose schema is not in the log.")
+        raise LogError(f"A tool has the type '{tool.get('type')}', and its schema is not in the log.")
     return function_tool(tool.get("name"), tool.get("description"), get_object(tool, "parameters"))

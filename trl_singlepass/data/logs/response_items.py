@@ -112,7 +112,7 @@ def _read_item(item: Json) -> Message | None:
             return assistant_message(None, text) if text else None
         case "function_call":
             if item.get("namespace"):
-                raise LogError(f"A call is of the namespace '{item['namespace']}', which no chat template renders.")
+                raise LogError(f"A call is in the namespace '{item['namespace']}', which no chat template renders.")
             arguments = get_text(item, "arguments")
             return assistant_message(None, None, [tool_call(item.get("name"), arguments, item.get("call_id"))])
         case "custom_tool_call":  # takes free text
@@ -121,12 +121,12 @@ def _read_item(item: Json) -> Message | None:
         case "function_call_output" | "custom_tool_call_output":
             return tool_message(_read_output(item), item.get("call_id"))
         case kind:
-            raise LogError(f"An item is of the type '{kind}', which no chat template renders.")
+            raise LogError(f"An item has the type '{kind}', which no chat template renders.")
 
 
 def _read_message(item: Json) -> Message:
     role = require(get_text(item, "role"), "role")
-    content = join_text(item.get("content"), _TEXT, f"a message of the role '{role}'")
+    content = join_text(item.get("content"), _TEXT, f"a '{role}' message")
     if role == "assistant":
         return assistant_message(require(content, "content"))
     return {"role": role, "content": content}

@@ -32,7 +32,7 @@ def _parse_line(line: LogLine) -> list[LoggedTokens]:
     prompt, completion = get_token_ids(request, "input_ids"), _get_completion(response, info)
     for ids, key in ((prompt, "prompt_tokens"), (completion, "completion_tokens")):
         if ids is not None and info.get(key) not in (None, len(ids)):
-            raise LogError(f"The log has {len(ids)} ids where '{key}' is {info[key]}.")
+            raise LogError(f"The log has {len(ids)} token ids, but '{key}' is {info[key]}.")
     return [to_turn(line, request, prompt, completion, _WAY_OUT)]
 
 

@@ -103,7 +103,7 @@ class _Attempt:
                 elif query and item.get("content") == response:
                     yield query, item
                 else:
-                    yield [], LogError("The step and the history do not fit together, so its reply is not known.")
+                    yield [], LogError("The step and the history do not match, so its reply is not known.")
             elif has_calls:
                 yield [], LogError("The step was repeated, and the tool calls of its reply are not in the trajectory.")
             else:

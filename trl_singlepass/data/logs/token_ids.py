@@ -14,7 +14,7 @@ def get_token_ids(parent: Json, key: str) -> list[int] | None:
     """Return the token ids under a key; `None` if there are none."""
     ids = get_list(parent, key)
     if ids is not None and not all(type(token) is int for token in ids):
-        raise LogError(f"'{key}' holds something else than whole numbers.")
+        raise LogError(f"'{key}' must hold whole numbers only.")
     return ids
 
 
