@@ -40,6 +40,10 @@ class KVCache:
         shape = (*x.shape[:2], self.num_slots, x.shape[3])
         return torch.zeros(shape, dtype=dtype, device="cpu" if self.offload else x.device)
 
+    def zero_gradient(self, x: torch.Tensor) -> torch.Tensor:
+        """Return zeros for the gradient of keys or values, in float32 at least: history gets it from every branch."""
+        return self.zeros_like(x, torch.promote_types(x.dtype, torch.float32))
+
 
 @dataclass(frozen=True, slots=True)
 class KVCacheView:
@@ -127,10 +131,10 @@ class KVCacheView:
 
     @property
     def grad_key(self) -> torch.Tensor | None:
-        """Gradients of the keys so far, in float32 at least: history gets them from every branch."""
+        """Gradients of the keys so far."""
         cache = self.cache
         if cache.grad_key is None and cache.key is not None:
-            cache.grad_key = cache.zeros_like(cache.key, torch.promote_types(cache.key.dtype, torch.float32))
+            cache.grad_key = cache.zero_gradient(cache.key)
         return cache.grad_key
 
     @property
@@ -138,7 +142,7 @@ class KVCacheView:
         """Gradients of the values so far."""
         cache = self.cache
         if cache.grad_value is None and cache.value is not None:
-            cache.grad_value = cache.zeros_like(cache.value, torch.promote_types(cache.value.dtype, torch.float32))
+            cache.grad_value = cache.zero_gradient(cache.value)
         return cache.grad_value
 
     def store(self, key: torch.Tensor, value: torch.Tensor) -> None:
