@@ -1,14 +1,18 @@
 """Each command on a tiny model and a small file."""
 
 import json
+import shutil
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from demo.load import load_model as load_demo_model
 from demo.load import load_tokenizer as load_demo_tokenizer
 from support.conversations import chat
-from trl_singlepass.reference.doctor import examination
+from trl_singlepass.cli.loading import load_model
+from trl_singlepass.reference.doctor import examination, slices
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -86,6 +90,32 @@ def test_doctor_checks_and_measures_a_model(run, tmp_path):
     assert (found["model"]["num_layers"], found["model"]["total_layers"]) == (4, 4)
     assert [one["turns"] for one in found["measured"][::3]] == [2, 8, 16]
     assert found["verified"][0]["turns"] == 7
+
+
+def test_doctor_runs_the_first_layers_with_their_weights(run, model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(slices, "MOST_LAYERS_ON_CPU", 1)
+    monkeypatch.setattr(examination, "verify", lambda loaded, *args: seen.append(loaded.state_dict()) or 1 / 0)
+    code, out, err = run("doctor", model, "--turns", 1, "--json", "-")
+    found = json.loads(out)
+    assert code == 1
+    assert (found["model"]["num_layers"], found["model"]["total_layers"]) == (1, 2)
+    assert found["verified"][0]["failed"] == "ZeroDivisionError: division by zero"
+    whole = load_model(model, dtype="float32", attn_implementation=None, device="cpu").state_dict()
+    assert {name.split(".")[2] for name in seen[1] if "layers" in name} == {"0"}
+    assert all(torch.equal(whole[name], weight) for name, weight in seen[1].items())
+    assert "UNEXPECTED" not in err
+
+
+def test_doctor_refuses_a_model_without_its_weights(run, model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    code, _, err = run("doctor", folder, "--turns", 1)
+    assert code == 2
+    assert "has no weights for model.layers.0.mlp.up_proj.weight" in err
 
 
 def test_doctor_needs_no_model_and_exits_with_1_where_something_is_wrong(run, monkeypatch):

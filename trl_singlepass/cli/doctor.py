@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +12,10 @@ import torch
 from datasets.utils.tqdm import tqdm
 from rich.console import Console
 from rich.text import Text
+from transformers import AutoModelForCausalLM, logging
 
 from .arguments import DoctorArguments
-from .loading import load_config, load_model, load_tokenizer
+from .loading import load_config, load_tokenizer
 
 
 if TYPE_CHECKING:
@@ -53,19 +56,34 @@ def _subject(model: str, device: torch.device, args: DoctorArguments) -> Subject
     from ..reference.doctor import Subject
 
     def load(config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
-        return load_model(
-            model,
-            config=config,
-            dtype=str(dtype).removeprefix("torch."),
-            attn_implementation=attn_implementation,
-            device=str(device),
-            trust_remote_code=args.trust_remote_code,
-        )
+        with _quiet_loading():
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                model,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=args.trust_remote_code,
+                output_loading_info=True,
+            )
+        if info["missing_keys"]:
+            raise ValueError(f"{model} has no weights for {', '.join(sorted(info['missing_keys'])[:4])}.")
+        return loaded.to(device)
 
     config = load_config(model, trust_remote_code=args.trust_remote_code)
     if config is None:
         raise ValueError(f"{model} has no config.json. Expected a folder with a model, or the id of one on the Hub.")
     return Subject(model, config, load_tokenizer(model, trust_remote_code=args.trust_remote_code), load)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hide transformers' table of the weights that are not loaded: those of the other layers."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _read_turns(text: str) -> list[int]:

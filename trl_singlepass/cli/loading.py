@@ -59,13 +59,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
 
 
 def load_model(
-    model: str,
-    *,
-    dtype: str,
-    attn_implementation: str | None,
-    device: str,
-    trust_remote_code: bool = False,
-    config: PreTrainedConfig | None = None,
+    model: str, *, dtype: str, attn_implementation: str | None, device: str, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """
     Return a causal language model, in training mode.
@@ -81,8 +75,6 @@ def load_model(
             Device to move it to.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code that comes with the model may run.
-        config (`PreTrainedConfig`, *optional*):
-            Configuration to use instead of the model's own: of its first layers, for instance.
 
     Returns:
         `PreTrainedModel`: The model.
@@ -90,14 +82,9 @@ def load_model(
     Raises:
         `ValueError`: If it cannot be loaded.
     """
-    own_config = {} if config is None else {"config": config}
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            model,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            **own_config,
+            model, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # as above
         raise ValueError(_no_model(model, error)) from error
