@@ -12,7 +12,7 @@ from ..trees.rows import Ranges
 from .block_kernels import BlockInputs, BlockKernel
 from .block_plan import Block, BlockKind, tree_blocks
 from .inputs import AttentionInputs
-from .kv_cache import KVCacheView
+from .kv_cache import FetchedSlots, KVCacheView
 from .sinks import add_sinks_, sink_gradient
 from .tree_mask import TreeMask
 
@@ -69,7 +69,7 @@ class BlockAttention(torch.autograd.Function):
         if cache is not None:
             cache.store(key, value)
             blocks = [replace(block, keys=cache.locate(block.keys, key.shape[2])) for block in blocks]
-        row = _Row(query, key, value, mask, scale, cache)
+        row = _Row(query, key, value, mask, scale, _fetch(blocks, key, cache))
         out, lse = _merged_output(row, blocks, kernel)
         if sinks is not None:
             lse = add_sinks_(out, lse, sinks)
@@ -81,20 +81,24 @@ class BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of `query`, `key`, `value` and `sinks`, and `None` for the rest."""
         query, key, value, sinks, out, lse = ctx.saved_tensors
-        row = _Row(query, key, value, ctx.mask, ctx.scale, ctx.cache)
-        cache = row.cache
+        cache: KVCacheView | None = ctx.cache
+        fetched = _fetch(ctx.blocks, key, cache)
+        row = _Row(query, key, value, ctx.mask, ctx.scale, fetched)
         grad = grads[0].contiguous() if grads[0].stride(-1) != 1 else grads[0]
         grad_query = torch.zeros_like(out)
         # History gets gradients from every branch: they are added up in float32 at least.
         dtype = torch.promote_types(key.dtype, torch.float32)
         grad_key, grad_value = (torch.zeros_like(x, dtype=dtype) for x in (key, value))
+        grad_slots = (None, None) if cache is None or fetched is None else cache.gradients_of(fetched)
         for block in ctx.blocks:
             here = slice(block.start, block.end)
             dq, dk, dv = ctx.kernel.backward(grad[:, :, here], row.cut(block), out[:, :, here], lse[:, :, here])
             grad_query[:, :, here] += dq
-            _add_to_ranges(grad_key, dk, block.keys, None if cache is None else cache.grad_key)
-            _add_to_ranges(grad_value, dv, block.keys, None if cache is None else cache.grad_value)
+            _add_to_ranges(grad_key, dk, block.keys, grad_slots[0], fetched)
+            _add_to_ranges(grad_value, dv, block.keys, grad_slots[1], fetched)
         if cache is not None:
+            if fetched is not None:
+                cache.send_back(fetched, *grad_slots)
             cache.add_gradients_from_later_rows(grad_key, grad_value)
         grad_sinks = None if sinks is None else sink_gradient(grad[0], out[0], lse[0], sinks)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_sinks, None, None, None, None
@@ -109,15 +113,16 @@ class _Row:
     value: torch.Tensor
     mask: TreeMask
     scale: float
-    cache: KVCacheView | None
+    fetched: FetchedSlots | None
 
     def cut(self, block: Block) -> BlockInputs:
         """Return the inputs of one block; keys and values of several ranges are copied."""
-        cached_key, cached_value = (None, None) if self.cache is None else (self.cache.key, self.cache.value)
+        slots = self.fetched
+        cached_key, cached_value = (None, None) if slots is None else (slots.key, slots.value)
         return BlockInputs(
             query=self.query[:, :, block.start : block.end],
-            key=_gather(self.key, block.keys, cached_key),
-            value=_gather(self.value, block.keys, cached_value),
+            key=_gather(self.key, block.keys, cached_key, slots),
+            value=_gather(self.value, block.keys, cached_value, slots),
             is_causal=block.kind is BlockKind.CAUSAL,
             mask=self._visibility(block) if block.kind is BlockKind.MASKED else None,
             scale=self.scale,
@@ -155,23 +160,35 @@ def _merge_into(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, o
     lse.copy_(merged)
 
 
-def _gather(x: torch.Tensor, ranges: Ranges, cached: torch.Tensor | None) -> torch.Tensor:
-    parts = [_part(x, cached, first, last).to(x.device) for first, last in ranges]
+def _fetch(blocks: Sequence[Block], key: torch.Tensor, cache: KVCacheView | None) -> FetchedSlots | None:
+    """Bring the ancestors outside the row onto the device, once for all blocks."""
+    if cache is None:
+        return None
+    return cache.fetch((keys for block in blocks for keys in block.keys), key.shape[2], key.device)
+
+
+def _gather(x: torch.Tensor, ranges: Ranges, cached: torch.Tensor | None, slots: FetchedSlots | None) -> torch.Tensor:
+    parts = [_part(x, cached, slots, first, last) for first, last in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _add_to_ranges(total: torch.Tensor, part: torch.Tensor, ranges: Ranges, cached: torch.Tensor | None) -> None:
+def _add_to_ranges(
+    total: torch.Tensor, part: torch.Tensor, ranges: Ranges, cached: torch.Tensor | None, slots: FetchedSlots | None
+) -> None:
     offset = 0
     for first, last in ranges:
-        here = _part(total, cached, first, last)
-        here += part[:, :, offset : offset + last - first].to(here.device)
+        here = _part(total, cached, slots, first, last)
+        here += part[:, :, offset : offset + last - first]
         offset += last - first
 
 
-def _part(x: torch.Tensor, cached: torch.Tensor | None, first: int, last: int) -> torch.Tensor:
+def _part(
+    x: torch.Tensor, cached: torch.Tensor | None, slots: FetchedSlots | None, first: int, last: int
+) -> torch.Tensor:
     """Positions `[first, last)` of the row, or of the cache, whose positions follow those of the row."""
     length = x.shape[2]
     if first < length:
         return x[:, :, first:last]
     assert cached is not None, "only a wave has ancestors outside its row"
-    return cached[:, :, first - length : last - length]
+    assert slots is not None, "what is cached was fetched"
+    return cached[:, :, first - length - slots.first : last - length - slots.first]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -38,7 +39,29 @@ class KVCache:
     def zeros_like(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return zeros with one slot per token, shape `(1, kv_heads, num_slots, head_dim)`."""
         shape = (*x.shape[:2], self.num_slots, x.shape[3])
-        return torch.zeros(shape, dtype=dtype, device="cpu" if self.offload else x.device)
+        if not self.offload:
+            return torch.zeros(shape, dtype=dtype, device=x.device)
+        # From pinned memory, copies to a GPU run while the host goes on.
+        return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=x.device.type == "cuda")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FetchedSlots:
+    """
+    A range of a cache's slots on the device of the layer: views of the cache, or copies if it is offloaded.
+
+    Args:
+        first (`int`):
+            First slot.
+        key (`torch.Tensor` of shape `(1, kv_heads, num_fetched, head_dim)`):
+            Keys.
+        value (`torch.Tensor` of shape `(1, kv_heads, num_fetched, head_dim)`):
+            Values.
+    """
+
+    first: int
+    key: torch.Tensor
+    value: torch.Tensor
 
     def zero_gradient(self, x: torch.Tensor) -> torch.Tensor:
         """Return zeros for the gradient of keys or values, in float32 at least: history gets it from every branch."""
@@ -164,6 +187,66 @@ class KVCacheView:
             cache.key[:, :, slot : slot + last - first] = key[:, :, first:last]
             cache.value[:, :, slot : slot + last - first] = value[:, :, first:last]
 
+    def fetch(self, ranges: Iterable[tuple[int, int]], row_length: int, device: torch.device) -> FetchedSlots | None:
+        """
+        Bring the slots that a row attends to onto a device, all at once.
+
+        Args:
+            ranges (`Iterable[tuple[int, int]]`):
+                Half-open ranges of positions, as [`locate`] returns them; those below `row_length` are of the row.
+            row_length (`int`):
+                Number of tokens of the row.
+            device (`torch.device`):
+                Device of the layer's tensors.
+
+        Returns:
+            `FetchedSlots`, *optional*: The slots from the first to the last; `None` if the row attends to none.
+        """
+        slots = [(first - row_length, last - row_length) for first, last in ranges if first >= row_length]
+        if not slots:
+            return None
+        first, last = min(slots)[0], max(last for _, last in slots)
+        assert self.key is not None, "ancestors ran before"
+        assert self.value is not None, "ancestors ran before"
+        key, value = (_copy(x[:, :, first:last], device, self.cache.offload) for x in (self.key, self.value))
+        return FetchedSlots(first, key, value)
+
+    def gradients_of(self, fetched: FetchedSlots) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Return where a row adds the gradients of the slots that it fetched, which [`send_back`] takes afterwards.
+
+        Args:
+            fetched (`FetchedSlots`):
+                Slots that the row attends to.
+        """
+        assert self.grad_key is not None, "ancestors ran before"
+        assert self.grad_value is not None, "ancestors ran before"
+        here = slice(fetched.first, fetched.first + fetched.key.shape[2])
+        stored = self.grad_key[:, :, here], self.grad_value[:, :, here]
+        if not self.cache.offload:
+            return stored
+        return tuple(torch.zeros_like(x, device=fetched.key.device) for x in stored)  # type: ignore[return-value]
+
+    def send_back(self, fetched: FetchedSlots, grad_key: torch.Tensor, grad_value: torch.Tensor) -> None:
+        """
+        Add the gradients of fetched slots to those of an offloaded cache; without offloading they are there already.
+
+        Args:
+            fetched (`FetchedSlots`):
+                Slots that the row attends to.
+            grad_key (`torch.Tensor`):
+                Gradient of the keys, from [`gradients_of`].
+            grad_value (`torch.Tensor`):
+                Gradient of the values, from [`gradients_of`].
+        """
+        if not self.cache.offload:
+            return
+        assert self.grad_key is not None, "`gradients_of` made them"
+        assert self.grad_value is not None, "`gradients_of` made them"
+        here = slice(fetched.first, fetched.first + fetched.key.shape[2])
+        self.grad_key[:, :, here] += grad_key.to(self.grad_key.device)
+        self.grad_value[:, :, here] += grad_value.to(self.grad_value.device)
+
     def add_gradients_from_later_rows(self, grad_key: torch.Tensor, grad_value: torch.Tensor) -> None:
         """
         Add the gradients that later rows sent back for the tokens of this row.
@@ -178,3 +261,13 @@ class KVCacheView:
             if sent_back is not None:
                 for first, last, slot in self.handed_on:
                     own[:, :, first:last] += sent_back[:, :, slot : slot + last - first].to(own.device)
+
+
+def _copy(x: torch.Tensor, device: torch.device, offloaded: bool) -> torch.Tensor:
+    if not offloaded:
+        return x
+    copied = torch.empty(x.shape, dtype=x.dtype, device=device)
+    # Head by head, because only contiguous memory is copied without a detour and without the host waiting.
+    for own, stored in zip(copied.unbind(1), x.unbind(1), strict=True):
+        own.copy_(stored, non_blocking=True)
+    return copied
