@@ -42,7 +42,12 @@ class KVCache:
         if not self.offload:
             return torch.zeros(shape, dtype=dtype, device=x.device)
         # From pinned memory, copies to a GPU run while the host goes on.
-        return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=x.device.type == "cuda")
+        pinned = x.device.type == "cuda" or x.is_pinned()
+        return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=pinned)
+
+    def zero_gradient(self, x: torch.Tensor) -> torch.Tensor:
+        """Return zeros for the gradient of keys or values, in float32 at least: history gets it from every branch."""
+        return self.zeros_like(x, torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,10 +67,6 @@ class FetchedSlots:
     first: int
     key: torch.Tensor
     value: torch.Tensor
-
-    def zero_gradient(self, x: torch.Tensor) -> torch.Tensor:
-        """Return zeros for the gradient of keys or values, in float32 at least: history gets it from every branch."""
-        return self.zeros_like(x, torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True, slots=True)
