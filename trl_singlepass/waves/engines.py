@@ -125,11 +125,11 @@ def get_engine(model: torch.nn.Module, accelerator: Accelerator, scale: float) -
 
     Args:
         model (`torch.nn.Module`):
-            Model as the Trainer wrapped it.
+            Wrapped model; its class and the accelerator decide.
         accelerator (`accelerate.Accelerator`):
-            Accelerator of the Trainer.
+            As for [`Engine`].
         scale (`float`):
-            What the Trainer multiplies its loss by.
+            As for [`Engine`].
     """
     if accelerator.distributed_type in SHARDED:
         return ShardedEngine(model, accelerator, scale)
