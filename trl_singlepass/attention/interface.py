@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor, nn
 
 from .inputs import AttentionInputs, check_layer, scale_by_depth
 from .tree_mask import TreeMask
@@ -26,16 +26,9 @@ class AttentionFunction(Protocol):
             Values.
         attention_mask (`object`):
             `TreeMask` on a row of trees, otherwise whatever the stock mask function returned.
-        dropout (`float`, *optional*, defaults to `0.0`):
-            Dropout of attention weights.
-        scaling (`float`, *optional*):
-            Factor of the scores, `head_dim ** -0.5` if not given.
-        softcap (`float`, *optional*):
-            Softcap of the scores.
-        s_aux (`torch.Tensor` of shape `(heads,)`, *optional*):
-            Attention sinks.
         **kwargs (`Any`):
-            Further arguments that the layer passes.
+            Further arguments that the layer passes: `dropout`, `scaling` (factor of the scores, `head_dim ** -0.5` by
+            default), `softcap` (of the scores), `s_aux` (attention sinks, of shape `(heads,)`) and others.
 
     Returns:
         `tuple`: Output of shape `(batch, num_queries, heads, value_dim)`, and attention weights or log-sum-exp where
@@ -46,18 +39,8 @@ class AttentionFunction(Protocol):
     """
 
     def __call__(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """Compute attention."""
         ...
 
@@ -81,8 +64,8 @@ class TreeAttention(Protocol):
     """
 
     def __call__(
-        self, module: torch.nn.Module, inputs: AttentionInputs, mask: TreeMask, options: Mapping[str, Any]
-    ) -> torch.Tensor:
+        self, module: nn.Module, inputs: AttentionInputs, mask: TreeMask, options: Mapping[str, Any]
+    ) -> Tensor:
         """Compute attention."""
         ...
 
@@ -99,26 +82,17 @@ def tree_attention_or(plain: AttentionFunction, on_tree: TreeAttention) -> Atten
     """
 
     def attention_function(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
         if not isinstance(attention_mask, TreeMask):
-            return plain(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap,
-                s_aux=s_aux, **kwargs,
-            )  # fmt: skip
-        check_layer(module, attention_mask, query, dropout, kwargs)
+            return plain(module, query, key, value, attention_mask, **options)
+        dropout, scaling, softcap, sinks = (
+            options.pop(name, None) for name in ("dropout", "scaling", "softcap", "s_aux")
+        )
+        check_layer(module, attention_mask, query, dropout or 0.0, options)
         mask = attention_mask.on(query.device)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         query = scale_by_depth(module, query, mask.tree)
-        return on_tree(module, AttentionInputs(query, key, value, scale, softcap, s_aux), mask, kwargs), None
+        return on_tree(module, AttentionInputs(query, key, value, scale, softcap, sinks), mask, options), None
 
     return attention_function

@@ -84,11 +84,25 @@ def varlen_tree_attention(
     """
     padded = inputs.with_one_head_dim(8)  # a multiple of 8 is what flash kernels want
     tokens_first = (x.transpose(1, 2).squeeze(0) for x in (padded.query, padded.key, padded.value))
-    out: torch.Tensor = VarlenAttention.apply(  # type: ignore[no-untyped-call]
-        *tokens_first, inputs.sinks, mask.build_once(varlen_calls), kernel, inputs.scale, inputs.softcap or 0.0,
-        deterministic,
-    )  # fmt: skip
+    run = _Run(mask.build_once(varlen_calls), kernel, inputs.scale, inputs.softcap or 0.0, deterministic)
+    out: torch.Tensor = VarlenAttention.apply(*tokens_first, inputs.sinks, run)  # type: ignore[no-untyped-call]
     return out[..., : inputs.value.shape[-1]].unsqueeze(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The kernel calls that together cover a row, and their options."""
+
+    calls: tuple[VarlenCall, ...]
+    kernel: VarlenKernel
+    scale: float
+    softcap: float
+    deterministic: bool
+
+    def cut(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: VarlenCall) -> VarlenInputs:
+        """Return the inputs of one call."""
+        here = query[call.start : call.end]
+        return VarlenInputs(here, call.keys(key), call.keys(value), call, self.scale, self.softcap)
 
 
 class VarlenAttention(torch.autograd.Function):
@@ -96,7 +110,7 @@ class VarlenAttention(torch.autograd.Function):
     Attention of a row of trees by a varlen kernel.
 
     Shapes: query and output `(row_length, heads, head_dim)`, key and value `(row_length, kv_heads, head_dim)`, sinks
-    `(heads,)`. `calls` together cover the row.
+    `(heads,)`.
 
     Keys and values are gathered along the paths for the call only, and gathered again for backward instead of kept.
     Sinks enter after the kernel: backward takes the output and log-sum-exp **with** the sink, which makes every
@@ -105,19 +119,10 @@ class VarlenAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sinks: torch.Tensor | None,
-        calls: tuple[VarlenCall, ...],
-        kernel: VarlenKernel,
-        scale: float,
-        softcap: float,
-        deterministic: bool,
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, run: _Run
     ) -> torch.Tensor:
         """Return the output."""
-        parts = [kernel.forward(_cut(query, key, value, call, scale, softcap)) for call in calls]
+        parts = [run.kernel.forward(run.cut(query, key, value, call)) for call in run.calls]
         if len(parts) == 1:
             out, lse = parts[0]
         else:
@@ -125,21 +130,22 @@ class VarlenAttention(torch.autograd.Function):
         if sinks is not None:
             lse = add_sinks_(out.transpose(0, 1), lse, sinks)
         ctx.save_for_backward(query, key, value, sinks, out, lse)
-        ctx.calls, ctx.kernel, ctx.options, ctx.deterministic = calls, kernel, (scale, softcap), deterministic
+        ctx.run = run
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of `query`, `key`, `value` and `sinks`, and `None` for the rest."""
         query, key, value, sinks, out, lse = ctx.saved_tensors
+        run: _Run = ctx.run
         grad = grads[0].contiguous()
         grad_query: list[torch.Tensor] = []
-        grad_key, grad_value = _PathSum(key, ctx.deterministic), _PathSum(value, ctx.deterministic)
-        for call in ctx.calls:
+        grad_key, grad_value = _PathSum(key, run.deterministic), _PathSum(value, run.deterministic)
+        for call in run.calls:
             here = slice(call.start, call.end)
-            inputs = _cut(query, key, value, call, *ctx.options)
-            dq, dk, dv = ctx.kernel.backward(
-                grad[here], inputs, out[here], lse[:, here].contiguous(), deterministic=ctx.deterministic
+            inputs = run.cut(query, key, value, call)
+            dq, dk, dv = run.kernel.backward(
+                grad[here], inputs, out[here], lse[:, here].contiguous(), deterministic=run.deterministic
             )
             grad_query.append(dq)
             grad_key.add(dk, call.key_index)
@@ -148,13 +154,7 @@ class VarlenAttention(torch.autograd.Function):
         if sinks is not None:
             grad_sinks = sink_gradient(grad.transpose(0, 1), out.transpose(0, 1), lse, sinks)
         joined = grad_query[0] if len(grad_query) == 1 else torch.cat(grad_query)
-        return joined, grad_key.total, grad_value.total, grad_sinks, None, None, None, None, None
-
-
-def _cut(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: VarlenCall, scale: float, softcap: float
-) -> VarlenInputs:
-    return VarlenInputs(query[call.start : call.end], call.keys(key), call.keys(value), call, scale, softcap)
+        return joined, grad_key.total, grad_value.total, grad_sinks, None
 
 
 class _PathSum:
