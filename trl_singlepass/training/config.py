@@ -161,7 +161,8 @@ class SinglePassSFTConfig(SFTConfig):
         self._use_new_names()
         super().__post_init__()
         # PyTorch cannot pin memory without an accelerator, and warns in each dataloader that it does not.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
         self._check_waves()
         if self.log_turn_metrics and Version(trl.__version__) < Version("1.15"):
             raise ValueError(f"log_turn_metrics=True needs trl>=1.15, found {trl.__version__}. Upgrade trl.")
