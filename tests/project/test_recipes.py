@@ -57,6 +57,8 @@ def test_recipe_trains_a_step(path, folder):
     local = Path("out") / (path.stem if path.stem in FAMILIES else "demo-model")
     with as_a_reader(folder):
         arguments = ["--config", str(path), "--model_name_or_path", str(local), *ONE_STEP]
+        if settings.get("load_in_4bit"):
+            pytest.importorskip("bitsandbytes")
         if "model_init_kwargs" in settings:
             arguments += ["--model_init_kwargs", "{}"]
         script, training, model, datasets, others = sft.make_parser().parse_args_and_config(
@@ -95,6 +97,7 @@ SIZES = {
 PREDICTED = {  # recipe: chat template, sizes
     "qwen3-0.6b": (None, "qwen3-0.6b"),
     "qwen3-8b-lora": (None, None),
+    "qwen3-8b-qlora": (None, None),
     "qwen3-8b-fsdp2": (None, "qwen3-8b"),
     "qwen3-32b-zero3": (None, "qwen3-32b"),
     "gpt-oss-20b": ("gptoss", None),

@@ -220,9 +220,10 @@ def test_evaluation_sets_may_be_several_and_of_different_kinds(tmp_path, tokeniz
 
 def predictions(trainer, rows):
     """Per example, the trained tokens and the likeliest ones beside them."""
-    output = trainer.predict(
-        trainer._prepare_dataset(as_dataset(rows), trainer.processing_class, trainer.args, False, None, "test")
-    )
+    raw = as_dataset(rows)
+    if not isinstance(trainer, SinglePassSFTTrainer):  # TRL's takes only what it has prepared
+        raw = trainer._prepare_dataset(raw, trainer.processing_class, trainer.args, False, None, "test")
+    output = trainer.predict(raw)
     labels, likeliest = output.label_ids[:, 1:], output.predictions[:, :-1].argmax(-1)
     assert output.predictions.shape[:2] == output.label_ids.shape
     return [
@@ -254,6 +255,19 @@ def test_a_conversation_is_one_row_with_every_trained_token(tmp_path, tokenizer)
         assert sorted(zip(*row, strict=True)) == sorted(
             pair for labels, best in samples for pair in zip(labels, best, strict=True)
         )
+
+
+@needs_weighted_loss
+@pytest.mark.parametrize("rows", [CHATS, TEXT], ids=["conversations", "text"])
+def test_a_raw_dataset_is_predicted_in_its_order(tmp_path, tokenizer, rows):
+    """Also where training shuffles and packs: a prediction belongs to the example at its position."""
+    settings = {"shuffle_dataset": True, "packing": rows is CHATS, "max_length": 4096, "seed": 1}
+    trainer = single_pass_trainer(tmp_path, tokenizer, rows, **settings)
+    plain = single_pass_trainer(tmp_path, tokenizer, rows, model=trainer.model)
+    assert trainer.args.shuffle_dataset
+    assert predictions(trainer, rows) == predictions(plain, rows)
+    prepared = plain._prepare_dataset(as_dataset(rows), tokenizer, plain.args, False, None, "test")
+    assert (trainer.predict(prepared).label_ids == trainer.predict(as_dataset(rows)).label_ids).all()
 
 
 def test_a_model_by_name_takes_its_arguments(tmp_path, tokenizer):

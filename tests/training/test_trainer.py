@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import TrainingArguments
 
+import trl_singlepass
 from support.conversations import chat, expand, tool_chat
 from support.trainers import (
     SETTINGS,
@@ -287,12 +288,40 @@ def test_lora_trains_the_adapter_only(tmp_path, tokenizer):
     assert len(after) > len(frozen)
 
 
-def test_the_model_card_names_paper_and_tags(tmp_path, tokenizer):
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("", "of `Qwen3ForCausalLM`"),
+        ("{tmp}", "of `{name}`"),
+        ("Qwen/Qwen3-0.6B", "of [Qwen/Qwen3-0.6B](https://huggingface.co/Qwen/Qwen3-0.6B)"),
+    ],
+)
+def test_the_model_card_says_what_was_trained_on_what(tmp_path, tokenizer, source, named):
     trainer = single_pass_trainer(tmp_path, tokenizer, CHATS)
-    trainer.create_model_card(model_name="demo")
+    trainer.model.config._name_or_path = source.format(tmp=tmp_path)
+    trainer.train()
+    trainer.create_model_card(model_name="demo", dataset_name="org/chats")
     card = (tmp_path / "README.md").read_text()
+    assert "None" not in card
+    assert f"fine-tuned version {named.format(name=tmp_path.name)} on the [org/chats]" in card
     assert "huggingface.co/papers/2504.18246" in card
     assert "- single-pass" in card
+    assert f"[trl-singlepass](https://github.com/trl-singlepass/trl-singlepass) {trl_singlepass.__version__}" in card
+    assert "- Data: 8 turns of 3 conversations; all " in card
+    assert f"- Trained tokens: {logged(trainer, 'num_trained_tokens')[-1]:.10g}\n" in card
+    assert f"- Sharing factor: {logged(trainer, 'sharing_factor')[-1]:.10g}\n" in card
+
+
+def test_preparation_prints_its_summary_once(tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr("trl_singlepass.data.preparation.logger.isEnabledFor", lambda level: False)
+    single_pass_trainer(tmp_path, tokenizer, CHATS, packing=True, max_length=4096)
+    printed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train dataset: ")]
+    assert len(printed) == 1
+    assert "8 turns of 3 conversations; all " in printed[0]
+    assert "packed into 1 rows of at most 4096 tokens" in printed[0]
+    monkeypatch.setattr(SinglePassSFTConfig, "process_index", 1)
+    single_pass_trainer(tmp_path, tokenizer, CHATS)
+    assert "train dataset: " not in capsys.readouterr().err
 
 
 def test_training_arguments_and_no_arguments_are_taken(tmp_path, tokenizer, monkeypatch):

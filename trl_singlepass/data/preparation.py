@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -9,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedTokenizerBase, logging
+from datasets.utils.tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import get_logger
 
 from ..trees.rows import Row
 from .arrow import ROWS_VERSION, row_features, rows_to_table
@@ -23,7 +27,7 @@ from .streaming import stream_rows
 from .tokenized_turns import gather_turns, is_single_turn
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # Conversations that a process prepares before it writes their rows.
 _PREPARED_AT_ONCE = 32
@@ -41,9 +45,10 @@ def prepare_dataset(
     bad_rows: BadRows = BadRows.ERROR,
     num_proc: int | None = None,
     name: str = "train",
+    is_main_process: bool = True,
 ) -> Dataset | IterableDataset:
     """
-    Return a dataset of conversations as a dataset of rows, and log what it held and what is lost.
+    Return a dataset of conversations as a dataset of rows, and say what it held and what is lost.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset`):
@@ -60,6 +65,8 @@ def prepare_dataset(
             Number of processes; a stream is prepared on the fly.
         name (`str`, *optional*, defaults to `"train"`):
             Name of the dataset in progress bars and log.
+        is_main_process (`bool`, *optional*, defaults to `True`):
+            Whether this process is the one that prints the summary.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: The rows.
@@ -75,18 +82,36 @@ def prepare_dataset(
         return stream_rows(dataset, tokenizer, settings, packing=packing, bad_rows=bad_rows, name=name)
     rows, report = conversations_to_rows(dataset, tokenizer, settings, bad_rows=bad_rows, num_proc=num_proc, name=name)
     report = replace(report, bad_rows=(*bad_turns, *report.bad_rows))
-    (logger.info if report.is_complete else logger.warning)(f"{name} dataset: {report}.")
     if report.num_row_tokens == 0:
         way_out = "Raise max_length, or set it to None" if report.num_cut_tokens else "Repair its rows"
         raise ValueError(f"No turn of the {name} dataset is trained: {report}. {way_out}.")
     if packing:
         assert settings.max_row_tokens is not None, "packing needs the capacity of a row"
         rows, packed = pack_dataset(rows, settings.max_row_tokens, num_proc=num_proc, name=name)
-        logger.info(f"{name} dataset: {packed}.")
-        return rows
+        summary = f"{report}; {packed}"
+    else:
+        summary = str(report)
+    if is_main_process:
+        _say(f"{name} dataset: {summary}.", logging.INFO if report.is_complete else logging.WARNING)
+    if packing:
+        return _described(rows, summary)
     if report.num_dropped_conversations or report.num_bad_rows:
         rows = rows.select(np.flatnonzero(rows.data.table["num_tokens"].to_numpy()))
-    return rows.remove_columns([*COUNT_COLUMNS, _REASON])
+    return _described(rows.remove_columns([*COUNT_COLUMNS, _REASON]), summary)
+
+
+def _described(rows: Dataset, summary: str) -> Dataset:
+    """Return rows that describe themselves by the summary of their preparation, for the model card."""
+    rows.info.description = summary
+    return rows
+
+
+def _say(summary: str, level: int) -> None:
+    """Log a summary; where the log does not show it, write it beside the progress bars."""
+    if logger.isEnabledFor(level):
+        logger.log(level, summary)
+    else:
+        tqdm.write(summary, file=sys.stderr)
 
 
 def conversations_to_rows(

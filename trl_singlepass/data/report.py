@@ -153,8 +153,8 @@ class PreparationReport:
         if not self.num_split_conversations:
             return ""
         return (
-            f"; {self.num_split_conversations} conversations split over several rows, which repeat "
-            f"{self.num_repeated_tokens} of {self.num_row_tokens} tokens"
+            f"; {self.num_split_conversations} conversations longer than max_row_tokens split over several rows, "
+            f"which repeat {self.num_repeated_tokens} of {self.num_row_tokens} tokens"
         )
 
     @property

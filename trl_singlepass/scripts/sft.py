@@ -62,6 +62,9 @@ def main(
         return
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    trainer.create_model_card(
+        model_name=Path(training_args.output_dir).name, dataset_name=_name_on_hub(script_args.dataset_name)
+    )
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
@@ -132,6 +135,11 @@ def _with_json_arguments(value: Any) -> Any:
 
 def _as_json(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _name_on_hub(dataset_name: str | None) -> str | None:
+    """Return the name if a model card may link to it: not that of a file or folder."""
+    return None if dataset_name is None or Path(dataset_name).exists() else dataset_name
 
 
 def _get_split(dataset: DatasetDict | IterableDatasetDict, name: str) -> Dataset | IterableDataset:

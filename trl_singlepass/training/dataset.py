@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -96,5 +97,21 @@ def prepare_conversations(
             bad_rows=args.bad_rows,
             num_proc=args.dataset_num_proc,
             name=name,
+            is_main_process=args.process_index == 0,
         )
     return rows.shuffle(seed=args.seed) if args.shuffle_dataset and isinstance(rows, Dataset) else rows
+
+
+def needs_preparation(dataset: object) -> bool:
+    """Whether a dataset is raw: neither rows of trees nor token ids, nor of a kind that only the user knows."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return False
+    columns = column_names(dataset)
+    return not holds_rows(columns) and "input_ids" not in columns
+
+
+def in_order(args: SFTConfig) -> SFTConfig:
+    """Return arguments that leave the examples of a dataset in their order."""
+    args = copy.copy(args)
+    args.shuffle_dataset = False
+    return args

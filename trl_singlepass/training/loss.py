@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 from transformers.utils import ModelOutput
+from trl import SFTTrainer
 
 from ..data.collator import Batch
 from ..trees.prefix_tree import IGNORE_INDEX
@@ -46,6 +47,17 @@ class LossContext:
     step: int
     metrics: dict[str, list[float]]
     turn_metrics: TurnMetrics | None
+
+
+def get_loss_context(trainer: SFTTrainer, num_items: NumItems, turn_metrics: TurnMetrics | None) -> LossContext:
+    """Return what a trainer knows of the batch that it is about to compute the loss of."""
+    is_training = trainer.model.training
+    num_batches = trainer.current_gradient_accumulation_steps if is_training and num_items is not None else 1
+    is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # since transformers 5.19, `None` unless it is set
+    is_scaled = trainer.model_accepts_loss_kwargs if is_scaled is None else is_scaled
+    metrics = trainer._metrics["train" if is_training else "eval"]
+    step = trainer.state.global_step + 1
+    return LossContext(num_items, num_batches, 1 if is_scaled else num_batches, step, metrics, turn_metrics)
 
 
 def weighted_model(model: Forward, loss_weights: torch.Tensor) -> Forward:

@@ -19,10 +19,11 @@ from ..data.sampler import make_train_sampler
 from ..trees.rows import ROW_COLUMNS
 from .compatibility import check_conversations, check_loss_is_per_token, check_run
 from .config import as_single_pass_config, default_config, with_packed_length, without_redundant_settings
-from .dataset import AnyDataset, FormattingFunction, find_turns, prepare_conversations
+from .dataset import AnyDataset, FormattingFunction, find_turns, in_order, needs_preparation, prepare_conversations
 from .last_batch import num_repeatable_examples, without_empty_batches, without_repeated_examples
-from .loss import LossContext, NumItems, mean_of_means_divisor, step_weight, total_weight
+from .loss import NumItems, get_loss_context, mean_of_means_divisor, step_weight, total_weight
 from .metrics import PooledLoss, TokenCounts, TurnMetrics, split_by_example
+from .model_card import complete_model_card
 from .paper import PAPER
 from .sequence_parallel import SequenceParallel
 from .sharded_head import gather_head_with_model
@@ -55,12 +56,7 @@ class SinglePassSFTTrainer(SFTTrainer):
         `ValueError`: If a setting, model or dataset cannot be trained in one pass; it names it, and the way out.
         `TypeError`: If a dataset is a dictionary of splits or a list, as in TRL.
 
-    Example:
-
-    ```python
-    trainer = SinglePassSFTTrainer("Qwen/Qwen3-0.6B", train_dataset=dataset)  # a "messages" column
-    trainer.train()
-    ```
+    Example: `SinglePassSFTTrainer("Qwen/Qwen3-0.6B", train_dataset=dataset).train()`, with a "messages" column.
     """
 
     _tag_names: ClassVar = ["trl", "sft", "single-pass"]
@@ -134,13 +130,11 @@ class SinglePassSFTTrainer(SFTTrainer):
             self._tree_loss = TreeLoss(self.model, self.args, self.accelerator, self.compute_loss_func, coef)
             self._sequence_parallel = self._tree_loss.sequence_parallel
             if self._trains_turns and self._sequence_parallel is None:
-                # The loss is TRL's, of log probabilities, and its divisor comes from here: let the Trainer ask for it
-                # even if the model's class says (`accepts_loss_kwargs = False`) that its own loss is a batch's mean.
+                # The divisor comes from here, even if the model's class says that its loss is the mean of a batch.
                 check_loss_is_per_token(self.model, self.model_accepts_loss_kwargs)
                 self.model_accepts_loss_kwargs = True
         return self._tree_loss
 
-    # Dataset
     def _prepare_dataset(
         self,
         dataset: AnyDataset,
@@ -162,7 +156,6 @@ class SinglePassSFTTrainer(SFTTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ROW_COLUMNS]))
 
-    # Dataloader
     def _get_train_sampler(self, train_dataset: AnyDataset | None = None) -> Sampler[int] | None:
         """Give ranks rows of equal cost; the Trainer ignores cost, and every rank waits for the slowest."""
         sampler = make_train_sampler(
@@ -184,6 +177,13 @@ class SinglePassSFTTrainer(SFTTrainer):
             return super().get_train_dataloader()
         finally:
             self.train_dataset = stream
+
+    def get_test_dataloader(self, test_dataset: AnyDataset) -> DataLoader[Batch]:
+        """Prepare a raw dataset, in its order; the Trainer takes only what is prepared."""
+        if needs_preparation(test_dataset):
+            tokenizer, args = self.processing_class, in_order(self.args)
+            test_dataset = self._prepare_dataset(test_dataset, tokenizer, args, False, None, "test")
+        return super().get_test_dataloader(test_dataset)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader[Batch]) -> tuple[int, ...]:
         """Leave out steps in which ranks that share rows only repeat some; the Trainer does not know of them."""
@@ -208,7 +208,6 @@ class SinglePassSFTTrainer(SFTTrainer):
             loader = self._sequence_parallel.connect(loader, self._without_repeats, pad_token_id, self._epoch)
         return model, loader
 
-    # Step
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], NumItems]:
@@ -241,7 +240,6 @@ class SinglePassSFTTrainer(SFTTrainer):
             prepared["loss_weights"] = inputs["loss_weights"].to(self.args.device)
         return prepared
 
-    # Loss
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: NumItems = None
     ) -> Loss:
@@ -249,17 +247,9 @@ class SinglePassSFTTrainer(SFTTrainer):
         if "tree_plan" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         tree_loss = self._enable_tree()  # evaluation may bring the first conversations
-        context = self._get_loss_context(num_items_in_batch)
+        context = get_loss_context(self, num_items_in_batch, self._turn_metrics)
         return tree_loss.compute(super().compute_loss, model, inputs, return_outputs, context)
 
-    def _get_loss_context(self, num_items: NumItems) -> LossContext:
-        num_batches = self.current_gradient_accumulation_steps if self.model.training and num_items is not None else 1
-        is_scaled = getattr(self, "loss_is_scaled_for_ga", None)  # since transformers 5.19, `None` unless it is set
-        is_scaled = self.model_accepts_loss_kwargs if is_scaled is None else is_scaled
-        step, metrics = self.state.global_step + 1, self._metrics["train" if self.model.training else "eval"]
-        return LossContext(num_items, num_batches, 1 if is_scaled else num_batches, step, metrics, self._turn_metrics)
-
-    # Evaluation
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -285,7 +275,6 @@ class SinglePassSFTTrainer(SFTTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
-    # Log and save
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the sharing factor, the tokens trained so far and metrics by turn; TRL does not measure them."""
         if self.model.training:
@@ -298,3 +287,11 @@ class SinglePassSFTTrainer(SFTTrainer):
         """Wait for all ranks; the first goes on to write the file that marks a checkpoint as complete."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Add data, tokens and the sharing factor; TRL does not know them, nor models that are not on the Hub."""
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            complete_model_card(self.args.output_dir, self.model, self.train_dataset, self.state.log_history)

@@ -1,0 +1,112 @@
+"""QLoRA and Liger: adapters on a quantized base, and fused layers, train as N-pass does with the same model."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+
+from support.conversations import chat, tool_chat
+from support.trainers import float32_model, logged, needs_weighted_loss, parameters, single_pass_trainer
+from trl_singlepass import render_samples, verify
+from trl_singlepass.reference import npass_loss_and_gradients
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+needs_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install trl-singlepass[quantization]"
+)
+CHATS = [chat(3), chat(2, seed=1), tool_chat()]
+
+
+@pytest.fixture(autouse=True)
+def weights_as_on_a_gpu(monkeypatch):
+    """On CPUs with AVX512-BF16, bitsandbytes repacks weights for inference and rounds their scales to bf16."""
+    if find_spec("bitsandbytes") is not None:
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
+def quantized_model(tokenizer, folder):
+    """A model in 4 bits with an adapter whose both factors count; computations stay in float32."""
+    float32_model(tokenizer).save_pretrained(folder)
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=four_bits, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    assert base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    torch.manual_seed(0)
+    return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+@needs_weighted_loss
+@needs_bitsandbytes
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "packing": True, "max_length": 4096},
+        {"gradient_checkpointing": True, "wave_tokens": 64},
+    ],
+    ids=["plain", "checkpointed", "packed", "in waves"],
+)
+def test_a_step_of_qlora_is_that_of_npass_on_the_same_base(tmp_path, tokenizer, settings):
+    model = quantized_model(tokenizer, tmp_path / "base")
+    trainer = single_pass_trainer(tmp_path, tokenizer, CHATS, model=model, per_device_train_batch_size=8, **settings)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.bfloat16, name  # TRL's choice, which would blur the comparison
+            parameter.data = parameter.data.float()
+    samples = [sample for messages in CHATS for sample in render_samples(messages, tokenizer)]
+    expected = npass_loss_and_gradients(trainer.model, samples)
+    gradients = {}
+    trainer.add_callback(_Gradients(gradients))
+    frozen = {name: value for name, value in parameters(trainer).items() if "lora_" not in name}
+    trainer.train()
+    assert logged(trainer, "loss") == pytest.approx([expected.loss], abs=1e-5)
+    assert gradients.keys() == expected.gradients.keys()
+    for name, gradient in gradients.items():
+        difference = float((gradient - expected.gradients[name]).norm() / expected.gradients[name].norm())
+        assert difference < 1e-4, name
+    after = parameters(trainer)
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+
+
+class _Gradients(TrainerCallback):
+    def __init__(self, gradients):
+        self.gradients = gradients
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.gradients |= {
+            name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+
+
+@needs_bitsandbytes
+def test_verify_holds_on_a_quantized_base_and_sees_a_defect(tmp_path, tokenizer, monkeypatch):
+    model = quantized_model(tokenizer, tmp_path / "base")
+    weights = {name: value.clone() for name, value in model.named_parameters()}
+    report = verify(model, tokenizer, CHATS)
+    assert report.ok, report
+    assert all(torch.equal(value, weights[name]) for name, value in model.named_parameters())
+    monkeypatch.setattr("trl_singlepass.reference.verification.NOISE_FACTOR", 0.0)
+    assert not verify(model, tokenizer, CHATS).ok
+
+
+def test_liger_trains_the_same_step(tmp_path, tokenizer):
+    pytest.importorskip("triton", reason="Liger's kernels are written in Triton, which its package imports")
+    pytest.importorskip("liger_kernel", reason="needs liger-kernel")
+    if not torch.cuda.is_available():
+        pytest.skip("Liger's kernels run on GPUs only")
+    trainers = [
+        single_pass_trainer(tmp_path, tokenizer, CHATS, use_cpu=False, use_liger_kernel=use) for use in (False, True)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert logged(trainers[0], "loss") == pytest.approx(logged(trainers[1], "loss"), abs=1e-5)
