@@ -87,7 +87,7 @@ def examine(
     """
     Look at this machine with a model: what is installed, whether training is right, and how fast it is.
 
-    An error of a part is noted in the report, and the next part runs.
+    An error in one part is noted in the report, and the next part runs.
 
     Args:
         subject (`Subject`):
@@ -121,30 +121,26 @@ def examine(
     on_part("load the model to time it")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = subject.load(config, dtype, attn_implementation).train()
-    implementation = str(model.config.get_text_config()._attn_implementation)
     timing = _Timing(model, get_shape(config))
     for samples in conversations:
         for schedule in Schedule:
             on_part(f"{schedule}, {len(samples)} turns")
             timing.measure(samples, schedule)
-    return DoctorReport(
-        Environment.detect(),
-        Examined(
-            subject.name,
-            type(model).__name__,
-            num_layers,
-            subject.config.get_text_config().num_hidden_layers,
-            str(device),
-        ),
-        Kernel(
-            implementation,
-            tree_attention_name(implementation),
-            describe_tree_attention(implementation, config, device, dtype),
-            timing.attention_operators,
-        ),
-        tuple(verified),
-        tuple(timing.measured),
-    )
+    text_config = subject.config.get_text_config()
+    examined = Examined(subject.name, type(model).__name__, num_layers, text_config.num_hidden_layers, str(device))
+    kernel = _get_kernel(model, config, dtype, device, timing.attention_operators)
+    return DoctorReport(Environment.detect(), examined, kernel, tuple(verified), tuple(timing.measured))
+
+
+def _get_kernel(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    operators: tuple[str, ...] | None,
+) -> Kernel:
+    name = str(model.config.get_text_config()._attn_implementation)
+    return Kernel(name, tree_attention_name(name), describe_tree_attention(name, config, device, dtype), operators)
 
 
 def get_shape(config: PreTrainedConfig) -> ModelShape | None:
