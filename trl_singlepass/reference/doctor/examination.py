@@ -121,6 +121,7 @@ def examine(
     on_part("load the model to time it")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = subject.load(config, dtype, attn_implementation).train()
+    implementation = str(model.config.get_text_config()._attn_implementation)  # before trees are enabled
     timing = _Timing(model, get_shape(config))
     for samples in conversations:
         for schedule in Schedule:
@@ -128,19 +129,13 @@ def examine(
             timing.measure(samples, schedule)
     text_config = subject.config.get_text_config()
     examined = Examined(subject.name, type(model).__name__, num_layers, text_config.num_hidden_layers, str(device))
-    kernel = _get_kernel(model, config, dtype, device, timing.attention_operators)
+    kernel = Kernel(
+        implementation,
+        tree_attention_name(implementation),
+        describe_tree_attention(implementation, config, device, dtype),
+        timing.attention_operators,
+    )
     return DoctorReport(Environment.detect(), examined, kernel, tuple(verified), tuple(timing.measured))
-
-
-def _get_kernel(
-    model: PreTrainedModel,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    operators: tuple[str, ...] | None,
-) -> Kernel:
-    name = str(model.config.get_text_config()._attn_implementation)
-    return Kernel(name, tree_attention_name(name), describe_tree_attention(name, config, device, dtype), operators)
 
 
 def get_shape(config: PreTrainedConfig) -> ModelShape | None:
