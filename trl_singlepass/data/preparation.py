@@ -90,14 +90,17 @@ def prepare_dataset(
         rows, packed = pack_dataset(rows, settings.max_row_tokens, num_proc=num_proc, name=name)
         summary = f"{report}; {packed}"
     else:
-        summary = str(report)
+        rows, summary = _without_counts(rows, report), str(report)
     if is_main_process:
         _say(f"{name} dataset: {summary}.", logging.INFO if report.is_complete else logging.WARNING)
-    if packing:
-        return _described(rows, summary)
+    return _described(rows, summary)
+
+
+def _without_counts(rows: Dataset, report: PreparationReport) -> Dataset:
+    """Return rows without empty ones, and without the columns that only the report reads."""
     if report.num_dropped_conversations or report.num_bad_rows:
         rows = rows.select(np.flatnonzero(rows.data.table["num_tokens"].to_numpy()))
-    return _described(rows.remove_columns([*COUNT_COLUMNS, _REASON]), summary)
+    return rows.remove_columns([*COUNT_COLUMNS, _REASON])
 
 
 def _described(rows: Dataset, summary: str) -> Dataset:
