@@ -21,7 +21,7 @@ CASES = {
     "checkpointing": {"config": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}},
 }
 PRECISIONS = [
-    pytest.param(({}, 1e-6), id="float32"),
+    pytest.param(({}, 1e-6), id="float32", marks=pytest.mark.slow),
     # The worker keeps the fused head in float64, which older releases lack.
     pytest.param(({"float64": True}, 1e-13), id="float64", marks=needs_weighted_loss),
 ]
@@ -53,7 +53,7 @@ def test_six_steps(tmp_path, workers, one_process, precision, engine, case):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_every_row_is_trained_once_in_an_epoch(tmp_path, workers, one_process, engine, accumulation):
     """Seven rows, two of them without targets: in the last step of an epoch, the second rank has no row left."""
     config = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": accumulation}

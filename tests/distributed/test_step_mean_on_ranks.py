@@ -57,7 +57,7 @@ def test_two_ranks(tmp_path, workers, vocab_size, class_name):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("class_name", UNCOUNTED[:2])
+@pytest.mark.parametrize("class_name", [UNCOUNTED[0], pytest.param(UNCOUNTED[1], marks=pytest.mark.slow)])
 def test_a_rank_that_only_repeats_a_row_adds_nothing(tmp_path, workers, vocab_size, class_name, engine):
     """Three rows: in the second step, the second rank has one that was trained in the first."""
     rows = conversations(vocab_size, (3, 1, 2))

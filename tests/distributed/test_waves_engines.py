@@ -12,7 +12,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param("plain", marks=pytest.mark.slow), "accumulated"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_in_waves(tmp_path, workers, one_process, engine, case):
     expected = one_process(with_config(CASES[case], per_device_train_batch_size=2))
