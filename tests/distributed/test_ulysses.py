@@ -38,9 +38,12 @@ CASES = {
     "sliding windows": one_row_per_batch(2, family="gemma2"),
     "sinks": one_row_per_batch(2, family="gpt-oss", config={"router_aux_loss_coef": 0.0}),
 }
+IN_FLOAT64 = ["packing", "lora", "sinks"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in IN_FLOAT64 else ()) for case in CASES]
+)
 def test_six_steps(tmp_path, workers, one_process, case):
     alone = one_process(CASES[case])
     run = workers.run(tmp_path, shared(CASES[case]), world_size=2)
@@ -53,7 +56,7 @@ def test_six_steps(tmp_path, workers, one_process, case):
 
 
 @needs_weighted_loss  # whose fused head the worker keeps in float64
-@pytest.mark.parametrize("case", ["packing", "lora", "sinks"])
+@pytest.mark.parametrize("case", IN_FLOAT64)
 def test_six_steps_in_float64(tmp_path, workers, one_process, case):
     settings = {**CASES[case], "float64": True}
     run = workers.run(tmp_path, shared(settings), world_size=2)

@@ -29,7 +29,14 @@ def test_operations_are_those_of_this_code(model):
         assert operations(model, workload).items() <= stored.items(), AGAIN
 
 
-@pytest.mark.parametrize("model", ["Qwen3-0.6B", "gpt-oss-20b", "Qwen3.5-4B"])  # one of each architecture
+@pytest.mark.parametrize(
+    "model",  # one of each architecture
+    [
+        "Qwen3-0.6B",
+        pytest.param("gpt-oss-20b", marks=pytest.mark.slow),
+        pytest.param("Qwen3.5-4B", marks=pytest.mark.slow),
+    ],
+)
 def test_launches_are_those_of_this_code(model):
     assert launches(model, "chat, 16 turns") == COUNTED[model, "chat, 16 turns"]["launches"], AGAIN
 
