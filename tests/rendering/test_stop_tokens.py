@@ -53,3 +53,13 @@ def test_a_call_without_arguments_gets_its_stop_and_no_markup():
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     assert rendered.endswith("</tool_call>")
     assert tokenizer.decode(sample.token_ids) == rendered + "<|observation|>"
+
+
+def test_an_empty_answer_gets_the_stop_that_the_template_writes_after_text_alone():
+    body = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_tokenizer(None, body)
+    (sample,) = render_samples([{"role": "user", "content": "Hi."}, {"role": "assistant", "content": ""}], tokenizer)
+    assert completion(sample, tokenizer) == "<|im_end|>"

@@ -115,5 +115,8 @@ def end_with_stop_token(completion: str, ending: Ending, template: ChatTemplate)
         return completion.removesuffix(ending.written) + ending.trained
     tokens = [token.content for token in template.tokenizer.added_tokens_decoder.values() if token.special]
     ends = completion.rstrip().endswith((ending.trained.strip(), *tokens))
-    # A call without arguments may end with less markup than the ending was measured on: only the stop is missing.
-    return completion if ends else completion + ending.trained.removeprefix(ending.written)
+    if ends:
+        return completion
+    # A call without arguments may end in less markup than the ending was measured on, and lacks the stop token alone.
+    added = ending.trained.removeprefix(ending.written)
+    return completion + (added or ending.trained)
