@@ -57,7 +57,8 @@ def test_a_call_without_arguments_gets_its_stop_and_no_markup():
 
 def test_an_empty_answer_gets_the_stop_that_the_template_writes_after_text_alone():
     body = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content %}{{ m.content }}<|im_end|>{% endif %}"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer = make_tokenizer(None, body)
