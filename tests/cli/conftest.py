@@ -2,18 +2,9 @@
 
 import pytest
 
-from support.small_files import write_examples, write_model
+from support.small_files import data as data
+from support.small_files import model as model
 from trl_singlepass.cli.main import main
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_examples(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from support.conversations import TOOLS, chat, tool_chat
-from support.malformed_examples import HELLO, HI, MALFORMED, SHAREGPT
+from support.malformed_examples import HELLO, HI, LOG, MALFORMED, SHAREGPT, TURN
 from support.trainers import as_dataset, single_pass_trainer
 from trl_singlepass import SinglePassSFTConfig, audit, to_npass, verify
 from trl_singlepass.data import conversations as conversation_rows
@@ -198,17 +198,6 @@ def test_a_trainer_on_a_stream_drops_its_bad_rows(tmp_path, tokenizer):
     trainer = single_pass_trainer(tmp_path, tokenizer, dataset, bad_rows="drop", max_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["num_trained_tokens"] > 0
-
-
-TURN = {"prompt_ids": [5, 6], "completion_ids": [7]}
-LOG = [
-    {"conversation_id": "a", **TURN},
-    {"conversation_id": "b", **TURN, "completion_ids": None},
-    {"conversation_id": None, **TURN},
-    {"conversation_id": "b", **TURN, "completion_ids": [8]},
-    {"conversation_id": None, **TURN},
-    {"conversation_id": "a", **TURN, "prompt_ids": [5, 6, 7, 9]},
-]
 
 
 def config(**settings):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from support.malformed_examples import LOG, TURN
 from support.trainers import as_dataset, single_pass_trainer
 from trl_singlepass.data.preparation import conversations_to_rows
 from trl_singlepass.data.settings import RowSettings
@@ -10,15 +11,6 @@ from trl_singlepass.rendering.samples import RenderingError
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-TURN = {"prompt_ids": [5, 6], "completion_ids": [7]}
-LOG = [
-    {"conversation_id": "a", **TURN},
-    {"conversation_id": "b", **TURN, "completion_ids": None},
-    {"conversation_id": None, **TURN},
-    {"conversation_id": "b", **TURN, "completion_ids": [8]},
-    {"conversation_id": None, **TURN},
-    {"conversation_id": "a", **TURN, "prompt_ids": [5, 6, 7, 9]},
-]
 
 
 def test_tokenised_turns_are_samples():

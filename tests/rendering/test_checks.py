@@ -6,21 +6,11 @@ import numpy as np
 import pytest
 
 from support.chat_tokenizers import make_tokenizer
-from support.conversations import call
+from support.conversations import BOOKING_TOOLS, call
 from trl_singlepass.rendering.checks import template_name
 from trl_singlepass.rendering.samples import RenderingError, render_example, render_samples
 
 
-def tool(name, properties, required=()):
-    parameters = {"type": "object", "properties": properties, "required": list(required)}
-    return {"type": "function", "function": {"name": name, "description": f"{name} it", "parameters": parameters}}
-
-
-TOOLS = [
-    tool("book", {"city": {"type": "string", "enum": ["Oslo", "Bodø"]}, "nights": {"type": "integer"}}, ["city"]),
-    tool("find", {"query": {"type": "object", "properties": {"name": {"type": "string"}}}}, ["query"]),
-    tool("stop", {"reason": {"type": ["string", "null"]}}, ["reason"]),
-]
 PLAIN = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
 
 
@@ -66,7 +56,7 @@ BAD_WITH_TEMPLATE = {
 def test_losses_are_named(case):
     name, messages, message = BAD_WITH_TEMPLATE[case]
     with pytest.raises(RenderingError, match=message):
-        render_samples(messages, make_tokenizer(name), tools=TOOLS if case == "tool calls" else None)
+        render_samples(messages, make_tokenizer(name), tools=BOOKING_TOOLS if case == "tool calls" else None)
 
 
 def test_an_answer_that_only_the_reasoning_holds_is_lost():
@@ -87,7 +77,7 @@ def test_an_answer_that_only_the_reasoning_holds_is_lost():
 )
 def test_arguments_of_every_type_are_recognised(name, value):
     messages = assistant(content="", tool_calls=[call("find", name=value)])
-    (sample,) = render_samples(messages, make_tokenizer(name), tools=TOOLS)
+    (sample,) = render_samples(messages, make_tokenizer(name), tools=BOOKING_TOOLS)
     assert np.any(sample.loss_weights)
 
 

@@ -7,21 +7,11 @@ from datasets import Dataset
 from trl import maybe_convert_to_chatml
 
 from support.chat_tokenizers import make_tokenizer
-from support.conversations import as_blocks, call
+from support.conversations import BOOKING_TOOLS, as_blocks, call, tool_with
 from trl_singlepass.rendering.conversation import Conversation
 from trl_singlepass.rendering.samples import RenderingError, render_example, render_samples
 
 
-def tool(name, properties, required=()):
-    parameters = {"type": "object", "properties": properties, "required": list(required)}
-    return {"type": "function", "function": {"name": name, "description": f"{name} it", "parameters": parameters}}
-
-
-TOOLS = [
-    tool("book", {"city": {"type": "string", "enum": ["Oslo", "Bodø"]}, "nights": {"type": "integer"}}, ["city"]),
-    tool("find", {"query": {"type": "object", "properties": {"name": {"type": "string"}}}}, ["query"]),
-    tool("stop", {"reason": {"type": ["string", "null"]}}, ["reason"]),
-]
 MESSAGES = [
     {"role": "user", "content": "A room, please."},
     {"role": "assistant", "reasoning_content": "First who.", "tool_calls": [call("find", query={"name": "Mia"})]},
@@ -46,16 +36,16 @@ def through_arrow(*rows):
 
 
 def test_arrow_round_trip_renders_as_the_original(tokenizer):
-    stored = through_arrow({"messages": MESSAGES, "tools": TOOLS}, {"messages": PLAIN, "tools": None})
+    stored = through_arrow({"messages": MESSAGES, "tools": BOOKING_TOOLS}, {"messages": PLAIN, "tools": None})
     arguments = stored[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
     assert "nights" in arguments  # what Arrow adds: without it this test shows nothing
     assert arguments["nights"] is None
-    assert ids(render_example(stored[0], tokenizer)) == ids(render_samples(MESSAGES, tokenizer, tools=TOOLS))
+    assert ids(render_example(stored[0], tokenizer)) == ids(render_samples(MESSAGES, tokenizer, tools=BOOKING_TOOLS))
     assert ids(render_example(stored[1], tokenizer)) == ids(render_samples(PLAIN, tokenizer))
 
 
 def test_arrow_keeps_nulls_that_the_schema_requires():
-    (stored,) = through_arrow({"messages": MESSAGES, "tools": TOOLS})
+    (stored,) = through_arrow({"messages": MESSAGES, "tools": BOOKING_TOOLS})
     calls = [c["function"] for m in Conversation.from_example(stored).messages for c in m.get("tool_calls") or []]
     assert [c["arguments"] for c in calls] == [
         {"query": {"name": "Mia"}},
@@ -67,7 +57,8 @@ def test_arrow_keeps_nulls_that_the_schema_requires():
 
 
 def test_rows_that_arrow_did_not_make_stay_as_they_are():
-    tools = [tool("find", {"name": {"type": "string", "default": None}, "age": {"default": None}}), TOOLS[0]]
+    find = tool_with("find", {"name": {"type": "string", "default": None}, "age": {"default": None}})
+    tools = [find, BOOKING_TOOLS[0]]
     messages = [MESSAGES[0], {"role": "assistant", "tool_calls": [call("find", name="Mia", age=None), call("stop")]}]
     conversation = Conversation.from_example({"messages": messages, "tools": tools})
     assert conversation.tools == tools
@@ -86,7 +77,7 @@ def test_arrow_adds_no_template_arguments():
 
 
 def test_json_columns_keep_their_nulls():
-    tools = [tool("find", {"name": {"type": "string", "default": None}})]
+    tools = [tool_with("find", {"name": {"type": "string", "default": None}})]
     messages = [MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": [call("find", name=None)]}]
     messages[1]["tool_calls"][0]["function"]["arguments"] = '{"name": null}'
     row = {"messages": messages, "tools": json.dumps(tools), "chat_template_kwargs": '{"enable_thinking": false}'}
@@ -97,7 +88,7 @@ def test_json_columns_keep_their_nulls():
 
 
 def test_reading_leaves_the_row_alone(tokenizer):
-    (row,) = through_arrow({"messages": MESSAGES, "tools": TOOLS})
+    (row,) = through_arrow({"messages": MESSAGES, "tools": BOOKING_TOOLS})
     before = json.dumps(row)
     render_example(row, tokenizer)
     assert json.dumps(row) == before
@@ -105,8 +96,8 @@ def test_reading_leaves_the_row_alone(tokenizer):
 
 @pytest.mark.parametrize("form", [lambda tools: tools, json.dumps, lambda tools: [json.dumps(t) for t in tools]])
 def test_tools_may_be_objects_or_json(form, tokenizer):
-    row = {"messages": MESSAGES, "tools": form(TOOLS)}
-    assert ids(render_example(row, tokenizer)) == ids(render_samples(MESSAGES, tokenizer, tools=TOOLS))
+    row = {"messages": MESSAGES, "tools": form(BOOKING_TOOLS)}
+    assert ids(render_example(row, tokenizer)) == ids(render_samples(MESSAGES, tokenizer, tools=BOOKING_TOOLS))
 
 
 @pytest.mark.parametrize("form", [dict, json.dumps])
@@ -118,9 +109,9 @@ def test_template_kwargs_come_from_their_column(form, tokenizer):
 
 
 def test_only_assistant_messages_of_the_completion_are_trained(tokenizer):
-    samples = render_example({"prompt": MESSAGES[:2], "completion": MESSAGES[2:], "tools": TOOLS}, tokenizer)
+    samples = render_example({"prompt": MESSAGES[:2], "completion": MESSAGES[2:], "tools": BOOKING_TOOLS}, tokenizer)
     assert [sample.message_index for sample in samples] == [3, 5]
-    assert ids(samples) == ids(render_samples(MESSAGES, tokenizer, tools=TOOLS))[1:]
+    assert ids(samples) == ids(render_samples(MESSAGES, tokenizer, tools=BOOKING_TOOLS))[1:]
 
 
 @pytest.mark.parametrize(("user", "model"), [("human", "gpt"), ("user", "assistant")])

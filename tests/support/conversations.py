@@ -139,3 +139,16 @@ def text_or_error(render, *args, **kwargs):
         return render(*args, **kwargs)
     except Exception as error:
         return repr(error)
+
+
+def tool_with(name, properties, required=()):
+    """Return the schema of a tool with given parameters."""
+    parameters = {"type": "object", "properties": properties, "required": list(required)}
+    return {"type": "function", "function": {"name": name, "description": f"{name} it", "parameters": parameters}}
+
+
+BOOKING_TOOLS = [
+    tool_with("book", {"city": {"type": "string", "enum": ["Oslo", "Bodø"]}, "nights": {"type": "integer"}}, ["city"]),
+    tool_with("find", {"query": {"type": "object", "properties": {"name": {"type": "string"}}}}, ["query"]),
+    tool_with("stop", {"reason": {"type": ["string", "null"]}}, ["reason"]),
+]

@@ -133,3 +133,14 @@ MALFORMED = {
         "'completion_weights' that is not a list of numbers",
     ),
 }
+
+# A log of two conversations, in which the second, third and fifth turns are malformed.
+TURN = {"prompt_ids": [5, 6], "completion_ids": [7]}
+LOG = [
+    {"conversation_id": "a", **TURN},
+    {"conversation_id": "b", **TURN, "completion_ids": None},
+    {"conversation_id": None, **TURN},
+    {"conversation_id": "b", **TURN, "completion_ids": [8]},
+    {"conversation_id": None, **TURN},
+    {"conversation_id": "a", **TURN, "prompt_ids": [5, 6, 7, 9]},
+]

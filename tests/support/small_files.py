@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS, chat, tool_chat
 from support.trainers import float32_model
@@ -30,3 +32,13 @@ def write_model(folder):
 def write_examples(path):
     path.write_text("\n".join(json.dumps(example) for example in examples()) + "\n")
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_examples(tmp_path_factory.mktemp("data") / "rows.jsonl")
