@@ -1,0 +1,304 @@
+"""Tiny random models that read images, each with the processor class of its family, without network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import transformers
+from PIL import Image
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
+
+from support.chat_tokenizers import make_tokenizer
+from support.tiny_model_builder import without_dropout
+
+
+PATCH = 4
+"""Side of a patch in pixels; towers that merge 2 × 2 patches show one token per 8 × 8 pixels."""
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+    # Larger than usual: at 0.02, attention is nearly uniform, and a wrong mask or position would hardly show.
+    "initializer_range": 0.2,
+}
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": PATCH,
+    "attention_dropout": 0.0,
+}
+QWEN_TOWER = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": PATCH,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+QWEN_TOKENS = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_bos_token": "<|vision_start|>",
+    "vision_eos_token": "<|vision_end|>",
+}
+IDEFICS_TOKENS = {"image_token": "<image>", "fake": "<fake_token_around_image>", "global": "<global-img>"}
+IDEFICS_CROPS = {f"crop_{row}_{column}": f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)}
+GEMMA_TOKENS = {
+    "image_token": "<image_soft_token>",
+    "boi_token": "<start_of_image>",
+    "eoi_token": "<end_of_image>",
+}
+
+# The templates of the released processors.
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+LLAVA_ONEVISION_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}"
+    "{% endfor %}{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def vision_tokenizer(template, names, chat_template=None) -> PreTrainedTokenizerFast:
+    """
+    Return a small tokenizer whose added tokens have the names by which processors ask for them.
+
+    Args:
+        template (`str`):
+            One of TRL's chat templates, which also decides BOS, EOS and padding token.
+        names (`dict[str, str]`):
+            Special tokens of the family by name, `image_token` among them.
+        chat_template (`str`, *optional*):
+            Source of a template to carry instead of TRL's.
+    """
+    plain = make_tokenizer(template, chat_template)
+    roles = {f"{role}_token": getattr(plain, f"{role}_token") for role in ("bos", "eos", "pad")}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer,
+        extra_special_tokens=names,
+        chat_template=plain.chat_template,
+        **roles,
+    )
+
+
+def _ids(tokenizer, **roles):
+    """Return configuration entries: token ids by the token's name or text."""
+    special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    return special | {name: tokenizer.convert_tokens_to_ids(token) for name, token in roles.items()}
+
+
+def _qwen_processor(chat_template):
+    tokenizer = vision_tokenizer("qwen3", QWEN_TOKENS, make_tokenizer(chat_template).chat_template)
+    sizes = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+    bounds = {"shortest_edge": 8 * 8, "longest_edge": 32 * 32}
+    return transformers.Qwen3VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(size=bounds, **sizes),
+        tokenizer=tokenizer,
+        video_processor=transformers.Qwen3VLVideoProcessor(size=bounds, **sizes),
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _qwen_config(config_class, processor, text, tower):
+    tokenizer = processor.tokenizer
+    ids = _ids(
+        tokenizer,
+        image_token_id="<|image_pad|>",
+        video_token_id="<|video_pad|>",
+        vision_start_token_id="<|vision_start|>",
+        vision_end_token_id="<|vision_end|>",
+    )
+    return config_class(
+        text_config=TEXT | {"vocab_size": len(tokenizer)} | _ids(tokenizer) | text,
+        vision_config=QWEN_TOWER | tower,
+        tie_word_embeddings=False,
+        **ids,
+    )
+
+
+def _qwen3_vl():
+    processor = _qwen_processor("qwen3_vl")
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    deepstack = {"deepstack_visual_indexes": [0, 1]}
+    return _qwen_config(transformers.Qwen3VLConfig, processor, {"rope_parameters": rope}, deepstack), processor
+
+
+def _qwen3_5():
+    processor = _qwen_processor("qwen3_5_think")
+    text = {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [2, 1, 1],
+            "partial_rotary_factor": 1.0,
+        },
+    }
+    return _qwen_config(transformers.Qwen3_5Config, processor, text, {}), processor
+
+
+def _gemma3():
+    tokenizer = vision_tokenizer("gemma3", GEMMA_TOKENS)
+    image_processor = transformers.Gemma3ImageProcessor(size={"height": 16, "width": 16})
+    processor = transformers.Gemma3Processor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        image_seq_length=4,
+    )
+    ids = _ids(
+        tokenizer,
+        image_token_index="<image_soft_token>",
+        image_token_id="<image_soft_token>",
+        boi_token_index="<start_of_image>",
+        eoi_token_index="<end_of_image>",
+    )
+    text = {
+        "vocab_size": len(tokenizer),
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    config = transformers.Gemma3Config(
+        text_config=TEXT | _ids(tokenizer) | text,
+        vision_config=TOWER | {"image_size": 16, "vision_use_head": False},
+        mm_tokens_per_image=4,
+        tie_word_embeddings=False,
+        **ids,
+    )
+    return config, processor
+
+
+def _idefics3():
+    tokenizer = vision_tokenizer("idefics3", IDEFICS_TOKENS | IDEFICS_CROPS)
+    image_processor = transformers.Idefics3ImageProcessor(
+        size={"longest_edge": 16}, max_image_size={"longest_edge": 8}, do_image_splitting=True
+    )
+    processor = transformers.Idefics3Processor(
+        image_processor=image_processor, tokenizer=tokenizer, image_seq_len=1, chat_template=tokenizer.chat_template
+    )
+    config = transformers.Idefics3Config(
+        text_config={"model_type": "llama", "vocab_size": len(tokenizer)} | TEXT | _ids(tokenizer),
+        vision_config=TOWER | {"image_size": 8},
+        scale_factor=2,
+        tie_word_embeddings=False,
+        **_ids(tokenizer, image_token_id="<image>"),
+    )
+    return config, processor
+
+
+def _llava():
+    tokenizer = vision_tokenizer("llava", {"image_token": "<image>"}, LLAVA_TEMPLATE)
+    square = {"height": 16, "width": 16}
+    processor = transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=square),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+    config = transformers.LlavaConfig(
+        text_config={"model_type": "llama", "vocab_size": len(tokenizer)} | TEXT | _ids(tokenizer),
+        vision_config={"model_type": "clip_vision_model", "image_size": 16, "projection_dim": 16} | TOWER,
+        image_seq_length=16,
+        tie_word_embeddings=False,
+        **_ids(tokenizer, image_token_id="<image>", image_token_index="<image>"),
+    )
+    return config, processor
+
+
+def _llava_onevision():
+    names = {"image_token": "<image>", "video_token": "<video>"}
+    tokenizer = vision_tokenizer("qwen3", names, LLAVA_ONEVISION_TEMPLATE)
+    square = {"height": 16, "width": 16}
+    grid = [[16, 16], [16, 32], [32, 16], [32, 32]]
+    processor = transformers.LlavaOnevisionProcessor(
+        image_processor=transformers.LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=grid),
+        tokenizer=tokenizer,
+        video_processor=transformers.LlavaOnevisionVideoProcessor(size=square),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=tokenizer.chat_template,
+    )
+    config = transformers.LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", "vocab_size": len(tokenizer)} | TEXT | _ids(tokenizer),
+        vision_config={"model_type": "siglip_vision_model", "image_size": 16, "vision_use_head": False} | TOWER,
+        image_grid_pinpoints=grid,
+        tie_word_embeddings=False,
+        **_ids(tokenizer, image_token_id="<image>", video_token_id="<video>"),
+    )
+    return config, processor
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """How to build a family's tiny model and its processor."""
+
+    model_class: str
+    build: Callable[[], tuple[transformers.PreTrainedConfig, ProcessorMixin]]
+
+
+FAMILIES = {
+    "qwen3_vl": VisionFamily("Qwen3VLForConditionalGeneration", _qwen3_vl),
+    "qwen3_5": VisionFamily("Qwen3_5ForConditionalGeneration", _qwen3_5),
+    "gemma3": VisionFamily("Gemma3ForConditionalGeneration", _gemma3),
+    "idefics3": VisionFamily("Idefics3ForConditionalGeneration", _idefics3),
+    "llava": VisionFamily("LlavaForConditionalGeneration", _llava),
+    "llava_onevision": VisionFamily("LlavaOnevisionForConditionalGeneration", _llava_onevision),
+}
+
+
+def tiny_processor(family) -> ProcessorMixin:
+    """Return the processor of a family's tiny model."""
+    return FAMILIES[family].build()[1]
+
+
+def tiny_vision_model(family, dtype=torch.float32):
+    """Return a family's tiny random model, in training mode, without dropout, and its processor."""
+    config, processor = FAMILIES[family].build()
+    model_class = getattr(transformers, FAMILIES[family].model_class)
+    torch.manual_seed(0)
+    model = model_class._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    for parameter in model.parameters():  # a bias or position of zero would test nothing
+        if not parameter.isfinite().all() or (parameter == 0).all():
+            torch.nn.init.normal_(parameter, std=0.2)
+    without_dropout(model)
+    return model.to(dtype).train(), processor
+
+
+def save_vision_checkpoint(family, folder):
+    """Write a family's tiny model and processor to a folder, as a checkpoint of the Hub; return its path."""
+    model, processor = tiny_vision_model(family)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def screen(seed, width=16, height=16) -> Image.Image:
+    """Return an image of random squares of 4 × 4 pixels; the same seed and size give the same image."""
+    generator = torch.Generator().manual_seed(seed)
+    squares = torch.randint(0, 256, (-(-height // 4), -(-width // 4), 3), generator=generator, dtype=torch.uint8)
+    pixels = squares.repeat_interleave(4, 0).repeat_interleave(4, 1)[:height, :width]
+    return Image.fromarray(pixels.numpy())
