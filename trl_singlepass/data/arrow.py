@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pyarrow as pa
 from datasets import Features, List, Value
 from numpy.typing import NDArray
 
-from ..trees.rows import ROW_COLUMNS, Row
+from ..trees.image_features import ImageReference
+from ..trees.rows import IMAGE_COLUMNS, ROW_COLUMNS, Row
 
 
 # Part of the fingerprint under which rows are cached: raise it when the same conversations become other rows.
@@ -18,20 +20,31 @@ ROWS_VERSION = 4
 
 COST_COLUMNS = ("num_tokens", "num_pairs")
 _DTYPES = {name: "float32" if name == "loss_weights" else "int32" for name in ROW_COLUMNS}
+_SOURCE = {
+    **{name: Value("string") for name in ("dataset", "path")},
+    **{name: Value("int64") for name in ("row", "index")},
+    "bytes": Value("binary"),
+}
+_IMAGE = {"content": Value("string"), "num_features": Value("int32"), "source": _SOURCE}
+IMAGE_FEATURES = Features({"image_features": List(Value("int32")), "images": List(_IMAGE)})
+"""Dataset features of `IMAGE_COLUMNS`."""
 
 
-def row_features(counts: Sequence[str] = ()) -> Features:
+def row_features(counts: Sequence[str] = (), *, has_images: bool = False) -> Features:
     """
     Return the dataset features of rows.
 
     Args:
         counts (`Sequence[str]`, *optional*):
             Names of further columns, each with one integer per row.
+        has_images (`bool`, *optional*, defaults to `False`):
+            Whether the dataset has images.
 
     Returns:
-        `datasets.Features`: `ROW_COLUMNS`, `COST_COLUMNS` and the counts.
+        `datasets.Features`: `ROW_COLUMNS`, `IMAGE_COLUMNS` if there are images, `COST_COLUMNS` and the counts.
     """
     arrays = {name: List(Value(dtype)) for name, dtype in _DTYPES.items()}
+    arrays = {**arrays, **IMAGE_FEATURES} if has_images else arrays
     return Features({**arrays, **{name: Value("int64") for name in (*COST_COLUMNS, *counts)}})
 
 
@@ -50,9 +63,12 @@ def rows_to_table(rows: Sequence[Row], counts: Sequence[Mapping[str, int]], feat
     Returns:
         `pyarrow.Table`: The table.
     """
-    columns: dict[str, list[NDArray[np.generic]] | list[int]] = {
+    columns: dict[str, list[Any]] = {
         name: [getattr(row, name).astype(dtype) for row in rows] for name, dtype in _DTYPES.items()
     }
+    if "images" in features:
+        columns["image_features"] = [row.all_image_features().astype("int32") for row in rows]
+        columns["images"] = [[asdict(image) for image in row.images] for row in rows]
     columns["num_tokens"] = [len(row) for row in rows]
     columns["num_pairs"] = [num_attention_pairs(row) for row in rows]
     for name in features.keys() - columns.keys():
@@ -72,5 +88,21 @@ def read_list(column: pa.ChunkedArray, index: int) -> NDArray[Any]:
 
 
 def read_row(table: pa.Table, index: int) -> Row:
-    """Return one row of a table with `ROW_COLUMNS`."""
-    return Row.from_columns({name: read_list(table[name], index) for name in ROW_COLUMNS})
+    """Return one row of a table with `ROW_COLUMNS`, and with `IMAGE_COLUMNS` if the dataset has images."""
+    columns: dict[str, Any] = {name: read_list(table[name], index) for name in ROW_COLUMNS}
+    if has_image_columns(table.column_names):
+        columns |= {
+            "image_features": read_list(table["image_features"], index),
+            "images": table["images"][index].as_py(),
+        }
+    return Row.from_columns(columns)
+
+
+def has_image_columns(columns: Collection[str]) -> bool:
+    """Return whether these are the columns of rows of a dataset with images."""
+    return set(IMAGE_COLUMNS) <= set(columns)
+
+
+def read_images(table: pa.Table, index: int) -> list[ImageReference]:
+    """Return the images that one row of a table with `IMAGE_COLUMNS` shows."""
+    return [ImageReference(**image) for image in table["images"][index].as_py()]

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from ..trees.image_features import NO_FEATURE, ImageReference
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import ROW_COLUMNS, Row, Run, TreePlan
 
 
 Batch = dict[str, Any]
 """Inputs of a model by name; those that [`DataCollatorForSinglePass`] returns, where there is a `tree_plan`."""
+LoadImages = Callable[[Sequence[ImageReference]], dict[str, torch.Tensor]]
+"""From images to what a model reads of them, each once, in their order."""
 Collator = Callable[[list[Mapping[str, Any]]], Batch]
 
 
@@ -33,24 +36,29 @@ class DataCollatorForSinglePass:
             Token that pads the row to a multiple of `pad_to_multiple_of`.
         pad_to_multiple_of (`int`, *optional*):
             If set, the length of the row is a multiple of this number of tokens.
+        load_images (`Callable`, *optional*):
+            Returns what the model reads of some images, such as `pixel_values`; needed for rows with images.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    load_images: LoadImages | None = None
 
-    def __call__(self, examples: Sequence[Mapping[str, ArrayLike]]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """
         Collate rows.
 
         Args:
-            examples (`Sequence[Mapping[str, ArrayLike]]`):
+            examples (`Sequence[Mapping[str, Any]]`):
                 Rows, as columns (see [`Row.columns`]).
 
         Returns:
             `dict[str, Any]`: `input_ids`, `position_ids`, `attention_mask` (the multiplicity of each token, 0 on
             padding), `labels` (rolled), `label_parts` and `subtree_end`, all `torch.int64` of shape `(1, row_length)`;
             `loss_weights`, `torch.float32` of that shape, only if a label has a weight other than 1; and `tree_plan`,
-            a [`TreePlan`].
+            a [`TreePlan`]. Rows with `IMAGE_COLUMNS` also have `image_features`, `torch.int64` of that shape, -1 for
+            text, and, if one of them shows an image, `image_inputs`: what the model reads of the distinct images of
+            the row, in the order of their features.
         """
         rows = [Row.from_columns(example) for example in examples]
         if self.pad_to_multiple_of:
@@ -67,6 +75,15 @@ class DataCollatorForSinglePass:
         }
         if (row.loss_weights[row.labels != IGNORE_INDEX] != 1).any():
             batch["loss_weights"] = _as_batch(row.loss_weights).float()
+        if row.image_features is not None:
+            batch["image_features"] = _as_batch(row.image_features)
+        if row.images:
+            if self.load_images is None:
+                raise ValueError(
+                    "The rows have images, but the collator cannot load any. Leave data_collator unset, or give it "
+                    "load_images."
+                )
+            batch["image_inputs"] = self.load_images(row.images)
         return batch
 
 
@@ -110,7 +127,7 @@ def pad_batch(batch: dict[str, Any], length: int, pad_token_id: int) -> dict[str
     missing = length - plan.length
     if missing == 0:
         return batch
-    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
+    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "image_features": NO_FEATURE}
     padded = {
         name: F.pad(value, (0, missing), value=fill.get(name, 0)) if torch.is_tensor(value) else value
         for name, value in batch.items()

@@ -179,8 +179,8 @@ def _fit(sample: Sample, limit: int | None, overlong_turns: OverlongTurns) -> Sa
         )
     if overlong_turns == OverlongTurns.DROP:
         return None
-    cut = sample.truncated(limit)
-    return cut if cut.is_trained else None
+    is_trained = sample.loss_weights[: sample.length_of_whole_images(limit)].any()
+    return sample.truncated(limit) if is_trained else None
 
 
 def _num_trained_tokens(sample: Sample) -> int:

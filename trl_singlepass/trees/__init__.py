@@ -13,6 +13,8 @@ The words that the whole package uses:
 - **Run**: longest range of a row in which the parent of every token is the token before it. A segment's first child
   goes on in the same run, every other child begins a run of its own.
 - **Spine**: the path that takes, at every fork, the child that most samples share. What forks off is a **branch**.
+- **Image feature**: what one token of an image shows; tokens of two images are alike, so trees compare their features
+  as well (see `image_features.py`).
 - **Range**: any other half-open interval `[start, end)` of positions.
 
 Samples `[1, 2, 3]` and `[1, 2, 4, 5]` as a tree (with 4 on the spine):

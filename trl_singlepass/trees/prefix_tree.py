@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .image_features import ImageReference, features_of, to_keys, tokens_of
 from .radix import RadixNode, depth_first
 from .sample import Sample
 
@@ -47,6 +48,8 @@ class PrefixTree:
     """
     Samples merged on their shared prefixes, each distinct prefix stored once, laid out depth first.
 
+    Two prefixes are the same if their tokens are, and the images that these show.
+
     At a fork, the child on the spine comes first and the branches follow, so that the history lies together at the
     front. A token's descendants follow it without a gap, so `subtree_end` holds the whole structure: position `j` is
     an ancestor of `i`, or `i` itself, exactly when `j <= i < subtree_end[j]`.
@@ -83,6 +86,10 @@ class PrefixTree:
             Number of samples that pass through each token.
         segments (`tuple[Segment, ...]`):
             Segments in the order of their positions.
+        image_features (`numpy.ndarray` of `numpy.int64`, *optional*):
+            Feature that each token shows, as in its samples, -1 for text; `None` without images.
+        images (`tuple[ImageReference, ...]`, *optional*):
+            The images of the samples, in the order of their features.
 
     Source: generalises the hand-made mask of arXiv 2504.18246 (section 3) to any set of samples. Forking one token
     early follows `TreeRow` of TRL's AsyncGRPO, which always does it.
@@ -96,6 +103,8 @@ class PrefixTree:
     label_parts: NDArray[np.int64]
     multiplicity: NDArray[np.int64]
     segments: tuple[Segment, ...]
+    image_features: NDArray[np.int64] | None = None
+    images: tuple[ImageReference, ...] = ()
 
     @classmethod
     def from_samples(cls, samples: Sequence[Sample]) -> PrefixTree:
@@ -104,8 +113,8 @@ class PrefixTree:
 
         Args:
             samples (`Sequence[Sample]`):
-                Samples in the order of their turns. The order does not change the loss; where equally many samples
-                share several children, the spine follows the last sample.
+                Samples in the order of their turns, of one conversation if they have images. The order does not change
+                the loss; where equally many samples share several children, the spine follows the last sample.
 
         Returns:
             `PrefixTree`: The tree.
@@ -118,7 +127,7 @@ class PrefixTree:
         root = RadixNode.root()
         for index, sample in enumerate(samples):
             root.add(RadixNode.from_sample(sample, index))
-        return lay_out(root)
+        return lay_out(root, _images_of(samples))
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -134,7 +143,16 @@ class PrefixTree:
         return self.num_sample_tokens / len(self)
 
 
-def lay_out(root: RadixNode) -> PrefixTree:
+def _images_of(samples: Sequence[Sample]) -> tuple[ImageReference, ...] | None:
+    """Return the images of a conversation, which all its samples name; `None` if no sample shows any."""
+    if all(sample.image_features is None for sample in samples):
+        return None
+    images = {sample.images for sample in samples}
+    assert len(images) == 1, "samples of one tree must number the same images"
+    return images.pop()
+
+
+def lay_out(root: RadixNode, images: tuple[ImageReference, ...] | None = None) -> PrefixTree:
     """Return a radix tree laid out in one token sequence; this changes the radix tree."""
     nodes, parents, targets = [], [], []
     for node, parent in depth_first(root):
@@ -152,7 +170,8 @@ def lay_out(root: RadixNode) -> PrefixTree:
         if parents[i] >= 0:
             last_descendant[parents[i]] = max(last_descendant[parents[i]], last_descendant[i])
     counts = np.array([node.num_samples for node in nodes])
-    input_ids = np.concatenate([node.tokens for node in nodes])
+    keys = np.concatenate([node.tokens for node in nodes])
+    input_ids = tokens_of(keys)
     labels, loss_weights, label_parts = _roll_labels(nodes, targets, starts, ends)
     return PrefixTree(
         input_ids=input_ids,
@@ -163,6 +182,8 @@ def lay_out(root: RadixNode) -> PrefixTree:
         label_parts=label_parts,
         multiplicity=np.repeat(counts, lengths),
         segments=tuple(map(Segment, parents, starts.tolist(), ends.tolist(), depths.tolist(), counts.tolist())),
+        image_features=None if images is None else features_of(keys),
+        images=images or (),
     )
 
 
@@ -182,7 +203,7 @@ def _target_after(node: RadixNode) -> _Target:
         return _NO_TARGET
     assert len({child.tokens[0] for child in trained}) == 1, "colliding targets must have been forked"
     weight = float(sum(child.weights[0] for child in trained))
-    return _Target(int(trained[0].tokens[0]), weight, int(trained[0].parts[0]))
+    return _Target(int(tokens_of(trained[0].tokens[:1])[0]), weight, int(trained[0].parts[0]))
 
 
 def _roll_labels(
@@ -195,7 +216,7 @@ def _roll_labels(
     loss_weights, parts = np.zeros(ends[-1]), np.zeros(ends[-1], np.int64)
     for node, target, start, end in zip(nodes, targets, starts, ends, strict=True):
         inside = node.weights[1:]
-        labels[start + 1 : end] = np.where(inside > 0, node.tokens[1:], IGNORE_INDEX)
+        labels[start + 1 : end] = np.where(inside > 0, tokens_of(node.tokens[1:]), IGNORE_INDEX)
         parts[start + 1 : end] = np.where(inside > 0, node.parts[1:], 0)
         loss_weights[start + 1 : end] = inside
         if target.weight > 0:  # a node with a trained child is never the last one, so `end` is a valid position
@@ -209,13 +230,15 @@ def sample_paths(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np
     for index, segment in enumerate(tree.segments):
         children[segment.parent].append(index)
 
+    keys = to_keys(tree.input_ids, tree.image_features)
+
     def path(tokens: NDArray[np.int64], parent: int) -> list[NDArray[np.int64]] | None:
         if len(tokens) == 0:
             return []
         for index in children[parent]:
             segment = tree.segments[index]
             positions = np.arange(segment.start, min(segment.end, segment.start + len(tokens)))
-            if np.array_equal(tree.input_ids[positions], tokens[: len(positions)]):
+            if np.array_equal(keys[positions], tokens[: len(positions)]):
                 rest = path(tokens[len(positions) :], index)
                 # Copies of a token that had different targets look alike until the tokens after them are compared.
                 if rest is not None:
@@ -224,7 +247,7 @@ def sample_paths(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np
 
     paths = []
     for sample in samples:
-        parts = path(sample.token_ids, -1)
+        parts = path(to_keys(sample.token_ids, sample.image_features), -1)
         assert parts is not None, "every sample must be a path of its tree"
         paths.append(np.concatenate(parts))
     return paths

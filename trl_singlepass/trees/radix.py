@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from .image_features import to_keys
 from .sample import Sample
 
 
@@ -18,7 +19,8 @@ class RadixNode:
 
     Args:
         tokens (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
-            Tokens; none at the root, which precedes the first token of every sample.
+            Tokens; none at the root, which precedes the first token of every sample. With images, a token stands
+            together with the feature that it shows ([`to_keys`]).
         weights (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.float64`):
             Loss weight of predicting each token from those before it, summed over the samples.
         parts (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
@@ -46,7 +48,8 @@ class RadixNode:
     @classmethod
     def from_sample(cls, sample: Sample, index: int) -> RadixNode:
         """Return a sample as one node."""
-        return cls(sample.token_ids, sample.loss_weights, sample.token_parts, 1, index)
+        keys = to_keys(sample.token_ids, sample.image_features)
+        return cls(keys, sample.loss_weights, sample.token_parts, 1, index)
 
     @property
     def num_tokens(self) -> int:

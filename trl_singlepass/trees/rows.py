@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from .image_features import NO_FEATURE, FeatureNumbers, ImageReference, without_unused
 from .prefix_tree import PrefixTree
 
 
@@ -16,6 +18,8 @@ Ranges = tuple[tuple[int, int], ...]
 """Half-open ranges of positions."""
 
 ROW_COLUMNS = ("input_ids", "subtree_end", "labels", "loss_weights", "label_parts", "multiplicity")
+IMAGE_COLUMNS = ("image_features", "images")
+"""Further columns of a dataset with images."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +28,8 @@ class Row:
     One or more trees side by side in one token sequence.
 
     The arrays are those of [`PrefixTree`], with positions counted from the start of the row. Depths are not stored:
-    they follow from `subtree_end` (see [`TreePlan`]).
+    they follow from `subtree_end` (see [`TreePlan`]). In a row with images, `images` are those that it shows, and
+    `image_features` counts their features only; both are `None` and empty without images.
     """
 
     input_ids: NDArray[np.int64]
@@ -33,32 +38,60 @@ class Row:
     loss_weights: NDArray[np.float64]
     label_parts: NDArray[np.int64]
     multiplicity: NDArray[np.int64]
+    image_features: NDArray[np.int64] | None = None
+    images: tuple[ImageReference, ...] = ()
 
     @classmethod
     def from_tree(cls, tree: PrefixTree) -> Row:
         """Return the row that holds one tree."""
-        return cls(*(getattr(tree, name) for name in ROW_COLUMNS))
+        row = cls(*(getattr(tree, name) for name in ROW_COLUMNS))
+        if tree.image_features is None:
+            return row
+        features, images = without_unused(tree.image_features, tree.images)
+        return replace(row, image_features=features, images=images)
 
     @classmethod
-    def from_columns(cls, columns: Mapping[str, ArrayLike]) -> Row:
-        """Return the row that a dataset holds in `ROW_COLUMNS`."""
-        integers = {name: np.asarray(columns[name], np.int64) for name in ROW_COLUMNS if name != "loss_weights"}
-        return cls(**integers, loss_weights=np.asarray(columns["loss_weights"], np.float64))
+    def from_columns(cls, columns: Mapping[str, Any]) -> Row:
+        """Return the row that a dataset holds in `ROW_COLUMNS`, and in `IMAGE_COLUMNS` if it has images."""
+        arrays: dict[str, Any] = {name: np.asarray(columns[name], np.int64) for name in ROW_COLUMNS}
+        arrays["loss_weights"] = np.asarray(columns["loss_weights"], np.float64)
+        row = cls(**arrays)
+        if columns.get("image_features") is None:
+            return row
+        images = tuple(ImageReference(**image) for image in columns["images"])
+        return replace(row, image_features=np.asarray(columns["image_features"], np.int64), images=images)
 
     @classmethod
     def join(cls, rows: Sequence[Row]) -> Row:
-        """Return one row that holds the trees of several rows side by side."""
+        """Return one row that holds the trees of several rows side by side, with each distinct image once."""
         offsets = np.cumsum([0] + [len(row) for row in rows[:-1]])
-        joined = {name: np.concatenate([getattr(row, name) for row in rows]) for name in ROW_COLUMNS}
+        joined: dict[str, Any] = {name: np.concatenate([getattr(row, name) for row in rows]) for name in ROW_COLUMNS}
         joined["subtree_end"] = joined["subtree_end"] + np.repeat(offsets, [len(row) for row in rows])
-        return cls(**joined)
+        if all(row.image_features is None for row in rows):
+            return cls(**joined)
+        features, images = number_images_together(rows)
+        return cls(**joined, image_features=np.concatenate(features), images=images)
 
-    def columns(self) -> dict[str, NDArray[np.int64] | NDArray[np.float64]]:
+    def columns(self) -> dict[str, Any]:
         """Return the row as dataset columns."""
-        return {name: getattr(self, name) for name in ROW_COLUMNS}
+        columns = {name: getattr(self, name) for name in ROW_COLUMNS}
+        if self.image_features is None:
+            return columns
+        return {**columns, "image_features": self.image_features, "images": [asdict(image) for image in self.images]}
+
+    def all_image_features(self) -> NDArray[np.int64]:
+        """Return the feature that each token shows; -1 for all tokens of a row without images."""
+        return np.full(len(self), NO_FEATURE) if self.image_features is None else self.image_features
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+def number_images_together(rows: Sequence[Row]) -> tuple[list[NDArray[np.int64]], tuple[ImageReference, ...]]:
+    """Return the features that the tokens of each row show, in one numbering, and all distinct images of the rows."""
+    numbers = FeatureNumbers()
+    features = [numbers.renumber(row.all_image_features(), row.images) for row in rows]
+    return features, numbers.images
 
 
 @dataclass(frozen=True, slots=True)

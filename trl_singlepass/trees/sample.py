@@ -1,10 +1,12 @@
 """One turn as the model sees it: the exact tokens of prompt and completion, with a loss weight for each token."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from .image_features import NO_FEATURE, ImageReference
 
 
 # Parts of a completion, in the order in which `Sample.token_parts` numbers them.
@@ -47,9 +49,15 @@ class Sample:
             Index of the turn among all turns of its conversation, trained or not.
         kind (`CompletionKind`, *optional*, defaults to `CompletionKind.GIVEN_AS_TOKENS`):
             How the completion came about.
+        image_features (`numpy.ndarray` of shape `(length,)`, `numpy.int64`, *optional*):
+            Feature that each token shows, counted over the images of the conversation, -1 for text (see
+            `trees/image_features.py`); `None` without images. Any sequence of integers is converted.
+        images (`tuple[ImageReference, ...]`, *optional*):
+            The distinct images of the conversation, those of other turns among them, in the order of their features.
 
     Raises:
-        `ValueError`: If lengths disagree, a weight is negative or not finite, or the first token carries a weight.
+        `ValueError`: If lengths disagree, a weight is negative or not finite, the first token or a token of an image
+            carries a weight, or a feature belongs to no image.
     """
 
     token_ids: NDArray[np.int64]
@@ -59,6 +67,8 @@ class Sample:
     reasoning_length: int = 0
     turn_index: int = 0
     kind: CompletionKind = CompletionKind.GIVEN_AS_TOKENS
+    image_features: NDArray[np.int64] | None = None
+    images: tuple[ImageReference, ...] = ()
 
     def __post_init__(self) -> None:
         _freeze(self, "token_ids", np.asarray(self.token_ids, dtype=np.int64))
@@ -89,6 +99,28 @@ class Sample:
             raise ValueError(
                 f"reasoning_length must lie between 0 and the length of the completion "
                 f"({len(self.token_ids) - self.prompt_length}), got {self.reasoning_length}."
+            )
+        if self.image_features is not None:
+            self._check_image_features()
+
+    def _check_image_features(self) -> None:
+        features = np.asarray(self.image_features, dtype=np.int64)
+        _freeze(self, "image_features", features)
+        if features.shape != self.token_ids.shape:
+            raise ValueError(
+                f"A sample needs one image feature per token, -1 for text, got token_ids of shape "
+                f"{self.token_ids.shape} and image_features of shape {features.shape}."
+            )
+        num_features = sum(image.num_features for image in self.images)
+        if features.min() < NO_FEATURE or (self.images and features.max() >= num_features):
+            raise ValueError(
+                f"Image features must lie between -1 and the number of features of the images ({num_features}), got "
+                f"{features.min()} as the smallest and {features.max()} as the largest."
+            )
+        if (self.loss_weights[features >= 0] > 0).any():
+            raise ValueError(
+                "A completion shows an image, which a model that writes text cannot learn to write: put the image in a "
+                "message of the user or of a tool, or give its message the weight 0."
             )
 
     @classmethod
@@ -130,17 +162,36 @@ class Sample:
         return parts
 
     def truncated(self, max_length: int) -> "Sample":
-        """Return the sample's first `max_length` tokens (TRL's `truncation_mode="keep_start"`)."""
+        """
+        Return the sample's first `max_length` tokens (TRL's `truncation_mode="keep_start"`), without part of an image.
+
+        An image that does not fit is left out whole, together with all that follows it. With an image at positions 2
+        to 5, a sample that is cut to 4 tokens keeps 2.
+        """
+        max_length = self.length_of_whole_images(max_length)
         prompt_length = min(self.prompt_length, max_length)
-        return Sample(
-            self.token_ids[:max_length],
-            self.loss_weights[:max_length],
-            prompt_length,
-            self.message_index,
-            min(self.reasoning_length, max_length - prompt_length),
-            self.turn_index,
-            self.kind,
+        return replace(
+            self,
+            token_ids=self.token_ids[:max_length],
+            loss_weights=self.loss_weights[:max_length],
+            prompt_length=prompt_length,
+            reasoning_length=min(self.reasoning_length, max_length - prompt_length),
+            image_features=None if self.image_features is None else self.image_features[:max_length],
         )
+
+    def length_of_whole_images(self, max_length: int) -> int:
+        """Return the largest length up to a given one at which no image is cut."""
+        if self.image_features is None or max_length >= len(self):
+            return max_length
+        assert self.images, "where an image ends is only known from the images"
+        # Tokens of an image need not be adjacent: some models write markup between its rows.
+        last_features = np.cumsum([image.num_features for image in self.images]) - 1
+        shown = np.flatnonzero(self.image_features >= 0)
+        features = self.image_features[shown]
+        starts = shown[np.isin(features, [0, *(last_features[:-1] + 1)])]
+        ends = shown[np.isin(features, last_features)]
+        cut = [int(start) for start, end in zip(starts, ends, strict=True) if start < max_length <= end]
+        return min([max_length, *cut])
 
 
 def _freeze(sample: Sample, name: str, array: NDArray[np.generic]) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from .image_features import image_of_feature, to_keys
 from .prefix_tree import IGNORE_INDEX, lay_out
 from .radix import RadixNode
-from .rows import Row
+from .rows import Row, number_images_together
 
 
 # Shorter prefixes are repeated: attention to a shared prefix costs more than computing the tokens again.
@@ -65,21 +66,26 @@ def merge_rows(rows: Sequence[Row]) -> Row:
     """Return one row that stores every prefix of several rows once, however short it is."""
     if len(rows) == 1:
         return rows[0]
+    has_images = any(row.image_features is not None for row in rows)
+    features, images = number_images_together(rows) if has_images else ([None] * len(rows), None)
     root = RadixNode.root()
-    for index, row in enumerate(rows):
-        for tree in _to_radix_trees(row, index):
+    for index, (row, of_row) in enumerate(zip(rows, features, strict=True)):
+        for tree in _to_radix_trees(row, to_keys(row.input_ids, of_row), index):
             root.add(tree)
-    return Row.from_tree(lay_out(root))
+    return Row.from_tree(lay_out(root, images))
 
 
 def _beginning(row: Row) -> bytes | None:
     """Return the first tokens of a row as a key, or `None` if it can share fewer than `MIN_SHARED_TOKENS`."""
     if shareable_length(row.labels, row.subtree_end) < MIN_SHARED_TOKENS:
         return None
-    return row.input_ids[:MIN_SHARED_TOKENS].tobytes()
+    tokens = row.input_ids[:MIN_SHARED_TOKENS].tobytes()
+    shown = row.all_image_features()[:MIN_SHARED_TOKENS]
+    images = image_of_feature(row.images)[shown[shown >= 0]] if row.images else ()
+    return tokens + "".join(row.images[j].content for j in dict.fromkeys(images)).encode()
 
 
-def _to_radix_trees(row: Row, index: int) -> list[RadixNode]:
+def _to_radix_trees(row: Row, keys: NDArray[np.int64], index: int) -> list[RadixNode]:
     """Return the trees of a row as radix trees, in which tokens that were stored once per target are merged again."""
     changes = (np.diff(row.subtree_end) != 0) | (np.diff(row.multiplicity) != 0)
     starts = [0, *(np.flatnonzero(changes) + 1).tolist()]
@@ -87,7 +93,7 @@ def _to_radix_trees(row: Row, index: int) -> list[RadixNode]:
     parents = _parents(row.subtree_end, starts)
     weights, parts = _unroll_targets(row, starts, ends, parents)
     nodes = [
-        RadixNode(row.input_ids[start:end], weights[start:end], parts[start:end], int(row.multiplicity[start]), index)
+        RadixNode(keys[start:end], weights[start:end], parts[start:end], int(row.multiplicity[start]), index)
         for start, end in zip(starts, ends, strict=True)
     ]
     root = RadixNode.root()
