@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from ..trees.rows import TreePlan
 from .key_ranges import Ints, KeyRanges, Pieces, concatenated_ranges, key_ranges
-from .mask_rules import RuleKind
+from .mask_rules import MaskRule, RuleKind
 from .tree_mask import TreeMask
 
 
@@ -46,7 +47,7 @@ def build_block_mask(mask: TreeMask, block_size: tuple[int, int]) -> BlockMask:
     Returns:
         `torch.nn.attention.flex_attention.BlockMask`: The mask, on the device of the tree.
     """
-    length = mask.tree.plan.length
+    length = mask.plan.length
     shape = (-(-length // block_size[0]), -(-length // block_size[1]))
     partial, full = _blocks(mask, block_size, shape)
     # By query block for the forward pass, and by key block for the gradients of keys.
@@ -74,6 +75,8 @@ def build_mask_mod(mask: TreeMask) -> MaskMod:
             return is_ancestor & own_rule(batch, head, depth[query], depth[key])
 
         return general
+    if rule.images:
+        return _mask_mod_with_images(mask.plan, rule, end, depth)
     if rule.kind is RuleKind.CAUSAL:
 
         def causal(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -89,6 +92,24 @@ def build_mask_mod(mask: TreeMask) -> MaskMod:
     return local
 
 
+def _mask_mod_with_images(plan: TreePlan, rule: MaskRule, end: torch.Tensor, depth: torch.Tensor) -> MaskMod:
+    """The mask of a rule under which a token of an image sees its image up to the end."""
+    position = np.arange(plan.length)
+    visible_end, image_start = position + 1, position.copy()
+    for run in plan.runs:
+        if run.is_image:
+            visible_end[run.start : run.end], image_start[run.start : run.end] = run.end, run.start
+    moved = torch.from_numpy(np.stack([visible_end, image_start])).to(depth.device, non_blocking=True)
+    visible_end_, image_depth = moved[0].to(torch.int32), depth[moved[1]]
+    first_depth = rule.first_depth(depth, image_depth)
+
+    def with_images(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        # A later token of the query's image has the query before it, so the second test holds for it as well.
+        return (key < visible_end_[query]) & (query < end[key]) & (depth[key] >= first_depth[query])
+
+    return with_images
+
+
 def _blocks(mask: TreeMask, block_size: tuple[int, int], shape: tuple[int, int]) -> tuple[Ints, Ints]:
     """
     Sorted codes, `query block × number of key blocks + key block`, of blocks with some visible pairs and with all.
@@ -96,17 +117,21 @@ def _blocks(mask: TreeMask, block_size: tuple[int, int], shape: tuple[int, int])
     All queries of a piece see a key when the first one does and the last one still does. In the example above, the
     codes are 0, 6, 12, 16, … (query block 3, key block 1 is `3 × 5 + 1`) and 5, 10, 11, 15, 20.
     """
-    plan, (query_size, key_size) = mask.tree.plan, block_size
+    plan, (query_size, key_size) = mask.plan, block_size
     pieces = Pieces.from_plan(plan, query_size)
     rule = mask.rule
+    is_image = np.array([run.is_image for run in plan.runs], np.bool_)[pieces.run]
+    run_end = np.array([run.end for run in plan.runs], np.int64)[pieces.run]
     if rule is not None:
-        first, last = rule.first_depth(pieces.depth), rule.first_depth(pieces.last_depth)
+        run_depth = np.array([run.depth for run in plan.runs], np.int64)[pieces.run]
+        first = rule.first_depth(pieces.depth, np.where(is_image, run_depth, pieces.depth))
+        last = rule.first_depth(pieces.last_depth, np.where(is_image, run_depth, pieces.last_depth))
     else:  # of this rule we only know how far back it looks
         first = pieces.depth * 0 if mask.local_size is None else pieces.depth - (mask.local_size - 1)
         last = pieces.last_depth + 1  # no key is certainly visible
     block = pieces.start // query_size
-    some = key_ranges(plan, pieces, first, before=pieces.end)
-    every = key_ranges(plan, pieces, last, before=pieces.start + 1)
+    some = key_ranges(plan, pieces, first, before=np.where(is_image, run_end, pieces.end))
+    every = key_ranges(plan, pieces, last, before=np.where(is_image, run_end, pieces.start + 1))
     visible = np.unique(_codes(block, some, some.start // key_size, -(-some.end // key_size), shape))
     inside, pieces_inside = np.unique(
         _codes(block, every, -(-every.start // key_size), every.end // key_size, shape), return_counts=True

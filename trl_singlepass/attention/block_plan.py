@@ -37,6 +37,9 @@ class Block:
             Depth of the first key.
         kind (`BlockKind`):
             Which pairs are visible.
+        image (`tuple[int, int]`, *optional*):
+            If the queries belong to an image whose tokens see each other and the block is masked: the depth of its
+            first token, and the depth just past its last one.
     """
 
     start: int
@@ -44,6 +47,7 @@ class Block:
     keys: Ranges
     key_depth: int
     kind: BlockKind
+    image: tuple[int, int] | None = None
 
     @property
     def num_keys(self) -> int:
@@ -62,8 +66,8 @@ def tree_blocks(mask: TreeMask, query_block: int | None) -> list[Block]:
             Largest number of queries in a block without a rule; no limit if not given.
     """
     if mask.is_causal:
-        return [block for run in mask.tree.plan.runs for block in causal_blocks(run, query_block)]
-    return [block for run in mask.tree.plan.runs for block in masked_blocks(run, mask.local_size)]
+        return [block for run in mask.plan.runs for block in causal_blocks(run, query_block)]
+    return [block for run in mask.plan.runs for block in masked_blocks(run, mask.local_size)]
 
 
 def causal_blocks(run: Run, query_block: int | None) -> Iterator[Block]:
@@ -75,12 +79,17 @@ def causal_blocks(run: Run, query_block: int | None) -> Iterator[Block]:
 
         queries 7, 8   keys 0-2 full   keys 7, 8 causal
         query 9        keys 0-2 full   keys 7, 8 full      key 9 causal
+
+    If the run is an image, its own block is full as well: queries 7 to 9 see keys 7 to 9.
     """
     for start, end in _split(run.start, run.end, query_block):
         depth = 0
         for first, last in run.prefix:
             yield Block(start, end, ((first, last),), depth, BlockKind.FULL)
             depth += last - first
+        if run.is_image:
+            yield Block(start, end, ((run.start, run.end),), run.depth, BlockKind.FULL)
+            continue
         if start > run.start:
             yield Block(start, end, ((run.start, start),), run.depth, BlockKind.FULL)
         yield Block(start, end, ((start, end),), run.depth + start - run.start, BlockKind.CAUSAL)
@@ -91,14 +100,17 @@ def masked_blocks(run: Run, local_size: int | None) -> Iterator[Block]:
     Yield the blocks of a run under a rule that looks at most `local_size` tokens back.
 
     The run of the example above under a window of 2: its first query, at depth 3, looks back to depth 2. So there is
-    one block, queries 7 to 9 against the keys 2 and 7 to 9, whose first key has depth 2.
+    one block, queries 7 to 9 against the keys 2 and 7 to 9, whose first key has depth 2. An image is seen up to its
+    end by each of its queries, and some models let them look back to its start, however far.
     """
     query_block = 256 if local_size is None else min(max(64, local_size // 4), 512)
+    image = (run.depth, run.depth + run.end - run.start) if run.is_image else None
     for start, end in _split(run.start, run.end, query_block):
         depth = run.depth + start - run.start
         key_depth = 0 if local_size is None else max(0, depth - local_size + 1)
-        keys = _from_depth((*run.prefix, (run.start, end)), key_depth)
-        yield Block(start, end, keys, key_depth, BlockKind.MASKED)
+        key_depth = key_depth if image is None else min(key_depth, run.depth)
+        keys = _from_depth((*run.prefix, (run.start, end if image is None else run.end)), key_depth)
+        yield Block(start, end, keys, key_depth, BlockKind.MASKED, image)
 
 
 def _split(start: int, end: int, size: int | None) -> Iterator[tuple[int, int]]:

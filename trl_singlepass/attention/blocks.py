@@ -131,7 +131,7 @@ class _Row:
     def _visibility(self, block: Block) -> torch.Tensor:
         depth = self.mask.tree.depth[0]
         key_depth = torch.arange(block.key_depth, block.key_depth + block.num_keys, device=depth.device)
-        return self.mask.evaluate(depth[block.start : block.end], key_depth)
+        return self.mask.evaluate(depth[block.start : block.end], key_depth, block.image)
 
 
 def _merged_output(row: _Row, blocks: Sequence[Block], kernel: BlockKernel) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,6 +63,11 @@ class Tree:
         """Largest depth of a token."""
         return max(run.depth + run.end - run.start for run in self.plan.runs) - 1
 
+    @cached_property
+    def image_plan(self) -> TreePlan:
+        """The plan whose images are runs of their own."""
+        return self.plan.with_image_runs()
+
     def on(self, device: torch.device) -> Tree:
         """
         Return this tree on the device of a layer, copied there once per row.

@@ -108,12 +108,14 @@ def choose_torch_kernel(
         return TorchKernel.MATH if has_softcap else TorchKernel.CPU_FLASH
     if not _is_fast(device, dtype):
         return TorchKernel.MATH
+    has_flex = device.has_triton and head_dim >= 16 and rule is not None and not has_cache
     if has_softcap:
-        has_flex = device.has_triton and head_dim >= 16 and rule is not None and not has_cache
         return TorchKernel.FLEX if has_flex else TorchKernel.MATH
+    if rule is not None and rule.images and has_flex:
+        return TorchKernel.FLEX  # one call for text and images, which differ in their masks
     if not _has_cuda_flash(device, -(-head_dim // 8) * 8):
         return TorchKernel.MATH
-    if rule is not None and not has_cache and device.why_no_varlen() is None:
+    if rule is not None and not rule.images and not has_cache and device.why_no_varlen() is None:
         return TorchKernel.VARLEN
     is_causal = rule is not None and rule.kind is RuleKind.CAUSAL
     return TorchKernel.CUDA_FLASH if is_causal else TorchKernel.MATH

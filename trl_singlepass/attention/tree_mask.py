@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 
+from ..trees.rows import TreePlan
 from .context import Tree, current_tree
-from .mask_rules import MaskFunction, MaskRule, RuleKind
+from .mask_rules import ImageRule, MaskFunction, MaskRule, RuleKind, reads_positions
 
 
 T = TypeVar("T")
@@ -24,7 +26,8 @@ class TreeMask:
     of gradient checkpointing sees what the forward saw (the other carriers of the tree: `attention/context.py`).
 
     A query attends to a key exactly when the key is the query itself or one of its ancestors, and the model's own
-    `mask_function` allows it **at their depths**: sliding windows and chunks count depth, not index.
+    `mask_function` allows it **at their depths**: sliding windows and chunks count depth, not index. Where the tokens
+    of an image see each other in both directions, later tokens of the query's own image join its ancestors.
 
     Not a dataclass: FSDP looks for tensors in those, and would hand each layer a copy in another precision.
 
@@ -35,11 +38,22 @@ class TreeMask:
             The model's own rule, as transformers defines it.
         local_size (`int`, *optional*):
             Upper bound of how many tokens back the rule looks (window or chunk), in tokens.
+
+    Raises:
+        `ValueError`: If the rule is not known and looks tokens up by their position in the row.
     """
 
     def __init__(self, tree: Tree, mask_function: MaskFunction, local_size: int | None = None) -> None:
-        self.tree, self.mask_function, self.local_size = tree, mask_function, local_size
+        self.tree, self.mask_function = tree, mask_function
+        own_rule = MaskRule.from_mask_function(mask_function)
+        self.local_size = own_rule.size or None if local_size is None and own_rule is not None else local_size
         self._built: dict[tuple[object, ...], Any] = {}
+        if self.rule is None and reads_positions(mask_function):
+            raise ValueError(
+                f"The model's mask rule ({getattr(mask_function, '__qualname__', mask_function)}) looks tokens up by "
+                "their position in a sequence, and in a row of branches that is another token's. Train this model on "
+                "one sample per turn (N-pass) with TRL's SFTTrainer."
+            )
 
     def build_once(self, build: Callable[..., T], *arguments: object) -> T:
         """
@@ -74,16 +88,29 @@ class TreeMask:
     def rule(self) -> MaskRule | None:
         """The rule on this tree, `None` where `mask_function` says more than a rule can."""
         rule = MaskRule.from_mask_function(self.mask_function)
-        if rule is not None and rule.kind is not RuleKind.CAUSAL and self.tree.max_depth < rule.size:
-            return MaskRule(RuleKind.CAUSAL)  # no path is longer than the window or the chunk
+        if rule is None:
+            return None
+        if rule.images and not self.tree.plan.images:
+            rule = replace(rule, images=ImageRule.NONE)
+        if rule.kind is not RuleKind.CAUSAL and self.tree.max_depth < rule.size:
+            # No path is longer than the window or the chunk.
+            images = ImageRule.WHOLE if rule.images else ImageRule.NONE
+            return MaskRule(RuleKind.CAUSAL, images=images)
         return rule
 
     @property
+    def plan(self) -> TreePlan:
+        """Structure of the row; if the tokens of an image see each other, each image is a run of its own."""
+        return self.tree.image_plan if self.rule is not None and self.rule.images else self.tree.plan
+
+    @property
     def is_causal(self) -> bool:
-        """Whether every ancestor is visible, so that no mask has to be evaluated."""
+        """Whether every ancestor is visible, so that no mask has to be evaluated (of an image's run, every token)."""
         return self.rule is not None and self.rule.kind is RuleKind.CAUSAL
 
-    def evaluate(self, query_depth: torch.Tensor, key_depth: torch.Tensor) -> torch.Tensor:
+    def evaluate(
+        self, query_depth: torch.Tensor, key_depth: torch.Tensor, image: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """
         Evaluate the model's rule between tokens of one path.
 
@@ -92,13 +119,19 @@ class TreeMask:
                 Depths of the queries.
             key_depth (`torch.Tensor` of shape `(num_keys,)`, `torch.int64`):
                 Depths of the keys, all on the path of each query or below it.
+            image (`tuple[int, int]`, *optional*):
+                If all queries belong to one image whose tokens see each other: the depth of its first token, and the
+                depth just past its last token.
 
         Returns:
             `torch.Tensor` of shape `(num_queries, num_keys)`, `torch.bool`: `True` where the query attends.
         """
         query, key = query_depth[:, None], key_depth[None, :]
         if self.rule is not None:  # the model's own function may hold tensors of another device
-            return (key <= query) & (key >= self.rule.first_depth(query))
+            if image is None:
+                return (key <= query) & (key >= self.rule.first_depth(query))
+            first, end = image
+            return (key < end) & (key >= self.rule.first_depth(query, torch.full_like(query, first)))
         zero = torch.zeros((), dtype=torch.long, device=query_depth.device)
         return self.mask_function(zero, zero, query, key) & (key <= query)
 

@@ -80,7 +80,8 @@ def varlen_calls(mask: TreeMask) -> tuple[VarlenCall, ...]:
         `tuple[VarlenCall, ...]`: The calls: one, or as many as keep the gathered keys within `KEYS_PER_CALL` rows.
 
     Raises:
-        `ValueError`: If the model's rule is not causal, a sliding window or a chunk.
+        `ValueError`: If the model's rule is not causal, a sliding window or a chunk, or if the tokens of an image see
+            each other in both directions.
     """
     rule = mask.rule
     if rule is None:
@@ -88,6 +89,11 @@ def varlen_calls(mask: TreeMask) -> tuple[VarlenCall, ...]:
             f"The model's mask rule ({getattr(mask.mask_function, '__qualname__', mask.mask_function)}) is neither "
             "causal nor a sliding window nor a chunk, and flash kernels know no other. Load the model with "
             "attn_implementation='sdpa' or 'flex_attention'."
+        )
+    if rule.images:
+        raise ValueError(
+            "The tokens of an image see each other in both directions in this model, and flash varlen kernels mask "
+            "all sequences of a call alike. Load the model with attn_implementation='sdpa' or 'flex_attention'."
         )
     plan = mask.tree.plan
     # Inside a chunk a token sees all ancestors of that chunk, so pieces of one chunk each are plain causal.

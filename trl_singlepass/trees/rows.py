@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -108,12 +109,15 @@ class Run:
             Depth of the first token: the number of tokens in `prefix`.
         prefix (`Ranges`):
             Ranges that hold the ancestors of the first token, in the order of their depth.
+        is_image (`bool`, *optional*, defaults to `False`):
+            Whether it is an image whose tokens see each other in both directions ([`TreePlan.with_image_runs`]).
     """
 
     start: int
     end: int
     depth: int
     prefix: Ranges
+    is_image: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,18 +134,22 @@ class TreePlan:
             Position just past the last token of each row of the dataset that stands in it.
         num_sample_tokens (`int`):
             Number of tokens in all its samples: what N-pass computes.
+        images (`Ranges`):
+            Longest ranges of tokens that show images, each inside one run.
     """
 
     length: int
     runs: tuple[Run, ...]
     example_ends: tuple[int, ...] = ()
     num_sample_tokens: int = 0
+    images: Ranges = ()
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row]) -> TreePlan:
         """Return the plan of several rows of a dataset side by side in one row."""
+        row = Row.join(rows)
         return replace(
-            cls.from_subtree_end(Row.join(rows).subtree_end),
+            cls.from_subtree_end(row.subtree_end).with_images(row.all_image_features() >= 0),
             example_ends=tuple(np.cumsum([len(row) for row in rows]).tolist()),
             num_sample_tokens=sum(int(row.multiplicity.sum()) for row in rows),
         )
@@ -172,6 +180,56 @@ class TreePlan:
             runs.append(Run(start, end, sum(last - first for first, last in path), tuple(path)))
             path.append((start, end))
         return cls(length, tuple(runs))
+
+    def with_images(self, shows_image: NDArray[np.bool_]) -> TreePlan:
+        """
+        Return the plan of a row with images.
+
+        Args:
+            shows_image (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.bool_`):
+                Whether each token shows a part of an image.
+        """
+        # 1 where a range begins, -1 where one ends; a range that goes on in the next run is cut there.
+        starts = np.array([run.start for run in self.runs], np.int64)
+        before = np.concatenate([[False], shows_image[:-1]])
+        before[starts] = False
+        after = np.concatenate([shows_image[1:], [False]])
+        after[starts[1:] - 1] = False
+        first, last = np.flatnonzero(shows_image & ~before), np.flatnonzero(shows_image & ~after)
+        return replace(self, images=tuple(zip(first.tolist(), (last + 1).tolist(), strict=True)))
+
+    def with_image_runs(self) -> TreePlan:
+        """
+        Return the plan in which each range of image tokens is a run of its own.
+
+        A run `[0, 9)` with the image `[2, 6)` becomes `[0, 2)`, `[2, 6)` after the ancestors `[0, 2)`, and `[6, 9)`
+        after `[0, 6)`.
+
+        Raises:
+            `ValueError`: If a branch leaves an image before its end, or goes on with another image right after it:
+                tokens of the shared image would see different tokens in different samples.
+        """
+        ends = {end for _, end in self.images}
+        inside = np.zeros(self.length, np.bool_)
+        for start, end in self.images:
+            inside[start:end] = True
+        starts_of_images = {start for start, _ in self.images}
+        runs: list[Run] = []
+        for run in self.runs:
+            fork = run.prefix[-1][1] if run.prefix else 0
+            if fork and inside[fork - 1] and (fork not in ends or run.start in starts_of_images):
+                raise ValueError(
+                    "Two turns share an image and differ inside it or right behind it, where one of them goes on with "
+                    "another image. This model lets the tokens of adjacent images see each other, so the shared image "
+                    "is not the same in both. Put text between images, or train with TRL's SFTTrainer."
+                )
+            borders = [place for image in self.images for place in image if run.start < place < run.end]
+            borders = sorted({run.start, *borders, run.end})
+            for start, end in pairwise(borders):
+                earlier = ((run.start, start),) if start > run.start else ()
+                depth = run.depth + start - run.start
+                runs.append(Run(start, end, depth, (*run.prefix, *earlier), is_image=bool(inside[start])))
+        return replace(self, runs=tuple(runs))
 
     def depths(self) -> NDArray[np.int64]:
         """Return the depth of each token: the `position_ids` of the row."""
