@@ -189,7 +189,7 @@ class TreePlan:
             shows_image (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.bool_`):
                 Whether each token shows a part of an image.
         """
-        # 1 where a range begins, -1 where one ends; a range that goes on in the next run is cut there.
+        # A range that goes on in the next run of the row is cut there: the next run is another branch.
         starts = np.array([run.start for run in self.runs], np.int64)
         before = np.concatenate([[False], shows_image[:-1]])
         before[starts] = False
