@@ -2,12 +2,17 @@
 
 import json
 
+import pytest
 from transformers import Qwen3Config
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
+from support.malformed_examples import MALFORMED
 from trl_singlepass.reports.audit import audit
+from trl_singlepass.reports.audit import table as table_module
 from trl_singlepass.reports.audit.counts import TurnStats
+from trl_singlepass.reports.audit.forecast import Schedule
+from trl_singlepass.trees.sample import CompletionKind
 
 
 CONFIG = Qwen3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
@@ -56,3 +61,23 @@ def test_turns_after_the_twelfth_are_one_line():
 def test_merged_counts_are_those_of_all_turns():
     report = audit([chat(4), tool_chat(), chat(2, 1)], make_tokenizer(), CONFIG)
     assert TurnStats.merge(report.by_turn) == report.all_turns
+
+
+@pytest.mark.parametrize("config", [CONFIG, None], ids=["model", "no model"])
+def test_every_heading_is_explained_where_it_stands(config):
+    conversations = [MALFORMED["no assistant"][0], chat(3), chat(2, 1), tool_chat()]
+    report = audit(conversations, make_tokenizer("deepseek_r1_distill"), config, max_length=1)
+    tables = {table.title: table for table in table_module.tables(report)}
+    del tables["Rows that cannot be trained"]  # rows, first rows, reason
+    for title, table in tables.items():
+        _, *headings = (str(column.header).replace("\n", " ") for column in table.columns)
+        explained = f"{title} {table.caption}".lower()
+        plain = {"turns", "of all turns", "conversations", "tokens", "tokens trained"}
+        assert [
+            heading for heading in headings if heading not in plain and f"{heading.lower()}:" not in explained
+        ] == []
+
+
+def test_all_kinds_of_completions_and_schedules_are_explained():
+    assert set(table_module._KINDS) == {*CompletionKind, "refused"}
+    assert set(table_module._SCHEDULES) == set(Schedule)

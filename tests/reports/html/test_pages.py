@@ -66,6 +66,46 @@ def test_nothing_is_wider_than_a_narrow_window(visit, name):
 
 
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_the_whole_tree_is_in_sight(visit, size):
+    page = visit("chat.html", size)
+    boxes = [bar.bounding_box() for bar in page.locator("#tree rect, #tree .label").all()]
+    assert len(boxes) > page.evaluate("data.lanes.length + data.turns.length")
+    for box in boxes:
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= size["width"]
+
+
+def test_the_tree_fits_again_when_the_window_is_resized(visit):
+    page = visit("chat.html", anchor="#turn-3")
+    page.set_viewport_size(NARROW)
+    page.wait_for_function("byId('tree').firstChild.viewBox.baseVal.width < 400")
+    assert page.locator("#tree .on-path").count() > 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
+
+
+def test_in_a_narrow_window_the_token_covers_nothing_until_one_is_chosen(visit):
+    page = visit("chat.html", NARROW)
+    panel, tokens = page.locator(".token-panel"), page.locator("section.tokens")
+    assert panel.bounding_box()["y"] >= tokens.bounding_box()["y"] + tokens.bounding_box()["height"]
+    page.locator("#tokens").focus()
+    page.keyboard.press("ArrowRight")
+    assert panel.bounding_box()["y"] + panel.bounding_box()["height"] <= NARROW["height"]
+
+
+@pytest.mark.parametrize(("name", "area"), [("audit.html", ".scroll"), ("chat.html", "#tokens")])
+def test_what_scrolls_has_a_shadow_where_more_follows(visit, name, area):
+    page = visit(name, NARROW)
+    attachment = page.evaluate(
+        """(area) => {
+            const scrolls = (e) => e.scrollWidth > e.clientWidth || e.scrollHeight > e.clientHeight;
+            return getComputedStyle([...document.querySelectorAll(area)].find(scrolls)).backgroundAttachment;
+        }""",
+        area,
+    )
+    assert attachment == "local, local, scroll, scroll"
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_arrow_keys_go_from_token_to_token(visit, size):
     page = visit("chat.html", size)
     while page.evaluate("document.activeElement.id") != "tokens":

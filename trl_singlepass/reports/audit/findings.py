@@ -52,7 +52,7 @@ def get_findings(report: AuditFacts) -> list[str]:
 def _about_rows(report: AuditFacts) -> Iterator[str]:
     lost = report.num_audited - report.num_trainable
     if lost:
-        yield f"{lost} of {report.num_audited} rows cannot be trained as they are. {_REASONS}"
+        yield f"{lost:,} of {report.num_audited:,} rows cannot be trained as they are. {_REASONS}"
 
 
 def _about_template(facts: TemplateFacts, where: str) -> Iterator[str]:
@@ -82,7 +82,7 @@ def _about_turns(report: AuditFacts) -> Iterator[str]:
     if turns.calls_lost:
         yield f"{_of(turns.calls_lost, turns.with_calls)} with tool calls lose a call or part of one."
     if turns.over_max_length:
-        yield f"{_of(turns.over_max_length, turns.trainable)} are longer than {report.max_length} tokens."
+        yield f"{_of(turns.over_max_length, turns.trainable)} are longer than {report.max_length:,} tokens."
 
 
 def _about_prompts(report: AuditFacts) -> Iterator[str]:
@@ -112,7 +112,8 @@ def _about_prompts(report: AuditFacts) -> Iterator[str]:
 def _about_branches(report: AuditFacts) -> Iterator[str]:
     turns = report.all_turns
     for cause, count in turns.branches.items():
-        yield f"{count} of {turns.followed} turns with a successor branch off, because {_CAUSES[BranchCause(cause)]}."
+        reason = _CAUSES[BranchCause(cause)]
+        yield f"{count:,} of {turns.followed:,} turns with a successor branch off, because {reason}."
 
 
 def _about_recipe(recipe: RecipeReport) -> Iterator[str]:
@@ -134,7 +135,7 @@ def _about_recipe(recipe: RecipeReport) -> Iterator[str]:
 
 
 def _of(count: int, total: int) -> str:
-    return f"{count} of {total} turns"
+    return f"{count:,} of {total:,} turns"
 
 
 def _share(part: int, whole: int) -> str:

@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ...trees.sample import CompletionKind
 from .counts import TurnStats
 from .facts import AuditFacts
 from .findings import get_findings
@@ -38,7 +39,7 @@ def render_report(report: AuditFacts) -> RenderableType:
     parts += [Text("\nFindings", style="bold"), Padding(lines, (0, 0, 1, 2))]
     for table in tables(report):
         caption, table.caption = table.caption, None  # which rich would wrap to the width of the table
-        parts += [table, Text(str(caption), style="dim")] if caption else [table]
+        parts += [table, Text(f"{caption}\n", style="dim")] if caption else [table]
     return Group(*parts)
 
 
@@ -98,21 +99,21 @@ def _mean(count: Callable[[TurnStats], int]) -> Callable[[TurnStats], float]:
 
 
 _SIZES = (
-    _Column("turns", lambda stats: max(stats.turns, stats.trainable), ""),
-    _Column("prompt", _mean(lambda stats: stats.prompt_tokens), ""),
-    _Column("reasoning", _mean(lambda stats: stats.reasoning_tokens), ""),
-    _Column("answer", _mean(lambda stats: stats.answer_tokens), ""),
+    _Column("turns", lambda stats: max(stats.turns, stats.trainable), "conversations that have this turn"),
+    _Column("prompt", _mean(lambda stats: stats.prompt_tokens), "the context"),
+    _Column("reasoning", _mean(lambda stats: stats.reasoning_tokens), "with its closing tag"),
+    _Column("answer", _mean(lambda stats: stats.answer_tokens), "the rest of the completion, tool calls included"),
     _Column("too long", lambda stats: stats.over_max_length, "longer than max_length"),
     _Column("followed", lambda stats: stats.followed, "another turn follows"),
     _Column("branch off", lambda stats: sum(stats.branches.values()), "the next prompt does not begin with this turn"),
 )
 _TEMPLATE_EFFECTS = (
-    _Column("reasoning\ntrained", lambda stats: stats.reasoning_found, ""),
+    _Column("reasoning\ntrained", lambda stats: stats.reasoning_found, "turns whose reasoning is trained"),
     _Column("put\nback", lambda stats: stats.reasoning_restored, "reasoning that the template leaves out"),
     _Column("other\nkey", lambda stats: stats.reasoning_under_other_key, "reasoning that the template does not read"),
     _Column("lost", lambda stats: stats.reasoning_lost, "reasoning that cannot be rendered"),
     _Column("hidden\nlater", lambda stats: stats.reasoning_hidden, "reasoning that the next turn does not see"),
-    _Column("tool\ncalls", lambda stats: stats.with_calls, ""),
+    _Column("tool\ncalls", lambda stats: stats.with_calls, "turns that call tools"),
     _Column("calls\nlost", lambda stats: stats.calls_lost, "a tool call or part of one is not rendered"),
     _Column("stop\nadded", lambda stats: stats.stop_added, "the template writes no stop token"),
     _Column("not a token\nprefix", lambda stats: stats.not_token_prefix, "the prompt is a prefix as text only"),
@@ -120,20 +121,35 @@ _TEMPLATE_EFFECTS = (
 )
 
 
+_KINDS: dict[str, str] = {
+    CompletionKind.AS_SERVED: "the template's rendering continues the prompt",
+    CompletionKind.HISTORY_REWRITTEN: "the template rewrites earlier messages once this one is there",
+    CompletionKind.OPENING_CONTINUED: "the prompt begins the answer, and the completion continues from there",
+    CompletionKind.REASONING_RESTORED: "the template leaves the reasoning out, and it is put back",
+    CompletionKind.GIVEN_AS_TOKENS: "the dataset holds the tokens",
+    "refused": "the turn cannot be rendered without losing something",
+}
+_SCHEDULES: dict[str, str] = {
+    Schedule.NPASS: "each turn is a sequence",
+    Schedule.CHAINS: "turns that begin another one are merged into it",
+    Schedule.SINGLE_PASS: "each conversation is a tree",
+    Schedule.SHARED: "conversations that begin alike share a row",
+}
+
+
 def _size_table(report: AuditFacts) -> Table:
     return _table_by_turn("Turns, with the mean number of tokens of each part", _SIZES, report)
 
 
 def _template_table(report: AuditFacts) -> Table:
-    return _table_by_turn("Turns, by what the template does to them", _TEMPLATE_EFFECTS, report)
+    return _table_by_turn("What the template does to turns", _TEMPLATE_EFFECTS, report)
 
 
 def _table_by_turn(title: str, columns: Sequence[_Column], report: AuditFacts) -> Table:
     """A row for each of the first turns, one for the others and one for all; columns of zeros are left out."""
     columns = [column for column in columns if column.value(report.all_turns)]
     table = _table(title, "turn", *(column.heading for column in columns))
-    meanings = [f"{column.heading.replace(chr(10), ' ')}: {column.meaning}" for column in columns if column.meaning]
-    table.caption = "; ".join(meanings) or None
+    table.caption = "; ".join(f"{column.heading.replace(chr(10), ' ')}: {column.meaning}" for column in columns)
     first, others = report.by_turn[:MAX_TURNS_SHOWN], report.by_turn[MAX_TURNS_SHOWN:]
     named = [(str(stats.turn), stats) for stats in first]
     if others:
@@ -153,6 +169,7 @@ def _kind_table(report: AuditFacts) -> Table:
     table = _table("Turns by kind of completion", "completion", "turns", "of all turns")
     for kind, count in report.all_turns.kinds.items():
         table.add_row(kind, f"{count:,}", _percent(count, report.all_turns.turns))
+    table.caption = "; ".join(f"{kind}: {_KINDS[kind]}" for kind in report.all_turns.kinds)
     return table
 
 
@@ -178,6 +195,10 @@ def _recipe_table(report: AuditFacts) -> Table:
             _percent(recipe.unlike_inference, recipe.trained_tokens),
             _percent(recipe.reasoning_not_trained, recipe.reasoning_tokens),
         )
+    table.caption = (
+        "of completions: share of all completion tokens; context unlike inference: share of the trained tokens whose "
+        "context never occurs when the model is served; reasoning not trained: share of all reasoning tokens"
+    )
     return table
 
 
@@ -199,6 +220,14 @@ def _forecast_table(report: AuditFacts, forecast: Forecast) -> Table:
         flops = [f"{about}{cost.flops * scale / 1e15:,.3g}"] if forecast.has_model else []
         counts = [f"{about}{cost.tokens * scale:,.0f}", f"{about}{cost.attention_pairs * scale:.3g}"]
         table.add_row(schedule, *counts, *flops, gain)
+    if forecast.has_model:
+        pairs = "attention pairs: a token and one that it sees, in all layers; PFLOP: 10^15 operations, both passes; "
+    else:
+        pairs = "pairs of a layer: a token and one that it sees; "
+    table.caption = (
+        f"{'; '.join(f'{schedule}: {meaning}' for schedule, meaning in _SCHEDULES.items())}; {pairs}"
+        f"N-pass ÷ this: the speed-up that counted {'work' if forecast.has_model else 'tokens'} would give"
+    )
     return table
 
 

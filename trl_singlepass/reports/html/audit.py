@@ -14,7 +14,8 @@ from ..audit.table import headline, tables
 from .frame import frame
 
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 460, 220, 46, 34
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 460, 236, 46, 26, 42
+_CHARACTER = 8.5  # pixels: in a narrow window, where a chart shrinks, its labels are larger
 
 
 def audit_page(report: AuditReport, title: str) -> str:
@@ -93,25 +94,25 @@ def _plot(
         return ""
     top, step = max(*values, 0), (_WIDTH - _LEFT) / len(values)
     longest = max(map(len, names))
-    every = max(1, round((longest * 6.5 + 8) / step + 0.49))
-    height = _HEIGHT - _BOTTOM - 18
+    every = max(1, round((longest * _CHARACTER + 8) / step + 0.49))
+    height = _HEIGHT - _BOTTOM - _TOP
     parts = []
     for index, (value, name) in enumerate(zip(values, names, strict=True)):
         bar = height * value / top if top else 0
-        x, y = _LEFT + index * step, 18 + height - bar
+        x, y = _LEFT + index * step, _TOP + height - bar
         label = f"{escape(name)}: {value:,.{decimals}f}"
         parts.append(
             f'<rect class="bar" x="{x + 1:.1f}" y="{y:.1f}" width="{max(step - 2, 1):.1f}" height="{bar:.1f}">'
             f"<title>{label}</title></rect>"
         )
         if index % every == 0:
-            parts.append(f'<text x="{x + step / 2:.1f}" y="{_HEIGHT - 14}" text-anchor="middle">{escape(name)}</text>')
+            parts.append(f'<text x="{x + step / 2:.1f}" y="{_HEIGHT - 26}" text-anchor="middle">{escape(name)}</text>')
     axis = (
-        f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH}" y1="{18 + height}" y2="{18 + height}"/>'
-        f'<text x="{_LEFT - 6}" y="24" text-anchor="end">{top:,.{decimals}f}</text>'
+        f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH}" y1="{_TOP + height}" y2="{_TOP + height}"/>'
+        f'<text x="{_LEFT - 6}" y="{_TOP + 4}" text-anchor="end">{top:,.{decimals}f}</text>'
         f'<text x="0" y="10">{escape(y_label)}</text>'
-        f'<text x="{_WIDTH}" y="{_HEIGHT - 2}" text-anchor="end">{escape(x_label)}</text>'
-        f'<text x="{_LEFT - 6}" y="{18 + height}" text-anchor="end">0</text>'
+        f'<text x="{_WIDTH}" y="{_HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>'
+        f'<text x="{_LEFT - 6}" y="{_TOP + height}" text-anchor="end">0</text>'
     )
     label = escape(f"{title}: {len(values)} bars, the highest {top:,.{decimals}f}")
     return (

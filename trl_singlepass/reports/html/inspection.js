@@ -27,8 +27,10 @@ function draw(tag, attributes, text) {
 }
 
 // Tree ----------------------------------------------------------------------------------------------------------------
+// The whole tree fits into the window: in a narrow one, with less text, and numbers for turns.
 function drawTree() {
-  const width = 1000, lane = 26, scale = (width - 70) / longest;
+  const width = Math.max(byId("tree").clientWidth, 240), narrow = width < 600, lane = 26;
+  const scale = (width - (narrow ? 30 : 60)) / longest;
   const firstTurn = data.lanes.map((run) => {
     const own = new Set();
     for (let i = run.start; i < run.end; i++) turnsOf[i].forEach((turn) => own.add(turn));
@@ -53,7 +55,7 @@ function drawTree() {
       bar.append(draw("title", {}, text.slice(0, 400)));
       group.append(bar);
       const labelled = data.turns.some((turn) => start <= lastOf(turn) && lastOf(turn) < i && lastOf(turn) + 1 < run.end);
-      const room = Math.floor(w / 6.8) - (labelled ? 9 : 1);
+      const room = Math.floor(w / 6.8) - (labelled ? (narrow ? 4 : 9) : 1);
       if (room > 3) group.append(draw("text", { x: x + 3, y: y + 13, "pointer-events": "none" }, text.length > room ? text.slice(0, room - 1) + "…" : text));
       start = i;
     }
@@ -64,11 +66,16 @@ function drawTree() {
     const x = (run.depth + last + 1 - run.start) * scale;
     svg.append(draw("line", { x1: x, x2: x, y1: y - 2, y2: y + 20, class: "stop" }));
     const inside = last + 1 < run.end;
-    svg.append(draw("text", { x: x + (inside ? -3 : 4), y: y + 13, class: "label", "text-anchor": inside ? "end" : "start" }, `turn ${index + 1}`));
+    svg.append(draw("text", { x: x + (inside ? -3 : 4), y: y + 13, class: "label", "text-anchor": inside ? "end" : "start" }, `${narrow ? "" : "turn "}${index + 1}`));
   });
   svg.append(draw("text", { x: 0, y: data.lanes.length * lane + 16 }, "depth 0"));
   svg.append(draw("text", { x: longest * scale, y: data.lanes.length * lane + 16, "text-anchor": "end" }, `${longest} tokens`));
-  byId("tree").append(svg);
+  byId("tree").replaceChildren(svg);
+}
+
+function markPath(turn) {
+  const lanes = new Set(turn.path.map(([start]) => laneOf(start)));
+  document.querySelectorAll("#tree [data-lane]").forEach((lane) => lane.classList.toggle("on-path", lanes.has(Number(lane.dataset.lane))));
 }
 
 // Mask ----------------------------------------------------------------------------------------------------------------
@@ -117,6 +124,11 @@ function fillTokens() {
 }
 
 let current = -1;
+function choose(position, scroll) {
+  document.body.classList.add("chosen");
+  show(position, scroll);
+}
+
 function show(position, scroll) {
   if (position < 0 || position >= length) return;
   const tokens = byId("tokens");
@@ -140,13 +152,13 @@ function show(position, scroll) {
 }
 
 byId("tokens").addEventListener("mouseover", (event) => {
-  if (event.target.dataset.position) show(Number(event.target.dataset.position), false);
+  if (event.target.dataset.position) choose(Number(event.target.dataset.position), false);
 });
 byId("tokens").addEventListener("keydown", (event) => {
   const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 20, ArrowUp: -20, Home: -length, End: length }[event.key];
   if (step === undefined) return;
   event.preventDefault();
-  show(Math.min(length - 1, Math.max(0, current + step)), true);
+  choose(Math.min(length - 1, Math.max(0, current + step)), true);
 });
 
 // Turns ---------------------------------------------------------------------------------------------------------------
@@ -160,8 +172,7 @@ function openTurn(index) {
     (turn.reasoning ? ` (${turn.reasoning} of reasoning)` : "") + (turn.message === null ? "" : `, message ${turn.message}`);
   byId("sample-text").replaceChildren(...spans);
   document.querySelectorAll("#turns button").forEach((button, i) => button.classList.toggle("current", i === index));
-  const lanes = new Set(turn.path.map(([start]) => laneOf(start)));
-  document.querySelectorAll("#tree [data-lane]").forEach((lane) => lane.classList.toggle("on-path", lanes.has(Number(lane.dataset.lane))));
+  markPath(turn);
   open = index;
   if (!byId("sample").open) byId("sample").showModal();
   byId("sample-text").scrollTop = 0;
@@ -179,6 +190,10 @@ data.turns.forEach((turn, index) => {
 });
 
 drawTree();
+addEventListener("resize", () => {
+  drawTree();
+  if (open >= 0) markPath(data.turns[open]);
+});
 paintMask();
 fillTokens();
 show(0, false);

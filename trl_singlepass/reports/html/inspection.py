@@ -31,10 +31,11 @@ def inspection_page(inspection: Inspection, title: str) -> str:
 <main>
 <div>
 <section aria-labelledby="tree-title" class="tree"><h2 id="tree-title">Tree</h2>
-<p class="hint">Depth runs from left to right. History is on top, branches have their own lanes. Orange is trained.</p>
+<p class="hint">Depth runs from left to right. History is on top, branches have their own lanes. Orange is trained; a
+turn's number stands where the turn ends.</p>
 <div id="tree"></div></section>
 <section aria-labelledby="tokens-title" class="tokens text"><h2 id="tokens-title">Tokens</h2>
-<p class="hint">Hover over a token, or click here and use the arrow keys. Each block is a lane of the tree.</p>
+<p class="hint">Hover over or tap a token, or click here and use the arrow keys. Each block is a lane of the tree.</p>
 <div id="tokens" tabindex="0" role="group" aria-label="Tokens"></div></section>
 </div>
 <div>
