@@ -14,17 +14,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A folder imports itself and folders of smaller ranks; folders of one rank do not import each other.
 RANKS = {
     "trees": 0,
-    "rendering": 1,
-    "cost": 1,
-    "data": 2,
-    "attention": 2,
-    "recurrent": 3,
-    "waves": 4,
-    "training": 5,
-    "reference": 6,
-    "reports": 6,
-    "scripts": 6,
-    "cli": 7,
+    "images": 1,
+    "rendering": 2,
+    "cost": 2,
+    "data": 3,
+    "attention": 3,
+    "recurrent": 4,
+    "waves": 5,
+    "training": 6,
+    "reference": 7,
+    "reports": 7,
+    "scripts": 7,
+    "cli": 8,
 }
 MOST_ENTRIES = 13
 VERSION = "trl_singlepass.__version__"  # the only name that folders may import from the package itself

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from ..images.positions import PathPositions
 from ..trees.image_features import NO_FEATURE, ImageReference
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import ROW_COLUMNS, Row, Run, TreePlan
@@ -38,11 +39,14 @@ class DataCollatorForSinglePass:
             If set, the length of the row is a multiple of this number of tokens.
         load_images (`Callable`, *optional*):
             Returns what the model reads of some images, such as `pixel_values`; needed for rows with images.
+        positions ([`PathPositions`], *optional*):
+            Positions of several dimensions, for a model that gives images such positions.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     load_images: LoadImages | None = None
+    positions: PathPositions | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """
@@ -58,7 +62,8 @@ class DataCollatorForSinglePass:
             `loss_weights`, `torch.float32` of that shape, only if a label has a weight other than 1; and `tree_plan`,
             a [`TreePlan`]. Rows with `IMAGE_COLUMNS` also have `image_features`, `torch.int64` of that shape, -1 for
             text, and, if one of them shows an image, `image_inputs`: what the model reads of the distinct images of
-            the row, in the order of their features.
+            the row, in the order of their features; for a model that has such, `rope_position_ids`, `torch.int64` of
+            shape `(num_dimensions, 1, row_length)`.
         """
         rows = [Row.from_columns(example) for example in examples]
         if self.pad_to_multiple_of:
@@ -84,6 +89,10 @@ class DataCollatorForSinglePass:
                     "load_images."
                 )
             batch["image_inputs"] = self.load_images(row.images)
+            if self.positions is not None:
+                batch["rope_position_ids"] = self.positions.in_row(
+                    row.input_ids, row.all_image_features(), plan, batch["image_inputs"]
+                )
         return batch
 
 

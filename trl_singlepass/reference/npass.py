@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from ..attention.text_layers import set_text_attention
+from ..data.collator import LoadImages
+from ..images.positions import images_shown
+from ..images.reading import TOKEN_TYPES
+from ..trees.image_features import ImageReference
 from ..trees.sample import Sample
 
 
@@ -51,7 +58,11 @@ class LossAndGradients:
 
 
 def npass_loss_and_gradients(
-    model: PreTrainedModel, samples: Sequence[Sample], *, on_pass: Callable[[], object] = lambda: None
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    *,
+    load_images: LoadImages | None = None,
+    on_pass: Callable[[], object] = lambda: None,
 ) -> LossAndGradients:
     """
     Compute loss and gradients with one ordinary forward and backward per sample.
@@ -68,6 +79,9 @@ def npass_loss_and_gradients(
             Causal language model of transformers, or a `PeftModel` around one.
         samples (`Sequence[Sample]`):
             Samples, with at least one trained token in all.
+        load_images (`Callable`, *optional*):
+            Returns what the model reads of some images. Each sample encodes its own, an image as often as it stands in
+            the sample.
         on_pass (`Callable`, *optional*):
             Called after each sample, for a progress bar.
 
@@ -85,12 +99,12 @@ def npass_loss_and_gradients(
     token_losses, loss = [], 0.0
     with stock_attention(model), stopwatch(model) as seconds:
         for sample in samples:
-            nll, weights = _forward(model, sample)
+            nll, weights = _forward(model, sample, load_images)
             token_losses.append(nll.detach().double().cpu())
             loss += _accumulate((nll * weights).sum() / total_weight, parameters, gradients)
             on_pass()
         if has_auxiliary_loss(model):
-            loss += _accumulate(_auxiliary_loss(model, samples), parameters, gradients)
+            loss += _accumulate(_auxiliary_loss(model, samples, load_images), parameters, gradients)
     num_tokens = sum(map(len, samples))
     return LossAndGradients(loss, tuple(token_losses), gradients, num_tokens, seconds())
 
@@ -127,12 +141,12 @@ def stock_attention(model: PreTrainedModel) -> Iterator[None]:
     before = get_text_config(model)._attn_implementation
     stock = before in STOCK_ATTENTION or "/" in before  # a slash names a kernel on the Hub
     if not stock:
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        set_text_attention(model, "sdpa" if model._supports_sdpa else "eager")
     try:
         yield
     finally:
         if not stock:
-            model.set_attn_implementation(before)
+            set_text_attention(model, before)
 
 
 @contextmanager
@@ -149,25 +163,65 @@ def stopwatch(model: nn.Module) -> Iterator[Callable[[], float]]:
     yield lambda: now() - start
 
 
-def _forward(model: PreTrainedModel, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_inputs(
+    model: PreTrainedModel, samples: Sequence[Sample], load_images: LoadImages | None
+) -> dict[str, torch.Tensor]:
+    """
+    Return the inputs of an ordinary forward over samples side by side, padded to the longest.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model.
+        samples (`Sequence[Sample]`):
+            Samples.
+        load_images (`Callable`, *optional*):
+            Returns what the model reads of some images.
+    """
+    device = get_device(model)
+
+    def padded(arrays: Iterable[NDArray[np.int64]]) -> torch.Tensor:
+        return pad_sequence([torch.tensor(array, device=device) for array in arrays], batch_first=True)
+
+    inputs = {"input_ids": padded(sample.token_ids for sample in samples)}
+    if len(samples) > 1:
+        inputs["attention_mask"] = padded(np.ones_like(sample.token_ids) for sample in samples)
+    if all(sample.image_features is None for sample in samples):
+        return inputs
+    features = [sample.image_features for sample in samples]
+    inputs["attention_mask"] = padded(np.ones_like(sample.token_ids) for sample in samples)
+    is_image = padded((own >= 0).astype(np.int64) for own in features if own is not None)
+    taken = inspect.signature(model.forward).parameters
+    inputs |= {name: is_image for name in TOKEN_TYPES if name in taken}
+    shown = [image for sample in samples for image in images_of(sample)]
+    if shown:
+        assert load_images is not None, "samples with images need a loader"
+        inputs |= {name: value.to(device) for name, value in load_images(shown).items()}
+    return inputs
+
+
+def images_of(sample: Sample) -> list[ImageReference]:
+    """Return the images that a sample shows, in the order in which they stand in it."""
+    assert sample.image_features is not None, "the sample has no images"
+    shown = images_shown(sample.image_features, [image.num_features for image in sample.images])
+    return [sample.images[j] for j in shown]
+
+
+def _forward(
+    model: PreTrainedModel, sample: Sample, load_images: LoadImages | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihoods and weights of the trained tokens, each of shape `(num_trained_tokens,)`."""
     device = get_device(model)
     trained = torch.from_numpy(np.flatnonzero(sample.loss_weights)).to(device)
-    token_ids = torch.tensor(sample.token_ids, device=device)
-    logits = model(input_ids=token_ids[None], use_cache=False).logits[0, trained - 1]
-    nll = F.cross_entropy(logits.float(), token_ids[trained], reduction="none")
+    inputs = sample_inputs(model, [sample], load_images)
+    logits = model(**inputs, use_cache=False).logits[0, trained - 1]
+    nll = F.cross_entropy(logits.float(), inputs["input_ids"][0, trained], reduction="none")
     return nll, torch.tensor(sample.loss_weights, device=device)[trained].to(nll.dtype)
 
 
-def _auxiliary_loss(model: PreTrainedModel, samples: Sequence[Sample]) -> torch.Tensor:
-    device = get_device(model)
-    token_ids = [torch.tensor(sample.token_ids, device=device) for sample in samples]
-    outputs = model(
-        input_ids=pad_sequence(token_ids, batch_first=True),
-        attention_mask=pad_sequence([torch.ones_like(ids) for ids in token_ids], batch_first=True),
-        output_router_logits=True,
-        use_cache=False,
-    )
+def _auxiliary_loss(model: PreTrainedModel, samples: Sequence[Sample], load_images: LoadImages | None) -> torch.Tensor:
+    inputs = sample_inputs(model, samples, load_images)
+    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    outputs = model(**inputs, output_router_logits=True, use_cache=False)
     weighted: torch.Tensor = get_text_config(model).router_aux_loss_coef * outputs.aux_loss
     return weighted
 

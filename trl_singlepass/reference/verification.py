@@ -12,6 +12,7 @@ import torch
 from datasets.utils.tqdm import tqdm
 from torch import nn
 
+from ..attention.text_layers import set_text_attention
 from ..data.bad_rows import read_all
 from ..recurrent.layer import disable_tree_recurrence, runs_on_trees
 from ..rendering.samples import render_example
@@ -183,7 +184,7 @@ def _leave_trees(base: PreTrainedModel, attention: str) -> None:
 
 def _set_attention(base: PreTrainedModel, implementation: str) -> None:
     if base._can_set_attn_implementation():  # models with recurrent layers only cannot
-        base.set_attn_implementation(implementation)
+        set_text_attention(base, implementation)
 
 
 def _compare(

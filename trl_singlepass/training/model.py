@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from ..attention.context import Tree
 from ..attention.registry import tree_attention_name
+from ..attention.text_layers import set_text_attention
 from ..recurrent.layer import enable_tree_recurrence
 from ..recurrent.layer_kinds import get_decoder, path_dependent_layers, unknown_mixing_layers
 
@@ -197,7 +198,7 @@ def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     name = tree_attention_name(implementation)
     enable_tree_recurrence(base)
     if name != implementation and base._can_set_attn_implementation():  # some models have recurrent layers only
-        base.set_attn_implementation(name)
+        set_text_attention(base, name)
     return implementation
 
 

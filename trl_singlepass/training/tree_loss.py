@@ -28,7 +28,12 @@ Loss: TypeAlias = torch.Tensor | tuple[torch.Tensor, ModelOutput]
 """What `compute_loss` returns: a scalar, with the model's outputs if they are asked for."""
 
 # Inputs that neither TRL nor a model knows.
-_TREE_INPUTS = frozenset({"tree_plan", "subtree_end", "label_parts", "loss_weights"})
+_TREE_INPUTS = frozenset(
+    {
+        "tree_plan", "subtree_end", "label_parts", "loss_weights", "image_features", "image_inputs",
+        "rope_position_ids",
+    }
+)  # fmt: skip
 
 
 class TreeLoss:

@@ -136,6 +136,8 @@ class TreePlan:
             Number of tokens in all its samples: what N-pass computes.
         images (`Ranges`):
             Longest ranges of tokens that show images, each inside one run.
+        image_sizes (`tuple[int, ...]`):
+            Number of features of each distinct image.
     """
 
     length: int
@@ -143,6 +145,7 @@ class TreePlan:
     example_ends: tuple[int, ...] = ()
     num_sample_tokens: int = 0
     images: Ranges = ()
+    image_sizes: tuple[int, ...] = ()
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row]) -> TreePlan:
@@ -152,6 +155,7 @@ class TreePlan:
             cls.from_subtree_end(row.subtree_end).with_images(row.all_image_features() >= 0),
             example_ends=tuple(np.cumsum([len(row) for row in rows]).tolist()),
             num_sample_tokens=sum(int(row.multiplicity.sum()) for row in rows),
+            image_sizes=tuple(image.num_features for image in row.images),
         )
 
     @classmethod

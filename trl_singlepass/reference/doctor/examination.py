@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
 from ...attention.registry import describe_tree_attention, tree_attention_name
+from ...attention.text_layers import set_text_attention
 from ...cost.flops import ModelShape, get_model_shape, npass_cost, single_pass_cost
 from ...training.model import enable_tree
 from ...trees.prefix_tree import PrefixTree
@@ -251,11 +252,11 @@ class _Timing:
         if schedule is not Schedule.WAVES or self._implementation in ("sdpa", "eager"):
             yield self._implementation
             return
-        self._model.set_attn_implementation(tree_attention_name("sdpa"))
+        set_text_attention(self._model, tree_attention_name("sdpa"))
         try:
             yield "sdpa"
         finally:
-            self._model.set_attn_implementation(tree_attention_name(self._implementation))
+            set_text_attention(self._model, tree_attention_name(self._implementation))
 
     def _bound(self, samples: Sequence[Sample], tree: PrefixTree, schedule: Schedule) -> float | None:
         if self._shape is None:

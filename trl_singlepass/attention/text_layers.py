@@ -1,0 +1,31 @@
+"""The attention implementation of a model's language layers, which alone read the tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def set_text_attention(model: Any, implementation: str) -> None:
+    """
+    Change the attention implementation of a model, but not of its encoders for other media.
+
+    An encoder of images runs on images, not on the row: it keeps the kernel that it was loaded with.
+
+    Args:
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model, changed in place.
+        implementation (`str`):
+            Name in transformers' `AttentionInterface`.
+    """
+    text = model.config.get_text_config()
+    model.set_attn_implementation(_down_to(text, model.config, implementation) or implementation)
+
+
+def _down_to(text: Any, config: Any, implementation: str) -> str | dict[str, Any] | None:
+    """A name for the text configuration and those that contain it, by part; `None` for a part without text."""
+    if config is text:
+        return implementation
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    named = {name: _down_to(text, part, implementation) for name, part in parts.items() if part is not None}
+    with_text = {name: part for name, part in named.items() if part is not None}
+    return {"": implementation, **with_text} if with_text else None

@@ -1,0 +1,152 @@
+"""What a model reads of a row with images, and which models a tree cannot give what they read."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..trees.rows import TreePlan
+from .features import ShownFeatures, enable_image_features, image_module, showing
+from .positions import PathPositions
+
+
+# What models call the kind of each token: 0 for text, 1 for a part of an image.
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+_WAY_OUT = "Train it on one sample per turn (N-pass) with TRL's SFTTrainer, or on text alone."
+
+
+class UnsupportedImagesError(ValueError):
+    """A model that reads images in a way that a tree cannot give it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageReader:
+    """
+    How a model reads rows with images.
+
+    Args:
+        token_types (`tuple[str, ...]`):
+            Names under which its forward takes the kind of each token.
+        positions (`PathPositions`, *optional*):
+            Positions of its tokens, if they have several dimensions.
+    """
+
+    token_types: tuple[str, ...]
+    positions: PathPositions | None
+
+    @classmethod
+    def enable(cls, model: nn.Module) -> ImageReader:
+        """
+        Make a model show images on trees, or refuse it.
+
+        Args:
+            model (`torch.nn.Module`):
+                Model without adapters or wrappers, changed in place.
+
+        Raises:
+            `UnsupportedImagesError`: If the model reads images in a way that a tree cannot give it.
+        """
+        module = check_reads_images(model)
+        positions = PathPositions.from_model(model)
+        enable_image_features(module)
+        parameters = inspect.signature(model.forward).parameters
+        return cls(tuple(name for name in TOKEN_TYPES if name in parameters), positions)
+
+    def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """
+        Return what the model's forward takes besides tokens, mask and depths.
+
+        Args:
+            batch (`Mapping[str, Any]`):
+                Batch of the collator, with `image_features`.
+        """
+        is_image = (batch["image_features"] >= 0).long()
+        inputs = {**dict.fromkeys(self.token_types, is_image), **batch.get("image_inputs", {})}
+        if "rope_position_ids" in batch:
+            inputs["position_ids"] = batch["rope_position_ids"]
+        return inputs
+
+    def showing(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """
+        Run the model calls inside on the images of a batch.
+
+        Args:
+            batch (`Mapping[str, Any]`):
+                Batch of the collator, with `image_features`.
+        """
+        plan: TreePlan = batch["tree_plan"]
+        return showing(ShownFeatures.in_row(batch["image_features"], plan))
+
+
+def check_reads_images(model: nn.Module) -> nn.Module:
+    """
+    Refuse a model that a tree cannot give its images.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model without adapters or wrappers.
+
+    Returns:
+        `torch.nn.Module`: The part of the model that computes features of images.
+
+    Raises:
+        `UnsupportedImagesError`: If it has no such part, does not put one feature in the place of each placeholder,
+            asks for more about each token, or lets images see each other.
+    """
+    module = image_module(model)
+    reason = "has no get_image_features, by which a model of transformers computes the features of images"
+    if module is not None:
+        reason = _does_not_replace_placeholders(module) or _asks_for_more(model) or _mixes_images(module) or ""
+    if reason:
+        raise UnsupportedImagesError(f"{type(model).__name__} {reason}. {_WAY_OUT}")
+    assert module is not None
+    return module
+
+
+def _does_not_replace_placeholders(module: nn.Module) -> str | None:
+    names = _names(module.forward)
+    if "inputs_merger" in names:
+        names |= _names(module.inputs_merger)
+    if {"get_image_features", "masked_scatter"} <= names:
+        return None
+    return "does not put the features of its images in the places of placeholder tokens"
+
+
+def _asks_for_more(model: nn.Module) -> str | None:
+    asked = [
+        name
+        for name in inspect.signature(model.forward).parameters
+        if name.endswith("token_type_ids") and name not in TOKEN_TYPES
+    ]
+    return f"reads {asked[0]}, which say more about a token than whether it belongs to an image" if asked else None
+
+
+def _mixes_images(module: nn.Module) -> str | None:
+    """Refuse images that see more than themselves in both directions: all others, or the whole prompt."""
+    names = _names(module.forward)
+    if not names & {"block_sequence_ids", "get_block_sequence_ids_for_mask"}:
+        return None
+    block_ids = getattr(sys.modules[type(module).__module__], "get_block_sequence_ids_for_mask", None)
+    # Two images of two tokens with text around them: each is a block of its own.
+    kinds, expected = [[0, 1, 1, 0, 1, 1, 0]], [[-1, 0, 0, -1, 1, 1, -1]]
+    if block_ids is not None and block_ids(torch.tensor(kinds), torch.device("cpu")).tolist() == expected:
+        return None
+    return (
+        "lets the tokens of images see more than their own image in both directions, so that what turns share is not "
+        "the same in all of them"
+    )
+
+
+def _names(function: Any) -> set[str]:
+    """Names that a function calls, binds or uses as keys."""
+    code = inspect.unwrap(function).__code__
+    texts = {text for text in code.co_consts if isinstance(text, str)}
+    keywords = {name for part in code.co_consts if isinstance(part, tuple) for name in part if isinstance(name, str)}
+    return {*code.co_names, *code.co_varnames, *texts, *keywords}
