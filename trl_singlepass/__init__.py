@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .preference.config import SinglePassDPOConfig as SinglePassDPOConfig
+    from .preference.trainer import SinglePassDPOTrainer as SinglePassDPOTrainer
     from .reference import verify as verify
     from .reference.export import to_npass as to_npass
     from .rendering.samples import render_samples as render_samples
@@ -21,6 +23,8 @@ __all__ = [
     "AuditReport",
     "PrefixTree",
     "Sample",
+    "SinglePassDPOConfig",
+    "SinglePassDPOTrainer",
     "SinglePassSFTConfig",
     "SinglePassSFTTrainer",
     "audit",
@@ -33,6 +37,8 @@ _HOME = {
     "AuditReport": "reports.audit",
     "PrefixTree": "trees.prefix_tree",
     "Sample": "trees.sample",
+    "SinglePassDPOConfig": "preference.config",
+    "SinglePassDPOTrainer": "preference.trainer",
     "SinglePassSFTConfig": "training.config",
     "SinglePassSFTTrainer": "training.trainer",
     "audit": "reports.audit",

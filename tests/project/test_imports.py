@@ -22,12 +22,13 @@ RANKS = {
     "recurrent": 4,
     "waves": 5,
     "training": 6,
-    "reference": 7,
-    "reports": 7,
-    "scripts": 7,
-    "cli": 8,
+    "preference": 7,
+    "reference": 8,
+    "reports": 8,
+    "scripts": 8,
+    "cli": 9,
 }
-MOST_ENTRIES = 13
+MOST_ENTRIES = 14
 VERSION = "trl_singlepass.__version__"  # the only name that folders may import from the package itself
 
 

@@ -92,7 +92,7 @@ def prepare_dataset(
     else:
         rows, summary = _without_counts(rows, report), str(report)
     if is_main_process:
-        _say(f"{name} dataset: {summary}.", logging.INFO if report.is_complete else logging.WARNING)
+        say(f"{name} dataset: {summary}.", logging.INFO if report.is_complete else logging.WARNING)
     return _described(rows, summary)
 
 
@@ -109,7 +109,7 @@ def _described(rows: Dataset, summary: str) -> Dataset:
     return rows
 
 
-def _say(summary: str, level: int) -> None:
+def say(summary: str, level: int) -> None:
     """Log a summary; where the log does not show it, write it beside the progress bars."""
     if logger.isEnabledFor(level):
         logger.log(level, summary)

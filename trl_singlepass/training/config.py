@@ -22,7 +22,6 @@ from ..rendering.history import HISTORIES, History
 
 
 logger = logging.get_logger(__name__)
-
 # TRL's length of a packed row, where nothing else is set.
 _TRL_MAX_LENGTH: int = SFTConfig.__dataclass_fields__["max_length"].default
 
@@ -158,7 +157,7 @@ class SinglePassSFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        self._use_new_names()
+        use_new_names(self)
         super().__post_init__()
         # PyTorch cannot pin memory without an accelerator, and warns in each dataloader that it does not.
         if not torch.accelerator.is_available():
@@ -187,12 +186,6 @@ class SinglePassSFTConfig(SFTConfig):
             seed=self.seed if str(self.train_turns).startswith("sample") else 0,
         )
 
-    def _use_new_names(self) -> None:
-        """Move TRL's default to the name that transformers has for it since 5.24, which warns about the old one."""
-        default = SFTConfig.__dataclass_fields__["gradient_checkpointing"].default
-        if getattr(self, "activation_checkpointing", False) is None and self.gradient_checkpointing is default:
-            self.activation_checkpointing = default
-
     def _check_waves(self) -> None:
         if isinstance(self.wave_tokens, str) and self.wave_tokens.isdecimal():
             self.wave_tokens = int(self.wave_tokens)  # a command line brings strings
@@ -201,6 +194,13 @@ class SinglePassSFTConfig(SFTConfig):
             raise ValueError(f"wave_tokens={tokens!r}: expected a number of tokens above 0, 'auto', or None.")
         if self.offload_kv and tokens is None:
             raise ValueError("offload_kv=True moves what waits between waves. Set wave_tokens, or offload_kv=False.")
+
+
+def use_new_names(args: TrainingArguments) -> None:
+    """Move TRL's default to the name that transformers has for it since 5.24, which warns about the old one."""
+    default = type(args).__dataclass_fields__["gradient_checkpointing"].default
+    if getattr(args, "activation_checkpointing", False) is None and args.gradient_checkpointing is default:
+        args.activation_checkpointing = default
 
 
 def packed_length(args: SFTConfig) -> int:

@@ -1,0 +1,193 @@
+"""Pairs of a single turn move parameters as stock `DPOTrainer` does; several turns, as the served contexts say."""
+
+import copy
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig
+
+from support.dpo_worker import CASES, STEPS
+from support.pairs import (
+    SINGLE_TURNS,
+    TRAJECTORIES,
+    adapted_model,
+    dpo_trainer,
+    stock_dpo_trainer,
+)
+from support.trainers import float32_model, largest_difference, logged, parameters
+from support.two_processes import run_on_two_processes
+
+
+TOLERANCE = 1e-6
+
+# Stock training gives these as well.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+LOGGED = (
+    *("loss", "grad_norm", "entropy", "num_tokens", "mean_token_accuracy", "logits/chosen", "logits/rejected"),
+    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"),
+)
+
+
+def train_both(tmp_path, tokenizer, model, pairs=SINGLE_TURNS, ref_model="perturbed", **settings):
+    """Train copies of a model both ways; return the trainers."""
+    settings = {**STEPS, **settings}
+    both = [
+        make(tmp_path, tokenizer, pairs, model, copy.deepcopy(ref_model), **settings)
+        for make in (stock_dpo_trainer, dpo_trainer)
+    ]
+    for trainer in both:
+        trainer.train()
+    return both
+
+
+def assert_equal(stock, single_pass, start, tolerance=TOLERANCE):
+    """Assert that both trained and logged alike, and that they moved far more than the tolerance."""
+    assert largest_difference(stock, single_pass) <= tolerance
+    moved = max(float((parameter - start[name]).abs().max()) for name, parameter in parameters(stock).items())
+    assert moved > 1000 * tolerance
+    for key in LOGGED:
+        assert logged(single_pass, key) == pytest.approx(logged(stock, key), rel=1e-3, abs=1e-4), key
+
+
+def start_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "precomputed"),
+    [
+        (4, 1, False),
+        (1, 2, True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 1, False), (1, 2, False), (4, 2, False)]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 1, True), (4, 1, True), (4, 2, True)]),
+    ],
+)
+def test_twenty_steps(tmp_path, tokenizer, batch_size, accumulation, precomputed):
+    model = float32_model(tokenizer)
+    both = train_both(
+        tmp_path,
+        tokenizer,
+        model,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        precompute_ref_log_probs=precomputed,
+    )
+    assert both[1].state.global_step == 20
+    assert_equal(*both, start_of(model))
+
+
+@pytest.mark.parametrize("precomputed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_twenty_steps_with_an_adapter_as_its_own_reference(tmp_path, tokenizer, precomputed):
+    model = adapted_model(tokenizer)
+    both = train_both(
+        tmp_path,
+        tokenizer,
+        model,
+        ref_model=None,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        precompute_ref_log_probs=precomputed,
+    )
+    trained = {name: value for name, value in start_of(both[0].model).items() if ".default." in name}
+    assert trained
+    start = {name: start_of(model)[name] for name in trained}
+    assert largest_difference(*both) <= TOLERANCE
+    assert max(float((trained[name] - start[name]).abs().max()) for name in trained) > 1000 * TOLERANCE
+
+
+def test_a_new_adapter_is_trained_against_the_model_without_it(tmp_path, tokenizer):
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    kwargs = {"peft_config": config}
+    both = train_both(
+        tmp_path, tokenizer, float32_model(tokenizer), ref_model=None, per_device_train_batch_size=2, kwargs=kwargs
+    )
+    assert largest_difference(*both) <= TOLERANCE
+    assert logged(both[1], "rewards/margins") == pytest.approx(logged(both[0], "rewards/margins"), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
+        {"use_weighting": True, "learning_rate": 1.0},
+        {"ld_alpha": 0.5},
+        {"sync_ref_model": True, "ref_model_sync_steps": 2},
+        {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4},
+        {"max_length": 60},
+    ],
+    ids=["mixture", "alpha_divergence", "use_weighting", "ld_alpha", "sync_ref_model", "adamw", "max_length"],
+)
+def test_settings_keep_their_meaning(tmp_path, tokenizer, settings):
+    model = float32_model(tokenizer)
+    settings = {"per_device_train_batch_size": 2, "max_steps": 4, **settings}
+    assert_equal(*train_both(tmp_path, tokenizer, model, **settings), start_of(model))
+
+
+def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path, tokenizer):
+    model = float32_model(tokenizer, "qwen3-moe")
+    both = train_both(tmp_path, tokenizer, model, per_device_train_batch_size=4, max_steps=3)
+    assert_equal(*both, start_of(model))
+    assert logged(both[1], "aux_loss") == pytest.approx(logged(both[0], "aux_loss"), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [{"prompt": f"What is {i}?", "chosen": f" It is {i}.", "rejected": " No."} for i in range(4)],
+        [{"prompt_ids": [5, 6, 7 + i], "chosen_ids": [8, 9], "rejected_ids": [9, 9, 8]} for i in range(4)],
+    ],
+    ids=["text", "tokens"],
+)
+def test_pairs_without_messages(tmp_path, tokenizer, pairs):
+    """Stock tokenises again what has been tokenised, and fails: it gets the text that the tokens are."""
+    model, settings = float32_model(tokenizer), {**STEPS, "max_steps": 4, "per_device_train_batch_size": 2}
+    single_pass = dpo_trainer(tmp_path, tokenizer, pairs, model, **settings)
+    if "prompt_ids" in pairs[0]:
+        stock = stock_dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS[:4], model, **settings)
+        stock.train_dataset = type(stock.train_dataset).from_list(pairs)
+    else:
+        stock = stock_dpo_trainer(tmp_path, tokenizer, pairs, model, **settings)
+    for trainer in (stock, single_pass):
+        trainer.train()
+    assert_equal(stock, single_pass, start_of(model))
+
+
+def test_evaluation(tmp_path, tokenizer):
+    model = float32_model(tokenizer)
+    both = []
+    for make in (stock_dpo_trainer, dpo_trainer):
+        trainer = make(tmp_path, tokenizer, SINGLE_TURNS[:5], model, per_device_eval_batch_size=2)
+        both.append(trainer.evaluate(datasets.Dataset.from_list(SINGLE_TURNS[5:])))
+    stock, single_pass = both
+    for key in ("eval_loss", "eval_rewards/margins", "eval_entropy", "eval_logps/chosen"):
+        assert single_pass[key] == pytest.approx(stock[key], rel=1e-4, abs=1e-5), key
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes trained, both ways."""
+    result = tmp_path_factory.mktemp("dpo") / "result.pt"
+    run_on_two_processes("dpo_worker", result, timeout=600)
+    return torch.load(result)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES)
+def test_twenty_steps_on_two_processes(two_processes, case):
+    stock, single_pass = (two_processes[case, name] for name in ("stock", "single pass"))
+    assert stock["parameters"].keys() == single_pass["parameters"].keys()
+    for name, parameter in stock["parameters"].items():
+        assert float((parameter - single_pass["parameters"][name]).abs().max()) <= TOLERANCE, name
+    assert single_pass["loss"] == pytest.approx(stock["loss"], rel=1e-3)
+    assert len(set(stock["loss"])) > 1
+
+
+@pytest.mark.distributed
+def test_two_processes_train_what_one_trains(tmp_path, tokenizer, two_processes):
+    """Of trajectories with several turns, which stock trains otherwise."""
+    one = dpo_trainer(tmp_path, tokenizer, TRAJECTORIES * 2, per_device_train_batch_size=2, **STEPS)
+    one.train()
+    trained = two_processes["trajectories"]["parameters"]
+    assert max(float((value - trained[name]).abs().max()) for name, value in parameters(one).items()) <= TOLERANCE

@@ -1,0 +1,163 @@
+"""Arguments of `SinglePassDPOTrainer`: those of `DPOConfig`, and what is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields
+
+import torch
+from transformers import PreTrainedModel
+from trl import DPOConfig
+
+from ..data.bad_rows import BadRows
+from ..data.selection import OverlongTurns
+from ..rendering.history import HISTORIES, History
+from ..training.config import use_new_names
+from .settings import PairSettings, PairTurns
+from .turn_weights import TurnWeights
+
+
+@dataclass
+class SinglePassDPOConfig(DPOConfig):
+    r"""
+    Configuration class for the [`SinglePassDPOTrainer`].
+
+    Every argument of [`~trl.DPOConfig`] keeps its meaning or is refused by name, where a sequence of TRL is one
+    **sample**: one turn with its context. Only the default of `max_length` differs. `docs/preference.md` lists what is
+    refused.
+
+    Args:
+        max_length (`int`, *optional*):
+            Longest sample, in tokens. Longer samples lose the tokens at depth `max_length` and beyond, as with TRL's
+            `truncation_mode="keep_start"`; what is lost is counted in the log. `None` keeps every sample whole.
+        max_row_tokens (`int`, *optional*):
+            Largest tree of a pair, in tokens. A larger pair is a bad row: its loss needs all its turns at once.
+        overlong_turns (`str`, *optional*, defaults to `"truncate"`):
+            What happens to a turn that is longer than `max_length`: `"truncate"` takes its beginning, `"drop"` leaves
+            it out, `"error"` stops. A pair of which a side has nothing left is dropped, and counted in the log.
+        bad_rows (`str`, *optional*, defaults to `"error"`):
+            What happens to examples that cannot be trained: `"error"` names all of them with their reasons and stops
+            (in a stream, at the first), `"drop"` leaves them out and counts them in the log.
+        history (`str`, *optional*, defaults to `"template"`):
+            What a turn's context holds of earlier turns: `"template"`, what the chat template renders; `"keep"`, all
+            reasoning; `"strip"`, no reasoning. A `history` column overrides it example by example.
+        train_turns (`str`, *optional*, defaults to `"all"`):
+            Turns that log π is taken over: `"all"` after the prompt, the `"last"` one, or those
+            `"from_difference"` on, the first turn that the trajectories do not share in an equal context.
+        turn_discount (`float`, *optional*):
+            Discount factor γ of DMPO (arXiv 2406.14868): later turns count less. `None` counts all alike.
+        turn_mean (`bool`, *optional*, defaults to `False`):
+            Whether a turn counts with the mean of its tokens' log-probabilities instead of their sum.
+
+    Raises:
+        `ValueError`: If a setting cannot be honoured.
+    """
+
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest sample (one turn with its context), in tokens. Longer samples are truncated at the end, "
+            "and what is lost is counted in the log. `None` keeps every sample whole."
+        },
+    )
+    max_row_tokens: int | None = field(
+        default=None, metadata={"help": "Largest tree of a pair, in tokens. A larger pair is a bad row."}
+    )
+    overlong_turns: OverlongTurns = field(
+        default=OverlongTurns.TRUNCATE,
+        metadata={
+            "help": "What happens to turns longer than `max_length`: 'truncate', 'drop', 'error'.",
+            "choices": list(OverlongTurns),
+        },
+    )
+    bad_rows: BadRows = field(
+        default=BadRows.ERROR,
+        metadata={
+            "help": "What happens to rows that cannot be trained: 'error' names all of them and stops, 'drop' leaves "
+            "them out and counts them in the log.",
+            "choices": list(BadRows),
+        },
+    )
+    history: History = field(
+        default="template",
+        metadata={
+            "help": "What a turn's context holds of earlier turns: 'template', as the chat template renders it; "
+            "'keep', all reasoning; 'strip', no reasoning.",
+            "choices": list(HISTORIES),
+        },
+    )
+    train_turns: PairTurns = field(
+        default=PairTurns.ALL,
+        metadata={
+            "help": "Turns that log-probabilities are taken over: 'all' after the prompt, the 'last' one, or those "
+            "'from_difference' on.",
+            "choices": list(PairTurns),
+        },
+    )
+    turn_discount: float | None = field(
+        default=None, metadata={"help": "Discount factor of DMPO: later turns count less. `None`: all alike."}
+    )
+    turn_mean: bool = field(
+        default=False,
+        metadata={"help": "Whether a turn counts with the mean of its tokens' log-probabilities, not their sum."},
+    )
+
+    def __post_init__(self) -> None:
+        use_new_names(self)
+        super().__post_init__()
+        # PyTorch cannot pin memory without an accelerator, and warns in each dataloader that it does not.
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
+        if self.bad_rows not in tuple(BadRows):
+            raise ValueError(f"bad_rows={self.bad_rows!r} is not one of {', '.join(BadRows)}.")
+        for name in ("max_length", "max_row_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise ValueError(f"{name}={value} leaves no room for a token and its target. Set it to 2 or more.")
+        pair_settings(self)  # checks the choices
+        turn_weights(self)
+
+
+def pair_settings(args: DPOConfig) -> PairSettings:
+    """Return the arguments that determine how pairs become rows."""
+    return PairSettings(**{setting.name: getattr(args, setting.name) for setting in fields(PairSettings)})
+
+
+def turn_weights(args: DPOConfig) -> TurnWeights:
+    """Return the arguments that weigh the turns of a trajectory."""
+    return TurnWeights(args.turn_discount, args.turn_mean)
+
+
+def as_single_pass_config(args: DPOConfig) -> DPOConfig:
+    """
+    Return a [`~trl.DPOConfig`] itself, with the settings that it lacks at their defaults.
+
+    Args:
+        args (`trl.DPOConfig`):
+            Arguments of the user.
+
+    Returns:
+        `trl.DPOConfig`: The same object, with all fields of [`SinglePassDPOConfig`].
+    """
+    for setting in fields(SinglePassDPOConfig):
+        if not hasattr(args, setting.name):
+            assert setting.default is not MISSING, "every setting of its own has a default"
+            setattr(args, setting.name, setting.default)
+    return args
+
+
+def default_config(model: str | PreTrainedModel) -> SinglePassDPOConfig:
+    """Return the arguments of a trainer that gets none: all defaults, with an output folder named after the model."""
+    name = model if isinstance(model, str) else model.config._name_or_path
+    return SinglePassDPOConfig(f"{name.split('/')[-1]}-SinglePassDPO")
+
+
+@contextmanager
+def without_padding_free(args: DPOConfig) -> Iterator[None]:
+    """Turn `padding_free` off within a block: rows have no padding, but TRL would say that it is ignored."""
+    given, args.padding_free = args.padding_free, False
+    try:
+        yield
+    finally:
+        args.padding_free = given

@@ -1,0 +1,168 @@
+"""Prepare datasets of pairs: from messages to rows, cached, in several processes, or as a stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import get_logger
+
+from ..data.bad_rows import BadRowError, BadRows, StreamedBadRows, bad_rows_error, get_reason, group_errors
+from ..data.dataset_format import EXAMPLE, in_one_column
+from ..data.preparation import say, tokenizer_fingerprint
+from .pairs import example_to_pair
+from .report import COUNT_COLUMNS, PairReport, count_pair
+from .rows import PAIR_COLUMNS, PAIR_ROWS_VERSION, pair_features, pair_to_columns
+from .settings import PairSettings
+
+
+logger = get_logger(__name__)
+
+_REASON = "bad_row"  # column with the reason why an example cannot be trained
+_PREPARED_AT_ONCE = 8
+
+
+def prepare_pairs(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: PairSettings,
+    *,
+    bad_rows: BadRows = BadRows.ERROR,
+    num_proc: int | None = None,
+    name: str = "train",
+    is_main_process: bool = True,
+) -> Dataset | IterableDataset:
+    """
+    Return a dataset of pairs as a dataset of rows, one per pair, and say what it held and what is lost.
+
+    Args:
+        dataset (`datasets.Dataset`, `datasets.IterableDataset`):
+            Pairs, in any of the forms of [`example_to_pair`].
+        tokenizer (`transformers.PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        settings (`PairSettings`):
+            How pairs become rows.
+        bad_rows (`BadRows`, *optional*, defaults to `"error"`):
+            What happens to examples that cannot be trained.
+        num_proc (`int`, *optional*):
+            Number of processes; a stream is prepared on the fly.
+        name (`str`, *optional*, defaults to `"train"`):
+            Name of the dataset in progress bars and log.
+        is_main_process (`bool`, *optional*, defaults to `True`):
+            Whether this process is the one that prints the summary.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset`: Rows, with `PAIR_COLUMNS`.
+
+    Raises:
+        `RenderingError`: If examples cannot be rendered without losing part of a turn, and may not be left out.
+        `ValueError`: If no pair is left.
+    """
+    if isinstance(dataset, IterableDataset):
+        return in_one_column(dataset).map(
+            _StreamPreparation(tokenizer, settings, bad_rows, name),
+            with_indices=True,
+            batched=True,
+            batch_size=_PREPARED_AT_ONCE,
+            remove_columns=[EXAMPLE],
+        )
+    state = ("pairs", PAIR_ROWS_VERSION, dataset._fingerprint, tokenizer_fingerprint(tokenizer), repr(settings))
+    rows = dataset.map(
+        _prepare_example,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "settings": settings},
+        remove_columns=dataset.column_names,
+        features=Features({**pair_features(COUNT_COLUMNS), _REASON: Value("string")}),
+        num_proc=num_proc,
+        new_fingerprint=Hasher.hash(state),
+        desc=f"Building prefix trees of {name} dataset",
+    )
+    report = _get_report(rows, bad_rows, name)
+    if report.counts["num_tokens"] == 0:
+        raise ValueError(f"No pair of the {name} dataset is trained: {report}. Raise max_length, or set it to None.")
+    if is_main_process:
+        say(f"{name} dataset: {report}.", logging.INFO if report.is_complete else logging.WARNING)
+    rows = rows.select(np.flatnonzero(rows.data.table["num_tokens"].to_numpy()))
+    rows = rows.remove_columns([*COUNT_COLUMNS, _REASON])
+    rows.info.description = str(report)
+    return rows
+
+
+def _get_report(rows: Dataset, bad_rows: BadRows, name: str) -> PairReport:
+    table = rows.data.table
+    bad = [(index, reason) for index, reason in enumerate(table[_REASON].to_pylist()) if reason is not None]
+    errors = group_errors(bad)
+    if errors and bad_rows == BadRows.ERROR:
+        raise bad_rows_error(errors, len(rows), name)
+    return PairReport.from_columns({column: table[column].to_pylist() for column in COUNT_COLUMNS}, errors)
+
+
+def _prepare_example(
+    example: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, settings: PairSettings
+) -> dict[str, Any]:
+    try:
+        columns, counts = _example_to_columns(example, index, tokenizer, settings)
+    except BadRowError as error:
+        return {**_no_row(), **dict.fromkeys(COUNT_COLUMNS, 0), _REASON: get_reason(error, index)}
+    return {**columns, **counts, _REASON: None}
+
+
+def _example_to_columns(
+    example: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, settings: PairSettings
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the row of one example, empty if a side is too long to keep any of it, and its counts."""
+    pair = example_to_pair(example, index, tokenizer, settings)
+    if not all(side.samples for side in pair.sides):
+        return _no_row(), count_pair(pair, num_tokens=0)
+    columns = pair_to_columns(pair)
+    num_tokens = len(columns["input_ids"])
+    if settings.max_row_tokens is not None and num_tokens > settings.max_row_tokens:
+        raise BadRowError(
+            f"Row {index}: the tree of the pair has {num_tokens} tokens, and max_row_tokens={settings.max_row_tokens} "
+            "are allowed: the loss of a pair needs all its turns at once. Raise it, or set max_length."
+        )
+    return columns, count_pair(pair, num_tokens)
+
+
+def _no_row() -> dict[str, Any]:
+    return {name: [] for name in PAIR_COLUMNS}
+
+
+class _StreamPreparation:
+    """Prepares batches of a stream, and logs what is lost whenever it has doubled."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, settings: PairSettings, bad_rows: BadRows, name: str
+    ) -> None:
+        self._tokenizer, self._settings, self._name = tokenizer, settings, name
+        self._bad_rows = StreamedBadRows(bad_rows, name)
+        self._counts: dict[str, list[int]] = {column: [] for column in COUNT_COLUMNS}
+        self._next_log = 1
+
+    def __call__(
+        self, batch: Mapping[str, Sequence[Mapping[str, Any]]], indices: Sequence[int]
+    ) -> dict[str, list[Any]]:
+        rows: list[dict[str, Any]] = []
+        for example, index in zip(batch[EXAMPLE], indices, strict=True):
+            try:
+                columns, counts = _example_to_columns(example, index, self._tokenizer, self._settings)
+            except BadRowError as error:
+                self._bad_rows.add(index, example, error)
+                continue
+            rows += [columns] if counts["num_tokens"] else []
+            for column, values in self._counts.items():
+                values.append(counts[column])
+        self._log()
+        return {name: [row[name] for row in rows] for name in PAIR_COLUMNS}
+
+    def _log(self) -> None:
+        lost = sum(self._counts["num_cut_tokens"])
+        if lost >= self._next_log:
+            report = PairReport.from_columns(self._counts)
+            logger.warning(f"Stream of the {self._name} dataset so far: {report}.")
+            self._next_log = 2 * lost

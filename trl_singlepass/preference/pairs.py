@@ -1,0 +1,172 @@
+"""From one example to the samples of its two trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+from trl import extract_prompt
+
+from ..data.bad_rows import BadRowError, get_reason
+from ..data.conversations import example_to_samples
+from ..data.selection import FittedSamples, OverlongTurnError, fit_samples
+from ..trees.sample import Sample
+from .settings import PairSettings, PairTurns
+
+
+SIDES = ("chosen", "rejected")
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# Columns that say how messages are rendered, the same for both trajectories.
+_RENDERING_COLUMNS = ("tools", "chat_template_kwargs", "history")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """
+    Samples of the two trajectories of a pair.
+
+    Args:
+        chosen (`FittedSamples`):
+            Turns of the preferred trajectory, and what was lost.
+        rejected (`FittedSamples`):
+            The same of the other one.
+        num_shared_turns (`int`):
+            Turns that both trajectories have in an equal context: their log-probabilities are equal, and cancel in
+            every loss that reads only the difference of the two.
+    """
+
+    chosen: FittedSamples
+    rejected: FittedSamples
+    num_shared_turns: int
+
+    @property
+    def sides(self) -> tuple[FittedSamples, FittedSamples]:
+        """Both trajectories, the chosen one first."""
+        return self.chosen, self.rejected
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All samples, those of the chosen trajectory first."""
+        return [*self.chosen.samples, *self.rejected.samples]
+
+
+def example_to_pair(
+    example: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, settings: PairSettings
+) -> Pair:
+    """
+    Return the samples of one example, every turn after the prompt in the context that a model is served.
+
+    Args:
+        example (`Mapping[str, Any]`):
+            `prompt`, `chosen` and `rejected` as lists of messages, or `chosen` and `rejected` that begin with the
+            same messages; optionally `tools`, `chat_template_kwargs` and `history`. Or token ids, as TRL makes them
+            of plain text: `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        index (`int`):
+            Its index in the dataset.
+        tokenizer (`transformers.PreTrainedTokenizerBase`):
+            Tokenizer with a chat template.
+        settings (`PairSettings`):
+            How pairs become rows.
+
+    Returns:
+        `Pair`: The samples.
+
+    Raises:
+        `BadRowError`: If a trajectory cannot be rendered without losing part of a turn, or nothing of it is left.
+        `OverlongTurnError`: If a turn is too long, and none may be.
+    """
+    if set(TOKEN_COLUMNS) <= set(example):
+        fitted = [_from_tokens(example, side, index, settings) for side in SIDES]
+    else:
+        trajectories = _split(example, index)
+        fitted = [_render(trajectories[side], side, index, tokenizer, settings) for side in SIDES]
+    num_leading, num_shared = _shared_turns(*(side.samples for side in fitted))
+    if settings.train_turns == PairTurns.FROM_DIFFERENCE:
+        fitted = [_without_first(side, num_leading) for side in fitted]
+        num_shared -= num_leading
+    for side, name in zip(fitted, SIDES, strict=True):
+        _check(side, name, index, num_leading)
+    chosen, rejected = fitted
+    return Pair(chosen, rejected, num_shared)
+
+
+def _split(example: Mapping[str, Any], index: int) -> dict[str, dict[str, Any]]:
+    """Return each trajectory as an example of its own, with the prompt that both share."""
+    for name in SIDES:
+        if not isinstance(example.get(name), list) or not example[name]:
+            raise BadRowError(f"Row {index}: {name!r} is {example.get(name)!r:.60}, expected a list of messages.")
+    prompt = example.get("prompt")
+    num_implicit = _num_common_messages(example) if prompt is None else 0
+    prompt = example["chosen"][:num_implicit] if prompt is None else prompt
+    shared = {name: example[name] for name in _RENDERING_COLUMNS if name in example}
+    trajectories = {name: example[name][num_implicit:] for name in SIDES}
+    if not prompt:
+        return {name: {"messages": messages, **shared} for name, messages in trajectories.items()}
+    return {name: {"prompt": prompt, "completion": messages, **shared} for name, messages in trajectories.items()}
+
+
+def _num_common_messages(example: Mapping[str, Any]) -> int:
+    """Return how many messages both trajectories begin with, where Arrow may have added keys to either."""
+    return len(extract_prompt({name: _without_nulls(example[name]) for name in SIDES})["prompt"])
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _render(
+    example: Mapping[str, Any], side: str, index: int, tokenizer: PreTrainedTokenizerBase, settings: PairSettings
+) -> FittedSamples:
+    try:
+        fitted = example_to_samples(example, index, tokenizer, settings.for_trajectory())
+    except (BadRowError, OverlongTurnError) as error:
+        raise type(error)(f"Row {index}: in {side!r}: {get_reason(error, index)}") from error
+    weights = {float(weight) for sample in fitted.samples for weight in np.unique(sample.loss_weights)}
+    if foreign := weights - {0.0, 1.0}:
+        raise BadRowError(
+            f"Row {index}: a message of {side!r} has weight={min(foreign)}, but log π counts each token once. Give it "
+            "the weight 1, or 0 to make it context."
+        )
+    return fitted
+
+
+def _from_tokens(example: Mapping[str, Any], side: str, index: int, settings: PairSettings) -> FittedSamples:
+    try:
+        sample = Sample.from_prompt_and_completion(example["prompt_ids"], example[f"{side}_ids"])
+    except ValueError as error:
+        raise BadRowError(f"Row {index}: in {side!r}: {error}") from error
+    return fit_samples([sample], settings.max_length, settings.overlong_turns)
+
+
+def _shared_turns(chosen: Sequence[Sample], rejected: Sequence[Sample]) -> tuple[int, int]:
+    """Return how many turns the trajectories begin with alike, and how many they share at all."""
+    equal = [_are_equal(*turns) for turns in zip(chosen, rejected, strict=False)]
+    return next((i for i, same in enumerate(equal) if not same), len(equal)), sum(equal)
+
+
+def _are_equal(one: Sample, other: Sample) -> bool:
+    return np.array_equal(one.token_ids, other.token_ids) and np.array_equal(one.loss_weights, other.loss_weights)
+
+
+def _without_first(side: FittedSamples, number: int) -> FittedSamples:
+    left_out = sum(int((sample.loss_weights > 0).sum()) for sample in side.samples[:number])
+    return replace(
+        side,
+        samples=side.samples[number:],
+        num_unselected_turns=side.num_unselected_turns + number,
+        num_trained_tokens=side.num_trained_tokens - left_out,
+    )
+
+
+def _check(side: FittedSamples, name: str, index: int, num_leading: int) -> None:
+    if side.samples or side.num_dropped_turns:  # a pair of which a side is too long is dropped and counted
+        return
+    reason = "no turn that counts: all are context, or empty"
+    if num_leading:
+        reason = f"no turn left after the {num_leading} that both trajectories share"
+    raise BadRowError(f"Row {index}: {name!r} has {reason}. Repair it, or leave it out.")

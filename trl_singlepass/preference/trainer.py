@@ -1,0 +1,199 @@
+"""`SinglePassDPOTrainer`: TRL's `DPOTrainer` on rows of prefix trees. See docs/internals.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import nn, optim
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import EvalPrediction
+from trl import DPOConfig, DPOTrainer
+
+from ..data.bad_rows import BadRows
+from ..data.collator import Batch
+from ..data.dataset_format import column_names
+from ..training.dataset import AnyDataset
+from ..training.metrics import TokenCounts
+from ..training.model import Forward, enable_tree, without_adapters
+from ..training.sharded_head import gather_head_with_model
+from ..training.tree_loss import Loss
+from .collator import REFERENCE_COLUMNS, DataCollatorForSinglePassPreference
+from .compatibility import check_dataset, check_pairs, check_run
+from .config import as_single_pass_config, default_config, pair_settings, turn_weights, without_padding_free
+from .dataset import prepare_pairs
+from .pair_model import on_pairs
+from .pairs import TOKEN_COLUMNS
+from .rows import PAIR_COLUMNS
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig, DataCollator
+
+
+class SinglePassDPOTrainer(DPOTrainer):
+    """
+    Trainer that prefers trajectories by their turns, each in the context that the model sees at inference.
+
+    A drop-in replacement of [`~trl.DPOTrainer`]. log π of a trajectory is the sum over its assistant turns after the
+    prompt; what users, tools and the template write is never in it. Losses, reference model and metrics are TRL's own.
+    Pairs of a single turn, plain text and tokenised pairs are trained as `DPOTrainer` trains them. Its arguments are
+    those of `DPOTrainer`, of which these differ:
+
+    - `model`: its `attn_implementation` chooses the attention kernel.
+    - `args`: a [`SinglePassDPOConfig`]; a [`~trl.DPOConfig`] gets the settings that it lacks, at their defaults.
+    - `data_collator`: a [`DataCollatorForSinglePassPreference`].
+    - `compute_metrics`: gets one row per trajectory, the chosen ones of a batch first: the tokens that count.
+
+    Raises:
+        `ValueError`: If a setting, model or dataset cannot be trained in one pass; it names it, and the way out.
+        `TypeError`: If a dataset is a dictionary of splits or a list, as in TRL.
+
+    Example: `SinglePassDPOTrainer("Qwen/Qwen3-0.6B", train_dataset=dataset).train()`, with the columns "prompt",
+    "chosen" and "rejected".
+    """
+
+    _tag_names: ClassVar = ["trl", "dpo", "single-pass"]
+    _name = "SinglePassDPO"
+    train_dataset: AnyDataset
+    data_collator: Callable[..., Batch]
+    precompute_ref_logps: bool
+    _signature_columns: list[str]
+    _pair_collator: DataCollatorForSinglePassPreference | None = None
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[optim.Optimizer | None, optim.lr_scheduler.LRScheduler | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        args = default_config(model) if args is None else as_single_pass_config(args)
+        check_pairs(args, train_dataset, data_collator, model, peft_config)
+        self._checked_models: set[PreTrainedModel] = set()
+        self._counts = TokenCounts()
+        self._given_collator = data_collator
+        with without_padding_free(args):
+            super().__init__(
+                model,
+                ref_model,
+                args,
+                None,
+                train_dataset,
+                eval_dataset,
+                processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        self._enable_pairs()
+
+    def _enable_pairs(self) -> None:
+        """Run the policy and its reference on trees; TRL may need them before its constructor has ended."""
+        if self._pair_collator is not None:
+            return
+        check_run(self.model, self.accelerator, self.args, tp_size=self.get_tp_size())
+        for model in filter(None, (self.model, self.ref_model)):
+            enable_tree(self.accelerator.unwrap_model(model))
+        self._pair_collator = self._given_collator or DataCollatorForSinglePassPreference(
+            self._tokenizer.pad_token_id, self.args.pad_to_multiple_of, turn_weights(self.args)
+        )
+        self.data_collator = self._pair_collator
+
+    def _prepare_dataset(
+        self,
+        dataset: AnyDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: DPOConfig,
+        dataset_name: str,
+    ) -> AnyDataset:
+        """Turn pairs into rows; TRL makes one sequence of each trajectory, in which all turns share one context."""
+        check_dataset(dataset, dataset_name)
+        columns = set(column_names(dataset))
+        if set(PAIR_COLUMNS) <= columns:
+            return dataset
+        if not set(TOKEN_COLUMNS) <= columns and not isinstance(next(iter(dataset))["chosen"], list):
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)  # plain text
+        with args.main_process_first(desc=f"preparing the {dataset_name} dataset"):
+            return prepare_pairs(
+                dataset,
+                self._tokenizer,
+                pair_settings(args),
+                bad_rows=BadRows(args.bad_rows),
+                num_proc=args.dataset_num_proc,
+                name=dataset_name,
+                is_main_process=args.process_index == 0,
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns of pairs; TRL removes those that it does not know."""
+        self._signature_columns = [*PAIR_COLUMNS, *REFERENCE_COLUMNS]
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader[Batch]]:
+        """Gather the head with the model; FSDP2 leaves it sharded, and TRL's fused head reads it without a call."""
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        gather_head_with_model(self.model)
+        return model, loader
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """Keep log-probabilities in float32; under DeepSpeed, the Trainer rounds floats to the model's precision."""
+        prepared = super()._prepare_inputs(inputs)
+        for name in (*REFERENCE_COLUMNS, "token_weights"):
+            if name in inputs:
+                prepared[name] = inputs[name].to(self.args.device)
+        return prepared
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Enable trees first; TRL computes these log-probabilities at the end of its own constructor."""
+        self._enable_pairs()
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the reference on the tree of the row; TRL runs it on each trajectory as one sequence."""
+        return super().compute_ref_log_probs(self._on_pairs(model), inputs)
+
+    def _compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool) -> Loss:
+        """Run the policy on the tree of the row; TRL runs it on each trajectory as one sequence."""
+        if not self.precompute_ref_logps:
+            logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            inputs = {**inputs, **dict(zip(REFERENCE_COLUMNS, logps, strict=True))}
+        if self.model.training:
+            num_tokens = self.accelerator.gather(inputs["completion_mask"].sum()[None]).sum()
+            self._counts.add([inputs["row"]], num_tokens)
+        with self._reading_reference():
+            return super()._compute_loss(self._on_pairs(model), inputs, return_outputs)
+
+    def _on_pairs(self, model: nn.Module) -> Forward:
+        owner = self.ref_model if model is self.ref_model else self.model  # `model` may be wrapped for training
+        base = without_adapters(self.accelerator.unwrap_model(owner))
+        return on_pairs(model, base, self._checked_models)
+
+    @contextmanager
+    def _reading_reference(self) -> Iterator[None]:
+        """Let TRL read the reference's log-probabilities from the batch, where they have just been put."""
+        given, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            yield
+        finally:
+            self.precompute_ref_logps = given
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the sharing factor and the tokens trained so far; TRL does not measure them."""
+        if self.model.training:
+            logs.update(self._counts.pop())
+        super().log(logs, start_time)
