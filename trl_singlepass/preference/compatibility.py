@@ -12,7 +12,7 @@ from transformers import DataCollator, PreTrainedModel
 from trl import DPOConfig
 
 from ..data.dataset_format import check_is_dataset, column_names
-from ..training.compatibility import check_adapters, check_columns, check_engine, check_parallelism
+from ..training.compatibility import check_adapters, check_engine, check_parallelism
 from ..training.compatibility import check_recurrent_layers as check_recurrent_layers
 from ..training.model import check_model
 from .collator import DataCollatorForSinglePassPreference
@@ -61,7 +61,11 @@ def check_pairs(
 def check_dataset(dataset: Dataset | IterableDataset, name: str) -> None:
     """Refuse a dataset of images, or one that holds no pairs."""
     columns = set(column_names(check_is_dataset(dataset, name)))
-    check_columns(columns)
+    if images := sorted({"image", "images"} & columns):
+        raise ValueError(
+            f"The {name} dataset has a column {images[0]!r}: pairs with images are not supported in a single pass. "
+            "Remove the column to train on text, or use TRL's DPOTrainer."
+        )
     if not any(set(expected) <= columns for expected in (SIDES, TOKEN_COLUMNS, PAIR_COLUMNS)):
         raise ValueError(
             f"The {name} dataset holds no pairs: expected the columns 'prompt', 'chosen' and 'rejected', or 'chosen' "
