@@ -1,12 +1,16 @@
 """Try every model type of transformers on a tree; read and write the page with the results, docs/models.md."""
 
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from support.float64_comparison import assert_same_loss_and_gradients
 from support.sample_sets import reasoning_chat
@@ -29,6 +33,8 @@ from trl_singlepass.trees.sample import Sample
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+# The tables of the page, in their order.
+TEXT_MODELS, IMAGE_MODELS, OTHER_CLASSES = TABLES = ("text", "images", "other")
 
 
 @dataclass(frozen=True)
@@ -54,14 +60,14 @@ def branchy_chat():
     return samples
 
 
-def survey(name):
+def survey(table, name):
     """
     Return the outcome for a model type, or for a class by its name: `exact`, or `refused` with the reason.
 
     Raises:
         AssertionError: If the model is accepted but its gradients are wrong.
     """
-    model = tiny_model(name) if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else tiny_conditional(name)
+    model = tiny_model(name) if table == TEXT_MODELS else tiny_conditional(class_of(table, name))
     try:
         check_model(model)
     except UnsupportedModelError as error:
@@ -125,27 +131,49 @@ def _reason(error):
     return sentence.split(" ", 1)[1]
 
 
-def names():
-    """Return the names on the page: every causal language model type, then the classes of the second table."""
-    return [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *classes_without_loss_arguments()]
+def class_of(table, name):
+    """Return the name of the class of a row: the second table lists model types, the third one classes."""
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name] if table == IMAGE_MODELS else name
+
+
+def rows():
+    """Return table and name of every row of the page: two lists of model types, then classes that are in neither."""
+    listed = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    names = {
+        TEXT_MODELS: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        IMAGE_MODELS: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        OTHER_CLASSES: [name for name in classes_without_loss_arguments() if name not in listed],
+    }
+    return [(table, name) for table in TABLES for name in names[table]]
 
 
 def read_page():
-    """Return the transformers version of the page and its outcomes by name."""
+    """Return the transformers version of the page and its outcomes by table and name."""
     text = PAGE.read_text(encoding="utf-8")
     version = re.search(r"transformers (\S+)\.", text).group(1)
-    rows = re.findall(r"^\| `(.+?)` \| (.+?) \| (.*?) \|$", text, re.M)
-    return version, {row[0]: Outcome(*row) for row in rows}
+    outcomes = {}
+    for table, section in zip(TABLES, text.split("\n## "), strict=True):
+        for row in re.findall(r"^\| `(.+?)` \| (.+?) \| (.*?) \|$", section, re.M):
+            outcomes[table, row[0]] = Outcome(*row)
+    return version, outcomes
 
 
 def write_page(outcomes):
+    """Write the page from its outcomes by table and name."""
+    sections = []
+    for table, text in zip(TABLES, TEXTS, strict=True):
+        own = sorted((outcome for (where, _), outcome in outcomes.items() if where == table), key=_order)
+        summary = ", ".join(f"{_count(own, status)} {status}" for status in STATUSES)
+        filled = text.format(version=transformers.__version__, summary=summary, uncounted=_uncounted())
+        sections.append(filled + "".join(f"{outcome}\n" for outcome in own))
+    PAGE.write_text("".join(sections), encoding="utf-8")
+
+
+def _uncounted():
+    """The model types of the second table whose batches the Trainer averages one by one."""
     classes = set(classes_without_loss_arguments())
-    tables = [[outcome for outcome in outcomes if (outcome.name in classes) == wanted] for wanted in (False, True)]
-    counts = [", ".join(f"{_count(table, status)} {status}" for status in STATUSES) for table in tables]
-    texts = (PREFACE.format(version=transformers.__version__, summary=counts[0]), CLASSES.format(summary=counts[1]))
-    rows = ["".join(f"{outcome}\n" for outcome in sorted(table, key=_order)) for table in tables]
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(texts[0] + rows[0] + texts[1] + rows[1], encoding="utf-8")
+    types = [name for name, of in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items() if of in classes]
+    return textwrap.fill(", ".join(f"`{name}`" for name in types), 118)
 
 
 def _count(outcomes, status):
@@ -194,16 +222,30 @@ Mixture-of-experts models:
 | `model_type` | | layers of the tiny model, or reason |
 |---|---|---|
 """
-CLASSES = """\
+IMAGES = """\
+
+## Models that read images
+
+Every model type that `AutoModelForImageTextToText` loads, on rows of text, with a tiny encoder. How the encoder
+attends is not asked: it reads an image at a time, and the tree is one of tokens. {summary}.
+
+| `model_type` | | layers of the tiny model, or reason |
+|---|---|---|
+"""
+OTHERS = """\
 
 ## Classes that read other media, on text
 
-Generative classes with `accepts_loss_kwargs = False`, on rows of text and with tiny encoders. Among them are the
-classes of the Qwen3-VL, Qwen3.5 and Gemma 4 checkpoints. {summary}.
+Other generative classes with `accepts_loss_kwargs = False`, on rows of text and with tiny encoders.
+{summary}.
 
-For these, transformers' `Trainer` counts no tokens, and the stock trainer averages the means of batches. In a single
-pass, every step is the mean over all its tokens, as for any other class.
+For these, and for the following model types of the table above, transformers' `Trainer` counts no tokens, and the
+stock trainer averages the means of batches. In a single pass, every step is the mean over all its tokens, as for any
+other class.
+
+{uncounted}.
 
 | class | | layers of the tiny model, or reason |
 |---|---|---|
 """
+TEXTS = (PREFACE, IMAGES, OTHERS)

@@ -18,12 +18,11 @@ def initialised(model_class, config, dtype=torch.float64):
     """
     torch.manual_seed(0)
     experts = {"experts_implementation": "eager"} if model_class._can_set_experts_implementation() else {}
-    implementation = "sdpa" if model_class._supports_sdpa else "eager"
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in model_class(config).parameters())
     if size > 3e6:
         raise CannotBuildError(f"its smallest configuration has {size / 1e6:.0f} million parameters")
-    model = model_class._from_config(config, attn_implementation=implementation, dtype=torch.float32, **experts)
+    model = model_class._from_config(config, dtype=torch.float32, **experts)
     for parameter in model.parameters():
         if (parameter.numel() and not parameter.isfinite().all()) or (parameter == 0).all():
             torch.nn.init.normal_(parameter, std=0.2)

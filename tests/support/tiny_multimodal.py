@@ -23,8 +23,128 @@ MROPE = {
         "partial_rotary_factor": 1.0,
     }
 }
-# What a part needs besides, by its model type: sizes that depend on one another.
+SAM = {"output_channels": 16, "mlp_dim": 16, "window_size": 2, "num_pos_feats": 8, "global_attn_indexes": [1]}
+VQGAN = {"embed_dim": 16, "num_embeddings": 64, "latent_channels": 16, "base_channels": 32, "channel_multiplier": [1]}
+# What a part needs besides, by its model type: sizes that depend on one another. A whole may speak for its parts.
 OWN = {
+    "apertus1p5": {"image_token_id": 95, "audio_token_id": 94, "image_token_offset": 90, "audio_token_offset": 92},
+    "apertus1p5_vision_tokenizer": {
+        "codebook_size": 2,
+        "embed_dim": 16,
+        "latent_channels": 16,
+        "base_channels": 32,
+        "channel_multiplier": [1],
+        "num_res_blocks": 1,
+        "spatial_scale_factor": 1,
+    },
+    "wavtokenizer_encoder": {
+        "hidden_size": 32,
+        "codebook_dim": 32,
+        "codebook_size": 2,
+        "num_filters": 8,
+        "upsampling_ratios": [2],
+        "decoder_hidden_size": 32,
+        "decoder_intermediate_size": 32,
+        "decoder_num_layers": 1,
+    },
+    # Its logits of the tokens of images are -inf, so these stand behind those of the samples.
+    "chameleon": {"vocabulary_map": {"<image>": 95, "IMGIMGAZ": 93, "IMGIMGBZ": 94}},
+    "chameleon_vqgan": VQGAN,
+    "cohere2_vision": {"alignment_intermediate_size": 64},
+    "deepseek_ocr2_sam_vision_model": {**SAM, "downsample_channels": [16, 32]},
+    "deepseek_ocr2_text": {
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "diffusion_gemma": {"canvas_length": 8},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 8},
+    "emu3": {"vocabulary_map": {"<image>": 95, "<|visual token 000000|>": 93, "<|visual token 000001|>": 94}},
+    "emu3_vqgan": {**VQGAN, "codebook_size": 2, "attn_resolutions": []},
+    "florence_vision": {
+        "depths": [1],
+        "patch_size": [4],
+        "patch_stride": [4],
+        "patch_padding": [0],
+        "patch_prenorm": [False],
+        "embed_dim": [16],
+        "num_heads": [2],
+        "num_groups": [2],
+        "window_size": 2,
+        "projection_dim": 32,
+    },
+    "granite4_vision": {
+        "vision_config": {"hidden_size": 64},
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[1, 0]],
+        "spatial_target_layers": [1],
+    },
+    "hunyuan_vl_text": {
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1, 1]},
+    },
+    "hunyuan_vl_vision": {"max_image_size": 32, "min_image_size": 16, "img_max_token_num": 16, "max_vit_seq_len": 64},
+    "hy_v4_vl_text": {
+        **tiny_causal_lms.DSA,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    },
+    "idefics_vision": {"embed_dim": 32, "image_size": 28},
+    "idefics_perciever": {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2},
+    "janus_vqgan": {**VQGAN, "projection_dim": 32, "image_token_embed_dim": 32, "num_patches": 2},
+    "janus_vision_model": {"projection_dim": 32, "patch_size": 8},
+    "kosmos-2": {"latent_query_num": 4},
+    "kosmos_2_text_model": {"embed_dim": 32, "layers": 2, "ffn_dim": 48, "attention_heads": 4},
+    "kosmos-2.5": {"latent_query_num": 4},
+    "kosmos_2_5_text_model": {"embed_dim": 32, "layers": 2, "ffn_dim": 48, "attention_heads": 4},
+    "kosmos_2_5_vision_model": {"patch_embed_hidden_size": 32, "max_num_patches": 16},
+    "llama4_vision_model": {
+        "vision_output_dim": 32,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+        "image_size": 28,
+        "intermediate_size": 128,
+    },
+    "mistral4": {
+        **tiny_causal_lms.MLA,
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 4,  # the temperature of attention changes every so many tokens
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "mistral_large4_text": tiny_causal_lms.DSA,
+    "nemotron_h_omni": {
+        "vision_config": {"video_temporal_patch_size": 2},
+        "projector_hidden_size": 32,
+        "vision_hidden_size": 32,
+    },
+    "paddleocr_vl_text": MROPE,
+    "paddleocr_vl_vision": {"image_size": 28},
+    "pp_formulanet_vision": {
+        **SAM,
+        "post_conv_in_channels": 16,
+        "post_conv_mid_channels": 16,
+        "post_conv_out_channels": 16,
+        "decoder_hidden_size": 32,
+    },
+    "qwen2_5_omni_text": MROPE,
+    "qwen2_5_omni_audio_encoder": {"output_dim": 32, "max_source_positions": 16},
+    "qwen2_vl_text": MROPE,
+    "qwen2_vl_vision": {"embed_dim": 32},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 91},
+    "qwen3_omni_moe_text": MROPE,
+    "qwen3_omni_moe_vision_encoder": {"deepstack_visual_indexes": [0, 1]},
+    "qwen3_omni_moe_audio_encoder": {"output_dim": 32, "downsample_hidden_size": 8, "max_source_positions": 16},
+    "sam_vision_model": SAM,
+    "unlimited_ocr_sam_vision_model": {**SAM, "downsample_channels": [16, 32]},
+    "unlimited_ocr_text": {"mlp_layer_types": ["dense", "sparse"]},
     "cosmos3_edge_text": MROPE,
     "ernie4_5_vl_moe_text": {
         "moe_intermediate_size": [16, 8],
@@ -51,6 +171,9 @@ OWN = {
 CANNOT_BE_BUILT = {
     "CohereCompassForConditionalGeneration": "its configuration lacks the RoPE of one of its layer types",
     "Gemma3nForConditionalGeneration": "its vision encoder needs `timm`; the text model `gemma3n_text` is exact",
+    "Llama4ForConditionalGeneration": "its forward fails in transformers 5.24; the text model `llama4_text` is exact",
+    "FastVlmForConditionalGeneration": "its vision encoder needs `timm`",
+    "PerceptionLMForConditionalGeneration": "its vision encoder needs `timm`",
     "InklingForConditionalGeneration": "its vision encoder needs SciPy; the text model `inkling_text` is exact",
 }
 
@@ -115,13 +238,14 @@ def model_for(class_name, tokenizer):
     return tiny_conditional(class_name, len(tokenizer), torch.float32, initializer_range=0.05, **ids)
 
 
-def _sized(probe, text, overrides):
+def _sized(probe, text, overrides, from_whole=None):
     """Return a configuration with tiny parts; overrides apply to the text model."""
+    own = OWN.get(probe.model_type or probe.base_config_key, {})
     parts = {
-        name: _sized(getattr(probe, name), text, overrides)
+        name: _sized(getattr(probe, name), text, overrides, own.get(name))
         for name in probe.sub_configs
         if getattr(probe, name, None) is not None
     }
-    own = OWN.get(probe.model_type or probe.base_config_key, {})
     media = {name: size for name, size in MEDIA_SIZES.items() if name in vars(probe)}
-    return tiny_causal_lms.sized(probe, probe.model_type, media | own | parts | (overrides if probe is text else {}))
+    sizes = media | own | parts | (from_whole or {}) | (overrides if probe is text else {})
+    return tiny_causal_lms.sized(probe, probe.model_type, sizes)

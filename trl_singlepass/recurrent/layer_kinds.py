@@ -22,6 +22,8 @@ WHOLE_PATH_LAYERS = frozenset({"RecurrentGemmaRecurrentBlock", "Qwen4ExpTextPLEL
 SELECTING_LAYERS = frozenset({"DogeAttention"})
 # Submodules of attention that select tokens or pool them.
 SELECTING_PARTS = ("indexer", "compressor")
+# Parts of a model's configuration that describe its encoders of other media.
+ENCODER_CONFIGS = ("vision_config", "audio_config")
 # Argument that holds what an earlier layer selected.
 SELECTION = "prev_topk_indices"
 # Argument that holds the distance between each pair of tokens.
@@ -117,7 +119,8 @@ def path_dependent_layers(model: PreTrainedModel) -> dict[nn.Module, ReplayMode]
     Returns:
         `dict[torch.nn.Module, ReplayMode]`: The outermost such layers, with how each runs on a tree.
     """
-    return {layer: mode for layer, mode in _outermost(get_decoder(model)) if mode is not None}
+    readers = set(decoder_modules(model))
+    return {layer: mode for layer, mode in _outermost(get_decoder(model), readers) if mode is not None}
 
 
 def path_dependent_layer_names(model: PreTrainedModel) -> list[str]:
@@ -127,9 +130,10 @@ def path_dependent_layer_names(model: PreTrainedModel) -> list[str]:
 
 def unknown_mixing_layers(model: PreTrainedModel) -> set[str]:
     """Return the class names of layers that convolve or recur over tokens in an unknown way."""
+    readers = set(decoder_modules(model))
     return {
         type(layer).__name__
-        for layer, mode in _outermost(get_decoder(model))
+        for layer, mode in _outermost(get_decoder(model), readers)
         if mode is None and any(isinstance(child, MIXING_MODULES) for child in layer.children())
     }
 
@@ -144,10 +148,30 @@ def get_decoder(model: PreTrainedModel) -> nn.Module:
     return whole
 
 
-def _outermost(module: nn.Module) -> Iterator[tuple[nn.Module, ReplayMode | None]]:
-    """Yield a module and its submodules, without those inside a path-dependent layer."""
+def decoder_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """Yield the modules that read tokens: the decoder's, without encoders of other media that it holds (GIT)."""
+    encoders = _encoder_configs(model)
+    yield from dict.fromkeys(_without_encoders(get_decoder(model), encoders))  # layers may share a module
+
+
+def _encoder_configs(model: PreTrainedModel) -> tuple[type, ...]:
+    """The classes of the configurations of a model's encoders, such as its `vision_config`."""
+    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    return tuple(type(part) for name, part in parts.items() if part is not None and name in ENCODER_CONFIGS)
+
+
+def _without_encoders(module: nn.Module, encoders: tuple[type, ...]) -> Iterator[nn.Module]:
+    yield module
+    for child in module.children():
+        if not isinstance(getattr(child, "config", None), encoders):
+            yield from _without_encoders(child, encoders)
+
+
+def _outermost(module: nn.Module, readers: Collection[nn.Module]) -> Iterator[tuple[nn.Module, ReplayMode | None]]:
+    """Yield a module and its submodules that are among the readers, without those inside a path-dependent layer."""
     mode = get_replay_mode(module)
     yield module, mode
     if mode is None:
         for child in module.children():
-            yield from _outermost(child)
+            if child in readers:
+                yield from _outermost(child, readers)

@@ -16,7 +16,7 @@ from ..attention.text_layers import set_text_attention
 from ..data.bad_rows import read_all
 from ..recurrent.layer import disable_tree_recurrence, runs_on_trees
 from ..rendering.samples import render_example
-from ..training.model import enable_tree, without_adapters
+from ..training.model import enable_tree, takes_attention_from_outside, without_adapters
 from ..trees.sample import Sample
 from .float64 import ForcedFloat64
 from .npass import LossAndGradients, get_device, get_text_config, npass_loss_and_gradients
@@ -183,7 +183,7 @@ def _leave_trees(base: PreTrainedModel, attention: str) -> None:
 
 
 def _set_attention(base: PreTrainedModel, implementation: str) -> None:
-    if base._can_set_attn_implementation():  # models with recurrent layers only cannot
+    if takes_attention_from_outside(base):  # models with recurrent layers only cannot
         set_text_attention(base, implementation)
 
 

@@ -14,7 +14,7 @@ from ..attention.context import Tree
 from ..attention.registry import tree_attention_name
 from ..attention.text_layers import set_text_attention
 from ..recurrent.layer import enable_tree_recurrence
-from ..recurrent.layer_kinds import get_decoder, path_dependent_layers, unknown_mixing_layers
+from ..recurrent.layer_kinds import decoder_modules, get_decoder, path_dependent_layers, unknown_mixing_layers
 
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ _TOKENWISE_ATTENTION = frozenset(
         "Inkling2LoopMessageAttentionResidual",
     }
 )
+# What transformers' errors say where an input is missing without which a model does not train.
+_DEMANDS = ("is required as a model input when training", "has to be not-None")
 _WAY_OUT = "Train this model on one sample per turn (N-pass) with TRL's SFTTrainer."
 
 
@@ -76,6 +78,8 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def _mixes_branches(model: PreTrainedModel) -> str | None:
+    if model.config.is_encoder_decoder:
+        return "is an encoder-decoder: a prompt and its answer are not one sequence that branches could share"
     config = model.config.get_text_config()
     layer_types = list(getattr(config, "layer_types", None) or ())
     known = _ATTENTION_LAYER_TYPES | _TOKENWISE_LAYER_TYPES | _RECURRENT_LAYER_TYPES
@@ -100,12 +104,12 @@ def _only_recurs(model: PreTrainedModel) -> bool:
 
 
 def _is_out_of_reach(model: PreTrainedModel) -> str | None:
-    modules = list(get_decoder(model).modules())
+    modules = list(decoder_modules(model))
     if looking_ahead := {type(module).__name__ for module in modules if _looks_ahead(module)}:
         return f"attends to later tokens in {_listed(looking_ahead)}, which one pass would not"
     if numbering := [module for module in modules if hasattr(module, "create_position_ids_from_input_ids")]:
         return f"numbers positions from its padding token in {type(numbering[0]).__name__}, not from 0"
-    if not model._can_set_attn_implementation():
+    if not takes_attention_from_outside(model) or not (attention_layers(model) or path_dependent_layers(model)):
         return (
             "does not take its attention function from transformers' AttentionInterface, so the tree cannot reach its "
             "layers"
@@ -115,10 +119,27 @@ def _is_out_of_reach(model: PreTrainedModel) -> str | None:
     return None
 
 
+def takes_attention_from_outside(model: PreTrainedModel) -> bool:
+    """
+    Return whether the layers that read tokens take their attention function from transformers' AttentionInterface.
+
+    The encoder of images may have attention of its own (GOT-OCR 2).
+
+    Args:
+        model (`transformers.PreTrainedModel`):
+            Model.
+    """
+    decoder = get_decoder(model)
+    reader = decoder if isinstance(decoder, PreTrainedModel) else model
+    return bool(reader._can_set_attn_implementation())
+
+
 def _trains_on_other_media(model: PreTrainedModel) -> str | None:
     head, vocab_size = model.get_output_embeddings(), getattr(model.config.get_text_config(), "vocab_size", 0)
+    if head is None:
+        return "names no head over the tokens that it reads (`get_output_embeddings`), so their loss is out of reach"
     # Not the size of its weight, which is empty under ZeRO-3.
-    if head is None or getattr(head, "out_features", vocab_size) < vocab_size:
+    if getattr(head, "out_features", vocab_size) < vocab_size:
         return "has no head over the tokens that it reads, so it does not generate text"
     if demand := next(filter(None, map(_demand_in_training, model.modules())), None):
         return f"does not train on text alone: {demand!r}"
@@ -129,7 +150,7 @@ def _demand_in_training(module: nn.Module) -> str | None:
     """Return the error that a module raises in training without an input that rows of text do not have."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     texts = [text for text in code.co_consts if isinstance(text, str)] if code is not None else []
-    return next((text for text in texts if "is required as a model input when training" in text), None)
+    return next((text for text in texts if any(demand in text for demand in _DEMANDS)), None)
 
 
 def _looks_ahead(module: nn.Module) -> bool:
@@ -162,7 +183,7 @@ def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the layers that take their attention function from transformers, except those that run on whole paths."""
     layers: list[nn.Module] = []
     on_whole_paths = {part for layer in path_dependent_layers(model) for part in layer.modules()}
-    for module in get_decoder(model).modules():
+    for module in decoder_modules(model):
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         reads_interface = code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
         # Cross attention reads an encoder, and runs only where there is one.
@@ -197,7 +218,7 @@ def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     implementation = str(base.config.get_text_config()._attn_implementation)
     name = tree_attention_name(implementation)
     enable_tree_recurrence(base)
-    if name != implementation and base._can_set_attn_implementation():  # some models have recurrent layers only
+    if name != implementation and takes_attention_from_outside(base):  # some models have recurrent layers only
         set_text_attention(base, name)
     return implementation
 
