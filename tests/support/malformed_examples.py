@@ -64,7 +64,10 @@ MALFORMED = {
     "null part": (asked(content=[None]), "Part 0 of the content of message 0 is null"),
     "part without text": (asked(content=[{"type": "text"}]), "Part 0 of the content of message 0 has no 'text'"),
     "part of a number": (asked(content=[{"type": "text", "text": 3}]), "message 0 has 'text' that is a number"),
-    "image": (asked(content=[{"type": "image"}]), "is of the type 'image': a single pass trains text"),
+    "image": (
+        asked(content=[{"type": "image"}]),
+        "is of the type 'image', and nothing reads images. Pass the model's processor",
+    ),
     "reasoning of a number": (answered(reasoning_content=5), "Message 1 has 'reasoning_content' that is a number"),
     "reasoning of a list": (answered(thinking=["We"]), "Message 1 has 'thinking' that is a list"),
     "calls as text": (answered(tool_calls="add(1)"), "Message 1 has 'tool_calls' that is text, expected a list"),

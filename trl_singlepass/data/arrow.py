@@ -25,8 +25,8 @@ _SOURCE = {
     **{name: Value("int64") for name in ("row", "index")},
     "bytes": Value("binary"),
 }
-_IMAGE = {"content": Value("string"), "num_features": Value("int32"), "source": _SOURCE}
-IMAGE_FEATURES = Features({"image_features": List(Value("int32")), "images": List(_IMAGE)})
+_IMAGE = {"content": Value("string"), "num_features": Value("int32"), "source": _SOURCE, "in_company": Value("bool")}
+IMAGE_FEATURES = Features({"image_features": List(Value("int32")), "image_references": List(_IMAGE)})
 """Dataset features of `IMAGE_COLUMNS`."""
 
 
@@ -66,14 +66,21 @@ def rows_to_table(rows: Sequence[Row], counts: Sequence[Mapping[str, int]], feat
     columns: dict[str, list[Any]] = {
         name: [getattr(row, name).astype(dtype) for row in rows] for name, dtype in _DTYPES.items()
     }
-    if "images" in features:
-        columns["image_features"] = [row.all_image_features().astype("int32") for row in rows]
-        columns["images"] = [[asdict(image) for image in row.images] for row in rows]
+    if "image_references" in features:
+        columns |= image_columns(rows)
     columns["num_tokens"] = [len(row) for row in rows]
     columns["num_pairs"] = [num_attention_pairs(row) for row in rows]
     for name in features.keys() - columns.keys():
         columns[name] = [count[name] for count in counts]
     return pa.table(columns, schema=features.arrow_schema)
+
+
+def image_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Return `IMAGE_COLUMNS` of rows, some of which may have no images."""
+    return {
+        "image_features": [row.all_image_features().astype("int32") for row in rows],
+        "image_references": [[asdict(image) for image in row.images] for row in rows],
+    }
 
 
 def num_attention_pairs(row: Row) -> int:
@@ -93,7 +100,7 @@ def read_row(table: pa.Table, index: int) -> Row:
     if has_image_columns(table.column_names):
         columns |= {
             "image_features": read_list(table["image_features"], index),
-            "images": table["images"][index].as_py(),
+            "image_references": table["image_references"][index].as_py(),
         }
     return Row.from_columns(columns)
 
@@ -105,4 +112,4 @@ def has_image_columns(columns: Collection[str]) -> bool:
 
 def read_images(table: pa.Table, index: int) -> list[ImageReference]:
     """Return the images that one row of a table with `IMAGE_COLUMNS` shows."""
-    return [ImageReference(**image) for image in table["images"][index].as_py()]
+    return [ImageReference(**image) for image in table["image_references"][index].as_py()]

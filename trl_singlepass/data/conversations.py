@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..rendering.conversation import Conversation
 from ..rendering.history import render_with_history
 from ..rendering.prefixes import Prefixes
 from ..rendering.samples import render_conversation
+from ..trees.image_features import num_shown_images
 from ..trees.prefix_tree import PrefixTree
 from ..trees.rows import ROW_COLUMNS, Row
 from ..trees.sample import CompletionKind, Sample
@@ -21,6 +22,7 @@ from .bad_rows import BadRowError, get_reason
 from .selection import FittedSamples, OverlongTurnError, fit_samples, select_turns
 from .settings import RowSettings
 from .tokenized_turns import get_tokenized_turns, tokenized_turns_to_samples
+from .vision import ConversationReader, as_reader, get_tokenizer
 from .weights import message_weights, weigh
 
 
@@ -43,10 +45,14 @@ COUNT_COLUMNS = (
 )
 
 
+IMAGE_COUNT_COLUMNS = ("num_sample_images", "num_row_images")
+"""Further counts of datasets with images: how many N-pass encodes, and how many the rows hold."""
+
+
 def example_to_samples(
     example: Mapping[str, object],
     index: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | ConversationReader,
     settings: RowSettings,
     *,
     prefixes: Prefixes | None = None,
@@ -59,8 +65,8 @@ def example_to_samples(
             One conversation, in any of the forms that a dataset may hold.
         index (`int`):
             Its index in the dataset.
-        tokenizer (`transformers.PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
+        tokenizer (`transformers.PreTrainedTokenizerBase`, `transformers.ProcessorMixin` or [`ConversationReader`]):
+            Tokenizer with a chat template; for examples with images, the processor.
         settings (`RowSettings`):
             How conversations become rows.
         prefixes ([`Prefixes`], *optional*):
@@ -74,7 +80,7 @@ def example_to_samples(
         `OverlongTurnError`: If a turn is too long, and none may be.
     """
     try:
-        given, weights, num_turns = _render_turns(example, tokenizer, settings, prefixes)
+        given, weights, num_turns = _render_turns(example, index, as_reader(tokenizer), settings, prefixes)
         given = [replace(sample, turn_index=turn) for turn, sample in enumerate(given)]
         chosen = select_turns(given, settings.train_turns, seed=settings.seed, example_index=index)
         chosen = [sample for sample in chosen if weights[sample.message_index or 0] > 0]
@@ -101,24 +107,37 @@ def example_to_samples(
 
 
 def _render_turns(
-    example: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, settings: RowSettings, prefixes: Prefixes | None
+    example: Mapping[str, object],
+    index: int,
+    reader: PreTrainedTokenizerBase | ConversationReader,
+    settings: RowSettings,
+    prefixes: Prefixes | None,
 ) -> tuple[list[Sample], list[float], int]:
     """Return all samples, the weight of each message (of each turn if turns are tokens), and the number of turns."""
-    turns = get_tokenized_turns(example)
+    tokenizer, turns = get_tokenizer(reader), get_tokenized_turns(example)
     if turns is not None:
-        return tokenized_turns_to_samples(turns, len(tokenizer)), message_weights(turns), len(turns)
-    conversation = Conversation.from_example(dict(example))
+        samples, weights = tokenized_turns_to_samples(turns, len(tokenizer)), message_weights(turns)
+        if isinstance(reader, ConversationReader):
+            samples = reader.add_images(samples, turns, index)
+        return samples, weights, len(turns)
+    if isinstance(reader, ConversationReader):
+        conversation, chat_template = reader.read_conversation(example, index), reader.chat_template
+    else:
+        conversation, chat_template = Conversation.from_example(dict(example)), None
     history: Any = example.get("history") or settings.history  # a column may hold anything
     weights = message_weights(conversation.messages)
     if prefixes is not None and history == "template":
         samples = render_conversation(conversation, tokenizer, prefixes=prefixes)
     else:
-        samples = render_with_history(conversation, tokenizer, history)
+        samples = render_with_history(conversation, tokenizer, history, chat_template=chat_template)
     return samples, weights, len(conversation.turns)
 
 
 def example_to_rows(
-    example: Mapping[str, object], index: int, tokenizer: PreTrainedTokenizerBase, settings: RowSettings
+    example: Mapping[str, object],
+    index: int,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | ConversationReader,
+    settings: RowSettings,
 ) -> tuple[list[Row], list[dict[str, int]]]:
     """
     Return the rows of one example: one, or several if its tree is larger than a row.
@@ -126,8 +145,9 @@ def example_to_rows(
     Arguments and errors are those of [`example_to_samples`].
 
     Returns:
-        `tuple[list[Row], list[dict[str, int]]]`: The rows, and `COUNT_COLUMNS` for each: the conversation's counts
-        beside its first row, zeros beside the others. A conversation of which nothing is trained has one empty row.
+        `tuple[list[Row], list[dict[str, int]]]`: The rows, and `COUNT_COLUMNS` and `IMAGE_COUNT_COLUMNS` for each: the
+        conversation's counts beside its first row, zeros beside the others. A conversation of which nothing is trained
+        has one empty row.
     """
     fitted = example_to_samples(example, index, tokenizer, settings)
     samples = list(fitted.samples)
@@ -135,6 +155,8 @@ def example_to_rows(
     rows = [Row.from_tree(tree) for tree in trees] or [_empty_row()]
     counts = _counts(index, fitted)
     counts["num_sample_tokens"] = sum(map(len, samples))
+    counts["num_sample_images"] = sum(num_shown_images(sample.image_features, sample.images) for sample in samples)
+    counts["num_row_images"] = sum(len(row.images) for row in rows)
     if len(trees) > 1:
         counts["num_repeated_tokens"] = sum(map(len, trees)) - len(PrefixTree.from_samples(samples))
     return rows, [counts, *(_no_counts(index) for _ in rows[1:])]
@@ -165,7 +187,7 @@ def no_rows(index: int) -> tuple[list[Row], list[dict[str, int]]]:
 
 
 def _no_counts(index: int) -> dict[str, int]:
-    return {**dict.fromkeys(COUNT_COLUMNS, 0), "conversation": index, "overlong_message": -1}
+    return {**dict.fromkeys((*COUNT_COLUMNS, *IMAGE_COUNT_COLUMNS), 0), "conversation": index, "overlong_message": -1}
 
 
 def _empty_row() -> Row:

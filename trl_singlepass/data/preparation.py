@@ -6,25 +6,31 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 from datasets.utils.tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.logging import get_logger
 
+from ..images.encoded import EncodedImage
+from ..images.loading import image_loader_of
+from ..images.placeholders import placeholders_of
 from ..trees.rows import Row
 from .arrow import ROWS_VERSION, row_features, rows_to_table
 from .bad_rows import BadRowError, BadRows, RowErrors, bad_rows_error, get_reason, group_errors
-from .conversations import COUNT_COLUMNS, example_to_rows, no_rows
+from .conversations import COUNT_COLUMNS, IMAGE_COUNT_COLUMNS, example_to_rows, no_rows
 from .dataset_format import column_names
+from .images import undecoded
 from .packed_dataset import pack_dataset
 from .report import PreparationReport
 from .settings import RowSettings
 from .streaming import stream_rows
 from .tokenized_turns import gather_turns, is_single_turn
+from .vision import ConversationReader, get_tokenizer, images_of_example, reader_for
 
 
 logger = get_logger(__name__)
@@ -32,13 +38,14 @@ logger = get_logger(__name__)
 # Conversations that a process prepares before it writes their rows.
 _PREPARED_AT_ONCE = 32
 _REASON = "bad_row"  # column with the reason why an example cannot be trained
+_COUNTS = (*COUNT_COLUMNS, *IMAGE_COUNT_COLUMNS, _REASON)
 # A serialised tokenizer begins with its version and with the truncation and padding of its last call.
 _AFTER_LAST_CALL = '"added_tokens"'
 
 
 def prepare_dataset(
     dataset: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     settings: RowSettings,
     *,
     packing: bool = False,
@@ -53,8 +60,8 @@ def prepare_dataset(
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset`):
             Conversations.
-        tokenizer (`transformers.PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
+        tokenizer (`transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`):
+            Tokenizer with a chat template, or, for conversations with images, the processor.
         settings (`RowSettings`):
             How conversations become rows; with packing, `max_row_tokens` is the capacity of a row.
         packing (`bool`, *optional*, defaults to `False`):
@@ -77,7 +84,12 @@ def prepare_dataset(
     """
     bad_turns: tuple[RowErrors, ...] = ()
     if is_single_turn(column_names(dataset)):
-        dataset, bad_turns = gather_turns(dataset, len(tokenizer), bad_rows=bad_rows, num_proc=num_proc, name=name)
+        vocab_size = len(get_tokenizer(tokenizer))
+        dataset, bad_turns = gather_turns(dataset, vocab_size, bad_rows=bad_rows, num_proc=num_proc, name=name)
+    tokenizer = reader_for(dataset, tokenizer)
+    loader = image_loader_of(tokenizer)
+    if isinstance(dataset, Dataset) and loader is not None:
+        loader.add_dataset(dataset._fingerprint, partial(_images_of_row, undecoded(dataset)))
     if isinstance(dataset, IterableDataset):
         return stream_rows(dataset, tokenizer, settings, packing=packing, bad_rows=bad_rows, name=name)
     rows, report = conversations_to_rows(dataset, tokenizer, settings, bad_rows=bad_rows, num_proc=num_proc, name=name)
@@ -96,11 +108,15 @@ def prepare_dataset(
     return _described(rows, summary)
 
 
+def _images_of_row(dataset: Dataset, index: int) -> list[EncodedImage]:
+    return images_of_example(dataset[index])
+
+
 def _without_counts(rows: Dataset, report: PreparationReport) -> Dataset:
     """Return rows without empty ones, and without the columns that only the report reads."""
     if report.num_dropped_conversations or report.num_bad_rows:
         rows = rows.select(np.flatnonzero(rows.data.table["num_tokens"].to_numpy()))
-    return rows.remove_columns([*COUNT_COLUMNS, _REASON])
+    return rows.remove_columns([name for name in rows.column_names if name in _COUNTS])
 
 
 def _described(rows: Dataset, summary: str) -> Dataset:
@@ -119,7 +135,7 @@ def say(summary: str, level: int) -> None:
 
 def conversations_to_rows(
     dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     settings: RowSettings,
     *,
     bad_rows: BadRows = BadRows.ERROR,
@@ -138,21 +154,26 @@ def conversations_to_rows(
         `tuple[Dataset, PreparationReport]`: Rows with `COUNT_COLUMNS`, an empty one for a conversation of which
         nothing is trained; and the report.
     """
+    has_images = isinstance(tokenizer, ProcessorMixin)
+    reader = ConversationReader(placeholders_of(tokenizer), dataset._fingerprint) if has_images else tokenizer
+    count_columns = (*COUNT_COLUMNS, *IMAGE_COUNT_COLUMNS) if has_images else COUNT_COLUMNS
+    features = row_features(count_columns, has_images=has_images)
     state = ("rows", ROWS_VERSION, dataset._fingerprint, tokenizer_fingerprint(tokenizer), repr(settings))
-    rows = dataset.map(
+    encoded = undecoded(dataset) if has_images else dataset
+    rows = encoded.map(
         _prepare_batch,
         with_indices=True,
         batched=True,
         batch_size=_PREPARED_AT_ONCE,
-        fn_kwargs={"tokenizer": tokenizer, "settings": settings},
+        fn_kwargs={"tokenizer": reader, "settings": settings, "features": features},
         remove_columns=dataset.column_names,
-        features=Features({**row_features(COUNT_COLUMNS), _REASON: Value("string")}),
+        features=Features({**features, _REASON: Value("string")}),
         num_proc=num_proc,
         new_fingerprint=Hasher.hash(state),
         desc=f"Building prefix trees of {name} dataset",
     )
     table = rows.data.table
-    counts = {column: table[column].to_pylist() for column in COUNT_COLUMNS}
+    counts = {column: table[column].to_pylist() for column in count_columns}
     reasons = zip(counts["conversation"], table[_REASON].to_pylist(), strict=True)
     bad = [(index, reason) for index, reason in reasons if reason is not None]
     if bad and bad_rows == BadRows.ERROR:
@@ -164,8 +185,9 @@ def conversations_to_rows(
 def _prepare_batch(
     batch: Mapping[str, Sequence[object]],
     indices: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ConversationReader,
     settings: RowSettings,
+    features: Features,
 ) -> pa.Table:
     rows: list[Row] = []
     counts: list[dict[str, int]] = []
@@ -180,24 +202,27 @@ def _prepare_batch(
         rows += new_rows
         counts += new_counts
         reasons += [reason] * len(new_rows)
-    table = rows_to_table(rows, counts, row_features(COUNT_COLUMNS))
+    table = rows_to_table(rows, counts, features)
     return table.append_column(_REASON, pa.array(reasons, pa.string()))
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> str:
     """
-    Return a hash of a tokenizer that does not change when the tokenizer is used.
+    Return a hash of a tokenizer or processor that does not change when it is used.
 
     A fast tokenizer remembers the padding and truncation of its last call, which would make `datasets` prepare
     everything again.
 
     Args:
-        tokenizer (`transformers.PreTrainedTokenizerBase`):
-            Tokenizer.
+        tokenizer (`transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`):
+            Tokenizer or processor.
 
     Returns:
-        `str`: Hash of its vocabulary, rules, special tokens and chat template.
+        `str`: Hash of its vocabulary, rules, special tokens and chat template; of a processor, with its settings.
     """
+    if isinstance(tokenizer, ProcessorMixin):
+        of_tokenizer = tokenizer_fingerprint(tokenizer.tokenizer)
+        return str(Hasher.hash((of_tokenizer, tokenizer.to_json_string(), tokenizer.chat_template)))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: object = sorted(tokenizer.get_vocab().items())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..trees.sample import CompletionKind
 from .bad_rows import RowErrors, describe_dropped, group_errors
-from .conversations import KIND_COLUMNS
+from .conversations import IMAGE_COUNT_COLUMNS, KIND_COLUMNS
 
 
 _NUM_NAMED = 3  # overlong turns that a report names
@@ -47,6 +47,10 @@ class PreparationReport:
             Tokens in all rows, before packing.
         num_repeated_tokens (`int`):
             Tokens of history among them that splitting repeats.
+        num_sample_images (`int`):
+            Images in all trained samples: what N-pass encodes.
+        num_row_images (`int`):
+            Distinct images of each row, over all rows: what a single pass encodes.
         overlong (`tuple[str, ...]`):
             The first few turns that are too long, by name.
         bound (`str`, *optional*):
@@ -69,6 +73,8 @@ class PreparationReport:
     num_sample_tokens: int
     num_row_tokens: int
     num_repeated_tokens: int
+    num_sample_images: int
+    num_row_images: int
     overlong: tuple[str, ...]
     bound: str | None = None
     bad_rows: tuple[RowErrors, ...] = ()
@@ -86,7 +92,7 @@ class PreparationReport:
 
         Args:
             counts (`Mapping[str, Sequence[int]]`):
-                `COUNT_COLUMNS`, one value per row.
+                `COUNT_COLUMNS`, one value per row, and `IMAGE_COUNT_COLUMNS` of a dataset with images.
             lengths (`Sequence[int]`):
                 Tokens in each row.
             bound (`str`, *optional*):
@@ -112,7 +118,7 @@ class PreparationReport:
             bound=bound,
             kinds={kind: count for kind, count in kinds.items() if count},
             bad_rows=group_errors(bad_rows),
-            **{name: sum(counts[name]) for name in (*turns, *tokens)},
+            **{name: sum(counts.get(name, ())) for name in (*turns, *tokens, *IMAGE_COUNT_COLUMNS)},
         )
 
     @property
@@ -127,7 +133,7 @@ class PreparationReport:
 
     def __str__(self) -> str:
         held = f"{describe_dropped(self.bad_rows)}; " if self.bad_rows else ""
-        held += f"{self.num_turns} turns of {self.num_conversations} conversations{self._rendered}; "
+        held += f"{self.num_turns} turns of {self.num_conversations} conversations{self._rendered}; {self._images}"
         if self.num_turns_without_prompt:
             held += f"{self.num_turns_without_prompt} assistant messages before any prompt, which are context only; "
         if self.num_unselected_turns:
@@ -147,6 +153,15 @@ class PreparationReport:
         if set(self.kinds) <= {CompletionKind.AS_SERVED, CompletionKind.GIVEN_AS_TOKENS}:
             return ""
         return f" ({', '.join(f'{count} {kind}' for kind, count in self.kinds.items())})"
+
+    @property
+    def _images(self) -> str:
+        if not self.num_sample_images:
+            return ""
+        return (
+            f"{self.num_row_images} image encodings instead of {self.num_sample_images} "
+            f"({self.num_sample_images / self.num_row_images:.1f} times fewer); "
+        )
 
     @property
     def _split(self) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 from datasets import IterableDataset
-from numpy.typing import ArrayLike, NDArray
-from transformers import PreTrainedTokenizerBase, logging
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, logging
 
 from ..trees.rows import ROW_COLUMNS, Row
+from .arrow import image_columns
 from .bad_rows import BadRowError, BadRows, StreamedBadRows
-from .conversations import COUNT_COLUMNS, example_to_rows
+from .conversations import COUNT_COLUMNS, IMAGE_COUNT_COLUMNS, example_to_rows
 from .dataset_format import EXAMPLE, in_one_column
 from .packed_dataset import pack_rows
 from .report import PreparationReport
@@ -27,7 +27,7 @@ _PREPARED_AT_ONCE = 8
 
 def stream_rows(
     dataset: IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     settings: RowSettings,
     *,
     packing: bool = False,
@@ -42,7 +42,8 @@ def stream_rows(
     bad rows are dropped. Arguments are those of [`prepare_dataset`].
 
     Returns:
-        `datasets.IterableDataset`: Rows, with `ROW_COLUMNS`.
+        `datasets.IterableDataset`: Rows, with `ROW_COLUMNS`, and with `IMAGE_COLUMNS` if a processor reads them: they
+        hold the images, encoded.
     """
     rows = in_one_column(dataset).map(
         _StreamPreparation(tokenizer, settings, bad_rows, name),
@@ -70,17 +71,23 @@ class _StreamPreparation:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, bad_rows: BadRows, name: str
+        self,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+        settings: RowSettings,
+        bad_rows: BadRows,
+        name: str,
     ) -> None:
         self._tokenizer, self._settings, self._name = tokenizer, settings, name
+        self._has_images = isinstance(tokenizer, ProcessorMixin)
         self._bad_rows = StreamedBadRows(bad_rows, name)
-        self._counts: dict[str, list[int]] = {column: [] for column in COUNT_COLUMNS}
+        columns = (*COUNT_COLUMNS, *IMAGE_COUNT_COLUMNS) if self._has_images else COUNT_COLUMNS
+        self._counts: dict[str, list[int]] = {column: [] for column in columns}
         self._lengths: list[int] = []
         self._next_log = 1
 
     def __call__(
         self, batch: Mapping[str, Sequence[Mapping[str, object]]], indices: Sequence[int]
-    ) -> dict[str, list[NDArray[np.generic]]]:
+    ) -> dict[str, list[Any]]:
         trained: list[Row] = []
         for example, index in zip(batch[EXAMPLE], indices, strict=True):
             try:
@@ -91,7 +98,7 @@ class _StreamPreparation:
             trained += [row for row in rows if len(row)]
             self._count(rows, counts)
         self._log()
-        return _to_columns(trained)
+        return _to_columns(trained, self._has_images)
 
     def _count(self, rows: list[Row], counts: list[dict[str, int]]) -> None:
         self._lengths += map(len, rows)
@@ -106,11 +113,11 @@ class _StreamPreparation:
             self._next_log = 2 * lost
 
 
-def _pack_batch(batch: Mapping[str, Sequence[ArrayLike]], max_row_tokens: int) -> dict[str, list[NDArray[np.generic]]]:
-    columns = zip(*(batch[name] for name in ROW_COLUMNS), strict=True)
-    rows = [Row.from_columns(dict(zip(ROW_COLUMNS, values, strict=True))) for values in columns]
-    return _to_columns(pack_rows(rows, max_row_tokens))
+def _pack_batch(batch: Mapping[str, Sequence[Any]], max_row_tokens: int) -> dict[str, list[Any]]:
+    rows = [Row.from_columns(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+    return _to_columns(pack_rows(rows, max_row_tokens), "image_features" in batch)
 
 
-def _to_columns(rows: Sequence[Row]) -> dict[str, list[NDArray[np.generic]]]:
-    return {name: [getattr(row, name) for row in rows] for name in ROW_COLUMNS}
+def _to_columns(rows: Sequence[Row], has_images: bool) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in ROW_COLUMNS}
+    return {**columns, **image_columns(rows)} if has_images else columns

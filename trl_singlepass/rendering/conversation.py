@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..images.conversation_images import ConversationImages
 from .validation import (
     RenderingError as RenderingError,
 )
@@ -38,12 +39,15 @@ class Conversation:
             Further arguments of the chat template, such as `enable_thinking`.
         first_trained (`int`, *optional*, defaults to 0):
             Position of the first message that may be trained. Those before it are context.
+        images ([`ConversationImages`], *optional*):
+            The images of its messages, each of which stands in them as a part `{"type": "image"}`.
     """
 
     messages: list[Message]
     tools: Tools | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     first_trained: int = 0
+    images: ConversationImages | None = None
 
     @property
     def turns(self) -> list[int]:
@@ -52,7 +56,7 @@ class Conversation:
         return [k for k in range(self.first_trained, len(roles)) if roles[k] == "assistant"]
 
     @classmethod
-    def from_example(cls, example: dict[str, Any]) -> "Conversation":
+    def from_example(cls, example: dict[str, Any], images: ConversationImages | None = None) -> "Conversation":
         """
         Read a dataset example.
 
@@ -63,11 +67,13 @@ class Conversation:
                 went through Arrow, keys whose value is `None` are dropped: Arrow gives every struct the keys of all of
                 them. A null argument of a tool call is kept where the tool's schema requires the argument, or where
                 the arguments are a JSON string.
+            images ([`ConversationImages`], *optional*):
+                The images of its messages.
 
         Raises:
             `RenderingError`: If the example has none of these columns, or they hold something else.
         """
-        groups = _get_message_lists(example)
+        groups = _get_message_lists(example, takes_images=images is not None)
         tools = _read_tools(example.get("tools"))
         required = _required_arguments(tools)
         kwargs = _decoded(example.get("chat_template_kwargs"), "chat_template_kwargs")
@@ -78,6 +84,7 @@ class Conversation:
             tools=tools,
             template_kwargs={key: value for key, value in kwargs.items() if value is not None},
             first_trained=len(groups[0]) if len(groups) == 2 else 0,
+            images=images,
         )
 
 
@@ -95,13 +102,13 @@ def get_text(content: object) -> str:
     return "".join(block.get("text") or "" if isinstance(block, dict) else str(block) for block in blocks)
 
 
-def _get_message_lists(example: dict[str, Any]) -> list[list[Message]]:
+def _get_message_lists(example: dict[str, Any], *, takes_images: bool) -> list[list[Message]]:
     columns = message_columns(example)
     groups = [example[name] for name in columns]
     check_are_objects([message for group in groups for message in group])
     if columns == ("conversations",):
         groups = [_chatml(group) for group in groups]
-    check_messages([message for group in groups for message in group])
+    check_messages([message for group in groups for message in group], takes_images=takes_images)
     if len(groups) == 2 and not groups[1]:
         raise RenderingError("'completion' is empty, so there is nothing to train. Add the answer, or leave it out.")
     return groups

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..images.conversation_images import ConversationImages
 from ..trees.sample import Sample
 from .checks import contains, is_object, prints
 from .conversation import Conversation, Message, Tools, get_text
 from .conversation import RenderingError as RenderingError
 from .prefixes import Prefixes
+from .shown_images import find_shown_images, without_image_parts
 from .template import ChatTemplate
 from .tokenization import Ids, common_length, hard_borders, tokenize, tokenize_after
 from .turn import RenderedTurn, render_turn, rendering_error
@@ -140,7 +143,9 @@ def render_conversation(
     if not turns:
         raise _no_prompt(prefixes, conversation.turns[-1])
     _check_context(prefixes, turns)
-    return _tokenize(turns, prefixes.template)
+    if conversation.images is None:
+        return _tokenize(turns, prefixes.template)
+    return _tokenize_with_images(turns, prefixes, conversation.images)
 
 
 def has_prompt(prefixes: Prefixes, k: int) -> bool:
@@ -167,7 +172,7 @@ def _check_context(prefixes: Prefixes, turns: list[RenderedTurn]) -> None:
     """Refuse messages whose role, or whose object content, the template silently drops."""
     for k, message in enumerate(prefixes.messages):
         following = next((turn for turn in turns if turn.message_index > k), None)
-        content = message.get("content")
+        content = without_image_parts(message.get("content"))
         if following and is_object(content) and not prints(following.prompt, content):
             reason = "the template drops its content, which is an object. Store it as text, with json.dumps"
             raise rendering_error(prefixes.template, k, reason)
@@ -176,6 +181,17 @@ def _check_context(prefixes: Prefixes, turns: list[RenderedTurn]) -> None:
         if following and not contains(following.prompt, get_text(content)):
             reason = f"the template drops messages of the role '{message.get('role')}'. Give it a role that it knows"
             raise rendering_error(prefixes.template, k, reason)
+
+
+def _tokenize_with_images(turns: list[RenderedTurn], prefixes: Prefixes, images: ConversationImages) -> list[Sample]:
+    """Tokenize turns as their processor does: with what it writes for each image in the place of its placeholder."""
+    shown = [find_shown_images(prefixes, turn, images) for turn in turns]
+    expanded = [replace(turn, prompt=images.write(turn.prompt, of)) for turn, of in zip(turns, shown, strict=True)]
+    samples = _tokenize(expanded, prefixes.template)
+    return [
+        replace(sample, image_features=images.features_in(sample.token_ids, of), images=images.references)
+        for sample, of in zip(samples, shown, strict=True)
+    ]
 
 
 def _tokenize(turns: list[RenderedTurn], template: ChatTemplate) -> list[Sample]:

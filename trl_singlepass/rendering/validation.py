@@ -10,7 +10,9 @@ from jinja2 import UndefinedError
 # Columns that hold a conversation together, in the order in which they are looked for.
 MESSAGE_COLUMNS = (("messages",), ("prompt", "completion"), ("conversations",))
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-_MEDIA = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url")
+IMAGE_PARTS = ("image", "image_url", "input_image")
+"""Types of content parts that are images."""
+_OTHER_MEDIA = ("audio", "audio_url", "input_audio", "video", "video_url")
 # Assistant messages in the formats of LLaMA-Factory and ms-swift. A chat template takes them as context: not trained.
 _CALL_ROLES = ("function_call", "tool_call")
 # Roles whose content is text; what a tool returns may be an object, which some templates print as JSON.
@@ -61,6 +63,11 @@ def message_columns(example: Mapping[str, Any]) -> tuple[str, ...]:
     raise RenderingError(expected_columns(example))
 
 
+def is_image_part(part: object) -> bool:
+    """Return whether a content part is an image."""
+    return isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS
+
+
 def check_are_objects(messages: Sequence[Any]) -> None:
     """Refuse messages that are no objects."""
     for index, message in enumerate(messages):
@@ -76,20 +83,22 @@ def check_are_objects(messages: Sequence[Any]) -> None:
             )
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+def check_messages(messages: Sequence[Mapping[str, Any]], *, takes_images: bool = False) -> None:
     """
     Refuse messages that no chat template can render, or that would lose something in silence.
 
     Args:
         messages (`Sequence[Mapping[str, Any]]`):
             All messages of an example. A key whose value is `None` counts as absent.
+        takes_images (`bool`, *optional*, defaults to `False`):
+            Whether they may have images.
 
     Raises:
         `RenderingError`: If a role, content, reasoning or tool call is missing or of a wrong type.
     """
     for index, message in enumerate(messages):
         _check_role(index, message)
-        _check_content(index, message)
+        _check_content(index, message, takes_images)
         for key in REASONING_KEYS:
             if message["role"] == "assistant" and not isinstance(message.get(key), str | None):
                 raise RenderingError(_wrong(f"Message {index}", key, message[key], "text"))
@@ -201,7 +210,7 @@ def _check_role(index: int, message: Mapping[str, Any]) -> None:
         )
 
 
-def _check_content(index: int, message: Mapping[str, Any]) -> None:
+def _check_content(index: int, message: Mapping[str, Any], takes_images: bool) -> None:
     content, role = message.get("content"), message["role"]
     if content in (None, []) and role in _TEXT_ROLES and role != "assistant":
         raise RenderingError(f"Message {index} ('{role}') has no 'content'. Write it, or remove the message.")
@@ -210,13 +219,20 @@ def _check_content(index: int, message: Mapping[str, Any]) -> None:
     if not isinstance(content, list):
         raise RenderingError(_wrong(f"Message {index}", "content", content, "text or a list of text parts"))
     for position, part in enumerate(content):
-        _check_part(f"Part {position} of the content of message {index}", part, role)
+        _check_part(f"Part {position} of the content of message {index}", part, role, takes_images)
 
 
-def _check_part(where: str, part: object, role: str) -> None:
+def _check_part(where: str, part: object, role: str, takes_images: bool) -> None:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in _MEDIA:
-        raise RenderingError(f"{where} is of the type '{kind}': a single pass trains text. Leave the row out.")
+    if kind in _OTHER_MEDIA:
+        raise RenderingError(
+            f"{where} is of the type '{kind}': a single pass trains text and images. Leave the row out."
+        )
+    if kind in IMAGE_PARTS and not takes_images:
+        raise RenderingError(
+            f"{where} is of the type '{kind}', and nothing reads images. Pass the model's processor in the place of a "
+            "tokenizer (processing_class), or leave the row out."
+        )
     if not isinstance(part, str | Mapping):
         raise RenderingError(f"{where} is {describe_type(part)}, expected an object with 'type' and 'text'.")
     if isinstance(part, str) or role not in _TEXT_ROLES:

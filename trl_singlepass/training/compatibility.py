@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import transformers
@@ -44,7 +44,6 @@ def check_conversations(
         `ValueError`: If a single pass cannot honour one of the arguments.
         `UnsupportedModelError`: If a single pass would train the model incorrectly.
     """
-    check_columns(column_names(dataset))
     check_turn_settings(args, dataset)
     check_collator(data_collator)
     check_adapters(model, peft_config)
@@ -54,16 +53,6 @@ def check_conversations(
 
 
 # The dataset and its settings ----------------------------------------------------------------------------------------
-
-
-def check_columns(columns: Collection[str]) -> None:
-    """Refuse a dataset with a column of images."""
-    images = sorted({"image", "images"} & set(columns))
-    if images:
-        raise ValueError(
-            f"The dataset has a column {images[0]!r}: images are not supported in a single pass, since their "
-            "positions have several dimensions. Remove the column to train on text, or use TRL's SFTTrainer."
-        )
 
 
 def check_turn_settings(args: SFTConfig, dataset: Dataset | IterableDataset, packing: bool | None = None) -> None:

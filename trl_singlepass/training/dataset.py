@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTConfig
 
 from ..data.dataset_format import check_is_dataset, column_names, holds_messages, holds_rows, holds_turns
 from ..data.formatted_text import format_as_text
+from ..data.images import holds_images
 from ..data.preparation import prepare_dataset
 from .compatibility import check_turn_settings
 from .config import SinglePassSFTConfig
@@ -60,7 +61,12 @@ def find_turns(
 
 
 def prepare_conversations(
-    dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, *, packing: bool, name: str
+    dataset: AnyDataset,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    args: SFTConfig,
+    *,
+    packing: bool,
+    name: str,
 ) -> AnyDataset:
     """
     Return a dataset of conversations as rows, shuffled if `shuffle_dataset` is set; rows stay as they are.
@@ -68,8 +74,8 @@ def prepare_conversations(
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset`):
             Conversations.
-        tokenizer (`transformers.PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
+        tokenizer (`transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`):
+            Tokenizer with a chat template, or the processor of a model that reads images.
         args (`trl.SFTConfig`):
             Arguments with the settings of [`SinglePassSFTConfig`].
         packing (`bool`):
@@ -86,6 +92,8 @@ def prepare_conversations(
     if holds_rows(column_names(dataset)):
         return dataset
     check_turn_settings(args, dataset, packing)
+    if isinstance(tokenizer, ProcessorMixin) and holds_images(dataset):
+        raise ValueError("Images are not supported in a single pass yet. Remove them to train on text.")
     if isinstance(dataset, IterableDataset) and args.shuffle_dataset:
         dataset = dataset.shuffle(seed=args.seed)  # conversations take less memory in its buffer than rows
     with args.main_process_first(desc=f"preparing the {name} dataset"):

@@ -15,8 +15,10 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data.collator import Batch, DataCollatorForSinglePass, TreeOrPlainCollator
 from ..data.dataset_format import holds_turns
+from ..data.images import hide_image_columns
 from ..data.sampler import make_train_sampler
-from ..trees.rows import ROW_COLUMNS
+from ..images.loading import image_loader_of
+from ..trees.rows import IMAGE_COLUMNS, ROW_COLUMNS
 from .compatibility import check_conversations, check_loss_is_per_token, check_run
 from .config import as_single_pass_config, default_config, with_packed_length, without_redundant_settings
 from .dataset import AnyDataset, FormattingFunction, find_turns, in_order, needs_preparation, prepare_conversations
@@ -100,7 +102,7 @@ class SinglePassSFTTrainer(SFTTrainer):
                 model,
                 args,
                 data_collator if collator is None else None,
-                train_dataset,
+                hide_image_columns(train_dataset) if self._trains_turns else train_dataset,
                 eval_dataset,
                 processing_class,
                 compute_loss_func=compute_loss_func,
@@ -115,6 +117,7 @@ class SinglePassSFTTrainer(SFTTrainer):
             )
         check_run(self.model, args, self.accelerator, tp_size=self.get_tp_size())
         collator = collator or DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
+        collator.load_images = collator.load_images or image_loader_of(self.processing_class)
         self.data_collator = TreeOrPlainCollator(collator, self.data_collator)
         self._counts = TokenCounts()
         self._turn_metrics = TurnMetrics(args.device) if args.log_turn_metrics else None
@@ -147,14 +150,14 @@ class SinglePassSFTTrainer(SFTTrainer):
         """Turn conversations into rows; TRL makes one sequence of each, in which all turns share one context."""
         dataset, formatting_func, has_turns = find_turns(dataset, formatting_func, args, dataset_name)
         if has_turns:
-            return prepare_conversations(dataset, self._tokenizer, args, packing=packing, name=dataset_name)
+            return prepare_conversations(dataset, processing_class, args, packing=packing, name=dataset_name)
         args = with_packed_length(args) if packing else args
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns of rows; TRL removes those that it does not know."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ROW_COLUMNS]))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ROW_COLUMNS, *IMAGE_COLUMNS]))
 
     def _get_train_sampler(self, train_dataset: AnyDataset | None = None) -> Sampler[int] | None:
         """Give ranks rows of equal cost; the Trainer ignores cost, and every rank waits for the slowest."""

@@ -15,7 +15,7 @@ The placeholders of two images are the same token, so trees compare tokens toget
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,11 +39,15 @@ class ImageReference:
             Number of placeholder tokens in a prompt: the features that the model computes of the image.
         source (`Any`, *optional*):
             Where the pixels are, for whatever loads them.
+        in_company (`bool`, *optional*, defaults to `False`):
+            Whether it is an image among others in its prompt, for a model that reads these in another way than a
+            single one. Where images are numbered, they come last.
     """
 
     content: str
     num_features: int
     source: Any = field(default=None, compare=False)
+    in_company: bool = False
 
 
 def to_keys(tokens: NDArray[np.int64], features: NDArray[np.int64] | None) -> NDArray[np.int64]:
@@ -82,6 +86,14 @@ def image_of_feature(images: Sequence[ImageReference]) -> NDArray[np.int64]:
     return np.repeat(np.arange(len(images)), [image.num_features for image in images])
 
 
+def num_shown_images(features: NDArray[np.int64] | None, images: Sequence[ImageReference]) -> int:
+    """Return how often tokens show an image: what N-pass encodes, an image that is shown twice included twice."""
+    if features is None or not images:
+        return 0
+    first_features = np.cumsum([0, *(image.num_features for image in images[:-1])])
+    return int(np.isin(features, first_features).sum())
+
+
 def without_unused(
     features: NDArray[np.int64], images: Sequence[ImageReference]
 ) -> tuple[NDArray[np.int64], tuple[ImageReference, ...]]:
@@ -116,6 +128,13 @@ class FeatureNumbers:
         self._offsets: dict[ImageReference, int] = {}
         self._total = 0
 
+    def add(self, images: Iterable[ImageReference]) -> None:
+        """Number images that have no number yet, in this order."""
+        for image in images:
+            if image not in self._offsets:
+                self._offsets[image] = self._total
+                self._total += image.num_features
+
     @property
     def images(self) -> tuple[ImageReference, ...]:
         """All distinct images so far, in the order of their features."""
@@ -139,9 +158,6 @@ class FeatureNumbers:
         if not images:
             offset, self._total = self._total, self._total + int(features.max(initial=NO_FEATURE)) + 1
             return np.where(features >= 0, features + offset, NO_FEATURE)
-        for image in images:
-            if image not in self._offsets:
-                self._offsets[image] = self._total
-                self._total += image.num_features
+        self.add(images)
         numbers = [self._offsets[image] + np.arange(image.num_features) for image in images]
         return np.concatenate([*numbers, [NO_FEATURE]])[features]  # -1 finds the last entry

@@ -19,7 +19,7 @@ Ranges = tuple[tuple[int, int], ...]
 """Half-open ranges of positions."""
 
 ROW_COLUMNS = ("input_ids", "subtree_end", "labels", "loss_weights", "label_parts", "multiplicity")
-IMAGE_COLUMNS = ("image_features", "images")
+IMAGE_COLUMNS = ("image_features", "image_references")
 """Further columns of a dataset with images."""
 
 
@@ -59,7 +59,7 @@ class Row:
         row = cls(**arrays)
         if columns.get("image_features") is None:
             return row
-        images = tuple(ImageReference(**image) for image in columns["images"])
+        images = tuple(ImageReference(**image) for image in columns["image_references"])
         return replace(row, image_features=np.asarray(columns["image_features"], np.int64), images=images)
 
     @classmethod
@@ -78,7 +78,11 @@ class Row:
         columns = {name: getattr(self, name) for name in ROW_COLUMNS}
         if self.image_features is None:
             return columns
-        return {**columns, "image_features": self.image_features, "images": [asdict(image) for image in self.images]}
+        return {
+            **columns,
+            "image_features": self.image_features,
+            "image_references": [asdict(image) for image in self.images],
+        }
 
     def all_image_features(self) -> NDArray[np.int64]:
         """Return the feature that each token shows; -1 for all tokens of a row without images."""
@@ -91,6 +95,7 @@ class Row:
 def number_images_together(rows: Sequence[Row]) -> tuple[list[NDArray[np.int64]], tuple[ImageReference, ...]]:
     """Return the features that the tokens of each row show, in one numbering, and all distinct images of the rows."""
     numbers = FeatureNumbers()
+    numbers.add(sorted((image for row in rows for image in row.images), key=lambda image: image.in_company))
     features = [numbers.renumber(row.all_image_features(), row.images) for row in rows]
     return features, numbers.images
 

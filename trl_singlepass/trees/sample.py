@@ -119,8 +119,8 @@ class Sample:
             )
         if (self.loss_weights[features >= 0] > 0).any():
             raise ValueError(
-                "A completion shows an image, which a model that writes text cannot learn to write: put the image in "
-                "a message of the user or of a tool, or give its message the weight 0."
+                "A completion shows an image, which a model that writes text cannot learn to write. Put the image in "
+                "a message of the user or of a tool."
             )
 
     @classmethod

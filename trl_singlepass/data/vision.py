@@ -1,0 +1,161 @@
+"""Examples with images: read through a processor, so that rows hold references to images in the place of pixels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from ..images.conversation_images import ConversationImages
+from ..images.encoded import EncodedImage
+from ..images.placeholders import ImagePlaceholders, placeholders_of
+from ..rendering.conversation import Conversation
+from ..trees.sample import Sample
+from .images import has_image_column, holds_images, take_images
+
+
+@dataclass(frozen=True)
+class ConversationReader:
+    """
+    Reads examples with images.
+
+    Args:
+        placeholders ([`ImagePlaceholders`]):
+            Processor, and what it writes for images.
+        dataset (`str`, *optional*):
+            Name by which rows refer to the images of the dataset. By default, references hold the images, encoded.
+    """
+
+    placeholders: ImagePlaceholders
+    dataset: str | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the processor."""
+        return self.placeholders.tokenizer
+
+    @property
+    def chat_template(self) -> str | None:
+        """Chat template of the processor, `None` if only its tokenizer has one."""
+        template: Any = self.placeholders.processor.chat_template
+        return template.get("default") if isinstance(template, Mapping) else template
+
+    def read_conversation(self, example: Mapping[str, Any], index: int) -> Conversation:
+        """
+        Return an example as a conversation with its images.
+
+        Args:
+            example (`Mapping[str, Any]`):
+                Example with messages.
+            index (`int`):
+                Its index in the dataset.
+
+        Returns:
+            `Conversation`: The conversation.
+
+        Raises:
+            `ValueError`: If it is no conversation, or an image is missing or cannot be read.
+        """
+        rest, images = take_images(example)
+        return Conversation.from_example(rest, self._conversation_images(images, index))
+
+    def add_images(self, samples: Sequence[Sample], turns: Sequence[Mapping[str, Any]], index: int) -> list[Sample]:
+        """
+        Return the samples of tokenised turns with the features that their tokens show.
+
+        Args:
+            samples (`Sequence[Sample]`):
+                Samples.
+            turns (`Sequence[Mapping]`):
+                Their turns, in which `images` are those that the prompt shows, in order.
+            index (`int`):
+                Index of the example in the dataset.
+
+        Returns:
+            `list[Sample]`: The samples.
+
+        Raises:
+            `ValueError`: If tokens and images of a turn do not fit together, or an image cannot be read.
+        """
+        of_turns = [[EncodedImage.from_value(image) for image in turn.get("images") or ()] for turn in turns]
+        images = self._conversation_images([image for of_turn in of_turns for image in of_turn], index)
+        added, first = [], 0
+        for number, (sample, of_turn) in enumerate(zip(samples, of_turns, strict=True)):
+            shown = range(first, first + len(of_turn))
+            first += len(of_turn)
+            try:
+                features = images.features_in(sample.token_ids, shown)
+                added.append(replace(sample, image_features=features, images=images.references))
+            except ValueError as error:
+                raise ValueError(f"Turn {number}: {error}") from error
+        return added
+
+    def _conversation_images(self, images: Sequence[EncodedImage], index: int) -> ConversationImages:
+        sources = None
+        if self.dataset is not None:
+            sources = [{"dataset": self.dataset, "row": index, "index": i} for i in range(len(images))]
+        return ConversationImages.from_encoded(images, self.placeholders, sources)
+
+
+def images_of_example(example: Mapping[str, Any]) -> list[EncodedImage]:
+    """Return the images of an example, in the order in which its rows count them."""
+    if isinstance(example.get("turns"), list):
+        return [EncodedImage.from_value(image) for turn in example["turns"] for image in turn.get("images") or ()]
+    return take_images(example)[1]
+
+
+def as_reader(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | ConversationReader,
+) -> PreTrainedTokenizerBase | ConversationReader:
+    """Return a processor as the reader of examples whose rows hold their images; anything else as it is."""
+    if isinstance(processing_class, ProcessorMixin):
+        return ConversationReader(placeholders_of(processing_class))
+    return processing_class
+
+
+def get_tokenizer(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | ConversationReader,
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a processor or reader, or the tokenizer itself."""
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        return processing_class
+    return processing_class.tokenizer
+
+
+def reader_for(
+    dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase | ProcessorMixin
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """
+    Return what reads a dataset.
+
+    Args:
+        dataset (`datasets.Dataset`, `datasets.IterableDataset`):
+            Conversations.
+        processing_class (`transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`):
+            Tokenizer or processor.
+
+    Returns:
+        `transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`: The processor if the dataset has
+        images, else the tokenizer, with the chat template of the processor if that has another one.
+
+    Raises:
+        `ValueError`: If the dataset has a column of images, and there is no processor.
+    """
+    if not isinstance(processing_class, ProcessorMixin):
+        if has_image_column(dataset.column_names or ()):
+            raise ValueError(
+                "The dataset has a column of images, and a tokenizer cannot read them. Pass the model's processor as "
+                "processing_class, or remove the column to train on text."
+            )
+        return processing_class
+    if holds_images(dataset):
+        return processing_class
+    tokenizer, template = processing_class.tokenizer, processing_class.chat_template
+    if isinstance(template, str) and template != tokenizer.chat_template:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = template
+    return tokenizer

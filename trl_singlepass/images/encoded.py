@@ -1,0 +1,131 @@
+"""An image as a dataset holds it: encoded bytes, or the path of a file. Its size is read without its pixels."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNED = (5, 6, 7, 8)  # its values for images that lie on their side
+_SHORTEST_BASE64 = 64  # characters: no image file is as small
+_FORMS = "Expected an image, its bytes, a path, a URL, base64, or an object with 'bytes' or 'path'"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """
+    An image that is not decoded.
+
+    Args:
+        path (`str`, *optional*):
+            Path or URL of its file.
+        data (`bytes`, *optional*):
+            The file itself; takes precedence.
+    """
+
+    path: str | None = None
+    data: bytes | None = None
+
+    @classmethod
+    def from_value(cls, value: Any) -> EncodedImage:
+        """
+        Read an image in any of the forms in which datasets and messages hold one.
+
+        Args:
+            value (`Any`):
+                A `PIL.Image.Image`, an array, bytes, a path or URL, base64 with or without the head of a data URL, or
+                what [`~datasets.Image`] makes of one: a mapping with `bytes` or `path`.
+
+        Returns:
+            `EncodedImage`: The image; one without a file is encoded without loss.
+
+        Raises:
+            `ValueError`: If it is nothing of that kind.
+        """
+        if isinstance(value, str):
+            data = _from_base64(value)
+            return cls(data=data) if data is not None else cls(path=value)
+        if value is None or isinstance(value, bool | int | float):
+            raise ValueError(f"{_FORMS}, got {value!r}.")
+        from datasets import Image  # here, because it takes a while
+
+        try:
+            encoded: Mapping[str, Any] = Image().encode_example(value)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{_FORMS}, got {type(value).__name__} ({error}).") from error
+        return cls(encoded.get("path"), encoded.get("bytes"))
+
+    @property
+    def content(self) -> str:
+        """Hash of the content: of the bytes, or of path, size and time of change of a file."""
+        if self.data is not None:
+            return sha256(self.data).hexdigest()[:32]
+        file = Path(self.path or "")
+        stamp = f"{file.stat().st_size} {file.stat().st_mtime_ns}" if file.is_file() else ""
+        return sha256(f"{self.path} {stamp}".encode()).hexdigest()[:32]
+
+    def read_size(self) -> tuple[int, int]:
+        """
+        Return width and height in pixels, as the image is shown, from the head of its file.
+
+        Raises:
+            `ValueError`: If the file cannot be read, or is no image.
+        """
+        from PIL import Image
+
+        try:
+            with self._open() as file, Image.open(file) as image:
+                width, height = image.size
+                turned = image.getexif().get(_ORIENTATION) in _TURNED
+        except (OSError, ValueError, SyntaxError) as error:
+            raise self._unreadable(error) from error
+        return (height, width) if turned else (width, height)
+
+    def load(self) -> Image:
+        """
+        Return the image, decoded and turned upright.
+
+        Raises:
+            `ValueError`: If the file cannot be read, or is no image.
+        """
+        from datasets import Image as ImageFeature
+
+        try:
+            image: Image = ImageFeature().decode_example({"path": self.path, "bytes": self.data})
+        except (OSError, ValueError, SyntaxError) as error:
+            raise self._unreadable(error) from error
+        return image
+
+    def _open(self) -> BinaryIO:
+        if self.data is not None:
+            return BytesIO(self.data)
+        from datasets.utils.file_utils import xopen  # a path may be a URL
+
+        file: BinaryIO = xopen(self.path, "rb")
+        return file
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        what = f"{len(self.data)} bytes" if self.data is not None else repr(self.path)
+        return ValueError(f"An image cannot be read ({what}: {error}). Repair it, or leave the row out.")
+
+
+def _from_base64(text: str) -> bytes | None:
+    """Return the bytes that a data URL or base64 of an image file holds, `None` if the text is a path."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    elif "://" in text[:16] or len(text) < _SHORTEST_BASE64 or (len(text) < 256 and Path(text).is_file()):
+        return None
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        return None

@@ -1,0 +1,209 @@
+"""What a processor writes into a prompt for an image of a given size, and what a model reads of the pixels."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+# Text that no processor touches, between the placeholders of a probe.
+_MARKER = "Xqimageqx"
+_PROBED_SIZES: tuple[Size, ...] = ((64, 64), (256, 96), (96, 256), (448, 448))
+_KEPT = 4096  # expansions that are remembered
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """
+    What stands in a prompt for an image.
+
+    Args:
+        text (`str`):
+            Text that replaces the placeholder of the chat template.
+        num_features (`int`):
+            Number of its tokens that show a feature of the image.
+    """
+
+    text: str
+    num_features: int
+
+
+class ImagePlaceholders:
+    """
+    What a processor writes for images.
+
+    It is asked by processing blank images of the same size, once per size, with a tokenizer that records the text that
+    it gets. So nothing here depends on the class of a processor.
+
+    Args:
+        processor (`transformers.ProcessorMixin`):
+            Processor with an image processor and a placeholder for images (`image_token`).
+
+    Raises:
+        `ValueError`: If the processor has no placeholder, or writes prompts in a way that depends on their text.
+    """
+
+    def __init__(self, processor: ProcessorMixin) -> None:
+        self.processor = processor
+        token = getattr(processor, "image_token", None)
+        if not isinstance(token, str) or getattr(processor, "image_processor", None) is None:
+            raise ValueError(
+                f"{self._name} has no placeholder for images ('image_token'), so it cannot be told where they stand "
+                "in a prompt. Use TRL's SFTTrainer, or remove the images."
+            )
+        self.text: str = token
+        self._known: dict[tuple[Size, bool], Expansion] = {}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the processor."""
+        return self.processor.tokenizer
+
+    @property
+    def _name(self) -> str:
+        return type(self.processor).__name__
+
+    @cached_property
+    def token_id(self) -> int:
+        """Id of the token that shows a feature: of the processor's image tokens, the one that it writes most often."""
+        ids = self._encode(self._write([_PROBED_SIZES[0]])[0])
+        candidates = [
+            getattr(self.processor, "image_token_id", None),
+            *getattr(self.processor, "image_token_ids", []),
+            getattr(self.tokenizer, "image_token_id", None),
+            self.tokenizer.convert_tokens_to_ids(self.text),
+        ]
+        known = [int(candidate) for candidate in candidates if candidate is not None]
+        best = max(known, key=lambda candidate: int((ids == candidate).sum()))
+        if best not in ids:
+            raise ValueError(f"{self._name} writes none of its image tokens {known} into a prompt with an image.")
+        return best
+
+    @cached_property
+    def depends_on_company(self) -> bool:
+        """Whether an image that stands alone in a prompt is written in another way than one among others."""
+        together = self._write(_PROBED_SIZES)
+        return any(self._write([size]) != [text] for size, text in zip(_PROBED_SIZES, together, strict=True))
+
+    def expand(self, size: Size, *, alone: bool = True) -> Expansion:
+        """
+        Return what stands in a prompt for an image.
+
+        Args:
+            size (`tuple[int, int]`):
+                Width and height of the image in pixels.
+            alone (`bool`, *optional*, defaults to `True`):
+                Whether it is the only image of the prompt; matters where [`depends_on_company`] is true.
+
+        Returns:
+            `Expansion`: The text.
+
+        Raises:
+            `ValueError`: If the processor refuses images of this size.
+        """
+        key = size, alone or not self.depends_on_company
+        if key not in self._known:
+            text = self._write([size] if key[1] else [size, size])[0]
+            num_features = int((self._encode(text) == self.token_id).sum())
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            self._known[key] = Expansion(text, num_features)
+        return self._known[key]
+
+    def process(self, images: Sequence[Image], num_alone: int = 0) -> dict[str, torch.Tensor]:
+        """
+        Return what a model reads of images, in their order, such as `pixel_values` and `image_grid_thw`.
+
+        Args:
+            images (`Sequence[PIL.Image.Image]`):
+                Images.
+            num_alone (`int`, *optional*, defaults to 0):
+                How many of them, from the first on, are processed as the only image of a prompt where that makes a
+                difference ([`depends_on_company`]). The others are processed as those of one prompt; a single one is
+                processed twice, to have company, and its copy comes last.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Inputs of the model, without those made from text.
+        """
+        prompts = [list(images)]
+        if self.depends_on_company and num_alone:
+            others = list(images[num_alone:])
+            prompts = [[image] for image in images[:num_alone]]
+            prompts += [others * 2 if len(others) == 1 else others] if others else []
+        texts = [self.text * len(prompt) for prompt in prompts]
+        outputs = self._call(self.processor, prompts, texts, padding=True)
+        of_text = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+        return {name: value for name, value in outputs.items() if name not in of_text}
+
+    def _write(self, sizes: Sequence[Size]) -> list[str]:
+        """Return the text that the processor writes for each image of one prompt."""
+        from PIL import Image
+
+        recorder = _RecordingTokenizer(self.tokenizer)
+        processor = copy.copy(self.processor)
+        processor.tokenizer = recorder
+        text = "".join(f"{_MARKER}{self.text}" for _ in sizes) + _MARKER
+        self._call(processor, [[Image.new("RGB", size) for size in sizes]], [text])
+        parts = recorder.text.split(_MARKER)
+        if len(parts) != len(sizes) + 2 or parts[0] or parts[-1]:
+            raise ValueError(
+                f"{self._name} changes the text around the images of a prompt, so that turns with images cannot be "
+                "rendered one by one. Use TRL's SFTTrainer."
+            )
+        return parts[1:-1]
+
+    def _call(
+        self, processor: ProcessorMixin, images: list[list[Image]], text: list[str], **kwargs: Any
+    ) -> Mapping[str, Any]:
+        outputs: Mapping[str, Any] = processor(
+            images=images, text=text, return_tensors="pt", add_special_tokens=False, **kwargs
+        )
+        return outputs
+
+    def _encode(self, text: str) -> NDArray[np.int64]:
+        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+
+    def count(self, text: str) -> int:
+        """Return the number of placeholders in a rendering."""
+        return text.count(self.text)
+
+    def write(self, text: str, expansions: Sequence[Expansion]) -> str:
+        """Return a rendering in which each placeholder is replaced by what the processor writes for its image."""
+        texts = iter(expansions)
+        return re.sub(re.escape(self.text), lambda match: next(texts).text, text)
+
+
+@lru_cache(maxsize=8)
+def placeholders_of(processor: ProcessorMixin) -> ImagePlaceholders:
+    """Return what a processor writes for images; what it has been asked is remembered."""
+    return ImagePlaceholders(processor)
+
+
+class _RecordingTokenizer:
+    """A tokenizer that remembers the text of its last call."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.text = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+        (self.text,) = [text] if isinstance(text, str) else text
+        return self._tokenizer(text, *args, **kwargs)

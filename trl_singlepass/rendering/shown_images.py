@@ -1,0 +1,102 @@
+"""Which images of a conversation a prompt shows: all before its turn, or those that the template keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..images.conversation_images import ConversationImages
+from .conversation import Message, RenderingError
+from .prefixes import Prefixes
+from .turn import RenderedTurn, rendering_error
+from .validation import is_image_part
+
+
+def find_shown_images(prefixes: Prefixes, turn: RenderedTurn, images: ConversationImages) -> list[int]:
+    """
+    Return which image of its conversation each placeholder in the prompt of a turn shows.
+
+    Where a prompt has a placeholder for each image of its messages, these are all of them, in order. Where it has
+    fewer, the template drops images: those without which it renders the same prompt, or, if it writes something in
+    their place, a prompt with as many placeholders.
+
+    Args:
+        prefixes ([`Prefixes`]):
+            The conversation.
+        turn ([`RenderedTurn`]):
+            The turn.
+        images ([`ConversationImages`]):
+            The images of the conversation.
+
+    Returns:
+        `list[int]`: Number of the image that each placeholder shows.
+
+    Raises:
+        `RenderingError`: If the completion has a placeholder, the prompt has more of them than images, or which images
+            the template drops is not certain.
+    """
+    placeholders, k = images.placeholders, turn.message_index
+    places = _places(prefixes.messages[:k])
+    count = placeholders.count(turn.prompt)
+    if placeholders.count(turn.completion):
+        raise rendering_error(
+            prefixes.template,
+            k,
+            "its completion shows an image, which a model that writes text does not write. Put the image in a message "
+            "of the user or of a tool",
+        )
+    if count > len(places):
+        raise rendering_error(
+            prefixes.template,
+            k,
+            f"its prompt has {count} placeholders {placeholders.text!r} for {len(places)} images. Does a text contain "
+            "the placeholder? Write it in another way",
+        )
+    if count == len(places):
+        return list(range(count))
+    shown = _find_kept(prefixes, turn, places, images)
+    if shown is None:
+        raise rendering_error(
+            prefixes.template,
+            k,
+            f"the template shows {count} of the {len(places)} images before it, and which ones is not certain. Use a "
+            "template that shows all of them, or give tokenised turns with the images of each",
+        )
+    return shown
+
+
+def _find_kept(
+    prefixes: Prefixes, turn: RenderedTurn, places: Sequence[tuple[int, int]], images: ConversationImages
+) -> list[int] | None:
+    count = images.placeholders.count(turn.prompt)
+    texts = [_prompt_without(prefixes, turn.message_index, place) for place in places]
+    changing = [number for number, text in enumerate(texts) if text != turn.prompt]
+    counted = [number for number in changing if images.placeholders.count(texts[number] or "") < count]
+    return next((shown for shown in (changing, counted) if len(shown) == count), None)
+
+
+def without_image_parts(content: object) -> object:
+    """Return the content of a message without its images."""
+    return [part for part in content if not is_image_part(part)] if isinstance(content, list) else content
+
+
+def _places(messages: Sequence[Message]) -> list[tuple[int, int]]:
+    """Return message and part of each image."""
+    return [
+        (index, position)
+        for index, message in enumerate(messages)
+        if isinstance(message.get("content"), list)
+        for position, part in enumerate(message["content"])
+        if is_image_part(part)
+    ]
+
+
+def _prompt_without(prefixes: Prefixes, k: int, place: tuple[int, int]) -> str | None:
+    """Return the prompt of message `k` without one image, `None` if the template refuses it."""
+    index, position = place
+    messages = list(prefixes.messages[:k])
+    content = messages[index]["content"]
+    messages[index] = {**messages[index], "content": [*content[:position], *content[position + 1 :]]}
+    try:
+        return prefixes.template.render(messages, add_generation_prompt=True)
+    except RenderingError:
+        return None
