@@ -173,6 +173,7 @@ def two_processes(tmp_path_factory):
     return torch.load(result)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 def test_twenty_steps_on_two_processes(two_processes, case):
@@ -184,6 +185,7 @@ def test_twenty_steps_on_two_processes(two_processes, case):
     assert len(set(stock["loss"])) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_what_one_trains(tmp_path, tokenizer, two_processes):
     """Of trajectories with several turns, which stock trains otherwise."""

@@ -130,7 +130,7 @@ def _example_to_columns(
 
 
 def _no_row() -> dict[str, Any]:
-    return {name: [] for name in PAIR_COLUMNS}
+    return {name: np.empty(0, float if name == "loss_weights" else np.int64) for name in PAIR_COLUMNS}
 
 
 class _StreamPreparation:
