@@ -34,10 +34,11 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from support import tiny_causal_lms
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
 from support.float64_comparison import in_float64, recompute_in_float64
-from support.tiny_families import tiny_model
+from support.tiny_families import FAMILIES, tiny_model
 from support.tiny_multimodal import model_for
 from support.trainers import SETTINGS as COMMON
 from support.trainers import as_dataset, float32_model
@@ -105,6 +106,11 @@ def divided(model, folder, sizes):
     )
 
 
+def adapter(layers):
+    """Return an adapter of the layers that PEFT chooses for a model (`True`), or of those named."""
+    return LoraConfig(r=4, target_modules=None if layers is True else layers)
+
+
 def set_adapter(model):
     """Initialize an adapter's first factors the same way however its layers are sharded."""
     generator = torch.Generator().manual_seed(0)
@@ -121,8 +127,11 @@ def build_trainer(settings):
     model = float32_model(tokenizer, **heads)
     if "class_name" in settings:
         model = model_for(settings["class_name"], tokenizer)
-    if "family" in settings:
-        model = tiny_model(settings["family"], len(tokenizer), torch.float32, attn_implementation="eager", **heads)
+    family = settings.get("family")
+    if family in FAMILIES:
+        model = tiny_model(family, len(tokenizer), torch.float32, attn_implementation="eager", **heads)
+    elif family is not None:
+        model = tiny_causal_lms.tiny_model(family, vocab_size=len(tokenizer), **settings.get("model", {})).float()
     if settings.get("float64"):
         model.double()
     if "divided" in settings:
@@ -148,7 +157,7 @@ def build_trainer(settings):
         train_dataset=dataset,
         eval_dataset=as_dataset(evaluation_conversations()) if settings.get("evaluate") else None,
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, init_lora_weights=True) if settings.get("lora") else None,
+        peft_config=adapter(settings["lora"]) if settings.get("lora") else None,
     )
 
 

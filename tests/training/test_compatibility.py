@@ -10,15 +10,13 @@ from accelerate.utils import DistributedType
 from peft import PromptTuningConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.hybrid_step import small_hybrid
 from support.conversations import chat, tool_chat
 from support.tiny_multimodal import tiny_conditional
-from support.trainers import float32_model, needs_cached_states, single_pass_trainer
+from support.trainers import float32_model, single_pass_trainer
 from trl_singlepass.training.compatibility import (
     check_engine,
     check_loss_is_per_token,
     check_parallelism,
-    check_recurrent_layers,
     check_tensor_parallelism,
     check_weights_reach_the_loss,
 )
@@ -95,17 +93,6 @@ def test_a_pipeline_is_refused(tmp_path, tokenizer):
     model.config.distributed_config = type("DistributedConfig", (), {"pp_size": 2})()
     with pytest.raises(ValueError, match="pp_size=2: a pipeline passes hidden states on"):
         check_tensor_parallelism(model, args=None, tp_size=1)
-
-
-@needs_cached_states
-def test_recurrent_layers_are_not_sharded_by_zero3():
-    plugin = SimpleNamespace(zero_stage=3)
-    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), num_processes=2)
-    model = small_hybrid()
-    with pytest.raises(ValueError, match="ZeRO-3 does not work with Qwen3_5GatedDeltaNet: it gathers parameters as"):
-        check_recurrent_layers(model, accelerator)
-    plugin.zero_stage = 2
-    check_recurrent_layers(model, accelerator)
 
 
 def test_a_refused_model_is_named_before_the_dataset_is_prepared(tmp_path, tokenizer, monkeypatch):

@@ -12,9 +12,9 @@ from transformers import DataCollator, PreTrainedModel
 from trl import DPOConfig
 
 from ..data.dataset_format import check_is_dataset, column_names
+from ..recurrent.layer_kinds import path_dependent_layer_names
 from ..training.compatibility import check_adapters, check_engine, check_parallelism
-from ..training.compatibility import check_recurrent_layers as check_recurrent_layers
-from ..training.model import check_model
+from ..training.model import check_model, without_adapters
 from .collator import DataCollatorForSinglePassPreference
 from .pairs import SIDES, TOKEN_COLUMNS
 from .rows import PAIR_COLUMNS
@@ -141,3 +141,16 @@ def check_run(model: PreTrainedModel, accelerator: Accelerator, args: DPOConfig,
                 f"{name}={size} does not work for pairs: ranks that share a row do not share its pairs. Set it to 1, "
                 "and shard the model with FSDP2 or ZeRO-3."
             )
+
+
+def check_recurrent_layers(model: PreTrainedModel | PeftModel, accelerator: Accelerator) -> None:
+    """Refuse recurrent layers under ZeRO-3, which has taken over the reference model before it knows of trees."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero_stage < 3 or accelerator.num_processes == 1:
+        return
+    recurrent = path_dependent_layer_names(without_adapters(model))
+    if recurrent:
+        raise ValueError(
+            f"ZeRO-3 does not work with {', '.join(recurrent)} for pairs: it gathers the reference model's "
+            "parameters as often as a layer's parts run, which differs between ranks. Use FSDP2 or ZeRO-2."
+        )

@@ -180,7 +180,6 @@ def check_run(
     check_parallelism(accelerator.parallelism_config)  # may come from accelerate's own configuration
     check_engine(args, accelerator)
     check_tensor_parallelism(model, args, tp_size=tp_size)
-    check_recurrent_layers(model, accelerator)
 
 
 def check_parallelism(config: ParallelismConfig | None) -> None:
@@ -253,24 +252,6 @@ def check_tensor_parallelism(model: PreTrainedModel | PeftModel, args: TrainingA
     ):
         if refused:
             raise ValueError(f"Tensor parallelism (tp_size) does not work with {what}. {way_out}.")
-
-
-def check_recurrent_layers(model: PreTrainedModel | PeftModel, accelerator: Accelerator) -> None:
-    """
-    Refuse to shard recurrent layers by ZeRO-3.
-
-    It gathers parameters on all ranks at once whenever a module runs, but a recurrent layer runs once per segment of
-    the rank's own row: ranks would wait for each other forever, or mix up parameters.
-    """
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is None or plugin.zero_stage < 3 or accelerator.num_processes == 1:
-        return
-    recurrent = path_dependent_layer_names(without_adapters(model))
-    if recurrent:
-        raise ValueError(
-            f"ZeRO-3 does not work with {', '.join(recurrent)}: it gathers parameters as often as a layer's parts "
-            "run, which differs between ranks. Shard the model with FSDP2, or use ZeRO-2."
-        )
 
 
 def check_sequence_parallelism(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +35,17 @@ _LOADER_SETTINGS = (
     "multiprocessing_context",
     "in_order",
 )
+
+
+@contextmanager
+def endless_stream(trainer: Any) -> Iterator[None]:
+    """Let the stream of a trainer start again where it ends."""
+    stream = trainer.train_dataset
+    trainer.train_dataset = stream.repeat(None)
+    try:
+        yield
+    finally:
+        trainer.train_dataset = stream
 
 
 def stream_dataloader(

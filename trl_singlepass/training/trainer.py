@@ -29,8 +29,9 @@ from .model_card import complete_model_card
 from .paper import PAPER
 from .sequence_parallel import SequenceParallel
 from .sharded_head import gather_head_with_model
-from .stream_epochs import StreamSteps, blank_batch, position_in_stream, stream_dataloader
+from .stream_epochs import StreamSteps, blank_batch, endless_stream, position_in_stream, stream_dataloader
 from .tree_loss import Loss, TreeLoss
+from .zero3_leaves import make_leaves
 
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class SinglePassSFTTrainer(SFTTrainer):
                 formatting_func=formatting_func,
             )
         check_run(self.model, args, self.accelerator, tp_size=self.get_tp_size())
+        make_leaves(self.model, self.accelerator)
         collator = collator or DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
         collator.load_images = collator.load_images or image_loader_of(self.processing_class)
         self.data_collator = TreeOrPlainCollator(collator, self.data_collator)
@@ -175,11 +177,8 @@ class SinglePassSFTTrainer(SFTTrainer):
             blank = blank_batch(self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
             self._stream_steps = StreamSteps(self.accelerator, blank)
             return stream_dataloader(stream, self.data_collator, self.args, self.accelerator, self._train_batch_size)
-        self.train_dataset = stream.repeat(None)  # a rank that waits for a row to share would wait forever
-        try:
+        with endless_stream(self):  # a rank that waits for a row to share would wait forever
             return super().get_train_dataloader()
-        finally:
-            self.train_dataset = stream
 
     def get_test_dataloader(self, test_dataset: AnyDataset) -> DataLoader[Batch]:
         """Prepare a raw dataset, in its order; the Trainer takes only what is prepared."""
@@ -249,9 +248,8 @@ class SinglePassSFTTrainer(SFTTrainer):
         """Compute TRL's loss on the tree of a row, each target with its weight; TRL has no trees and no weights."""
         if "tree_plan" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        tree_loss = self._enable_tree()  # evaluation may bring the first conversations
         context = get_loss_context(self, num_items_in_batch, self._turn_metrics)
-        return tree_loss.compute(super().compute_loss, model, inputs, return_outputs, context)
+        return self._enable_tree().compute(super().compute_loss, model, inputs, return_outputs, context)
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -115,7 +115,10 @@ class WaveModel:
         for _ in range(num_waves):
             with running_on(tree):
                 outputs = self._forward(inputs, tokens)
-            self.engine.backward(0 * outputs.log_probs.sum())
+            loss = outputs.log_probs.sum()
+            if self.recorder is not None:  # routers have the gradients that they have in a wave
+                loss = loss + torch.stack([logits.sum() for logits in self.recorder.pop()]).sum()
+            self.engine.backward(0 * loss)
 
     def _pad_evaluation(self, inputs: Inputs) -> None:
         tokens, tree = self._first_tokens()

@@ -1,0 +1,58 @@
+"""Layers that ZeRO-3 gathers as a whole, and what DeepSpeed needs to know of their inputs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from support.tiny_causal_lms import tiny_model
+from support.trainers import needs_cached_states
+from trl_singlepass.training.zero3_leaves import make_leaves
+
+
+pytestmark = needs_cached_states
+
+
+def on_stage(stage):
+    return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)))
+
+
+def leaves(model):
+    return {type(module).__name__ for module in model.modules() if getattr(module, "_z3_leaf", False)}
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("qwen3_5_moe_text", {"Qwen3_5MoeGatedDeltaNet", "Qwen3_5MoeExperts"}),
+        ("bamba", {"BambaMixer"}),
+        ("lfm2", {"Lfm2ShortConv"}),
+        ("recurrent_gemma", {"RecurrentGemmaRecurrentBlock"}),
+        ("qwen3", set()),
+    ],
+)
+def test_recurrent_layers_and_experts_are_leaves(family, expected):
+    model = tiny_model(family)
+    make_leaves(model, on_stage(2))
+    assert leaves(model) == set()
+    make_leaves(model, on_stage(3))
+    assert leaves(model) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")  # PEFT reads a name that transformers deprecates
+def test_inputs_of_leaves_have_gradients_and_come_by_position():
+    """DeepSpeed counts the gradients of arguments by position; a frozen embedding gives none."""
+    model = get_peft_model(tiny_model("qwen3_5_text"), LoraConfig(target_modules="all-linear"))
+    make_leaves(model, on_stage(3))
+    seen = []
+    for module in model.modules():
+        if getattr(module, "_z3_leaf", False):
+            module.register_forward_pre_hook(lambda _, args: seen.extend(args))
+    tokens = torch.arange(8)[None]
+    model(input_ids=tokens)
+    assert [hidden_states.shape for hidden_states in seen] == [(1, 8, 32)]
+    assert seen[0].requires_grad
+    with torch.no_grad():
+        model(input_ids=tokens)
+    assert not seen[1].requires_grad
