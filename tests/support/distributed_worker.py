@@ -38,6 +38,8 @@ from support import tiny_causal_lms
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
 from support.float64_comparison import in_float64, recompute_in_float64
+from support.image_models import image_model
+from support.image_rows import image_collator, image_rows, image_sample_sets
 from support.tiny_families import FAMILIES, tiny_model
 from support.tiny_multimodal import model_for
 from support.trainers import SETTINGS as COMMON
@@ -132,8 +134,15 @@ def build_trainer(settings):
         model = tiny_model(family, len(tokenizer), torch.float32, attn_implementation="eager", **heads)
     elif family is not None:
         model = tiny_causal_lms.tiny_model(family, vocab_size=len(tokenizer), **settings.get("model", {})).float()
+    images = {}
+    if "image_family" in settings:
+        model = image_model(settings["image_family"], torch.float32)
+        freeze_encoder(model, settings.get("frozen_encoder"))
     if settings.get("float64"):
         model.double()
+    if "image_family" in settings:
+        sets = image_sample_sets(model, settings["image_family"])
+        images = {"data_collator": image_collator(model, settings["image_family"]), "train_dataset": image_rows(sets)}
     if "divided" in settings:
         model = divided(model, Path(settings["result"]).parent, settings["divided"])
     config = {
@@ -154,11 +163,17 @@ def build_trainer(settings):
     return SinglePassSFTTrainer(
         model,
         SinglePassSFTConfig(str(Path(settings["result"]).parent / "out"), **config),
-        train_dataset=dataset,
+        **{"train_dataset": dataset, **images},
         eval_dataset=as_dataset(evaluation_conversations()) if settings.get("evaluate") else None,
         processing_class=tokenizer,
         peft_config=adapter(settings["lora"]) if settings.get("lora") else None,
     )
+
+
+def freeze_encoder(model, frozen):
+    """Freeze the encoder of images, if asked for."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or "visual" not in name)
 
 
 def untrained(example, index, silent_rows):

@@ -41,12 +41,16 @@ class DataCollatorForSinglePass:
             Returns what the model reads of some images, such as `pixel_values`; needed for rows with images.
         positions ([`PathPositions`], *optional*):
             Positions of several dimensions, for a model that gives images such positions.
+        blank_image (`Callable`, *optional*):
+            Returns what the model reads of a blank image, for rows without images: several ranks must run the encoder
+            of images together, or none.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     load_images: LoadImages | None = None
     positions: PathPositions | None = None
+    blank_image: Callable[[], dict[str, torch.Tensor]] | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """
@@ -82,6 +86,8 @@ class DataCollatorForSinglePass:
             batch["loss_weights"] = _as_batch(row.loss_weights).float()
         if row.image_features is not None:
             batch["image_features"] = _as_batch(row.image_features)
+            if not row.images and self.blank_image is not None:
+                batch["image_inputs"] = self.blank_image()
         if row.images:
             if self.load_images is None:
                 raise ValueError(

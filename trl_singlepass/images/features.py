@@ -98,7 +98,7 @@ def enable_image_features(module: nn.Module) -> None:
             Part of the model, as [`image_module`] returns it; changed in place.
     """
     # Bound to the module, so that a copy of the model gets a method of its own.
-    module.get_image_features = MethodType(_one_feature_per_placeholder, module)  # type: ignore[assignment]
+    module.get_image_features = MethodType(_show_on_trees, module)  # type: ignore[assignment]
 
 
 def _one_feature_per_placeholder(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -116,6 +116,10 @@ def _one_feature_per_placeholder(module: Any, *args: Any, **kwargs: Any) -> Any:
     if layered is not None:
         outputs[_LAYERED_FEATURES] = type(layered)(_gathered_layer(layer, shown, module) for layer in layered)
     return outputs
+
+
+# Compiled models leave this function, which reads a context variable, and compile the encoder that it calls.
+_show_on_trees: Any = torch.compiler.disable(_one_feature_per_placeholder, recursive=False)  # type: ignore[no-untyped-call]
 
 
 def _gathered_layer(layer: Any, shown: ShownFeatures, module: nn.Module) -> Any:

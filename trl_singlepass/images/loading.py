@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+BLANK_SIZE = (32, 32)
+"""Width and height of a blank image in pixels, which processors bring to a size that they take."""
 GetImages = Callable[[int], Sequence[EncodedImage]]
 """From the number of an example to its images, in the order in which its messages show them."""
 
@@ -88,6 +90,12 @@ class ImageLoader:
             except ValueError as error:
                 raise ValueError(f"{_name(image.source)}{error}") from error
         return self.placeholders.process(loaded, num_alone=sum(not image.in_company for image in images))
+
+    def blank(self) -> dict[str, torch.Tensor]:
+        """Return what a model reads of a blank image, for a row without images."""
+        from PIL import Image  # here, because datasets of text do not need it
+
+        return self.placeholders.process([Image.new("RGB", BLANK_SIZE)], num_alone=1)
 
     def _find(self, source: Mapping[str, Any]) -> EncodedImage:
         if not source.get("dataset"):

@@ -56,7 +56,7 @@ class ImageReader:
         module = check_reads_images(model)
         positions = PathPositions.from_model(model)
         enable_image_features(module)
-        parameters = inspect.signature(model.forward).parameters
+        parameters = inspect.signature(type(model).forward).parameters
         return cls(tuple(name for name in TOKEN_TYPES if name in parameters), positions)
 
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -71,6 +71,7 @@ class ImageReader:
         inputs = {**dict.fromkeys(self.token_types, is_image), **batch.get("image_inputs", {})}
         if "rope_position_ids" in batch:
             inputs["position_ids"] = batch["rope_position_ids"]
+        assert self.positions is None or not batch["tree_plan"].images or "position_ids" in inputs
         return inputs
 
     def showing(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
@@ -111,9 +112,9 @@ def check_reads_images(model: nn.Module) -> nn.Module:
 
 
 def _does_not_replace_placeholders(module: nn.Module) -> str | None:
-    names = _names(module.forward)
+    names = _names(type(module).forward)
     if "inputs_merger" in names:
-        names |= _names(module.inputs_merger)
+        names |= _names(type(module).inputs_merger)  # type: ignore[attr-defined]
     if {"get_image_features", "masked_scatter"} <= names:
         return None
     return "does not put the features of its images in the places of placeholder tokens"
@@ -122,7 +123,7 @@ def _does_not_replace_placeholders(module: nn.Module) -> str | None:
 def _asks_for_more(model: nn.Module) -> str | None:
     asked = [
         name
-        for name in inspect.signature(model.forward).parameters
+        for name in inspect.signature(type(model).forward).parameters
         if name.endswith("token_type_ids") and name not in TOKEN_TYPES
     ]
     return f"reads {asked[0]}, which say more about a token than whether it belongs to an image" if asked else None
@@ -130,7 +131,7 @@ def _asks_for_more(model: nn.Module) -> str | None:
 
 def _mixes_images(module: nn.Module) -> str | None:
     """Refuse images that see more than themselves in both directions: all others, or the whole prompt."""
-    names = _names(module.forward)
+    names = _names(type(module).forward)
     if not names & {"block_sequence_ids", "get_block_sequence_ids_for_mask"}:
         return None
     block_ids = getattr(sys.modules[type(module).__module__], "get_block_sequence_ids_for_mask", None)

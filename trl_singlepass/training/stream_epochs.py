@@ -20,6 +20,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.collator import Batch, DataCollatorForSinglePass
+from ..trees.image_features import NO_FEATURE
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import Row
 from .last_batch import data_ranks
@@ -149,18 +150,19 @@ class StreamSteps:
         return batch
 
 
-def blank_batch(pad_token_id: int, pad_to_multiple_of: int | None = None) -> Batch:
+def blank_batch(collator: DataCollatorForSinglePass) -> Batch:
     """Return a batch of one row without targets: it completes a step, and adds nothing to loss or gradients."""
     tokens = np.zeros(2, np.int64)
     row = Row(
-        input_ids=tokens + pad_token_id,
+        input_ids=tokens + collator.pad_token_id,
         subtree_end=tokens + 2,
         labels=tokens + IGNORE_INDEX,
         loss_weights=np.zeros(2),
         label_parts=tokens,
         multiplicity=tokens + 1,  # the load-balancing loss of experts is a mean over tokens that count
+        image_features=None if collator.blank_image is None else tokens + NO_FEATURE,
     )
-    return DataCollatorForSinglePass(pad_token_id, pad_to_multiple_of)([row.columns()])
+    return collator([row.columns()])
 
 
 def position_in_stream(checkpoint: str | None, args: TrainingArguments) -> tuple[int, int] | None:

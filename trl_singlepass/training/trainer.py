@@ -118,9 +118,9 @@ class SinglePassSFTTrainer(SFTTrainer):
             )
         check_run(self.model, args, self.accelerator, tp_size=self.get_tp_size())
         make_leaves(self.model, self.accelerator)
-        collator = collator or DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
-        collator.load_images = collator.load_images or image_loader_of(self.processing_class)
-        self.data_collator = TreeOrPlainCollator(collator, self.data_collator)
+        self._collator = collator or DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
+        self._collator.load_images = self._collator.load_images or image_loader_of(self.processing_class)
+        self.data_collator = TreeOrPlainCollator(self._collator, self.data_collator)
         self._counts = TokenCounts()
         self._turn_metrics = TurnMetrics(args.device) if args.log_turn_metrics else None
         if self._trains_turns:
@@ -134,6 +134,7 @@ class SinglePassSFTTrainer(SFTTrainer):
             coef = getattr(self, "router_aux_loss_coef", 0.0) if self.aux_loss_enabled else None  # since TRL 1.16
             self._tree_loss = TreeLoss(self.model, self.args, self.accelerator, self.compute_loss_func, coef)
             self._sequence_parallel = self._tree_loss.sequence_parallel
+            self._tree_loss.read_images(self._collator, self.get_tp_size(), self.train_dataset, self.eval_dataset)
             if self._trains_turns and self._sequence_parallel is None:
                 # The divisor comes from here, even if the model's class says that its loss is the mean of a batch.
                 check_loss_is_per_token(self.model, self.model_accepts_loss_kwargs)
@@ -174,8 +175,7 @@ class SinglePassSFTTrainer(SFTTrainer):
         if isinstance(stream, Sized) or not self._trains_turns:
             return super().get_train_dataloader()
         if self._sequence_parallel is None:
-            blank = blank_batch(self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
-            self._stream_steps = StreamSteps(self.accelerator, blank)
+            self._stream_steps = StreamSteps(self.accelerator, blank_batch(self._collator))
             return stream_dataloader(stream, self.data_collator, self.args, self.accelerator, self._train_batch_size)
         with endless_stream(self):  # a rank that waits for a row to share would wait forever
             return super().get_train_dataloader()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -13,8 +14,10 @@ from transformers.utils import ModelOutput
 from trl import SFTConfig
 
 from ..attention import Tree, tree_context
-from ..data.collator import Batch
+from ..data.collator import Batch, DataCollatorForSinglePass
+from ..images.reading import ImageReader
 from .compatibility import check_weights_reach_the_loss
+from .images import Rows, read_images, show_images
 from .loss import LossContext, normalized, weighted_model
 from .model import Forward, check_every_layer_attended, enable_tree, without_adapters
 from .sequence_parallel import SequenceParallel
@@ -68,6 +71,8 @@ class TreeLoss:
         enable_tree(model)
         self._model, self._args, self._compute_loss_func = model, args, compute_loss_func
         self._layers_are_checked = False
+        self._accelerator = accelerator
+        self._image_reader: ImageReader | None = None
         self.waves: WaveTraining | None = None
         self.sequence_parallel: SequenceParallel | None = None
         if args.wave_tokens is not None:
@@ -75,6 +80,24 @@ class TreeLoss:
         if getattr(accelerator.parallelism_config, "sp_size", 1) > 1:
             has_router_loss = router_loss_coef is not None
             self.sequence_parallel = SequenceParallel(model, args, accelerator, has_router_loss=has_router_loss)
+
+    def read_images(self, collator: DataCollatorForSinglePass, tp_size: int, *datasets: Rows) -> None:
+        """
+        Make the model and the collator read images, if datasets have rows with images.
+
+        Args:
+            collator ([`DataCollatorForSinglePass`]):
+                Collator of the rows, changed in place.
+            tp_size (`int`):
+                Number of ranks that share the layers of the model.
+            *datasets (`datasets.Dataset`, `datasets.IterableDataset`, `dict` of these, *optional*):
+                Prepared datasets.
+
+        Raises:
+            `ValueError`: If the model, a setting or the engine does not go with images.
+        """
+        if self._image_reader is None and show_images(*datasets):
+            self._image_reader = read_images(self._model, self._args, self._accelerator, collator, tp_size)
 
     def compute(
         self,
@@ -108,7 +131,12 @@ class TreeLoss:
             with self.sequence_parallel.run_on_tree(batch["tree_plan"]) as tree:
                 loss = self.sequence_parallel.loss(compute_loss, model, batch, inputs, context)
         else:
-            with tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]) as tree:
+            shown: AbstractContextManager[None] = nullcontext()
+            if "image_features" in batch:
+                assert self._image_reader is not None, "rows with images need `read_images`"
+                inputs |= self._image_reader.model_inputs(batch)
+                shown = self._image_reader.showing(batch)
+            with shown, tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]) as tree:
                 forward: Forward = model if self.waves is None else self.waves.wrap(model, tree, batch, context)
                 if context.turn_metrics is not None:
                     forward = context.turn_metrics.wrap(forward, batch["label_parts"], batch.get("loss_weights"))

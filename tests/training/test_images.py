@@ -1,0 +1,91 @@
+"""Training on rows with images: what the trainer gives the model, and what it refuses."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from support.chat_tokenizers import make_tokenizer
+from support.image_models import FAMILIES, image_model
+from support.image_rows import HandMadeImages, image_collator, image_rows, image_sample_sets
+from support.sample_sets import reasoning_chat
+from support.trainers import SETTINGS
+from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
+from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.reference import npass_loss_and_gradients
+from trl_singlepass.training.images import check_settings, read_images
+from trl_singlepass.training.stream_epochs import blank_batch
+
+
+def image_trainer(tmp_path, model, family, sample_sets, collator=None, **settings):
+    config = {**SETTINGS, "max_length": None, **settings}
+    return SinglePassSFTTrainer(
+        model,
+        SinglePassSFTConfig(str(tmp_path), **config),
+        data_collator=collator or image_collator(model, family),
+        train_dataset=image_rows(sample_sets),
+        processing_class=make_tokenizer("qwen3"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "batch_size"),
+    [
+        ("qwen3_vl", 1),
+        ("gemma3", 4),
+        *(pytest.param(family, size, marks=pytest.mark.slow) for family in FAMILIES for size in (1, 2, 4)),
+    ],
+)
+def test_one_step_equals_npass(tmp_path, family, batch_size):
+    model = image_model(family, torch.float32)
+    sets = image_sample_sets(model, family)[:4]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    samples = [sample for samples in sets for sample in samples]
+    expected = npass_loss_and_gradients(model, samples, load_images=HandMadeImages(family, torch.float32))
+    steps = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 4 // batch_size}
+    trainer = image_trainer(tmp_path, model, family, sets, **steps)
+    trainer.train()
+    (loss,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert loss == pytest.approx(expected.loss, rel=1e-6)
+    largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
+    for name, parameter in trainer.model.named_parameters():
+        step = (before[name] - parameter.detach()) / SETTINGS["learning_rate"]
+        assert float((step - expected.gradients[name]).abs().max()) <= 2e-5 * largest, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [({"wave_tokens": 64}, "wave_tokens does not work on rows with images: each wave would encode")],
+)
+def test_settings_that_do_not_go_with_images(tmp_path, settings, refused):
+    model = image_model("qwen3_vl", torch.float32)
+    with pytest.raises(ValueError, match=refused):
+        image_trainer(tmp_path, model, "qwen3_vl", image_sample_sets(model, "qwen3_vl")[:1], **settings)
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [({"sp_size": 2}, "sp_size=2"), ({"tp_size": 2}, "tp_size=2")], ids=["sequence", "tensor"]
+)
+def test_rows_and_layers_that_ranks_share_are_refused(size, name):
+    args = SimpleNamespace(wave_tokens=None)
+    accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(sp_size=size.get("sp_size", 1)))
+    with pytest.raises(ValueError, match=f"{name} does not work on rows with images"):
+        check_settings(args, accelerator, size.get("tp_size", 1))
+
+
+def test_several_ranks_need_a_blank_image():
+    model = image_model("qwen3_vl", torch.float32)
+    args, accelerator = SimpleNamespace(wave_tokens=None), SimpleNamespace(parallelism_config=None, num_processes=2)
+    collator = DataCollatorForSinglePass(0, load_images=lambda images: {})
+    with pytest.raises(ValueError, match="a method `blank`"):
+        read_images(model, args, accelerator, collator, 1)
+
+
+def test_a_blank_image_stands_in_for_the_images_of_a_row_of_text():
+    model = image_model("qwen3_vl", torch.float32)
+    (row,) = image_rows([reasoning_chat(turns=1, vocab_size=80)])
+    collator = image_collator(model, "qwen3_vl")
+    assert "image_inputs" not in collator([row])
+    collator.blank_image = collator.load_images.blank
+    assert set(collator([row])["image_inputs"]) == {"pixel_values", "image_grid_thw"}
+    assert blank_batch(collator)["image_inputs"].keys() == collator([row])["image_inputs"].keys()

@@ -1,0 +1,108 @@
+"""Training on rows with images: what the model and the collator need for them, and what does not go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from accelerate import Accelerator
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel
+from trl import SFTConfig
+
+from ..data.collator import DataCollatorForSinglePass
+from ..data.dataset_format import column_names
+from ..images.reading import ImageReader
+from ..trees.rows import IMAGE_COLUMNS
+from .model import without_adapters
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Rows: TypeAlias = Dataset | IterableDataset | Mapping[str, Any] | None
+
+
+def show_images(*datasets: Rows) -> bool:
+    """
+    Return whether any of some datasets has rows with images.
+
+    Args:
+        *datasets (`datasets.Dataset`, `datasets.IterableDataset`, `dict` of these, *optional*):
+            Prepared datasets.
+    """
+    return any(
+        show_images(*rows.values()) if isinstance(rows, Mapping) else set(IMAGE_COLUMNS) <= set(column_names(rows))
+        for rows in datasets
+        if rows is not None
+    )
+
+
+def read_images(
+    model: PreTrainedModel | PeftModel,
+    args: SFTConfig,
+    accelerator: Accelerator,
+    collator: DataCollatorForSinglePass,
+    tp_size: int,
+) -> ImageReader:
+    """
+    Make a model and a collator read rows with images.
+
+    Args:
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model to train, changed in place.
+        args (`SinglePassSFTConfig`):
+            Arguments of the run.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run.
+        collator ([`DataCollatorForSinglePass`]):
+            Collator of the rows, changed in place.
+        tp_size (`int`):
+            Number of ranks that share the layers of the model.
+
+    Returns:
+        [`ImageReader`]: How the model reads images.
+
+    Raises:
+        `UnsupportedImagesError`: If the model reads images in a way that a tree cannot give it.
+        `ValueError`: If a setting or an engine does not go with images.
+    """
+    check_settings(args, accelerator, tp_size)
+    reader = ImageReader.enable(without_adapters(model))
+    collator.positions = reader.positions
+    if accelerator.num_processes > 1:
+        # Ranks reduce the gradients of the encoder together, and some shard it: all have to run it, or none.
+        collator.blank_image = getattr(collator.load_images, "blank", None)
+        if collator.blank_image is None:
+            raise ValueError(
+                "On several ranks, a row without images shows the model a blank one, so that all ranks run its "
+                "encoder. Give the load_images of your data_collator a method `blank`, or leave data_collator unset."
+            )
+    return reader
+
+
+def check_settings(args: SFTConfig, accelerator: Accelerator, tp_size: int) -> None:
+    """Refuse what does not go with rows that show images."""
+    sp_size = getattr(accelerator.parallelism_config, "sp_size", 1)
+    for refused, what, why, way_out in (
+        (
+            args.wave_tokens is not None,
+            "wave_tokens",
+            "each wave would encode the images of its row again",
+            "Set wave_tokens=None, and activation_checkpointing=True to save memory",
+        ),
+        (
+            sp_size > 1,
+            f"sp_size={sp_size}",
+            "ranks that share a row would each have a part of its placeholders, and all of its images",
+            "Set it to 1, and shard the model with ZeRO-3 or FSDP2",
+        ),
+        (
+            tp_size > 1,
+            f"tp_size={tp_size}",
+            "it has not been shown to train the encoder of images exactly",
+            "Shard the model with ZeRO-3 or FSDP2",
+        ),
+    ):
+        if refused:
+            raise ValueError(f"{what} does not work on rows with images: {why}. {way_out}.")
