@@ -13,7 +13,7 @@ from ..rendering.conversation import Conversation
 from ..rendering.history import render_with_history
 from ..rendering.prefixes import Prefixes
 from ..rendering.samples import render_conversation
-from ..trees.image_features import num_shown_images
+from ..trees.image_features import shown_images
 from ..trees.prefix_tree import PrefixTree
 from ..trees.rows import ROW_COLUMNS, Row
 from ..trees.sample import CompletionKind, Sample
@@ -155,7 +155,7 @@ def example_to_rows(
     rows = [Row.from_tree(tree) for tree in trees] or [_empty_row()]
     counts = _counts(index, fitted)
     counts["num_sample_tokens"] = sum(map(len, samples))
-    counts["num_sample_images"] = sum(num_shown_images(sample.image_features, sample.images) for sample in samples)
+    counts["num_sample_images"] = sum(len(shown_images(sample.image_features, sample.images)) for sample in samples)
     counts["num_row_images"] = sum(len(row.images) for row in rows)
     if len(trees) > 1:
         counts["num_repeated_tokens"] = sum(map(len, trees)) - len(PrefixTree.from_samples(samples))

@@ -86,7 +86,7 @@ class EncodedImage:
         try:
             with self._open() as file, Image.open(file) as image:
                 width, height = image.size
-                turned = image.getexif().get(_ORIENTATION) in _TURNED
+                turned = _has_exif(image, file) and image.getexif().get(_ORIENTATION) in _TURNED
         except (OSError, ValueError, SyntaxError) as error:
             raise self._unreadable(error) from error
         return (height, width) if turned else (width, height)
@@ -117,6 +117,15 @@ class EncodedImage:
     def _unreadable(self, error: Exception) -> ValueError:
         what = f"{len(self.data)} bytes" if self.data is not None else repr(self.path)
         return ValueError(f"An image cannot be read ({what}: {error}). Repair it, or leave the row out.")
+
+
+def _has_exif(image: Image, file: BinaryIO) -> bool:
+    """Whether an image may have EXIF tags; Pillow would decode a PNG to look for them behind its pixels."""
+    if image.format != "PNG":
+        return True
+    file.seek(0)
+    content = file.read()
+    return b"eXIf" in content or b"Raw profile type exif" in content
 
 
 def _from_base64(text: str) -> bytes | None:

@@ -134,8 +134,8 @@ class ImagePlaceholders:
                 Images.
             num_alone (`int`, *optional*, defaults to 0):
                 How many of them, from the first on, are processed as the only image of a prompt where that makes a
-                difference ([`depends_on_company`]). The others are processed as those of one prompt; a single one is
-                processed twice, to have company, and its copy comes last.
+                difference ([`depends_on_company`]). The others are processed as those of one prompt; a single one
+                gets a copy of itself for company.
 
         Returns:
             `dict[str, torch.Tensor]`: Inputs of the model, without those made from text.
@@ -148,7 +148,12 @@ class ImagePlaceholders:
         texts = [self.text * len(prompt) for prompt in prompts]
         outputs = self._call(self.processor, prompts, texts, padding=True)
         of_text = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
-        return {name: value for name, value in outputs.items() if name not in of_text}
+        num_with_copy = sum(map(len, prompts))
+        return {
+            name: value[: len(images)] if len(value) == num_with_copy else value
+            for name, value in outputs.items()
+            if name not in of_text
+        }
 
     def _write(self, sizes: Sequence[Size]) -> list[str]:
         """Return the text that the processor writes for each image of one prompt."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
-from transformers import PreTrainedTokenizerBase, logging
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, logging
 
 from ..data.bad_rows import (
     BadRowError,
@@ -21,12 +21,15 @@ from ..data.bad_rows import (
 )
 from ..data.conversations import example_to_samples
 from ..data.dataset_format import EXAMPLE, check_is_dataset, column_names, in_one_column
+from ..data.images import undecoded
 from ..data.settings import RowSettings
 from ..data.tokenized_turns import gather_turns, is_single_turn
+from ..data.vision import get_tokenizer, reader_for
 from ..rendering.conversation import Message
 from ..training.config import SinglePassSFTConfig
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.sample import Sample
+from .text_export import TEXT_FEATURES, samples_as_text
 
 
 logger = logging.get_logger(__name__)
@@ -40,7 +43,7 @@ _BAD_ROW = {"row": Value("int64"), "bad_row": Value("string")}
 
 def to_npass(
     dataset: Dataset | IterableDataset | Sequence[Mapping[str, object] | list[Message]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     args: SinglePassSFTConfig | None = None,
     *,
     num_proc: int | None = None,
@@ -54,8 +57,8 @@ def to_npass(
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list`):
             Conversations, as [`SinglePassSFTTrainer`] takes them; a list may also hold plain lists of messages.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Tokenizer with a chat template; the processor for conversations with images.
         args ([`SinglePassSFTConfig`], *optional*):
             Training arguments, whose settings for lengths, weights and bad rows apply to the samples.
         num_proc (`int`, *optional*):
@@ -70,8 +73,12 @@ def to_npass(
 
         The loss of a step is `Σ weight · nll ÷ Σ weight`.
 
+        Trainers process images together with text. So conversations with images become rows of text: `prompt` and
+        `completion`, rendered, and `images`, those that the prompt shows.
+
     Raises:
-        `RenderingError`: If some rows cannot be rendered in full, unless `args.bad_rows` is `"drop"`.
+        `RenderingError`: If some rows cannot be rendered in full, or those with images cannot be written as text,
+            unless `args.bad_rows` is `"drop"`.
 
     Example:
 
@@ -85,23 +92,30 @@ def to_npass(
     settings = RowSettings() if args is None else args.row_settings()
     bad_rows: BadRows = BadRows.ERROR if args is None else args.bad_rows
     if is_single_turn(column_names(dataset)):
-        dataset, errors = gather_turns(dataset, len(tokenizer), bad_rows=bad_rows, num_proc=num_proc)
+        dataset, errors = gather_turns(dataset, len(get_tokenizer(tokenizer)), bad_rows=bad_rows, num_proc=num_proc)
         _log_dropped(errors)
+    tokenizer = reader_for(dataset, tokenizer)
     if isinstance(dataset, IterableDataset):
-        expand = _StreamExpansion(tokenizer, settings, bad_rows)
-        return in_one_column(dataset).map(expand, remove_columns=[EXAMPLE], features=_FEATURES, **_ONE_BY_ONE)
+        expand, features = _StreamExpansion(tokenizer, settings, bad_rows), _features(tokenizer)
+        return in_one_column(dataset).map(expand, remove_columns=[EXAMPLE], features=features, **_ONE_BY_ONE)
     samples = _without_bad_rows(_expand_rows(dataset, tokenizer, settings, num_proc), len(dataset), bad_rows)
-    return samples if _has_other_weights(samples) else samples.remove_columns("loss_weights")
+    if "loss_weights" not in samples.column_names or _has_other_weights(samples):
+        return samples
+    return samples.remove_columns("loss_weights")
+
+
+def _features(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> Features:
+    return TEXT_FEATURES if isinstance(tokenizer, ProcessorMixin) else _FEATURES
 
 
 def _expand_rows(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, num_proc: int | None
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, settings: RowSettings, num_proc: int | None
 ) -> Dataset:
-    return dataset.map(
+    return (undecoded(dataset) if isinstance(tokenizer, ProcessorMixin) else dataset).map(
         _expand_or_explain,
         remove_columns=dataset.column_names,
         num_proc=num_proc,
-        features=Features({**_FEATURES, **_BAD_ROW}),
+        features=Features({**_features(tokenizer), **_BAD_ROW}),
         fn_kwargs={"tokenizer": tokenizer, "settings": settings},
         desc="Expanding conversations into samples",
         **_ONE_BY_ONE,
@@ -131,22 +145,28 @@ def _as_dataset(conversations: Sequence[Mapping[str, object] | list[Message]]) -
 
 
 def _expand_or_explain(
-    batch: dict[str, list[Any]], indices: list[int], tokenizer: PreTrainedTokenizerBase, settings: RowSettings
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    settings: RowSettings,
 ) -> dict[str, list[Any]]:
     """Expand a batch of one conversation, or give the reason why it cannot be trained."""
     try:
         row = {name: values[0] for name, values in batch.items()}
         expanded = _expand(row, indices[0], tokenizer, settings)
     except BadRowError as error:
-        return {**{key: [[]] for key in _FEATURES}, "row": indices, "bad_row": [get_reason(error, indices[0])]}
-    num_samples = len(expanded["input_ids"])
+        nothing = {name: [None] for name in _features(tokenizer)}
+        return {**nothing, "row": indices, "bad_row": [get_reason(error, indices[0])]}
+    num_samples = len(next(iter(expanded.values())))
     return {**expanded, "row": indices * num_samples, "bad_row": [None] * num_samples}
 
 
 class _StreamExpansion:
     """Expands a stream, batch by batch of one conversation."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: RowSettings, bad_rows: BadRows) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, settings: RowSettings, bad_rows: BadRows
+    ) -> None:
         self._tokenizer, self._settings = tokenizer, settings
         self._bad_rows = StreamedBadRows(bad_rows, "given")
 
@@ -156,13 +176,15 @@ class _StreamExpansion:
             return _expand(row, indices[0], self._tokenizer, self._settings)
         except BadRowError as error:
             self._bad_rows.add(indices[0], row, error)
-            return {name: [] for name in _FEATURES}
+            return {name: [] for name in _features(self._tokenizer)}
 
 
 def _expand(
-    row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, settings: RowSettings
+    row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, settings: RowSettings
 ) -> dict[str, list[Any]]:
     samples = example_to_samples(row, index, tokenizer, settings).samples
+    if isinstance(tokenizer, ProcessorMixin):
+        return samples_as_text(samples, tokenizer)
     return {
         "input_ids": [sample.token_ids.tolist() for sample in samples],
         "labels": [_labels(sample) for sample in samples],

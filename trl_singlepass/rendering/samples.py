@@ -189,8 +189,13 @@ def _tokenize_with_images(turns: list[RenderedTurn], prefixes: Prefixes, images:
     expanded = [replace(turn, prompt=images.write(turn.prompt, of)) for turn, of in zip(turns, shown, strict=True)]
     samples = _tokenize(expanded, prefixes.template)
     return [
-        replace(sample, image_features=images.features_in(sample.token_ids, of), images=images.references)
-        for sample, of in zip(samples, shown, strict=True)
+        replace(
+            sample,
+            image_features=images.features_in(sample.token_ids, of),
+            images=images.references,
+            text=(turn.prompt, turn.completion),
+        )
+        for sample, turn, of in zip(samples, turns, shown, strict=True)
     ]
 
 

@@ -31,18 +31,18 @@ def find_shown_images(prefixes: Prefixes, turn: RenderedTurn, images: Conversati
         `list[int]`: Number of the image that each placeholder shows.
 
     Raises:
-        `RenderingError`: If the completion has a placeholder, the prompt has more of them than images, or which images
-            the template drops is not certain.
+        `RenderingError`: If the message itself has images, the prompt has more placeholders than images, the template
+            drops an image that no earlier turn can have shown, or which images it drops is not certain.
     """
     placeholders, k = images.placeholders, turn.message_index
     places = _places(prefixes.messages[:k])
     count = placeholders.count(turn.prompt)
-    if placeholders.count(turn.completion):
+    if _places([prefixes.messages[k]]) or placeholders.count(turn.completion):
         raise rendering_error(
             prefixes.template,
             k,
-            "its completion shows an image, which a model that writes text does not write. Put the image in a message "
-            "of the user or of a tool",
+            "it shows an image, which a model that writes text does not write. Put the image in a message of the user "
+            "or of a tool",
         )
     if count > len(places):
         raise rendering_error(
@@ -61,6 +61,16 @@ def find_shown_images(prefixes: Prefixes, turn: RenderedTurn, images: Conversati
             f"the template shows {count} of the {len(places)} images before it, and which ones is not certain. Use a "
             "template that shows all of them, or give tokenised turns with the images of each",
         )
+    for index, (message, _) in enumerate(places):
+        is_new = all(other.get("role") != "assistant" for other in prefixes.messages[message:k])
+        if is_new and index not in shown:
+            role = prefixes.messages[message].get("role")
+            raise rendering_error(
+                prefixes.template,
+                k,
+                f"the template drops the image of message {message} ('{role}'). Use one that shows images in messages "
+                "of this role",
+            )
     return shown
 
 

@@ -86,12 +86,13 @@ def image_of_feature(images: Sequence[ImageReference]) -> NDArray[np.int64]:
     return np.repeat(np.arange(len(images)), [image.num_features for image in images])
 
 
-def num_shown_images(features: NDArray[np.int64] | None, images: Sequence[ImageReference]) -> int:
-    """Return how often tokens show an image: what N-pass encodes, an image that is shown twice included twice."""
+def shown_images(features: NDArray[np.int64] | None, images: Sequence[ImageReference]) -> list[ImageReference]:
+    """Return the images that tokens show, in their order, an image that they show twice included twice."""
     if features is None or not images:
-        return 0
+        return []
     first_features = np.cumsum([0, *(image.num_features for image in images[:-1])])
-    return int(np.isin(features, first_features).sum())
+    first_shown = features[np.isin(features, first_features)]
+    return [images[j] for j in image_of_feature(images)[first_shown]]
 
 
 def without_unused(

@@ -54,6 +54,8 @@ class Sample:
             `trees/image_features.py`); `None` without images. Any sequence of integers is converted.
         images (`tuple[ImageReference, ...]`, *optional*):
             The distinct images of the conversation, those of other turns among them, in the order of their features.
+        text (`tuple[str, str]`, *optional*):
+            Prompt and completion as rendered, with one placeholder per image; only of samples with images.
 
     Raises:
         `ValueError`: If lengths disagree, a weight is negative or not finite, the first token or a token of an image
@@ -69,6 +71,7 @@ class Sample:
     kind: CompletionKind = CompletionKind.GIVEN_AS_TOKENS
     image_features: NDArray[np.int64] | None = None
     images: tuple[ImageReference, ...] = ()
+    text: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         _freeze(self, "token_ids", np.asarray(self.token_ids, dtype=np.int64))
@@ -177,6 +180,7 @@ class Sample:
             prompt_length=prompt_length,
             reasoning_length=min(self.reasoning_length, max_length - prompt_length),
             image_features=None if self.image_features is None else self.image_features[:max_length],
+            text=None,
         )
 
     def length_of_whole_images(self, max_length: int) -> int:
