@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 
-from support.image_conversations import (
+from support.image_forms import (
     CHAT,
     CHAT_IMAGES,
     IMAGES,

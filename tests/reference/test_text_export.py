@@ -4,7 +4,7 @@ import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from support.image_conversations import CHAT, in_column
+from support.image_forms import CHAT, in_column
 from support.tiny_vision import FAMILIES, tiny_processor
 from trl_singlepass import SinglePassSFTConfig
 from trl_singlepass.data.conversations import example_to_samples

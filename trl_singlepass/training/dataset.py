@@ -12,7 +12,6 @@ from trl import SFTConfig
 
 from ..data.dataset_format import check_is_dataset, column_names, holds_messages, holds_rows, holds_turns
 from ..data.formatted_text import format_as_text
-from ..data.images import holds_images
 from ..data.preparation import prepare_dataset
 from .compatibility import check_turn_settings
 from .config import SinglePassSFTConfig
@@ -92,8 +91,6 @@ def prepare_conversations(
     if holds_rows(column_names(dataset)):
         return dataset
     check_turn_settings(args, dataset, packing)
-    if isinstance(tokenizer, ProcessorMixin) and holds_images(dataset):
-        raise ValueError("Images are not supported in a single pass yet. Remove them to train on text.")
     if isinstance(dataset, IterableDataset) and args.shuffle_dataset:
         dataset = dataset.shuffle(seed=args.seed)  # conversations take less memory in its buffer than rows
     with args.main_process_first(desc=f"preparing the {name} dataset"):
