@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TRITON := $(VENV)/.triton
 
-.PHONY: help install test lint demo demo-model bench gpu docs pictures clean
+.PHONY: help install test test-slow lint demo demo-model bench gpu docs pictures clean
 
 help:
 	@echo "make install      everything into .venv"
 	@echo "make demo         fine-tune a small model in one pass and in N passes, compare them (MODEL=… DATA=… for your own)"
 	@echo "make demo-model   write a tiny model to out/demo-model: export MODEL=out/demo-model"
 	@echo "make test         run the tests"
+	@echo "make test-slow    the tests that take long; installs triton on Linux, which compiles for GPUs without one"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         build the site from docs/ into out/site"
 	@echo "make pictures     draw the pictures of the docs"
@@ -32,6 +34,14 @@ else
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/distributed -n 2 --dist loadfile
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 endif
+
+$(TRITON): $(INSTALLED)
+	$(BIN)/pip install --quiet 'triton>=3.4; sys_platform == "linux"'
+	touch $@
+
+test-slow: $(TRITON)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore=tests/distributed -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/distributed
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

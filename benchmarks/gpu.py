@@ -4,7 +4,7 @@ Everything that needs a GPU, in one go: doctor, the tests marked `gpu`, and the 
     make gpu                                   within 25 minutes on one H100; the same line goes on where it stopped
     python -m benchmarks.gpu --minutes 60
 
-Doctor and each step of the benchmark have a process of their own. The tests run together first; then each that did not
+Doctor and each step of the benchmark have a process of their own. The tests run file by file; then each that did not
 pass runs alone, so that an error which breaks the CUDA context counts against the test that made it. Results are
 written to benchmarks/results/, and what is there already is not run again.
 """
@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -24,9 +25,10 @@ from benchmarks.machine import file_name_of_device
 
 
 RESULTS = Path(__file__).parent / "results"
-SHARE_OF_DOCTOR, SHARE_OF_TESTS = 0.15, 0.35  # of the time, at most
+SHARE_OF_DOCTOR, SHARE_OF_TESTS = 0.1, 0.5  # of the time, at most
 SECONDS_PER_TEST = 120.0
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b", re.M)
+NOT_RUN = "not run"
 NO_GPU = "make gpu needs a CUDA GPU, and PyTorch sees none here: run it on a machine with one."
 
 
@@ -46,15 +48,21 @@ def run_tests(path: Path, seconds: float, selection: Sequence[str] = ("-m", "gpu
     deadline = time.monotonic() + seconds
     found: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     if not found:
-        found = dict.fromkeys(collect_tests(selection), "not run")
+        found = dict.fromkeys(collect_tests(selection), NOT_RUN)
     # Skips may be missing packages, which are installed between two runs.
-    todo = [test for test, outcome in found.items() if outcome != "PASSED"]
-    together = todo if set(found.values()) == {"not run"} else []
-    if together:
-        found |= outcomes(together, deadline - time.monotonic())
+    alone = [test for test, outcome in found.items() if outcome not in ("PASSED", NOT_RUN)]
+    new = [test for test, outcome in found.items() if outcome == NOT_RUN]
+    for _, together in groupby(new, key=lambda test: test.partition("::")[0]):
+        tests = list(together)
+        if (left := deadline - time.monotonic()) <= 0:
+            return found
+        found |= outcomes(tests, left)
+        if time.monotonic() >= deadline:  # cut off; all but the test that ran at that time wait for the next run
+            cut_off = [test for test in tests if found[test].startswith("did not end")]
+            found |= dict.fromkeys(cut_off[1:], NOT_RUN)
         path.write_text(json.dumps(found, indent=1) + "\n")
-        todo = [test for test in todo if found[test] not in ("PASSED", "SKIPPED")]
-    for test in todo:
+        alone += [test for test in tests if found[test] not in ("PASSED", "SKIPPED", NOT_RUN)]
+    for test in alone:
         if (left := deadline - time.monotonic()) <= 0:
             break
         found |= outcomes([test], min(left, SECONDS_PER_TEST))

@@ -45,7 +45,7 @@ WORKLOADS = {
 }
 # Shares of an H100's peak, the lower end of each. FlashAttention-3, arXiv 2407.08608: FlashAttention-2 reaches 35 %,
 # matrix products 80 to 90 %, FlashAttention-3 is 1.5 to 2 times as fast as FlashAttention-2. PyTorch's post on
-# FlexAttention (2024): 85 to 90 % of FlashAttention-2.
+# FlexAttention (2024): 85 to 90 % of FlashAttention-2, on an A100. docs/gpu.md lists them.
 MATRICES = 0.8
 ATTENTION = {"FA2": 0.35, "FA3": 0.525, "Triton": 0.2975}
 VOCABULARY = 30_000

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.apart import run_apart
 from benchmarks.machine import describe, file_name_of_device
@@ -32,6 +33,7 @@ from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.attention import TREE_ATTENTION
 from trl_singlepass.attention.registry import tree_attention_name
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
+from trl_singlepass.reference.launches import LaunchCounter
 from trl_singlepass.reference.peak_memory import peak, reset_peak
 from trl_singlepass.reference.random_conversations import Sizes, conversation
 from trl_singlepass.reference.steps import Schedule, make_step
@@ -55,6 +57,8 @@ KERNELS = [
 SAME_AS_SDPA = ("eager", "torch_varlen")
 # Without trees, on the model's own attention: a padded batch of samples, and a row of the tree's length.
 STOCK_MODES = ("npass_padded", "causal_row")
+# Under `sdpa`, PyTorch takes cuDNN on Hopper, and FlashAttention 2 on older GPUs: both are measured.
+SDPA_BACKENDS = {"stock:cudnn": SDPBackend.CUDNN_ATTENTION, "stock:flash": SDPBackend.FLASH_ATTENTION}
 SECONDS_PER_CASE = 180.0
 
 
@@ -91,7 +95,13 @@ def cases(kernels: list[str], args: argparse.Namespace) -> Iterator[Case]:
             yield Case(model, turns, Schedule.WAVES.value, "sdpa", **common)
             for mode in STOCK_MODES:
                 if mode == "npass_padded" or model != "Qwen3.5-4B":  # a plain row of a hybrid is another computation
-                    yield Case(model, turns, mode, "stock", **common)
+                    for kernel in stock_kernels(model, args.device):
+                        yield Case(model, turns, mode, kernel, **common)
+
+
+def stock_kernels(model: str, device: str) -> list[str]:
+    """Kernels that a model's own attention can run on; gpt-oss has no choice, and neither has a CPU."""
+    return [*SDPA_BACKENDS] if device == "cuda" and model != "gpt-oss-20b" else ["stock"]
 
 
 def available_kernels() -> tuple[list[str], dict[str, str]]:
@@ -118,6 +128,8 @@ def measure(case: Case) -> dict[str, Any]:
         model.config.kernel_options = {"BACKEND": backend} if backend else None
         enable_tree(model)
     loss = step_of(case, model)
+    if case.kernel in SDPA_BACKENDS:
+        loss = sdpa_kernel(SDPA_BACKENDS[case.kernel])(loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=model.device.type == "cuda")
     times, value, before = [], 0.0, 0
     for repeat in range(case.repeats + 1):
@@ -128,7 +140,15 @@ def measure(case: Case) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         times.append(now(model.device.type) - start)
-    return {"seconds": min(times[1:]), "all_seconds": times[1:], "loss": value, "bytes": peak() - before}
+    measured = {"seconds": min(times[1:]), "all_seconds": times[1:], "loss": value, "bytes": peak() - before}
+    return measured | ({"operators": operators_of(loss)} if case.schedule in STOCK_MODES else {})
+
+
+def operators_of(loss: Callable[[], object]) -> list[str]:
+    """Return PyTorch's attention operators that a step runs."""
+    with LaunchCounter() as counter:
+        loss()
+    return list(counter.attention_operators)
 
 
 def step_of(case: Case, model: Any) -> Callable[[], float | torch.Tensor]:

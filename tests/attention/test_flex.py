@@ -8,11 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from torch.nn.attention import flex_attention as torch_flex
 
 from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass, forward
+from support.gpu_stand_in import A100, B200, H100, L4, RTX5090
 from support.sample_sets import reasoning_chat, sample_sets
 from support.tiny_families import FAMILIES, MIXTURES, tiny_model
 from support.tree_masks import mask_of, on_meta, random_inputs, tree_of
 from trl_singlepass.attention import flex
 from trl_singlepass.attention.block_mask import build_block_mask
+from trl_singlepass.attention.kernel_choice import DeviceTraits
 from trl_singlepass.reference import leak_probe
 from trl_singlepass.training.model import enable_tree
 
@@ -166,6 +168,20 @@ def test_short_rows_stay_off_the_decoding_kernel(given, passed, monkeypatch):
     tree = on_meta(tree_of([reasoning_chat()]))
     flex.flex_tree_attention(on_meta(random_inputs(tree, heads=8)), mask_of(tree, "causal", 0), given)
     assert seen[0]["kernel_options"] == passed
+
+
+@pytest.mark.parametrize("gpu", [A100, L4, H100, B200, RTX5090])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_large_heads_get_small_blocks_where_shared_memory_is_small(head_dim, gpu, monkeypatch):
+    seen = []
+    monkeypatch.setattr(DeviceTraits, "from_device", classmethod(lambda cls, device: gpu))
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda: lambda q, k, v, **options: seen.append(options) or q)
+    tree = on_meta(tree_of([reasoning_chat()]))
+    inputs, mask = on_meta(random_inputs(tree, head_dim=head_dim)), mask_of(tree, "causal", 0)
+    for options in (None, {"num_stages": 2}):
+        flex.flex_tree_attention(inputs, mask, options)
+    stages = [options["kernel_options"].get("num_stages") for options in seen]
+    assert stages == [1 if gpu in (L4, RTX5090) and head_dim > 128 else None, 2]
 
 
 def test_flash_attention_4_cannot_train_sinks():

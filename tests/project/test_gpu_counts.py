@@ -66,6 +66,6 @@ def test_the_page_says_with_which_shares_it_counts():
     text = (RESULTS.parents[2] / "docs" / "gpu.md").read_text()
     for share in gpu_counts.ATTENTION.values():
         assert f"{100 * share:g} %" in text
-    assert f"matrix products at {100 * gpu_counts.MATRICES:g} %" in text
+    assert f"| matrix products | {100 * gpu_counts.MATRICES:g} % |" in text
     stored = json.loads(RESULTS.read_text())
     assert (stored["attention"], stored["matrices"]) == (gpu_counts.ATTENTION, gpu_counts.MATRICES)

@@ -4,11 +4,13 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from benchmarks import gpu, gpu_step
 from benchmarks.apart import run_apart
@@ -50,6 +52,28 @@ def test_kernels_that_are_not_here_have_a_reason():
     assert {"sdpa", "flex_attention"} <= set(found)
     assert set(found) | set(missing) | set(gpu_step.SAME_AS_SDPA) == set(gpu_step.KERNELS)
     assert all(missing.values())
+
+
+def test_stock_attention_is_measured_on_cudnn_and_on_flash_attention():
+    """On Hopper, PyTorch takes cuDNN by itself, and the single pass FlashAttention 2."""
+    found = list(cases(["sdpa"], argparse.Namespace(**{**vars(ARGS), "device": "cuda"})))
+    kernels = {
+        model: {one.kernel for one in found if (one.model, one.schedule) == (model, "npass_padded")}
+        for model in LAYERS
+    }
+    both = {"stock:cudnn", "stock:flash"}
+    assert kernels == {**dict.fromkeys(LAYERS, both), "gpt-oss-20b": {"stock"}}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("kernel", "operator"), [("stock", "flash"), ("stock:flash", "flash"), ("stock:math", "math")]
+)
+def test_stock_attention_runs_on_the_kernel_that_is_named(kernel, operator, monkeypatch):
+    monkeypatch.setitem(gpu_step.SDPA_BACKENDS, "stock:math", SDPBackend.MATH)
+    record = gpu_step.measure(Case("Qwen3-0.6B", 2, "npass_padded", kernel, "cpu", tiny=True, repeats=1))
+    expected = [f"aten::_scaled_dot_product_flash_attention_for_cpu{end}" for end in ("", "_backward")]
+    assert record["operators"] == (expected if operator == "flash" else [])
 
 
 @pytest.mark.parametrize("model", LAYERS)
@@ -170,6 +194,28 @@ def test_a_test_that_breaks_the_process_spoils_no_other(tmp_path, monkeypatch):
     assert [test.partition("::")[2] for test in ran] == [
         "test_breaks_the_context", "test_is_skipped", "test_ends_the_process[2]"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("outcome", ["PASSED", "did not end: took longer than 0 seconds"])
+def test_tests_that_the_end_cuts_off_are_left_for_the_next_run(outcome, tmp_path, monkeypatch):
+    names = ["tests/a.py::test_1", "tests/a.py::test_2", "tests/a.py::test_3", "tests/b.py::test_4"]
+    monkeypatch.setattr(gpu, "collect_tests", lambda selection: names)
+    ran = []
+
+    def outcomes(tests, seconds):
+        ran.append(tests)
+        time.sleep(seconds)  # it is cut off in the second test
+        return {test: "PASSED" if test == names[0] else outcome for test in tests}
+
+    monkeypatch.setattr(gpu, "outcomes", outcomes)
+    found = gpu.run_tests(tmp_path / "r.json", 0.01)
+    assert ran == [names[:3]]
+    left = [] if outcome == "PASSED" else names[2:3]
+    assert [test for test, end in found.items() if end == gpu.NOT_RUN] == [*left, names[3]]
+    assert json.loads((tmp_path / "r.json").read_text()) == found
+    monkeypatch.setattr(gpu, "outcomes", lambda tests, seconds: ran.append(tests) or dict.fromkeys(tests, "PASSED"))
+    assert set(gpu.run_tests(tmp_path / "r.json", 60).values()) == {"PASSED"}
+    assert ran[1:] == [*([left] if left else []), names[3:], *([names[1:2]] if left else [])]
 
 
 def test_the_tests_marked_gpu_are_found():

@@ -13,11 +13,15 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from .block_mask import build_block_mask
 from .inputs import AttentionInputs
 from .interface import tree_attention_or
+from .kernel_choice import DeviceTraits
 from .tree_mask import TreeMask
 
 
 # Devices for which PyTorch has no backward of FlexAttention (2.15 included).
 _WITHOUT_BACKWARD = {"cpu", "mps"}
+# Compute capabilities with 99 KiB of shared memory: RTX 30, 40 and 50, A10, A40, L4, L40.
+_WITH_LITTLE_SHARED_MEMORY = {(8, 6), (8, 9), (12, 0), (12, 1)}
+_SMALL_BLOCKS: dict[str, object] = {"num_stages": 1, "BLOCK_M1": 32, "BLOCK_N1": 32, "BLOCK_M2": 32, "BLOCK_N2": 32}
 _MAX_VARIANTS = 64
 KernelOptions = dict[str, object]
 """FlexAttention's `kernel_options`, such as `{"BACKEND": "FLASH"}` for FlashAttention 4."""
@@ -61,7 +65,7 @@ def flex_tree_attention(
         "score_mod": None if softcap is None else _score_mod(softcap, query.dtype, query.device),
         "scale": inputs.scale,
         "enable_gqa": query.shape[1] != key.shape[1],
-        "kernel_options": _with_main_kernel(kernel_options, query.device),
+        "kernel_options": _with_defaults(kernel_options, query),
     }
     if inputs.sinks is None:
         out: torch.Tensor = attend(query, key, value, **options)
@@ -114,16 +118,22 @@ def block_size(device: torch.device, kernel_options: KernelOptions | None) -> tu
     return (128, 128)
 
 
-def _with_main_kernel(kernel_options: KernelOptions | None, device: torch.device) -> KernelOptions | None:
+def _with_defaults(kernel_options: KernelOptions | None, query: torch.Tensor) -> KernelOptions | None:
     """
-    Options that keep rows of fewer than 128 tokens off FlexAttention's decoding kernel.
+    Options with which PyTorch's kernels run on every row and GPU; a `BACKEND` of the user's own decides by itself.
 
-    With grouped heads, that kernel finds no block size for them (`NoValidChoicesError` with PyTorch 2.13, for 101
-    tokens and two query heads per key). A `BACKEND` of the user's own decides by itself.
+    Rows of fewer than 128 tokens are kept off FlexAttention's decoding kernel. With grouped heads, it finds no block
+    size for them (`NoValidChoicesError` with PyTorch 2.13, for 101 tokens and two query heads per key).
+
+    Heads above 128 get smaller blocks and one pipeline stage on GPUs with 99 KiB of shared memory. PyTorch 2.13 takes
+    sizes for them that need up to 149 KiB forward and 133 KiB backward with heads of 256.
     """
-    if device.type in _WITHOUT_BACKWARD or "BACKEND" in (kernel_options or {}):
+    if query.device.type in _WITHOUT_BACKWARD or "BACKEND" in (kernel_options or {}):
         return kernel_options
-    return {"FORCE_USE_FLEX_ATTENTION": True, **(kernel_options or {})}
+    options: KernelOptions = {"FORCE_USE_FLEX_ATTENTION": True}
+    if query.shape[-1] > 128 and DeviceTraits.from_device(query.device).capability in _WITH_LITTLE_SHARED_MEMORY:
+        options |= _SMALL_BLOCKS
+    return options | (kernel_options or {})
 
 
 @cache
