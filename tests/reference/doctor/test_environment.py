@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_singlepass.reference.doctor.environment import PACKAGES, Environment, Gpu, known_problems
+from trl_singlepass.reference.doctor.environment import PACKAGES, Environment, Gpu, faster_kernel, known_problems
 
 
 A100, H100, T4 = (Gpu(name, capability, 2**34) for name, capability in (("A", (8, 0)), ("H", (9, 0)), ("T", (7, 5))))
@@ -42,6 +42,23 @@ def test_a_problem_comes_with_the_way_out(packages, gpus, driver, cuda, expected
 def test_what_works_has_no_problems():
     assert problems({"flash-attn": "2.8.3", "trl": "1.16.0", "triton": "3.7.1"}) == []
     assert problems({"torch": "2.13.0+cpu"}, gpus=(), driver=None, cuda=None) == []
+
+
+@pytest.mark.parametrize(
+    ("implementation", "gpus", "installed", "expected"),
+    [
+        ("sdpa", (H100,), "3.0.0", "load the model with attn_implementation='flash_attention_3'"),
+        ("flash_attention_2", (H100, H100), None, "install flash-attn-3 and load the model"),
+        ("flash_attention_3", (H100,), "3.0.0", None),
+        ("flex_attention", (H100,), "3.0.0", None),  # for a rule that only it knows
+        ("sdpa", (A100,), "3.0.0", None),
+        ("sdpa", (H100, A100), "3.0.0", None),
+        ("sdpa", (), "3.0.0", None),
+    ],
+)
+def test_flash_attention_3_is_recommended_on_hopper(implementation, gpus, installed, expected):
+    found = faster_kernel(implementation, gpus, {"flash-attn-3": installed})
+    assert found is None if expected is None else found.startswith(expected)
 
 
 def test_this_machine():

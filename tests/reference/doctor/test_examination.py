@@ -51,6 +51,7 @@ def test_every_field_is_filled(report):
     for record in (*found["verified"], *found["measured"]):
         assert [name for name, value in record.items() if value is None] == ["failed"], record
     assert found["kernel"]["operators"]
+    assert found["kernel"]["faster"] is None  # on a CPU
     assert "cpu_flash for full_attention" in found["kernel"]["reason"]
     assert found["ok"] is True
 
@@ -74,6 +75,10 @@ def test_the_table_has_a_row_for_everything(report):
         "tree_",
     ):
         assert expected in text
+
+
+def test_what_is_faster_is_printed(report):
+    assert "install another" in printed(replace(report, kernel=replace(report.kernel, faster="install another")))
 
 
 def test_windows_sinks_and_experts_are_a_model_like_others():

@@ -25,7 +25,7 @@ from ..report import VerifyReport
 from ..steps import Schedule, make_step
 from ..verification import verify, verify_samples
 from .chats import CHATS
-from .environment import Environment
+from .environment import Environment, faster_kernel
 from .report import DoctorReport, Examined, Kernel, Measured, Verified
 from .slices import layers_that_fit, slice_config
 
@@ -130,13 +130,16 @@ def examine(
             timing.measure(samples, schedule)
     text_config = subject.config.get_text_config()
     examined = Examined(subject.name, type(model).__name__, num_layers, text_config.num_hidden_layers, str(device))
+    environment = Environment.detect()
+    has_choice = not getattr(model, "_compatible_flash_implementations", None)  # transformers replaces any other
     kernel = Kernel(
         implementation,
         tree_attention_name(implementation),
         describe_tree_attention(implementation, config, device, dtype),
         timing.attention_operators,
+        faster_kernel(implementation, environment.gpus, environment.packages) if has_choice else None,
     )
-    return DoctorReport(Environment.detect(), examined, kernel, tuple(verified), tuple(timing.measured))
+    return DoctorReport(environment, examined, kernel, tuple(verified), tuple(timing.measured))
 
 
 def get_shape(config: PreTrainedConfig) -> ModelShape | None:

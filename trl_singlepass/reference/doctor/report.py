@@ -47,12 +47,15 @@ class Kernel:
         operators (`tuple[str, ...]`, *optional*):
             Attention operators that were seen to run in the single pass, none if it was made of matrix products;
             `None` if it was compiled or did not run.
+        faster (`str`, *optional*):
+            How attention gets faster on this machine, and by how much.
     """
 
     attn_implementation: str
     tree_attention: str
     reason: str
     operators: tuple[str, ...] | None
+    faster: str | None
 
 
 @dataclass(frozen=True, slots=True)

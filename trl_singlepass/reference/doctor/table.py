@@ -40,6 +40,7 @@ def _facts(report: DoctorReport) -> Table:
         "model": f"{model.name}: {model.architecture}, {part} {model.total_layers} layers, on {model.device}",
         "kernel": f"{kernel.attn_implementation} as {kernel.tree_attention}: {kernel.reason}",
         "seen to run": _operators(kernel.operators),
+        **({"faster": kernel.faster} if kernel.faster else {}),
     }
     facts = Table.grid(padding=(0, 2))
     for name, text in rows.items():
