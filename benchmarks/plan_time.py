@@ -22,7 +22,7 @@ from benchmarks.machine import describe
 from trl_singlepass.attention.block_mask import build_block_mask
 from trl_singlepass.attention.context import Tree, tree_context
 from trl_singlepass.attention.tree_mask import TreeMask
-from trl_singlepass.attention.varlen_plan import varlen_calls
+from trl_singlepass.attention.varlen_plan import varlen_plan
 from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan
@@ -75,8 +75,8 @@ def planning(rows, repeats):
         "plan": best(lambda: TreePlan.from_rows(rows), repeats),
         "block_mask_full": best(lambda: build_block_mask(mask(full), (128, 128)), repeats),
         "block_mask_sliding": best(lambda: build_block_mask(mask(sliding, WINDOW), (128, 128)), repeats),
-        "varlen_full": best(lambda: varlen_calls(mask(full)), repeats),
-        "varlen_sliding": best(lambda: varlen_calls(mask(sliding, WINDOW)), repeats),
+        "varlen_full": best(lambda: varlen_plan(mask(full)), repeats),
+        "varlen_sliding": best(lambda: varlen_plan(mask(sliding, WINDOW)), repeats),
     }
 
 

@@ -10,7 +10,7 @@ from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass, for
 from support.sample_sets import reasoning_chat, sample_sets
 from support.tiny_families import FAMILIES, MIXTURES, tiny_model
 from support.tree_masks import mask_of, tree_of
-from support.varlen_reference import ReferenceKernel
+from support.varlen_reference import ReferenceKernel, switch
 from trl_singlepass.attention import flash, registry, varlen_plan
 from trl_singlepass.training.model import enable_tree
 
@@ -29,13 +29,6 @@ def kernel(monkeypatch):
 def install(monkeypatch, kernel):
     for module in (flash, registry):
         monkeypatch.setattr(module, "flash_kernel", lambda implementation: kernel)
-
-
-def switch(model, implementation="flash_attention_2"):
-    """What loading with `attn_implementation` does where the package is installed."""
-    model.set_attn_implementation("eager")
-    model.config._attn_implementation_internal = implementation
-    enable_tree(model)
 
 
 @pytest.mark.usefixtures("float64")

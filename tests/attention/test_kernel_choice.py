@@ -64,8 +64,9 @@ SOFTCAP, CACHE = {"has_softcap": True}, {"has_cache": True}
         (H100, FP32, 256, CAUSAL, SOFTCAP, "math"),
         (CPU, BF16, 256, CAUSAL, SOFTCAP, "math"),
         # Ancestors outside the row
-        (H100, BF16, 128, CAUSAL, CACHE, "cuda_flash"),
-        (H100, BF16, 128, WINDOW, CACHE, "math"),
+        (H100, BF16, 128, CAUSAL, CACHE, "varlen"),
+        (H100, BF16, 128, WINDOW, CACHE, "varlen"),
+        (PADDED_LSE, BF16, 128, CAUSAL, CACHE, "cuda_flash"),
         (H100, BF16, 256, CAUSAL, SOFTCAP | CACHE, "math"),
         (CPU, FP32, 128, WINDOW, CACHE, "cpu_flash"),
     ],
@@ -96,6 +97,7 @@ def test_no_kernel_gets_what_it_cannot_compute():
             assert not needs.get("has_softcap")
         if kernel in (TorchKernel.VARLEN, TorchKernel.FLEX):
             assert rule is not None
+        if kernel is TorchKernel.FLEX:
             assert not needs.get("has_cache")
         if kernel is TorchKernel.CUDA_FLASH:
             assert rule == CAUSAL
@@ -107,7 +109,7 @@ def test_no_kernel_gets_what_it_cannot_compute():
 def test_half_precision_on_current_gpus_never_loops_over_blocks():
     for device, dtype, head_dim, rule, needs in CUBE:
         is_current = device in (A100, H100, B200) and dtype in (BF16, FP16) and 16 <= head_dim <= 256
-        if is_current and rule is not None and not needs.get("has_cache"):
+        if is_current and rule is not None and needs != SOFTCAP | CACHE:
             assert choose_torch_kernel(device, dtype, head_dim, rule, **needs) in ("varlen", "flex")
 
 

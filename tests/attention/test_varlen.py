@@ -6,7 +6,7 @@ from support.sample_sets import reasoning_chat
 from support.tree_masks import mask_of, random_inputs, tree_of
 from support.varlen_reference import ReferenceKernel
 from trl_singlepass.attention.varlen import varlen_tree_attention
-from trl_singlepass.attention.varlen_plan import varlen_calls
+from trl_singlepass.attention.varlen_plan import varlen_plan
 
 
 def test_gathered_keys_are_not_kept_for_backward():
@@ -14,5 +14,5 @@ def test_gathered_keys_are_not_kept_for_backward():
     inputs = random_inputs(mask.tree)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         varlen_tree_attention(inputs, mask, ReferenceKernel())
-    assert len(mask.build_once(varlen_calls)[0].key_index) > 2 * mask.tree.plan.length
+    assert len(varlen_plan(mask).passes[0].key_index) > 2 * mask.tree.plan.length
     assert max(x.numel() for x in saved) <= inputs.query.numel()

@@ -10,7 +10,7 @@ from support import fake_flash
 from support.gpu_stand_in import T4, gpu
 from support.sample_sets import reasoning_chat
 from support.tree_masks import assert_same, mask_of, output_and_gradients, random_inputs, tree_of
-from trl_singlepass.attention import varlen_kernels
+from trl_singlepass.attention import varlen_kernels, varlen_plan
 from trl_singlepass.attention.kernel_choice import DeviceTraits
 from trl_singlepass.attention.sdpa import torch_tree_attention
 from trl_singlepass.attention.varlen import varlen_tree_attention
@@ -29,9 +29,11 @@ def kernel_from(monkeypatch, package):
     return varlen_kernels.flash_kernel.__wrapped__("any/flash")
 
 
+@pytest.mark.parametrize("keys_per_call", [4, 1])
 @pytest.mark.parametrize("kind", ["causal", "window", "chunk"])
 @pytest.mark.parametrize(("package", "softcap"), [("torch", None), *itertools.product(PACKAGES, [None, 3.0])])
-def test_every_package_is_called_right(package, kind, softcap, monkeypatch):
+def test_every_package_is_called_right(package, kind, softcap, keys_per_call, monkeypatch):
+    monkeypatch.setattr(varlen_plan, "KEYS_PER_CALL", keys_per_call)
     library = fake_flash.torch_library() if package == "torch" else None
     kernel = varlen_kernels.TorchFlash() if package == "torch" else kernel_from(monkeypatch, package)
     mask = mask_of(tree_of([reasoning_chat()]), kind, 5)

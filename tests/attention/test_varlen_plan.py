@@ -1,39 +1,70 @@
 """Varlen calls: together they see exactly the mask, and gather no more keys than they can use."""
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from support.dense_reference import dense_mask
 from support.sample_sets import reasoning_chat
 from support.tree_masks import mask_of, row_of_ten, tree_masks, tree_of
-from trl_singlepass.attention.varlen_plan import varlen_calls
+from trl_singlepass.attention import varlen_plan as varlen_plan_module
+from trl_singlepass.attention.varlen_plan import varlen_plan
 
 
-def sequences_of(mask):
+ALWAYS, DEFAULT = 0, varlen_plan_module.KEYS_PER_CALL
+"""Rows of keys that a call gathers before the beginnings of paths are shared."""
+
+
+@contextmanager
+def keys_per_call(rows):
+    with patch.object(varlen_plan_module, "KEYS_PER_CALL", rows):
+        yield
+
+
+def sequences_of(mask, heads_per_key=1):
     """Positions of the queries and the keys of every sequence that a kernel is given."""
-    length = mask.tree.plan.length
-    for call in varlen_calls(mask):
-        queries, keys = torch.arange(call.start, call.end), torch.arange(length)
-        keys = keys if call.key_index is None else call.key_index.long()
-        for i in range(len(call.cu_seqlens_q) - 1):
-            yield (
-                call,
-                queries[call.cu_seqlens_q[i] : call.cu_seqlens_q[i + 1]],
-                keys[call.cu_seqlens_k[i] : call.cu_seqlens_k[i + 1]],
-            )
+    row = torch.arange(mask.tree.plan.length)
+    for part in varlen_plan(mask, heads_per_key).passes:
+        gathered = row if part.key_index is None else part.key_index.long()
+        for call in filter(None, (part.path, part.shared)):
+            keys, queries = gathered[call.keys], row[call.start : call.end]
+            if call is part.shared:
+                queries = queries.repeat_interleave(heads_per_key)
+            for i in range(len(call.cu_seqlens_q) - 1):
+                yield (
+                    call,
+                    queries[call.cu_seqlens_q[i] : call.cu_seqlens_q[i + 1]].unique(),
+                    keys[call.cu_seqlens_k[i] : call.cu_seqlens_k[i + 1]],
+                )
 
 
-@settings(max_examples=150)
+@pytest.mark.parametrize("rows", [ALWAYS, DEFAULT])
+@settings(max_examples=60)
+@given(mask=tree_masks(), heads_per_key=st.integers(1, 4))
+def test_calls_see_exactly_the_mask_and_no_pair_twice(rows, mask, heads_per_key):
+    seen = torch.zeros_like(dense_mask(mask), dtype=torch.int)
+    with keys_per_call(rows):
+        for call, queries, keys in sequences_of(mask, heads_per_key):
+            behind = torch.arange(len(queries))[:, None] + len(keys) - len(queries) - torch.arange(len(keys))
+            visible = (behind >= 0) & (behind < (call.window or len(seen)))
+            seen[queries[:, None], keys] += visible | (not call.is_causal)
+            assert not call.is_causal or bool(visible.any(1).all())
+    assert torch.equal(seen, dense_mask(mask).int())
+
+
+@settings(max_examples=40)
 @given(mask=tree_masks())
-def test_calls_see_exactly_the_mask(mask):
-    seen = torch.zeros_like(dense_mask(mask))
-    for call, queries, keys in sequences_of(mask):
-        behind = torch.arange(len(queries))[:, None] + len(keys) - len(queries) - torch.arange(len(keys))
-        visible = (behind >= 0) & (behind < (call.window or len(seen)))
-        seen[queries[:, None], keys] |= visible
-        assert bool(visible.any(1).all())
-    assert torch.equal(seen, dense_mask(mask))
+def test_queries_without_shared_keys_are_named(mask):
+    with keys_per_call(ALWAYS):
+        plan = varlen_plan(mask)
+        named = torch.zeros(mask.tree.plan.length, dtype=torch.bool)
+        for call, queries, keys in sequences_of(mask):
+            named[queries] |= not call.is_causal and not len(keys)
+    assert torch.equal(named, torch.zeros_like(named) if plan.without_shared is None else plan.without_shared)
 
 
 @settings(max_examples=100)
@@ -54,28 +85,39 @@ def test_local_layers_gather_no_more_than_they_can_see(mask):
         assert len(keys) <= len(queries) + size - 1
 
 
-def test_number_of_calls_does_not_grow_with_branches():
-    calls = {turns: len(varlen_calls(mask_of(tree_of([reasoning_chat(turns)]), "causal", 0))) for turns in (1, 3, 9)}
-    assert calls == {1: 1, 3: 1, 9: 1}
+@pytest.mark.parametrize("turns", [1, 3, 9])
+def test_few_branches_take_one_call(turns):
+    (part,) = varlen_plan(mask_of(tree_of([reasoning_chat(turns)]), "causal", 0)).passes
+    assert part.shared is None
 
 
-def test_a_long_shared_history_is_gathered_in_parts():
-    mask = mask_of(tree_of([reasoning_chat(80)]), "causal", 0)
-    calls, length = varlen_calls(mask), mask.tree.plan.length
-    keys = [len(call.key_index) for call in calls]
-    assert 1 < len(calls) <= sum(keys) / (4 * length) * 2 + 1
+@pytest.mark.parametrize(("turns", "heads_per_key"), [(80, 1), (80, 4), (200, 4)])
+def test_many_branches_take_two_calls_that_share_most_of_the_history(turns, heads_per_key):
+    mask = mask_of(tree_of([reasoning_chat(turns)]), "causal", 0)
+    (part,) = varlen_plan(mask, heads_per_key).passes
+    whole_paths = sum(run.depth + run.end - run.start for run in mask.tree.plan.runs)
+    num_own, num_shared = part.path.keys.stop, len(part.key_index) - part.path.keys.stop
+    assert num_own + num_shared / heads_per_key < whole_paths / 4
+
+
+def test_windows_are_gathered_in_parts():
+    """Queries at different depths see different parts of a history, so that none of it can be shared."""
+    mask = mask_of(tree_of([reasoning_chat(80)]), "window", 300)
+    plan, length = varlen_plan(mask), mask.tree.plan.length
+    keys = [len(part.key_index) for part in plan.passes]
+    assert 1 < len(keys) <= sum(keys) / (4 * length) * 2 + 1
     assert max(keys) <= 4 * length
 
 
 def test_plain_text_is_not_gathered():
     mask = mask_of(tree_of([reasoning_chat(1), reasoning_chat(1, seed=1)]), "causal", 0)
-    (call,) = varlen_calls(mask)
-    assert call.key_index is None
+    (part,) = varlen_plan(mask).passes
+    assert part.key_index is None
 
 
 def test_a_rule_that_flash_kernels_do_not_know_is_refused():
     with pytest.raises(ValueError, match="neither causal nor a sliding window nor a chunk"):
-        varlen_calls(mask_of(tree_of([reasoning_chat()]), "other", 4))
+        varlen_plan(mask_of(tree_of([reasoning_chat()]), "other", 4))
 
 
 @pytest.mark.parametrize(
@@ -87,8 +129,20 @@ def test_a_rule_that_flash_kernels_do_not_know_is_refused():
     ],
 )
 def test_calls_of_the_row_of_ten(kind, size, cu_seqlens_q, cu_seqlens_k, key_index, window):
-    (call,) = varlen_calls(mask_of(row_of_ten(), kind, size))
+    (part,) = varlen_plan(mask_of(row_of_ten(), kind, size)).passes
+    call = part.path
     assert call.cu_seqlens_q.tolist() == cu_seqlens_q
     assert call.cu_seqlens_k.tolist() == cu_seqlens_k
-    assert call.key_index.tolist() == key_index
+    assert part.key_index.tolist() == key_index
     assert call.window == window
+
+
+def test_the_row_of_ten_with_shared_beginnings():
+    with keys_per_call(ALWAYS):
+        plan = varlen_plan(mask_of(row_of_ten(), "causal", 0), heads_per_key=2)
+    (first, second) = plan.passes
+    assert first.key_index.tolist() == [*range(7), 0, 1, 2]
+    assert second.key_index.tolist() == [7, 8, 9]
+    assert first.shared.cu_seqlens_q.tolist() == [0, 14, 20]
+    assert first.shared.cu_seqlens_k.tolist() == [0, 0, 3]
+    assert plan.without_shared.tolist() == [True] * 7 + [False] * 3

@@ -99,10 +99,10 @@ def torch_library():
     ):  # fmt: skip
         assert dropout_p == 0.0
         # The kernel expresses causal as (-1, 0), and takes a two-sided window if `is_causal` is off.
-        assert is_causal == (window_size_left == -1)
+        assert is_causal == ((window_size_left, window_size_right) == (-1, 0))
         out, lse = varlen_reference.varlen_forward(
-            query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, True, sizes(window_size_left, window_size_right),
-            scale, 0.0,
+            query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, window_size_right == 0,
+            sizes(window_size_left, window_size_right), scale, 0.0,
         )  # fmt: skip
         return out, lse, torch.zeros(2, dtype=torch.uint64), torch.empty(0), torch.empty(0)
 
@@ -110,9 +110,9 @@ def torch_library():
         grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
         rng_state, unused, *, scale=None, window_size_left=None, window_size_right=None,
     ):  # fmt: skip
-        assert is_causal == (window_size_left == -1)
+        assert is_causal == ((window_size_left, window_size_right) == (-1, 0))
         return varlen_reference.varlen_backward(
-            grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, True,
+            grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, window_size_right == 0,
             sizes(window_size_left, window_size_right), scale, 0.0,
         )  # fmt: skip
 
@@ -123,7 +123,7 @@ def torch_library():
 
 def sizes(left, right):
     """Return the size of a window that flash kernels take as tokens before and after."""
-    assert right == 0
+    assert right == 0 or left == right == -1
     return None if left == -1 else left + 1
 
 

@@ -3,8 +3,8 @@
 from trl_singlepass.reference.launches import LaunchCounter
 
 
-# FlashAttention's backward: row sums of grad · out, the loop, the conversion of dq, and sums over grouped heads (2).
-KERNELS_PER_CALL = {"aten::_flash_attention_backward": 5, "aten::_scaled_dot_product_flash_attention_backward": 5}
+FLASH_BACKWARD = 3
+"""Kernels of FlashAttention's backward: row sums of grad · out, the loop, the conversion of dq."""
 
 
 class LaunchAndCopyCounter(LaunchCounter):
@@ -13,17 +13,23 @@ class LaunchAndCopyCounter(LaunchCounter):
     def __init__(self):
         super().__init__()
         self.copies_to_device = 0
+        self.further_kernels = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = super().__torch_dispatch__(func, types, args, kwargs)
         is_copy = func._schema.name == "aten::_to_copy"
         if is_copy and args[0].device.type == "cpu" and result.device.type == "meta":
             self.copies_to_device += 1
+        if func._schema.name.endswith("flash_attention_backward"):
+            _, query, key = args[:3]
+            heads = 1 if func._schema.name == "aten::_flash_attention_backward" else -3
+            is_grouped = query.shape[heads] != key.shape[heads]
+            self.further_kernels += FLASH_BACKWARD - 1 + 2 * is_grouped  # and sums over grouped heads
         return result
 
     @property
     def launches(self):
-        return sum(count * KERNELS_PER_CALL.get(name, 1) for name, count in self.operators.items())
+        return self.total + self.further_kernels
 
 
 def launches_of_a_step(forward):

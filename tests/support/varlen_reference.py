@@ -3,6 +3,7 @@
 import torch
 
 from trl_singlepass.attention.varlen import VarlenKernel
+from trl_singlepass.training.model import enable_tree
 
 
 def scores(q, k, causal, window, scale, softcap):
@@ -25,19 +26,20 @@ def sequences(cu_q, cu_k):
 
 def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, causal, window, scale, softcap):
     """Return output `(num_queries, heads, head_dim)` and log-sum-exp `(heads, num_queries)`."""
-    check_arguments(q, k, v, cu_q, cu_k, max_q, max_k)
+    check_arguments(q, k, v, cu_q, cu_k, max_q, max_k, causal)
     outs, lses = [], []
     for here, there in sequences(cu_q, cu_k):
         s = scores(q[here], k[there], causal, window, scale, softcap)
         value = v[there].repeat_interleave(q.shape[1] // v.shape[1], 1)
         outs.append(torch.einsum("hqk,khd->qhd", s.softmax(-1), value))
-        lses.append(s.logsumexp(-1))
+        # Without keys, FlashAttention 2 returns plus infinity.
+        lses.append(s.logsumexp(-1) if s.shape[-1] else s.new_full(s.shape[:-1], torch.inf))
     return torch.cat(outs), torch.cat(lses, 1)
 
 
 def varlen_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, window, scale, softcap):
     """Return the gradients that a flash kernel computes from the output and log-sum-exp that it is given."""
-    check_arguments(q, k, v, cu_q, cu_k, max_q, max_k)
+    check_arguments(q, k, v, cu_q, cu_k, max_q, max_k, causal)
     groups = q.shape[1] // k.shape[1]
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     for here, there in sequences(cu_q, cu_k):
@@ -55,7 +57,7 @@ def varlen_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, w
     return dq, dk, dv
 
 
-def check_arguments(q, k, v, cu_q, cu_k, max_q, max_k):
+def check_arguments(q, k, v, cu_q, cu_k, max_q, max_k, causal):
     """Assert what flash kernels require; without it, they would read past the end of a tensor."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert cu_q.is_contiguous()
@@ -64,7 +66,8 @@ def check_arguments(q, k, v, cu_q, cu_k, max_q, max_k):
     assert len(v) == len(k)
     assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
     assert isinstance(max_q, int)
-    assert bool((cu_k.diff() >= cu_q.diff()).all()), "a query would see no key"
+    if causal:
+        assert bool((cu_k.diff() >= cu_q.diff()).all()), "a query would see no key"
     assert q.shape[-1] == k.shape[-1] == v.shape[-1]
     assert q.shape[-1] % 8 == 0
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
@@ -90,4 +93,11 @@ class ReferenceKernel(VarlenKernel):
 def arguments(x):
     call = x.call
     borders = call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k
-    return *borders, True, call.window, x.scale, x.softcap
+    return *borders, call.is_causal, call.window, x.scale, x.softcap
+
+
+def switch(model, implementation="flash_attention_2"):
+    """What loading with `attn_implementation` does where the package is installed."""
+    model.set_attn_implementation("eager")
+    model.config._attn_implementation_internal = implementation
+    enable_tree(model)

@@ -50,15 +50,15 @@ def train_in_waves(model, batch, plan, offload=False):
 
 
 def assert_waves_equal_npass(
-    model, sample_sets, wave_tokens, prepare=None, pad_to_multiple_of=None, offload=False, **plan_settings
+    model, sample_sets, wave_tokens, prepare=None, pad_to_multiple_of=None, offload=False, switch=enable_tree, **kwargs
 ):
     """Assert that a row in waves gives the loss and all gradients of the separate samples, for each `wave_tokens`."""
     expected = npass_loss_and_gradients(model, [sample for samples in sample_sets for sample in samples])
-    enable_tree(model)
+    switch(model)
     if prepare is not None:
         prepare(model)
     batch = batch_of(sample_sets, pad_to_multiple_of)
     for tokens in wave_tokens:
         model.zero_grad()
-        loss, _ = train_in_waves(model, batch, plan_of(batch, tokens, **plan_settings), offload)
+        loss, _ = train_in_waves(model, batch, plan_of(batch, tokens, **kwargs), offload)
         assert_same_loss_and_gradients(loss, gradients_of(model), expected)

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from support.float64_comparison import CHECKPOINTING
 from support.sample_sets import reasoning_chat, sample_sets
 from support.tiny_families import FAMILIES, MIXTURES, tiny_model
+from support.varlen_reference import ReferenceKernel, switch
 from support.wave_training import assert_waves_equal_npass
+from trl_singlepass.attention import flash, registry, varlen_plan
 
 
 pytestmark = [
@@ -65,3 +67,36 @@ def test_frozen_layers(family):
 @pytest.mark.parametrize("family", ["gemma3", "llama4"])
 def test_long_chat_over_many_windows(family):
     assert_waves_equal_npass(model_of(family), [reasoning_chat(turns=12)], [13, 100, 150])
+
+
+@pytest.fixture
+def _varlen(monkeypatch):
+    """A varlen kernel in plain PyTorch in place of every flash kernel."""
+    for module in (flash, registry):
+        monkeypatch.setattr(module, "flash_kernel", lambda implementation: ReferenceKernel())
+
+
+@pytest.mark.usefixtures("_varlen")
+@pytest.mark.parametrize("keys_per_call", [4, 0])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt-oss", "llama4"])
+def test_reasoning_chat_on_varlen_kernels(family, keys_per_call, monkeypatch):
+    """Whole paths are gathered, or the beginnings that branches share come in a call of their own."""
+    monkeypatch.setattr(varlen_plan, "KEYS_PER_CALL", keys_per_call)
+    assert_waves_equal_npass(model_of(family), [reasoning_chat()], [25, 66], switch=switch)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_varlen")
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_of_waves_on_varlen_kernels(family, checkpointing):
+    prepare = CHECKPOINTING[checkpointing]
+    assert_waves_equal_npass(model_of(family), [reasoning_chat()], SIZES, prepare=prepare, switch=switch)
+
+
+@pytest.mark.usefixtures("_varlen")
+@pytest.mark.parametrize("family", ["gemma3", pytest.param("gpt-oss", marks=pytest.mark.slow)])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(samples=sample_sets(), size=st.integers(1, 50), keep=st.booleans())
+def test_random_trees_on_varlen_kernels(family, samples, size, keep):
+    assert_waves_equal_npass(model_of(family), [samples], [size], keep_history=keep, switch=switch)

@@ -67,8 +67,8 @@ class BlockAttention(torch.autograd.Function):
         """Return the output, in the shape of the queries."""
         blocks = tree_blocks(mask, kernel.query_block)
         if cache is not None:
-            cache.store(key, value)
-            blocks = [replace(block, keys=cache.locate(block.keys, key.shape[2])) for block in blocks]
+            cache.store(*(x.squeeze(0).transpose(0, 1) for x in (key, value)))
+            blocks = [replace(block, keys=cache.slots.locate(block.keys, key.shape[2])) for block in blocks]
         row = _Row(query, key, value, mask, scale, _fetch(blocks, key, cache))
         out, lse = _merged_output(row, blocks, kernel)
         if sinks is not None:
@@ -88,18 +88,20 @@ class BlockAttention(torch.autograd.Function):
         grad_query = torch.zeros_like(out)
         # History gets gradients from every branch: they are added up in float32 at least.
         dtype = torch.promote_types(key.dtype, torch.float32)
-        grad_key, grad_value = (torch.zeros_like(x, dtype=dtype) for x in (key, value))
-        grad_slots = (None, None) if cache is None or fetched is None else cache.gradients_of(fetched)
+        total = torch.zeros(2, key.shape[2], key.shape[1], key.shape[3], dtype=dtype, device=key.device)
+        grad_key, grad_value = _heads_first(total)
+        grad_slots = None if cache is None or fetched is None else cache.gradients_of(fetched)
+        grad_slot_key, grad_slot_value = (None, None) if grad_slots is None else _heads_first(grad_slots)
         for block in ctx.blocks:
             here = slice(block.start, block.end)
             dq, dk, dv = ctx.kernel.backward(grad[:, :, here], row.cut(block), out[:, :, here], lse[:, :, here])
             grad_query[:, :, here] += dq
-            _add_to_ranges(grad_key, dk, block.keys, grad_slots[0], fetched)
-            _add_to_ranges(grad_value, dv, block.keys, grad_slots[1], fetched)
+            _add_to_ranges(grad_key, dk, block.keys, grad_slot_key, fetched)
+            _add_to_ranges(grad_value, dv, block.keys, grad_slot_value, fetched)
         if cache is not None:
-            if fetched is not None:
-                cache.send_back(fetched, *grad_slots)
-            cache.add_gradients_from_later_rows(grad_key, grad_value)
+            if fetched is not None and grad_slots is not None:
+                cache.send_back(fetched, grad_slots)
+            cache.add_gradients_from_later_rows(total)
         grad_sinks = None if sinks is None else sink_gradient(grad[0], out[0], lse[0], sinks)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_sinks, None, None, None, None
 
@@ -118,7 +120,7 @@ class _Row:
     def cut(self, block: Block) -> BlockInputs:
         """Return the inputs of one block; keys and values of several ranges are copied."""
         slots = self.fetched
-        cached_key, cached_value = (None, None) if slots is None else (slots.key, slots.value)
+        cached_key, cached_value = (None, None) if slots is None else _heads_first(slots.kv)
         return BlockInputs(
             query=self.query[:, :, block.start : block.end],
             key=_gather(self.key, block.keys, cached_key, slots),
@@ -161,10 +163,18 @@ def _merge_into(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, o
 
 
 def _fetch(blocks: Sequence[Block], key: torch.Tensor, cache: KVCacheView | None) -> FetchedSlots | None:
-    """Bring the ancestors outside the row onto the device, once for all blocks."""
-    if cache is None:
+    """Bring the ancestors outside the row onto the device, from the first to the last, once for all blocks."""
+    length = key.shape[2]
+    outside = [keys for block in blocks for keys in block.keys if keys[0] >= length]
+    if cache is None or not outside:
         return None
-    return cache.fetch((keys for block in blocks for keys in block.keys), key.shape[2], key.device)
+    return cache.fetch(min(outside)[0] - length, max(last for _, last in outside) - length, key.device)
+
+
+def _heads_first(kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as kernels for blocks take them, `(1, kv_heads, num_tokens, head_dim)`."""
+    key, value = kv.transpose(1, 2).unsqueeze(1)
+    return key, value
 
 
 def _gather(x: torch.Tensor, ranges: Ranges, cached: torch.Tensor | None, slots: FetchedSlots | None) -> torch.Tensor:

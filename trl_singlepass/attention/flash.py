@@ -29,14 +29,14 @@ def varlen_forward(implementation: str) -> AttentionFunction:
     def on_tree(
         module: torch.nn.Module, inputs: AttentionInputs, mask: TreeMask, options: Mapping[str, Any]
     ) -> torch.Tensor:
-        assert mask.tree.kv_cache(module) is None, "waves hand keys from row to row on sdpa only"
         kernel = flash_kernel(implementation)
         dtype = get_target_dtype(inputs.query, module) or inputs.query.dtype
         _check_kernel(implementation, kernel, dtype, inputs)
         deterministic = options.get("deterministic")
         if deterministic is None:
             deterministic = is_deterministic()
-        return varlen_tree_attention(inputs.to(dtype), mask, kernel, deterministic)
+        cache = mask.tree.kv_cache(module, mask.local_size)
+        return varlen_tree_attention(inputs.to(dtype), mask, kernel, deterministic, cache)
 
     plain = plain_forward if implementation == "torch_varlen" else _stock_flash(implementation)
     return tree_attention_or(plain, on_tree)

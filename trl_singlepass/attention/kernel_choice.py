@@ -102,7 +102,7 @@ def choose_torch_kernel(
         has_softcap (`bool`, *optional*, defaults to `False`):
             Whether scores are capped, which PyTorch's flash kernels cannot do.
         has_cache (`bool`, *optional*, defaults to `False`):
-            Whether some ancestors are outside the row (waves), which the varlen kernel does not read.
+            Whether some ancestors are outside the row (waves), which FlexAttention does not read here.
     """
     if device.type == "cpu":
         return TorchKernel.MATH if has_softcap else TorchKernel.CPU_FLASH
@@ -115,7 +115,7 @@ def choose_torch_kernel(
         return TorchKernel.FLEX  # one call for text and images, which differ in their masks
     if not _has_cuda_flash(device, -(-head_dim // 8) * 8):
         return TorchKernel.MATH
-    if rule is not None and not rule.images and not has_cache and device.why_no_varlen() is None:
+    if rule is not None and not rule.images and device.why_no_varlen() is None:
         return TorchKernel.VARLEN
     is_causal = rule is not None and rule.kind is RuleKind.CAUSAL
     return TorchKernel.CUDA_FLASH if is_causal else TorchKernel.MATH

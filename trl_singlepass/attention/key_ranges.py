@@ -116,7 +116,8 @@ def key_ranges(plan: TreePlan, pieces: Pieces, first_depth: Ints, before: Ints) 
         first_depth (`numpy.ndarray` of shape `(num_pieces,)`):
             For each piece, the depth of the first key.
         before (`numpy.ndarray` of shape `(num_pieces,)`):
-            For each piece, the row position just past the last key that may be in it.
+            For each piece, the row position just past the last key that may be in it. Ancestors outside the row,
+            whose positions are those past its end, come before all of its tokens.
 
     Returns:
         `KeyRanges`: Their ranges; empty ones are left out.
@@ -132,7 +133,8 @@ def key_ranges(plan: TreePlan, pieces: Pieces, first_depth: Ints, before: Ints) 
     piece = np.repeat(np.arange(len(count)), count)
     chosen = concatenated_ranges(offsets[pieces.run], count)
     start = ranges[chosen, 0] + np.maximum(first_depth[piece] - depths[chosen], 0)
-    end = np.minimum(ranges[chosen, 1], before[piece])
+    is_slot = ranges[chosen, 0] >= plan.length
+    end = np.where(is_slot, ranges[chosen, 1], np.minimum(ranges[chosen, 1], before[piece]))
     kept = start < end
     return KeyRanges(piece[kept], start[kept], end[kept])
 

@@ -44,7 +44,8 @@ def torch_tree_attention(inputs: AttentionInputs, mask: TreeMask, cache: KVCache
         has_cache=cache is not None,
     )
     if kernel is TorchKernel.VARLEN:
-        return varlen_tree_attention(inputs, mask, TorchFlash(), torch.are_deterministic_algorithms_enabled())
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return varlen_tree_attention(inputs, mask, TorchFlash(), deterministic, cache)
     if kernel is TorchKernel.FLEX:
         return flex_tree_attention(inputs, mask)
     return block_tree_attention(inputs, mask, get_block_kernel(kernel, inputs.softcap), cache).contiguous()

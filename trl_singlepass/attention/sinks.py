@@ -20,8 +20,8 @@ def add_sinks_(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> tor
     Returns:
         `torch.Tensor` of shape `(..., heads, num_queries)`: Log-sum-exp with the sinks.
     """
-    merged = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    out *= (lse - merged).exp()[..., None].to(out.dtype)
+    merged = torch.logaddexp(lse, sinks[:, None])
+    out *= (lse - merged).exp_()[..., None]
     return merged
 
 
@@ -42,6 +42,6 @@ def sink_gradient(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sink
     Returns:
         `torch.Tensor` of shape `(heads,)`: The gradient.
     """
-    delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    weight = (sinks.to(lse.dtype)[:, None] - lse).exp()
-    return -(weight * delta).sum(-1).to(sinks.dtype)
+    delta = (grad.to(lse.dtype) * out).sum(-1)
+    weight = (sinks[:, None] - lse).exp_()
+    return torch.neg(torch.einsum("hq,hq->h", weight, delta), out=torch.empty_like(sinks))

@@ -9,9 +9,12 @@ from typing import Any, ClassVar
 import torch
 
 from .inputs import AttentionInputs, Gradients
+from .kv_cache import FetchedSlots, KVCacheView
+from .path_gradients import KeysAndValues, PathGradients, join_with_slots
 from .sinks import add_sinks_, sink_gradient
 from .tree_mask import TreeMask
-from .varlen_plan import VarlenCall, varlen_calls
+from .varlen_call import VarlenCall, VarlenPass, VarlenPlan
+from .varlen_plan import varlen_plan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +67,11 @@ class VarlenKernel(ABC):
 
 
 def varlen_tree_attention(
-    inputs: AttentionInputs, mask: TreeMask, kernel: VarlenKernel, deterministic: bool = False
+    inputs: AttentionInputs,
+    mask: TreeMask,
+    kernel: VarlenKernel,
+    deterministic: bool = False,
+    cache: KVCacheView | None = None,
 ) -> torch.Tensor:
     """
     Return attention of a row of trees by a varlen flash kernel.
@@ -78,13 +85,17 @@ def varlen_tree_attention(
             Kernel.
         deterministic (`bool`, *optional*, defaults to `False`):
             Whether gradients are added up in a fixed order, which is slower.
+        cache (`KVCacheView`, *optional*):
+            Keys and values of ancestors outside the row.
 
     Returns:
         `torch.Tensor` of shape `(1, row_length, heads, value_dim)`: The output.
     """
     padded = inputs.with_one_head_dim(8)  # a multiple of 8 is what flash kernels want
     tokens_first = (x.transpose(1, 2).squeeze(0) for x in (padded.query, padded.key, padded.value))
-    run = _Run(mask.build_once(varlen_calls), kernel, inputs.scale, inputs.softcap or 0.0, deterministic)
+    heads_per_key = inputs.query.shape[1] // inputs.key.shape[1]
+    plan = mask.build_once(varlen_plan, heads_per_key, None if cache is None else cache.slots)
+    run = _Run(plan, kernel, inputs.scale, inputs.softcap or 0.0, deterministic, cache)
     out: torch.Tensor = VarlenAttention.apply(*tokens_first, inputs.sinks, run)  # type: ignore[no-untyped-call]
     return out[..., : inputs.value.shape[-1]].unsqueeze(0)
 
@@ -93,16 +104,27 @@ def varlen_tree_attention(
 class _Run:
     """The kernel calls that together cover a row, and their options."""
 
-    calls: tuple[VarlenCall, ...]
+    plan: VarlenPlan
     kernel: VarlenKernel
     scale: float
     softcap: float
     deterministic: bool
+    cache: KVCacheView | None
 
-    def cut(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: VarlenCall) -> VarlenInputs:
-        """Return the inputs of one call."""
-        here = query[call.start : call.end]
-        return VarlenInputs(here, call.keys(key), call.keys(value), call, self.scale, self.softcap)
+    def fetch(self, device: torch.device) -> FetchedSlots | None:
+        """Bring the ancestors outside the row onto the device of the layer."""
+        if self.plan.slots is None:
+            return None
+        assert self.cache is not None, "only a wave has ancestors outside its row"
+        return self.cache.fetch(*self.plan.slots, device)
+
+    def sources(self, key: torch.Tensor, value: torch.Tensor, fetched: FetchedSlots | None) -> KeysAndValues:
+        """Return what the passes gather from."""
+        return (key, value) if self.plan.gathers_nothing else join_with_slots(key, value, fetched)
+
+    def inputs(self, query: torch.Tensor, kv: KeysAndValues, call: VarlenCall) -> VarlenInputs:
+        """Return the inputs of a call, from its queries and from the keys and values of its pass."""
+        return VarlenInputs(query, kv[0][call.keys], kv[1][call.keys], call, self.scale, self.softcap)
 
 
 class VarlenAttention(torch.autograd.Function):
@@ -113,8 +135,8 @@ class VarlenAttention(torch.autograd.Function):
     `(heads,)`.
 
     Keys and values are gathered along the paths for the call only, and gathered again for backward instead of kept.
-    Sinks enter after the kernel: backward takes the output and log-sum-exp **with** the sink, which makes every
-    gradient of the kernel exact (as in ring attention, arXiv 2310.01889).
+    Shared beginnings of paths and sinks enter after the kernel: backward takes the merged output and log-sum-exp,
+    which makes every gradient of each call exact (as in ring attention, arXiv 2310.01889).
     """
 
     @staticmethod
@@ -122,12 +144,22 @@ class VarlenAttention(torch.autograd.Function):
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, run: _Run
     ) -> torch.Tensor:
         """Return the output."""
-        parts = [run.kernel.forward(run.cut(query, key, value, call)) for call in run.calls]
-        if len(parts) == 1:
-            out, lse = parts[0]
-        else:
-            out, lse = torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
-        if sinks is not None:
+        if run.cache is not None:
+            run.cache.store(key, value)
+        sources = run.sources(key, value, run.fetch(key.device))
+        own, shared = [], []
+        for part in run.plan.passes:
+            kv = _gather(sources, part)
+            if part.path is not None:
+                queries = query[part.path.start : part.path.end]
+                own.append(run.kernel.forward(run.inputs(queries, kv, part.path)))
+            if part.shared is not None:
+                packed = _pack(query[part.shared.start : part.shared.end], key.shape[1])
+                shared.append(run.kernel.forward(run.inputs(packed, kv, part.shared)))
+        out, lse = _join(own)
+        if shared:
+            lse = _merge(out, lse, _join(shared), run.plan.without_shared, sinks)
+        elif sinks is not None:
             lse = add_sinks_(out.transpose(0, 1), lse, sinks)
         ctx.save_for_backward(query, key, value, sinks, out, lse)
         ctx.run = run
@@ -139,44 +171,108 @@ class VarlenAttention(torch.autograd.Function):
         query, key, value, sinks, out, lse = ctx.saved_tensors
         run: _Run = ctx.run
         grad = grads[0].contiguous()
-        grad_query: list[torch.Tensor] = []
-        grad_key, grad_value = _PathSum(key, run.deterministic), _PathSum(value, run.deterministic)
-        for call in run.calls:
-            here = slice(call.start, call.end)
-            inputs = run.cut(query, key, value, call)
-            dq, dk, dv = run.kernel.backward(
-                grad[here], inputs, out[here], lse[:, here].contiguous(), deterministic=run.deterministic
-            )
-            grad_query.append(dq)
-            grad_key.add(dk, call.key_index)
-            grad_value.add(dv, call.key_index)
+        fetched = run.fetch(key.device)
+        sources = run.sources(key, value, fetched)
+        row = _Backward(run, query, grad, out, lse)
+        total = PathGradients(key, 0 if fetched is None else fetched.kv.shape[1], run.deterministic)
+        own: list[torch.Tensor] = []
+        shared: list[tuple[VarlenCall, torch.Tensor]] = []
+        for part in run.plan.passes:
+            kv, found = _gather(sources, part), []
+            if part.path is not None:
+                found.append(row.path(part.path, kv))
+                own.append(found[-1][0])
+            if part.shared is not None:
+                found.append(row.shared(part.shared, kv))
+                shared.append((part.shared, found[-1][0]))
+            total.add([dk for _, dk, _ in found], [dv for _, _, dv in found], part.key_index)
+        grad_query = own[0] if len(own) == 1 else torch.cat(own)
+        for call, dq in shared:
+            grad_query[call.start : call.end].view(dq.shape).add_(dq)
         grad_sinks = None
         if sinks is not None:
             grad_sinks = sink_gradient(grad.transpose(0, 1), out.transpose(0, 1), lse, sinks)
-        joined = grad_query[0] if len(grad_query) == 1 else torch.cat(grad_query)
-        return joined, grad_key.total, grad_value.total, grad_sinks, None
+        grad_key, grad_value = total.finish(run.cache, fetched, run.plan.handed_on).to(key.dtype)
+        return grad_query, grad_key, grad_value, grad_sinks, None
 
 
-class _PathSum:
-    """Sum of gathered gradients in the row: history gets one from every branch, added up in float32 at least."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Backward:
+    """Gradients of single calls, from the merged output and log-sum-exp of the row."""
 
-    def __init__(self, like: torch.Tensor, deterministic: bool) -> None:
-        self.like, self.deterministic = like, deterministic
-        self.sum: torch.Tensor | None = None
+    run: _Run
+    query: torch.Tensor
+    grad: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
 
-    def add(self, part: torch.Tensor, index: torch.Tensor | None) -> None:
-        if index is None:  # the keys of the only call are the row: nothing to add up
-            self.sum = part
-            return
-        if self.sum is None:
-            dtype = torch.promote_types(part.dtype, torch.float32)
-            self.sum = torch.zeros(self.like.shape, dtype=dtype, device=part.device)
-        if self.deterministic:  # sorts the index; `index_add_` adds in whatever order threads come
-            self.sum.index_put_((index.long(),), part.to(self.sum.dtype), accumulate=True)
-        else:
-            self.sum.index_add_(0, index, part.to(self.sum.dtype))
+    def path(self, call: VarlenCall, kv: KeysAndValues) -> Gradients:
+        """Return the gradients of a call of paths."""
+        here = slice(call.start, call.end)
+        return self._call(call, kv, self.query[here], self.grad[here], self.out[here], self.lse[:, here].contiguous())
 
-    @property
-    def total(self) -> torch.Tensor:
-        assert self.sum is not None, "a row has at least one call"
-        return self.sum.to(self.like.dtype)
+    def shared(self, call: VarlenCall, kv: KeysAndValues) -> Gradients:
+        """Return the gradients of a call of shared beginnings; that of queries as the row has them."""
+        here, kv_heads = slice(call.start, call.end), kv[0].shape[1]
+        query, grad, out = (_pack(x[here], kv_heads) for x in (self.query, self.grad, self.out))
+        lse = self.lse[:, here].view(kv_heads, -1, call.end - call.start).transpose(1, 2).flatten(1)
+        dq, dk, dv = self._call(call, kv, query, grad, out, lse)
+        return _unpack(dq, call.end - call.start), dk, dv
+
+    def _call(self, call: VarlenCall, kv: KeysAndValues, query: torch.Tensor, *rest: torch.Tensor) -> Gradients:
+        grad, out, lse = rest
+        inputs = self.run.inputs(query, kv, call)
+        return self.run.kernel.backward(grad, inputs, out, lse, deterministic=self.run.deterministic)
+
+
+def _gather(sources: KeysAndValues, part: VarlenPass) -> KeysAndValues:
+    """Keys and values of the calls of a pass."""
+    if part.key_index is None:
+        return sources
+    assert isinstance(sources, torch.Tensor), "only keys that are the row are not joined"
+    return sources.index_select(1, part.key_index)
+
+
+def _pack(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """
+    Heads that read one key-value head as queries one after the other, shape `(num_queries · groups, kv_heads, dim)`.
+
+    Queries without a causal order may be repeated. With four heads, of which two read each key-value head, a query
+    becomes two: one with its heads 0 and 2, one with its heads 1 and 3.
+    """
+    return x.reshape(len(x), kv_heads, -1, x.shape[-1]).transpose(1, 2).flatten(0, 1)
+
+
+def _unpack(x: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """The inverse of `_pack` as a view of shape `(num_queries, kv_heads, groups, dim)`."""
+    return x.view(num_queries, -1, *x.shape[1:]).transpose(1, 2)
+
+
+def _join(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of calls that follow one another."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
+
+
+def _merge(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    shared: tuple[torch.Tensor, torch.Tensor],
+    without_shared: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Add what packed queries found in the shared beginnings to the output, in place; return the log-sum-exp."""
+    length = len(out)
+    shared_out, shared_lse = _unpack(shared[0], length), shared[1].view(len(shared[1]), length, -1).transpose(1, 2)
+    kv_heads, groups = shared_out.shape[1:3]
+    if without_shared is not None:  # kernels return infinity for queries without keys, of either sign
+        shared_lse = shared_lse.masked_fill(without_shared, -torch.inf)
+    parts = torch.stack([lse.view(kv_heads, groups, length), shared_lse])
+    merged = torch.logaddexp(parts[0], parts[1])
+    if sinks is not None:
+        merged = torch.logaddexp(merged, sinks.view(kv_heads, groups, 1))
+    # From `(kv_heads, groups, num_queries)` to the order of outputs.
+    own_weight, shared_weight = (parts - merged).exp_().permute(0, 3, 1, 2).unsqueeze(-1)
+    out.view(length, kv_heads, groups, -1).mul_(own_weight).addcmul_(shared_out, shared_weight)
+    return merged.flatten(0, 1)

@@ -15,7 +15,7 @@ from transformers.modeling_flash_attention_utils import lazy_import_flash_attent
 from .inputs import Gradients
 from .kernel_choice import DeviceTraits
 from .varlen import VarlenInputs, VarlenKernel
-from .varlen_plan import VarlenCall
+from .varlen_call import VarlenCall
 
 
 aten = torch.ops.aten
@@ -73,7 +73,7 @@ class TorchFlash(VarlenKernel):
     def forward(self, x: VarlenInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return output and log-sum-exp."""
         result = aten._flash_attention_forward(
-            x.query, x.key, x.value, *_borders(x.call), 0.0, x.call.window is None, False, scale=x.scale,
+            x.query, x.key, x.value, *_borders(x.call), 0.0, _is_causal(x.call), False, scale=x.scale,
             **_window(x.call),
         )  # fmt: skip
         return _output_and_lse(result, x.query)
@@ -85,7 +85,7 @@ class TorchFlash(VarlenKernel):
         random_state = torch.empty(2, dtype=torch.uint64, device=x.query.device)  # of dropout, and there is none
         unused = torch.empty(0, device=x.query.device)
         grads: Gradients = aten._flash_attention_backward(
-            grad, x.query, x.key, x.value, out, lse, *_borders(x.call), 0.0, x.call.window is None, random_state,
+            grad, x.query, x.key, x.value, out, lse, *_borders(x.call), 0.0, _is_causal(x.call), random_state,
             unused, scale=x.scale, **_window(x.call),
         )  # fmt: skip
         return grads
@@ -154,7 +154,7 @@ def _call(function: Callable[..., Any], **arguments: Any) -> Any:
 def _common(x: VarlenInputs) -> dict[str, Any]:
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
     borders = dict(zip(names, _borders(x.call), strict=True))
-    return {**borders, **_window(x.call), "softmax_scale": x.scale, "causal": True, "softcap": x.softcap}
+    return {**borders, **_window(x.call), "softmax_scale": x.scale, "causal": x.call.is_causal, "softcap": x.softcap}
 
 
 def _borders(call: VarlenCall) -> tuple[torch.Tensor, torch.Tensor, int, int]:
@@ -162,8 +162,16 @@ def _borders(call: VarlenCall) -> tuple[torch.Tensor, torch.Tensor, int, int]:
 
 
 def _window(call: VarlenCall) -> dict[str, int]:
-    """Flash kernels count the tokens before the query."""
-    return {"window_size_left": -1 if call.window is None else call.window - 1, "window_size_right": 0}
+    """Flash kernels count the tokens before the query and after it, and take -1 for all."""
+    return {
+        "window_size_left": -1 if call.window is None else call.window - 1,
+        "window_size_right": 0 if call.is_causal else -1,
+    }
+
+
+def _is_causal(call: VarlenCall) -> bool:
+    """PyTorch's operator knows either a window or a causal mask."""
+    return call.is_causal and call.window is None
 
 
 def _output_and_lse(result: Sequence[torch.Tensor], query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,64 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
 
 from .key_ranges import Ints, Pieces, concatenated_ranges, key_ranges
-from .mask_rules import MaskRule, RuleKind
+from .layer_slots import LayerSlots
+from .mask_rules import RuleKind
+from .shared_prefixes import group_pieces
 from .tree_mask import TreeMask
+from .varlen_call import VarlenCall, VarlenPass, VarlenPlan
 
 
 # Most keys that one call gathers, as a multiple of the row's tokens: bounds memory where many branches share a long
-# history.
+# history. Keys that a group shares cost less: their gradients are not expanded to all query heads.
 KEYS_PER_CALL = 4
+SHARED_KEYS_PER_CALL = 8
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class VarlenCall:
+def varlen_plan(mask: TreeMask, heads_per_key: int = 1, slots: LayerSlots | None = None) -> VarlenPlan:
     """
-    One call of a varlen kernel: sequences of queries that lie together in the row, each against the end of its path.
-
-    Queries are aligned with the end of their keys ("bottom-right"), as flash kernels are when `causal`: the last query
-    sees the last key. A path is contiguous in depth, so the kernel's sliding window is a window by depth.
-
-    Args:
-        start (`int`):
-            Position of the first query in the row.
-        end (`int`):
-            Position just past the last query.
-        cu_seqlens_q (`torch.Tensor` of shape `(num_sequences + 1,)`, `torch.int32`):
-            Borders of the sequences among the queries of the call.
-        cu_seqlens_k (`torch.Tensor` of shape `(num_sequences + 1,)`, `torch.int32`):
-            Borders of the sequences among the gathered keys.
-        max_seqlen_q (`int`):
-            Length of the longest query sequence.
-        max_seqlen_k (`int`):
-            Length of the longest key sequence.
-        key_index (`torch.Tensor` of shape `(num_keys,)`, `torch.int32`, *optional*):
-            Positions of the keys in the row; not given where they are the row as it is.
-        window (`int`, *optional*):
-            Size of the sliding window in tokens, the query itself included.
-    """
-
-    start: int
-    end: int
-    cu_seqlens_q: torch.Tensor
-    cu_seqlens_k: torch.Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-    key_index: torch.Tensor | None
-    window: int | None
-
-    def keys(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the keys or values of the call, from those of the row, shape `(row_length, heads, head_dim)`."""
-        return x if self.key_index is None else x.index_select(0, self.key_index)
-
-
-def varlen_calls(mask: TreeMask) -> tuple[VarlenCall, ...]:
-    """
-    Return the calls that compute attention of a mask type; together they cover the row.
+    Return the calls that compute attention of a mask type.
 
     The row of ten tokens in `key_ranges.py` takes one call with two sequences, one per run:
 
@@ -72,12 +36,19 @@ def varlen_calls(mask: TreeMask) -> tuple[VarlenCall, ...]:
 
         chunk 4    cu_seqlens_q 0 4 7 8 10    cu_seqlens_k 0 4 7 11 13    key_index 0 1 2 3  4 5 6  0 1 2 7  8 9
 
+    Where whole paths have more keys than one call takes, the beginnings that neighbouring runs share are gathered
+    once, for a second call. The row above then takes, for its second run, 0 1 2 there and 7 8 9 here.
+
     Args:
         mask (`TreeMask`):
             Mask type of the model.
+        heads_per_key (`int`, *optional*, defaults to 1):
+            Query heads per key-value head.
+        slots (`LayerSlots`, *optional*):
+            Slots of the layers, where ancestors are outside the row.
 
     Returns:
-        `tuple[VarlenCall, ...]`: The calls: one, or as many as keep the gathered keys within `KEYS_PER_CALL` rows.
+        `VarlenPlan`: One call, two, or as many as keep the gathered keys within `KEYS_PER_CALL` rows.
 
     Raises:
         `ValueError`: If the model's rule is not causal, a sliding window or a chunk, or if the tokens of an image see
@@ -95,55 +66,171 @@ def varlen_calls(mask: TreeMask) -> tuple[VarlenCall, ...]:
             "The tokens of an image see each other in both directions in this model, and flash varlen kernels mask "
             "all sequences of a call alike. Load the model with attn_implementation='sdpa' or 'flex_attention'."
         )
-    plan = mask.tree.plan
-    # Inside a chunk a token sees all ancestors of that chunk, so pieces of one chunk each are plain causal.
-    chunk_size = rule.size if rule.kind is RuleKind.CHUNK else None
-    pieces = Pieces.from_plan(plan, chunk_size, by_depth=True)
-    ranges = key_ranges(plan, pieces, rule.first_depth(pieces.depth), before=pieces.end)
-    key_index = concatenated_ranges(ranges.start, ranges.end - ranges.start)
-    num_keys = np.bincount(ranges.piece, weights=ranges.end - ranges.start, minlength=len(pieces.start))
-    return _calls(pieces, num_keys.astype(np.int64), key_index, rule, mask)
-
-
-def _calls(pieces: Pieces, num_keys: Ints, key_index: Ints, rule: MaskRule, mask: TreeMask) -> tuple[VarlenCall, ...]:
     length = mask.tree.plan.length
-    key_borders = np.concatenate([[0], np.cumsum(num_keys)])
-    query_borders = np.append(pieces.start, length)
-    groups = list(_grouped(key_borders, KEYS_PER_CALL * length))
-    arrays: list[Ints] = []
-    for first, last in groups:
-        keys = key_index[key_borders[first] : key_borders[last]]
-        is_row = len(keys) == length and bool((keys == np.arange(length)).all())
-        arrays += [query_borders[first : last + 1] - query_borders[first]]
-        arrays += [key_borders[first : last + 1] - key_borders[first], keys[:0] if is_row else keys]
-    moved = _to_device(arrays, mask.tree.depth.device)
-    return tuple(
-        VarlenCall(
-            start=int(query_borders[first]),
-            end=int(query_borders[last]),
-            cu_seqlens_q=moved[3 * i],
-            cu_seqlens_k=moved[3 * i + 1],
-            max_seqlen_q=int(np.diff(arrays[3 * i]).max()),
-            max_seqlen_k=int(np.diff(arrays[3 * i + 1]).max()),
-            key_index=moved[3 * i + 2] if len(moved[3 * i + 2]) else None,
-            window=rule.size if rule.kind is RuleKind.WINDOW else None,
-        )
-        for i, (first, last) in enumerate(groups)
+    paths, shared = _sequences(mask, heads_per_key)
+    path_calls = _grouped(paths, KEYS_PER_CALL * length)
+    shared_calls = () if shared is None else _grouped(shared, SHARED_KEYS_PER_CALL * length)
+    calls = list(zip_longest(path_calls, shared_calls))
+    indices, fetched = _with_slots([_key_index(*both) for both in calls], slots, length)
+    if len(indices) == 1 and np.array_equal(indices[0], np.arange(length)):
+        indices = [indices[0][:0]]  # the keys are the row as it is
+    arrays = [_handed_on(slots), _without_keys(shared)]
+    for (path, group), index in zip(calls, indices, strict=True):
+        arrays += [index, *_borders_of(path, 1), *_borders_of(group, heads_per_key)]
+    moved = iter(_to_device(arrays, mask.tree.depth.device))
+    handed_on, without_shared = next(moved), next(moved)
+    window = rule.size if rule.kind is RuleKind.WINDOW else None
+    return VarlenPlan(
+        passes=tuple(_make_pass(path, group, heads_per_key, window, moved) for path, group in calls),
+        without_shared=without_shared.bool() if len(without_shared) else None,
+        slots=fetched,
+        handed_on=handed_on if len(handed_on) else None,
     )
 
 
-def _grouped(borders: Ints, budget: int) -> Iterator[tuple[int, int]]:
-    """
-    Neighbouring pieces `[first, last)` with at most `budget` keys together, but at least one piece.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sequences:
+    """Sequences of a row: the first query of each and, at the end, the row's length; borders and positions of keys."""
 
-    Borders 0, 3, 5, 9 (pieces of 3, 2 and 4 keys) and a budget of 5 give `[0, 2)` and `[2, 3)`.
+    start: Ints
+    key_borders: Ints
+    key_index: Ints
+
+
+def _sequences(mask: TreeMask, heads_per_key: int) -> tuple[_Sequences, _Sequences | None]:
+    """Paths of all runs, and beginnings shared by groups of them where whole paths have too many keys."""
+    rule, plan = mask.rule, mask.tree.plan
+    assert rule is not None, "checked before"
+    # Inside a chunk a token sees all ancestors of that chunk, so pieces of one chunk each are plain causal.
+    pieces = Pieces.from_plan(plan, rule.size if rule.kind is RuleKind.CHUNK else None, by_depth=True)
+    start, first_depth = np.append(pieces.start, plan.length), rule.first_depth(pieces.depth)
+    ranges = key_ranges(plan, pieces, first_depth, before=pieces.end)
+    num_keys = np.bincount(ranges.piece, ranges.end - ranges.start, len(pieces.start)).astype(np.int64)
+    shared = None
+    if rule.kind is not RuleKind.WINDOW and num_keys.sum() > KEYS_PER_CALL * plan.length:
+        groups = group_pieces(pieces, ranges, num_keys, 1 / heads_per_key)
+        # The keys of a piece are contiguous in depth: without the shared ones, they start that much deeper.
+        own = key_ranges(plan, pieces, first_depth + groups.of_pieces(len(pieces.start)), before=pieces.end)
+        of_first = np.isin(ranges.piece, groups.first)
+        index = concatenated_ranges(ranges.start[of_first], (ranges.end - ranges.start)[of_first])
+        count = num_keys[groups.first]
+        index = index[concatenated_ranges(np.cumsum(count) - count, groups.num_shared)]
+        shared = _Sequences(np.append(pieces.start[groups.first], plan.length), _borders(groups.num_shared), index)
+        ranges, num_keys = own, num_keys - groups.of_pieces(len(pieces.start))
+    index = concatenated_ranges(ranges.start, ranges.end - ranges.start)
+    return _Sequences(start, _borders(num_keys), index), shared
+
+
+def _borders(count: Ints) -> Ints:
+    return np.concatenate([[0], np.cumsum(count)])
+
+
+def _grouped(sequences: _Sequences, budget: int) -> Iterator[_Sequences]:
     """
-    first = 0
+    Neighbouring sequences with at most `budget` keys together, but at least one sequence.
+
+    Borders 0, 3, 5, 9 (sequences of 3, 2 and 4 keys) and a budget of 5 give the first two, then the third.
+    """
+    borders, first = sequences.key_borders, 0
     while first < len(borders) - 1:
-        last = int(np.searchsorted(borders, borders[first] + budget, side="right")) - 1
-        last = max(last, first + 1)
-        yield first, last
+        last = max(int(np.searchsorted(borders, borders[first] + budget, side="right")) - 1, first + 1)
+        keys = sequences.key_index[borders[first] : borders[last]]
+        yield _Sequences(sequences.start[first : last + 1], borders[first : last + 1] - borders[first], keys)
         first = last
+
+
+def _key_index(path: _Sequences | None, group: _Sequences | None) -> Ints:
+    """Positions of the keys of a pass: those of paths first."""
+    return np.concatenate([sequences.key_index for sequences in (path, group) if sequences is not None])
+
+
+def _with_slots(
+    indices: list[Ints], slots: LayerSlots | None, length: int
+) -> tuple[list[Ints], tuple[int, int] | None]:
+    """
+    Return key positions with slots counted from the first that the row attends to, and the range of these slots.
+
+    In a row of 20 tokens, the positions 26 and 27 are the slots 6 and 7. A layer that keeps the slots 2, 6, 7 and 9
+    has them as its slots 1 and 2, which are what the row fetches. So they become the positions 20 and 21.
+    """
+    if slots is None:
+        return indices, None
+    used = np.concatenate([index[index >= length] for index in indices]) - length
+    if not len(used):
+        return indices, None
+    first, last = np.searchsorted(slots.kept, (used.min(), used.max())).tolist()
+    own = np.searchsorted(slots.kept, used)
+    assert np.array_equal(slots.kept[own], used), "a window looks back to tokens that are kept"
+    located = []
+    for index in indices:
+        is_slot = index >= length
+        index = index.copy()
+        index[is_slot], own = length + own[: is_slot.sum()] - first, own[is_slot.sum() :]
+        located.append(index)
+    return located, (first, last + 1)
+
+
+def _handed_on(slots: LayerSlots | None) -> Ints:
+    """Positions of tokens that later rows attend to; nothing where a slice says it."""
+    if slots is None or len(slots.handed_on) < 2:
+        return np.empty(0, np.int64)
+    return np.concatenate([np.arange(first, last) for first, last, _ in slots.handed_on])
+
+
+def _without_keys(shared: _Sequences | None) -> Ints:
+    """For each query, whether its group shares no keys; nothing where all groups share some."""
+    is_empty = np.empty(0, bool) if shared is None else np.diff(shared.key_borders) == 0
+    if not is_empty.any():
+        return np.empty(0, np.int64)
+    assert shared is not None, "it has groups"
+    return np.repeat(is_empty, np.diff(shared.start)).astype(np.int64)
+
+
+def _borders_of(sequences: _Sequences | None, heads_per_key: int) -> list[Ints]:
+    """Borders of queries and of keys, if there is such a call in a pass."""
+    if sequences is None:
+        return []
+    return [(sequences.start - sequences.start[0]) * heads_per_key, sequences.key_borders]
+
+
+def _make_pass(
+    path: _Sequences | None,
+    group: _Sequences | None,
+    heads_per_key: int,
+    window: int | None,
+    moved: Iterator[torch.Tensor],
+) -> VarlenPass:
+    """Return a pass from its sequences and from the next tensors on the device."""
+    index = next(moved)
+    num_own = 0 if path is None else len(path.key_index)
+    own = None if path is None else _make_call(path, 1, slice(0, num_own), moved, window)
+    shared = None
+    if group is not None:
+        keys = slice(num_own, num_own + len(group.key_index))
+        shared = _make_call(group, heads_per_key, keys, moved, None, is_causal=False)
+    return VarlenPass(index if len(index) else None, own, shared)
+
+
+def _make_call(
+    sequences: _Sequences,
+    heads_per_key: int,
+    keys: slice,
+    moved: Iterator[torch.Tensor],
+    window: int | None,
+    *,
+    is_causal: bool = True,
+) -> VarlenCall:
+    return VarlenCall(
+        start=int(sequences.start[0]),
+        end=int(sequences.start[-1]),
+        cu_seqlens_q=next(moved),
+        cu_seqlens_k=next(moved),
+        max_seqlen_q=int(np.diff(sequences.start).max()) * heads_per_key,
+        max_seqlen_k=int(np.diff(sequences.key_borders).max()),
+        keys=keys,
+        window=window,
+        is_causal=is_causal,
+    )
 
 
 def _to_device(arrays: list[Ints], device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -11,8 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # They reserve or rename memory and start nothing.
 _WITHOUT_KERNEL = frozenset(
-    {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "promote_types"}
-)
+    {
+        "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "promote_types",
+        "_unsafe_view",
+    }
+)  # fmt: skip
 _ATTENTION = ("attention", "flash_attn", "flash_bwd", "flash_fwd")
 
 

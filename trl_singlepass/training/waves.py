@@ -218,10 +218,12 @@ def _refused_layers(model: PreTrainedModel | PeftModel, args: SFTConfig) -> Iter
     if getattr(config, "router_jitter_noise", 0):
         yield "router_jitter_noise", "history would get different noise each time it runs", "Set it to 0"
     implementation = config._attn_implementation
-    if implementation != TREE_ATTENTION["sdpa"]:
-        known = {name: given for given, name in TREE_ATTENTION.items()}
-        name = known.get(implementation, implementation)
-        yield f"attn_implementation={name!r}", "its kernel reads keys from a single row", "Load the model with 'sdpa'"
+    if implementation == TREE_ATTENTION["flex_attention"]:
+        yield (
+            "attn_implementation='flex_attention'",
+            "FlexAttention keeps the keys and values of the whole history for the backward pass of every layer",
+            "Load the model with 'sdpa' or a flash kernel",
+        )
 
 
 def _is_dropout(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..attention.context import Tree
-from ..attention.kv_cache import KVCache, KVCacheView, SlotRanges
+from ..attention.kv_cache import KVCache, KVCacheView
+from ..attention.layer_slots import LayerSlots, SlotRanges
 from ..recurrent.boundary import BoundarySlots, RowBoundary
 from ..recurrent.boundary_grads import BoundaryTensors
 from ..recurrent.layer_kinds import ReplayMode
@@ -107,9 +108,7 @@ class GroupCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of keys, values, inputs, states and gradients."""
-        held = (
-            x for layer in self.kv_caches.values() for x in (layer.key, layer.value, layer.grad_key, layer.grad_value)
-        )
+        held = (x for layer in self.kv_caches.values() for x in (layer.kv, layer.grad))
         keys_and_values = sum(x.numel() * x.element_size() for x in held if x is not None)
         return keys_and_values + sum(tensors.num_bytes for tensors in self.inputs_and_states.values())
 
@@ -142,6 +141,7 @@ class WaveTree(Tree):
     cache: GroupCache | None = None
     handed_on: SlotRanges = ()
     stores: bool = False
+    _layer_slots: dict[int | None, LayerSlots] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_wave(cls, wave: Wave, tokens: Ranges, cache: GroupCache, row: Tree, *, stores: bool) -> WaveTree:
@@ -173,9 +173,16 @@ class WaveTree(Tree):
         assert self.cache is not None
         if not len(self.cache.slots):
             return None
-        slots = self.cache.get_window_slots(local_size)
-        stored = self.cache.get_kv_cache(layer, len(slots))
-        return KVCacheView.for_layer(stored, self.handed_on, slots, stores=self.stores)
+        slots = self._get_layer_slots(local_size)
+        return KVCacheView(self.cache.get_kv_cache(layer, len(slots.kept)), slots)
+
+    def _get_layer_slots(self, local_size: int | None) -> LayerSlots:
+        """Return the slots of layers that look so many tokens back, the same object each time."""
+        assert self.cache is not None
+        if local_size not in self._layer_slots:
+            kept = self.cache.get_window_slots(local_size)
+            self._layer_slots[local_size] = LayerSlots.from_row(self.handed_on, kept, stores=self.stores)
+        return self._layer_slots[local_size]
 
     def get_boundary(self, mode: ReplayMode) -> RowBoundary | None:
         """Return what layers that run this way take from other waves and leave for them."""

@@ -1,0 +1,25 @@
+"""Slots of a layer's cache: the examples of the docstrings."""
+
+import numpy as np
+import pytest
+
+from trl_singlepass.attention.layer_slots import LayerSlots
+
+
+@pytest.fixture
+def slots():
+    kept = np.array([2, 6, 7, 9])
+    return LayerSlots.from_row(((10, 16, 4),), kept, stores=True)
+
+
+def test_a_layer_that_keeps_some_slots_numbers_them_itself(slots):
+    assert slots.handed_on == ((12, 14, 1), (15, 16, 3))
+
+
+def test_positions_past_the_row_are_slots(slots):
+    assert slots.locate(((26, 28), (0, 20)), row_length=20) == ((21, 23), (0, 20))
+
+
+def test_a_range_that_is_not_kept_is_an_error(slots):
+    with pytest.raises(AssertionError, match="tokens that are kept"):
+        slots.locate(((26, 29),), row_length=20)
