@@ -19,7 +19,7 @@ from trl_singlepass.attention.blocks import BlockAttention
 from trl_singlepass.attention.mask_rules import MaskRule
 from trl_singlepass.attention.sdpa import torch_tree_attention
 from trl_singlepass.attention.tree_mask import TreeMask
-from trl_singlepass.attention.varlen_plan import varlen_calls
+from trl_singlepass.attention.varlen_plan import varlen_plan
 from trl_singlepass.trees.rows import Run
 
 
@@ -129,7 +129,7 @@ def test_text_alone_is_plain_causal():
 def test_varlen_kernels_refuse_images_by_name():
     tree = replace(row_of_ten(), plan=replace(row_of_ten().plan, images=((4, 6),)))
     with pytest.raises(ValueError, match="tokens of an image see each other in both directions"):
-        varlen_calls(image_mask(tree, "causal", 0))
+        varlen_plan(image_mask(tree, "causal", 0))
 
 
 @pytest.mark.parametrize(
