@@ -141,14 +141,17 @@ def saved(workers, tmp_path_factory):
         ("optimizer.pt", "it has a learning rate schedule, but no optimizer"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, saved, name, damage):
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, saved, name, damage, has_manifest):
     shutil.copytree(saved, tmp_path / "out")
     file = tmp_path / "out" / "checkpoint-3" / name
+    if not has_manifest:  # as other trainers save
+        shutil.rmtree(file.parent / "manifest")
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
     if damage != "is cut off":
         file.unlink()
-    assert damage in next(find_damage(file.parent))
+    assert damage in " ".join(find_damage(file.parent))
     assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-2")
 
 
@@ -174,9 +177,10 @@ def test_a_damaged_part_of_a_rank_is_passed_over(tmp_path, workers, uninterrupte
     assert_same_training(resumed, uninterrupted(settings, environment))
 
 
-def test_wrong_bytes_are_found(tmp_path, saved):
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "trainer_state.json", "rng_state.pth"])
+def test_wrong_bytes_are_found(tmp_path, saved, name):
     shutil.copytree(saved, tmp_path / "out")
-    file = tmp_path / "out" / "checkpoint-3" / "optimizer.pt"
+    file = tmp_path / "out" / "checkpoint-3" / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 255
     file.write_bytes(content)

@@ -80,6 +80,15 @@ def largest_difference(trainer, other):
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
+def logs(trainer):
+    """Return all that a trainer logged, without what a clock measured."""
+    clocks = ("runtime", "per_second")
+    return [
+        {name: value for name, value in entry.items() if not name.endswith(clocks)}
+        for entry in trainer.state.log_history
+    ]
+
+
 def logged(trainer, key):
     """Return the values that a trainer logged under a key, in order."""
     return [entry[key] for entry in trainer.state.log_history if key in entry]

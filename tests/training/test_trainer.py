@@ -19,6 +19,7 @@ from support.trainers import (
     float32_model,
     largest_difference,
     logged,
+    logs,
     needs_weighted_loss,
     parameters,
     single_pass_trainer,
@@ -265,14 +266,20 @@ def test_losses_that_cannot_read_weights_refuse_them(tmp_path, tokenizer, settin
         trainer.train()
 
 
-def test_a_killed_run_resumes_where_it_was(tmp_path, tokenizer):
-    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 1}
+@pytest.mark.parametrize(
+    ("saved", "settings"),
+    [(2, {"max_steps": 4}), (len(CHATS), {"num_train_epochs": 2, "max_steps": -1, "ignore_data_skip": True})],
+    ids=["in an epoch", "after an epoch, with ignore_data_skip"],
+)
+def test_a_killed_run_resumes_where_it_was(tmp_path, tokenizer, saved, settings):
+    settings = {"save_strategy": "steps", "save_steps": saved, "per_device_train_batch_size": 1, **settings}
     whole = single_pass_trainer(tmp_path / "whole", tokenizer, CHATS, **settings)
     whole.train()
     resumed = single_pass_trainer(tmp_path / "whole", tokenizer, CHATS, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{saved}"))
     assert largest_difference(whole, resumed) == 0
-    assert logged(resumed, "loss") == logged(whole, "loss")
+    assert len(logged(whole, "num_trained_tokens")) > saved
+    assert logs(resumed)[:-1] == logs(whole)[:-1]  # the last one is the mean loss since the run began
 
 
 def test_lora_trains_the_adapter_only(tmp_path, tokenizer):

@@ -11,6 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import logging
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTTrainer
+
+from .manifest import find_changes, has_hashes
+from .metrics import TokenCounts
 
 
 logger = logging.get_logger(__name__)
@@ -40,11 +44,41 @@ def last_good_checkpoint(output_dir: str | Path) -> str | None:
     Returns:
         `str` or `None`: Path of the checkpoint, `None` if there is none to resume from.
     """
+    return _on_first_rank(lambda: _newest_intact(Path(output_dir)))
+
+
+def _on_first_rank(search: Callable[[], str | None]) -> str | None:
     if not torch.distributed.is_initialized():
-        return _newest_intact(Path(output_dir))
-    found = [_newest_intact(Path(output_dir)) if torch.distributed.get_rank() == 0 else None]
+        return search()
+    found = [search() if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(found)
     return found[0]
+
+
+def resume_counts(trainer: SFTTrainer, counts: TokenCounts, checkpoint: str | None) -> None:
+    """
+    Continue the counts of tokens of a checkpoint, whose files must be those that were written.
+
+    Args:
+        trainer (`trl.SFTTrainer`):
+            Trainer that resumes.
+        counts (`TokenCounts`):
+            Its counts of tokens.
+        checkpoint (`str`, *optional*):
+            Folder of the checkpoint. One without a manifest, from another trainer, is not checked.
+
+    Raises:
+        `ValueError`: If a file is missing or has changed.
+    """
+    if checkpoint is None:
+        return
+    damage = _on_first_rank(lambda: next(iter(find_changes(Path(checkpoint))), None))
+    if damage is not None:
+        raise ValueError(
+            f"{checkpoint} cannot be resumed: {damage}. Resume from the newest intact checkpoint instead: "
+            "resume_from_checkpoint=last_good_checkpoint(output_dir), or --resume_from_checkpoint auto."
+        )
+    trainer._total_train_tokens = counts.restore(checkpoint, trainer._total_train_tokens)
 
 
 def checkpoint_to_resume(setting: str | bool | None, output_dir: str | Path) -> str | None:
@@ -90,8 +124,11 @@ def find_damage(checkpoint: Path) -> Iterator[str]:
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     if checkpoint / "trainer_state.json" not in files:  # the Trainer writes it last
         yield "saving did not finish, trainer_state.json is missing"
+    yield from find_changes(checkpoint)
+    hashed = has_hashes(checkpoint)
     for path in files:
-        damage = _FILE_CHECKS[path.suffix](path) if path.suffix in _FILE_CHECKS else None
+        is_hashed = path.relative_to(checkpoint).as_posix() in hashed
+        damage = None if is_hashed or path.suffix not in _FILE_CHECKS else _FILE_CHECKS[path.suffix](path)
         if damage:
             yield f"{path.relative_to(checkpoint)} {damage}"
     for tag in checkpoint.glob("latest"):  # DeepSpeed's

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +17,7 @@ from ..trees.sample import PARTS
 from .model import Forward
 
 
+TOKEN_COUNTS = "token_counts.json"  # in a checkpoint
 NUM_TURNS = 16  # later turns are logged together
 # Prefixes of the names of turn metrics, with the parts of a turn (indices into `PARTS`) that each pools.
 _GROUPS = {"": (0, 1, 2), "reasoning_": (0,), "answer_": (1, 2), "first_answer_token_": (1,)}
@@ -91,6 +94,19 @@ class TokenCounts:
         }
         self._sample_tokens = self._row_tokens = 0
         return logs
+
+    def save(self, checkpoint: str, num_tokens: int) -> None:
+        """Write the counts since the start of the run, with TRL's own, to a checkpoint."""
+        counts = {"num_tokens": num_tokens, "num_trained_tokens": float(self._trained)}
+        Path(checkpoint, TOKEN_COUNTS).write_text(json.dumps(counts), encoding="utf-8")
+
+    def restore(self, checkpoint: str | None, num_tokens: int) -> int:
+        """Continue the counts of a checkpoint that has some, and return TRL's; by default, those given."""
+        if checkpoint is None or not (saved := Path(checkpoint, TOKEN_COUNTS)).is_file():
+            return num_tokens
+        counts = json.loads(saved.read_text(encoding="utf-8"))
+        self._trained = counts["num_trained_tokens"]
+        return int(counts["num_tokens"])
 
 
 class TurnMetrics:

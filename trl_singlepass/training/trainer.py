@@ -19,11 +19,13 @@ from ..data.images import hide_image_columns
 from ..data.sampler import make_train_sampler
 from ..images.loading import image_loader_of
 from ..trees.rows import IMAGE_COLUMNS, ROW_COLUMNS
+from .checkpoints import resume_counts
 from .compatibility import check_conversations, check_loss_is_per_token, check_run
 from .config import as_single_pass_config, default_config, with_packed_length, without_redundant_settings
 from .dataset import AnyDataset, FormattingFunction, find_turns, in_order, needs_preparation, prepare_conversations
 from .last_batch import num_repeatable_examples, without_empty_batches, without_repeated_examples
 from .loss import NumItems, get_loss_context, mean_of_means_divisor, step_weight, total_weight
+from .manifest import ManifestCallback
 from .metrics import PooledLoss, TokenCounts, TurnMetrics, split_by_example
 from .model_card import complete_model_card
 from .paper import PAPER
@@ -121,7 +123,7 @@ class SinglePassSFTTrainer(SFTTrainer):
         self._collator = collator or DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
         self._collator.load_images = self._collator.load_images or image_loader_of(self.processing_class)
         self.data_collator = TreeOrPlainCollator(self._collator, self.data_collator)
-        self._counts = TokenCounts()
+        self._counts, self._manifest = TokenCounts(), ManifestCallback(self)
         self._turn_metrics = TurnMetrics(args.device) if args.log_turn_metrics else None
         if self._trains_turns:
             self._enable_tree()
@@ -196,9 +198,10 @@ class SinglePassSFTTrainer(SFTTrainer):
         return without_empty_batches(values, args, num_examples, num_ranks, self._sequence_parallel.size)
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """Resume in the epoch and at the row of a stream; the Trainer counts a stream's steps as one endless epoch."""
+        """Resume token counts, and a stream in its epoch at its row; for the Trainer, it is one endless epoch."""
+        resume_counts(self, self._counts, args[3])  # the checkpoint
         position = super()._init_training_state(*args)
-        saved = None if self._stream_steps is None else position_in_stream(args[3], self.args)  # the checkpoint
+        saved = None if self._stream_steps is None else position_in_stream(args[3], self.args)
         return saved or position
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader[Batch]]:
@@ -280,14 +283,13 @@ class SinglePassSFTTrainer(SFTTrainer):
         """Add the sharing factor, the tokens trained so far and metrics by turn; TRL does not measure them."""
         if self.model.training:
             logs.update(self._counts.pop())
-            if self._turn_metrics is not None:
-                logs.update(self._turn_metrics.pop(self.accelerator))
+            logs.update(self._turn_metrics.pop(self.accelerator) if self._turn_metrics is not None else {})
         super().log(logs, start_time)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Wait for all ranks; the first goes on to write the file that marks a checkpoint as complete."""
+        """List the files of all ranks; the first goes on to write the file that marks a checkpoint as complete."""
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
+        self._manifest.write_sizes(self, self._counts, output_dir)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
