@@ -122,6 +122,29 @@ def test_sharegpt_conversations(user, model, tokenizer):
     assert maybe_convert_to_chatml(row)["messages"][0]["role"] == user  # TRL converts keys, not roles
 
 
+SHAREGPT = [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"messages": PLAIN},
+        {"prompt": PLAIN[:1], "completion": PLAIN[1:]},
+        {"conversations": SHAREGPT},
+        {"messages": [{"role": "system", "content": "Be brief."}, *PLAIN]},
+    ],
+    ids=["messages", "prompt", "ShareGPT", "repeated"],
+)
+def test_a_system_prompt_in_its_own_column_is_the_first_message(columns, tokenizer):
+    expected = render_samples([{"role": "system", "content": "Be brief."}, *PLAIN], tokenizer)
+    assert ids(render_example({**columns, "system": "Be brief."}, tokenizer)) == ids(expected)
+    if "system" not in str(columns):
+        for nothing in ("", " ", None):
+            assert ids(render_example({**columns, "system": nothing}, tokenizer)) == ids(
+                render_samples(PLAIN, tokenizer)
+            )
+
+
 def test_rendering_works_in_worker_processes(tokenizer):
     dataset = Dataset.from_list([{"messages": PLAIN}] * 4)
     mapped = dataset.map(example_to_ids, fn_kwargs={"tokenizer": tokenizer}, with_indices=True, num_proc=2)

@@ -49,6 +49,11 @@ MALFORMED = {
         {"messages": [HI, {"role": "tool_call", "content": "{}"}, HELLO]},
         "Message 1 has the role 'tool_call', .* an assistant message with 'tool_calls'",
     ),
+    "system of an object": ({"messages": [HI, HELLO], "system": {"os": "linux"}}, "'system' is an object, .* Rename"),
+    "two system prompts": (
+        {"messages": [{"role": "system", "content": "Be brief."}, HI, HELLO], "system": "Be kind."},
+        r"two system prompts: the column 'system' and message 0 \('system'\). Keep one",
+    ),
     "from and value": ({"messages": SHAREGPT}, "Message 0 has 'from' and 'value' .* Rename the column to 'conv"),
     "ShareGPT without from": ({"conversations": [{"value": "Hi."}, *SHAREGPT[1:]]}, "Message 0 has no 'role'"),
     "ShareGPT of a list role": ({"conversations": [{"from": ["x"], "value": ""}]}, "'role' that is a list"),

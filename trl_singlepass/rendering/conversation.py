@@ -12,6 +12,7 @@ from .validation import (
 from .validation import (
     check_are_objects,
     check_messages,
+    check_system,
     check_template_kwargs,
     check_tools,
     message_columns,
@@ -63,7 +64,8 @@ class Conversation:
         Args:
             example (`dict`):
                 `messages`, or `prompt` and `completion` as lists of messages, or ShareGPT's `conversations`;
-                optionally `tools` and `chat_template_kwargs`, each as an object or as a JSON string. In dicts that
+                optionally `tools` and `chat_template_kwargs`, each as an object or as a JSON string, and the text of
+                a system message in `system`, which becomes message 0. In dicts that
                 went through Arrow, keys whose value is `None` are dropped: Arrow gives every struct the keys of all of
                 them. A null argument of a tool call is kept where the tool's schema requires the argument, or where
                 the arguments are a JSON string.
@@ -79,11 +81,13 @@ class Conversation:
         kwargs = _decoded(example.get("chat_template_kwargs"), "chat_template_kwargs")
         kwargs = {} if kwargs is None else kwargs
         check_template_kwargs(kwargs)
+        messages = [message for group in groups for message in _read_messages(group, required)]
+        system = _read_system(example.get("system"), messages[:1])
         return cls(
-            messages=[message for group in groups for message in _read_messages(group, required)],
+            messages=[*system, *messages],
             tools=tools,
             template_kwargs={key: value for key, value in kwargs.items() if value is not None},
-            first_trained=len(groups[0]) if len(groups) == 2 else 0,
+            first_trained=len(system) + len(groups[0]) if len(groups) == 2 else 0,
             images=images,
         )
 
@@ -122,6 +126,20 @@ def _chatml(conversations: list[Message]) -> list[Message]:
     roles = [message.get("role") for message in messages]
     roles = [SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role for role in roles]
     return [{**message, "role": role} for message, role in zip(messages, roles, strict=True)]
+
+
+def _read_system(value: object, first: list[Message]) -> list[Message]:
+    """Return the system message that a column of its own holds, unless the conversation begins with it."""
+    check_system(value)
+    if not isinstance(value, str) or not value.strip():
+        return []
+    given = [message for message in first if message["role"] in ("system", "developer")]
+    if given and get_text(given[0].get("content")).strip() != value.strip():
+        raise RenderingError(
+            f"There are two system prompts: the column 'system' and message 0 ('{given[0]['role']}'). Keep one of "
+            "them, or rename the column if it holds something else."
+        )
+    return [] if given else [{"role": "system", "content": value}]
 
 
 def _decoded(value: object, column: str) -> Any:

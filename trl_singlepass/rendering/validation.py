@@ -111,6 +111,15 @@ def check_messages(messages: Sequence[Mapping[str, Any]], *, takes_images: bool 
             )
 
 
+def check_system(system: object) -> None:
+    """Refuse a column `system` that holds no text: it would be lost."""
+    if not isinstance(system, str | None):
+        raise RenderingError(
+            f"'system' is {describe_type(system)}, expected the text of a system message. Rename the column if it "
+            "holds something else."
+        )
+
+
 def check_tools(tools: object) -> None:
     """Refuse tools that are no list of JSON schemas or functions."""
     if tools is None:
