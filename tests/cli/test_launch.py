@@ -7,11 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from accelerate.commands.launch import _validate_launch_command
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from trl_singlepass.cli import launch
+from trl_singlepass.cli.errors import INTERRUPTED
 from trl_singlepass.cli.main import main
 
 
@@ -50,35 +52,89 @@ def test_train_launches_the_script_through_accelerate(monkeypatch, tmp_path):
 
 
 PATIENT = """
-import os, pathlib, signal, sys
-folder = pathlib.Path(sys.argv[-1])
-rank = os.environ.get("RANK", "0")
-signal.signal(signal.SIGTERM, lambda *_: (folder / f"stopped{rank}").touch())
-(folder / f"ready{rank}").touch()
-signal.pause()
+import os, pathlib, signal, sys, time
+from trl_singlepass.cli import worker
+from trl_singlepass.scripts import sft
+
+def wait(*args):
+    folder = pathlib.Path(sys.argv[-1])
+    rank = os.environ.get("RANK", "0")
+    stopped = folder / f"stopped{rank}"
+    signal.signal(signal.SIGTERM, lambda *_: stopped.touch())
+    (folder / f"ready{rank}").touch()
+    while not stopped.exists():
+        time.sleep(0.05)
+
+sft.main = wait
+raise SystemExit(worker.run())
 """
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_train_hands_on_that_it_should_stop_and_ends_well(tmp_path, num_processes):
-    (tmp_path / "patient.py").write_text(PATIENT)
-    code = "from trl_singlepass.cli import launch, main; launch.WORKER = 'patient'; raise SystemExit(main())"
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    processes = ["--num_processes", str(num_processes), *(["--multi_gpu"] if num_processes > 1 else [])]
-    command = [sys.executable, "-W", "ignore", "-c", code, "train", *processes, *TRAIN, "--output_dir", str(tmp_path)]
-    run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, stderr=subprocess.PIPE)
-    try:
-        deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob("ready*"))) < num_processes:
-            assert run.poll() is None, run.stderr.read().decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        run.send_signal(signal.SIGTERM)
-        assert run.wait(timeout=60) == 0
-    finally:
-        run.kill()
-        run.communicate()
+@pytest.fixture
+def train_patiently(tmp_path):
+    """Start `train` with processes that wait for a signal, send them one, and return exit code and errors."""
+
+    def train_patiently(num_processes, send):
+        (tmp_path / "patient.py").write_text(PATIENT)
+        code = "from trl_singlepass.cli import launch, main; launch.WORKER = 'patient'; raise SystemExit(main())"
+        path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+        processes = ["--num_processes", str(num_processes), *(["--multi_gpu"] if num_processes > 1 else [])]
+        command = [sys.executable, "-W", "ignore", "-c", code, "train", *processes, *TRAIN, "--output_dir", tmp_path]
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+        run = subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while len(list(tmp_path.glob("ready*"))) < num_processes:
+                assert run.poll() is None, run.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            send(run.pid)
+            _, errors = run.communicate(timeout=60)
+        finally:
+            for process in [*psutil.Process(run.pid).children(recursive=True), run] if run.poll() is None else []:
+                process.kill()
+            run.communicate()
+        return run.returncode, errors
+
+    return train_patiently
+
+
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_train_hands_on_that_it_should_stop_and_ends_well(train_patiently, tmp_path, num_processes):
+    code, _ = train_patiently(num_processes, lambda pid: os.kill(pid, signal.SIGTERM))
+    assert code == 0
     assert len(list(tmp_path.glob("stopped*"))) == num_processes
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "send"),
+    [
+        (1, os.killpg),
+        pytest.param(2, os.killpg, marks=pytest.mark.slow),
+        pytest.param(1, os.kill, marks=pytest.mark.slow),
+    ],
+    ids=["one process", "two processes", "sent to the command alone"],
+)
+def test_ctrl_c_ends_quietly_with_the_way_to_resume(train_patiently, num_processes, send):
+    """A terminal sends SIGINT to all processes of the group."""
+    code, errors = train_patiently(num_processes, lambda pid: send(pid, signal.SIGINT))
+    assert code == INTERRUPTED
+    assert "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("trl-singlepass train: Interrupted before the first checkpoint (save_steps): the same")
+
+
+def test_after_ctrl_c_the_newest_checkpoint_is_named(monkeypatch, run, tmp_path):
+    monkeypatch.setattr(launch, "launch_command", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(launch, "last_good_checkpoint", lambda folder: f"{folder}/checkpoint-20")
+    code, out, err = run("train", "--output_dir", tmp_path, *TRAIN)
+    assert (code, out) == (INTERRUPTED, "")
+    assert err.strip() == (
+        "trl-singlepass train: Interrupted. With --resume_from_checkpoint auto, the same command goes on from "
+        f"{tmp_path}/checkpoint-20."
+    )
 
 
 def test_accelerate_configs_are_files_or_names(tmp_path):
@@ -154,10 +210,12 @@ def test_errors_of_processes_are_one_line(model, tmp_path, processes):
 
 def parse(*arguments):
     parser = launch.make_parser(parser_class=launch.Parser)
-    return launch.parse_launch(parser, [*arguments, "--output_dir", "x", *TRAIN], launch.WORKER)
+    run, output_dir = launch.parse_launch(parser, [*arguments, "--output_dir", "x", *TRAIN], launch.WORKER)
+    assert output_dir == "x"
+    return run
 
 
-@pytest.mark.parametrize("arguments", [[], ["--num_processes", "2", "--mixed_precision", "bf16"]])
+@pytest.mark.parametrize("arguments", [[], ["--num_processes", "1", "--mixed_precision", "bf16"]])
 def test_the_launcher_has_no_defaults_to_warn_about(arguments, caplog, monkeypatch):
     monkeypatch.setattr(launch, "default_config_file", "none")
     run = parse(*arguments)
@@ -170,7 +228,9 @@ def test_the_launcher_has_no_defaults_to_warn_about(arguments, caplog, monkeypat
 
 
 def test_what_a_configuration_file_says_is_not_replaced(tmp_path):
-    (tmp_path / "mine.yaml").write_text("mixed_precision: bf16\nnum_machines: 2\nnum_processes: 4\n")
+    (tmp_path / "mine.yaml").write_text(
+        "distributed_type: MULTI_GPU\nmixed_precision: bf16\nnum_machines: 2\nnum_processes: 4\n"
+    )
     run = parse("--accelerate_config", str(tmp_path / "mine.yaml"))
     assert (run.mixed_precision, run.num_machines, run.num_processes) == (None, None, None)
 
@@ -181,3 +241,31 @@ def test_all_devices_are_used_unless_it_is_said_otherwise(monkeypatch, num_devic
     monkeypatch.setattr("torch.accelerator.device_count", lambda: num_devices)
     run = parse()
     assert (run.num_processes, bool(run.multi_gpu)) == (num_devices, several)
+
+
+ONE = "distributed_type: '{}'\nnum_processes: {}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        (["--num_processes", "2"], None),
+        (["--num_processes", "2", "--cpu"], None),
+        (["--num_processes", "2"], ONE.format("NO", 1)),
+        (["--num_processes", "2"], ONE.format("MULTI_CPU", 1)),
+        ([], ONE.format("NO", 2)),
+    ],
+)
+def test_several_processes_that_would_be_one_are_refused(monkeypatch, tmp_path, arguments, file):
+    monkeypatch.setattr(launch, "default_config_file", "none")
+    if file is not None:
+        (tmp_path / "mine.yaml").write_text(file)
+        arguments = [*arguments, "--accelerate_config", str(tmp_path / "mine.yaml")]
+    with pytest.raises(ValueError, match=r"--num_processes 2 would start one process here\. Add --multi_gpu"):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize("several", [["--multi_gpu"], ["--accelerate_config", "fsdp2"], ["--use_deepspeed"]])
+def test_several_processes_that_do_start_are_fine(monkeypatch, several):
+    monkeypatch.setattr(launch, "default_config_file", "none")
+    assert parse("--num_processes", "2", *several).num_processes == 2

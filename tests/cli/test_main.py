@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import trl_singlepass
 from support.chat_tokenizers import make_tokenizer
 from trl_singlepass.cli.arguments import parse_arguments
+from trl_singlepass.cli.errors import CUT_OFF, INTERRUPTED
 from trl_singlepass.cli.main import ARGUMENTS, COMMANDS, main
 
 
@@ -93,6 +95,7 @@ ERRORS = [
     (["train", "--learning_rate", "x"], "--learning-rate: invalid float value"),
     (["train", "--max_stps", "5", *CPU], "no argument is called --max_stps. Did you mean --max_steps?"),
     (["train", "--num_proceses", "2", *CPU], "no argument is called --num_proceses. Did you mean --num_processes?"),
+    (["train", "--num_processes", "2", *CPU], "--num_processes 2 would start one process here. Add --multi_gpu"),
     (["train", "--num_processes", "x", *CPU], "argument --num_processes/--num-processes: invalid int value: 'x'"),
     (
         ["train", "--config", "{tmp}/typo.yaml", *CPU],
@@ -128,3 +131,20 @@ def test_errors_are_one_clear_line(run, model, data, broken, arguments, message)
 def test_debug_shows_where(model, broken):
     with pytest.raises(ValueError, match="Row 0"):
         main(["inspect", model, str(broken / "user.jsonl"), "--debug"])
+
+
+def test_output_that_nobody_reads_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` does when it has its lines
+    command = [sys.executable, "-c", "from trl_singlepass.cli import main; raise SystemExit(main(['recipes']))"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (CUT_OFF, b"")
+
+
+def test_ctrl_c_is_a_line(monkeypatch, run):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_singlepass.cli.recipes.find_recipes", lambda: interrupt("recipes"))
+    assert run("recipes") == (INTERRUPTED, "", "\ntrl-singlepass recipes: Interrupted.\n")

@@ -1,10 +1,14 @@
 """The process that `train` starts: one line for errors that users can act on, a traceback for others."""
 
+import os
+import signal
 import sys
 
 import pytest
 
 from trl_singlepass.cli import worker
+from trl_singlepass.cli.errors import EXPLAINED, INTERRUPTED
+from trl_singlepass.scripts import sft
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -13,6 +17,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWa
 @pytest.fixture(autouse=True)
 def arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["worker", "--output_dir", "x", "--use_cpu", "--bf16", "false"])
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -23,7 +30,7 @@ def fail_with(monkeypatch):
         def main(*args):
             raise error
 
-        monkeypatch.setattr(worker, "main", main)
+        monkeypatch.setattr(sft, "main", main)
 
     return fail_with
 
@@ -38,7 +45,7 @@ def fail_with(monkeypatch):
 )
 def test_errors_are_one_line(fail_with, capsys, error, line):
     fail_with(error)
-    assert worker.run() == worker.EXPLAINED
+    assert worker.run() == EXPLAINED
     assert capsys.readouterr().err == line
 
 
@@ -53,11 +60,37 @@ def test_rank_0_speaks_first(fail_with, monkeypatch, capsys):
     monkeypatch.setattr(worker.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", "3")
     fail_with(ValueError("no"))
-    assert worker.run() == worker.EXPLAINED
+    assert worker.run() == EXPLAINED
     assert waited == [worker._HEAD_START]
     assert capsys.readouterr().err == "trl-singlepass train (rank 3): no.\n"
 
 
 def test_a_run_that_ends_well_has_exit_code_0(monkeypatch):
-    monkeypatch.setattr(worker, "main", lambda *args: None)
+    monkeypatch.setattr(sft, "main", lambda *args: None)
+    assert worker.run() == 0
+
+
+def test_ctrl_c_is_quiet_whatever_it_breaks(monkeypatch, capsys):
+    def main(*args):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)  # the launcher passes it on
+            raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(sft, "main", main)
+    assert worker.run() == INTERRUPTED
+    assert capsys.readouterr() == ("", "")
+
+
+def test_ctrl_c_ends_processes_that_prepare_data(monkeypatch):
+    def main(*args):
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == INTERRUPTED
+
+    monkeypatch.setattr(sft, "main", main)
     assert worker.run() == 0

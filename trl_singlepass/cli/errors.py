@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+EXPLAINED = 2
+"""Exit code of a process that has printed its error."""
+INTERRUPTED = 130
+"""Exit code of a process that Ctrl-C has ended, as shells have it."""
+CUT_OFF = 141
+"""Exit code of a process whose output nobody reads any more, as in `trl-singlepass recipes | head`."""
 # What users can act on: wrong arguments, files, rows and models, and packages that are not installed.
 USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError)
 

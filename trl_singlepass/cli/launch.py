@@ -7,7 +7,7 @@ import signal
 import subprocess
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from types import FrameType
@@ -15,19 +15,23 @@ from typing import NoReturn
 
 import psutil
 import torch
-from accelerate.commands.config.config_args import default_config_file
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import ComputeEnvironment, DistributedType
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl import TrlParser
 
 from ..scripts.sft import make_parser
+from ..training.checkpoints import last_good_checkpoint
 from ..training.preemption import SIGNALS
 from .arguments import HelpFormatter, OneLineErrors, refuse_unknown
-from .worker import EXPLAINED
+from .errors import EXPLAINED, INTERRUPTED
 
 
 SCRIPT = "trl_singlepass.scripts.sft"
 WORKER = "trl_singlepass.cli.worker"  # the script with errors in one line
+_PATIENCE = 10.0  # seconds that processes get to end after Ctrl-C
 
 
 class Parser(OneLineErrors, TrlParser):  # type: ignore[misc]
@@ -53,8 +57,9 @@ def launch(arguments: Sequence[str], *, debug: bool = False, **about: str) -> in
 
     Raises:
         `ValueError`: If there is no such argument or configuration, or a process ended without a word.
+        `KeyboardInterrupt`: After Ctrl-C, with the way to resume as its message.
     """
-    run = parse_launch(
+    run, output_dir = parse_launch(
         make_parser(parser_class=Parser, formatter_class=HelpFormatter, allow_abbrev=False, **about),
         arguments,
         SCRIPT if debug else WORKER,
@@ -62,14 +67,25 @@ def launch(arguments: Sequence[str], *, debug: bool = False, **about: str) -> in
     try:
         with _pass_on_signals(), _quiet_launcher(debug):
             launch_command(run)
+    except KeyboardInterrupt:
+        exit_code = INTERRUPTED
+    except SignalException as error:  # torchrun's
+        if error.sigval != signal.SIGINT:
+            raise
+        exit_code = INTERRUPTED
     except subprocess.CalledProcessError as error:
-        return _explain(error.returncode)
+        exit_code = error.returncode
     except ChildFailedError as error:
-        return _explain(error.get_first_failure()[1].exitcode)
-    return 0
+        exit_code = error.get_first_failure()[1].exitcode
+    else:
+        return 0
+    if exit_code == INTERRUPTED:
+        _stop_processes()
+        raise KeyboardInterrupt(_how_to_resume(output_dir))
+    return _explain(exit_code)
 
 
-def parse_launch(parser: TrlParser, arguments: Sequence[str], module: str) -> Namespace:
+def parse_launch(parser: TrlParser, arguments: Sequence[str], module: str) -> tuple[Namespace, str]:
     """
     Divide the arguments between the script and `accelerate launch`.
 
@@ -82,12 +98,13 @@ def parse_launch(parser: TrlParser, arguments: Sequence[str], module: str) -> Na
             Module to run.
 
     Returns:
-        `argparse.Namespace`: Arguments of `accelerate launch`.
+        `tuple[argparse.Namespace, str]`: Arguments of `accelerate launch`, and the script's `output_dir`.
 
     Raises:
-        `ValueError`: If neither knows an argument, or there is no such configuration.
+        `ValueError`: If neither knows an argument, there is no such configuration, or fewer processes would start
+            than are asked for.
     """
-    *_, from_config, from_command_line = parser.parse_args_and_config(
+    _, training_args, *_, from_config, from_command_line = parser.parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
     accelerate = launch_command_parser()
@@ -101,8 +118,9 @@ def parse_launch(parser: TrlParser, arguments: Sequence[str], module: str) -> Na
     for_script = _without(arguments, from_command_line)
     run: Namespace = accelerate.parse_args([*for_accelerate, "--module", module, *for_script])
     _set_defaults(run)
+    _check_num_processes(run)
     run.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # not those of SIGNALS: torchrun would kill all after 30 seconds
-    return run
+    return run, training_args.output_dir
 
 
 def _set_defaults(run: Namespace) -> None:
@@ -115,6 +133,23 @@ def _set_defaults(run: Namespace) -> None:
     if run.num_processes is None:
         run.num_processes = torch.accelerator.device_count()
         run.multi_gpu = run.multi_gpu or run.num_processes > 1
+
+
+def _check_num_processes(run: Namespace) -> None:
+    """Raise if `accelerate launch` would start a single process where several are asked for."""
+    reads_file = run.config_file is not None or (Path(default_config_file).is_file() and not run.cpu)
+    file = load_config_from_file(run.config_file) if reads_file else None
+    if file is not None and file.compute_environment != ComputeEnvironment.LOCAL_MACHINE:
+        return
+    single = (DistributedType.NO, DistributedType.MULTI_CPU)  # the latter starts several through MPI only
+    flags = run.multi_gpu or run.use_fsdp or run.use_deepspeed or run.use_megatron_lm or run.tpu or run.mpirun_hostfile
+    several = flags or (file.distributed_type not in single if file else torch.accelerator.device_count() > 1)
+    number = run.num_processes or (file.num_processes if file else 1)
+    if number > 1 and (run.cpu or not several):
+        raise ValueError(
+            f"--num_processes {number} would start one process here. Add --multi_gpu, which starts {number} on GPUs, "
+            "or on a CPU with --use_cpu true instead of --cpu. Or leave --num_processes out."
+        )
 
 
 def _raise_error(message: str) -> NoReturn:
@@ -176,19 +211,37 @@ def _pass_on_signals() -> Iterator[None]:
 
 def _to_processes(number: int, frame: FrameType | None) -> None:
     for process in psutil.Process().children():
-        process.send_signal(number)
+        with suppress(psutil.NoSuchProcess):  # it has ended in the meantime
+            process.send_signal(number)
+
+
+def _stop_processes() -> None:
+    """Stop what Ctrl-C has not reached: it may have been sent to this process alone."""
+    _to_processes(signal.SIGINT, None)
+    _, alive = psutil.wait_procs(psutil.Process().children(), timeout=_PATIENCE)
+    for process in alive:
+        process.kill()
+
+
+def _how_to_resume(output_dir: str) -> str:
+    checkpoint = last_good_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if checkpoint is None:
+        return "Interrupted before the first checkpoint (save_steps): the same command starts again."
+    return f"Interrupted. With --resume_from_checkpoint auto, the same command goes on from {checkpoint}."
 
 
 @contextmanager
 def _quiet_launcher(debug: bool) -> Iterator[None]:
     """Hide torchrun's log of failed processes: they print their errors, or `launch` tells how they ended."""
-    logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
-    before = logger.level
-    logger.setLevel(before if debug else logging.CRITICAL)
+    names = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
+    before = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger, level in before.items():
+        logger.setLevel(level if debug else logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
 def _explain(exit_code: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from .arguments import (
     peek,
     refuse_dangling_config,
 )
-from .errors import describe_error
+from .errors import CUT_OFF, INTERRUPTED, describe_error
 from .hub import check_hub
 from .train_help import format_train_help
 
@@ -104,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             Arguments; those of the process by default.
 
     Returns:
-        `int`: Exit code: 0, 1 if `verify` finds a difference or `doctor` something wrong, 2 for an error.
+        `int`: Exit code: 0, 1 if `verify` finds a difference or `doctor` something wrong, 2 for an error, and as
+            shells have it, 130 after Ctrl-C and 141 if nobody reads the output any more.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -117,7 +119,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise ValueError(f"There is no command '{arguments[0]}', only {', '.join(COMMANDS)}.")
-        return RUNNERS.get(name, _report)(name, arguments[1:])
+        code = RUNNERS.get(name, _report)(name, arguments[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes nowhere
+        return CUT_OFF
+    except KeyboardInterrupt as error:
+        if "--debug" in arguments:
+            raise
+        print(f"\ntrl-singlepass {arguments[0]}: {str(error) or 'Interrupted.'}", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:  # users get one line, whatever goes wrong
         if "--debug" in arguments:
             raise

@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+from types import FrameType
 
-from ..scripts.sft import main, make_parser
-from .errors import USER_ERRORS, describe_error
+from .errors import EXPLAINED, INTERRUPTED, USER_ERRORS, describe_error
 
 
-EXPLAINED = 2
-"""Exit code of a process that has printed its error."""
 _HEAD_START = 10.0  # seconds in which rank 0 prints an error that all ranks have, and the launcher stops the others
+
+
+class Interruption:
+    """Ctrl-C in this process, which ends it without a traceback, and in the processes that prepare its data."""
+
+    def __init__(self) -> None:
+        self.happened = False
+        self._process = os.getpid()
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Stop what runs, once: a launcher passes on what the terminal has sent already."""
+        if os.getpid() != self._process:  # a fork
+            os._exit(INTERRUPTED)
+        if not self.happened:
+            self.happened = True
+            raise KeyboardInterrupt
 
 
 def run() -> int:
     """Run the training script with the arguments of this process, and return its exit code."""
+    interruption = Interruption()
+    signal.signal(signal.SIGINT, interruption.handle)
     try:
+        # Imported only now: it takes seconds, in which Ctrl-C must work as well.
+        from ..scripts.sft import main, make_parser
+
         main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
-    except USER_ERRORS as error:
+    except BaseException as error:
+        if interruption.happened:  # collectives of which another rank was interrupted raise errors of their own
+            return INTERRUPTED
+        if not isinstance(error, USER_ERRORS):
+            raise
         rank = int(os.environ.get("RANK", "0"))
         if rank > 0:
             time.sleep(_HEAD_START)

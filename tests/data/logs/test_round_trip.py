@@ -8,6 +8,7 @@ from datasets import Dataset, load_dataset
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS
 from support.log_servers import SCRIPT, SYSTEM, AnthropicServer, OpenAIServer, ResponsesServer, run_agent
+from support.log_streams import StreamingAnthropicServer, StreamingOpenAIServer, StreamingResponsesServer
 from support.log_transcripts import get_exchanges, write_claude_code, write_codex, write_swe_agent
 from trl_singlepass.cli.main import main
 from trl_singlepass.data.dataset_format import holds_turns
@@ -15,11 +16,14 @@ from trl_singlepass.data.tokenized_turns import gather_turns, tokenized_turns_to
 from trl_singlepass.rendering.samples import render_example
 
 
-SERVERS = [OpenAIServer, ResponsesServer, AnthropicServer]
+SERVERS = [
+    *(OpenAIServer, ResponsesServer, AnthropicServer),
+    *(StreamingOpenAIServer, StreamingResponsesServer, StreamingAnthropicServer),
+]
 TEMPLATES = ["qwen3", "qwen3_8"]  # strips the reasoning of earlier turns; keeps it
 
 
-@pytest.fixture(params=SERVERS, ids=lambda server: server.source)
+@pytest.fixture(params=SERVERS, ids=lambda server: server.__name__)
 def server(request):
     return request.param
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .bad_lines import LogError
 from .fields import get_object, get_text
 from .requests import Json, LogLine
+from .streams import is_stream, join_stream
 
 
 _REQUEST_KEYS = ("request", "request_body", "body")
@@ -19,35 +22,35 @@ def get_exchange(line: LogLine) -> tuple[Json, Json]:
         line ([`LogLine`]):
             Line of a log. The request stands under `request`, `request_body` or `body` or on the line itself, the
             response under `response`, `response_body` or on the line itself. Either may be wrapped once more, in
-            `body`, and may be JSON text.
+            `body`, and may be JSON text; the response may be a stream, as a list of events or as their text.
 
     Returns:
         `tuple[dict, dict]`: Request and response.
 
     Raises:
-        [`LogError`]: If there is no response, or it is an error or a part of a stream.
+        [`LogError`]: If there is no response, it is an error or a part of a stream, or a stream cannot be read.
     """
     request = _unwrap(line.entry, _REQUEST_KEYS)
-    if any(isinstance(line.entry.get(key), list) for key in _RESPONSE_KEYS):
-        raise LogError(_STREAMED)
-    response = _unwrap(line.entry, _RESPONSE_KEYS)
+    stream = _find_stream(line.entry)
+    response = _unwrap(line.entry, _RESPONSE_KEYS) if stream is None else join_stream(stream)
     if "extra_body" in request:  # of OpenAI's Python client, which merges it into the request
         request = {**request, **(get_object(request, "extra_body") or {})}
     _check_response(response, line.entry)
     return request, response
 
 
-_STREAMED = (
-    "The response is a stream in parts. Let the proxy log the assembled response, or send the requests without "
-    "'stream'."
-)
+def _find_stream(entry: Json) -> Any:
+    for key in _RESPONSE_KEYS:
+        value = entry.get(key)
+        for found in (value, value.get("body") if isinstance(value, dict) else None):
+            if is_stream(found):
+                return found
+    return None
 
 
 def _unwrap(entry: Json, keys: tuple[str, ...]) -> Json:
     for key in keys:
         if entry.get(key) is not None:
-            if isinstance(entry[key], str) and entry[key].lstrip().startswith(("data:", "event:")):
-                raise LogError(_STREAMED)
             found = get_object(entry, key) or {}
             body = found.get("body")
             return (get_object(found, "body") or {}) if isinstance(body, dict | str) else found
@@ -62,4 +65,4 @@ def _check_response(response: Json, entry: Json) -> None:
         message = get_text(error, "message") if isinstance(error, dict) else str(error)
         raise LogError(f"The response is an error: '{message}'.")
     if str(response.get("object", "")).endswith(".chunk"):
-        raise LogError(_STREAMED)
+        raise LogError("The response is one part of a stream. Log all of its parts, on one line.")
