@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from datasets.utils.tqdm import tqdm
-from torch import nn
 
-from ..attention.text_layers import set_text_attention
 from ..data.bad_rows import read_all
-from ..recurrent.layer import disable_tree_recurrence, runs_on_trees
-from ..rendering.samples import render_example
-from ..training.model import enable_tree, takes_attention_from_outside, without_adapters
+from ..data.collator import LoadImages
+from ..data.vision import ConversationReader, as_reader
+from ..images.loading import image_loader_of
+from ..rendering.conversation import RenderingError
+from ..rendering.samples import render_conversation, render_example
 from ..trees.sample import Sample
+from .borrowed_model import left_as_found, on_trees, reading_images, weights_moved_by_one_rounding
 from .float64 import ForcedFloat64
-from .npass import LossAndGradients, get_device, get_text_config, npass_loss_and_gradients
+from .npass import LossAndGradients, npass_loss_and_gradients
 from .report import RowComparison, TurnComparison, VerifyReport
-from .single_pass import leak_probe, single_pass_loss_and_gradients
+from .single_pass import RowImages, leak_probe, single_pass_loss_and_gradients
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 FLOAT64_TOLERANCE = 1e-12
 # The single pass and N-pass both carry rounding errors of about the measured size.
@@ -34,7 +35,7 @@ NOISE_FACTOR = 2.0
 
 def verify(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     conversations: Iterable[object],
     *,
     tools: Sequence[Mapping[str, object]] | str | None = None,
@@ -57,8 +58,8 @@ def verify(
     Args:
         model (`PreTrainedModel`):
             Causal language model, or a `PeftModel` around one, whose adapter is compared.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Tokenizer with a chat template; for conversations with images, the processor.
         conversations (`Iterable`):
             Lists of messages, or examples as [`SinglePassSFTTrainer`] takes them.
         tools (`list` or `str`, *optional*):
@@ -86,10 +87,17 @@ def verify(
     """
     rendered = _render(list(islice(conversations, max_rows)), tokenizer, tools, chat_template)
     rows = [_first_turns(samples, max_tokens) for samples in rendered]
-    return verify_samples(model, rows, num_left_out=sum(map(len, rendered)) - sum(map(len, rows)))
+    num_left_out = sum(map(len, rendered)) - sum(map(len, rows))
+    return verify_samples(model, rows, num_left_out=num_left_out, load_images=image_loader_of(tokenizer))
 
 
-def verify_samples(model: PreTrainedModel, rows: Sequence[Sequence[Sample]], *, num_left_out: int = 0) -> VerifyReport:
+def verify_samples(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[Sample]],
+    *,
+    num_left_out: int = 0,
+    load_images: LoadImages | None = None,
+) -> VerifyReport:
     """
     Do what [`verify`] does with conversations that are samples already.
 
@@ -100,22 +108,36 @@ def verify_samples(model: PreTrainedModel, rows: Sequence[Sequence[Sample]], *, 
             Samples of each conversation.
         num_left_out (`int`, *optional*, defaults to 0):
             Turns that are not checked, for the report.
+        load_images (`Callable`, *optional*):
+            Returns what the model reads of some images; needed for samples with images.
     """
+    if all(sample.image_features is None for samples in rows for sample in samples):
+        load_images = None
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    return VerifyReport(_compare_rows(model, rows, dtype), str(dtype).removeprefix("torch."), num_left_out)
+    return VerifyReport(
+        _compare_rows(model, rows, dtype, load_images), str(dtype).removeprefix("torch."), num_left_out
+    )
 
 
 def _render(
     conversations: Sequence[object],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     tools: Sequence[Mapping[str, object]] | str | None,
     chat_template: str | None,
 ) -> list[list[Sample]]:
+    reader = as_reader(tokenizer)
+
     def read(index: int, conversation: object) -> list[Sample]:
         row = dict(conversation) if isinstance(conversation, Mapping) else {"messages": conversation}
         if tools is not None and row.get("tools") is None:
             row["tools"] = tools
-        return render_example(row, tokenizer, chat_template=chat_template, example_index=index)
+        if not isinstance(reader, ConversationReader):
+            return render_example(row, reader, chat_template=chat_template, example_index=index)
+        try:
+            shown = reader.read_conversation(row, index)
+            return render_conversation(shown, reader.tokenizer, chat_template or reader.chat_template)
+        except ValueError as error:
+            raise RenderingError(f"Row {index}: {error}") from error
 
     if not conversations:
         raise ValueError("Nothing to verify: `conversations` is empty. Pass at least one conversation.")
@@ -130,61 +152,18 @@ def _first_turns(samples: list[Sample], max_tokens: int | None) -> list[Sample]:
 
 
 def _compare_rows(
-    model: PreTrainedModel, rows: Sequence[Sequence[Sample]], dtype: torch.dtype
+    model: PreTrainedModel, rows: Sequence[Sequence[Sample]], dtype: torch.dtype, load_images: LoadImages | None
 ) -> tuple[RowComparison, ...]:
     num_passes = sum(2 * len(samples) + 3 for samples in rows)
     with (
         tqdm(total=num_passes, desc="Verifying", unit=" passes") as bar,
-        _left_as_found(model) as attention,
+        left_as_found(model) as attention,
+        reading_images(model, load_images) as images,
         ForcedFloat64() if dtype is torch.float64 else nullcontext(),
     ):
         return tuple(
-            _compare(model, index, samples, dtype, attention, bar.update) for index, samples in enumerate(rows)
+            _compare(model, index, samples, dtype, attention, images, bar.update) for index, samples in enumerate(rows)
         )
-
-
-@contextmanager
-def _left_as_found(model: PreTrainedModel) -> Iterator[str | None]:
-    """Put the model on stock layers in evaluation mode; yield the tree attention it came with, if any."""
-    base = without_adapters(model)
-    modes = {module: module.training for module in model.modules()}
-    attention = get_text_config(base)._attn_implementation
-    was_on_trees = attention.startswith("tree_") or any(map(runs_on_trees, base.modules()))
-    devices = [get_device(model)] if get_device(model).type == "cuda" else []
-    model.eval()
-    if was_on_trees:
-        _leave_trees(base, "sdpa" if base._supports_sdpa else "eager")
-    try:
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            yield attention if was_on_trees else None
-    finally:
-        if was_on_trees:
-            enable_tree(base)
-            _set_attention(base, attention)
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextmanager
-def _on_trees(model: PreTrainedModel, tree_attention: str | None) -> Iterator[None]:
-    base = without_adapters(model)
-    before = enable_tree(base)
-    try:
-        if tree_attention is not None:
-            _set_attention(base, tree_attention)
-        yield
-    finally:
-        _leave_trees(base, before)
-
-
-def _leave_trees(base: PreTrainedModel, attention: str) -> None:
-    disable_tree_recurrence(base)
-    _set_attention(base, attention)
-
-
-def _set_attention(base: PreTrainedModel, implementation: str) -> None:
-    if takes_attention_from_outside(base):  # models with recurrent layers only cannot
-        set_text_attention(base, implementation)
 
 
 def _compare(
@@ -193,18 +172,20 @@ def _compare(
     samples: Sequence[Sample],
     dtype: torch.dtype,
     tree_attention: str | None,
+    images: RowImages | None,
     on_pass: Callable[[], object],
 ) -> RowComparison:
     # Both ways run once before they are timed: kernels are compiled, tuned and cached by shape.
-    with _weights_moved_by_one_rounding(model):
-        moved = npass_loss_and_gradients(model, samples, on_pass=on_pass)
-    npass = npass_loss_and_gradients(model, samples, on_pass=on_pass)
-    with _on_trees(model, tree_attention):
-        single_pass_loss_and_gradients(model, samples)
+    load_images = None if images is None else images.load
+    with weights_moved_by_one_rounding(model):
+        moved = npass_loss_and_gradients(model, samples, load_images=load_images, on_pass=on_pass)
+    npass = npass_loss_and_gradients(model, samples, load_images=load_images, on_pass=on_pass)
+    with on_trees(model, tree_attention):
+        single_pass_loss_and_gradients(model, samples, images)
         on_pass()
-        single_pass = single_pass_loss_and_gradients(model, samples)
+        single_pass = single_pass_loss_and_gradients(model, samples, images)
         on_pass()
-        leak = leak_probe(model, samples)
+        leak = leak_probe(model, samples, images=images)
         on_pass()
     is_float64 = dtype is torch.float64
     difference = {name: single_pass.gradients[name] - gradient for name, gradient in npass.gradients.items()}
@@ -259,21 +240,6 @@ def _compare_turns(
             )
         )
     return tuple(turns)
-
-
-@contextmanager
-def _weights_moved_by_one_rounding(model: nn.Module) -> Iterator[None]:
-    """Multiply each weight by 1 + eps or 1 - eps at random, then restore the original tensors."""
-    kept = {parameter: parameter.data for parameter in model.parameters() if parameter.is_floating_point()}
-    try:
-        for seed, (parameter, data) in enumerate(kept.items()):
-            generator = torch.Generator(data.device).manual_seed(seed)
-            signs = torch.randint(0, 2, data.shape, generator=generator, device=data.device, dtype=torch.int8) * 2 - 1
-            parameter.data = data * (1 + torch.finfo(data.dtype).eps * signs).to(data.dtype)
-        yield
-    finally:
-        for parameter, data in kept.items():
-            parameter.data = data
 
 
 def _norm(gradients: dict[str, torch.Tensor]) -> float:
