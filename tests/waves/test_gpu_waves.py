@@ -8,6 +8,7 @@ from support.half_precision import assert_at_most_twice_the_error
 from support.sample_sets import reasoning_chat
 from support.tiny_families import tiny_model
 from support.wave_training import batch_of, plan_of, train_in_waves
+from trl_singlepass.training.model import enable_tree
 
 
 SIZES = {"hidden_size": 128, "head_dim": 32, "initializer_range": 0.05}
@@ -21,6 +22,7 @@ def check(family, device, wave_tokens, offload, checkpointing=False):
     model = tiny_model(family, dtype=torch.bfloat16, **SIZES, **own, **mixture)
 
     def gradients_in_waves(model):
+        enable_tree(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         batch = batch_of([SAMPLES])
