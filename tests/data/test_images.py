@@ -238,6 +238,29 @@ def _served_tokens(processor, chat, sample):
     return processor(images=[images], text=[text])["input_ids"][0]
 
 
+# A window over the images: without one of them, an earlier one would be shown.
+WINDOW = (
+    "{% set left = namespace(images=0) %}{% for message in messages %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}{% set left.images = left.images + 1 %}{% endif %}{% endfor %}{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}{% if left.images > 2 %}(earlier){% else %}<|image_pad|>{% endif %}"
+    "{% set left.images = left.images - 1 %}{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("written", ["(earlier)", ""])
+def test_a_template_with_a_window_over_images_shows_the_last_ones(written):
+    processor = tiny_processor("qwen3_vl")
+    processor.chat_template = WINDOW.replace("(earlier)", written)
+    rounds = [([user(image, "?")], [answer("Yes.")]) for image in IMAGES[:4]]
+    chat = [message for question, reply in rounds for message in (*question, *reply)]
+    samples = samples_of({"messages": chat}, processor)
+    (first, second), (_, third), (_, fourth) = (contents(sample) for sample in samples[1:])
+    assert len({first, second, third, fourth}) == 4
+    assert [contents(sample) for sample in samples] == [[first], [first, second], [second, third], [third, fourth]]
+
+
 def test_a_template_of_which_nobody_can_tell_which_images_it_drops_is_refused():
     processor = tiny_processor("qwen3_vl")
     processor.chat_template = (

@@ -67,6 +67,16 @@ def test_histories_are_compared(folder, capsys):
 
 
 @pytest.mark.slow
+def test_an_agent_that_looks_at_screens_is_trained(folder, capsys):
+    run(folder, "screen_agent", "--episodes", "1", "--turns", "4", "--window", "2", "--max_steps", "1")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    found = {row[0]: row[1:] for row in rows if row}
+    assert found["images encoded"] == ["7", "4", "1.75"]
+    assert float(found["loss"][0]) == pytest.approx(float(found["loss"][1]), abs=2e-6)
+    assert (folder / "out" / "screen-agent" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_the_notebook_runs_on_a_cpu_in_three_minutes(tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)

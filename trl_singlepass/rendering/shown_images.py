@@ -11,13 +11,17 @@ from .turn import RenderedTurn, rendering_error
 from .validation import is_image_part
 
 
+_MARKER = "Xqimage{}qx"
+
+
 def find_shown_images(prefixes: Prefixes, turn: RenderedTurn, images: ConversationImages) -> list[int]:
     """
     Return which image of its conversation each placeholder in the prompt of a turn shows.
 
     Where a prompt has a placeholder for each image of its messages, these are all of them, in order. Where it has
-    fewer, the template drops images: those without which it renders the same prompt, or, if it writes something in
-    their place, a prompt with as many placeholders.
+    fewer, the template drops images. Markers beside the images show which; where a template does not write them, these
+    are the images without which it renders the same prompt, or, if it writes something in their place, a prompt with
+    as many placeholders.
 
     Args:
         prefixes ([`Prefixes`]):
@@ -78,10 +82,43 @@ def _find_kept(
     prefixes: Prefixes, turn: RenderedTurn, places: Sequence[tuple[int, int]], images: ConversationImages
 ) -> list[int] | None:
     count = images.placeholders.count(turn.prompt)
+    marked = _find_marked(prefixes, turn, places, images)
+    if marked is not None and len(marked) == count:
+        return marked
     texts = [_prompt_without(prefixes, turn.message_index, place) for place in places]
     changing = [number for number, text in enumerate(texts) if text != turn.prompt]
     counted = [number for number in changing if images.placeholders.count(texts[number] or "") < count]
     return next((shown for shown in (changing, counted) if len(shown) == count), None)
+
+
+def _find_marked(
+    prefixes: Prefixes, turn: RenderedTurn, places: Sequence[tuple[int, int]], images: ConversationImages
+) -> list[int] | None:
+    """
+    Return the images with a placeholder between the marker before them and their own; `None` if it is not certain.
+
+    A marker is a text part right behind an image. A window of one screen over two writes "[earlier] Xqimage0qx" and
+    "<image> Xqimage1qx": the second image is shown. Without its markers, the text must be the prompt.
+    """
+    messages = list(prefixes.messages[: turn.message_index])
+    for number, (index, position) in reversed(list(enumerate(places))):
+        content = list(messages[index]["content"])
+        content.insert(position + 1, {"type": "text", "text": _MARKER.format(number)})
+        messages[index] = {**messages[index], "content": content}
+    try:
+        rest = prefixes.template.render(messages, add_generation_prompt=True)
+    except RenderingError:
+        return None
+    shown, plain = [], ""
+    for number in range(len(places)):
+        before, marker, after = rest.partition(_MARKER.format(number))
+        if not marker:
+            continue  # the template drops more than the image
+        if images.placeholders.count(before) > 1:
+            return None
+        shown += [number] * images.placeholders.count(before)
+        plain, rest = plain + before, after
+    return shown if plain + rest == turn.prompt else None
 
 
 def without_image_parts(content: object) -> object:
