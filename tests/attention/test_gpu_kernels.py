@@ -20,7 +20,7 @@ from trl_singlepass.attention.flex import flex_tree_attention
 from trl_singlepass.attention.sdpa import torch_tree_attention
 from trl_singlepass.attention.varlen import varlen_tree_attention
 from trl_singlepass.attention.varlen_kernels import flash_kernel
-from trl_singlepass.attention.varlen_plan import varlen_calls
+from trl_singlepass.attention.varlen_plan import varlen_plan
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # on the CPU
@@ -82,7 +82,7 @@ def attention(request, monkeypatch):
 
 
 def check(attention, branches, rule, head_dim, groups, device=DEVICE, kv_heads=2):
-    kind, size, softcap, sinks = RULES[rule]
+    kind, size, softcap, sinks = rule
     shape = (groups * kv_heads, kv_heads, head_dim)
     exact, npass = (
         npass_output_and_gradients(on_device(inputs, device), branches, kind, size, grad.to(device))
@@ -112,19 +112,30 @@ def test_error_is_at_most_twice_that_of_npass(attention, rule, length, head_dim,
         pytest.skip("refused: the kernel has no softcap")
     turns = TURNS[length]
     length = ON_CPU.get(length, length) if DEVICE == "cpu" else length
-    check(attention, branches_of(length, turns), rule, head_dim, groups)
+    check(attention, branches_of(length, turns), RULES[rule], head_dim, groups)
 
 
 @pytest.mark.gpu
 @needs_device
-@pytest.mark.parametrize("rule", ["causal", "sinks"])
+@pytest.mark.parametrize("head_dim", [20, 72, 80, 96, 160, 192])
+@pytest.mark.parametrize("attention", KERNELS, indirect=True)
+def test_other_head_sizes(attention, head_dim):
+    """Padded to a multiple of 8, and by the kernels to the next size that they are compiled for."""
+    check(attention, branches_of(161, 4), RULES["causal"], head_dim, 2)
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("kind", ["causal", "window"])
 @pytest.mark.parametrize("attention", [name for name in KERNELS if name != "flex_attention"], indirect=True)
-def test_calls_that_are_split(attention, rule):
-    """Branches of a long history, whose keys are gathered in several calls."""
-    branches = branches_of(640 if DEVICE == "cpu" else 6_400, 64, history_share=0.5)
-    kind, size, *_ = RULES[rule]
-    assert rule != "causal" or len(varlen_calls(mask_of(branches.tree, kind, size))) > 2
-    check(attention, branches, rule, 128, 2)
+def test_many_branches_of_a_long_history(attention, kind, sinks):
+    """What branches share is gathered once, for a second call; keys in windows are gathered in parts."""
+    length = 640 if DEVICE == "cpu" else 6_400
+    branches, size = branches_of(length, 64, history_share=0.5), length // 3
+    passes = varlen_plan(mask_of(branches.tree, kind, size), 2).passes
+    assert passes[0].shared is not None if kind == "causal" else len(passes) > 1
+    check(attention, branches, (kind, size, None, sinks), 128, 2)
 
 
 def test_the_cases_cover_every_pair():
@@ -136,7 +147,7 @@ def test_the_cases_cover_every_pair():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_same_comparison_on_cpu(rule):
-    check(torch_tree_attention, branches_of(101, 3), rule, 64, 2, "cpu")
+    check(torch_tree_attention, branches_of(101, 3), RULES[rule], 64, 2, "cpu")
 
 
 def test_a_wrong_rule_is_noticed():
@@ -144,4 +155,4 @@ def test_a_wrong_rule_is_noticed():
         return torch_tree_attention(inputs, mask_of(mask.tree, "causal", 0))
 
     with pytest.raises(AssertionError, match="output"):
-        check(causal_only, branches_of(101, 3), "short window", 64, 2, "cpu")
+        check(causal_only, branches_of(101, 3), RULES["short window"], 64, 2, "cpu")

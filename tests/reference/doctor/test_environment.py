@@ -28,6 +28,7 @@ def test_triton_that_miscompiles_the_delta_rule_on_hopper(triton, is_wrong):
     ("packages", "gpus", "driver", "cuda", "expected"),
     [
         ({"flash-attn": "2.6.3"}, (A100,), "570.1", "12.8", "Install flash-attn>=2.7"),
+        ({"torch": "2.6.0+cu124"}, (A100,), "570.1", "12.4", "Install torch>=2.7"),
         ({"trl": "1.15.0"}, (), None, None, "Install another release"),
         ({"torch": "2.13.0+cpu"}, (), "570.1", None, "Install a CUDA build of PyTorch"),
         ({"torch": "2.13.0"}, (), "570.1", "12.8", "Is CUDA_VISIBLE_DEVICES empty?"),

@@ -126,6 +126,11 @@ def known_problems(
         )
     if _within(packages.get("flash-attn"), "0", "2.7"):
         yield f"flash-attn {packages['flash-attn']} lacks what tree attention needs. Install flash-attn>=2.7."
+    if gpus and _within(packages.get("torch"), "0", "2.7"):
+        yield (
+            f"PyTorch {packages['torch']}: with 2.6, FlexAttention gave wrong gradients of keys that are not "
+            "contiguous (pytorch/pytorch#146377). Install torch>=2.7, or use no flex_attention and no softcap."
+        )
     if packages.get("trl") == "1.15.0":
         yield "TRL 1.15.0 cannot train on a machine without Triton. Install another release."
     if driver is not None and cuda is None:
