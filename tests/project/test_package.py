@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import trl_singlepass
+from trl_singlepass.training import model_card
 
 
 ROOT = Path(__file__).parents[2]
@@ -63,9 +64,23 @@ def test_one_repository():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == REPOSITORY
     assert f"\nrepo_url: {REPOSITORY}\n" in (ROOT / "mkdocs.yml").read_text()
     assert all(url.startswith(REPOSITORY) for url in PROJECT["project"]["urls"].values())
+    assert model_card.PROJECT == REPOSITORY
+    for page in (ROOT / "README.md", ROOT / "docs" / "README.md"):
+        own = re.findall(r"https://github\.com/[^/)]+/trl-singlepass[^)]*", page.read_text(encoding="utf-8"))
+        assert own
+        assert [url for url in own if not url.startswith(REPOSITORY)] == []
     name = REPOSITORY.removeprefix("https://github.com")
     hook = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
     assert all(name in substitution["replacement"] for substitution in hook["substitutions"])
+
+
+def test_badges_say_what_is_true():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    versions = [text.split()[-1] for text in PROJECT["project"]["classifiers"] if re.search(r"Python :: 3\.", text)]
+    assert f"/badge/python-{versions[0]}_to_{versions[-1]}-blue" in readme
+    assert f"/badge/licence-{PROJECT['project']['license'].replace('-', '--')}-blue" in readme
+    (workflow,) = re.findall(r"/actions/workflows/(\S+)/badge\.svg", readme)
+    assert (ROOT / ".github" / "workflows" / workflow).is_file()
 
 
 def test_python_versions_are_those_that_are_tested():
