@@ -44,4 +44,5 @@ def sink_gradient(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sink
     """
     delta = (grad.to(lse.dtype) * out).sum(-1)
     weight = (sinks[:, None] - lse).exp_()
-    return torch.neg(torch.einsum("hq,hq->h", weight, delta), out=torch.empty_like(sinks))
+    # Negated and rounded to the sinks' dtype in one kernel; `torch.neg` takes no `out` of another dtype.
+    return torch.mul(torch.einsum("hq,hq->h", weight, delta), -1, out=torch.empty_like(sinks))
