@@ -313,6 +313,24 @@ def test_tokenised_turns_show_their_images(processor):
         samples_of({"turns": turns}, processor)
 
 
+def test_a_log_of_single_turns_with_images_is_gathered(processor):
+    samples = samples_of({"messages": CHAT}, processor)
+    log = [
+        {
+            "prompt_ids": sample.token_ids[: sample.prompt_length].tolist(),
+            "completion_ids": sample.token_ids[sample.prompt_length :].tolist(),
+            "conversation_id": "a",
+            "images": CHAT_IMAGES[: len(contents(sample))],
+        }
+        for sample in samples
+    ]
+    (row,) = prepare_dataset(hide_image_columns(datasets.Dataset.from_list(log)), processor, RowSettings())
+    (expected,) = prepare_dataset(in_column([CHAT]), processor, RowSettings())
+    assert row["image_features"] == expected["image_features"]
+    batch = DataCollatorForSinglePass(0, load_images=image_loader_of(processor))([row])
+    assert len(batch["image_inputs"]["image_grid_thw"]) == 2
+
+
 def test_text_with_a_processor_has_the_rows_of_its_tokenizer(processor):
     messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
     dataset = datasets.Dataset.from_list([{"messages": messages}])

@@ -16,28 +16,31 @@ from rich.text import Text
 from ..data.bad_rows import read_all
 from ..data.conversations import example_to_samples
 from ..data.files import load_examples
+from ..data.images import holds_images
 from ..data.settings import RowSettings
+from ..data.vision import get_tokenizer
 from ..trees.sample import Sample
 from .arguments import AuditArguments, BenchArguments, DataArguments, InspectArguments, ModelArguments, VerifyArguments
 from .doctor import doctor as doctor
-from .loading import load_config, load_model, load_tokenizer
+from .loading import load_config, load_model, load_processor, load_tokenizer
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 def inspect(args: InspectArguments, console: Console) -> int:
     """Show one conversation as its tree."""
     from ..reports.inspection import Inspection, render_inspection
 
-    tokenizer, examples = _load_tokenizer(args), _load_examples(args)
+    tokenizer, examples = _load_both(args)
     if not 0 <= args.row < len(examples):
         raise ValueError(f"--row {args.row}: {args.data} has {len(examples)} rows, counted from 0.")
     samples = example_to_samples(dict(examples[args.row]), args.row, tokenizer, RowSettings()).samples
     if not samples:
         raise ValueError(f"Row {args.row}: all its turns have the weight 0, so nothing of it is trained.")
+    tokenizer = get_tokenizer(tokenizer)
     inspection = Inspection.from_samples(samples, tokenizer)
     console.print(render_inspection(inspection))
     if args.html is not None:
@@ -61,7 +64,7 @@ def audit(args: AuditArguments, console: Console) -> int:
     from ..reports.audit import audit as audit_dataset
     from ..reports.audit.table import render_report
 
-    tokenizer, examples = _load_tokenizer(args), _load_examples(args)
+    tokenizer, examples = _load_both(args)
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)
     report = audit_dataset(
         examples,
@@ -113,6 +116,19 @@ def bench(args: BenchArguments, console: Console) -> int:
         f"Speed-up: {timing.forecast:.2f} by counted work, {timing.speedup:.2f} measured."
     )
     return 0
+
+
+def _load_both(
+    args: DataArguments,
+) -> tuple[PreTrainedTokenizerBase | ProcessorMixin, Sequence[Mapping[str, object]] | Dataset]:
+    """Return the data, and the tokenizer that reads it, or the processor if there are images."""
+    examples = _load_examples(args)
+    if not holds_images(examples):
+        return _load_tokenizer(args), examples
+    return (
+        load_processor(args.model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code),
+        examples,
+    )
 
 
 def _load_tokenizer(args: DataArguments) -> PreTrainedTokenizerBase:

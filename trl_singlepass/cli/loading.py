@@ -1,4 +1,4 @@
-"""Loads the tokenizer, the configuration and the model that the command line names."""
+"""Loads the tokenizer or processor, the configuration and the model that the command line names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import is_offline_mode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, ProcessorMixin
 
 from ..data.files import first_line
 
@@ -39,13 +39,38 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Hub client raises many kinds
         raise ValueError(_no_model(model, error)) from error
+    _set_template(tokenizer, model, chat_template, "tokenizer")
+    return tokenizer
+
+
+def load_processor(model: str, *, chat_template: str | None = None, trust_remote_code: bool = False) -> ProcessorMixin:
+    """
+    Return the processor of a model that reads images.
+
+    Arguments are those of [`load_tokenizer`].
+
+    Raises:
+        `ValueError`: If there is no such model, no processor, or no chat template.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above
+        raise ValueError(_no_model(model, error)) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(f"The data has images, and {model} has no processor that reads them. Name a model that does.")
+    _set_template(processor, model, chat_template, "processor")
+    return processor
+
+
+def _set_template(
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, model: str, chat_template: str | None, what: str
+) -> None:
     if chat_template is not None:
         if not Path(chat_template).is_file():
             raise ValueError(f"There is no file {chat_template}. --chat_template takes a file with a Jinja template.")
         tokenizer.chat_template = Path(chat_template).read_text("utf-8")
     if tokenizer.chat_template is None:
-        raise ValueError(f"The tokenizer of {model} has no chat template. Give one with --chat_template FILE.")
-    return tokenizer
+        raise ValueError(f"The {what} of {model} has no chat template. Give one with --chat_template FILE.")
 
 
 def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig | None:

@@ -32,22 +32,30 @@ def hide_image_columns(dataset: Any) -> Any:
     return dataset.rename_columns(names) if names else dataset
 
 
+def with_images_named(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an example, read from a dataset whose columns of images may be hidden, with these under their names."""
+    shown = {hidden: name for name, hidden in _HIDDEN.items()}
+    return {shown.get(name, name): value for name, value in example.items()}
+
+
 def has_image_column(columns: Iterable[str]) -> bool:
     """Return whether one of these columns holds images."""
     return bool(set(_COLUMNS) & set(columns))
 
 
-def holds_images(dataset: Dataset | IterableDataset) -> bool:
+def holds_images(dataset: Dataset | IterableDataset | Sequence[Any]) -> bool:
     """
     Return whether examples of a dataset may have images, in a column, in messages or in tokenised turns.
 
     Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset`):
-            Conversations. Of a stream, the first examples are looked at.
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or `Sequence`):
+            Conversations, or lists of messages. Of a stream, the first examples are looked at.
 
     Returns:
         `bool`: Whether there are any. Where only messages hold images, all messages of a stored dataset are looked at.
     """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return any(_has_images({"messages": row} if isinstance(row, list) else row) for row in dataset)
     if has_image_column(dataset.column_names or ()):
         return True
     if isinstance(dataset, IterableDataset) or dataset.format["type"] == "custom":

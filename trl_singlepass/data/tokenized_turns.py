@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..rendering.validation import MESSAGE_COLUMNS, describe_type
 from ..trees.sample import Sample
 from .bad_rows import BadRows, RowErrors, bad_rows_error, describe_dropped, group_errors
+from .images import undecoded, with_images_named
 from .weights import message_weights
 
 
@@ -123,7 +124,7 @@ def gather_turns(
         if index not in bad:
             conversations.setdefault(conversation, []).append(index)
     gathered = Dataset.from_dict({"rows": list(conversations.values())}).map(
-        _get_turns, fn_kwargs={"log": log}, remove_columns="rows", desc="Gathering turns by conversation"
+        _get_turns, fn_kwargs={"log": undecoded(log)}, remove_columns="rows", desc="Gathering turns by conversation"
     )
     return gathered, errors
 
@@ -157,7 +158,7 @@ def _check_turn(row: Mapping[str, object], vocab_size: int | None) -> dict[str, 
 
 
 def _get_turns(example: Mapping[str, list[int]], log: Dataset) -> dict[str, list[dict[str, object]]]:
-    return {"turns": [log[index] for index in example["rows"]]}
+    return {"turns": [with_images_named(log[index]) for index in example["rows"]]}
 
 
 def _to_sample(turn: object, where: str, index: int, vocab_size: int | None) -> Sample:

@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
+from ..trees.image_features import image_of_feature
 from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree, sample_paths
 from ..trees.rows import TreePlan
 from ..trees.sample import Sample
@@ -76,7 +77,7 @@ class Inspection:
         paths (`tuple[numpy.ndarray, ...]`):
             Positions of the tokens of each turn.
         texts (`tuple[str, ...]`):
-            Text of each token.
+            Text of each token; of an image, its number at its first token and nothing at the others.
         roles (`tuple[TokenRole, ...]`):
             What each token is part of. In prompts, as far as special tokens tell.
         targets (`tuple[str | None, ...]`):
@@ -101,7 +102,7 @@ class Inspection:
         plan = TreePlan.from_subtree_end(tree.subtree_end)
         paths = sample_paths(tree, samples)
         token_texts = {token: tokenizer.decode([token]) for token in np.unique(tree.input_ids).tolist()}
-        texts = tuple(token_texts[token] for token in tree.input_ids.tolist())
+        texts = _with_images_named([token_texts[token] for token in tree.input_ids.tolist()], tree)
         roles = _roles(tree, plan, texts, set(tokenizer.added_tokens_decoder))
         for sample, path in zip(samples, paths, strict=True):
             reasoning_end = sample.prompt_length + sample.reasoning_length
@@ -124,6 +125,18 @@ class Inspection:
     def turns_through(self, position: int) -> list[int]:
         """Return the numbers (from 1) of the turns that pass through a token."""
         return [turn for turn, path in enumerate(self.paths, start=1) if position in path]
+
+
+def _with_images_named(texts: list[str], tree: PrefixTree) -> tuple[str, ...]:
+    """Return the texts of tokens with the number of each image in the place of its placeholders."""
+    if tree.image_features is None:
+        return tuple(texts)
+    owners = image_of_feature(tree.images)
+    for position in np.flatnonzero(tree.image_features >= 0).tolist():
+        feature = int(tree.image_features[position])
+        is_first = feature == 0 or owners[feature - 1] != owners[feature]
+        texts[position] = f"[image {owners[feature] + 1}]" if is_first else ""
+    return tuple(texts)
 
 
 def incoming_weights(tree: PrefixTree, plan: TreePlan) -> NDArray[np.float64]:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 from datasets.utils.tqdm import tqdm
+from transformers import ProcessorMixin
 
 from ...cost.flops import get_model_shape
 from ...data.bad_rows import group_errors
+from ...data.images import holds_images
 from .counts import Lengths, TurnStats
 from .forecast import Schedule, make_forecast, sharing_by_turns
 from .recipes import Recipe, RecipeReport
@@ -38,7 +40,7 @@ _BATCH_SIZE = 32  # rows that a process audits before it reports back
 
 def audit(
     dataset: Rows | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     model_config: PreTrainedConfig | None = None,
     *,
     sample_size: int | None = None,
@@ -55,8 +57,8 @@ def audit(
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list`):
             Conversations, as [`SinglePassSFTTrainer`] takes them; a list may also hold plain lists of messages.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Tokenizer with a chat template; the processor for conversations with images.
         model_config (`transformers.PreTrainedConfig`, *optional*):
             Configuration of the model to train, to count floating-point operations. Without it, the forecast counts
             tokens, and attention pairs of one layer.
@@ -88,7 +90,10 @@ def audit(
     if max_length is None and model_config is not None:
         max_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     num_rows = len(dataset) if hasattr(dataset, "__len__") else None
-    auditor = Auditor(_with_template(tokenizer, chat_template), get_model_shape(model_config))
+    tokenizer = _with_template(tokenizer, chat_template)
+    if isinstance(tokenizer, ProcessorMixin) and not holds_images(dataset):
+        tokenizer = tokenizer.tokenizer
+    auditor = Auditor(tokenizer, get_model_shape(model_config))
     rows, positions = _draw(dataset, num_rows, DEFAULT_SAMPLE_SIZE if sample_size is None else sample_size, seed)
     if not positions:
         raise ValueError("Nothing to audit: the dataset is empty.")
@@ -96,7 +101,14 @@ def audit(
     return _make_report(tally, auditor, num_rows, max_length)
 
 
-def _with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> PreTrainedTokenizerBase:
+def _with_template(
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, chat_template: str | None
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    if isinstance(tokenizer, ProcessorMixin):
+        processor = copy.copy(tokenizer)
+        processor.tokenizer = _with_template(tokenizer.tokenizer, chat_template or tokenizer.chat_template)
+        processor.chat_template = processor.tokenizer.chat_template
+        return processor
     if chat_template is not None:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = chat_template

@@ -12,6 +12,7 @@ from ...data.bad_rows import get_reason
 from ...data.conversations import example_to_samples
 from ...data.settings import RowSettings
 from ...data.tokenized_turns import get_tokenized_turns
+from ...data.vision import ConversationReader, as_reader, get_tokenizer
 from ...rendering.conversation import Conversation
 from ...rendering.prefixes import Prefixes
 from .counts import SampleSize
@@ -22,7 +23,10 @@ from .turns import TurnFacts, get_turn_facts
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+
+_NO_RECIPE = "it is not counted for conversations with images"
 
 
 @dataclass(slots=True)
@@ -75,15 +79,15 @@ class Auditor:
     Audits rows.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Tokenizer with a chat template; the processor for conversations with images.
         shape (`ModelShape`):
             Sizes of the model.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> None:
-        self.tokenizer, self.shape = tokenizer, shape
-        self.recipe, self.survey = AssistantOnlyLoss(tokenizer), TemplateSurvey(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, shape: ModelShape) -> None:
+        self.reader, self.tokenizer, self.shape = as_reader(tokenizer), get_tokenizer(tokenizer), shape
+        self.recipe, self.survey = AssistantOnlyLoss(self.tokenizer), TemplateSurvey(self.tokenizer)
 
     def add_row(self, index: int, row: Mapping[str, object], tally: Tally) -> None:
         """Add one row to a tally. Anything wrong with it is recorded, so that the other rows can still be audited."""
@@ -93,11 +97,14 @@ class Auditor:
         prefixes: Prefixes | None = None
         try:
             if get_tokenized_turns(row) is None:  # otherwise it has tokens already, and no template is involved
-                conversation = Conversation.from_example(row)
+                if isinstance(self.reader, ConversationReader):
+                    conversation = self.reader.read_conversation(row, index)
+                else:
+                    conversation = Conversation.from_example(row)
                 prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
                 tally.turns.append(get_turn_facts(conversation, prefixes))
                 tally.templates[self.survey.get_facts(conversation)] += 1
-            samples = example_to_samples(row, index, self.tokenizer, RowSettings(), prefixes=prefixes).samples
+            samples = example_to_samples(row, index, self.reader, RowSettings(), prefixes=prefixes).samples
             if not samples:
                 raise ValueError("All its turns have the weight 0, so nothing of it is trained.")
         except Exception as error:  # a row can contain anything, and templates may raise any exception
@@ -106,7 +113,9 @@ class Auditor:
         tally.sizes.append([SampleSize.from_sample(sample) for sample in samples])
         tally.costs.append(count_conversation(samples, self.shape))
         tally.last_turn.append(count_last_turn(samples))
-        if self.recipe.refusal is None and conversation is not None:
+        if conversation is not None and conversation.images is not None:
+            tally.recipe_refusals[_NO_RECIPE] += 1
+        elif self.recipe.refusal is None and conversation is not None:
             try:
                 tally.assistant_only.append(self.recipe.count(conversation, samples))
             except (

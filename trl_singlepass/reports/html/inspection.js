@@ -104,9 +104,19 @@ function markInMask(position) {
 }
 
 // Tokens --------------------------------------------------------------------------------------------------------------
+const imageOf = (position) => (data.image ? data.image[position] : -1);
+
+// An image stands where its first token is; a small square stands for each of the others.
+function content(position) {
+  const image = imageOf(position);
+  if (image < 0) return [data.text[position]];
+  if (data.text[position] === "") return ["▪"];
+  return [make("img", { src: data.images[image], alt: data.text[position], title: data.text[position] })];
+}
+
 function tokenSpan(position, trained) {
   const kind = `token ${data.roles[data.role[position]]}${trained ? " trained" : ""}`;
-  return make("span", { class: kind, "data-position": position }, data.text[position]);
+  return make("span", { class: kind, "data-position": position }, ...content(position));
 }
 
 function numbers(list) {
@@ -139,7 +149,9 @@ function show(position, scroll) {
   current = position;
   const target = data.target[position];
   const lines = [
-    ["text", JSON.stringify(data.text[position])],
+    imageOf(position) < 0
+      ? ["text", JSON.stringify(data.text[position])]
+      : ["image", `${imageOf(position) + 1} of ${data.images.length}, ${data.sizes[imageOf(position)]} tokens`],
     ["role", data.roles[data.role[position]]],
     ["position", `${position} of ${length}`],
     ["depth", data.depth[position]],

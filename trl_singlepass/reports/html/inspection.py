@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from html import escape
 
+import numpy as np
+
+from ...trees.image_features import image_of_feature
+from ...trees.prefix_tree import PrefixTree
 from ..inspection import Inspection, TokenRole
 from .frame import frame
+from .thumbnails import thumbnail
 
 
 def inspection_page(inspection: Inspection, title: str) -> str:
@@ -81,6 +86,20 @@ def _data(inspection: Inspection) -> dict[str, object]:
         "multiplicity": tree.multiplicity.tolist(),
         "turns": turns,
         "lanes": lanes,
+        **_images(tree),
+    }
+
+
+def _images(tree: PrefixTree) -> dict[str, object]:
+    """What the script shows of images: a thumbnail of each, and for each token the number of its image, or -1."""
+    if tree.image_features is None:
+        return {}
+    owners = np.append(image_of_feature(tree.images), -1)  # text has the feature -1, the last entry
+    sizes = [image.num_features for image in tree.images]
+    return {
+        "images": [thumbnail(image) for image in tree.images],
+        "sizes": sizes,
+        "image": owners[tree.image_features].tolist(),
     }
 
 
