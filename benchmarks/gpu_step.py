@@ -90,9 +90,9 @@ def cases(kernels: list[str], args: argparse.Namespace) -> Iterator[Case]:
     for turns in args.turns:
         for model in args.models:
             for kernel in kernels:
-                for schedule in (Schedule.SINGLE_PASS, Schedule.NPASS_PACKED):
-                    yield Case(model, turns, schedule.value, kernel, **common)
-            yield Case(model, turns, Schedule.WAVES.value, "sdpa", **common)
+                for schedule in (Schedule.SINGLE_PASS, Schedule.NPASS_PACKED, Schedule.WAVES):
+                    if schedule is not Schedule.WAVES or not kernel.startswith("flex_attention"):  # it has none
+                        yield Case(model, turns, schedule.value, kernel, **common)
             for mode in STOCK_MODES:
                 if mode == "npass_padded" or model != "Qwen3.5-4B":  # a plain row of a hybrid is another computation
                     for kernel in stock_kernels(model, args.device):

@@ -27,7 +27,7 @@ TINY = [Case("Qwen3-0.6B", 2, schedule.value, "sdpa", "cpu", tiny=True, repeats=
 
 
 def test_every_kernel_meets_packed_npass_on_every_model():
-    found = list(cases(["sdpa", "flash_attention_3"], ARGS))
+    found = list(cases(["sdpa", "flash_attention_3", "flex_attention"], ARGS))
     for model in LAYERS:
         for kernel in ("sdpa", "flash_attention_3"):
             for turns in ARGS.turns:
@@ -36,7 +36,7 @@ def test_every_kernel_meets_packed_npass_on_every_model():
                 }
                 assert schedules >= {"single_pass", "npass_packed"}
     assert len(set(found)) == len(found)
-    assert {one.kernel for one in found if one.schedule == "waves"} == {"sdpa"}
+    assert {one.kernel for one in found if one.schedule == "waves"} == {"sdpa", "flash_attention_3"}
 
 
 def test_what_tells_most_comes_first_and_the_hybrid_is_not_last():

@@ -162,7 +162,7 @@ def _plain(
 def _on_tree(
     module: torch.nn.Module, inputs: AttentionInputs, mask: TreeMask, options: Mapping[str, Any]
 ) -> torch.Tensor:
-    assert mask.tree.kv_cache(module) is None, "waves hand keys from row to row on sdpa only"
+    assert mask.tree.kv_cache(module) is None, "waves hand keys from row to row, and FlexAttention reads no others"
     kernel_options = options.get("kernel_options") or _kernel_options(module)
     _check_backward(inputs, kernel_options)
     return flex_tree_attention(inputs.to_common_dtype(), mask, kernel_options)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
-from ...attention.registry import describe_tree_attention, tree_attention_name
+from ...attention.registry import TREE_ATTENTION, describe_tree_attention, tree_attention_name
 from ...attention.text_layers import set_text_attention
 from ...cost.flops import ModelShape, get_model_shape, npass_cost, single_pass_cost
 from ...training.model import enable_tree
@@ -251,15 +251,16 @@ class _Timing:
 
     @contextmanager
     def _attention_for(self, schedule: Schedule) -> Iterator[str]:
-        """Waves hand keys and values from row to row, which PyTorch's own attention alone can do."""
-        if schedule is not Schedule.WAVES or self._implementation in ("sdpa", "eager"):
+        """Waves hand keys and values from row to row, which FlexAttention cannot do."""
+        name = tree_attention_name(self._implementation)
+        if schedule is not Schedule.WAVES or name != TREE_ATTENTION["flex_attention"]:
             yield self._implementation
             return
         set_text_attention(self._model, tree_attention_name("sdpa"))
         try:
             yield "sdpa"
         finally:
-            set_text_attention(self._model, tree_attention_name(self._implementation))
+            set_text_attention(self._model, name)
 
     def _bound(self, samples: Sequence[Sample], tree: PrefixTree, schedule: Schedule) -> float | None:
         if self._shape is None:
