@@ -58,7 +58,7 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
 def test_examples_parse(name):
     args = parse_arguments(ARGUMENTS[name], COMMANDS[name].example.split()[2:])
     assert args.model == "Qwen/Qwen3-0.6B"
-    assert name == "doctor" or args.data == "data.jsonl"
+    assert getattr(args, "data", "data.jsonl") == "data.jsonl"
 
 
 CPU = ["--output_dir", "x", "--use_cpu", "--bf16", "false"]
@@ -87,6 +87,8 @@ ERRORS = [
     (["bench", "{model}", "{data}", "--repeats", "0"], "--repeats must be 1 or more"),
     (["doctor", "{model}", "--turns", "2,x"], "--turns takes numbers of turns with commas between them"),
     (["doctor", "{model}", "{data}"], "no argument is called"),
+    (["chat", "{model}", "--history", "none"], "argument --history: invalid choice: 'none'"),
+    (["chat", "{tmp}/bare"], "has no chat template. Give one with --chat_template"),
     (["doctor", "{tmp}/bare"], "has no config.json. Expected a folder with a model"),
     (
         ["train", "--accelerate_config", "none", *CPU],

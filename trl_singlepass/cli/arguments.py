@@ -126,6 +126,30 @@ class DoctorArguments(CommandArguments):
     debug: bool = field(default=False, metadata={"help": "Show the traceback of an error."})
 
 
+@dataclass
+class ChatArguments(CommandArguments):
+    """Arguments of `chat`."""
+
+    model: str = field(metadata={"help": "Folder of the trained model, or the hub id of one."})
+    history: str = field(
+        default="template",
+        metadata={
+            "help": "What contexts show of earlier turns, as in training.",
+            "choices": ["template", "keep", "strip"],
+        },
+    )
+    system: str | None = field(default=None, metadata={"help": "System prompt."})
+    max_new_tokens: int = field(default=1024, metadata={"help": "Largest number of tokens of a reply."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "File with a chat template to use instead of the tokenizer's own."}
+    )
+    device: str | None = field(default=None, metadata={"help": "Device to run on; a GPU by default if there is one."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether code that comes with the model may run on this machine."}
+    )
+    debug: bool = field(default=False, metadata={"help": "Show the traceback of an error."})
+
+
 Arguments = TypeVar("Arguments", bound=CommandArguments)
 
 

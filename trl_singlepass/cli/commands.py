@@ -1,4 +1,4 @@
-"""The commands that report on a model and data: `inspect`, `audit`, `verify` and `bench`, and `doctor`."""
+"""The commands that report on a model and data: `inspect`, `audit`, `verify` and `bench`, `doctor` and `chat`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ..data.settings import RowSettings
 from ..data.vision import get_tokenizer
 from ..trees.sample import Sample
 from .arguments import AuditArguments, BenchArguments, DataArguments, InspectArguments, ModelArguments, VerifyArguments
+from .chat import chat as chat
 from .doctor import doctor as doctor
 from .loading import load_config, load_model, load_processor, load_tokenizer
 

@@ -13,6 +13,7 @@ from typing import Any
 from .arguments import (
     AuditArguments,
     BenchArguments,
+    ChatArguments,
     CommandArguments,
     DoctorArguments,
     HelpFormatter,
@@ -69,6 +70,10 @@ COMMANDS = {
         "check this machine: versions, kernel, exactness, time and memory; exit code 1 if something is wrong",
         "trl-singlepass doctor Qwen/Qwen3-0.6B --json doctor.json",
     ),
+    "chat": Command(
+        "talk with a trained model; each turn sees the history that training renders",
+        "trl-singlepass chat Qwen/Qwen3-0.6B --history strip",
+    ),
     "recipes": Command(
         "list the training recipes that come with the package, print one, or write all",
         "trl-singlepass recipes cpu-smoke > cpu-smoke.yaml",
@@ -93,6 +98,7 @@ ARGUMENTS: dict[str, type[CommandArguments]] = {
     "verify": VerifyArguments,
     "bench": BenchArguments,
     "doctor": DoctorArguments,
+    "chat": ChatArguments,
 }
 
 
