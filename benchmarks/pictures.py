@@ -19,7 +19,10 @@ from benchmarks.machine import describe
 from benchmarks.report import fastest
 from demo.load import load_model, load_rows, load_tokenizer
 from demo.make_data import DATA
+from examples import screen_agent
 from trl_singlepass import PrefixTree, SinglePassSFTConfig, SinglePassSFTTrainer, audit
+from trl_singlepass.data.conversations import example_to_samples
+from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.curve_plots import plot_loss_by_turn, plot_sharing, plot_speedup
 from trl_singlepass.reports.tree_plots import plot_mask, plot_tree
@@ -36,6 +39,13 @@ def smallest_of_four_turns(tokenizer: PreTrainedTokenizerBase) -> PrefixTree:
     rendered = [render_example(row, tokenizer) for row in load_rows(None, 10**6)]
     turns = min((turns for turns in rendered if len(turns) == 4), key=lambda turns: sum(map(len, turns)))
     return PrefixTree.from_samples(turns)
+
+
+def screens() -> Figure:
+    """Return the tree of an agent whose history keeps the last two screens, with the screens in it."""
+    _, processor, (episode,) = screen_agent.load(screen_agent.parse(["--episodes=1", "--turns=4", "--window=2"]))
+    samples = example_to_samples(episode, 0, processor, RowSettings()).samples
+    return plot_tree(PrefixTree.from_samples(samples), processor.tokenizer, episode["images"])
 
 
 def speedup() -> Figure:
@@ -84,6 +94,7 @@ def main() -> None:
         "mask": plot_mask(tree, tokenizer),
         "sharing": plot_sharing(audit(rows, tokenizer, sample_size=len(rows))),
         "speedup": speedup(),
+        "screens": screens(),
         "loss_by_turn": plot_loss_by_turn(losses_by_turn(tokenizer)),
     }
     IMAGES.mkdir(exist_ok=True)

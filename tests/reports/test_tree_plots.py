@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from support.image_samples import A, B, conversation_of
 from trl_singlepass.reports.tree_plots import plot_mask, plot_tree
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.sample import Sample
@@ -83,3 +84,14 @@ def test_tree_colours_the_trained_tokens():
         for name, colour in legend.items()
     }
     assert drawn == {"context": len(U1 + A1 + U2 + A2 + U3), "trained": len(T1 + A1 + T2 + A2 + T3 + A3)}
+
+
+def test_images_are_drawn_in_every_place():
+    samples = conversation_of([([1, A, 2, B, 3], [4]), ([1, A, 5, 2, B, B, 3], [6])])
+    tree = PrefixTree.from_samples(samples)
+    thumbnails = [np.full((2, 3, 3), shade, np.uint8) for shade in (0, 255)]
+    drawn = plot_tree(tree, Words(), thumbnails).axes[0].images
+    shown = sorted((image.get_array()[0, 0, 0], tuple(image.get_extent()[:2])) for image in drawn)
+    # A in the history of both turns; B at depth 4 of the first, at depths 5 and 7 of the second.
+    assert shown == [(0, (1, 3)), (255, (4, 6)), (255, (5, 7)), (255, (7, 9))]
+    assert not plot_tree(tree, Words()).axes[0].images

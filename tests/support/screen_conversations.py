@@ -1,7 +1,10 @@
 """Conversations about drawn screens, for trainers with a processor, and the rows of images that N-pass trains."""
 
 from support.conversations import expand
-from support.tiny_vision import screen
+from support.paired_trainers import InOrder
+from support.tiny_vision import screen, tiny_vision_model
+from support.trainers import SETTINGS, as_dataset
+from trl_singlepass import SinglePassSFTConfig
 
 
 def screen_chat(turns, seed=0, reasoning=True):
@@ -38,3 +41,26 @@ def expand_images(example):
     rows = expand(example["messages"])
     shown = [sum(part["type"] == "image" for m in row["prompt"] for part in m["content"]) for row in rows]
     return [{**row, "images": example["images"][:count]} for row, count in zip(rows, shown, strict=True)]
+
+
+def examples_of(family):
+    """One to three turns each, and one example without an image."""
+    reasoning = family == "qwen3_5"
+    return [screen_chat(3 - seed % 3, seed, reasoning) for seed in range(7)] + [text_chat(7, reasoning)]
+
+
+def settings_of(batch_size, accumulation):
+    """Arguments of either trainer."""
+    steps = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    return {**SETTINGS, "max_length": None, **steps}
+
+
+def screen_trainer(output_dir, family, batch_size, accumulation=1):
+    """Return the single-pass trainer of a family's tiny model on these examples, in their order."""
+    model, processor = tiny_vision_model(family)
+    return InOrder(
+        model,
+        SinglePassSFTConfig(str(output_dir), **settings_of(batch_size, accumulation)),
+        train_dataset=as_dataset(examples_of(family)),
+        processing_class=processor,
+    )

@@ -1,27 +1,22 @@
 """With images: a step moves parameters as stock `SFTTrainer` does on the expanded samples, with a real processor."""
 
-import copy
-
 import pytest
+import torch
 from trl import SFTConfig
 
-from support.paired_trainers import Expanded, InOrder
-from support.screen_conversations import expand_images, screen_chat, text_chat
+from support.image_ddp_worker import CASES
+from support.paired_trainers import Expanded
+from support.screen_conversations import examples_of, expand_images, screen_trainer, settings_of
 from support.tiny_vision import FAMILIES, tiny_vision_model
-from support.trainers import SETTINGS, as_dataset, largest_difference, parameters
-from trl_singlepass import SinglePassSFTConfig, to_npass
+from support.trainers import as_dataset, parameters
+from support.two_processes import run_on_two_processes
+from trl_singlepass import to_npass
 
 
 TOLERANCE = 1e-6
 
 # Stock training gives these as well.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
-def examples_of(family):
-    """One to three turns each, and one example without an image."""
-    reasoning = family == "qwen3_5"
-    return [screen_chat(3 - seed % 3, seed, reasoning) for seed in range(7)] + [text_chat(7, reasoning)]
 
 
 def as_messages(examples, processor):
@@ -34,35 +29,35 @@ def as_text(examples, processor):
     return to_npass(as_dataset(examples), processor)
 
 
-def train_both(tmp_path, family, expanded, batch_size, accumulation=1, **settings):
-    """Train copies of a model both ways on the same conversations per step; return both trainers and the start."""
+def stock_trainer(tmp_path, family, expanded, batch_size, accumulation=1):
+    """Return stock `SFTTrainer` on the expanded samples, whose batches hold all samples of as many conversations."""
     model, processor = tiny_vision_model(family)
     examples = examples_of(family)
-    settings = {**SETTINGS, "max_length": None, "gradient_accumulation_steps": accumulation, **settings}
     turns = [len(expand_images(example)) for example in examples]
-    stock = Expanded(
-        copy.deepcopy(model),
-        SFTConfig(str(tmp_path / "stock"), per_device_train_batch_size=batch_size, **settings),
+    trainer = Expanded(
+        model,
+        SFTConfig(str(tmp_path / "stock"), **settings_of(batch_size, accumulation)),
         train_dataset=expanded(examples, processor),
         processing_class=processor,
         turns_per_batch=[sum(turns[start : start + batch_size]) for start in range(0, len(turns), batch_size)],
     )
-    stock.model_accepts_loss_kwargs = True  # else, the stock trainer averages the means of the batches of a step
-    single_pass = InOrder(
-        copy.deepcopy(model),
-        SinglePassSFTConfig(str(tmp_path / "single"), per_device_train_batch_size=batch_size, **settings),
-        train_dataset=as_dataset(examples),
-        processing_class=processor,
-    )
+    trainer.model_accepts_loss_kwargs = True  # else, it averages the means of the batches of a step
+    return trainer
+
+
+def train_both(tmp_path, family, expanded, batch_size, accumulation=1):
+    """Train a model both ways on the same conversations per step; return the parameters of both, and the start."""
+    stock = stock_trainer(tmp_path, family, expanded, batch_size, accumulation)
     start = parameters(stock)
     stock.train()
+    single_pass = screen_trainer(tmp_path, family, batch_size, accumulation)
     single_pass.train()
-    return stock, single_pass, start
+    return parameters(stock), parameters(single_pass), start
 
 
 def assert_equal(stock, single_pass, start):
-    assert largest_difference(stock, single_pass) <= TOLERANCE
-    moved = {name: float((value - start[name]).abs().max()) for name, value in parameters(stock).items()}
+    assert max(float((stock[name] - value).abs().max()) for name, value in single_pass.items()) <= TOLERANCE
+    moved = {name: float((value - start[name]).abs().max()) for name, value in stock.items()}
     assert max(moved.values()) > 1000 * TOLERANCE
     tower = [change for name, change in moved.items() if "vis" in name]
     assert sum(change > 0 for change in tower) >= len(tower) // 2 > 0  # LLaVA reads the last layer but one
@@ -85,3 +80,21 @@ def test_one_step_over_batch_size_and_accumulation(tmp_path, batch_size, accumul
 )  # TRL renders another
 def test_one_step_of_every_family_over_batch_size_and_accumulation(tmp_path, family, batch_size, accumulation):
     assert_equal(*train_both(tmp_path, family, as_messages, batch_size, accumulation))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes trained, by case."""
+    result = tmp_path_factory.mktemp("ddp") / "result.pt"
+    run_on_two_processes("image_ddp_worker", result)
+    return torch.load(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_what_one_trains(tmp_path, two_processes, case):
+    family, batch_size, accumulation = CASES[case]
+    stock = stock_trainer(tmp_path, family, as_messages, 2 * batch_size, accumulation)
+    start = parameters(stock)
+    stock.train()
+    assert_equal(parameters(stock), two_processes[case], start)

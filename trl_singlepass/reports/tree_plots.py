@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from ..trees.rows import Run, TreePlan
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase
 
 CONTEXT, TRAINED, INK = "#c9d3df", "#f2a65a", "#26323f"
@@ -32,7 +34,9 @@ class _SampleEnd:
     turn: int
 
 
-def plot_tree(tree: PrefixTree, tokenizer: PreTrainedTokenizerBase) -> Figure:
+def plot_tree(
+    tree: PrefixTree, tokenizer: PreTrainedTokenizerBase, thumbnails: Sequence[Image] | None = None
+) -> Figure:
     """
     Plot a prefix tree: depth from left to right, the spine on top, and every branch in a lane of its own.
 
@@ -41,6 +45,8 @@ def plot_tree(tree: PrefixTree, tokenizer: PreTrainedTokenizerBase) -> Figure:
             Tree of one conversation.
         tokenizer (`PreTrainedTokenizerBase`):
             Tokenizer to decode the text in the bars with.
+        thumbnails (`Sequence[PIL.Image.Image]`, *optional*):
+            The images of `tree.images`, to draw where the tree shows them.
 
     Returns:
         `matplotlib.figure.Figure`: The figure; `figure.savefig(path)` saves it.
@@ -61,6 +67,8 @@ def plot_tree(tree: PrefixTree, tokenizer: PreTrainedTokenizerBase) -> Figure:
             _draw_fork(axes, run, place, places[_lane_of(plan, run.prefix[-1][0])])
     for end in ends:
         _label_sample(axes, end, places[end.lane], plan.runs[end.lane])
+    if thumbnails is not None:
+        _draw_thumbnails(axes, tree, plan, places, thumbnails)
     _finish_tree(axes, tree, longest, len(plan.runs), len(ends))
     return figure
 
@@ -179,6 +187,20 @@ def _label_sample(axes: Axes, end: _SampleEnd, place: int, run: Run) -> None:
         ha="right" if continues else "left", va="center", fontsize=8, weight="bold", color=INK,
         bbox=None if continues else {"facecolor": "white", "edgecolor": "none", "pad": 1},
     )  # fmt: skip
+
+
+def _draw_thumbnails(
+    axes: Axes, tree: PrefixTree, plan: TreePlan, places: list[int], thumbnails: Sequence[Image]
+) -> None:
+    """Each image over the tokens that show it, in every place."""
+    first = 0
+    for image, thumbnail in zip(tree.images, thumbnails, strict=True):
+        for start in np.flatnonzero(tree.image_features == first).tolist():
+            lane = _lane_of(plan, start)
+            left, place = plan.runs[lane].depth + start - plan.runs[lane].start, places[lane]
+            extent = (left, left + image.num_features, place + 0.36, place - 0.36)
+            axes.imshow(np.asarray(thumbnail), extent=extent, aspect="auto", zorder=4)  # over the text
+        first += image.num_features
 
 
 def _finish_tree(axes: Axes, tree: PrefixTree, longest: int, lanes: int, turns: int) -> None:
