@@ -1,5 +1,9 @@
 """The trainer: its definition at the first step, options, streams, metrics, and what is refused by name."""
 
+import inspect
+import re
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
@@ -17,7 +21,7 @@ from support.pairs import (
 )
 from support.tiny_causal_lms import tiny_model as tiny_model_of_type
 from support.trainers import float32_model, largest_difference, logged
-from trl_singlepass import SinglePassDPOConfig, render_samples
+from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, render_samples
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -236,3 +240,11 @@ def test_the_defaults_are_trls_but_for_max_length():
     assert ours.max_length is None
     for name in ("beta", "loss_type", "learning_rate", "precompute_ref_log_probs", "disable_dropout"):
         assert getattr(ours, name) == getattr(theirs, name)
+
+
+def test_internals_lists_what_the_trainer_overrides():
+    page = (Path(__file__).parents[2] / "docs" / "internals.md").read_text().partition("## Preference pairs")[2]
+    bullets = "".join(re.findall(r"^- ([^:]+):", page, re.M))
+    inherited = {name for base in SinglePassDPOTrainer.__mro__[1:] for name in vars(base)}
+    members = {name for name, member in vars(SinglePassDPOTrainer).items() if inspect.isfunction(member)}
+    assert set(re.findall(r"`(\w+)`", bullets)) == members & inherited

@@ -40,11 +40,13 @@ from support.conversations import chat, tool_chat
 from support.float64_comparison import in_float64, recompute_in_float64
 from support.image_models import image_model
 from support.image_rows import image_collator, image_rows, image_sample_sets
+from support.pairs import pair
+from support.pairs import perturbed as reference_of
 from support.tiny_families import FAMILIES, tiny_model
 from support.tiny_multimodal import model_for
 from support.trainers import SETTINGS as COMMON
 from support.trainers import as_dataset, float32_model
-from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
+from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.training import sequence_parallel
 from trl_singlepass.training.checkpoints import last_good_checkpoint
 from trl_singlepass.training.preemption import PreemptionCallback
@@ -121,10 +123,8 @@ def set_adapter(model):
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
 
 
-def build_trainer(settings):
-    """Return the trainer that the settings describe."""
-    tokenizer = make_tokenizer("qwen3")
-    # Before the config: once there is a DeepSpeed config, transformers partitions every new model.
+def build_model(tokenizer, settings):
+    """Return the text model that the settings describe, before there is a DeepSpeed config to partition it by."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, **settings.get("model", {})}
     model = float32_model(tokenizer, **heads)
     if "class_name" in settings:
@@ -134,6 +134,13 @@ def build_trainer(settings):
         model = tiny_model(family, len(tokenizer), torch.float32, attn_implementation="eager", **heads)
     elif family is not None:
         model = tiny_causal_lms.tiny_model(family, vocab_size=len(tokenizer), **settings.get("model", {})).float()
+    return model
+
+
+def build_trainer(settings):
+    """Return the trainer that the settings describe."""
+    tokenizer = make_tokenizer("qwen3")
+    model = build_model(tokenizer, settings)
     images = {}
     if "image_family" in settings:
         model = image_model(settings["image_family"], torch.float32)
@@ -155,6 +162,8 @@ def build_trainer(settings):
         "seed": 0,
         **settings.get("config", {}),
     }
+    if settings.get("pairs"):
+        return build_pair_trainer(model, tokenizer, config, settings)
     if "sp_size" in settings:
         config["parallelism_config"] = parallelism(settings["sp_size"])
     dataset = as_dataset(settings.get("rows") or training_conversations()[: settings.get("num_rows")])
@@ -174,6 +183,20 @@ def freeze_encoder(model, frozen):
     """Freeze the encoder of images, if asked for."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or "visual" not in name)
+
+
+def build_pair_trainer(model, tokenizer, config, settings):
+    """Return the trainer of preference pairs of several turns, with a reference that differs, or adapters."""
+    del config["log_turn_metrics"]
+    folder = Path(settings["result"]).parent / "out"
+    return SinglePassDPOTrainer(
+        model,
+        None if settings.get("lora") else reference_of(model),
+        SinglePassDPOConfig(str(folder), **config),
+        train_dataset=datasets.Dataset.from_list([pair(1 + seed % 3, seed) for seed in range(12)]),
+        processing_class=tokenizer,
+        peft_config=adapter(settings["lora"]) if settings.get("lora") else None,
+    )
 
 
 def untrained(example, index, silent_rows):

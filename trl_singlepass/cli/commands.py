@@ -19,6 +19,8 @@ from ..data.files import load_examples
 from ..data.images import holds_images
 from ..data.settings import RowSettings
 from ..data.vision import get_tokenizer
+from ..preference.pairs import example_to_pair, is_pair
+from ..preference.settings import PairSettings
 from ..trees.sample import Sample
 from .arguments import AuditArguments, BenchArguments, DataArguments, InspectArguments, ModelArguments, VerifyArguments
 from .chat import chat as chat
@@ -38,11 +40,18 @@ def inspect(args: InspectArguments, console: Console) -> int:
     tokenizer, examples = _load_both(args)
     if not 0 <= args.row < len(examples):
         raise ValueError(f"--row {args.row}: {args.data} has {len(examples)} rows, counted from 0.")
-    samples = example_to_samples(dict(examples[args.row]), args.row, tokenizer, RowSettings()).samples
+    example = dict(examples[args.row])
+    num_chosen: int | None = None
+    samples: Sequence[Sample]
+    if is_pair(example):
+        pair = example_to_pair(example, args.row, tokenizer, PairSettings())
+        samples, num_chosen = pair.samples, len(pair.chosen.samples)
+    else:
+        samples = _get_samples(args.row, example, tokenizer)
     if not samples:
         raise ValueError(f"Row {args.row}: all its turns have the weight 0, so nothing of it is trained.")
     tokenizer = get_tokenizer(tokenizer)
-    inspection = Inspection.from_samples(samples, tokenizer)
+    inspection = Inspection.from_samples(samples, tokenizer, num_chosen)
     console.print(render_inspection(inspection))
     if args.html is not None:
         from ..reports.html import inspection_page
@@ -153,10 +162,14 @@ def _load_model(args: ModelArguments) -> PreTrainedModel:
 def _to_samples(
     examples: Sequence[Mapping[str, object]], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[Sample, ...]]:
-    def read(index: int, example: Mapping[str, object]) -> tuple[Sample, ...]:
-        return example_to_samples(example, index, tokenizer, RowSettings()).samples
+    return read_all(examples, lambda index, example: _get_samples(index, example, tokenizer), "given")
 
-    return read_all(examples, read, "given")
+
+def _get_samples(index: int, example: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> tuple[Sample, ...]:
+    """Return the turns of a conversation, or of both trajectories of a pair."""
+    if is_pair(example):
+        return tuple(example_to_pair(example, index, tokenizer, PairSettings()).samples)
+    return example_to_samples(example, index, tokenizer, RowSettings()).samples
 
 
 def _at_least_one(number: int, name: str) -> int:

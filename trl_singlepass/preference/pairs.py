@@ -20,7 +20,7 @@ from .settings import PairSettings, PairTurns
 SIDES = ("chosen", "rejected")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # Columns that say how messages are rendered, the same for both trajectories.
-_RENDERING_COLUMNS = ("tools", "chat_template_kwargs", "history")
+_RENDERING_COLUMNS = ("system", "tools", "chat_template_kwargs", "history")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,8 @@ def example_to_pair(
     Args:
         example (`Mapping[str, Any]`):
             `prompt`, `chosen` and `rejected` as lists of messages, or `chosen` and `rejected` that begin with the
-            same messages; optionally `tools`, `chat_template_kwargs` and `history`. Or token ids, as TRL makes them
-            of plain text: `prompt_ids`, `chosen_ids` and `rejected_ids`.
+            same messages; optionally `system`, `tools`, `chat_template_kwargs` and `history`. Or token ids, as TRL
+            makes them of plain text: `prompt_ids`, `chosen_ids` and `rejected_ids`.
         index (`int`):
             Its index in the dataset.
         tokenizer (`transformers.PreTrainedTokenizerBase`):
@@ -81,7 +81,7 @@ def example_to_pair(
     if set(TOKEN_COLUMNS) <= set(example):
         fitted = [_from_tokens(example, side, index, settings) for side in SIDES]
     else:
-        trajectories = _split(example, index)
+        trajectories = split_pair(example, index)
         fitted = [_render(trajectories[side], side, index, tokenizer, settings) for side in SIDES]
     num_leading, num_shared = _shared_turns(*(side.samples for side in fitted))
     if settings.train_turns == PairTurns.FROM_DIFFERENCE:
@@ -93,8 +93,21 @@ def example_to_pair(
     return Pair(chosen, rejected, num_shared)
 
 
-def _split(example: Mapping[str, Any], index: int) -> dict[str, dict[str, Any]]:
-    """Return each trajectory as an example of its own, with the prompt that both share."""
+def is_pair(example: object) -> bool:
+    """Return whether an example is a preference pair, by its columns."""
+    return isinstance(example, Mapping) and any(set(columns) <= set(example) for columns in (SIDES, TOKEN_COLUMNS))
+
+
+def split_pair(example: Mapping[str, Any], index: int) -> dict[str, dict[str, Any]]:
+    """
+    Return each trajectory of a pair of messages as an example of its own, with the prompt that both share.
+
+    Raises:
+        `BadRowError`: If a side is not a list of messages.
+    """
+    for name in ("image", "images"):
+        if example.get(name):
+            raise BadRowError(f"Row {index}: it has {name!r}, and pairs with images are not supported. Remove them.")
     for name in SIDES:
         if not isinstance(example.get(name), list) or not example[name]:
             raise BadRowError(f"Row {index}: {name!r} is {example.get(name)!r:.60}, expected a list of messages.")

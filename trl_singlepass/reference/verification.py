@@ -13,10 +13,13 @@ from datasets.utils.tqdm import tqdm
 
 from ..data.bad_rows import read_all
 from ..data.collator import LoadImages
-from ..data.vision import ConversationReader, as_reader
+from ..data.vision import ConversationReader, as_reader, get_tokenizer
 from ..images.loading import image_loader_of
+from ..preference.pairs import example_to_pair, is_pair
+from ..preference.settings import PairSettings
 from ..rendering.conversation import RenderingError
 from ..rendering.samples import render_conversation, render_example
+from ..rendering.template import with_template
 from ..trees.sample import Sample
 from .borrowed_model import left_as_found, on_trees, reading_images, weights_moved_by_one_rounding
 from .float64 import ForcedFloat64
@@ -61,7 +64,8 @@ def verify(
         tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
             Tokenizer with a chat template; for conversations with images, the processor.
         conversations (`Iterable`):
-            Lists of messages, or examples as [`SinglePassSFTTrainer`] takes them.
+            Lists of messages, or examples as [`SinglePassSFTTrainer`] takes them. Preference pairs are checked with
+            the turns of both trajectories in one tree, those of the chosen one first.
         tools (`list` or `str`, *optional*):
             Tools for conversations that have none of their own.
         chat_template (`str`, *optional*):
@@ -131,6 +135,9 @@ def _render(
         row = dict(conversation) if isinstance(conversation, Mapping) else {"messages": conversation}
         if tools is not None and row.get("tools") is None:
             row["tools"] = tools
+        if is_pair(row):
+            given = with_template(get_tokenizer(reader), chat_template)
+            return example_to_pair(row, index, given, PairSettings()).samples
         if not isinstance(reader, ConversationReader):
             return render_example(row, reader, chat_template=chat_template, example_index=index)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -90,3 +91,12 @@ class ChatTemplate:
             missing = missing_parts(error, messages, self.tools)
             raise RenderingError(f"the template refuses the conversation up to it: {error!r}{missing}") from error
         return text
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> PreTrainedTokenizerBase:
+    """Return a tokenizer with another chat template, or the tokenizer itself if there is none to give it."""
+    if chat_template is None:
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = chat_template
+    return tokenizer

@@ -44,6 +44,7 @@ _STYLES = {
     TokenRole.REASONING: "yellow",
     TokenRole.ANSWER: "green",
 }
+_SIDE_STYLES = {"chosen": "green", "rejected": "red"}
 # Templates name a role by a special token (<|user|>), or in the text after a token that starts a message.
 _ROLE_WORDS = {
     "system": TokenRole.SYSTEM,
@@ -84,6 +85,8 @@ class Inspection:
             Text that each token has to predict; `None` if it has no target.
         weights (`numpy.ndarray` of `numpy.float64`):
             Weight with which each token is predicted from the token before it on its path; 0 if it is not trained.
+        num_chosen (`int`, *optional*):
+            Of a preference pair, how many turns belong to the chosen trajectory. They come first.
     """
 
     samples: tuple[Sample, ...]
@@ -94,10 +97,13 @@ class Inspection:
     roles: tuple[TokenRole, ...]
     targets: tuple[str | None, ...]
     weights: NDArray[np.float64]
+    num_chosen: int | None = None
 
     @classmethod
-    def from_samples(cls, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> Inspection:
-        """Inspect the samples of one conversation."""
+    def from_samples(
+        cls, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, num_chosen: int | None = None
+    ) -> Inspection:
+        """Inspect the samples of one conversation, or of a pair of which the first `num_chosen` are preferred."""
         tree = PrefixTree.from_samples(samples)
         plan = TreePlan.from_subtree_end(tree.subtree_end)
         paths = sample_paths(tree, samples)
@@ -112,15 +118,24 @@ class Inspection:
                 roles[position] = TokenRole.ANSWER
         targets = tuple(token_texts.get(label) for label in [*tree.labels[1:].tolist(), IGNORE_INDEX])
         weights = incoming_weights(tree, plan)
-        return cls(tuple(samples), tree, plan, tuple(paths), texts, tuple(roles), targets, weights)
+        return cls(tuple(samples), tree, plan, tuple(paths), texts, tuple(roles), targets, weights, num_chosen)
 
     @property
     def summary(self) -> str:
         """Number of turns and tokens, in a line."""
+        turns = f"{len(self.samples)} turns"
+        if self.num_chosen is not None:
+            turns = f"{self.num_chosen} chosen and {len(self.samples) - self.num_chosen} rejected turns"
         return (
-            f"{len(self.samples)} turns, {self.tree.num_sample_tokens:,} tokens as separate samples, "
+            f"{turns}, {self.tree.num_sample_tokens:,} tokens as separate samples, "
             f"{len(self.tree):,} as a tree: sharing factor {self.tree.sharing_factor:.2f}"
         )
+
+    def side(self, turn: int) -> str | None:
+        """Return which trajectory of a pair a turn (from 1) belongs to: `"chosen"` or `"rejected"`."""
+        if self.num_chosen is None:
+            return None
+        return "chosen" if turn <= self.num_chosen else "rejected"
 
     def turns_through(self, position: int) -> list[int]:
         """Return the numbers (from 1) of the turns that pass through a token."""
@@ -202,6 +217,9 @@ def _segment(inspection: Inspection, start: int, end: int, depth: int) -> Render
     content = f"{int(trained.sum())} trained, weight {_format_weights(weights)}" if weights else "context"
     ends = [turn for turn in turns if inspection.paths[turn - 1][-1] == end - 1]
     title = Text(f"{end - start} tokens at depth {depth}, {shared}: {content}", style="bold" if weights else "")
+    sides = {side for turn in turns if (side := inspection.side(turn)) is not None}
+    for side in sorted(sides) if weights else []:
+        title.append(f" [{side}]", style=f"bold {_SIDE_STYLES[side]}")
     if ends:
         title.append(f"; turn {_format_numbers(ends)} ends here", style="bold green")
     return Group(title, _segment_text(inspection, start, end))

@@ -56,7 +56,8 @@ def audit(
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list`):
-            Conversations, as [`SinglePassSFTTrainer`] takes them; a list may also hold plain lists of messages.
+            Conversations, as [`SinglePassSFTTrainer`] takes them; a list may also hold plain lists of messages. Of
+            preference pairs, each trajectory is reported, and what the turns of both share in one tree.
         tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
             Tokenizer with a chat template; the processor for conversations with images.
         model_config (`transformers.PreTrainedConfig`, *optional*):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ from ...data.conversations import example_to_samples
 from ...data.settings import RowSettings
 from ...data.tokenized_turns import get_tokenized_turns
 from ...data.vision import ConversationReader, as_reader, get_tokenizer
+from ...preference.pairs import TOKEN_COLUMNS, example_to_pair, is_pair, split_pair
+from ...preference.settings import PairSettings
 from ...rendering.conversation import Conversation
 from ...rendering.prefixes import Prefixes
 from .counts import SampleSize
@@ -25,8 +27,11 @@ from .turns import TurnFacts, get_turn_facts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+    from ...trees.sample import Sample
+
 
 _NO_RECIPE = "it is not counted for conversations with images"
+_NO_PAIRS = "it is a setting of fine-tuning, and these are preference pairs"
 
 
 @dataclass(slots=True)
@@ -95,6 +100,9 @@ class Auditor:
         row = dict(row)
         conversation: Conversation | None = None
         prefixes: Prefixes | None = None
+        if is_pair(row):
+            self._add_pair(index, row, tally)
+            return
         try:
             if get_tokenized_turns(row) is None:  # otherwise it has tokens already, and no template is involved
                 if isinstance(self.reader, ConversationReader):
@@ -113,6 +121,11 @@ class Auditor:
         tally.sizes.append([SampleSize.from_sample(sample) for sample in samples])
         tally.costs.append(count_conversation(samples, self.shape))
         tally.last_turn.append(count_last_turn(samples))
+        self._count_assistant_only(conversation, samples, tally)
+
+    def _count_assistant_only(
+        self, conversation: Conversation | None, samples: Sequence[Sample], tally: Tally
+    ) -> None:
         if conversation is not None and conversation.images is not None:
             tally.recipe_refusals[_NO_RECIPE] += 1
         elif self.recipe.refusal is None and conversation is not None:
@@ -122,3 +135,21 @@ class Auditor:
                 Exception
             ) as error:  # recorded: TRL's training templates refuse some rows that the stock ones render
                 tally.recipe_refusals[str(error) or type(error).__name__] += 1
+
+    def _add_pair(self, index: int, row: Mapping[str, object], tally: Tally) -> None:
+        """Add both trajectories of a pair, and the cost of their one tree."""
+        try:
+            pair = example_to_pair(row, index, self.tokenizer, PairSettings())
+            for example in () if set(TOKEN_COLUMNS) <= set(row) else split_pair(row, index).values():
+                conversation = Conversation.from_example(example)
+                prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
+                tally.turns.append(get_turn_facts(conversation, prefixes))
+                tally.templates[self.survey.get_facts(conversation)] += 1
+        except Exception as error:  # as above
+            tally.errors.append((index, get_reason(error, index)))
+            return
+        for side in pair.sides:
+            tally.sizes.append([SampleSize.from_sample(sample) for sample in side.samples])
+            tally.last_turn.append(count_last_turn(side.samples))
+        tally.costs.append(count_conversation(pair.samples, self.shape))
+        tally.recipe_refusals[_NO_PAIRS] += 1

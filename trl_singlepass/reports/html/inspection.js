@@ -9,6 +9,11 @@ const turnsOf = Array.from({ length }, () => []);
 data.turns.forEach((turn, index) => turn.path.forEach(([start, end]) => {
   for (let i = start; i < end; i++) turnsOf[i].push(index + 1);
 }));
+// Of a preference pair: the trajectory that a trained token belongs to, nothing if it is both.
+const sideOf = (position) => {
+  const sides = new Set(turnsOf[position].map((turn) => data.turns[turn - 1].side));
+  return sides.size === 1 ? [...sides][0] || "" : "";
+};
 const laneOf = (position) => data.lanes.findIndex((lane) => lane.start <= position && position < lane.end);
 const lastOf = (turn) => turn.path[turn.path.length - 1][1] - 1;
 
@@ -48,9 +53,9 @@ function drawTree() {
     }
     let start = run.start;
     for (let i = run.start + 1; i <= run.end; i++) {
-      if (i < run.end && (data.weight[i] > 0) === (data.weight[start] > 0)) continue;
+      if (i < run.end && (data.weight[i] > 0) === (data.weight[start] > 0) && sideOf(i) === sideOf(start)) continue;
       const x = (run.depth + start - run.start) * scale, w = (i - start) * scale;
-      const bar = draw("rect", { x, y, width: Math.max(w, 0.5), height: 18, class: data.weight[start] > 0 ? "trained" : "context" });
+      const bar = draw("rect", { x, y, width: Math.max(w, 0.5), height: 18, class: data.weight[start] > 0 ? `trained ${sideOf(start)}` : "context" });
       const text = data.text.slice(start, i).join("").replace(/\s+/g, " ");
       bar.append(draw("title", {}, text.slice(0, 400)));
       group.append(bar);

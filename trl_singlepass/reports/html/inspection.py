@@ -27,10 +27,13 @@ def inspection_page(inspection: Inspection, title: str) -> str:
         `str`: HTML.
     """
     legend = "".join(f'<li><span class="token {role}">{role}</span></li>' for role in TokenRole)
+    legend += '<li><span class="token trained">trained</span></li>'
+    if inspection.num_chosen is not None:
+        legend += "".join(f'<li><span class="side {side}">{side}</span></li>' for side in ("chosen", "rejected"))
     body = f"""<header>
 <h1>{escape(title)}</h1>
 <p>{inspection.summary}</p>
-<ul class="legend" aria-label="Colours">{legend}<li><span class="token trained">trained</span></li></ul>
+<ul class="legend" aria-label="Colours">{legend}</ul>
 </header>
 <nav aria-label="Turns" id="turns"></nav>
 <main>
@@ -64,11 +67,12 @@ def _data(inspection: Inspection) -> dict[str, object]:
     turns = [
         {
             "message": sample.message_index,
+            "side": inspection.side(turn),
             "prompt": sample.prompt_length,
             "reasoning": sample.reasoning_length,
             "path": _to_ranges(path.tolist()),
         }
-        for sample, path in zip(inspection.samples, inspection.paths, strict=True)
+        for turn, (sample, path) in enumerate(zip(inspection.samples, inspection.paths, strict=True), start=1)
     ]
     lanes = [
         {"start": run.start, "end": run.end, "depth": run.depth, "fork": run.prefix[-1][1] - 1 if run.prefix else -1}

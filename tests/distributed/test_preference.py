@@ -1,0 +1,31 @@
+"""Preference pairs of several turns train on two processes what one process trains, on every engine."""
+
+import pytest
+
+from support.worker_settings import TOLERANCE, on_engine, with_config
+
+
+CASES = {
+    "reference": {"pairs": True},
+    "adapter": {"pairs": True, "lora": True, "same_adapter": True},
+    "mixture of experts": {"pairs": True, "family": "qwen3-moe"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("case", CASES)
+def test_six_steps(tmp_path, workers, one_process, engine, case):
+    settings = with_config(CASES[case], activation_checkpointing=False)
+    alone = one_process(with_config(settings, per_device_train_batch_size=2))
+    assert len(set(alone.loss)) == 6
+    settings, environment = on_engine(engine, settings)
+    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
+    assert run.world_size == 2
+    # Log-probabilities of a trajectory are in the hundreds: in float32, their differences have six digits.
+    assert run.loss == pytest.approx(alone.loss, rel=1e-5)
+    assert run.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5)
+    assert run.parameters.keys() == alone.parameters.keys()
+    for name, value in alone.parameters.items():
+        assert float((value - run.parameters[name]).abs().max()) <= TOLERANCE, name
+    assert run.num_trained_tokens == alone.num_trained_tokens

@@ -1,0 +1,70 @@
+"""`verify`, `inspect` and `audit` on preference pairs."""
+
+import json
+
+import pytest
+
+from support.pairs import pair, pair_with_shared_turns
+from support.small_repository import DEMO_MODEL, as_a_reader, make_small_repository
+from support.tiny_families import tiny_model
+from trl_singlepass import audit, cli, verify
+from trl_singlepass.preference.pairs import example_to_pair
+from trl_singlepass.preference.settings import PairSettings
+from trl_singlepass.reports.html import inspection_page
+from trl_singlepass.reports.inspection import Inspection
+from trl_singlepass.trees.prefix_tree import PrefixTree
+
+
+EXAMPLE = pair_with_shared_turns(1, 2)
+
+
+@pytest.fixture
+def rendered(tokenizer):
+    return example_to_pair(EXAMPLE, 0, tokenizer, PairSettings())
+
+
+def test_verify_checks_the_turns_of_both_trajectories(tokenizer, rendered):
+    report = verify(tiny_model("llama", len(tokenizer), attn_implementation="sdpa"), tokenizer, [EXAMPLE])
+    assert report.ok, report
+    (row,) = report.rows
+    assert [turn.message_index for turn in row.turns] == [2, 4, 2, 4]
+    assert row.npass_tokens == sum(map(len, rendered.samples))
+    assert row.single_pass_tokens == len(PrefixTree.from_samples(rendered.samples))
+    assert row.turns[0].single_pass_loss == pytest.approx(row.turns[2].single_pass_loss, abs=1e-15)  # shared
+    assert row.turns[1].single_pass_loss != pytest.approx(row.turns[3].single_pass_loss, abs=1e-6)
+
+
+def test_the_page_shows_which_turns_are_chosen(tokenizer, rendered):
+    inspection = Inspection.from_samples(rendered.samples, tokenizer, num_chosen=2)
+    assert [inspection.side(turn) for turn in (1, 2, 3, 4)] == ["chosen", "chosen", "rejected", "rejected"]
+    assert inspection.summary.startswith("2 chosen and 2 rejected turns, ")
+    page = inspection_page(inspection, "A pair")
+    assert '<span class="side chosen">chosen</span>' in page
+    assert page.count('"side": "rejected"') + page.count('"side":"rejected"') == 2
+    single = inspection_page(Inspection.from_samples(rendered.samples, tokenizer), "A conversation")
+    assert '<span class="side chosen">' not in single
+
+
+def test_audit_counts_turns_of_both_and_the_tree_of_the_pair(tokenizer, rendered):
+    report = audit([EXAMPLE, pair(1, seed=3), {**EXAMPLE, "rejected": []}], tokenizer)
+    assert report.num_trainable == 2
+    assert len(report.errors) == 1
+    assert report.all_turns.trainable == 6
+    assert report.tree_lengths.largest == len(PrefixTree.from_samples(rendered.samples))
+    assert "preference pairs" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+def test_the_commands_take_pairs(tmp_path, capsys):
+    folder = make_small_repository(tmp_path)
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (EXAMPLE, pair(1))))
+    arguments = [str(DEMO_MODEL), str(path)]
+    with as_a_reader(folder):
+        assert cli.main(["inspect", *arguments, "--html", "page.html"]) == 0
+        assert cli.main(["audit", *arguments]) == 0
+        assert cli.main(["verify", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "2 chosen and 2 rejected turns" in printed
+    assert "[chosen]" in printed
+    assert "[rejected]" in printed
