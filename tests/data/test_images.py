@@ -288,6 +288,39 @@ def test_streams_hold_images_encoded_and_give_the_same_batches(processor):
         assert torch.equal(one["image_inputs"]["pixel_values"], other["image_inputs"]["pixel_values"])
 
 
+def test_the_columns_of_a_stream_that_tells_none_are_hidden_as_well(processor):
+    rows = [{"images": [png(image) for image in CHAT_IMAGES], "messages": without_images(CHAT)}]
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    assert stream.column_names is None
+    hidden = hide_image_columns(stream)
+    assert set(next(iter(hidden))) == {"messages", "singlepass_images"}
+    (row,) = prepare_dataset(hidden, processor, RowSettings())
+    assert len(row["image_references"]) == 2
+
+
+def test_several_processes_give_the_same_rows_and_a_second_time_nothing_is_prepared(processor, tmp_path, monkeypatch):
+    in_column([CHAT, CHAT[:2], CHAT[:4]]).save_to_disk(tmp_path / "stored")
+    stored = datasets.load_from_disk(str(tmp_path / "stored"))
+    several = prepare_dataset(stored, processor, RowSettings(max_length=1000), num_proc=2)
+    rows = prepare_dataset(stored, processor, RowSettings())
+    for name in ("input_ids", "image_features", "image_references"):
+        assert several[name][:] == rows[name][:]
+    monkeypatch.setattr("trl_singlepass.data.preparation.example_to_rows", lambda *_: pytest.fail("prepared again"))
+    again = prepare_dataset(datasets.load_from_disk(str(tmp_path / "stored")), processor, RowSettings())
+    batch = DataCollatorForSinglePass(0, load_images=image_loader_of(processor))([again[0]])
+    assert len(batch["image_inputs"]["image_grid_thw"]) == 2
+
+
+def test_each_example_is_read_once_per_batch(processor):
+    loader, read = image_loader_of(processor), []
+    rows = prepare_dataset(in_column([CHAT]), processor, RowSettings())
+    (name,) = {image["source"]["dataset"] for image in rows[0]["image_references"]}
+    find = loader._datasets[name]
+    loader.add_dataset(name, lambda row: read.append(row) or find(row))
+    DataCollatorForSinglePass(0, load_images=loader)([rows[0]])
+    assert read == [0]
+
+
 def test_tokenised_turns_show_their_images(processor):
     samples = samples_of({"messages": CHAT}, processor)
     given = [CHAT_IMAGES[:1], CHAT_IMAGES, CHAT_IMAGES]
@@ -341,6 +374,10 @@ def test_text_with_a_processor_has_the_rows_of_its_tokenizer(processor):
 
 
 def test_a_tokenizer_alone_reads_no_images(processor):
+    text = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    with pytest.raises(BadRowError, match="The example has images, and a tokenizer cannot read them"):
+        samples_of({"messages": text, "images": IMAGES[:1]}, processor.tokenizer)
+    samples_of({"messages": text, "images": []}, processor.tokenizer)
     with pytest.raises(ValueError, match="has a column of images, and a tokenizer cannot read them"):
         prepare_dataset(in_column([CHAT]), processor.tokenizer, RowSettings())
     parts = datasets.Dataset.from_list([{"messages": CHAT}])

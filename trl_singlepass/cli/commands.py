@@ -12,6 +12,7 @@ import torch
 from datasets.utils.tqdm import tqdm
 from rich.console import Console
 from rich.text import Text
+from transformers import ProcessorMixin
 
 from ..data.bad_rows import read_all
 from ..data.conversations import example_to_samples
@@ -30,7 +31,7 @@ from .loading import load_config, load_model, load_processor, load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def inspect(args: InspectArguments, console: Console) -> int:
@@ -102,10 +103,11 @@ def verify(args: VerifyArguments, console: Console) -> int:
     """Compare the single pass with N-pass; the exit code is 1 if they differ."""
     from ..reference import verify as verify_model
 
-    tokenizer, examples = _load_tokenizer(args), _load_examples(args)
+    tokenizer, examples = _load_both(args)
     first = list(islice(examples, _at_least_one(args.num_rows, "-n")))
     _to_samples(first, tokenizer)  # names bad rows before a model is loaded
-    report = verify_model(_load_model(args), tokenizer, first, max_tokens=args.max_tokens)
+    model = _load_model(args, reads_images=isinstance(tokenizer, ProcessorMixin))
+    report = verify_model(model, tokenizer, first, max_tokens=args.max_tokens)
     console.print(Text(str(report).rstrip()))
     return 0 if report.ok else 1
 
@@ -149,9 +151,10 @@ def _load_examples(args: DataArguments) -> Sequence[Mapping[str, object]] | Data
     return load_examples(args.data, split=args.split, config=args.dataset_config)
 
 
-def _load_model(args: ModelArguments) -> PreTrainedModel:
+def _load_model(args: ModelArguments, *, reads_images: bool = False) -> PreTrainedModel:
     return load_model(
         args.model,
+        reads_images=reads_images,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -160,7 +163,7 @@ def _load_model(args: ModelArguments) -> PreTrainedModel:
 
 
 def _to_samples(
-    examples: Sequence[Mapping[str, object]], tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[Mapping[str, object]], tokenizer: PreTrainedTokenizerBase | ProcessorMixin
 ) -> list[tuple[Sample, ...]]:
     return read_all(examples, lambda index, example: _get_samples(index, example, tokenizer), "given")
 

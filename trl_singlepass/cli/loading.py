@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import is_offline_mode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    ProcessorMixin,
+)
 
 from ..data.files import first_line
 
@@ -84,10 +91,16 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
 
 
 def load_model(
-    model: str, *, dtype: str, attn_implementation: str | None, device: str, trust_remote_code: bool = False
+    model: str,
+    *,
+    dtype: str,
+    attn_implementation: str | None,
+    device: str,
+    trust_remote_code: bool = False,
+    reads_images: bool = False,
 ) -> PreTrainedModel:
     """
-    Return a causal language model, in training mode.
+    Return a language model, in training mode.
 
     Args:
         model (`str`):
@@ -100,6 +113,8 @@ def load_model(
             Device to move it to.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code that comes with the model may run.
+        reads_images (`bool`, *optional*, defaults to `False`):
+            Whether it has to read images.
 
     Returns:
         `PreTrainedModel`: The model.
@@ -107,8 +122,9 @@ def load_model(
     Raises:
         `ValueError`: If it cannot be loaded.
     """
+    auto_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = auto_class.from_pretrained(
             model, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # as above

@@ -19,6 +19,7 @@ from ..trees.rows import ROW_COLUMNS, Row
 from ..trees.sample import CompletionKind, Sample
 from ..trees.splitting import split_samples
 from .bad_rows import BadRowError, get_reason
+from .images import check_no_images
 from .selection import FittedSamples, OverlongTurnError, fit_samples, select_turns
 from .settings import RowSettings
 from .tokenized_turns import get_tokenized_turns, tokenized_turns_to_samples
@@ -123,6 +124,7 @@ def _render_turns(
     if isinstance(reader, ConversationReader):
         conversation, chat_template = reader.read_conversation(example, index), reader.chat_template
     else:
+        check_no_images(example)
         conversation, chat_template = Conversation.from_example(dict(example)), None
     history: Any = example.get("history") or settings.history  # a column may hold anything
     weights = message_weights(conversation.messages)

@@ -28,7 +28,8 @@ def hide_image_columns(dataset: Any) -> Any:
     """Return a dataset whose columns of images have names that TRL does not look for; anything else as it is."""
     if not isinstance(dataset, Dataset | IterableDataset):
         return dataset
-    names = {name: hidden for name, hidden in _HIDDEN.items() if name in (dataset.column_names or ())}
+    columns = dataset.column_names or next(iter(dataset), ())  # a stream need not tell them
+    names = {name: hidden for name, hidden in _HIDDEN.items() if name in columns}
     return dataset.rename_columns(names) if names else dataset
 
 
@@ -73,6 +74,15 @@ def _has_images(example: Mapping[str, Any]) -> bool:
     lists = (example.get(name) for group in MESSAGE_COLUMNS for name in group)
     messages = [message for group in lists if isinstance(group, list) for message in group]
     return any(is_image_part(part) for message in messages for part in _parts(message))
+
+
+def check_no_images(example: Mapping[str, Any]) -> None:
+    """Refuse images in columns of an example that a tokenizer reads: it would train the text without them."""
+    if any(example.get(name) is not None and example[name] != [] for name in _COLUMNS):
+        raise ValueError(
+            "The example has images, and a tokenizer cannot read them. Pass the model's processor in its place "
+            "(processing_class), or remove them to train on text."
+        )
 
 
 def _column_has_images(array: pa.Array, name: str = "") -> bool:

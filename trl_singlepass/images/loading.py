@@ -13,6 +13,7 @@ from .placeholders import ImagePlaceholders, placeholders_of
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 BLANK_SIZE = (32, 32)
@@ -71,7 +72,8 @@ class ImageLoader:
         Raises:
             `ValueError`: If an image cannot be read, or has changed since its row was prepared; it names the row.
         """
-        loaded = []
+        loaded: list[Image] = []
+        examples: dict[tuple[str, int], Sequence[EncodedImage]] = {}
         for image in images:
             if not self.knows(image):
                 raise ValueError(
@@ -79,7 +81,7 @@ class ImageLoader:
                     "of the rows: preparing them again takes no time, since it is cached."
                 )
             try:
-                encoded = self._find(image.source)
+                encoded = self._find(image.source, examples)
                 expansion = self.placeholders.expand(encoded.read_size(), alone=not image.in_company)
                 if expansion.num_features != image.num_features:
                     raise ValueError(
@@ -97,10 +99,16 @@ class ImageLoader:
 
         return self.placeholders.process([Image.new("RGB", BLANK_SIZE)], num_alone=1)
 
-    def _find(self, source: Mapping[str, Any]) -> EncodedImage:
+    def _find(
+        self, source: Mapping[str, Any], examples: dict[tuple[str, int], Sequence[EncodedImage]]
+    ) -> EncodedImage:
+        """Return an image; each example is read once, and remembered in `examples`."""
         if not source.get("dataset"):
             return EncodedImage(source.get("path"), source.get("bytes"))
-        image: EncodedImage = self._datasets[source["dataset"]](source["row"])[source["index"]]
+        key = source["dataset"], source["row"]
+        if key not in examples:
+            examples[key] = self._datasets[source["dataset"]](source["row"])
+        image: EncodedImage = examples[key][source["index"]]
         return image
 
 
