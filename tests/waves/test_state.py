@@ -1,14 +1,18 @@
 """What the waves of a row store for one another, and how much of it."""
 
+import numpy as np
 import pytest
 import torch
 
+from support.float64_comparison import CHECKPOINTING
+from support.lazy_streams import LazyStreams
 from support.model_survey import branchy_chat
 from support.sample_sets import reasoning_chat
 from support.tiny_families import tiny_model
 from support.tree_masks import plan_of_eleven
+from support.varlen_reference import ReferenceKernel, switch
 from support.wave_training import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
-from trl_singlepass.attention import blocks
+from trl_singlepass.attention import blocks, flash, offload, registry
 from trl_singlepass.attention.context import Tree
 from trl_singlepass.attention.kv_cache import KVCacheView
 from trl_singlepass.training.model import enable_tree
@@ -17,7 +21,11 @@ from trl_singlepass.waves.state import GroupCache
 from trl_singlepass.waves.subplan import RangeMap
 
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    # Its new name is not in all releases of transformers that are supported.
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+]
 
 
 def test_keys_and_values_take_the_bytes_that_are_counted():
@@ -51,7 +59,7 @@ def test_offloaded_keys_and_values_are_on_the_cpu():
     tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
     runner = WaveRunner(plan_of(batch, 20), tree, offload=True)
     for cache in runner.caches:
-        stored = cache.get_kv_cache(model, 3)
+        stored = cache.get_kv_cache(model, np.arange(3))
         assert stored.zeros_like(torch.zeros(1, 2, 3, 4, device="meta"), torch.float64).device.type == "cpu"
 
 
@@ -75,6 +83,44 @@ def test_offloaded_keys_and_values_are_fetched_once_per_wave_layer_and_pass(fami
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
 def test_offloaded_keys_and_values_train_the_same(family):
     assert_waves_equal_npass(tiny_model(family), [reasoning_chat(turns=4), branchy_chat()], [7, 40], offload=True)
+
+
+@pytest.fixture
+def lazy(monkeypatch):
+    """Offloaded caches of a device whose copies run as late as they may; returns its streams."""
+    made = []
+    monkeypatch.setattr(offload, "NoStreams", lambda: made.append(LazyStreams()) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize("checkpointing", ["stored", "non-reentrant"])
+@pytest.mark.parametrize("kernel", ["block by block", "varlen"])
+def test_copies_beside_the_computation_train_the_same(kernel, checkpointing, lazy, monkeypatch):
+    for module in (flash, registry):
+        monkeypatch.setattr(module, "flash_kernel", lambda implementation: ReferenceKernel())
+    assert_waves_equal_npass(
+        tiny_model("gemma3"),
+        [reasoning_chat(turns=4), branchy_chat()],
+        [25],
+        prepare=CHECKPOINTING[checkpointing],
+        offload=True,
+        switch=switch if kernel == "varlen" else enable_tree,
+    )
+    assert any(streams.queue for streams in lazy)
+
+
+def test_keys_and_values_of_the_next_layer_are_fetched_ahead(monkeypatch):
+    model = tiny_model("qwen3", num_hidden_layers=4)
+    enable_tree(model)
+    batch, ahead, fetch = batch_of([reasoning_chat(turns=6)]), [], offload.HostCopies.fetch
+
+    def record(copies, host, *args, kind):
+        ahead.append(offload._key(host) in copies._held[kind])
+        return fetch(copies, host, *args, kind=kind)
+
+    monkeypatch.setattr(offload.HostCopies, "fetch", record)
+    train_in_waves(model, batch, plan_of(batch, 30), offload=True)
+    assert sum(ahead) == len(ahead) * 7 / 8  # all but the first of four layers, forward: its backward comes last
 
 
 def test_slots_of_a_window_in_the_documented_row():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from .layer_slots import LayerSlots
+from .offload import HostCopies
 
 
 class KVCache:
@@ -16,15 +18,29 @@ class KVCache:
     Args:
         num_slots (`int`):
             Number of tokens that later rows attend to.
-        offload (`bool`, *optional*, defaults to `False`):
-            Whether to hold them on the CPU; attention copies what it reads to its own device.
+        copies (`Callable`, *optional*):
+            Returns the [`HostCopies`] of a device; if given, the cache is on the host.
+        alike (`list[KVCache]`, *optional*):
+            Caches of layers that keep the same tokens, in the order of the layers. This one is appended.
     """
 
-    def __init__(self, num_slots: int, offload: bool = False) -> None:
-        self.num_slots = num_slots
-        self.offload = offload
+    def __init__(
+        self,
+        num_slots: int,
+        copies: Callable[[torch.device], HostCopies] | None = None,
+        alike: list[KVCache] | None = None,
+    ) -> None:
+        self.num_slots, self.copies = num_slots, copies
+        self.alike = [] if alike is None else alike
+        self.alike.append(self)
         self.kv: torch.Tensor | None = None
         self.grad: torch.Tensor | None = None
+
+    @property
+    def following(self) -> KVCache | None:
+        """Cache of the layer that runs next among those alike: the one before, during a backward pass."""
+        index = self.alike.index(self) + (-1 if _is_in_backward() else 1)
+        return self.alike[index] if 0 <= index < len(self.alike) else None
 
     def zeros_like(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """
@@ -40,7 +56,7 @@ class KVCache:
             `torch.Tensor` of shape `(2, num_slots, kv_heads, head_dim)`: One half for keys, one for values.
         """
         shape = (2, self.num_slots, *x.shape[-2:])
-        if not self.offload:
+        if self.copies is None:
             return torch.zeros(shape, dtype=dtype, device=x.device)
         # From pinned memory, copies to a GPU run while the host goes on.
         pinned = x.device.type == "cuda" or x.is_pinned()
@@ -93,9 +109,13 @@ class KVCacheView:
             return
         if cache.kv is None:
             cache.kv = cache.zeros_like(key, key.dtype)
-        for held, x in zip(cache.kv, (key, value), strict=True):
-            parts = [x[first:last] for first, last, _ in ranges]
-            held[self.slots.stored_by_row] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = [[x[first:last] for first, last, _ in ranges] for x in (key, value)]
+        stored = torch.stack([x[0] if len(x) == 1 else torch.cat(x) for x in parts])
+        held = cache.kv[:, self.slots.stored_by_row]
+        if cache.copies is None:
+            held.copy_(stored)
+        else:
+            cache.copies(key.device).send(stored, held)
 
     def fetch(self, first: int, last: int, device: torch.device) -> FetchedSlots:
         """
@@ -109,8 +129,17 @@ class KVCacheView:
             device (`torch.device`):
                 Device of the layer's tensors.
         """
-        assert self.cache.kv is not None, "ancestors ran before"
-        return FetchedSlots(first, self.cache.kv[:, first:last].to(device, non_blocking=True))
+        cache = self.cache
+        assert cache.kv is not None, "ancestors ran before"
+        kv = cache.kv[:, first:last]
+        if cache.copies is None:
+            return FetchedSlots(first, kv)
+        copies, following = cache.copies(device), cache.following
+        ahead = None if following is None or following.kv is None else following.kv[:, first:last]
+        fetched = copies.fetch(kv, ahead, kind=id(cache.alike))
+        if _is_in_backward() and cache.grad is not None:
+            copies.start_for_one_use(cache.grad[:, first:last])
+        return FetchedSlots(first, fetched)
 
     def gradients_of(self, fetched: FetchedSlots) -> torch.Tensor:
         """
@@ -129,11 +158,11 @@ class KVCacheView:
             assert cache.kv is not None, "ancestors ran before"
             cache.grad = cache.zeros_like(cache.kv, torch.promote_types(cache.kv.dtype, torch.float32))
         stored = cache.grad[:, fetched.first : fetched.first + fetched.kv.shape[1]]
-        return torch.zeros_like(stored, device=fetched.kv.device) if cache.offload else stored
+        return stored if cache.copies is None else cache.copies(fetched.kv.device).fetch_for_one_use(stored)
 
     def send_back(self, fetched: FetchedSlots, gradients: torch.Tensor) -> None:
         """
-        Add the gradients of fetched slots to those of an offloaded cache; without offloading they are there already.
+        Send the gradients of fetched slots to an offloaded cache; without offloading they are there already.
 
         Args:
             fetched (`FetchedSlots`):
@@ -142,10 +171,10 @@ class KVCacheView:
                 Gradients, from [`gradients_of`].
         """
         cache = self.cache
-        if cache.offload:
+        if cache.copies is not None:
             assert cache.grad is not None, "`gradients_of` made it"
             stored = cache.grad[:, fetched.first : fetched.first + gradients.shape[1]]
-            stored.add_(gradients.to(stored.device))
+            cache.copies(gradients.device).send(gradients, stored)
 
     def add_gradients(self, fetched: FetchedSlots, gradients: torch.Tensor) -> None:
         """
@@ -169,9 +198,12 @@ class KVCacheView:
             index (`torch.Tensor` of shape `(num_handed_on,)`, *optional*):
                 Positions of the tokens that the row hands on; not needed where they lie together.
         """
-        if self.cache.grad is None or not self.slots.handed_on:
+        cache = self.cache
+        if cache.grad is None or not self.slots.handed_on:
             return
-        sent = self.cache.grad[:, self.slots.stored_by_row].to(total.device)
+        sent = cache.grad[:, self.slots.stored_by_row]
+        if cache.copies is not None:
+            sent = cache.copies(total.device).fetch_for_one_use(sent)
         if index is not None:
             total.index_add_(1, index, sent)
             return
@@ -179,3 +211,8 @@ class KVCacheView:
         for first, last, _ in self.slots.handed_on:
             total[:, first:last].add_(sent[:, start : start + last - first])
             start += last - first
+
+
+def _is_in_backward() -> bool:
+    """Whether autograd calls, for a backward or for the recomputation of a checkpointed layer."""
+    return torch._C._current_graph_task_id() != -1

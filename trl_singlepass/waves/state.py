@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..attention.context import Tree
 from ..attention.kv_cache import KVCache, KVCacheView
 from ..attention.layer_slots import LayerSlots, SlotRanges
+from ..attention.offload import HostCopies
 from ..recurrent.boundary import BoundarySlots, RowBoundary
 from ..recurrent.boundary_grads import BoundaryTensors
 from ..recurrent.layer_kinds import ReplayMode
@@ -43,6 +44,8 @@ class GroupCache:
         self.row = row
         self.slots = RangeMap.consecutive(tokens for wave in waves for tokens in wave.handed_on)
         self.offload = offload
+        self._copies: dict[torch.device, HostCopies] = {}
+        self._alike: defaultdict[int, list[KVCache]] = defaultdict(list)
         self.kv_caches: dict[torch.nn.Module, KVCache] = {}
         self.inputs_and_states: defaultdict[torch.nn.Module, BoundaryTensors] = defaultdict(
             lambda: BoundaryTensors(offload)
@@ -57,11 +60,17 @@ class GroupCache:
         whole = (RangeMap.consecutive(((wave.start, wave.end),)) for wave in self._waves)
         return [make_subplan(self.row, tokens, self.slots) for tokens in whole]
 
-    def get_kv_cache(self, layer: torch.nn.Module, num_slots: int) -> KVCache:
-        """Return the keys and values of an attention layer that stores so many slots."""
+    def get_kv_cache(self, layer: torch.nn.Module, slots: NDArray[np.int64]) -> KVCache:
+        """Return the keys and values of an attention layer that stores these slots, from [`get_window_slots`]."""
         if layer not in self.kv_caches:
-            self.kv_caches[layer] = KVCache(num_slots, self.offload)
+            copies = self._copies_for if self.offload else None
+            self.kv_caches[layer] = KVCache(len(slots), copies, self._alike[id(slots)])
         return self.kv_caches[layer]
+
+    def _copies_for(self, device: torch.device) -> HostCopies:
+        if device not in self._copies:
+            self._copies[device] = HostCopies(device)
+        return self._copies[device]
 
     def get_window_slots(self, local_size: int | None) -> NDArray[np.int64]:
         """
@@ -174,7 +183,7 @@ class WaveTree(Tree):
         if not len(self.cache.slots):
             return None
         slots = self._get_layer_slots(local_size)
-        return KVCacheView(self.cache.get_kv_cache(layer, len(slots.kept)), slots)
+        return KVCacheView(self.cache.get_kv_cache(layer, slots.kept), slots)
 
     def _get_layer_slots(self, local_size: int | None) -> LayerSlots:
         """Return the slots of layers that look so many tokens back, the same object each time."""

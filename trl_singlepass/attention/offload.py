@@ -1,0 +1,157 @@
+"""Copies between a cache on the host and a device, on a stream of their own beside the computation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+
+class Streams:
+    """
+    The stream that a CUDA device computes on, and one for copies.
+
+    Args:
+        device (`torch.device`):
+            The device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.copy = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def copies_after_computation(self) -> Iterator[None]:
+        """Run copies inside on their stream, after all that the computation has queued so far."""
+        self.copy.wait_event(torch.cuda.current_stream(self.device).record_event())
+        with torch.cuda.stream(self.copy):
+            yield
+
+    def record_copies(self) -> Any:
+        """Return an event behind the copies queued so far."""
+        return self.copy.record_event()
+
+    def wait_for(self, event: Any) -> None:
+        """Let the computation wait for an event."""
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+    def protect(self, tensor: torch.Tensor) -> None:
+        """Keep the memory of a tensor on the device from being reused before copies queued so far are done."""
+        tensor.record_stream(self.copy)
+
+
+class NoStreams(Streams):
+    """Devices without streams, such as the CPU: everything runs in the order of the host."""
+
+    def __init__(self) -> None:
+        """Nothing to order."""
+
+    @contextmanager
+    def copies_after_computation(self) -> Iterator[None]:
+        """Run copies at once."""
+        yield
+
+    def record_copies(self) -> Any:
+        """Return nothing: copies are done."""
+
+    def wait_for(self, event: Any) -> None:
+        """Return at once."""
+
+    def protect(self, tensor: torch.Tensor) -> None:
+        """Leave the tensor as it is."""
+
+
+_Key: TypeAlias = tuple[int, torch.Size]
+"""Address and shape of a tensor on the host."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Copy:
+    """A tensor on the device, complete once the event is reached."""
+
+    tensor: torch.Tensor
+    event: Any
+
+
+class HostCopies:
+    """
+    Copies of what the layers of a model hold on the host, for one device.
+
+    All copies share one stream, so that what was sent to the host is there before it is fetched again. A copy that is
+    fetched ahead waits on the device until it is asked for. The last one stays until the next of its kind, because a
+    recomputed layer fetches the same twice: for its forward and for its backward pass.
+
+    Args:
+        device (`torch.device`):
+            The device.
+        streams (`Streams`, *optional*):
+            Its streams; those of PyTorch if not given.
+    """
+
+    def __init__(self, device: torch.device, streams: Streams | None = None) -> None:
+        self.device = device
+        self.streams = streams or (Streams(device) if device.type == "cuda" else NoStreams())
+        self._held: defaultdict[Hashable, dict[_Key, _Copy]] = defaultdict(dict)
+        self._for_one_use: dict[_Key, _Copy] = {}
+
+    def fetch(self, host: torch.Tensor, ahead: torch.Tensor | None = None, kind: Hashable = None) -> torch.Tensor:
+        """
+        Return a copy on the device, which nothing may change.
+
+        Args:
+            host (`torch.Tensor` of shape `(2, num_slots, kv_heads, head_dim)`):
+                Tensor on the host; both halves are contiguous.
+            ahead (`torch.Tensor`, *optional*):
+                Tensor of the same kind that is likely to be asked for next. Its copy starts now.
+            kind (`Hashable`, *optional*):
+                Kind of tensor; of each kind, two copies are held.
+        """
+        wanted = [host] if ahead is None else [host, ahead]
+        held = self._held[kind]
+        self._held[kind] = {_key(x): held.get(_key(x)) or self._start(x) for x in wanted}
+        own = self._held[kind][_key(host)]
+        self.streams.wait_for(own.event)
+        return own.tensor
+
+    def fetch_for_one_use(self, host: torch.Tensor) -> torch.Tensor:
+        """Return a copy on the device of a tensor of the same layout, to be changed and sent back."""
+        copy = self._for_one_use.pop(_key(host), None) or self._start(host)
+        self.streams.wait_for(copy.event)
+        return copy.tensor
+
+    def start_for_one_use(self, host: torch.Tensor) -> None:
+        """Start the copy that [`fetch_for_one_use`] returns next."""
+        if _key(host) not in self._for_one_use:
+            self._for_one_use[_key(host)] = self._start(host)
+
+    def send(self, tensor: torch.Tensor, host: torch.Tensor) -> None:
+        """
+        Copy a tensor to the host.
+
+        Args:
+            tensor (`torch.Tensor`):
+                Tensor on the device, which nothing changes afterwards.
+            host (`torch.Tensor`):
+                Where it goes, of the same shape.
+        """
+        with self.streams.copies_after_computation():
+            for there, here in zip(host, tensor, strict=True):
+                there.copy_(here, non_blocking=True)
+        self.streams.protect(tensor)
+
+    def _start(self, host: torch.Tensor) -> _Copy:
+        # Memory comes from the pool of the computation, and may still be in use there: copies wait for it.
+        tensor = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+        with self.streams.copies_after_computation():
+            for here, there in zip(tensor, host, strict=True):  # contiguous halves, which need no detour
+                here.copy_(there, non_blocking=True)
+            event = self.streams.record_copies()
+        self.streams.protect(tensor)
+        return _Copy(tensor, event)
+
+
+def _key(host: torch.Tensor) -> _Key:
+    return host.data_ptr(), host.shape
