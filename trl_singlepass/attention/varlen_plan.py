@@ -9,10 +9,10 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
-from .key_ranges import Ints, Pieces, concatenated_ranges, key_ranges
+from .key_ranges import Ints, KeyRanges, Pieces, concatenated_ranges, key_ranges
 from .layer_slots import LayerSlots
 from .mask_rules import RuleKind
-from .shared_prefixes import group_pieces
+from .shared_prefixes import Groups, group_pieces
 from .tree_mask import TreeMask
 from .varlen_call import VarlenCall, VarlenPass, VarlenPlan
 
@@ -108,7 +108,7 @@ def _sequences(mask: TreeMask, heads_per_key: int) -> tuple[_Sequences, _Sequenc
     num_keys = np.bincount(ranges.piece, ranges.end - ranges.start, len(pieces.start)).astype(np.int64)
     shared = None
     if rule.kind is not RuleKind.WINDOW and num_keys.sum() > KEYS_PER_CALL * plan.length:
-        groups = group_pieces(pieces, ranges, num_keys, 1 / heads_per_key)
+        groups = _groups_of_one_call(pieces, ranges, num_keys, heads_per_key, plan.length)
         # The keys of a piece are contiguous in depth: without the shared ones, they start that much deeper.
         own = key_ranges(plan, pieces, first_depth + groups.of_pieces(len(pieces.start)), before=pieces.end)
         of_first = np.isin(ranges.piece, groups.first)
@@ -119,6 +119,16 @@ def _sequences(mask: TreeMask, heads_per_key: int) -> tuple[_Sequences, _Sequenc
         ranges, num_keys = own, num_keys - groups.of_pieces(len(pieces.start))
     index = concatenated_ranges(ranges.start, ranges.end - ranges.start)
     return _Sequences(start, _borders(num_keys), index), shared
+
+
+def _groups_of_one_call(pieces: Pieces, ranges: KeyRanges, num_keys: Ints, heads_per_key: int, length: int) -> Groups:
+    """Groups whose shared keys fit into one call, if possible: larger groups share fewer keys."""
+    cost = 1 / heads_per_key  # in memory
+    groups = group_pieces(pieces, ranges, num_keys, cost)
+    while groups.num_shared.sum() > SHARED_KEYS_PER_CALL * length and cost < 1:
+        cost *= 1.5
+        groups = group_pieces(pieces, ranges, num_keys, cost)
+    return groups
 
 
 def _borders(count: Ints) -> Ints:
