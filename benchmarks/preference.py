@@ -7,11 +7,12 @@ Measure DPO on trajectories of several turns: a single pass next to stock DPO an
 A step is a forward and backward pass of the policy and a forward pass of the reference, for one pair. Separate passes
 run one after the other. Time is the CPU time of one thread, on a CPU; modes alternate, and the median counts.
 
-With `--data`, each conversation becomes a pair: its assistant messages are preferred to those of the next one in the
-file, which stand in their places. The first step's gradient is that of a small Qwen3 with random weights.
+With `--data`, each conversation becomes a pair: its answers are preferred to those of the next one in the file, which
+stand in their places. The first step's gradient is that of a small Qwen3 with random weights.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -167,19 +168,20 @@ def measure_speed(sizes: dict[str, Any], prompts: Sequence[int], repeats: int) -
 
 
 def as_pairs(conversations: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Make a pair of each conversation: its own assistant messages, and the next one's in their places."""
+    """Make a pair of each conversation: its own answers, and the next one's in their places; tool calls stay."""
     for conversation, other in pairwise(conversations):
-        messages = conversation["messages"]
-        first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        answers = [message for message in other["messages"] if message["role"] == "assistant"]
-        places = iter(range(len(messages)))
-        rejected = [
-            answers[next(places) % len(answers)] if message["role"] == "assistant" else message
-            for message in messages[first:]
-        ]
-        if any(message.get("tool_calls") or message["role"] == "tool" for message in [*messages, *answers]):
-            continue  # calls and results would not match
-        yield {"prompt": messages[:first], "chosen": messages[first:], "rejected": rejected}
+        messages, answers = conversation["messages"], list(filter(is_answer, other["messages"]))
+        first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
+        if first is None or not answers:
+            continue
+        places = itertools.count()
+        rejected = [answers[next(places) % len(answers)] if is_answer(m) else m for m in messages[first:]]
+        shared = {name: conversation[name] for name in ("tools",) if conversation.get(name)}
+        yield {"prompt": messages[:first], "chosen": messages[first:], "rejected": rejected, **shared}
+
+
+def is_answer(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant" and not message.get("tool_calls")
 
 
 def compare_with_stock(

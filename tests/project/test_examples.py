@@ -50,6 +50,11 @@ def test_trls_script_trains_in_one_pass(folder):
     assert (folder / "out" / "sft" / "model.safetensors").is_file()
 
 
+def test_pairs_of_several_turns_are_trained(folder):
+    run(folder, "preference", "--max_steps", "1")
+    assert (folder / "out" / "preference" / "model.safetensors").is_file()
+
+
 def test_agent_turns_are_logged_and_trained(folder):
     run(folder, "agent_turns", "--max_steps", "1")
     lines = (folder / "out" / "agent-turns.jsonl").read_text().splitlines()
