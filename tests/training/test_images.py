@@ -4,14 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.models.gemma3 import modeling_gemma3
 
 from support.chat_tokenizers import make_tokenizer
+from support.conversations import chat
 from support.image_models import FAMILIES, image_model
 from support.image_rows import HandMadeImages, image_collator, image_rows, image_sample_sets
 from support.sample_sets import reasoning_chat
-from support.trainers import SETTINGS
+from support.trainers import SETTINGS, as_dataset, float32_model
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.images.positions import UnsupportedImagesError
 from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.training.images import check_settings, read_images
 from trl_singlepass.training.stream_epochs import blank_batch
@@ -89,3 +92,27 @@ def test_a_blank_image_stands_in_for_the_images_of_a_row_of_text():
     collator.blank_image = collator.load_images.blank
     assert set(collator([row])["image_inputs"]) == {"pixel_values", "image_grid_thw"}
     assert blank_batch(collator)["image_inputs"].keys() == collator([row])["image_inputs"].keys()
+
+
+def test_a_model_that_mixes_images_is_refused_before_its_dataset_is_read(tmp_path, monkeypatch):
+    model = image_model("gemma3", torch.float32)
+    # As PaliGemma: the whole prompt is one block.
+    monkeypatch.setattr(modeling_gemma3, "get_block_sequence_ids_for_mask", lambda types, device=None: types * 0)
+    with pytest.raises(UnsupportedImagesError, match="see more than their own image in both directions"):
+        image_trainer(tmp_path, model, "gemma3", image_sample_sets(model, "gemma3")[:1])
+
+
+def test_images_that_come_up_later_are_refused_by_name(tmp_path):
+    model = image_model("qwen3_vl", torch.float32)
+    sets = image_sample_sets(model, "qwen3_vl")
+    text = as_dataset([chat(1)])
+    tokenizer = make_tokenizer("qwen3")
+    trainer = SinglePassSFTTrainer(
+        float32_model(tokenizer),
+        SinglePassSFTConfig(str(tmp_path), **SETTINGS),
+        data_collator=image_collator(model, "qwen3_vl"),
+        train_dataset=text,
+        processing_class=tokenizer,
+    )
+    with pytest.raises(ValueError, match="The model was not made to read images"):
+        trainer.evaluate(image_rows(sets[:1]))

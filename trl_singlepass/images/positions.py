@@ -31,6 +31,10 @@ _KNOWN = frozenset(
 )  # fmt: skip
 
 
+class UnsupportedImagesError(ValueError):
+    """A model that reads images in a way that a tree cannot give it."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PathPositions:
     """
@@ -59,7 +63,7 @@ class PathPositions:
                 Model.
 
         Raises:
-            `ValueError`: If the method reads what the rows do not have.
+            `UnsupportedImagesError`: If the method reads what the rows do not have.
         """
         found: list[Any] = [module for module in model.modules() if hasattr(module, "get_rope_index")]
         if not found:
@@ -67,7 +71,7 @@ class PathPositions:
         parameters = frozenset(inspect.signature(found[-1].get_rope_index).parameters)
         if _GRID not in parameters or (unknown := parameters - _KNOWN):
             what = ", ".join(sorted(unknown)) if _GRID in parameters else f"no {_GRID}"
-            raise ValueError(
+            raise UnsupportedImagesError(
                 f"{type(found[-1]).__name__} computes the positions of image tokens from {what}, which rows of a "
                 "single pass do not have. Train it on one sample per turn (N-pass) with TRL's SFTTrainer."
             )

@@ -14,16 +14,12 @@ from torch import nn
 
 from ..trees.rows import TreePlan
 from .features import ShownFeatures, enable_image_features, image_module, showing
-from .positions import PathPositions
+from .positions import PathPositions, UnsupportedImagesError
 
 
 # What models call the kind of each token: 0 for text, 1 for a part of an image.
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 _WAY_OUT = "Train it on one sample per turn (N-pass) with TRL's SFTTrainer, or on text alone."
-
-
-class UnsupportedImagesError(ValueError):
-    """A model that reads images in a way that a tree cannot give it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +95,7 @@ def check_reads_images(model: nn.Module) -> nn.Module:
 
     Raises:
         `UnsupportedImagesError`: If it has no such part, does not put one feature in the place of each placeholder,
-            asks for more about each token, or lets images see each other.
+            asks for more about each token, lets images see each other, or computes positions from more than a grid.
     """
     module = image_module(model)
     reason = "has no get_image_features, by which a model of transformers computes the features of images"
@@ -108,6 +104,7 @@ def check_reads_images(model: nn.Module) -> nn.Module:
     if reason:
         raise UnsupportedImagesError(f"{type(model).__name__} {reason}. {_WAY_OUT}")
     assert module is not None
+    PathPositions.from_model(model)  # refuses positions that rows cannot give
     return module
 
 

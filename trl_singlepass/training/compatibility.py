@@ -17,7 +17,10 @@ from trl import SFTConfig
 
 from ..data.collator import DataCollatorForSinglePass
 from ..data.dataset_format import column_names, holds_rows
+from ..data.images import holds_images
+from ..images.reading import check_reads_images
 from ..recurrent.layer_kinds import path_dependent_layer_names
+from ..trees.rows import IMAGE_COLUMNS
 from .model import check_model, without_adapters
 
 
@@ -43,6 +46,7 @@ def check_conversations(
     Raises:
         `ValueError`: If a single pass cannot honour one of the arguments.
         `UnsupportedModelError`: If a single pass would train the model incorrectly.
+        `UnsupportedImagesError`: If the dataset has images, and a tree cannot give them to the model.
     """
     check_turn_settings(args, dataset)
     check_collator(data_collator)
@@ -50,6 +54,8 @@ def check_conversations(
     check_parallelism(args.parallelism_config)
     if isinstance(model, PreTrainedModel):
         check_model(model)
+        if holds_images(dataset) or set(IMAGE_COLUMNS) <= set(column_names(dataset)):
+            check_reads_images(model)
 
 
 # The dataset and its settings ----------------------------------------------------------------------------------------

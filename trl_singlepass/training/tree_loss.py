@@ -133,7 +133,11 @@ class TreeLoss:
         else:
             shown: AbstractContextManager[None] = nullcontext()
             if "image_features" in batch:
-                assert self._image_reader is not None, "rows with images need `read_images`"
+                if self._image_reader is None:
+                    raise ValueError(
+                        "The model was not made to read images, because neither train_dataset nor eval_dataset had "
+                        "any when the trainer was made. Pass rows with images as one of them."
+                    )
                 inputs |= self._image_reader.model_inputs(batch)
                 shown = self._image_reader.showing(batch)
             with shown, tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]) as tree:
