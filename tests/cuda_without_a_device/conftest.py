@@ -39,11 +39,12 @@ def lower(guard, tmp_path_factory):
         cache = tmp_path_factory.mktemp("cache")
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
         command = [sys.executable, "-m", "support.flex_lowering_worker", guard, card, direction, json.dumps(cases)]
-        process = subprocess.Popen(
-            [*command, *([cache] if compiled else [])],
-            env={**os.environ, "PYTHONPATH": path, **caches},
-            stdout=subprocess.PIPE, stderr=(cache / "stderr").open("w"), text=True,
-        )  # fmt: skip
+        with (cache / "stderr").open("w") as log:
+            process = subprocess.Popen(
+                [*command, *([cache] if compiled else [])],
+                env={**os.environ, "PYTHONPATH": path, **caches},
+                stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
 
         def outcomes():
             out, _ = process.communicate()
