@@ -225,6 +225,34 @@ def gradient_error(pairs: Sequence[Pair], vocab_size: int) -> float:
     return float((theirs - ours).norm() / ours.norm())
 
 
+# Tables of docs/preference.md ----------------------------------------------------------------------------------------
+
+
+def speed_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return lines of Markdown: measured speed-up and that of counted operations, over both others."""
+    lines = ["| prompt | turns | over separate passes | counted | over stock DPO | counted |", "|---:|" + "---:|" * 5]
+    for row in rows:
+        cells = [f"{row['prompt']:,}", str(row["turns"])]
+        for other in ("npass", "stock"):
+            cells += [f"{row[unit][other] / row[unit]['single_pass']:.2f}" for unit in ("seconds", "flops")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def stock_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return lines of Markdown: what stock DPO counts and leaves out, and how far its gradient is off."""
+    lines = [
+        "| data | pairs | turns | not generated | not counted | gradient off by |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        shares = [row["share_of_stock_tokens_not_generated"], row["share_of_generated_tokens_not_in_stock"]]
+        cells = [row["data"].removesuffix(".jsonl"), str(row["pairs"]), f"{row['turns']:.1f}"]
+        cells += [f"{value:.0%}" for value in (*shares, row["gradient_error"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=[])

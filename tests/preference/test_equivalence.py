@@ -136,7 +136,7 @@ def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path, tokenizer):
     "pairs",
     [
         [{"prompt": f"What is {i}?", "chosen": f" It is {i}.", "rejected": " No."} for i in range(4)],
-        [{"prompt_ids": [5, 6, 7 + i], "chosen_ids": [8, 9], "rejected_ids": [9, 9, 8]} for i in range(4)],
+        [{"prompt_ids": [5 + i], "chosen_ids": [8, 9], "rejected_ids": [9, 9, 8]} for i in range(4)],
     ],
     ids=["text", "tokens"],
 )
