@@ -15,6 +15,13 @@ def test_models_that_do_not_take_attention_from_outside_are_refused():
         enable_tree(model)
 
 
+def test_models_in_8_bits_are_refused():
+    model = tiny_model("qwen3", attn_implementation="sdpa")
+    model.is_loaded_in_8bit = True  # as transformers marks it
+    with pytest.raises(UnsupportedModelError, match=r"is loaded in 8 bits \(load_in_8bit\).*Use load_in_4bit"):
+        enable_tree(model)
+
+
 def test_a_layer_that_does_not_receive_the_tree_is_found():
     model = tiny_model("qwen3", attn_implementation="sdpa")
     enable_tree(model)

@@ -11,6 +11,7 @@ from support.conversations import chat, tool_chat
 from support.trainers import float32_model, logged, needs_weighted_loss, parameters, single_pass_trainer
 from trl_singlepass import render_samples, verify
 from trl_singlepass.reference import npass_loss_and_gradients
+from trl_singlepass.training.model import UnsupportedModelError
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -97,6 +98,16 @@ def test_verify_holds_on_a_quantized_base_and_sees_a_defect(tmp_path, tokenizer,
     assert all(torch.equal(value, weights[name]) for name, value in model.named_parameters())
     monkeypatch.setattr("trl_singlepass.reference.verification.NOISE_FACTOR", 0.0)
     assert not verify(model, tokenizer, CHATS).ok
+
+
+@pytest.mark.slow
+@needs_bitsandbytes
+def test_eight_bits_are_refused(tmp_path, tokenizer):
+    float32_model(tokenizer).save_pretrained(tmp_path)
+    eight_bits = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=eight_bits, device_map={"": "cpu"})
+    with pytest.raises(UnsupportedModelError, match=r"loaded in 8 bits \(load_in_8bit\).*Use load_in_4bit"):
+        verify(model, tokenizer, CHATS)
 
 
 def test_liger_trains_the_same_step(tmp_path, tokenizer):

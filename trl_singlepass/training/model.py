@@ -68,8 +68,14 @@ def check_model(model: PreTrainedModel) -> None:
 
     Raises:
         `UnsupportedModelError`: If a layer mixes tokens in an unknown way or attends to later tokens, or if the model
-            does not take its attention function, mask and positions from outside, or does not train on text.
+            does not take its attention function, mask and positions from outside, does not train on text, or is
+            loaded in 8 bits.
     """
+    if getattr(model, "is_loaded_in_8bit", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is loaded in 8 bits (load_in_8bit): LLM.int8() looks for outliers over all "
+            "tokens of a forward pass, so the result of a turn would depend on what shares its row. Use load_in_4bit."
+        )
     if reason := _trains_on_other_media(model):
         raise UnsupportedModelError(f"{type(model).__name__} {reason}. Load another model.")
     reason = _mixes_branches(model) or (None if _only_recurs(model) else _is_out_of_reach(model))
