@@ -56,8 +56,8 @@ def test_verify_exits_with_1_on_disagreement(run, model, data, monkeypatch):
 
     original = single_pass._make_batch
 
-    def moved(tree, device):
-        batch = original(tree, device)
+    def moved(*args):
+        batch = original(*args)
         batch["position_ids"] = batch["position_ids"] + (batch["position_ids"] > 9)
         return batch
 
