@@ -1,0 +1,103 @@
+"""Source of functions and classes of other libraries, from an installed package or a wheel, without importing it."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import zipfile
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+
+Reader = Callable[[str], str | None]
+"""Returns the content of a file of a package, by its path (`trl/trainer/sft_trainer.py`); `None` if there is none."""
+
+
+def installed(package: str) -> tuple[str, Reader]:
+    """Return the version of an installed package, and its files."""
+    distribution = metadata.distribution(package)
+
+    def read(path: str) -> str | None:
+        file = Path(str(distribution.locate_file(path)))
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    return distribution.version, cache(read)
+
+
+def in_wheel(path: Path) -> tuple[str, Reader]:
+    """Return the version of a wheel, and its files; of a source archive (`.tar.gz`), likewise."""
+    if path.suffix == ".whl":
+        archive = zipfile.ZipFile(path)
+        names = set(archive.namelist())
+        return path.name.split("-")[1], cache(lambda name: archive.read(name).decode() if name in names else None)
+    import tarfile
+
+    sources = tarfile.open(path)  # noqa: SIM115 - read as long as the reader lives
+    stem = path.name.removesuffix(".tar.gz")
+    members = {name.partition("/")[2].removeprefix("src/"): name for name in sources.getnames()}
+
+    def read(name: str) -> str | None:
+        file = sources.extractfile(members[name]) if name in members else None
+        return None if file is None else file.read().decode()
+
+    return stem.rpartition("-")[2], cache(read)
+
+
+def digest(name: str, read: Reader) -> str | None:
+    """
+    Return a hash of the code of a function, method or class.
+
+    Comments, docstrings and layout do not count.
+
+    Args:
+        name (`str`):
+            Dotted name, from the package on.
+        read (`Reader`):
+            Files of the package.
+
+    Returns:
+        `str` or `None`: Sixteen hexadecimal digits; `None` if there is no such code.
+    """
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        for path in ("/".join(parts[:length]) + ".py", "/".join((*parts[:length], "__init__.py"))):
+            if (source := read(path)) is not None:
+                return _digest_in(source, parts[length:])
+    return None
+
+
+def _digest_in(source: str, qualified: list[str]) -> str | None:
+    nodes = _parse(source)
+    found: list[ast.stmt] = []
+    for part in qualified:
+        # A property has several definitions of the same name, and all count.
+        found = [node for node in _definitions(nodes) if node.name == part]
+        if not found:
+            return None
+        nodes = [statement for node in found for statement in node.body]
+    text = "\n".join(ast.unparse(_without_docstrings(node)) for node in found)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def _parse(source: str) -> list[ast.stmt]:
+    return ast.parse(source).body
+
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def _definitions(nodes: list[ast.stmt]) -> list[Definition]:
+    """Return functions and classes, those under `if` and `try` included."""
+    inner = [child for node in nodes if isinstance(node, ast.If | ast.Try) for child in ast.iter_child_nodes(node)]
+    nested = [node for node in inner if isinstance(node, ast.stmt)]
+    return [node for node in nodes if isinstance(node, Definition)] + (_definitions(nested) if nested else [])
+
+
+def _without_docstrings(tree: ast.stmt) -> ast.stmt:
+    for node in ast.walk(tree):
+        if isinstance(node, Definition) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
