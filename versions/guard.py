@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
+import inspect
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from packaging.version import Version
 
-from .relied_on import ASSUMED, BASES, CALLED, PRIVATE
+from .relied_on import ASSUMED, BASES, PRIVATE
 from .sources import Reader, digest, in_wheel, installed
 
 
@@ -44,9 +48,25 @@ def overridden() -> list[str]:
     return names
 
 
+@cache
+def imported() -> tuple[str, ...]:
+    """Return the names of the functions of other libraries that this project imports, where they are defined."""
+    return tuple(_imported())
+
+
+def _imported() -> Iterator[str]:
+    for path in sorted((ROOT / "trl_singlepass").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.level or str(node.module).split(".")[0] not in PACKAGES:
+                continue
+            module = importlib.import_module(str(node.module))
+            functions = (getattr(module, alias.name, None) for alias in node.names)
+            yield from (f"{item.__module__}.{item.__qualname__}" for item in functions if inspect.isfunction(item))
+
+
 def digests_of(package: str, read: Reader) -> Digests:
     """Return the digest of all code of a package that this project relies on."""
-    listed = dict.fromkeys([*CALLED, *PRIVATE.values(), *ASSUMED])
+    listed = dict.fromkeys([*imported(), *PRIVATE.values(), *ASSUMED])
     own = {name: digest(name, read) for name in listed if name.split(".")[0] == package}
     of_bases = {name: digest(name, read) for name in overridden() if name.split(".")[0] == package}
     return own | {name: value for name, value in of_bases.items() if value is not None}
@@ -62,7 +82,7 @@ def changes(package: str, version: str, now: Digests, record: dict[str, dict[str
     before = known[nearest]
     return [
         f"{name} {_verb(before.get(name), now.get(name))} ({package} {nearest} → {version})"
-        for name in sorted(before.keys() | now.keys())
+        for name in sorted(before.keys() | now.keys() if nearest != version else before.keys() & now.keys())
         if before.get(name) != now.get(name)
     ]
 

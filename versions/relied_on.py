@@ -18,34 +18,6 @@ BASES = {
     ),
 }
 
-# Functions that the package imports.
-CALLED = [
-    "accelerate.commands.launch.launch_command",
-    "accelerate.commands.launch.launch_command_parser",
-    "accelerate.data_loader.prepare_data_loader",
-    "accelerate.utils.operations.send_to_device",
-    "deepspeed.utils.tensor_fragment.safe_get_full_grad",
-    "deepspeed.utils.z3_leaf_module.set_z3_leaf_module",
-    "transformers.integrations.flash_attention.flash_attention_forward",
-    "transformers.integrations.flash_attention.get_target_dtype",
-    "transformers.integrations.flex_attention.flex_attention_forward",
-    "transformers.integrations.sdpa_attention.sdpa_attention_forward",
-    "transformers.masking_utils.causal_mask_function",
-    "transformers.masking_utils.flash_attention_mask",
-    "transformers.masking_utils.flex_attention_mask",
-    "transformers.masking_utils.sdpa_mask",
-    "transformers.modeling_flash_attention_utils.lazy_import_flash_attention",
-    "transformers.trainer_utils.set_seed",
-    "transformers.utils.logging.get_logger",
-    "trl.chat_template_utils.get_training_chat_template",
-    "trl.data_utils.extract_prompt",
-    "trl.data_utils.get_dataset_column_names",
-    "trl.data_utils.maybe_convert_to_chatml",
-    "trl.scripts.utils.get_dataset",
-    "trl.trainer.utils.get_peft_config",
-    "trl.trainer.utils.get_quantization_config",
-]
-
 # Private names that the package reads on objects of these libraries, with the code that gives them their meaning.
 PRIVATE = {
     "_attn_implementation": "transformers.configuration_utils.PreTrainedConfig._attn_implementation",

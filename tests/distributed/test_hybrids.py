@@ -20,6 +20,8 @@ CASES = {
     "checkpointed waves": {"wave_tokens": 32, "gradient_checkpointing": True},
 }
 DEFAULT = [("qwen3_5_moe_text", "waves")]
+# TRL 1.16 looks for the number of experts under a name that the configuration does not have.
+OWN = {"granitemoehybrid": {"router_aux_loss_coef": 0.0}}
 
 
 def in_float64(family, **settings):
@@ -47,7 +49,8 @@ def assert_equal_on_zero3(folder, workers, one_process, settings, wave_tokens=No
     ],
 )
 def test_a_layer_is_gathered_as_a_whole(tmp_path, workers, one_process, family, case):
-    assert_equal_on_zero3(tmp_path, workers, one_process, in_float64(family), **CASES[case])
+    config = {**CASES[case], **OWN.get(family, {})}
+    assert_equal_on_zero3(tmp_path, workers, one_process, in_float64(family), **config)
 
 
 @pytest.mark.slow
