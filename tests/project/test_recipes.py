@@ -9,9 +9,11 @@ from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from demo.load import load_rows
+from examples import screen_agent
 from support.chat_tokenizers import make_tokenizer, template_text
 from support.small_repository import DEMO_DATA, DEMO_MODEL, as_a_reader, make_small_repository, run_python
 from support.tiny_causal_lms import tiny_config
+from support.tiny_vision import save_vision_checkpoint
 from trl_singlepass import SinglePassSFTTrainer, audit
 from trl_singlepass.cli import launch
 from trl_singlepass.cli.demo import write_demo_data, write_demo_model
@@ -47,6 +49,11 @@ def folder(tmp_path_factory):
         config = tiny_config(model_type, vocab_size=len(tokenizer))
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / "out" / name)
         tokenizer.save_pretrained(folder / "out" / name)
+    save_vision_checkpoint("qwen3_vl", folder / "out" / "qwen3-vl-8b")
+    # That of the model that does not think, and TRL has no other, is replaced by that of the next one.
+    (folder / "out" / "qwen3-vl-8b" / "chat_template.jinja").write_text(template_text("qwen3_5_think"))
+    with as_a_reader(folder) as patch:
+        run_python(["examples/screen_agent.py", "--data", "out/screens.parquet"], patch)
     return folder
 
 
@@ -54,7 +61,7 @@ def folder(tmp_path_factory):
 def test_recipe_trains_a_step(path, folder):
     """With a tiny model of the same family instead of the one on the Hub."""
     settings = yaml.safe_load(path.read_text())
-    local = Path("out") / (path.stem if path.stem in FAMILIES else "demo-model")
+    local = Path("out") / (path.stem if path.stem in (*FAMILIES, "qwen3-vl-8b") else "demo-model")
     with as_a_reader(folder):
         arguments = ["--config", str(path), "--model_name_or_path", str(local), *ONE_STEP]
         if settings.get("load_in_4bit"):
@@ -87,6 +94,14 @@ def test_the_table_has_every_recipe_with_its_command():
         assert settings["model_name_or_path"] in model or settings["model_name_or_path"].startswith("out/")
         assert ("measured" in number) == settings.get("use_cpu", False)
         assert ("predicted, not run" in number) != ("measured" in number)
+
+
+def test_screens_are_encoded_as_often_as_the_table_says():
+    episodes = screen_agent.make_episodes(screen_agent.parse([]))
+    turns = [len(episode["images"]) for episode in episodes]
+    every_turn = sum(shown for count in turns for shown in range(1, count + 1))
+    expected = f"{sum(turns)} image encodings instead of {every_turn} (predicted, not run)"
+    assert rows_of_the_table()["qwen3-vl-8b"][-1] == expected
 
 
 SIZES = {
