@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
-from benchmarks import report
+from benchmarks import report, screen_agent
 from benchmarks.modes import MODES, Step
 from benchmarks.shapes import SHAPES, get_shape, make_samples, read_shapes
 from benchmarks.step_time import TINY_MODEL, TINY_SIZES, Case, counted
@@ -153,3 +153,12 @@ def test_report_gives_the_ratio_of_peak_memory():
         measured("single_pass", 1.0, bytes=3 * 2**20), measured("causal_row", 1.0, bytes=2**21), kind="row_memory"
     )
     assert "3 MiB as a tree, 2 MiB as a plain causal row (ratio 1.50)" in report.memory_section(memory, "memory.json")
+
+
+def test_the_table_of_screens_is_the_measurement():
+    results = json.loads(screen_agent.RESULTS.read_text())
+    page = screen_agent.PAGE.read_text()
+    assert screen_agent.START + screen_agent.table_of(results) + screen_agent.END in page
+    for figures in results["cases"].values():
+        assert figures["single_pass"]["encodings"] == results["turns"]
+        assert figures["largest_gradient_difference"] < 2e-6
