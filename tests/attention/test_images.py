@@ -60,9 +60,9 @@ def test_blocks_equal_dense_attention(kind, softcap, data):
 @pytest.mark.parametrize("kind", IMAGE_KINDS)
 @pytest.mark.parametrize("kernel", [CpuFlash(), BlockMath()], ids=["CpuFlash", "BlockMath"])
 def test_an_image_longer_than_a_query_block(kernel, kind):
-    tree = tree_of([[*reasoning_chat(turns=3), *long_branches(600)]])
+    tree = tree_of([[*reasoning_chat(turns=3), *long_branches(300)]])
     branch = max(tree.plan.runs, key=lambda run: run.end - run.start)
-    tree = replace(tree, plan=replace(tree.plan, images=((branch.start + 7, branch.start + 590),)))
+    tree = replace(tree, plan=replace(tree.plan, images=((branch.start + 7, branch.start + 290),)))
     mask = image_mask(tree, kind, 70)
 
     def attention(x):
