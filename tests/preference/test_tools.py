@@ -1,9 +1,11 @@
 """`verify`, `inspect` and `audit` on preference pairs."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from benchmarks.preference import TINY, measure_speed, speed_table, stock_table
 from support.pairs import pair, pair_with_shared_turns
 from support.small_repository import DEMO_MODEL, as_a_reader, make_small_repository
 from support.tiny_families import tiny_model
@@ -16,6 +18,7 @@ from trl_singlepass.trees.prefix_tree import PrefixTree
 
 
 EXAMPLE = pair_with_shared_turns(1, 2)
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -68,3 +71,17 @@ def test_the_commands_take_pairs(tmp_path, capsys):
     assert "2 chosen and 2 rejected turns" in printed
     assert "[chosen]" in printed
     assert "[rejected]" in printed
+
+
+def test_the_page_says_what_the_committed_results_say():
+    page = (ROOT / "docs" / "preference.md").read_text("utf-8")
+    result = json.loads((ROOT / "benchmarks" / "results" / "preference.json").read_text())
+    assert "\n".join(speed_table(result["speed"]["rows"])) in page
+    if "stock" in result:
+        assert "\n".join(stock_table(result["stock"]["rows"])) in page
+
+
+def test_the_benchmark_compares_equal_work():
+    (one, several) = measure_speed(TINY, (20,), repeats=1)
+    assert one["flops"]["npass"] == one["flops"]["stock"] > one["flops"]["single_pass"]
+    assert several["flops"]["npass"] > several["flops"]["single_pass"] > several["flops"]["stock"]

@@ -108,7 +108,7 @@ def test_the_mean_of_a_turn(tmp_path, tokenizer):
     assert_close(gradients(loss, trainer.model), gradients(0.05 * (sides["rejected"] - sides["chosen"]), model))
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_5_text", "lfm2"])
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", pytest.param("lfm2", marks=pytest.mark.slow)])
 def test_hybrids_train_alike_stored_and_recomputed(tmp_path, tokenizer, model_type):
     model = tiny_model_of_type(model_type, vocab_size=len(tokenizer)).float()
     losses = []
