@@ -15,7 +15,6 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -52,8 +51,10 @@ def run_tests(path: Path, seconds: float, selection: Sequence[str] = ("-m", "gpu
     # Skips may be missing packages, which are installed between two runs.
     alone = [test for test, outcome in found.items() if outcome not in ("PASSED", NOT_RUN)]
     new = [test for test, outcome in found.items() if outcome == NOT_RUN]
-    for _, together in groupby(new, key=lambda test: test.partition("::")[0]):
-        tests = list(together)
+    files: dict[str, list[str]] = {}
+    for test in new:
+        files.setdefault(test.partition("::")[0], []).append(test)
+    for tests in sorted(files.values(), key=len):  # those of a large file keep no others from running
         if (left := deadline - time.monotonic()) <= 0:
             return found
         found |= outcomes(tests, left)
