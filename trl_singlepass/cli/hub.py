@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-_TIMEOUT = 3.0  # seconds
+_TIMEOUT = 2.0  # seconds
 _MODEL_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
 
 
