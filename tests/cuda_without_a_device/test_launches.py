@@ -5,14 +5,12 @@ import torch
 
 from support.gpu_stand_in import H100
 from support.launch_count import LaunchAndCopyCounter, launches_of_a_step
-from support.tree_masks import mask_of
+from support.tree_masks import chat, mask_of
 from trl_singlepass.attention.block_mask import build_block_mask
-from trl_singlepass.attention.context import Tree
 from trl_singlepass.attention.inputs import AttentionInputs
 from trl_singlepass.attention.kernel_choice import DeviceTraits
 from trl_singlepass.attention.sdpa import torch_tree_attention
 from trl_singlepass.attention.varlen_plan import varlen_plan
-from trl_singlepass.trees.rows import Run, TreePlan
 from trl_singlepass.waves import WavePlan, WaveTree
 from trl_singlepass.waves.state import GroupCache
 
@@ -33,16 +31,6 @@ AS_STATED = {  # in `docs/kernels.md`, without sinks and with them
 def _h100(monkeypatch):
     """Meta tensors are taken for tensors of an H100."""
     monkeypatch.setattr(DeviceTraits, "from_device", classmethod(lambda cls, device: H100))
-
-
-def chat(turns, step=300, branch=700):
-    """A history that grows by 300 tokens a turn, and for each turn a branch of 700: on the meta device."""
-    runs = [Run(0, turns * step + branch, 0, ())]
-    for turn in reversed(range(1, turns)):
-        runs.append(Run(runs[-1].end, runs[-1].end + branch, turn * step, ((0, turn * step),)))
-    length = runs[-1].end
-    integers = torch.empty(1, length, dtype=torch.long, device="meta")
-    return Tree(TreePlan(length, tuple(runs)), integers, integers)
 
 
 def inputs_of(tree, dtype=torch.bfloat16, sinks=False):

@@ -2,15 +2,21 @@
 
 import pytest
 import torch
+import transformers
 
+from support.fast_scans import scan_without_numbers
 from support.gpu_stand_in import H100
 from support.sample_sets import reasoning_chat
 from support.tiny_families import tiny_model
+from support.trainers import needs_cached_states
 from support.tree_masks import mask_of, on_meta, random_inputs, tree_of
 from trl_singlepass.attention import flash, flex
+from trl_singlepass.attention.context import running_on
 from trl_singlepass.attention.kernel_choice import DeviceTraits
 from trl_singlepass.attention.sdpa import sdpa_forward
 from trl_singlepass.attention.varlen_kernels import TorchFlash
+from trl_singlepass.recurrent.layer import _wrap
+from trl_singlepass.recurrent.layer_kinds import get_replay_mode
 
 
 FORWARDS = {"sdpa": sdpa_forward, "flex_attention": flex.flex_forward, "flash": flash.varlen_forward("any/flash")}
@@ -43,3 +49,19 @@ def test_attention_reads_nothing_of_another_device(forward, kind):
     out.backward(torch.empty_like(out))
     assert out.device == inputs.query.grad.device == torch.device("meta")
     assert tree.attended_by == {layer}
+
+
+@needs_cached_states
+def test_recurrent_layers_read_nothing_of_another_device(monkeypatch):
+    module = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
+    monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", scan_without_numbers)
+    with torch.device("meta"):
+        layer = module.Qwen3_5GatedDeltaNet(transformers.Qwen3_5TextConfig(), 0).train()
+    _wrap(layer, get_replay_mode(layer))
+    tree = tree_of([reasoning_chat()])
+    assert tree.depth.device.type == "cpu"
+    x = torch.empty(1, tree.plan.length, layer.hidden_size, device="meta", requires_grad=True)
+    with running_on(tree):
+        out = layer(hidden_states=x)
+    out.backward(torch.empty_like(out))
+    assert out.device == x.grad.device == torch.device("meta")

@@ -17,8 +17,10 @@ class LaunchAndCopyCounter(LaunchCounter):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        is_copy = func._schema.name == "aten::_to_copy"
-        if is_copy and args[0].device.type == "cpu" and result.device.type == "meta":
+        target, source = {"aten::_to_copy": (result, *args[:1]), "aten::copy_": args[:2]}.get(
+            func._schema.name, (None, None)
+        )
+        if source is not None and source.device.type == "cpu" and target.device.type == "meta":
             self.copies_to_device += 1
         if func._schema.name.endswith("flash_attention_backward"):
             _, query, key = args[:3]

@@ -16,7 +16,7 @@ from trl_singlepass.attention.context import Tree
 from trl_singlepass.attention.inputs import AttentionInputs
 from trl_singlepass.attention.tree_mask import TreeMask
 from trl_singlepass.trees.prefix_tree import PrefixTree
-from trl_singlepass.trees.rows import Row, TreePlan
+from trl_singlepass.trees.rows import Row, Run, TreePlan
 
 
 def tree_of(sample_sets):
@@ -36,6 +36,16 @@ def row_of_ten():
 def plan_of_eleven():
     """Return the row of the examples of waves and recurrent layers: a spine of seven tokens and branches of two."""
     return TreePlan.from_subtree_end(np.array([11, 11, 9, 9, 7, 7, 7, 9, 9, 11, 11]))
+
+
+def chat(turns, step=300, branch=700):
+    """A history that grows by 300 tokens a turn, and for each turn a branch of 700: on the meta device."""
+    runs = [Run(0, turns * step + branch, 0, ())]
+    for turn in reversed(range(1, turns)):
+        runs.append(Run(runs[-1].end, runs[-1].end + branch, turn * step, ((0, turn * step),)))
+    length = runs[-1].end
+    integers = torch.empty(1, length, dtype=torch.long, device="meta")
+    return Tree(TreePlan(length, tuple(runs)), integers, integers)
 
 
 def odd_depths_see_even_depths(batch, head, query, key):

@@ -88,7 +88,7 @@ class RowBoundary:
     ) -> None:
         self.length, self.needed, self.tensors, self.stores = length, needed, tensors, stores
         own = [(place, positions[slot]) for place, slot in enumerate(needed.inputs.tolist()) if slot in positions]
-        self._places, self._positions = torch.tensor(own, dtype=torch.long).reshape(-1, 2).unbind(1)
+        self._own = {torch.device("cpu"): torch.tensor(own, dtype=torch.long).reshape(-1, 2).T.contiguous()}
         self.state_ends = {positions[slot] + 1: slot for slot in sorted(needed.states) if slot in positions}
 
     @property
@@ -129,12 +129,18 @@ class RowBoundary:
         if key not in tensors.values:
             tensors.store(key, value.new_zeros(1, self.num_outside, *value.shape[2:]))
         stored = tensors.values[key]
+        places, positions = self._own_on(stored.device)[0], self._own_on(value.device)[1]
         if self.stores:
-            own = value.detach()[:, self._positions.to(value.device)]
-            stored[:, self._places.to(stored.device)] = own.to(stored.device)
+            stored[:, places] = value.detach()[:, positions].to(stored.device)
         if not value.requires_grad:
             return torch.cat([value, stored.to(value.device)], dim=1)
-        return AppendDetachedInputs.apply(value, tensors, key, self._positions, self._places)  # type: ignore[no-untyped-call]
+        return AppendDetachedInputs.apply(value, tensors, key, positions, places)  # type: ignore[no-untyped-call]
+
+    def _own_on(self, device: torch.device) -> torch.Tensor:
+        """Places among the stored inputs and positions in the row of the row's own, copied to a device once."""
+        if device not in self._own:
+            self._own[device] = self._own[torch.device("cpu")].to(device, non_blocking=True)
+        return self._own[device]
 
     def load_states(self, layer: nn.Module, slot: int, device: torch.device) -> ForkStates:
         """Return the states of a layer after the token of a slot, on the device of the layer's inputs."""

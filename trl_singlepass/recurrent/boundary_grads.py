@@ -81,7 +81,8 @@ class AppendDetachedInputs(torch.autograd.Function):
 
     Takes the row's inputs, shape `(1, row_length, ...)`, the layer's tensors and the key of the inputs; for tokens of
     the row that later rows replay, their `positions` in the row and their `places` among the stored inputs, both of
-    shape `(num_stored_by_row,)`. Returns shape `(1, row_length + num_inputs, ...)`.
+    shape `(num_stored_by_row,)`, on the device of what they index. Returns shape
+    `(1, row_length + num_inputs, ...)`.
     """
 
     @staticmethod
@@ -105,7 +106,7 @@ class AppendDetachedInputs(torch.autograd.Function):
         from_later_rows = tensors.gradients.get(ctx.key)
         if from_later_rows is not None and len(ctx.places):
             own = own.clone()
-            own[:, ctx.positions.to(own.device)] += from_later_rows[:, ctx.places.to(from_later_rows.device)].to(own)
+            own[:, ctx.positions] += from_later_rows[:, ctx.places].to(own)
         tensors.add_gradient(ctx.key, outside)
         return own, None, None, None, None
 

@@ -80,31 +80,34 @@ class Layout:
         """Number of tokens whose inputs the layer gets: those of the row, and stored ones of other rows."""
         return self.length + (0 if self.boundary is None else self.boundary.num_outside)
 
-    @cached_property
+    @property
     def gather_index(self) -> torch.Tensor:
         """Index into the layer's inputs of each token of all batches, shape `(num_batched_tokens,)`."""
-        positions = np.concatenate(
-            [
-                _pad(self.schedule.pieces[index], length)
-                for batch, lengths in zip(self.schedule.batches, self.lengths, strict=True)
-                for index, length in zip(batch, lengths, strict=True)
-            ]
-        )
-        located = positions if self.boundary is None else self.boundary.locate(positions)
-        return torch.from_numpy(located).to(self.device)
+        return self._indices[0]
 
-    @cached_property
+    @property
     def scatter_index(self) -> torch.Tensor:
         """Index into `gather_index` of each token of the row, shape `(row_length,)`."""
-        indices = np.empty(self.length, np.int64)
+        return self._indices[1]
+
+    @cached_property
+    def _indices(self) -> tuple[torch.Tensor, ...]:
+        """Both indices, moved to the device in one copy."""
+        positions: list[NDArray[np.int64]] = []
+        scatter = np.empty(self.length, np.int64)
         offset = 0
         for batch, lengths in zip(self.schedule.batches, self.lengths, strict=True):
             for index, length in zip(batch, lengths, strict=True):
                 piece = self.schedule.pieces[index]
+                positions.append(_pad(piece, length))
                 start, end = piece.ranges[-1]
-                indices[start:end] = np.arange(offset + piece.num_replayed, offset + piece.length)
+                scatter[start:end] = np.arange(offset + piece.num_replayed, offset + piece.length)
                 offset += length
-        return torch.from_numpy(indices).to(self.device)
+        gather = np.concatenate(positions)
+        if self.boundary is not None:
+            gather = self.boundary.locate(gather)
+        both = torch.from_numpy(np.concatenate([gather, scatter])).to(self.device, non_blocking=True)
+        return torch.split(both, [len(gather), len(scatter)])
 
     def gather(self, value: object) -> list[object]:
         """

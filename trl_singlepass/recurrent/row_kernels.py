@@ -193,10 +193,9 @@ class ConvolutionLayout:
 
     def __init__(self, tree: Tree, kernel_size: int) -> None:
         gathered, kept = insert_ancestors(tree.plan, kernel_size - 1)
-        device = tree.depth.device
         self.needs_zero = bool((gathered == tree.plan.length).any())
-        self.gather_index = torch.from_numpy(gathered).to(device)
-        self.keep_index = torch.from_numpy(kept).to(device)
+        both = torch.from_numpy(np.concatenate([gathered, kept])).to(tree.depth.device, non_blocking=True)
+        self.gather_index, self.keep_index = torch.split(both, [len(gathered), len(kept)])
 
     def run(self, kernel: Kernel, hidden_states: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
         """
