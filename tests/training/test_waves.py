@@ -14,6 +14,7 @@ from support.tiny_families import tiny_model
 from support.trainers import float32_model, largest_difference, logged, parameters
 from support.two_processes import run_on_two_processes
 from support.waves_worker import CASES
+from trl_singlepass.training import wave_budget
 from trl_singlepass.training.waves import refused_engines
 
 
@@ -233,6 +234,18 @@ def test_auto_that_finds_no_room_says_what_there_is(tmp_path, tokenizer, monkeyp
     )
     with pytest.raises(ValueError, match=r"wave_tokens='auto' found no room for 256 tokens: 0\.0 GiB are free on cpu"):
         trainer.train()
+
+
+def test_auto_counts_what_a_varlen_kernel_gathers():
+    model = tiny_model("qwen3", dtype=torch.bfloat16)
+    heads, head_dim = model.config.num_attention_heads, model.config.head_dim
+    device = torch.device("cpu")
+    assert wave_budget._gathered_bytes(model, device, 2) == 0
+    assert wave_budget._gathered_bytes(model, torch.device("cuda"), 4) == 0
+    expected = 8 * heads * head_dim * 2  # keys and values of four rows, for every query head
+    assert wave_budget._gathered_bytes(model, torch.device("cuda"), 2) == expected
+    model.config._attn_implementation_internal = "tree_varlen_2"
+    assert wave_budget._gathered_bytes(model, device, 2) == expected
 
 
 def test_a_loss_that_trl_computes_otherwise_stops_the_first_step(tmp_path, tokenizer, monkeypatch):

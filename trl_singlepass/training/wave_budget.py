@@ -6,6 +6,8 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from ..attention.varlen_plan import KEYS_PER_CALL
+from ..cost.flops import head_sizes
 from ..cost.memory import ActivationBytes
 from .config import SinglePassSFTConfig
 
@@ -33,19 +35,30 @@ def wave_tokens_that_fit(model: PreTrainedModel, args: SinglePassSFTConfig) -> t
     """
     itemsize = 2 if args.bf16 or args.fp16 else next(model.parameters()).element_size()
     counted = ActivationBytes.from_config(model.config, itemsize, checkpointing=bool(args.gradient_checkpointing))
+    per_token = counted.per_token + _gathered_bytes(model, args.device, itemsize)
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     free = free_bytes(args.device)
     # The first step allocates gradients and two moments, all in float32.
     left = int(_USABLE_SHARE * free) - 12 * num_trained
-    tokens = left // counted.per_token // _MULTIPLE * _MULTIPLE
+    tokens = left // per_token // _MULTIPLE * _MULTIPLE
     gib, mib = 2**30, 2**20
     reason = (
         f"{free / gib:.1f} GiB are free on {args.device}, of which {12 * num_trained / gib:.1f} GiB go to gradients "
-        f"and optimizer and a fifth stays in reserve; a token needs {counted.per_token / mib:.2f} MiB of activations"
+        f"and optimizer and a fifth stays in reserve; a token needs {per_token / mib:.2f} MiB of activations"
     )
     if tokens < _MULTIPLE:
         raise ValueError(f"wave_tokens='auto' found no room for {_MULTIPLE} tokens: {reason}. Set wave_tokens.")
     return tokens, reason
+
+
+def _gathered_bytes(model: PreTrainedModel, device: torch.device, itemsize: int) -> int:
+    """Return what a varlen kernel adds per token: gradients of gathered keys and values for every query head."""
+    config = model.config.get_text_config()
+    is_varlen = str(config._attn_implementation).startswith("tree_varlen")
+    if not is_varlen and (device.type != "cuda" or itemsize != 2):
+        return 0  # block by block
+    heads, _, head_dim = head_sizes(config)
+    return KEYS_PER_CALL * 2 * heads * head_dim * itemsize
 
 
 def free_bytes(device: torch.device) -> int:
