@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[])
     parser.add_argument("--tokenizer")
     parser.add_argument("--conversations", type=int, default=60)
+    parser.add_argument("--pairs", type=int, default=4, help="pairs whose gradient is compared")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -266,7 +267,7 @@ def main() -> None:
     if options.data:
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
         rows = [
-            compare_with_stock(path, tokenizer, options.conversations, num_pairs=4, max_tokens=8000)
+            compare_with_stock(path, tokenizer, options.conversations, options.pairs, max_tokens=8000)
             for path in options.data
         ]
         result["stock"] = {**describe("cpu"), "rows": rows}
