@@ -38,6 +38,7 @@ def raising(error):
 def test_train_launches_the_script_through_accelerate(monkeypatch, tmp_path):
     launched = []
     monkeypatch.setattr(launch, "launch_command", launched.append)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     (tmp_path / "c.yaml").write_text("num_processes: 2\nlearning_rate: 1.0e-3\n")
     for name in ("train", "sft"):
         arguments = [name, "--config", tmp_path / "c.yaml", "--dataset_name", "d", "--accelerate_config", "fsdp2"]
@@ -268,4 +269,30 @@ def test_several_processes_that_would_be_one_are_refused(monkeypatch, tmp_path, 
 @pytest.mark.parametrize("several", [["--multi_gpu"], ["--accelerate_config", "fsdp2"], ["--use_deepspeed"]])
 def test_several_processes_that_do_start_are_fine(monkeypatch, several):
     monkeypatch.setattr(launch, "default_config_file", "none")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     assert parse("--num_processes", "2", *several).num_processes == 2
+
+
+FSDP = [
+    ["--fsdp", "full_shard"],
+    ["--num_processes", "2", "--use_fsdp"],
+    ["--accelerate_config", "fsdp2"],
+    ["--accelerate_config", str(Path(__file__).parents[2] / "recipes" / "accelerate" / "fsdp2.yaml")],
+]
+
+
+@pytest.mark.parametrize("arguments", FSDP, ids=lambda arguments: Path(arguments[-1]).name)
+def test_fsdp_without_a_gpu_says_what_to_try_before_a_process_starts(monkeypatch, run, arguments):
+    monkeypatch.setattr(launch, "launch_command", lambda args: pytest.fail("started"))
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    code, out, err = run("train", *arguments, "--output_dir", "x", *TRAIN)
+    assert (code, out) == (2, "")
+    assert err == (
+        "trl-singlepass train: FSDP needs a GPU, and there is none. To try two processes on a CPU, use DDP: "
+        "--num_processes 2 --multi_gpu --use_cpu true, and no FSDP configuration.\n"
+    )
+
+
+def test_one_process_may_keep_an_fsdp_configuration(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert parse("--num_processes", "1", "--accelerate_config", "fsdp2").num_processes == 1

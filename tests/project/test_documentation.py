@@ -180,6 +180,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_block(example, folder):
+    example.namespace.clear()  # every block runs pasted alone
     with as_a_reader(folder) as patch:
         patch.setattr(launch, "launch_command", in_this_process)
         example.namespace["patch"] = patch

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from support.conversations import chat, tool_chat
 from support.tiny_multimodal import tiny_conditional
 from support.trainers import float32_model, single_pass_trainer
+from trl_singlepass import SinglePassSFTTrainer
 from trl_singlepass.training.compatibility import (
     check_engine,
     check_loss_is_per_token,
@@ -132,6 +133,13 @@ def make_accelerator(kind, device):
 def two_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+
+
+def test_liger_without_its_package_is_refused_before_the_data_is_prepared(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("trl_singlepass.training.compatibility.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr(SinglePassSFTTrainer, "_prepare_dataset", lambda *_: pytest.fail("prepared the data"))
+    with pytest.raises(ImportError, match=r"use_liger_kernel=True needs liger-kernel\. Run pip install liger-kernel"):
+        single_pass_trainer(tmp_path, tokenizer, CHATS, use_liger_kernel=True)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU])

@@ -101,8 +101,8 @@ def parse_launch(parser: TrlParser, arguments: Sequence[str], module: str) -> tu
         `tuple[argparse.Namespace, str]`: Arguments of `accelerate launch`, and the script's `output_dir`.
 
     Raises:
-        `ValueError`: If neither knows an argument, there is no such configuration, or fewer processes would start
-            than are asked for.
+        `ValueError`: If neither knows an argument, there is no such configuration, fewer processes would start than
+            are asked for, or FSDP is asked for without a GPU.
     """
     _, training_args, *_, from_config, from_command_line = parser.parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
@@ -118,7 +118,7 @@ def parse_launch(parser: TrlParser, arguments: Sequence[str], module: str) -> tu
     for_script = _without(arguments, from_command_line)
     run: Namespace = accelerate.parse_args([*for_accelerate, "--module", module, *for_script])
     _set_defaults(run)
-    _check_num_processes(run)
+    _check_processes(run, fsdp=bool(training_args.fsdp))
     run.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # not those of SIGNALS: torchrun would kill all after 30 seconds
     return run, training_args.output_dir
 
@@ -135,16 +135,26 @@ def _set_defaults(run: Namespace) -> None:
         run.multi_gpu = run.multi_gpu or run.num_processes > 1
 
 
-def _check_num_processes(run: Namespace) -> None:
-    """Raise if `accelerate launch` would start a single process where several are asked for."""
+def _check_processes(run: Namespace, *, fsdp: bool) -> None:
+    """
+    Raise if `accelerate launch` would start a single process where several are asked for, or FSDP without a GPU.
+
+    `fsdp` is whether the script's own arguments ask for it.
+    """
     reads_file = run.config_file is not None or (Path(default_config_file).is_file() and not run.cpu)
     file = load_config_from_file(run.config_file) if reads_file else None
     if file is not None and file.compute_environment != ComputeEnvironment.LOCAL_MACHINE:
         return
+    number = run.num_processes or (file.num_processes if file else 1)
+    sharded = run.use_fsdp or (file is not None and file.distributed_type == DistributedType.FSDP)
+    if (fsdp or (sharded and number > 1)) and not torch.accelerator.is_available() and not run.tpu:
+        raise ValueError(
+            "FSDP needs a GPU, and there is none. To try two processes on a CPU, use DDP: --num_processes 2 "
+            "--multi_gpu --use_cpu true, and no FSDP configuration."
+        )
     single = (DistributedType.NO, DistributedType.MULTI_CPU)  # the latter starts several through MPI only
     flags = run.multi_gpu or run.use_fsdp or run.use_deepspeed or run.use_megatron_lm or run.tpu or run.mpirun_hostfile
     several = flags or (file.distributed_type not in single if file else torch.accelerator.device_count() > 1)
-    number = run.num_processes or (file.num_processes if file else 1)
     if number > 1 and (run.cpu or not several):
         raise ValueError(
             f"--num_processes {number} would start one process here. Add --multi_gpu, which starts {number} on GPUs, "

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from transformers import DataCollator, PreTrainedModel, TrainingArguments
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
 from ..data.collator import DataCollatorForSinglePass
@@ -45,6 +46,7 @@ def check_conversations(
 
     Raises:
         `ValueError`: If a single pass cannot honour one of the arguments.
+        `ImportError`: If one of them needs a package that is not installed.
         `UnsupportedModelError`: If a single pass would train the model incorrectly.
         `UnsupportedImagesError`: If the dataset has images, and a tree cannot give them to the model.
     """
@@ -52,6 +54,8 @@ def check_conversations(
     check_collator(data_collator)
     check_adapters(model, peft_config)
     check_parallelism(args.parallelism_config)
+    if args.use_liger_kernel and not is_liger_kernel_available():  # transformers looks once the data is prepared
+        raise ImportError("use_liger_kernel=True needs liger-kernel. Run pip install liger-kernel, or leave it out.")
     if isinstance(model, PreTrainedModel):
         check_model(model)
         if holds_images(dataset) or set(IMAGE_COLUMNS) <= set(column_names(dataset)):
