@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from support.float64_comparison import assert_same_loss_and_gradients
+from support.image_survey import with_images
 from support.sample_sets import reasoning_chat
 from support.tiny_causal_lms import OWN, tiny_model
 from support.tiny_multimodal import classes_without_loss_arguments, tiny_conditional
@@ -44,9 +45,11 @@ class Outcome:
     name: str
     status: str
     remark: str = ""
+    images: str | None = None
 
     def __str__(self):
-        return f"| `{self.name}` | {self.status} | {self.remark} |"
+        cells = [f"`{self.name}`", self.status, self.remark, *([] if self.images is None else [self.images])]
+        return f"| {' | '.join(cells)} |"
 
 
 def branchy_chat():
@@ -71,7 +74,8 @@ def survey(table, name):
     try:
         check_model(model)
     except UnsupportedModelError as error:
-        return Outcome(name, "refused", _reason(str(error)))
+        return not_exact(table, name, "refused", _reason(str(error)))
+    images = with_images(model) if table == IMAGE_MODELS else None
     samples = branchy_chat()
     with ForcedFloat64():
         expected = npass_loss_and_gradients(model, samples)
@@ -79,7 +83,12 @@ def survey(table, name):
         found = single_pass_loss_and_gradients(model, samples)
         assert_same_loss_and_gradients(found.loss, found.gradients, expected)
         assert_nothing_leaks(model, samples)
-    return Outcome(name, "exact", remark_of(model))
+    return Outcome(name, "exact", remark_of(model), images)
+
+
+def not_exact(table, name, status, remark):
+    """Return the outcome for a model that is not trained on text, and therefore not on images."""
+    return Outcome(name, status, remark, "as on text" if table == IMAGE_MODELS else None)
 
 
 def assert_nothing_leaks(model, samples):
@@ -153,8 +162,8 @@ def read_page():
     version = re.search(r"transformers (\S+)\.", text).group(1)
     outcomes = {}
     for table, section in zip(TABLES, text.split("\n## "), strict=True):
-        for row in re.findall(r"^\| `(.+?)` \| (.+?) \| (.*?) \|$", section, re.M):
-            outcomes[table, row[0]] = Outcome(*row)
+        for row in re.findall(r"^\| `(.+?)` \| ([^|]+?) \| (.*?) \|(?: (.*?) \|)?$", section, re.M):
+            outcomes[table, row[0]] = Outcome(*row[:3], row[3] or None)
     return version, outcomes
 
 
@@ -164,7 +173,10 @@ def write_page(outcomes):
     for table, text in zip(TABLES, TEXTS, strict=True):
         own = sorted((outcome for (where, _), outcome in outcomes.items() if where == table), key=_order)
         summary = ", ".join(f"{_count(own, status)} {status}" for status in STATUSES)
-        filled = text.format(version=transformers.__version__, summary=summary, uncounted=_uncounted())
+        images = ", ".join(
+            f"{sum(str(outcome.images).startswith(what) for outcome in own)} {what}" for what in ON_IMAGES
+        )
+        filled = text.format(version=transformers.__version__, summary=summary, images=images, uncounted=_uncounted())
         sections.append(filled + "".join(f"{outcome}\n" for outcome in own))
     PAGE.write_text("".join(sections), encoding="utf-8")
 
@@ -185,6 +197,7 @@ def _order(outcome):
 
 
 STATUSES = ["exact", "refused", "cannot be built here"]
+ON_IMAGES = ["exact", "refused"]
 PREFACE = """\
 # Models
 
@@ -229,8 +242,13 @@ IMAGES = """\
 Every model type that `AutoModelForImageTextToText` loads, on rows of text, with a tiny encoder. How the encoder
 attends is not asked: it reads an image at a time, and the tree is one of tokens. {summary}.
 
-| `model_type` | | layers of the tiny model, or reason |
-|---|---|---|
+The last column says what happens with [images](images.md) to the types that are exact on text: {images}.
+*Exact* means that loss and gradients, the encoder's too, equal those of separate samples that encode their own images
+(`tests/images/test_survey.py` and `tests/images/test_exactness.py`, in float64 to 1e-12); model types with one class
+share a test. *Refused* models raise the error before they are trained on images. They still train on text.
+
+| `model_type` | | layers of the tiny model, or reason | with images |
+|---|---|---|---|
 """
 OTHERS = """\
 

@@ -41,10 +41,12 @@ def has_auxiliary_loss(model):
 
 
 def without_dropout(model):
-    """Set every dropout and jitter probability to 0, in whatever attribute modules keep it."""
+    """Set every probability of dropout, drop path and jitter to 0, in whatever attribute modules keep it."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and any(word in name for word in ("dropout", "jitter", "layerdrop")):
+            if isinstance(value, float) and any(
+                word in name for word in ("dropout", "drop_prob", "jitter", "layerdrop")
+            ):
                 setattr(module, name, 0.0)
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -48,8 +48,11 @@ OWN = {
         "decoder_num_layers": 1,
     },
     # Its logits of the tokens of images are -inf, so these stand behind those of the samples.
-    "chameleon": {"vocabulary_map": {"<image>": 95, "IMGIMGAZ": 93, "IMGIMGBZ": 94}},
-    "chameleon_vqgan": VQGAN,
+    "chameleon": {"vocabulary_map": {"<image>": 90, "IMGIMGAZ": 93, "IMGIMGBZ": 94}},
+    "aria": {"projector_patch_to_query_dict": {1: 1, 4: 2}},
+    "chameleon_vqgan": {**VQGAN, "num_embeddings": 2},
+    "vipllava": {"vision_feature_layer": [-2, 1]},
+    "kimi_k25": {"projection_hidden_size": 32},
     "cohere2_vision": {"alignment_intermediate_size": 64},
     "deepseek_ocr2_sam_vision_model": {**SAM, "downsample_channels": [16, 32]},
     "deepseek_ocr2_text": {
@@ -62,7 +65,14 @@ OWN = {
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
     "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 8},
-    "emu3": {"vocabulary_map": {"<image>": 95, "<|visual token 000000|>": 93, "<|visual token 000001|>": 94}},
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": 90,
+            "<|extra_200|>": 95,
+            "<|visual token 000000|>": 93,
+            "<|visual token 000001|>": 94,
+        }
+    },
     "emu3_vqgan": {**VQGAN, "codebook_size": 2, "attn_resolutions": []},
     "florence_vision": {
         "depths": [1],
@@ -76,6 +86,17 @@ OWN = {
         "window_size": 2,
         "projection_dim": 32,
     },
+    "gemma4_unified": {
+        "vision_config": {
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "model_patch_size": 8,
+            "mm_embed_dim": 16,
+            "mm_posemb_size": 8,
+            "output_proj_dims": 16,
+        }
+    },
+    "granite_docling_vision": {"patch_size": 8, "deepstack_visual_indexes": [0, 1]},
     "granite4_vision": {
         "vision_config": {"hidden_size": 64},
         "downsample_rate": "1/2",
@@ -119,6 +140,7 @@ OWN = {
             "llama_4_scaling_beta": 0.1,
         },
     },
+    "mistral_large4": {"spatial_merge_size": 1},
     "mistral_large4_text": tiny_causal_lms.DSA,
     "nemotron_h_omni": {
         "vision_config": {"video_temporal_patch_size": 2},
@@ -134,6 +156,11 @@ OWN = {
         "post_conv_out_channels": 16,
         "decoder_hidden_size": 32,
     },
+    "llava_next": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
+    "llava_next_video": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
+    "minicpm_ocr": {"insert_layer_id": 0},
+    "minicpmv4_6": {"insert_layer_id": 0},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 91},
     "qwen2_5_omni_text": MROPE,
     "qwen2_5_omni_audio_encoder": {"output_dim": 32, "max_source_positions": 16},
     "qwen2_vl_text": MROPE,
@@ -160,9 +187,9 @@ OWN = {
     "qwen2_5_vl_text": MROPE,
     "molmo2_vision": {"image_size": [28, 28], "num_position_embeddings": 4, "num_key_value_heads": 4},
     "molmo2_adapter": {"vision_feature_layer": [1, 0], "num_key_value_heads": 4},
-    "muse_glimmer": {"projector_hidden_size": 16},
+    "muse_glimmer": {"projector_hidden_size": 16, "out_hidden_size": 128},
     "muse_glimmer_vision": {"pos_emb_height": 4, "pos_emb_width": 4},
-    "muse_spark": {"projector_hidden_size": 16, "out_hidden_size": 32},
+    "muse_spark": {"projector_hidden_size": 16, "out_hidden_size": 128},
     "muse_spark_audio": {"hidden_sizes": [8, 8], "depths": [1, 1], "patch_sizes": [4, 4], "num_hidden_layers": 2},
     "muse_spark_vision": {"pos_emb_height": 4, "pos_emb_width": 4},
     "muse_spark_text": {"moe_hidden_size": 16},

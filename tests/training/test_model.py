@@ -5,13 +5,15 @@ import os
 import pytest
 import transformers
 
+from support.image_models import FAMILIES
+from support.image_survey import SURVEYED
 from support.model_survey import (
     IMAGE_MODELS,
     PAGE,
     STATUSES,
     TEXT_MODELS,
-    Outcome,
     class_of,
+    not_exact,
     read_page,
     rows,
     survey,
@@ -45,7 +47,7 @@ def test_model_is_what_the_page_says(table, name, found):
     if (why := why_not_built(table, name)) is not None:
         with pytest.raises(Exception):  # noqa: B017, PT011 (each fails in its own way)
             survey(table, name)
-        outcome = Outcome(name, "cannot be built here", why)
+        outcome = not_exact(table, name, "cannot be built here", why)
     else:
         outcome = survey(table, name)
     found[table, name] = outcome
@@ -67,6 +69,16 @@ def test_page_lists_at_least_110_and_70_exact_models():
     assert statuses[IMAGE_MODELS].count("exact") >= 70
     assert {outcome.status for outcome in page.values()} <= set(STATUSES)
     assert all(outcome.remark for outcome in page.values())
+
+
+def test_page_says_of_each_type_that_is_exact_on_text_whether_it_is_with_images():
+    _, page = read_page()
+    found = {name: outcome for (table, name), outcome in page.items() if table == IMAGE_MODELS}
+    exact = {name for name, outcome in found.items() if outcome.images == "exact"}
+    refused = {name for name, outcome in found.items() if str(outcome.images).startswith("refused: ")}
+    assert len(exact) >= 60
+    assert exact | refused == {name for name, outcome in found.items() if outcome.status == "exact"}
+    assert {*FAMILIES, *SURVEYED} <= exact
 
 
 def test_page_lists_every_class_that_the_trainer_counts_no_tokens_for():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..trees.rows import TreePlan
 from .features import ShownFeatures, enable_image_features, image_module, showing
@@ -95,12 +96,19 @@ def check_reads_images(model: nn.Module) -> nn.Module:
 
     Raises:
         `UnsupportedImagesError`: If it has no such part, does not put one feature in the place of each placeholder,
-            asks for more about each token, lets images see each other, or computes positions from more than a grid.
+            asks for more about each token, lets images see each other, normalises over them, or computes positions
+            from more than a grid.
     """
     module = image_module(model)
     reason = "has no get_image_features, by which a model of transformers computes the features of images"
     if module is not None:
-        reason = _does_not_replace_placeholders(module) or _asks_for_more(model) or _mixes_images(module) or ""
+        checks = (
+            _does_not_replace_placeholders(module),
+            _asks_for_more(model),
+            _mixes_images(module),
+            _batch_norm(model),
+        )
+        reason = next(filter(None, checks), "")
     if reason:
         raise UnsupportedImagesError(f"{type(model).__name__} {reason}. {_WAY_OUT}")
     assert module is not None
@@ -140,6 +148,15 @@ def _mixes_images(module: nn.Module) -> str | None:
         "lets the tokens of images see more than their own image in both directions, so that what turns share is not "
         "the same in all of them"
     )
+
+
+def _batch_norm(model: nn.Module) -> str | None:
+    """Refuse statistics over a batch, which holds the images of one prompt in N-pass and those of a row here."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            name = type(module).__name__
+            return f"normalises over all images of a batch in its {name}, so that their features depend on each other"
+    return None
 
 
 def _names(function: Any) -> set[str]:
