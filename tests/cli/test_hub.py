@@ -1,7 +1,10 @@
 """Without a network: one attempt, then only what is cached."""
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
@@ -25,6 +28,20 @@ def test_a_wrong_model_fails_fast_without_a_network():
     assert time.monotonic() - start < 5
     assert constants.HF_HUB_OFFLINE
     assert os.environ["HF_HUB_OFFLINE"] == "1"  # for processes that are started later
+
+
+def test_the_error_of_a_wrong_model_imports_no_library_that_takes_seconds():
+    code = """
+import sys
+from trl_singlepass.cli import main
+code = main(["train", "--model_name_or_path", "no-such/model"])
+heavy = {"torch", "transformers", "trl", "datasets", "accelerate"} & sys.modules.keys()
+sys.exit(f"imported {heavy}" if heavy or code != 2 else 0)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no-such/model cannot be loaded" in done.stderr
 
 
 @pytest.mark.usefixtures("endpoint")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..data.error_text import first_line
+
 
 EXPLAINED = 2
 """Exit code of a process that has printed its error."""
@@ -15,7 +17,5 @@ USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError)
 
 def describe_error(error: BaseException) -> str:
     """Return an error in one line, with its type unless it is a `ValueError`."""
-    from ..data.files import first_line  # imports datasets, which `--help` does not need
-
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     return f"{kind}{first_line(error, 600)}"

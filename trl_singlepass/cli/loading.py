@@ -15,7 +15,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ..data.files import first_line
+from ..data.error_text import first_line
 
 
 if TYPE_CHECKING:

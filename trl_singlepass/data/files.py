@@ -10,6 +10,8 @@ from typing import Any, overload
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.utils.tqdm import tqdm
 
+from .error_text import first_line
+
 
 LINES, TABLES = (".jsonl", ".ndjson"), {".parquet": "parquet", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
 
@@ -124,10 +126,3 @@ def _load_from_hub(data: str, split: str, config: str | None) -> Dataset:
             f"{data} is neither a file nor a dataset that can be loaded: {first_line(error)} Expected a .jsonl or "
             ".parquet file, a folder, or the id of a dataset on the Hub."
         ) from error
-
-
-def first_line(error: BaseException, length: int = 300) -> str:
-    """Return the first `length` characters of an error's text in one line, as a sentence."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = text if len(text) <= length else text[: length - 1] + "…"
-    return text if text.endswith((".", "…", "!", "?")) else f"{text}."
