@@ -105,6 +105,12 @@ ERRORS = [
     ),
     (["audit", "--config", "{tmp}/typo.yaml"], "typo.yaml: no argument is called --max_stps."),
     (["train", "--model_name_or_path", "no-such/model", *CPU], "no-such/model cannot be loaded"),
+    (["import", "nosuch", "{data}", "-o", "{tmp}/out"], "argument SOURCE: invalid choice: 'nosuch' (choose from "),
+    (["import", "codex", "none.jsonl", "-o", "{tmp}/out"], "There is no none.jsonl. Give files, or folders that"),
+    (["import", "openai-chat", "{tmp}/typo.jsonl", "-o", "{tmp}/out"], "typo.jsonl:1: 'messages' is missing."),
+    (["demo-model"], "the following arguments are required: FOLDER"),
+    (["demo-model", "{data}"], "is a file. Expected a folder to write"),
+    (["demo-data", "{tmp}"], "IsADirectoryError"),
     (["verify", "no/such/folder", "{data}"], "it is neither a folder nor the id of a model"),
 ]
 
@@ -113,7 +119,7 @@ ERRORS = [
 def broken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("broken")
     texts = {"empty.jsonl": "\n", "broken.jsonl": "{nope\n", "list.jsonl": "[1]\n", "text.txt": "x"}
-    for name, text in {**texts, "typo.yaml": "max_stps: 5"}.items():
+    for name, text in {**texts, "typo.yaml": "max_stps: 5", "typo.jsonl": '{"msgs": []}'}.items():
         (folder / name).write_text(text)
     (folder / "user.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n")
     make_tokenizer(None).save_pretrained(folder / "bare")

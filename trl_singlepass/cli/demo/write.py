@@ -41,6 +41,8 @@ def make_demo_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
 def write_demo_model(folder: str) -> str:
     """Write the demo's model and its tokenizer to a folder, and return a line that says so."""
+    if Path(folder).is_file():  # transformers would log a line and write nothing
+        raise ValueError(f"{folder} is a file. Expected a folder to write.")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
