@@ -92,6 +92,7 @@ def test_doctor_checks_and_measures_a_model(run, tmp_path):
     assert found["verified"][0]["turns"] == 7
 
 
+@pytest.mark.slow
 def test_doctor_runs_the_first_layers_with_their_weights(run, model, monkeypatch):
     seen = []
     monkeypatch.setattr(slices, "MOST_LAYERS_ON_CPU", 1)

@@ -110,12 +110,16 @@ def test_a_new_adapter_is_trained_against_the_model_without_it(tmp_path, tokeniz
 @pytest.mark.parametrize(
     "settings",
     [
-        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
-        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
-        {"use_weighting": True, "learning_rate": 1.0},
+        pytest.param(
+            {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5}, marks=pytest.mark.slow
+        ),
+        pytest.param({"use_weighting": True, "learning_rate": 1.0}, marks=pytest.mark.slow),
         {"ld_alpha": 0.5},
         {"sync_ref_model": True, "ref_model_sync_steps": 2},
-        {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4},
+        pytest.param({"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4}, marks=pytest.mark.slow),
         {"max_length": 60},
     ],
     ids=["mixture", "alpha_divergence", "use_weighting", "ld_alpha", "sync_ref_model", "adamw", "max_length"],

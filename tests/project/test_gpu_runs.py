@@ -97,6 +97,7 @@ def test_a_case_runs_in_a_process_of_its_own():
     assert {**record, **asdict(TINY[0])} == record
 
 
+@pytest.mark.slow
 def test_the_error_of_a_case_is_written_down():
     record = measure_apart(Case("Qwen3-0.6B", 2, "single_pass", "no_such_kernel", "cpu", tiny=True), 120)
     assert "There is no tree attention for attn_implementation='no_such_kernel'" in record["failed"]
@@ -171,6 +172,7 @@ def test_is_not_reached_together(): pass
 """
 
 
+@pytest.mark.slow
 def test_a_test_that_breaks_the_process_spoils_no_other(tmp_path, monkeypatch):
     (tmp_path / "test_some.py").write_text(GPU_TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\naddopts = -m 'not gpu'\n")
@@ -218,6 +220,7 @@ def test_tests_that_the_end_cuts_off_are_left_for_the_next_run(outcome, tmp_path
     assert ran[1:] == [*([left] if left else []), names[3:], *([names[1:2]] if left else [])]
 
 
+@pytest.mark.slow
 def test_the_tests_marked_gpu_are_found():
     assert len(gpu.collect_tests(["-m", "gpu", "tests/attention/test_gpu.py"])) > 50
 

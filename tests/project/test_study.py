@@ -87,7 +87,9 @@ def test_steps_hold_as_many_trained_tokens_in_every_arm(prepared):
     assert steps != list(islice(ordered_steps(1, what, 200), 12))
 
 
-@pytest.mark.parametrize(("setting", "precision"), [("tokens", 1e-6), ("control", 1e-10)])
+@pytest.mark.parametrize(
+    ("setting", "precision"), [pytest.param("tokens", 1e-6, marks=pytest.mark.slow), ("control", 1e-10)]
+)
 def test_npass_and_single_pass_agree_step_by_step(tiny, monkeypatch, setting, precision):
     monkeypatch.setattr(runs, "measure", lambda *args: {})
     experiment = Experiment(TINY, 0)

@@ -81,6 +81,7 @@ def test_what_is_faster_is_printed(report):
     assert "install another" in printed(replace(report, kernel=replace(report.kernel, faster="install another")))
 
 
+@pytest.mark.slow
 def test_windows_sinks_and_experts_are_a_model_like_others():
     report = examine(subject_of("gpt-oss"), CPU, attn_implementation="eager", turns=(2,))
     assert report.ok, report.complaints
@@ -128,6 +129,7 @@ def test_a_model_that_cannot_be_counted_is_timed_without_a_bound(report):
     assert "N-pass, packed" in printed(replace(report, measured=(unknown,)))
 
 
+@pytest.mark.slow
 def test_what_runs_compiled_is_timed_and_not_counted(report, monkeypatch):
     def refuse(self, func, types, args=(), kwargs=None):
         raise NotImplementedError("no rule registered for HigherOrderOperator flex_attention")
