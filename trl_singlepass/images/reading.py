@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..trees.rows import TreePlan
 from .features import ShownFeatures, enable_image_features, image_module, showing
@@ -153,7 +152,7 @@ def _mixes_images(module: nn.Module) -> str | None:
 def _batch_norm(model: nn.Module) -> str | None:
     """Refuse statistics over a batch, which holds the images of one prompt in N-pass and those of a row here."""
     for module in model.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
             name = type(module).__name__
             return f"normalises over all images of a batch in its {name}, so that their features depend on each other"
     return None

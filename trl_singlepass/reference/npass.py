@@ -187,9 +187,13 @@ def sample_inputs(
         inputs["attention_mask"] = padded(np.ones_like(sample.token_ids) for sample in samples)
     if all(sample.image_features is None for sample in samples):
         return inputs
-    features = [sample.image_features for sample in samples]
     inputs["attention_mask"] = padded(np.ones_like(sample.token_ids) for sample in samples)
-    is_image = padded((own >= 0).astype(np.int64) for own in features if own is not None)
+    # A sample of text alone stands beside those with images where all share a batch (`_auxiliary_loss`).
+    is_image = padded(
+        np.zeros_like(sample.token_ids) if own is None else (own >= 0).astype(np.int64)
+        for sample in samples
+        for own in [sample.image_features]
+    )
     taken = inspect.signature(model.forward).parameters
     inputs |= {name: is_image for name in TOKEN_TYPES if name in taken}
     shown = [image for sample in samples for image in images_of(sample)]
@@ -201,7 +205,8 @@ def sample_inputs(
 
 def images_of(sample: Sample) -> list[ImageReference]:
     """Return the images that a sample shows, in the order in which they stand in it."""
-    assert sample.image_features is not None, "the sample has no images"
+    if sample.image_features is None:
+        return []
     shown = images_shown(sample.image_features, [image.num_features for image in sample.images])
     return [sample.images[j] for j in shown]
 
