@@ -41,6 +41,9 @@ def image_trainer(tmp_path, model, family, sample_sets, collator=None, **setting
 )
 def test_one_step_equals_npass(tmp_path, family, batch_size):
     model = image_model(family, torch.float32)
+    if batch_size < 4:  # the load-balancing loss is one of each micro-batch, so only a single one has N-pass's
+        model.config.get_text_config().output_router_logits = False
+        model.config.get_text_config().router_aux_loss_coef = 0.0  # TRL decides by the factor
     sets = image_sample_sets(model, family)[:4]
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     samples = [sample for samples in sets for sample in samples]
