@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_singlepass import render_samples
+from trl_singlepass.cli.demo import DATA
 from trl_singlepass.data.files import load_examples
 
 
@@ -21,6 +22,19 @@ def test_model_and_data_go_together(run, tmp_path):
     assert example == json.loads(file.read_text().splitlines()[0])
     samples = render_samples(example["messages"], tokenizer, tools=example["tools"])
     assert torch.isfinite(model(torch.tensor([samples[0].token_ids.tolist()])).logits).all()
+
+
+def test_pairs_prefer_a_conversation_to_one_with_other_answers(run, tmp_path):
+    file = tmp_path / "new" / "pairs.jsonl"
+    assert run("demo-data", file, "--pairs") == (0, f"Wrote 240 preference pairs to {file}\n", "")
+    pairs, conversations = (list(map(json.loads, path.read_text().splitlines())) for path in (file, DATA))
+    for pair, conversation in zip(pairs, conversations, strict=True):
+        assert pair["prompt"] + pair["chosen"] == conversation["messages"]
+        assert pair.get("tools") == conversation.get("tools")
+        assert [message["role"] for message in pair["rejected"]] == [message["role"] for message in pair["chosen"]]
+        changed = [a for a, b in zip(pair["chosen"], pair["rejected"], strict=True) if a != b]
+        assert changed
+        assert all(message["role"] == "assistant" and "tool_calls" not in message for message in changed)
 
 
 def test_the_model_is_the_same_every_time(run, tmp_path):

@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from trl_singlepass.cli import launch
 from trl_singlepass.cli.errors import INTERRUPTED
 from trl_singlepass.cli.main import main
+from trl_singlepass.scripts import sft
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -48,7 +49,7 @@ def test_train_launches_the_script_through_accelerate(monkeypatch, tmp_path):
         assert args.training_script == launch.WORKER
         assert args.config_file.endswith("fsdp2.yaml")
         assert (args.num_processes, args.main_process_port) == (2, 1234)
-        assert args.training_script_args[:4] == ["--config", str(tmp_path / "c.yaml"), "--dataset_name", "d"]
+        assert args.training_script_args[:4] == ["train", "--config", str(tmp_path / "c.yaml"), "--dataset_name"]
         assert "--main_process_port" not in args.training_script_args
 
 
@@ -182,9 +183,9 @@ def test_other_ends_of_a_process_are_told_in_a_line(monkeypatch, run, error, mes
 @pytest.mark.parametrize(
     ("arguments", "module", "others"),
     [
-        (["--debug"], launch.SCRIPT, []),
-        ([], launch.WORKER, []),
-        (["--debug", "underflow_overflow"], launch.WORKER, ["--debug", "underflow_overflow"]),
+        (["--debug"], launch.SCRIPTS["train"], []),
+        ([], launch.WORKER, ["train"]),
+        (["--debug", "underflow_overflow"], launch.WORKER, ["train", "--debug", "underflow_overflow"]),
     ],
 )
 def test_debug_runs_the_script_itself(monkeypatch, run, arguments, module, others):
@@ -210,8 +211,8 @@ def test_errors_of_processes_are_one_line(model, tmp_path, processes):
 
 
 def parse(*arguments):
-    parser = launch.make_parser(parser_class=launch.Parser)
-    run, output_dir = launch.parse_launch(parser, [*arguments, "--output_dir", "x", *TRAIN], launch.WORKER)
+    parser = sft.make_parser(parser_class=launch.Parser)
+    run, output_dir = launch.parse_launch(parser, [*arguments, "--output_dir", "x", *TRAIN], [launch.WORKER, "train"])
     assert output_dir == "x"
     return run
 

@@ -63,7 +63,7 @@ def test_examples_parse(name):
 
 CPU = ["--output_dir", "x", "--use_cpu", "--bf16", "false"]
 ERRORS = [
-    (["frobnicate"], "There is no command 'frobnicate', only train, inspect"),
+    (["frobnicate"], "There is no command 'frobnicate', only train, dpo, inspect"),
     (["inspect", "{model}"], "the following arguments are required: DATA"),
     (["inspect", "{model}", "{data}", "--rwo", "1"], "no argument is called --rwo. Did you mean --row?"),
     (["inspect", "{model}", "{data}", "--row", "x"], "argument --row: invalid"),
@@ -103,6 +103,8 @@ ERRORS = [
         ["train", "--config", "{tmp}/typo.yaml", *CPU],
         "config file: no argument is called --max_stps. Did you mean --max_steps?",
     ),
+    (["dpo", "--bta", "1", *CPU], "no argument is called --bta. Did you mean --beta?"),
+    (["dpo", "--model_name_or_path", "no-such/model", *CPU], "no-such/model cannot be loaded"),
     (["audit", "--config", "{tmp}/typo.yaml"], "typo.yaml: no argument is called --max_stps."),
     (["train", "--model_name_or_path", "no-such/model", *CPU], "no-such/model cannot be loaded"),
     (["import", "nosuch", "{data}", "-o", "{tmp}/out"], "argument SOURCE: invalid choice: 'nosuch' (choose from "),

@@ -8,7 +8,7 @@ import pytest
 
 from trl_singlepass.cli import worker
 from trl_singlepass.cli.errors import EXPLAINED, INTERRUPTED
-from trl_singlepass.scripts import sft
+from trl_singlepass.scripts import dpo, sft
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWa
 
 @pytest.fixture(autouse=True)
 def arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["worker", "--output_dir", "x", "--use_cpu", "--bf16", "false"])
+    monkeypatch.setattr(sys, "argv", ["worker", "train", "--output_dir", "x", "--use_cpu", "--bf16", "false"])
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
@@ -47,6 +47,16 @@ def test_errors_are_one_line(fail_with, capsys, error, line):
     fail_with(error)
     assert worker.run() == EXPLAINED
     assert capsys.readouterr().err == line
+
+
+def test_the_script_is_that_of_the_command(monkeypatch, capsys):
+    def main(script_args, training_args, *others):
+        raise ValueError(f"beta={training_args.beta}")
+
+    monkeypatch.setattr(dpo, "main", main)
+    monkeypatch.setattr(sys, "argv", ["worker", "dpo", "--output_dir", "x", "--use_cpu", "--bf16", "false"])
+    assert worker.run() == EXPLAINED
+    assert capsys.readouterr().err == "trl-singlepass dpo: beta=0.1.\n"
 
 
 def test_crashes_keep_their_traceback(fail_with):

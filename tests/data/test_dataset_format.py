@@ -72,7 +72,6 @@ OTHER_COLUMNS = {
     "ShareGPT's singular": ([{"conversation": SHAREGPT}], "'conversation' looks like it"),
     "instructions": ([{"instruction": "Hi.", "output": "Hello."}], r"got the columns \['instruction', 'output'\]"),
     "a prompt alone": ([{"prompt": [HI]}], r"got the columns \['prompt'\]"),
-    "preferences": ([{"chosen": [HI, HELLO], "rejected": [HI, HELLO]}], r"got the columns \['chosen', 'rejected'\]"),
 }
 
 
@@ -82,6 +81,12 @@ def test_other_columns_are_named_with_the_way_out(tmp_path, tokenizer, case, kin
     rows, reason = OTHER_COLUMNS[case]
     with pytest.raises(ValueError, match=f"The train dataset has no column to train on. Expected a conv.*{reason}"):
         single_pass_trainer(tmp_path, tokenizer, kinds(rows)[kind])
+
+
+def test_pairs_are_pointed_to_their_trainer(tmp_path, tokenizer):
+    rows = [{"chosen": [HI, HELLO], "rejected": [HI, HELLO]}]
+    with pytest.raises(ValueError, match="holds preference pairs, which SinglePassDPOTrainer trains"):
+        single_pass_trainer(tmp_path, tokenizer, Dataset.from_list(rows))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ in a real shell. A block that neither runs nor is checked says why in an HTML co
 """
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -91,7 +92,7 @@ def check_accelerate(arguments):
     assert arguments[0] == "launch"
     assert Path(parsed.config_file).is_file()
     if parsed.module:
-        assert parsed.training_script == launch.SCRIPT
+        assert parsed.training_script == launch.SCRIPTS["train"]
         check_settings(parsed.training_script_args)
 
 
@@ -124,8 +125,9 @@ CHECKS = {
 
 def in_this_process(args):
     """Stand in for `accelerate launch`: run the first step of what it would start, in this process."""
-    arguments = [*args.training_script_args, "--max_steps", "1"]
-    sft.main(*sft.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False))
+    command, *arguments = [*args.training_script_args, "--max_steps", "1"]
+    script = importlib.import_module(launch.SCRIPTS[command])
+    script.main(*script.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False))
 
 
 # How blocks are checked ----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The command reads every recipe, a step of it trains, and it reaches the number that the table promises."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from demo.load import load_rows
 from examples import screen_agent
 from support.chat_tokenizers import make_tokenizer, template_text
-from support.small_repository import DEMO_DATA, DEMO_MODEL, as_a_reader, make_small_repository, run_python
+from support.small_repository import DEMO_DATA, DEMO_MODEL, DEMO_PAIRS, as_a_reader, make_small_repository, run_python
 from support.tiny_causal_lms import tiny_config
 from support.tiny_vision import save_vision_checkpoint
-from trl_singlepass import SinglePassSFTTrainer, audit
+from trl_singlepass import SinglePassDPOTrainer, SinglePassSFTTrainer, audit
 from trl_singlepass.cli import launch
-from trl_singlepass.cli.demo import write_demo_data, write_demo_model
-from trl_singlepass.scripts import sft
+from trl_singlepass.cli.demo import DATA, as_pairs, write_demo_data, write_demo_model, write_demo_pairs
+from trl_singlepass.scripts import dpo, sft
 
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,14 @@ pytestmark = [
 
 def name_of(path):
     return path.name.removesuffix(".yaml")
+
+
+def command_of(name):
+    return "dpo" if "-dpo" in name else "train"
+
+
+def script_of(name):
+    return {"dpo": dpo, "train": sft}[command_of(name)]
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +77,13 @@ def test_recipe_trains_a_step(path, folder):
             pytest.importorskip("bitsandbytes")
         if "model_init_kwargs" in settings:
             arguments += ["--model_init_kwargs", "{}"]
-        script, training, model, datasets, others = sft.make_parser().parse_args_and_config(
-            arguments, return_remaining_strings=True
+        script, training, model, datasets, others = (
+            script_of(path.stem).make_parser().parse_args_and_config(arguments, return_remaining_strings=True)
         )
         assert script.dataset_name == settings["dataset_name"]
         launched = launch_command_parser().parse_args([*launch.with_config_file(others), "train.py"])
         assert launched.num_machines == settings.get("num_machines")
-        sft.main(script, training, model, datasets)
+        script_of(path.stem).main(script, training, model, datasets)
     assert list((folder / training.output_dir).glob("*.safetensors"))
 
 
@@ -89,7 +98,7 @@ def test_the_table_has_every_recipe_with_its_command():
     for name, (link, model, *_, command, number) in rows.items():
         settings = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
         assert link == f"[{name}]({name}.yaml)"
-        assert command.startswith(f"`trl-singlepass train --config recipes/{name}.yaml")
+        assert command.startswith(f"`trl-singlepass {command_of(name)} --config recipes/{name}.yaml")
         assert ("--machine_rank" in command) == ("num_machines" in settings)
         assert settings["model_name_or_path"] in model or settings["model_name_or_path"].startswith("out/")
         assert ("measured" in number) == settings.get("use_cpu", False)
@@ -118,6 +127,7 @@ PREDICTED = {  # recipe: chat template, sizes
     "gpt-oss-20b": ("gptoss", None),
     "qwen3.5-4b": ("qwen3_5_think", None),
     "streaming": (None, "qwen3-0.6b"),
+    "qwen3-8b-dpo-lora": (None, None),
 }
 
 
@@ -133,6 +143,8 @@ def test_predictions_are_what_audit_counts(name):
     if model is not None:
         config = Qwen3Config(num_key_value_heads=8, head_dim=128, vocab_size=151_936, **SIZES[model])
     rows = load_rows(None, 10**6)
+    if command_of(name) == "dpo":
+        rows = list(as_pairs(list(map(json.loads, DATA.read_text().splitlines()))))
     forecast = audit(rows, tokenizer, config, sample_size=len(rows)).forecast
     promised = rows_of_the_table()[name][-1]
     expected = f"sharing factor {forecast.sharing_factor.value:.2f}"
@@ -142,7 +154,7 @@ def test_predictions_are_what_audit_counts(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cpu-smoke", "tokenized-turns"])
+@pytest.mark.parametrize("name", ["cpu-smoke", "cpu-smoke-dpo", "tokenized-turns"])
 def test_measured_numbers_are_reached(name, tmp_path):
     """With the demo's model and all of its data, as in the recipe."""
     for path in ROOT.iterdir():
@@ -151,10 +163,13 @@ def test_measured_numbers_are_reached(name, tmp_path):
     promised = float(re.search(r"loss below ([\d.]+)", rows_of_the_table()[name][-1])[1])
     write_demo_model(str(tmp_path / DEMO_MODEL))
     write_demo_data(str(tmp_path / DEMO_DATA))
+    write_demo_pairs(str(tmp_path / DEMO_PAIRS))
     with as_a_reader(tmp_path) as patch:
         run_python(["examples/agent_turns.py", "--max_steps", "1"], patch)
-        patch.setattr(SinglePassSFTTrainer, "save_model", lambda self, folder: logged.extend(self.state.log_history))
+        for trainer in (SinglePassSFTTrainer, SinglePassDPOTrainer):
+            patch.setattr(trainer, "save_model", lambda self, folder: logged.extend(self.state.log_history))
         logged = []
         arguments = ["--config", f"recipes/{name}.yaml"]
-        sft.main(*sft.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False))
+        script = script_of(name)
+        script.main(*script.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False))
     assert [entry["loss"] for entry in logged if "loss" in entry][-1] < promised

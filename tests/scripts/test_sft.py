@@ -16,6 +16,7 @@ from support.conversations import chat
 from support.small_files import examples
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.scripts import sft
+from trl_singlepass.scripts.dataset import load_splits
 from trl_singlepass.training.checkpoints import checkpoint_to_resume
 
 
@@ -97,7 +98,7 @@ def test_script_streams_a_file(data, tmp_path, suffix):
     arguments = ["--dataset_name", path, "--output_dir", tmp_path, *TRAIN]
     for streaming, kind in (("true", datasets.IterableDataset), ("false", datasets.Dataset)):
         script, _, _, mixture = parse([*arguments, "--dataset_streaming", streaming])
-        rows = sft._load_dataset(script, mixture)["train"]
+        rows = load_splits(script, mixture)["train"]
         assert isinstance(rows, kind)
         assert len(list(rows)) == 4
 

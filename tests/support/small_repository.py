@@ -19,6 +19,7 @@ from trl_singlepass.cli.demo import DATA, write
 ROOT = Path(__file__).parents[2]
 # Where the docs tell readers to write them.
 DEMO_MODEL, DEMO_DATA = Path("out/demo-model"), Path("out/demo-data.jsonl")
+DEMO_PAIRS = Path("out/demo-pairs.jsonl")
 FEW_ROWS = "few-rows.jsonl"
 NUM_ROWS = 2  # the shortest with tool calls, and as many of the shortest without
 
@@ -34,6 +35,8 @@ def make_small_repository(folder):
     (folder / "out").mkdir()
     for path in (folder / FEW_ROWS, folder / DEMO_DATA):
         path.write_text("".join(shortest))
+    with mock.patch.object(write, "DATA", folder / FEW_ROWS):
+        write.write_demo_pairs(str(folder / DEMO_PAIRS))
     tokenizer = load_tokenizer(None)
     for part in (float32_model(tokenizer), tokenizer):
         part.save_pretrained(folder / DEMO_MODEL)

@@ -1,4 +1,4 @@
-"""`trl-singlepass train`: runs the training script through `accelerate launch`, as `trl sft` does."""
+"""`trl-singlepass train` and `dpo`: run a training script through `accelerate launch`, as TRL's commands do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -22,15 +22,14 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl import TrlParser
 
-from ..scripts.sft import make_parser
 from ..training.checkpoints import last_good_checkpoint
 from ..training.preemption import SIGNALS
 from .arguments import HelpFormatter, OneLineErrors, refuse_unknown
 from .errors import EXPLAINED, INTERRUPTED
+from .worker import SCRIPTS
 
 
-SCRIPT = "trl_singlepass.scripts.sft"
-WORKER = "trl_singlepass.cli.worker"  # the script with errors in one line
+WORKER = "trl_singlepass.cli.worker"  # a script with errors in one line
 _PATIENCE = 10.0  # seconds that processes get to end after Ctrl-C
 
 
@@ -38,13 +37,15 @@ class Parser(OneLineErrors, TrlParser):  # type: ignore[misc]
     """TRL's parser with errors in one line."""
 
 
-def launch(arguments: Sequence[str], *, debug: bool = False, **about: str) -> int:
+def launch(command: str, arguments: Sequence[str], *, debug: bool = False, **about: str) -> int:
     """
     Train with as many processes as `accelerate` is asked for.
 
     `SIGTERM` and `SIGUSR1` are passed on to the processes, which save a checkpoint and stop.
 
     Args:
+        command (`str`):
+            Command whose script is run, one of `SCRIPTS`.
         arguments (`Sequence[str]`):
             Arguments of the command line, for the script and for `accelerate launch`.
         debug (`bool`, *optional*, defaults to `False`):
@@ -59,10 +60,11 @@ def launch(arguments: Sequence[str], *, debug: bool = False, **about: str) -> in
         `ValueError`: If there is no such argument or configuration, or a process ended without a word.
         `KeyboardInterrupt`: After Ctrl-C, with the way to resume as its message.
     """
+    make_parser = import_module(SCRIPTS[command]).make_parser
     run, output_dir = parse_launch(
         make_parser(parser_class=Parser, formatter_class=HelpFormatter, allow_abbrev=False, **about),
         arguments,
-        SCRIPT if debug else WORKER,
+        [SCRIPTS[command]] if debug else [WORKER, command],
     )
     try:
         with _pass_on_signals(), _quiet_launcher(debug):
@@ -85,7 +87,7 @@ def launch(arguments: Sequence[str], *, debug: bool = False, **about: str) -> in
     return _explain(exit_code)
 
 
-def parse_launch(parser: TrlParser, arguments: Sequence[str], module: str) -> tuple[Namespace, str]:
+def parse_launch(parser: TrlParser, arguments: Sequence[str], module: Sequence[str]) -> tuple[Namespace, str]:
     """
     Divide the arguments between the script and `accelerate launch`.
 
@@ -94,8 +96,8 @@ def parse_launch(parser: TrlParser, arguments: Sequence[str], module: str) -> tu
             Parser of the script's arguments. `accelerate launch` gets what it does not know.
         arguments (`Sequence[str]`):
             Arguments of the command line.
-        module (`str`):
-            Module to run.
+        module (`Sequence[str]`):
+            Module to run, and what it takes before those of the script.
 
     Returns:
         `tuple[argparse.Namespace, str]`: Arguments of `accelerate launch`, and the script's `output_dir`.
@@ -116,7 +118,7 @@ def parse_launch(parser: TrlParser, arguments: Sequence[str], module: str) -> tu
         refuse_unknown([name for name in names if name.partition("=")[0] not in flags], known, source)
     for_accelerate = with_config_file([*from_config, *from_command_line])
     for_script = _without(arguments, from_command_line)
-    run: Namespace = accelerate.parse_args([*for_accelerate, "--module", module, *for_script])
+    run: Namespace = accelerate.parse_args([*for_accelerate, "--module", *module, *for_script])
     _set_defaults(run)
     _check_processes(run, fsdp=bool(training_args.fsdp))
     run.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # not those of SIGNALS: torchrun would kill all after 30 seconds

@@ -50,6 +50,10 @@ COMMANDS = {
         "fine-tune as `trl sft` does, with every turn exact in one pass (also: sft)",
         "trl-singlepass train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data.jsonl --output_dir out",
     ),
+    "dpo": Command(
+        "prefer one trajectory to another as `trl dpo` does, with every turn exact in one pass",
+        "trl-singlepass dpo --model_name_or_path Qwen/Qwen3-0.6B --dataset_name pairs.jsonl --output_dir out",
+    ),
     "inspect": Command(
         "show one conversation as a tree: what is trained, with what weight, and what is shared",
         "trl-singlepass inspect Qwen/Qwen3-0.6B data.jsonl --row 3 --html row3.html",
@@ -83,7 +87,7 @@ COMMANDS = {
         "trl-singlepass demo-model out/demo-model",
     ),
     "demo-data": Command(
-        "write 240 conversations with reasoning and tool calls, to try everything on",
+        "write 240 conversations with reasoning and tool calls, or preference pairs, to try everything on",
         "trl-singlepass demo-data out/demo-data.jsonl",
     ),
     "import": Command(
@@ -175,14 +179,14 @@ def _report(name: str, arguments: Sequence[str]) -> int:
 
 def _train(name: str, arguments: list[str]) -> int:
     if any(flag in arguments for flag in ("-h", "--help")):
-        print(format_train_help(COMMANDS[name].summary, COMMANDS[name].example))
+        print(format_train_help(name, COMMANDS[name].summary, COMMANDS[name].example))
         return 0
     refuse_dangling_config(arguments)
     check_hub(*peek(arguments, "model_name_or_path", "dataset_name"))
     from .launch import launch
 
     debug, others = _split_debug(arguments)
-    return launch(["--help" if flag == "--help_all" else flag for flag in others], debug=debug, **_about(name))
+    return launch(name, ["--help" if flag == "--help_all" else flag for flag in others], debug=debug, **_about(name))
 
 
 def _recipes(name: str, arguments: list[str]) -> int:
@@ -202,12 +206,16 @@ def _recipes(name: str, arguments: list[str]) -> int:
 
 
 def _demo(name: str, arguments: list[str]) -> int:
-    from .demo import write_demo_data, write_demo_model
+    from .demo import write_demo_data, write_demo_model, write_demo_pairs
 
     kind, write = ("FILE", write_demo_data) if name == "demo-data" else ("FOLDER", write_demo_model)
     parser = _plain_parser(name)
     parser.add_argument("path", metavar=kind, help=f"{kind.lower()} to write")
+    if name == "demo-data":
+        parser.add_argument("--pairs", action="store_true", help="write preference pairs, for `dpo`")
     args = parser.parse_args(arguments)
+    if name == "demo-data" and args.pairs:
+        write = write_demo_pairs
     _quiet()
     print(write(args.path))
     return 0
@@ -222,7 +230,14 @@ def _import(name: str, arguments: list[str]) -> int:
     return 0
 
 
-RUNNERS = {"train": _train, "recipes": _recipes, "demo-model": _demo, "demo-data": _demo, "import": _import}
+RUNNERS = {
+    "train": _train,
+    "dpo": _train,
+    "recipes": _recipes,
+    "demo-model": _demo,
+    "demo-data": _demo,
+    "import": _import,
+}
 """Commands that do more, or less, than report on a model and data."""
 
 

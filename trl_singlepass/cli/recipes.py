@@ -14,7 +14,7 @@ RECIPES = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[2] / "reci
 def find_recipes() -> dict[str, Path]:
     """Return all recipes by name, those of training runs first: `cpu-smoke`, …, `accelerate/fsdp2`, …."""
     paths = [path for path in RECIPES.rglob("*") if path.is_file() and path.suffix != ".md"]
-    paths.sort(key=lambda path: (len(path.relative_to(RECIPES).parts), path))
+    paths.sort(key=lambda path: (len(path.relative_to(RECIPES).parts), path.with_suffix("")))
     return {path.relative_to(RECIPES).as_posix().removesuffix(".yaml"): path for path in paths}
 
 

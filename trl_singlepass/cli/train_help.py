@@ -1,4 +1,4 @@
-"""The help of `trl-singlepass train`: this package's settings and the flags of a first run."""
+"""The help of `trl-singlepass train` and `dpo`: this package's settings and the flags of a first run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from textwrap import fill
 
 
 # Read as text: importing it would import TRL and PyTorch, which take seconds.
-_CONFIG = Path(__file__).parents[1] / "training" / "config.py"
+_ROOT = Path(__file__).parents[1]
+CONFIGS = {
+    "train": (_ROOT / "training" / "config.py", "SinglePassSFTConfig"),
+    "dpo": (_ROOT / "preference" / "config.py", "SinglePassDPOConfig"),
+}
+"""File and class of the settings of each command that trains."""
+_OF_TRL = {"train": "sft", "dpo": "dpo"}
 _FIRST_RUN = {
     "model_name_or_path": "Folder or hub id of the model.",
     "dataset_name": "A .jsonl or .parquet file, a folder, or the hub id of a dataset.",
@@ -25,7 +31,7 @@ _FIRST_RUN = {
 @dataclass(frozen=True, slots=True)
 class Setting:
     """
-    A setting of [`SinglePassSFTConfig`].
+    A setting of [`SinglePassSFTConfig`] or [`SinglePassDPOConfig`].
 
     Args:
         name (`str`):
@@ -41,12 +47,13 @@ class Setting:
     help: str
 
 
-def read_settings() -> Iterator[Setting]:
-    """Yield the settings that this package adds to TRL's, or whose defaults it changes."""
+def read_settings(command: str) -> Iterator[Setting]:
+    """Yield the settings of a command that this package adds to TRL's, or whose defaults it changes."""
+    file, class_name = CONFIGS[command]
     (config,) = (
         node
-        for node in ast.parse(_CONFIG.read_text("utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name == "SinglePassSFTConfig"
+        for node in ast.parse(file.read_text("utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == class_name
     )
     for node in config.body:
         match node:
@@ -68,10 +75,10 @@ def _read_default(node: ast.expr) -> str:
     return node.attr.lower() if isinstance(node, ast.Attribute) else str(ast.literal_eval(node))
 
 
-def format_train_help(summary: str, example: str) -> str:
-    """Return the help of `train`: settings of this package, flags of a first run, and where the others are."""
+def format_train_help(command: str, summary: str, example: str) -> str:
+    """Return the help of a command that trains: flags of a first run, settings of this package, where others are."""
     lines = [
-        "usage: trl-singlepass train [arguments]",
+        f"usage: trl-singlepass {command} [arguments]",
         "",
         f"{summary[0].upper()}{summary[1:]}.",
         "",
@@ -79,10 +86,10 @@ def format_train_help(summary: str, example: str) -> str:
         *(_entry(name, text) for name, text in _FIRST_RUN.items()),
         "",
         "settings of this package:",
-        *(_entry(item.name, f"{item.help} (default: {item.default})") for item in read_settings()),
+        *(_entry(item.name, f"{item.help} (default: {item.default})") for item in read_settings(command)),
         "",
-        "All arguments of `trl sft` and of `accelerate launch` work as well: --help_all lists the former,",
-        "`accelerate launch --help` the latter.",
+        f"All arguments of `trl {_OF_TRL[command]}` and of `accelerate launch` work as well:",
+        "--help_all lists the former, `accelerate launch --help` the latter.",
         "",
         f"example:\n  {example}",
     ]

@@ -1,4 +1,4 @@
-"""A process that `trl-singlepass train` starts: the training script, with errors that users can act on in one line."""
+"""A process that `trl-singlepass train` or `dpo` starts: its script, with errors that users can act on in one line."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import os
 import signal
 import sys
 import time
+from importlib import import_module
 from types import FrameType
 
 from .errors import EXPLAINED, INTERRUPTED, USER_ERRORS, describe_error
 
 
+SCRIPTS = {"train": "trl_singlepass.scripts.sft", "dpo": "trl_singlepass.scripts.dpo"}
+"""The script of each command that trains."""
 _HEAD_START = 10.0  # seconds in which rank 0 prints an error that all ranks have, and the launcher stops the others
 
 
@@ -31,14 +34,14 @@ class Interruption:
 
 
 def run() -> int:
-    """Run the training script with the arguments of this process, and return its exit code."""
+    """Run the script of the command that is this process's first argument with the others; return its exit code."""
+    command = sys.argv.pop(1)
     interruption = Interruption()
     signal.signal(signal.SIGINT, interruption.handle)
     try:
         # Imported only now: it takes seconds, in which Ctrl-C must work as well.
-        from ..scripts.sft import main, make_parser
-
-        main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
+        script = import_module(SCRIPTS[command])
+        script.main(*script.make_parser().parse_args_and_config(fail_with_unknown_args=False))
     except BaseException as error:
         if interruption.happened:  # collectives of which another rank was interrupted raise errors of their own
             return INTERRUPTED
@@ -48,7 +51,7 @@ def run() -> int:
         if rank > 0:
             time.sleep(_HEAD_START)
         where = f" (rank {rank})" if rank > 0 else ""
-        print(f"trl-singlepass train{where}: {describe_error(error)}", file=sys.stderr, flush=True)
+        print(f"trl-singlepass {command}{where}: {describe_error(error)}", file=sys.stderr, flush=True)
         return EXPLAINED
     return 0
 

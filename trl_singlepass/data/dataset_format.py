@@ -69,6 +69,10 @@ def holds_turns(dataset: object, *, text_field: str = "text", name: str = "train
         return True
     if _is_text(columns, text_field):
         return False
+    if {"chosen", "rejected"} <= set(columns):
+        raise ValueError(
+            f"The {name} dataset holds preference pairs, which SinglePassDPOTrainer trains, and `trl-singlepass dpo`."
+        )
     if not ("turns" in columns or any(set(group) <= set(columns) for group in MESSAGE_COLUMNS)):
         raise ValueError(f"The {name} dataset has no column to train on. {_expected(columns, first, text_field)}")
     if isinstance(dataset, IterableDataset):

@@ -69,7 +69,8 @@ def check_dataset(dataset: Dataset | IterableDataset, name: str) -> None:
     if not any(set(expected) <= columns for expected in (SIDES, TOKEN_COLUMNS, PAIR_COLUMNS)):
         raise ValueError(
             f"The {name} dataset holds no pairs: expected the columns 'prompt', 'chosen' and 'rejected', or 'chosen' "
-            f"and 'rejected' that begin alike, got {sorted(columns)}. Rename its columns."
+            f"and 'rejected' that begin alike, got {sorted(columns)}. Rename its columns. SinglePassSFTTrainer and "
+            "`trl-singlepass train` take conversations."
         )
 
 

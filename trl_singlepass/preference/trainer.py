@@ -17,9 +17,12 @@ from trl import DPOConfig, DPOTrainer
 from ..data.bad_rows import BadRows
 from ..data.collator import Batch
 from ..data.dataset_format import column_names
+from ..training.checkpoints import resume_counts
 from ..training.dataset import AnyDataset
+from ..training.manifest import ManifestCallback
 from ..training.metrics import TokenCounts
 from ..training.model import Forward, enable_tree, without_adapters
+from ..training.model_card import complete_model_card
 from ..training.sharded_head import gather_head_with_model
 from ..training.tree_loss import Loss
 from .collator import REFERENCE_COLUMNS, DataCollatorForSinglePassPreference
@@ -101,6 +104,7 @@ class SinglePassDPOTrainer(DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        self._manifest = ManifestCallback(self)
         self._enable_pairs()
 
     def _enable_pairs(self) -> None:
@@ -143,6 +147,12 @@ class SinglePassDPOTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns of pairs; TRL removes those that it does not know."""
         self._signature_columns = [*PAIR_COLUMNS, *REFERENCE_COLUMNS]
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        """Resume token counts, from a checkpoint that has not changed; the Trainer does not know them."""
+        resume_counts(self, self._counts, args[3])  # the checkpoint
+        position: tuple[int, int] = super()._init_training_state(*args)
+        return position
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader[Batch]]:
         """Gather the head with the model; FSDP2 leaves it sharded, and TRL's fused head reads it without a call."""
@@ -197,3 +207,16 @@ class SinglePassDPOTrainer(DPOTrainer):
         if self.model.training:
             logs.update(self._counts.pop())
         super().log(logs, start_time)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """List the files of all ranks; the first goes on to write the file that marks a checkpoint as complete."""
+        super()._save_rng_state(output_dir)
+        self._manifest.write_sizes(self, self._counts, output_dir)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Add data, tokens and the sharing factor; TRL does not know them, nor models that are not on the Hub."""
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            complete_model_card(self.args.output_dir, self.model, self.train_dataset, self.state.log_history)

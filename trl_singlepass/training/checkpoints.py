@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import logging
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from .manifest import find_changes, has_hashes
 from .metrics import TokenCounts
@@ -55,12 +55,12 @@ def _on_first_rank(search: Callable[[], str | None]) -> str | None:
     return found[0]
 
 
-def resume_counts(trainer: SFTTrainer, counts: TokenCounts, checkpoint: str | None) -> None:
+def resume_counts(trainer: SFTTrainer | DPOTrainer, counts: TokenCounts, checkpoint: str | None) -> None:
     """
     Continue the counts of tokens of a checkpoint, whose files must be those that were written.
 
     Args:
-        trainer (`trl.SFTTrainer`):
+        trainer (`trl.SFTTrainer` or `trl.DPOTrainer`):
             Trainer that resumes.
         counts (`TokenCounts`):
             Its counts of tokens.

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from .metrics import TokenCounts
 
@@ -37,21 +37,21 @@ class ManifestCallback(TrainerCallback):
     Writes the manifest of each checkpoint of a run.
 
     Args:
-        trainer (`trl.SFTTrainer`):
+        trainer (`trl.SFTTrainer` or `trl.DPOTrainer`):
             Trainer, to which the callback adds itself.
     """
 
-    def __init__(self, trainer: SFTTrainer) -> None:
+    def __init__(self, trainer: SFTTrainer | DPOTrainer) -> None:
         trainer.add_callback(self)
         self._checkpoint: Path | None = None  # whose hashes are still to be written
         self._hashing: Future[None] | None = None
 
-    def write_sizes(self, trainer: SFTTrainer, counts: TokenCounts, checkpoint: str) -> None:
+    def write_sizes(self, trainer: SFTTrainer | DPOTrainer, counts: TokenCounts, checkpoint: str) -> None:
         """
         Write counts of tokens and the sizes of all files that are there so far, once every rank has written its own.
 
         Args:
-            trainer (`trl.SFTTrainer`):
+            trainer (`trl.SFTTrainer` or `trl.DPOTrainer`):
                 Trainer that saves.
             counts (`TokenCounts`):
                 Its counts of tokens.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -58,3 +61,27 @@ def write_demo_data(file: str) -> str:
     shutil.copyfile(DATA, file)
     with DATA.open(encoding="utf-8") as lines:
         return f"Wrote {sum(1 for _ in lines)} conversations to {file}"
+
+
+def write_demo_pairs(file: str) -> str:
+    """Write preference pairs, made of the demo's conversations, to a JSON Lines file; return a line that says so."""
+    with DATA.open(encoding="utf-8") as lines:
+        pairs = list(as_pairs(list(map(json.loads, lines))))
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text("".join(f"{json.dumps(pair, ensure_ascii=False)}\n" for pair in pairs), "utf-8")
+    return f"Wrote {len(pairs)} preference pairs to {file}"
+
+
+def as_pairs(conversations: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield pairs that prefer each conversation to the same one with the answers of the next."""
+    for conversation, other in zip(conversations, [*conversations[1:], *conversations[:1]], strict=True):
+        messages = conversation["messages"]
+        first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        answers = itertools.cycle(filter(_is_answer, other["messages"]))
+        rejected = [next(answers) if _is_answer(message) else message for message in messages[first:]]
+        columns = {"prompt": messages[:first], "chosen": messages[first:], "rejected": rejected}
+        yield {**columns, **{name: value for name, value in conversation.items() if name != "messages"}}
+
+
+def _is_answer(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and not message.get("tool_calls")

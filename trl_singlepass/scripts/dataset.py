@@ -1,0 +1,87 @@
+"""The dataset that the command line of a training script names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+
+from ..data.files import LINES, TABLES, JsonLines
+
+
+def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
+    """
+    Return the splits of a file, a folder, a dataset on the Hub, or a mixture.
+
+    Args:
+        script_args (`trl.ScriptArguments`):
+            Name of the dataset, and whether it is streamed.
+        dataset_args (`trl.DatasetMixtureConfig`):
+            Datasets of a mixture, which come first.
+
+    Returns:
+        `datasets.DatasetDict` or `datasets.IterableDatasetDict`: Splits by name. A file has the one for training.
+
+    Raises:
+        `ValueError`: If no dataset is named, or there is no such file.
+    """
+    if dataset_args.datasets:
+        return get_dataset(dataset_args)
+    if not script_args.dataset_name:
+        raise ValueError(
+            "No data: pass a file, a folder or a hub id as --dataset_name, or list `datasets` in the --config file."
+        )
+    path, streaming = Path(script_args.dataset_name), script_args.dataset_streaming
+    if path.suffix in LINES and path.is_file():
+        kind, dataset_dict = (IterableDataset, IterableDatasetDict) if streaming else (Dataset, DatasetDict)
+        rows = kind.from_generator(_examples_for_arrow, gen_kwargs={"path": str(path), "mtime": path.stat().st_mtime})
+        return dataset_dict({script_args.dataset_train_split: rows})
+    if path.suffix in TABLES and path.is_file():
+        files = {script_args.dataset_train_split: str(path)}
+        return load_dataset(TABLES[path.suffix], data_files=files, streaming=streaming)
+    if path.suffix in (*LINES, *TABLES):
+        raise ValueError(f"There is no file {path}.")
+    return load_dataset(script_args.dataset_name, name=script_args.dataset_config, streaming=streaming)
+
+
+def _examples_for_arrow(path: str, mtime: float) -> Iterator[dict[str, Any]]:
+    """Encode values that differ in shape between examples as JSON: Arrow would refuse them or fill them up."""
+    del mtime  # an argument only for the cache, which would not notice that the file has changed
+    examples = JsonLines(Path(path))
+    # `datasets` would take the columns of the first example only.
+    absent = dict.fromkeys(name for example in examples for name in example)
+    for example in map(_with_json_arguments, examples):
+        as_json = {name: _as_json(example[name]) for name in ("tools", "chat_template_kwargs") if example.get(name)}
+        yield {**absent, **example, **as_json}
+
+
+def _with_json_arguments(value: Any) -> Any:
+    """Return a value with the arguments of all tool calls in it encoded as JSON."""
+    if isinstance(value, list):
+        return [_with_json_arguments(item) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: _as_json(item) if key == "arguments" and isinstance(item, dict) else _with_json_arguments(item)
+            for key, item in value.items()
+        }
+    return value
+
+
+def _as_json(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def name_on_hub(dataset_name: str | None) -> str | None:
+    """Return the name if a model card may link to it: not that of a file or folder."""
+    return None if dataset_name is None or Path(dataset_name).exists() else dataset_name
+
+
+def get_split(dataset: DatasetDict | IterableDatasetDict, name: str) -> Dataset | IterableDataset:
+    """Return a split; raise a `ValueError` that names the others if there is none of this name."""
+    if name not in dataset:
+        raise ValueError(f"The dataset has no split '{name}', only {', '.join(dataset)}.")
+    return dataset[name]
