@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-TRITON := $(VENV)/.triton
+SLOW := $(VENV)/.slow
 
 .PHONY: help install test test-slow lint demo demo-model bench gpu docs pictures clean
 
@@ -12,7 +12,7 @@ help:
 	@echo "make demo         fine-tune a small model in one pass and in N passes, compare them (MODEL=… DATA=… for your own)"
 	@echo "make demo-model   write a tiny model to out/demo-model: export MODEL=out/demo-model"
 	@echo "make test         run the tests"
-	@echo "make test-slow    the tests that take long; installs triton on Linux, which compiles for GPUs without one"
+	@echo "make test-slow    the tests that take long; installs bitsandbytes and, on Linux, triton, which compiles for GPUs without one"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         build the site from docs/ into out/site"
 	@echo "make pictures     draw the pictures of the docs"
@@ -35,11 +35,11 @@ else
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 endif
 
-$(TRITON): $(INSTALLED)
-	$(BIN)/pip install --quiet 'triton>=3.4; sys_platform == "linux"'
+$(SLOW): $(INSTALLED)
+	$(BIN)/pip install --quiet 'triton>=3.4; sys_platform == "linux"' -e ".[quantization]"
 	touch $@
 
-test-slow: $(TRITON)
+test-slow: $(SLOW)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore=tests/distributed -n 2 --dist loadfile
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/distributed
 

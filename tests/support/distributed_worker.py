@@ -137,6 +137,24 @@ def build_model(tokenizer, settings):
     return model
 
 
+def in_four_bits(model, folder):
+    """Return the model with 4-bit weights, which are stored in the type of the others, as FSDP demands."""
+    import bitsandbytes  # takes seconds, and most runs do not need it
+
+    # On CPUs with AVX512-BF16, bitsandbytes repacks weights for inference and rounds their scales to bf16.
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+    folder = f"{folder}/model{os.environ.get('RANK')}"
+    model.save_pretrained(folder)
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=torch.float32,
+    )
+    return type(model).from_pretrained(folder, dtype=torch.float32, quantization_config=config, device_map={"": "cpu"})
+
+
 def build_trainer(settings):
     """Return the trainer that the settings describe."""
     tokenizer = make_tokenizer("qwen3")
@@ -150,6 +168,8 @@ def build_trainer(settings):
     if "image_family" in settings:
         sets = image_sample_sets(model, settings["image_family"])
         images = {"data_collator": image_collator(model, settings["image_family"]), "train_dataset": image_rows(sets)}
+    if settings.get("four_bits"):
+        model = in_four_bits(model, Path(settings["result"]).parent)
     if "divided" in settings:
         model = divided(model, Path(settings["result"]).parent, settings["divided"])
     config = {
@@ -300,6 +320,9 @@ def train(settings):
         trainer.train_dataset = trainer.train_dataset.map(untrained, with_indices=True, fn_kwargs=silent)
     if settings.get("same_adapter"):
         set_adapter(trainer.model)
+    if settings.get("four_bits"):
+        for parameter in trainer.model.parameters():  # TRL's bfloat16 would blur the comparison
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     preemption = PreemptionCallback()
     trainer.add_callback(preemption)
     if settings.get("float64"):

@@ -15,10 +15,13 @@ from trl_singlepass.training.model import UnsupportedModelError
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-needs_bitsandbytes = pytest.mark.skipif(
-    find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install trl-singlepass[quantization]"
-)
 CHATS = [chat(3), chat(2, seed=1), tool_chat()]
+
+
+def needs_bitsandbytes(test):
+    """Mark a test that `make test-slow` runs, since it installs bitsandbytes."""
+    reason = "needs bitsandbytes: pip install trl-singlepass[quantization]"
+    return pytest.mark.slow(pytest.mark.skipif(find_spec("bitsandbytes") is None, reason=reason)(test))
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +103,6 @@ def test_verify_holds_on_a_quantized_base_and_sees_a_defect(tmp_path, tokenizer,
     assert not verify(model, tokenizer, CHATS).ok
 
 
-@pytest.mark.slow
 @needs_bitsandbytes
 def test_eight_bits_are_refused(tmp_path, tokenizer):
     float32_model(tokenizer).save_pretrained(tmp_path)
