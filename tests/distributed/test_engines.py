@@ -3,16 +3,9 @@
 import pytest
 
 from support.trainers import needs_weighted_loss
-from support.worker_settings import assert_same_training, on_engine, with_config, zero
+from support.worker_settings import ENGINES, assert_engine, assert_same_training, on_engine, with_config, zero
 
 
-ENGINES = {
-    "ddp": ("DistributedDataParallel", "MULTI_CPU", None),
-    "zero1": ("DeepSpeedEngine", "DEEPSPEED", 1),
-    "zero2": ("DeepSpeedEngine", "DEEPSPEED", 2),
-    "zero3": ("DeepSpeedEngine", "DEEPSPEED", 3),
-    "fsdp2": ("FSDPQwen3ForCausalLM", "FSDP", None),
-}
 CASES = {
     # Evaluates five conversations: on two ranks, its last batch repeats one.
     "plain": {"evaluate": True, "config": {"gradient_checkpointing": False}},
@@ -25,14 +18,6 @@ PRECISIONS = [
     # The worker keeps the fused head in float64, which older releases lack.
     pytest.param(({"float64": True}, 1e-13), id="float64", marks=needs_weighted_loss),
 ]
-
-
-def assert_engine(run, engine, world_size=2):
-    """Assert that no launch silently fell back to another engine, or to fewer processes."""
-    wrapped, kind, stage = ENGINES[engine]
-    assert run.world_size == world_size
-    assert (run.distributed_type, run.zero_stage) == (kind, stage)
-    assert run.engine in (wrapped, "FSDPPeftModel") if engine == "fsdp2" else run.engine == wrapped
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,6 +8,14 @@ import torch
 
 
 TOLERANCE = 1e-6
+# How the model is wrapped, what accelerate calls the engine, and the stage of ZeRO.
+ENGINES = {
+    "ddp": ("DistributedDataParallel", "MULTI_CPU", None),
+    "zero1": ("DeepSpeedEngine", "DEEPSPEED", 1),
+    "zero2": ("DeepSpeedEngine", "DEEPSPEED", 2),
+    "zero3": ("DeepSpeedEngine", "DEEPSPEED", 3),
+    "fsdp2": ("FSDP", "FSDP", None),
+}
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -53,6 +61,14 @@ def in_waves(settings, **config):
         ahead = {"stage3_prefetch_bucket_size": 0}
         config["deepspeed"] = {**deepspeed, "zero_optimization": {**deepspeed["zero_optimization"], **ahead}}
     return with_config(settings, **config)
+
+
+def assert_engine(run, engine, world_size=2):
+    """Assert that no launch silently fell back to another engine, or to fewer processes."""
+    wrapped, kind, stage = ENGINES[engine]
+    assert run.world_size == world_size
+    assert (run.distributed_type, run.zero_stage) == (kind, stage)
+    assert run.engine.startswith(wrapped)
 
 
 def read_result(path):

@@ -1,0 +1,50 @@
+"""Each model on each engine, in each way to run a row: two ranks train what one process trains, or say why not."""
+
+import os
+
+import pytest
+
+from support.engine_matrix import (
+    CELLS,
+    TOLERANCE,
+    Outcome,
+    largest_difference,
+    on_two_ranks,
+    refusal,
+    settings_of,
+    write_results,
+)
+from support.trainers import needs_weighted_loss
+from support.worker_settings import assert_engine, with_config
+
+
+WRITES = os.environ.get("WRITE_ENGINES_PAGE") == "1"
+pytestmark = [pytest.mark.slow, needs_weighted_loss]  # whose fused head the worker keeps in float64
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Collect outcomes; with `WRITE_ENGINES_PAGE=1`, the page is written from those of whole columns."""
+    outcomes = {}
+    yield outcomes
+    if WRITES:
+        write_results(outcomes)
+
+
+@pytest.mark.parametrize(("engine", "model", "way"), CELLS)
+def test_two_ranks_train_what_one_process_trains(tmp_path, workers, one_process, found, engine, model, way):
+    settings = settings_of(model, way)
+    alone = one_process(with_config(settings, gradient_accumulation_steps=2))
+    assert len(alone.loss) == 2
+    settings, environment = on_two_ranks(engine, settings)
+    run = workers.run(tmp_path, settings, world_size=2, environment=environment, expect_success=False)
+    if run.codes != [0, 0]:
+        assert engine == "ulysses", run.log[-6000:]
+        found[engine, model, way] = Outcome(refused=refusal(run.log))
+        assert found[engine, model, way].refused is not None, run.log[-6000:]
+        return
+    assert_engine(run, "zero3" if engine == "ulysses" else engine)
+    assert ("wave_tokens" in settings["config"]) == (max(run.num_waves, default=1) > 1)
+    difference = largest_difference(run, alone)
+    found[engine, model, way] = Outcome(difference)
+    assert difference <= TOLERANCE

@@ -1,0 +1,149 @@
+"""
+Each model on each engine, in each way to run a row: cells, outcomes of their tests, and the page that prints them.
+
+`tests/distributed/test_matrix.py` fills the matrix.
+"""
+
+import datetime
+import json
+import math
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+
+from support.worker_settings import in_waves, on_engine, with_config, zero
+
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "engines.json"
+PAGE = ROOT / "docs" / "distributed.md"
+BEGIN, END = "<!-- engines: begin -->", "<!-- engines: end -->"
+TOLERANCE = 1e-12
+
+ENGINES = {
+    "ddp": "DDP",
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+    "fsdp2": "FSDP2",
+    "ulysses": "Ulysses",
+}
+NO_ROUTER_LOSS = {"config": {"router_aux_loss_coef": 0.0}}
+MODELS = {
+    "dense": {},
+    "hybrid": {"family": "qwen3_5_text"},
+    "hybrid, experts": {"family": "qwen3_5_moe_text", **NO_ROUTER_LOSS},
+    "experts, load-balancing loss": {"family": "qwen3-moe"},
+    "hybrid, experts, load-balancing loss": {"family": "qwen3_5_moe_text"},
+}
+WAYS = {
+    "rows": {},
+    "waves": {"config": {"wave_tokens": 32}},
+    "packing": {"config": {"packing": True, "max_length": 256}},
+    "LoRA": {"lora": "all-linear"},
+}
+LIBRARIES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft")
+CELLS = list(product(ENGINES, MODELS, WAYS))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Largest difference from one process, or the reason why a run was refused."""
+
+    difference: float | None = None
+    refused: str | None = None
+
+
+def settings_of(model, way):
+    """Return settings of the worker, for two steps in float64."""
+    settings = {**MODELS[model], **WAYS[way], "float64": True}
+    config = {"max_steps": 2, "gradient_checkpointing": False, "per_device_train_batch_size": 1}
+    return with_config(settings, **config, **MODELS[model].get("config", {}), **WAYS[way].get("config", {}))
+
+
+def on_two_ranks(engine, settings):
+    """Return settings and environment of a step of two rows: one per rank, or both shared under Ulysses."""
+    if engine == "ulysses":
+        config = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "deepspeed": zero(3)}
+        settings, environment = {**with_config(settings, **config), "sp_size": 2}, {}
+    else:
+        settings, environment = on_engine(engine, settings)
+    return (in_waves(settings) if "wave_tokens" in settings["config"] else settings), environment
+
+
+def largest_difference(ours, theirs):
+    """Return the largest difference between two runs: of losses and gradient norms, relative, and of parameters."""
+    assert ours.parameters.keys() == theirs.parameters.keys()
+    pairs = [pair for name in ("loss", "grad_norm") for pair in zip(vars(ours)[name], vars(theirs)[name], strict=True)]
+    differences = [abs(own - other) / abs(other) for own, other in pairs]
+    for name, value in theirs.parameters.items():
+        differences.append(float((ours.parameters[name].double() - value.double()).abs().max()))
+    return max(differences, key=lambda value: math.inf if math.isnan(value) else value)
+
+
+def refusal(log):
+    """Return what the error says that refused a run before it trained; nothing if it failed in another way."""
+    found = re.search(r"^ValueError: (.* does not work with .*)$", log, re.M)
+    return found and found.group(1)
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+def read_results():
+    """Return the recorded columns by engine: when, with which versions, and the outcome of each cell."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def write_results(outcomes):
+    """Write the columns of engines all of whose cells have run, and print the whole matrix on the page."""
+    columns = read_results()
+    for engine in ENGINES:
+        cells = {cell: outcomes.get((engine, *cell)) for cell in product(MODELS, WAYS)}
+        if None not in cells.values():
+            columns[engine] = {
+                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+                "versions": {name: version(name) for name in LIBRARIES},
+                "cells": [{"model": model, "way": way, **as_json(cells[model, way])} for model, way in cells],
+            }
+    ordered = {engine: columns[engine] for engine in ENGINES if engine in columns}
+    RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
+    before, _, after = parts_of_page()
+    PAGE.write_text(before + table(ordered) + after)
+
+
+def as_json(outcome):
+    """Return what is known of an outcome."""
+    return {key: value for key, value in vars(outcome).items() if value is not None}
+
+
+def parts_of_page():
+    """Return the page up to the matrix, the matrix, and the rest."""
+    page = PAGE.read_text()
+    begin, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+    return page[:begin], page[begin:end], page[end:]
+
+
+def table(columns):
+    """Return the matrix as the page prints it: reasons of refusals are numbered below the table."""
+    found = {(engine, cell["model"], cell["way"]): cell for engine in columns for cell in columns[engine]["cells"]}
+    reasons = list(dict.fromkeys(cell["refused"] for cell in found.values() if "refused" in cell))
+
+    def shown(*name):
+        cell = found[name]
+        return (
+            f"refused ({reasons.index(cell['refused']) + 1})"
+            if "refused" in cell
+            else f"{cell['difference']:.0e}".replace("0e+00", "0")
+        )
+
+    rows = [["model", "", *(ENGINES[engine] for engine in columns)], ["---"] * (len(columns) + 2)]
+    for model, way in product(MODELS, WAYS):
+        rows.append([model, way, *(shown(engine, model, way) for engine in columns)])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    versions = {", ".join(map(" ".join, column["versions"].items())) for column in columns.values()}
+    tested = f"With {'; '.join(sorted(versions))}."
+    return "\n".join(["\n", *lines, "", *notes, *([""] if notes else []), tested, "\n"])

@@ -1,0 +1,45 @@
+"""Layers that an engine shards and gathers as a whole, chosen before it takes the model over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from .model import without_adapters
+from .zero3_leaves import make_leaves
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def choose_sharded_layers(model: PreTrainedModel | PeftModel, accelerator: Accelerator) -> None:
+    """
+    Choose the layers that ZeRO-3 gathers and that FSDP2 shards as a whole. Other engines are left alone.
+
+    Args:
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model, before the engine takes it over.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run.
+    """
+    make_leaves(model, accelerator)
+    _leave_out_absent_layers(without_adapters(model), accelerator)
+
+
+def _leave_out_absent_layers(model: PreTrainedModel, accelerator: Accelerator) -> None:
+    """
+    Let FSDP2 shard the layers that the model has, where nobody has named others.
+
+    transformers 5.24 names the blocks of the encoder of images for text models as well (Qwen3.5), and accelerate 1.15
+    stops if a named layer is not in the model.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.transformer_cls_names_to_wrap is not None:
+        return
+    present = {type(module).__name__ for module in model.modules()}
+    named = set(model._no_split_modules or ())
+    if named & present:
+        plugin.transformer_cls_names_to_wrap = sorted(named & present)
