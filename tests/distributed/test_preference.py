@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.worker_settings import TOLERANCE, on_engine, with_config
+from support.worker_settings import TOLERANCE, in_waves, on_engine, with_config
 
 
 CASES = {
@@ -11,6 +11,37 @@ CASES = {
     # Without the load-balancing loss, which is one of each rank's batch.
     "mixture of experts": {"pairs": True, "family": "qwen3-moe", "config": {"router_aux_loss_coef": 0.0}},
 }
+
+
+def assert_same(run, alone):
+    """Assert that two processes trained what one trained."""
+    assert run.world_size == 2
+    # Log-probabilities of a trajectory are in the hundreds: in float32, their differences have six digits.
+    assert run.loss == pytest.approx(alone.loss, rel=1e-5)
+    assert run.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5)
+    assert run.parameters.keys() == alone.parameters.keys()
+    for name, value in alone.parameters.items():
+        assert float((value - run.parameters[name]).abs().max()) <= TOLERANCE, name
+    assert run.num_trained_tokens == alone.num_trained_tokens
+
+
+# The ranks have one to three rows each.
+IN_PARTS = {
+    "rows": {**CASES["reference"], "config": {"max_row_tokens": 170}},
+    "rows, adapter": {**CASES["adapter"], "config": {"max_row_tokens": 170}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("case", IN_PARTS)
+def test_batches_of_several_parts(tmp_path, workers, one_process, engine, case):
+    whole = {name: value for name, value in IN_PARTS[case].items() if name != "config"}
+    settings = with_config(IN_PARTS[case], activation_checkpointing=False)
+    alone = one_process(with_config(whole, activation_checkpointing=False, per_device_train_batch_size=2))
+    settings, environment = on_engine(engine, settings)
+    run = workers.run(tmp_path, in_waves(settings), world_size=2, environment=environment)
+    assert_same(run, alone)
 
 
 @pytest.mark.slow
@@ -22,11 +53,4 @@ def test_six_steps(tmp_path, workers, one_process, engine, case):
     assert len(set(alone.loss)) == 6
     settings, environment = on_engine(engine, settings)
     run = workers.run(tmp_path, settings, world_size=2, environment=environment)
-    assert run.world_size == 2
-    # Log-probabilities of a trajectory are in the hundreds: in float32, their differences have six digits.
-    assert run.loss == pytest.approx(alone.loss, rel=1e-5)
-    assert run.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5)
-    assert run.parameters.keys() == alone.parameters.keys()
-    for name, value in alone.parameters.items():
-        assert float((value - run.parameters[name]).abs().max()) <= TOLERANCE, name
-    assert run.num_trained_tokens == alone.num_trained_tokens
+    assert_same(run, alone)

@@ -44,7 +44,7 @@ def train_both(tmp_path, tokenizer, model, pairs=SINGLE_TURNS, ref_model="pertur
 def assert_equal(stock, single_pass, start, tolerance=TOLERANCE):
     """Assert that both trained and logged alike, and that they moved far more than the tolerance."""
     assert largest_difference(stock, single_pass) <= tolerance
-    moved = max(float((parameter - start[name]).abs().max()) for name, parameter in parameters(stock).items())
+    moved = max(float((parameters(stock)[name] - value).abs().max()) for name, value in start.items())
     assert moved > 1000 * tolerance
     for key in LOGGED:
         assert logged(single_pass, key) == pytest.approx(logged(stock, key), rel=1e-3, abs=1e-4), key
@@ -128,6 +128,21 @@ def test_settings_keep_their_meaning(tmp_path, tokenizer, settings):
     model = float32_model(tokenizer)
     settings = {"per_device_train_batch_size": 2, "max_steps": 4, **settings}
     assert_equal(*train_both(tmp_path, tokenizer, model, **settings), start_of(model))
+
+
+@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "adapter"])
+def test_batches_of_several_rows(tmp_path, tokenizer, adapted):
+    """A step is the mean over its pairs, however many of them share a row."""
+    model = adapted_model(tokenizer) if adapted else float32_model(tokenizer)
+    reference = None if adapted else "perturbed"
+    steps = {**STEPS, "max_steps": 4, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    stock = stock_dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS, model, copy.deepcopy(reference), **steps)
+    in_rows = dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS, model, reference, max_row_tokens=160, **steps)
+    start = start_of(stock.model)
+    for trainer in (stock, in_rows):
+        trainer.train()
+    assert logged(in_rows, "num_rows")[0] > 1
+    assert_equal(stock, in_rows, start)
 
 
 def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path, tokenizer):

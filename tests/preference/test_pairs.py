@@ -1,5 +1,7 @@
 """From examples to rows: turns as served, dataset forms, which turns count, what is lost and what is refused."""
 
+import re
+
 import datasets
 import numpy as np
 import pytest
@@ -203,9 +205,14 @@ def test_bad_rows_are_named_or_dropped(tokenizer):
     assert rows.info.description.startswith("1 bad row dropped (Row 1: in 'rejected'")
 
 
-def test_a_pair_larger_than_a_row_is_a_bad_row(tokenizer):
-    with pytest.raises(RenderingError, match=r"the tree of the pair has \d+ tokens, and max_row_tokens=20"):
-        prepared([pair(1)], tokenizer, PairSettings(max_row_tokens=20))
+def test_a_pair_larger_than_a_row_is_split_and_a_turn_is_cut(tokenizer):
+    whole = example_to_pair(pair(2), 0, tokenizer, PairSettings())
+    longest = max(map(len, whole.samples))
+    summary = prepared([pair(2)], tokenizer, PairSettings(max_row_tokens=longest)).info.description
+    assert re.search(r"1 pairs larger than max_row_tokens take [234] rows", summary)
+    assert f"all {whole.chosen.num_trained_tokens + whole.rejected.num_trained_tokens} completion tokens" in summary
+    cut = prepared([pair(2)], tokenizer, PairSettings(max_row_tokens=longest - 1)).info.description
+    assert "1 past max_row_tokens do not" in cut
 
 
 def test_overlong_turns_can_be_an_error(tokenizer):

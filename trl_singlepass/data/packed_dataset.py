@@ -119,6 +119,11 @@ def pack_rows(rows: Sequence[Row], max_row_tokens: int) -> list[Row]:
     Returns:
         `list[Row]`: The packed rows.
     """
+    return [join_with_shared_prefixes([rows[i] for i in members]) for members in assign(rows, max_row_tokens)]
+
+
+def assign(rows: Sequence[Row], max_row_tokens: int) -> list[list[int]]:
+    """Return the numbers of the rows that share each packed row; arguments as for [`pack_rows`]."""
     shareable = [shareable_length(row.labels, row.subtree_end) for row in rows]
     keys = _PrefixKeys()
 
@@ -126,8 +131,7 @@ def pack_rows(rows: Sequence[Row], max_row_tokens: int) -> list[Row]:
         row = rows[i]
         return keys(row.input_ids[: shareable[i]], row.all_image_features()[: shareable[i]], row.images)
 
-    members = assign_to_rows([len(row) for row in rows], prefix, max_row_tokens)
-    return [join_with_shared_prefixes([rows[i] for i in of_row]) for of_row in members]
+    return assign_to_rows([len(row) for row in rows], prefix, max_row_tokens)
 
 
 def _join_batch(batch: Mapping[str, list[list[int]]], rows: Dataset, features: Features) -> pa.Table:

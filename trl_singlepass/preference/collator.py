@@ -1,7 +1,7 @@
 """
-From rows of pairs to the batch that TRL's DPO reads, with the tree that the model runs on beside it.
+From rows of pairs to the batch that TRL's DPO reads, with the trees that the model runs on beside it.
 
-Shape letters: B pairs, M trained tokens of the longest trajectory, L tokens of the row.
+Shape letters: B pairs, M trained tokens of the longest trajectory, L tokens of all rows of the batch.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.collator import Batch, DataCollatorForSinglePass
-from .rows import LENGTH_COLUMNS, POSITION_COLUMNS
+from .packing import PackedRow, pack_pairs
+from .rows import LENGTH_COLUMNS
 from .turn_weights import TurnWeights
 
 
@@ -25,24 +27,27 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 @dataclass
 class DataCollatorForSinglePassPreference:
     """
-    Join the pairs of a batch into one padding-free row, and lay out what TRL's DPO reads of it.
+    Lay out the pairs of a batch in rows without padding, and what TRL's DPO reads of them.
 
     DPO reads trajectories, one per line, chosen ones first: `input_ids` of shape `(2B, M + 1)` hold the tokens that
     log π is taken over, behind one token that stands for everything before them. The model never sees them; it runs on
-    `row`, and `targets` says where in the row each of them is predicted.
+    `rows`, and `targets` says where in the rows each of them is predicted.
 
     Args:
         pad_token_id (`int`):
-            Token that pads trajectories, and the row to a multiple of `pad_to_multiple_of`.
+            Token that pads trajectories, and rows to a multiple of `pad_to_multiple_of`.
         pad_to_multiple_of (`int`, *optional*):
-            If set, the length of the row is a multiple of this number of tokens.
+            If set, the length of a row is a multiple of this number of tokens.
         turn_weights (`TurnWeights`, *optional*):
             Factors of the log-probabilities of turns; all 1 by default.
+        max_row_tokens (`int`, *optional*):
+            Capacity of a row, in tokens (see [`pack_pairs`]). `None` makes one row of a batch.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     turn_weights: TurnWeights = field(default_factory=TurnWeights)
+    max_row_tokens: int | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         """
@@ -53,28 +58,26 @@ class DataCollatorForSinglePassPreference:
                 Pairs, with `PAIR_COLUMNS`, and `REFERENCE_COLUMNS` if they have been computed.
 
         Returns:
-            `Batch`: `input_ids`, `completion_mask` (`torch.int64` of shape `(2B, M + 1)`); `attention_mask`, the
-            multiplicity of each token of the row, `(1, L)`; `targets`, `(2B, M)`, the position in the row that
-            predicts each token, 0 where there is none; `row`, the batch of [`DataCollatorForSinglePass`];
-            `token_weights`, `torch.float32` of shape `(2B, M)`, where turns have weights; `REFERENCE_COLUMNS`, if the
-            examples have them.
+            `Batch`: `input_ids`, `completion_mask` (`torch.int64` of shape `(2B, M + 1)`); `rows`, one batch of
+            [`DataCollatorForSinglePass`] per row; `attention_mask`, the multiplicity of each token of the rows one
+            after the other, `(1, L)`; `targets`, `(2B, M)`, the position among these tokens that predicts each token,
+            0 where there is none; `token_weights`, `torch.float32` of shape `(2B, M)`, where turns have weights;
+            `REFERENCE_COLUMNS`, if the examples have them.
         """
-        row = DataCollatorForSinglePass(self.pad_token_id, self.pad_to_multiple_of)(examples)
-        starts = np.cumsum([0] + [len(example["input_ids"]) for example in examples[:-1]])
-        positions = [
-            torch.from_numpy(start + np.asarray(example[side], np.int64))
-            for side in POSITION_COLUMNS
-            for start, example in zip(starts, examples, strict=True)
-        ]
+        packed = pack_pairs(examples, self.max_row_tokens)
+        collate = DataCollatorForSinglePass(self.pad_token_id, self.pad_to_multiple_of)
+        rows = [collate([each.row.columns()]) for each in packed]
+        labels = torch.cat([torch.nn.functional.pad(row["labels"][0, 1:], (0, 1)) for row in rows])
+        positions = _lines(packed, [row["labels"].shape[1] for row in rows], len(examples))
         targets = pad_sequence(positions, batch_first=True)
         mask = pad_sequence([torch.ones_like(line) for line in positions], batch_first=True)
-        tokens = torch.where(mask.bool(), row["labels"][0, 1:][targets], self.pad_token_id)
+        tokens = torch.where(mask.bool(), labels[targets], self.pad_token_id)
         batch = {
             "input_ids": torch.nn.functional.pad(tokens, (1, 0), value=self.pad_token_id),
             "completion_mask": torch.nn.functional.pad(mask, (1, 0)),
-            "attention_mask": row["attention_mask"],
+            "attention_mask": torch.cat([row["attention_mask"] for row in rows], dim=1),
             "targets": targets,
-            "row": row,
+            "rows": rows,
         }
         if not self.turn_weights.are_all_one:
             lines = [example[side] for side in LENGTH_COLUMNS for example in examples]
@@ -84,3 +87,17 @@ class DataCollatorForSinglePassPreference:
             if name in examples[0]:
                 batch[name] = torch.tensor([example[name] for example in examples])
         return batch
+
+
+def _lines(packed: Sequence[PackedRow], lengths: Sequence[int], num_pairs: int) -> list[torch.Tensor]:
+    """Return the positions of each trajectory's targets among the tokens of all rows, turn by turn."""
+    starts = np.cumsum([0, *lengths[:-1]])
+    turns = sorted(
+        (turn.side, turn.pair, turn.number, start + positions)
+        for start, each in zip(starts, packed, strict=True)
+        for turn, positions in each.positions.items()
+    )
+    lines: list[list[NDArray[np.int64]]] = [[] for _ in range(2 * num_pairs)]
+    for side, pair, _, positions in turns:
+        lines[side * num_pairs + pair].append(positions)
+    return [torch.from_numpy(np.concatenate(line)) for line in lines]

@@ -31,11 +31,17 @@ class SinglePassDPOConfig(DPOConfig):
         max_length (`int`, *optional*):
             Longest sample, in tokens. Longer samples lose the tokens at depth `max_length` and beyond, as with TRL's
             `truncation_mode="keep_start"`; what is lost is counted in the log. `None` keeps every sample whole.
+        packing (`bool`, *optional*):
+            Pairs of a batch share rows without padding, and the prefixes that they have in common: `None` and `True`
+            change nothing, and `False` is refused. `max_row_tokens` bounds a row.
         max_row_tokens (`int`, *optional*):
-            Largest tree of a pair, in tokens. A larger pair is a bad row: its loss needs all its turns at once.
+            Largest row, in tokens: the setting that bounds memory. The pairs of a batch fill as many rows as they
+            need, and a pair with a larger tree is split between turns over several of them. A batch of several rows
+            costs one more forward of the policy. `None` makes one row of a batch.
         overlong_turns (`str`, *optional*, defaults to `"truncate"`):
-            What happens to a turn that is longer than `max_length`: `"truncate"` takes its beginning, `"drop"` leaves
-            it out, `"error"` stops. A pair of which a side has nothing left is dropped, and counted in the log.
+            What happens to a turn that is longer than `max_length` or `max_row_tokens`: `"truncate"` takes its
+            beginning, `"drop"` leaves it out, `"error"` stops. A pair of which a side has nothing left is dropped, and
+            counted in the log.
         bad_rows (`str`, *optional*, defaults to `"error"`):
             What happens to examples that cannot be trained: `"error"` names all of them with their reasons and stops
             (in a stream, at the first), `"drop"` leaves them out and counts them in the log.
@@ -61,13 +67,21 @@ class SinglePassDPOConfig(DPOConfig):
             "and what is lost is counted in the log. `None` keeps every sample whole."
         },
     )
+    packing: bool | None = field(
+        default=None,
+        metadata={"help": "Pairs of a batch always share rows: `None` and `True` change nothing, `False` is refused."},
+    )
     max_row_tokens: int | None = field(
-        default=None, metadata={"help": "Largest tree of a pair, in tokens. A larger pair is a bad row."}
+        default=None,
+        metadata={
+            "help": "Largest row, in tokens. The pairs of a batch fill as many rows as they need; larger pairs are "
+            "split between turns over several. `None` makes one row of a batch."
+        },
     )
     overlong_turns: OverlongTurns = field(
         default=OverlongTurns.TRUNCATE,
         metadata={
-            "help": "What happens to turns longer than `max_length`: 'truncate', 'drop', 'error'.",
+            "help": "What happens to turns longer than `max_length` or `max_row_tokens`: 'truncate', 'drop', 'error'.",
             "choices": list(OverlongTurns),
         },
     )
@@ -111,6 +125,11 @@ class SinglePassDPOConfig(DPOConfig):
             self.dataloader_pin_memory = False
         if self.bad_rows not in tuple(BadRows):
             raise ValueError(f"bad_rows={self.bad_rows!r} is not one of {', '.join(BadRows)}.")
+        if self.packing is False:
+            raise ValueError(
+                "packing=False: the pairs of a batch always share rows, with the loss and gradients of separate ones. "
+                "Leave it out, and set max_row_tokens to bound a row."
+            )
         for name in ("max_length", "max_row_tokens"):
             value = getattr(self, name)
             if value is not None and value < 2:

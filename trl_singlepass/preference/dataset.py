@@ -15,6 +15,8 @@ from transformers.utils.logging import get_logger
 from ..data.bad_rows import BadRowError, BadRows, StreamedBadRows, bad_rows_error, get_reason, group_errors
 from ..data.dataset_format import EXAMPLE, in_one_column
 from ..data.preparation import say, tokenizer_fingerprint
+from ..trees.prefix_tree import PrefixTree
+from ..trees.splitting import split_samples
 from .pairs import example_to_pair
 from .report import COUNT_COLUMNS, PairReport, count_pair
 from .rows import PAIR_COLUMNS, PAIR_ROWS_VERSION, pair_features, pair_to_columns
@@ -82,9 +84,11 @@ def prepare_pairs(
         new_fingerprint=Hasher.hash(state),
         desc=f"Building prefix trees of {name} dataset",
     )
-    report = _get_report(rows, bad_rows, name)
+    report = _get_report(rows, bad_rows, name, settings)
     if report.counts["num_tokens"] == 0:
-        raise ValueError(f"No pair of the {name} dataset is trained: {report}. Raise max_length, or set it to None.")
+        raise ValueError(
+            f"No pair of the {name} dataset is trained: {report}. Raise {report.bound}, or set it to None."
+        )
     if is_main_process:
         say(f"{name} dataset: {report}.", logging.INFO if report.is_complete else logging.WARNING)
     rows = rows.select(np.flatnonzero(rows.data.table["num_tokens"].to_numpy()))
@@ -93,13 +97,14 @@ def prepare_pairs(
     return rows
 
 
-def _get_report(rows: Dataset, bad_rows: BadRows, name: str) -> PairReport:
+def _get_report(rows: Dataset, bad_rows: BadRows, name: str, settings: PairSettings) -> PairReport:
     table = rows.data.table
     bad = [(index, reason) for index, reason in enumerate(table[_REASON].to_pylist()) if reason is not None]
     errors = group_errors(bad)
     if errors and bad_rows == BadRows.ERROR:
         raise bad_rows_error(errors, len(rows), name)
-    return PairReport.from_columns({column: table[column].to_pylist() for column in COUNT_COLUMNS}, errors)
+    columns = {column: table[column].to_pylist() for column in COUNT_COLUMNS}
+    return PairReport.from_columns(columns, settings, errors)
 
 
 def _prepare_example(
@@ -120,13 +125,11 @@ def _example_to_columns(
     if not all(side.samples for side in pair.sides):
         return _no_row(), count_pair(pair, num_tokens=0)
     columns = pair_to_columns(pair)
+    parts = split_samples(pair.samples, settings.max_row_tokens)
     num_tokens = len(columns["input_ids"])
-    if settings.max_row_tokens is not None and num_tokens > settings.max_row_tokens:
-        raise BadRowError(
-            f"Row {index}: the tree of the pair has {num_tokens} tokens, and max_row_tokens={settings.max_row_tokens} "
-            "are allowed: the loss of a pair needs all its turns at once. Raise it, or set max_length."
-        )
-    return columns, count_pair(pair, num_tokens)
+    if len(parts) > 1:
+        num_tokens = sum(len(PrefixTree.from_samples(part)) for part in parts)
+    return columns, count_pair(pair, num_tokens, num_rows=len(parts))
 
 
 def _no_row() -> dict[str, Any]:
@@ -163,6 +166,6 @@ class _StreamPreparation:
     def _log(self) -> None:
         lost = sum(self._counts["num_cut_tokens"])
         if lost >= self._next_log:
-            report = PairReport.from_columns(self._counts)
+            report = PairReport.from_columns(self._counts, self._settings)
             logger.warning(f"Stream of the {self._name} dataset so far: {report}.")
             self._next_log = 2 * lost

@@ -1,7 +1,7 @@
 """
-The model as TRL's DPO calls it: per-token outputs of trajectories, from one forward on the tree of the row.
+The model as TRL's DPO calls it: per-token outputs of trajectories, from forwards on the trees of a batch's rows.
 
-Shape letters: B pairs, M trained tokens of the longest trajectory, L tokens of the row.
+Shape letters: B pairs, M trained tokens of the longest trajectory, L tokens of all rows.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..attention import tree_context
+from ..attention import Tree, tree_context
 from ..data.collator import Batch
-from ..training.model import Forward, check_every_layer_attended
+from ..training.model import check_every_layer_attended
 from ..trees.prefix_tree import IGNORE_INDEX
 
 
 # What TRL's fused head returns per token.
-_PER_TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+PER_TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
 
-def on_pairs(model: nn.Module, base: PreTrainedModel, checked: set[PreTrainedModel]) -> Forward:
+class PairModel:
     """
-    Return a model that takes batches of pairs and returns what TRL's DPO expects of padded trajectories.
+    A model that takes batches of pairs and returns what TRL's DPO expects of padded trajectories.
+
+    A batch of one row runs in one forward; [`PairModelInParts`] runs others.
 
     Args:
         model (`torch.nn.Module`):
@@ -33,33 +35,49 @@ def on_pairs(model: nn.Module, base: PreTrainedModel, checked: set[PreTrainedMod
             The same model without adapters and wrappers, with trees enabled.
         checked (`set[transformers.PreTrainedModel]`):
             Models of which every layer is known to receive the tree; the first forward adds the model.
-
-    Returns:
-        `Forward`: Takes the batch of [`DataCollatorForSinglePassPreference`]. With `labels`, it returns the outputs of
-        TRL's fused head, each of shape `(2B, M)`; without, `logits` of shape `(2B, M + 1, vocabulary)`, of which
-        `[:, i]` predicts `input_ids[:, i + 1]`.
-
-    Raises:
-        `UnsupportedModelError`: In the first forward, if a layer did not receive the tree.
     """
 
-    def forward(
+    def __init__(self, model: nn.Module, base: PreTrainedModel, checked: set[PreTrainedModel]) -> None:
+        self.model, self._base, self._checked = model, base, checked
+
+    def __call__(
+        self,
         *,
-        row: Batch,
+        rows: list[Batch],
         targets: torch.Tensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         labels: torch.Tensor | None = None,
         token_weights: torch.Tensor | None = None,
         **inputs: object,
     ) -> ModelOutput:
-        inputs |= {"input_ids": row["input_ids"], "position_ids": row["position_ids"]}
-        if labels is not None:
-            inputs["labels"] = row["labels"]
-        with tree_context(row["tree_plan"], row["subtree_end"], row["position_ids"]) as tree:
-            outputs = model(**inputs, attention_mask=attention_mask)
-        if base not in checked:
-            check_every_layer_attended(base, tree)
-            checked.add(base)
+        """
+        Run the rows of a batch.
+
+        Args:
+            rows (`list[Batch]`):
+                Rows, from [`DataCollatorForSinglePassPreference`], as the other arguments.
+            targets (`torch.Tensor` of shape `(2B, M)`):
+                Position among the tokens of all rows that predicts each token.
+            input_ids (`torch.Tensor`):
+                Not read: the tokens are in the rows.
+            attention_mask (`torch.Tensor`):
+                Not read: it is in the rows.
+            labels (`torch.Tensor` of shape `(2B, M + 1)`, *optional*):
+                Targets of the trajectories, -100 where there is none.
+            token_weights (`torch.Tensor` of shape `(2B, M)`, *optional*):
+                Factor of each log-probability.
+            **inputs (`object`):
+                Further inputs of the model.
+
+        Returns:
+            `ModelOutput`: With `labels`, the outputs of TRL's fused head, each of shape `(2B, M)`; without, `logits`
+            of shape `(2B, M + 1, vocabulary)`, of which `[:, i]` predicts `input_ids[:, i + 1]`.
+
+        Raises:
+            `UnsupportedModelError`: In the first forward, if a layer did not receive the tree.
+        """
+        outputs = self.run(rows, inputs, has_labels=labels is not None)
         if labels is None:
             outputs["logits"] = F.pad(outputs["logits"][0][targets], (0, 0, 0, 1))
             return outputs
@@ -68,12 +86,36 @@ def on_pairs(model: nn.Module, base: PreTrainedModel, checked: set[PreTrainedMod
             outputs["log_probs"] = outputs["log_probs"] * token_weights
         return outputs
 
-    return forward
+    def run(self, rows: list[Batch], inputs: dict[str, object], *, has_labels: bool) -> ModelOutput:
+        """Return the outputs of all tokens of the rows, one after the other: per-token tensors of shape `(1, L)`."""
+        (row,) = rows
+        with tree_context(row["tree_plan"], row["subtree_end"], row["position_ids"]) as tree:
+            outputs: ModelOutput = self.model(**row_inputs(row, has_labels=has_labels), **inputs)
+        self.check_layers(tree)
+        return outputs
+
+    def check_layers(self, tree: Tree) -> None:
+        """Check, once per model, that every layer received the tree."""
+        if self._base not in self._checked:
+            check_every_layer_attended(self._base, tree)
+            self._checked.add(self._base)
+
+    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return a loss whose backward gives the gradients of all parameters; `loss` is what TRL computed."""
+        return loss
+
+
+def row_inputs(row: Batch, *, has_labels: bool) -> dict[str, torch.Tensor]:
+    """Return what a model reads of a row, each of shape `(1, row_length)`; targets are shifted already."""
+    inputs = {name: row[name] for name in ("input_ids", "position_ids", "attention_mask")}
+    if has_labels:
+        inputs["shift_labels"] = F.pad(row["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    return inputs
 
 
 def _laid_out(outputs: ModelOutput, targets: torch.Tensor, is_padding: torch.Tensor) -> ModelOutput:
-    """Return the outputs of the row at the targets of each trajectory, 0 behind its last one."""
-    for name in _PER_TOKEN_OUTPUTS:
+    """Return the outputs of the rows at the targets of each trajectory, 0 behind its last one."""
+    for name in PER_TOKEN_OUTPUTS:
         if outputs.get(name) is not None:
             outputs[name] = outputs[name][0][targets].masked_fill(is_padding, 0)
     return outputs

@@ -153,7 +153,7 @@ def _from_tokens(example: Mapping[str, Any], side: str, index: int, settings: Pa
         sample = Sample.from_prompt_and_completion(example["prompt_ids"], example[f"{side}_ids"])
     except ValueError as error:
         raise BadRowError(f"Row {index}: in {side!r}: {error}") from error
-    return fit_samples([sample], settings.max_length, settings.overlong_turns)
+    return fit_samples([sample], settings.for_trajectory().longest_sample, settings.overlong_turns)
 
 
 def _shared_turns(chosen: Sequence[Sample], rejected: Sequence[Sample]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..data.bad_rows import RowErrors, describe_dropped
 from .pairs import Pair
+from .settings import PairSettings
 
 
 COUNT_COLUMNS = (
@@ -22,10 +23,12 @@ COUNT_COLUMNS = (
     "num_dropped_pairs",
     "num_sample_tokens",
     "num_tokens",
+    "num_split_pairs",
+    "num_rows",
 )
 
 
-def count_pair(pair: Pair, num_tokens: int) -> dict[str, int]:
+def count_pair(pair: Pair, num_tokens: int, num_rows: int = 0) -> dict[str, int]:
     """
     Return `COUNT_COLUMNS` of one pair.
 
@@ -33,7 +36,9 @@ def count_pair(pair: Pair, num_tokens: int) -> dict[str, int]:
         pair (`Pair`):
             Samples of both trajectories.
         num_tokens (`int`):
-            Tokens of its row, 0 if it is dropped.
+            Tokens of the rows that it needs, 0 if it is dropped.
+        num_rows (`int`, *optional*, defaults to 0):
+            Rows that it needs.
     """
     sides, is_dropped = pair.sides, num_tokens == 0
     summed = ("num_turns_without_prompt", "num_unselected_turns", "num_cut_turns", "num_dropped_turns")
@@ -46,6 +51,8 @@ def count_pair(pair: Pair, num_tokens: int) -> dict[str, int]:
         "num_dropped_pairs": int(is_dropped),
         "num_sample_tokens": 0 if is_dropped else sum(map(len, pair.samples)),
         "num_tokens": num_tokens,
+        "num_split_pairs": int(num_rows > 1),
+        "num_rows": num_rows if num_rows > 1 else 0,
     }
 
 
@@ -59,19 +66,25 @@ class PairReport:
             Pairs, without bad rows.
         counts (`Mapping[str, int]`):
             Sums of `COUNT_COLUMNS`.
+        bound (`str`, *optional*, defaults to `"max_length"`):
+            Name of the setting that bounds a turn.
         bad_rows (`tuple[RowErrors, ...]`, *optional*):
             Rows that cannot be trained and were dropped, by reason.
     """
 
     num_pairs: int
     counts: Mapping[str, int]
+    bound: str = "max_length"
     bad_rows: tuple[RowErrors, ...] = ()
 
     @classmethod
-    def from_columns(cls, columns: Mapping[str, Sequence[int]], bad_rows: tuple[RowErrors, ...] = ()) -> PairReport:
+    def from_columns(
+        cls, columns: Mapping[str, Sequence[int]], settings: PairSettings, bad_rows: tuple[RowErrors, ...] = ()
+    ) -> PairReport:
         """Return the report on prepared pairs, from `COUNT_COLUMNS` with one value per row, bad rows among them."""
         counts = {name: sum(columns[name]) for name in COUNT_COLUMNS}
-        return cls(len(columns["num_turns"]) - sum(errors.count for errors in bad_rows), counts, bad_rows)
+        num_pairs = len(columns["num_turns"]) - sum(errors.count for errors in bad_rows)
+        return cls(num_pairs, counts, settings.for_trajectory().bound or "max_length", bad_rows)
 
     @property
     def is_complete(self) -> bool:
@@ -93,6 +106,10 @@ class PairReport:
         if counts["num_equal_pairs"]:
             parts.append(f"{counts['num_equal_pairs']} pairs whose trajectories are equal, so they prefer nothing")
         parts.append(self._trained())
+        if counts["num_split_pairs"]:
+            parts.append(
+                f"{counts['num_split_pairs']} pairs larger than max_row_tokens take {counts['num_rows']} rows"
+            )
         if counts["num_tokens"]:
             parts.append(f"sharing factor {counts['num_sample_tokens'] / counts['num_tokens']:.2f}")
         return "; ".join(parts)
@@ -102,7 +119,7 @@ class PairReport:
         if not counts["num_cut_tokens"]:
             return f"all {counts['num_trained_tokens']} completion tokens count"
         return (
-            f"{counts['num_trained_tokens']} completion tokens count, {counts['num_cut_tokens']} past max_length do "
+            f"{counts['num_trained_tokens']} completion tokens count, {counts['num_cut_tokens']} past {self.bound} do "
             f"not: {counts['num_cut_turns']} turns are cut, {counts['num_dropped_turns']} left out whole, "
             f"{counts['num_dropped_pairs']} pairs dropped since a side has nothing left"
         )

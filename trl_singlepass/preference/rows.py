@@ -17,7 +17,7 @@ from .pairs import SIDES, Pair
 
 
 # Part of the fingerprint under which rows are cached: raise it when the same pairs become other rows.
-PAIR_ROWS_VERSION = 1
+PAIR_ROWS_VERSION = 2
 
 POSITION_COLUMNS = tuple(f"{side}_positions" for side in SIDES)
 LENGTH_COLUMNS = tuple(f"{side}_turn_lengths" for side in SIDES)
@@ -47,13 +47,14 @@ def pair_to_columns(pair: Pair) -> dict[str, Any]:
     tree = PrefixTree.from_samples(pair.samples)
     columns: dict[str, Any] = dict(Row.from_tree(tree).columns())
     for side, positions_column, lengths_column in zip(pair.sides, POSITION_COLUMNS, LENGTH_COLUMNS, strict=True):
-        positions = _target_positions(tree, side.samples)
+        positions = target_positions(tree, side.samples)
         columns[positions_column] = np.concatenate(positions)
         columns[lengths_column] = np.array(list(map(len, positions)))
     return columns
 
 
-def _target_positions(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np.int64]]:
+def target_positions(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np.int64]]:
+    """Return, for each sample of a tree, the positions that predict its trained tokens."""
     positions = []
     for sample, path in zip(samples, sample_paths(tree, samples), strict=True):
         trained = np.flatnonzero(sample.loss_weights)

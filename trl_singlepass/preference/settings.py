@@ -30,9 +30,9 @@ class PairSettings:
         max_length (`int`, *optional*):
             Longest sample (one turn with its context), in tokens.
         max_row_tokens (`int`, *optional*):
-            Largest tree of a pair, in tokens.
+            Largest row, in tokens.
         overlong_turns (`OverlongTurns`, *optional*, defaults to `"truncate"`):
-            What happens to a turn that is longer than `max_length`.
+            What happens to a turn that is longer than either.
         history (`str`, *optional*, defaults to `"template"`):
             How much of earlier turns' reasoning a turn's context holds (see [`render_with_history`]).
         train_turns (`PairTurns`, *optional*, defaults to `"all"`):
@@ -59,6 +59,7 @@ class PairSettings:
         """Return the settings by which the turns of one trajectory become samples."""
         return RowSettings(
             max_length=self.max_length,
+            max_row_tokens=self.max_row_tokens,
             overlong_turns=self.overlong_turns,
             history=self.history,
             train_turns="last" if self.train_turns == PairTurns.LAST else "all",

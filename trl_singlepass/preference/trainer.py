@@ -21,7 +21,7 @@ from ..training.checkpoints import resume_counts
 from ..training.dataset import AnyDataset
 from ..training.manifest import ManifestCallback
 from ..training.metrics import TokenCounts
-from ..training.model import Forward, enable_tree, without_adapters
+from ..training.model import enable_tree, without_adapters
 from ..training.model_card import complete_model_card
 from ..training.sharded_head import gather_head_with_model
 from ..training.tree_loss import Loss
@@ -29,8 +29,9 @@ from .collator import REFERENCE_COLUMNS, DataCollatorForSinglePassPreference
 from .compatibility import check_dataset, check_pairs, check_run
 from .config import as_single_pass_config, default_config, pair_settings, turn_weights, without_padding_free
 from .dataset import prepare_pairs
-from .pair_model import on_pairs
+from .pair_model import PairModel
 from .pairs import TOKEN_COLUMNS
+from .parts import BatchParts
 from .rows import PAIR_COLUMNS
 
 
@@ -68,6 +69,7 @@ class SinglePassDPOTrainer(DPOTrainer):
     precompute_ref_logps: bool
     _signature_columns: list[str]
     _pair_collator: DataCollatorForSinglePassPreference | None = None
+    _parts: BatchParts
 
     def __init__(
         self,
@@ -115,8 +117,12 @@ class SinglePassDPOTrainer(DPOTrainer):
         for model in filter(None, (self.model, self.ref_model)):
             enable_tree(self.accelerator.unwrap_model(model))
         self._pair_collator = self._given_collator or DataCollatorForSinglePassPreference(
-            self._tokenizer.pad_token_id, self.args.pad_to_multiple_of, turn_weights(self.args)
+            self._tokenizer.pad_token_id,
+            self.args.pad_to_multiple_of,
+            turn_weights(self.args),
+            self.args.max_row_tokens,
         )
+        self._parts = BatchParts(self.model, self.args, self.accelerator, has_router_loss=self.aux_loss_enabled)
         self.data_collator = self._pair_collator
 
     def _prepare_dataset(
@@ -174,24 +180,32 @@ class SinglePassDPOTrainer(DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the reference on the tree of the row; TRL runs it on each trajectory as one sequence."""
-        return super().compute_ref_log_probs(self._on_pairs(model), inputs)
+        """Run the reference on the trees of the rows; TRL runs it on each trajectory as one sequence."""
+        return self._ref_log_probs(model, inputs, self._parts.count(inputs["rows"]))
+
+    def _ref_log_probs(self, model: nn.Module, inputs: Batch, num_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().compute_ref_log_probs(self._on_pairs(model, inputs, num_parts), inputs)
 
     def _compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool) -> Loss:
-        """Run the policy on the tree of the row; TRL runs it on each trajectory as one sequence."""
+        """Run the policy on the trees of the rows; TRL runs it on each trajectory as one sequence."""
+        num_parts = self._parts.count(inputs["rows"])
         if not self.precompute_ref_logps:
-            logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            logps = self._ref_log_probs(self.ref_model or self.model, inputs, num_parts)
             inputs = {**inputs, **dict(zip(REFERENCE_COLUMNS, logps, strict=True))}
         if self.model.training:
             num_tokens = self.accelerator.gather(inputs["completion_mask"].sum()[None]).sum()
-            self._counts.add([inputs["row"]], num_tokens)
+            self._counts.add(inputs["rows"], num_tokens)
+            self._metrics["train"]["num_rows"].append(float(len(inputs["rows"])))
+        policy = self._on_pairs(model, inputs, num_parts)
         with self._reading_reference():
-            return super()._compute_loss(self._on_pairs(model), inputs, return_outputs)
+            loss: Loss = super()._compute_loss(policy, inputs, return_outputs)
+        return policy.backward(loss) if isinstance(loss, torch.Tensor) and loss.requires_grad else loss
 
-    def _on_pairs(self, model: nn.Module) -> Forward:
+    def _on_pairs(self, model: nn.Module, inputs: Batch, num_parts: int) -> PairModel:
         owner = self.ref_model if model is self.ref_model else self.model  # `model` may be wrapped for training
         base = without_adapters(self.accelerator.unwrap_model(owner))
-        return on_pairs(model, base, self._checked_models)
+        divisor = getattr(self, "current_gradient_accumulation_steps", 1)
+        return self._parts.model_for(inputs["rows"], num_parts, model, base, self._checked_models, divisor=divisor)
 
     @contextmanager
     def _reading_reference(self) -> Iterator[None]:

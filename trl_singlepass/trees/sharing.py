@@ -31,10 +31,15 @@ def join_with_shared_prefixes(rows: Sequence[Row]) -> Row:
     Returns:
         `Row`: The row. Merged trees stand where the first of their rows stood.
     """
-    groups: dict[bytes | int, list[Row]] = {}
+    return Row.join([merge_rows([rows[i] for i in group]) for group in group_by_beginning(rows)])
+
+
+def group_by_beginning(rows: Sequence[Row]) -> list[list[int]]:
+    """Return the numbers of rows whose first `MIN_SHARED_TOKENS` tokens are the same, in groups; a row by itself."""
+    groups: dict[bytes | int, list[int]] = {}
     for index, row in enumerate(rows):
-        groups.setdefault(_beginning(row) or index, []).append(row)
-    return Row.join([merge_rows(group) for group in groups.values()])
+        groups.setdefault(_beginning(row) or index, []).append(index)
+    return list(groups.values())
 
 
 def shareable_length(labels: NDArray[np.integer], subtree_end: NDArray[np.integer]) -> int:

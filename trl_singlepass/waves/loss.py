@@ -80,17 +80,26 @@ class LoadBalancingLoss:
         self.num_experts = num_experts
         self.experts_per_token = experts_per_token
         self._routed: torch.Tensor | float = 0.0
+        self._probability: torch.Tensor | float = 0.0
         self._total: torch.Tensor | float = 0.0
 
     def count(self, router_logits: Sequence[torch.Tensor], multiplicity: torch.Tensor) -> None:
         """Add the tokens of a wave to the counts of the row."""
         weight = multiplicity.reshape(-1).float()
         for logits in router_logits:
-            chosen = logits.softmax(-1).topk(self.experts_per_token, dim=-1).indices
+            probability = logits.softmax(-1)
+            chosen = probability.topk(self.experts_per_token, dim=-1).indices
             routed = weight.new_zeros(self.num_experts)
             routed.scatter_add_(0, chosen.reshape(-1), weight.repeat_interleave(self.experts_per_token))
             self._routed = self._routed + routed
+            self._probability = self._probability + (probability.float() * weight[:, None]).sum(0)
             self._total = self._total + weight.sum()
+
+    def value(self) -> torch.Tensor:
+        """Return the loss of all waves that were counted, without a gradient."""
+        loss = self.num_experts * self._routed * self._probability / self._total**2
+        assert isinstance(loss, torch.Tensor), "at least one wave was counted"
+        return loss.sum().detach()
 
     def share(self, router_logits: Sequence[torch.Tensor], multiplicity: torch.Tensor) -> torch.Tensor:
         """Return what a wave contributes to the loss of the row."""

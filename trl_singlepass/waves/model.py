@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attention.context import Tree, running_on
+from ..attention.context import running_on
 from ..trees.prefix_tree import IGNORE_INDEX
-from ..trees.rows import Ranges, Run, TreePlan
+from ..trees.rows import Ranges
 from .engines import Engine, ShardedEngine
 from .loss import RouterRecorder, WaveLoss
 from .plan import Wave
@@ -108,7 +108,7 @@ class WaveModel:
 
     def _pad(self, inputs: Inputs, num_forwards: int, num_waves: int) -> None:
         """Run the first tokens again, without effect: the ranks of a sharded engine meet inside the model."""
-        tokens, tree = self._first_tokens()
+        tokens, tree = self.runner.first_tokens()
         for _ in range(num_forwards):
             with torch.no_grad(), running_on(tree):
                 self._forward_layers(inputs, tokens)
@@ -121,17 +121,10 @@ class WaveModel:
             self.engine.backward(0 * loss)
 
     def _pad_evaluation(self, inputs: Inputs) -> None:
-        tokens, tree = self._first_tokens()
+        tokens, tree = self.runner.first_tokens()
         for _ in range(self.engine.padding(len(self.runner.plan.waves), 0)[0]):
             with running_on(tree):
                 self._forward(inputs, tokens)
-
-    def _first_tokens(self) -> tuple[Ranges, Tree]:
-        """Return two tokens, one after the other: models take a single one for a generation step."""
-        num_tokens = min(2, self.runner.plan.row.length)
-        depth = torch.arange(num_tokens, device=self.runner.tree.depth.device)[None]
-        plan = TreePlan(num_tokens, (Run(0, num_tokens, 0, ()),))
-        return ((0, num_tokens),), Tree(plan, torch.full_like(depth, num_tokens), depth)
 
     def _return_logits(self, inputs: Inputs) -> Any:
         """Return the logits of the whole row, as large as without waves, for the user's own metrics."""

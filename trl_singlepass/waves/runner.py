@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from ..attention.context import Tree, running_on
-from ..trees.rows import Ranges
+from ..trees.rows import Ranges, Run, TreePlan
 from .plan import Wave, WavePlan
 from .state import GroupCache, WaveTree
 
@@ -48,6 +48,13 @@ class WaveRunner:
     def last(self) -> Wave:
         """The wave whose backward comes last."""
         return self.plan.groups[-1][0]
+
+    def first_tokens(self) -> tuple[Ranges, Tree]:
+        """Return two tokens, one after the other, and their tree: models take a single one for a generation step."""
+        num_tokens = min(2, self.plan.row.length)
+        depth = torch.arange(num_tokens, device=self.tree.depth.device)[None]
+        plan = TreePlan(num_tokens, (Run(0, num_tokens, 0, ()),))
+        return ((0, num_tokens),), Tree(plan, torch.full_like(depth, num_tokens), depth)
 
     def forward_all(self, forward: Forward[Output]) -> Iterator[tuple[Wave, Output]]:
         """

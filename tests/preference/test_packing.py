@@ -1,0 +1,106 @@
+"""Rows of a batch of pairs: prefixes stored once, pairs split between turns, every turn in exactly one row."""
+
+import numpy as np
+import pytest
+
+from support.chat_tokenizers import make_tokenizer
+from support.pairs import TRAJECTORIES, pair
+from trl_singlepass.preference.collator import DataCollatorForSinglePassPreference
+from trl_singlepass.preference.packing import pack_pairs
+from trl_singlepass.preference.pairs import example_to_pair
+from trl_singlepass.preference.rows import pair_to_columns
+from trl_singlepass.preference.settings import PairSettings
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer("qwen3")
+
+
+def rendered(examples, tokenizer):
+    return [example_to_pair(example, index, tokenizer, PairSettings()) for index, example in enumerate(examples)]
+
+
+def turns_by_reading_paths(packed):
+    """Return prompt and completion of each turn, read token by token from a row: depth by depth, towards the root."""
+    turns = {}
+    for turn, positions in packed.positions.items():
+        row = packed.row
+        completion = [int(row.labels[position + 1]) for position in positions]
+        context = [int(row.input_ids[j]) for j in range(positions[0] + 1) if row.subtree_end[j] > positions[0]]
+        turns[tuple(turn)] = context, completion
+    return turns
+
+
+def expected_turns(pairs):
+    return {
+        (index, side, number): (
+            sample.token_ids[: sample.prompt_length].tolist(),
+            sample.token_ids[sample.prompt_length :].tolist(),
+        )
+        for index, each in enumerate(pairs)
+        for side, trajectory in enumerate(each.sides)
+        for number, sample in enumerate(trajectory.samples)
+    }
+
+
+# The trees have 150 to 400 tokens, the longest turn 131.
+@pytest.mark.parametrize("max_row_tokens", [None, 1000, 300, 140])
+def test_every_turn_stands_in_one_row_in_its_context(tokenizer, max_row_tokens):
+    pairs = rendered(TRAJECTORIES * 2, tokenizer)
+    rows = pack_pairs([pair_to_columns(each) for each in pairs], max_row_tokens)
+    found = [turn for row in rows for turn in turns_by_reading_paths(row).items()]
+    assert len(found) == len(dict(found))
+    assert dict(found) == expected_turns(pairs)
+    if max_row_tokens is None:
+        assert len(rows) == 1
+    else:
+        assert max(len(row.row) for row in rows) <= max_row_tokens
+        assert len(rows) > 1 or max_row_tokens == 1000
+    assert sum(int(row.row.multiplicity.sum()) for row in rows) == sum(len(s) for p in pairs for s in p.samples)
+
+
+def test_pairs_with_one_prompt_share_it(tokenizer):
+    first, second = pair(2, 0), pair(2, 1)
+    question = {"role": "user", "content": "Tell me all that you know about the numbers. " * 5}
+    examples = [{**each, "prompt": [question]} for each in (first, second)]
+    pairs = rendered(examples, tokenizer)
+    prompt = min(sample.prompt_length for sample in pairs[0].samples)
+    columns = [pair_to_columns(each) for each in pairs]
+    (row,) = pack_pairs(columns)
+    apart = sum(len(each["input_ids"]) for each in columns)
+    assert prompt > 32
+    assert apart - len(row.row) >= prompt - 1
+    assert turns_by_reading_paths(row) == expected_turns(pairs)
+
+
+def test_different_pairs_stand_side_by_side(tokenizer):
+    columns = [pair_to_columns(each) for each in rendered([pair(1, 0), pair(1, 7)], tokenizer)]
+    (row,) = pack_pairs(columns)
+    assert row.row.input_ids.tolist() == [*columns[0]["input_ids"], *columns[1]["input_ids"]]
+
+
+def test_a_batch_names_the_tokens_of_each_trajectory_whatever_the_rows(tokenizer):
+    pairs = rendered(TRAJECTORIES, tokenizer)
+    columns = [pair_to_columns(each) for each in pairs]
+    whole, in_rows = (
+        DataCollatorForSinglePassPreference(0, max_row_tokens=limit, pad_to_multiple_of=8)(columns)
+        for limit in (None, 140)
+    )
+    assert len(in_rows["rows"]) > 2
+    for batch in (whole, in_rows):
+        lines = [
+            line[1:][mask[1:].bool()] for line, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+        ]
+        expected = [
+            np.concatenate([s.token_ids[s.prompt_length :] for s in p.sides[side].samples])
+            for side in (0, 1)
+            for p in pairs
+        ]
+        assert [line.tolist() for line in lines] == [line.tolist() for line in expected]
+
+
+def test_a_turn_longer_than_a_row_is_named(tokenizer):
+    columns = [pair_to_columns(each) for each in rendered([pair(1)], tokenizer)]
+    with pytest.raises(ValueError, match="does not fit into a row of max_row_tokens=20"):
+        pack_pairs(columns, 20)

@@ -1,0 +1,60 @@
+"""Batches of several rows, and rows in waves: loss, gradients and training are those of separate forwards."""
+
+import pytest
+
+from support.chat_tokenizers import make_tokenizer
+from support.exact_pairs import ExactPairs, float64_head
+from support.pairs import TRAJECTORIES, pair, plain
+from support.tiny_causal_lms import tiny_model as tiny_model_of_type
+from support.tiny_families import tiny_model
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+QUESTION = [{"role": "user", "content": "Tell me all that you know about the numbers. " * 5}]
+# The second and the last one answer the same question.
+PAIRS = [*TRAJECTORIES, {**pair(2, 7), "prompt": QUESTION}, {**pair(1, 8), "prompt": QUESTION}]
+FAMILIES = {
+    "qwen3": (lambda size: tiny_model("qwen3", size, attn_implementation="sdpa"), "qwen3"),
+    "llama": (lambda size: tiny_model("llama", size, attn_implementation="sdpa"), "llama3"),
+    "qwen3-moe": (lambda size: tiny_model("qwen3-moe", size, attn_implementation="sdpa"), "qwen3"),
+    "gpt-oss": (lambda size: tiny_model("gpt-oss", size), "gptoss"),
+    "qwen3.5": (lambda size: tiny_model_of_type("qwen3_5_text", vocab_size=size), "qwen3_5_think"),
+}
+LOSSES = {
+    "sigmoid": {},
+    "sorted over the batch": {"loss_types": ["aot"]},
+    "mean over the batch": {"loss_types": ["sigmoid", "sft"], "loss_weights": [0.5, 1.0]},
+    "weighted": {"use_weighting": True},
+    "by length": {"loss_types": ["ipo"], "ld_alpha": 0.3},
+}
+
+
+@pytest.fixture(scope="module")
+def case(request, tmp_path_factory):
+    family, settings = request.param
+    make_model, template = FAMILIES[family]
+    tokenizer = make_tokenizer(template)
+    pairs = list(map(plain, PAIRS)) if template == "llama3" else PAIRS
+    with float64_head():
+        model = make_model(len(tokenizer))
+        yield ExactPairs(tmp_path_factory.mktemp("out"), tokenizer, pairs, model, use_weighting=True, **settings)
+
+
+ROWS = {"max_row_tokens": 260}
+CASES = [
+    pytest.param((family, ROWS), name, id=f"{family}-{name}", marks=() if is_quick else pytest.mark.slow)
+    for family, name, is_quick in [
+        ("llama", "sorted over the batch", True),
+        ("qwen3-moe", "sigmoid", True),
+        *(("llama", name, False) for name in LOSSES if name != "sorted over the batch"),
+        *((family, "sigmoid", False) for family in ("qwen3", "gpt-oss", "qwen3.5")),
+    ]
+]
+
+
+@pytest.mark.parametrize(("case", "name"), CASES, indirect=["case"])
+def test_batches_of_several_rows(case, name):
+    assert len(case.batch["rows"]) > 2
+    assert "completion tokens count, " not in case.trainer.train_dataset.info.description  # no turn is cut
+    case.set_loss(**LOSSES[name])
+    case.assert_equal()

@@ -1,0 +1,140 @@
+"""How many parts (rows, or waves of rows) a batch of pairs runs in, and what does not work with several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+from trl import DPOConfig
+
+from ..data.collator import Batch
+from ..training.model import without_adapters
+from ..training.waves import Refusal, refused_engines
+from ..trees.rows import TreePlan
+from ..waves import WavePlan
+from ..waves.engines import get_engine
+from ..waves.loss import RouterRecorder
+from .pair_model import PairModel
+from .parts_model import PairModelInParts
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class BatchParts:
+    """
+    Decides how each batch runs: at once, or in parts.
+
+    Args:
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Policy with trees enabled.
+        args (`SinglePassDPOConfig`):
+            Arguments of the run.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run.
+        has_router_loss (`bool`):
+            Whether the load-balancing loss of a mixture of experts is trained.
+
+    Raises:
+        `ValueError`: If a setting, the model or the engine does not work with parts; the message names it.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, args: DPOConfig, accelerator: Accelerator, *, has_router_loss: bool
+    ) -> None:
+        self._args, self._accelerator = args, accelerator
+        self._is_bounded = args.max_row_tokens is not None
+        self._recorder: RouterRecorder | None = None
+        self._is_compared = False
+        if self._is_bounded:
+            check_parts(model, args, accelerator)
+            self._recorder = RouterRecorder(without_adapters(model)) if has_router_loss else None
+
+    def plan(self, row: TreePlan) -> WavePlan:
+        """Return the waves of a row."""
+        return WavePlan.from_tree_plan(row, row.length)
+
+    def count(self, rows: Sequence[Batch]) -> int:
+        """Return the largest number of parts that a rank has in this batch; every rank must call it."""
+        if not self._is_bounded:
+            return 1
+        own = sum(len(self.plan(row["tree_plan"]).waves) for row in rows)
+        if self._accelerator.num_processes == 1:
+            return own
+        everyone = self._accelerator.gather(torch.tensor([own], device=self._accelerator.device))
+        return int(everyone.max())
+
+    def model_for(
+        self,
+        rows: Sequence[Batch],
+        num_parts: int,
+        model: nn.Module,
+        base: PreTrainedModel,
+        checked: set[PreTrainedModel],
+        *,
+        divisor: int = 1,
+    ) -> PairModel:
+        """
+        Return the model that runs a batch.
+
+        Args:
+            rows (`Sequence[Batch]`):
+                Rows of the batch.
+            num_parts (`int`):
+                What [`count`] returned for them.
+            model (`torch.nn.Module`):
+                As for [`PairModel`].
+            base (`transformers.PreTrainedModel`):
+                As for [`PairModel`].
+            checked (`set[transformers.PreTrainedModel]`):
+                As for [`PairModel`].
+            divisor (`int`, *optional*, defaults to 1):
+                What the Trainer divides its loss by.
+        """
+        if num_parts == 1:
+            return PairModel(model, base, checked)
+        return PairModelInParts(
+            model,
+            base,
+            checked,
+            engine=get_engine(model, self._accelerator, 1 / divisor),
+            plans=[self.plan(row["tree_plan"]) for row in rows],
+            num_parts=num_parts,
+            recorder=self._recorder,
+            compare=None if self._is_compared else self._compare,
+        )
+
+    def _compare(self, first: torch.Tensor, again: torch.Tensor) -> None:
+        """Check, in the first step of a run, that a part computes the same twice."""
+        self._is_compared = True
+        error, size = float((first - again).abs().sum()), float(first.abs().sum())
+        if error > 1e-3 * size:
+            raise RuntimeError(
+                f"A part of a batch has other log-probabilities when it runs again: they differ by {error:.3g}, of "
+                f"{size:.3g}, so that its gradients would be those of another loss. A layer draws random numbers or "
+                "changes its state. Turn that off, or let a batch run at once: max_row_tokens=None."
+            )
+
+
+def check_parts(model: PreTrainedModel | PeftModel, args: DPOConfig, accelerator: Accelerator) -> None:
+    """Refuse settings, models and engines under which several parts would not train what one trains."""
+    for what, why, way_out in (*_refused(model, args), *refused_engines(accelerator)):
+        raise ValueError(f"{what} does not work with max_row_tokens: {why}. {way_out}, or set max_row_tokens=None.")
+
+
+def _refused(model: PreTrainedModel | PeftModel, args: DPOConfig) -> Iterator[Refusal]:
+    if args.activation_offloading:
+        yield "activation_offloading", "it expects one forward before each backward", "Turn it off"
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer in ("lomo", "adalomo") or "layerwise" in optimizer:
+        yield f"optim={optimizer!r}", "it updates parameters during backward, between rows", "Choose another"
+    dropout = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p]
+    if dropout:
+        yield f"Dropout ({dropout[0]})", "a row would drop different units each time it runs", "Set it to 0"
+    if getattr(without_adapters(model).config.get_text_config(), "router_jitter_noise", 0):
+        yield "router_jitter_noise", "a row would get different noise each time it runs", "Set it to 0"

@@ -1,0 +1,192 @@
+"""
+Batches of several parts (rows, or waves of rows): each part runs forward first, then each forward and backward.
+
+The loss of a pair needs the log-probabilities of all its turns, which different parts may compute. So all parts run
+forward without gradients, TRL computes its loss from what they return, and the loss its derivative with respect to
+each log-probability. With these as factors, each part runs forward and backward by itself: `Σ_i c_i · log p_i`, with
+`c_i = ∂loss / ∂log p_i`, has the gradients of the loss. What this costs is one more forward of the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..attention.context import Tree, running_on
+from ..data.collator import Batch
+from ..trees.rows import Ranges
+from ..waves import Wave, WavePlan, WaveRunner, select
+from ..waves.engines import Engine, ShardedEngine
+from ..waves.loss import LoadBalancingLoss, RouterRecorder
+from .pair_model import PER_TOKEN_OUTPUTS, PairModel, row_inputs
+
+
+CompareLogProbs = Callable[[torch.Tensor, torch.Tensor], None]
+"""Takes the log-probabilities of a part from its first and from its second forward, each `(1, num_tokens)`."""
+
+
+class PairModelInParts(PairModel):
+    """
+    A [`PairModel`] whose batches run part by part.
+
+    Args:
+        model (`torch.nn.Module`):
+            As for [`PairModel`].
+        base (`transformers.PreTrainedModel`):
+            As for [`PairModel`].
+        checked (`set[transformers.PreTrainedModel]`):
+            As for [`PairModel`].
+        engine (`Engine`):
+            Calls the model.
+        plans (`Sequence[WavePlan]`):
+            Waves of each row of the batch; a row that runs whole has one.
+        num_parts (`int`):
+            Largest number of parts that a rank has in this batch.
+        offload (`bool`, *optional*, defaults to `False`):
+            Whether what waits between waves is held on the CPU.
+        recorder (`RouterRecorder`, *optional*):
+            Router logits of a mixture of experts.
+        compare (`CompareLogProbs`, *optional*):
+            Called with what each part computes at its two forwards.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        checked: set[PreTrainedModel],
+        *,
+        engine: Engine,
+        plans: Sequence[WavePlan],
+        num_parts: int,
+        offload: bool = False,
+        recorder: RouterRecorder | None = None,
+        compare: CompareLogProbs | None = None,
+    ) -> None:
+        super().__init__(model, base, checked)
+        self._engine, self._plans, self._offload = engine, plans, offload
+        self._recorder, self._compare = recorder, compare
+        own = sum(len(plan.waves) for plan in plans)
+        self._num_missing = num_parts - own if isinstance(engine, ShardedEngine) else 0
+        self._runs: list[_RowRun] = []
+        self._leaves: list[torch.Tensor] = []
+        self._load_balancing: LoadBalancingLoss | None = None
+
+    def run(self, rows: list[Batch], inputs: dict[str, Any], *, has_labels: bool) -> ModelOutput:
+        """Run all parts forward; in training, the log-probabilities that it returns are leaves of TRL's graph."""
+        self._runs = [
+            _RowRun(row, plan, inputs, has_labels=has_labels, offload=self._offload)
+            for row, plan in zip(rows, self._plans, strict=True)
+        ]
+        if self._recorder is not None and inputs.get("output_router_logits"):
+            self._load_balancing = self._recorder.new_row()
+        with torch.no_grad():
+            self._pad()
+            outputs = _join([outputs for run in self._runs for outputs in self._forward(run)])
+        for run in self._runs:
+            self.check_layers(run.tree)
+        leaves = ["log_probs"]
+        if self._load_balancing is not None:
+            outputs["aux_loss"] = self._load_balancing.value()
+            leaves.append("aux_loss")
+        if torch.is_grad_enabled() and has_labels:
+            self._leaves = [outputs[name].requires_grad_() for name in leaves]
+        return outputs
+
+    def _forward(self, run: _RowRun) -> Iterator[ModelOutput]:
+        for wave, outputs in run.waves.forward_all(lambda wave, tokens: self._engine.forward(**run.select(tokens))):
+            if self._load_balancing is not None:
+                self._load_balancing.count(self._router_logits(), run.multiplicity(wave))
+            yield outputs
+
+    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """
+        Run each part forward and backward.
+
+        Args:
+            loss (`torch.Tensor`):
+                TRL's loss of what [`run`] returned, a scalar.
+
+        Returns:
+            `torch.Tensor`: The same loss. Its backward is that of the last part; those of the others have run.
+        """
+        factors = torch.autograd.grad(loss, self._leaves, allow_unused=True, materialize_grads=True)
+        self._pad()
+        last, end = torch.zeros_like(loss), 0
+        for run in self._runs:
+            start, end = end, end + run.length
+            log_probs, of_row = self._leaves[0].detach()[:, start:end], factors[0][:, start:end]
+            is_last_row = run is self._runs[-1]
+            for wave, outputs in run.waves.train(self._forward_to_train(run, is_last_row), _not_again):
+                tokens = ((wave.start, wave.end),)
+                if self._compare is not None:
+                    self._compare(select(log_probs, tokens), outputs.log_probs.detach())
+                last = (outputs.log_probs * select(of_row, tokens)).sum()
+                if self._load_balancing is not None:
+                    last = last + factors[1] * self._load_balancing.share(
+                        self._router_logits(), run.multiplicity(wave)
+                    )
+                if not (is_last_row and wave is run.waves.last):
+                    self._engine.backward(last)
+        return loss.detach() + (last - last.detach())
+
+    def _forward_to_train(self, run: _RowRun, is_last_row: bool) -> Callable[[Wave, Ranges], ModelOutput]:
+        def forward(wave: Wave, tokens: Ranges) -> ModelOutput:
+            inputs = run.select(tokens)
+            if is_last_row and wave is run.waves.last:
+                outputs: ModelOutput = self._engine.forward_last(is_kept=False, **inputs)
+                return outputs
+            return self._engine.forward(**inputs)
+
+        return forward
+
+    def _router_logits(self) -> Sequence[torch.Tensor]:
+        assert self._recorder is not None
+        return self._recorder.pop()
+
+    def _pad(self) -> None:
+        """Run the first tokens again, without effect: the ranks of a sharded engine meet inside the model."""
+        run = self._runs[0]
+        tokens, tree = run.waves.first_tokens()
+        for _ in range(self._num_missing):
+            with running_on(tree):
+                outputs = self._engine.forward(**run.select(tokens))
+            if not torch.is_grad_enabled():
+                continue
+            loss = outputs.log_probs.sum()
+            if self._load_balancing is not None:  # routers have the gradients that they have in a part
+                loss = loss + torch.stack([logits.sum() for logits in self._router_logits()]).sum()
+            self._engine.backward(0 * loss)
+
+
+class _RowRun:
+    """One row while it runs: its tree, its waves, and what the model reads of it."""
+
+    def __init__(self, row: Batch, plan: WavePlan, inputs: dict[str, Any], *, has_labels: bool, offload: bool) -> None:
+        self.tree = Tree(row["tree_plan"], row["subtree_end"], row["position_ids"])
+        self.waves = WaveRunner(plan, self.tree, offload)
+        self.length = row["tree_plan"].length
+        self._per_token, self._others = row_inputs(row, has_labels=has_labels), inputs
+
+    def select(self, tokens: Ranges) -> dict[str, Any]:
+        """Return the inputs of the model for some tokens of the row."""
+        return {**{name: select(value, tokens) for name, value in self._per_token.items()}, **self._others}
+
+    def multiplicity(self, wave: Wave) -> torch.Tensor:
+        """Return how often N-pass runs each token of a wave, `(1, num_tokens)`."""
+        return select(self._per_token["attention_mask"], ((wave.start, wave.end),))
+
+
+def _not_again(wave: Wave, tokens: Ranges) -> None:
+    raise AssertionError("what later waves need was stored in the first forward")
+
+
+def _join(parts: Sequence[ModelOutput]) -> ModelOutput:
+    """Return the outputs of all parts, in the order of the tokens."""
+    names = [name for name in ("logits", *PER_TOKEN_OUTPUTS) if parts[0].get(name) is not None]
+    return type(parts[0])(**{name: torch.cat([part[name] for part in parts], dim=1) for name in names})
