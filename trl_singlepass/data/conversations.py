@@ -82,7 +82,7 @@ def example_to_samples(
     """
     try:
         given, weights, num_turns = _render_turns(example, index, as_reader(tokenizer), settings, prefixes)
-        given = [replace(sample, turn_index=turn) for turn, sample in enumerate(given)]
+        given = [sample.with_turn_index(turn) for turn, sample in enumerate(given)]
         chosen = select_turns(given, settings.train_turns, seed=settings.seed, example_index=index)
         chosen = [sample for sample in chosen if weights[sample.message_index or 0] > 0]
         fitted = fit_samples(chosen, settings.longest_sample, settings.overlong_turns)

@@ -155,13 +155,13 @@ def fit_samples(samples: Sequence[Sample], limit: int | None, overlong_turns: Ov
     trained = [(sample, _fit(sample, limit, overlong_turns)) for sample in samples if sample.is_trained]
     kept = [fitted for _, fitted in trained if fitted is not None]
     losses = [
-        (sample, fitted is None, _num_trained_tokens(sample) - (_num_trained_tokens(fitted) if fitted else 0))
+        (sample, fitted is None, sample.num_trained_tokens - (fitted.num_trained_tokens if fitted else 0))
         for sample, fitted in trained
     ]
     return FittedSamples(
         samples=tuple(kept),
         overlong=tuple(sample for sample, _, lost in losses if lost > 0),
-        num_trained_tokens=sum(map(_num_trained_tokens, kept)),
+        num_trained_tokens=sum(sample.num_trained_tokens for sample in kept),
         num_cut_turns=sum(lost > 0 and not is_dropped for _, is_dropped, lost in losses),
         num_dropped_turns=sum(is_dropped for _, is_dropped, _ in losses),
         num_cut_tokens=sum(lost for _, _, lost in losses),
@@ -179,9 +179,5 @@ def _fit(sample: Sample, limit: int | None, overlong_turns: OverlongTurns) -> Sa
         )
     if overlong_turns == OverlongTurns.DROP:
         return None
-    is_trained = sample.loss_weights[: sample.length_of_whole_images(limit)].any()
-    return sample.truncated(limit) if is_trained else None
-
-
-def _num_trained_tokens(sample: Sample) -> int:
-    return int((sample.loss_weights > 0).sum())
+    truncated = sample.truncated(limit) if sample.length_of_whole_images(limit) else None
+    return truncated if truncated is not None and truncated.is_trained else None

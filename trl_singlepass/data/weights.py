@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from enum import StrEnum
 
 import numpy as np
@@ -87,7 +86,7 @@ def weigh(
         `list[Sample]`: The same samples, reweighed.
     """
     own = [
-        sample.loss_weights * weight * _part_weights(sample, reasoning_weight)
+        sample.weights.own * weight * _part_weights(sample, reasoning_weight)
         for sample, weight in zip(samples, weights, strict=True)
     ]
     if loss_reduction == LossReduction.TURN:
@@ -95,12 +94,14 @@ def weigh(
     elif loss_reduction == LossReduction.CONVERSATION:
         total = sum(float(values.sum()) for values in own)
         own = [values / total if total > 0 else values for values in own]
-    return [replace(sample, loss_weights=values) for sample, values in zip(samples, own, strict=True)]
+    return [sample.reweighed(values) for sample, values in zip(samples, own, strict=True)]
 
 
 def _part_weights(sample: Sample, reasoning_weight: float) -> NDArray[np.float64]:
-    weights = np.ones(len(sample))
-    weights[sample.prompt_length : sample.prompt_length + sample.reasoning_length] = reasoning_weight
+    """Return a factor for each of `sample.weights.own`."""
+    first, answer = sample.weights.kept, sample.prompt_length + sample.reasoning_length
+    weights = np.ones(len(sample) - first)
+    weights[max(sample.prompt_length - first, 0) : max(answer - first, 0)] = reasoning_weight
     return weights
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Ways of calling templates, and whether all renderings of one conversation agreed with `apply_chat_template`.
 _compared: dict[tuple[str, bool, frozenset[str]], bool] = {}
+# Comparing every rendering of a conversation of a thousand turns would take minutes.
+_ALL_COMPARED_UP_TO = 128
 _ALWAYS_SEEN = ("messages", "tools", "documents", "add_generation_prompt")
 
 
@@ -31,9 +33,10 @@ class Prefixes:
     The prefixes of a conversation, as a chat template renders them.
 
     `apply_chat_template` copies all messages and runs the template in a slow sandbox, for each prefix anew. Here,
-    transformers prepares the messages once, and the template runs in a [`CachingSandbox`]. The text is the same: all
-    renderings of the first conversation are compared with those of `apply_chat_template`, and the longest one of each
-    conversation. Where one differs, or the template raises, `apply_chat_template` renders.
+    transformers prepares the messages once, and the template runs in a [`CachingSandbox`]. The text is the same:
+    renderings of the first conversation are compared with those of `apply_chat_template` (all of up to 128 messages,
+    then of those next to a power of two), and the longest one of each conversation. Where one differs, or the template
+    raises, `apply_chat_template` renders.
 
     Args:
         template ([`ChatTemplate`]):
@@ -47,7 +50,7 @@ class Prefixes:
         variables (`dict`):
             The variables that the template sees for the whole conversation.
         compares (`bool`):
-            Whether to compare each rendering.
+            Whether to compare renderings.
         known (`dict`):
             The renderings made so far, by number of messages and whether a generation prompt follows.
     """
@@ -131,6 +134,11 @@ class Prefixes:
             return self._text(k + 1)
         return self._rendered([*self.messages[:k], last], False, last)
 
+    def forget(self, k: int) -> None:
+        """Forget the renderings that no message after message `k` needs: kept, they would outgrow the conversation."""
+        for key in [key for key in self.known if key[0] <= k]:
+            del self.known[key]
+
     def _text(self, length: int, add_generation_prompt: bool = False) -> str:
         key = length, add_generation_prompt
         if key not in self.known:
@@ -147,7 +155,8 @@ class Prefixes:
             text = self._fast(prepared, add_generation_prompt)
         except Exception:  # `apply_chat_template` renders the same text, or raises
             return self.template.render(messages, add_generation_prompt)
-        return self._compared(text, messages, add_generation_prompt) if self.compares else text
+        is_compared = self.compares and _is_compared(len(messages))
+        return self._compared(text, messages, add_generation_prompt) if is_compared else text
 
     def _fast(self, messages: list[Message], add_generation_prompt: bool) -> str:
         assert self.compiled is not None
@@ -160,6 +169,13 @@ class Prefixes:
         if text != expected:
             _compared[self.template.source, bool(self.template.tools), frozenset(self.template.kwargs)] = False
         return expected
+
+
+def _is_compared(num_messages: int) -> bool:
+    """Whether a rendering of that many messages is among those that are compared: of long ones, a few."""
+    # A power of two, or one more: in a chat, all prompts have an odd number of messages, or all have an even one.
+    is_near_power_of_two = 1 in (num_messages.bit_count(), (num_messages - 1).bit_count())
+    return num_messages <= _ALL_COMPARED_UP_TO or is_near_power_of_two
 
 
 def _is_stock(template: ChatTemplate) -> bool:

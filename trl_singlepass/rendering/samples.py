@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..images.conversation_images import ConversationImages
-from ..trees.sample import Sample
+from ..trees.sample import CompletionKind, Sample
+from ..trees.shared_array import SharedArray
 from .checks import contains, is_object, prints
 from .conversation import Conversation, Message, Tools, get_text
 from .conversation import RenderingError as RenderingError
 from .prefixes import Prefixes
 from .shown_images import find_shown_images, without_image_parts
 from .template import ChatTemplate
-from .tokenization import Ids, common_length, hard_borders, tokenize, tokenize_after
+from .tokenization import hard_borders, tokenize, tokenize_after
 from .turn import RenderedTurn, render_turn, rendering_error
 
 
@@ -138,14 +137,27 @@ def render_conversation(
             f"Expected at least one assistant message to train, got messages with the roles: {roles}. Name the role "
             "of the model's messages 'assistant', or leave the row out."
         )
-    prefixes = prefixes or Prefixes.from_conversation(conversation, tokenizer, chat_template)
-    turns = [render_turn(prefixes, k) for k in conversation.turns if has_prompt(prefixes, k)]
-    if not turns:
-        raise _no_prompt(prefixes, conversation.turns[-1])
-    _check_context(prefixes, turns)
+    given, prefixes = prefixes, prefixes or Prefixes.from_conversation(conversation, tokenizer, chat_template)
+    turns = _render_turns(conversation, prefixes, keep=given is not None or conversation.images is not None)
     if conversation.images is None:
         return _tokenize(turns, prefixes.template)
-    return _tokenize_with_images(turns, prefixes, conversation.images)
+    return _tokenize_with_images(list(turns), prefixes, conversation.images)
+
+
+def _render_turns(conversation: Conversation, prefixes: Prefixes, *, keep: bool) -> Iterator[RenderedTurn]:
+    """Render one turn after another; without `keep`, the texts of a turn are forgotten when the next one is there."""
+    last: int | None = None
+    for k in conversation.turns:
+        if not has_prompt(prefixes, k):
+            continue
+        turn = render_turn(prefixes, k)
+        _check_context(prefixes, range(last or 0, k), turn)
+        last = k
+        yield turn
+        if not keep:
+            prefixes.forget(k)
+    if last is None:
+        raise _no_prompt(prefixes, conversation.turns[-1])
 
 
 def has_prompt(prefixes: Prefixes, k: int) -> bool:
@@ -168,17 +180,17 @@ def _no_prompt(prefixes: Prefixes, k: int) -> RenderingError:
     return rendering_error(prefixes.template, k, reason)
 
 
-def _check_context(prefixes: Prefixes, turns: list[RenderedTurn]) -> None:
-    """Refuse messages whose role, or whose object content, the template silently drops."""
-    for k, message in enumerate(prefixes.messages):
-        following = next((turn for turn in turns if turn.message_index > k), None)
+def _check_context(prefixes: Prefixes, messages: Iterable[int], turn: RenderedTurn) -> None:
+    """Refuse messages before a turn whose role, or whose object content, the template silently drops."""
+    for k in messages:
+        message = prefixes.messages[k]
         content = without_image_parts(message.get("content"))
-        if following and is_object(content) and not prints(following.prompt, content):
+        if is_object(content) and not prints(turn.prompt, content):
             reason = "the template drops its content, which is an object. Store it as text, with json.dumps"
             raise rendering_error(prefixes.template, k, reason)
         if message.get("role") in _COMMON_ROLES:
             continue
-        if following and not contains(following.prompt, get_text(content)):
+        if not contains(turn.prompt, get_text(content)):
             reason = f"the template drops messages of the role '{message.get('role')}'. Give it a role that it knows"
             raise rendering_error(prefixes.template, k, reason)
 
@@ -199,27 +211,43 @@ def _tokenize_with_images(turns: list[RenderedTurn], prefixes: Prefixes, images:
     ]
 
 
-def _tokenize(turns: list[RenderedTurn], template: ChatTemplate) -> list[Sample]:
-    borders = hard_borders(template.tokenizer, template.source)
-    texts = [
-        (turn.prompt, turn.prompt + turn.completion[: turn.reasoning_end], turn.prompt + turn.completion)
-        for turn in turns
-    ]
-    ids = iter(tokenize(borders, [text for of_turn in texts for text in of_turn]))
-    return [_sample(turn, prompt, next(ids), next(ids), template) for turn, prompt in zip(turns, ids, strict=False)]
+@dataclass(frozen=True, slots=True)
+class _TurnFacts:
+    """What tokens do not tell of a turn: its rendering without the prompt, whose text is long."""
+
+    message_index: int
+    completion: str
+    reasoning_end: int
+    kind: CompletionKind
 
 
-def _sample(turn: RenderedTurn, prompt: Ids, reasoning: Ids, whole: Ids, template: ChatTemplate) -> Sample:
+def _tokenize(turns: Iterable[RenderedTurn], template: ChatTemplate) -> list[Sample]:
+    facts: list[_TurnFacts] = []
+
+    def texts() -> Iterator[str]:
+        for turn in turns:
+            facts.append(_TurnFacts(turn.message_index, turn.completion, turn.reasoning_end, turn.kind))
+            yield turn.prompt
+            yield turn.prompt + turn.completion[: turn.reasoning_end]
+            yield turn.prompt + turn.completion
+
+    ids = iter(tokenize(hard_borders(template.tokenizer, template.source), texts()))
+    return [_sample(turn, prompt, next(ids), next(ids), template) for turn, prompt in zip(facts, ids, strict=False)]
+
+
+def _sample(
+    turn: _TurnFacts, prompt: SharedArray, reasoning: SharedArray, whole: SharedArray, template: ChatTemplate
+) -> Sample:
     start = len(prompt)
-    if common_length(prompt, whole) < start:
+    if prompt.common_length(whole) < start:
         # A token of the whole text reaches over the border. The model sees the prompt's own tokens.
         parts = (turn.completion[: turn.reasoning_end], turn.completion)
-        reasoning, whole = (np.concatenate([prompt, tokenize_after(template.tokenizer, text)]) for text in parts)
+        reasoning, whole = (prompt.followed_by(tokenize_after(template.tokenizer, text)) for text in parts)
     length = _length_within(reasoning, whole) - start if turn.reasoning_end else 0
-    return Sample.from_prompt_and_completion(prompt, whole[start:], turn.message_index, length, turn.kind)
+    return Sample.from_prompt_and_completion(prompt, whole.tail(start), turn.message_index, length, turn.kind)
 
 
-def _length_within(beginning: Ids, whole: Ids) -> int:
+def _length_within(beginning: SharedArray, whole: SharedArray) -> int:
     """Return how many tokens of a text start within a given prefix of it."""
-    shared = common_length(beginning, whole)
+    shared = beginning.common_length(whole)
     return shared if shared == len(beginning) else shared + 1  # one that reaches over its end counts

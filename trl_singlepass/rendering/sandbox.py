@@ -12,7 +12,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _OF_DICTS = frozenset(dir(dict))
 _OF_LOOPS = ("index", "index0", "first", "last", "length", "revindex", "revindex0")
-_DICTS_KEPT = 256
+# As many as the arguments of calls in a conversation of a thousand turns.
+_DICTS_KEPT = 4096
 _PLAIN_TYPES = frozenset({bool, int, float, str, type(None), list, dict})
 
 
@@ -74,8 +75,8 @@ def _cached(filter_: Callable[..., Any]) -> Callable[..., Any]:
         key = id(value), args, *kwargs.items()
         if key not in made:
             made[key] = value, filter_(value, *args, **kwargs)  # the value is held, so that its id is not reused
-            for oldest in list(made)[:-_DICTS_KEPT]:
-                del made[oldest]
+            if len(made) > _DICTS_KEPT:
+                del made[next(iter(made))]
         return made[key][1]
 
     return cached

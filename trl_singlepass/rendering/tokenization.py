@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..trees.shared_array import SharedArray
 
 
 if TYPE_CHECKING:
@@ -90,33 +92,36 @@ class HardBorders:
         if not self.tokens:
             return True
         text = self.tokens[0].join(_PROBES) + "".join(self.tokens)
-        return bool(np.array_equal(tokenize(self, [text])[0], _encode(self.tokenizer, [text])[0]))
+        return bool(np.array_equal(tokenize(self, [text])[0].tail(0), _encode(self.tokenizer, [text])[0]))
 
 
-def tokenize(borders: HardBorders, texts: Sequence[str]) -> list[Ids]:
+def tokenize(borders: HardBorders, texts: Iterable[str]) -> list[SharedArray]:
     """
     Tokenise renderings of one conversation.
 
     Args:
         borders (`HardBorders`):
             Where the texts may be cut.
-        texts (`list[str]`):
-            The renderings. Neighbours should share as much of their beginnings as possible.
+        texts (`Iterable[str]`):
+            The renderings. Neighbours should share as much of their beginnings as possible: only what a text adds to
+            the one before it is tokenised and stored. They are read one at a time, and not kept.
 
     Returns:
-        `list[numpy.ndarray]`: The ids of each text, exactly as the tokenizer gives them for the whole text.
+        `list[SharedArray]`: The ids of each text, exactly as the tokenizer gives them for the whole text.
     """
     split = list(_split_all(borders, texts))
     known = borders.token_ids | borders.beginnings
     distinct = list(dict.fromkeys(piece for _, pieces in split for piece in pieces if piece not in known))
     ids = known | dict(zip(distinct, borders.encode(distinct), strict=True))
     borders.remember({piece: ids[piece] for _, pieces in split[:1] for piece in pieces})
-    tokenized: list[Ids] = []
-    previous, ends = np.array([], np.int64), [0]
+    tokenized: list[SharedArray] = []
+    previous, ends = SharedArray.zeros(0, np.int64), [0]
     for kept, pieces in split:
         new = [ids[piece] for piece in pieces]
-        previous = np.concatenate([previous[: ends[kept]], *new])
-        ends = [*ends[:kept], *accumulate(map(len, new), initial=ends[kept])]
+        del ends[kept + 1 :]
+        own = np.concatenate(new) if new else np.empty(0, np.int64)
+        previous = SharedArray(previous, ends[kept], own)
+        ends += list(accumulate(map(len, new), initial=ends[kept]))[1:]
         tokenized.append(previous)
     return tokenized
 
@@ -147,7 +152,7 @@ def common_length(left: Any, right: Any) -> int:
     return low
 
 
-def _split_all(borders: HardBorders, texts: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+def _split_all(borders: HardBorders, texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     """Yield how many of the previous text's pieces each text begins with, and the pieces that follow them."""
     previous, ends = "", [0]
     for text in texts:
@@ -156,7 +161,9 @@ def _split_all(borders: HardBorders, texts: Sequence[str]) -> Iterator[tuple[int
         kept = max(bisect_right(ends, shared) - 1, 0) if borders.tokens else 0
         pieces = borders.split(text[ends[kept] :])
         yield kept, pieces
-        previous, ends = text, [*ends[:kept], *accumulate(map(len, pieces), initial=ends[kept])]
+        del ends[kept + 1 :]
+        ends += list(accumulate(map(len, pieces), initial=ends[kept]))[1:]
+        previous = text
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:

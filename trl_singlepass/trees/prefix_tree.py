@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .image_features import ImageReference, features_of, to_keys, tokens_of
+from .merging import SampleMerger
 from .radix import RadixNode, depth_first
 from .sample import Sample
 
@@ -124,10 +125,10 @@ class PrefixTree:
         """
         if not samples:
             raise ValueError("A prefix tree needs at least one sample, got none.")
-        root = RadixNode.root()
+        merger = SampleMerger()
         for index, sample in enumerate(samples):
-            root.add(RadixNode.from_sample(sample, index))
-        return lay_out(root, _images_of(samples))
+            merger.add(sample, index)
+        return lay_out(merger.finish(), _images_of(samples))
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -229,25 +230,27 @@ def sample_paths(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np
     children: dict[int, list[int]] = defaultdict(list)
     for index, segment in enumerate(tree.segments):
         children[segment.parent].append(index)
-
     keys = to_keys(tree.input_ids, tree.image_features)
 
-    def path(tokens: NDArray[np.int64], parent: int) -> list[NDArray[np.int64]] | None:
-        if len(tokens) == 0:
-            return []
-        for index in children[parent]:
+    def last_segment(tokens: NDArray[np.int64]) -> int:
+        # Copies of a token that had different targets look alike until the tokens after them are compared.
+        stack = children[-1][::-1]
+        while stack:
+            index = stack.pop()
             segment = tree.segments[index]
-            positions = np.arange(segment.start, min(segment.end, segment.start + len(tokens)))
-            if np.array_equal(keys[positions], tokens[: len(positions)]):
-                rest = path(tokens[len(positions) :], index)
-                # Copies of a token that had different targets look alike until the tokens after them are compared.
-                if rest is not None:
-                    return [positions, *rest]
-        return None
+            part = tokens[segment.depth : segment.depth + segment.end - segment.start]
+            if np.array_equal(keys[segment.start : segment.start + len(part)], part):
+                if segment.depth + len(part) == len(tokens):
+                    return index
+                stack += children[index][::-1]
+        raise AssertionError("every sample must be a path of its tree")
 
-    paths = []
-    for sample in samples:
-        parts = path(to_keys(sample.token_ids, sample.image_features), -1)
-        assert parts is not None, "every sample must be a path of its tree"
-        paths.append(np.concatenate(parts))
-    return paths
+    def path(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        ranges, index = [], last_segment(tokens)
+        while index >= 0:
+            segment = tree.segments[index]
+            ranges.append(np.arange(segment.start, segment.end))
+            index = segment.parent
+        return np.concatenate(ranges[::-1])[: len(tokens)]
+
+    return [path(to_keys(sample.token_ids, sample.image_features)) for sample in samples]

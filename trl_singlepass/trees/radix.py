@@ -46,23 +46,17 @@ class RadixNode:
         return cls(np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64), 0, -1)
 
     @classmethod
-    def from_sample(cls, sample: Sample, index: int) -> RadixNode:
-        """Return a sample as one node."""
-        keys = to_keys(sample.token_ids, sample.image_features)
-        return cls(keys, sample.loss_weights, sample.token_parts, 1, index)
+    def from_sample(cls, sample: Sample, index: int, start: int = 0) -> RadixNode:
+        """Return the tokens of a sample from position `start` on as one node."""
+        features = None if sample.image_features is None else sample.image_features[start:]
+        keys = to_keys(sample.tokens.tail(start), features)
+        return cls(keys, sample.weights.tail(start), sample.token_parts_from(start), 1, index)
 
     @property
-    def num_tokens(self) -> int:
-        """Number of tokens that the node and everything below it have in the layout."""
-        count, stack = len(self.tokens), [self]
-        while stack:
-            node = stack.pop()
-            targets = sum(child.weights[0] > 0 for child in node.children)
-            # Where children train different targets, the token before them is stored once per target.
-            count += max(int(targets) - 1, 0) * (len(node.tokens) > 0)
-            count += sum(len(child.tokens) for child in node.children)
-            stack += node.children
-        return count
+    def num_copies(self) -> int:
+        """How many times more its last token is stored: once per target, where its children train different ones."""
+        targets = sum(child.weights[0] > 0 for child in self.children)
+        return max(int(targets) - 1, 0) * (len(self.tokens) > 0)
 
     def find_child(self, token: int) -> RadixNode | None:
         """Return the child that begins with a token, if there is one."""
@@ -109,12 +103,19 @@ class RadixNode:
 
     def _add_shared(self, node: RadixNode, where: slice) -> None:
         """Add the weights and samples of another node, whose tokens `where` are this node's."""
-        _, weights, parts = node._arrays(where)
-        if np.count_nonzero(weights):  # most shared tokens are history, which has no weight
-            self.parts = np.where((self.weights == 0) & (weights > 0), parts, self.parts)
-            self.weights = self.weights + weights
+        self.add_weights(0, node.weights[where], node.parts[where])
         self.num_samples += node.num_samples
         self.latest_sample = max(self.latest_sample, node.latest_sample)
+
+    def add_weights(self, start: int, weights: NDArray[np.float64], parts: NDArray[np.int64]) -> None:
+        """Add the weights of a sample that has the node's tokens from position `start` on."""
+        if not np.count_nonzero(weights):  # most shared tokens are history, which has no weight
+            return
+        where = slice(start, start + len(weights))
+        self.weights, self.parts = self.weights.copy(), self.parts.copy()
+        own_weights, own_parts = self.weights[where], self.parts[where]
+        own_parts[:] = np.where((own_weights == 0) & (weights > 0), parts, own_parts)
+        own_weights += weights
 
 
 def common_prefix_length(a: NDArray[np.integer], b: NDArray[np.integer]) -> int:

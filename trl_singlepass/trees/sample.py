@@ -1,12 +1,17 @@
 """One turn as the model sees it: the exact tokens of prompt and completion, with a loss weight for each token."""
 
+from __future__ import annotations
+
+from copy import copy
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .image_features import NO_FEATURE, ImageReference
+from .shared_array import SharedArray
 
 
 # Parts of a completion, in the order in which `Sample.token_parts` numbers them.
@@ -28,10 +33,39 @@ class CompletionKind(StrEnum):
     """The dataset holds the tokens themselves."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class _Stored:
+    """
+    A field of a sample that is stored as a [`SharedArray`] and read as an array.
+
+    Args:
+        dtype (`numpy.dtype`):
+            Type of its entries.
+    """
+
+    def __init__(self, dtype: Any) -> None:
+        self._dtype = dtype
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, sample: Sample | None, owner: type) -> NDArray[Any]:
+        if sample is None:
+            raise AttributeError("the field has no default")  # how dataclasses ask a descriptor for one
+        stored: SharedArray = sample.__dict__[self._name]
+        return stored.tail(0)
+
+    def __set__(self, sample: Sample, value: ArrayLike | SharedArray) -> None:
+        stored = value if isinstance(value, SharedArray) else SharedArray.whole(value, self._dtype)
+        sample.__dict__[self._name] = stored
+
+
+@dataclass(frozen=True, eq=False)
 class Sample:
     """
     Exact tokens of one turn: what N-pass trains as a sequence of its own.
+
+    Rendered samples of one conversation share the beginnings of their tokens ([`SharedArray`]): their arrays are put
+    together whenever they are read.
 
     Args:
         token_ids (`numpy.ndarray` of shape `(length,)`, `numpy.int64`):
@@ -62,9 +96,9 @@ class Sample:
             carries a weight, or a feature belongs to no image.
     """
 
-    token_ids: NDArray[np.int64]
-    loss_weights: NDArray[np.float64]
-    prompt_length: int
+    token_ids: _Stored = _Stored(np.int64)
+    loss_weights: _Stored = _Stored(np.float64)
+    prompt_length: int  # type: ignore[misc]  # mypy takes the descriptors before it for defaults
     message_index: int | None = None
     reasoning_length: int = 0
     turn_index: int = 0
@@ -74,41 +108,41 @@ class Sample:
     text: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
-        _freeze(self, "token_ids", np.asarray(self.token_ids, dtype=np.int64))
-        _freeze(self, "loss_weights", np.asarray(self.loss_weights, dtype=np.float64))
-        if self.token_ids.ndim != 1 or self.token_ids.shape != self.loss_weights.shape:
+        shapes = [stored.own.shape for stored in (self.tokens, self.weights)]
+        if any(len(shape) != 1 for shape in shapes) or len(self.tokens) != len(self.weights):
             raise ValueError(
-                f"A sample needs one loss weight per token, got token_ids of shape {self.token_ids.shape} and "
-                f"loss_weights of shape {self.loss_weights.shape}."
+                f"A sample needs one loss weight per token, got token_ids of shape {shapes[0]} and loss_weights of "
+                f"shape {shapes[1]}."
             )
-        if len(self.token_ids) == 0:
+        if len(self) == 0:
             raise ValueError("A sample needs at least one token, got none.")
-        if not (self.loss_weights.min() >= 0 and self.loss_weights.max() < np.inf):  # NaN compares as false
+        weights = self.weights.own
+        if len(weights) and not (weights.min() >= 0 and weights.max() < np.inf):  # NaN compares as false
             raise ValueError(
-                f"Loss weights must be finite and not negative, got {self.loss_weights.min()} as the smallest and "
-                f"{self.loss_weights.max()} as the largest."
+                f"Loss weights must be finite and not negative, got {weights.min()} as the smallest and "
+                f"{weights.max()} as the largest."
             )
-        if self.loss_weights[0] != 0:
+        if self.weights.kept == 0 and weights[0] != 0:
             raise ValueError(
                 "Nothing precedes the first token of a sample to predict it from, so its loss weight must be 0, "
-                f"got {self.loss_weights[0]}. Start the prompt with at least one token."
+                f"got {weights[0]}. Start the prompt with at least one token."
             )
-        if not 0 <= self.prompt_length <= len(self.token_ids):
+        if not 0 <= self.prompt_length <= len(self):
             raise ValueError(
-                f"prompt_length must lie between 0 and the number of tokens ({len(self.token_ids)}), "
-                f"got {self.prompt_length}."
+                f"prompt_length must lie between 0 and the number of tokens ({len(self)}), got {self.prompt_length}."
             )
-        if not 0 <= self.reasoning_length <= len(self.token_ids) - self.prompt_length:
+        if not 0 <= self.reasoning_length <= len(self) - self.prompt_length:
             raise ValueError(
                 f"reasoning_length must lie between 0 and the length of the completion "
-                f"({len(self.token_ids) - self.prompt_length}), got {self.reasoning_length}."
+                f"({len(self) - self.prompt_length}), got {self.reasoning_length}."
             )
         if self.image_features is not None:
             self._check_image_features()
 
     def _check_image_features(self) -> None:
-        features = np.asarray(self.image_features, dtype=np.int64)
-        _freeze(self, "image_features", features)
+        features = np.asarray(self.image_features, dtype=np.int64).view()
+        features.setflags(write=False)
+        object.__setattr__(self, "image_features", features)
         if features.shape != self.token_ids.shape:
             raise ValueError(
                 f"A sample needs one image feature per token, -1 for text, got token_ids of shape "
@@ -129,26 +163,51 @@ class Sample:
     @classmethod
     def from_prompt_and_completion(
         cls,
-        prompt_ids: ArrayLike,
+        prompt_ids: ArrayLike | SharedArray,
         completion_ids: ArrayLike,
         message_index: int | None = None,
         reasoning_length: int = 0,
         kind: CompletionKind = CompletionKind.GIVEN_AS_TOKENS,
-    ) -> "Sample":
+    ) -> Sample:
         """Return the sample whose completion tokens have weight 1 and whose prompt tokens have weight 0."""
-        prompt = np.asarray(prompt_ids, dtype=np.int64)
+        prompt = prompt_ids if isinstance(prompt_ids, SharedArray) else SharedArray.whole(prompt_ids, np.int64)
         completion = np.asarray(completion_ids, dtype=np.int64)
-        weights = np.concatenate([np.zeros(len(prompt)), np.ones(len(completion))])
-        token_ids = np.concatenate([prompt, completion])
-        return cls(token_ids, weights, len(prompt), message_index, reasoning_length, kind=kind)
+        weights = SharedArray.zeros(len(prompt), np.float64).followed_by(np.ones(len(completion)))
+        tokens = prompt.followed_by(completion)
+        return cls(tokens, weights, len(prompt), message_index, reasoning_length, kind=kind)
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.tokens)
+
+    @property
+    def tokens(self) -> SharedArray:
+        """`token_ids` as they are stored."""
+        stored: SharedArray = self.__dict__["_token_ids"]
+        return stored
+
+    @property
+    def weights(self) -> SharedArray:
+        """`loss_weights` as they are stored. Entries that they share with another array are 0."""
+        stored: SharedArray = self.__dict__["_loss_weights"]
+        return stored
 
     @property
     def is_trained(self) -> bool:
         """Whether any token of the sample is trained."""
-        return bool((self.loss_weights > 0).any())
+        return self.num_trained_tokens > 0
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Number of tokens that are trained."""
+        return int((self.weights.own > 0).sum())
+
+    def with_turn_index(self, turn_index: int) -> Sample:
+        """Return the sample as another turn of its conversation."""
+        return _changed(self, turn_index=turn_index)
+
+    def reweighed(self, own_weights: NDArray[np.float64]) -> Sample:
+        """Return the sample with other loss weights in the place of `weights.own`."""
+        return _changed(self, _loss_weights=self.weights.head(self.weights.kept).followed_by(own_weights))
 
     @property
     def token_parts(self) -> NDArray[np.int64]:
@@ -157,14 +216,20 @@ class Sample:
 
         With 2 tokens of prompt, 2 of reasoning and 3 of answer, turn 1 has `[0, 0, 4, 4, 5, 6, 6]`.
         """
-        parts = np.full(len(self), 3 + 3 * self.turn_index)
-        answer = self.prompt_length + self.reasoning_length
-        parts[: self.prompt_length] = 0
-        parts[self.prompt_length : answer] = 1 + 3 * self.turn_index
-        parts[answer : answer + 1] = 2 + 3 * self.turn_index
+        return self.token_parts_from(0)
+
+    def token_parts_from(self, start: int) -> NDArray[np.int64]:
+        """Return `token_parts` from position `start` on."""
+        parts = np.full(len(self) - start, 3 + 3 * self.turn_index)
+        prompt = max(self.prompt_length - start, 0)
+        answer = max(self.prompt_length + self.reasoning_length - start, 0)
+        parts[:prompt] = 0
+        parts[prompt:answer] = 1 + 3 * self.turn_index
+        if self.prompt_length + self.reasoning_length >= start:
+            parts[answer : answer + 1] = 2 + 3 * self.turn_index
         return parts
 
-    def truncated(self, max_length: int) -> "Sample":
+    def truncated(self, max_length: int) -> Sample:
         """
         Return the sample's first `max_length` tokens (TRL's `truncation_mode="keep_start"`), without part of an image.
 
@@ -175,8 +240,8 @@ class Sample:
         prompt_length = min(self.prompt_length, max_length)
         return replace(
             self,
-            token_ids=self.token_ids[:max_length],
-            loss_weights=self.loss_weights[:max_length],
+            token_ids=self.tokens.head(max_length),
+            loss_weights=self.weights.head(max_length),
             prompt_length=prompt_length,
             reasoning_length=min(self.reasoning_length, max_length - prompt_length),
             image_features=None if self.image_features is None else self.image_features[:max_length],
@@ -198,7 +263,8 @@ class Sample:
         return min([max_length, *cut])
 
 
-def _freeze(sample: Sample, name: str, array: NDArray[np.generic]) -> None:
-    array = array.view()
-    array.setflags(write=False)
-    object.__setattr__(sample, name, array)
+def _changed(sample: Sample, **fields: Any) -> Sample:
+    """Return a copy that shares the arrays of a sample; `dataclasses.replace` would put them together."""
+    changed = copy(sample)
+    changed.__dict__.update(fields)
+    return changed

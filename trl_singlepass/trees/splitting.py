@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .merging import SampleMerger
 from .prefix_tree import PrefixTree
-from .radix import RadixNode
 from .sample import Sample
 
 
@@ -58,10 +58,10 @@ def _fewest_tokens(samples: Sequence[Sample], max_row_tokens: int) -> list[list[
     best = [0] + [np.iinfo(np.int64).max] * len(samples)
     first_of = [0] * (len(samples) + 1)
     for first in range(len(samples)):
-        root = RadixNode.root()
+        merger = SampleMerger()
         for last in range(first, len(samples)):
-            root.add(RadixNode.from_sample(samples[last], last))
-            size = root.num_tokens
+            merger.add(samples[last], last)
+            size = merger.num_tokens
             if size > max_row_tokens:  # further samples only make the tree larger
                 break
             if best[first] + size < best[last + 1]:

@@ -225,7 +225,7 @@ def _match_prompts(texts: list[tuple[int, _TurnText]], borders: HardBorders) -> 
             matches.append(PromptMatch.NONE)
             continue
         prompt, rendering = next(ids), next(ids)
-        matches.append(PromptMatch.TOKENS if common_length(prompt, rendering) == len(prompt) else PromptMatch.TEXT)
+        matches.append(PromptMatch.TOKENS if prompt.common_length(rendering) == len(prompt) else PromptMatch.TEXT)
     return matches
 
 
