@@ -24,6 +24,7 @@ import torch
 
 from ..trees.rows import TreePlan
 from .kv_cache import KVCacheView
+from .row_group import RowGroup
 
 
 @dataclass(eq=False)
@@ -40,12 +41,15 @@ class Tree:
             Number of tokens before each token on its path.
         attended_by (`set[torch.nn.Module]`):
             Layers that have received the tree.
+        group (`RowGroup`, *optional*):
+            Ranks that share the row; each runs the model on its part of the tokens.
     """
 
     plan: TreePlan
     subtree_end: torch.Tensor
     depth: torch.Tensor
     attended_by: set[torch.nn.Module] = field(default_factory=set)
+    group: RowGroup | None = None
     _copies: dict[torch.device, Tree] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

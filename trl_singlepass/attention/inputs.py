@@ -150,5 +150,7 @@ def scale_by_depth(module: Any, query: torch.Tensor, tree: Tree) -> torch.Tensor
         return torch.log1p(steps) * float(module.attn_scale) + 1.0
 
     index = torch.arange(query.shape[2], device=query.device)
+    if tree.group is not None:  # the layer counted from the start of a rank's part
+        index = index % (query.shape[2] // tree.group.size)
     ratio = temperature(tree.depth[0]) / temperature(index)
     return query * ratio.to(query.dtype)[:, None]

@@ -27,6 +27,7 @@ from .layout import Layout
 from .row_kernels import find_row_kernels
 from .scan_check import check_scan
 from .schedule import Piece
+from .shared_rows import gather_argument, part_of_output
 from .tree_carrier import find_tree, pass_tree_in_masks
 
 
@@ -130,6 +131,19 @@ def _run(layer: Any, arguments: Mapping[str, object], tree: Tree) -> Any:
     if boundary is None and layer._row_kernels is not None:
         masks = {name for name, value in arguments.items() if _carries_tree(value)}
         return layer._row_kernels.run(layer, arguments | dict.fromkeys(masks | cache_arguments), tree)
+    if tree.group is None:
+        return _run_pieces(layer, arguments, layout)
+    num_tokens = layout.length // tree.group.size
+    arguments = {
+        name: value if _carries_tree(value) else gather_argument(value, tree.group, num_tokens)
+        for name, value in arguments.items()
+    }
+    return part_of_output(_run_pieces(layer, arguments, layout), layout.length, tree.group)
+
+
+def _run_pieces(layer: Any, arguments: Mapping[str, object], layout: Layout) -> Any:
+    mode: ReplayMode = layer._replay_mode
+    boundary, cache_arguments = layout.boundary, _cache_arguments(layer)
     if boundary is not None:
         arguments = {name: _extend(layer, name, value, boundary) for name, value in arguments.items()}
     per_batch = {name: _split(layer, name, value, layout) for name, value in arguments.items()}

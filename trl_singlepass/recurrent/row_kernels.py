@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -30,6 +30,7 @@ from ..trees.rows import TreePlan
 from .layer_kinds import ReplayMode
 from .layout import Layout
 from .schedule import fork_schedule, last_tokens
+from .shared_rows import on_share_of_channels, on_share_of_heads
 
 
 Kernel = Callable[..., Any]
@@ -107,7 +108,8 @@ class RowKernels:
             options = {name: value for name, value in options.items() if name not in passed_on}
             size = weight.shape[-1]
             layout = _get_layout(tree, ("convolution", size), lambda: ConvolutionLayout(tree, size))
-            return layout.run(names[CONVOLUTION], hidden_states, weight, *args, **options)
+            run = on_share_of_channels(partial(layout.run, names[CONVOLUTION]), tree.group)
+            return run(hidden_states, weight, *args, **options)
 
         def scan(*args: object, **options: object) -> Any:
             assert self.scan is not None
@@ -116,7 +118,8 @@ class RowKernels:
             kernel = names[self.scan]
             packed = SCANS[self.scan].packs and takes_packed_sequences(kernel)
             layout = _get_layout(tree, ("scan", packed), lambda: _scan_layout(tree, packed))
-            return run_scan(kernel, SCANS[self.scan], layout, args, options)
+            run = on_share_of_heads(partial(run_scan, kernel, SCANS[self.scan], layout), tree.group, tree.plan.length)
+            return run(*args, **options)
 
         bound: dict[str, Kernel] = {CONVOLUTION: convolve, FUSED: lambda *args, **options: None}
         bound |= {} if self.scan is None else {self.scan: scan}
@@ -243,9 +246,7 @@ def insert_ancestors(plan: TreePlan, count: int) -> tuple[np.ndarray[Any, np.dty
     return np.concatenate(parts), np.concatenate(kept)
 
 
-def run_scan(
-    kernel: Kernel, names: ScanNames, layout: Layout, args: tuple[object, ...], options: Mapping[str, object]
-) -> Any:
+def run_scan(kernel: Kernel, names: ScanNames, layout: Layout, /, *args: object, **options: object) -> Any:
     """
     Run a scan along the paths of the tree.
 
@@ -256,9 +257,9 @@ def run_scan(
             How it calls its arguments.
         layout (`Layout`):
             Pieces of the row, in the order in which they run.
-        args (`tuple`):
+        *args (`object`):
             The scan's arguments for the row, per-token tensors of shape `(1, row_length, ...)` among them.
-        options (`Mapping[str, object]`):
+        **options (`object`):
             Those that it gets by name.
 
     Returns:
@@ -267,7 +268,7 @@ def run_scan(
     pieces = layout.schedule.pieces
     states: dict[int, torch.Tensor] = {}
     outputs: list[torch.Tensor] = []
-    calls: list[Any] = layout.gather((args, dict(options)))
+    calls: list[Any] = layout.gather((args, options))
     for step, (tensors, call) in enumerate(calls):
         batch = layout.schedule.batches[step]
         sources = [states[pieces[index].source] for index in batch if pieces[index].starts_from_state]

@@ -30,8 +30,9 @@ class TreePaddingMask(torch.Tensor):
 
     @classmethod
     def from_tree(cls, tree: Tree) -> TreePaddingMask:
-        """Return the mask of a row."""
-        mask = torch.full_like(tree.subtree_end, 2).as_subclass(cls)
+        """Return the mask of a row, of this rank's part of it if ranks share it."""
+        tokens = tree.subtree_end if tree.group is None else tree.group.part(tree.subtree_end)
+        mask = torch.full_like(tokens, 2).as_subclass(cls)
         mask.tree = tree
         return mask
 

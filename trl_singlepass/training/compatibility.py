@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import accelerate
 import transformers
 import trl
 from accelerate import Accelerator, ParallelismConfig
@@ -264,17 +265,19 @@ def check_tensor_parallelism(model: PreTrainedModel | PeftModel, args: TrainingA
             raise ValueError(f"Tensor parallelism (tp_size) does not work with {what}. {way_out}.")
 
 
-def check_sequence_parallelism(
-    model: PreTrainedModel | PeftModel, args: SFTConfig, accelerator: Accelerator, *, has_router_loss: bool
-) -> None:
+def check_sequence_parallelism(model: PreTrainedModel | PeftModel, args: SFTConfig, accelerator: Accelerator) -> None:
     """Refuse what rows that ranks share (`sp_size` above 1) cannot honour."""
-    recurrent = path_dependent_layer_names(without_adapters(model))
+    config = without_adapters(model).config.get_text_config()
+    engine = f"{accelerator.distributed_type.value}: accelerate {accelerate.__version__} shares rows on DeepSpeed only"
+    unnamed = [name for name in ("num_attention_heads", "num_key_value_heads") if not hasattr(config, name)]
     for refused, what, way_out in (
-        (accelerator.distributed_type != DistributedType.DEEPSPEED, "an engine other than DeepSpeed", "Use DeepSpeed"),
-        (args.per_device_train_batch_size > 1, "per_device_train_batch_size above 1", "Set it to 1, and accumulate"),
+        (accelerator.distributed_type != DistributedType.DEEPSPEED, engine, "Use DeepSpeed"),
         (args.fp16, "fp16, whose loss scale hides wrong gradients", "Use bf16"),
-        (has_router_loss, "a load-balancing loss, which needs whole rows", "Set router_aux_loss_coef=0"),
-        (bool(recurrent), f"{', '.join(recurrent)}, which run along a whole row", "Train without sp_size"),
+        (
+            bool(unnamed),
+            f"a model without {' and '.join(unnamed)} in its configuration, which DeepSpeed divides among ranks",
+            "Train without sp_size",
+        ),
     ):
         if refused:
             raise ValueError(f"Sequence parallelism (sp_size) does not work with {what}. {way_out}.")

@@ -39,8 +39,8 @@ def without_repeated_examples(
         `Batch`: The batch.
     """
     state, (num_ranks, rank) = accelerator.gradient_state, data_ranks(accelerator)
-    is_whole_row = "tree_plan" in batch and "shift_labels" not in batch  # parts were seen to when they were whole
-    if num_ranks == 1 or not state.end_of_dataloader or not is_whole_row:
+    is_own_row = "tree_plan" in batch and "is_shared" not in batch  # its rank saw to a shared one
+    if num_ranks == 1 or not state.end_of_dataloader or not is_own_row:
         return batch
     if accelerator.split_batches:
         batch_size //= num_ranks
@@ -94,7 +94,8 @@ def without_empty_batches(
         `tuple`: The values.
     """
     epochs, _, *others, batches, max_steps = values
-    num_new = num_examples % num_ranks
+    batch_size = args.per_device_train_batch_size
+    num_new = math.ceil(num_examples % (num_ranks * batch_size) / batch_size)  # ranks with new examples
     batches -= max(group_size - num_new, 0) if num_new else 0
     steps = math.ceil(batches / args.gradient_accumulation_steps)
     if args.max_steps > 0:

@@ -107,7 +107,7 @@ def normalized(loss_weights: torch.Tensor, total: torch.Tensor | int | None = No
 
 def total_weight(batch: Batch) -> torch.Tensor:
     """Return the sum of the loss weights of a batch, a scalar: what its loss is divided by."""
-    if "loss_weights" in batch:  # parts of rows, under sequence parallelism, always have them
+    if "loss_weights" in batch:
         weights: torch.Tensor = batch["loss_weights"]
     else:
         weights = batch["labels"][..., 1:] != IGNORE_INDEX

@@ -1,21 +1,21 @@
 """
 Sequence parallelism (DeepSpeed Ulysses): the ranks of a group share each row, and attention sees all of it.
 
-Each rank runs its part of the row through every layer; around attention, ranks exchange parts of the row for attention
-heads. Attention therefore sees whole rows with a share of the heads, and tree attention can run there. DeepSpeed drops
-the attention mask on the way, which would train a tree as plain text; here the layer's `TreeMask` is passed around the
-exchange, and attention refuses to run without it.
+Each rank runs its part of the row through every layer; around layers that mix tokens, ranks exchange parts of the row
+for heads (`attention/row_group.py`), so that tree attention runs on whole rows with a share of the heads. accelerate
+makes the groups and DeepSpeed reduces gradients. DeepSpeed's own exchange is left out: it drops the attention mask,
+which would train a tree as plain text, and expects the same heads in every layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import accelerate.accelerator
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,11 +26,15 @@ from trl import SFTConfig
 
 from ..attention import Tree, TreeMask
 from ..attention.context import running_on
+from ..attention.row_group import RowGroup
 from ..data.collator import Batch
+from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import TreePlan
+from ..waves.engines import SharedRowEngine
+from ..waves.loss import PER_TOKEN, RouterRecorder
 from .compatibility import check_sequence_parallelism
 from .gradient_scale import GradientCheck, get_gradient_scale
-from .loss import LossContext, weighted_model
+from .loss import LossContext
 from .model import Forward, without_adapters
 from .shared_rows import SharedRows
 
@@ -56,8 +60,10 @@ class SequenceParallel:
             Arguments of the run.
         accelerator (`accelerate.Accelerator`):
             Accelerator with `sp_size` above 1.
-        has_router_loss (`bool`):
-            Whether the run trains the load-balancing loss of a mixture of experts, which is refused.
+        recorder (`RouterRecorder`, *optional*):
+            Router logits of a mixture of experts whose load-balancing loss is trained.
+        router_loss_coef (`float`, *optional*, defaults to 0):
+            Coefficient of that loss.
 
     Raises:
         `ValueError`: If a setting or the model does not work with it; the message names it and the way out.
@@ -68,13 +74,14 @@ class SequenceParallel:
         model: PreTrainedModel | PeftModel,
         args: SFTConfig,
         accelerator: Accelerator,
-        *,
-        has_router_loss: bool,
+        recorder: RouterRecorder | None = None,
+        router_loss_coef: float = 0.0,
     ) -> None:
         import deepspeed
 
-        check_sequence_parallelism(model, args, accelerator, has_router_loss=has_router_loss)
+        check_sequence_parallelism(model, args, accelerator)
         self._accelerator = accelerator
+        self._recorder, self._router_loss_coef = recorder, router_loss_coef
         self.size: int = accelerator.parallelism_config.sp_size
         base = without_adapters(model)
         self._attention = register_shared_attention(base.config.get_text_config()._attn_implementation)
@@ -82,7 +89,12 @@ class SequenceParallel:
         # accelerate accepts stock names only; DeepSpeed takes over whatever name stands here.
         accelerator.parallelism_config.sp_handler.sp_attn_implementation = self._attention
         deepspeed.init_distributed(auto_mpi_discovery=False)  # DeepSpeed makes its groups from its own handle
+        self._group: RowGroup | None = None
         self._gradient_check: GradientCheck | None = None
+
+    def preparing(self) -> AbstractContextManager[None]:
+        """Return the context in which the Trainer prepares the model for training."""
+        return allowing_recurrent_layers()
 
     def connect(
         self,
@@ -98,36 +110,69 @@ class SequenceParallel:
             loader (`UlyssesSPDataLoaderAdapter`):
                 DeepSpeed's loader of row parts, as the Trainer prepared it.
             prepare (`Callable`):
-                Called with each whole row before it is cut.
+                Called with each row of this rank before other ranks get it.
             pad_token_id (`int`):
                 Token that fills rows up to a length that the ranks can share.
             epoch (`Callable[[], int]`):
                 Returns the number of the epoch that begins.
 
         Returns:
-            `torch.utils.data.DataLoader`: Loader of parts of rows that keep their tree.
+            `torch.utils.data.DataLoader`: Loader of the rows of all ranks of the group, in turn.
         """
-        exchange = ALL_ATTENTION_FUNCTIONS[self._attention]
-        attention = AttentionInterface._global_mapping[self._attention]
-        if exchange is attention:
-            raise RuntimeError("DeepSpeed did not take over attention under sequence parallelism; upgrade deepspeed.")
-        ALL_ATTENTION_FUNCTIONS[self._attention] = with_tree(exchange, attention)
-        return DataLoader(SharedRows(loader, prepare, pad_token_id, epoch), batch_size=None)
+        del ALL_ATTENTION_FUNCTIONS[self._attention]  # DeepSpeed's exchange, which drops the tree
+        self._group = RowGroup(loader.sp_group, loader.sp_world_size, loader.sp_rank)
+        return DataLoader(SharedRows(loader.dl, self._group, prepare, pad_token_id, epoch), batch_size=None)
 
     def run_on_tree(self, plan: TreePlan) -> AbstractContextManager[Tree]:
-        """Return a context that runs the model on parts of a row, given the plan of the whole row."""
-        return running_on(tree_from_plan(plan, self._accelerator.device))
+        """Return a context that runs the model on a row that ranks share, given its plan."""
+        return running_on(tree_from_plan(plan, self._accelerator.device, self._group))
+
+    def watch_gradients(self, engine: DeepSpeedEngine) -> None:
+        """Compare the gradients of the first step with their mean over ranks; called before the first backward."""
+        if self._gradient_check is None:
+            self._gradient_check = GradientCheck(engine, get_gradient_scale(engine, self.size))
+
+    def wrap(self, engine: DeepSpeedEngine) -> Forward:
+        """
+        Return the model as it runs a row in parts.
+
+        Args:
+            engine (`deepspeed.DeepSpeedEngine`):
+                Model, as the Trainer wrapped it.
+
+        Returns:
+            `Forward`: Takes a whole row, and returns the outputs of TRL's fused head for all of it.
+        """
+        assert self._group is not None, "`connect` made it"
+        shared, group, recorder = (
+            SharedRowEngine(engine, self._accelerator, 1.0, self._group),
+            self._group,
+            self._recorder,
+        )
+
+        def forward(*, labels: Tensor, attention_mask: Tensor, **inputs: Any) -> ModelOutput:
+            shift_labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)], dim=1)
+            outputs = shared.forward(attention_mask=attention_mask, shift_labels=shift_labels, **inputs)
+            for name in PER_TOKEN:
+                outputs[name] = outputs[name][:, :-1]
+            if recorder is not None:
+                load_balancing, router_logits = recorder.new_row(group), recorder.pop()
+                load_balancing.count(router_logits, attention_mask)
+                outputs.aux_loss = load_balancing.share(router_logits, attention_mask)
+            return outputs
+
+        return forward
 
     def loss(
         self,
         compute_loss: Callable[..., object],
         engine: DeepSpeedEngine,
-        batch: Batch,
+        model: Forward,
         inputs: Batch,
         context: LossContext,
     ) -> Tensor:
         """
-        Return this rank's part of the loss of a step, scaled such that the mean over ranks is the loss.
+        Return the loss of a row, scaled such that the mean over ranks is its part of the loss of the step.
 
         TRL only computes the metrics: its loss would be the mean over batches of each batch's mean, not over tokens.
 
@@ -136,47 +181,61 @@ class SequenceParallel:
                 TRL's `compute_loss`.
             engine (`deepspeed.DeepSpeedEngine`):
                 Model, as the Trainer wrapped it.
-            batch (`Batch`):
-                Part of a row, from [`SequenceParallel.connect`].
+            model (`Forward`):
+                The model as it runs a row, with the weight of each target.
             inputs (`Batch`):
-                What of it the model takes.
+                Inputs of the model for the whole row.
             context (`LossContext`):
-                How its loss is scaled, and metrics by turn.
+                How its loss is scaled.
         """
-        weights = F.pad(batch["loss_weights"], (1, 0))  # already aligned with `shift_labels`
-        model: Forward = engine
-        if context.turn_metrics is not None:
-            model = context.turn_metrics.wrap(model, F.pad(batch["label_parts"], (1, 0)), weights)
-        weighted = weighted_model(model, weights)
-        sums: list[Tensor] = []
+        assert self._group is not None, "`connect` made it"
+        losses: list[Tensor] = []
 
-        def forward(**kwargs: object) -> ModelOutput:
-            outputs = weighted(**kwargs)
-            sums.append(-outputs.log_probs.sum())
-            outputs.loss = outputs.loss.detach()
+        def forward(*, shift_labels: Tensor, **options: object) -> ModelOutput:
+            outputs = model(**options | inputs)
+            num_items = torch.as_tensor(context.num_items).clamp(min=torch.finfo(torch.float32).tiny)
+            loss = -outputs.log_probs.sum() / num_items * (self._accelerator.num_processes // self.size)
+            if outputs.aux_loss is not None:
+                loss = loss + self._router_loss_coef * outputs.aux_loss / context.num_batches
+            losses.append(loss)
+            outputs.loss = loss.detach()
             return outputs
 
-        compute_loss(forward, inputs)
-        num_items = torch.as_tensor(context.num_items).clamp(min=torch.finfo(torch.float32).tiny)
-        loss = sums[0] / num_items * self._accelerator.num_processes * context.divisor
-        return self._with_right_gradient(engine, loss)
-
-    def _with_right_gradient(self, engine: DeepSpeedEngine, loss: Tensor) -> Tensor:
-        gradient_scale = get_gradient_scale(engine, self.size)
-        if self._gradient_check is None:
-            self._gradient_check = GradientCheck(engine, gradient_scale)
-        return loss + (1 / gradient_scale - 1) * (loss - loss.detach())
+        own = self._group.part(inputs["attention_mask"])  # TRL counts tokens on all ranks
+        compute_loss(forward, {**inputs, "attention_mask": own, "shift_labels": inputs["labels"]})
+        scale = 1 / get_gradient_scale(engine, self.size)
+        return losses[0] + (scale - 1) * (losses[0] - losses[0].detach())
 
 
-def tree_from_plan(plan: TreePlan, device: torch.device) -> Tree:
-    """Return the tree of a whole row from its plan alone, since batches hold parts of rows."""
+@contextmanager
+def allowing_recurrent_layers() -> Iterator[None]:
+    """
+    Keep accelerate from refusing models with recurrent layers, as it does from 1.15 on.
+
+    In the code that it knows, such a layer would start anew on each rank. Here, the layer gets the whole row
+    (`recurrent/shared_rows.py`).
+    """
+    name = "_refuse_recurrent_layers_under_sequence_parallelism"
+    refuse = getattr(accelerate.accelerator, name, None)
+    if refuse is None:
+        yield
+        return
+    setattr(accelerate.accelerator, name, lambda model: None)
+    try:
+        yield
+    finally:
+        setattr(accelerate.accelerator, name, refuse)
+
+
+def tree_from_plan(plan: TreePlan, device: torch.device, group: RowGroup | None = None) -> Tree:
+    """Return the tree of a row from its plan alone, with the ranks that share it."""
     ends = np.zeros(plan.length, np.int64)
     for run in plan.runs:
         ends[run.start : run.end] = run.end
         for start, end in run.prefix:
             ends[start:end] = run.end
     subtree_end, depth = (torch.from_numpy(array)[None].to(device) for array in (ends, plan.depths()))
-    return Tree(plan, subtree_end, depth)
+    return Tree(plan, subtree_end, depth, group=group)
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -184,7 +243,7 @@ def tree_from_plan(plan: TreePlan, device: torch.device) -> Tree:
 
 def register_shared_attention(name: str) -> str:
     """
-    Register tree attention for whole rows with a share of the heads, under a name that DeepSpeed may take over.
+    Register tree attention on rows that ranks share, under a name that DeepSpeed may take over.
 
     Args:
         name (`str`):
@@ -194,54 +253,30 @@ def register_shared_attention(name: str) -> str:
         `str`: The new name.
     """
     shared = f"{name}_ulysses"
-    AttentionInterface.register(shared, on_whole_rows(ALL_ATTENTION_FUNCTIONS[name]))
+    AttentionInterface.register(shared, on_shared_rows(ALL_ATTENTION_FUNCTIONS[name]))
     AttentionMaskInterface.register(shared, AttentionMaskInterface._global_mapping[name])
     return shared
 
 
-def on_whole_rows(attention: AttentionFunction) -> AttentionFunction:
-    """Return tree attention that refuses to train without a tree, and takes its share of per-head parameters."""
+def on_shared_rows(attention: AttentionFunction) -> AttentionFunction:
+    """Return tree attention that takes this rank's part of a row, and refuses to train without a tree."""
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        mask = kwargs.pop("tree_mask", attention_mask)
-        if module.training and not isinstance(mask, TreeMask):
-            raise RuntimeError(
-                f"{type(module).__name__} received no tree under sequence parallelism, and would train the row as one "
-                "text. Train conversations only, through SinglePassSFTTrainer."
-            )
-        sinks = kwargs.get("s_aux")
-        if sinks is not None and len(sinks) != query.shape[1]:
-            kwargs["s_aux"] = _share_of_heads(sinks, query.shape[1])
-        return attention(module, query, key, value, mask, *args, **kwargs)
-
-    return attend
-
-
-def _share_of_heads(per_head: Tensor, num_heads: int) -> Tensor:
-    from deepspeed.utils import groups
-
-    rank = groups._get_sequence_parallel_rank()
-    return per_head[rank * num_heads : (rank + 1) * num_heads]
-
-
-def with_tree(exchange: AttentionFunction, attention: AttentionFunction) -> AttentionFunction:
-    """
-    Return DeepSpeed's exchange of row parts for heads, with the layer's tree passed around it.
-
-    Args:
-        exchange (`AttentionFunction`):
-            Function that DeepSpeed registered; it drops masks, but passes keyword arguments on.
-        attention (`AttentionFunction`):
-            What it calls inside.
-    """
-
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        if not module.training:  # rows are not shared in evaluation
+        group = attention_mask.tree.group if isinstance(attention_mask, TreeMask) else None
+        if group is None:
+            if module.training:  # rows are not shared in evaluation
+                raise RuntimeError(
+                    f"{type(module).__name__} received no tree under sequence parallelism, and would train the row as "
+                    "one text. Train conversations only, through SinglePassSFTTrainer."
+                )
             return attention(module, query, key, value, attention_mask, *args, **kwargs)
-        return exchange(module, query, key, value, None, *args, tree_mask=attention_mask, **kwargs)
+        heads = query.shape[1]
+        if kwargs.get("s_aux") is not None:
+            kwargs["s_aux"] = group.share_of_heads(kwargs["s_aux"])
+        row = [group.to_heads(x.transpose(1, 2), heads).transpose(1, 2) for x in (query, key, value)]
+        output, weights = attention(module, *row, attention_mask, *args, **kwargs)
+        return group.to_tokens(output, heads), weights
 
     return attend

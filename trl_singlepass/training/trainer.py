@@ -137,8 +137,7 @@ class SinglePassSFTTrainer(SFTTrainer):
             self._tree_loss = TreeLoss(self.model, self.args, self.accelerator, self.compute_loss_func, coef)
             self._sequence_parallel = self._tree_loss.sequence_parallel
             self._tree_loss.read_images(self._collator, self.get_tp_size(), self.train_dataset, self.eval_dataset)
-            if self._trains_turns and self._sequence_parallel is None:
-                # The divisor comes from here, even if the model's class says that its loss is the mean of a batch.
+            if self._trains_turns:  # the divisor comes from here, even if the model's class takes the mean of a batch
                 check_loss_is_per_token(self.model, self.model_accepts_loss_kwargs)
                 self.model_accepts_loss_kwargs = True
         return self._tree_loss
@@ -206,11 +205,12 @@ class SinglePassSFTTrainer(SFTTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader[Batch]]:
         """Gather the head with the model, trees with shared rows; FSDP2 leaves it sharded, DeepSpeed drops masks."""
-        model, loader = super()._prepare_for_training(*args, **kwargs)
+        shared = self._sequence_parallel
+        with nullcontext() if shared is None else shared.preparing():
+            model, loader = super()._prepare_for_training(*args, **kwargs)
         gather_head_with_model(self.model)
-        if self._sequence_parallel is not None:
-            pad_token_id = self._tokenizer.pad_token_id
-            loader = self._sequence_parallel.connect(loader, self._without_repeats, pad_token_id, self._epoch)
+        if shared is not None:
+            loader = shared.connect(loader, self._without_repeats, self._tokenizer.pad_token_id, self._epoch)
         return model, loader
 
     def get_batch_samples(
@@ -233,7 +233,7 @@ class SinglePassSFTTrainer(SFTTrainer):
             return None  # an evaluation pools the means of batches, so each must be the mean of its own batch
         own = step_weight(batch_samples).to(device)
         everyone = self.accelerator.gather(own[None])
-        num_items = everyone.sum() / self.get_tp_size()  # ranks that share layers have the same rows
+        num_items = everyone.sum() / (self.get_tp_size() * self.get_sp_size())  # ranks that share rows have the same
         self._counts.add(batch_samples, num_items)
         pools_ranks = self.args.average_tokens_across_devices or self._sequence_parallel is not None
         return num_items if pools_ranks else mean_of_means_divisor(own, everyone)

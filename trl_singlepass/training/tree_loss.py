@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from trl import SFTConfig
 from ..attention import Tree, tree_context
 from ..data.collator import Batch, DataCollatorForSinglePass
 from ..images.reading import ImageReader
+from ..waves.loss import RouterRecorder
 from .compatibility import check_weights_reach_the_loss
 from .images import Rows, read_images, show_images
 from .loss import LossContext, normalized, weighted_model
@@ -34,7 +35,7 @@ Loss: TypeAlias = torch.Tensor | tuple[torch.Tensor, ModelOutput]
 _TREE_INPUTS = frozenset(
     {
         "tree_plan", "subtree_end", "label_parts", "loss_weights", "image_features", "image_inputs",
-        "rope_position_ids",
+        "rope_position_ids", "is_shared",
     }
 )  # fmt: skip
 
@@ -75,11 +76,14 @@ class TreeLoss:
         self._image_reader: ImageReader | None = None
         self.waves: WaveTraining | None = None
         self.sequence_parallel: SequenceParallel | None = None
+        recorder, coef = None, router_loss_coef or 0.0
+        shares_rows = getattr(accelerator.parallelism_config, "sp_size", 1) > 1
+        if router_loss_coef is not None and (shares_rows or args.wave_tokens is not None):
+            recorder = RouterRecorder(without_adapters(model))
         if args.wave_tokens is not None:
-            self.waves = WaveTraining(model, args, accelerator, compute_loss_func, router_loss_coef)
-        if getattr(accelerator.parallelism_config, "sp_size", 1) > 1:
-            has_router_loss = router_loss_coef is not None
-            self.sequence_parallel = SequenceParallel(model, args, accelerator, has_router_loss=has_router_loss)
+            self.waves = WaveTraining(model, args, accelerator, compute_loss_func, recorder, coef)
+        if shares_rows:
+            self.sequence_parallel = SequenceParallel(model, args, accelerator, recorder, coef)
 
     def read_images(self, collator: DataCollatorForSinglePass, tp_size: int, *datasets: Rows) -> None:
         """
@@ -127,9 +131,9 @@ class TreeLoss:
         """
         loss: Loss
         inputs = {name: value for name, value in batch.items() if name not in _TREE_INPUTS}
-        if self.sequence_parallel is not None and "shift_labels" in batch:
+        if self.sequence_parallel is not None and "is_shared" in batch:
             with self.sequence_parallel.run_on_tree(batch["tree_plan"]) as tree:
-                loss = self.sequence_parallel.loss(compute_loss, model, batch, inputs, context)
+                loss = self._shared_loss(self.sequence_parallel, compute_loss, model, batch, inputs, tree, context)
         else:
             shown: AbstractContextManager[None] = nullcontext()
             if "image_features" in batch:
@@ -154,6 +158,30 @@ class TreeLoss:
                 if self.waves is not None:
                     self.waves.check_loss(loss[0] if isinstance(loss, tuple) else loss)
         self._check_layers_once(tree)
+        return loss
+
+    def _shared_loss(
+        self,
+        sequence_parallel: SequenceParallel,
+        compute_loss: Callable[..., Loss],
+        model: Any,
+        batch: Batch,
+        inputs: Batch,
+        tree: Tree,
+        context: LossContext,
+    ) -> torch.Tensor:
+        """Return the loss of a row that ranks share."""
+        sequence_parallel.watch_gradients(model)
+        forward: Forward = (
+            sequence_parallel.wrap(model) if self.waves is None else self.waves.wrap(model, tree, batch, context)
+        )
+        if context.turn_metrics is not None:
+            forward = context.turn_metrics.wrap(forward, batch["label_parts"], batch.get("loss_weights"))
+        if "loss_weights" in batch:
+            forward = weighted_model(forward, batch["loss_weights"])
+        loss = sequence_parallel.loss(compute_loss, model, forward, inputs, context)
+        if self.waves is not None:
+            self.waves.check_loss(loss)
         return loss
 
     def _check_layers_once(self, tree: Tree) -> None:

@@ -17,6 +17,7 @@ from trl import SFTConfig
 
 from ..attention.context import Tree
 from ..attention.registry import TREE_ATTENTION
+from ..attention.row_group import RowGroup
 from ..data.collator import Batch
 from ..recurrent.layer_kinds import path_dependent_layer_names, path_dependent_layers
 from ..trees.prefix_tree import IGNORE_INDEX
@@ -25,6 +26,7 @@ from ..waves.loss import RouterRecorder, WaveLoss
 from ..waves.model import WaveModel
 from ..waves.plan import WavePlan
 from ..waves.runner import WaveRunner
+from .gradient_scale import get_gradient_scale
 from .loss import LossContext, NumItems, total_weight
 from .model import Forward, without_adapters
 from .wave_budget import wave_tokens_that_fit
@@ -52,8 +54,10 @@ class WaveTraining:
             Accelerator of the run.
         compute_loss_func (`Callable`, *optional*):
             The trainer's own loss function, which is refused.
-        router_loss_coef (`float`, *optional*):
-            Coefficient of the load-balancing loss of a mixture of experts, if there is one.
+        recorder (`RouterRecorder`, *optional*):
+            Router logits of a mixture of experts whose load-balancing loss is trained.
+        router_loss_coef (`float`, *optional*, defaults to 0):
+            Coefficient of that loss.
 
     Raises:
         `ValueError`: If a setting, the model or the engine does not work with waves; the message names it.
@@ -65,15 +69,14 @@ class WaveTraining:
         args: SFTConfig,
         accelerator: Accelerator,
         compute_loss_func: Callable[..., object] | None = None,
-        router_loss_coef: float | None = None,
+        recorder: RouterRecorder | None = None,
+        router_loss_coef: float = 0.0,
     ) -> None:
         check_waves(model, args, accelerator, compute_loss_func)
         self._model, self._args, self._accelerator = model, args, accelerator
-        base = without_adapters(model)
-        self._recorder = None if router_loss_coef is None else RouterRecorder(base)
-        self._router_loss_coef = router_loss_coef or 0.0
+        self._recorder, self._router_loss_coef = recorder, router_loss_coef
         # Models take a lone token for a step of generation, and drop the mask that carries the tree to recomputation.
-        self._is_hybrid = bool(path_dependent_layers(base))
+        self._is_hybrid = bool(path_dependent_layers(without_adapters(model)))
         self._unchecked: WaveLoss | None = None
         self._is_checked = False
         self._wave_tokens: int | None = None if args.wave_tokens == "auto" else args.wave_tokens
@@ -117,12 +120,15 @@ class WaveTraining:
         if self._model.training:
             logger.info(f"Step {context.step}: {plan}.")
         context.metrics["num_waves"].append(float(len(plan.waves)))
-        engine = get_engine(model, self._accelerator, 1 / context.divisor)
+        scale = 1 / context.divisor
+        if tree.group is not None:
+            scale /= get_gradient_scale(model, tree.group.size)
+        engine = get_engine(model, self._accelerator, scale, tree.group)
         if len(plan.waves) == 1 and not isinstance(engine, ShardedEngine):
             return model
-        load_balancing = None if self._recorder is None else self._recorder.new_row()
+        load_balancing = None if self._recorder is None else self._recorder.new_row(tree.group)
         loss = WaveLoss(
-            self._loss_coefficients(batch, context.num_items),
+            self._loss_coefficients(batch, context.num_items, tree.group),
             is_dft=self._args.loss_type == "dft",
             load_balancing=load_balancing,
             load_balancing_coefficient=self._router_loss_coef / context.num_batches,
@@ -152,14 +158,16 @@ class WaveTraining:
             )
         self._is_checked = True
 
-    def _loss_coefficients(self, batch: Batch, num_items: NumItems) -> torch.Tensor:
+    def _loss_coefficients(self, batch: Batch, num_items: NumItems, group: RowGroup | None) -> torch.Tensor:
         """Return the factor of each position's target in the loss that TRL computes, shape `(1, row_length)`."""
         labels = batch["labels"]
         weights = batch.get("loss_weights", (labels != IGNORE_INDEX).float())
         total = total_weight(batch) if num_items is None else num_items
         total = torch.as_tensor(total, device=labels.device)
         ranks = 1
-        if self._args.average_tokens_across_devices and num_items is not None:
+        if group is not None:  # their loss is divided by the weights of all ranks in any case
+            ranks = self._accelerator.num_processes // group.size
+        elif self._args.average_tokens_across_devices and num_items is not None:
             ranks = self._accelerator.num_processes
         # TRL's guard against division by zero; weighted losses are normalised before it.
         total = total if "loss_weights" in batch else total.clamp(min=1)
@@ -244,8 +252,6 @@ def refused_engines(accelerator: Accelerator) -> Iterator[Refusal]:
             "it fetches parameters in the order of the first step, and the number of waves changes from row to row",
             "Set it to 0",
         )
-    if getattr(accelerator.parallelism_config, "sp_size", 1) > 1:
-        yield "sp_size", "keys and values of a history would be on other ranks than its branches", "Set it to 1"
 
 
 def _prefetches(plugin: DeepSpeedPlugin) -> bool:

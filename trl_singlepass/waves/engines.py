@@ -9,6 +9,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
+from ..attention.row_group import RowGroup
+from ..trees.prefix_tree import IGNORE_INDEX
+from .loss import PER_TOKEN
+
 
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 """Engines whose ranks meet inside the model: every rank has to make the same calls in the same order."""
@@ -71,7 +75,7 @@ class Engine:
             **inputs (`Any`):
                 Inputs of the model.
         """
-        return self.model(**inputs)
+        return self.forward(**inputs)
 
     def reduce_in_next_backward(self, outputs: torch.Tensor) -> None:
         """Make the next backward, from these outputs of a kept wave, reduce gradients over all ranks."""
@@ -96,7 +100,7 @@ class DataParallelEngine(Engine):
         if not is_kept:
             return self.model(**inputs)
         with self.model.no_sync():
-            return self.model(**inputs)
+            return self.forward(**inputs)
 
     def reduce_in_next_backward(self, outputs: torch.Tensor) -> None:
         """Prepare the wrapper for backward as its own forward and `Accelerator.trigger_sync_in_backward` do."""
@@ -119,7 +123,48 @@ class ShardedEngine(Engine):
         return most[0] - num_forwards, most[1] - num_waves
 
 
-def get_engine(model: torch.nn.Module, accelerator: Accelerator, scale: float) -> Engine:
+class SharedRowEngine(ShardedEngine):
+    """
+    DeepSpeed with rows that ranks share: each runs the model on its part, and gets the outputs for all tokens.
+
+    Args:
+        model (`torch.nn.Module`):
+            As for [`Engine`].
+        accelerator (`accelerate.Accelerator`):
+            As for [`Engine`].
+        scale (`float`):
+            As for [`Engine`].
+        group (`RowGroup`):
+            Ranks that share the rows.
+    """
+
+    def __init__(self, model: torch.nn.Module, accelerator: Accelerator, scale: float, group: RowGroup) -> None:
+        super().__init__(model, accelerator, scale)
+        self.group = group
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run this rank's part; the outputs of TRL's fused head are those of all parts, others those of its own."""
+        length = inputs["input_ids"].shape[1]
+        parts = {
+            name: self.group.pad_and_part(value, IGNORE_INDEX if name == "shift_labels" else 0)
+            if isinstance(value, torch.Tensor) and value.shape == (1, length)
+            else value
+            for name, value in inputs.items()
+        }
+        outputs = self.model(**parts)
+        if not inputs.get("fused_lm_head"):
+            return outputs
+        values = [outputs[name] for name in PER_TOKEN]
+        own = torch.stack([value.to(outputs.log_probs.dtype) for value in values], dim=-1)
+        row = self.group.gather(own)[:, :length]
+        for name, value, whole in zip(PER_TOKEN, values, row.unbind(-1), strict=True):
+            outputs[name] = whole.to(value.dtype)
+        return outputs
+
+
+def get_engine(
+    model: torch.nn.Module, accelerator: Accelerator, scale: float, group: RowGroup | None = None
+) -> Engine:
     """
     Return the engine for a model.
 
@@ -130,7 +175,11 @@ def get_engine(model: torch.nn.Module, accelerator: Accelerator, scale: float) -
             As for [`Engine`].
         scale (`float`):
             As for [`Engine`].
+        group (`RowGroup`, *optional*):
+            Ranks that share the rows.
     """
+    if group is not None:
+        return SharedRowEngine(model, accelerator, scale, group)
     if accelerator.distributed_type in SHARDED:
         return ShardedEngine(model, accelerator, scale)
     return (DataParallelEngine if isinstance(model, DistributedDataParallel) else Engine)(model, accelerator, scale)

@@ -13,18 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..attention.row_group import RowGroup
 from .plan import Wave
 from .state import select
 
 
 if TYPE_CHECKING:
     from trl.trainer.utils import FusedCausalLMOutput  # trl>=1.16
+
+PER_TOKEN = ("log_probs", "entropy", "is_top1", "label_mask")
+"""Outputs of TRL's fused head with one entry per target."""
 
 
 @dataclass(eq=False)
@@ -67,25 +72,29 @@ class LoadBalancingLoss:
     Load-balancing loss of one row: [`count`] every wave first, then ask for the [`share`] of each.
 
     Both take the router logits of a wave, one tensor of shape `(num_tokens, num_experts)` per layer, and the
-    multiplicity of its tokens (how often N-pass runs each), shape `(1, num_tokens)`.
+    multiplicity of its tokens (how often N-pass runs each), shape `(1, num_tokens)`. Where ranks share the row, the
+    logits are those of this rank's part, and counts and shares add up over the ranks.
 
     Args:
         num_experts (`int`):
             Number of experts per layer.
         experts_per_token (`int`):
             Number of experts that each token is routed to.
+        group (`RowGroup`, *optional*):
+            Ranks that share the row.
     """
 
-    def __init__(self, num_experts: int, experts_per_token: int) -> None:
+    def __init__(self, num_experts: int, experts_per_token: int, group: RowGroup | None = None) -> None:
         self.num_experts = num_experts
         self.experts_per_token = experts_per_token
+        self.group = group
         self._routed: torch.Tensor | float = 0.0
         self._probability: torch.Tensor | float = 0.0
         self._total: torch.Tensor | float = 0.0
 
     def count(self, router_logits: Sequence[torch.Tensor], multiplicity: torch.Tensor) -> None:
         """Add the tokens of a wave to the counts of the row."""
-        weight = multiplicity.reshape(-1).float()
+        weight = self._weight(multiplicity)
         for logits in router_logits:
             probability = logits.softmax(-1)
             chosen = probability.topk(self.experts_per_token, dim=-1).indices
@@ -103,10 +112,21 @@ class LoadBalancingLoss:
 
     def share(self, router_logits: Sequence[torch.Tensor], multiplicity: torch.Tensor) -> torch.Tensor:
         """Return what a wave contributes to the loss of the row."""
-        weight = multiplicity.reshape(-1).float()
+        weight = self._weight(multiplicity)
         probability = torch.stack([(logits.softmax(-1).float() * weight[:, None]).sum(0) for logits in router_logits])
-        shares: torch.Tensor = self.num_experts * self._routed * probability.sum(0) / self._total**2
-        return shares.sum()
+        routed, total = self._counts
+        share: torch.Tensor = (self.num_experts * routed * probability.sum(0) / total**2).sum()
+        return share if self.group is None else self.group.sum(share)
+
+    def _weight(self, multiplicity: torch.Tensor) -> torch.Tensor:
+        own = multiplicity if self.group is None else self.group.pad_and_part(multiplicity)
+        return own.reshape(-1).float()
+
+    @cached_property
+    def _counts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of the row that each expert gets, and all tokens, each as often as N-pass runs it."""
+        routed, total = torch.as_tensor(self._routed), torch.as_tensor(self._total)
+        return (routed, total) if self.group is None else (self.group.sum(routed), self.group.sum(total))
 
 
 class RouterRecorder:
@@ -133,6 +153,6 @@ class RouterRecorder:
         assert logits is not None, "the model was asked for router logits"
         return logits
 
-    def new_row(self) -> LoadBalancingLoss:
-        """Return the load-balancing loss of a new row."""
-        return LoadBalancingLoss(self.num_experts, self.experts_per_token)
+    def new_row(self, group: RowGroup | None = None) -> LoadBalancingLoss:
+        """Return the load-balancing loss of a new row, which a group of ranks may share."""
+        return LoadBalancingLoss(self.num_experts, self.experts_per_token, group)

@@ -11,7 +11,7 @@ from ..attention.context import running_on
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import Ranges
 from .engines import Engine, ShardedEngine
-from .loss import RouterRecorder, WaveLoss
+from .loss import PER_TOKEN, RouterRecorder, WaveLoss
 from .plan import Wave
 from .runner import WaveRunner
 from .state import select
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 Inputs = Mapping[str, Any]
 """Keyword arguments of the model for the whole row."""
-
-PER_TOKEN = ("log_probs", "entropy", "is_top1", "label_mask")
 
 
 class WaveModel:

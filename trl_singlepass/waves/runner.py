@@ -50,11 +50,16 @@ class WaveRunner:
         return self.plan.groups[-1][0]
 
     def first_tokens(self) -> tuple[Ranges, Tree]:
-        """Return two tokens, one after the other, and their tree: models take a single one for a generation step."""
-        num_tokens = min(2, self.plan.row.length)
+        """
+        Return the first two tokens, and their tree: models take a single one for a generation step.
+
+        Ranks that share the row get two tokens each.
+        """
+        group = self.tree.group
+        num_tokens = min(2, self.plan.row.length) if group is None else group.padded_length(1)
         depth = torch.arange(num_tokens, device=self.tree.depth.device)[None]
         plan = TreePlan(num_tokens, (Run(0, num_tokens, 0, ()),))
-        return ((0, num_tokens),), Tree(plan, torch.full_like(depth, num_tokens), depth)
+        return ((0, num_tokens),), Tree(plan, torch.full_like(depth, num_tokens), depth, group=group)
 
     def forward_all(self, forward: Forward[Output]) -> Iterator[tuple[Wave, Output]]:
         """

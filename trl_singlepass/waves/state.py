@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ..attention.context import Tree
@@ -139,6 +140,8 @@ class WaveTree(Tree):
             Depth of each token in the row.
         attended_by (`set[torch.nn.Module]`):
             Layers that received it.
+        group (`RowGroup`, *optional*):
+            Ranks that share the row. The tokens that run are then padded with one more chain.
         cache (`GroupCache`):
             What the layers have stored of ancestors that do not run.
         handed_on (`SlotRanges`):
@@ -170,12 +173,18 @@ class WaveTree(Tree):
                 Whether these tokens run for the first time.
         """
         running = RangeMap.consecutive(tokens)
-        plan = make_subplan(cache.row, running, cache.slots)
-        end = (select(row.subtree_end, tokens) - tokens[0][0]).clamp(max=plan.length)
+        num_tokens = len(running)
+        length = num_tokens if row.group is None else row.group.padded_length(num_tokens)
+        plan = make_subplan(cache.row, running, cache.slots, length)
+        end = (select(row.subtree_end, tokens) - tokens[0][0]).clamp(max=num_tokens)
         if len(tokens) > 1:  # a path: all later tokens descend from earlier ones
-            end = torch.full_like(end, plan.length)
+            end = torch.full_like(end, num_tokens)
+        depth = select(row.depth, tokens)
+        if padding := length - num_tokens:
+            end = F.pad(end, (0, padding), value=length)
+            depth = torch.cat([depth, torch.arange(padding, device=depth.device)[None]], dim=1)
         handed_on = cache.get_handed_on(running, wave)
-        return cls(plan, end, select(row.depth, tokens), row.attended_by, cache, handed_on, stores)
+        return cls(plan, end, depth, row.attended_by, row.group, cache, handed_on, stores)
 
     def kv_cache(self, layer: torch.nn.Module, local_size: int | None = None) -> KVCacheView | None:
         """Return the keys and values of ancestors that ran before, as far back as the layer looks."""

@@ -71,7 +71,7 @@ class RangeMap:
             first, index = stop, index + 1
 
 
-def make_subplan(row: TreePlan, running: RangeMap, slots: RangeMap) -> TreePlan:
+def make_subplan(row: TreePlan, running: RangeMap, slots: RangeMap, length: int | None = None) -> TreePlan:
     """
     Return the plan of a forward over some tokens of a row.
 
@@ -82,11 +82,14 @@ def make_subplan(row: TreePlan, running: RangeMap, slots: RangeMap) -> TreePlan:
             Tokens that run, in row order.
         slots (`RangeMap`):
             Tokens that have a slot. Every ancestor before the first running token has one.
+        length (`int`, *optional*):
+            Length to which the running tokens are padded with one more chain.
 
     Returns:
-        `TreePlan`: Positions below its length are running tokens, the others are slots.
+        `TreePlan`: Positions below its length are running tokens and padding, the others are slots.
     """
-    first_running, length = running.ranges[0][0], len(running)
+    first_running, num_running = running.ranges[0][0], len(running)
+    length = num_running if length is None else length
 
     def locate(ranges: Ranges) -> Iterator[tuple[int, int]]:
         for first, last in ranges:
@@ -101,6 +104,8 @@ def make_subplan(row: TreePlan, running: RangeMap, slots: RangeMap) -> TreePlan:
             prefix = _join(locate((*run.prefix, (run.start, begin))))
             position, depth = start + begin - first, run.depth + begin - run.start
             _append(runs, Run(position, position + end - begin, depth, prefix))
+    if length > num_running:
+        runs.append(Run(num_running, length, 0, ()))
     return TreePlan(length, tuple(runs))
 
 
