@@ -10,6 +10,7 @@ CASES = {
     "adapter": {"pairs": True, "lora": True, "same_adapter": True},
     # Without the load-balancing loss, which is one of each rank's batch.
     "mixture of experts": {"pairs": True, "family": "qwen3-moe", "config": {"router_aux_loss_coef": 0.0}},
+    "hybrid": {"pairs": True, "family": "qwen3_5_text", "float64": True},
 }
 
 
@@ -25,10 +26,12 @@ def assert_same(run, alone):
     assert run.num_trained_tokens == alone.num_trained_tokens
 
 
-# The ranks have one to three rows each.
+# The ranks have different numbers of rows and waves.
 IN_PARTS = {
     "rows": {**CASES["reference"], "config": {"max_row_tokens": 170}},
     "rows, adapter": {**CASES["adapter"], "config": {"max_row_tokens": 170}},
+    "waves": {**CASES["reference"], "config": {"wave_tokens": 80}},
+    "waves of rows, adapter": {**CASES["adapter"], "config": {"max_row_tokens": 170, "wave_tokens": 80}},
 }
 
 

@@ -1,20 +1,18 @@
 """What preference pairs cannot honour: refused by name, with the way out."""
 
-from types import SimpleNamespace
-
 import pytest
+from accelerate import Accelerator
 
-from benchmarks.hybrid_step import small_hybrid
-from support.trainers import needs_cached_states
-from trl_singlepass.preference.compatibility import check_recurrent_layers
+from support.tiny_families import tiny_model
+from trl_singlepass import SinglePassDPOConfig
+from trl_singlepass.preference.parts import check_parts
 
 
-@needs_cached_states
-def test_recurrent_layers_are_not_sharded_by_zero3():
-    plugin = SimpleNamespace(zero_stage=3)
-    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), num_processes=2)
-    model = small_hybrid()
-    with pytest.raises(ValueError, match="ZeRO-3 does not work with Qwen3_5GatedDeltaNet for pairs"):
-        check_recurrent_layers(model, accelerator)
-    plugin.zero_stage = 2
-    check_recurrent_layers(model, accelerator)
+@pytest.mark.parametrize("setting", ["max_row_tokens", "wave_tokens"])
+def test_activations_on_the_cpu_are_refused_where_a_row_runs_twice(tmp_path, setting):
+    args = SinglePassDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{setting: 99})
+    model = tiny_model("llama", 100)
+    check_parts(model, args, Accelerator(cpu=True))
+    args.activation_offloading = True
+    with pytest.raises(ValueError, match=f"activation_offloading does not work with {setting}: .* set {setting}=None"):
+        check_parts(model, args, Accelerator(cpu=True))

@@ -130,19 +130,37 @@ def test_settings_keep_their_meaning(tmp_path, tokenizer, settings):
     assert_equal(*train_both(tmp_path, tokenizer, model, **settings), start_of(model))
 
 
-@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "adapter"])
-def test_batches_of_several_rows(tmp_path, tokenizer, adapted):
-    """A step is the mean over its pairs, however many of them share a row."""
+@pytest.mark.parametrize(
+    ("adapted", "settings"),
+    [
+        (False, {"max_row_tokens": 160}),
+        *(
+            pytest.param(adapted, settings, marks=pytest.mark.slow)
+            for adapted in (False, True)
+            for settings in [
+                {"max_row_tokens": 160, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+                {"max_row_tokens": 160, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+                {"wave_tokens": 50, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+                {"wave_tokens": 50, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+                {"wave_tokens": "auto"},
+            ]
+        ),
+    ],
+    ids=str,
+)
+def test_batches_in_parts(tmp_path, tokenizer, adapted, settings):
+    """A step is the mean over its pairs, however many of them share a row, and however many waves a row has."""
     model = adapted_model(tokenizer) if adapted else float32_model(tokenizer)
     reference = None if adapted else "perturbed"
     steps = {**STEPS, "max_steps": 4, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
     stock = stock_dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS, model, copy.deepcopy(reference), **steps)
-    in_rows = dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS, model, reference, max_row_tokens=160, **steps)
+    in_parts = dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS, model, reference, **settings, **steps)
     start = start_of(stock.model)
-    for trainer in (stock, in_rows):
+    for trainer in (stock, in_parts):
         trainer.train()
-    assert logged(in_rows, "num_rows")[0] > 1
-    assert_equal(stock, in_rows, start)
+    assert_equal(stock, in_parts, start)
+    if settings.get("wave_tokens") != "auto":
+        assert logged(in_parts, "num_rows" if "max_row_tokens" in settings else "num_waves")[0] > 1
 
 
 def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path, tokenizer):

@@ -193,6 +193,11 @@ def test_the_log_has_what_is_shared(tmp_path, tokenizer):
         ({"train_turns": "first"}, "train_turns='first'"),
         ({"bad_rows": "skip"}, "bad_rows='skip'"),
         ({"max_length": 1}, "max_length=1 leaves no room"),
+        ({"packing": False}, "packing=False: the pairs of a batch always share rows"),
+        ({"wave_tokens": 0}, "wave_tokens=0: expected a number"),
+        ({"offload_kv": True}, "offload_kv=True moves what waits between waves"),
+        ({"max_row_tokens": 99, "neftune_noise_alpha": 5.0}, "neftune_noise_alpha does not work with max_row_tokens"),
+        ({"max_row_tokens": 99, "optim": "lomo"}, "optim='lomo' does not work with max_row_tokens"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -200,6 +205,21 @@ def test_the_log_has_what_is_shared(tmp_path, tokenizer):
 def test_settings_that_are_refused(tmp_path, tokenizer, settings, message):
     with pytest.raises(ValueError, match=message):
         dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS[:1], **settings)
+
+
+def test_dropout_is_refused_where_a_row_runs_twice(tmp_path, tokenizer):
+    model = float32_model(tokenizer)
+    model.model.layers[0].mlp.act_fn = torch.nn.Sequential(model.model.layers[0].mlp.act_fn, torch.nn.Dropout(0.1))
+    dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS[:1], model, max_row_tokens=99)  # TRL turns it off
+    with pytest.raises(ValueError, match=r"Dropout \(model.layers.0.mlp.act_fn.1\) does not work with max_row_tokens"):
+        dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS[:1], model, max_row_tokens=99, disable_dropout=False)
+
+
+def test_a_layer_that_computes_something_else_the_second_time_is_found(tmp_path, tokenizer):
+    trainer = dpo_trainer(tmp_path, tokenizer, TRAJECTORIES, max_row_tokens=270, per_device_train_batch_size=3)
+    trainer.model.model.layers[0].register_forward_hook(lambda layer, args, output: output + torch.rand(()))
+    with pytest.raises(RuntimeError, match="other log-probabilities when it runs again"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(

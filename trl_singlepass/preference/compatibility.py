@@ -12,9 +12,8 @@ from transformers import DataCollator, PreTrainedModel
 from trl import DPOConfig
 
 from ..data.dataset_format import check_is_dataset, column_names
-from ..recurrent.layer_kinds import path_dependent_layer_names
 from ..training.compatibility import check_adapters, check_engine, check_parallelism
-from ..training.model import check_model, without_adapters
+from ..training.model import check_model
 from .collator import DataCollatorForSinglePassPreference
 from .pairs import SIDES, TOKEN_COLUMNS
 from .rows import PAIR_COLUMNS
@@ -125,7 +124,7 @@ def check_settings(args: DPOConfig) -> None:
             raise ValueError(f"{setting} does not work for pairs in a single pass: it {why}. {way_out}.")
 
 
-def check_run(model: PreTrainedModel, accelerator: Accelerator, args: DPOConfig, *, tp_size: int) -> None:
+def check_run(accelerator: Accelerator, args: DPOConfig, *, tp_size: int) -> None:
     """
     Check the engine and the parallelism that accelerate and transformers set up.
 
@@ -135,23 +134,9 @@ def check_run(model: PreTrainedModel, accelerator: Accelerator, args: DPOConfig,
     config = accelerator.parallelism_config  # may come from accelerate's own configuration
     check_parallelism(config)
     check_engine(args, accelerator)
-    check_recurrent_layers(model, accelerator)
     for name, size in (("tp_size", tp_size), ("sp_size", getattr(config, "sp_size", None) or 1)):
         if size > 1:
             raise ValueError(
                 f"{name}={size} does not work for pairs: ranks that share a row do not share its pairs. Set it to 1, "
                 "and shard the model with FSDP2 or ZeRO-3."
             )
-
-
-def check_recurrent_layers(model: PreTrainedModel | PeftModel, accelerator: Accelerator) -> None:
-    """Refuse recurrent layers under ZeRO-3, which has taken over the reference model before it knows of trees."""
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is None or plugin.zero_stage < 3 or accelerator.num_processes == 1:
-        return
-    recurrent = path_dependent_layer_names(without_adapters(model))
-    if recurrent:
-        raise ValueError(
-            f"ZeRO-3 does not work with {', '.join(recurrent)} for pairs: it gathers the reference model's "
-            "parameters as often as a layer's parts run, which differs between ranks. Use FSDP2 or ZeRO-2."
-        )

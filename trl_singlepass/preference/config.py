@@ -13,7 +13,7 @@ from trl import DPOConfig
 from ..data.bad_rows import BadRows
 from ..data.selection import OverlongTurns
 from ..rendering.history import HISTORIES, History
-from ..training.config import use_new_names
+from ..training.config import check_wave_tokens, use_new_names
 from .settings import PairSettings, PairTurns
 from .turn_weights import TurnWeights
 
@@ -55,6 +55,12 @@ class SinglePassDPOConfig(DPOConfig):
             Discount factor γ of DMPO (arXiv 2406.14868): later turns count less. `None` counts all alike.
         turn_mean (`bool`, *optional*, defaults to `False`):
             Whether a turn counts with the mean of its tokens' log-probabilities instead of their sum.
+        wave_tokens (`int` or `"auto"`, *optional*):
+            Largest number of tokens of a row that have activations at the same time. A longer row runs in waves, with
+            the same loss and gradients, in the memory of one wave. It costs one more forward of the policy, as several
+            rows do. `None` runs every row at once; `"auto"` chooses what free memory allows.
+        offload_kv (`bool`, *optional*, defaults to `False`):
+            Whether to keep keys and values that wait for later waves, and their gradients, on the CPU.
 
     Raises:
         `ValueError`: If a setting cannot be honoured.
@@ -117,6 +123,18 @@ class SinglePassDPOConfig(DPOConfig):
         metadata={"help": "Whether a turn counts with the mean of its tokens' log-probabilities, not their sum."},
     )
 
+    wave_tokens: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Largest number of tokens of a row that have activations at the same time. Longer rows run in "
+            "waves: same loss and gradients, memory of one wave. `None`: rows run at once; 'auto': as memory allows."
+        },
+    )
+    offload_kv: bool = field(
+        default=False,
+        metadata={"help": "Whether keys and values that wait for later waves are held on the CPU."},
+    )
+
     def __post_init__(self) -> None:
         use_new_names(self)
         super().__post_init__()
@@ -125,6 +143,7 @@ class SinglePassDPOConfig(DPOConfig):
             self.dataloader_pin_memory = False
         if self.bad_rows not in tuple(BadRows):
             raise ValueError(f"bad_rows={self.bad_rows!r} is not one of {', '.join(BadRows)}.")
+        check_wave_tokens(self)
         if self.packing is False:
             raise ValueError(
                 "packing=False: the pairs of a batch always share rows, with the loss and gradients of separate ones. "

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, logging
 from trl import DPOConfig
 
 from ..data.collator import Batch
+from ..recurrent.layer_kinds import path_dependent_layers
 from ..training.model import without_adapters
-from ..training.waves import Refusal, refused_engines
+from ..training.wave_budget import wave_tokens_that_fit
+from ..training.waves import Refusal, check_waves, refused_engines
 from ..trees.rows import TreePlan
 from ..waves import WavePlan
 from ..waves.engines import get_engine
@@ -24,6 +26,8 @@ from .parts_model import PairModelInParts
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.get_logger(__name__)
 
 
 class BatchParts:
@@ -48,26 +52,41 @@ class BatchParts:
         self, model: PreTrainedModel | PeftModel, args: DPOConfig, accelerator: Accelerator, *, has_router_loss: bool
     ) -> None:
         self._args, self._accelerator = args, accelerator
-        self._is_bounded = args.max_row_tokens is not None
-        self._recorder: RouterRecorder | None = None
-        self._is_compared = False
+        self._model, self._recorder, self._is_compared = model, None, False
+        self._is_bounded = args.max_row_tokens is not None or args.wave_tokens is not None
+        if args.wave_tokens is not None:
+            check_waves(model, args, accelerator)
         if self._is_bounded:
             check_parts(model, args, accelerator)
             self._recorder = RouterRecorder(without_adapters(model)) if has_router_loss else None
+        # Models take a lone token for a step of generation, and drop the mask that carries the tree to recomputation.
+        self._is_hybrid = bool(path_dependent_layers(without_adapters(model)))
+        self._wave_tokens: int | None = None if args.wave_tokens == "auto" else args.wave_tokens
 
     def plan(self, row: TreePlan) -> WavePlan:
-        """Return the waves of a row."""
-        return WavePlan.from_tree_plan(row, row.length)
+        """Return the waves of a row. None is kept: all run forward first, and what they hand on is stored by then."""
+        if self._args.wave_tokens is None:
+            return WavePlan.from_tree_plan(row, row.length)
+        if self._wave_tokens is None:
+            self._wave_tokens, reason = wave_tokens_that_fit(self._model, self._args)
+            logger.info(f"wave_tokens='auto' is {self._wave_tokens}: {reason}.")
+        return WavePlan.from_tree_plan(
+            row, self._wave_tokens, keep_history=False, allow_single_tokens=not self._is_hybrid
+        )
 
     def count(self, rows: Sequence[Batch]) -> int:
         """Return the largest number of parts that a rank has in this batch; every rank must call it."""
         if not self._is_bounded:
             return 1
-        own = sum(len(self.plan(row["tree_plan"]).waves) for row in rows)
+        own = self.count_own(rows)
         if self._accelerator.num_processes == 1:
             return own
         everyone = self._accelerator.gather(torch.tensor([own], device=self._accelerator.device))
         return int(everyone.max())
+
+    def count_own(self, rows: Sequence[Batch]) -> int:
+        """Return the number of parts that this rank has in a batch."""
+        return sum(len(self.plan(row["tree_plan"]).waves) for row in rows)
 
     def model_for(
         self,
@@ -105,6 +124,7 @@ class BatchParts:
             engine=get_engine(model, self._accelerator, 1 / divisor),
             plans=[self.plan(row["tree_plan"]) for row in rows],
             num_parts=num_parts,
+            offload=self._args.offload_kv,
             recorder=self._recorder,
             compare=None if self._is_compared else self._compare,
         )
@@ -117,14 +137,15 @@ class BatchParts:
             raise RuntimeError(
                 f"A part of a batch has other log-probabilities when it runs again: they differ by {error:.3g}, of "
                 f"{size:.3g}, so that its gradients would be those of another loss. A layer draws random numbers or "
-                "changes its state. Turn that off, or let a batch run at once: max_row_tokens=None."
+                "changes its state. Turn that off, or let a batch run at once: max_row_tokens=None, wave_tokens=None."
             )
 
 
 def check_parts(model: PreTrainedModel | PeftModel, args: DPOConfig, accelerator: Accelerator) -> None:
     """Refuse settings, models and engines under which several parts would not train what one trains."""
+    setting = "wave_tokens" if args.wave_tokens is not None else "max_row_tokens"
     for what, why, way_out in (*_refused(model, args), *refused_engines(accelerator)):
-        raise ValueError(f"{what} does not work with max_row_tokens: {why}. {way_out}, or set max_row_tokens=None.")
+        raise ValueError(f"{what} does not work with {setting}: {why}. {way_out}, or set {setting}=None.")
 
 
 def _refused(model: PreTrainedModel | PeftModel, args: DPOConfig) -> Iterator[Refusal]:
@@ -133,6 +154,8 @@ def _refused(model: PreTrainedModel | PeftModel, args: DPOConfig) -> Iterator[Re
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer in ("lomo", "adalomo") or "layerwise" in optimizer:
         yield f"optim={optimizer!r}", "it updates parameters during backward, between rows", "Choose another"
+    if args.neftune_noise_alpha is not None:
+        yield "neftune_noise_alpha", "a row would get different noise each time it runs", "Leave it unset"
     dropout = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p]
     if dropout:
         yield f"Dropout ({dropout[0]})", "a row would drop different units each time it runs", "Set it to 0"

@@ -24,6 +24,7 @@ from ..training.metrics import TokenCounts
 from ..training.model import enable_tree, without_adapters
 from ..training.model_card import complete_model_card
 from ..training.sharded_head import gather_head_with_model
+from ..training.sharding import choose_sharded_layers
 from ..training.tree_loss import Loss
 from .collator import REFERENCE_COLUMNS, DataCollatorForSinglePassPreference
 from .compatibility import check_dataset, check_pairs, check_run
@@ -70,6 +71,7 @@ class SinglePassDPOTrainer(DPOTrainer):
     _signature_columns: list[str]
     _pair_collator: DataCollatorForSinglePassPreference | None = None
     _parts: BatchParts
+    _ref_model: nn.Module | None = None
 
     def __init__(
         self,
@@ -113,7 +115,8 @@ class SinglePassDPOTrainer(DPOTrainer):
         """Run the policy and its reference on trees; TRL may need them before its constructor has ended."""
         if self._pair_collator is not None:
             return
-        check_run(self.model, self.accelerator, self.args, tp_size=self.get_tp_size())
+        check_run(self.accelerator, self.args, tp_size=self.get_tp_size())
+        choose_sharded_layers(self.model, self.accelerator)
         for model in filter(None, (self.model, self.ref_model)):
             enable_tree(self.accelerator.unwrap_model(model))
         self._pair_collator = self._given_collator or DataCollatorForSinglePassPreference(
@@ -124,6 +127,18 @@ class SinglePassDPOTrainer(DPOTrainer):
         )
         self._parts = BatchParts(self.model, self.args, self.accelerator, has_router_loss=self.aux_loss_enabled)
         self.data_collator = self._pair_collator
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference, as the engine wrapped it; `None` where adapters or stored log-probabilities serve as one."""
+        return self._ref_model
+
+    @ref_model.setter
+    def ref_model(self, model: nn.Module | None) -> None:
+        # TRL loads the model and hands it to DeepSpeed in its own constructor, one after the other.
+        if isinstance(model, PreTrainedModel):
+            choose_sharded_layers(model, self.accelerator)
+        self._ref_model = model
 
     def _prepare_dataset(
         self,
@@ -196,6 +211,8 @@ class SinglePassDPOTrainer(DPOTrainer):
             num_tokens = self.accelerator.gather(inputs["completion_mask"].sum()[None]).sum()
             self._counts.add(inputs["rows"], num_tokens)
             self._metrics["train"]["num_rows"].append(float(len(inputs["rows"])))
+            if self.args.wave_tokens is not None:
+                self._metrics["train"]["num_waves"].append(float(self._parts.count_own(inputs["rows"])))
         policy = self._on_pairs(model, inputs, num_parts)
         with self._reading_reference():
             loss: Loss = super()._compute_loss(policy, inputs, return_outputs)

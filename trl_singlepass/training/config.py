@@ -162,7 +162,7 @@ class SinglePassSFTConfig(SFTConfig):
         # PyTorch cannot pin memory without an accelerator, and warns in each dataloader that it does not.
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
-        self._check_waves()
+        check_wave_tokens(self)
         if self.log_turn_metrics and Version(trl.__version__) < Version("1.15"):
             raise ValueError(f"log_turn_metrics=True needs trl>=1.15, found {trl.__version__}. Upgrade trl.")
         for name in ("max_length", "max_row_tokens"):
@@ -186,14 +186,16 @@ class SinglePassSFTConfig(SFTConfig):
             seed=self.seed if str(self.train_turns).startswith("sample") else 0,
         )
 
-    def _check_waves(self) -> None:
-        if isinstance(self.wave_tokens, str) and self.wave_tokens.isdecimal():
-            self.wave_tokens = int(self.wave_tokens)  # a command line brings strings
-        tokens = self.wave_tokens
-        if not (tokens is None or tokens == "auto" or (isinstance(tokens, int) and tokens > 0)):
-            raise ValueError(f"wave_tokens={tokens!r}: expected a number of tokens above 0, 'auto', or None.")
-        if self.offload_kv and tokens is None:
-            raise ValueError("offload_kv=True moves what waits between waves. Set wave_tokens, or offload_kv=False.")
+
+def check_wave_tokens(args: TrainingArguments) -> None:
+    """Check `wave_tokens` and `offload_kv`; a command line brings numbers as strings, which become numbers."""
+    if isinstance(args.wave_tokens, str) and args.wave_tokens.isdecimal():
+        args.wave_tokens = int(args.wave_tokens)
+    tokens = args.wave_tokens
+    if not (tokens is None or tokens == "auto" or (isinstance(tokens, int) and tokens > 0)):
+        raise ValueError(f"wave_tokens={tokens!r}: expected a number of tokens above 0, 'auto', or None.")
+    if args.offload_kv and tokens is None:
+        raise ValueError("offload_kv=True moves what waits between waves. Set wave_tokens, or offload_kv=False.")
 
 
 def use_new_names(args: TrainingArguments) -> None:
