@@ -12,7 +12,18 @@ CASES = {
     "packing": {"config": {"packing": True, "max_length": 256}},
     "lora": {"lora": True},
     "checkpointing": {"config": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}},
+    "all of these": {
+        "config": {
+            "packing": True,
+            "max_length": 256,
+            "gradient_checkpointing": True,
+            "gradient_accumulation_steps": 2,
+        },
+        "lora": True,
+    },
 }
+ALONE = ["packing", "lora", "checkpointing"]
+"""Cases that only say which part is at fault where all of them together fail."""
 PRECISIONS = [
     pytest.param(({}, 1e-6), id="float32", marks=pytest.mark.slow),
     # The worker keeps the fused head in float64, which older releases lack.
@@ -20,7 +31,14 @@ PRECISIONS = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES)
+def slow_unless(engine, *engines):
+    """Return a parameter that is slow for engines other than those named."""
+    return pytest.param(engine, marks=() if engine in engines else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in ALONE else ()) for case in CASES]
+)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_six_steps(tmp_path, workers, one_process, precision, engine, case):
@@ -37,7 +55,7 @@ def test_six_steps(tmp_path, workers, one_process, precision, engine, case):
         assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [slow_unless(engine, "ddp", "zero3", "fsdp2") for engine in ENGINES])
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_every_row_is_trained_once_in_an_epoch(tmp_path, workers, one_process, engine, accumulation):
     """Seven rows, two of them without targets: in the last step of an epoch, the second rank has no row left."""
@@ -63,7 +81,7 @@ def test_loss_weights_where_a_rank_has_no_row_left(tmp_path, workers, one_proces
     assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [slow_unless(engine, "zero3", "fsdp2") for engine in ENGINES])
 def test_bf16(tmp_path, workers, one_process, engine):
     """FSDP keeps more in bf16 than autocast does, the logits too."""
     settings = {"config": {"bf16": True}}
@@ -78,7 +96,7 @@ def test_bf16(tmp_path, workers, one_process, engine):
     assert run.grad_norm == pytest.approx(alone.grad_norm, rel=1e-2)
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bf16"])
 def test_offloaded_optimizer_and_parameters(tmp_path, workers, one_process, bf16):
     device = {"device": "cpu"}
     config = zero(3, offload_optimizer=device, offload_param=device)

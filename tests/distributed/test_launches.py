@@ -74,6 +74,7 @@ def alone(one_process):
     return one_process(with_config(SETTINGS, per_device_train_batch_size=2))
 
 
+@pytest.mark.slow
 def test_accelerate_ddp(tmp_path, alone):
     port = free_port()
     run = launch(
@@ -100,6 +101,7 @@ def test_accelerate_zero3(tmp_path, alone):
     assert_same_training(run, alone)
 
 
+@pytest.mark.slow
 def test_accelerate_ulysses(tmp_path, one_process):
     port = free_port()
     sizes = ("--parallelism_config_sp_size", "2", "--parallelism_config_dp_shard_size", "1")
@@ -108,6 +110,7 @@ def test_accelerate_ulysses(tmp_path, one_process):
     assert_same_training(run, one_process(with_config(SETTINGS, gradient_accumulation_steps=1)))
 
 
+@pytest.mark.slow
 def test_torchrun_zero3(tmp_path, alone):
     port = free_port()
     settings = with_config(SETTINGS, deepspeed="recipes/deepspeed/zero3.json")
@@ -137,6 +140,7 @@ def two_networks():
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
+@pytest.mark.slow
 def test_two_networks(tmp_path, alone, two_networks):
     """Two nodes that reach each other over a network only."""
     settings = with_config(SETTINGS, deepspeed="recipes/deepspeed/zero3.json")

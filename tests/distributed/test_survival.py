@@ -19,6 +19,7 @@ from trl_singlepass.training.checkpoints import find_damage, last_good_checkpoin
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3, "optim": "adamw_torch"}
 LONG = {"config": {**SAVING, "max_steps": 44, "learning_rate": 1e-3, "packing": True, "max_length": 256}}
+OTHERS = ["zero1", "zero2", "zero3", "fsdp2"]
 SHORT = {"config": {**SAVING, "max_steps": 6, "learning_rate": 1e-3}}
 
 
@@ -53,7 +54,9 @@ def test_ten_kills(tmp_path, workers, uninterrupted):
     assert_same_training(workers.run(tmp_path, settings, world_size=2), uninterrupted(settings), tolerance=1e-7)
 
 
-@pytest.mark.parametrize("num_shards", [1, 2], ids=["shared stream", "divided stream"])
+@pytest.mark.parametrize(
+    "num_shards", [pytest.param(1, marks=pytest.mark.slow), 2], ids=["shared stream", "divided stream"]
+)
 def test_a_killed_stream(tmp_path, workers, uninterrupted, num_shards):
     """Two ranks pack a stream of ten rows on the fly, and are killed in the second of three passes over it."""
     settings = {**with_config(on_engine("ddp", LONG)[0], max_steps=13), "num_shards": num_shards}
@@ -74,7 +77,7 @@ def test_killed_before_the_last_file_of_a_rank(tmp_path, workers):
     assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-2")
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", *(pytest.param(engine, marks=pytest.mark.slow) for engine in OTHERS)])
 def test_told_to_stop(tmp_path, workers, uninterrupted, engine):
     """The signal reaches one rank only; all save after the same step and end well."""
     settings, environment = on_engine(engine, with_config(SHORT, save_steps=100))
@@ -160,7 +163,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, saved, name, damage, has_
     [
         ("zero3", "*/zero_pp_rank_1_*optim_states.pt"),
         ("fsdp2", "pytorch_model_fsdp_0/__1_0.distcp"),
-        ("fsdp2", "optimizer_0/.metadata"),
+        pytest.param("fsdp2", "optimizer_0/.metadata", marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_part_of_a_rank_is_passed_over(tmp_path, workers, uninterrupted, engine, part):

@@ -19,6 +19,7 @@ CASES = {
     "experts and sinks": {"family": "gpt-oss", "config": {"router_aux_loss_coef": 0.0}},
     "load-balancing loss": {"family": "qwen3-moe"},
 }
+SIMPLE = ["plain", "checkpointing"]
 
 
 def in_parts(settings, batch_size=2, **sizes):
@@ -27,7 +28,9 @@ def in_parts(settings, batch_size=2, **sizes):
     return {**settings, "fsdp_on_cpu": True, "divided": sizes}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in SIMPLE else ()) for case in CASES]
+)
 def test_six_steps(tmp_path, workers, one_process, case):
     alone = one_process(with_config(CASES[case], per_device_train_batch_size=2))
     run = workers.run(tmp_path, in_parts(CASES[case], tp_size=2), world_size=2)
