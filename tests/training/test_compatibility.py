@@ -96,6 +96,27 @@ def test_a_pipeline_is_refused(tmp_path, tokenizer):
         check_tensor_parallelism(model, args=None, tp_size=1)
 
 
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [({"save_strategy": "epoch"}, True), ({"save_strategy": "steps", "save_only_model": True}, False), ({}, False)],
+)
+def test_an_optimizer_that_cannot_be_saved_is_refused_before_the_data_is_prepared(
+    tmp_path, tokenizer, monkeypatch, config, refused
+):
+    class PreparesDataError(Exception):
+        pass
+
+    def prepare(*args):
+        raise PreparesDataError
+
+    monkeypatch.setattr(SinglePassSFTTrainer, "_prepare_dataset", prepare)
+    model = float32_model(tokenizer)
+    model._is_distributed_loading_by_transformers = True  # as `from_pretrained(distributed_config=…)` does
+    expected = pytest.raises(ValueError, match=r"save_strategy='epoch'.*save_only_model=True.*FSDP2 or ZeRO-3")
+    with expected if refused else pytest.raises(PreparesDataError):
+        single_pass_trainer(tmp_path, tokenizer, CHATS, model, **config)
+
+
 def test_a_refused_model_is_named_before_the_dataset_is_prepared(tmp_path, tokenizer, monkeypatch):
     model = float32_model(tokenizer)
     model.config.layer_types = ["full_attention", "indexed_attention"]

@@ -6,7 +6,7 @@ import pytest
 from accelerate import FullyShardedDataParallelPlugin
 
 from support.tiny_causal_lms import tiny_model
-from trl_singlepass.training.sharding import choose_sharded_layers
+from trl_singlepass.training.sharding import prepare_sharding
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def on_fsdp(plugin):
 def test_layers_that_only_another_model_of_the_family_has_are_left_out(plugin):
     model = tiny_model("qwen3_5_text")  # which reads no images
     assert "Qwen3_5VisionBlock" in model._no_split_modules
-    choose_sharded_layers(model, on_fsdp(plugin))
+    prepare_sharding(model, on_fsdp(plugin))
     plugin.set_auto_wrap_policy(model)
     assert sharded(plugin) == {"Qwen3_5DecoderLayer"}
 
@@ -34,6 +34,6 @@ def test_layers_that_only_another_model_of_the_family_has_are_left_out(plugin):
 def test_layers_that_the_user_names_are_kept(plugin):
     model = tiny_model("qwen3_5_text")
     plugin.transformer_cls_names_to_wrap = ["Qwen3_5MLP"]
-    choose_sharded_layers(model, on_fsdp(plugin))
+    prepare_sharding(model, on_fsdp(plugin))
     plugin.set_auto_wrap_policy(model)
     assert sharded(plugin) == {"Qwen3_5MLP"}

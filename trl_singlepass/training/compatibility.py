@@ -58,6 +58,7 @@ def check_conversations(
     if args.use_liger_kernel and not is_liger_kernel_available():  # transformers looks once the data is prepared
         raise ImportError("use_liger_kernel=True needs liger-kernel. Run pip install liger-kernel, or leave it out.")
     if isinstance(model, PreTrainedModel):
+        check_saving(model, args)
         check_model(model)
         if holds_images(dataset) or set(IMAGE_COLUMNS) <= set(column_names(dataset)):
             check_reads_images(model)
@@ -248,21 +249,25 @@ def check_tensor_parallelism(model: PreTrainedModel | PeftModel, args: TrainingA
         )
     if tp_size == 1:
         return
-    adds_up_per_batch = "replicated_with_grad_allreduce" in (getattr(base, "tp_plan", None) or {}).values()
     recurrent = path_dependent_layer_names(base)
     for refused, what, way_out in (
-        (
-            adds_up_per_batch and args.gradient_accumulation_steps > 1,
-            "gradient_accumulation_steps above 1 in this model: transformers sums the gradients of its q_norm and "
-            "k_norm over ranks after each batch, and again with the next one",
-            "Set it to 1, and raise per_device_train_batch_size",
-        ),
         (sizes is None, f"transformers {transformers.__version__}", "Upgrade to 5.24"),
         (args.wave_tokens is not None, "wave_tokens", "Leave it out, and set activation_checkpointing"),
         (bool(recurrent), f"{', '.join(recurrent)}, whose states are not divided", "Shard with FSDP or ZeRO-3"),
     ):
         if refused:
             raise ValueError(f"Tensor parallelism (tp_size) does not work with {what}. {way_out}.")
+
+
+def check_saving(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Refuse to save the optimizer of a model that transformers sharded as it loaded it."""
+    is_shared = getattr(model, "is_distributed_loading_by_transformers", False)
+    if is_shared and args.save_strategy != "no" and not args.save_only_model:
+        raise ValueError(
+            f"save_strategy={args.save_strategy.value!r}: transformers {transformers.__version__} cannot save the "
+            "optimizer of a model that is loaded with a DistributedConfig (tp_size), and no run resumes without it. "
+            "Set save_only_model=True or save_strategy='no', or shard with FSDP2 or ZeRO-3, which resume."
+        )
 
 
 def check_sequence_parallelism(model: PreTrainedModel | PeftModel, args: SFTConfig, accelerator: Accelerator) -> None:

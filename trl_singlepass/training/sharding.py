@@ -1,4 +1,4 @@
-"""Layers that an engine shards and gathers as a whole, chosen before it takes the model over."""
+"""What engines that shard a model must be told about its layers, before they take it over."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from .model import without_adapters
+from .tensor_parallel import sum_gradients_once
 from .zero3_leaves import make_leaves
 
 
@@ -15,18 +16,24 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def choose_sharded_layers(model: PreTrainedModel | PeftModel, accelerator: Accelerator) -> None:
+def prepare_sharding(model: PreTrainedModel | PeftModel, accelerator: Accelerator, tp_size: int = 1) -> None:
     """
-    Choose the layers that ZeRO-3 gathers and that FSDP2 shards as a whole. Other engines are left alone.
+    Choose the layers that ZeRO-3 gathers and that FSDP2 shards as a whole, and correct tensor parallelism.
+
+    Other engines are left alone.
 
     Args:
         model (`transformers.PreTrainedModel`, `peft.PeftModel`):
             Model, before the engine takes it over.
         accelerator (`accelerate.Accelerator`):
             Accelerator of the run.
+        tp_size (`int`, *optional*, defaults to 1):
+            Number of ranks that share the layers of the model.
     """
     make_leaves(model, accelerator)
     _leave_out_absent_layers(without_adapters(model), accelerator)
+    if tp_size > 1:
+        sum_gradients_once(without_adapters(model))
 
 
 def _leave_out_absent_layers(model: PreTrainedModel, accelerator: Accelerator) -> None:

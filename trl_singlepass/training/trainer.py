@@ -31,7 +31,7 @@ from .model_card import complete_model_card
 from .paper import PAPER
 from .sequence_parallel import SequenceParallel
 from .sharded_head import gather_head_with_model
-from .sharding import choose_sharded_layers
+from .sharding import prepare_sharding
 from .stream_epochs import StreamSteps, blank_batch, endless_stream, position_in_stream, stream_dataloader
 from .tree_loss import Loss, TreeLoss
 
@@ -119,7 +119,7 @@ class SinglePassSFTTrainer(SFTTrainer):
                 formatting_func=formatting_func,
             )
         check_run(self.model, args, self.accelerator, tp_size=self.get_tp_size())
-        choose_sharded_layers(self.model, self.accelerator)
+        prepare_sharding(self.model, self.accelerator, self.get_tp_size())
         self._collator = collator or DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
         self._collator.load_images = self._collator.load_images or image_loader_of(self.processing_class)
         self.data_collator = TreeOrPlainCollator(self._collator, self.data_collator)
