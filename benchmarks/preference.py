@@ -1,11 +1,13 @@
 """
 Measure DPO on trajectories of several turns: a single pass next to stock DPO and to separate passes for each turn.
 
-    python -m benchmarks.preference                     counted operations and time of a step
+    python -m benchmarks.preference --repeats 7         counted operations and time of a step
     python -m benchmarks.preference --data FILE...      what stock DPO leaves out and adds on conversations of your own
 
 A step is a forward and backward pass of the policy and a forward pass of the reference, for one pair. Separate passes
-run one after the other. Time is the CPU time of one thread, on a CPU; modes alternate, and the median counts.
+run one after the other. Time is the CPU time of one thread, on a CPU. Modes alternate, and a speed-up is the median of
+the ratios within a round, since the load of a shared machine changes between rounds. Separate passes of several turns
+take longest by far and run in the first round only. `--prompts` measures some lengths again, and keeps other rows.
 
 With `--data`, each conversation becomes a pair: its answers are preferred to those of the next one in the file, which
 stand in their places. The first step's gradient is that of a small Qwen3 with random weights.
@@ -152,14 +154,15 @@ def measure_speed(sizes: dict[str, Any], prompts: Sequence[int], repeats: int) -
         for turns in TURNS:
             pair = make_pair(prompt, turns, sizes["vocab_size"])
             seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-            for _ in range(repeats):
+            for number in range(repeats):
                 for mode, (model, reference) in models.items():
+                    if mode == "npass" and turns > 1 and number > 0:
+                        continue
                     start = time.process_time()
                     loss_of(mode, model, reference, pair).backward()
                     model.zero_grad()
                     seconds[mode].append(time.process_time() - start)
-            medians = {mode: statistics.median(values) for mode, values in seconds.items()}
-            rows.append({"prompt": prompt, "turns": turns, "flops": count(pair, sizes), "seconds": medians})
+            rows.append({"prompt": prompt, "turns": turns, "flops": count(pair, sizes), "seconds": seconds})
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -228,13 +231,20 @@ def gradient_error(pairs: Sequence[Pair], vocab_size: int) -> float:
 # Tables of docs/preference.md ----------------------------------------------------------------------------------------
 
 
+def speed_up(row: dict[str, Any], other: str) -> float:
+    """Return the median of the ratios of times within a round."""
+    rounds = zip(row["seconds"][other], row["seconds"]["single_pass"], strict=False)
+    return statistics.median(theirs / ours for theirs, ours in rounds)
+
+
 def speed_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return lines of Markdown: measured speed-up and that of counted operations, over both others."""
     lines = ["| prompt | turns | over separate passes | counted | over stock DPO | counted |", "|---:|" + "---:|" * 5]
     for row in rows:
         cells = [f"{row['prompt']:,}", str(row["turns"])]
         for other in ("npass", "stock"):
-            cells += [f"{row[unit][other] / row[unit]['single_pass']:.2f}" for unit in ("seconds", "flops")]
+            counted = row["flops"][other] / row["flops"]["single_pass"]
+            cells += [f"{speed_up(row, other):.2f}", f"{counted:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -260,7 +270,8 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=60)
     parser.add_argument("--pairs", type=int, default=4, help="pairs whose gradient is compared")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--prompts", type=int, nargs="+", default=list(PROMPTS), help="lengths of prompts, in tokens")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     result = json.loads(options.output.read_text()) if options.output.exists() else {}
@@ -272,9 +283,12 @@ def main() -> None:
         ]
         result["stock"] = {**describe("cpu"), "rows": rows}
     else:
-        sizes, prompts = (TINY, (50,)) if options.tiny else (MODEL, PROMPTS)
-        rows = measure_speed(sizes, prompts, options.repeats)
-        result["speed"] = {**describe("cpu"), "model": sizes, "rows": rows}
+        sizes, prompts = (TINY, [50]) if options.tiny else (MODEL, options.prompts)
+        machine = describe("cpu")
+        rows = [{**row, **machine} for row in measure_speed(sizes, prompts, options.repeats)]
+        kept = [row for row in result.get("speed", {}).get("rows", []) if row["prompt"] not in prompts]
+        in_order = sorted([*kept, *rows], key=lambda row: (row["prompt"], row["turns"]))
+        result["speed"] = {"model": sizes, "rows": in_order}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -43,9 +43,11 @@ def test_the_page_shows_which_turns_are_chosen(tokenizer, rendered):
     assert inspection.summary.startswith("2 chosen and 2 rejected turns, ")
     page = inspection_page(inspection, "A pair")
     assert '<span class="side chosen">chosen</span>' in page
+    assert "Green is trained in the chosen trajectory, red in the rejected one, orange in both" in page
     assert page.count('"side": "rejected"') + page.count('"side":"rejected"') == 2
     single = inspection_page(Inspection.from_samples(rendered.samples, tokenizer), "A conversation")
     assert '<span class="side chosen">' not in single
+    assert "Orange is trained;" in single
 
 
 def test_audit_counts_turns_of_both_and_the_tree_of_the_pair(tokenizer, rendered):

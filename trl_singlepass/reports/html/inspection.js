@@ -201,7 +201,7 @@ byId("sample").addEventListener("keydown", (event) => {
   if (event.key === "ArrowLeft") openTurn(open - 1);
 });
 data.turns.forEach((turn, index) => {
-  const button = make("button", { type: "button" }, `Turn ${index + 1}`);
+  const button = make("button", { type: "button" }, `Turn ${index + 1}${turn.side ? ` (${turn.side})` : ""}`);
   button.addEventListener("click", () => openTurn(index));
   byId("turns").append(button);
 });

@@ -28,8 +28,10 @@ def inspection_page(inspection: Inspection, title: str) -> str:
     """
     legend = "".join(f'<li><span class="token {role}">{role}</span></li>' for role in TokenRole)
     legend += '<li><span class="token trained">trained</span></li>'
+    colours = "Orange is trained"
     if inspection.num_chosen is not None:
         legend += "".join(f'<li><span class="side {side}">{side}</span></li>' for side in ("chosen", "rejected"))
+        colours = "Green is trained in the chosen trajectory, red in the rejected one, orange in both"
     body = f"""<header>
 <h1>{escape(title)}</h1>
 <p>{inspection.summary}</p>
@@ -39,8 +41,8 @@ def inspection_page(inspection: Inspection, title: str) -> str:
 <main>
 <div>
 <section aria-labelledby="tree-title" class="tree"><h2 id="tree-title">Tree</h2>
-<p class="hint">Depth runs from left to right. History is on top, branches have their own lanes. Orange is trained; a
-turn's number stands where the turn ends.</p>
+<p class="hint">Depth runs from left to right. History is on top, branches have their own lanes. {colours}; a turn's
+number stands where the turn ends.</p>
 <div id="tree"></div></section>
 <section aria-labelledby="tokens-title" class="tokens text"><h2 id="tokens-title">Tokens</h2>
 <p class="hint">Hover over or tap a token, or click here and use the arrow keys. Each block is a lane of the tree.</p>
