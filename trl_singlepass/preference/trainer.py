@@ -24,7 +24,7 @@ from ..training.metrics import TokenCounts
 from ..training.model import enable_tree, without_adapters
 from ..training.model_card import complete_model_card
 from ..training.sharded_head import gather_head_with_model
-from ..training.sharding import choose_sharded_layers
+from ..training.sharding import prepare_sharding
 from ..training.tree_loss import Loss
 from .collator import REFERENCE_COLUMNS, DataCollatorForSinglePassPreference
 from .compatibility import check_dataset, check_pairs, check_run
@@ -116,7 +116,7 @@ class SinglePassDPOTrainer(DPOTrainer):
         if self._pair_collator is not None:
             return
         check_run(self.accelerator, self.args, tp_size=self.get_tp_size())
-        choose_sharded_layers(self.model, self.accelerator)
+        prepare_sharding(self.model, self.accelerator)
         for model in filter(None, (self.model, self.ref_model)):
             enable_tree(self.accelerator.unwrap_model(model))
         self._pair_collator = self._given_collator or DataCollatorForSinglePassPreference(
@@ -137,7 +137,7 @@ class SinglePassDPOTrainer(DPOTrainer):
     def ref_model(self, model: nn.Module | None) -> None:
         # TRL loads the model and hands it to DeepSpeed in its own constructor, one after the other.
         if isinstance(model, PreTrainedModel):
-            choose_sharded_layers(model, self.accelerator)
+            prepare_sharding(model, self.accelerator)
         self._ref_model = model
 
     def _prepare_dataset(
