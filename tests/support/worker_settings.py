@@ -55,11 +55,7 @@ def on_engine(name, settings):
 
 
 def in_waves(settings, **config):
-    """Return settings that run rows in waves, with ZeRO-3's prefetching off."""
-    deepspeed = settings["config"].get("deepspeed")
-    if deepspeed is not None and deepspeed["zero_optimization"]["stage"] == 3:
-        ahead = {"stage3_prefetch_bucket_size": 0}
-        config["deepspeed"] = {**deepspeed, "zero_optimization": {**deepspeed["zero_optimization"], **ahead}}
+    """Return settings that run rows in waves."""
     return with_config(settings, **config)
 
 

@@ -15,7 +15,7 @@ from support.trainers import float32_model, largest_difference, logged, paramete
 from support.two_processes import run_on_two_processes
 from support.waves_worker import CASES
 from trl_singlepass.training import wave_budget
-from trl_singlepass.training.waves import refused_engines
+from trl_singlepass.training.waves import refused_engines, stop_prefetching
 
 
 TOLERANCE = 1e-6
@@ -314,4 +314,21 @@ def test_engines_that_accumulate_otherwise_are_refused():
     assert refusals(DistributedType.MEGATRON_LM) == ["MEGATRON_LM"]
     assert refusals(DistributedType.FSDP) == ["FSDP version 1"]
     assert refusals(DistributedType.DEEPSPEED, stage3_prefetch_bucket_size=0) == []
-    assert refusals(DistributedType.DEEPSPEED) == ["ZeRO-3 with stage3_prefetch_bucket_size above 0"]
+    assert refusals(DistributedType.DEEPSPEED, stage3_prefetch_bucket_size=9) == [
+        "ZeRO-3 with stage3_prefetch_bucket_size above 0"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "expected"),
+    [
+        (3, {}, {"stage3_prefetch_bucket_size": 0}),
+        (3, {"stage3_prefetch_bucket_size": "auto"}, {"stage3_prefetch_bucket_size": 0}),
+        (3, {"stage3_prefetch_bucket_size": 9}, {"stage3_prefetch_bucket_size": 9}),
+        (2, {}, {}),
+    ],
+)
+def test_prefetching_that_nobody_asked_for_is_turned_off(stage, settings, expected):
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": dict(settings)})
+    stop_prefetching(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+    assert plugin.deepspeed_config["zero_optimization"] == expected

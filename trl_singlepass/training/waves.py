@@ -39,6 +39,7 @@ logger = logging.get_logger(__name__)
 
 # On an accelerator, waves of fewer tokens leave it idle, and running the history twice costs less.
 SMALLEST_WAVE = 1024
+_PREFETCHED = "stage3_prefetch_bucket_size"
 
 
 class WaveTraining:
@@ -72,6 +73,7 @@ class WaveTraining:
         recorder: RouterRecorder | None = None,
         router_loss_coef: float = 0.0,
     ) -> None:
+        stop_prefetching(accelerator)
         check_waves(model, args, accelerator, compute_loss_func)
         self._model, self._args, self._accelerator = model, args, accelerator
         self._recorder, self._router_loss_coef = recorder, router_loss_coef
@@ -248,13 +250,27 @@ def refused_engines(accelerator: Accelerator) -> Iterator[Refusal]:
         yield "FSDP version 1", "it flattens parameters between backward passes", "Set fsdp_version=2"
     if kind == DistributedType.DEEPSPEED and _prefetches(accelerator.state.deepspeed_plugin):
         yield (
-            "ZeRO-3 with stage3_prefetch_bucket_size above 0",
+            f"ZeRO-3 with {_PREFETCHED} above 0",
             "it fetches parameters in the order of the first step, and the number of waves changes from row to row",
-            "Set it to 0",
+            "Set it to 0 or 'auto'",
         )
 
 
+def stop_prefetching(accelerator: Accelerator) -> None:
+    """
+    Turn off prefetching by ZeRO-3 for waves, unless the configuration asks for it by a number.
+
+    DeepSpeed prefetches by default. It then frees parameters that a backward in another order still needs (0.19).
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
+        return
+    settings = plugin.deepspeed_config["zero_optimization"]
+    if settings.get(_PREFETCHED, "auto") == "auto":
+        settings[_PREFETCHED] = 0
+        logger.info(f"{_PREFETCHED} is 0: under wave_tokens, ZeRO-3 cannot fetch parameters ahead.")
+
+
 def _prefetches(plugin: DeepSpeedPlugin) -> bool:
-    """Whether DeepSpeed prefetches; it then frees parameters that a backward in another order still needs (0.19)."""
     settings = plugin.deepspeed_config.get("zero_optimization", {})
-    return bool(plugin.zero_stage == 3 and settings.get("stage3_prefetch_bucket_size") != 0)
+    return bool(plugin.zero_stage == 3 and settings.get(_PREFETCHED) != 0)
