@@ -15,7 +15,7 @@ from ..data.collator import Batch
 from ..recurrent.layer_kinds import path_dependent_layers
 from ..training.model import without_adapters
 from ..training.wave_budget import wave_tokens_that_fit
-from ..training.waves import Refusal, check_waves, refused_engines
+from ..training.waves import Refusal, check_waves, refused_engines, stop_prefetching
 from ..trees.rows import TreePlan
 from ..waves import WavePlan
 from ..waves.engines import get_engine
@@ -54,6 +54,8 @@ class BatchParts:
         self._args, self._accelerator = args, accelerator
         self._model, self._recorder, self._is_compared = model, None, False
         self._is_bounded = args.max_row_tokens is not None or args.wave_tokens is not None
+        if self._is_bounded:
+            stop_prefetching(accelerator)
         if args.wave_tokens is not None:
             check_waves(model, args, accelerator)
         if self._is_bounded:

@@ -258,7 +258,7 @@ def refused_engines(accelerator: Accelerator) -> Iterator[Refusal]:
 
 def stop_prefetching(accelerator: Accelerator) -> None:
     """
-    Turn off prefetching by ZeRO-3 for waves, unless the configuration asks for it by a number.
+    Turn off prefetching by ZeRO-3 for rows that run in parts, unless the configuration asks for it by a number.
 
     DeepSpeed prefetches by default. It then frees parameters that a backward in another order still needs (0.19).
     """
@@ -268,7 +268,7 @@ def stop_prefetching(accelerator: Accelerator) -> None:
     settings = plugin.deepspeed_config["zero_optimization"]
     if settings.get(_PREFETCHED, "auto") == "auto":
         settings[_PREFETCHED] = 0
-        logger.info(f"{_PREFETCHED} is 0: under wave_tokens, ZeRO-3 cannot fetch parameters ahead.")
+        logger.info(f"{_PREFETCHED} is 0: where a row runs in parts, ZeRO-3 cannot fetch parameters ahead.")
 
 
 def _prefetches(plugin: DeepSpeedPlugin) -> bool:
