@@ -130,6 +130,32 @@ def test_settings_keep_their_meaning(tmp_path, tokenizer, settings):
     assert_equal(*train_both(tmp_path, tokenizer, model, **settings), start_of(model))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapter"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {"activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_row_tokens": 160},
+    ],
+    ids=["reentrant", "non-reentrant", "compiled", "compiled in rows"],
+)
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_layers_that_run_again_or_are_compiled(tmp_path, tokenizer, monkeypatch, adapted, settings):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # transformers changes it, for all later trainers
+    model = adapted_model(tokenizer) if adapted else float32_model(tokenizer)
+    reference = None if adapted else "perturbed"
+    steps = {**STEPS, "max_steps": 3, "per_device_train_batch_size": 3}
+    stock = stock_dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS, model, copy.deepcopy(reference), **steps)
+    single_pass = dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS, model, reference, **steps, **settings)
+    start = start_of(stock.model)
+    for trainer in (stock, single_pass):
+        trainer.train()
+    assert_equal(stock, single_pass, start)
+
+
 @pytest.mark.parametrize(
     ("adapted", "settings"),
     [

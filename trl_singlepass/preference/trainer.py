@@ -117,8 +117,8 @@ class SinglePassDPOTrainer(DPOTrainer):
             return
         check_run(self.accelerator, self.args, tp_size=self.get_tp_size())
         prepare_sharding(self.model, self.accelerator)
-        for model in filter(None, (self.model, self.ref_model)):
-            enable_tree(self.accelerator.unwrap_model(model))
+        for model in (self.model,) if self.ref_model is None else (self.model, self.ref_model):
+            enable_tree(self.accelerator.unwrap_model(model, keep_torch_compile=False))
         self._pair_collator = self._given_collator or DataCollatorForSinglePassPreference(
             self._tokenizer.pad_token_id,
             self.args.pad_to_multiple_of,
@@ -205,7 +205,8 @@ class SinglePassDPOTrainer(DPOTrainer):
         """Run the policy on the trees of the rows; TRL runs it on each trajectory as one sequence."""
         num_parts = self._parts.count(inputs["rows"])
         if not self.precompute_ref_logps:
-            logps = self._ref_log_probs(self.ref_model or self.model, inputs, num_parts)
+            reference = self.model if self.ref_model is None else self.ref_model
+            logps = self._ref_log_probs(reference, inputs, num_parts)
             inputs = {**inputs, **dict(zip(REFERENCE_COLUMNS, logps, strict=True))}
         if self.model.training:
             num_tokens = self.accelerator.gather(inputs["completion_mask"].sum()[None]).sum()
@@ -220,7 +221,7 @@ class SinglePassDPOTrainer(DPOTrainer):
 
     def _on_pairs(self, model: nn.Module, inputs: Batch, num_parts: int) -> PairModel:
         owner = self.ref_model if model is self.ref_model else self.model  # `model` may be wrapped for training
-        base = without_adapters(self.accelerator.unwrap_model(owner))
+        base = without_adapters(self.accelerator.unwrap_model(owner, keep_torch_compile=False))
         divisor = getattr(self, "current_gradient_accumulation_steps", 1)
         return self._parts.model_for(inputs["rows"], num_parts, model, base, self._checked_models, divisor=divisor)
 
