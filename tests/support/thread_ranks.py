@@ -16,6 +16,7 @@ class ThreadGroup:
     def __init__(self, size):
         self.size, self.barrier = size, threading.Barrier(size, timeout=60)
         self.sent, self.local = [None] * size, threading.local()
+        self.sent_bytes = [0] * size  # to other ranks, by each, in exchanges of parts for heads
 
     def exchange(self, x):
         """Return what all ranks send, in the order of the ranks."""
@@ -27,6 +28,7 @@ class ThreadGroup:
 
 
 def all_to_all_single(output, x, group):
+    group.sent_bytes[group.local.rank] += x.numel() * x.element_size() * (group.size - 1) // group.size
     output.copy_(torch.cat([sent.chunk(group.size)[group.local.rank] for sent in group.exchange(x)]))
 
 

@@ -236,6 +236,19 @@ def test_auto_that_finds_no_room_says_what_there_is(tmp_path, tokenizer, monkeyp
         trainer.train()
 
 
+@pytest.mark.parametrize(("divides_layers", "tokens"), [(True, 4 * 512), (False, 512)])
+def test_auto_on_shared_rows_is_what_fits_on_every_rank(divides_layers, tokens):
+    """Ranks that cut a shared row differently would wait for each other forever."""
+    accelerator = SimpleNamespace(
+        parallelism_config=SimpleNamespace(sp_size=4),
+        device=torch.device("cpu"),
+        gather=lambda own: torch.cat([own, torch.tensor([1024, 512, 2048])]),
+    )
+    assert wave_budget.on_shared_rows(768, accelerator, divides_layers=divides_layers) == tokens
+    accelerator.parallelism_config.sp_size = 1
+    assert wave_budget.on_shared_rows(768, accelerator, divides_layers=divides_layers) == 768
+
+
 def test_auto_counts_what_a_varlen_kernel_gathers():
     model = tiny_model("qwen3", dtype=torch.bfloat16)
     heads, head_dim = model.config.num_attention_heads, model.config.head_dim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psutil
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..attention.varlen_plan import KEYS_PER_CALL
@@ -49,6 +50,28 @@ def wave_tokens_that_fit(model: PreTrainedModel, args: SinglePassSFTConfig) -> t
     if tokens < _MULTIPLE:
         raise ValueError(f"wave_tokens='auto' found no room for {_MULTIPLE} tokens: {reason}. Set wave_tokens.")
     return tokens, reason
+
+
+def on_shared_rows(tokens: int, accelerator: Accelerator, *, divides_layers: bool) -> int:
+    """
+    Return how many tokens a wave may have, given how many fit on this rank.
+
+    Ranks that share rows cut them alike, so the rank with the least memory decides. Each has its part of a wave,
+    unless there are layers that each rank runs on all of it.
+
+    Args:
+        tokens (`int`):
+            Tokens that may have activations on this rank.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run; if ranks share rows, every rank must call.
+        divides_layers (`bool`):
+            Whether ranks that share rows divide the work of every layer.
+    """
+    size: int = getattr(accelerator.parallelism_config, "sp_size", 1)
+    if size == 1:
+        return tokens
+    least = int(accelerator.gather(torch.tensor([tokens], device=accelerator.device)).min())
+    return least * size if divides_layers else least
 
 
 def _gathered_bytes(model: PreTrainedModel, device: torch.device, itemsize: int) -> int:

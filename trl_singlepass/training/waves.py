@@ -29,7 +29,7 @@ from ..waves.runner import WaveRunner
 from .gradient_scale import get_gradient_scale
 from .loss import LossContext, NumItems, total_weight
 from .model import Forward, without_adapters
-from .wave_budget import wave_tokens_that_fit
+from .wave_budget import on_shared_rows, wave_tokens_that_fit
 
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ class WaveTraining:
     def wave_tokens(self) -> int:
         """Largest number of tokens that have activations at the same time."""
         if self._wave_tokens is None:
-            self._wave_tokens, reason = wave_tokens_that_fit(self._model, self._args)
+            tokens, reason = wave_tokens_that_fit(self._model, self._args)
+            self._wave_tokens = on_shared_rows(tokens, self._accelerator, divides_layers=not self._is_hybrid)
             logger.info(f"wave_tokens='auto' is {self._wave_tokens}: {reason}.")
         return self._wave_tokens
 

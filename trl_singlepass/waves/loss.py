@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,6 +90,7 @@ class LoadBalancingLoss:
         self._routed: torch.Tensor | float = 0.0
         self._probability: torch.Tensor | float = 0.0
         self._total: torch.Tensor | float = 0.0
+        self._has_all = False
 
     def count(self, router_logits: Sequence[torch.Tensor], multiplicity: torch.Tensor) -> None:
         """Add the tokens of a wave to the counts of the row."""
@@ -114,19 +114,20 @@ class LoadBalancingLoss:
         """Return what a wave contributes to the loss of the row."""
         weight = self._weight(multiplicity)
         probability = torch.stack([(logits.softmax(-1).float() * weight[:, None]).sum(0) for logits in router_logits])
-        routed, total = self._counts
-        share: torch.Tensor = (self.num_experts * routed * probability.sum(0) / total**2).sum()
+        self._add_up_over_ranks()
+        share: torch.Tensor = (self.num_experts * self._routed * probability.sum(0) / self._total**2).sum()
         return share if self.group is None else self.group.sum(share)
 
     def _weight(self, multiplicity: torch.Tensor) -> torch.Tensor:
         own = multiplicity if self.group is None else self.group.pad_and_part(multiplicity)
         return own.reshape(-1).float()
 
-    @cached_property
-    def _counts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of the row that each expert gets, and all tokens, each as often as N-pass runs it."""
-        routed, total = torch.as_tensor(self._routed), torch.as_tensor(self._total)
-        return (routed, total) if self.group is None else (self.group.sum(routed), self.group.sum(total))
+    def _add_up_over_ranks(self) -> None:
+        """Count the tokens of all ranks; every rank has counted its own by now."""
+        if self.group is not None and not self._has_all:
+            self._routed = self.group.sum(torch.as_tensor(self._routed))
+            self._total = self.group.sum(torch.as_tensor(self._total))
+        self._has_all = True
 
 
 class RouterRecorder:
