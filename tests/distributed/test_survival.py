@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from support.chat_tokenizers import make_tokenizer
 from support.distributed_worker import training_conversations
+from support.engine_matrix import on_two_ranks
 from support.trainers import SETTINGS, as_dataset, needs_weighted_loss
 from support.worker_settings import assert_same_training, on_engine, with_config, zero
 from trl_singlepass.training.checkpoints import find_damage, last_good_checkpoint
@@ -38,20 +39,31 @@ def uninterrupted(workers, tmp_path_factory):
     return train
 
 
-def test_ten_kills(tmp_path, workers, uninterrupted):
-    """SIGKILL of either rank, in a step or while saving; the other one goes down with it."""
-    settings = on_engine("ddp", LONG)[0]
+@pytest.mark.parametrize(
+    "engine",
+    ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3", "fsdp2", "ulysses"))],
+)
+def test_ten_kills(tmp_path, workers, uninterrupted, engine):
+    """SIGKILL of either rank, at a random moment of a step or while it saves; the other one goes down with it."""
+    settings, environment = on_two_ranks(engine, LONG)
+    environment = {**environment, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    run = partial(workers.run, tmp_path, world_size=2, environment=environment)
     chance, step = random.Random(), 0
     for _ in range(10):
         step += chance.randint(1, 2)
         accident = {"kind": "SIGKILL", "step": step, "rank": chance.randint(0, 1), "delay": chance.uniform(0, 2)}
-        run = workers.run(tmp_path, {**settings, "accident": accident}, world_size=2, expect_success=False)
-        assert -9 in run.codes, run.log[-4000:]
-        assert 0 not in run.codes  # the other rank lost its connection, or was killed with it
+        if chance.random() < 0.3:
+            accident |= {"kind": "SIGKILL in saving", "delay": 0}
+        killed = run({**settings, "accident": accident}, expect_success=False)
+        assert -9 in killed.codes, killed.log[-4000:]
+        assert 0 not in killed.codes  # the other rank lost its connection, or was killed with it
         saved = last_good_checkpoint(tmp_path / "out")
         step = max(step, int(saved.rpartition("-")[2]) if saved else 0)
     assert step < LONG["config"]["max_steps"]
-    assert_same_training(workers.run(tmp_path, settings, world_size=2), uninterrupted(settings), tolerance=1e-7)
+    whole = uninterrupted(settings, environment)
+    resumed = run(settings)
+    assert_same_training(resumed, whole, tolerance=1e-7)
+    assert all(torch.equal(value, whole.parameters[name]) for name, value in resumed.parameters.items())
 
 
 @pytest.mark.parametrize(

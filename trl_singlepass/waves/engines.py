@@ -100,7 +100,7 @@ class DataParallelEngine(Engine):
         if not is_kept:
             return self.model(**inputs)
         with self.model.no_sync():
-            return self.forward(**inputs)
+            return self.model(**inputs)
 
     def reduce_in_next_backward(self, outputs: torch.Tensor) -> None:
         """Prepare the wrapper for backward as its own forward and `Accelerator.trigger_sync_in_backward` do."""
