@@ -7,12 +7,15 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from support.conversations import TOOLS, chat, tool_chat
 from support.dpo_worker import CASES, STEPS
 from support.pairs import (
     SINGLE_TURNS,
     TRAJECTORIES,
     adapted_model,
     dpo_trainer,
+    pair,
+    plain,
     stock_dpo_trainer,
 )
 from support.trainers import float32_model, largest_difference, logged, parameters
@@ -29,6 +32,18 @@ LOGGED = (
 )
 
 
+ONE_OF_EACH_KIND = [
+    pair(seed=1),
+    plain(pair(seed=2)),
+    {"prompt": chat(2, 3)[:-1], "chosen": chat(2, 3)[-1:], "rejected": chat(1, 9)[-1:]},  # with a history
+    {"prompt": tool_chat()[:1], "chosen": tool_chat()[1:2], "rejected": chat(1, 4)[-1:], "tools": TOOLS},
+]
+LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+
+
 def train_both(tmp_path, tokenizer, model, pairs=SINGLE_TURNS, ref_model="perturbed", **settings):
     """Train copies of a model both ways; return the trainers."""
     settings = {**STEPS, **settings}
@@ -41,12 +56,12 @@ def train_both(tmp_path, tokenizer, model, pairs=SINGLE_TURNS, ref_model="pertur
     return both
 
 
-def assert_equal(stock, single_pass, start, tolerance=TOLERANCE):
+def assert_equal(stock, single_pass, start, tolerance=TOLERANCE, least_move=1000, keys=LOGGED):
     """Assert that both trained and logged alike, and that they moved far more than the tolerance."""
     assert largest_difference(stock, single_pass) <= tolerance
     moved = max(float((parameters(stock)[name] - value).abs().max()) for name, value in start.items())
-    assert moved > 1000 * tolerance
-    for key in LOGGED:
+    assert moved > least_move * tolerance
+    for key in keys:
         assert logged(single_pass, key) == pytest.approx(logged(stock, key), rel=1e-3, abs=1e-4), key
 
 
@@ -79,15 +94,17 @@ def test_twenty_steps(tmp_path, tokenizer, batch_size, accumulation, precomputed
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precomputed", [False, True])
-def test_twenty_steps_with_an_adapter_as_its_own_reference(tmp_path, tokenizer, precomputed):
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_twenty_steps_with_an_adapter_as_its_own_reference(tmp_path, tokenizer, batch_size, accumulation, precomputed):
     model = adapted_model(tokenizer)
     both = train_both(
         tmp_path,
         tokenizer,
         model,
         ref_model=None,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         precompute_ref_log_probs=precomputed,
     )
     trained = {name: value for name, value in start_of(both[0].model).items() if ".default." in name}
@@ -154,6 +171,17 @@ def test_layers_that_run_again_or_are_compiled(tmp_path, tokenizer, monkeypatch,
     for trainer in (stock, single_pass):
         trainer.train()
     assert_equal(stock, single_pass, start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss_trains_as_in_trl(tmp_path, tokenizer, loss_type):
+    """Pairs of several kinds in one batch: long and short, with and without reasoning, a system message, tools."""
+    model = float32_model(tokenizer)
+    settings = {"loss_type": loss_type, "label_smoothing": 0.1, "max_steps": 6, "per_device_train_batch_size": 4}
+    both = train_both(tmp_path, tokenizer, model, ONE_OF_EACH_KIND, **settings)
+    keys = [key for key in LOGGED if key != "rewards/accuracies"]  # one of the margins is as good as 0
+    assert_equal(*both, start_of(model), least_move=50, keys=keys)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Train pairs on two DDP processes, in a single pass or stock: a script for `torchrun` that writes its results."""
 
+import itertools
 import json
 import os
 import sys
@@ -20,12 +21,22 @@ def full(tokenizer):
 
 
 STEPS = {"max_steps": 20, "learning_rate": 0.02, "max_grad_norm": 1.0}
+GRID = {
+    f"{name}, {size} pairs, {accumulation} batches{', precomputed' * precomputed}": (
+        make_model,
+        {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": accumulation,
+            "precompute_ref_log_probs": precomputed,
+        },
+    )
+    for (name, make_model), size, accumulation, precomputed in itertools.product(
+        {"full": full, "lora": adapted_model}.items(), (1, 2), (1, 2), (False, True)
+    )
+}
 # Name -> model, trained by both trainers on pairs of a single turn.
 CASES = {
-    "full": (full, {"per_device_train_batch_size": 2}),
-    "accumulated": (full, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
-    "lora": (adapted_model, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
-    "precomputed": (full, {"per_device_train_batch_size": 1, "precompute_ref_log_probs": True}),
+    **GRID,
     # The last batch of an epoch is incomplete, and accelerate fills it up.
     "incomplete": (full, {"per_device_train_batch_size": 3, "gradient_checkpointing": False}),
 }
