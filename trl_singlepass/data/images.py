@@ -19,6 +19,7 @@ from ..rendering.validation import IMAGE_PARTS, MESSAGE_COLUMNS, is_image_part
 _HIDDEN = {"images": "singlepass_images", "image": "singlepass_image"}
 _COLUMNS = (*_HIDDEN, *_HIDDEN.values())
 _PAYLOADS = ("image", "url", "path", "base64", "image_url")
+_MESSAGES = (*(name for group in MESSAGE_COLUMNS for name in group), "chosen", "rejected")
 _NUM_FIRST = 10  # examples of a stream that are looked at
 
 Message = dict[str, Any]
@@ -37,6 +38,11 @@ def with_images_named(example: Mapping[str, Any]) -> dict[str, Any]:
     """Return an example, read from a dataset whose columns of images may be hidden, with these under their names."""
     shown = {hidden: name for name, hidden in _HIDDEN.items()}
     return {shown.get(name, name): value for name, value in example.items()}
+
+
+def image_columns_of(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of an example that hold images, whether hidden or not."""
+    return {name: example[name] for name in _COLUMNS if name in example}
 
 
 def has_image_column(columns: Iterable[str]) -> bool:
@@ -61,7 +67,7 @@ def holds_images(dataset: Dataset | IterableDataset | Sequence[Any]) -> bool:
         return True
     if isinstance(dataset, IterableDataset) or dataset.format["type"] == "custom":
         return any(_has_images(example) for example in dataset.take(_NUM_FIRST))
-    columns = {name for group in (*MESSAGE_COLUMNS, ("turns",)) for name in group} & set(dataset.column_names)
+    columns = {*_MESSAGES, "turns"} & set(dataset.column_names)
     return any(_column_has_images(chunk) for name in columns for chunk in dataset.data.column(name).chunks)
 
 
@@ -71,7 +77,7 @@ def _has_images(example: Mapping[str, Any]) -> bool:
     turns = example.get("turns")
     if isinstance(turns, list):
         return any(isinstance(turn, Mapping) and turn.get("images") for turn in turns)
-    lists = (example.get(name) for group in MESSAGE_COLUMNS for name in group)
+    lists = (example.get(name) for name in _MESSAGES)
     messages = [message for group in lists if isinstance(group, list) for message in group]
     return any(is_image_part(part) for message in messages for part in _parts(message))
 

@@ -48,6 +48,10 @@ class DataCollatorForSinglePassPreference:
     pad_to_multiple_of: int | None = None
     turn_weights: TurnWeights = field(default_factory=TurnWeights)
     max_row_tokens: int | None = None
+    row_collator: DataCollatorForSinglePass = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.row_collator = DataCollatorForSinglePass(self.pad_token_id, self.pad_to_multiple_of)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         """
@@ -65,8 +69,7 @@ class DataCollatorForSinglePassPreference:
             `REFERENCE_COLUMNS`, if the examples have them.
         """
         packed = pack_pairs(examples, self.max_row_tokens)
-        collate = DataCollatorForSinglePass(self.pad_token_id, self.pad_to_multiple_of)
-        rows = [collate([each.row.columns()]) for each in packed]
+        rows = [self.row_collator([each.row.columns()]) for each in packed]
         labels = torch.cat([torch.nn.functional.pad(row["labels"][0, 1:], (0, 1)) for row in rows])
         positions = _lines(packed, [row["labels"].shape[1] for row in rows], len(examples))
         targets = pad_sequence(positions, batch_first=True)

@@ -12,8 +12,11 @@ from transformers import DataCollator, PreTrainedModel
 from trl import DPOConfig
 
 from ..data.dataset_format import check_is_dataset, column_names
+from ..data.images import holds_images
+from ..images.reading import check_reads_images
 from ..training.compatibility import check_adapters, check_engine, check_parallelism
 from ..training.model import check_model
+from ..trees.rows import IMAGE_COLUMNS
 from .collator import DataCollatorForSinglePassPreference
 from .pairs import SIDES, TOKEN_COLUMNS
 from .rows import PAIR_COLUMNS
@@ -55,16 +58,13 @@ def check_pairs(
     check_parallelism(args.parallelism_config)
     if isinstance(model, PreTrainedModel):
         check_model(model)
+        if dataset is not None and (holds_images(dataset) or set(IMAGE_COLUMNS) <= set(column_names(dataset))):
+            check_reads_images(model)
 
 
 def check_dataset(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Refuse a dataset of images, or one that holds no pairs."""
+    """Refuse a dataset that holds no pairs."""
     columns = set(column_names(check_is_dataset(dataset, name)))
-    if images := sorted({"image", "images"} & columns):
-        raise ValueError(
-            f"The {name} dataset has a column {images[0]!r}: pairs with images are not supported in a single pass. "
-            "Remove the column to train on text, or use TRL's DPOTrainer."
-        )
     if not any(set(expected) <= columns for expected in (SIDES, TOKEN_COLUMNS, PAIR_COLUMNS)):
         raise ValueError(
             f"The {name} dataset holds no pairs: expected the columns 'prompt', 'chosen' and 'rejected', or 'chosen' "

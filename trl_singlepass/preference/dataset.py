@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.logging import get_logger
 
 from ..data.bad_rows import BadRowError, BadRows, StreamedBadRows, bad_rows_error, get_reason, group_errors
 from ..data.dataset_format import EXAMPLE, in_one_column
+from ..data.images import undecoded
 from ..data.preparation import say, tokenizer_fingerprint
+from ..data.vision import ConversationReader, reader_for
+from ..images.loading import image_loader_of
+from ..images.placeholders import placeholders_of
 from ..trees.prefix_tree import PrefixTree
+from ..trees.rows import IMAGE_COLUMNS
 from ..trees.splitting import split_samples
-from .pairs import example_to_pair
+from .pairs import SIDES, Tokenizer, example_to_pair, images_name, images_of_trajectory
 from .report import COUNT_COLUMNS, PairReport, count_pair
 from .rows import PAIR_COLUMNS, PAIR_ROWS_VERSION, pair_features, pair_to_columns
 from .settings import PairSettings
@@ -31,7 +37,7 @@ _PREPARED_AT_ONCE = 8
 
 def prepare_pairs(
     dataset: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     settings: PairSettings,
     *,
     bad_rows: BadRows = BadRows.ERROR,
@@ -45,8 +51,8 @@ def prepare_pairs(
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset`):
             Pairs, in any of the forms of [`example_to_pair`].
-        tokenizer (`transformers.PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
+        tokenizer (`transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`):
+            Tokenizer with a chat template, or, for pairs with images, the processor.
         settings (`PairSettings`):
             How pairs become rows.
         bad_rows (`BadRows`, *optional*, defaults to `"error"`):
@@ -65,6 +71,7 @@ def prepare_pairs(
         `RenderingError`: If examples cannot be rendered without losing part of a turn, and may not be left out.
         `ValueError`: If no pair is left.
     """
+    tokenizer = reader_for(dataset, tokenizer)
     if isinstance(dataset, IterableDataset):
         return in_one_column(dataset).map(
             _StreamPreparation(tokenizer, settings, bad_rows, name),
@@ -74,12 +81,18 @@ def prepare_pairs(
             remove_columns=[EXAMPLE],
         )
     state = ("pairs", PAIR_ROWS_VERSION, dataset._fingerprint, tokenizer_fingerprint(tokenizer), repr(settings))
-    rows = dataset.map(
+    loader, reader = image_loader_of(tokenizer), tokenizer
+    if loader is not None:
+        reader = ConversationReader(placeholders_of(tokenizer), dataset._fingerprint)
+        for side in SIDES:
+            of_side = partial(images_of_trajectory, undecoded(dataset), side)
+            loader.add_dataset(images_name(dataset._fingerprint, side), of_side)
+    rows = undecoded(dataset).map(
         _prepare_example,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "settings": settings},
+        fn_kwargs={"tokenizer": reader, "settings": settings},
         remove_columns=dataset.column_names,
-        features=Features({**pair_features(COUNT_COLUMNS), _REASON: Value("string")}),
+        features=Features({**pair_features(COUNT_COLUMNS, has_images=loader is not None), _REASON: Value("string")}),
         num_proc=num_proc,
         new_fingerprint=Hasher.hash(state),
         desc=f"Building prefix trees of {name} dataset",
@@ -108,23 +121,23 @@ def _get_report(rows: Dataset, bad_rows: BadRows, name: str, settings: PairSetti
 
 
 def _prepare_example(
-    example: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, settings: PairSettings
+    example: Mapping[str, Any], index: int, tokenizer: Tokenizer, settings: PairSettings
 ) -> dict[str, Any]:
     try:
         columns, counts = _example_to_columns(example, index, tokenizer, settings)
     except BadRowError as error:
-        return {**_no_row(), **dict.fromkeys(COUNT_COLUMNS, 0), _REASON: get_reason(error, index)}
+        return {**_no_row(tokenizer), **dict.fromkeys(COUNT_COLUMNS, 0), _REASON: get_reason(error, index)}
     return {**columns, **counts, _REASON: None}
 
 
 def _example_to_columns(
-    example: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, settings: PairSettings
+    example: Mapping[str, Any], index: int, tokenizer: Tokenizer, settings: PairSettings
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the row of one example, empty if a side is too long to keep any of it, and its counts."""
     pair = example_to_pair(example, index, tokenizer, settings)
     if not all(side.samples for side in pair.sides):
-        return _no_row(), count_pair(pair, num_tokens=0)
-    columns = pair_to_columns(pair)
+        return _no_row(tokenizer), count_pair(pair, num_tokens=0)
+    columns = pair_to_columns(pair, has_images=_reads_images(tokenizer))
     parts = split_samples(pair.samples, settings.max_row_tokens)
     num_tokens = len(columns["input_ids"])
     if len(parts) > 1:
@@ -132,16 +145,19 @@ def _example_to_columns(
     return columns, count_pair(pair, num_tokens, num_rows=len(parts))
 
 
-def _no_row() -> dict[str, Any]:
-    return {name: np.empty(0, float if name == "loss_weights" else np.int64) for name in PAIR_COLUMNS}
+def _no_row(tokenizer: Tokenizer) -> dict[str, Any]:
+    names = (*PAIR_COLUMNS, *IMAGE_COLUMNS) if _reads_images(tokenizer) else PAIR_COLUMNS
+    return {name: np.empty(0, float if name == "loss_weights" else np.int64) for name in names}
+
+
+def _reads_images(tokenizer: Tokenizer) -> bool:
+    return isinstance(tokenizer, ProcessorMixin | ConversationReader)
 
 
 class _StreamPreparation:
     """Prepares batches of a stream, and logs what is lost whenever it has doubled."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, settings: PairSettings, bad_rows: BadRows, name: str
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, settings: PairSettings, bad_rows: BadRows, name: str) -> None:
         self._tokenizer, self._settings, self._name = tokenizer, settings, name
         self._bad_rows = StreamedBadRows(bad_rows, name)
         self._counts: dict[str, list[int]] = {column: [] for column in COUNT_COLUMNS}
@@ -161,7 +177,8 @@ class _StreamPreparation:
             for column, values in self._counts.items():
                 values.append(counts[column])
         self._log()
-        return {name: [row[name] for row in rows] for name in PAIR_COLUMNS}
+        names = (*PAIR_COLUMNS, *IMAGE_COLUMNS) if _reads_images(self._tokenizer) else PAIR_COLUMNS
+        return {name: [row[name] for row in rows] for name in names}
 
     def _log(self) -> None:
         lost = sum(self._counts["num_cut_tokens"])

@@ -6,6 +6,8 @@ Shape letters: B pairs, M trained tokens of the longest trajectory, L tokens of 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from ..attention import Tree, tree_context
 from ..data.collator import Batch
+from ..images.reading import ImageReader
 from ..training.model import check_every_layer_attended
 from ..trees.prefix_tree import IGNORE_INDEX
 
@@ -35,10 +38,18 @@ class PairModel:
             The same model without adapters and wrappers, with trees enabled.
         checked (`set[transformers.PreTrainedModel]`):
             Models of which every layer is known to receive the tree; the first forward adds the model.
+        image_reader (`ImageReader`, *optional*):
+            How it reads images; needed for rows with images.
     """
 
-    def __init__(self, model: nn.Module, base: PreTrainedModel, checked: set[PreTrainedModel]) -> None:
-        self.model, self._base, self._checked = model, base, checked
+    def __init__(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        checked: set[PreTrainedModel],
+        image_reader: ImageReader | None = None,
+    ) -> None:
+        self.model, self._base, self._checked, self.image_reader = model, base, checked, image_reader
 
     def __call__(
         self,
@@ -89,8 +100,9 @@ class PairModel:
     def run(self, rows: list[Batch], inputs: dict[str, object], *, has_labels: bool) -> ModelOutput:
         """Return the outputs of all tokens of the rows, one after the other: per-token tensors of shape `(1, L)`."""
         (row,) = rows
-        with tree_context(row["tree_plan"], row["subtree_end"], row["position_ids"]) as tree:
-            outputs: ModelOutput = self.model(**row_inputs(row, has_labels=has_labels), **inputs)
+        of_row = self.row_inputs(row, has_labels=has_labels)
+        with self.showing(row), tree_context(row["tree_plan"], row["subtree_end"], row["position_ids"]) as tree:
+            outputs: ModelOutput = self.model(**of_row, **inputs)
         self.check_layers(tree)
         return outputs
 
@@ -100,17 +112,44 @@ class PairModel:
             check_every_layer_attended(self._base, tree)
             self._checked.add(self._base)
 
+    def row_inputs(self, row: Batch, *, has_labels: bool) -> dict[str, torch.Tensor]:
+        """
+        Return what the model reads of a row.
+
+        Args:
+            row (`Batch`):
+                Row.
+            has_labels (`bool`):
+                Whether it is to score targets.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Tensors of shape `(1, row_length)`, with targets shifted already, and what it
+            reads of images.
+
+        Raises:
+            `ValueError`: If the row shows images, and the model was not made to read any.
+        """
+        inputs = {name: row[name] for name in ("input_ids", "position_ids", "attention_mask")}
+        if has_labels:
+            inputs["shift_labels"] = F.pad(row["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+        if "image_features" not in row:
+            return inputs
+        if self.image_reader is None:
+            raise ValueError(
+                "The model was not made to read images, because neither train_dataset nor eval_dataset had any when "
+                "the trainer was made. Pass pairs with images as one of them."
+            )
+        return inputs | self.image_reader.model_inputs(row)
+
+    def showing(self, row: Batch) -> AbstractContextManager[None]:
+        """Run the model calls inside on the images of a row, if it has any."""
+        if "image_features" not in row or self.image_reader is None:
+            return nullcontext()
+        return self.image_reader.showing(row)
+
     def backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Return a loss whose backward gives the gradients of all parameters; `loss` is what TRL computed."""
         return loss
-
-
-def row_inputs(row: Batch, *, has_labels: bool) -> dict[str, torch.Tensor]:
-    """Return what a model reads of a row, each of shape `(1, row_length)`; targets are shifted already."""
-    inputs = {name: row[name] for name in ("input_ids", "position_ids", "attention_mask")}
-    if has_labels:
-        inputs["shift_labels"] = F.pad(row["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-    return inputs
 
 
 def _laid_out(outputs: ModelOutput, targets: torch.Tensor, is_padding: torch.Tensor) -> ModelOutput:

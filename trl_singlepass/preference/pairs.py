@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import extract_prompt
 
 from ..data.bad_rows import BadRowError, get_reason
 from ..data.conversations import example_to_samples
+from ..data.images import image_columns_of
 from ..data.selection import FittedSamples, OverlongTurnError, fit_samples
+from ..data.vision import ConversationReader, images_of_example
+from ..images.encoded import EncodedImage
+from ..trees.image_features import FeatureNumbers, to_keys
 from ..trees.sample import Sample
 from .settings import PairSettings, PairTurns
 
+
+Tokenizer: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin | ConversationReader
+"""What reads a pair: a tokenizer with a chat template; for pairs with images, the processor or a reader of it."""
 
 SIDES = ("chosen", "rejected")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -53,21 +61,19 @@ class Pair:
         return [*self.chosen.samples, *self.rejected.samples]
 
 
-def example_to_pair(
-    example: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, settings: PairSettings
-) -> Pair:
+def example_to_pair(example: Mapping[str, Any], index: int, tokenizer: Tokenizer, settings: PairSettings) -> Pair:
     """
     Return the samples of one example, every turn after the prompt in the context that a model is served.
 
     Args:
         example (`Mapping[str, Any]`):
             `prompt`, `chosen` and `rejected` as lists of messages, or `chosen` and `rejected` that begin with the
-            same messages; optionally `system`, `tools`, `chat_template_kwargs` and `history`. Or token ids, as TRL
-            makes them of plain text: `prompt_ids`, `chosen_ids` and `rejected_ids`.
+            same messages; optionally `system`, `tools`, `chat_template_kwargs`, `history` and `images` or `image`. Or
+            token ids, as TRL makes them of plain text: `prompt_ids`, `chosen_ids` and `rejected_ids`.
         index (`int`):
             Its index in the dataset.
-        tokenizer (`transformers.PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
+        tokenizer (`Tokenizer`):
+            Tokenizer with a chat template, or what reads images as well.
         settings (`PairSettings`):
             How pairs become rows.
 
@@ -83,6 +89,7 @@ def example_to_pair(
     else:
         trajectories = split_pair(example, index)
         fitted = [_render(trajectories[side], side, index, tokenizer, settings) for side in SIDES]
+    fitted = _with_images_numbered_together(fitted)
     num_leading, num_shared = _shared_turns(*(side.samples for side in fitted))
     if settings.train_turns == PairTurns.FROM_DIFFERENCE:
         fitted = [_without_first(side, num_leading) for side in fitted]
@@ -105,16 +112,13 @@ def split_pair(example: Mapping[str, Any], index: int) -> dict[str, dict[str, An
     Raises:
         `BadRowError`: If a side is not a list of messages.
     """
-    for name in ("image", "images"):
-        if example.get(name):
-            raise BadRowError(f"Row {index}: it has {name!r}, and pairs with images are not supported. Remove them.")
     for name in SIDES:
         if not isinstance(example.get(name), list) or not example[name]:
             raise BadRowError(f"Row {index}: {name!r} is {example.get(name)!r:.60}, expected a list of messages.")
     prompt = example.get("prompt")
     num_implicit = _num_common_messages(example) if prompt is None else 0
     prompt = example["chosen"][:num_implicit] if prompt is None else prompt
-    shared = {name: example[name] for name in _RENDERING_COLUMNS if name in example}
+    shared = {name: example[name] for name in _RENDERING_COLUMNS if name in example} | image_columns_of(example)
     trajectories = {name: example[name][num_implicit:] for name in SIDES}
     if not prompt:
         return {name: {"messages": messages, **shared} for name, messages in trajectories.items()}
@@ -133,8 +137,10 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _render(
-    example: Mapping[str, Any], side: str, index: int, tokenizer: PreTrainedTokenizerBase, settings: PairSettings
+    example: Mapping[str, Any], side: str, index: int, tokenizer: Tokenizer, settings: PairSettings
 ) -> FittedSamples:
+    if isinstance(tokenizer, ConversationReader) and tokenizer.dataset is not None:
+        tokenizer = replace(tokenizer, dataset=images_name(tokenizer.dataset, side))
     try:
         fitted = example_to_samples(example, index, tokenizer, settings.for_trajectory())
     except (BadRowError, OverlongTurnError) as error:
@@ -163,7 +169,34 @@ def _shared_turns(chosen: Sequence[Sample], rejected: Sequence[Sample]) -> tuple
 
 
 def _are_equal(one: Sample, other: Sample) -> bool:
-    return np.array_equal(one.token_ids, other.token_ids) and np.array_equal(one.loss_weights, other.loss_weights)
+    tokens, others = (to_keys(sample.token_ids, sample.image_features) for sample in (one, other))
+    return np.array_equal(tokens, others) and np.array_equal(one.loss_weights, other.loss_weights)
+
+
+def images_name(dataset: str, side: str) -> str:
+    """Return the name by which rows refer to the images of one trajectory of each pair of a dataset."""
+    return f"{dataset}:{side}"
+
+
+def images_of_trajectory(dataset: Dataset, side: str, index: int) -> list[EncodedImage]:
+    """Return the images of one trajectory of a pair, in the order in which its rows count them."""
+    return images_of_example(split_pair(dataset[index], index)[side])
+
+
+def _with_images_numbered_together(sides: Sequence[FittedSamples]) -> list[FittedSamples]:
+    """Return trajectories whose samples number the images of both, as the samples of one tree must."""
+    samples = [sample for side in sides for sample in side.samples]
+    if all(sample.image_features is None for sample in samples):
+        return list(sides)
+    numbers = FeatureNumbers()
+    numbers.add(sorted((image for sample in samples for image in sample.images), key=lambda image: image.in_company))
+    return [replace(side, samples=tuple(_renumbered(sample, numbers) for sample in side.samples)) for side in sides]
+
+
+def _renumbered(sample: Sample, numbers: FeatureNumbers) -> Sample:
+    assert sample.image_features is not None, "one reader reads both trajectories"
+    features = numbers.renumber(sample.image_features, sample.images)
+    return replace(sample, image_features=features, images=numbers.images)
 
 
 def _without_first(side: FittedSamples, number: int) -> FittedSamples:

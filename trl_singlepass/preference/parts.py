@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, logging
 from trl import DPOConfig
 
 from ..data.collator import Batch
+from ..images.reading import ImageReader
 from ..recurrent.layer_kinds import path_dependent_layers
 from ..training.model import without_adapters
 from ..training.wave_budget import wave_tokens_that_fit
@@ -53,6 +54,7 @@ class BatchParts:
     ) -> None:
         self._args, self._accelerator = args, accelerator
         self._model, self._recorder, self._is_compared = model, None, False
+        self.image_reader: ImageReader | None = None
         self._is_bounded = args.max_row_tokens is not None or args.wave_tokens is not None
         if self._is_bounded:
             stop_prefetching(accelerator)
@@ -118,11 +120,12 @@ class BatchParts:
                 What the Trainer divides its loss by.
         """
         if num_parts == 1:
-            return PairModel(model, base, checked)
+            return PairModel(model, base, checked, self.image_reader)
         return PairModelInParts(
             model,
             base,
             checked,
+            self.image_reader,
             engine=get_engine(model, self._accelerator, 1 / divisor),
             plans=[self.plan(row["tree_plan"]) for row in rows],
             num_parts=num_parts,

@@ -19,11 +19,13 @@ from transformers.utils import ModelOutput
 
 from ..attention.context import Tree, running_on
 from ..data.collator import Batch
+from ..images.reading import ImageReader
 from ..trees.rows import Ranges
 from ..waves import Wave, WavePlan, WaveRunner, select
 from ..waves.engines import Engine, ShardedEngine
 from ..waves.loss import LoadBalancingLoss, RouterRecorder
-from .pair_model import PER_TOKEN_OUTPUTS, PairModel, row_inputs
+from ..waves.runner import Forward
+from .pair_model import PER_TOKEN_OUTPUTS, PairModel
 
 
 CompareLogProbs = Callable[[torch.Tensor, torch.Tensor], None]
@@ -40,6 +42,8 @@ class PairModelInParts(PairModel):
         base (`transformers.PreTrainedModel`):
             As for [`PairModel`].
         checked (`set[transformers.PreTrainedModel]`):
+            As for [`PairModel`].
+        image_reader (`ImageReader`, *optional*):
             As for [`PairModel`].
         engine (`Engine`):
             Calls the model.
@@ -60,6 +64,7 @@ class PairModelInParts(PairModel):
         model: nn.Module,
         base: PreTrainedModel,
         checked: set[PreTrainedModel],
+        image_reader: ImageReader | None = None,
         *,
         engine: Engine,
         plans: Sequence[WavePlan],
@@ -68,7 +73,7 @@ class PairModelInParts(PairModel):
         recorder: RouterRecorder | None = None,
         compare: CompareLogProbs | None = None,
     ) -> None:
-        super().__init__(model, base, checked)
+        super().__init__(model, base, checked, image_reader)
         self._engine, self._plans, self._offload = engine, plans, offload
         self._recorder, self._compare = recorder, compare
         own = sum(len(plan.waves) for plan in plans)
@@ -80,7 +85,7 @@ class PairModelInParts(PairModel):
     def run(self, rows: list[Batch], inputs: dict[str, Any], *, has_labels: bool) -> ModelOutput:
         """Run all parts forward; in training, the log-probabilities that it returns are leaves of TRL's graph."""
         self._runs = [
-            _RowRun(row, plan, inputs, has_labels=has_labels, offload=self._offload)
+            _RowRun(row, plan, self.row_inputs(row, has_labels=has_labels), inputs, self._offload)
             for row, plan in zip(rows, self._plans, strict=True)
         ]
         if self._recorder is not None and inputs.get("output_router_logits"):
@@ -99,7 +104,7 @@ class PairModelInParts(PairModel):
         return outputs
 
     def _forward(self, run: _RowRun) -> Iterator[ModelOutput]:
-        for wave, outputs in run.waves.forward_all(lambda wave, tokens: self._engine.forward(**run.select(tokens))):
+        for wave, outputs in run.forward_all(lambda wave, tokens: self._call(run, tokens)):
             if self._load_balancing is not None:
                 self._load_balancing.count(self._router_logits(), run.multiplicity(wave))
             yield outputs
@@ -122,7 +127,7 @@ class PairModelInParts(PairModel):
             start, end = end, end + run.length
             log_probs, of_row = self._leaves[0].detach()[:, start:end], factors[0][:, start:end]
             is_last_row = run is self._runs[-1]
-            for wave, outputs in run.waves.train(self._forward_to_train(run, is_last_row), _not_again):
+            for wave, outputs in run.train(self._forward_to_train(run, is_last_row)):
                 tokens = ((wave.start, wave.end),)
                 if self._compare is not None:
                     self._compare(select(log_probs, tokens), outputs.log_probs.detach())
@@ -137,25 +142,29 @@ class PairModelInParts(PairModel):
 
     def _forward_to_train(self, run: _RowRun, is_last_row: bool) -> Callable[[Wave, Ranges], ModelOutput]:
         def forward(wave: Wave, tokens: Ranges) -> ModelOutput:
-            inputs = run.select(tokens)
-            if is_last_row and wave is run.waves.last:
-                outputs: ModelOutput = self._engine.forward_last(is_kept=False, **inputs)
-                return outputs
-            return self._engine.forward(**inputs)
+            return self._call(run, tokens, is_last=is_last_row and wave is run.waves.last)
 
         return forward
+
+    def _call(self, run: _RowRun, tokens: Ranges, *, is_last: bool = False) -> ModelOutput:
+        with self.showing(run.row):
+            if is_last:
+                outputs: ModelOutput = self._engine.forward_last(is_kept=False, **run.select(tokens))
+                return outputs
+            return self._engine.forward(**run.select(tokens))
 
     def _router_logits(self) -> Sequence[torch.Tensor]:
         assert self._recorder is not None
         return self._recorder.pop()
 
     def _pad(self) -> None:
-        """Run the first tokens again, without effect: the ranks of a sharded engine meet inside the model."""
+        """Run tokens again, without effect: the ranks of a sharded engine meet inside the model."""
         run = self._runs[0]
-        tokens, tree = run.waves.first_tokens()
+        # The first tokens, or the whole row if it needs its images.
+        tokens, tree = (((0, run.length),), run.tree) if run.has_images else run.waves.first_tokens()
         for _ in range(self._num_missing):
             with running_on(tree):
-                outputs = self._engine.forward(**run.select(tokens))
+                outputs = self._call(run, tokens)
             if not torch.is_grad_enabled():
                 continue
             loss = outputs.log_probs.sum()
@@ -167,19 +176,43 @@ class PairModelInParts(PairModel):
 class _RowRun:
     """One row while it runs: its tree, its waves, and what the model reads of it."""
 
-    def __init__(self, row: Batch, plan: WavePlan, inputs: dict[str, Any], *, has_labels: bool, offload: bool) -> None:
+    def __init__(
+        self, row: Batch, plan: WavePlan, of_row: dict[str, torch.Tensor], others: dict[str, Any], offload: bool
+    ) -> None:
+        self.row, self.has_images = row, "image_features" in row
         self.tree = Tree(row["tree_plan"], row["subtree_end"], row["position_ids"])
         self.waves = WaveRunner(plan, self.tree, offload)
         self.length = row["tree_plan"].length
-        self._per_token, self._others = row_inputs(row, has_labels=has_labels), inputs
+        self._of_row, self._others = of_row, others
+
+    def forward_all(self, forward: Forward[ModelOutput]) -> Iterator[tuple[Wave, ModelOutput]]:
+        """Run the row forward, without gradients; arguments and results as of [`WaveRunner.forward_all`]."""
+        if len(self.waves.plan.waves) > 1:
+            yield from self.waves.forward_all(forward)
+        else:
+            yield self._run_whole(forward)
+
+    def train(self, forward: Forward[ModelOutput]) -> Iterator[tuple[Wave, ModelOutput]]:
+        """Run the row again, with gradients; the caller runs the backward of a wave before it asks for the next."""
+        if len(self.waves.plan.waves) > 1:
+            yield from self.waves.train(forward, _not_again)
+        else:
+            yield self._run_whole(forward)
+
+    def _run_whole(self, forward: Forward[ModelOutput]) -> tuple[Wave, ModelOutput]:
+        with running_on(self.tree):
+            return self.waves.last, forward(self.waves.last, ((0, self.length),))
 
     def select(self, tokens: Ranges) -> dict[str, Any]:
         """Return the inputs of the model for some tokens of the row."""
-        return {**{name: select(value, tokens) for name, value in self._per_token.items()}, **self._others}
+        if tokens == ((0, self.length),):
+            return {**self._of_row, **self._others}
+        assert not self.has_images, "rows with images do not run in waves"
+        return {**{name: select(value, tokens) for name, value in self._of_row.items()}, **self._others}
 
     def multiplicity(self, wave: Wave) -> torch.Tensor:
         """Return how often N-pass runs each token of a wave, `(1, num_tokens)`."""
-        return select(self._per_token["attention_mask"], ((wave.start, wave.end),))
+        return select(self._of_row["attention_mask"], ((wave.start, wave.end),))
 
 
 def _not_again(wave: Wave, tokens: Ranges) -> None:

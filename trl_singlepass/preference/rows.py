@@ -9,9 +9,9 @@ import numpy as np
 from datasets import Features, List, Value
 from numpy.typing import NDArray
 
-from ..data.arrow import row_features
+from ..data.arrow import image_columns, row_features
 from ..trees.prefix_tree import PrefixTree, sample_paths
-from ..trees.rows import ROW_COLUMNS, Row
+from ..trees.rows import IMAGE_COLUMNS, ROW_COLUMNS, Row
 from ..trees.sample import Sample
 from .pairs import SIDES, Pair
 
@@ -24,7 +24,7 @@ LENGTH_COLUMNS = tuple(f"{side}_turn_lengths" for side in SIDES)
 PAIR_COLUMNS = (*ROW_COLUMNS, *POSITION_COLUMNS, *LENGTH_COLUMNS)
 
 
-def pair_to_columns(pair: Pair) -> dict[str, Any]:
+def pair_to_columns(pair: Pair, *, has_images: bool = False) -> dict[str, Any]:
     """
     Return a pair as the columns of a dataset.
 
@@ -39,13 +39,18 @@ def pair_to_columns(pair: Pair) -> dict[str, Any]:
     Args:
         pair (`Pair`):
             Samples of both trajectories, neither of them empty.
+        has_images (`bool`, *optional*, defaults to `False`):
+            Whether other pairs of the dataset may have images.
 
     Returns:
-        `dict[str, Any]`: `ROW_COLUMNS`; for each trajectory, the positions that predict its trained tokens, turn by
-        turn, and the number of trained tokens of each turn.
+        `dict[str, Any]`: `ROW_COLUMNS`, with images also `IMAGE_COLUMNS`; for each trajectory, the positions that
+        predict its trained tokens, turn by turn, and the number of trained tokens of each turn.
     """
     tree = PrefixTree.from_samples(pair.samples)
-    columns: dict[str, Any] = dict(Row.from_tree(tree).columns())
+    row = Row.from_tree(tree)
+    columns: dict[str, Any] = {name: getattr(row, name) for name in ROW_COLUMNS}
+    if has_images or row.image_features is not None:
+        columns |= {name: values[0] for name, values in image_columns([row]).items()}
     for side, positions_column, lengths_column in zip(pair.sides, POSITION_COLUMNS, LENGTH_COLUMNS, strict=True):
         positions = target_positions(tree, side.samples)
         columns[positions_column] = np.concatenate(positions)
@@ -64,19 +69,20 @@ def target_positions(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArra
     return positions
 
 
-def pair_features(counts: Sequence[str] = ()) -> Features:
+def pair_features(counts: Sequence[str] = (), *, has_images: bool = False) -> Features:
     """
     Return the dataset features of pairs.
 
     Args:
         counts (`Sequence[str]`, *optional*):
             Names of further columns, each with one integer per pair.
+        has_images (`bool`, *optional*, defaults to `False`):
+            Whether the dataset has images.
 
     Returns:
-        `datasets.Features`: `PAIR_COLUMNS` and the counts.
+        `datasets.Features`: `PAIR_COLUMNS`, `IMAGE_COLUMNS` if there are images, and the counts.
     """
-    rows = row_features()
+    rows = row_features(has_images=has_images)
+    names = (*ROW_COLUMNS, *IMAGE_COLUMNS) if has_images else ROW_COLUMNS
     integers = {name: List(Value("int32")) for name in (*POSITION_COLUMNS, *LENGTH_COLUMNS)}
-    return Features(
-        {**{name: rows[name] for name in ROW_COLUMNS}, **integers, **dict.fromkeys(counts, Value("int64"))}
-    )
+    return Features({**{name: rows[name] for name in names}, **integers, **dict.fromkeys(counts, Value("int64"))})

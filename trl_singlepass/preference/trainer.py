@@ -15,10 +15,14 @@ from transformers.trainer_utils import EvalPrediction
 from trl import DPOConfig, DPOTrainer
 
 from ..data.bad_rows import BadRows
-from ..data.collator import Batch
+from ..data.collator import Batch, DataCollatorForSinglePass
 from ..data.dataset_format import column_names
+from ..data.images import hide_image_columns
+from ..images.loading import image_loader_of
+from ..images.reading import ImageReader
 from ..training.checkpoints import resume_counts
 from ..training.dataset import AnyDataset
+from ..training.images import read_images, show_images
 from ..training.manifest import ManifestCallback
 from ..training.metrics import TokenCounts
 from ..training.model import enable_tree, without_adapters
@@ -26,6 +30,7 @@ from ..training.model_card import complete_model_card
 from ..training.sharded_head import gather_head_with_model
 from ..training.sharding import prepare_sharding
 from ..training.tree_loss import Loss
+from ..trees.rows import IMAGE_COLUMNS
 from .collator import REFERENCE_COLUMNS, DataCollatorForSinglePassPreference
 from .compatibility import check_dataset, check_pairs, check_run
 from .config import as_single_pass_config, default_config, pair_settings, turn_weights, without_padding_free
@@ -99,7 +104,7 @@ class SinglePassDPOTrainer(DPOTrainer):
                 ref_model,
                 args,
                 None,
-                train_dataset,
+                hide_image_columns(train_dataset),
                 eval_dataset,
                 processing_class,
                 compute_metrics=compute_metrics,
@@ -126,7 +131,18 @@ class SinglePassDPOTrainer(DPOTrainer):
             self.args.max_row_tokens,
         )
         self._parts = BatchParts(self.model, self.args, self.accelerator, has_router_loss=self.aux_loss_enabled)
+        if show_images(self.train_dataset, self.eval_dataset):
+            self._read_images(self._pair_collator.row_collator)
         self.data_collator = self._pair_collator
+
+    def _read_images(self, collator: DataCollatorForSinglePass) -> None:
+        """Let the policy, its reference and the collator of rows read images."""
+        collator.load_images = collator.load_images or image_loader_of(self.processing_class)
+        tp_size = self.get_tp_size()
+        self._parts.image_reader = read_images(self.model, self.args, self.accelerator, collator, tp_size)
+        if self.ref_model is not None:
+            reference = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
+            ImageReader.enable(without_adapters(reference))
 
     @property
     def ref_model(self) -> nn.Module | None:
@@ -157,7 +173,7 @@ class SinglePassDPOTrainer(DPOTrainer):
         with args.main_process_first(desc=f"preparing the {dataset_name} dataset"):
             return prepare_pairs(
                 dataset,
-                self._tokenizer,
+                processing_class,
                 pair_settings(args),
                 bad_rows=BadRows(args.bad_rows),
                 num_proc=args.dataset_num_proc,
@@ -167,7 +183,7 @@ class SinglePassDPOTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns of pairs; TRL removes those that it does not know."""
-        self._signature_columns = [*PAIR_COLUMNS, *REFERENCE_COLUMNS]
+        self._signature_columns = [*PAIR_COLUMNS, *IMAGE_COLUMNS, *REFERENCE_COLUMNS]
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         """Resume token counts, from a checkpoint that has not changed; the Trainer does not know them."""

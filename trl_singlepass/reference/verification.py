@@ -136,7 +136,8 @@ def _render(
         if tools is not None and row.get("tools") is None:
             row["tools"] = tools
         if is_pair(row):
-            given = with_template(get_tokenizer(reader), chat_template)
+            has_reader = isinstance(reader, ConversationReader) and chat_template is None
+            given = reader if has_reader else with_template(get_tokenizer(reader), chat_template)
             return example_to_pair(row, index, given, PairSettings()).samples
         if not isinstance(reader, ConversationReader):
             return render_example(row, reader, chat_template=chat_template, example_index=index)

@@ -189,9 +189,8 @@ class SinglePassSFTConfig(SFTConfig):
 
 def check_wave_tokens(args: TrainingArguments) -> None:
     """Check `wave_tokens` and `offload_kv`; a command line brings numbers as strings, which become numbers."""
-    if isinstance(args.wave_tokens, str) and args.wave_tokens.isdecimal():
-        args.wave_tokens = int(args.wave_tokens)
-    tokens = args.wave_tokens
+    if isinstance(tokens := args.wave_tokens, str) and tokens.isdecimal():
+        tokens = args.wave_tokens = int(tokens)
     if not (tokens is None or tokens == "auto" or (isinstance(tokens, int) and tokens > 0)):
         raise ValueError(f"wave_tokens={tokens!r}: expected a number of tokens above 0, 'auto', or None.")
     if args.offload_kv and tokens is None:
@@ -293,8 +292,7 @@ def without_redundant_settings(args: SFTConfig) -> Iterator[None]:
             The user's own arguments, which are restored after the block.
     """
     given = {name: getattr(args, name) for name in ("assistant_only_loss", "padding_free")}
-    for name in given:
-        setattr(args, name, None)
+    args.assistant_only_loss = args.padding_free = None
     try:
         yield
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...cost.flops import ModelShape
 from ...data.bad_rows import get_reason
@@ -105,10 +105,7 @@ class Auditor:
             return
         try:
             if get_tokenized_turns(row) is None:  # otherwise it has tokens already, and no template is involved
-                if isinstance(self.reader, ConversationReader):
-                    conversation = self.reader.read_conversation(row, index)
-                else:
-                    conversation = Conversation.from_example(row)
+                conversation = self._read(index, row)
                 prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
                 tally.turns.append(get_turn_facts(conversation, prefixes))
                 tally.templates[self.survey.get_facts(conversation)] += 1
@@ -122,6 +119,11 @@ class Auditor:
         tally.costs.append(count_conversation(samples, self.shape))
         tally.last_turn.append(count_last_turn(samples))
         self._count_assistant_only(conversation, samples, tally)
+
+    def _read(self, index: int, row: Mapping[str, Any]) -> Conversation:
+        if isinstance(self.reader, ConversationReader):
+            return self.reader.read_conversation(row, index)
+        return Conversation.from_example(dict(row))
 
     def _count_assistant_only(
         self, conversation: Conversation | None, samples: Sequence[Sample], tally: Tally
@@ -139,9 +141,9 @@ class Auditor:
     def _add_pair(self, index: int, row: Mapping[str, object], tally: Tally) -> None:
         """Add both trajectories of a pair, and the cost of their one tree."""
         try:
-            pair = example_to_pair(row, index, self.tokenizer, PairSettings())
+            pair = example_to_pair(row, index, self.reader, PairSettings())
             for example in () if set(TOKEN_COLUMNS) <= set(row) else split_pair(row, index).values():
-                conversation = Conversation.from_example(example)
+                conversation = self._read(index, example)
                 prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
                 tally.turns.append(get_turn_facts(conversation, prefixes))
                 tally.templates[self.survey.get_facts(conversation)] += 1

@@ -1,0 +1,173 @@
+"""Pairs with images: gradients as separate forwards through the processor give them, each distinct image once."""
+
+import datasets
+import pytest
+import torch
+from trl import DPOConfig, DPOTrainer
+
+from support.pairs import perturbed
+from support.tiny_vision import screen, tiny_vision_model
+from support.trainers import SETTINGS, largest_difference, logged
+from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, audit, verify
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+
+
+def user(text, *images):
+    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def screen_pair(folder, seed):
+    """
+    Return a pair about screens, and the images of each trajectory in the order in which its messages show them.
+
+    The prompt shows two images of a column. In their second turn, the trajectories show images of files: one each, and
+    the rejected one shows that of the chosen one as well.
+    """
+    shown = {name: screen(10 * seed + number, width=width) for number, (name, width) in enumerate(SCREENS.items())}
+    parts = {}
+    for name, image in shown.items():
+        image.save(folder / f"{seed}-{name}.png")
+        parts[name] = {"type": "image", "path": str(folder / f"{seed}-{name}.png")}
+    pair = {
+        "prompt": [user(f"What is at {seed}?", {"type": "image"}, {"type": "image"})],
+        "chosen": [assistant(f"A button, {seed}."), user("And now?", parts["chosen"]), assistant("A field.")],
+        "rejected": [assistant("No idea."), user("And now?", parts["rejected"], parts["chosen"]), assistant("No.")],
+        "images": [shown["first"], shown["second"]],
+    }
+    orders = {"chosen": ("first", "second", "chosen"), "rejected": ("first", "second", "rejected", "chosen")}
+    return pair, {side: [shown[name] for name in names] for side, names in orders.items()}
+
+
+SCREENS = {"first": 16, "second": 24, "chosen": 16, "rejected": 16}
+
+
+def log_probs(model, processor, pair, images, side):
+    """Σ over turns of log π, one ordinary forward each on what the processor makes of text and images."""
+    messages, total = pair["prompt"] + pair[side], 0.0
+    for k in range(1, len(messages), 2):
+        prompt = processor.apply_chat_template(messages[:k], tokenize=False, add_generation_prompt=True)
+        whole = processor.apply_chat_template(messages[: k + 1], tokenize=False)
+        assert whole.startswith(prompt)
+        count = sum(part["type"] == "image" for message in messages[:k] for part in message["content"])
+        inputs = processor(text=[whole], images=[images[:count]], return_tensors="pt")
+        start = processor(text=[prompt], images=[images[:count]], return_tensors="pt")["input_ids"].shape[1]
+        log_p = model(**inputs, use_cache=False).logits[0, start - 1 : -1].log_softmax(-1)
+        completion = inputs["input_ids"][0, start:]
+        total = total + log_p[torch.arange(len(completion)), completion].sum()
+    return total
+
+
+def make_trainer(tmp_path, model, processor, pairs, reference, **settings):
+    return SinglePassDPOTrainer(
+        model,
+        reference,
+        SinglePassDPOConfig(str(tmp_path / "out"), **{**SETTINGS, "max_length": None, **settings}),
+        train_dataset=datasets.Dataset.from_list(pairs) if isinstance(pairs, list) else pairs,
+        processing_class=processor,
+    )
+
+
+FAMILIES = ["qwen3_vl", pytest.param("gemma3", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_row_tokens": 110}], ids=["one row", "rows"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_step_follows_the_definition(tmp_path, family, settings):
+    """With the policy as reference, the gradient is β/2 · (∇ log π(rejected) - ∇ log π(chosen)), a mean over pairs."""
+    model, processor = tiny_vision_model(family)
+    examples = [screen_pair(tmp_path, seed) for seed in range(2)]
+    sides = {
+        side: sum(log_probs(model, processor, pair, images[side], side) for pair, images in examples)
+        for side in ("chosen", "rejected")
+    }
+    named = dict(model.named_parameters())
+    expected = torch.autograd.grad(
+        0.05 * (sides["rejected"] - sides["chosen"]) / 2, named.values(), allow_unused=True, materialize_grads=True
+    )
+    pairs = [pair for pair, _ in examples]
+    trainer = make_trainer(
+        tmp_path, model, processor, pairs, perturbed(model, scale=0.0), per_device_train_batch_size=2, **settings
+    )
+    batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
+    assert (len(batch["rows"]) > 1) == bool(settings)
+    loss = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0.6931472, abs=1e-4)
+    largest = max(float(gradient.abs().max()) for gradient in expected)
+    for (name, parameter), gradient in zip(named.items(), expected, strict=True):
+        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert float((own - gradient).abs().max()) <= 1e-5 * largest, name
+    assert any(
+        float(gradient.abs().max()) > 0 for name, gradient in zip(named, expected, strict=True) if "vis" in name
+    )
+
+
+def test_an_image_of_both_trajectories_is_encoded_once(tmp_path):
+    model, processor = tiny_vision_model("qwen3_vl")
+    trainer = make_trainer(tmp_path, model, processor, [screen_pair(tmp_path, 0)[0]], perturbed(model))
+    (row,) = trainer.data_collator(list(trainer.train_dataset))["rows"]
+    assert len(row["image_inputs"]["image_grid_thw"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"max_row_tokens": 110}], ids=["one row", "rows"])
+def test_pairs_of_a_single_turn_train_as_stock(tmp_path, settings):
+    pairs = []
+    for seed in range(4):
+        pair, _ = screen_pair(tmp_path, seed)
+        pairs.append({**pair, "chosen": pair["chosen"][:1], "rejected": pair["rejected"][:1]})
+    steps = {**SETTINGS, "max_length": None, "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.02}
+    both = []
+    for trainer_class, config_class, own in (
+        (DPOTrainer, DPOConfig, {}),
+        (SinglePassDPOTrainer, SinglePassDPOConfig, settings),
+    ):
+        model, processor = tiny_vision_model("qwen3_vl")
+        trainer = trainer_class(
+            model,
+            perturbed(model),
+            config_class(str(tmp_path / "out"), **steps, **own),
+            train_dataset=datasets.Dataset.from_list(pairs),
+            processing_class=processor,
+        )
+        start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        trainer.train()
+        both.append(trainer)
+    assert largest_difference(*both) <= 1e-6
+    assert max(float((p.detach() - start[name]).abs().max()) for name, p in model.named_parameters()) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_stream_and_stored_pairs_train_alike(tmp_path):
+    both = []
+    for stored in (True, False):
+        model, processor = tiny_vision_model("qwen3_vl")
+        rows = datasets.Dataset.from_list([screen_pair(tmp_path, seed)[0] for seed in range(3)])
+        trainer = make_trainer(
+            tmp_path, model, processor, rows if stored else rows.to_iterable_dataset(), perturbed(model),
+            train_sampling_strategy="sequential", max_steps=3, per_device_train_batch_size=1, learning_rate=1e-3,
+        )  # fmt: skip
+        trainer.train()
+        both.append(trainer)
+    assert largest_difference(*both) == 0
+    assert len(set(logged(both[0], "loss"))) > 1
+
+
+def test_waves_are_refused_by_name(tmp_path):
+    model, processor = tiny_vision_model("qwen3_vl")
+    with pytest.raises(ValueError, match="wave_tokens does not work on rows with images"):
+        make_trainer(tmp_path, model, processor, [screen_pair(tmp_path, 0)[0]], perturbed(model), wave_tokens=50)
+
+
+def test_verify_and_audit_read_them(tmp_path):
+    model, processor = tiny_vision_model("qwen3_vl")
+    pairs = [screen_pair(tmp_path, 0)[0]]
+    assert verify(model, processor, pairs).ok
+    report = audit(pairs, processor)
+    assert (report.num_trainable, report.all_turns.trainable, report.errors) == (1, 4, ())
