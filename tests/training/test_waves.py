@@ -15,7 +15,7 @@ from support.trainers import float32_model, largest_difference, logged, paramete
 from support.two_processes import run_on_two_processes
 from support.waves_worker import CASES
 from trl_singlepass.training import wave_budget
-from trl_singlepass.training.waves import refused_engines, stop_prefetching
+from trl_singlepass.training.waves import _refused_measuring, refused_engines, stop_prefetching
 
 
 TOLERANCE = 1e-6
@@ -310,11 +310,33 @@ def test_flex_attention_is_refused(tmp_path, tokenizer):
         single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, per_device_train_batch_size=4)
 
 
-def test_layers_whose_activations_are_not_counted_are_refused_where_counting_is_asked_for(tmp_path, tokenizer):
+def test_auto_measures_hybrids(tmp_path, tokenizer, caplog):
+    logger = logging.getLogger("trl_singlepass")
+    with caplog.at_level(logging.INFO, logger="trl_singlepass"):
+        logger.setLevel(logging.INFO)
+        trainer = single_pass_trainer(
+            tmp_path, tokenizer, small_hybrid(), wave_tokens="auto", per_device_train_batch_size=4
+        )
+        trainer.train()
+    assert "wave_tokens='auto' is " in caplog.text
+    assert logged(trainer, "num_waves") == [1.0]
+
+
+def test_layers_that_run_over_whole_paths_are_refused_where_measuring_is_asked_for(tmp_path, tokenizer):
     with pytest.raises(
-        ValueError, match=r"Qwen3_5GatedDeltaNet does not work with wave_tokens='auto': its activations"
+        ValueError, match=r"JambaMambaMixer does not work with wave_tokens='auto': it runs over whole paths"
     ):
-        single_pass_trainer(tmp_path, tokenizer, small_hybrid(), wave_tokens="auto", per_device_train_batch_size=4)
+        single_pass_trainer(
+            tmp_path, tokenizer, tiny_hybrid("jamba"), wave_tokens="auto", per_device_train_batch_size=4
+        )
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_a_hybrid_of_which_a_rank_holds_a_shard_is_not_measured(kind):
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    accelerator = SimpleNamespace(distributed_type=kind, parallelism_config=None, state=state)
+    refused = list(_refused_measuring(small_hybrid(), SimpleNamespace(wave_tokens="auto"), accelerator))
+    assert {why for _, why, _ in refused} == {"its activations are measured on a whole model, not on a shard"}
 
 
 def test_engines_that_accumulate_otherwise_are_refused():

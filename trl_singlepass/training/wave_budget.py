@@ -10,7 +10,10 @@ from transformers import PreTrainedModel
 from ..attention.varlen_plan import KEYS_PER_CALL
 from ..cost.flops import head_sizes
 from ..cost.memory import ActivationBytes
+from ..recurrent.layer_kinds import path_dependent_layers
 from .config import SinglePassSFTConfig
+from .measured_activations import measure_activation_bytes
+from .model import without_adapters
 
 
 # The rest is for what is not counted: fragmentation, temporary buffers, keys and values that wait for later waves.
@@ -35,8 +38,7 @@ def wave_tokens_that_fit(model: PreTrainedModel, args: SinglePassSFTConfig) -> t
         `ValueError`: If not even 256 tokens fit.
     """
     itemsize = 2 if args.bf16 or args.fp16 else next(model.parameters()).element_size()
-    counted = ActivationBytes.from_config(model.config, itemsize, checkpointing=bool(args.gradient_checkpointing))
-    per_token = counted.per_token + _gathered_bytes(model, args.device, itemsize)
+    per_token = _activation_bytes(model, args, itemsize) + _gathered_bytes(model, args.device, itemsize)
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     free = free_bytes(args.device)
     # The first step allocates gradients and two moments, all in float32.
@@ -72,6 +74,16 @@ def on_shared_rows(tokens: int, accelerator: Accelerator, *, divides_layers: boo
         return tokens
     least = int(accelerator.gather(torch.tensor([tokens], device=accelerator.device)).min())
     return least * size if divides_layers else least
+
+
+def _activation_bytes(model: PreTrainedModel, args: SinglePassSFTConfig, itemsize: int) -> int:
+    """Return the activations of a token: counted, or measured where layers are recurrent or convolve."""
+    checkpointing, base = bool(args.gradient_checkpointing), without_adapters(model)
+    if not path_dependent_layers(base):
+        return ActivationBytes.from_config(model.config, itemsize, checkpointing=checkpointing).per_token
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    with torch.autocast(args.device.type, dtype=dtype, enabled=args.bf16 or args.fp16):
+        return measure_activation_bytes(base, args.device, checkpointing=checkpointing)
 
 
 def _gathered_bytes(model: PreTrainedModel, device: torch.device, itemsize: int) -> int:

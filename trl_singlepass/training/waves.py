@@ -19,7 +19,7 @@ from ..attention.context import Tree
 from ..attention.registry import TREE_ATTENTION
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch
-from ..recurrent.layer_kinds import path_dependent_layer_names, path_dependent_layers
+from ..recurrent.layer_kinds import path_dependent_layers
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..waves.engines import SHARDED, ShardedEngine, get_engine
 from ..waves.loss import RouterRecorder, WaveLoss
@@ -192,7 +192,10 @@ def check_waves(
     """Refuse settings, models and engines under which waves would not train what the whole row trains."""
     setting = "wave_tokens='auto'" if args.wave_tokens == "auto" else "wave_tokens"
     for what, why, way_out in chain(
-        _refused_settings(args, compute_loss_func), _refused_layers(model, args), refused_engines(accelerator)
+        _refused_settings(args, compute_loss_func),
+        _refused_layers(model, args),
+        _refused_measuring(model, args, accelerator),
+        refused_engines(accelerator),
     ):
         raise ValueError(f"{what} does not work with {setting}: {why}. {way_out}, or set wave_tokens=None.")
 
@@ -217,9 +220,6 @@ def _refused_settings(args: SFTConfig, compute_loss_func: Callable[..., object] 
 
 def _refused_layers(model: PreTrainedModel | PeftModel, args: SFTConfig) -> Iterator[Refusal]:
     base = without_adapters(model)
-    recurrent = path_dependent_layer_names(base)
-    if recurrent and args.wave_tokens == "auto":
-        yield recurrent[0], "its activations are not counted", "Set a number of tokens"
     dropout = sorted(
         {name for name, module in model.named_modules() if getattr(module, "p", 0) and _is_dropout(module)}
     )
@@ -235,6 +235,27 @@ def _refused_layers(model: PreTrainedModel | PeftModel, args: SFTConfig) -> Iter
             "FlexAttention keeps the keys and values of the whole history for the backward pass of every layer",
             "Load the model with 'sdpa' or a flash kernel",
         )
+
+
+def _refused_measuring(
+    model: PreTrainedModel | PeftModel, args: SFTConfig, accelerator: Accelerator
+) -> Iterator[Refusal]:
+    """Yield layers whose activations `wave_tokens="auto"` can neither count nor measure."""
+    layers = path_dependent_layers(without_adapters(model)) if args.wave_tokens == "auto" else {}
+    for layer, mode in layers.items():
+        name = type(layer).__name__
+        if not mode.starts_from_state and mode.reach is None:
+            yield name, "it runs over whole paths, whose memory a wave does not bound", "Set a number of tokens"
+        if not _is_whole(accelerator):
+            yield name, "its activations are measured on a whole model, not on a shard", "Set a number of tokens"
+
+
+def _is_whole(accelerator: Accelerator) -> bool:
+    """Whether a rank can run the model by itself."""
+    kind = accelerator.distributed_type
+    is_zero3 = kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3
+    shares_rows = getattr(accelerator.parallelism_config, "sp_size", 1) > 1
+    return not (is_zero3 or shares_rows or kind == DistributedType.FSDP)
 
 
 def _is_dropout(module: nn.Module) -> bool:
