@@ -11,6 +11,7 @@ from peft import PromptTuningConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from support.conversations import chat, tool_chat
+from support.tiny_causal_lms import tiny_model
 from support.tiny_multimodal import tiny_conditional
 from support.trainers import float32_model, single_pass_trainer
 from trl_singlepass import SinglePassSFTTrainer
@@ -18,6 +19,7 @@ from trl_singlepass.training.compatibility import (
     check_engine,
     check_loss_is_per_token,
     check_parallelism,
+    check_sequence_parallelism,
     check_tensor_parallelism,
     check_weights_reach_the_loss,
 )
@@ -87,6 +89,30 @@ def test_parallelism_over_the_row_is_refused(sizes, message):
     config = type("ParallelismConfig", (), dict(zip(("cp_size", "tp_size", "sp_size"), sizes, strict=True)))()
     with pytest.raises(ValueError, match=message):
         check_parallelism(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fp16", "model_type", "trl_version", "message"),
+    [
+        ("FSDP", False, "qwen3", "1.16", r"FSDP: accelerate \S+ shares rows on DeepSpeed only\. Use DeepSpeed"),
+        ("DEEPSPEED", True, "qwen3", "1.16", r"fp16, whose loss scale hides wrong gradients\. Use bf16"),
+        ("DEEPSPEED", False, "mamba", "1.16", r"a model without num_attention_heads and num_key_value_heads"),
+        ("DEEPSPEED", False, "qwen3", "1.15", r"trl 1\.15, whose fused head takes no shifted labels"),
+        ("DEEPSPEED", False, "qwen3_5_text", "1.16", None),
+    ],
+    ids=["engine", "precision", "model", "trl", "hybrid"],
+)
+def test_what_rows_that_ranks_share_cannot_honour_is_refused(
+    monkeypatch, kind, fp16, model_type, trl_version, message
+):
+    monkeypatch.setattr(trl, "__version__", trl_version)
+    accelerator = SimpleNamespace(distributed_type=DistributedType[kind])
+    args = SimpleNamespace(fp16=fp16)
+    if message is None:
+        check_sequence_parallelism(tiny_model(model_type), args, accelerator)
+        return
+    with pytest.raises(ValueError, match=rf"^Sequence parallelism \(sp_size\) does not work with {message}"):
+        check_sequence_parallelism(tiny_model(model_type), args, accelerator)
 
 
 def test_a_pipeline_is_refused(tmp_path, tokenizer):

@@ -277,6 +277,11 @@ def check_sequence_parallelism(model: PreTrainedModel | PeftModel, args: SFTConf
     unnamed = [name for name in ("num_attention_heads", "num_key_value_heads") if not hasattr(config, name)]
     for refused, what, way_out in (
         (accelerator.distributed_type != DistributedType.DEEPSPEED, engine, "Use DeepSpeed"),
+        (
+            Version(trl.__version__) < Version("1.16"),
+            f"trl {trl.__version__}, whose fused head takes no shifted labels",
+            "Upgrade to trl>=1.16",
+        ),
         (args.fp16, "fp16, whose loss scale hides wrong gradients", "Use bf16"),
         (
             bool(unnamed),
