@@ -26,7 +26,6 @@ PRIVATE = {
     "_encode_plus": "transformers.tokenization_utils_tokenizers.TokenizersBackend._encode_plus",
     "_experts_implementation": "transformers.integrations.moe.use_experts_implementation",
     "_flash_attention_forward": "transformers.modeling_flash_attention_utils._flash_attention_forward",
-    "_get_sequence_parallel_rank": "deepspeed.utils.groups._get_sequence_parallel_rank",
     "_global_mapping": "transformers.utils.generic.GeneralInterface",
     "_metrics": "trl.trainer.sft_trainer.SFTTrainer.log",
     "_set_sync_gradients": "accelerate.state.GradientState._set_sync_gradients",
@@ -36,7 +35,8 @@ PRIVATE = {
 
 # Code that is neither imported nor overridden, but that the package is written for.
 ASSUMED = [
-    # Ulysses: how rows are cut and where attention is taken over.
+    # Ulysses: which groups share rows, where attention is taken over, and why accelerate refuses recurrent layers.
+    "accelerate.big_modeling._refuse_recurrent_layers_under_sequence_parallelism",
     "deepspeed.runtime.sequence_parallel.ulysses_sp.UlyssesSPAttentionHF",
     "deepspeed.runtime.sequence_parallel.ulysses_sp.UlyssesSPDataLoaderAdapter",
     # ZeRO-3: when a leaf is gathered, and when its gradients are reduced.

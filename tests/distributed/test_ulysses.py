@@ -138,7 +138,10 @@ def test_real_conversations(tmp_path, workers, one_process, accumulation):
     assert_same_training(run, one_process(settings))
 
 
-@pytest.mark.parametrize(("num_rows", "accumulation"), [(12, 1), (7, 1), (9, 2)])
+@pytest.mark.parametrize(
+    ("num_rows", "accumulation"),
+    [(7, 1), pytest.param(12, 1, marks=pytest.mark.slow), pytest.param(9, 2, marks=pytest.mark.slow)],
+)
 def test_batches_of_two_conversations(tmp_path, workers, one_process, num_rows, accumulation):
     """Each rank's batch is one row of two conversations; at the end of an epoch, some have one or none that is new."""
     config = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 2}

@@ -24,19 +24,19 @@ def model_of(model_type, **overrides):
     return model
 
 
-# A delta rule and a state space; the others are tried by the slow tests.
-QUICK = ["qwen3_5_text", "bamba"]
-FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS]
+def families(quick):
+    """Return all model types, those that are not quick for the slow tests."""
+    return [name if name == quick else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS]
 
 
 @pytest.mark.parametrize("wave_tokens", [None, 20], ids=["row", "waves"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", families("qwen3_5_text"))
 def test_two_ranks(model_type, wave_tokens):
     assert_shared_rows_equal_npass(model_of(model_type), [branchy_chat()], 2, wave_tokens)
 
 
 @pytest.mark.parametrize("size", [3, pytest.param(5, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", families("bamba"))
 def test_ranks_that_do_not_divide_the_heads(model_type, size):
     assert_shared_rows_equal_npass(model_of(model_type), [branch_at_every_depth()], size)
 
