@@ -154,16 +154,16 @@ def test_there_is_no_reference_for_new_pairs_once_the_policy_has_moved(tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe"])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["peft_config", "PeftModel"])
 def test_adapters_train_and_the_base_stays(tmp_path, tokenizer, family, wrapped):
-    tokenizer = make_tokenizer("gptoss") if family == "gpt-oss" else tokenizer
     model = float32_model(tokenizer, family)
     before = copy.deepcopy(dict(model.named_parameters()))
     config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
     policy = get_peft_model(model, config) if wrapped else model
     kwargs = {} if wrapped else {"peft_config": config}
-    trainer = dpo_trainer(tmp_path, tokenizer, TRAJECTORIES, policy, None, kwargs, activation_checkpointing=True)
+    settings = {"max_steps": 2, "activation_checkpointing": True}  # B is 0 at first, and so is the gradient of A
+    trainer = dpo_trainer(tmp_path, tokenizer, TRAJECTORIES, policy, None, kwargs, **settings)
     start = {name: value.detach().clone() for name, value in parameters(trainer).items()}
     trainer.train()
     moved = {name for name, value in parameters(trainer).items() if not torch.equal(value, start[name])}
