@@ -5,46 +5,16 @@ import pytest
 import torch
 from trl import DPOConfig, DPOTrainer
 
+from support.image_dpo_worker import CASES, STEPS
 from support.pairs import perturbed
-from support.tiny_vision import screen, tiny_vision_model
+from support.screen_pairs import pair_trainer, screen_pair, some_pairs
+from support.tiny_vision import tiny_vision_model
 from support.trainers import SETTINGS, largest_difference, logged
+from support.two_processes import run_on_two_processes
 from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, audit, verify
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
-def user(text, *images):
-    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
-
-
-def screen_pair(folder, seed):
-    """
-    Return a pair about screens, and the images of each trajectory in the order in which its messages show them.
-
-    The prompt shows two images of a column. In their second turn, the trajectories show images of files: one each, and
-    the rejected one shows that of the chosen one as well.
-    """
-    shown = {name: screen(10 * seed + number, width=width) for number, (name, width) in enumerate(SCREENS.items())}
-    parts = {}
-    for name, image in shown.items():
-        image.save(folder / f"{seed}-{name}.png")
-        parts[name] = {"type": "image", "path": str(folder / f"{seed}-{name}.png")}
-    pair = {
-        "prompt": [user(f"What is at {seed}?", {"type": "image"}, {"type": "image"})],
-        "chosen": [assistant(f"A button, {seed}."), user("And now?", parts["chosen"]), assistant("A field.")],
-        "rejected": [assistant("No idea."), user("And now?", parts["rejected"], parts["chosen"]), assistant("No.")],
-        "images": [shown["first"], shown["second"]],
-    }
-    orders = {"chosen": ("first", "second", "chosen"), "rejected": ("first", "second", "rejected", "chosen")}
-    return pair, {side: [shown[name] for name in names] for side, names in orders.items()}
-
-
-SCREENS = {"first": 16, "second": 24, "chosen": 16, "rejected": 16}
 
 
 def log_probs(model, processor, pair, images, side):
@@ -61,16 +31,6 @@ def log_probs(model, processor, pair, images, side):
         completion = inputs["input_ids"][0, start:]
         total = total + log_p[torch.arange(len(completion)), completion].sum()
     return total
-
-
-def make_trainer(tmp_path, model, processor, pairs, reference, **settings):
-    return SinglePassDPOTrainer(
-        model,
-        reference,
-        SinglePassDPOConfig(str(tmp_path / "out"), **{**SETTINGS, "max_length": None, **settings}),
-        train_dataset=datasets.Dataset.from_list(pairs) if isinstance(pairs, list) else pairs,
-        processing_class=processor,
-    )
 
 
 FAMILIES = ["qwen3_vl", pytest.param("gemma3", marks=pytest.mark.slow)]
@@ -91,7 +51,7 @@ def test_the_first_step_follows_the_definition(tmp_path, family, settings):
         0.05 * (sides["rejected"] - sides["chosen"]) / 2, named.values(), allow_unused=True, materialize_grads=True
     )
     pairs = [pair for pair, _ in examples]
-    trainer = make_trainer(
+    trainer = pair_trainer(
         tmp_path, model, processor, pairs, perturbed(model, scale=0.0), per_device_train_batch_size=2, **settings
     )
     batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
@@ -110,7 +70,7 @@ def test_the_first_step_follows_the_definition(tmp_path, family, settings):
 
 def test_an_image_of_both_trajectories_is_encoded_once(tmp_path):
     model, processor = tiny_vision_model("qwen3_vl")
-    trainer = make_trainer(tmp_path, model, processor, [screen_pair(tmp_path, 0)[0]], perturbed(model))
+    trainer = pair_trainer(tmp_path, model, processor, [screen_pair(tmp_path, 0)[0]], perturbed(model))
     (row,) = trainer.data_collator(list(trainer.train_dataset))["rows"]
     assert len(row["image_inputs"]["image_grid_thw"]) == 4
 
@@ -149,7 +109,7 @@ def test_a_stream_and_stored_pairs_train_alike(tmp_path):
     for stored in (True, False):
         model, processor = tiny_vision_model("qwen3_vl")
         rows = datasets.Dataset.from_list([screen_pair(tmp_path, seed)[0] for seed in range(3)])
-        trainer = make_trainer(
+        trainer = pair_trainer(
             tmp_path, model, processor, rows if stored else rows.to_iterable_dataset(), perturbed(model),
             train_sampling_strategy="sequential", max_steps=3, per_device_train_batch_size=1, learning_rate=1e-3,
         )  # fmt: skip
@@ -162,7 +122,7 @@ def test_a_stream_and_stored_pairs_train_alike(tmp_path):
 def test_waves_are_refused_by_name(tmp_path):
     model, processor = tiny_vision_model("qwen3_vl")
     with pytest.raises(ValueError, match="wave_tokens does not work on rows with images"):
-        make_trainer(tmp_path, model, processor, [screen_pair(tmp_path, 0)[0]], perturbed(model), wave_tokens=50)
+        pair_trainer(tmp_path, model, processor, [screen_pair(tmp_path, 0)[0]], perturbed(model), wave_tokens=50)
 
 
 def test_verify_and_audit_read_them(tmp_path):
@@ -171,3 +131,26 @@ def test_verify_and_audit_read_them(tmp_path):
     assert verify(model, processor, pairs).ok
     report = audit(pairs, processor)
     assert (report.num_trainable, report.all_turns.trainable, report.errors) == (1, 4, ())
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes trained."""
+    result = tmp_path_factory.mktemp("images") / "result.pt"
+    run_on_two_processes("image_dpo_worker", result, timeout=400)
+    return torch.load(result)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_what_one_trains(tmp_path, two_processes, case):
+    """Also where one of them has a pair without an image, or more rows than the other."""
+    model, processor = tiny_vision_model("qwen3_vl")
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    settings = {"per_device_train_batch_size": 2, **STEPS}
+    pair_trainer(tmp_path, model, processor, some_pairs(tmp_path), perturbed(model), **settings).train()
+    trained = two_processes[case]
+    for name, parameter in model.named_parameters():
+        assert float((parameter.detach() - trained[name]).abs().max()) <= 1e-6, name
+    assert max(float((trained[name] - value).abs().max()) for name, value in start.items()) > 1e-3
