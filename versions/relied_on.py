@@ -28,6 +28,7 @@ PRIVATE = {
     "_flash_attention_forward": "transformers.modeling_flash_attention_utils._flash_attention_forward",
     "_global_mapping": "transformers.utils.generic.GeneralInterface",
     "_metrics": "trl.trainer.sft_trainer.SFTTrainer.log",
+    "_no_split_modules": "accelerate.utils.dataclasses.FullyShardedDataParallelPlugin.set_auto_wrap_policy",
     "_set_sync_gradients": "accelerate.state.GradientState._set_sync_gradients",
     "_total_train_tokens": "trl.trainer.sft_trainer.SFTTrainer.compute_loss",
     "_train_batch_size": "transformers.trainer.Trainer.get_train_dataloader",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from versions import guard
+from versions import environments, guard, report
 from versions.relied_on import PRIVATE
 from versions.sources import digest, in_wheel, installed
 
@@ -125,3 +125,40 @@ def test_comments_and_docstrings_do_not_count(tmp_path):
     other = CODE.replace("Take a step.", "Take one step.").replace("# a comment", "")
     assert digest(name, {"library/trainer.py": other.format(value=1)}.get) == before
     assert digest(name, {"library/trainer.py": other.format(value=2)}.get) != before
+
+
+def test_the_oldest_environment_has_the_lower_ends_of_the_ranges():
+    assert {"trl==1.10", "transformers==5.12", "accelerate==1.10", "deepspeed==0.18"} <= set(
+        environments.pins_of("oldest")
+    )
+    assert environments.pins_of("newest") == []
+    assert environments.pins_of("trl==1.12.0 peft==0.18.0") == ["trl==1.12.0", "peft==0.18.0"]
+
+
+def test_results_are_written_between_the_marks_of_a_page():
+    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    written = report.with_results(page, "new")
+    assert written == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
+    assert report.with_results(written, "new") == written
+    for path in report.PAGES:
+        assert path.read_text().count(report.BEGIN) == path.read_text().count(report.END) == 1
+
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.test_a" name="test_one"/>
+<testcase classname="tests.test_a" name="test_two"><failure message="wrong"/></testcase>
+<testcase classname="tests.test_a" name="test_three"><error message="no fixture"/></testcase>
+<testcase classname="tests.test_a" name="test_four"><skipped message="too old"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_what_failed_in_an_environment_is_named(tmp_path):
+    path = tmp_path / "report.xml"
+    path.write_text(REPORT)
+    failed = ["tests.test_a::test_two", "tests.test_a::test_three"]
+    assert environments.outcome_of(path) == {"passed": 1, "skipped": 1, "failed": failed}
+    versions = dict.fromkeys(report.NAMES, "1.0")
+    results = [{"versions": versions, **environments.outcome_of(path)}]
+    assert report.table(results).endswith("| 1 | 1 | 2 |")
+    assert "1.0" not in report.summary(results)
+    assert "TRL 1.0; transformers 1.0" in report.summary([{"versions": versions, "passed": 1, "failed": []}])

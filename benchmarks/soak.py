@@ -1,0 +1,191 @@
+"""
+Train 2,000 steps on two ranks, from a packed stream, in waves: do memory, threads and open files stay constant?
+
+    python -m benchmarks.soak
+
+Each rank looks at itself and at the processes that load its data after each step. Time is processor time of the rank,
+divided by that of a fixed piece of work beside it, so that a machine that others use as well changes little.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from transformers import TrainerCallback
+
+from benchmarks.machine import describe
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "soak.json"
+STEPS = 2000
+WORKERS = (0, 4)
+WINDOW = 100  # steps at the beginning and at the end
+SETTLED = 0.25  # of the steps, after which memory is expected to be flat
+MIB = 2**20
+LITTLE = 1.0  # MiB of growth that count as none
+SLOWER = 0.03
+
+
+class Watch(TrainerCallback):
+    """Records memory, threads, open files and time of each step."""
+
+    def __init__(self) -> None:
+        self.process = psutil.Process()
+        self.steps: list[dict[str, float]] = []
+        self.work = torch.randn(96, 96)
+        self.began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seconds = time.process_time() - self.began
+        self.steps.append({"seconds": seconds, "unit": self.fixed_work(), **self.look()})
+
+    def fixed_work(self) -> float:
+        began = time.process_time()
+        result = self.work
+        for _ in range(60):
+            result = torch.tanh(result @ self.work)
+        return time.process_time() - began
+
+    def look(self) -> dict[str, float]:
+        loaders = self.process.children(recursive=True)
+        return {
+            "memory": sum(map(own_bytes, [self.process, *loaders])) / MIB,
+            "threads": self.process.num_threads(),
+            "files": self.process.num_fds(),
+            "loaders": len(loaders),
+        }
+
+
+def own_bytes(process: psutil.Process) -> int:
+    """Return the bytes of a process that are not backed by a file; 0 if it has just ended."""
+    try:
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def train(num_workers: int, steps: int, folder: Path) -> None:
+    """Train as one of two ranks, and write what was seen."""
+    sys.path.insert(0, str(ROOT / "tests"))  # for tiny models, tokenizers and conversations
+    from support.chat_tokenizers import make_tokenizer
+    from support.conversations import chat
+    from support.trainers import as_dataset, single_pass_trainer
+
+    torch.set_num_threads(1)
+    watch = Watch()
+    rows = as_dataset([chat(1 + seed % 5, seed=seed) for seed in range(2000)])
+    trainer = single_pass_trainer(
+        folder / "out",
+        make_tokenizer("qwen3"),
+        rows.to_iterable_dataset(num_shards=8),
+        per_device_train_batch_size=1,
+        max_steps=steps,
+        packing=True,
+        max_row_tokens=300,
+        wave_tokens=128,
+        dataloader_num_workers=num_workers,
+        dataloader_pin_memory=False,
+        logging_steps=steps,
+        learning_rate=1e-3,
+        kwargs={"callbacks": [watch]},
+    )
+    gc.collect()
+    trainer.train()
+    (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(watch.steps))
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def run(num_workers: int, steps: int) -> list[dict[str, Any]]:
+    """Train on two ranks, and return what each saw."""
+    with tempfile.TemporaryDirectory() as folder:
+        launch = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "--module",
+            "benchmarks.soak",
+        ]
+        arguments = ["--folder", folder, "--workers", str(num_workers), "--steps", str(steps)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        subprocess.run([sys.executable, *launch, *arguments], cwd=ROOT, env=environment, check=True)
+        seen = [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return [{"workers": num_workers, "rank": rank, **summary(steps)} for rank, steps in enumerate(seen)]
+
+
+def summary(seen: list[dict[str, float]]) -> dict[str, Any]:
+    """
+    Return how memory grows once it has settled, and the first and the last steps side by side.
+
+    `growth` is the slope of a line through memory, times its length, in MiB; `noise` is twice the standard deviation
+    from the line. `speed` is that of the last hundred steps, relative to the first hundred.
+    """
+    column = {name: np.array([step[name] for step in seen]) for name in seen[0]}
+    memory = column["memory"][int(SETTLED * len(seen)) :]
+    place = np.arange(len(memory))
+    slope, start = np.polyfit(place, memory, 1)
+    cost = column["seconds"] / column["unit"]
+    first, last = (float(np.median(part)) for part in (cost[:WINDOW], cost[-WINDOW:]))
+    return {
+        "steps": len(seen),
+        "memory": float(memory.mean()),
+        "growth": float(slope * len(memory)),
+        "noise": float(2 * (memory - start - slope * place).std()),
+        "speed": first / last,
+        **{
+            name: [int(column[name][:WINDOW].max()), int(column[name][-WINDOW:].max())]
+            for name in ("threads", "files")
+        },
+        "milliseconds": float(1000 * np.median(column["seconds"])),
+    }
+
+
+def complaints(measured: dict[str, Any]) -> list[str]:
+    """Return what did not stay constant on a rank: nothing, if all is well."""
+    found = []
+    if measured["growth"] > measured["noise"] + LITTLE:
+        found.append(f"memory grew by {measured['growth']:.1f} MiB, with a noise of {measured['noise']:.1f}")
+    found += [
+        f"{name} grew from {first} to {last}"
+        for name, (first, last) in ((name, measured[name]) for name in ("threads", "files"))
+        if last > first
+    ]
+    if measured["speed"] < 1 - SLOWER:
+        found.append(f"the last steps ran at {measured['speed']:.3f} of the speed of the first")
+    return [f"{measured['workers']} workers, rank {measured['rank']}: {complaint}" for complaint in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.folder is not None:
+        train(arguments.workers, arguments.steps, arguments.folder)
+    measured = [rank for workers in WORKERS for rank in run(workers, arguments.steps)]
+    RESULTS.write_text(json.dumps({**describe("cpu"), "measured": measured}, indent=1) + "\n")
+    print(json.dumps(measured, indent=1))
+    sys.exit("\n".join(complaint for rank in measured for complaint in complaints(rank)) or None)
+
+
+if __name__ == "__main__":
+    main()
