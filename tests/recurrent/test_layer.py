@@ -14,7 +14,7 @@ from support.chat_tokenizers import make_tokenizer
 from support.float64_comparison import assert_equal_to_npass, checkpoint_layers, forward
 from support.model_survey import branchy_chat
 from support.sample_sets import branch_at_every_depth, reasoning_chat, sample_sets
-from support.tiny_causal_lms import HYBRIDS, KINDS, tiny_model
+from support.tiny_causal_lms import FAMILIES, HYBRIDS, KINDS, tiny_model
 from support.trainers import largest_difference, needs_cached_states, single_pass_trainer, stock_trainer
 from support.wave_training import batch_of
 from trl_singlepass.attention.context import Tree, running_on
@@ -43,7 +43,7 @@ def test_branches_at_every_depth_shorter_than_the_convolution(model_type):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("model_type", HYBRIDS)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_several_conversations_in_one_row_with_padding(model_type):
     chats = [reasoning_chat(2), reasoning_chat(1, seed=1), branch_at_every_depth()]
     assert_equal_to_npass(tiny_model(model_type), chats, pad_to_multiple_of=64)
@@ -51,7 +51,7 @@ def test_several_conversations_in_one_row_with_padding(model_type):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("model_type", HYBRIDS)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_gradient_checkpointing(model_type, use_reentrant):
     model = tiny_model(model_type)
     if not model.supports_gradient_checkpointing:

@@ -1,5 +1,6 @@
 """A tiny random model of every causal language model type in transformers, with one layer of each type it can have."""
 
+import pytest
 import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -28,6 +29,10 @@ HYBRIDS = [
 ]
 # One of each way to run: states at forks (delta rule, state space), convolution tails, whole paths, selected tokens.
 KINDS = ["qwen3_5_text", "bamba", "lfm2", "jamba", "deepseek_v32"]
+# One of each kind, and one whose layers take over what earlier ones selected; the others are tried by the slow tests.
+FAMILIES = [
+    name if name in (*KINDS, "glm_moe_dsa") else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS
+]
 
 # Set where a config has the attribute.
 SIZES = dict(

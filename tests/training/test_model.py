@@ -42,7 +42,10 @@ def why_not_built(table, name):
     return TYPES_THAT_CANNOT.get(name) if table == TEXT_MODELS else CLASSES_THAT_CANNOT.get(class_of(table, name))
 
 
-@pytest.mark.parametrize(("table", "name"), rows())
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [row if row[0] == TEXT_MODELS else pytest.param(*row, marks=pytest.mark.slow) for row in rows()],
+)
 def test_model_is_what_the_page_says(table, name, found):
     if (why := why_not_built(table, name)) is not None:
         with pytest.raises(Exception):  # noqa: B017, PT011 (each fails in its own way)

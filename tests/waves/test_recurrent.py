@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support.float64_comparison import checkpoint_layers
 from support.model_survey import branchy_chat
 from support.sample_sets import branch_at_every_depth, nested_forks, reasoning_chat, sample_sets
-from support.tiny_causal_lms import HYBRIDS, KINDS, tiny_model
+from support.tiny_causal_lms import FAMILIES, HYBRIDS, KINDS, tiny_model
 from support.wave_training import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
 from trl_singlepass.recurrent import path_dependent_layers
 from trl_singlepass.training.model import enable_tree
@@ -26,12 +26,7 @@ def model_of(model_type, **overrides):
     return model
 
 
-# One of each kind, and one whose layers take over what earlier ones selected; the others are tried by the slow tests.
-QUICK = [*KINDS, "glm_moe_dsa"]
-FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS]
-
-
-@pytest.mark.parametrize("model_type", HYBRIDS)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_branches_at_every_depth_shorter_than_the_convolution(model_type):
     assert_waves_equal_npass(model_of(model_type), [branch_at_every_depth()], [10])
 

@@ -111,6 +111,7 @@ def test_a_model_whose_operations_cannot_be_counted():
         audit([chat(1)], make_tokenizer(), Odd())
 
 
+@pytest.mark.slow
 def test_ten_thousand_rows_are_sampled_in_bounded_time():
     code = """
 import sys, time, datasets
