@@ -187,7 +187,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("packing", [None, "bfd", "wrapped"])
-@pytest.mark.parametrize("is_stream", [False, True], ids=["stored", "stream"])
+@pytest.mark.parametrize("is_stream", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["stored", "stream"])
 @pytest.mark.parametrize("rows", FORMATS.values(), ids=FORMATS)
 def test_what_has_one_turn_trains_as_in_stock(tmp_path, tokenizer, rows, is_stream, packing):
     if packing == "wrapped" and rows is SINGLE_TURNS:

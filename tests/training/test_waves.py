@@ -47,7 +47,7 @@ def assert_equal(stock, waves, model, tolerance=TOLERANCE):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
-@pytest.mark.parametrize("wave_tokens", [16, 100, 200])
+@pytest.mark.parametrize("wave_tokens", [pytest.param(16, marks=pytest.mark.slow), 100, 200])
 def test_one_step(tmp_path, tokenizer, wave_tokens, checkpointing, lora):
     model = float32_model(tokenizer)
     model = adapted(model) if lora else model
