@@ -1,5 +1,6 @@
 """Set up all tests: no network, one thread, fixed seeds, and float64 that stays float64."""
 
+import gc
 import os
 
 
@@ -21,6 +22,12 @@ settings.register_profile("default", deadline=None, derandomize=True, database=N
 settings.load_profile("default")
 transformers.logging.set_verbosity_error()
 datasets.disable_progress_bars()
+
+
+def pytest_collection_finish():
+    """Leave what the imports made out of garbage collection: each `train` collects, and would look at all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
