@@ -300,7 +300,7 @@ class Accident(TrainerCallback):
 def summary(trainer):
     """Return metrics of the run and the engine that trained it."""
     history = trainer.state.log_history
-    keys = ("loss", "grad_norm", "num_tokens", "num_trained_tokens", "num_waves", "eval_loss")
+    keys = ("loss", "grad_norm", "num_tokens", "num_trained_tokens", "num_waves", "eval_loss", "aux_loss")
     return {
         "world_size": trainer.accelerator.num_processes,
         "distributed_type": trainer.accelerator.distributed_type.value,

@@ -6,8 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from support.float64_comparison import forward
+from support.sample_sets import reasoning_chat
 from support.tiny_causal_lms import tiny_model
 from support.trainers import needs_cached_states
+from trl_singlepass.training.model import enable_tree
 from trl_singlepass.training.zero3_leaves import make_leaves
 
 
@@ -29,6 +32,7 @@ def leaves(model):
         ("bamba", {"BambaMixer"}),
         ("lfm2", {"Lfm2ShortConv"}),
         ("recurrent_gemma", {"RecurrentGemmaRecurrentBlock"}),
+        ("zaya", {"ZayaCCAProjection", "ZayaExperts"}),
         ("qwen3", set()),
     ],
 )
@@ -56,3 +60,17 @@ def test_inputs_of_leaves_have_gradients_and_come_by_position():
     with torch.no_grad():
         model(input_ids=tokens)
     assert not seen[1].requires_grad
+
+
+@pytest.mark.parametrize("family", ["zaya", "lfm2"])
+def test_a_mask_that_comes_by_position_keeps_its_tree(family):
+    """DeepSpeed has a full backward hook on each leaf, for which autograd copies tensors that come by position."""
+    model = tiny_model(family)
+    enable_tree(model)
+    samples = [reasoning_chat(3)]
+    expected = forward(model, samples)[0].logits
+    make_leaves(model, on_stage(3))
+    for module in model.modules():
+        if getattr(module, "_z3_leaf", False):
+            module.register_full_backward_hook(lambda *_: None)
+    assert torch.equal(forward(model, samples)[0].logits, expected)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 
+import torch
 from accelerate import Accelerator
 from transformers import TrainingArguments
 
@@ -24,6 +25,9 @@ def without_repeated_examples(
 ) -> Batch:
     """
     Return a batch without targets in the examples that accelerate repeated, so that none is trained or counted twice.
+
+    The load-balancing loss of a mixture of experts is a mean over tokens with or without a target. So repeated tokens
+    get a multiplicity of 0. A batch of nothing but repetitions, over which there is no mean, is marked `is_blank`.
 
     Args:
         batch (`Batch`):
@@ -49,12 +53,38 @@ def without_repeated_examples(
         return batch
     ends = (0, *batch["tree_plan"].example_ends)
     num_new = remainder - rank * batch_size
-    labels = batch["labels"].clone()
-    labels[:, ends[min(max(num_new, 0), len(ends) - 1)] :] = IGNORE_INDEX
-    masked = {**batch, "labels": labels}
+    end = ends[min(max(num_new, 0), len(ends) - 1)]
+    labels, multiplicity = batch["labels"].clone(), batch["attention_mask"].clone()
+    labels[:, end:] = IGNORE_INDEX
+    multiplicity[:, end:] = 0
+    masked = {**batch, "labels": labels, **({"attention_mask": multiplicity} if end else {"is_blank": True})}
     if "loss_weights" in batch:
         masked["loss_weights"] = batch["loss_weights"] * (labels != IGNORE_INDEX)
     return masked
+
+
+def scale_router_loss(batches: Sequence[Batch], accelerator: Accelerator, is_trained: bool) -> None:
+    """
+    Let the load-balancing loss of a step be the mean over its batches that are not blank.
+
+    It is the mean over all batches of all ranks; each batch gets a factor, its `router_loss_scale`. In a step of 2
+    ranks with 2 batches each, of which one is blank, that one has a factor of 0, the others of 4/3.
+
+    Args:
+        batches (`Sequence[Batch]`):
+            Batches of this rank in the step, changed in place.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run; every rank must call.
+        is_trained (`bool`):
+            Whether the model has such a loss. If not, nothing happens.
+    """
+    if not is_trained:
+        return
+    num_own = sum("is_blank" not in batch for batch in batches)
+    everyone = accelerator.gather(torch.tensor([num_own], device=accelerator.device))
+    scale = len(everyone) * len(batches) / max(int(everyone.sum()), 1)
+    for batch in batches:
+        batch["router_loss_scale"] = 0.0 if "is_blank" in batch else scale
 
 
 def data_ranks(accelerator: Accelerator) -> tuple[int, int]:

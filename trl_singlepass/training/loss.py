@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
+from accelerate import Accelerator
 from transformers.utils import ModelOutput
 from trl import SFTTrainer
 
@@ -88,6 +89,41 @@ def weighted_model(model: Forward, loss_weights: torch.Tensor) -> Forward:
     return forward
 
 
+class RouterLossScale:
+    """
+    Multiplies the load-balancing loss of a batch by its `router_loss_scale`, if it has one other than 1.
+
+    In such a step, all ranks have a factor other than 1 (see [`scale_router_loss`]).
+
+    Args:
+        batch (`Batch`):
+            The batch.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._scale: float = batch.get("router_loss_scale", 1.0)
+        self._loss: torch.Tensor | None = None
+
+    def wrap(self, model: Forward) -> Forward:
+        """Return the model with its load-balancing loss multiplied by the factor."""
+        if self._scale == 1:
+            return model
+
+        def forward(**inputs: object) -> ModelOutput:
+            outputs = model(**inputs)
+            if outputs.get("aux_loss") is not None:
+                outputs.aux_loss = self._scale * outputs.aux_loss
+                self._loss = outputs.aux_loss.detach()
+            return outputs
+
+        return forward
+
+    def log_mean(self, metrics: dict[str, list[float]], accelerator: Accelerator) -> None:
+        """Log the mean over all ranks; TRL leaves out some at the end of an epoch, as if each had one example."""
+        if self._loss is not None:
+            metrics["aux_loss"][-1] = float(accelerator.gather(self._loss[None]).mean())
+
+
 def normalized(loss_weights: torch.Tensor, total: torch.Tensor | int | None = None) -> torch.Tensor:
     """
     Return loss weights divided by their sum; if all are 0, they stay 0.
@@ -114,9 +150,21 @@ def total_weight(batch: Batch) -> torch.Tensor:
     return weights.sum()
 
 
-def step_weight(batches: Sequence[Batch]) -> torch.Tensor:
-    """Return the sum of the loss weights of this rank's batches of a step, a scalar of `torch.float32`."""
-    return torch.stack([total_weight(batch) for batch in batches]).sum().float()
+def step_weights(batches: Sequence[Batch], accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the sum of the loss weights of this rank's batches of a step, and those of all ranks, in `torch.float32`.
+
+    Args:
+        batches (`Sequence[Batch]`):
+            Batches of this rank in the step.
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run; every rank must call.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: A scalar, and a tensor of shape `(num_ranks,)`.
+    """
+    own = torch.stack([total_weight(batch) for batch in batches]).sum().float().to(accelerator.device)
+    return own, accelerator.gather(own[None])
 
 
 def mean_of_means_divisor(own: torch.Tensor, everyone: torch.Tensor) -> torch.Tensor:

@@ -159,10 +159,11 @@ def blank_batch(collator: DataCollatorForSinglePass) -> Batch:
         labels=tokens + IGNORE_INDEX,
         loss_weights=np.zeros(2),
         label_parts=tokens,
-        multiplicity=tokens + 1,  # the load-balancing loss of experts is a mean over tokens that count
+        multiplicity=tokens
+        + 1,  # the load-balancing loss of experts, even where it has no effect, is a mean over them
         image_features=None if collator.blank_image is None else tokens + NO_FEATURE,
     )
-    return collator([row.columns()])
+    return {**collator([row.columns()]), "is_blank": True}
 
 
 def position_in_stream(checkpoint: str | None, args: TrainingArguments) -> tuple[int, int] | None:

@@ -23,8 +23,8 @@ from .checkpoints import resume_counts
 from .compatibility import check_conversations, check_loss_is_per_token, check_run
 from .config import as_single_pass_config, default_config, with_packed_length, without_redundant_settings
 from .dataset import AnyDataset, FormattingFunction, find_turns, in_order, needs_preparation, prepare_conversations
-from .last_batch import num_repeatable_examples, without_empty_batches, without_repeated_examples
-from .loss import NumItems, get_loss_context, mean_of_means_divisor, step_weight, total_weight
+from .last_batch import num_repeatable_examples, scale_router_loss, without_empty_batches, without_repeated_examples
+from .loss import NumItems, get_loss_context, mean_of_means_divisor, step_weights, total_weight
 from .manifest import ManifestCallback
 from .metrics import PooledLoss, TokenCounts, TurnMetrics, split_by_example
 from .model_card import complete_model_card
@@ -231,8 +231,8 @@ class SinglePassSFTTrainer(SFTTrainer):
             return super()._get_num_items_in_batch(batch_samples, device)
         if self._pooled_loss is not None:
             return None  # an evaluation pools the means of batches, so each must be the mean of its own batch
-        own = step_weight(batch_samples).to(device)
-        everyone = self.accelerator.gather(own[None])
+        scale_router_loss(batch_samples, self.accelerator, is_trained=self.aux_loss_enabled)
+        own, everyone = step_weights(batch_samples, self.accelerator)
         num_items = everyone.sum() / (self.get_tp_size() * self.get_sp_size())  # ranks that share rows have the same
         self._counts.add(batch_samples, num_items)
         pools_ranks = self.args.average_tokens_across_devices or self._sequence_parallel is not None
@@ -258,12 +258,12 @@ class SinglePassSFTTrainer(SFTTrainer):
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Pool the loss over tokens, and split predictions by example; TRL takes a row for one example."""
-        inputs = without_repeated_examples(inputs, self.accelerator, self.args.eval_batch_size)
+        batch, inputs = inputs, without_repeated_examples(inputs, self.accelerator, self.args.eval_batch_size)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if "tree_plan" in inputs and loss is not None and self._pooled_loss is not None:
             self._pooled_loss.add(loss, total_weight(inputs))
         if "tree_plan" in inputs and logits is not None:
-            logits, labels = split_by_example(logits, inputs), split_by_example(labels, inputs)
+            logits, labels = split_by_example(logits, batch), split_by_example(labels, batch)
         return loss, logits, labels
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:

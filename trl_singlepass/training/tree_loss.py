@@ -19,7 +19,7 @@ from ..images.reading import ImageReader
 from ..waves.loss import RouterRecorder
 from .compatibility import check_weights_reach_the_loss
 from .images import Rows, read_images, show_images
-from .loss import LossContext, normalized, weighted_model
+from .loss import LossContext, RouterLossScale, normalized, weighted_model
 from .model import Forward, check_every_layer_attended, enable_tree, without_adapters
 from .sequence_parallel import SequenceParallel
 from .waves import WaveTraining
@@ -35,7 +35,7 @@ Loss: TypeAlias = torch.Tensor | tuple[torch.Tensor, ModelOutput]
 _TREE_INPUTS = frozenset(
     {
         "tree_plan", "subtree_end", "label_parts", "loss_weights", "image_features", "image_inputs",
-        "rope_position_ids", "is_shared",
+        "rope_position_ids", "is_shared", "is_blank", "router_loss_scale",
     }
 )  # fmt: skip
 
@@ -131,9 +131,12 @@ class TreeLoss:
         """
         loss: Loss
         inputs = {name: value for name, value in batch.items() if name not in _TREE_INPUTS}
+        router_loss = RouterLossScale(batch)
         if self.sequence_parallel is not None and "is_shared" in batch:
             with self.sequence_parallel.run_on_tree(batch["tree_plan"]) as tree:
-                loss = self._shared_loss(self.sequence_parallel, compute_loss, model, batch, inputs, tree, context)
+                loss = self._shared_loss(
+                    self.sequence_parallel, compute_loss, model, batch, inputs, tree, context, router_loss
+                )
         else:
             shown: AbstractContextManager[None] = nullcontext()
             if "image_features" in batch:
@@ -146,6 +149,7 @@ class TreeLoss:
                 shown = self._image_reader.showing(batch)
             with shown, tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]) as tree:
                 forward: Forward = model if self.waves is None else self.waves.wrap(model, tree, batch, context)
+                forward = router_loss.wrap(forward)
                 if context.turn_metrics is not None:
                     forward = context.turn_metrics.wrap(forward, batch["label_parts"], batch.get("loss_weights"))
                 num_items = context.num_items
@@ -157,6 +161,7 @@ class TreeLoss:
                 loss = compute_loss(forward, inputs, return_outputs, num_items)
                 if self.waves is not None:
                     self.waves.check_loss(loss[0] if isinstance(loss, tuple) else loss)
+        router_loss.log_mean(context.metrics, self._accelerator)
         self._check_layers_once(tree)
         return loss
 
@@ -169,12 +174,14 @@ class TreeLoss:
         inputs: Batch,
         tree: Tree,
         context: LossContext,
+        router_loss: RouterLossScale,
     ) -> torch.Tensor:
         """Return the loss of a row that ranks share."""
         sequence_parallel.watch_gradients(model)
         forward: Forward = (
             sequence_parallel.wrap(model) if self.waves is None else self.waves.wrap(model, tree, batch, context)
         )
+        forward = router_loss.wrap(forward)
         if context.turn_metrics is not None:
             forward = context.turn_metrics.wrap(forward, batch["label_parts"], batch.get("loss_weights"))
         if "loss_weights" in batch:

@@ -134,7 +134,9 @@ class WaveTraining:
             self._loss_coefficients(batch, context.num_items, tree.group),
             is_dft=self._args.loss_type == "dft",
             load_balancing=load_balancing,
-            load_balancing_coefficient=self._router_loss_coef / context.num_batches,
+            load_balancing_coefficient=batch.get("router_loss_scale", 1.0)
+            * self._router_loss_coef
+            / context.num_batches,
         )
         self._unchecked = loss if self._model.training else None
         return WaveModel(engine, WaveRunner(plan, tree, self._args.offload_kv), loss, self._recorder)

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..recurrent.layer import runs_on_trees
 from ..recurrent.layer_kinds import path_dependent_layers
 from .model import without_adapters
 
@@ -61,10 +62,13 @@ def _pass_differentiable_input(
     Pass a layer's first argument, its hidden states, by position, and let them require gradients.
 
     DeepSpeed reduces the gradients of a leaf once those of its arguments by position are there. Without any, it does
-    so before the gradients exist, and they are lost (0.19).
+    so before the gradients exist, and they are lost (0.19). To see them, autograd replaces tensors that come by
+    position, and the replacement of a mask has no tree; so a layer that runs on trees gets the others by name.
     """
-    _, first, *_ = inspect.signature(type(layer).forward).parameters  # after `self`
+    _, first, *names = inspect.signature(type(layer).forward).parameters  # after `self`
     hidden_states, *others = (kwargs.pop(first), *args) if first in kwargs else args
+    if runs_on_trees(layer):
+        kwargs, others = {**dict(zip(names, others, strict=False)), **kwargs}, []
     if torch.is_grad_enabled() and not hidden_states.requires_grad:  # after a frozen embedding
         hidden_states = hidden_states.detach().requires_grad_()
     return (hidden_states, *others), kwargs
