@@ -266,7 +266,7 @@ def test_a_loss_that_trl_computes_otherwise_stops_the_first_step(tmp_path, token
         tmp_path, tokenizer, float32_model(tokenizer), wave_tokens=64, per_device_train_batch_size=4
     )
     waves = trainer._tree_loss.waves
-    waves._loss_coefficients = lambda batch, num_items: 2 * type(waves)._loss_coefficients(waves, batch, num_items)
+    waves._loss_coefficients = lambda *args: 2 * type(waves)._loss_coefficients(waves, *args)
     with pytest.raises(RuntimeError, match=r"The waves of a row have a loss of .*, but TRL .* computes "):
         trainer.train()
 
