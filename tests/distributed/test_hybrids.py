@@ -12,6 +12,7 @@ pytestmark = needs_weighted_loss  # whose fused head the worker keeps in float64
 FAMILIES = [
     *("qwen3_5_text", "qwen3_5_moe_text", "nemotron_h", "lfm2", "lfm2_moe", "granitemoehybrid", "bamba", "falcon_h1"),
     *("qwen3_next", "kimi_linear", "zamba2", "jamba", "recurrent_gemma", "deepseek_v32", "qwen3-moe", "zaya"),
+    "longcat_flash",
 ]
 CASES = {
     "rows": {},

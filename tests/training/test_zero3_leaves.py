@@ -33,6 +33,7 @@ def leaves(model):
         ("lfm2", {"Lfm2ShortConv"}),
         ("recurrent_gemma", {"RecurrentGemmaRecurrentBlock"}),
         ("zaya", {"ZayaCCAProjection", "ZayaExperts"}),
+        ("longcat_flash", {"LongcatFlashExperts"}),
         ("qwen3", set()),
     ],
 )

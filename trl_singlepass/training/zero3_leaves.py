@@ -51,7 +51,10 @@ def _leaves(model: PreTrainedModel) -> Iterator[nn.Module]:
     yield from path_dependent_layers(model)
     for module in model.modules():
         code = getattr(type(module).forward, "__code__", None)
-        if code is not None and "_experts_implementation" in code.co_names:
+        names = set() if code is None else set(code.co_names)
+        # A forward that transformers wraps to choose an implementation, or a loop over the experts that got a token.
+        is_loop = "nonzero" in names and next(module.parameters(recurse=False), None) is not None
+        if "_experts_implementation" in names or is_loop:
             yield module
 
 
