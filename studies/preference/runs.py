@@ -39,7 +39,7 @@ class Sizes:
     pair_turns: tuple[int, int] = (3, 5)
     pairs_per_step: int = 8
     steps: int = 40
-    learning_rates: tuple[float, ...] = (1e-3,)
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4)
     beta: float = 0.1
     test_conversations: int = 60
     test_turns: int = 5
