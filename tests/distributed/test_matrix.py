@@ -1,4 +1,4 @@
-"""Each model on each engine, in each way to run a row: two ranks train what one process trains, or say why not."""
+"""Each model on each engine, in each way to run a row: two ranks train what one process trains."""
 
 import os
 
@@ -7,10 +7,8 @@ import pytest
 from support.engine_matrix import (
     CELLS,
     TOLERANCE,
-    Outcome,
     largest_difference,
     on_two_ranks,
-    refusal,
     settings_of,
     write_results,
 )
@@ -24,11 +22,11 @@ pytestmark = [pytest.mark.slow, needs_weighted_loss]  # whose fused head the wor
 
 @pytest.fixture(scope="module")
 def found():
-    """Collect outcomes; with `WRITE_ENGINES_PAGE=1`, the page is written from those of whole columns."""
-    outcomes = {}
-    yield outcomes
+    """Collect largest differences; with `WRITE_ENGINES_PAGE=1`, the page is written from those of whole columns."""
+    differences = {}
+    yield differences
     if WRITES:
-        write_results(outcomes)
+        write_results(differences)
 
 
 @pytest.mark.parametrize(("engine", "model", "way"), CELLS)
@@ -37,14 +35,9 @@ def test_two_ranks_train_what_one_process_trains(tmp_path, workers, one_process,
     alone = one_process(with_config(settings, gradient_accumulation_steps=2))
     assert len(alone.loss) == 2
     settings, environment = on_two_ranks(engine, settings)
-    run = workers.run(tmp_path, settings, world_size=2, environment=environment, expect_success=False)
-    if run.codes != [0, 0]:
-        assert engine == "ulysses", run.log[-6000:]
-        found[engine, model, way] = Outcome(refused=refusal(run.log))
-        assert found[engine, model, way].refused is not None, run.log[-6000:]
-        return
+    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert_engine(run, "zero3" if engine == "ulysses" else engine)
     assert ("wave_tokens" in settings["config"]) == (max(run.num_waves, default=1) > 1)
     difference = largest_difference(run, alone)
-    found[engine, model, way] = Outcome(difference)
+    found[engine, model, way] = difference
     assert difference <= TOLERANCE

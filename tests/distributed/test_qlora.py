@@ -1,19 +1,14 @@
 """QLoRA on two processes: the frozen weights in 4 bits, sharded or not, train the adapters that one process trains."""
 
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 
+from support.four_bits import NEEDS_BITSANDBYTES
 from support.worker_settings import assert_same_training, on_engine, with_config, zero
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install trl-singlepass[quantization]"
-    ),
-]
+pytestmark = NEEDS_BITSANDBYTES
 ENGINES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
 NUM_ADAPTED = 4  # queries and values of two layers
 CASES = {

@@ -1,20 +1,17 @@
 """QLoRA: adapters on a quantized base train on pairs as stock `DPOTrainer` trains them."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from support.four_bits import NEEDS_BITSANDBYTES
 from support.pairs import SINGLE_TURNS, dpo_trainer, stock_dpo_trainer
 from support.trainers import float32_model, logged, parameters
 
 
-reason = "needs bitsandbytes: pip install trl-singlepass[quantization]"
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("bitsandbytes") is None, reason=reason),
+    *NEEDS_BITSANDBYTES,
     pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning"),
 ]
 

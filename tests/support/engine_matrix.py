@@ -1,5 +1,5 @@
 """
-Each model on each engine, in each way to run a row: cells, outcomes of their tests, and the page that prints them.
+Each model on each engine, in each way to run a row: cells, what their tests measured, and the page that prints them.
 
 `tests/distributed/test_matrix.py` fills the matrix.
 """
@@ -7,8 +7,6 @@ Each model on each engine, in each way to run a row: cells, outcomes of their te
 import datetime
 import json
 import math
-import re
-from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -48,14 +46,6 @@ LIBRARIES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft")
 CELLS = list(product(ENGINES, MODELS, WAYS))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Largest difference from one process, or the reason why a run was refused."""
-
-    difference: float | None = None
-    refused: str | None = None
-
-
 def settings_of(model, way):
     """Return settings of the worker, for two steps in float64."""
     settings = {**MODELS[model], **WAYS[way], "float64": True}
@@ -83,40 +73,29 @@ def largest_difference(ours, theirs):
     return max(differences, key=lambda value: math.inf if math.isnan(value) else value)
 
 
-def refusal(log):
-    """Return what the error says that refused a run before it trained; nothing if it failed in another way."""
-    found = re.search(r"^ValueError: (.* does not work with .*)$", log, re.M)
-    return found and found.group(1)
-
-
 # Results -------------------------------------------------------------------------------------------------------------
 
 
 def read_results():
-    """Return the recorded columns by engine: when, with which versions, and the outcome of each cell."""
+    """Return the recorded columns by engine: when, with which versions, and the largest difference of each cell."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
-def write_results(outcomes):
+def write_results(differences):
     """Write the columns of engines all of whose cells have run, and print the whole matrix on the page."""
     columns = read_results()
     for engine in ENGINES:
-        cells = {cell: outcomes.get((engine, *cell)) for cell in product(MODELS, WAYS)}
+        cells = {cell: differences.get((engine, *cell)) for cell in product(MODELS, WAYS)}
         if None not in cells.values():
             columns[engine] = {
                 "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
                 "versions": {name: version(name) for name in LIBRARIES},
-                "cells": [{"model": model, "way": way, **as_json(cells[model, way])} for model, way in cells],
+                "cells": [{"model": model, "way": way, "difference": cells[model, way]} for model, way in cells],
             }
     ordered = {engine: columns[engine] for engine in ENGINES if engine in columns}
     RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
     before, _, after = parts_of_page()
     PAGE.write_text(before + table(ordered) + after)
-
-
-def as_json(outcome):
-    """Return what is known of an outcome."""
-    return {key: value for key, value in vars(outcome).items() if value is not None}
 
 
 def parts_of_page():
@@ -127,23 +106,16 @@ def parts_of_page():
 
 
 def table(columns):
-    """Return the matrix as the page prints it: reasons of refusals are numbered below the table."""
+    """Return the matrix as the page prints it."""
     found = {(engine, cell["model"], cell["way"]): cell for engine in columns for cell in columns[engine]["cells"]}
-    reasons = list(dict.fromkeys(cell["refused"] for cell in found.values() if "refused" in cell))
 
     def shown(*name):
-        cell = found[name]
-        return (
-            f"refused ({reasons.index(cell['refused']) + 1})"
-            if "refused" in cell
-            else f"{cell['difference']:.0e}".replace("0e+00", "0")
-        )
+        return f"{found[name]['difference']:.0e}".replace("0e+00", "0")
 
     rows = [["model", "", *(ENGINES[engine] for engine in columns)], ["---"] * (len(columns) + 2)]
     for model, way in product(MODELS, WAYS):
         rows.append([model, way, *(shown(engine, model, way) for engine in columns)])
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
     versions = {", ".join(map(" ".join, column["versions"].items())) for column in columns.values()}
     tested = f"With {'; '.join(sorted(versions))}."
-    return "\n".join(["\n", *lines, "", *notes, *([""] if notes else []), tested, "\n"])
+    return "\n".join(["\n", *lines, "", tested, "\n"])
