@@ -1,6 +1,7 @@
 """Streams: every conversation once per pass over workers, ranks and resumed runs; packed in a bounded buffer."""
 
 import json
+import pickle
 from collections import Counter
 
 import datasets
@@ -20,7 +21,10 @@ from support.trainers import (
 )
 from support.two_processes import run_on_two_processes
 from trl_singlepass.data import streaming
+from trl_singlepass.data.conversations import COUNT_COLUMNS, example_to_rows
+from trl_singlepass.data.dataset_format import EXAMPLE
 from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.report import PreparationReport
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.data.streaming import stream_rows
 from trl_singlepass.training.stream_epochs import part_of_rank
@@ -88,6 +92,36 @@ def test_the_buffer_is_bounded(tokenizer):
     read.clear()  # the columns were looked up
     next(rows)
     assert max(read) < len(CHATS) - 1
+
+
+def test_what_a_stream_holds_does_not_grow(tokenizer):
+    """Neither by what it counts of rows that are cut, nor by what it says of bad ones."""
+    examples = [{"messages": CHATS[1]}, {"messages": [{"role": "user", "content": "Alone"}]}]
+    source = as_dataset([example["messages"] for example in examples]).to_iterable_dataset()
+    prepare = stream_rows(source, tokenizer, RowSettings(max_length=160), bad_rows="drop")._ex_iterable.function
+    sizes = []
+    for index in range(64):
+        assert len(prepare({EXAMPLE: examples}, [2 * index, 2 * index + 1])["input_ids"]) == 1
+        sizes.append(len(pickle.dumps(prepare)))
+    assert sizes[-1] - sizes[31] < 16  # digits of sums
+
+
+def test_what_is_lost_adds_up_over_a_stream(tokenizer):
+    settings = RowSettings(max_length=160, max_row_tokens=170)
+
+    def report(first, last):
+        prepared = [
+            pair
+            for index in range(first, last)
+            for pair in zip(*example_to_rows({"messages": CHATS[index]}, index, tokenizer, settings), strict=True)
+        ]
+        counts = {column: [counts[column] for _, counts in prepared] for column in COUNT_COLUMNS}
+        return PreparationReport.from_counts(counts, [len(row) for row, _ in prepared], settings.bound)
+
+    whole = report(0, len(CHATS))
+    assert whole.num_cut_turns > 0
+    assert whole.num_dropped_turns > 0
+    assert report(0, 4) + report(4, 5) + report(5, len(CHATS)) == whole
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 4])

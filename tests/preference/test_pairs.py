@@ -1,5 +1,6 @@
 """From examples to rows: turns as served, dataset forms, which turns count, what is lost and what is refused."""
 
+import logging
 import re
 
 import datasets
@@ -234,6 +235,21 @@ def test_a_stream_stops_at_its_first_bad_row(tokenizer):
     with pytest.raises(BadRowError, match="in 'rejected'"):
         list(prepared(stream, tokenizer))
     assert len(list(prepared(stream, tokenizer, bad_rows="drop"))) == 1
+
+
+def test_what_is_lost_of_a_stream_is_logged_in_sums(tokenizer, caplog):
+    """After each batch of eight pairs, of which each loses as much as the first."""
+    settings = PairSettings(
+        max_length=max(map(len, example_to_pair(pair(2), 0, tokenizer, PairSettings()).samples)) - 1
+    )
+    lost = prepared([pair(2)], tokenizer, settings).info.description
+    stream = datasets.Dataset.from_list([pair(2)] * 16).to_iterable_dataset()
+    with caplog.at_level(logging.WARNING, logger="trl_singlepass"):
+        list(prepared(stream, tokenizer, settings))
+    logged = [record.getMessage() for record in caplog.records if "so far" in record.getMessage()]
+    texts = [text.partition("; sharing")[0] for text in (lost, *logged)]
+    numbers = [[int(number) for number in re.findall(r"\d+", text)] for text in texts]
+    assert numbers[1:] == [[8 * number for number in numbers[0]], [16 * number for number in numbers[0]]]
 
 
 def test_rows_are_prepared_once(tmp_path, tokenizer, monkeypatch):

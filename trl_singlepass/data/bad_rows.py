@@ -7,8 +7,8 @@ Here, as in the setting `bad_rows` and in every message to the user, the rows ar
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
@@ -75,11 +75,20 @@ def group_errors(reasons: Iterable[tuple[int, str]]) -> tuple[RowErrors, ...]:
     Returns:
         `tuple[RowErrors, ...]`: The groups.
     """
-    groups: dict[str, list[tuple[int, str]]] = {}
+    groups: dict[str, RowErrors] = {}
     for index, reason in reasons:
-        groups.setdefault(mask_details(reason), []).append((index, reason))
-    by_size = sorted(groups.values(), key=len, reverse=True)
-    return tuple(RowErrors(len(g), tuple(index for index, _ in g[:_ROWS_NAMED]), g[0][1]) for g in by_size)
+        _add_error(groups, index, reason)
+    return _by_size(groups)
+
+
+def _add_error(groups: dict[str, RowErrors], index: int, reason: str) -> None:
+    kind = mask_details(reason)
+    group = groups.get(kind, RowErrors(0, (), reason))
+    groups[kind] = replace(group, count=group.count + 1, rows=(*group.rows, index)[:_ROWS_NAMED])
+
+
+def _by_size(groups: Mapping[str, RowErrors]) -> tuple[RowErrors, ...]:
+    return tuple(sorted(groups.values(), key=lambda group: group.count, reverse=True))
 
 
 def get_reason(error: Exception, index: int | None = None) -> str:
@@ -138,7 +147,7 @@ class StreamedBadRows:
 
     def __init__(self, bad_rows: BadRows, name: str) -> None:
         self._bad_rows, self._name = bad_rows, name
-        self._reasons: list[tuple[int, str]] = []
+        self._groups: dict[str, RowErrors] = {}  # their size does not grow with the stream
         self._next_log = 1
 
     def add(self, index: int, row: object, error: BadRowError) -> None:
@@ -164,12 +173,11 @@ class StreamedBadRows:
                 f"Row {index}: {reason}\nIt is a row of the stream of the {self._name} dataset, counted as it is "
                 f"read: {shown}\n{_WAY_OUT}"
             ) from error
-        self._reasons.append((index, reason))
-        if len(self._reasons) >= self._next_log:
-            logger.warning(
-                f"Stream of the {self._name} dataset so far: {describe_dropped(group_errors(self._reasons))}."
-            )
-            self._next_log = 2 * len(self._reasons)
+        _add_error(self._groups, index, reason)
+        count = sum(group.count for group in self._groups.values())
+        if count >= self._next_log:
+            logger.warning(f"Stream of the {self._name} dataset so far: {describe_dropped(_by_size(self._groups))}.")
+            self._next_log = 2 * count
 
 
 def describe_dropped(errors: Sequence[RowErrors]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from ..trees.sample import CompletionKind
 from .bad_rows import RowErrors, describe_dropped, group_errors
@@ -121,6 +122,16 @@ class PreparationReport:
             **{name: sum(counts.get(name, ())) for name in (*turns, *tokens, *IMAGE_COUNT_COLUMNS)},
         )
 
+    def __add__(self, other: PreparationReport) -> PreparationReport:
+        """Return the report on both parts of a dataset, which have no conversation in common."""
+        return replace(
+            self,
+            kinds=dict(Counter(self.kinds) + Counter(other.kinds)),
+            overlong=(self.overlong + other.overlong)[:_NUM_NAMED],
+            bad_rows=self.bad_rows + other.bad_rows,
+            **{name: getattr(self, name) + getattr(other, name) for name in _numbers()},
+        )
+
     @property
     def num_bad_rows(self) -> int:
         """Rows that cannot be trained and were dropped."""
@@ -176,6 +187,10 @@ class PreparationReport:
     def _more(self) -> str:
         others = self.num_cut_turns + self.num_dropped_turns - len(self.overlong)
         return f" and {others} more" if others else ""
+
+
+def _numbers() -> list[str]:
+    return [field.name for field in fields(PreparationReport) if field.name.startswith("num_")]
 
 
 def _name_overlong_turns(counts: Mapping[str, Sequence[int]]) -> tuple[str, ...]:

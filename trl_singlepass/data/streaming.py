@@ -80,36 +80,33 @@ class _StreamPreparation:
         self._tokenizer, self._settings, self._name = tokenizer, settings, name
         self._has_images = isinstance(tokenizer, ProcessorMixin)
         self._bad_rows = StreamedBadRows(bad_rows, name)
-        columns = (*COUNT_COLUMNS, *IMAGE_COUNT_COLUMNS) if self._has_images else COUNT_COLUMNS
-        self._counts: dict[str, list[int]] = {column: [] for column in columns}
-        self._lengths: list[int] = []
+        self._so_far: PreparationReport | None = None
         self._next_log = 1
 
     def __call__(
         self, batch: Mapping[str, Sequence[Mapping[str, object]]], indices: Sequence[int]
     ) -> dict[str, list[Any]]:
-        trained: list[Row] = []
+        prepared: list[tuple[Row, dict[str, int]]] = []
         for example, index in zip(batch[EXAMPLE], indices, strict=True):
             try:
                 rows, counts = example_to_rows(example, index, self._tokenizer, self._settings)
             except BadRowError as error:
                 self._bad_rows.add(index, example, error)
                 continue
-            trained += [row for row in rows if len(row)]
-            self._count(rows, counts)
-        self._log()
-        return _to_columns(trained, self._has_images)
+            prepared += zip(rows, counts, strict=True)
+        if prepared:
+            self._count(prepared)
+        return _to_columns([row for row, _ in prepared if len(row)], self._has_images)
 
-    def _count(self, rows: list[Row], counts: list[dict[str, int]]) -> None:
-        self._lengths += map(len, rows)
-        for column, values in self._counts.items():
-            values += [count[column] for count in counts]
-
-    def _log(self) -> None:
-        lost = sum(self._counts["num_cut_turns"]) + sum(self._counts["num_dropped_turns"])
+    def _count(self, prepared: Sequence[tuple[Row, dict[str, int]]]) -> None:
+        # Only sums are kept: a stream may have no end.
+        columns = (*COUNT_COLUMNS, *IMAGE_COUNT_COLUMNS) if self._has_images else COUNT_COLUMNS
+        counts = {column: [counts[column] for _, counts in prepared] for column in columns}
+        report = PreparationReport.from_counts(counts, [len(row) for row, _ in prepared], self._settings.bound)
+        self._so_far = report if self._so_far is None else self._so_far + report
+        lost = self._so_far.num_cut_turns + self._so_far.num_dropped_turns
         if lost >= self._next_log:
-            report = PreparationReport.from_counts(self._counts, self._lengths, self._settings.bound)
-            logger.warning(f"Stream of the {self._name} dataset so far: {report}.")
+            logger.warning(f"Stream of the {self._name} dataset so far: {self._so_far}.")
             self._next_log = 2 * lost
 
 

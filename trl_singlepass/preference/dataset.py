@@ -160,29 +160,30 @@ class _StreamPreparation:
     def __init__(self, tokenizer: Tokenizer, settings: PairSettings, bad_rows: BadRows, name: str) -> None:
         self._tokenizer, self._settings, self._name = tokenizer, settings, name
         self._bad_rows = StreamedBadRows(bad_rows, name)
-        self._counts: dict[str, list[int]] = {column: [] for column in COUNT_COLUMNS}
+        self._so_far: PairReport | None = None
         self._next_log = 1
 
     def __call__(
         self, batch: Mapping[str, Sequence[Mapping[str, Any]]], indices: Sequence[int]
     ) -> dict[str, list[Any]]:
-        rows: list[dict[str, Any]] = []
+        prepared: list[tuple[dict[str, Any], dict[str, int]]] = []
         for example, index in zip(batch[EXAMPLE], indices, strict=True):
             try:
-                columns, counts = _example_to_columns(example, index, self._tokenizer, self._settings)
+                prepared.append(_example_to_columns(example, index, self._tokenizer, self._settings))
             except BadRowError as error:
                 self._bad_rows.add(index, example, error)
-                continue
-            rows += [columns] if counts["num_tokens"] else []
-            for column, values in self._counts.items():
-                values.append(counts[column])
-        self._log()
+        if prepared:
+            self._count([counts for _, counts in prepared])
+        rows = [columns for columns, counts in prepared if counts["num_tokens"]]
         names = (*PAIR_COLUMNS, *IMAGE_COLUMNS) if _reads_images(self._tokenizer) else PAIR_COLUMNS
         return {name: [row[name] for row in rows] for name in names}
 
-    def _log(self) -> None:
-        lost = sum(self._counts["num_cut_tokens"])
+    def _count(self, counts: Sequence[Mapping[str, int]]) -> None:
+        # Only sums are kept: a stream may have no end.
+        columns = {column: [count[column] for count in counts] for column in COUNT_COLUMNS}
+        report = PairReport.from_columns(columns, self._settings)
+        self._so_far = report if self._so_far is None else self._so_far + report
+        lost = self._so_far.counts["num_cut_tokens"]
         if lost >= self._next_log:
-            report = PairReport.from_columns(self._counts, self._settings)
-            logger.warning(f"Stream of the {self._name} dataset so far: {report}.")
+            logger.warning(f"Stream of the {self._name} dataset so far: {self._so_far}.")
             self._next_log = 2 * lost

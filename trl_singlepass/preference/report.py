@@ -86,6 +86,11 @@ class PairReport:
         num_pairs = len(columns["num_turns"]) - sum(errors.count for errors in bad_rows)
         return cls(num_pairs, counts, settings.for_trajectory().bound or "max_length", bad_rows)
 
+    def __add__(self, other: PairReport) -> PairReport:
+        """Return the report on both parts of a dataset."""
+        counts = {name: self.counts[name] + other.counts[name] for name in COUNT_COLUMNS}
+        return PairReport(self.num_pairs + other.num_pairs, counts, self.bound, self.bad_rows + other.bad_rows)
+
     @property
     def is_complete(self) -> bool:
         """Whether every token of every turn of every row counts."""
