@@ -13,6 +13,7 @@ a CPU, time is the CPU time of one thread, which other programs hardly disturb; 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,8 +34,11 @@ from trl_singlepass.reference.random_conversations import Sizes, conversation
 
 
 RESULTS = Path(__file__).parent / "results"
-# With more tokens than this (16 turns), all samples at once need over 14 GB of activations, and are never the fastest.
-MOST_TOKENS_AT_ONCE = 40_000
+# With more tokens than this (8 turns), all samples at once need over 4 GB of activations, and are never the fastest.
+MOST_TOKENS_AT_ONCE = 10_000
+# Memory in pages of 2 MiB. By default, Linux clears and maps new memory in pages of 4 KiB, which takes up to a fifth of a
+# step on a CPU, and more of it the larger a row's tensors are: the C library returns them to Linux after every use.
+LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 NPASS_MODES = ("npass_sequential", "npass_padded", "npass_packed")
 SPEED_MODES = ("single_pass", *NPASS_MODES, "last_turn", "keep_reasoning")
 MEMORY_MODES = ("single_pass", "causal_row")
@@ -126,7 +130,8 @@ def now() -> float:
 def measure_apart(case: Case) -> dict[str, Any]:
     """Run one measurement in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.step_time", "--case", json.dumps(vars(case))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **LARGE_PAGES}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise SystemExit(f"{case} failed:\n{done.stderr[-2000:]}")
     result = json.loads(done.stdout.splitlines()[-1])

@@ -12,6 +12,7 @@ of the process above what it held before the step.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 from benchmarks.machine import describe
 from benchmarks.modes import MODES, Step
 from benchmarks.shapes import SHAPES, make_samples, read_shapes
-from benchmarks.step_time import MODEL, TINY_MODEL, TINY_SIZES, now
+from benchmarks.step_time import LARGE_PAGES, MODEL, TINY_MODEL, TINY_SIZES, now
 from trl_singlepass import PrefixTree
 from trl_singlepass.attention.context import Tree
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
@@ -125,7 +126,8 @@ def measure(case: Case) -> dict[str, Any]:
 def measure_apart(case: Case) -> dict[str, Any]:
     """Run one measurement in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.waves", "--case", json.dumps(vars(case))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **LARGE_PAGES}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise SystemExit(f"{case} failed:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -110,13 +110,10 @@ def test_train_hands_on_that_it_should_stop_and_ends_well(train_patiently, tmp_p
     assert len(list(tmp_path.glob("stopped*"))) == num_processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_processes", "send"),
-    [
-        (1, os.killpg),
-        pytest.param(2, os.killpg, marks=pytest.mark.slow),
-        pytest.param(1, os.kill, marks=pytest.mark.slow),
-    ],
+    [(1, os.killpg), (2, os.killpg), (1, os.kill)],
     ids=["one process", "two processes", "sent to the command alone"],
 )
 def test_ctrl_c_ends_quietly_with_the_way_to_resume(train_patiently, num_processes, send):

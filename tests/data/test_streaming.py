@@ -251,6 +251,7 @@ def test_the_last_step_of_an_epoch_is_taken_where_it_is_not_full(tmp_path, token
     assert largest_difference(streamed, stored) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_each_row_of_a_stream_once_an_epoch(tmp_path, tokenizer):
     """Their parts of the stream are of unequal length, and end in the middle of an accumulated step."""

@@ -94,6 +94,7 @@ def test_accelerate_fsdp2(tmp_path, alone):
     assert_same_training(run, alone)
 
 
+@pytest.mark.slow
 def test_accelerate_zero3(tmp_path, alone):
     port = free_port()
     run = launch([accelerate_on_node(rank, port, "zero3") for rank in (0, 1)], tmp_path, SETTINGS)

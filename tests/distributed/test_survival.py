@@ -39,10 +39,8 @@ def uninterrupted(workers, tmp_path_factory):
     return train
 
 
-@pytest.mark.parametrize(
-    "engine",
-    ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3", "fsdp2", "ulysses"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2", "ulysses"])
 def test_ten_kills(tmp_path, workers, uninterrupted, engine):
     """SIGKILL of either rank, at a random moment of a step or while it saves; the other one goes down with it."""
     settings, environment = on_two_ranks(engine, LONG)

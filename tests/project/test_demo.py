@@ -110,6 +110,7 @@ def test_stock_dataset_trains_the_completion():
     assert row == {"input_ids": [5, 6, 7, 8, 9], "completion_mask": [0, 0, 1, 1, 1]}
 
 
+@pytest.mark.slow
 def test_demo_runs_with_the_users_own_model_and_data(tmp_path, tokenizer):
     """End to end, for two steps, as `make demo MODEL=… DATA=…` does."""
     config = Qwen3Config(

@@ -151,6 +151,7 @@ def two_processes(tmp_path_factory):
     return torch.load(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_what_one_trains(tmp_path, tokenizer, two_processes, case):
     make_model, settings = CASES[case]
