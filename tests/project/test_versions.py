@@ -140,8 +140,16 @@ def test_results_are_written_between_the_marks_of_a_page():
     written = report.with_results(page, "new")
     assert written == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
     assert report.with_results(written, "new") == written
-    for path in report.PAGES:
-        assert path.read_text().count(report.BEGIN) == path.read_text().count(report.END) == 1
+
+
+def test_pages_print_the_recorded_results():
+    results = report.read_results()
+    assert {"1.10.0"} < {one["versions"]["trl"] for one in results}
+    assert not any(one["failed"] for one in results)
+    for path, text in report.PAGES.items():
+        page = path.read_text()
+        assert page.count(report.BEGIN) == page.count(report.END) == 1
+        assert report.with_results(page, text(results)) == page
 
 
 REPORT = """<testsuites><testsuite>
