@@ -7,8 +7,9 @@ There are three kinds of N-pass. The alternatives train the last turn only, or k
     python -m benchmarks.step_time --shapes            conversations in the shape of real ones (benchmarks/shapes/)
     python -m benchmarks.step_time --memory            memory of a 16k-token row against a plain causal row
 
-Each measurement runs in its own process. Modes alternate, so that a slow minute of the machine affects all of them. On
-a CPU, time is the CPU time of one thread, which other programs hardly disturb; on a GPU, it is wall time.
+Each measurement runs in its own process: memory is that of a first step, time that of a second. Modes alternate, so
+that a slow minute of the machine affects all of them. On a CPU, time is the CPU time of one thread, which other
+programs hardly disturb; on a GPU, it is wall time.
 """
 
 import argparse
@@ -36,9 +37,11 @@ from trl_singlepass.reference.random_conversations import Sizes, conversation
 RESULTS = Path(__file__).parent / "results"
 # With more tokens than this (8 turns), all samples at once need over 4 GB of activations, and are never the fastest.
 MOST_TOKENS_AT_ONCE = 10_000
-# Memory in pages of 2 MiB. By default, Linux clears and maps new memory in pages of 4 KiB, which takes up to a fifth of a
-# step on a CPU, and more of it the larger a row's tensors are: the C library returns them to Linux after every use.
-LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+# The C library keeps memory that is freed. By default, it returns large blocks to Linux, which clears and maps them
+# anew when they are used: up to a quarter of a step on a CPU, and more the larger a row's tensors are.
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+# From so many tokens of N-pass on, a step takes a minute, and its time is measured once.
+LONG = 30_000
 NPASS_MODES = ("npass_sequential", "npass_padded", "npass_packed")
 SPEED_MODES = ("single_pass", *NPASS_MODES, "last_turn", "keep_reasoning")
 MEMORY_MODES = ("single_pass", "causal_row")
@@ -92,22 +95,19 @@ class Case:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Run one step in this process, after a short warm-up step."""
+    """Run two steps in this process: peak memory is that of the first, time that of the second."""
     torch.set_num_threads(1)
     set_seed(0)
     config = Qwen3Config(**case.model)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype)).to(case.device)
-    # A GPU selects and compiles kernels by shape; a CPU needs little warm-up.
-    on_gpu = torch.cuda.is_available()
-    vocabulary = case.model["vocab_size"]
-    warm_up = case.samples() if on_gpu else conversation(2, vocabulary, seed=1, sizes=TINY_SIZES)
-    MODES[case.mode](Step(model, warm_up, warm_up[-1:]))()
-    model.zero_grad()
-    model.set_attn_implementation("sdpa")
     loss = MODES[case.mode](Step(model, case.samples(), case.samples(keep=True)))
-    before, start = reset_peak(), now()
+    before = reset_peak()
+    loss()
+    used = peak() - before
+    model.zero_grad()
+    start = now()
     value = loss()
-    seconds, used = now() - start, peak() - before
+    seconds = now() - start
     norm = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).norm()
     return {
         "mode": case.mode,
@@ -130,7 +130,7 @@ def now() -> float:
 def measure_apart(case: Case) -> dict[str, Any]:
     """Run one measurement in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.step_time", "--case", json.dumps(vars(case))]
-    environment = {**os.environ, **LARGE_PAGES}
+    environment = {**os.environ, **KEPT_MEMORY}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise SystemExit(f"{case} failed:\n{done.stderr[-2000:]}")
@@ -170,7 +170,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.step_time", description=__doc__.splitlines()[1])
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument(
-        "--repeats", type=int, default=3, help="number of repetitions, of which the fastest is reported"
+        "--repeats", type=int, default=3, help="number of repetitions of short steps; the fastest is reported"
     )
     parser.add_argument("--memory", action="store_true", help="measure a 16k-token row against a plain causal one")
     parser.add_argument("--shapes", action="store_true", help="measure conversations in the shape of real ones")
@@ -196,13 +196,15 @@ def main() -> None:
         **describe(args.device),
         "model": TINY_MODEL if args.tiny else MODEL,
         "dtype": args.dtype,
+        "environment": KEPT_MEMORY,
         "counted": [counted(case) for case in cases],
         "measured": [],
     }
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"{args.name or f'{kind}_{args.device}_{args.dtype}'}.json"
     for case in cases:
-        runs = [replace(case, mode=mode) for _ in range(args.repeats) for mode in modes]
+        repeats = 1 if sum(map(len, case.samples())) > LONG else args.repeats
+        runs = [replace(case, mode=mode) for _ in range(repeats) for mode in modes]
         result["measured"] += [measure_apart(run) for run in runs if run.fits]
         path.write_text(json.dumps(result, indent=1) + "\n")  # what has been measured so far
     print(path)

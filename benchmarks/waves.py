@@ -6,8 +6,8 @@ Measure time and peak memory of one training step on one conversation: in waves,
     python -m benchmarks.waves --long                  64 turns and one turn of 64k tokens in waves of 2048
     python -m benchmarks.waves --shapes                row and waves on conversations in the shape of real ones
 
-Each measurement runs in its own process, and modes alternate. Time is the CPU time of one thread; memory is the peak
-of the process above what it held before the step.
+Each measurement runs in its own process, and modes alternate. Time is the CPU time of one thread, in the second step;
+memory is the peak of the process above what it held before, in the first step.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 from benchmarks.machine import describe
 from benchmarks.modes import MODES, Step
 from benchmarks.shapes import SHAPES, make_samples, read_shapes
-from benchmarks.step_time import LARGE_PAGES, MODEL, TINY_MODEL, TINY_SIZES, now
+from benchmarks.step_time import KEPT_MEMORY, MODEL, TINY_MODEL, TINY_SIZES, now
 from trl_singlepass import PrefixTree
 from trl_singlepass.attention.context import Tree
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
@@ -101,7 +101,7 @@ def waves(step: Step, case: Case) -> tuple[Callable[[], float], dict[str, Any]]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Run one step in this process, after a short warm-up step."""
+    """Run two steps in this process: peak memory is that of the first, time that of the second."""
     torch.set_num_threads(1)
     set_seed(0)
     model = AutoModelForCausalLM.from_config(Qwen3Config(**case.model), dtype=torch.float32).train()
@@ -116,9 +116,13 @@ def measure(case: Case) -> dict[str, Any]:
         loss, facts = waves(step, case)
     else:
         loss = MODES[case.mode](step)
-    before, start = reset_peak(), now()
+    before = reset_peak()
+    loss()
+    used = peak() - before
+    model.zero_grad(set_to_none=False)
+    start = now()
     value = loss()
-    seconds, used = now() - start, peak() - before
+    seconds = now() - start
     norm = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).norm()
     return {**vars(case), "seconds": seconds, "bytes": used, "loss": value, "norm": float(norm), **facts}
 
@@ -126,7 +130,7 @@ def measure(case: Case) -> dict[str, Any]:
 def measure_apart(case: Case) -> dict[str, Any]:
     """Run one measurement in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.waves", "--case", json.dumps(vars(case))]
-    environment = {**os.environ, **LARGE_PAGES}
+    environment = {**os.environ, **KEPT_MEMORY}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise SystemExit(f"{case} failed:\n{done.stderr[-2000:]}")
