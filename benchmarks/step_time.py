@@ -43,7 +43,8 @@ KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": s
 # From so many tokens of N-pass on, a step takes a minute, and its time is measured once.
 LONG = 30_000
 NPASS_MODES = ("npass_sequential", "npass_padded", "npass_packed")
-SPEED_MODES = ("single_pass", *NPASS_MODES, "last_turn", "keep_reasoning")
+EXACT_MODES = ("single_pass", *NPASS_MODES)
+SPEED_MODES = (*EXACT_MODES, "last_turn", "keep_reasoning")
 MEMORY_MODES = ("single_pass", "causal_row")
 MODEL = {
     "num_hidden_layers": 6,
@@ -189,7 +190,7 @@ def main() -> None:
         print(json.dumps(measure(Case(**json.loads(args.case)))))
         return
     kind = "row_memory" if args.memory else "step_time_shapes" if args.shapes else "step_time"
-    modes = MEMORY_MODES if args.memory else SPEED_MODES
+    modes = MEMORY_MODES if args.memory else EXACT_MODES if args.shapes else SPEED_MODES
     cases = cases_of(args)
     result: dict[str, Any] = {
         "kind": kind,
