@@ -7,7 +7,7 @@ There are three kinds of N-pass. The alternatives train the last turn only, or k
     python -m benchmarks.step_time --shapes            conversations in the shape of real ones (benchmarks/shapes/)
     python -m benchmarks.step_time --memory            memory of a 16k-token row against a plain causal row
 
-Each measurement runs in its own process: memory is that of a first step, time that of a second. Modes alternate, so
+Each measurement runs in its own process: memory is that of a first step, time that of later ones. Modes alternate, so
 that a slow minute of the machine affects all of them. On a CPU, time is the CPU time of one thread, which other
 programs hardly disturb; on a GPU, it is wall time.
 """
@@ -40,8 +40,10 @@ MOST_TOKENS_AT_ONCE = 10_000
 # The C library keeps memory that is freed. By default, it returns large blocks to Linux, which clears and maps them
 # anew when they are used: up to a quarter of a step on a CPU, and more the larger a row's tensors are.
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
-# From so many tokens of N-pass on, a step takes a minute, and its time is measured once.
-LONG = 30_000
+# A process takes so many steps at most, the fastest of which counts, and only as many as have this many N-pass tokens:
+# long steps scatter less.
+MOST_STEPS = 5
+TOKENS_OF_STEPS = 15_000
 NPASS_MODES = ("npass_sequential", "npass_padded", "npass_packed")
 EXACT_MODES = ("single_pass", *NPASS_MODES)
 SPEED_MODES = (*EXACT_MODES, "last_turn", "keep_reasoning")
@@ -86,6 +88,11 @@ class Case:
         return conversation(self.turns, self.model["vocab_size"], self.seed, sizes, keep=keep)
 
     @property
+    def num_steps(self) -> int:
+        """Number of steps whose time is measured."""
+        return min(MOST_STEPS, max(1, TOKENS_OF_STEPS // sum(map(len, self.samples()))))
+
+    @property
     def fits(self) -> bool:
         """Whether the mode is worth its memory: whole batches of samples soon stop being so."""
         samples = self.samples() if self.mode in NPASS_MODES else []
@@ -96,7 +103,7 @@ class Case:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Run two steps in this process: peak memory is that of the first, time that of the second."""
+    """Run steps in this process: peak memory is that of the first, time that of the fastest of the others."""
     torch.set_num_threads(1)
     set_seed(0)
     config = Qwen3Config(**case.model)
@@ -105,16 +112,18 @@ def measure(case: Case) -> dict[str, Any]:
     before = reset_peak()
     loss()
     used = peak() - before
-    model.zero_grad()
-    start = now()
-    value = loss()
-    seconds = now() - start
+    seconds = []
+    for _ in range(case.num_steps):
+        model.zero_grad()
+        start = now()
+        value = loss()
+        seconds.append(now() - start)
     norm = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).norm()
     return {
         "mode": case.mode,
         "turns": case.turns,
         **({"shape": case.shape, "index": case.seed} if case.shape else {}),
-        "seconds": seconds,
+        "seconds": min(seconds),
         "bytes": used,
         "loss": value,
         "norm": float(norm),
@@ -171,7 +180,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.step_time", description=__doc__.splitlines()[1])
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument(
-        "--repeats", type=int, default=3, help="number of repetitions of short steps; the fastest is reported"
+        "--repeats", type=int, default=2, help="number of processes per mode, of which the fastest is reported"
     )
     parser.add_argument("--memory", action="store_true", help="measure a 16k-token row against a plain causal one")
     parser.add_argument("--shapes", action="store_true", help="measure conversations in the shape of real ones")
@@ -204,8 +213,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"{args.name or f'{kind}_{args.device}_{args.dtype}'}.json"
     for case in cases:
-        repeats = 1 if sum(map(len, case.samples())) > LONG else args.repeats
-        runs = [replace(case, mode=mode) for _ in range(repeats) for mode in modes]
+        runs = [replace(case, mode=mode) for _ in range(args.repeats) for mode in modes]
         result["measured"] += [measure_apart(run) for run in runs if run.fits]
         path.write_text(json.dumps(result, indent=1) + "\n")  # what has been measured so far
     print(path)
