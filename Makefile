@@ -64,7 +64,7 @@ pictures: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.step_time $(ARGS)
-	$(BIN)/python -m benchmarks.step_time --memory --repeats 1
+	$(BIN)/python -m benchmarks.step_time --memory
 	$(BIN)/python -m benchmarks.report
 
 gpu: $(INSTALLED)

@@ -7,9 +7,9 @@ There are three kinds of N-pass. The alternatives train the last turn only, or k
     python -m benchmarks.step_time --shapes            conversations in the shape of real ones (benchmarks/shapes/)
     python -m benchmarks.step_time --memory            memory of a 16k-token row against a plain causal row
 
-Each measurement runs in its own process: memory is that of a first step, time that of later ones. Modes alternate, so
-that a slow minute of the machine affects all of them. On a CPU, time is the CPU time of one thread, which other
-programs hardly disturb; on a GPU, it is wall time.
+Memory of each mode is measured in a process of its own. Times are measured in one process that takes a step of each
+mode in turn, so that a slow minute of the machine affects all of them. On a CPU, time is the CPU time of one thread,
+which other programs hardly disturb; on a GPU, it is wall time.
 """
 
 import argparse
@@ -18,12 +18,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, set_seed
 
 from benchmarks.machine import describe
 from benchmarks.modes import MODES, Step
@@ -40,10 +41,9 @@ MOST_TOKENS_AT_ONCE = 10_000
 # The C library keeps memory that is freed. By default, it returns large blocks to Linux, which clears and maps them
 # anew when they are used: up to a quarter of a step on a CPU, and more the larger a row's tensors are.
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
-# A process takes so many steps at most, the fastest of which counts, and only as many as have this many N-pass tokens:
-# long steps scatter less.
-MOST_STEPS = 5
-TOKENS_OF_STEPS = 15_000
+# The fastest of so many steps counts, and of fewer if they have more N-pass tokens than this: long steps scatter less.
+MOST_STEPS = 10
+TOKENS_OF_STEPS = 30_000
 NPASS_MODES = ("npass_sequential", "npass_padded", "npass_packed")
 EXACT_MODES = ("single_pass", *NPASS_MODES)
 SPEED_MODES = (*EXACT_MODES, "last_turn", "keep_reasoning")
@@ -102,32 +102,45 @@ class Case:
         }.get(self.mode, True)
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Run steps in this process: peak memory is that of the first, time that of the fastest of the others."""
-    torch.set_num_threads(1)
+def prepare(case: Case) -> tuple[PreTrainedModel, Callable[[], float]]:
+    """Return a model and a step of it."""
     set_seed(0)
     config = Qwen3Config(**case.model)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype)).to(case.device)
-    loss = MODES[case.mode](Step(model, case.samples(), case.samples(keep=True)))
+    return model, MODES[case.mode](Step(model, case.samples(), case.samples(keep=True)))
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Take one step in this process; return its peak memory, its loss and the norm of its gradients."""
+    model, step = prepare(case)
     before = reset_peak()
-    loss()
+    loss = step()
     used = peak() - before
-    seconds = []
-    for _ in range(case.num_steps):
-        model.zero_grad()
-        start = now()
-        value = loss()
-        seconds.append(now() - start)
     norm = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).norm()
     return {
         "mode": case.mode,
         "turns": case.turns,
         **({"shape": case.shape, "index": case.seed} if case.shape else {}),
-        "seconds": min(seconds),
         "bytes": used,
-        "loss": value,
+        "loss": loss,
         "norm": float(norm),
     }
+
+
+def measure_times(case: Case, modes: Sequence[str], most_bytes: int) -> dict[str, float]:
+    """Take steps of all modes in this process, one after another; return the seconds of the fastest of each mode."""
+    steps = {mode: prepare(replace(case, mode=mode)) for mode in modes}
+    if case.device == "cpu":
+        torch.ones(most_bytes // 4)  # mapped once, and kept
+    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+    # A GPU selects and compiles kernels in a first step of each shape.
+    for _ in range(case.num_steps + (case.device != "cpu")):
+        for mode, (model, step) in steps.items():
+            model.zero_grad()
+            start = now()
+            step()
+            seconds[mode].append(now() - start)
+    return {mode: min(times) for mode, times in seconds.items()}
 
 
 def now() -> float:
@@ -137,19 +150,36 @@ def now() -> float:
     return time.perf_counter()
 
 
-def measure_apart(case: Case) -> dict[str, Any]:
+def measure_apart(case: Case, modes: Sequence[str]) -> list[dict[str, Any]]:
+    """Measure memory of each mode in a process of its own, and the times of all of them in one process."""
+    modes = [mode for mode in modes if replace(case, mode=mode).fits]
+    measured = [run_apart({"case": vars(replace(case, mode=mode))}, {}) for mode in modes]
+    most_bytes = max(one["bytes"] for one in measured)
+    times = run_apart({"case": vars(case), "modes": modes, "most_bytes": most_bytes}, KEPT_MEMORY)
+    for one in measured:
+        one["seconds"] = times[one["mode"]]
+        print(
+            f"{case.turns:3} turns  {one['mode']:17} {one['seconds']:8.2f} s {one['bytes'] / 2**20:8.0f} MiB",
+            flush=True,
+        )
+    return measured
+
+
+def run_apart(what: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
     """Run one measurement in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.step_time", "--case", json.dumps(vars(case))]
-    environment = {**os.environ, **KEPT_MEMORY}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    command = [sys.executable, "-m", "benchmarks.step_time", "--apart", json.dumps(what)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if done.returncode != 0:
-        raise SystemExit(f"{case} failed:\n{done.stderr[-2000:]}")
-    result = json.loads(done.stdout.splitlines()[-1])
-    print(
-        f"{case.turns:3} turns  {case.mode:17} {result['seconds']:8.2f} s {result['bytes'] / 2**20:8.0f} MiB",
-        flush=True,
-    )
+        raise SystemExit(f"{what} failed:\n{done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def run(what: dict[str, Any]) -> dict[str, Any]:
+    """Run one measurement in this process."""
+    torch.set_num_threads(1)
+    case = Case(**what["case"])
+    return measure_times(case, what["modes"], what["most_bytes"]) if "modes" in what else measure(case)
 
 
 def counted(case: Case) -> dict[str, Any]:
@@ -179,9 +209,6 @@ def seed_of_length(turns: int, tokens: int, tiny: bool) -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.step_time", description=__doc__.splitlines()[1])
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument(
-        "--repeats", type=int, default=2, help="number of processes per mode, of which the fastest is reported"
-    )
     parser.add_argument("--memory", action="store_true", help="measure a 16k-token row against a plain causal one")
     parser.add_argument("--shapes", action="store_true", help="measure conversations in the shape of real ones")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -189,14 +216,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--name", help="name of the file under benchmarks/results/")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try out the script")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--apart", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    if args.case:
-        print(json.dumps(measure(Case(**json.loads(args.case)))))
+    if args.apart:
+        print(json.dumps(run(json.loads(args.apart))))
         return
     kind = "row_memory" if args.memory else "step_time_shapes" if args.shapes else "step_time"
     modes = MEMORY_MODES if args.memory else EXACT_MODES if args.shapes else SPEED_MODES
@@ -213,8 +240,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"{args.name or f'{kind}_{args.device}_{args.dtype}'}.json"
     for case in cases:
-        runs = [replace(case, mode=mode) for _ in range(args.repeats) for mode in modes]
-        result["measured"] += [measure_apart(run) for run in runs if run.fits]
+        result["measured"] += measure_apart(case, modes)
         path.write_text(json.dumps(result, indent=1) + "\n")  # what has been measured so far
     print(path)
 
