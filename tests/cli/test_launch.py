@@ -87,13 +87,13 @@ def train_patiently(tmp_path):
             command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while len(list(tmp_path.glob("ready*"))) < num_processes:
                 assert run.poll() is None, run.stderr.read()
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
             send(run.pid)
-            _, errors = run.communicate(timeout=60)
+            _, errors = run.communicate(timeout=180)
         finally:
             for process in [*psutil.Process(run.pid).children(recursive=True), run] if run.poll() is None else []:
                 process.kill()
