@@ -42,8 +42,8 @@ MOST_TOKENS_AT_ONCE = 10_000
 # anew when they are used: up to a quarter of a step on a CPU, and more the larger a row's tensors are.
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 # The fastest of so many steps counts, and of fewer if they have more N-pass tokens than this: long steps scatter less.
-MOST_STEPS = 10
-TOKENS_OF_STEPS = 30_000
+MOST_STEPS = 5
+TOKENS_OF_STEPS = 15_000
 NPASS_MODES = ("npass_sequential", "npass_padded", "npass_packed")
 EXACT_MODES = ("single_pass", *NPASS_MODES)
 SPEED_MODES = (*EXACT_MODES, "last_turn", "keep_reasoning")
