@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ MOST_TOKENS_AT_ONCE = 10_000
 # The C library keeps memory that is freed. By default, it returns large blocks to Linux, which clears and maps them
 # anew when they are used: up to a quarter of a step on a CPU, and more the larger a row's tensors are.
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
-# The fastest of so many steps counts, and of fewer if they have more N-pass tokens than this: long steps scatter less.
-MOST_STEPS = 5
+# The median of so many steps counts, and of fewer if they have more N-pass tokens than this: long steps scatter less.
+MOST_STEPS = 9
 TOKENS_OF_STEPS = 15_000
 NPASS_MODES = ("npass_sequential", "npass_padded", "npass_packed")
 EXACT_MODES = ("single_pass", *NPASS_MODES)
@@ -128,7 +129,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def measure_times(case: Case, modes: Sequence[str], most_bytes: int) -> dict[str, float]:
-    """Take steps of all modes in this process, one after another; return the seconds of the fastest of each mode."""
+    """Take steps of all modes in this process, one after another; return the median seconds of each mode."""
     steps = {mode: prepare(replace(case, mode=mode)) for mode in modes}
     if case.device == "cpu":
         torch.ones(most_bytes // 4)  # mapped once, and kept
@@ -140,7 +141,7 @@ def measure_times(case: Case, modes: Sequence[str], most_bytes: int) -> dict[str
             start = now()
             step()
             seconds[mode].append(now() - start)
-    return {mode: min(times) for mode, times in seconds.items()}
+    return {mode: median(times) for mode, times in seconds.items()}
 
 
 def now() -> float:
