@@ -27,7 +27,7 @@ def run(count=400, **changes):
     [
         ({}, None),
         ({"memory": lambda step: 400 + 50 * (step < 60)}, None),  # it settles
-        ({"memory": lambda step: 400 + 0.02 * step}, "memory grew by 6.0 MiB"),
+        ({"memory": lambda step: 400 + 0.04 * step}, "memory grew by 12.0 MiB"),
         ({"threads": lambda step: 7 + step // 200}, "threads grew from 7 to 8"),
         ({"files": lambda step: 12 + step // 10}, "files grew from 21 to 50"),
         ({"seconds": lambda step: 0.1 + 0.01 * (step > 250)}, "the last pass ran at 0.909"),
