@@ -40,7 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 # With more tokens than this (8 turns), all samples at once need over 4 GB of activations, and are never the fastest.
 MOST_TOKENS_AT_ONCE = 10_000
 # The C library keeps memory that is freed. By default, it returns large blocks to Linux, which clears and maps them
-# anew when they are used: up to a quarter of a step on a CPU, and more the larger a row's tensors are.
+# anew for the next tensor, which costs a row more than a sample, since its tensors are larger.
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 # The median of so many steps counts, and of fewer if they have more N-pass tokens than this: long steps scatter less.
 MOST_STEPS = 9
