@@ -12,12 +12,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
-from transformers import logging
-
 from ..rendering.conversation import RenderingError
+from .stream_log import StreamLog
 
-
-logger = logging.get_logger(__name__)
 
 Example = TypeVar("Example")
 Value = TypeVar("Value")
@@ -135,8 +132,7 @@ def read_all(rows: Sequence[Example], read: Callable[[int, Example], Value], nam
 
 class StreamedBadRows:
     """
-    Bad rows of a stream, as they come: the first one stops it, or they are left out and logged whenever their number
-    has doubled.
+    Bad rows of a stream, as they come: the first one stops it, or they are left out and logged.
 
     Args:
         bad_rows (`BadRows`):
@@ -148,7 +144,7 @@ class StreamedBadRows:
     def __init__(self, bad_rows: BadRows, name: str) -> None:
         self._bad_rows, self._name = bad_rows, name
         self._groups: dict[str, RowErrors] = {}  # their size does not grow with the stream
-        self._next_log = 1
+        self._log = StreamLog(name)
 
     def add(self, index: int, row: object, error: BadRowError) -> None:
         """
@@ -175,9 +171,7 @@ class StreamedBadRows:
             ) from error
         _add_error(self._groups, index, reason)
         count = sum(group.count for group in self._groups.values())
-        if count >= self._next_log:
-            logger.warning(f"Stream of the {self._name} dataset so far: {describe_dropped(_by_size(self._groups))}.")
-            self._next_log = 2 * count
+        self._log.update(count, describe_dropped(_by_size(self._groups)))
 
 
 def describe_dropped(errors: Sequence[RowErrors]) -> str:

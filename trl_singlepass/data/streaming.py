@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import IterableDataset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, logging
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..trees.rows import ROW_COLUMNS, Row
 from .arrow import image_columns
@@ -16,9 +16,8 @@ from .dataset_format import EXAMPLE, in_one_column
 from .packed_dataset import pack_rows
 from .report import PreparationReport
 from .settings import RowSettings
+from .stream_log import StreamLog
 
-
-logger = logging.get_logger(__name__)
 
 # Conversations that are packed together. More of them fill rows better; fewer start sooner and resume faster.
 PACKING_BUFFER = 512
@@ -64,11 +63,7 @@ def stream_rows(
 
 
 class _StreamPreparation:
-    """
-    Prepares batches of a stream, and logs what is lost whenever it has doubled.
-
-    A stream may have no end at which to sum up what is lost, and a line per loss would flood the log.
-    """
+    """Prepares batches of a stream, and logs what is lost."""
 
     def __init__(
         self,
@@ -77,11 +72,11 @@ class _StreamPreparation:
         bad_rows: BadRows,
         name: str,
     ) -> None:
-        self._tokenizer, self._settings, self._name = tokenizer, settings, name
+        self._tokenizer, self._settings = tokenizer, settings
         self._has_images = isinstance(tokenizer, ProcessorMixin)
         self._bad_rows = StreamedBadRows(bad_rows, name)
         self._so_far: PreparationReport | None = None
-        self._next_log = 1
+        self._log = StreamLog(name)
 
     def __call__(
         self, batch: Mapping[str, Sequence[Mapping[str, object]]], indices: Sequence[int]
@@ -104,10 +99,7 @@ class _StreamPreparation:
         counts = {column: [counts[column] for _, counts in prepared] for column in columns}
         report = PreparationReport.from_counts(counts, [len(row) for row, _ in prepared], self._settings.bound)
         self._so_far = report if self._so_far is None else self._so_far + report
-        lost = self._so_far.num_cut_turns + self._so_far.num_dropped_turns
-        if lost >= self._next_log:
-            logger.warning(f"Stream of the {self._name} dataset so far: {self._so_far}.")
-            self._next_log = 2 * lost
+        self._log.update(self._so_far.num_cut_turns + self._so_far.num_dropped_turns, self._so_far)
 
 
 def _pack_batch(batch: Mapping[str, Sequence[Any]], max_row_tokens: int) -> dict[str, list[Any]]:

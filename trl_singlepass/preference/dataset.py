@@ -11,12 +11,12 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.utils.logging import get_logger
 
 from ..data.bad_rows import BadRowError, BadRows, StreamedBadRows, bad_rows_error, get_reason, group_errors
 from ..data.dataset_format import EXAMPLE, in_one_column
 from ..data.images import undecoded
 from ..data.preparation import say, tokenizer_fingerprint
+from ..data.stream_log import StreamLog
 from ..data.vision import ConversationReader, reader_for
 from ..images.loading import image_loader_of
 from ..images.placeholders import placeholders_of
@@ -28,8 +28,6 @@ from .report import COUNT_COLUMNS, PairReport, count_pair
 from .rows import PAIR_COLUMNS, PAIR_ROWS_VERSION, pair_features, pair_to_columns
 from .settings import PairSettings
 
-
-logger = get_logger(__name__)
 
 _REASON = "bad_row"  # column with the reason why an example cannot be trained
 _PREPARED_AT_ONCE = 8
@@ -155,13 +153,13 @@ def _reads_images(tokenizer: Tokenizer) -> bool:
 
 
 class _StreamPreparation:
-    """Prepares batches of a stream, and logs what is lost whenever it has doubled."""
+    """Prepares batches of a stream, and logs what is lost."""
 
     def __init__(self, tokenizer: Tokenizer, settings: PairSettings, bad_rows: BadRows, name: str) -> None:
-        self._tokenizer, self._settings, self._name = tokenizer, settings, name
+        self._tokenizer, self._settings = tokenizer, settings
         self._bad_rows = StreamedBadRows(bad_rows, name)
         self._so_far: PairReport | None = None
-        self._next_log = 1
+        self._log = StreamLog(name)
 
     def __call__(
         self, batch: Mapping[str, Sequence[Mapping[str, Any]]], indices: Sequence[int]
@@ -183,7 +181,4 @@ class _StreamPreparation:
         columns = {column: [count[column] for count in counts] for column in COUNT_COLUMNS}
         report = PairReport.from_columns(columns, self._settings)
         self._so_far = report if self._so_far is None else self._so_far + report
-        lost = self._so_far.counts["num_cut_tokens"]
-        if lost >= self._next_log:
-            logger.warning(f"Stream of the {self._name} dataset so far: {self._so_far}.")
-            self._next_log = 2 * lost
+        self._log.update(self._so_far.counts["num_cut_tokens"], self._so_far)
