@@ -17,6 +17,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 MEMORY_MODES = ("single_pass", "causal_row")
 OTHERS = ("last_turn", "keep_reasoning")
+PROFILED = {"single_pass": "single pass", "npass_sequential": "N-pass, one by one"}
 NAMES = {"npass_sequential": "one by one", "npass_padded": "padded batch", "npass_packed": "packed"}
 OTHERS_HEADER = [
     "turns",
@@ -193,6 +194,35 @@ def memory_section(result: dict[str, Any], name: str) -> str:
     return text + "\n\n" + provenance(result, name)
 
 
+def profile_section(result: dict[str, Any], name: str) -> str:
+    """Two tables of one step: which operations take its time, and what Linux spends on its memory."""
+    rows, memory = [], []
+    for mode, seconds_of in result["operations"].items():
+        whole = sum(seconds_of.values())
+        rows.append([PROFILED[mode], *(f"{part / whole:.0%}" for part in seconds_of.values())])
+        for kept, used in result["memory"][mode].items():
+            system = used["system_seconds"]
+            memory.append(
+                [
+                    PROFILED[mode],
+                    kept,
+                    seconds(used["user_seconds"] + system),
+                    seconds(system),
+                    f"{used['page_faults']:,}",
+                ]
+            )
+    kinds = list(next(iter(result["operations"].values())))
+    title = f"Where a step of {result['turns']} turns spends its time, by PyTorch's profiler:\n\n"
+    between = "What Linux spends of it on clearing and mapping memory:\n\n"
+    return "\n\n".join(
+        [
+            title + table(["step", *kinds], rows),
+            between + table(["step", "freed memory is", "time", "of it in Linux", "pages mapped"], memory),
+            provenance(result, name),
+        ]
+    )
+
+
 def provenance(result: dict[str, Any], name: str) -> str:
     machine, versions, model = result["machine"], result["versions"], result["model"]
     return (
@@ -204,7 +234,12 @@ def provenance(result: dict[str, Any], name: str) -> str:
     )
 
 
-SECTIONS = {"step_time": speed_section, "step_time_shapes": shapes_section, "row_memory": memory_section}
+SECTIONS = {
+    "step_time": speed_section,
+    "step_time_shapes": shapes_section,
+    "step_profile": profile_section,
+    "row_memory": memory_section,
+}
 
 
 def read(kind: str) -> list[tuple[str, dict[str, Any]]]:

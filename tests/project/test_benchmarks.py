@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
-from benchmarks import report, screen_agent
+from benchmarks import report, screen_agent, step_profile
 from benchmarks.modes import MODES, Step
 from benchmarks.shapes import SHAPES, get_shape, make_samples, read_shapes
 from benchmarks.step_time import TINY_MODEL, TINY_SIZES, Case, counted
@@ -161,6 +161,36 @@ def test_report_gives_the_ratio_of_peak_memory():
         measured("single_pass", 1.0, bytes=3 * 2**20), measured("causal_row", 1.0, bytes=2**21), kind="row_memory"
     )
     assert "3 MiB as a tree, 2 MiB as a plain causal row (ratio 1.50)" in report.memory_section(memory, "memory.json")
+
+
+@pytest.mark.parametrize("mode", step_profile.MODES)
+def test_the_profile_finds_matrix_products_and_attention(mode):
+    seconds = step_profile.seconds_by_kind(Case(mode, 2, 0, True, "cpu", "float32"))
+    assert list(seconds) == ["matrix products", "attention", "everything else"]
+    assert min(seconds.values()) > 0
+
+
+def test_the_profile_tells_operations_apart():
+    names = {"aten::mm", "aten::addmm", "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "aten::mul"}
+    kinds = {name: step_profile.kind_of(name) for name in names}
+    assert kinds == {
+        "aten::mm": "matrix products",
+        "aten::addmm": "matrix products",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
+        "aten::mul": "everything else",
+    }
+
+
+def test_report_gives_shares_of_operations_and_what_memory_costs():
+    used = {"user_seconds": 3.0, "system_seconds": 1.0, "page_faults": 1000}
+    profiled = result(kind="step_profile") | {
+        "turns": 2,
+        "operations": {"single_pass": {"matrix products": 3.0, "attention": 0.5, "everything else": 0.5}},
+        "memory": {"single_pass": {"returned": used}},
+    }
+    text = report.profile_section(profiled, "profile.json")
+    assert "| single pass | 75% | 12% | 12% |" in text
+    assert "| single pass | returned | 4.00 s | 1.00 s | 1,000 |" in text
 
 
 def test_the_table_of_screens_is_the_measurement():
