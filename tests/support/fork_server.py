@@ -15,8 +15,10 @@ import sys
 import time
 import traceback
 
-import deepspeed  # noqa: F401 - imported here once, not in every fork
+# Imported here once, not in every fork. DeepSpeed's engines import PyTorch's compiler, which takes seconds.
+import deepspeed  # noqa: F401
 import distributed_worker
+import torch._inductor.compile_fx  # noqa: F401
 
 
 def run_rank(job, rank):
