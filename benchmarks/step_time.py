@@ -44,7 +44,7 @@ MOST_TOKENS_AT_ONCE = 10_000
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 # The median of so many steps counts, and of fewer if they have more N-pass tokens than this: long steps scatter less.
 MOST_STEPS = 9
-TOKENS_OF_STEPS = 45_000
+TOKENS_OF_STEPS = 130_000
 NPASS_MODES = ("npass_sequential", "npass_padded", "npass_packed")
 EXACT_MODES = ("single_pass", *NPASS_MODES)
 SPEED_MODES = (*EXACT_MODES, "last_turn", "keep_reasoning")
