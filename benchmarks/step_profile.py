@@ -9,10 +9,7 @@ counted without it, in processes of their own: once as the C library returns mem
 
 import argparse
 import json
-import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import describe
-from benchmarks.step_time import KEPT_MEMORY, MODEL, RESULTS, TINY_MODEL, Case, prepare
+from benchmarks.step_time import KEPT_MEMORY, MODEL, RESULTS, TINY_MODEL, Case, prepare, run_apart
 
 
 MODES = ("single_pass", "npass_sequential")
@@ -66,14 +63,9 @@ MEASUREMENTS = {"operations": seconds_by_kind, "memory": use_of_system}
 
 
 def measure_apart(measurement: str, case: Case, environment: dict[str, str]) -> dict[str, float]:
-    """Run one measurement in a fresh process."""
-    what = json.dumps({"measurement": measurement, "case": vars(case)})
-    command = [sys.executable, "-m", "benchmarks.step_profile", "--apart", what]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
-    if done.returncode != 0:
-        raise SystemExit(f"{what} failed:\n{done.stderr[-2000:]}")
-    print(case.mode, measurement, done.stdout.splitlines()[-1], flush=True)
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    """Run one measurement in a fresh process, and print its result."""
+    result = run_apart({"measurement": measurement, "case": vars(case)}, environment, module="step_profile")
+    print(case.mode, measurement, json.dumps(result), flush=True)
     return result
 
 

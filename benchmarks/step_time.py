@@ -166,9 +166,9 @@ def measure_apart(case: Case, modes: Sequence[str]) -> list[dict[str, Any]]:
     return measured
 
 
-def run_apart(what: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
-    """Run one measurement in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.step_time", "--apart", json.dumps(what)]
+def run_apart(what: dict[str, Any], environment: dict[str, str], module: str = "step_time") -> dict[str, Any]:
+    """Run one measurement of a module in a fresh process."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--apart", json.dumps(what)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if done.returncode != 0:
         raise SystemExit(f"{what} failed:\n{done.stderr[-2000:]}")
