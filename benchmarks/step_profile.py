@@ -21,16 +21,16 @@ from benchmarks.step_time import KEPT_MEMORY, MODEL, RESULTS, TINY_MODEL, Case, 
 
 
 MODES = ("single_pass", "npass_sequential")
-OPERATIONS = {"matrix products": ("mm", "addmm", "bmm"), "attention": ("scaled_dot_product",)}
+KINDS = ("matrix products", "attention", "everything else")
 # Names of environments in which a step is counted: the C library's default, and that of the benchmarks.
 ENVIRONMENTS: dict[str, dict[str, str]] = {"returned": {}, "kept": KEPT_MEMORY}
 
 
 def kind_of(operation: str) -> str:
     """Return the kind of an operation by its name: `aten::mm` is a matrix product."""
-    name = operation.removeprefix("aten::")
-    products, attention = OPERATIONS["matrix products"], OPERATIONS["attention"][0]
-    return "matrix products" if name in products else "attention" if attention in name else "everything else"
+    if operation.removeprefix("aten::") in ("mm", "addmm", "bmm"):
+        return "matrix products"
+    return "attention" if "scaled_dot_product" in operation else "everything else"
 
 
 def seconds_by_kind(case: Case) -> dict[str, float]:
@@ -38,7 +38,7 @@ def seconds_by_kind(case: Case) -> dict[str, float]:
     _, step = prepare(case)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
-    seconds = dict.fromkeys((*OPERATIONS, "everything else"), 0.0)
+    seconds = dict.fromkeys(KINDS, 0.0)
     for event in profiler.key_averages():
         seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
     return seconds
