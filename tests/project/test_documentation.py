@@ -219,6 +219,21 @@ def test_links_to_files_lead_somewhere(document):
             assert anchor in {slugify(heading, "-") for heading in headings}, f"{target}#{anchor}"
 
 
+def is_skipped(example):
+    """Whether a comment before a block says why it does not run."""
+    comment = example.document.text[: example.start].rstrip().rpartition("\n")[2]
+    return comment.lstrip().startswith("<!-- skip:")
+
+
+def writers(example, folder):
+    """Return the scripts that stand above a block and write a file that it reads."""
+    missing = [name for name in re.findall(r"[\w-]+\.jsonl", str(example.parsed)) if not (folder / name).exists()]
+    above = [other for other in example.document.examples() if other.line < example.line]
+    return [
+        other for other in above if any(re.search(rf'"{name}"\)\.write_text', str(other.parsed)) for name in missing)
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "example", [example for example in EXAMPLES if example.values[0].region.evaluator is evaluate_bash]
@@ -226,8 +241,12 @@ def test_links_to_files_lead_somewhere(document):
 def test_block_in_a_shell(example, folder):
     """As a reader would run it, with nothing replaced but the model, through its variable."""
     block = str(example.parsed)
+    if is_skipped(example):
+        pytest.skip("says that it does not run")
     if "NODE_RANK" in block or any(re.match(rf"{re.escape(name)} ", block) for name in CHECKS):
         pytest.skip("builds an environment or starts several machines")
+    for script in writers(example, folder):
+        subprocess.run([sys.executable, "-c", str(script.parsed)], cwd=folder, check=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "MODEL": str(DEMO_MODEL), "HF_HUB_OFFLINE": "1"}
     subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=folder, env=environment, check=True)
