@@ -78,7 +78,11 @@ def train_patiently(tmp_path):
 
     def train_patiently(num_processes, send):
         (tmp_path / "patient.py").write_text(PATIENT)
-        code = "from trl_singlepass.cli import launch, main; launch.WORKER = 'patient'; raise SystemExit(main())"
+        # A shell that starts the tests in the background has Ctrl-C ignored in all that they start.
+        code = (
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from trl_singlepass.cli import launch, main; launch.WORKER = 'patient'; raise SystemExit(main())"
+        )
         path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
         processes = ["--num_processes", str(num_processes), *(["--multi_gpu"] if num_processes > 1 else [])]
         command = [sys.executable, "-W", "ignore", "-c", code, "train", *processes, *TRAIN, "--output_dir", tmp_path]
