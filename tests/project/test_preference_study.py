@@ -77,7 +77,7 @@ def test_a_seed_works_end_to_end_and_is_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr("studies.preference.runs.sample_pairs", lambda *args: made_up)
     main(["--seeds", "0", "--output", str(tmp_path)], TINY)
     (record,) = report.load(tmp_path)
-    assert [run["arm"] for run in record["runs"]] == list(ARMS)
+    assert [run["arm"] for run in record["runs"]] == [arm for arm in ARMS for _ in TINY.learning_rates]
     assert all(len(run["losses"]) == 1 for run in record["runs"])
     written = (tmp_path / "seed-0.json").stat().st_mtime_ns
     main(["--seeds", "0", "--output", str(tmp_path)], TINY)
