@@ -73,7 +73,8 @@ def run_tests(path: Path, seconds: float, selection: Sequence[str] = ("-m", "gpu
 
 
 def collect_tests(selection: Sequence[str]) -> list[str]:
-    outcome = run_apart([sys.executable, "-m", "pytest", "--collect-only", "--verbosity=-1", "-n", "0", *selection], 300)
+    collecting = [sys.executable, "-m", "pytest", "--collect-only", "--verbosity=-1", "-n", "0"]
+    outcome = run_apart([*collecting, *selection], 300)
     tests = [line for line in outcome.output.splitlines() if "::" in line]
     if not tests:
         raise RuntimeError(f"pytest found no test with {' '.join(selection)}: {outcome.failed}\n{outcome.output}")
