@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.reference.steps import Schedule, make_step
 from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row
 
@@ -128,6 +129,13 @@ def single_pass(step: Step) -> Callable[[], float]:
     return loss
 
 
+def waves(step: Step) -> Callable[[], float]:
+    """The same row, in the smallest waves that keep the history next to any branch."""
+    enable_tree(step.model)
+    in_waves = make_step(step.model, step.samples, Schedule.WAVES)
+    return lambda: float(in_waves())
+
+
 def last_turn(step: Step) -> Callable[[], float]:
     """The last sample alone."""
     return npass_sequential(Step(step.model, step.samples[-1:]))
@@ -147,5 +155,5 @@ def causal_row(step: Step) -> Callable[[], float]:
     return lambda: step.backward(step.decoder(input_ids)[0][predicting], labels[predicting + 1])
 
 
-_MODES = (single_pass, npass_sequential, npass_padded, npass_packed, last_turn, keep_reasoning, causal_row)
+_MODES = (single_pass, waves, npass_sequential, npass_padded, npass_packed, last_turn, keep_reasoning, causal_row)
 MODES = {mode.__name__: mode for mode in _MODES}

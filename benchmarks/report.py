@@ -1,10 +1,11 @@
 """
-Write the measured tables into README.md and docs/benchmarks.md, from the files under benchmarks/results/ alone.
+Write the measured tables into README.md and two pages of docs/, from the files under benchmarks/results/ alone.
 
     python -m benchmarks.report
 """
 
 import json
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -14,7 +15,9 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+MEMORY = Path(__file__).parents[1] / "docs" / "memory.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+Section = Callable[[dict[str, Any], str], str]
 MEMORY_MODES = ("single_pass", "causal_row")
 OTHERS = ("last_turn", "keep_reasoning")
 PROFILED = {"single_pass": "single pass", "npass_sequential": "N-pass, one by one"}
@@ -43,7 +46,17 @@ SPEED_HEADER = [
     "peak memory, N-pass",
     "peak memory, single pass",
 ]
-
+WAVES_HEADER = [
+    "like",
+    "turns",
+    "tokens",
+    "waves",
+    "row",
+    "in waves",
+    "**waves ÷ row**",
+    "peak memory, row",
+    "peak memory, waves",
+]
 SUMMARY_HEADER = [
     "one conversation",
     "N-pass",
@@ -66,14 +79,15 @@ def fastest(measured: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def check_equal(best: dict[str, dict[str, Any]], precision: float) -> None:
+    reference_mode = "npass_sequential" if "npass_sequential" in best else "single_pass"
     for mode, one in best.items():
         if mode in OTHERS:
             continue  # they train something else
         for name in ("loss", "norm"):
-            reference = best["npass_sequential"][name]
+            reference = best[reference_mode][name]
             if abs(one[name] - reference) > precision * abs(reference):
                 raise ValueError(
-                    f"{mode} computed {name} {one[name]}, N-pass {reference}: not the same training step."
+                    f"{mode} computed {name} {one[name]}, {reference_mode} {reference}: not the same training step."
                 )
 
 
@@ -182,6 +196,27 @@ def shapes_section(result: dict[str, Any], name: str) -> str:
     return title + table(["like", *SPEED_HEADER], rows) + "\n\n" + provenance(result, name)
 
 
+def waves_section(result: dict[str, Any], name: str) -> str:
+    """The table of rows in waves."""
+    rows = []
+    for count, best in by_conversation(result):
+        row, waves = best["single_pass"], best["waves"]
+        rows.append(
+            [
+                f"`{count['shape']}`",
+                str(count["turns"]),
+                f"{count['row_tokens']:,}",
+                str(count["waves"]),
+                seconds(row["seconds"]),
+                seconds(waves["seconds"]),
+                f"**{waves['seconds'] / row['seconds']:.2f}**",
+                mebibytes(row["bytes"]),
+                mebibytes(waves["bytes"]),
+            ]
+        )
+    return table(WAVES_HEADER, rows) + "\n\n" + provenance(result, name)
+
+
 def memory_section(result: dict[str, Any], name: str) -> str:
     used = {mode: [one["bytes"] for one in result["measured"] if one["mode"] == mode] for mode in MEMORY_MODES}
     best = {mode: median(values) for mode, values in used.items()}
@@ -234,12 +269,14 @@ def provenance(result: dict[str, Any], name: str) -> str:
     )
 
 
-SECTIONS = {
+# What each kind of results becomes, on docs/benchmarks.md and on docs/memory.md.
+PAGE_SECTIONS: dict[str, Section] = {
     "step_time": speed_section,
     "step_time_shapes": shapes_section,
     "step_profile": profile_section,
     "row_memory": memory_section,
 }
+MEMORY_SECTIONS: dict[str, Section] = {"step_time_waves": waves_section}
 
 
 def read(kind: str) -> list[tuple[str, dict[str, Any]]]:
@@ -248,9 +285,9 @@ def read(kind: str) -> list[tuple[str, dict[str, Any]]]:
     return [(name, result) for name, result in results if result.get("kind") == kind]
 
 
-def report() -> str:
-    """All tables of docs/benchmarks.md."""
-    return "\n\n".join(section(result, name) for kind, section in SECTIONS.items() for name, result in read(kind))
+def report(sections: dict[str, Section] = PAGE_SECTIONS) -> str:
+    """All tables of a page."""
+    return "\n\n".join(section(result, name) for kind, section in sections.items() for name, result in read(kind))
 
 
 def replace_between_markers(path: Path, text: str) -> None:
@@ -265,6 +302,7 @@ def main() -> None:
     latest = [read(kind)[-1][1] for kind in ("step_time", "step_time_shapes", "waves")]
     replace_between_markers(README, summary(*latest))
     replace_between_markers(PAGE, report())
+    replace_between_markers(MEMORY, report(MEMORY_SECTIONS))
 
 
 if __name__ == "__main__":

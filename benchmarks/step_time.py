@@ -5,6 +5,7 @@ There are three kinds of N-pass. The alternatives train the last turn only, or k
 
     python -m benchmarks.step_time                     speed: the tables of the README and of docs/benchmarks.md
     python -m benchmarks.step_time --shapes            conversations in the shape of real ones (benchmarks/shapes/)
+    python -m benchmarks.step_time --waves             the latter in waves: the table of docs/memory.md
     python -m benchmarks.step_time --memory            memory of a 16k-token row against a plain causal row
 
 Memory of each mode is measured in a process of its own. Times are measured in one process that takes a step of each
@@ -34,6 +35,9 @@ from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.reference.peak_memory import peak, reset_peak
 from trl_singlepass.reference.random_conversations import Sizes, conversation
+from trl_singlepass.reference.steps import wave_tokens_that_keep_the_history
+from trl_singlepass.trees.rows import TreePlan
+from trl_singlepass.waves import WavePlan
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,6 +53,7 @@ NPASS_MODES = ("npass_sequential", "npass_padded", "npass_packed")
 EXACT_MODES = ("single_pass", *NPASS_MODES)
 SPEED_MODES = (*EXACT_MODES, "last_turn", "keep_reasoning")
 MEMORY_MODES = ("single_pass", "causal_row")
+WAVE_MODES = ("single_pass", "waves")
 MODEL = {
     "num_hidden_layers": 6,
     "hidden_size": 512,
@@ -201,6 +206,12 @@ def counted(case: Case) -> dict[str, Any]:
     }
 
 
+def count_waves(case: Case) -> int:
+    """Return the number of waves of the mode `waves`."""
+    plan = TreePlan.from_subtree_end(PrefixTree.from_samples(case.samples()).subtree_end)
+    return len(WavePlan.from_tree_plan(plan, wave_tokens_that_keep_the_history(plan)).waves)
+
+
 def seed_of_length(turns: int, tokens: int, tiny: bool) -> int:
     """Return the seed of the conversation whose row is closest to a given length."""
     seeds = [Case("", turns, seed, tiny, "", "") for seed in range(200)]
@@ -212,6 +223,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--memory", action="store_true", help="measure a 16k-token row against a plain causal one")
     parser.add_argument("--shapes", action="store_true", help="measure conversations in the shape of real ones")
+    parser.add_argument("--waves", action="store_true", help="measure the latter in one row and in waves")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--name", help="name of the file under benchmarks/results/")
@@ -226,8 +238,7 @@ def main() -> None:
     if args.apart:
         print(json.dumps(run(json.loads(args.apart))))
         return
-    kind = "row_memory" if args.memory else "step_time_shapes" if args.shapes else "step_time"
-    modes = MEMORY_MODES if args.memory else EXACT_MODES if args.shapes else SPEED_MODES
+    kind, modes = kind_of(args)
     cases = cases_of(args)
     result: dict[str, Any] = {
         "kind": kind,
@@ -235,7 +246,7 @@ def main() -> None:
         "model": TINY_MODEL if args.tiny else MODEL,
         "dtype": args.dtype,
         "environment": KEPT_MEMORY,
-        "counted": [counted(case) for case in cases],
+        "counted": [{**counted(case), **({"waves": count_waves(case)} if args.waves else {})} for case in cases],
         "measured": [],
     }
     args.output.mkdir(parents=True, exist_ok=True)
@@ -246,10 +257,19 @@ def main() -> None:
     print(path)
 
 
+def kind_of(args: argparse.Namespace) -> tuple[str, Sequence[str]]:
+    """Return the kind of the results, and the modes that it compares."""
+    if args.memory:
+        return "row_memory", MEMORY_MODES
+    if args.waves:
+        return "step_time_waves", WAVE_MODES
+    return ("step_time_shapes", EXACT_MODES) if args.shapes else ("step_time", SPEED_MODES)
+
+
 def cases_of(args: argparse.Namespace) -> list[Case]:
     """Return the cases to measure, in every mode."""
     common = {"mode": "", "tiny": args.tiny, "device": args.device, "dtype": args.dtype}
-    if args.shapes:
+    if args.shapes or args.waves:
         names = sorted(path.stem for path in SHAPES.glob("*.json"))
         return [
             Case(turns=len(shape["template"]), seed=index, shape=name, **common)

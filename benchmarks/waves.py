@@ -4,7 +4,6 @@ Measure time and peak memory of one training step on one conversation: in waves,
     python -m benchmarks.waves                         8, 16 and 32 turns
     python -m benchmarks.waves --checkpointing         the same with gradient checkpointing
     python -m benchmarks.waves --long                  64 turns and one turn of 64k tokens in waves of 2048
-    python -m benchmarks.waves --shapes                row and waves on conversations in the shape of real ones
 
 Each measurement runs in its own process, and modes alternate. Time is the CPU time of one thread, in the second step;
 memory is the peak of the process above what it held before, in the first step.
@@ -25,7 +24,6 @@ from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
 from benchmarks.machine import describe
 from benchmarks.modes import MODES, Step
-from benchmarks.shapes import SHAPES, make_samples, read_shapes
 from benchmarks.step_time import KEPT_MEMORY, MODEL, TINY_MODEL, TINY_SIZES, now
 from trl_singlepass import PrefixTree
 from trl_singlepass.attention.context import Tree
@@ -54,16 +52,12 @@ class Case:
     one_turn_tokens: int = 0
     checkpointing: bool = False
     tiny: bool = False
-    shape: str = ""  # name of a file of shapes; random conversations if empty
-    index: int = 0  # which of its conversations
 
     @property
     def model(self) -> dict[str, Any]:
         return TINY_MODEL if self.tiny else MODEL
 
     def samples(self) -> list[Any]:
-        if self.shape:
-            return make_samples(read_shapes(self.shape)[self.index]["template"], self.model["vocab_size"])
         sizes = TINY_SIZES if self.tiny else Sizes()
         if self.one_turn_tokens:
             sizes = Sizes((50, 50), (self.one_turn_tokens - 250,) * 2, (150, 150), 50)
@@ -151,7 +145,6 @@ def counted(case: Case) -> dict[str, Any]:
     count = ActivationBytes.from_config(config, 4, checkpointing=case.checkpointing)
     return {
         "turns": case.turns,
-        **({"shape": case.shape, "index": case.index} if case.shape else {}),
         "npass_tokens": npass.tokens,
         "longest_sample": max(len(sample) for sample in samples),
         "tree_tokens": single.tokens,
@@ -162,13 +155,6 @@ def counted(case: Case) -> dict[str, Any]:
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    if args.shapes:
-        return [
-            Case(mode, len(shape["template"]), tiny=args.tiny, shape=path.stem, index=index)
-            for path in sorted(SHAPES.glob("*.json"))
-            for index, shape in enumerate(read_shapes(path.stem))
-            for mode in ("single_pass", "waves")
-        ]
     if args.long:
         size = 64 if args.tiny else 2048
         one_turn = args.one_turn or (2_000 if args.tiny else 65_536)
@@ -185,7 +171,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing inside each wave")
     parser.add_argument("--long", action="store_true", help="64 turns, and one turn of 64k tokens")
-    parser.add_argument("--shapes", action="store_true", help="conversations in the shape of real ones")
     parser.add_argument("--one-turn", type=int, help="tokens of the one long turn")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try out the script")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -196,7 +181,7 @@ def main() -> None:
         return
     chosen = cases(args)
     result = {
-        "kind": "waves_long" if args.long else "waves_shapes" if args.shapes else "waves",
+        "kind": "waves_long" if args.long else "waves",
         **describe("cpu"),
         "model": chosen[0].model,
         "dtype": "float32",

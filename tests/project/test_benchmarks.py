@@ -33,7 +33,7 @@ def reference():
     return loss_and_gradient("npass_sequential")
 
 
-@pytest.mark.parametrize("mode", ["single_pass", "npass_padded", "npass_packed"])
+@pytest.mark.parametrize("mode", ["single_pass", "waves", "npass_padded", "npass_packed"])
 def test_modes_are_the_same_training_step(mode, reference):
     loss, gradient = loss_and_gradient(mode)
     assert loss == pytest.approx(reference[0], rel=1e-6)
@@ -133,12 +133,12 @@ def test_tables_replace_what_is_between_the_markers(tmp_path):
 
 
 def test_pages_say_what_the_committed_results_say(tmp_path, monkeypatch):
-    for name in ("README", "PAGE"):
+    for name in ("README", "PAGE", "MEMORY"):
         page = getattr(report, name)
         monkeypatch.setattr(report, name, tmp_path / page.name)
         shutil.copy(page, tmp_path)
     report.main()
-    for page in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
+    for page in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "memory.md"):
         assert (tmp_path / page.name).read_text() == page.read_text()
 
 
