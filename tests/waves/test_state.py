@@ -48,7 +48,7 @@ def test_layers_with_a_window_keep_what_it_looks_back_to():
     plan = plan_of(batch, 100, keep_history=False)
     _, runner = train_in_waves(model, batch, plan)
     (cache,) = runner.caches
-    windowed, full = (cache.kv_caches[layer.self_attn].num_slots for layer in model.model.layers)
+    windowed, full = (cache.kv_caches[layer.self_attn, 0].num_slots for layer in model.model.layers)
     assert full == plan.cached_tokens
     assert 6 < windowed < full / 2  # of 14 tokens of history per turn, the six before the next branch
 
@@ -60,7 +60,7 @@ def test_offloaded_keys_and_values_are_on_the_cpu():
     tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
     runner = WaveRunner(plan_of(batch, 20), tree, offload=True)
     for cache in runner.caches:
-        stored = cache.get_kv_cache(model, np.arange(3))
+        stored = cache.get_kv_cache(model, 0, np.arange(3))
         assert stored.zeros_like(torch.zeros(1, 2, 3, 4, device="meta"), torch.float64).device.type == "cpu"
 
 

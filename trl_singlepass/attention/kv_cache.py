@@ -39,7 +39,7 @@ class KVCache:
     @property
     def following(self) -> KVCache | None:
         """Cache of the layer that runs next among those alike: the one before, during a backward pass."""
-        index = self.alike.index(self) + (-1 if _is_in_backward() else 1)
+        index = self.alike.index(self) + (-1 if is_in_backward() else 1)
         return self.alike[index] if 0 <= index < len(self.alike) else None
 
     def zeros_like(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -137,7 +137,7 @@ class KVCacheView:
         copies, following = cache.copies(device), cache.following
         ahead = None if following is None or following.kv is None else following.kv[:, first:last]
         fetched = copies.fetch(kv, ahead, kind=id(cache.alike))
-        if _is_in_backward() and cache.grad is not None:
+        if is_in_backward() and cache.grad is not None:
             copies.start_for_one_use(cache.grad[:, first:last])
         return FetchedSlots(first, fetched)
 
@@ -213,6 +213,6 @@ class KVCacheView:
             start += last - first
 
 
-def _is_in_backward() -> bool:
+def is_in_backward() -> bool:
     """Whether autograd calls, for a backward or for the recomputation of a checkpointed layer."""
     return torch._C._current_graph_task_id() != -1

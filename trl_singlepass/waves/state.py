@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ..attention.context import Tree
-from ..attention.kv_cache import KVCache, KVCacheView
+from ..attention.kv_cache import KVCache, KVCacheView, is_in_backward
 from ..attention.layer_slots import LayerSlots, SlotRanges
 from ..attention.offload import HostCopies
 from ..recurrent.boundary import BoundarySlots, RowBoundary
@@ -47,7 +47,7 @@ class GroupCache:
         self.offload = offload
         self._copies: dict[torch.device, HostCopies] = {}
         self._alike: defaultdict[int, list[KVCache]] = defaultdict(list)
-        self.kv_caches: dict[torch.nn.Module, KVCache] = {}
+        self.kv_caches: dict[tuple[torch.nn.Module, int], KVCache] = {}
         self.inputs_and_states: defaultdict[torch.nn.Module, BoundaryTensors] = defaultdict(
             lambda: BoundaryTensors(offload)
         )
@@ -61,12 +61,23 @@ class GroupCache:
         whole = (RangeMap.consecutive(((wave.start, wave.end),)) for wave in self._waves)
         return [make_subplan(self.row, tokens, self.slots) for tokens in whole]
 
-    def get_kv_cache(self, layer: torch.nn.Module, slots: NDArray[np.int64]) -> KVCache:
-        """Return the keys and values of an attention layer that stores these slots, from [`get_window_slots`]."""
-        if layer not in self.kv_caches:
+    def get_kv_cache(self, layer: torch.nn.Module, call: int, slots: NDArray[np.int64]) -> KVCache:
+        """
+        Return the keys and values of one call of an attention layer.
+
+        Args:
+            layer (`torch.nn.Module`):
+                Attention layer.
+            call (`int`):
+                How often the layer attended before in the same forward: most do once, but DiffLlama's do twice, with
+                other values, and looped models run a layer again.
+            slots (`numpy.ndarray` of `numpy.int64`):
+                Slots that it stores, from [`get_window_slots`].
+        """
+        if (layer, call) not in self.kv_caches:
             copies = self._copies_for if self.offload else None
-            self.kv_caches[layer] = KVCache(len(slots), copies, self._alike[id(slots)])
-        return self.kv_caches[layer]
+            self.kv_caches[layer, call] = KVCache(len(slots), copies, self._alike[id(slots)])
+        return self.kv_caches[layer, call]
 
     def _copies_for(self, device: torch.device) -> HostCopies:
         if device not in self._copies:
@@ -154,6 +165,7 @@ class WaveTree(Tree):
     handed_on: SlotRanges = ()
     stores: bool = False
     _layer_slots: dict[int | None, LayerSlots] = field(default_factory=dict, init=False, repr=False)
+    _calls: Counter[torch.nn.Module] = field(default_factory=Counter, init=False, repr=False)
 
     @classmethod
     def from_wave(cls, wave: Wave, tokens: Ranges, cache: GroupCache, row: Tree, *, stores: bool) -> WaveTree:
@@ -187,12 +199,30 @@ class WaveTree(Tree):
         return cls(plan, end, depth, row.attended_by, row.group, cache, handed_on, stores)
 
     def kv_cache(self, layer: torch.nn.Module, local_size: int | None = None) -> KVCacheView | None:
-        """Return the keys and values of ancestors that ran before, as far back as the layer looks."""
+        """
+        Return the keys and values of ancestors that ran before, as far back as the layer looks.
+
+        Raises:
+            `NotImplementedError`: If a checkpointed layer attends several times: which time runs again is not known.
+        """
         assert self.cache is not None
         if not len(self.cache.slots):
             return None
         slots = self._get_layer_slots(local_size)
-        return KVCacheView(self.cache.get_kv_cache(layer, slots.kept), slots)
+        return KVCacheView(self.cache.get_kv_cache(layer, self._count_call(layer), slots.kept), slots)
+
+    def _count_call(self, layer: torch.nn.Module) -> int:
+        """Return how often a layer attended before in this forward."""
+        if not is_in_backward():
+            self._calls[layer] += 1
+            return self._calls[layer] - 1
+        if self._calls[layer] > 1:  # a checkpointed layer runs again
+            raise NotImplementedError(
+                "Waves (wave_tokens) do not combine with gradient checkpointing in this model: "
+                f"{type(layer).__name__} attends several times in a forward. Set gradient_checkpointing=False, or "
+                "leave out wave_tokens."
+            )
+        return 0
 
     def _get_layer_slots(self, local_size: int | None) -> LayerSlots:
         """Return the slots of layers that look so many tokens back, the same object each time."""
