@@ -1,6 +1,7 @@
 """What rows store for one another: only what later rows need, found where the docstrings say."""
 
 import numpy as np
+import pytest
 import torch
 
 from trl_singlepass.recurrent.boundary import BoundarySlots, RowBoundary
@@ -40,3 +41,12 @@ def test_gradients_of_stored_inputs_return_to_the_row_that_made_them():
     extended_x[:, :3].sum().backward()
     assert y.grad.flatten().tolist() == [1.0, 1.0]
     assert x.grad.flatten().tolist() == [1.0, 1.0, 8.0]
+
+
+def test_a_layer_that_runs_twice_in_a_forward_is_refused():
+    boundary = RowBoundary(4, {}, BoundarySlots(np.array([2]), frozenset()), {}, stores=True)
+    first, second = torch.nn.Identity(), torch.nn.Identity()
+    boundary.begin(first)
+    boundary.begin(second)
+    with pytest.raises(NotImplementedError, match="Identity runs several times in a forward"):
+        boundary.begin(first)

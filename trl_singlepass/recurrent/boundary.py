@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..attention.kv_cache import is_in_backward
 from ..trees.rows import TreePlan
 from .boundary_grads import AppendDetachedInputs, BoundaryTensors, CollectStateGradients, InputKey, LoadState, StateKey
 from .fork_cache import ForkStates
@@ -90,6 +91,7 @@ class RowBoundary:
         own = [(place, positions[slot]) for place, slot in enumerate(needed.inputs.tolist()) if slot in positions]
         self._own = {torch.device("cpu"): torch.tensor(own, dtype=torch.long).reshape(-1, 2).T.contiguous()}
         self.state_ends = {positions[slot] + 1: slot for slot in sorted(needed.states) if slot in positions}
+        self._layers: set[nn.Module] = set()
 
     @property
     def num_outside(self) -> int:
@@ -105,6 +107,22 @@ class RowBoundary:
         """
         outside = self.length + np.searchsorted(self.needed.inputs, positions - self.length)
         return np.where(positions < self.length, positions, outside)
+
+    def begin(self, layer: nn.Module) -> None:
+        """
+        Note that a layer runs.
+
+        Raises:
+            `NotImplementedError`: If it runs several times in a forward: its runs would share what is stored.
+        """
+        if is_in_backward():  # a checkpointed layer runs again
+            return
+        if layer in self._layers:
+            raise NotImplementedError(
+                f"Waves (wave_tokens) do not work with this model: {type(layer).__name__} runs several times in a "
+                "forward. Leave out wave_tokens."
+            )
+        self._layers.add(layer)
 
     def extend(self, layer: nn.Module, value: object, key: InputKey) -> object:
         """

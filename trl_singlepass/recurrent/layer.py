@@ -145,6 +145,7 @@ def _run_pieces(layer: Any, arguments: Mapping[str, object], layout: Layout) -> 
     mode: ReplayMode = layer._replay_mode
     boundary, cache_arguments = layout.boundary, _cache_arguments(layer)
     if boundary is not None:
+        boundary.begin(layer)
         arguments = {name: _extend(layer, name, value, boundary) for name, value in arguments.items()}
     per_batch = {name: _split(layer, name, value, layout) for name, value in arguments.items()}
     outputs: list[Any] = []
