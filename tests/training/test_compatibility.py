@@ -62,6 +62,14 @@ def test_models_that_do_not_train_on_text_are_refused(class_name, message):
         check_model(tiny_conditional(class_name))
 
 
+def test_a_vocabulary_padded_in_the_embedding_alone_is_accepted():
+    if not hasattr(transformers, "Inkling2ForCausalLM"):
+        pytest.skip("transformers has no Inkling2ForCausalLM")
+    model = tiny_model("inkling2_text", vocab_size=128)
+    assert model.get_output_embeddings().out_features < model.get_input_embeddings().num_embeddings
+    check_model(model)
+
+
 def test_images_are_refused(tmp_path, tokenizer):
     rows = [{"messages": chat(1), "images": ["a.png"]}]
     with pytest.raises(ValueError, match="Qwen3ForCausalLM has no get_image_features"):
