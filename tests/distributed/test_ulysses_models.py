@@ -19,6 +19,7 @@ MODELS = {
     "hybrid dense": "qwen3_5_text",
     "hybrid moe": "qwen3_5_moe_text",
     "moe with auxiliary loss": "qwen3-moe",
+    "heads of several sizes": "gemma4_unified_text",
 }
 CASES = {
     "rows": {},

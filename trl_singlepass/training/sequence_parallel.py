@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import accelerate.accelerator
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -37,6 +36,7 @@ from .gradient_scale import GradientCheck, get_gradient_scale
 from .loss import LossContext
 from .model import Forward, without_adapters
 from .shared_rows import SharedRows
+from .ulysses_preparation import allowing_recurrent_layers, reading_sizes_of_any_layer
 
 
 if TYPE_CHECKING:
@@ -79,12 +79,14 @@ class SequenceParallel:
     ) -> None:
         import deepspeed
 
-        check_sequence_parallelism(model, args, accelerator)
+        base = without_adapters(model)
+        self._config = base.config.get_text_config()
+        with reading_sizes_of_any_layer(self._config):
+            check_sequence_parallelism(model, args, accelerator)
         self._accelerator = accelerator
         self._recorder, self._router_loss_coef = recorder, router_loss_coef
         self.size: int = accelerator.parallelism_config.sp_size
-        base = without_adapters(model)
-        self._attention = register_shared_attention(base.config.get_text_config()._attn_implementation)
+        self._attention = register_shared_attention(self._config._attn_implementation)
         base.set_attn_implementation(self._attention)
         # accelerate accepts stock names only; DeepSpeed takes over whatever name stands here.
         accelerator.parallelism_config.sp_handler.sp_attn_implementation = self._attention
@@ -92,9 +94,11 @@ class SequenceParallel:
         self._group: RowGroup | None = None
         self._gradient_check: GradientCheck | None = None
 
-    def preparing(self) -> AbstractContextManager[None]:
-        """Return the context in which the Trainer prepares the model for training."""
-        return allowing_recurrent_layers()
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Prepare the model for training inside: accelerate and DeepSpeed take it over."""
+        with allowing_recurrent_layers(), reading_sizes_of_any_layer(self._config):
+            yield
 
     def connect(
         self,
@@ -205,26 +209,6 @@ class SequenceParallel:
         compute_loss(forward, {**inputs, "attention_mask": own, "shift_labels": inputs["labels"]})
         scale = 1 / get_gradient_scale(engine, self.size)
         return losses[0] + (scale - 1) * (losses[0] - losses[0].detach())
-
-
-@contextmanager
-def allowing_recurrent_layers() -> Iterator[None]:
-    """
-    Keep accelerate from refusing models with recurrent layers, as it does from 1.15 on.
-
-    In the code that it knows, such a layer would start anew on each rank. Here, the layer gets the whole row
-    (`recurrent/shared_rows.py`).
-    """
-    name = "_refuse_recurrent_layers_under_sequence_parallelism"
-    refuse = getattr(accelerate.accelerator, name, None)
-    if refuse is None:
-        yield
-        return
-    setattr(accelerate.accelerator, name, lambda model: None)
-    try:
-        yield
-    finally:
-        setattr(accelerate.accelerator, name, refuse)
 
 
 def tree_from_plan(plan: TreePlan, device: torch.device, group: RowGroup | None = None) -> Tree:
