@@ -142,8 +142,9 @@ def takes_attention_from_outside(model: PreTrainedModel) -> bool:
 
 def _trains_on_other_media(model: PreTrainedModel) -> str | None:
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    # Inkling 2 pads its vocabulary in the embedding, not in the head.
-    vocab_size = int(getattr(config, "unpadded_vocab_size", None) or getattr(config, "vocab_size", 0))
+    vocab_size = getattr(config, "vocab_size", 0)
+    if unpadded := getattr(config, "unpadded_vocab_size", None):  # Inkling 2 pads the embedding, not the head
+        vocab_size = unpadded
     if head is None:
         return "names no head over the tokens that it reads (`get_output_embeddings`), so their loss is out of reach"
     # Not the size of its weight, which is empty under ZeRO-3.
