@@ -1,6 +1,7 @@
 """Every model that a single pass takes, in waves; some call a layer's attention several times in a forward."""
 
 import pytest
+import torch
 
 from support.float64_comparison import checkpoint_layers
 from support.model_survey import TEXT_MODELS, branchy_chat, class_of, read_page
@@ -38,6 +39,14 @@ def test_checkpointed_layers_that_attend_several_times_are_refused(name, use_ree
     prepare = checkpoint_layers(use_reentrant)
     with pytest.raises(NotImplementedError, match="Attention attends several times in a forward"):
         assert_waves_equal_npass(model_of(name), [branchy_chat()], [40], prepare=prepare)
+
+
+def test_recurrent_layers_that_run_several_times_are_refused():
+    def loop(model):
+        model.backbone.layers = torch.nn.ModuleList([model.backbone.layers[0]] * 2)
+
+    with pytest.raises(NotImplementedError, match="runs several times in a forward"):
+        assert_waves_equal_npass(model_of("mamba2"), [branchy_chat()], [40], prepare=loop)
 
 
 @pytest.mark.slow

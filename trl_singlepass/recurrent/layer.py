@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.context import Tree
+from ..attention.kv_cache import is_in_backward
 from ..attention.tree_mask import TreeMask
 from .boundary import HasBoundary, RowBoundary
 from .fork_cache import ForkStates
@@ -114,7 +115,7 @@ def _dtype(arguments: Mapping[str, object]) -> torch.dtype:
 
 def _check_not_lost(layer: Any) -> None:
     """Refuse to recompute a layer without the tree that its forward had."""
-    if getattr(layer, "_ran_on_tree", False) and torch._C._current_graph_task_id() != -1:
+    if getattr(layer, "_ran_on_tree", False) and is_in_backward():
         raise RuntimeError(
             f"{type(layer).__name__} is recomputed in backward, but the tree of its forward was not passed to it. "
             "Turn gradient checkpointing off for this model."

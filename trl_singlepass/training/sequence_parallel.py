@@ -36,7 +36,7 @@ from .gradient_scale import GradientCheck, get_gradient_scale
 from .loss import LossContext
 from .model import Forward, without_adapters
 from .shared_rows import SharedRows
-from .ulysses_preparation import allowing_recurrent_layers, reading_sizes_of_any_layer
+from .ulysses_preparation import allowing_global_sizes, allowing_recurrent_layers
 
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class SequenceParallel:
 
         base = without_adapters(model)
         self._config = base.config.get_text_config()
-        with reading_sizes_of_any_layer(self._config):
+        with allowing_global_sizes(self._config):
             check_sequence_parallelism(model, args, accelerator)
         self._accelerator = accelerator
         self._recorder, self._router_loss_coef = recorder, router_loss_coef
@@ -96,8 +96,8 @@ class SequenceParallel:
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """Prepare the model for training inside: accelerate and DeepSpeed take it over."""
-        with allowing_recurrent_layers(), reading_sizes_of_any_layer(self._config):
+        """Context in which the Trainer hands the model to accelerate and DeepSpeed."""
+        with allowing_recurrent_layers(), allowing_global_sizes(self._config):
             yield
 
     def connect(

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def reading_sizes_of_any_layer(config: PreTrainedConfig) -> Iterator[None]:
+def allowing_global_sizes(config: PreTrainedConfig) -> Iterator[None]:
     """
-    Let DeepSpeed read one size of heads from a configuration whose layers have several, as Gemma 4's.
+    Let DeepSpeed read one head size from a configuration whose layers have several, as Gemma 4's does.
 
-    Only its own exchange needs that size, which is left out.
+    Only DeepSpeed's own exchange uses that size, and rows on trees do not go through it.
     """
     if not getattr(config, "is_heterogeneous", False):
         yield
