@@ -27,10 +27,10 @@ from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.attention import flash, registry
 from trl_singlepass.attention.varlen_kernels import TorchFlash
 from trl_singlepass.cost import Cost, KernelSpeed, ModelShape, attention_flops, npass_cost, single_pass_cost
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.reference.launches import LaunchCounter
 from trl_singlepass.reference.random_conversations import Sizes, conversation
 from trl_singlepass.reference.steps import Schedule, make_step
-from trl_singlepass.training.model import enable_tree
 
 
 RESULTS = Path(__file__).parent / "results" / "gpu_counts.json"

@@ -33,11 +33,11 @@ from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.attention import TREE_ATTENTION
 from trl_singlepass.attention.registry import tree_attention_name
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.reference.launches import LaunchCounter
 from trl_singlepass.reference.peak_memory import peak, reset_peak
 from trl_singlepass.reference.random_conversations import Sizes, conversation
 from trl_singlepass.reference.steps import Schedule, make_step
-from trl_singlepass.training.model import enable_tree
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,12 +21,12 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, logging
 
 from benchmarks.machine import describe
 from trl_singlepass import PrefixTree, Sample
-from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.engine.model_call import row_context
 from trl_singlepass.recurrent import path_dependent_layers
 from trl_singlepass.recurrent.layer_kinds import ReplayMode
 from trl_singlepass.reference.random_conversations import Sizes, conversation
-from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row
 
 
@@ -84,7 +84,7 @@ def single_pass(model: Any, samples: list[Sample]) -> float:
     row = Row.from_tree(PrefixTree.from_samples(samples)).columns()
     batch = DataCollatorForSinglePass(pad_token_id=0)([row])
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
-    with tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]):
+    with row_context(batch["tree"]):
         logits = model(**inputs, use_cache=False).logits[0, :-1]
     loss = F.cross_entropy(logits, batch["labels"][0, 1:])
     loss.backward()

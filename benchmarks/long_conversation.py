@@ -24,16 +24,16 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, set_seed
 
 from benchmarks.machine import describe
 from benchmarks.preparation import text
-from trl_singlepass.attention.context import Tree
 from trl_singlepass.cost import ModelShape
 from trl_singlepass.cost.memory import ActivationBytes
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.data.conversations import example_to_rows
 from trl_singlepass.data.packed_dataset import pack_rows
 from trl_singlepass.data.settings import RowSettings
+from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.engine.model_call import as_tree
 from trl_singlepass.reference.peak_memory import peak, reset_peak
 from trl_singlepass.rendering.prefixes import Prefixes
-from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.waves import WavePlan, WaveRunner, select
 
@@ -121,8 +121,8 @@ def time_templates(spent: list[float]) -> None:
 def plan_waves(row: Row, wave_tokens: int) -> int:
     """Plan a row and every forward of its waves, and return the number of waves."""
     batch = DataCollatorForSinglePass(pad_token_id=0)([row.columns()])
-    tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
-    plan = WavePlan.from_tree_plan(batch["tree_plan"], wave_tokens)
+    tree = as_tree(batch["tree"])
+    plan = WavePlan.from_tree_plan(batch["tree"].plan, wave_tokens)
     runner = WaveRunner(plan, tree, offload=True)
     for _ in runner.train(lambda wave, tokens: None, lambda wave, tokens: None):
         pass
@@ -161,8 +161,8 @@ def measure_step(case: Case) -> dict[str, Any]:
     labels = batch["labels"][0]
     labels[labels != -100] %= VOCABULARY
     watch = Stopwatch()
-    tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
-    plan = WavePlan.from_tree_plan(batch["tree_plan"], case.wave_tokens)
+    tree = as_tree(batch["tree"])
+    plan = WavePlan.from_tree_plan(batch["tree"].plan, case.wave_tokens)
     runner = WaveRunner(plan, tree, offload=True)
 
     def decoder(wave: Any, tokens: Any) -> torch.Tensor:

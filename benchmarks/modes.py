@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from trl_singlepass import PrefixTree, Sample
-from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.engine.model_call import row_context
 from trl_singlepass.reference.steps import Schedule, make_step
-from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row
 
 
@@ -115,14 +115,13 @@ def single_pass(step: Step) -> Callable[[], float]:
     enable_tree(step.model)
     row = Row.from_tree(PrefixTree.from_samples(step.samples)).columns()
     batch = DataCollatorForSinglePass(pad_token_id=0)([row])
-    plan = batch.pop("tree_plan")
-    tensors = {name: tensor.to(step.device) for name, tensor in batch.items()}
-    labels, subtree_end = tensors["labels"][0], tensors["subtree_end"]
+    tensors = {name: value.to(step.device) for name, value in batch.items()}
+    labels, tree = tensors["labels"][0], tensors["tree"]
     predicting = (labels != -100).nonzero()[:, 0] - 1
     inputs = {name: tensors[name] for name in ("input_ids", "position_ids", "attention_mask")}
 
     def loss() -> float:
-        with tree_context(plan, subtree_end, inputs["position_ids"]):
+        with row_context(tree):
             hidden = step.decoder(**inputs)[0]
         return step.backward(hidden[predicting], labels[predicting + 1])
 

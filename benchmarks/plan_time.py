@@ -23,7 +23,7 @@ from trl_singlepass.attention.block_mask import build_block_mask
 from trl_singlepass.attention.context import Tree, tree_context
 from trl_singlepass.attention.tree_mask import TreeMask
 from trl_singlepass.attention.varlen_plan import varlen_plan
-from trl_singlepass.training.model import enable_tree
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.trees.sample import Sample

@@ -34,12 +34,11 @@ from benchmarks.machine import describe
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.data.selection import OverlongTurns, fit_samples
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.preference.collator import DataCollatorForSinglePassPreference
-from trl_singlepass.preference.pair_model import PairModel
 from trl_singlepass.preference.pairs import Pair, example_to_pair
 from trl_singlepass.preference.rows import pair_to_columns
 from trl_singlepass.preference.settings import PairSettings
-from trl_singlepass.training.model import enable_tree
 
 
 RESULTS = Path(__file__).parent / "results" / "preference.json"
@@ -84,7 +83,7 @@ def as_stock_renders(pair: Pair) -> list[Sample]:
 def single_pass(model: PreTrainedModel, pair: Pair) -> torch.Tensor:
     batch = DataCollatorForSinglePassPreference(pad_token_id=0)([pair_to_columns(pair)])
     labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
-    log_probs: torch.Tensor = PairModel(model, model, set())(**batch, labels=labels, fused_lm_head=True).log_probs
+    log_probs: torch.Tensor = model(**batch, labels=labels, fused_lm_head=True).log_probs
     return log_probs.sum(1)
 
 

@@ -26,14 +26,14 @@ from benchmarks.machine import describe
 from benchmarks.modes import MODES, Step
 from benchmarks.step_time import KEPT_MEMORY, MODEL, TINY_MODEL, TINY_SIZES, now
 from trl_singlepass import PrefixTree
-from trl_singlepass.attention.context import Tree
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.cost.memory import ActivationBytes
 from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.engine.model_call import as_tree
 from trl_singlepass.reference.peak_memory import peak, reset_peak
 from trl_singlepass.reference.random_conversations import Sizes, conversation
 from trl_singlepass.reference.steps import wave_tokens_that_keep_the_history
-from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.waves import WavePlan, WaveRunner, select
 
@@ -74,8 +74,8 @@ def waves(step: Step, case: Case) -> tuple[Callable[[], float], dict[str, Any]]:
     """The samples' prefix tree in waves, with counts that the step fills in."""
     enable_tree(step.model)
     batch = DataCollatorForSinglePass(pad_token_id=0)([Row.from_tree(PrefixTree.from_samples(step.samples)).columns()])
-    tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
-    plan, labels = case.plan(batch["tree_plan"]), batch["labels"][0]
+    tree = as_tree(batch["tree"])
+    plan, labels = case.plan(batch["tree"].plan), batch["labels"][0]
     facts: dict[str, Any] = {"schedule": str(plan), "peak_tokens": plan.peak_tokens}
 
     def decoder(wave: Any, tokens: Any) -> torch.Tensor:

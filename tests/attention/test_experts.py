@@ -6,10 +6,10 @@ import torch
 from support.float64_comparison import forward
 from support.model_survey import branchy_chat
 from support.tiny_causal_lms import tiny_model
-from trl_singlepass.attention import tree_context
+from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.engine.model_call import row_context
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.float64 import ForcedFloat64
-from trl_singlepass.training.model import enable_tree
 
 
 WITH_AUXILIARY_LOSS = ["qwen2_moe", "qwen3_moe", "gpt_oss", "mixtral", "granitemoehybrid", "jamba", "qwen3_next"]
@@ -35,7 +35,7 @@ def test_auxiliary_loss_counts_a_shared_token_once_per_sample(model_type):
     enable_tree(model)
     with ForcedFloat64():
         outputs, batch = forward(model, [branchy_chat()])
-        with tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]):
+        with row_context(batch["tree"]):
             ones = model(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],

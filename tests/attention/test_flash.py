@@ -12,7 +12,7 @@ from support.tiny_families import FAMILIES, MIXTURES, tiny_model
 from support.tree_masks import mask_of, tree_of
 from support.varlen_reference import ReferenceKernel, switch
 from trl_singlepass.attention import flash, registry, varlen_plan
-from trl_singlepass.training.model import enable_tree
+from trl_singlepass.engine.enable import enable_tree
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")

@@ -15,8 +15,8 @@ from support.tree_masks import mask_of, on_meta, random_inputs, tree_of
 from trl_singlepass.attention import flex
 from trl_singlepass.attention.block_mask import build_block_mask
 from trl_singlepass.attention.kernel_choice import DeviceTraits
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.reference import leak_probe
-from trl_singlepass.training.model import enable_tree
 
 
 pytestmark = [

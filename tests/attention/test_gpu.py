@@ -9,9 +9,9 @@ from support.sample_sets import reasoning_chat
 from support.tiny_families import FAMILIES, tiny_model
 from trl_singlepass.attention import TREE_ATTENTION
 from trl_singlepass.attention.registry import tree_attention_name
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.reference.single_pass import single_pass_loss_and_gradients
-from trl_singlepass.training.model import enable_tree
 
 
 SIZES = {"hidden_size": 128, "head_dim": 32, "initializer_range": 0.05}

@@ -8,7 +8,7 @@ from support.float64_comparison import forward
 from support.sample_sets import reasoning_chat
 from support.tree_masks import mask_of, tree_of
 from trl_singlepass.attention.inputs import AttentionInputs, check_layer
-from trl_singlepass.training.model import enable_tree
+from trl_singlepass.engine.enable import enable_tree
 
 
 def test_attention_dropout_is_refused():

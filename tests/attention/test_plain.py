@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from support.tiny_families import FAMILIES, MIXTURES, tiny_model
-from trl_singlepass.training.model import enable_tree
+from trl_singlepass.engine.enable import enable_tree
 
 
 @pytest.mark.usefixtures("float64")

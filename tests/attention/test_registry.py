@@ -12,7 +12,7 @@ from support.tiny_families import tiny_model
 from trl_singlepass.attention.kernel_choice import DeviceTraits, choose_torch_kernel
 from trl_singlepass.attention.mask_rules import MaskRule, RuleKind
 from trl_singlepass.attention.registry import TREE_ATTENTION, describe_tree_attention, tree_attention_name
-from trl_singlepass.training.model import enable_tree
+from trl_singlepass.engine.enable import enable_tree
 
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("implementation", "name"),
-    [("sdpa", "tree_torch"), ("eager", "tree_torch"), ("flex_attention", "tree_flex"), ("tree_flex", "tree_flex")],
+    [("sdpa", "tree_torch"), ("eager", "tree_eager"), ("flex_attention", "tree_flex"), ("tree_flex", "tree_flex")],
 )
 def test_names_without_a_package(implementation, name):
     assert tree_attention_name(implementation) == name

@@ -16,9 +16,9 @@ from benchmarks.model_shapes import get_config, make_model
 from support.launch_count import LaunchAndCopyCounter
 from support.tree_masks import chat
 from trl_singlepass.attention.context import running_on
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.training.loss import total_weight
 from trl_singlepass.training.metrics import PooledLoss, TokenCounts, TurnMetrics
-from trl_singlepass.training.model import enable_tree
 from trl_singlepass.waves import Wave, WavePlan, WaveRunner
 from trl_singlepass.waves.loss import WaveLoss
 

@@ -28,7 +28,13 @@ from trl_singlepass.data.preparation import prepare_dataset
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.images.loading import image_loader_of
 from trl_singlepass.images.placeholders import placeholders_of
+from trl_singlepass.images.reading import ImageReader
 from trl_singlepass.trees.image_features import shown_images
+
+
+def image_collator(load_images):
+    """Return a collator for a model that reads pixels and nothing else."""
+    return DataCollatorForSinglePass(0, load_images=load_images, image_reader=ImageReader((), None))
 
 
 FORMS = [
@@ -100,10 +106,10 @@ def test_every_form_of_a_dataset_gives_the_same_rows_and_pixels(form, processor,
         assert rows[0]["image_features"] == expected.image_features.tolist()
     assert "bytes" not in str(rows[0]["image_references"]).replace("'bytes': None", "")
     loader = image_loader_of(processor)
-    batch = DataCollatorForSinglePass(0, load_images=loader)([rows[0]])
+    batch = image_collator(loader)([rows[0]])
     pixels = processor.image_processor(IMAGES[:2], return_tensors="pt")
-    assert torch.equal(batch["image_inputs"]["pixel_values"], pixels["pixel_values"])
-    assert torch.equal(batch["image_inputs"]["image_grid_thw"], pixels["image_grid_thw"])
+    assert torch.equal(batch["pixel_values"], pixels["pixel_values"])
+    assert torch.equal(batch["image_grid_thw"], pixels["image_grid_thw"])
 
 
 def test_images_of_a_column_stand_at_the_start_of_the_first_user_message_if_no_part_asks_for_them():
@@ -154,7 +160,7 @@ def test_an_image_that_changes_after_preparation_names_its_row(processor, tmp_pa
     dataset = forms(CHAT, tmp_path)["parts of paths"]
     rows = prepare_dataset(dataset, processor, RowSettings())
     screen(7, 32, 32).save(tmp_path / "0.png")
-    collate = DataCollatorForSinglePass(0, load_images=image_loader_of(processor))
+    collate = image_collator(image_loader_of(processor))
     with pytest.raises(ValueError, match="Row 0, image 1: An image has 16 placeholders, and had 4 when its row was"):
         collate([rows[0]])
     (tmp_path / "0.png").write_bytes(b"no image")
@@ -164,7 +170,7 @@ def test_an_image_that_changes_after_preparation_names_its_row(processor, tmp_pa
 
 def test_rows_need_the_dataset_that_they_refer_to(tmp_path):
     rows = prepare_dataset(in_column([CHAT]), tiny_processor("qwen3_vl"), RowSettings())
-    elsewhere = DataCollatorForSinglePass(0, load_images=image_loader_of(tiny_processor("qwen3_vl")))
+    elsewhere = image_collator(image_loader_of(tiny_processor("qwen3_vl")))
     with pytest.raises(ValueError, match="refer to images of a dataset that is not at hand"):
         elsewhere([rows[0]])
 
@@ -180,8 +186,8 @@ def test_packing_shares_images_between_conversations(processor):
     dataset = in_column([CHAT, [*CHAT[:1], answer("A picture.")]])
     (row,) = prepare_dataset(dataset, processor, RowSettings(max_row_tokens=1000), packing=True)
     assert [image["num_features"] for image in row["image_references"]] == [4, 8]
-    batch = DataCollatorForSinglePass(0, load_images=image_loader_of(processor))([row])
-    assert len(batch["image_inputs"]["image_grid_thw"]) == 2
+    batch = image_collator(image_loader_of(processor))([row])
+    assert len(batch["image_grid_thw"]) == 2
 
 
 def test_long_conversations_split_and_keep_the_images_of_each_part():
@@ -280,12 +286,12 @@ def test_streams_hold_images_encoded_and_give_the_same_batches(processor):
     stream = prepare_dataset(
         hide_image_columns(in_column([CHAT, CHAT[:2]]).to_iterable_dataset()), processor, RowSettings()
     )
-    collate = DataCollatorForSinglePass(0, load_images=image_loader_of(processor))
+    collate = image_collator(image_loader_of(processor))
     for row, expected in zip(stream, stored, strict=True):
         assert row["image_references"][0]["source"]["bytes"] == png(IMAGES[0])
         one, other = collate([row]), collate([expected])
         assert torch.equal(one["image_features"], other["image_features"])
-        assert torch.equal(one["image_inputs"]["pixel_values"], other["image_inputs"]["pixel_values"])
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
 
 
 def test_the_columns_of_a_stream_that_tells_none_are_hidden_as_well(processor):
@@ -307,8 +313,8 @@ def test_several_processes_give_the_same_rows_and_a_second_time_nothing_is_prepa
         assert several[name][:] == rows[name][:]
     monkeypatch.setattr("trl_singlepass.data.preparation.example_to_rows", lambda *_: pytest.fail("prepared again"))
     again = prepare_dataset(datasets.load_from_disk(str(tmp_path / "stored")), processor, RowSettings())
-    batch = DataCollatorForSinglePass(0, load_images=image_loader_of(processor))([again[0]])
-    assert len(batch["image_inputs"]["image_grid_thw"]) == 2
+    batch = image_collator(image_loader_of(processor))([again[0]])
+    assert len(batch["image_grid_thw"]) == 2
 
 
 def test_each_example_is_read_once_per_batch(processor):
@@ -317,7 +323,7 @@ def test_each_example_is_read_once_per_batch(processor):
     (name,) = {image["source"]["dataset"] for image in rows[0]["image_references"]}
     find = loader._datasets[name]
     loader.add_dataset(name, lambda row: read.append(row) or find(row))
-    DataCollatorForSinglePass(0, load_images=loader)([rows[0]])
+    image_collator(loader)([rows[0]])
     assert read == [0]
 
 
@@ -337,8 +343,8 @@ def test_tokenised_turns_show_their_images(processor):
     (expected,) = prepare_dataset(in_column([CHAT]), processor, RowSettings())
     for name in ("input_ids", "image_features", "labels"):
         assert row[name] == expected[name]
-    batch = DataCollatorForSinglePass(0, load_images=image_loader_of(processor))([row])
-    assert len(batch["image_inputs"]["image_grid_thw"]) == 2
+    batch = image_collator(image_loader_of(processor))([row])
+    assert len(batch["image_grid_thw"]) == 2
     turns[1]["images"] = turns[1]["images"][:2]
     with pytest.raises(
         BadRowError, match=r"Turn 1: its tokens have 16 placeholders for images, but its 2 images have 4 \+ 8 = 12"
@@ -360,8 +366,8 @@ def test_a_log_of_single_turns_with_images_is_gathered(processor):
     (row,) = prepare_dataset(hide_image_columns(datasets.Dataset.from_list(log)), processor, RowSettings())
     (expected,) = prepare_dataset(in_column([CHAT]), processor, RowSettings())
     assert row["image_features"] == expected["image_features"]
-    batch = DataCollatorForSinglePass(0, load_images=image_loader_of(processor))([row])
-    assert len(batch["image_inputs"]["image_grid_thw"]) == 2
+    batch = image_collator(image_loader_of(processor))([row])
+    assert len(batch["image_grid_thw"]) == 2
 
 
 def test_text_with_a_processor_has_the_rows_of_its_tokenizer(processor):

@@ -173,7 +173,7 @@ def test_grouping_by_length_goes_by_the_cost_of_rows_and_resumes(tmp_path, token
     }
     whole = single_pass_trainer(tmp_path / "a", tokenizer, chats, save_strategy="steps", save_steps=15, **settings)
     batches = list(whole.get_train_dataloader())
-    spread = [np.ptp(np.diff([0, *batch["tree_plan"].example_ends])) for batch in batches]
+    spread = [np.ptp(np.diff([0, *batch["tree"].plan.example_ends])) for batch in batches]
     assert len(batches) == 12
     assert np.mean(spread) < 50 < np.std(whole.train_dataset["num_tokens"])
     whole.train()

@@ -9,11 +9,11 @@ from support.float64_comparison import assert_same_loss_and_gradients
 from support.image_chats import CHATS, image_chat
 from support.image_models import FAMILIES, image_model, loader
 from trl_singlepass.attention import Tree
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.images import features
 from trl_singlepass.images.reading import ImageReader
 from trl_singlepass.reference import npass, npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.single_pass import RowImages, leak_probe
-from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees import prefix_tree, radix
 
 

@@ -55,7 +55,7 @@ def test_the_first_step_follows_the_definition(tmp_path, family, settings):
         tmp_path, model, processor, pairs, perturbed(model, scale=0.0), per_device_train_batch_size=2, **settings
     )
     batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
-    assert (len(batch["rows"]) > 1) == bool(settings)
+    assert (len(batch["tree"].rows) > 1) == bool(settings)
     loss = trainer._compute_loss(trainer.model, batch, return_outputs=False)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0.6931472, abs=1e-4)
@@ -71,8 +71,8 @@ def test_the_first_step_follows_the_definition(tmp_path, family, settings):
 def test_an_image_of_both_trajectories_is_encoded_once(tmp_path):
     model, processor = tiny_vision_model("qwen3_vl")
     trainer = pair_trainer(tmp_path, model, processor, [screen_pair(tmp_path, 0)[0]], perturbed(model))
-    (row,) = trainer.data_collator(list(trainer.train_dataset))["rows"]
-    assert len(row["image_inputs"]["image_grid_thw"]) == 4
+    (row,) = trainer.data_collator(list(trainer.train_dataset))["tree"].rows
+    assert len(row["image_grid_thw"]) == 4
 
 
 @pytest.mark.slow

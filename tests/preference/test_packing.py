@@ -87,7 +87,7 @@ def test_a_batch_names_the_tokens_of_each_trajectory_whatever_the_rows(tokenizer
         DataCollatorForSinglePassPreference(0, max_row_tokens=limit, pad_to_multiple_of=8)(columns)
         for limit in (None, 140)
     )
-    assert len(in_rows["rows"]) > 2
+    assert len(in_rows["tree"].rows) > 2
     for batch in (whole, in_rows):
         lines = [
             line[1:][mask[1:].bool()] for line, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)

@@ -21,14 +21,15 @@ RANKS = {
     "attention": 3,
     "recurrent": 4,
     "waves": 5,
-    "training": 6,
-    "preference": 7,
-    "reference": 8,
-    "reports": 8,
-    "scripts": 8,
-    "cli": 9,
+    "engine": 6,
+    "training": 7,
+    "preference": 8,
+    "reference": 9,
+    "reports": 9,
+    "scripts": 9,
+    "cli": 10,
 }
-MOST_ENTRIES = 14
+MOST_ENTRIES = 15
 VERSION = "trl_singlepass.__version__"  # the only name that folders may import from the package itself
 
 

@@ -17,14 +17,15 @@ from support.sample_sets import branch_at_every_depth, reasoning_chat, sample_se
 from support.tiny_causal_lms import FAMILIES, HYBRIDS, KINDS, tiny_model
 from support.trainers import largest_difference, needs_cached_states, single_pass_trainer, stock_trainer
 from support.wave_training import batch_of
-from trl_singlepass.attention.context import Tree, running_on
+from trl_singlepass.attention.context import running_on
+from trl_singlepass.engine.enable import UnsupportedModelError, check_model, enable_tree
+from trl_singlepass.engine.model_call import as_tree
 from trl_singlepass.recurrent import disable_tree_recurrence, path_dependent_layers
 from trl_singlepass.recurrent import layer as recurrent_layer
 from trl_singlepass.recurrent.layer import runs_on_trees
 from trl_singlepass.recurrent.layer_kinds import ReplayMode
 from trl_singlepass.reference.float64 import ForcedFloat64
 from trl_singlepass.rendering.samples import render_example
-from trl_singlepass.training.model import UnsupportedModelError, check_model, enable_tree
 from trl_singlepass.trees.sample import Sample
 
 
@@ -182,7 +183,7 @@ def test_trees_are_freed_with_their_row():
     model = tiny_model("qwen3_5_text")
     enable_tree(model)
     batch = batch_of([reasoning_chat(2)])
-    tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
+    tree = as_tree(batch["tree"])
     with torch.no_grad(), running_on(tree):
         model(**{name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}, use_cache=False)
     assert tree.attended_by

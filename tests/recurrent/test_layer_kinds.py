@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from support.tiny_causal_lms import tiny_model
+from trl_singlepass.engine.enable import UnsupportedModelError, check_model
 from trl_singlepass.recurrent import path_dependent_layers
 from trl_singlepass.recurrent.layer_kinds import ReplayMode
-from trl_singlepass.training.model import UnsupportedModelError, check_model
 
 
 @pytest.mark.parametrize(

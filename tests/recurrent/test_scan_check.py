@@ -10,9 +10,9 @@ from support.float64_comparison import forward
 from support.sample_sets import reasoning_chat
 from support.tiny_causal_lms import tiny_model
 from support.trainers import needs_cached_states
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.recurrent import path_dependent_layers, scan_check
 from trl_singlepass.recurrent.scan_check import ScanSizes, compare_scan
-from trl_singlepass.training.model import enable_tree
 
 
 pytestmark = [needs_cached_states, pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")]

@@ -61,7 +61,7 @@ def test_what_a_rank_sends():
         in_float64(train_part)(models[group.rank], batch_of([branchy_chat()]), group)
         return group.process_group.sent_bytes[group.rank]
 
-    config, length = models[0].config, batch_of([branchy_chat()])["tree_plan"].length
+    config, length = models[0].config, batch_of([branchy_chat()])["tree"].plan.length
     keys = config.linear_num_key_heads * config.linear_key_head_dim
     values = config.linear_num_value_heads * config.linear_value_head_dim
     per_token = 8 * (6 * keys + 4 * values + 2 * config.linear_num_value_heads)

@@ -9,8 +9,8 @@ from support.sample_sets import reasoning_chat
 from support.tiny_causal_lms import tiny_model
 from support.trainers import needs_cached_states
 from trl_singlepass.attention.context import Tree, running_on
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.recurrent.tree_carrier import TreePaddingMask, find_tree
-from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.rows import TreePlan
 
 

@@ -6,8 +6,8 @@ import torch
 from support.sample_sets import reasoning_chat
 from support.tiny_families import tiny_model
 from trl_singlepass import Sample
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.reference import npass_loss_and_gradients
-from trl_singlepass.training.model import enable_tree
 
 
 def model_for(tokenizer, family="qwen3", dtype=torch.float32, **overrides):
@@ -20,7 +20,7 @@ def test_npass_ignores_tree_attention(tokenizer):
     expected = npass_loss_and_gradients(model, samples)
     enable_tree(model)
     found = npass_loss_and_gradients(model, samples)
-    assert model.config._attn_implementation == "tree_torch"
+    assert model.config._attn_implementation == "tree_eager"
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.num_tokens == sum(map(len, samples))
 

@@ -8,8 +8,8 @@ from support.planted_defects import branch_misses_its_history, branch_sees_its_s
 from support.sample_sets import reasoning_chat
 from support.tiny_families import FAMILIES, tiny_model
 from trl_singlepass import verify
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.reference import leak_probe
-from trl_singlepass.training.model import enable_tree
 
 
 CONVERSATIONS = [chat(3), chat(2, seed=1)]

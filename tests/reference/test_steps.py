@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from support.tiny_families import tiny_model
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.reference.launches import LaunchCounter
 from trl_singlepass.reference.npass import npass_loss_and_gradients
 from trl_singlepass.reference.random_conversations import Sizes, conversation
 from trl_singlepass.reference.steps import Schedule, make_step, wave_tokens_that_keep_the_history
-from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.waves import WavePlan

@@ -8,10 +8,10 @@ from support.conversations import TOOLS, chat, tool_chat
 from support.planted_defects import DEFECTS, plant_defect
 from support.tiny_families import FAMILIES, tiny_model
 from trl_singlepass import verify
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.recurrent.layer import runs_on_trees
 from trl_singlepass.reference import single_pass, verification
 from trl_singlepass.rendering.samples import render_example
-from trl_singlepass.training.model import enable_tree
 
 
 CONVERSATIONS = [chat(3), chat(2, seed=1)]

@@ -5,11 +5,11 @@ from functools import partial
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.engine.model_call import row_context
 from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.reference.float64 import ForcedFloat64
-from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 
@@ -70,7 +70,7 @@ def forward(model, sample_sets, pad_to_multiple_of=None, rows_of=one_row_each):
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
     if getattr(model.config, "output_router_logits", False):
         inputs["output_router_logits"] = True
-    with tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]):
+    with row_context(batch["tree"]):
         return model(**inputs, use_cache=False), batch
 
 
@@ -79,7 +79,11 @@ def single_pass_loss(model, sample_sets, pad_to_multiple_of=None, rows_of=one_ro
     outputs, batch = forward(model, sample_sets, pad_to_multiple_of, rows_of)
     logits, labels = outputs.logits[0, :-1], batch["labels"][0, 1:]
     nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
-    weights = batch["loss_weights"][0, 1:].to(nll.dtype) if "loss_weights" in batch else (labels != -100).to(nll.dtype)
+    weights = (
+        batch["tree"].loss_weights[0, 1:].to(nll.dtype)
+        if batch["tree"].loss_weights is not None
+        else (labels != -100).to(nll.dtype)
+    )
     loss = (nll * weights).sum() / weights.sum()
     if getattr(model.config, "output_router_logits", False):
         loss = loss + model.config.router_aux_loss_coef * outputs.aux_loss

@@ -17,17 +17,17 @@ from support.image_survey import with_images
 from support.sample_sets import reasoning_chat
 from support.tiny_causal_lms import OWN, tiny_model
 from support.tiny_multimodal import classes_without_loss_arguments, tiny_conditional
-from trl_singlepass.attention import tree_context
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.recurrent import path_dependent_layers
-from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
-from trl_singlepass.reference.float64 import ForcedFloat64
-from trl_singlepass.training.model import (
+from trl_singlepass.engine.enable import (
     UnsupportedModelError,
     check_every_layer_attended,
     check_model,
     enable_tree,
 )
+from trl_singlepass.engine.model_call import row_context
+from trl_singlepass.recurrent import path_dependent_layers
+from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
+from trl_singlepass.reference.float64 import ForcedFloat64
 from trl_singlepass.trees.prefix_tree import PrefixTree, sample_paths
 from trl_singlepass.trees.rows import Row
 from trl_singlepass.trees.sample import Sample
@@ -103,7 +103,7 @@ def assert_nothing_leaks(model, samples):
         return embeddings[-1].clone()  # some models go on in place
 
     handle = model.get_input_embeddings().register_forward_hook(capture)
-    with tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]) as context:
+    with row_context(batch["tree"]) as context:
         logits = model(**inputs, use_cache=False).logits[0]
     handle.remove()
     check_every_layer_attended(model, context)

@@ -11,29 +11,29 @@ def plant_defect(monkeypatch, change):
 
 
 def target_moved_by_one(batch):
-    labels, branch = batch["labels"][0], batch["tree_plan"].runs[-1]
+    labels, branch = batch["labels"][0], batch["tree"].plan.runs[-1]
     labels[branch.start + 1 : branch.end - 1] = labels[branch.start + 2 : branch.end].clone()
     return batch
 
 
 def position_off_by_one(batch):
-    run = batch["tree_plan"].runs[-1]
+    run = batch["tree"].plan.runs[-1]
     batch["position_ids"][0, run.start : run.end] += 1
     return batch
 
 
 def branch_sees_its_sibling(batch):
-    *_, sibling, branch = batch["tree_plan"].runs
-    batch["subtree_end"][0, sibling.start : sibling.end] = branch.end
-    batch["tree_plan"] = TreePlan.from_subtree_end(batch["subtree_end"][0].numpy())
+    *_, sibling, branch = batch["tree"].plan.runs
+    batch["tree"].subtree_end[0, sibling.start : sibling.end] = branch.end
+    batch["tree"].plan = TreePlan.from_subtree_end(batch["tree"].subtree_end[0].numpy())
     return batch
 
 
 def branch_misses_its_history(batch):
-    branch = batch["tree_plan"].runs[-1]
+    branch = batch["tree"].plan.runs[-1]
     _, end = branch.prefix[-1]
-    batch["subtree_end"][0, end - 5 : end] = branch.start
-    batch["tree_plan"] = TreePlan.from_subtree_end(batch["subtree_end"][0].numpy())
+    batch["tree"].subtree_end[0, end - 5 : end] = branch.start
+    batch["tree"].plan = TreePlan.from_subtree_end(batch["tree"].subtree_end[0].numpy())
     return batch
 
 

@@ -9,9 +9,10 @@ from support.thread_ranks import on_ranks
 from support.wave_training import batch_of, plan_of, targets_and_weights
 from trl_singlepass.attention.context import running_on
 from trl_singlepass.data.collator import pad_batch
+from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.engine.model_call import as_tree
 from trl_singlepass.reference import npass_loss_and_gradients
-from trl_singlepass.training.model import enable_tree
-from trl_singlepass.training.sequence_parallel import register_shared_attention, tree_from_plan
+from trl_singlepass.training.sequence_parallel import register_shared_attention
 from trl_singlepass.waves import WaveRunner, select
 
 
@@ -43,8 +44,8 @@ def assert_shared_rows_equal_npass(model, sample_sets, size, wave_tokens=None, p
 def train_part(model, batch, group, wave_tokens=None):
     """Accumulate one rank's gradients of a row; return its part of the loss."""
     batch = {name: value for name, value in batch.items() if name != "subtree_end"}
-    batch = pad_batch(batch, group.padded_length(batch["tree_plan"].length), 0)
-    tree = tree_from_plan(batch["tree_plan"], torch.device("cpu"), group)
+    batch = pad_batch(batch, group.padded_length(batch["tree"].plan.length), 0)
+    tree = as_tree(batch["tree"], group)
     labels, weights = targets_and_weights(batch)
 
     def forward(wave, tokens):
@@ -57,7 +58,7 @@ def train_part(model, batch, group, wave_tokens=None):
         return (nll * group.pad_and_part(select(weights, tokens))[0]).sum() / weights.sum()
 
     if wave_tokens is None:
-        row = ((0, batch["tree_plan"].length),)
+        row = ((0, batch["tree"].plan.length),)
         with running_on(tree):
             loss = part_of_loss(forward(None, row), row)
         loss.backward()

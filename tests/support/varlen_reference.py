@@ -3,7 +3,7 @@
 import torch
 
 from trl_singlepass.attention.varlen import VarlenKernel
-from trl_singlepass.training.model import enable_tree
+from trl_singlepass.engine.enable import enable_tree
 
 
 def scores(q, k, causal, window, scale, softcap):

@@ -3,10 +3,10 @@
 import torch
 
 from support.float64_comparison import assert_same_loss_and_gradients, gradients_of
-from trl_singlepass.attention.context import Tree
 from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.engine.model_call import as_tree
 from trl_singlepass.reference import npass_loss_and_gradients
-from trl_singlepass.training.model import enable_tree
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 from trl_singlepass.waves import WavePlan, WaveRunner, select
@@ -18,19 +18,20 @@ def batch_of(sample_sets, pad_to_multiple_of=None):
 
 
 def plan_of(batch, wave_tokens, **kwargs):
-    return WavePlan.from_tree_plan(batch["tree_plan"], wave_tokens, **kwargs)
+    return WavePlan.from_tree_plan(batch["tree"].plan, wave_tokens, **kwargs)
 
 
 def targets_and_weights(batch):
     """Return the target of each position and its loss weight, both `(1, num_tokens)`."""
     labels = torch.cat([batch["labels"][:, 1:], torch.full((1, 1), -100)], dim=1)
-    weights = batch.get("loss_weights", (batch["labels"] != -100).double())
+    given = batch["tree"].loss_weights
+    weights = (batch["labels"] != -100).double() if given is None else given
     return labels, torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1).double()
 
 
 def train_in_waves(model, batch, plan, offload=False):
     """Accumulate the gradients of a row; return its loss and the row."""
-    row = WaveRunner(plan, Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]), offload)
+    row = WaveRunner(plan, as_tree(batch["tree"]), offload)
     labels, weights = targets_and_weights(batch)
 
     def forward(wave, tokens):

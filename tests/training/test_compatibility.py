@@ -15,6 +15,7 @@ from support.tiny_causal_lms import tiny_model
 from support.tiny_multimodal import tiny_conditional
 from support.trainers import float32_model, single_pass_trainer
 from trl_singlepass import SinglePassSFTTrainer
+from trl_singlepass.engine.enable import UnsupportedModelError, check_model
 from trl_singlepass.training.compatibility import (
     check_engine,
     check_loss_is_per_token,
@@ -23,7 +24,6 @@ from trl_singlepass.training.compatibility import (
     check_tensor_parallelism,
     check_weights_reach_the_loss,
 )
-from trl_singlepass.training.model import UnsupportedModelError, check_model
 
 
 pytestmark = pytest.mark.filterwarnings(

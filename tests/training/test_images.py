@@ -91,10 +91,10 @@ def test_a_blank_image_stands_in_for_the_images_of_a_row_of_text():
     model = image_model("qwen3_vl", torch.float32)
     (row,) = image_rows([reasoning_chat(turns=1, vocab_size=80)])
     collator = image_collator(model, "qwen3_vl")
-    assert "image_inputs" not in collator([row])
+    assert "pixel_values" not in collator([row])
     collator.blank_image = collator.load_images.blank
-    assert set(collator([row])["image_inputs"]) == {"pixel_values", "image_grid_thw"}
-    assert blank_batch(collator)["image_inputs"].keys() == collator([row])["image_inputs"].keys()
+    assert {"pixel_values", "image_grid_thw"} <= collator([row]).keys()
+    assert blank_batch(collator).keys() == collator([row]).keys()
 
 
 def test_a_model_that_mixes_images_is_refused_before_its_dataset_is_read(tmp_path, monkeypatch):
@@ -117,5 +117,5 @@ def test_images_that_come_up_later_are_refused_by_name(tmp_path):
         train_dataset=text,
         processing_class=tokenizer,
     )
-    with pytest.raises(ValueError, match="The model was not made to read images"):
+    with pytest.raises(ValueError, match="enable_images"):
         trainer.evaluate(image_rows(sets[:1]))

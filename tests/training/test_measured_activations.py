@@ -7,11 +7,12 @@ from support.tiny_causal_lms import HYBRIDS
 from support.tiny_causal_lms import tiny_model as tiny_hybrid
 from support.tiny_families import tiny_model
 from support.wave_training import batch_of
-from trl_singlepass.attention.context import Tree, running_on
+from trl_singlepass.attention.context import running_on
+from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.engine.model_call import as_tree
 from trl_singlepass.recurrent.layer_kinds import get_decoder
 from trl_singlepass.reference.random_conversations import Sizes, conversation
 from trl_singlepass.training.measured_activations import measure_activation_bytes
-from trl_singlepass.training.model import enable_tree
 
 
 def saved_in_row(model, samples):
@@ -23,7 +24,7 @@ def saved_in_row(model, samples):
         held[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
+    tree = as_tree(batch["tree"])
     names = ("input_ids", "position_ids", "attention_mask")
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor), running_on(tree):
         get_decoder(model)(**{name: batch[name] for name in names}, use_cache=False)

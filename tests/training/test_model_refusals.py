@@ -6,7 +6,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from support.sample_sets import reasoning_chat
 from support.tiny_families import tiny_model
 from support.tree_masks import tree_of
-from trl_singlepass.training.model import UnsupportedModelError, check_every_layer_attended, enable_tree
+from trl_singlepass.engine.enable import UnsupportedModelError, check_every_layer_attended, enable_tree
 
 
 def test_models_that_do_not_take_attention_from_outside_are_refused():

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from support.conversations import chat, tool_chat
 from support.trainers import float32_model, logged, needs_weighted_loss, parameters, single_pass_trainer
 from trl_singlepass import render_samples, verify
+from trl_singlepass.engine.enable import UnsupportedModelError
 from trl_singlepass.reference import npass_loss_and_gradients
-from trl_singlepass.training.model import UnsupportedModelError
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")

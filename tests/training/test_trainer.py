@@ -370,12 +370,12 @@ def test_padding_to_a_multiple_trains_the_same(tmp_path, tokenizer):
 def test_the_collator_needs_no_device_to_know_the_tree(tmp_path, tokenizer):
     trainer = single_pass_trainer(tmp_path, tokenizer, CHATS)
     batch = trainer.data_collator(list(trainer.train_dataset))
-    plan = batch["tree_plan"]
+    plan = batch["tree"].plan
     assert plan.length == batch["input_ids"].shape[1]
     assert np.array_equal(plan.depths(), batch["position_ids"][0].numpy())
     assert plan.num_sample_tokens == int(batch["attention_mask"].sum())
     assert len(plan.example_ends) == len(CHATS)
-    assert "loss_weights" not in batch
+    assert batch["tree"].loss_weights is None
 
 
 @pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": False}])

@@ -10,7 +10,7 @@ from support.float64_comparison import forward
 from support.sample_sets import reasoning_chat
 from support.tiny_causal_lms import tiny_model
 from support.trainers import needs_cached_states
-from trl_singlepass.training.model import enable_tree
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.training.zero3_leaves import make_leaves
 
 

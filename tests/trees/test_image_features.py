@@ -17,8 +17,9 @@ from support.image_samples import (
 )
 from support.prefix_tree_reference import PrefixOracle, prefixes
 from trl_singlepass import PrefixTree, Sample
-from trl_singlepass.data.collator import DataCollatorForSinglePass, pad_batch
+from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.data.packed_dataset import pack_rows
+from trl_singlepass.images.reading import ImageReader
 from trl_singlepass.trees.image_features import ImageReference, features_of, to_keys, tokens_of
 from trl_singlepass.trees.prefix_tree import sample_paths
 from trl_singlepass.trees.rows import Row
@@ -158,23 +159,26 @@ def test_packing_shares_an_image_between_conversations_and_counts_another_one_in
 def test_the_collator_numbers_the_distinct_images_of_a_batch():
     loaded = []
     collator = DataCollatorForSinglePass(
-        0, 8, load_images=lambda images: loaded.append(images) or {"pixel_values": len(images)}
+        0,
+        8,
+        load_images=lambda images: loaded.append(images) or {"pixel_values": len(images)},
+        image_reader=ImageReader((), None),
     )
     rows = [row_of(SIBLINGS), row_of(conversation_of([([1, 2], [3])])), row_of(conversation_of([([B, 2], [3])]))]
     batch = collator([row.columns() for row in rows])
     assert loaded == [(A, B)]
-    assert batch["image_inputs"] == {"pixel_values": 2}
+    assert batch["pixel_values"] == 2
+    assert batch["tree"].images == (A, B)
     expected = [-1, -1, 2, 3, -1, -1, 0, 1, -1, -1, -1, -1, -1, 2, 3, -1, -1]
-    assert batch["image_features"].tolist() == [[*expected, *[-1] * (24 - len(expected))]]
-    del batch["subtree_end"]
-    assert pad_batch(batch, 32, 0)["image_features"][0, 17:].tolist() == [-1] * 15
+    assert batch["tree"].image_features.tolist() == [[*expected, *[-1] * (24 - len(expected))]]
 
 
 def test_a_row_without_images_has_what_it_had_before():
     batch = DataCollatorForSinglePass(0)([row_of(conversation_of([([1, 2], [3])])).columns()])
-    assert not {"image_features", "image_inputs"} & set(batch)
+    assert set(batch) == {"input_ids", "position_ids", "attention_mask", "labels", "tree"}
+    assert batch["tree"].image_features is None
 
 
 def test_rows_with_images_need_a_collator_that_loads_them():
-    with pytest.raises(ValueError, match="The rows have images, but the collator cannot load any"):
+    with pytest.raises(ValueError, match="enable_images"):
         DataCollatorForSinglePass(0)([row_of(SIBLINGS).columns()])

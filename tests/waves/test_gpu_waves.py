@@ -9,7 +9,7 @@ from support.sample_sets import reasoning_chat
 from support.tiny_families import tiny_model
 from support.wave_training import batch_of, plan_of, train_in_waves
 from trl_singlepass.attention.registry import tree_attention_name
-from trl_singlepass.training.model import enable_tree
+from trl_singlepass.engine.enable import enable_tree
 
 
 SIZES = {"hidden_size": 128, "head_dim": 32, "initializer_range": 0.05}

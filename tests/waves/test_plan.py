@@ -85,7 +85,7 @@ def test_a_branch_that_fits_is_not_torn(row, size, policy):
 
 
 def test_a_history_that_fits_beside_a_branch_is_kept():
-    tree_plan = batch_of([reasoning_chat(turns=6)])["tree_plan"]
+    tree_plan = batch_of([reasoning_chat(turns=6)])["tree"].plan
     history = max(end for run in tree_plan.runs for _, end in run.prefix)
     # What the first run holds after the last fork is the branch of the last turn.
     longest = max(run.end - max(run.start, history) for run in tree_plan.runs)
@@ -103,7 +103,7 @@ def test_a_history_that_fits_beside_a_branch_is_kept():
 
 
 def test_no_size_lets_more_tokens_of_a_chat_be_alive():
-    tree_plan = batch_of([reasoning_chat(turns=6)])["tree_plan"]
+    tree_plan = batch_of([reasoning_chat(turns=6)])["tree"].plan
     plans = [(size, WavePlan.from_tree_plan(tree_plan, size)) for size in range(1, tree_plan.length + 1)]
     assert {plan.waves[0].is_kept for _, plan in plans} == {False, True}
     for size, plan in plans:

@@ -9,8 +9,8 @@ from support.model_survey import branchy_chat
 from support.sample_sets import branch_at_every_depth, nested_forks, reasoning_chat, sample_sets
 from support.tiny_causal_lms import FAMILIES, HYBRIDS, KINDS, tiny_model
 from support.wave_training import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.recurrent import path_dependent_layers
-from trl_singlepass.training.model import enable_tree
 
 
 pytestmark = [

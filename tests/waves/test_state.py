@@ -16,7 +16,8 @@ from trl_singlepass.attention import blocks, flash, offload, registry
 from trl_singlepass.attention.context import Tree
 from trl_singlepass.attention.kv_cache import KVCacheView
 from trl_singlepass.attention.row_group import RowGroup
-from trl_singlepass.training.model import enable_tree
+from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.engine.model_call import as_tree
 from trl_singlepass.waves import Wave, WavePlan, WaveRunner, WaveTree
 from trl_singlepass.waves.state import GroupCache
 from trl_singlepass.waves.subplan import RangeMap
@@ -57,7 +58,7 @@ def test_offloaded_keys_and_values_are_on_the_cpu():
     model = tiny_model("qwen3")
     enable_tree(model)
     batch = batch_of([reasoning_chat()])
-    tree = Tree(batch["tree_plan"], batch["subtree_end"], batch["position_ids"])
+    tree = as_tree(batch["tree"])
     runner = WaveRunner(plan_of(batch, 20), tree, offload=True)
     for cache in runner.caches:
         stored = cache.get_kv_cache(model, 0, np.arange(3))

@@ -40,8 +40,9 @@ def score_matrix_attention(inputs: AttentionInputs, mask: torch.Tensor | None) -
     Args:
         inputs (`AttentionInputs`):
             Tensors of the layer.
-        mask (`torch.Tensor`, *optional*, broadcastable to `(batch, heads, num_queries, num_keys)`, `torch.bool`):
-            `True` where a query attends. `None` means causal, the last query seeing the last key.
+        mask (`torch.Tensor`, *optional*, broadcastable to `(batch, heads, num_queries, num_keys)`):
+            `True` where a query attends, or numbers that are added to the scores. `None` means causal, the last query
+            seeing the last key.
 
     Returns:
         `torch.Tensor` of shape `(batch, heads, num_queries, value_dim)`: The output.
@@ -57,7 +58,8 @@ def score_matrix_attention(inputs: AttentionInputs, mask: torch.Tensor | None) -
         num_queries, num_keys = scores.shape[-2:]
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
     # The lowest finite number: a padding query that sees no key gets some average, not NaN.
-    scores = scores.masked_fill(~mask, torch.finfo(dtype).min)
+    lowest = torch.finfo(dtype).min
+    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else (scores + mask).clamp(min=lowest)
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
     weights = scores.softmax(dim=-1).to(query.dtype)

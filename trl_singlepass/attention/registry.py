@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import flash_attention_mask, flex_attention_mask, sdpa_mask
+from transformers.masking_utils import eager_mask, flash_attention_mask, flex_attention_mask, sdpa_mask
 
 from .flash import varlen_forward
 from .flex import flex_forward
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # The registered names avoid "sdpa", "flash", "flex_attention" and "/", which have a meaning to transformers.
 TREE_ATTENTION = {
     "sdpa": "tree_torch",
-    "eager": "tree_torch",
+    "eager": "tree_eager",
     "flex_attention": "tree_flex",
     "flash_attention_2": "tree_varlen_2",
     "flash_attention_3": "tree_varlen_3",
@@ -130,6 +130,8 @@ def _register_varlen(implementation: str) -> None:
 
 
 _register("tree_torch", sdpa_forward, sdpa_mask)
+# On ordinary batches, masks that are added to scores: layers that keep their own attention over whole paths read them.
+_register("tree_eager", sdpa_forward, eager_mask)
 _register("tree_flex", flex_forward, flex_attention_mask)
 for _implementation in ("flash_attention_2", "flash_attention_3", "torch_varlen"):
     _register_varlen(_implementation)

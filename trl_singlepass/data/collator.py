@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from ..images.positions import PathPositions
-from ..trees.image_features import NO_FEATURE, ImageReference
+from ..images.reading import ImageReader
+from ..trees.image_features import ImageReference
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import ROW_COLUMNS, Row, Run, TreePlan
+from .row_tree import RowTree
 
 
 Batch = dict[str, Any]
-"""Inputs of a model by name; those that [`DataCollatorForSinglePass`] returns, where there is a `tree_plan`."""
+"""Inputs of a model by name; those that [`DataCollatorForSinglePass`] returns, where there is a `tree`."""
 LoadImages = Callable[[Sequence[ImageReference]], dict[str, torch.Tensor]]
 """From images to what a model reads of them, each once, in their order."""
 Collator = Callable[[list[Mapping[str, Any]]], Batch]
@@ -29,8 +30,9 @@ class DataCollatorForSinglePass:
     """
     Join the conversations of a batch into one padding-free row.
 
-    All that a kernel needs to know about the structure of the trees leaves here as plain integers (`tree_plan`), so
-    that a training step never waits for the device to learn it.
+    All that is not an input of a Hugging Face model is in one entry, `tree`, which a model takes on which
+    [`enable_tree`] was called. All that a kernel needs to know about the structure of the trees leaves here as plain
+    integers (`tree.plan`), so that a training step never waits for the device to learn it.
 
     Args:
         pad_token_id (`int`):
@@ -39,8 +41,8 @@ class DataCollatorForSinglePass:
             If set, the length of the row is a multiple of this number of tokens.
         load_images (`Callable`, *optional*):
             Returns what the model reads of some images, such as `pixel_values`; needed for rows with images.
-        positions ([`PathPositions`], *optional*):
-            Positions of several dimensions, for a model that gives images such positions.
+        image_reader ([`ImageReader`], *optional*):
+            What the model reads of such rows besides; from [`enable_images`].
         blank_image (`Callable`, *optional*):
             Returns what the model reads of a blank image, for rows without images: several ranks must run the encoder
             of images together, or none.
@@ -49,7 +51,7 @@ class DataCollatorForSinglePass:
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     load_images: LoadImages | None = None
-    positions: PathPositions | None = None
+    image_reader: ImageReader | None = None
     blank_image: Callable[[], dict[str, torch.Tensor]] | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -62,44 +64,57 @@ class DataCollatorForSinglePass:
 
         Returns:
             `dict[str, Any]`: `input_ids`, `position_ids`, `attention_mask` (the multiplicity of each token, 0 on
-            padding), `labels` (rolled), `label_parts` and `subtree_end`, all `torch.int64` of shape `(1, row_length)`;
-            `loss_weights`, `torch.float32` of that shape, only if a label has a weight other than 1; and `tree_plan`,
-            a [`TreePlan`]. Rows with `IMAGE_COLUMNS` also have `image_features`, `torch.int64` of that shape, -1 for
-            text, and, if one of them shows an image, `image_inputs`: what the model reads of the distinct images of
-            the row, in the order of their features; for a model that has such, `rope_position_ids`, `torch.int64` of
-            shape `(num_dimensions, 1, row_length)`.
+            padding) and `labels` (rolled), all `torch.int64` of shape `(1, row_length)`, and `tree`, a [`RowTree`].
+            Rows with `IMAGE_COLUMNS` also have what the model reads of the distinct images of the row, in the order of
+            their features (`pixel_values`, …), and of its tokens (`mm_token_type_ids`, …); for a model that gives
+            images such positions, `position_ids` have the shape `(num_dimensions, 1, row_length)`.
         """
         rows = [Row.from_columns(example) for example in examples]
         if self.pad_to_multiple_of:
             rows += _padding_rows(-sum(map(len, rows)) % self.pad_to_multiple_of, self.pad_token_id)
         row, plan = Row.join(rows), TreePlan.from_rows(rows)
+        depth, has_weights = _as_batch(plan.depths()), (row.loss_weights[row.labels != IGNORE_INDEX] != 1).any()
+        tree = RowTree(
+            plan,
+            _as_batch(row.subtree_end),
+            depth,
+            _as_batch(row.label_parts),
+            _as_batch(row.loss_weights).float() if has_weights else None,
+            None if row.image_features is None else _as_batch(row.image_features),
+            row.images,
+        )
         batch: dict[str, Any] = {
             "input_ids": _as_batch(row.input_ids),
-            "position_ids": _as_batch(plan.depths()),
+            "position_ids": depth,
             "attention_mask": _as_batch(row.multiplicity),
             "labels": _as_batch(row.labels),
-            "label_parts": _as_batch(row.label_parts),
-            "subtree_end": _as_batch(row.subtree_end),
-            "tree_plan": plan,
+            "tree": tree,
         }
-        if (row.loss_weights[row.labels != IGNORE_INDEX] != 1).any():
-            batch["loss_weights"] = _as_batch(row.loss_weights).float()
-        if row.image_features is not None:
-            batch["image_features"] = _as_batch(row.image_features)
-            if not row.images and self.blank_image is not None:
-                batch["image_inputs"] = self.blank_image()
+        return batch if row.image_features is None else batch | self._image_inputs(row, plan)
+
+    def reading_images_as(self, other: DataCollatorForSinglePass) -> DataCollatorForSinglePass:
+        """Return this collator, with what it lacks to read images taken from another one."""
+        for name in ("load_images", "image_reader", "blank_image"):
+            setattr(self, name, getattr(self, name) or getattr(other, name))
+        return self
+
+    def _image_inputs(self, row: Row, plan: TreePlan) -> dict[str, torch.Tensor]:
+        """Return what a model reads of a row of a dataset with images."""
+        images: dict[str, torch.Tensor] = {}
+        if row.images and (self.load_images is None or self.image_reader is None):
+            raise ValueError(
+                "The rows have images, and the model was not made to read any. A trainer does so if train_dataset "
+                "or eval_dataset has images when it is made. In a loop of your own, call enable_images(model, "
+                "collator, processor)."
+            )
         if row.images:
-            if self.load_images is None:
-                raise ValueError(
-                    "The rows have images, but the collator cannot load any. Leave data_collator unset, or give it "
-                    "load_images."
-                )
-            batch["image_inputs"] = self.load_images(row.images)
-            if self.positions is not None:
-                batch["rope_position_ids"] = self.positions.in_row(
-                    row.input_ids, row.all_image_features(), plan, batch["image_inputs"]
-                )
-        return batch
+            assert self.load_images is not None
+            images = self.load_images(row.images)
+        elif self.blank_image is not None:
+            images = self.blank_image()
+        if self.image_reader is None:
+            return images
+        return images | self.image_reader.row_inputs(row.input_ids, row.all_image_features(), plan, images)
 
 
 class TreeOrPlainCollator:
@@ -108,19 +123,49 @@ class TreeOrPlainCollator:
     other.
 
     Args:
-        tree (`Callable`):
+        tree (`DataCollatorForSinglePass`):
             Collator of rows that hold trees.
         plain (`Callable`):
             Collator of all other examples.
     """
 
-    def __init__(self, tree: Collator, plain: Collator) -> None:
+    def __init__(self, tree: DataCollatorForSinglePass, plain: Collator) -> None:
         self.tree, self.plain = tree, plain
+
+    def exchanged(self, collator: Collator, trains_trees: bool) -> TreeOrPlainCollator:
+        """
+        Return both collators with another one in the place of that of the training set.
+
+        Args:
+            collator (`Callable`):
+                The new collator. One of trees reads images as the one before did.
+            trains_trees (`bool`):
+                Whether the training set holds trees.
+
+        Raises:
+            `ValueError`: If it would lose the trees of the training set.
+        """
+        if isinstance(collator, TreeOrPlainCollator):
+            return collator
+        if not trains_trees:
+            return TreeOrPlainCollator(self.tree, collator)
+        check_collator(collator)
+        assert isinstance(collator, DataCollatorForSinglePass)
+        return TreeOrPlainCollator(collator.reading_images_as(self.tree), self.plain)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate examples, all of one kind."""
         collate = self.tree if set(ROW_COLUMNS) <= set(examples[0]) else self.plain
         return collate(list(examples))
+
+
+def check_collator(collator: object, expected: type = DataCollatorForSinglePass) -> None:
+    """Refuse a collator that would lose the trees of rows."""
+    if not isinstance(collator, expected):
+        raise ValueError(
+            f"data_collator={type(collator).__name__} would drop the trees of the rows, and branches would be trained "
+            f"as one text. Leave data_collator unset, or pass a subclass of {expected.__name__}."
+        )
 
 
 def pad_batch(batch: dict[str, Any], length: int, pad_token_id: int) -> dict[str, Any]:
@@ -129,7 +174,7 @@ def pad_batch(batch: dict[str, Any], length: int, pad_token_id: int) -> dict[str
 
     Args:
         batch (`dict[str, Any]`):
-            Batch of one row with `tree_plan`, without `subtree_end`.
+            Batch of one row of text.
         length (`int`):
             Length of the padded row, in tokens.
         pad_token_id (`int`):
@@ -138,19 +183,23 @@ def pad_batch(batch: dict[str, Any], length: int, pad_token_id: int) -> dict[str
     Returns:
         `dict[str, Any]`: The batch.
     """
-    plan = batch["tree_plan"]
+    tree: RowTree = batch["tree"]
+    plan = tree.plan
     missing = length - plan.length
     if missing == 0:
         return batch
-    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "image_features": NO_FEATURE}
-    padded = {
-        name: F.pad(value, (0, missing), value=fill.get(name, 0)) if torch.is_tensor(value) else value
-        for name, value in batch.items()
-    }
-    padded["position_ids"][:, plan.length :] = torch.arange(missing)
+
+    def padded(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name in ("position_ids", "depth"):
+            return torch.cat([tensor, torch.arange(missing, device=tensor.device)[None]], dim=1)
+        fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "subtree_end": length}
+        return F.pad(tensor, (0, missing), value=fill.get(name, 0))
+
     padding = Run(start=plan.length, end=length, depth=0, prefix=())
-    padded["tree_plan"] = replace(plan, length=length, runs=(*plan.runs, padding))
-    return padded
+    of_tree = {name: padded(name, value) for name, value in vars(tree).items() if isinstance(value, torch.Tensor)}
+    longer = replace(plan, length=length, runs=(*plan.runs, padding))
+    inputs = {name: padded(name, value) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return {**batch, **inputs, "tree": tree.replace(plan=longer, **of_tree)}
 
 
 def _padding_rows(num_tokens: int, pad_token_id: int) -> list[Row]:

@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ..trees.rows import TreePlan
@@ -55,31 +57,43 @@ class ImageReader:
         parameters = inspect.signature(type(model).forward).parameters
         return cls(tuple(name for name in TOKEN_TYPES if name in parameters), positions)
 
-    def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def row_inputs(
+        self,
+        input_ids: NDArray[np.int64],
+        image_features: NDArray[np.int64],
+        plan: TreePlan,
+        images: Mapping[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
         """
-        Return what the model's forward takes besides tokens, mask and depths.
+        Return what the model's forward reads of the tokens of a row besides their ids, mask and depths.
 
         Args:
-            batch (`Mapping[str, Any]`):
-                Batch of the collator, with `image_features`.
+            input_ids (`numpy.ndarray` of shape `(row_length,)`, `numpy.int64`):
+                Tokens.
+            image_features (`numpy.ndarray` of shape `(row_length,)`, `numpy.int64`):
+                Feature that each token shows, -1 for text.
+            plan (`TreePlan`):
+                Structure of the row.
+            images (`Mapping[str, torch.Tensor]`):
+                What the model reads of the images of the row.
         """
-        is_image = (batch["image_features"] >= 0).long()
-        inputs = {**dict.fromkeys(self.token_types, is_image), **batch.get("image_inputs", {})}
-        if "rope_position_ids" in batch:
-            inputs["position_ids"] = batch["rope_position_ids"]
-        assert self.positions is None or not batch["tree_plan"].images or "position_ids" in inputs
+        inputs = dict.fromkeys(self.token_types, torch.from_numpy((image_features >= 0).astype(np.int64))[None])
+        if self.positions is not None and plan.images:
+            inputs["position_ids"] = self.positions.in_row(input_ids, image_features, plan, images)
         return inputs
 
-    def showing(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """
-        Run the model calls inside on the images of a batch.
 
-        Args:
-            batch (`Mapping[str, Any]`):
-                Batch of the collator, with `image_features`.
-        """
-        plan: TreePlan = batch["tree_plan"]
-        return showing(ShownFeatures.in_row(batch["image_features"], plan))
+def showing_images(image_features: torch.Tensor | None, plan: TreePlan) -> AbstractContextManager[None]:
+    """
+    Run the model calls inside on the images of a row, if it is of a dataset with images.
+
+    Args:
+        image_features (`torch.Tensor` of shape `(1, row_length)`, `torch.int64`, *optional*):
+            Feature that each token shows, -1 for text.
+        plan (`TreePlan`):
+            Structure of the row.
+    """
+    return showing(None if image_features is None else ShownFeatures.in_row(image_features, plan))
 
 
 def check_reads_images(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.collator import Batch, DataCollatorForSinglePass
+from ..data.line_view import LineView
 from .packing import PackedRow, pack_pairs
 from .rows import LENGTH_COLUMNS
 from .turn_weights import TurnWeights
@@ -31,7 +32,7 @@ class DataCollatorForSinglePassPreference:
 
     DPO reads trajectories, one per line, chosen ones first: `input_ids` of shape `(2B, M + 1)` hold the tokens that
     log π is taken over, behind one token that stands for everything before them. The model never sees them; it runs on
-    `rows`, and `targets` says where in the rows each of them is predicted.
+    the rows of `tree`, which says where in the rows each of them is predicted.
 
     Args:
         pad_token_id (`int`):
@@ -62,11 +63,10 @@ class DataCollatorForSinglePassPreference:
                 Pairs, with `PAIR_COLUMNS`, and `REFERENCE_COLUMNS` if they have been computed.
 
         Returns:
-            `Batch`: `input_ids`, `completion_mask` (`torch.int64` of shape `(2B, M + 1)`); `rows`, one batch of
-            [`DataCollatorForSinglePass`] per row; `attention_mask`, the multiplicity of each token of the rows one
-            after the other, `(1, L)`; `targets`, `(2B, M)`, the position among these tokens that predicts each token,
-            0 where there is none; `token_weights`, `torch.float32` of shape `(2B, M)`, where turns have weights;
-            `REFERENCE_COLUMNS`, if the examples have them.
+            `Batch`: `input_ids`, `completion_mask` (`torch.int64` of shape `(2B, M + 1)`); `attention_mask`, the
+            multiplicity of each token of the rows one after the other, `(1, L)`; `tree`, a [`LineView`] with one line
+            per trajectory, and with the weights of its tokens where turns have weights; `REFERENCE_COLUMNS`, if the
+            examples have them.
         """
         packed = pack_pairs(examples, self.max_row_tokens)
         rows = [self.row_collator([each.row.columns()]) for each in packed]
@@ -79,17 +79,24 @@ class DataCollatorForSinglePassPreference:
             "input_ids": torch.nn.functional.pad(tokens, (1, 0), value=self.pad_token_id),
             "completion_mask": torch.nn.functional.pad(mask, (1, 0)),
             "attention_mask": torch.cat([row["attention_mask"] for row in rows], dim=1),
-            "targets": targets,
-            "rows": rows,
+            "tree": LineView(rows, targets, self._token_weights(examples)),
         }
-        if not self.turn_weights.are_all_one:
-            lines = [example[side] for side in LENGTH_COLUMNS for example in examples]
-            weights = [torch.from_numpy(self.turn_weights.of_tokens(lengths)).float() for lengths in lines]
-            batch["token_weights"] = pad_sequence(weights, batch_first=True)
         for name in REFERENCE_COLUMNS:
             if name in examples[0]:
                 batch[name] = torch.tensor([example[name] for example in examples])
         return batch
+
+    def reading_images_as(self, other: DataCollatorForSinglePassPreference) -> DataCollatorForSinglePassPreference:
+        """Return this collator, with rows that read images as those of another one do."""
+        self.row_collator = self.row_collator.reading_images_as(other.row_collator)
+        return self
+
+    def _token_weights(self, examples: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
+        if self.turn_weights.are_all_one:
+            return None
+        lines = [example[side] for side in LENGTH_COLUMNS for example in examples]
+        weights = [torch.from_numpy(self.turn_weights.of_tokens(lengths)).float() for lengths in lines]
+        return pad_sequence(weights, batch_first=True)
 
 
 def _lines(packed: Sequence[PackedRow], lengths: Sequence[int], num_pairs: int) -> list[torch.Tensor]:

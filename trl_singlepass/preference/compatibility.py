@@ -11,11 +11,12 @@ from packaging.version import Version
 from transformers import DataCollator, PreTrainedModel
 from trl import DPOConfig
 
+from ..data.collator import check_collator
 from ..data.dataset_format import check_is_dataset, column_names
 from ..data.images import holds_images
+from ..engine.enable import check_model
 from ..images.reading import check_reads_images
 from ..training.compatibility import check_adapters, check_engine, check_parallelism
-from ..training.model import check_model
 from ..trees.rows import IMAGE_COLUMNS
 from .collator import DataCollatorForSinglePassPreference
 from .pairs import SIDES, TOKEN_COLUMNS
@@ -49,11 +50,8 @@ def check_pairs(
     check_settings(args)
     if dataset is not None:
         check_dataset(dataset, "train")
-    if data_collator is not None and not isinstance(data_collator, DataCollatorForSinglePassPreference):
-        raise ValueError(
-            f"data_collator={type(data_collator).__name__} would drop the trees of the pairs. Leave data_collator "
-            "unset, or pass a subclass of DataCollatorForSinglePassPreference."
-        )
+    if data_collator is not None:
+        check_collator(data_collator, DataCollatorForSinglePassPreference)
     check_adapters(model, peft_config)
     check_parallelism(args.parallelism_config)
     if isinstance(model, PreTrainedModel):

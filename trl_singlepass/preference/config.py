@@ -55,6 +55,9 @@ class SinglePassDPOConfig(DPOConfig):
             Discount factor γ of DMPO (arXiv 2406.14868): later turns count less. `None` counts all alike.
         turn_mean (`bool`, *optional*, defaults to `False`):
             Whether a turn counts with the mean of its tokens' log-probabilities instead of their sum.
+        self_check (`bool`, *optional*, defaults to `True`):
+            Whether a small row is run as a tree and as separate samples before the first step, and the run stopped if
+            they differ. `False` trains a model that nobody has measured; the log says so.
         wave_tokens (`int` or `"auto"`, *optional*):
             Largest number of tokens of a row that have activations at the same time. A longer row runs in waves, with
             the same loss and gradients, in the memory of one wave. It costs one more forward of the policy, as several
@@ -122,7 +125,13 @@ class SinglePassDPOConfig(DPOConfig):
         default=False,
         metadata={"help": "Whether a turn counts with the mean of its tokens' log-probabilities, not their sum."},
     )
-
+    self_check: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to measure before the first step that the model computes on a tree what it computes on "
+            "separate samples, and to stop if not."
+        },
+    )
     wave_tokens: int | str | None = field(
         default=None,
         metadata={

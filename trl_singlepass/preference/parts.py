@@ -12,16 +12,15 @@ from transformers import PreTrainedModel, logging
 from trl import DPOConfig
 
 from ..data.collator import Batch
-from ..images.reading import ImageReader
+from ..engine.enable import without_adapters
+from ..engine.model_call import refuse_own_calls
 from ..recurrent.layer_kinds import path_dependent_layers
-from ..training.model import without_adapters
 from ..training.wave_budget import wave_tokens_that_fit
 from ..training.waves import Refusal, check_waves, refused_engines, stop_prefetching
 from ..trees.rows import TreePlan
 from ..waves import WavePlan
 from ..waves.engines import get_engine
 from ..waves.loss import RouterRecorder
-from .pair_model import PairModel
 from .parts_model import PairModelInParts
 
 
@@ -54,7 +53,6 @@ class BatchParts:
     ) -> None:
         self._args, self._accelerator = args, accelerator
         self._model, self._recorder, self._is_compared = model, None, False
-        self.image_reader: ImageReader | None = None
         self._is_bounded = args.max_row_tokens is not None or args.wave_tokens is not None
         if self._is_bounded:
             stop_prefetching(accelerator)
@@ -62,6 +60,7 @@ class BatchParts:
             check_waves(model, args, accelerator)
         if self._is_bounded:
             check_parts(model, args, accelerator)
+            refuse_own_calls(without_adapters(model), "max_row_tokens" if args.wave_tokens is None else "wave_tokens")
             self._recorder = RouterRecorder(without_adapters(model)) if has_router_loss else None
         # Models take a lone token for a step of generation, and drop the mask that carries the tree to recomputation.
         self._is_hybrid = bool(path_dependent_layers(without_adapters(model)))
@@ -90,20 +89,13 @@ class BatchParts:
 
     def count_own(self, rows: Sequence[Batch]) -> int:
         """Return the number of parts that this rank has in a batch."""
-        return sum(len(self.plan(row["tree_plan"]).waves) for row in rows)
+        return sum(len(self.plan(row["tree"].plan).waves) for row in rows)
 
     def model_for(
-        self,
-        rows: Sequence[Batch],
-        num_parts: int,
-        model: nn.Module,
-        base: PreTrainedModel,
-        checked: set[PreTrainedModel],
-        *,
-        divisor: int = 1,
-    ) -> PairModel:
+        self, rows: Sequence[Batch], num_parts: int, model: nn.Module, *, divisor: int = 1
+    ) -> PairModelInParts:
         """
-        Return the model that runs a batch.
+        Return the model that runs a batch of several parts.
 
         Args:
             rows (`Sequence[Batch]`):
@@ -111,23 +103,13 @@ class BatchParts:
             num_parts (`int`):
                 What [`count`] returned for them.
             model (`torch.nn.Module`):
-                As for [`PairModel`].
-            base (`transformers.PreTrainedModel`):
-                As for [`PairModel`].
-            checked (`set[transformers.PreTrainedModel]`):
-                As for [`PairModel`].
+                Model, as it is wrapped for training.
             divisor (`int`, *optional*, defaults to 1):
                 What the Trainer divides its loss by.
         """
-        if num_parts == 1:
-            return PairModel(model, base, checked, self.image_reader)
         return PairModelInParts(
-            model,
-            base,
-            checked,
-            self.image_reader,
             engine=get_engine(model, self._accelerator, 1 / divisor),
-            plans=[self.plan(row["tree_plan"]) for row in rows],
+            plans=[self.plan(row["tree"].plan) for row in rows],
             num_parts=num_parts,
             offload=self._args.offload_kv,
             recorder=self._recorder,

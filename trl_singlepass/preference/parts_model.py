@@ -13,38 +13,30 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..attention.context import Tree, running_on
+from ..attention.context import running_on
 from ..data.collator import Batch
-from ..images.reading import ImageReader
+from ..data.line_view import LineView
+from ..engine.model_call import as_tree, in_lines, join_rows, logits_in_lines, row_inputs, shared_inputs
+from ..images.reading import showing_images
+from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import Ranges
 from ..waves import Wave, WavePlan, WaveRunner, select
 from ..waves.engines import Engine, ShardedEngine
 from ..waves.loss import LoadBalancingLoss, RouterRecorder
 from ..waves.runner import Forward
-from .pair_model import PER_TOKEN_OUTPUTS, PairModel
 
 
 CompareLogProbs = Callable[[torch.Tensor, torch.Tensor], None]
 """Takes the log-probabilities of a part from its first and from its second forward, each `(1, num_tokens)`."""
 
 
-class PairModelInParts(PairModel):
+class PairModelInParts:
     """
-    A [`PairModel`] whose batches run part by part.
+    A model that takes batches of pairs and runs them part by part; its outputs are those of a call at once.
 
     Args:
-        model (`torch.nn.Module`):
-            As for [`PairModel`].
-        base (`transformers.PreTrainedModel`):
-            As for [`PairModel`].
-        checked (`set[transformers.PreTrainedModel]`):
-            As for [`PairModel`].
-        image_reader (`ImageReader`, *optional*):
-            As for [`PairModel`].
         engine (`Engine`):
             Calls the model.
         plans (`Sequence[WavePlan]`):
@@ -61,10 +53,6 @@ class PairModelInParts(PairModel):
 
     def __init__(
         self,
-        model: nn.Module,
-        base: PreTrainedModel,
-        checked: set[PreTrainedModel],
-        image_reader: ImageReader | None = None,
         *,
         engine: Engine,
         plans: Sequence[WavePlan],
@@ -73,7 +61,6 @@ class PairModelInParts(PairModel):
         recorder: RouterRecorder | None = None,
         compare: CompareLogProbs | None = None,
     ) -> None:
-        super().__init__(model, base, checked, image_reader)
         self._engine, self._plans, self._offload = engine, plans, offload
         self._recorder, self._compare = recorder, compare
         own = sum(len(plan.waves) for plan in plans)
@@ -82,26 +69,43 @@ class PairModelInParts(PairModel):
         self._leaves: list[torch.Tensor] = []
         self._load_balancing: LoadBalancingLoss | None = None
 
-    def run(self, rows: list[Batch], inputs: dict[str, Any], *, has_labels: bool) -> ModelOutput:
-        """Run all parts forward; in training, the log-probabilities that it returns are leaves of TRL's graph."""
+    def __call__(self, *, tree: LineView, labels: torch.Tensor | None = None, **inputs: Any) -> ModelOutput:
+        """
+        Run all parts forward; in training, the log-probabilities that it returns are leaves of TRL's graph.
+
+        Args:
+            tree (`LineView`):
+                Rows of the batch.
+            labels (`torch.Tensor` of shape `(2B, M + 1)`, *optional*):
+                Targets of the trajectories, -100 where there is none.
+            **inputs (`Any`):
+                Further inputs of the model.
+
+        Returns:
+            `ModelOutput`: With `labels`, the outputs of TRL's fused head, each of shape `(2B, M)`; without, `logits`
+            of shape `(2B, M + 1, vocabulary)`.
+        """
+        has_labels, others = labels is not None, shared_inputs(inputs)
         self._runs = [
-            _RowRun(row, plan, self.row_inputs(row, has_labels=has_labels), inputs, self._offload)
-            for row, plan in zip(rows, self._plans, strict=True)
+            _RowRun(row, plan, row_inputs(row, has_labels=has_labels), others, self._offload)
+            for row, plan in zip(tree.rows, self._plans, strict=True)
         ]
         if self._recorder is not None and inputs.get("output_router_logits"):
             self._load_balancing = self._recorder.new_row()
         with torch.no_grad():
             self._pad()
-            outputs = _join([outputs for run in self._runs for outputs in self._forward(run)])
-        for run in self._runs:
-            self.check_layers(run.tree)
+            outputs = join_rows([outputs for run in self._runs for outputs in self._forward(run)])
         leaves = ["log_probs"]
         if self._load_balancing is not None:
             outputs["aux_loss"] = self._load_balancing.value()
             leaves.append("aux_loss")
-        if torch.is_grad_enabled() and has_labels:
+        if labels is None:
+            outputs["logits"] = logits_in_lines(outputs, tree)
+            return outputs
+        if torch.is_grad_enabled():
             self._leaves = [outputs[name].requires_grad_() for name in leaves]
-        return outputs
+        # Of the leaves, which stay as they are.
+        return in_lines(type(outputs)(**outputs), tree, is_padding=labels[:, 1:] == IGNORE_INDEX)
 
     def _forward(self, run: _RowRun) -> Iterator[ModelOutput]:
         for wave, outputs in run.forward_all(lambda wave, tokens: self._call(run, tokens)):
@@ -147,7 +151,7 @@ class PairModelInParts(PairModel):
         return forward
 
     def _call(self, run: _RowRun, tokens: Ranges, *, is_last: bool = False) -> ModelOutput:
-        with self.showing(run.row):
+        with showing_images(run.images, run.tree.plan):
             if is_last:
                 outputs: ModelOutput = self._engine.forward_last(is_kept=False, **run.select(tokens))
                 return outputs
@@ -161,7 +165,8 @@ class PairModelInParts(PairModel):
         """Run tokens again, without effect: the ranks of a sharded engine meet inside the model."""
         run = self._runs[0]
         # The first tokens, or the whole row if it needs its images.
-        tokens, tree = (((0, run.length),), run.tree) if run.has_images else run.waves.first_tokens()
+        has_images = run.images is not None
+        tokens, tree = (((0, run.length),), run.tree) if has_images else run.waves.first_tokens()
         for _ in range(self._num_missing):
             with running_on(tree):
                 outputs = self._call(run, tokens)
@@ -179,10 +184,9 @@ class _RowRun:
     def __init__(
         self, row: Batch, plan: WavePlan, of_row: dict[str, torch.Tensor], others: dict[str, Any], offload: bool
     ) -> None:
-        self.row, self.has_images = row, "image_features" in row
-        self.tree = Tree(row["tree_plan"], row["subtree_end"], row["position_ids"])
+        self.images, self.tree = row["tree"].image_features, as_tree(row["tree"])
         self.waves = WaveRunner(plan, self.tree, offload)
-        self.length = row["tree_plan"].length
+        self.length = self.tree.plan.length
         self._of_row, self._others = of_row, others
 
     def forward_all(self, forward: Forward[ModelOutput]) -> Iterator[tuple[Wave, ModelOutput]]:
@@ -207,7 +211,7 @@ class _RowRun:
         """Return the inputs of the model for some tokens of the row."""
         if tokens == ((0, self.length),):
             return {**self._of_row, **self._others}
-        assert not self.has_images, "rows with images do not run in waves"
+        assert self.images is None, "rows with images do not run in waves"
         return {**{name: select(value, tokens) for name, value in self._of_row.items()}, **self._others}
 
     def multiplicity(self, wave: Wave) -> torch.Tensor:
@@ -217,9 +221,3 @@ class _RowRun:
 
 def _not_again(wave: Wave, tokens: Ranges) -> None:
     raise AssertionError("what later waves need was stored in the first forward")
-
-
-def _join(parts: Sequence[ModelOutput]) -> ModelOutput:
-    """Return the outputs of all parts, in the order of the tokens."""
-    names = [name for name in ("logits", *PER_TOKEN_OUTPUTS) if parts[0].get(name) is not None]
-    return type(parts[0])(**{name: torch.cat([part[name] for part in parts], dim=1) for name in names})

@@ -15,9 +15,10 @@ from transformers.trainer_utils import EvalPrediction
 from trl import DPOConfig, DPOTrainer
 
 from ..data.bad_rows import BadRows
-from ..data.collator import Batch, DataCollatorForSinglePass
+from ..data.collator import Batch, Collator, DataCollatorForSinglePass, check_collator
 from ..data.dataset_format import column_names
 from ..data.images import hide_image_columns
+from ..engine.enable import enable_tree, without_adapters
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
 from ..training.checkpoints import resume_counts
@@ -25,8 +26,8 @@ from ..training.dataset import AnyDataset
 from ..training.images import read_images, show_images
 from ..training.manifest import ManifestCallback
 from ..training.metrics import TokenCounts
-from ..training.model import enable_tree, without_adapters
 from ..training.model_card import complete_model_card
+from ..training.self_check import SelfCheck
 from ..training.sharded_head import gather_head_with_model
 from ..training.sharding import prepare_sharding
 from ..training.tree_loss import Loss
@@ -35,9 +36,9 @@ from .collator import REFERENCE_COLUMNS, DataCollatorForSinglePassPreference
 from .compatibility import check_dataset, check_pairs, check_run
 from .config import as_single_pass_config, default_config, pair_settings, turn_weights, without_padding_free
 from .dataset import prepare_pairs
-from .pair_model import PairModel
 from .pairs import TOKEN_COLUMNS
 from .parts import BatchParts
+from .parts_model import PairModelInParts
 from .rows import PAIR_COLUMNS
 
 
@@ -71,7 +72,6 @@ class SinglePassDPOTrainer(DPOTrainer):
     _tag_names: ClassVar = ["trl", "dpo", "single-pass"]
     _name = "SinglePassDPO"
     train_dataset: AnyDataset
-    data_collator: Callable[..., Batch]
     precompute_ref_logps: bool
     _signature_columns: list[str]
     _pair_collator: DataCollatorForSinglePassPreference | None = None
@@ -95,7 +95,6 @@ class SinglePassDPOTrainer(DPOTrainer):
     ) -> None:
         args = default_config(model) if args is None else as_single_pass_config(args)
         check_pairs(args, train_dataset, data_collator, model, peft_config)
-        self._checked_models: set[PreTrainedModel] = set()
         self._counts = TokenCounts()
         self._given_collator = data_collator
         with without_padding_free(args):
@@ -114,6 +113,7 @@ class SinglePassDPOTrainer(DPOTrainer):
                 peft_config=peft_config,
             )
         self._manifest = ManifestCallback(self)
+        self._self_check = SelfCheck(self.accelerator, is_on=args.self_check)
         self._enable_pairs()
 
     def _enable_pairs(self) -> None:
@@ -139,10 +139,25 @@ class SinglePassDPOTrainer(DPOTrainer):
         """Let the policy, its reference and the collator of rows read images."""
         collator.load_images = collator.load_images or image_loader_of(self.processing_class)
         tp_size = self.get_tp_size()
-        self._parts.image_reader = read_images(self.model, self.args, self.accelerator, collator, tp_size)
+        read_images(self.model, self.args, self.accelerator, collator, tp_size)
         if self.ref_model is not None:
             reference = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
             ImageReader.enable(without_adapters(reference))
+
+    @property
+    def data_collator(self) -> Collator:
+        """Makes batches of pairs, with the trees of their rows."""
+        return self._collate
+
+    @data_collator.setter
+    def data_collator(self, collator: Collator) -> None:
+        # TRL and the Trainer set theirs in their constructors; afterwards, it is the user who does.
+        before = self._pair_collator
+        if before is not None and collator is not before:
+            check_collator(collator, DataCollatorForSinglePassPreference)
+            assert isinstance(collator, DataCollatorForSinglePassPreference)
+            self._pair_collator = collator.reading_images_as(before)
+        self._collate = self._pair_collator or collator
 
     @property
     def ref_model(self) -> nn.Module | None:
@@ -198,48 +213,63 @@ class SinglePassDPOTrainer(DPOTrainer):
         return model, loader
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """Keep log-probabilities in float32; under DeepSpeed, the Trainer rounds floats to the model's precision."""
-        prepared = super()._prepare_inputs(inputs)
-        for name in (*REFERENCE_COLUMNS, "token_weights"):
-            if name in inputs:
-                prepared[name] = inputs[name].to(self.args.device)
-        return prepared
+        """Move the trees too, and keep log-probabilities in float32; under DeepSpeed, the Trainer rounds floats."""
+        prepared: Batch = super()._prepare_inputs(inputs)
+        kept = (name for name in ("tree", *REFERENCE_COLUMNS) if name in inputs)
+        return prepared | {name: inputs[name].to(self.args.device) for name in kept}
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Enable trees first; TRL computes these log-probabilities at the end of its own constructor."""
         self._enable_pairs()
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Any]:
+        """Measure the policy and its reference before the first step, whoever computes the loss."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = [row for batch in batches for row in batch["tree"].rows]
+        assert self._pair_collator is not None
+        for model in filter(None, (self.model_wrapped, self.ref_model)):
+            self._self_check.check(model, rows, self._pair_collator.row_collator)
+        return batches, num_items
+
     def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the reference on the trees of the rows; TRL runs it on each trajectory as one sequence."""
-        return self._ref_log_probs(model, inputs, self._parts.count(inputs["rows"]))
+        return self._ref_log_probs(model, inputs, self._parts.count(inputs["tree"].rows))
 
     def _ref_log_probs(self, model: nn.Module, inputs: Batch, num_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().compute_ref_log_probs(self._on_pairs(model, inputs, num_parts), inputs)
+        inputs = {**inputs, "tree": inputs["tree"].handled()}
+        return super().compute_ref_log_probs(self._in_parts(model, inputs, num_parts) or model, inputs)
 
     def _compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool) -> Loss:
         """Run the policy on the trees of the rows; TRL runs it on each trajectory as one sequence."""
-        num_parts = self._parts.count(inputs["rows"])
+        rows = inputs["tree"].rows
+        num_parts = self._parts.count(rows)
         if not self.precompute_ref_logps:
             reference = self.model if self.ref_model is None else self.ref_model
             logps = self._ref_log_probs(reference, inputs, num_parts)
             inputs = {**inputs, **dict(zip(REFERENCE_COLUMNS, logps, strict=True))}
         if self.model.training:
             num_tokens = self.accelerator.gather(inputs["completion_mask"].sum()[None]).sum()
-            self._counts.add(inputs["rows"], num_tokens)
-            self._metrics["train"]["num_rows"].append(float(len(inputs["rows"])))
+            self._counts.add(rows, num_tokens)
+            self._metrics["train"]["num_rows"].append(float(len(rows)))
             if self.args.wave_tokens is not None:
-                self._metrics["train"]["num_waves"].append(float(self._parts.count_own(inputs["rows"])))
-        policy = self._on_pairs(model, inputs, num_parts)
+                self._metrics["train"]["num_waves"].append(float(self._parts.count_own(rows)))
+        inputs = {**inputs, "tree": inputs["tree"].handled()}
+        in_parts = self._in_parts(model, inputs, num_parts)
         with self._reading_reference():
-            loss: Loss = super()._compute_loss(policy, inputs, return_outputs)
-        return policy.backward(loss) if isinstance(loss, torch.Tensor) and loss.requires_grad else loss
+            loss: Loss = super()._compute_loss(in_parts or model, inputs, return_outputs)
+        if in_parts is None or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+            return loss
+        return in_parts.backward(loss)
 
-    def _on_pairs(self, model: nn.Module, inputs: Batch, num_parts: int) -> PairModel:
-        owner = self.ref_model if model is self.ref_model else self.model  # `model` may be wrapped for training
-        base = without_adapters(self.accelerator.unwrap_model(owner, keep_torch_compile=False))
+    def _in_parts(self, model: nn.Module, inputs: Batch, num_parts: int) -> PairModelInParts | None:
+        """Return the model as it runs a batch in several parts; `None` if the batch runs at once."""
+        if num_parts == 1:
+            return None
         divisor = getattr(self, "current_gradient_accumulation_steps", 1)
-        return self._parts.model_for(inputs["rows"], num_parts, model, base, self._checked_models, divisor=divisor)
+        return self._parts.model_for(inputs["tree"].rows, num_parts, model, divisor=divisor)
 
     @contextmanager
     def _reading_reference(self) -> Iterator[None]:

@@ -11,11 +11,13 @@ from torch import nn
 
 from ..attention.text_layers import set_text_attention
 from ..data.collator import LoadImages
+from ..engine.borrowed_state import in_evaluation_mode
+from ..engine.enable import disable_tree, enable_tree, takes_attention_from_outside, without_adapters
+from ..engine.separate_samples import get_device
 from ..images.features import image_module
 from ..images.reading import ImageReader
-from ..recurrent.layer import disable_tree_recurrence, runs_on_trees
-from ..training.model import enable_tree, takes_attention_from_outside, without_adapters
-from .npass import get_device, get_text_config
+from ..recurrent.layer import runs_on_trees
+from .npass import get_text_config
 from .single_pass import RowImages
 
 
@@ -27,22 +29,18 @@ if TYPE_CHECKING:
 def left_as_found(model: PreTrainedModel) -> Iterator[str | None]:
     """Put the model on stock layers in evaluation mode; yield the tree attention it came with, if any."""
     base = without_adapters(model)
-    modes = {module: module.training for module in model.modules()}
     attention = get_text_config(base)._attn_implementation
     was_on_trees = attention.startswith("tree_") or any(map(runs_on_trees, base.modules()))
     devices = [get_device(model)] if get_device(model).type == "cuda" else []
-    model.eval()
     if was_on_trees:
-        _leave_trees(base, "sdpa" if base._supports_sdpa else "eager")
+        disable_tree(base, "sdpa" if base._supports_sdpa else "eager")
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad():
+        with in_evaluation_mode(model), torch.random.fork_rng(devices), torch.enable_grad():
             yield attention if was_on_trees else None
     finally:
         if was_on_trees:
             enable_tree(base)
             _set_attention(base, attention)
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager
@@ -55,12 +53,7 @@ def on_trees(model: PreTrainedModel, tree_attention: str | None) -> Iterator[Non
             _set_attention(base, tree_attention)
         yield
     finally:
-        _leave_trees(base, before)
-
-
-def _leave_trees(base: PreTrainedModel, attention: str) -> None:
-    disable_tree_recurrence(base)
-    _set_attention(base, attention)
+        disable_tree(base, before)
 
 
 def _set_attention(base: PreTrainedModel, implementation: str) -> None:

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from torch import nn
 from torch.nn import functional as F
 
-from ..attention import tree_context
 from ..data.collator import DataCollatorForSinglePass, LoadImages
+from ..engine.borrowed_state import captured_embeddings
+from ..engine.check import effect_of_tokens
+from ..engine.separate_samples import get_device, sample_inputs
 from ..images.reading import ImageReader
-from ..recurrent.layer_kinds import get_decoder
-from ..training.model import without_adapters
 from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree, sample_paths
 from ..trees.rows import Row
 from ..trees.sample import Sample
 from .npass import (
     LossAndGradients,
     compute_gradients,
-    get_device,
     get_text_config,
     has_auxiliary_loss,
-    sample_inputs,
     stock_attention,
     stopwatch,
     trainable_parameters,
@@ -62,10 +58,11 @@ def single_pass_loss_and_gradients(
     positions = (batch["labels"][0] != IGNORE_INDEX).nonzero()[:, 0] - 1
     parameters = trainable_parameters(model)
     with stopwatch(model) as seconds:
-        outputs = _forward(model, batch, images)
+        outputs = _forward(model, batch)
         targets = batch["labels"][0, positions + 1]
         nll = F.cross_entropy(outputs.logits[0, positions].float(), targets, reduction="none")
-        weights = batch["loss_weights"][0, positions + 1].to(nll.dtype) if "loss_weights" in batch else nll.new_ones(1)
+        given = batch["tree"].loss_weights
+        weights = nll.new_ones(1) if given is None else given[0, positions + 1].to(nll.dtype)
         loss = (nll * weights).sum() / weights.expand_as(nll).sum()
         if has_auxiliary_loss(model):
             loss = loss + get_text_config(model).router_aux_loss_coef * outputs.aux_loss
@@ -141,15 +138,15 @@ def leak_probe(
     paths = sample_paths(tree, samples)
     chosen = np.unique(np.linspace(0, len(samples) - 1, min(num_probes, len(samples))).round().astype(int))
     leaked, blind = 0.0, 0
-    with _captured_embeddings(model) as embeddings:
+    with captured_embeddings(model) as embeddings:
         for index in chosen:
             # One forward per probe: compiled kernels (FlexAttention) free what they saved with the first backward.
-            logits = _forward(model, _make_batch(tree, get_device(model), images), images).logits[0]
-            effect = _effect(logits[paths[index][-1]], embeddings.pop())
+            logits = _forward(model, _make_batch(tree, get_device(model), images)).logits[0]
+            effect = effect_of_tokens(logits[None, paths[index][-1]], embeddings.pop())
             inputs = sample_inputs(model, [samples[index]], None if images is None else images.load)
             with stock_attention(model):
                 output = model(**inputs, use_cache=False).logits[0, -1]
-            expected = _effect(output, embeddings.pop())
+            expected = effect_of_tokens(output[None], embeddings.pop())
             own = effect[paths[index]]
             blind += int(((own == 0) & (expected > 1e-3 * expected.max())).sum())
             effect[paths[index]] = 0
@@ -157,59 +154,16 @@ def leak_probe(
     return LeakReport(leaked, blind)
 
 
-def _effect(output: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    """Largest absolute gradient of an output by token, of shape `(length,)`; embeddings are `(1, length, hidden)`."""
-    direction = torch.cos(torch.arange(len(output), device=output.device)).to(output.dtype)
-    (gradient,) = torch.autograd.grad(output @ direction, embeddings)
-    return gradient[0].abs().amax(-1).double().cpu()
-
-
-@contextmanager
-def _captured_embeddings(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """
-    Collect what the language model reads of each token as leaves, so that they have gradients even if it is frozen.
-
-    That is the output of the embedding layer, or, where a model puts features of images into it, what comes of that.
-    """
-    captured: list[torch.Tensor] = []
-
-    def hook(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-        captured.append(output.detach().requires_grad_())
-        return captured[-1]
-
-    def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-        if kwargs.get("inputs_embeds") is None:
-            return None
-        captured[-1] = kwargs["inputs_embeds"].detach().requires_grad_()
-        return args, {**kwargs, "inputs_embeds": captured[-1]}
-
-    decoder = get_decoder(without_adapters(model))
-    handles = [
-        model.get_input_embeddings().register_forward_hook(hook),
-        decoder.register_forward_pre_hook(pre_hook, with_kwargs=True),
-    ]
-    try:
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _make_batch(tree: PrefixTree, device: torch.device, images: RowImages | None = None) -> dict[str, Any]:
     collate = DataCollatorForSinglePass(pad_token_id=0)
     if images is not None:
-        collate.load_images, collate.positions = images.load, images.reader.positions
+        collate.load_images, collate.image_reader = images.load, images.reader
     batch: dict[str, Any] = send_to_device(collate([Row.from_tree(tree).columns()]), device)
     return batch
 
 
-def _forward(model: PreTrainedModel, batch: dict[str, Any], images: RowImages | None = None) -> ModelOutput:
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
+def _forward(model: PreTrainedModel, batch: dict[str, Any]) -> ModelOutput:
+    inputs = {name: value for name, value in batch.items() if name != "labels"} | {"tree": batch["tree"].handled()}
     if has_auxiliary_loss(model):
         inputs["output_router_logits"] = True
-    shown: AbstractContextManager[None] = nullcontext()
-    if images is not None:
-        inputs |= images.reader.model_inputs(batch)
-        shown = images.reader.showing(batch)
-    with shown, tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]):
-        return model(**inputs, use_cache=False)
+    return model(**inputs, use_cache=False)

@@ -7,10 +7,12 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch.nn import functional as F
 
-from ..attention.context import Tree, running_on
+from ..attention.context import running_on
 from ..data.collator import DataCollatorForSinglePass
+from ..engine.model_call import as_tree
 from ..recurrent.layer_kinds import get_decoder
 from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree
 from ..trees.rows import Row, TreePlan
@@ -60,9 +62,7 @@ def make_step(
     batch: dict[str, Any] = dict(DataCollatorForSinglePass(pad_token_id=0)(rows))
     labels = batch["labels"][0]
     shifted = F.pad(labels[1:], (0, 1), value=IGNORE_INDEX)
-    plan: TreePlan = batch["tree_plan"]
-    on_device = {name: batch[name].to(model.device if device is None else device) for name in (*INPUTS, "subtree_end")}
-    step = _Step(model, plan, on_device, shifted)
+    step = _Step(model, send_to_device(batch, model.device if device is None else device), shifted)
     return step.in_waves if schedule is Schedule.WAVES else step.in_one_row
 
 
@@ -79,20 +79,16 @@ class _Step:
     Args:
         model (`torch.nn.Module`):
             Model under tree attention.
-        plan (`TreePlan`):
-            Structure of the row.
-        tensors (`dict[str, torch.Tensor]`):
-            Inputs of the model and `subtree_end`, of shape `(1, row_length)`, on the model's device.
+        batch (`dict[str, Any]`):
+            Batch of the collator, on the model's device.
         targets (`torch.Tensor` of shape `(row_length,)`):
             Token that each position predicts, on the CPU.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, plan: TreePlan, tensors: dict[str, torch.Tensor], targets: torch.Tensor
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, batch: dict[str, Any], targets: torch.Tensor) -> None:
         self._decoder, self._head = get_decoder(model), model.get_output_embeddings()
-        self._inputs = {name: tensors[name] for name in INPUTS}
-        self._tree = Tree(plan, tensors["subtree_end"], tensors["position_ids"])
+        self._inputs = {name: batch[name] for name in INPUTS}
+        self._tree = as_tree(batch["tree"])
         self._targets = targets
         self._num_targets = int((targets != IGNORE_INDEX).sum())
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from ..cost.flops import Cost, get_model_shape, npass_cost, single_pass_cost
-from ..training.model import enable_tree
+from ..engine.enable import enable_tree
 from ..trees.prefix_tree import PrefixTree
 from ..trees.sample import Sample
 from .npass import LossAndGradients, npass_loss_and_gradients

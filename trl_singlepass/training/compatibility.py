@@ -17,13 +17,13 @@ from transformers import DataCollator, PreTrainedModel, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
-from ..data.collator import DataCollatorForSinglePass
+from ..data.collator import check_collator
 from ..data.dataset_format import column_names, holds_rows
 from ..data.images import holds_images
+from ..engine.enable import check_model, without_adapters
 from ..images.reading import check_reads_images
 from ..recurrent.layer_kinds import path_dependent_layer_names
 from ..trees.rows import IMAGE_COLUMNS
-from .model import check_model, without_adapters
 
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def check_conversations(
         `UnsupportedImagesError`: If the dataset has images, and a tree cannot give them to the model.
     """
     check_turn_settings(args, dataset)
-    check_collator(data_collator)
+    if data_collator is not None:
+        check_collator(data_collator)
     check_adapters(model, peft_config)
     check_parallelism(args.parallelism_config)
     if args.use_liger_kernel and not is_liger_kernel_available():  # transformers looks once the data is prepared
@@ -126,15 +127,6 @@ def check_turn_settings(args: SFTConfig, dataset: Dataset | IterableDataset, pac
     ):
         if refused:
             raise ValueError(f"{setting} does not work for conversations in a single pass: it {why}. {way_out}.")
-
-
-def check_collator(data_collator: DataCollator | None) -> None:
-    """Refuse a collator of the user's own that would lose the tree."""
-    if data_collator is not None and not isinstance(data_collator, DataCollatorForSinglePass):
-        raise ValueError(
-            f"data_collator={type(data_collator).__name__} would drop the tree of the rows, and branches would be "
-            "trained as one text. Leave data_collator unset, or pass a subclass of DataCollatorForSinglePass."
-        )
 
 
 # The model and its loss ----------------------------------------------------------------------------------------------

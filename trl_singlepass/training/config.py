@@ -66,6 +66,9 @@ class SinglePassSFTConfig(SFTConfig):
             Weight of the loss on reasoning, relative to 1 for answers and tool calls.
         log_turn_metrics (`bool`, *optional*, defaults to `False`):
             Whether to log loss and accuracy by turn, for reasoning, for answers and for their first token.
+        self_check (`bool`, *optional*, defaults to `True`):
+            Whether a small row is run as a tree and as separate samples before the first step, and the run stopped if
+            they differ. `False` trains a model that nobody has measured; the log says so.
         wave_tokens (`int` or `"auto"`, *optional*):
             Largest number of tokens of a row that have activations at the same time. A longer row runs in waves, with
             the same loss and gradients, in the memory of one wave. `None` runs every row at once; `"auto"` chooses
@@ -142,6 +145,13 @@ class SinglePassSFTConfig(SFTConfig):
         default=False,
         metadata={
             "help": "Whether to log loss and accuracy by turn, for reasoning, for answers and for their first token."
+        },
+    )
+    self_check: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to measure before the first step that the model computes on a tree what it computes on "
+            "separate samples, and to stop if not."
         },
     )
     wave_tokens: int | str | None = field(

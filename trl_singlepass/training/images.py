@@ -12,9 +12,9 @@ from trl import SFTConfig
 
 from ..data.collator import DataCollatorForSinglePass
 from ..data.dataset_format import column_names
+from ..engine.enable import without_adapters
 from ..images.reading import ImageReader
 from ..trees.rows import IMAGE_COLUMNS
-from .model import without_adapters
 
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def read_images(
     accelerator: Accelerator,
     collator: DataCollatorForSinglePass,
     tp_size: int,
-) -> ImageReader:
+) -> None:
     """
     Make a model and a collator read rows with images.
 
@@ -60,16 +60,13 @@ def read_images(
         tp_size (`int`):
             Number of ranks that share the layers of the model.
 
-    Returns:
-        [`ImageReader`]: How the model reads images.
-
     Raises:
         `UnsupportedImagesError`: If the model reads images in a way that a tree cannot give it.
         `ValueError`: If a setting or an engine does not go with images.
     """
     check_settings(args, accelerator, tp_size)
     reader = ImageReader.enable(without_adapters(model))
-    collator.positions = reader.positions
+    collator.image_reader = reader
     if accelerator.num_processes > 1:
         # Ranks reduce the gradients of the encoder together, and some shard it: all have to run it, or none.
         collator.blank_image = getattr(collator.load_images, "blank", None)
@@ -78,7 +75,6 @@ def read_images(
                 "On several ranks, a row without images shows the model a blank one, so that all ranks run its "
                 "encoder. Give the load_images of your data_collator a method `blank`, or leave data_collator unset."
             )
-    return reader
 
 
 def check_settings(args: SFTConfig, accelerator: Accelerator, tp_size: int) -> None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from transformers import TrainingArguments
 
 from ..data.collator import Batch
+from ..data.row_tree import RowTree
 from ..trees.prefix_tree import IGNORE_INDEX
 
 
@@ -43,7 +44,7 @@ def without_repeated_examples(
         `Batch`: The batch.
     """
     state, (num_ranks, rank) = accelerator.gradient_state, data_ranks(accelerator)
-    is_own_row = "tree_plan" in batch and "is_shared" not in batch  # its rank saw to a shared one
+    is_own_row = "tree" in batch and not batch["tree"].is_shared  # its rank saw to a shared one
     if num_ranks == 1 or not state.end_of_dataloader or not is_own_row:
         return batch
     if accelerator.split_batches:
@@ -51,16 +52,16 @@ def without_repeated_examples(
     remainder = state.remainder if num_examples is None else num_examples % (num_ranks * batch_size)
     if remainder <= 0:
         return batch
-    ends = (0, *batch["tree_plan"].example_ends)
+    tree: RowTree = batch["tree"]
+    ends = (0, *tree.plan.example_ends)
     num_new = remainder - rank * batch_size
     end = ends[min(max(num_new, 0), len(ends) - 1)]
     labels, multiplicity = batch["labels"].clone(), batch["attention_mask"].clone()
     labels[:, end:] = IGNORE_INDEX
     multiplicity[:, end:] = 0
-    masked = {**batch, "labels": labels, **({"attention_mask": multiplicity} if end else {"is_blank": True})}
-    if "loss_weights" in batch:
-        masked["loss_weights"] = batch["loss_weights"] * (labels != IGNORE_INDEX)
-    return masked
+    weights = None if tree.loss_weights is None else tree.loss_weights * (labels != IGNORE_INDEX)
+    tree = tree.replace(loss_weights=weights, is_blank=end == 0)
+    return {**batch, "labels": labels, **({"attention_mask": multiplicity} if end else {}), "tree": tree}
 
 
 def scale_router_loss(batches: Sequence[Batch], accelerator: Accelerator, is_trained: bool) -> None:
@@ -80,11 +81,12 @@ def scale_router_loss(batches: Sequence[Batch], accelerator: Accelerator, is_tra
     """
     if not is_trained:
         return
-    num_own = sum("is_blank" not in batch for batch in batches)
+    num_own = sum(not batch["tree"].is_blank for batch in batches)
     everyone = accelerator.gather(torch.tensor([num_own], device=accelerator.device))
     scale = len(everyone) * len(batches) / max(int(everyone.sum()), 1)
     for batch in batches:
-        batch["router_loss_scale"] = 0.0 if "is_blank" in batch else scale
+        tree = batch["tree"]
+        batch["tree"] = tree.replace(router_loss_scale=0.0 if tree.is_blank else scale)
 
 
 def data_ranks(accelerator: Accelerator) -> tuple[int, int]:

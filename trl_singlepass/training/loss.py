@@ -12,9 +12,10 @@ from transformers.utils import ModelOutput
 from trl import SFTTrainer
 
 from ..data.collator import Batch
+from ..data.row_tree import RowTree
+from ..engine.enable import Forward
 from ..trees.prefix_tree import IGNORE_INDEX
 from .metrics import TurnMetrics
-from .model import Forward
 
 
 NumItems: TypeAlias = torch.Tensor | int | None
@@ -91,17 +92,17 @@ def weighted_model(model: Forward, loss_weights: torch.Tensor) -> Forward:
 
 class RouterLossScale:
     """
-    Multiplies the load-balancing loss of a batch by its `router_loss_scale`, if it has one other than 1.
+    Multiplies the load-balancing loss of a batch by its `router_loss_scale`, if that is not 1.
 
     In such a step, all ranks have a factor other than 1 (see [`scale_router_loss`]).
 
     Args:
-        batch (`Batch`):
-            The batch.
+        row (`RowTree`):
+            Tree of the batch.
     """
 
-    def __init__(self, batch: Batch) -> None:
-        self._scale: float = batch.get("router_loss_scale", 1.0)
+    def __init__(self, row: RowTree) -> None:
+        self._scale = row.router_loss_scale
         self._loss: torch.Tensor | None = None
 
     def wrap(self, model: Forward) -> Forward:
@@ -143,11 +144,8 @@ def normalized(loss_weights: torch.Tensor, total: torch.Tensor | int | None = No
 
 def total_weight(batch: Batch) -> torch.Tensor:
     """Return the sum of the loss weights of a batch, a scalar: what its loss is divided by."""
-    if "loss_weights" in batch:
-        weights: torch.Tensor = batch["loss_weights"]
-    else:
-        weights = batch["labels"][..., 1:] != IGNORE_INDEX
-    return weights.sum()
+    weights: torch.Tensor | None = batch["tree"].loss_weights if "tree" in batch else None
+    return (batch["labels"][..., 1:] != IGNORE_INDEX if weights is None else weights).sum()
 
 
 def step_weights(batches: Sequence[Batch], accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor]:

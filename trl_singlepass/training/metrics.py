@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import ModelOutput
 
 from ..data.collator import Batch
+from ..engine.enable import Forward
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.sample import PARTS
-from .model import Forward
 
 
 TOKEN_COUNTS = "token_counts.json"  # in a checkpoint
@@ -80,7 +80,7 @@ class TokenCounts:
                 Sum of the loss weights of the step over all ranks, a scalar.
         """
         self._trained = self._trained + num_items.to(_widest_float(num_items.device))
-        for plan in (batch["tree_plan"] for batch in batches if "tree_plan" in batch):
+        for plan in (batch["tree"].plan for batch in batches if "tree" in batch):
             self._sample_tokens += plan.num_sample_tokens
             self._row_tokens += plan.example_ends[-1]
 
@@ -196,7 +196,7 @@ def split_by_example(tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
         `torch.Tensor` of shape `(num_examples, longest, …)`: The rows, padded with -100 as the Trainer pads them. In
         each, the target beside `[:, i + 1]` is that of the prediction at `[:, i]`.
     """
-    ends = batch["tree_plan"].example_ends
+    ends = batch["tree"].plan.example_ends
     starts = (0, *ends[:-1])
     counts = batch["attention_mask"][0]
     parts = [tensor[0, start:end] for start, end in zip(starts, ends, strict=True) if counts[start] > 0]  # no padding

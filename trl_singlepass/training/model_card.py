@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from datasets import Dataset, IterableDataset
 
 from .. import __version__
-from .model import without_adapters
+from ..engine.enable import without_adapters
 
 
 if TYPE_CHECKING:

@@ -10,10 +10,9 @@ which would train a tree as plain text, and expects the same heads in every laye
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -27,14 +26,13 @@ from ..attention import Tree, TreeMask
 from ..attention.context import running_on
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch
+from ..engine.enable import Forward, without_adapters
 from ..trees.prefix_tree import IGNORE_INDEX
-from ..trees.rows import TreePlan
 from ..waves.engines import SharedRowEngine
 from ..waves.loss import PER_TOKEN, RouterRecorder
 from .compatibility import check_sequence_parallelism
 from .gradient_scale import GradientCheck, get_gradient_scale
 from .loss import LossContext
-from .model import Forward, without_adapters
 from .shared_rows import SharedRows
 from .ulysses_preparation import allowing_global_sizes, allowing_recurrent_layers
 
@@ -127,36 +125,38 @@ class SequenceParallel:
         self._group = RowGroup(loader.sp_group, loader.sp_world_size, loader.sp_rank)
         return DataLoader(SharedRows(loader.dl, self._group, prepare, pad_token_id, epoch), batch_size=None)
 
-    def run_on_tree(self, plan: TreePlan) -> AbstractContextManager[Tree]:
-        """Return a context that runs the model on a row that ranks share, given its plan."""
-        return running_on(tree_from_plan(plan, self._accelerator.device, self._group))
+    @property
+    def group(self) -> RowGroup:
+        """The ranks that share rows with this one."""
+        assert self._group is not None, "`connect` made it"
+        return self._group
 
     def watch_gradients(self, engine: DeepSpeedEngine) -> None:
         """Compare the gradients of the first step with their mean over ranks; called before the first backward."""
         if self._gradient_check is None:
             self._gradient_check = GradientCheck(engine, get_gradient_scale(engine, self.size))
 
-    def wrap(self, engine: DeepSpeedEngine) -> Forward:
+    def wrap(self, engine: DeepSpeedEngine, tree: Tree) -> Forward:
         """
         Return the model as it runs a row in parts.
 
         Args:
             engine (`deepspeed.DeepSpeedEngine`):
                 Model, as the Trainer wrapped it.
+            tree (`Tree`):
+                Tree of the row, with the ranks that share it.
 
         Returns:
             `Forward`: Takes a whole row, and returns the outputs of TRL's fused head for all of it.
         """
-        assert self._group is not None, "`connect` made it"
-        shared, group, recorder = (
-            SharedRowEngine(engine, self._accelerator, 1.0, self._group),
-            self._group,
-            self._recorder,
-        )
+        group, recorder = self.group, self._recorder
+        shared = SharedRowEngine(engine, self._accelerator, 1.0, group)
 
         def forward(*, labels: Tensor, attention_mask: Tensor, **inputs: Any) -> ModelOutput:
+            inputs.pop("tree")  # which the engine's parts of the row have from here
             shift_labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)], dim=1)
-            outputs = shared.forward(attention_mask=attention_mask, shift_labels=shift_labels, **inputs)
+            with running_on(tree):
+                outputs = shared.forward(attention_mask=attention_mask, shift_labels=shift_labels, **inputs)
             for name in PER_TOKEN:
                 outputs[name] = outputs[name][:, :-1]
             if recorder is not None:
@@ -192,7 +192,6 @@ class SequenceParallel:
             context (`LossContext`):
                 How its loss is scaled.
         """
-        assert self._group is not None, "`connect` made it"
         losses: list[Tensor] = []
 
         def forward(*, shift_labels: Tensor, **options: object) -> ModelOutput:
@@ -205,21 +204,10 @@ class SequenceParallel:
             outputs.loss = loss.detach()
             return outputs
 
-        own = self._group.part(inputs["attention_mask"])  # TRL counts tokens on all ranks
+        own = self.group.part(inputs["attention_mask"])  # TRL counts tokens on all ranks
         compute_loss(forward, {**inputs, "attention_mask": own, "shift_labels": inputs["labels"]})
         scale = 1 / get_gradient_scale(engine, self.size)
         return losses[0] + (scale - 1) * (losses[0] - losses[0].detach())
-
-
-def tree_from_plan(plan: TreePlan, device: torch.device, group: RowGroup | None = None) -> Tree:
-    """Return the tree of a row from its plan alone, with the ranks that share it."""
-    ends = np.zeros(plan.length, np.int64)
-    for run in plan.runs:
-        ends[run.start : run.end] = run.end
-        for start, end in run.prefix:
-            ends[start:end] = run.end
-    subtree_end, depth = (torch.from_numpy(array)[None].to(device) for array in (ends, plan.depths()))
-    return Tree(plan, subtree_end, depth, group=group)
 
 
 # Attention -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
-from .model import without_adapters
+from ..engine.enable import without_adapters
 
 
 if TYPE_CHECKING:

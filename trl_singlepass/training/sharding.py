@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from .model import without_adapters
+from ..engine.enable import without_adapters
 from .tensor_parallel import sum_gradients_once
 from .zero3_leaves import make_leaves
 

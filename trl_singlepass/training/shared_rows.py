@@ -57,6 +57,5 @@ class SharedRows(IterableDataset[Batch]):
 
     def _ready_to_share(self, batch: Batch) -> Batch:
         """Return a batch that the ranks can divide, marked as shared."""
-        whole = {name: value for name, value in batch.items() if name != "subtree_end"}  # in the plan as well
-        length = self._group.padded_length(whole["tree_plan"].length)
-        return {**pad_batch(whole, length, self._pad_token_id), "is_shared": True}
+        padded = pad_batch(batch, self._group.padded_length(batch["tree"].plan.length), self._pad_token_id)
+        return {**padded, "tree": padded["tree"].replace(is_shared=True)}

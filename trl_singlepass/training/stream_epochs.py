@@ -163,7 +163,8 @@ def blank_batch(collator: DataCollatorForSinglePass) -> Batch:
         + 1,  # the load-balancing loss of experts, even where it has no effect, is a mean over them
         image_features=None if collator.blank_image is None else tokens + NO_FEATURE,
     )
-    return {**collator([row.columns()]), "is_blank": True}
+    batch = collator([row.columns()])
+    return {**batch, "tree": batch["tree"].replace(is_blank=True)}
 
 
 def position_in_stream(checkpoint: str | None, args: TrainingArguments) -> tuple[int, int] | None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl import SFTConfig, SFTTrainer
 
-from ..data.collator import Batch, DataCollatorForSinglePass, TreeOrPlainCollator
+from ..data.collator import Batch, Collator, DataCollatorForSinglePass, TreeOrPlainCollator
 from ..data.dataset_format import holds_turns
 from ..data.images import hide_image_columns
 from ..data.sampler import make_train_sampler
@@ -29,6 +29,7 @@ from .manifest import ManifestCallback
 from .metrics import PooledLoss, TokenCounts, TurnMetrics, split_by_example
 from .model_card import complete_model_card
 from .paper import PAPER
+from .self_check import SelfCheck
 from .sequence_parallel import SequenceParallel
 from .sharded_head import gather_head_with_model
 from .sharding import prepare_sharding
@@ -68,9 +69,9 @@ class SinglePassSFTTrainer(SFTTrainer):
     _name = "SinglePassSFT"
     _paper: ClassVar = PAPER
     train_dataset: AnyDataset
-    data_collator: Callable[..., Batch]
     model_accepts_loss_kwargs: bool
     _signature_columns: list[str]
+    _collate: Collator
     _tree_loss: TreeLoss | None = None
     _sequence_parallel: SequenceParallel | None = None
     _stream_steps: StreamSteps | None = None
@@ -120,13 +121,33 @@ class SinglePassSFTTrainer(SFTTrainer):
             )
         check_run(self.model, args, self.accelerator, tp_size=self.get_tp_size())
         prepare_sharding(self.model, self.accelerator, self.get_tp_size())
-        self._collator = collator or DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
+        self._collate = TreeOrPlainCollator(
+            collator or DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of), self._collate
+        )
         self._collator.load_images = self._collator.load_images or image_loader_of(self.processing_class)
-        self.data_collator = TreeOrPlainCollator(self._collator, self.data_collator)
         self._counts, self._manifest = TokenCounts(), ManifestCallback(self)
+        self._self_check = SelfCheck(self.accelerator, is_on=args.self_check)
         self._turn_metrics = TurnMetrics(args.device) if args.log_turn_metrics else None
         if self._trains_turns:
             self._enable_tree()
+
+    @property
+    def data_collator(self) -> Collator:
+        """Makes batches of examples: with the tree of their row where they hold one."""
+        return self._collate
+
+    @data_collator.setter
+    def data_collator(self, collator: Collator) -> None:
+        # TRL and the Trainer set theirs in their constructors; afterwards, it is the user who does.
+        before = vars(self).get("_collate")
+        self._collate = (
+            before.exchanged(collator, self._trains_turns) if isinstance(before, TreeOrPlainCollator) else collator
+        )
+
+    @property
+    def _collator(self) -> DataCollatorForSinglePass:
+        assert isinstance(self._collate, TreeOrPlainCollator)
+        return self._collate.tree
 
     def _epoch(self) -> int:
         return int(self.state.epoch or 0)
@@ -219,7 +240,14 @@ class SinglePassSFTTrainer(SFTTrainer):
         """Complete a stream's steps, and train no example twice; accelerate repeats some in an epoch's last batch."""
         if self._stream_steps is not None:
             epoch_iterator = self._stream_steps.complete(epoch_iterator, num_batches)
-        return super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
+        batches, num_items = super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
+        self._check_model(self.model_wrapped, batches)
+        return batches, num_items
+
+    def _check_model(self, model: nn.Module, batches: list[Batch]) -> None:
+        """Measure the model before it runs on its first rows, whoever computes their loss."""
+        group = None if self._sequence_parallel is None else self._sequence_parallel.group
+        self._self_check.check(model, [batch for batch in batches if "tree" in batch], self._collator, group)
 
     def _without_repeats(self, batch: Batch) -> Batch:
         num_examples = num_repeatable_examples(self.train_dataset, self.args)
@@ -227,7 +255,7 @@ class SinglePassSFTTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> NumItems:
         """Sum the loss weights of a step over all ranks; the Trainer counts labels, and each of them once."""
-        if not any("tree_plan" in batch for batch in batch_samples):
+        if not any("tree" in batch for batch in batch_samples):
             return super()._get_num_items_in_batch(batch_samples, device)
         if self._pooled_loss is not None:
             return None  # an evaluation pools the means of batches, so each must be the mean of its own batch
@@ -239,20 +267,20 @@ class SinglePassSFTTrainer(SFTTrainer):
         return num_items if pools_ranks else mean_of_means_divisor(own, everyone)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """Keep loss weights in float32; under DeepSpeed, the Trainer rounds all floats to the model's precision."""
-        prepared = super()._prepare_inputs(inputs)
-        if "loss_weights" in inputs:
-            prepared["loss_weights"] = inputs["loss_weights"].to(self.args.device)
-        return prepared
+        """Move the tree with the other inputs; the Trainer moves tensors only."""
+        prepared: Batch = super()._prepare_inputs(inputs)
+        return {**prepared, "tree": inputs["tree"].to(self.args.device)} if "tree" in inputs else prepared
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: NumItems = None
     ) -> Loss:
         """Compute TRL's loss on the tree of a row, each target with its weight; TRL has no trees and no weights."""
-        if "tree_plan" not in inputs:
+        if "tree" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        context = get_loss_context(self, num_items_in_batch, self._turn_metrics)
-        return self._enable_tree().compute(super().compute_loss, model, inputs, return_outputs, context)
+        context, tree_loss = get_loss_context(self, num_items_in_batch, self._turn_metrics), self._enable_tree()
+        if self._pooled_loss is not None:  # an evaluation, which may come before any training
+            self._check_model(model, [inputs])
+        return tree_loss.compute(super().compute_loss, model, inputs, return_outputs, context)
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -260,9 +288,9 @@ class SinglePassSFTTrainer(SFTTrainer):
         """Pool the loss over tokens, and split predictions by example; TRL takes a row for one example."""
         batch, inputs = inputs, without_repeated_examples(inputs, self.accelerator, self.args.eval_batch_size)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if "tree_plan" in inputs and loss is not None and self._pooled_loss is not None:
+        if "tree" in inputs and loss is not None and self._pooled_loss is not None:
             self._pooled_loss.add(loss, total_weight(inputs))
-        if "tree_plan" in inputs and logits is not None:
+        if "tree" in inputs and logits is not None:
             logits, labels = split_by_example(logits, batch), split_by_example(labels, batch)
         return loss, logits, labels
 

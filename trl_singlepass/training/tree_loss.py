@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -13,14 +12,14 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl import SFTConfig
 
-from ..attention import Tree, tree_context
 from ..data.collator import Batch, DataCollatorForSinglePass
-from ..images.reading import ImageReader
+from ..data.row_tree import RowTree
+from ..engine.enable import Forward, enable_tree, without_adapters
+from ..engine.model_call import as_tree, refuse_own_calls
 from ..waves.loss import RouterRecorder
 from .compatibility import check_weights_reach_the_loss
 from .images import Rows, read_images, show_images
 from .loss import LossContext, RouterLossScale, normalized, weighted_model
-from .model import Forward, check_every_layer_attended, enable_tree, without_adapters
 from .sequence_parallel import SequenceParallel
 from .waves import WaveTraining
 
@@ -30,14 +29,6 @@ if TYPE_CHECKING:
 
 Loss: TypeAlias = torch.Tensor | tuple[torch.Tensor, ModelOutput]
 """What `compute_loss` returns: a scalar, with the model's outputs if they are asked for."""
-
-# Inputs that neither TRL nor a model knows.
-_TREE_INPUTS = frozenset(
-    {
-        "tree_plan", "subtree_end", "label_parts", "loss_weights", "image_features", "image_inputs",
-        "rope_position_ids", "is_shared", "is_blank", "router_loss_scale",
-    }
-)  # fmt: skip
 
 
 class TreeLoss:
@@ -71,9 +62,8 @@ class TreeLoss:
     ) -> None:
         enable_tree(model)
         self._model, self._args, self._compute_loss_func = model, args, compute_loss_func
-        self._layers_are_checked = False
         self._accelerator = accelerator
-        self._image_reader: ImageReader | None = None
+        self._reads_images = False
         self.waves: WaveTraining | None = None
         self.sequence_parallel: SequenceParallel | None = None
         recorder, coef = None, router_loss_coef or 0.0
@@ -84,6 +74,9 @@ class TreeLoss:
             self.waves = WaveTraining(model, args, accelerator, compute_loss_func, recorder, coef)
         if shares_rows:
             self.sequence_parallel = SequenceParallel(model, args, accelerator, recorder, coef)
+        for setting, is_set in (("sp_size", shares_rows), ("wave_tokens", args.wave_tokens is not None)):
+            if is_set:
+                refuse_own_calls(without_adapters(model), setting)
 
     def read_images(self, collator: DataCollatorForSinglePass, tp_size: int, *datasets: Rows) -> None:
         """
@@ -100,8 +93,9 @@ class TreeLoss:
         Raises:
             `ValueError`: If the model, a setting or the engine does not go with images.
         """
-        if self._image_reader is None and show_images(*datasets):
-            self._image_reader = read_images(self._model, self._args, self._accelerator, collator, tp_size)
+        if not self._reads_images and show_images(*datasets):
+            read_images(self._model, self._args, self._accelerator, collator, tp_size)
+            self._reads_images = True
 
     def compute(
         self,
@@ -112,7 +106,7 @@ class TreeLoss:
         context: LossContext,
     ) -> Loss:
         """
-        Return the loss of a batch with a `tree_plan`.
+        Return the loss of a batch with a `tree`.
 
         Args:
             compute_loss (`Callable`):
@@ -129,40 +123,23 @@ class TreeLoss:
         Returns:
             `torch.Tensor` or `tuple`: The loss, with the outputs if asked for.
         """
-        loss: Loss
-        inputs = {name: value for name, value in batch.items() if name not in _TREE_INPUTS}
-        router_loss = RouterLossScale(batch)
-        if self.sequence_parallel is not None and "is_shared" in batch:
-            with self.sequence_parallel.run_on_tree(batch["tree_plan"]) as tree:
-                loss = self._shared_loss(
-                    self.sequence_parallel, compute_loss, model, batch, inputs, tree, context, router_loss
-                )
-        else:
-            shown: AbstractContextManager[None] = nullcontext()
-            if "image_features" in batch:
-                if self._image_reader is None:
-                    raise ValueError(
-                        "The model was not made to read images, because neither train_dataset nor eval_dataset had "
-                        "any when the trainer was made. Pass rows with images as one of them."
-                    )
-                inputs |= self._image_reader.model_inputs(batch)
-                shown = self._image_reader.showing(batch)
-            with shown, tree_context(batch["tree_plan"], batch["subtree_end"], batch["position_ids"]) as tree:
-                forward: Forward = model if self.waves is None else self.waves.wrap(model, tree, batch, context)
-                forward = router_loss.wrap(forward)
-                if context.turn_metrics is not None:
-                    forward = context.turn_metrics.wrap(forward, batch["label_parts"], batch.get("loss_weights"))
-                num_items = context.num_items
-                if "loss_weights" in batch:
-                    check_weights_reach_the_loss(self._args, self._compute_loss_func)
-                    # Normalised here, so that TRL's guard against division by a sum below 1 changes nothing.
-                    forward = weighted_model(forward, normalized(batch["loss_weights"], num_items))
-                    num_items = None if num_items is None else 1
-                loss = compute_loss(forward, inputs, return_outputs, num_items)
-                if self.waves is not None:
-                    self.waves.check_loss(loss[0] if isinstance(loss, tuple) else loss)
+        row: RowTree = batch["tree"]
+        if self.sequence_parallel is not None and row.is_shared:
+            return self._shared_loss(self.sequence_parallel, compute_loss, model, batch, context)
+        forward: Forward = model
+        if self.waves is not None:
+            forward = self.waves.wrap(model, as_tree(row), batch, context)
+        router_loss, num_items = RouterLossScale(row), context.num_items
+        forward = self._measured(router_loss.wrap(forward), row, context)
+        if row.loss_weights is not None:
+            check_weights_reach_the_loss(self._args, self._compute_loss_func)
+            # Normalised here, so that TRL's guard against division by a sum below 1 changes nothing.
+            forward = weighted_model(forward, normalized(row.loss_weights, num_items))
+            num_items = None if num_items is None else 1
+        loss = compute_loss(forward, {**batch, "tree": row.handled()}, return_outputs, num_items)
+        if self.waves is not None:
+            self.waves.check_loss(loss[0] if isinstance(loss, tuple) else loss)
         router_loss.log_mean(context.metrics, self._accelerator)
-        self._check_layers_once(tree)
         return loss
 
     def _shared_loss(
@@ -171,27 +148,27 @@ class TreeLoss:
         compute_loss: Callable[..., Loss],
         model: Any,
         batch: Batch,
-        inputs: Batch,
-        tree: Tree,
         context: LossContext,
-        router_loss: RouterLossScale,
     ) -> torch.Tensor:
         """Return the loss of a row that ranks share."""
+        row: RowTree = batch["tree"]
         sequence_parallel.watch_gradients(model)
+        tree, router_loss = as_tree(row, sequence_parallel.group), RouterLossScale(row)
         forward: Forward = (
-            sequence_parallel.wrap(model) if self.waves is None else self.waves.wrap(model, tree, batch, context)
+            sequence_parallel.wrap(model, tree) if self.waves is None else self.waves.wrap(model, tree, batch, context)
         )
-        forward = router_loss.wrap(forward)
-        if context.turn_metrics is not None:
-            forward = context.turn_metrics.wrap(forward, batch["label_parts"], batch.get("loss_weights"))
-        if "loss_weights" in batch:
-            forward = weighted_model(forward, batch["loss_weights"])
-        loss = sequence_parallel.loss(compute_loss, model, forward, inputs, context)
+        forward = self._measured(router_loss.wrap(forward), row, context)
+        if row.loss_weights is not None:
+            forward = weighted_model(forward, row.loss_weights)
+        loss = sequence_parallel.loss(compute_loss, model, forward, batch, context)
         if self.waves is not None:
             self.waves.check_loss(loss)
+        router_loss.log_mean(context.metrics, self._accelerator)
         return loss
 
-    def _check_layers_once(self, tree: Tree) -> None:
-        if not self._layers_are_checked:
-            check_every_layer_attended(without_adapters(self._model), tree)
-            self._layers_are_checked = True
+    @staticmethod
+    def _measured(forward: Forward, row: RowTree, context: LossContext) -> Forward:
+        """Return the model with its losses summed by turn, if these are logged."""
+        if context.turn_metrics is None:
+            return forward
+        return context.turn_metrics.wrap(forward, row.label_parts, row.loss_weights)

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from ..attention.varlen_plan import KEYS_PER_CALL
 from ..cost.flops import head_sizes
 from ..cost.memory import ActivationBytes
+from ..engine.enable import without_adapters
 from ..recurrent.layer_kinds import path_dependent_layers
 from .config import SinglePassSFTConfig
 from .measured_activations import measure_activation_bytes
-from .model import without_adapters
 
 
 # The rest is for what is not counted: fragmentation, temporary buffers, keys and values that wait for later waves.

@@ -19,6 +19,7 @@ from ..attention.context import Tree
 from ..attention.registry import TREE_ATTENTION
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch
+from ..engine.enable import Forward, without_adapters
 from ..recurrent.layer_kinds import path_dependent_layers
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..waves.engines import SHARDED, ShardedEngine, get_engine
@@ -28,7 +29,6 @@ from ..waves.plan import WavePlan
 from ..waves.runner import WaveRunner
 from .gradient_scale import get_gradient_scale
 from .loss import LossContext, NumItems, total_weight
-from .model import Forward, without_adapters
 from .wave_budget import on_shared_rows, wave_tokens_that_fit
 
 
@@ -134,9 +134,7 @@ class WaveTraining:
             self._loss_coefficients(batch, context.num_items, tree.group),
             is_dft=self._args.loss_type == "dft",
             load_balancing=load_balancing,
-            load_balancing_coefficient=batch.get("router_loss_scale", 1.0)
-            * self._router_loss_coef
-            / context.num_batches,
+            load_balancing_coefficient=batch["tree"].router_loss_scale * self._router_loss_coef / context.num_batches,
         )
         self._unchecked = loss if self._model.training else None
         return WaveModel(engine, WaveRunner(plan, tree, self._args.offload_kv), loss, self._recorder)
@@ -165,8 +163,8 @@ class WaveTraining:
 
     def _loss_coefficients(self, batch: Batch, num_items: NumItems, group: RowGroup | None) -> torch.Tensor:
         """Return the factor of each position's target in the loss that TRL computes, shape `(1, row_length)`."""
-        labels = batch["labels"]
-        weights = batch.get("loss_weights", (labels != IGNORE_INDEX).float())
+        labels, given = batch["labels"], batch["tree"].loss_weights
+        weights = (labels != IGNORE_INDEX).float() if given is None else given
         total = total_weight(batch) if num_items is None else num_items
         total = torch.as_tensor(total, device=labels.device)
         ranks = 1
@@ -175,7 +173,7 @@ class WaveTraining:
         elif self._args.average_tokens_across_devices and num_items is not None:
             ranks = self._accelerator.num_processes
         # TRL's guard against division by zero; weighted losses are normalised before it.
-        total = total if "loss_weights" in batch else total.clamp(min=1)
+        total = total.clamp(min=1) if given is None else total
         return torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1) * ranks / total
 
 

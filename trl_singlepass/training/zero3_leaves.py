@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..engine.enable import without_adapters
 from ..recurrent.layer import runs_on_trees
 from ..recurrent.layer_kinds import path_dependent_layers
-from .model import without_adapters
 
 
 if TYPE_CHECKING:

@@ -47,7 +47,9 @@ class WaveModel:
     ) -> None:
         self.engine, self.runner, self.loss, self.recorder = engine, runner, loss, recorder
 
-    def __call__(self, *, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **inputs: Any) -> Any:
+    def __call__(
+        self, *, fused_lm_head: bool = False, labels: torch.Tensor | None = None, tree: object = None, **inputs: Any
+    ) -> Any:
         """
         Run the row.
 
@@ -56,6 +58,8 @@ class WaveModel:
                 Whether to return log probabilities of the labels instead of logits.
             labels (`torch.Tensor` of shape `(1, row_length)`, *optional*):
                 Rolled labels.
+            tree (`RowTree`, *optional*):
+                Not read: each wave has its own part of the tree.
             **inputs (`Any`):
                 Other inputs of the model, for the whole row.
         """

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 from ...attention.registry import TREE_ATTENTION, describe_tree_attention, tree_attention_name
 from ...attention.text_layers import set_text_attention
 from ...cost.flops import ModelShape, get_model_shape, npass_cost, single_pass_cost
-from ...training.model import enable_tree
+from ...engine.enable import enable_tree
 from ...trees.prefix_tree import PrefixTree
 from ...trees.sample import Sample
 from ..launches import LaunchCounter

@@ -13,8 +13,9 @@ from transformers.utils import ModelOutput
 from ..attention.context import Tree
 from ..attention.registry import tree_attention_name
 from ..attention.text_layers import set_text_attention
-from ..recurrent.layer import enable_tree_recurrence
+from ..recurrent.layer import disable_tree_recurrence, enable_tree_recurrence
 from ..recurrent.layer_kinds import decoder_modules, get_decoder, path_dependent_layers, unknown_mixing_layers
+from .model_call import leave_trees, take_trees
 
 
 if TYPE_CHECKING:
@@ -208,7 +209,9 @@ def _listed(names: set[str]) -> str:
 
 def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     """
-    Make a model run on trees where there is one; batches without a tree run as before.
+    Make a model run on trees where there is one: `model(**batch)` takes the entry `tree` of a batch.
+
+    Batches without a tree run as before. Nothing is measured here: [`check_tree`] shows that a model is exact.
 
     Args:
         model (`transformers.PreTrainedModel`, `peft.PeftModel`):
@@ -229,7 +232,25 @@ def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     enable_tree_recurrence(base)
     if name != implementation and takes_attention_from_outside(base):  # some models have recurrent layers only
         set_text_attention(base, name)
+    take_trees(base)
     return implementation
+
+
+def disable_tree(model: PreTrainedModel | PeftModel, implementation: str) -> None:
+    """
+    Undo [`enable_tree`].
+
+    Args:
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model, changed in place.
+        implementation (`str`):
+            The `attn_implementation` that it gets back.
+    """
+    base = without_adapters(model)
+    leave_trees(base)
+    disable_tree_recurrence(base)
+    if takes_attention_from_outside(base):  # models with recurrent layers only do not
+        set_text_attention(base, implementation)
 
 
 def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -1,0 +1,356 @@
+"""
+The measured check: a small row, run as a tree and as separate samples, on the model that is about to be trained.
+
+Nothing here knows how layers work. A model, its adapters, its kernels and its engine are right if
+
+- *isolation*: no output of a branch depends on a token that is not its ancestor. The gradient with respect to such a
+  token is exactly zero, in every precision. Where an engine gives no such gradient, and for what mixes tokens before
+  they are embedded, branches exchange places among other tokens, and must compute what they computed before.
+- *equality*: the outputs are those of the separate samples, as far as two ways to run these agree: alone, and padded.
+
+Shape letters: T tokens of the row, N samples of S tokens, V size of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..attention.context import running_on
+from ..attention.row_group import RowGroup
+from ..data.collator import Batch, DataCollatorForSinglePass, pad_batch
+from .borrowed_state import captured_embeddings, in_evaluation_mode, without_compilation, zeros_filled
+from .check_report import TreeCheckReport
+from .check_row import CheckRow, ShownImage
+from .enable import UnsupportedModelError, disable_tree, enable_tree, without_adapters
+from .first_difference import differing_module, mixing_module
+from .model_call import as_tree, takes_trees
+from .separate_samples import get_device, sample_inputs
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# How much of what is measured is noise. Right models differ by at most 3 times the reference's own noise, and by about
+# one rounding of an output where that noise is zero.
+NOISE_FACTOR = 8.0
+FLOOR = 4.0  # in units of the precision's rounding error
+# Two ways to run a separate sample differ by at most this, in the same units. Beyond, samples depend on their padding.
+MOST_NOISE = 64.0
+_HALF = 1e-4  # rounding errors of half precision are larger, those of float32 smaller
+
+
+class TreeCheckError(UnsupportedModelError):
+    """A model that computes something else on a tree than on separate samples."""
+
+
+def check_tree(
+    model: PreTrainedModel | PeftModel,
+    tokenizer_or_row: PreTrainedTokenizerBase | Batch,
+    *,
+    collator: DataCollatorForSinglePass | None = None,
+) -> TreeCheckReport:
+    """
+    Measure whether a model computes on a tree what it computes on separate samples.
+
+    The trainers do this before the first step (`self_check`). Call it to hold a model, kernel or engine of your own to
+    the same measure. A model on which [`enable_tree`] was not called runs on trees for the time of the check.
+
+    Args:
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model, also inside of a wrapper of DDP, FSDP2 or DeepSpeed. It runs in evaluation mode, and is left as it
+            was.
+        tokenizer_or_row (`transformers.PreTrainedTokenizerBase` or `Batch`):
+            Where the tokens of the small row come from: a tokenizer, or a batch of [`DataCollatorForSinglePass`],
+            whose images are used as well.
+        collator (`DataCollatorForSinglePass`, *optional*):
+            Collator of the batch, if it has images.
+
+    Returns:
+        `TreeCheckReport`: `.ok` says whether it does.
+
+    Raises:
+        `UnsupportedModelError`: If trees cannot be enabled in the model.
+    """
+    base = without_adapters(unwrapped(model))
+    collator = collator or DataCollatorForSinglePass(pad_token_id=0)
+    text, shown = _tokens_of(tokenizer_or_row)
+    with nullcontext() if takes_trees(base) else _on_trees_for_a_while(base):
+        return TreeCheck(model, collator).run(text, shown)
+
+
+def tokens_of_batch(batch: Batch) -> tuple[np.ndarray[Any, Any], ShownImage | None]:
+    """Return the tokens of the text of a batch along one path of each tree, and an image of it, if it has any."""
+    tree, ids = batch["tree"], batch["input_ids"][0].cpu().numpy()
+    run = max(tree.plan.runs, key=lambda run: run.depth + run.end - run.start)
+    path = np.concatenate([np.arange(*part) for part in (*run.prefix, (run.start, run.end))])
+    if tree.image_features is None:
+        return ids[path], None
+    features = tree.image_features[0].cpu().numpy()
+    text = ids[features < 0]
+    shown = ShownImage.smallest(ids, features, tree.images) if tree.images else None
+    return text, shown
+
+
+def _tokens_of(source: PreTrainedTokenizerBase | Batch) -> tuple[np.ndarray[Any, Any], ShownImage | None]:
+    if isinstance(source, Mapping):
+        return tokens_of_batch(dict(source))
+    return np.arange(len(source))[np.linspace(0, len(source) - 1, 76).astype(int)], None
+
+
+class TreeCheck:
+    """
+    Runs the check on one model.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model that takes trees, as an engine wrapped it.
+        collator (`DataCollatorForSinglePass`):
+            Makes the batch of the row; loads its images.
+        group (`RowGroup`, *optional*):
+            Ranks that share rows.
+        precision (`torch.dtype`, *optional*):
+            Dtype that the model computes in, if it is narrower than its parameters (autocast).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        collator: DataCollatorForSinglePass,
+        group: RowGroup | None = None,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        self.model: Any = unwrapped(model)
+        self.base = without_adapters(self.model)
+        self.collator, self.group = collator, group
+        dtypes = {parameter.dtype for parameter in self.base.parameters() if parameter.dtype.is_floating_point}
+        self.epsilon = max(torch.finfo(dtype).eps for dtype in {*dtypes, precision or torch.float64})
+        self.gives_gradients = group is None and not _is_zero3(model)
+
+    def run(self, text: np.ndarray[Any, Any], shown: ShownImage | None = None) -> TreeCheckReport:
+        """
+        Measure.
+
+        Args:
+            text (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
+                Tokens of the data.
+            shown (`ShownImage`, *optional*):
+                An image of the data.
+        """
+        start = time.perf_counter()
+        row = CheckRow.from_tokens(text, shown)
+        exchanged = CheckRow.from_tokens(text, shown, is_exchanged=True)
+        with self._prepared():
+            measured = self._measure(row, exchanged)
+            where = None if measured.ok else self._find_module(row, measured)
+        return replace(measured, seconds=time.perf_counter() - start, where=where)
+
+    def _measure(self, row: CheckRow, exchanged: CheckRow) -> TreeCheckReport:
+        tree, leak = self._tree_with_leak(row)
+        paths = torch.as_tensor(row.paths, device=tree.device)
+        with torch.no_grad():
+            alone = self.sample_logits(row)
+            noise: float | None = _rms(_errors(self.padded_logits(row), alone[2]))
+            moved = None
+            if leak is None:  # no gradients: the branches `a` and `b` in each other's place, among other tokens
+                again = self.tree_logits(exchanged)
+                moved = max(float(_errors(again[paths[i]], tree[paths[j]]).max()) for i, j in ((0, 1), (1, 0)))
+        difference, noise, leak, moved = self._over_ranks(_rms(_errors(tree[paths], alone)), noise, leak, moved)
+        assert difference is not None
+        assert noise is not None
+        allowed = NOISE_FACTOR * max(min(noise, MOST_NOISE * self.epsilon), FLOOR * self.epsilon)
+        report = TreeCheckReport(difference, noise, allowed, leak, moved)
+        if self.epsilon < _HALF and report.ok:
+            return report
+        return self._measure_again(report, row, tree[paths] - alone, alone)
+
+    def _measure_again(
+        self, first: TreeCheckReport, row: CheckRow, difference: Tensor, alone: Tensor
+    ) -> TreeCheckReport:
+        """
+        Measure with the rounding errors of another run: both ways again, with embeddings moved by one rounding.
+
+        Rounding errors are others then, and a router that has two experts at rounding distance picks others. What is
+        wrong stays what it was. So the noise is what the samples themselves change by, and the systematic part of the
+        difference is what the differences of both runs have in common.
+        """
+        factors = self._rounding(len(row.row), alone.device)
+        with torch.no_grad():
+            with self._embeddings_times(factors):
+                tree = self.tree_logits(row)
+            paths = torch.as_tensor(row.paths, device=tree.device)
+            with self._embeddings_times(factors[paths]):
+                rounded = self.sample_logits(row)
+        cosines = F.cosine_similarity(difference, tree[paths] - rounded, dim=-1)
+        errors = _errors(rounded, alone)
+        noise, most, systematic = self._over_ranks(_rms(errors), float(errors.max()), float(cosines.mean(1).max()))
+        assert noise is not None
+        assert most is not None
+        return replace(
+            first,
+            noise=max(first.noise, noise),
+            allowed=max(first.allowed, NOISE_FACTOR * noise),
+            systematic=systematic,
+            moved_allowed=NOISE_FACTOR * most,
+        )
+
+    def _find_module(self, row: CheckRow, measured: TreeCheckReport) -> str | None:
+        found = mixing_module(self.base, self.tree_logits, row) if measured.leak else None
+        return found or differing_module(self.base, self.tree_logits, self.sample_logits, row)
+
+    # Ways to run the row ---------------------------------------------------------------------------------------------
+
+    def tree_logits(self, row: CheckRow) -> Tensor:
+        """Return the outputs of a row as a tree, `(T, V)`."""
+        batch: Batch = self.collator([row.row.columns()])
+        device = get_device(self.base)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if self.group is None:
+            inputs = send_to_device(inputs | {"tree": batch["tree"].handled()}, device)
+            logits: Tensor = self.model(**inputs, use_cache=False).logits[0]
+            return logits[: len(row.row)].float()
+        length = self.group.padded_length(len(row.row))
+        batch = send_to_device(pad_batch(batch, length, self.collator.pad_token_id), device)
+        names = ("input_ids", "position_ids", "attention_mask")  # rows with images are not shared
+        with running_on(as_tree(batch["tree"], self.group)):
+            own = self.model(**{name: self.group.part(batch[name]) for name in names}, use_cache=False).logits
+        return self.group.gather(own)[0, : len(row.row)].float()
+
+    def sample_logits(self, row: CheckRow) -> Tensor:
+        """Return the outputs of the separate samples, side by side in a batch, `(N, S, V)`."""
+        inputs = sample_inputs(self.base, row.samples, self.collator.load_images)
+        logits: Tensor = self.model(**inputs, use_cache=False).logits
+        return logits.float()
+
+    def padded_logits(self, row: CheckRow, padding: int = 7) -> Tensor:
+        """Return the outputs of one of the samples alone, padded, `(S, V)`."""
+        sample = row.samples[2]
+        inputs = sample_inputs(self.base, [sample], self.collator.load_images)
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        shape = inputs["input_ids"].shape
+        padded = {
+            name: F.pad(value, (0, padding)) if value.shape == shape else value for name, value in inputs.items()
+        }
+        logits: Tensor = self.model(**padded, use_cache=False).logits[0, : len(sample)]
+        return logits.float()
+
+    def _tree_with_leak(self, row: CheckRow) -> tuple[Tensor, float | None]:
+        """Return the outputs of a row, and the largest gradient of a probe with respect to a foreign token."""
+        if not self.gives_gradients:
+            with torch.no_grad():
+                return self.tree_logits(row), None
+        with captured_embeddings(self.model) as embeddings, torch.enable_grad():
+            logits = self.tree_logits(row)
+            effect = effect_of_tokens(logits[torch.as_tensor(row.probes, device=logits.device)], embeddings.pop())
+        return logits.detach(), float(effect[: len(row.row)][row.foreign].max())
+
+    # The state of the model ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        device = get_device(self.base)
+        with (
+            in_evaluation_mode(self.model),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            without_compilation(),
+            zeros_filled(self.model),
+        ):
+            yield
+
+    def _rounding(self, length: int, device: torch.device) -> Tensor:
+        """Return factors that move what is multiplied with them by one rounding, `(T, 1)`."""
+        signs = torch.randint(0, 2, (length, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        return (1 + self.epsilon * signs.double()).to(device)
+
+    @contextmanager
+    def _embeddings_times(self, factors: Tensor) -> Iterator[None]:
+        """Multiply what the embedding layer returns, token by token."""
+
+        def multiply(module: nn.Module, args: object, output: Tensor) -> Tensor:
+            own = factors if self.group is None else self.group.pad_and_part(factors[None, :, 0], 1)[0, :, None]
+            return (output.double() * own.reshape(*output.shape[:-1], 1)).to(output.dtype)
+
+        handle = self.base.get_input_embeddings().register_forward_hook(multiply)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @staticmethod
+    def _over_ranks(*values: float | None) -> list[float | None]:
+        """Return the largest of each value over all ranks, so that all of them reach one verdict."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return list(values)
+        given: list[list[float | None]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(given, list(values))
+        # NaN, which no comparison finds, becomes infinity.
+        whole = np.nan_to_num(np.array(given, np.float64), nan=np.inf)
+        return [None if value is None else float(most) for value, most in zip(values, whole.max(0), strict=True)]
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model inside of wrappers that only reduce gradients or compile: DDP, DeepSpeed, `torch.compile`."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+            model = model.module
+        else:
+            return model
+
+
+def _is_zero3(model: nn.Module) -> bool:
+    """Whether DeepSpeed shards the parameters of a model."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+@contextmanager
+def _on_trees_for_a_while(base: PreTrainedModel) -> Iterator[None]:
+    before = enable_tree(base)
+    try:
+        yield
+    finally:
+        disable_tree(base, before)
+
+
+# Measures ------------------------------------------------------------------------------------------------------------
+
+
+def _errors(found: Tensor, expected: Tensor) -> Tensor:
+    """Return the norm of the difference of each token's outputs, relative to the outputs; `(…, V)` → `(…,)`."""
+    norm = expected.norm(dim=-1).clamp(min=torch.finfo(expected.dtype).tiny)
+    errors: Tensor = (found - expected).norm(dim=-1) / norm
+    return errors
+
+
+def _rms(errors: Tensor) -> float:
+    return float(errors.square().mean().sqrt())
+
+
+def effect_of_tokens(outputs: Tensor, embeddings: Tensor) -> np.ndarray[Any, Any]:
+    """
+    Return the largest absolute gradient of outputs with respect to each token.
+
+    Args:
+        outputs (`torch.Tensor` of shape `(num_outputs, V)`):
+            Outputs, of which one sum is differentiated.
+        embeddings (`torch.Tensor` of shape `(1, T, hidden)`):
+            What the layers read of the tokens.
+
+    Returns:
+        `numpy.ndarray` of shape `(T,)`, `numpy.float64`.
+    """
+    direction = torch.cos(torch.arange(outputs.shape[-1], device=outputs.device)).to(outputs.dtype)
+    (gradient,) = torch.autograd.grad((outputs @ direction).sum(), embeddings)
+    effect: np.ndarray[Any, Any] = gradient.reshape(-1, gradient.shape[-1]).abs().amax(-1).double().cpu().numpy()
+    return effect

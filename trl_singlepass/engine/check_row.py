@@ -1,0 +1,173 @@
+"""The small row that the measured check runs as a tree and as separate samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..trees.image_features import NO_FEATURE, ImageReference
+from ..trees.prefix_tree import IGNORE_INDEX
+from ..trees.rows import Row
+from ..trees.sample import Sample
+
+
+# Parts of the row in the order in which they stand in it, with the part that each continues and its number of tokens.
+_PARTS: dict[str, tuple[str | None, int]] = {
+    "stem": (None, 8),
+    "fork": ("stem", 4),
+    "a": ("fork", 12),
+    "b": ("fork", 12),
+    "limb": ("stem", 8),
+    "c": ("limb", 8),
+    "d": ("limb", 8),
+    "stem again": (None, 8),
+    "e": ("stem again", 16),
+}
+_LEAVES = ("a", "b", "c", "d", "e")
+_NUM_TEXT_TOKENS = 76  # of all parts but the second stem
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckRow:
+    """
+    A row of two trees, with branches of different depth and a prefix that both trees begin with.
+
+        stem (8) ─┬─ fork (4) ─┬─ a (12)
+                  │            └─ b (12)
+                  └─ limb (8) ─┬─ c (8)
+                               └─ d (8)
+        stem (8) ── e (16)
+
+    Its five samples, which end with `a` to `e`, have one length, so that they fill a batch without padding. `a` and
+    `b` also have one shape: exchanged, each must compute what it computed in the other's place.
+
+    Args:
+        row (`Row`):
+            The row.
+        paths (`numpy.ndarray` of shape `(5, sample_length)`, `numpy.int64`):
+            For each sample, the positions of its tokens in the row.
+    """
+
+    row: Row
+    paths: NDArray[np.int64]
+
+    @classmethod
+    def from_tokens(
+        cls, text: NDArray[np.int64], shown: ShownImage | None = None, *, is_exchanged: bool = False
+    ) -> CheckRow:
+        """
+        Return a row that is made of given tokens.
+
+        Args:
+            text (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
+                Tokens of the data, without those of images; fewer than the row has are drawn from more than once.
+            shown (`ShownImage`, *optional*):
+                An image of the data, which takes the place of the stem.
+            is_exchanged (`bool`, *optional*, defaults to `False`):
+                Whether `a` and `b` stand in each other's place, and the parts beside them hold other tokens.
+        """
+        if len(text) < _NUM_TEXT_TOKENS:
+            text = np.random.default_rng(0).choice(text, _NUM_TEXT_TOKENS)
+        names = [name for name in _PARTS if name != "stem again"]
+        cuts = np.cumsum([_PARTS[name][1] for name in names])
+        tokens = dict(zip(names, np.split(text, cuts)[:-1], strict=True))
+        if is_exchanged:
+            tokens |= {"a": tokens["b"], "b": tokens["a"], "c": tokens["d"], "d": tokens["limb"]}
+            tokens |= {"limb": tokens["e"][:8], "e": np.roll(tokens["e"], 3)}
+        if shown is not None:
+            tokens["stem"] = shown.token_ids
+        tokens["stem again"] = tokens["stem"]
+        return cls._laid_out(tokens, shown)
+
+    @classmethod
+    def _laid_out(cls, tokens: dict[str, NDArray[np.int64]], shown: ShownImage | None) -> CheckRow:
+        ends = dict(zip(_PARTS, np.cumsum([len(tokens[name]) for name in _PARTS]).tolist(), strict=True))
+        places = {name: np.arange(end - len(tokens[name]), end) for name, end in ends.items()}
+        last = dict(ends)
+        for name, (parent, _) in reversed(_PARTS.items()):  # a part ends where the last part that continues it does
+            if parent is not None:
+                last[parent] = max(last[parent], last[name])
+        length = ends["e"]
+        features = None
+        if shown is not None:
+            features = np.full(length, NO_FEATURE)
+            for name in ("stem", "stem again"):
+                features[places[name]] = shown.features
+        row = Row(
+            input_ids=np.concatenate([tokens[name] for name in _PARTS]),
+            subtree_end=np.repeat([last[name] for name in _PARTS], [len(tokens[name]) for name in _PARTS]),
+            labels=np.full(length, IGNORE_INDEX),
+            loss_weights=np.zeros(length),
+            label_parts=np.zeros(length, np.int64),
+            multiplicity=np.ones(length, np.int64),
+            image_features=features,
+            images=() if shown is None else (shown.image,),
+        )
+        return cls(row, np.stack([np.concatenate([places[name] for name in _line(leaf)]) for leaf in _LEAVES]))
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples of the row."""
+        row = self.row
+        return [
+            Sample(
+                row.input_ids[path],
+                np.zeros(len(path)),
+                1,
+                image_features=None if row.image_features is None else row.image_features[path],
+                images=row.images,
+            )
+            for path in self.paths
+        ]
+
+    @property
+    def probes(self) -> NDArray[np.int64]:
+        """The tokens of `b` and `d`, which foreign branches stand before and behind."""
+        return np.concatenate([self.paths[1][-12:], self.paths[3][-8:]])
+
+    @property
+    def foreign(self) -> NDArray[np.int64]:
+        """The tokens that no probe may depend on."""
+        return np.setdiff1d(np.arange(len(self.row)), self.paths[[1, 3]])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShownImage:
+    """
+    An image of the data with the tokens around it.
+
+    Args:
+        token_ids (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
+            Its placeholders and a few tokens of text on both sides.
+        features (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
+            Feature of the image that each token shows, counted from 0; -1 for text.
+        image (`ImageReference`):
+            Where its pixels are.
+    """
+
+    token_ids: NDArray[np.int64]
+    features: NDArray[np.int64]
+    image: ImageReference
+
+    @classmethod
+    def smallest(
+        cls, token_ids: NDArray[np.int64], features: NDArray[np.int64], images: tuple[ImageReference, ...]
+    ) -> ShownImage:
+        """Return the image of a sequence with the fewest features, of those that stand in it."""
+        firsts = np.cumsum([0, *(image.num_features for image in images)])
+        there = [j for j in range(len(images)) if firsts[j] in features]
+        chosen = min(there, key=lambda j: images[j].num_features)
+        start = int(np.flatnonzero(features == firsts[chosen])[0])
+        end = start + int(np.flatnonzero(features[start:] == firsts[chosen + 1] - 1)[0]) + 1
+        around = slice(max(start - 4, 0), end + 4)
+        own = features[around] - firsts[chosen]
+        is_own = (features[around] >= firsts[chosen]) & (features[around] < firsts[chosen + 1])
+        keep = is_own | (features[around] < 0)
+        return cls(token_ids[around][keep], np.where(is_own, own, NO_FEATURE)[keep], images[chosen])
+
+
+def _line(part: str | None) -> list[str]:
+    """Return a part and all that it continues, from the root: `fork` → `stem`, `fork`."""
+    return [] if part is None else [*_line(_PARTS[part][0]), part]

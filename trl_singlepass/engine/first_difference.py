@@ -1,0 +1,190 @@
+"""Which module is the first whose outputs on a tree are not those on separate samples, and at which tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..recurrent.layer_kinds import decoder_modules
+from .check_row import CheckRow
+
+
+# How many times larger than that of its input the difference of a module's output is, where the module is to blame.
+_CLEAR_RATIO = 100.0
+_LEAST_RATIO = 3.0
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of a module, by the tokens that it read and returned."""
+
+    name: str
+    module: nn.Module
+    given: Tensor | None
+    returned: Tensor
+
+
+def mixing_module(model: Any, run: Callable[[CheckRow], Tensor], row: CheckRow) -> str | None:
+    """
+    Return the first module that lets branches depend on tokens that are not their ancestors.
+
+    The gradient of what it returns for a probe, with respect to what it was given for a foreign token, is zero in all
+    modules that run before it, and in all that it is made of.
+
+    Args:
+        model (`transformers.PreTrainedModel`):
+            Model without adapters or wrappers.
+        run (`Callable`):
+            Runs the model on a row, as a tree.
+        row (`CheckRow`):
+            The row.
+
+    Returns:
+        `str` or `None`: Its name and class, and the token that branches depend on; `None` if none is found.
+    """
+    length = len(row.row)
+    with torch.enable_grad(), _recorded(model, lambda x: _by_token(x, (1, length)), keeps_graph=True) as calls:
+        run(row)
+    probes, foreign = torch.as_tensor(row.probes), torch.as_tensor(row.foreign)
+    for call in calls:
+        if call.given is None or not call.returned.requires_grad:
+            continue
+        output = _by_token(call.returned, (1, length))
+        assert output is not None
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            output[probes.to(output.device)].float().square().sum(), call.given, retain_graph=True, allow_unused=True
+        )
+        if gradients[0] is None:
+            continue
+        tokens = _by_token(gradients[0], (1, length))
+        assert tokens is not None
+        effect = tokens.flatten(1).abs().amax(-1)[foreign.to(tokens.device)]
+        if float(effect.max()) > 0:
+            token = int(row.foreign[int(effect.argmax())])
+            return f"{_named(call)} lets the tokens of a branch depend on {_token(row, token)}"
+    return None
+
+
+def differing_module(
+    model: Any, run: Callable[[CheckRow], Tensor], run_separately: Callable[[CheckRow], Tensor], row: CheckRow
+) -> str | None:
+    """
+    Return the first module whose outputs differ between a tree and separate samples though its inputs do not.
+
+    Args:
+        model (`transformers.PreTrainedModel`):
+            Model without adapters or wrappers.
+        run (`Callable`):
+            Runs the model on a row, as a tree.
+        run_separately (`Callable`):
+            Runs it on the samples of a row, side by side.
+        row (`CheckRow`):
+            The row.
+
+    Returns:
+        `str` or `None`: Its name and class, and the first token at which its outputs differ; `None` if none is found.
+    """
+    paths = torch.as_tensor(row.paths)
+    with torch.no_grad(), _recorded(model, lambda x: _by_token(x, (1, len(row.row)))) as on_tree:
+        run(row)
+    with torch.no_grad(), _recorded(model, lambda x: _by_token(x, tuple(paths.shape))) as separately:
+        run_separately(row)
+    expected = {(call.name, number): call for number, call in _numbered(separately)}
+    worst, found = _LEAST_RATIO, None
+    for number, call in _numbered(on_tree):
+        other = expected.get((call.name, number))
+        errors = None if other is None else _errors(call.returned, other.returned, paths)
+        if other is None or errors is None:
+            continue
+        given = None if call.given is None or other.given is None else _errors(call.given, other.given, paths)
+        epsilon = torch.finfo(call.returned.dtype).eps
+        ratio = float(errors.max()) / max(epsilon, 0.0 if given is None else float(given.max()))
+        if ratio > worst:
+            token = int(row.paths.flatten()[int((errors > errors.max() / 4).nonzero()[0, 0])])
+            worst, found = ratio, f"{_named(call)} returns something else for {_token(row, token)}"
+        if ratio > _CLEAR_RATIO:
+            break
+    return found
+
+
+def _numbered(calls: list[_Call]) -> Iterator[tuple[int, _Call]]:
+    """Number the calls of each module."""
+    counts: dict[str, int] = {}
+    for call in calls:
+        counts[call.name] = counts.get(call.name, 0) + 1
+        yield counts[call.name], call
+
+
+@contextmanager
+def _recorded(
+    model: Any, by_token: Callable[[Tensor], Tensor | None], *, keeps_graph: bool = False
+) -> Iterator[list[_Call]]:
+    """Collect the calls of a model's modules that read tokens, in the order in which they end."""
+    calls: list[_Call] = []
+    names = {module: name for name, module in model.named_modules()}
+    inputs: dict[nn.Module, list[Tensor | None]] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        given = next((x for x in (*args, *kwargs.values()) if _is_of_tokens(x, by_token)), None)
+        if given is not None and keeps_graph:  # a tensor of its own, which the module alone reads
+            own = given.clone() if given.requires_grad else given.detach().clone().requires_grad_()
+            inputs.setdefault(module, []).append(own)
+            return (
+                tuple(own if x is given else x for x in args),
+                {name: own if x is given else x for name, x in kwargs.items()},
+            )
+        inputs.setdefault(module, []).append(None if given is None else by_token(given))
+        return None
+
+    def after(module: nn.Module, args: object, kwargs: object, output: Any) -> None:
+        given = inputs[module].pop()
+        values = output if isinstance(output, tuple | list) else [output]
+        returned = next((x for x in values if _is_of_tokens(x, by_token)), None)
+        if returned is not None:
+            kept = returned if keeps_graph else by_token(returned)
+            assert kept is not None
+            calls.append(_Call(names.get(module, type(module).__name__), module, given, kept))
+
+    handles = []
+    for module in decoder_modules(model):
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_of_tokens(x: object, by_token: Callable[[Tensor], Tensor | None]) -> bool:
+    return isinstance(x, Tensor) and x.dtype.is_floating_point and x.dim() > 1 and by_token(x) is not None
+
+
+def _by_token(x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """Return a tensor with one entry per token: `(batch, length, …)` or `(batch · length, …)` → `(tokens, …)`."""
+    if tuple(x.shape[:2]) == shape:
+        return x.flatten(0, 1)
+    return x if x.dim() > 1 and x.shape[0] == shape[0] * shape[1] else None
+
+
+def _errors(on_tree: Tensor, separately: Tensor, paths: Tensor) -> Tensor | None:
+    """Return how much each token of the samples differs, `(N · S,)`; `None` if the tensors cannot be compared."""
+    found = on_tree[paths.flatten().to(on_tree.device)]
+    if found.shape != separately.shape:
+        return None
+    found, expected = found.flatten(1).float(), separately.flatten(1).float()
+    errors: Tensor = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
+    return errors
+
+
+def _named(call: _Call) -> str:
+    return f"{call.name or 'the model'} ({type(call.module).__name__})"
+
+
+def _token(row: CheckRow, token: int) -> str:
+    return f"token {token} of {len(row.row)} in the row of the check"

@@ -1,0 +1,273 @@
+"""
+The call of a model with a batch: its entry `tree` is taken out, and the model runs on the tree.
+
+Whoever calls `model(**batch)` runs the tree: TRL's loss, a `compute_loss` of one's own, a callback, a plain loop. The
+entry is taken out where the model's own `forward` begins, inside of adapters and engines: PEFT calls the `forward` of
+the model that it wraps, past its hooks.
+
+Shape letters: L tokens of a row, N lines, M tokens of the longest line.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..attention.context import Tree, running_on
+from ..attention.row_group import RowGroup
+from ..data.line_view import LineView
+from ..data.row_tree import RowTree
+from ..images.reading import showing_images
+from ..trees.prefix_tree import IGNORE_INDEX
+
+
+if TYPE_CHECKING:
+    from ..data.collator import Batch
+
+PER_TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+"""What TRL's fused head returns per token."""
+
+
+def take_trees(model: PreTrainedModel) -> None:
+    """
+    Make a model take the entry `tree` of a batch. Calls without it are not changed.
+
+    Args:
+        model (`transformers.PreTrainedModel`):
+            Model without adapters or wrappers, changed in place. A fused head that TRL adds later is wrapped when this
+            is called again.
+    """
+    if takes_trees(model):
+        return
+    # A fused head may have been put around an earlier one of these: each calls the forward that it found.
+    found: list[Any] = vars(model).setdefault("_forwards_without_trees", [])
+    level = len(found)
+    found.append(model.forward)
+
+    # `generate` and the Trainer read the signature.
+    @functools.wraps(type(model).forward)
+    def forward(
+        self: PreTrainedModel, *args: Any, tree: RowTree | LineView | None = None, **inputs: Any
+    ) -> ModelOutput:
+        model_forward = self._forwards_without_trees[level]
+        if tree is None:
+            return model_forward(*args, **inputs)
+        if isinstance(tree, LineView):
+            return _run_lines(self, model_forward, tree, inputs)
+        return _run_row(self, model_forward, tree, *args, **inputs)
+
+    # Compiled models leave this function, which sets context variables, and compile the forward that it calls.
+    taking: Any = torch.compiler.disable(forward, recursive=False)  # type: ignore[no-untyped-call]
+    taking._takes_trees = True
+    model.forward = MethodType(taking, model)
+
+
+def takes_trees(model: PreTrainedModel) -> bool:
+    """Return whether a model's `forward` takes the entry `tree` of a batch, ahead of all that may wrap it."""
+    return getattr(model.forward, "_takes_trees", False)
+
+
+def leave_trees(model: PreTrainedModel) -> None:
+    """Undo [`take_trees`], unless something else has been put around the model's `forward` since."""
+    if not takes_trees(model):
+        return
+    before = vars(model)["_forwards_without_trees"].pop()
+    if getattr(before, "__func__", None) is type(model).forward:
+        del model.forward
+    else:
+        model.forward = before
+
+
+def refuse_own_calls(model: PreTrainedModel, setting: str) -> None:
+    """
+    Refuse to train rows in calls that are not the trainer's, because they would not follow one of its settings.
+
+    Args:
+        model (`transformers.PreTrainedModel`):
+            Model that takes trees.
+        setting (`str`):
+            Name of the setting, for the error.
+    """
+    model._rows_are_run_by = setting
+
+
+@contextmanager
+def row_context(tree: RowTree, device: torch.device | None = None) -> Iterator[Tree]:
+    """
+    Run the model calls inside on a row, and on the images that it shows.
+
+    Args:
+        tree (`RowTree`):
+            Tree of the row.
+        device (`torch.device`, *optional*):
+            Device of the model's inputs; that of the tree by default.
+
+    Yields:
+        [`Tree`]: The tree as layers read it.
+    """
+    tree = tree if device is None else tree.to(device)
+    with showing_images(tree.image_features, tree.plan), running_on(as_tree(tree)) as context:
+        yield context
+
+
+def as_tree(tree: RowTree, group: RowGroup | None = None) -> Tree:
+    """Return the tree of a row as layers read it, with the ranks that share the row, if any."""
+    return Tree(tree.plan, tree.subtree_end, tree.depth, group=group)
+
+
+def _run_row(
+    model: PreTrainedModel, forward: Callable[..., ModelOutput], tree: RowTree, *args: Any, **inputs: Any
+) -> ModelOutput:
+    _check_call(model, tree)
+    given: torch.Tensor = args[0] if args else inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
+    _without_cache(model, inputs)
+    with row_context(tree, given.device):
+        return forward(*args, **inputs)
+
+
+def _without_cache(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+    if "use_cache" in inspect.signature(type(model).forward).parameters:
+        inputs.setdefault("use_cache", False)  # of generation; a row is not continued
+
+
+def _check_call(model: PreTrainedModel, tree: RowTree) -> None:
+    """Refuse a call by someone who does not see to what the row asks for."""
+    if tree.is_handled:
+        return
+    if tree.loss_weights is not None:
+        raise ValueError(
+            "The batch has loss weights other than 1, which the loss of this call would not read. Multiply the loss "
+            "of each target by batch['tree'].loss_weights and pass tree=batch['tree'].handled() to the model, or call "
+            "the compute_loss of the single-pass trainer."
+        )
+    if tree.router_loss_scale != 1:
+        raise ValueError(
+            f"The load-balancing loss of this batch counts {tree.router_loss_scale:.3g} times, since ranks have "
+            "different numbers of new examples, and the loss of this call would not know. Set "
+            "dataloader_drop_last=True, or call the compute_loss of the single-pass trainer."
+        )
+    _check_settings_are_followed(model)
+
+
+def _check_settings_are_followed(model: PreTrainedModel) -> None:
+    """Refuse to train a row all at once where a setting of the trainer asks for another way."""
+    setting = getattr(model, "_rows_are_run_by", None)
+    if setting is not None and model.training and torch.is_grad_enabled():
+        raise ValueError(
+            f"{setting} has no effect on a call of the model that is not the single-pass trainer's own. Call the "
+            f"trainer's compute_loss (`super().compute_loss(…)`), or leave out {setting}."
+        )
+
+
+# Lines ---------------------------------------------------------------------------------------------------------------
+
+
+def _run_lines(
+    model: PreTrainedModel, forward: Callable[..., ModelOutput], view: LineView, inputs: dict[str, Any]
+) -> ModelOutput:
+    """
+    Run the rows of a view, and return the outputs in lines.
+
+    With `fused_lm_head=True`, these are the outputs of TRL's fused head, each of shape `(N, M)`. Otherwise they are
+    `logits` of shape `(N, M + 1, vocabulary)`, of which `[:, i]` predicts `input_ids[:, i + 1]`, and with labels the
+    model's own `loss`.
+    """
+    if not view.is_handled:
+        _check_settings_are_followed(model)
+    labels, is_fused = inputs.get("labels"), bool(inputs.get("fused_lm_head"))
+    view = view.to(inputs["input_ids"].device)
+    others, given = shared_inputs(inputs), {"has_labels": is_fused}
+    outputs = join_rows(
+        [_run_row(model, forward, row["tree"].handled(), **row_inputs(row, **given), **others) for row in view.rows]
+    )
+    if is_fused:
+        assert labels is not None, "the fused head scores labels"
+        return in_lines(outputs, view, is_padding=labels[:, 1:] == IGNORE_INDEX)
+    if view.token_weights is not None:
+        raise ValueError(
+            "The turns of this batch have weights (turn_discount, turn_mean), which are factors of log-probabilities, "
+            "and this call asks for logits. Pass fused_lm_head=True with labels, or leave out the weights of turns."
+        )
+    outputs["logits"] = logits_in_lines(outputs, view)
+    if labels is not None:
+        outputs["loss"] = model.loss_function(
+            outputs["logits"], labels, vocab_size=model.config.get_text_config().vocab_size
+        )
+    return outputs
+
+
+def shared_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a call with lines passes to the model for each row: all but what it says of the lines."""
+    return {
+        name: value
+        for name, value in inputs.items()
+        if name not in ("input_ids", "attention_mask", "completion_mask", "labels", "tree")
+    }
+
+
+def row_inputs(row: Batch, *, has_labels: bool) -> dict[str, torch.Tensor]:
+    """
+    Return what the model reads of a row.
+
+    Args:
+        row (`Batch`):
+            Batch of [`DataCollatorForSinglePass`].
+        has_labels (`bool`):
+            Whether it is to score targets, which are shifted here.
+    """
+    inputs = {name: value for name, value in row.items() if name not in ("labels", "tree")}
+    if has_labels:
+        inputs["shift_labels"] = F.pad(row["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    return inputs
+
+
+def join_rows(parts: Sequence[ModelOutput]) -> ModelOutput:
+    """
+    Return the outputs of several rows one after the other.
+
+    Raises:
+        `ValueError`: If they have a load-balancing loss, which is a mean over the tokens of all of them.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].get("aux_loss") is not None:
+        raise ValueError(
+            "The load-balancing loss of a batch of several rows is a mean over all their tokens, which only the "
+            "single-pass trainer's own call computes. Set max_row_tokens=None, or leave output_router_logits off."
+        )
+    names = [name for name in ("logits", *PER_TOKEN_OUTPUTS) if parts[0].get(name) is not None]
+    return type(parts[0])(**{name: torch.cat([part[name] for part in parts], dim=1) for name in names})
+
+
+def in_lines(outputs: ModelOutput, view: LineView, is_padding: torch.Tensor) -> ModelOutput:
+    """
+    Return per-token outputs of rows at the targets of each line, each log-probability with its weight.
+
+    Args:
+        outputs (`ModelOutput`):
+            Outputs of TRL's fused head for all tokens of the rows, each of shape `(1, L)`.
+        view (`LineView`):
+            Where each line has its targets.
+        is_padding (`torch.Tensor` of shape `(N, M)`, `torch.bool`):
+            Where a line has none; outputs are 0 there.
+    """
+    for name in PER_TOKEN_OUTPUTS:
+        if outputs.get(name) is not None:
+            outputs[name] = outputs[name][0][view.targets].masked_fill(is_padding, 0)
+    if view.token_weights is not None:
+        outputs["log_probs"] = outputs["log_probs"] * view.token_weights
+    return outputs
+
+
+def logits_in_lines(outputs: ModelOutput, view: LineView) -> torch.Tensor:
+    """Return the logits of rows in lines, `(N, M + 1, vocabulary)`: `[:, i]` predicts token `i + 1` of a line."""
+    return F.pad(outputs["logits"][0][view.targets], (0, 0, 0, 1))

@@ -1,0 +1,90 @@
+"""The measured check of a trainer: once per run, before its first step, with the model as the engine wrapped it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from ..attention.row_group import RowGroup
+from ..data.collator import Batch, DataCollatorForSinglePass
+from ..data.preparation import say
+from ..engine.check import TreeCheck, TreeCheckError, tokens_of_batch
+from ..engine.check_report import TreeCheckReport
+
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class SelfCheck:
+    """
+    Measures models before they are trained, each once.
+
+    Args:
+        accelerator (`accelerate.Accelerator`):
+            Accelerator of the run; every rank takes part.
+        is_on (`bool`):
+            The setting `self_check`.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, is_on: bool) -> None:
+        self._accelerator, self._is_on = accelerator, is_on
+        self._done: set[nn.Module] = set()
+
+    def check(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        collator: DataCollatorForSinglePass,
+        group: RowGroup | None = None,
+    ) -> None:
+        """
+        Measure a model on tokens of its first batches, unless that has been done.
+
+        Args:
+            model (`torch.nn.Module`):
+                Model, as the engine wrapped it.
+            batches (`Sequence[Batch]`):
+                Batches of rows; an image is taken from the first that has one.
+            collator (`DataCollatorForSinglePass`):
+                Collator of the rows.
+            group (`RowGroup`, *optional*):
+                Ranks that share rows.
+
+        Raises:
+            `TreeCheckError`: If the model computes something else on a tree than on separate samples.
+        """
+        if model in self._done or not batches:
+            return
+        self._done.add(model)
+        if not self._is_on:
+            self._say("self_check=False: nothing shows that the model is exact on trees.", logging.WARNING)
+            return
+        tokens: list[Any] = [tokens_of_batch(next((b for b in batches if b["tree"].images), batches[0]))]
+        if self._accelerator.num_processes > 1:  # all ranks measure the same row
+            broadcast_object_list(tokens)
+        precision = _PRECISIONS.get(self._accelerator.mixed_precision)
+        check = TreeCheck(model, collator, group, precision)
+        report = check.run(*tokens[0])
+        if not report.ok:
+            raise TreeCheckError(_explain(check, report))
+        self._say(f"Checked: {report}.", logging.INFO)
+
+    def _say(self, line: str, level: int) -> None:
+        if self._accelerator.is_main_process:
+            say(line, level)
+
+
+def _explain(check: TreeCheck, report: TreeCheckReport) -> str:
+    where = f" {report.where}." if report.where else ""
+    return (
+        f"{type(check.base).__name__} does not compute on a tree what it computes on separate samples: "
+        f"{report.reason}.{where} Nothing was trained. Train it on one sample per turn (N-pass: `to_npass` and TRL's "
+        "own trainer), or take out the layer or adapter that mixes the tokens of a row; check_tree(model, tokenizer) "
+        "measures it again."
+    )
