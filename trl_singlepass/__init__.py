@@ -5,6 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .data.collator import DataCollatorForSinglePass as DataCollatorForSinglePass
+    from .data.preparation import prepare_dataset as prepare_dataset
+    from .data.settings import RowSettings as RowSettings
+    from .engine.check import check_tree as check_tree
+    from .engine.enable import enable_images as enable_images
+    from .engine.enable import enable_tree as enable_tree
     from .preference.config import SinglePassDPOConfig as SinglePassDPOConfig
     from .preference.trainer import SinglePassDPOTrainer as SinglePassDPOTrainer
     from .reference import verify as verify
@@ -21,13 +27,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AuditReport",
+    "DataCollatorForSinglePass",
     "PrefixTree",
+    "RowSettings",
     "Sample",
     "SinglePassDPOConfig",
     "SinglePassDPOTrainer",
     "SinglePassSFTConfig",
     "SinglePassSFTTrainer",
     "audit",
+    "check_tree",
+    "enable_images",
+    "enable_tree",
+    "prepare_dataset",
     "render_samples",
     "to_npass",
     "verify",
@@ -35,13 +47,19 @@ __all__ = [
 
 _HOME = {
     "AuditReport": "reports.audit",
+    "DataCollatorForSinglePass": "data.collator",
     "PrefixTree": "trees.prefix_tree",
+    "RowSettings": "data.settings",
     "Sample": "trees.sample",
     "SinglePassDPOConfig": "preference.config",
     "SinglePassDPOTrainer": "preference.trainer",
     "SinglePassSFTConfig": "training.config",
     "SinglePassSFTTrainer": "training.trainer",
     "audit": "reports.audit",
+    "check_tree": "engine.check",
+    "enable_images": "engine.enable",
+    "enable_tree": "engine.enable",
+    "prepare_dataset": "data.preparation",
     "render_samples": "rendering.samples",
     "to_npass": "reference.export",
     "verify": "reference",

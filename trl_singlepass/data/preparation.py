@@ -21,7 +21,7 @@ from ..images.loading import image_loader_of
 from ..images.placeholders import placeholders_of
 from ..trees.rows import Row
 from .arrow import ROWS_VERSION, row_features, rows_to_table
-from .bad_rows import BadRowError, BadRows, RowErrors, bad_rows_error, get_reason, group_errors
+from .bad_rows import BadRowError, BadRows, bad_rows_error, get_reason, group_errors
 from .conversations import COUNT_COLUMNS, IMAGE_COUNT_COLUMNS, example_to_rows, no_rows
 from .dataset_format import column_names
 from .images import undecoded
@@ -46,7 +46,7 @@ _AFTER_LAST_CALL = '"added_tokens"'
 def prepare_dataset(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
-    settings: RowSettings,
+    settings: RowSettings | None = None,
     *,
     packing: bool = False,
     bad_rows: BadRows = BadRows.ERROR,
@@ -62,7 +62,7 @@ def prepare_dataset(
             Conversations.
         tokenizer (`transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`):
             Tokenizer with a chat template, or, for conversations with images, the processor.
-        settings (`RowSettings`):
+        settings (`RowSettings`, *optional*):
             How conversations become rows; with packing, `max_row_tokens` is the capacity of a row.
         packing (`bool`, *optional*, defaults to `False`):
             Whether several conversations share a row.
@@ -82,6 +82,7 @@ def prepare_dataset(
         `RenderingError`: If examples cannot be rendered without losing part of a turn, and may not be left out.
         `ValueError`: If no turn of the dataset is trained.
     """
+    settings = settings or RowSettings()
     bad_turns: tuple[RowErrors, ...] = ()
     if is_single_turn(column_names(dataset)):
         vocab_size = len(get_tokenizer(tokenizer))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..recurrent.layer_kinds import get_decoder
 from .enable import without_adapters
@@ -41,27 +42,50 @@ def zeros_filled(model: nn.Module) -> Iterator[None]:
 
     An adapter or a gate that starts at zero has no effect yet, and hides what it will do from the second step on.
     """
-    filled: list[Tensor] = []
+    trained = [x for x in model.parameters() if x.requires_grad and x.dtype.is_floating_point]
+    is_zero = torch.tensor([not own.any() for own in map(_own_part, trained)], dtype=torch.int32)
+    zeros = [parameter for parameter, zero in zip(trained, _on_all_ranks(is_zero), strict=True) if zero]
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            own = _own_part(parameter)
-            if parameter.requires_grad and own.dtype.is_floating_point and own.numel() and not own.any():
-                own.copy_(_ZERO_FILL * torch.randn(own.shape, generator=generator))
-                filled.append(own)
+    _write(zeros, lambda x: x.copy_(_ZERO_FILL * torch.randn(x.shape, generator=generator)))
     try:
         yield
     finally:
-        for own in filled:
-            own.detach().zero_()
+        _write(zeros, Tensor.zero_)
+        for module in model.modules():  # FSDP2 keeps the parameters of its root as the last forward gathered them
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _own_part(parameter: Tensor) -> Tensor:
     """Return what a rank holds of a parameter: its shard under ZeRO-3 and FSDP2."""
-    shard = getattr(parameter, "ds_tensor", None)
+    shard: Tensor | None = getattr(parameter, "ds_tensor", None)
     if shard is not None:
-        return shard  # type: ignore[no-any-return]
+        return shard
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter.data
+
+
+def _on_all_ranks(flags: Tensor) -> list[bool]:
+    """Return for each flag whether it is set on all ranks; each may hold another shard of a parameter."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        everyone: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(everyone, flags.tolist())
+        return [all(column) for column in zip(*everyone, strict=True)]
+    return [bool(flag) for flag in flags]
+
+
+@torch.no_grad()
+def _write(parameters: Sequence[Tensor], fill: Callable[[Tensor], object]) -> None:
+    """Change parameters in place, each rank its own shard; ZeRO-3 also keeps whole copies of small ones."""
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                for parameter in parameters:
+                    fill(parameter.data)
+        return
+    for parameter in parameters:
+        fill(_own_part(parameter))
 
 
 @contextmanager

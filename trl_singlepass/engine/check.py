@@ -134,7 +134,8 @@ class TreeCheck:
         self.base = without_adapters(self.model)
         self.collator, self.group = collator, group
         dtypes = {parameter.dtype for parameter in self.base.parameters() if parameter.dtype.is_floating_point}
-        self.epsilon = max(torch.finfo(dtype).eps for dtype in {*dtypes, precision or torch.float64})
+        # Models compute norms and rotations in float32 even where they are in float64.
+        self.epsilon = max(torch.finfo(dtype).eps for dtype in {*dtypes, precision or torch.float32, torch.float32})
         self.gives_gradients = group is None and not _is_zero3(model)
 
     def run(self, text: np.ndarray[Any, Any], shown: ShownImage | None = None) -> TreeCheckReport:

@@ -13,6 +13,9 @@ from transformers.utils import ModelOutput
 from ..attention.context import Tree
 from ..attention.registry import tree_attention_name
 from ..attention.text_layers import set_text_attention
+from ..data.collator import DataCollatorForSinglePass
+from ..images.loading import image_loader_of
+from ..images.reading import ImageReader
 from ..recurrent.layer import disable_tree_recurrence, enable_tree_recurrence
 from ..recurrent.layer_kinds import decoder_modules, get_decoder, path_dependent_layers, unknown_mixing_layers
 from .model_call import leave_trees, take_trees
@@ -20,6 +23,7 @@ from .model_call import leave_trees, take_trees
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import ProcessorMixin
 
 Forward: TypeAlias = Callable[..., ModelOutput]
 """A model, or a function in its place: takes the inputs of the model by name, returns its outputs."""
@@ -234,6 +238,28 @@ def enable_tree(model: PreTrainedModel | PeftModel) -> str:
         set_text_attention(base, name)
     take_trees(base)
     return implementation
+
+
+def enable_images(
+    model: PreTrainedModel | PeftModel, collator: DataCollatorForSinglePass, processor: ProcessorMixin | None = None
+) -> None:
+    """
+    Make a model and a collator read rows with images.
+
+    Args:
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model, changed in place.
+        collator (`DataCollatorForSinglePass`):
+            Collator of the rows, changed in place.
+        processor (`transformers.ProcessorMixin`, *optional*):
+            Processor that the rows were prepared with; needed if the collator has no `load_images`.
+
+    Raises:
+        `UnsupportedImagesError`: If the model reads images in a way that a tree cannot give it.
+    """
+    collator.image_reader = ImageReader.enable(without_adapters(model))
+    if collator.load_images is None and processor is not None:
+        collator.load_images = image_loader_of(processor)
 
 
 def disable_tree(model: PreTrainedModel | PeftModel, implementation: str) -> None:

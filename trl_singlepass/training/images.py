@@ -12,8 +12,7 @@ from trl import SFTConfig
 
 from ..data.collator import DataCollatorForSinglePass
 from ..data.dataset_format import column_names
-from ..engine.enable import without_adapters
-from ..images.reading import ImageReader
+from ..engine.enable import enable_images
 from ..trees.rows import IMAGE_COLUMNS
 
 
@@ -65,8 +64,7 @@ def read_images(
         `ValueError`: If a setting or an engine does not go with images.
     """
     check_settings(args, accelerator, tp_size)
-    reader = ImageReader.enable(without_adapters(model))
-    collator.image_reader = reader
+    enable_images(model, collator)
     if accelerator.num_processes > 1:
         # Ranks reduce the gradients of the encoder together, and some shard it: all have to run it, or none.
         collator.blank_image = getattr(collator.load_images, "blank", None)

@@ -1,0 +1,183 @@
+"""The measured check: right models pass, planted layers are found and named, and the model is left as it was."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from support.planted_layers import PLANTED, plant, qwen3_model
+from support.sample_sets import reasoning_chat
+from support.tiny_causal_lms import HYBRIDS, tiny_model
+from support.tiny_families import FAMILIES
+from support.tiny_families import tiny_model as family_model
+from trl_singlepass import check_tree, enable_tree
+from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.engine.check import TreeCheck
+from trl_singlepass.engine.check_row import CheckRow
+from trl_singlepass.engine.model_call import takes_trees
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row, TreePlan
+
+
+DTYPES = [torch.float32, torch.bfloat16]
+TEXT = np.random.default_rng(1).integers(3, 90, 200)
+
+
+def checked(model):
+    """Return what the check says of a model; trees are enabled in it."""
+    enable_tree(model)
+    return TreeCheck(model, DataCollatorForSinglePass(0)).run(TEXT)
+
+
+def state_of(model):
+    parameters = {name: (tensor, tensor.clone(), tensor.grad) for name, tensor in model.named_parameters()}
+    return parameters, [module.training for module in model.modules()], torch.get_rng_state()
+
+
+# The row -------------------------------------------------------------------------------------------------------------
+
+
+def ancestors(plan, position):
+    """Return the path to a token by the runs of its row, itself included."""
+    run = next(run for run in plan.runs if run.start <= position < run.end)
+    return [j for start, end in run.prefix for j in range(start, end)] + list(range(run.start, position + 1))
+
+
+def test_the_row_is_what_its_picture_shows():
+    row = CheckRow.from_tokens(TEXT)
+    plan = TreePlan.from_rows([row.row])
+    assert len(row.row) == 84
+    assert {run.depth for run in plan.runs} == {0, 8, 12, 16}
+    for path, sample in zip(row.paths, row.samples, strict=True):
+        assert ancestors(plan, int(path[-1])) == path.tolist()
+        assert sample.token_ids.tolist() == row.row.input_ids[path].tolist()
+    reached = {j for probe in row.probes for j in ancestors(plan, int(probe))}
+    assert sorted(reached | set(row.foreign.tolist())) == list(range(84))
+    assert not reached & set(row.foreign.tolist())
+    assert min(row.foreign) < min(row.probes)
+    assert max(row.foreign) > max(row.probes)
+
+
+def test_branches_exchange_their_places_among_other_tokens():
+    row, exchanged = CheckRow.from_tokens(TEXT), CheckRow.from_tokens(TEXT, is_exchanged=True)
+    ids, others = row.row.input_ids, exchanged.row.input_ids
+    assert np.array_equal(ids[row.paths[0]], others[row.paths[1]])
+    assert np.array_equal(ids[row.paths[1]], others[row.paths[0]])
+    assert all((ids[path[12:]] != others[path[12:]]).any() for path in row.paths[2:])
+
+
+def test_few_tokens_make_a_row_as_well():
+    row = CheckRow.from_tokens(np.array([5, 6, 7]))
+    assert set(row.row.input_ids) == {5, 6, 7}
+    assert not np.array_equal(row.row.input_ids[row.paths[0]], row.row.input_ids[row.paths[1]])
+
+
+# Right models --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_models_pass(family, dtype):
+    report = checked(family_model(family, dtype=dtype))
+    assert report.ok, report.reason
+    assert report.leak == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["qwen3_5_text", "bamba", "lfm2", "jamba", "deepseek_v32", "recurrent_gemma"])
+def test_hybrids_pass(family, dtype):
+    assert family in HYBRIDS
+    report = checked(tiny_model(family).to(dtype))
+    assert report.ok, report.reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_router_at_rounding_distance_is_no_failure(dtype):
+    """All experts of a router are within a rounding of each other, so that two forwards pick different ones."""
+    model = family_model("qwen3-moe", dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.weight"):
+            noise = torch.finfo(dtype).eps * torch.randn(parameter.shape)
+            parameter.data = (parameter.data[:1] * (1 + noise)).to(dtype)
+    report = checked(model)
+    assert report.ok, report.reason
+    assert report.noise > torch.finfo(dtype).eps
+
+
+# Planted layers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_layers_are_found(name, dtype, strength):
+    model, place = plant(qwen3_model(dtype), name, strength)
+    report = checked(model)
+    assert not report.ok
+    if strength == 1:
+        assert report.where.startswith(f"{place} ({name})")
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_layers_are_found_without_gradients(name):
+    """As under engines that give none."""
+    model, _ = plant(qwen3_model(), name)
+    enable_tree(model)
+    check = TreeCheck(model, DataCollatorForSinglePass(0))
+    check.gives_gradients = False
+    report = check.run(TEXT)
+    assert report.leak is None
+    assert not report.ok
+    right = qwen3_model()
+    enable_tree(right)
+    check = TreeCheck(right, DataCollatorForSinglePass(0))
+    check.gives_gradients = False
+    assert check.run(TEXT).ok
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_adapters_that_start_at_zero_are_measured_with_an_effect():
+    model = get_peft_model(qwen3_model(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    adapted = model.base_model.model.model.layers[1].mlp.down_proj
+    shifted = adapted.lora_B["default"].forward
+    assert checked(model).ok
+    adapted.lora_B["default"].forward = lambda x: shifted(torch.roll(x, 1, dims=1))
+    report = checked(model)
+    assert not report.ok
+    assert "lora_B" in report.where
+    assert not adapted.lora_B["default"].weight.any()
+
+
+# The public function -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [None, "ZeroGate"])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_the_model_is_left_as_it_was(tokenizer, name, enabled):
+    model = qwen3_model(vocab_size=len(tokenizer))
+    model = model if name is None else plant(model, name)[0]
+    model.train()
+    model.model.layers[0].eval()
+    if enabled:
+        enable_tree(model)
+    parameters, modes, random = state_of(model)
+    attention = model.config._attn_implementation
+    assert check_tree(model, tokenizer).ok == (name is None)
+    for tensor, value, grad in parameters.values():
+        assert torch.equal(tensor, value)
+        assert tensor.grad is grad
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.config._attn_implementation == attention
+    assert takes_trees(model) == enabled
+
+
+def test_a_batch_gives_the_tokens_of_the_row():
+    model = qwen3_model()
+    batch = DataCollatorForSinglePass(0)([Row.from_tree(PrefixTree.from_samples(reasoning_chat())).columns()])
+    report = check_tree(copy.deepcopy(model), batch)
+    assert report.ok
+    assert "tree equals separate samples" in str(report)
