@@ -34,4 +34,3 @@ def test_a_tree_is_copied_to_another_device_once():
     assert tree.on(torch.device("cpu")) is tree
     assert tree.on(device) is copy
     assert copy.subtree_end.device == copy.depth.device == device
-    assert copy.attended_by is tree.attended_by

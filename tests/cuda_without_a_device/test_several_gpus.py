@@ -48,7 +48,6 @@ def test_attention_reads_nothing_of_another_device(forward, kind):
     out, _ = forward(layer, inputs.query, inputs.key, inputs.value, mask)
     out.backward(torch.empty_like(out))
     assert out.device == inputs.query.grad.device == torch.device("meta")
-    assert tree.attended_by == {layer}
 
 
 @needs_cached_states

@@ -12,6 +12,7 @@ from support.sample_sets import reasoning_chat
 from support.tiny_causal_lms import HYBRIDS, tiny_model
 from support.tiny_families import FAMILIES
 from support.tiny_families import tiny_model as family_model
+from support.tree_checks import TEXT, checked
 from trl_singlepass import check_tree, enable_tree
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.check import TreeCheck
@@ -22,13 +23,6 @@ from trl_singlepass.trees.rows import Row, TreePlan
 
 
 DTYPES = [torch.float32, torch.bfloat16]
-TEXT = np.random.default_rng(1).integers(3, 90, 200)
-
-
-def checked(model):
-    """Return what the check says of a model; trees are enabled in it."""
-    enable_tree(model)
-    return TreeCheck(model, DataCollatorForSinglePass(0)).run(TEXT)
 
 
 def state_of(model):
@@ -138,7 +132,7 @@ def test_planted_layers_are_found_without_gradients(name):
     assert check.run(TEXT).ok
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+@pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed:FutureWarning")
 def test_adapters_that_start_at_zero_are_measured_with_an_effect():
     model = get_peft_model(qwen3_model(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     adapted = model.base_model.model.model.layers[1].mlp.down_proj

@@ -233,7 +233,7 @@ def test_a_collator_set_after_construction_is_checked(tmp_path, tokenizer):
     assert largest_difference(trainer, other) == 0
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+@pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed:FutureWarning")
 def test_a_collator_of_pairs_set_after_construction_is_checked(tmp_path, tokenizer):
     trainer = dpo_trainer(tmp_path, tokenizer, [pair(2), pair(1, 1)])
     for collator in (lambda examples: {}, DataCollatorForSinglePass(0)):
@@ -268,7 +268,7 @@ class OwnPairLoss(SinglePassDPOTrainer):
         return -F.logsigmoid(self.beta * (chosen - rejected)).mean()
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+@pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed:FutureWarning")
 def test_pairs_train_the_same_through_the_model(tmp_path, tokenizer, monkeypatch):
     pairs, settings = [pair(2), pair(3, 1)], {"max_steps": 2}
     expected, found = (dpo_trainer(tmp_path, tokenizer, pairs, **settings) for _ in range(2))

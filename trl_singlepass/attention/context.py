@@ -39,8 +39,6 @@ class Tree:
             For each token, the position just past its last descendant.
         depth (`torch.Tensor` of shape `(1, row_length)`, `torch.int64`):
             Number of tokens before each token on its path.
-        attended_by (`set[torch.nn.Module]`):
-            Layers that have received the tree.
         group (`RowGroup`, *optional*):
             Ranks that share the row; each runs the model on its part of the tokens.
     """
@@ -48,7 +46,6 @@ class Tree:
     plan: TreePlan
     subtree_end: torch.Tensor
     depth: torch.Tensor
-    attended_by: set[torch.nn.Module] = field(default_factory=set)
     group: RowGroup | None = None
     _copies: dict[torch.device, Tree] = field(default_factory=dict, init=False, repr=False)
 
@@ -119,7 +116,7 @@ def tree_context(plan: TreePlan, subtree_end: torch.Tensor, position_ids: torch.
             Depth of each token.
 
     Yields:
-        `Tree`: The tree; after a forward, `attended_by` holds the layers that received it.
+        `Tree`: The tree.
     """
     with running_on(Tree(plan, subtree_end, position_ids)) as tree:
         yield tree

@@ -89,7 +89,7 @@ def check_layer(
     module: torch.nn.Module, mask: TreeMask, query: torch.Tensor, dropout: float, kwargs: Mapping[str, object]
 ) -> None:
     """
-    Record that a layer received the tree, and refuse what a tree cannot honour.
+    Refuse what a tree cannot honour in a layer.
 
     Args:
         module (`torch.nn.Module`):
@@ -119,7 +119,6 @@ def check_layer(
         )
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"{name} adds a position bias to its scores, which tree attention does not support.")
-    mask.tree.attended_by.add(module)
 
 
 def scale_by_depth(module: Any, query: torch.Tensor, tree: Tree) -> torch.Tensor:

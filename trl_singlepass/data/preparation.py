@@ -21,7 +21,7 @@ from ..images.loading import image_loader_of
 from ..images.placeholders import placeholders_of
 from ..trees.rows import Row
 from .arrow import ROWS_VERSION, row_features, rows_to_table
-from .bad_rows import BadRowError, BadRows, bad_rows_error, get_reason, group_errors
+from .bad_rows import BadRowError, BadRows, RowErrors, bad_rows_error, get_reason, group_errors
 from .conversations import COUNT_COLUMNS, IMAGE_COUNT_COLUMNS, example_to_rows, no_rows
 from .dataset_format import column_names
 from .images import undecoded

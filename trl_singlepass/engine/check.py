@@ -157,10 +157,12 @@ class TreeCheck:
         return replace(measured, seconds=time.perf_counter() - start, where=where)
 
     def _measure(self, row: CheckRow, exchanged: CheckRow) -> TreeCheckReport:
-        tree, leak = self._tree_with_leak(row)
+        with torch.no_grad(), self._explained("separate samples"):
+            alone = self.sample_logits(row)
+        with self._explained("a tree"):
+            tree, leak = self._tree_with_leak(row)
         paths = torch.as_tensor(row.paths, device=tree.device)
         with torch.no_grad():
-            alone = self.sample_logits(row)
             noise: float | None = _rms(_errors(self.padded_logits(row), alone[2]))
             moved = None
             if leak is None:  # no gradients: the branches `a` and `b` in each other's place, among other tokens
@@ -208,6 +210,19 @@ class TreeCheck:
     def _find_module(self, row: CheckRow, measured: TreeCheckReport) -> str | None:
         found = mixing_module(self.base, self.tree_logits, row) if measured.leak else None
         return found or differing_module(self.base, self.tree_logits, self.sample_logits, row)
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Say what the model was run on, where its own code or ours stops."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise TreeCheckError(
+                f"{type(self.base).__name__} does not run on {what} of this data: {reason} Nothing was trained."
+            ) from error
 
     # Ways to run the row ---------------------------------------------------------------------------------------------
 

@@ -10,14 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..attention.context import Tree
 from ..attention.registry import tree_attention_name
 from ..attention.text_layers import set_text_attention
 from ..data.collator import DataCollatorForSinglePass
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
 from ..recurrent.layer import disable_tree_recurrence, enable_tree_recurrence
-from ..recurrent.layer_kinds import decoder_modules, get_decoder, path_dependent_layers, unknown_mixing_layers
+from ..recurrent.layer_kinds import get_decoder, path_dependent_layers
 from .model_call import leave_trees, take_trees
 
 
@@ -28,32 +27,6 @@ if TYPE_CHECKING:
 Forward: TypeAlias = Callable[..., ModelOutput]
 """A model, or a function in its place: takes the inputs of the model by name, returns its outputs."""
 
-# Layer types of transformers that attend under a mask; the last two also mix tokens in another way.
-_ATTENTION_LAYER_TYPES = frozenset(
-    {"full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding"}
-)
-_TOKENWISE_LAYER_TYPES = frozenset({"mlp", "moe", "dense", "sparse"})
-# The layers themselves are found by what they do (see `path_dependent_layers`).
-_RECURRENT_LAYER_TYPES = frozenset(
-    {
-        "linear_attention",
-        "conv",
-        "mamba",
-        "recurrent",
-        "indexed_attention",
-        "minimax_m3_sparse",
-        "compressed_sparse_attention",
-        "heavily_compressed_attention",
-    }
-)
-# Attention of each token to its own outputs of earlier layers: no token reads another.
-_TOKENWISE_ATTENTION = frozenset(
-    {
-        "Inkling2BlockAttentionResidual",
-        "Inkling2LoopBlockAttentionResidual",
-        "Inkling2LoopMessageAttentionResidual",
-    }
-)
 # What transformers' errors say where an input is missing without which a model does not train.
 _DEMANDS = ("is required as a model input when training", "has to be not-None")
 _WAY_OUT = "Train this model on one sample per turn (N-pass) with TRL's SFTTrainer."
@@ -65,16 +38,17 @@ class UnsupportedModelError(ValueError):
 
 def check_model(model: PreTrainedModel) -> None:
     """
-    Refuse a model that a single pass would train incorrectly.
+    Refuse a model that no tree can reach, or that does not train on rows of text.
+
+    Whether a model is exact is not asked here: the measured check shows it before the first step.
 
     Args:
         model (`transformers.PreTrainedModel`):
             Model without adapters or wrappers.
 
     Raises:
-        `UnsupportedModelError`: If a layer mixes tokens in an unknown way or attends to later tokens, or if the model
-            does not take its attention function, mask and positions from outside, does not train on text, or is
-            loaded in 8 bits.
+        `UnsupportedModelError`: If the model has an encoder of its own for the prompt, has no layer to which the tree
+            could be passed, does not train on text, or is loaded in 8 bits.
     """
     if getattr(model, "is_loaded_in_8bit", False):
         raise UnsupportedModelError(
@@ -83,50 +57,18 @@ def check_model(model: PreTrainedModel) -> None:
         )
     if reason := _trains_on_other_media(model):
         raise UnsupportedModelError(f"{type(model).__name__} {reason}. Load another model.")
-    reason = _mixes_branches(model) or (None if _only_recurs(model) else _is_out_of_reach(model))
-    if reason is not None:
+    if reason := _is_out_of_reach(model):
         raise UnsupportedModelError(f"{type(model).__name__} {reason}. {_WAY_OUT}")
 
 
-def _mixes_branches(model: PreTrainedModel) -> str | None:
+def _is_out_of_reach(model: PreTrainedModel) -> str | None:
     if model.config.is_encoder_decoder:
         return "is an encoder-decoder: a prompt and its answer are not one sequence that branches could share"
-    config = model.config.get_text_config()
-    layer_types = list(getattr(config, "layer_types", None) or ())
-    known = _ATTENTION_LAYER_TYPES | _TOKENWISE_LAYER_TYPES | _RECURRENT_LAYER_TYPES
-    if foreign := set(layer_types) - known:
-        return f"has {_listed(foreign)} layers; how they mix tokens is not known, so a branch could see its siblings"
-    if unknown := unknown_mixing_layers(model):
-        return f"has {_listed(unknown)} layers; they mix neighbouring tokens, so a branch would see its siblings"
-    recurrent = [layer_type for layer_type in layer_types if layer_type in _RECURRENT_LAYER_TYPES]
-    stateful = getattr(model, "_is_stateful", False)
-    if len(path_dependent_layers(model)) < max(len(recurrent), int(stateful)):
-        what = f"{_listed(set(recurrent))} layers" if recurrent else "a recurrent state"
-        return f"has {what} that cannot be run from fork to fork; a branch would see its siblings through them"
-    return None
-
-
-def _only_recurs(model: PreTrainedModel) -> bool:
-    """Return whether a model has no attention at all, and therefore no use for positions."""
-    config = model.config.get_text_config()
-    if set(getattr(config, "layer_types", None) or ()) & _ATTENTION_LAYER_TYPES:
-        return False
-    return not attention_layers(model) and len(path_dependent_layers(model)) >= config.num_hidden_layers
-
-
-def _is_out_of_reach(model: PreTrainedModel) -> str | None:
-    modules = list(decoder_modules(model))
-    if looking_ahead := {type(module).__name__ for module in modules if _looks_ahead(module)}:
-        return f"attends to later tokens in {_listed(looking_ahead)}, which one pass would not"
-    if numbering := [module for module in modules if hasattr(module, "create_position_ids_from_input_ids")]:
-        return f"numbers positions from its padding token in {type(numbering[0]).__name__}, not from 0"
-    if not takes_attention_from_outside(model) or not (attention_layers(model) or path_dependent_layers(model)):
+    if not takes_attention_from_outside(model) and not path_dependent_layers(model):
         return (
             "does not take its attention function from transformers' AttentionInterface, so the tree cannot reach its "
             "layers"
         )
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return "has a forward without position_ids, so tokens of a branch cannot be given their depth"
     return None
 
 
@@ -167,50 +109,6 @@ def _demand_in_training(module: nn.Module) -> str | None:
     return next((text for text in texts if any(demand in text for demand in _DEMANDS)), None)
 
 
-def _looks_ahead(module: nn.Module) -> bool:
-    """Return whether a module is attention that is not causal; decoders may leave that to their mask."""
-    looks_ahead = getattr(module, "is_causal", True) is False and not getattr(module, "is_decoder", False)
-    return looks_ahead and type(module).__name__ not in _TOKENWISE_ATTENTION
-
-
-def check_every_layer_attended(model: PreTrainedModel, tree: Tree) -> None:
-    """
-    Check after a forward pass that every layer that mixes tokens received the tree.
-
-    Args:
-        model (`transformers.PreTrainedModel`):
-            Model that ran.
-        tree (`Tree`):
-            Tree of the forward.
-
-    Raises:
-        `UnsupportedModelError`: If a layer did not receive it.
-    """
-    layers = [*attention_layers(model), *path_dependent_layers(model)]
-    missed = {type(layer).__name__ for layer in layers if layer not in tree.attended_by}
-    if missed or not layers:
-        which = f"did not receive the tree in {_listed(missed)}" if missed else "has no layers that received the tree"
-        raise UnsupportedModelError(f"{type(model).__name__} {which}, so branches would be mixed. {_WAY_OUT}")
-
-
-def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the layers that take their attention function from transformers, except those that run on whole paths."""
-    layers: list[nn.Module] = []
-    on_whole_paths = {part for layer in path_dependent_layers(model) for part in layer.modules()}
-    for module in decoder_modules(model):
-        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-        reads_interface = code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
-        # Cross attention reads an encoder, and runs only where there is one.
-        is_elsewhere = "Cross" in type(module).__name__ or type(module).__name__ in _TOKENWISE_ATTENTION
-        if reads_interface and module not in on_whole_paths and not is_elsewhere:
-            layers.append(module)
-    return layers
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(f"'{name}'" for name in sorted(names))
-
-
 def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     """
     Make a model run on trees where there is one: `model(**batch)` takes the entry `tree` of a batch.
@@ -225,7 +123,7 @@ def enable_tree(model: PreTrainedModel | PeftModel) -> str:
         `str`: The `attn_implementation` that the model had.
 
     Raises:
-        `UnsupportedModelError`: If a single pass would train the model incorrectly.
+        `UnsupportedModelError`: If no tree can reach the model (see [`check_model`]).
         `ValueError`: If there is no tree attention for its `attn_implementation`.
         `ImportError`: If the kernel it chose is not installed.
     """

@@ -129,14 +129,18 @@ def _run_row(
 ) -> ModelOutput:
     _check_call(model, tree)
     given: torch.Tensor = args[0] if args else inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
-    _without_cache(model, inputs)
+    _fit_to_forward(model, inputs)
     with row_context(tree, given.device):
         return forward(*args, **inputs)
 
 
-def _without_cache(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
-    if "use_cache" in inspect.signature(type(model).forward).parameters:
+def _fit_to_forward(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+    parameters = inspect.signature(type(model).forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "use_cache" in parameters or takes_any:
         inputs.setdefault("use_cache", False)  # of generation; a row is not continued
+    if "position_ids" not in parameters and not takes_any:
+        inputs.pop("position_ids", None)  # of a model whose layers do not read any
 
 
 def _check_call(model: PreTrainedModel, tree: RowTree) -> None:

@@ -99,7 +99,6 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
         _check_not_lost(layer)
         return layer._stock_forward(*args, **kwargs)
     layer._ran_on_tree = True
-    tree.attended_by.add(layer)
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
     arguments = dict(zip(names, args, strict=False)) | kwargs
     device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))

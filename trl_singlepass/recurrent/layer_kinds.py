@@ -13,9 +13,6 @@ from ..trees.rows import TreePlan
 from .schedule import MIN_LENGTH_RATIO, Schedule, fork_schedule, path_schedule
 
 
-# No mask reaches these: they mix neighbouring tokens of the row, siblings included.
-MIXING_MODULES = (nn.Conv1d, nn.RNNBase)
-
 # Layers that keep states outside the cache or update them in several methods, and attention that selects its tokens in
 # its own way: they run over whole paths. Listed by class name in transformers.
 WHOLE_PATH_LAYERS = frozenset({"RecurrentGemmaRecurrentBlock", "Qwen4ExpTextPLELayer"})
@@ -120,22 +117,12 @@ def path_dependent_layers(model: PreTrainedModel) -> dict[nn.Module, ReplayMode]
         `dict[torch.nn.Module, ReplayMode]`: The outermost such layers, with how each runs on a tree.
     """
     readers = set(decoder_modules(model))
-    return {layer: mode for layer, mode in _outermost(get_decoder(model), readers) if mode is not None}
+    return dict(_outermost(get_decoder(model), readers))
 
 
 def path_dependent_layer_names(model: PreTrainedModel) -> list[str]:
     """Return the class names of [`path_dependent_layers`], for messages."""
     return sorted({type(layer).__name__ for layer in path_dependent_layers(model)})
-
-
-def unknown_mixing_layers(model: PreTrainedModel) -> set[str]:
-    """Return the class names of layers that convolve or recur over tokens in an unknown way."""
-    readers = set(decoder_modules(model))
-    return {
-        type(layer).__name__
-        for layer, mode in _outermost(get_decoder(model), readers)
-        if mode is None and any(isinstance(child, MIXING_MODULES) for child in layer.children())
-    }
 
 
 def get_decoder(model: PreTrainedModel) -> nn.Module:
@@ -167,11 +154,12 @@ def _without_encoders(module: nn.Module, encoders: tuple[type, ...]) -> Iterator
             yield from _without_encoders(child, encoders)
 
 
-def _outermost(module: nn.Module, readers: Collection[nn.Module]) -> Iterator[tuple[nn.Module, ReplayMode | None]]:
-    """Yield a module and its submodules that are among the readers, without those inside a path-dependent layer."""
+def _outermost(module: nn.Module, readers: Collection[nn.Module]) -> Iterator[tuple[nn.Module, ReplayMode]]:
+    """Yield the outermost path-dependent layers of a module, itself included, that are among the readers."""
     mode = get_replay_mode(module)
-    yield module, mode
-    if mode is None:
-        for child in module.children():
-            if child in readers:
-                yield from _outermost(child, readers)
+    if mode is not None:
+        yield module, mode
+        return
+    for child in module.children():
+        if child in readers:
+            yield from _outermost(child, readers)

@@ -149,8 +149,6 @@ class WaveTree(Tree):
             For each token, the position just past its last descendant that runs as well.
         depth (`torch.Tensor` of shape `(1, num_tokens)`, `torch.int64`):
             Depth of each token in the row.
-        attended_by (`set[torch.nn.Module]`):
-            Layers that received it.
         group (`RowGroup`, *optional*):
             Ranks that share the row. The tokens that run are then padded with one more chain.
         cache (`GroupCache`):
@@ -196,7 +194,7 @@ class WaveTree(Tree):
             end = F.pad(end, (0, padding), value=length)
             depth = torch.cat([depth, torch.arange(padding, device=depth.device)[None]], dim=1)
         handed_on = cache.get_handed_on(running, wave)
-        return cls(plan, end, depth, row.attended_by, row.group, cache, handed_on, stores)
+        return cls(plan, end, depth, row.group, cache, handed_on, stores)
 
     def kv_cache(self, layer: torch.nn.Module, local_size: int | None = None) -> KVCacheView | None:
         """
