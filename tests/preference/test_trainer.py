@@ -248,13 +248,6 @@ def test_arguments_that_are_refused(tmp_path, tokenizer, kwargs, message):
         dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS[:1], kwargs=kwargs, ref_model=None)
 
 
-def test_a_layer_that_misses_the_tree_is_found_in_the_first_step(tmp_path, tokenizer):
-    trainer = dpo_trainer(tmp_path, tokenizer, TRAJECTORIES)
-    trainer.model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match=r"did not receive the tree|has no layers that received the tree"):
-        trainer._compute_loss(trainer.model, batch_of(trainer), return_outputs=False)
-
-
 def test_the_defaults_are_trls_but_for_max_length():
     ours, theirs = SinglePassDPOConfig("out", bf16=False), DPOConfig("out", bf16=False)
     assert ours.max_length is None

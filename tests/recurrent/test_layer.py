@@ -16,9 +16,10 @@ from support.model_survey import branchy_chat
 from support.sample_sets import branch_at_every_depth, reasoning_chat, sample_sets
 from support.tiny_causal_lms import FAMILIES, HYBRIDS, KINDS, tiny_model
 from support.trainers import largest_difference, needs_cached_states, single_pass_trainer, stock_trainer
+from support.tree_checks import checked
 from support.wave_training import batch_of
 from trl_singlepass.attention.context import running_on
-from trl_singlepass.engine.enable import UnsupportedModelError, check_model, enable_tree
+from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree
 from trl_singlepass.recurrent import disable_tree_recurrence, path_dependent_layers
 from trl_singlepass.recurrent import layer as recurrent_layer
@@ -130,9 +131,10 @@ def test_selecting_attention_refuses_kernels_of_other_attention():
         enable_tree(model)
 
 
-def test_models_that_look_ahead_are_refused():
-    with pytest.raises(UnsupportedModelError, match="attends to later tokens in 'BertSelfAttention'"):
-        check_model(tiny_model("bert", is_decoder=False))
+def test_models_that_look_ahead_are_found():
+    report = checked(tiny_model("bert", is_decoder=False).float())
+    assert not report.ok
+    assert "bert.encoder.layer.0.attention.self" in report.where
 
 
 def shortest_conversations(count):

@@ -75,7 +75,8 @@ def survey(table, name):
     try:
         check_model(model)
         implementation = model.config.get_text_config()._attn_implementation
-        report = checked(model)
+        with ForcedFloat64():
+            report = checked(model)
     except UnsupportedModelError as error:
         return not_exact(table, name, "refused", _reason(str(error)))
     if not report.ok:
@@ -218,8 +219,8 @@ its family runs a tree with branches at many depths, some of them shorter than a
 
 - **exact**: the loss and the gradient of every parameter equal those of separate samples to 1e-12 in float64, and no
   output depends on a sibling branch.
-- **refused**: `SinglePassSFTTrainer` raises an error with this reason before it prepares the dataset. No model is
-  accepted and wrong.
+- **refused**: the trainer raises an error with this reason, before it prepares the dataset, or before the first step
+  where the measured check finds it ("measured", or "does not run"). No model is accepted and wrong.
 - **cannot be built here**: no tiny model could be built, so nothing is promised.
 
 How layers other than plain attention run:

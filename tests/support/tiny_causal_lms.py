@@ -224,7 +224,6 @@ CANNOT_BE_BUILT = {
     "dbrx": "its configuration takes a part of itself for the text model's",
     "gemma3n": "its vision encoder needs `timm`; the text model `gemma3n_text` is exact",
     "gemma4_assistant": "it drafts tokens from another model's states and is not trained on text",
-    "gemma4_unified_assistant": "it drafts tokens from another model's states and is not trained on text",
     "git": "its vision encoder takes no configuration and has 86 million parameters",
     "phi4_multimodal": "its audio and vision encoders have 870 million parameters",
 }

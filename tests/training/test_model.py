@@ -97,13 +97,10 @@ def test_text_model_inside_a_model_of_other_media_is_as_exact_as_alone(name):
     assert survey(IMAGE_MODELS, name).status == "exact"
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [("git", "AttentionInterface"), ("diffusion_gemma", "DecoderTextAttention'")]
-)
-def test_the_encoder_of_images_is_no_reason_to_refuse(name, reason):
+@pytest.mark.parametrize("name", ["git", "diffusion_gemma"])
+def test_the_encoder_of_images_is_no_reason_to_refuse(name):
     outcome = survey(IMAGE_MODELS, name)
     assert outcome.status == "refused"
-    assert reason in outcome.remark
     assert "Vision" not in outcome.remark
 
 

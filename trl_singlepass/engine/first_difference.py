@@ -29,6 +29,7 @@ class _Call:
     returned: Tensor
 
 
+@torch.enable_grad()  # also where an evaluation has turned gradients off
 def mixing_module(model: Any, run: Callable[[CheckRow], Tensor], row: CheckRow) -> str | None:
     """
     Return the first module that lets branches depend on tokens that are not their ancestors.
@@ -48,7 +49,7 @@ def mixing_module(model: Any, run: Callable[[CheckRow], Tensor], row: CheckRow) 
         `str` or `None`: Its name and class, and the token that branches depend on; `None` if none is found.
     """
     length = len(row.row)
-    with torch.enable_grad(), _recorded(model, lambda x: _by_token(x, (1, length)), keeps_graph=True) as calls:
+    with _recorded(model, lambda x: _by_token(x, (1, length)), keeps_graph=True) as calls:
         run(row)
     probes, foreign = torch.as_tensor(row.probes), torch.as_tensor(row.foreign)
     for call in calls:
@@ -70,6 +71,7 @@ def mixing_module(model: Any, run: Callable[[CheckRow], Tensor], row: CheckRow) 
     return None
 
 
+@torch.no_grad()
 def differing_module(
     model: Any, run: Callable[[CheckRow], Tensor], run_separately: Callable[[CheckRow], Tensor], row: CheckRow
 ) -> str | None:
@@ -90,9 +92,9 @@ def differing_module(
         `str` or `None`: Its name and class, and the first token at which its outputs differ; `None` if none is found.
     """
     paths = torch.as_tensor(row.paths)
-    with torch.no_grad(), _recorded(model, lambda x: _by_token(x, (1, len(row.row)))) as on_tree:
+    with _recorded(model, lambda x: _by_token(x, (1, len(row.row)))) as on_tree:
         run(row)
-    with torch.no_grad(), _recorded(model, lambda x: _by_token(x, tuple(paths.shape))) as separately:
+    with _recorded(model, lambda x: _by_token(x, tuple(paths.shape))) as separately:
         run_separately(row)
     expected = {(call.name, number): call for number, call in _numbered(separately)}
     worst, found = _LEAST_RATIO, None
