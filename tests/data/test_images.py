@@ -373,6 +373,13 @@ def test_text_with_a_processor_has_the_rows_of_its_tokenizer(processor):
     assert not {"image_features", "image_references"} & set(rows.column_names)
 
 
+def test_a_long_conversation_without_images_is_cut_among_others_with_images(processor):
+    text = {"messages": [user("What? " * 50), answer("That.")]}
+    (whole,) = samples_of(text, processor)
+    (cut,) = samples_of(text, processor, max_length=len(whole) - 2)
+    assert cut.token_ids.tolist() == whole.token_ids[:-2].tolist()
+
+
 def test_a_tokenizer_alone_reads_no_images(processor):
     text = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
     with pytest.raises(BadRowError, match="The example has images, and a tokenizer cannot read them"):

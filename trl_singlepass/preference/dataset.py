@@ -25,7 +25,7 @@ from ..trees.rows import IMAGE_COLUMNS
 from ..trees.splitting import split_samples
 from .pairs import SIDES, Tokenizer, example_to_pair, images_name, images_of_trajectory
 from .report import COUNT_COLUMNS, PairReport, count_pair
-from .rows import PAIR_COLUMNS, PAIR_ROWS_VERSION, pair_features, pair_to_columns
+from .rows import PAIR_COLUMNS, PAIR_ROWS_VERSION, no_pair, pair_features, pair_to_columns
 from .settings import PairSettings
 
 
@@ -124,7 +124,8 @@ def _prepare_example(
     try:
         columns, counts = _example_to_columns(example, index, tokenizer, settings)
     except BadRowError as error:
-        return {**_no_row(tokenizer), **dict.fromkeys(COUNT_COLUMNS, 0), _REASON: get_reason(error, index)}
+        empty = no_pair(has_images=_reads_images(tokenizer))
+        return {**empty, **dict.fromkeys(COUNT_COLUMNS, 0), _REASON: get_reason(error, index)}
     return {**columns, **counts, _REASON: None}
 
 
@@ -134,18 +135,13 @@ def _example_to_columns(
     """Return the row of one example, empty if a side is too long to keep any of it, and its counts."""
     pair = example_to_pair(example, index, tokenizer, settings)
     if not all(side.samples for side in pair.sides):
-        return _no_row(tokenizer), count_pair(pair, num_tokens=0)
+        return no_pair(has_images=_reads_images(tokenizer)), count_pair(pair, num_tokens=0)
     columns = pair_to_columns(pair, has_images=_reads_images(tokenizer))
     parts = split_samples(pair.samples, settings.max_row_tokens)
     num_tokens = len(columns["input_ids"])
     if len(parts) > 1:
         num_tokens = sum(len(PrefixTree.from_samples(part)) for part in parts)
     return columns, count_pair(pair, num_tokens, num_rows=len(parts))
-
-
-def _no_row(tokenizer: Tokenizer) -> dict[str, Any]:
-    names = (*PAIR_COLUMNS, *IMAGE_COLUMNS) if _reads_images(tokenizer) else PAIR_COLUMNS
-    return {name: np.empty(0, float if name == "loss_weights" else np.int64) for name in names}
 
 
 def _reads_images(tokenizer: Tokenizer) -> bool:
