@@ -73,7 +73,8 @@ class SinglePassDPOConfig(DPOConfig):
             "and what is lost is counted in the log. `None` keeps every sample whole."
         },
     )
-    packing: bool | None = field(
+    # Not `bool | None`: with that type, parsers of arguments take no bare flag.
+    packing: bool = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Pairs of a batch always share rows: `None` and `True` change nothing, `False` is refused."},
     )

@@ -77,7 +77,8 @@ class SinglePassSFTConfig(SFTConfig):
         `ValueError`: If a setting cannot be honoured in a single pass.
     """
 
-    assistant_only_loss: bool | None = field(
+    # Not `bool | None`: with that type, parsers of arguments take no bare flag, and `trl sft` takes this one.
+    assistant_only_loss: bool = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "Conversations are trained on their assistant messages and nothing else: `None` and `True` change "
