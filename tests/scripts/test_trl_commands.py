@@ -53,9 +53,7 @@ def test_the_docstring_still_shows_two_commands():
     assert ["--use_peft" in command for command in COMMANDS] == [False, True]
 
 
-@pytest.mark.parametrize(
-    ("ours", "stock"), [(our_script, stock_script), (dpo, stock_dpo)], ids=["sft", "dpo"]
-)
+@pytest.mark.parametrize(("ours", "stock"), [(our_script, stock_script), (dpo, stock_dpo)], ids=["sft", "dpo"])
 def test_every_flag_of_trl_is_written_as_in_trl(ours, stock):
     """Bare flags, those with a value and those with several."""
     parsers = ours.make_parser(), stock.make_parser()
