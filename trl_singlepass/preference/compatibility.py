@@ -15,7 +15,7 @@ from ..data.dataset_format import check_is_dataset, column_names
 from ..data.images import holds_images
 from ..images.reading import check_reads_images
 from ..training.compatibility import check_adapters, check_engine, check_parallelism
-from ..training.model import check_model
+from ..training.model import check_model, check_not_compiled
 from ..trees.rows import IMAGE_COLUMNS
 from .collator import DataCollatorForSinglePassPreference
 from .pairs import SIDES, TOKEN_COLUMNS
@@ -35,6 +35,7 @@ def check_pairs(
     data_collator: DataCollator | None,
     model: str | PreTrainedModel | PeftModel,
     peft_config: PeftConfig | None,
+    ref_model: PreTrainedModel | None,
 ) -> None:
     """
     Check what the user passed to the trainer, before anything expensive starts.
@@ -54,6 +55,8 @@ def check_pairs(
             f"data_collator={type(data_collator).__name__} would drop the trees of the pairs. Leave data_collator "
             "unset, or pass a subclass of DataCollatorForSinglePassPreference."
         )
+    for each in (model, ref_model):
+        check_not_compiled(each)
     check_adapters(model, peft_config)
     check_parallelism(args.parallelism_config)
     if isinstance(model, PreTrainedModel):

@@ -23,7 +23,7 @@ from ..data.images import holds_images
 from ..images.reading import check_reads_images
 from ..recurrent.layer_kinds import path_dependent_layer_names
 from ..trees.rows import IMAGE_COLUMNS
-from .model import check_model, without_adapters
+from .model import check_model, check_not_compiled, without_adapters
 
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def check_conversations(
     """
     check_turn_settings(args, dataset)
     check_collator(data_collator)
+    check_not_compiled(model)
     check_adapters(model, peft_config)
     check_parallelism(args.parallelism_config)
     if args.use_liger_kernel and not is_liger_kernel_available():  # transformers looks once the data is prepared
@@ -141,8 +142,13 @@ def check_collator(data_collator: DataCollator | None) -> None:
 
 
 def check_adapters(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
-    """Refuse prompt-learning adapters."""
+    """Refuse adapters that add virtual tokens to a row, or that TRL's fused head does not reach."""
     for config in (peft_config, *getattr(model, "peft_config", {}).values()):
+        if getattr(config, "is_adaption_prompt", False):
+            raise ValueError(
+                f"{type(config).__name__} calls the forward that the model had before TRL gave it a fused head, so "
+                "TRL's trainers get no log-probabilities from it. Use another adapter, such as LoraConfig."
+            )
         if getattr(config, "is_prompt_learning", False):
             raise ValueError(
                 f"{type(config).__name__} adds virtual tokens in front of the row, which belong to no branch of the "
