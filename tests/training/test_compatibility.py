@@ -74,7 +74,7 @@ def test_a_vocabulary_padded_in_the_embedding_alone_is_accepted():
 
 def test_images_are_refused(tmp_path, tokenizer):
     rows = [{"messages": chat(1), "images": ["a.png"]}]
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM has no get_image_features"):
+    with pytest.raises(ValueError, match=r"Qwen3ForCausalLM .*get_image_features"):
         single_pass_trainer(tmp_path, tokenizer, rows)
 
 

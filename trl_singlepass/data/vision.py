@@ -14,8 +14,9 @@ from ..images.conversation_images import ConversationImages
 from ..images.encoded import EncodedImage
 from ..images.placeholders import ImagePlaceholders, placeholders_of
 from ..rendering.conversation import Conversation
+from ..rendering.validation import IMAGES_WAY_OUT
 from ..trees.sample import Sample
-from .images import has_image_column, holds_images, take_images
+from .images import holds_images, image_column_names, take_images
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,10 @@ def reader_for(
         `ValueError`: If the dataset has a column of images, and there is no processor.
     """
     if not isinstance(processing_class, ProcessorMixin):
-        if has_image_column(dataset.column_names or ()):
+        if names := image_column_names(dataset.column_names or ()):
             raise ValueError(
-                "The dataset has a column of images, and a tokenizer cannot read them. Pass the model's processor as "
-                "processing_class, or remove the column to train on text."
+                f"The dataset has a column of images, and a tokenizer cannot read them. {IMAGES_WAY_OUT}: "
+                f"dataset.remove_columns({names})."
             )
         return processing_class
     if holds_images(dataset):
