@@ -16,6 +16,7 @@ from ..images.placeholders import ImagePlaceholders, placeholders_of
 from ..rendering.conversation import Conversation
 from ..rendering.validation import IMAGES_WAY_OUT
 from ..trees.sample import Sample
+from .dataset_format import column_names
 from .images import holds_images, image_column_names, take_images
 
 
@@ -127,6 +128,31 @@ def get_tokenizer(
     return processing_class.tokenizer
 
 
+def check_renders(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+    """
+    Refuse a tokenizer that writes conversations without a Jinja template, as that of mistral-common does.
+
+    Args:
+        processing_class (`transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`):
+            Tokenizer or processor.
+
+    Raises:
+        `ValueError`: If its tokenizer knows no templates. One that only lacks a template is another error.
+    """
+    tokenizer = get_tokenizer(processing_class)
+    try:
+        tokenizer.get_chat_template()
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{type(tokenizer).__name__} renders without a Jinja chat template, so the parts of a turn cannot be told "
+            "apart. Where the model has a tokenizer with a chat_template as well, load that one, with "
+            "AutoTokenizer.from_pretrained(model, mistral_format=False) or without mistral-common installed. Or pass "
+            "token ids: a column 'turns', or for pairs 'prompt_ids', 'chosen_ids' and 'rejected_ids'."
+        ) from error
+    except ValueError:  # no template, or none that is called 'default': rendering names what to do
+        return
+
+
 def reader_for(
     dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase | ProcessorMixin
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
@@ -144,8 +170,11 @@ def reader_for(
         images, else the tokenizer, with the chat template of the processor if that has another one.
 
     Raises:
-        `ValueError`: If the dataset has a column of images, and there is no processor.
+        `ValueError`: If the dataset has a column of images, and there is no processor; or if it holds messages, and
+            the tokenizer has no Jinja template to render them with.
     """
+    if not {"turns", "prompt_ids"} & set(column_names(dataset)):
+        check_renders(processing_class)
     if not isinstance(processing_class, ProcessorMixin):
         if names := image_column_names(dataset.column_names or ()):
             raise ValueError(
