@@ -10,7 +10,7 @@ import pytest
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat
 from support.pairs import pair
-from trl_singlepass import render_samples, to_npass
+from trl_singlepass import audit, render_samples, to_npass, verify
 from trl_singlepass.cli.loading import load_tokenizer
 from trl_singlepass.data.bad_rows import BadRows
 from trl_singlepass.data.preparation import prepare_dataset
@@ -91,6 +91,14 @@ def test_the_tokenizer_of_mistral_common(tmp_path):
     turns = [{"prompt_ids": served, "completion_ids": [22177, tokenizer.eos_token_id]}]
     (row,) = prepare_dataset(datasets.Dataset.from_list([{"turns": turns}]), tokenizer, RowSettings())
     assert row["input_ids"][: len(served)] == served
+
+
+@pytest.mark.parametrize(
+    "reads", [audit, lambda rows, tokenizer: verify(None, tokenizer, rows)], ids=["audit", "verify"]
+)
+def test_reports_name_it_as_well(tokenizer, reads):
+    with pytest.raises(ValueError, match=WAY_OUT):
+        reads([{"messages": chat(2)}], tokenizer)
 
 
 def test_commands_name_it_as_well(tokenizer, monkeypatch):

@@ -77,8 +77,7 @@ class SinglePassSFTConfig(SFTConfig):
         `ValueError`: If a setting cannot be honoured in a single pass.
     """
 
-    # Not `bool | None`: with that type, parsers of arguments take no bare flag, and `trl sft` takes this one.
-    assistant_only_loss: bool = field(  # type: ignore[assignment]
+    assistant_only_loss: bool = field(  # type: ignore[assignment] # parsers take no bare flag for `bool | None`
         default=None,
         metadata={
             "help": "Conversations are trained on their assistant messages and nothing else: `None` and `True` change "
