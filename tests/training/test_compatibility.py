@@ -78,9 +78,15 @@ def test_images_are_refused(tmp_path, tokenizer):
         single_pass_trainer(tmp_path, tokenizer, rows)
 
 
-def test_adaption_prompts_are_refused_before_the_data_is_read(tmp_path, tokenizer, monkeypatch):
+@pytest.fixture
+def no_data_is_prepared(monkeypatch):
+    for name in ("training.dataset.prepare_dataset", "preference.trainer.prepare_pairs"):
+        monkeypatch.setattr(f"trl_singlepass.{name}", lambda *_, **__: pytest.fail("prepared"))
+
+
+@pytest.mark.usefixtures("no_data_is_prepared")
+def test_adaption_prompts_are_refused_before_the_data_is_read(tmp_path, tokenizer):
     """PEFT keeps the forward that a model has without TRL's fused head: stock trainers stop in their first step."""
-    monkeypatch.setattr("trl_singlepass.training.dataset.prepare_dataset", lambda *_, **__: pytest.fail("prepared"))
     config = AdaptionPromptConfig(adapter_len=4, adapter_layers=2, target_modules="self_attn", task_type="CAUSAL_LM")
     model = float32_model(tokenizer, "llama")
     with pytest.raises(ValueError, match="AdaptionPromptConfig"):
@@ -90,6 +96,7 @@ def test_adaption_prompts_are_refused_before_the_data_is_read(tmp_path, tokenize
 
 
 @pytest.mark.parametrize("role", ["model", "model with adapters", "policy", "reference"])
+@pytest.mark.usefixtures("no_data_is_prepared")
 def test_a_model_that_is_compiled_already_is_refused(tmp_path, tokenizer, role):
     model = float32_model(tokenizer)
     inside = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if role == "model with adapters" else model
