@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from support.conversations import TOOLS, chat, tool_chat
 from support.malformed_examples import HELLO, HI, LOG, MALFORMED, SHAREGPT, TURN
-from support.trainers import as_dataset, single_pass_trainer
+from support.trainers import as_dataset, columns_of_rows, single_pass_trainer
 from trl_singlepass import SinglePassSFTConfig, audit, to_npass, verify
 from trl_singlepass.data import conversations as conversation_rows
 from trl_singlepass.data import preparation
@@ -95,7 +95,7 @@ def test_without_bad_rows_the_others_are_trained_as_if_alone(tmp_path, tokenizer
     settings = {"shuffle_dataset": False, **settings}
     dropped = single_pass_trainer(tmp_path, tokenizer, MIXED, bad_rows="drop", **settings)
     alone = single_pass_trainer(tmp_path, tokenizer, GOOD, **settings)
-    assert dropped.train_dataset[:] == alone.train_dataset[:]
+    assert columns_of_rows(dropped.train_dataset) == columns_of_rows(alone.train_dataset)
     assert dropped.train_dataset.column_names == alone.train_dataset.column_names
 
 
@@ -165,7 +165,7 @@ def test_evaluation_sets_are_named(tmp_path, tokenizer):
     with pytest.raises(RenderingError, match="15 of 18 rows of the dirty dataset cannot be trained"):
         single_pass_trainer(tmp_path, tokenizer, GOOD, kwargs={"eval_dataset": sets})
     trainer = single_pass_trainer(tmp_path, tokenizer, GOOD, kwargs={"eval_dataset": sets}, bad_rows="drop")
-    assert trainer.eval_dataset["dirty"][:] == trainer.eval_dataset["clean"][:]
+    assert columns_of_rows(trainer.eval_dataset["dirty"]) == columns_of_rows(trainer.eval_dataset["clean"])
     losses = trainer.evaluate()
     assert losses["eval_dirty_loss"] == losses["eval_clean_loss"]
 

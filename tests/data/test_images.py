@@ -379,15 +379,24 @@ def test_text_with_a_processor_has_the_rows_of_its_tokenizer(processor):
     assert not {"image_features", "image_references"} & set(rows.column_names)
 
 
+def test_a_long_conversation_without_images_is_cut_among_others_with_images(processor):
+    text = {"messages": [user("What? " * 50), answer("That.")]}
+    (whole,) = samples_of(text, processor)
+    (cut,) = samples_of(text, processor, max_length=len(whole) - 2)
+    assert cut.token_ids.tolist() == whole.token_ids[:-2].tolist()
+
+
 def test_a_tokenizer_alone_reads_no_images(processor):
+    """Each error offers both: the processor for a model that reads images, and text alone for one that does not."""
     text = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
-    with pytest.raises(BadRowError, match="The example has images, and a tokenizer cannot read them"):
+    with pytest.raises(BadRowError, match=r"processing_class.*text model"):
         samples_of({"messages": text, "images": IMAGES[:1]}, processor.tokenizer)
     samples_of({"messages": text, "images": []}, processor.tokenizer)
-    with pytest.raises(ValueError, match="has a column of images, and a tokenizer cannot read them"):
-        prepare_dataset(in_column([CHAT]), processor.tokenizer, RowSettings())
+    for dataset in (in_column([CHAT]), hide_image_columns(in_column([CHAT]))):
+        with pytest.raises(ValueError, match=r"processing_class.*text model.*remove_columns\(\['images'\]\)"):
+            prepare_dataset(dataset, processor.tokenizer, RowSettings())
     parts = datasets.Dataset.from_list([{"messages": CHAT}])
-    with pytest.raises(ValueError, match="is of the type 'image', and nothing reads images"):
+    with pytest.raises(ValueError, match=r"of the type 'image'.*processing_class.*text model"):
         prepare_dataset(parts, processor.tokenizer, RowSettings())
 
 

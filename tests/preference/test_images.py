@@ -7,11 +7,15 @@ from trl import DPOConfig, DPOTrainer
 
 from support.image_dpo_worker import CASES, STEPS
 from support.pairs import perturbed
-from support.screen_pairs import pair_trainer, screen_pair, some_pairs
-from support.tiny_vision import tiny_vision_model
+from support.screen_pairs import pair_trainer, screen_pair, some_pairs, text_pair
+from support.tiny_vision import tiny_processor, tiny_vision_model
 from support.trainers import SETTINGS, largest_difference, logged
 from support.two_processes import run_on_two_processes
 from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, audit, verify
+from trl_singlepass.data.bad_rows import BadRows
+from trl_singlepass.preference.dataset import prepare_pairs
+from trl_singlepass.preference.rows import PAIR_COLUMNS
+from trl_singlepass.preference.settings import PairSettings
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -73,6 +77,24 @@ def test_an_image_of_both_trajectories_is_encoded_once(tmp_path):
     trainer = pair_trainer(tmp_path, model, processor, [screen_pair(tmp_path, 0)[0]], perturbed(model))
     (row,) = trainer.data_collator(list(trainer.train_dataset))["tree"].rows
     assert len(row["image_grid_thw"]) == 4
+
+
+@pytest.mark.parametrize("left_out", ["a bad row", "a side that is too long"])
+def test_a_pair_that_is_left_out_leaves_the_others_as_they_are(tmp_path, left_out):
+    processor = tiny_processor("qwen3_vl")
+    first, third = (screen_pair(tmp_path, seed)[0] for seed in (0, 2))
+    second, settings = text_pair(1), PairSettings()
+    if left_out == "a bad row":
+        second["chosen"] = []
+    else:
+        second["prompt"][0]["content"][0]["text"] = "What is it? " * 100
+        settings = PairSettings(max_length=250)
+    rows = prepare_pairs(
+        datasets.Dataset.from_list([first, second, third]), processor, settings, bad_rows=BadRows.DROP
+    )
+    expected = prepare_pairs(datasets.Dataset.from_list([first, third]), processor, settings)
+    for name in (*PAIR_COLUMNS, "image_features"):
+        assert rows[name][:] == expected[name][:], name
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from transformers import Trainer
+from trl.scripts import dpo as stock_dpo
 from trl.scripts import sft as stock_script
 
 from support.conversations import chat
 from support.trainers import as_dataset, float32_model, logged
 from trl_singlepass import SinglePassSFTTrainer
+from trl_singlepass.scripts import dpo
 from trl_singlepass.scripts import sft as our_script
 
 
@@ -49,6 +51,28 @@ def hub(tmp_path, tokenizer, monkeypatch):
 def test_the_docstring_still_shows_two_commands():
     assert len(COMMANDS) == 2
     assert ["--use_peft" in command for command in COMMANDS] == [False, True]
+
+
+@pytest.mark.parametrize(("ours", "stock"), [(our_script, stock_script), (dpo, stock_dpo)], ids=["sft", "dpo"])
+def test_every_flag_of_trl_is_written_as_in_trl(ours, stock):
+    """Bare flags, those with a value and those with several."""
+    parsers = ours.make_parser(), stock.make_parser()
+    written, expected = (
+        {flag: (action.nargs, action.const) for action in parser._actions for flag in action.option_strings}
+        for parser in parsers
+    )
+    assert {flag: written.get(flag) for flag in expected} == expected
+
+
+def test_settings_that_ask_for_what_happens_anyway_are_bare_flags(tmp_path):
+    out = ["--output_dir", str(tmp_path), "--dataset_name", "data", "--bf16", "false"]
+    sft_args, dpo_args = (
+        script.make_parser().parse_args_and_config([*out, *flags])[1]
+        for script, flags in ((our_script, ["--assistant_only_loss"]), (dpo, ["--packing"]))
+    )
+    assert sft_args.assistant_only_loss is True
+    assert dpo_args.packing is True
+    assert our_script.make_parser().parse_args_and_config(out)[1].assistant_only_loss is None
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=["full training", "LoRA"])

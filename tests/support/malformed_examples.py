@@ -71,7 +71,7 @@ MALFORMED = {
     "part of a number": (asked(content=[{"type": "text", "text": 3}]), "message 0 has 'text' that is a number"),
     "image": (
         asked(content=[{"type": "image"}]),
-        "is of the type 'image', and nothing reads images. Pass the model's processor",
+        "is of the type 'image', .*processing_class",
     ),
     "reasoning of a number": (answered(reasoning_content=5), "Message 1 has 'reasoning_content' that is a number"),
     "reasoning of a list": (answered(thinking=["We"]), "Message 1 has 'thinking' that is a list"),

@@ -10,6 +10,8 @@ from trl import SFTConfig, SFTTrainer
 
 from support.tiny_families import tiny_model
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
+from trl_singlepass.data.arrow import COST_COLUMNS
+from trl_singlepass.trees.rows import ROW_COLUMNS
 
 
 needs_weighted_loss = pytest.mark.skipif(
@@ -38,6 +40,11 @@ SETTINGS = {
 def as_dataset(rows):
     """Return rows as a dataset; lists of messages become rows with a `messages` column."""
     return datasets.Dataset.from_list([{"messages": row} if isinstance(row, list) else row for row in rows])
+
+
+def columns_of_rows(dataset):
+    """Return the rows of a prepared dataset without the columns that it keeps of what was given."""
+    return dataset.select_columns([*ROW_COLUMNS, *COST_COLUMNS])[:]
 
 
 def float32_model(tokenizer, family="qwen3", **overrides):

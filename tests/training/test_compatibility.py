@@ -1,5 +1,6 @@
 """What a single pass cannot honour: each refused by name, with the way out, before it costs anything."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,14 +8,15 @@ import torch
 import transformers
 import trl
 from accelerate.utils import DistributedType
-from peft import PromptTuningConfig, get_peft_model
+from peft import AdaptionPromptConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from support.conversations import chat, tool_chat
+from support.pairs import SINGLE_TURNS
 from support.tiny_causal_lms import tiny_model
 from support.tiny_multimodal import tiny_conditional
-from support.trainers import float32_model, single_pass_trainer
-from trl_singlepass import SinglePassSFTTrainer
+from support.trainers import SETTINGS, as_dataset, float32_model, largest_difference, single_pass_trainer
+from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.engine.enable import UnsupportedModelError, check_model
 from trl_singlepass.training.compatibility import (
     check_engine,
@@ -72,8 +74,60 @@ def test_a_vocabulary_padded_in_the_embedding_alone_is_accepted():
 
 def test_images_are_refused(tmp_path, tokenizer):
     rows = [{"messages": chat(1), "images": ["a.png"]}]
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM has no get_image_features"):
+    with pytest.raises(ValueError, match=r"Qwen3ForCausalLM .*get_image_features"):
         single_pass_trainer(tmp_path, tokenizer, rows)
+
+
+@pytest.fixture
+def no_data_is_prepared(monkeypatch):
+    for name in ("training.dataset.prepare_dataset", "preference.trainer.prepare_pairs"):
+        monkeypatch.setattr(f"trl_singlepass.{name}", lambda *_, **__: pytest.fail("prepared"))
+
+
+@pytest.mark.usefixtures("no_data_is_prepared")
+def test_adaption_prompts_are_refused_before_the_data_is_read(tmp_path, tokenizer):
+    """PEFT keeps the forward that a model has without TRL's fused head: stock trainers stop in their first step."""
+    config = AdaptionPromptConfig(adapter_len=4, adapter_layers=2, target_modules="self_attn", task_type="CAUSAL_LM")
+    model = float32_model(tokenizer, "llama")
+    with pytest.raises(ValueError, match="AdaptionPromptConfig"):
+        single_pass_trainer(tmp_path, tokenizer, CHATS, model, kwargs={"peft_config": config})
+    with pytest.raises(ValueError, match="AdaptionPromptConfig"):
+        single_pass_trainer(tmp_path, tokenizer, CHATS, get_peft_model(model, config))
+
+
+@pytest.mark.parametrize("role", ["model", "model with adapters", "policy", "reference"])
+@pytest.mark.usefixtures("no_data_is_prepared")
+def test_a_model_that_is_compiled_already_is_refused(tmp_path, tokenizer, role):
+    model = float32_model(tokenizer)
+    inside = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if role == "model with adapters" else model
+    compiled = torch.compile(inside, backend="eager")
+    if role in ("policy", "reference"):
+        policy, reference = (compiled, model) if role == "policy" else (model, compiled)
+        args, rows = SinglePassDPOConfig(str(tmp_path), **SETTINGS), as_dataset(SINGLE_TURNS)
+        make = partial(SinglePassDPOTrainer, policy, reference)
+    else:
+        args, rows = SinglePassSFTConfig(str(tmp_path), **SETTINGS), as_dataset(CHATS)
+        make = partial(SinglePassSFTTrainer, compiled)
+    with pytest.raises(ValueError, match="torch_compile=True"):
+        make(args=args, train_dataset=rows, processing_class=tokenizer)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_a_model_that_is_compiled_in_place_trains_as_one_that_is_not(tmp_path, tokenizer):
+    graphs, both = [], []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for is_compiled in (False, True):
+        model = float32_model(tokenizer)
+        if is_compiled:
+            model.compile(backend=count)
+        both.append(single_pass_trainer(tmp_path, tokenizer, CHATS, model, max_steps=2))
+        both[-1].train()
+    assert graphs
+    assert largest_difference(*both) <= 1e-6
 
 
 def test_prompt_learning_is_refused(tmp_path, tokenizer):

@@ -15,7 +15,8 @@ from support.trainers import float32_model, largest_difference, logged, paramete
 from support.two_processes import run_on_two_processes
 from support.waves_worker import CASES
 from trl_singlepass.training import wave_budget
-from trl_singlepass.training.waves import _refused_measuring, refused_engines, stop_prefetching
+from trl_singlepass.training.reruns import refused_engines, stop_prefetching
+from trl_singlepass.training.waves import _refused_measuring
 
 
 TOLERANCE = 1e-6

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from ..data.error_text import first_line
+from ..data.vision import check_renders
 
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def load_processor(model: str, *, chat_template: str | None = None, trust_remote
 def _set_template(
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin, model: str, chat_template: str | None, what: str
 ) -> None:
+    check_renders(tokenizer)
     if chat_template is not None:
         if not Path(chat_template).is_file():
             raise ValueError(f"There is no file {chat_template}. --chat_template takes a file with a Jinja template.")

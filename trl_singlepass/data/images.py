@@ -12,7 +12,7 @@ from datasets import Dataset, Features, IterableDataset
 from datasets import Image as ImageFeature
 
 from ..images.encoded import EncodedImage
-from ..rendering.validation import IMAGE_PARTS, MESSAGE_COLUMNS, is_image_part
+from ..rendering.validation import IMAGE_PARTS, IMAGES_WAY_OUT, MESSAGE_COLUMNS, is_image_part
 
 
 # Where TRL finds a column of one of these names, it prepares nothing and refuses packing.
@@ -45,9 +45,9 @@ def image_columns_of(example: Mapping[str, Any]) -> dict[str, Any]:
     return {name: example[name] for name in _COLUMNS if name in example}
 
 
-def has_image_column(columns: Iterable[str]) -> bool:
-    """Return whether one of these columns holds images."""
-    return bool(set(_COLUMNS) & set(columns))
+def image_column_names(columns: Iterable[str]) -> list[str]:
+    """Return which of these columns hold images, by the names that the user gave them."""
+    return list(with_images_named(dict.fromkeys(name for name in columns if name in _COLUMNS)))
 
 
 def holds_images(dataset: Dataset | IterableDataset | Sequence[Any]) -> bool:
@@ -63,7 +63,7 @@ def holds_images(dataset: Dataset | IterableDataset | Sequence[Any]) -> bool:
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         return any(_has_images({"messages": row} if isinstance(row, list) else row) for row in dataset)
-    if has_image_column(dataset.column_names or ()):
+    if image_column_names(dataset.column_names or ()):
         return True
     if isinstance(dataset, IterableDataset) or dataset.format["type"] == "custom":
         return any(_has_images(example) for example in dataset.take(_NUM_FIRST))
@@ -72,7 +72,7 @@ def holds_images(dataset: Dataset | IterableDataset | Sequence[Any]) -> bool:
 
 
 def _has_images(example: Mapping[str, Any]) -> bool:
-    if has_image_column(example):
+    if image_column_names(example):
         return True
     turns = example.get("turns")
     if isinstance(turns, list):
@@ -85,10 +85,7 @@ def _has_images(example: Mapping[str, Any]) -> bool:
 def check_no_images(example: Mapping[str, Any]) -> None:
     """Refuse images in columns of an example that a tokenizer reads: it would train the text without them."""
     if any(example.get(name) is not None and example[name] != [] for name in _COLUMNS):
-        raise ValueError(
-            "The example has images, and a tokenizer cannot read them. Pass the model's processor in its place "
-            "(processing_class), or remove them to train on text."
-        )
+        raise ValueError(f"The example has images, and a tokenizer cannot read them. {IMAGES_WAY_OUT}.")
 
 
 def _column_has_images(array: pa.Array, name: str = "") -> bool:

@@ -25,6 +25,7 @@ from .bad_rows import BadRowError, BadRows, RowErrors, bad_rows_error, get_reaso
 from .conversations import COUNT_COLUMNS, IMAGE_COUNT_COLUMNS, example_to_rows, no_rows
 from .dataset_format import column_names
 from .images import undecoded
+from .kept_columns import keep_columns
 from .packed_dataset import pack_dataset
 from .report import PreparationReport
 from .settings import RowSettings
@@ -76,7 +77,8 @@ def prepare_dataset(
             Whether this process is the one that prints the summary.
 
     Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: The rows.
+        `datasets.Dataset` or `datasets.IterableDataset`: The rows. Unless several conversations share a row, they
+        keep the columns of their conversations (see [`keep_columns`]).
 
     Raises:
         `RenderingError`: If examples cannot be rendered without losing part of a turn, and may not be left out.
@@ -103,7 +105,7 @@ def prepare_dataset(
         rows, packed = pack_dataset(rows, settings.max_row_tokens, num_proc=num_proc, name=name)
         summary = f"{report}; {packed}"
     else:
-        rows, summary = _without_counts(rows, report), str(report)
+        rows, summary = _with_columns_of(dataset, rows, name), str(report)
     if is_main_process:
         say(f"{name} dataset: {summary}.", logging.INFO if report.is_complete else logging.WARNING)
     return _described(rows, summary)
@@ -113,11 +115,12 @@ def _images_of_row(dataset: Dataset, index: int) -> list[EncodedImage]:
     return images_of_example(dataset[index])
 
 
-def _without_counts(rows: Dataset, report: PreparationReport) -> Dataset:
-    """Return rows without empty ones, and without the columns that only the report reads."""
-    if report.num_dropped_conversations or report.num_bad_rows:
-        rows = rows.select(np.flatnonzero(rows.data.table["num_tokens"].to_numpy()))
-    return rows.remove_columns([name for name in rows.column_names if name in _COUNTS])
+def _with_columns_of(examples: Dataset, rows: Dataset, name: str) -> Dataset:
+    """Return rows without empty ones, with the columns of their examples for those that only the report reads."""
+    of_example, lengths = (rows.data.table[column].to_numpy() for column in ("conversation", "num_tokens"))
+    rows = rows.remove_columns([column for column in rows.column_names if column in _COUNTS])
+    rows = keep_columns(rows, examples, of_example, name=name)
+    return rows if lengths.all() else rows.select(np.flatnonzero(lengths))
 
 
 def _described(rows: Dataset, summary: str) -> Dataset:

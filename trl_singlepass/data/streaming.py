@@ -13,6 +13,7 @@ from .arrow import image_columns
 from .bad_rows import BadRowError, BadRows, StreamedBadRows
 from .conversations import COUNT_COLUMNS, IMAGE_COUNT_COLUMNS, example_to_rows
 from .dataset_format import EXAMPLE, in_one_column
+from .kept_columns import kept_values
 from .packed_dataset import pack_rows
 from .report import PreparationReport
 from .settings import RowSettings
@@ -42,10 +43,10 @@ def stream_rows(
 
     Returns:
         `datasets.IterableDataset`: Rows, with `ROW_COLUMNS`, and with `IMAGE_COLUMNS` if a processor reads them: they
-        hold the images, encoded.
+        hold the images, encoded. Without packing, they keep the columns of their conversations.
     """
     rows = in_one_column(dataset).map(
-        _StreamPreparation(tokenizer, settings, bad_rows, name),
+        _StreamPreparation(tokenizer, settings, bad_rows, name, keeps_columns=not packing),
         with_indices=True,
         batched=True,
         batch_size=_PREPARED_AT_ONCE,
@@ -71,8 +72,11 @@ class _StreamPreparation:
         settings: RowSettings,
         bad_rows: BadRows,
         name: str,
+        *,
+        keeps_columns: bool,
     ) -> None:
         self._tokenizer, self._settings = tokenizer, settings
+        self._name, self._keeps_columns = name, keeps_columns
         self._has_images = isinstance(tokenizer, ProcessorMixin)
         self._bad_rows = StreamedBadRows(bad_rows, name)
         self._so_far: PreparationReport | None = None
@@ -82,6 +86,7 @@ class _StreamPreparation:
         self, batch: Mapping[str, Sequence[Mapping[str, object]]], indices: Sequence[int]
     ) -> dict[str, list[Any]]:
         prepared: list[tuple[Row, dict[str, int]]] = []
+        of_example: list[Mapping[str, object]] = []
         for example, index in zip(batch[EXAMPLE], indices, strict=True):
             try:
                 rows, counts = example_to_rows(example, index, self._tokenizer, self._settings)
@@ -89,9 +94,14 @@ class _StreamPreparation:
                 self._bad_rows.add(index, example, error)
                 continue
             prepared += zip(rows, counts, strict=True)
+            of_example += [example] * len(rows)
         if prepared:
             self._count(prepared)
-        return _to_columns([row for row, _ in prepared if len(row)], self._has_images)
+        columns = _to_columns([row for row, _ in prepared if len(row)], self._has_images)
+        if not self._keeps_columns:
+            return columns
+        kept = [example for (row, _), example in zip(prepared, of_example, strict=True) if len(row)]
+        return {**columns, **kept_values(kept, name=self._name)}
 
     def _count(self, prepared: Sequence[tuple[Row, dict[str, int]]]) -> None:
         # Only sums are kept: a stream may have no end.

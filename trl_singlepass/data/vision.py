@@ -14,8 +14,10 @@ from ..images.conversation_images import ConversationImages
 from ..images.encoded import EncodedImage
 from ..images.placeholders import ImagePlaceholders, placeholders_of
 from ..rendering.conversation import Conversation
+from ..rendering.validation import IMAGES_WAY_OUT
 from ..trees.sample import Sample
-from .images import has_image_column, holds_images, take_images
+from .dataset_format import column_names
+from .images import holds_images, image_column_names, take_images
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,31 @@ def get_tokenizer(
     return processing_class.tokenizer
 
 
+def check_renders(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+    """
+    Refuse a tokenizer that writes conversations without a Jinja template, as that of mistral-common does.
+
+    Args:
+        processing_class (`transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`):
+            Tokenizer or processor.
+
+    Raises:
+        `ValueError`: If its tokenizer knows no templates. One that only lacks a template is another error.
+    """
+    tokenizer = get_tokenizer(processing_class)
+    try:
+        tokenizer.get_chat_template()
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{type(tokenizer).__name__} renders without a Jinja chat template, so the parts of a turn cannot be told "
+            "apart. Where the model has a tokenizer with a chat_template as well, load that one, with "
+            "AutoTokenizer.from_pretrained(model, mistral_format=False) or without mistral-common installed. Or pass "
+            "token ids: a column 'turns', or for pairs 'prompt_ids', 'chosen_ids' and 'rejected_ids'."
+        ) from error
+    except ValueError:  # no template, or none that is called 'default': rendering names what to do
+        return
+
+
 def reader_for(
     dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase | ProcessorMixin
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
@@ -143,13 +170,16 @@ def reader_for(
         images, else the tokenizer, with the chat template of the processor if that has another one.
 
     Raises:
-        `ValueError`: If the dataset has a column of images, and there is no processor.
+        `ValueError`: If the dataset has a column of images, and there is no processor; or if it holds messages, and
+            the tokenizer has no Jinja template to render them with.
     """
+    if not {"turns", "prompt_ids"} & set(column_names(dataset)):
+        check_renders(processing_class)
     if not isinstance(processing_class, ProcessorMixin):
-        if has_image_column(dataset.column_names or ()):
+        if names := image_column_names(dataset.column_names or ()):
             raise ValueError(
-                "The dataset has a column of images, and a tokenizer cannot read them. Pass the model's processor as "
-                "processing_class, or remove the column to train on text."
+                f"The dataset has a column of images, and a tokenizer cannot read them. {IMAGES_WAY_OUT}: "
+                f"dataset.remove_columns({names})."
             )
         return processing_class
     if holds_images(dataset):

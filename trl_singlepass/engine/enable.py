@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
+from accelerate.utils import is_compiled_module
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -59,6 +60,15 @@ def check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{type(model).__name__} {reason}. Load another model.")
     if reason := _is_out_of_reach(model):
         raise UnsupportedModelError(f"{type(model).__name__} {reason}. {_WAY_OUT}")
+
+
+def check_not_compiled(model: object) -> None:
+    """Refuse what `torch.compile(model)` returns: TRL gives it another forward, and the compiled one never runs."""
+    if not isinstance(model, PreTrainedModel) and isinstance(model, nn.Module) and is_compiled_module(model):
+        raise ValueError(
+            "The model is compiled already (torch.compile(model)), and TRL's fused head would run in the place of the "
+            "compiled forward. Pass the model itself with torch_compile=True, or compile it in place: model.compile()."
+        )
 
 
 def _is_out_of_reach(model: PreTrainedModel) -> str | None:
@@ -124,9 +134,10 @@ def enable_tree(model: PreTrainedModel | PeftModel) -> str:
 
     Raises:
         `UnsupportedModelError`: If no tree can reach the model (see [`check_model`]).
-        `ValueError`: If there is no tree attention for its `attn_implementation`.
+        `ValueError`: If there is no tree attention for its `attn_implementation`, or it is compiled.
         `ImportError`: If the kernel it chose is not installed.
     """
+    check_not_compiled(model)
     base = without_adapters(model)
     check_model(base)
     implementation = str(base.config.get_text_config()._attn_implementation)

@@ -113,18 +113,19 @@ def check_reads_images(model: nn.Module) -> nn.Module:
             from more than a grid.
     """
     module = image_module(model)
-    reason = "has no get_image_features, by which a model of transformers computes the features of images"
-    if module is not None:
-        checks = (
-            _does_not_replace_placeholders(module),
-            _asks_for_more(model),
-            _mixes_images(module),
-            _batch_norm(model),
+    if module is None:
+        raise UnsupportedImagesError(
+            f"{type(model).__name__} reads no images (it has no get_image_features), and the dataset has some. Remove "
+            "them, columns and parts of messages, to train on text, or load a model that reads images."
         )
-        reason = next(filter(None, checks), "")
-    if reason:
+    checks = (
+        _does_not_replace_placeholders(module),
+        _asks_for_more(model),
+        _mixes_images(module),
+        _batch_norm(model),
+    )
+    if reason := next(filter(None, checks), None):
         raise UnsupportedImagesError(f"{type(model).__name__} {reason}. {_WAY_OUT}")
-    assert module is not None
     PathPositions.from_model(model)  # refuses positions that rows cannot give
     return module
 

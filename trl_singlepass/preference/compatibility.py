@@ -14,7 +14,7 @@ from trl import DPOConfig
 from ..data.collator import check_collator
 from ..data.dataset_format import check_is_dataset, column_names
 from ..data.images import holds_images
-from ..engine.enable import check_model
+from ..engine.enable import check_model, check_not_compiled
 from ..images.reading import check_reads_images
 from ..training.compatibility import check_adapters, check_engine, check_parallelism
 from ..trees.rows import IMAGE_COLUMNS
@@ -36,6 +36,7 @@ def check_pairs(
     data_collator: DataCollator | None,
     model: str | PreTrainedModel | PeftModel,
     peft_config: PeftConfig | None,
+    ref_model: PreTrainedModel | None,
 ) -> None:
     """
     Check what the user passed to the trainer, before anything expensive starts.
@@ -52,6 +53,8 @@ def check_pairs(
         check_dataset(dataset, "train")
     if data_collator is not None:
         check_collator(data_collator, DataCollatorForSinglePassPreference)
+    for each in (model, ref_model):
+        check_not_compiled(each)
     check_adapters(model, peft_config)
     check_parallelism(args.parallelism_config)
     if isinstance(model, PreTrainedModel):

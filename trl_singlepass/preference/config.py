@@ -76,7 +76,7 @@ class SinglePassDPOConfig(DPOConfig):
             "and what is lost is counted in the log. `None` keeps every sample whole."
         },
     )
-    packing: bool | None = field(
+    packing: bool = field(  # type: ignore[assignment] # parsers take no bare flag for `bool | None`
         default=None,
         metadata={"help": "Pairs of a batch always share rows: `None` and `True` change nothing, `False` is refused."},
     )

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from ..data.bad_rows import BadRowError, BadRows, StreamedBadRows, bad_rows_error, get_reason, group_errors
 from ..data.dataset_format import EXAMPLE, in_one_column
 from ..data.images import undecoded
+from ..data.kept_columns import keep_columns, kept_values
 from ..data.preparation import say, tokenizer_fingerprint
 from ..data.stream_log import StreamLog
 from ..data.vision import ConversationReader, reader_for
@@ -23,13 +24,15 @@ from ..images.placeholders import placeholders_of
 from ..trees.prefix_tree import PrefixTree
 from ..trees.rows import IMAGE_COLUMNS
 from ..trees.splitting import split_samples
+from .collator import REFERENCE_COLUMNS
 from .pairs import SIDES, Tokenizer, example_to_pair, images_name, images_of_trajectory
 from .report import COUNT_COLUMNS, PairReport, count_pair
-from .rows import PAIR_COLUMNS, PAIR_ROWS_VERSION, pair_features, pair_to_columns
+from .rows import PAIR_COLUMNS, PAIR_ROWS_VERSION, no_pair, pair_features, pair_to_columns
 from .settings import PairSettings
 
 
 _REASON = "bad_row"  # column with the reason why an example cannot be trained
+_RESERVED = (*PAIR_COLUMNS, *REFERENCE_COLUMNS)
 _PREPARED_AT_ONCE = 8
 
 
@@ -63,7 +66,8 @@ def prepare_pairs(
             Whether this process is the one that prints the summary.
 
     Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: Rows, with `PAIR_COLUMNS`.
+        `datasets.Dataset` or `datasets.IterableDataset`: Rows, with `PAIR_COLUMNS` and the columns of their pairs (see
+        [`keep_columns`]).
 
     Raises:
         `RenderingError`: If examples cannot be rendered without losing part of a turn, and may not be left out.
@@ -102,8 +106,9 @@ def prepare_pairs(
         )
     if is_main_process:
         say(f"{name} dataset: {report}.", logging.INFO if report.is_complete else logging.WARNING)
-    rows = rows.select(np.flatnonzero(rows.data.table["num_tokens"].to_numpy()))
+    lengths = rows.data.table["num_tokens"].to_numpy()
     rows = rows.remove_columns([*COUNT_COLUMNS, _REASON])
+    rows = keep_columns(rows, dataset, reserved=_RESERVED, name=name).select(np.flatnonzero(lengths))
     rows.info.description = str(report)
     return rows
 
@@ -124,7 +129,8 @@ def _prepare_example(
     try:
         columns, counts = _example_to_columns(example, index, tokenizer, settings)
     except BadRowError as error:
-        return {**_no_row(tokenizer), **dict.fromkeys(COUNT_COLUMNS, 0), _REASON: get_reason(error, index)}
+        empty = no_pair(has_images=_reads_images(tokenizer))
+        return {**empty, **dict.fromkeys(COUNT_COLUMNS, 0), _REASON: get_reason(error, index)}
     return {**columns, **counts, _REASON: None}
 
 
@@ -134,18 +140,13 @@ def _example_to_columns(
     """Return the row of one example, empty if a side is too long to keep any of it, and its counts."""
     pair = example_to_pair(example, index, tokenizer, settings)
     if not all(side.samples for side in pair.sides):
-        return _no_row(tokenizer), count_pair(pair, num_tokens=0)
+        return no_pair(has_images=_reads_images(tokenizer)), count_pair(pair, num_tokens=0)
     columns = pair_to_columns(pair, has_images=_reads_images(tokenizer))
     parts = split_samples(pair.samples, settings.max_row_tokens)
     num_tokens = len(columns["input_ids"])
     if len(parts) > 1:
         num_tokens = sum(len(PrefixTree.from_samples(part)) for part in parts)
     return columns, count_pair(pair, num_tokens, num_rows=len(parts))
-
-
-def _no_row(tokenizer: Tokenizer) -> dict[str, Any]:
-    names = (*PAIR_COLUMNS, *IMAGE_COLUMNS) if _reads_images(tokenizer) else PAIR_COLUMNS
-    return {name: np.empty(0, float if name == "loss_weights" else np.int64) for name in names}
 
 
 def _reads_images(tokenizer: Tokenizer) -> bool:
@@ -156,7 +157,7 @@ class _StreamPreparation:
     """Prepares batches of a stream, and logs what is lost."""
 
     def __init__(self, tokenizer: Tokenizer, settings: PairSettings, bad_rows: BadRows, name: str) -> None:
-        self._tokenizer, self._settings = tokenizer, settings
+        self._tokenizer, self._settings, self._name = tokenizer, settings, name
         self._bad_rows = StreamedBadRows(bad_rows, name)
         self._so_far: PairReport | None = None
         self._log = StreamLog(name)
@@ -165,16 +166,20 @@ class _StreamPreparation:
         self, batch: Mapping[str, Sequence[Mapping[str, Any]]], indices: Sequence[int]
     ) -> dict[str, list[Any]]:
         prepared: list[tuple[dict[str, Any], dict[str, int]]] = []
+        pairs: list[Mapping[str, Any]] = []
         for example, index in zip(batch[EXAMPLE], indices, strict=True):
             try:
                 prepared.append(_example_to_columns(example, index, self._tokenizer, self._settings))
+                pairs.append(example)
             except BadRowError as error:
                 self._bad_rows.add(index, example, error)
         if prepared:
             self._count([counts for _, counts in prepared])
         rows = [columns for columns, counts in prepared if counts["num_tokens"]]
+        kept = [pair for pair, (_, counts) in zip(pairs, prepared, strict=True) if counts["num_tokens"]]
         names = (*PAIR_COLUMNS, *IMAGE_COLUMNS) if _reads_images(self._tokenizer) else PAIR_COLUMNS
-        return {name: [row[name] for row in rows] for name in names}
+        columns = {name: [row[name] for row in rows] for name in names}
+        return {**columns, **kept_values(kept, reserved=_RESERVED, name=self._name)}
 
     def _count(self, counts: Sequence[Mapping[str, int]]) -> None:
         # Only sums are kept: a stream may have no end.

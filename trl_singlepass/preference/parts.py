@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +15,9 @@ from ..data.collator import Batch
 from ..engine.enable import without_adapters
 from ..engine.model_call import refuse_own_calls
 from ..recurrent.layer_kinds import path_dependent_layers
+from ..training.reruns import refused_engines, refused_where_tokens_run_twice, stop_prefetching
 from ..training.wave_budget import wave_tokens_that_fit
-from ..training.waves import Refusal, check_waves, refused_engines, stop_prefetching
+from ..training.waves import check_waves
 from ..trees.rows import TreePlan
 from ..waves import WavePlan
 from ..waves.engines import get_engine
@@ -131,20 +132,6 @@ class BatchParts:
 def check_parts(model: PreTrainedModel | PeftModel, args: DPOConfig, accelerator: Accelerator) -> None:
     """Refuse settings, models and engines under which several parts would not train what one trains."""
     setting = "wave_tokens" if args.wave_tokens is not None else "max_row_tokens"
-    for what, why, way_out in (*_refused(model, args), *refused_engines(accelerator)):
+    refused = refused_where_tokens_run_twice(model, args, tokens="a row", parts="rows")
+    for what, why, way_out in (*refused, *refused_engines(accelerator)):
         raise ValueError(f"{what} does not work with {setting}: {why}. {way_out}, or set {setting}=None.")
-
-
-def _refused(model: PreTrainedModel | PeftModel, args: DPOConfig) -> Iterator[Refusal]:
-    if args.activation_offloading:
-        yield "activation_offloading", "it expects one forward before each backward", "Turn it off"
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    if optimizer in ("lomo", "adalomo") or "layerwise" in optimizer:
-        yield f"optim={optimizer!r}", "it updates parameters during backward, between rows", "Choose another"
-    if args.neftune_noise_alpha is not None:
-        yield "neftune_noise_alpha", "a row would get different noise each time it runs", "Leave it unset"
-    dropout = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p]
-    if dropout:
-        yield f"Dropout ({dropout[0]})", "a row would drop different units each time it runs", "Set it to 0"
-    if getattr(without_adapters(model).config.get_text_config(), "router_jitter_noise", 0):
-        yield "router_jitter_noise", "a row would get different noise each time it runs", "Set it to 0"

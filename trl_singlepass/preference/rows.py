@@ -47,15 +47,26 @@ def pair_to_columns(pair: Pair, *, has_images: bool = False) -> dict[str, Any]:
         predict its trained tokens, turn by turn, and the number of trained tokens of each turn.
     """
     tree = PrefixTree.from_samples(pair.samples)
-    row = Row.from_tree(tree)
-    columns: dict[str, Any] = {name: getattr(row, name) for name in ROW_COLUMNS}
-    if has_images or row.image_features is not None:
-        columns |= {name: values[0] for name, values in image_columns([row]).items()}
+    columns = _row_columns(Row.from_tree(tree), has_images=has_images)
     for side, positions_column, lengths_column in zip(pair.sides, POSITION_COLUMNS, LENGTH_COLUMNS, strict=True):
         positions = target_positions(tree, side.samples)
         columns[positions_column] = np.concatenate(positions)
         columns[lengths_column] = np.array(list(map(len, positions)))
     return columns
+
+
+def no_pair(*, has_images: bool = False) -> dict[str, Any]:
+    """Return the columns of a pair of which nothing is left, in the types of [`pair_to_columns`]."""
+    row = Row.from_columns(dict.fromkeys(ROW_COLUMNS, ()))
+    empty = np.empty(0, np.int64)
+    return {**_row_columns(row, has_images=has_images), **dict.fromkeys((*POSITION_COLUMNS, *LENGTH_COLUMNS), empty)}
+
+
+def _row_columns(row: Row, *, has_images: bool) -> dict[str, Any]:
+    columns = {name: getattr(row, name) for name in ROW_COLUMNS}
+    if not has_images and row.image_features is None:
+        return columns
+    return {**columns, **{name: values[0] for name, values in image_columns([row]).items()}}
 
 
 def target_positions(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np.int64]]:

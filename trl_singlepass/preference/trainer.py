@@ -94,7 +94,7 @@ class SinglePassDPOTrainer(DPOTrainer):
         peft_config: PeftConfig | None = None,
     ) -> None:
         args = default_config(model) if args is None else as_single_pass_config(args)
-        check_pairs(args, train_dataset, data_collator, model, peft_config)
+        check_pairs(args, train_dataset, data_collator, model, peft_config, ref_model)
         self._counts = TokenCounts()
         self._given_collator = data_collator
         with without_padding_free(args):

@@ -13,7 +13,7 @@ from datasets.utils.tqdm import tqdm
 
 from ..data.bad_rows import read_all
 from ..data.collator import LoadImages
-from ..data.vision import ConversationReader, as_reader, get_tokenizer
+from ..data.vision import ConversationReader, as_reader, check_renders, get_tokenizer
 from ..images.loading import image_loader_of
 from ..preference.pairs import example_to_pair, is_pair
 from ..preference.settings import PairSettings
@@ -129,6 +129,7 @@ def _render(
     tools: Sequence[Mapping[str, object]] | str | None,
     chat_template: str | None,
 ) -> list[list[Sample]]:
+    check_renders(tokenizer)
     reader = as_reader(tokenizer)
 
     def read(index: int, conversation: object) -> list[Sample]:

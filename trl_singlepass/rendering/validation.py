@@ -12,6 +12,8 @@ MESSAGE_COLUMNS = (("messages",), ("prompt", "completion"), ("conversations",))
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 IMAGE_PARTS = ("image", "image_url", "input_image")
 """Types of content parts that are images."""
+IMAGES_WAY_OUT = "Pass the processor (processing_class) if the model reads images; for a text model, remove them"
+"""What to do where a tokenizer finds images."""
 _OTHER_MEDIA = ("audio", "audio_url", "input_audio", "video", "video_url")
 # Assistant messages in the formats of LLaMA-Factory and ms-swift. A chat template takes them as context: not trained.
 _CALL_ROLES = ("function_call", "tool_call")
@@ -239,8 +241,8 @@ def _check_part(where: str, part: object, role: str, takes_images: bool) -> None
         )
     if kind in IMAGE_PARTS and not takes_images:
         raise RenderingError(
-            f"{where} is of the type '{kind}', and nothing reads images. Pass the model's processor in the place of a "
-            "tokenizer (processing_class), or leave the row out."
+            f"{where} is of the type '{kind}', and a tokenizer cannot read images. {IMAGES_WAY_OUT}, or leave the row "
+            "out."
         )
     if not isinstance(part, str | Mapping):
         raise RenderingError(f"{where} is {describe_type(part)}, expected an object with 'type' and 'text'.")

@@ -20,7 +20,7 @@ from trl import SFTConfig
 from ..data.collator import check_collator
 from ..data.dataset_format import column_names, holds_rows
 from ..data.images import holds_images
-from ..engine.enable import check_model, without_adapters
+from ..engine.enable import check_model, check_not_compiled, without_adapters
 from ..images.reading import check_reads_images
 from ..recurrent.layer_kinds import path_dependent_layer_names
 from ..trees.rows import IMAGE_COLUMNS
@@ -54,6 +54,7 @@ def check_conversations(
     check_turn_settings(args, dataset)
     if data_collator is not None:
         check_collator(data_collator)
+    check_not_compiled(model)
     check_adapters(model, peft_config)
     check_parallelism(args.parallelism_config)
     if args.use_liger_kernel and not is_liger_kernel_available():  # transformers looks once the data is prepared
@@ -133,8 +134,13 @@ def check_turn_settings(args: SFTConfig, dataset: Dataset | IterableDataset, pac
 
 
 def check_adapters(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
-    """Refuse prompt-learning adapters."""
+    """Refuse adapters that add virtual tokens to a row, or that TRL's fused head does not reach."""
     for config in (peft_config, *getattr(model, "peft_config", {}).values()):
+        if getattr(config, "is_adaption_prompt", False):
+            raise ValueError(
+                f"{type(config).__name__} calls the forward that the model had before TRL gave it a fused head, so "
+                "TRL's trainers get no log-probabilities from it. Use another adapter, such as LoraConfig."
+            )
         if getattr(config, "is_prompt_learning", False):
             raise ValueError(
                 f"{type(config).__name__} adds virtual tokens in front of the row, which belong to no branch of the "

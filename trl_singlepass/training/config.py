@@ -80,7 +80,7 @@ class SinglePassSFTConfig(SFTConfig):
         `ValueError`: If a setting cannot be honoured in a single pass.
     """
 
-    assistant_only_loss: bool | None = field(
+    assistant_only_loss: bool = field(  # type: ignore[assignment] # parsers take no bare flag for `bool | None`
         default=None,
         metadata={
             "help": "Conversations are trained on their assistant messages and nothing else: `None` and `True` change "

@@ -27,8 +27,7 @@ from .last_batch import num_repeatable_examples, scale_router_loss, without_empt
 from .loss import NumItems, get_loss_context, mean_of_means_divisor, step_weights, total_weight
 from .manifest import ManifestCallback
 from .metrics import PooledLoss, TokenCounts, TurnMetrics, split_by_example
-from .model_card import complete_model_card
-from .paper import PAPER
+from .model_card import PAPER, STOCK_CARD, complete_model_card
 from .self_check import SelfCheck
 from .sequence_parallel import SequenceParallel
 from .sharded_head import gather_head_with_model
@@ -100,6 +99,7 @@ class SinglePassSFTTrainer(SFTTrainer):
         self._trains_turns = has_turns and holds_turns(train_dataset, text_field=args.dataset_text_field)
         if self._trains_turns:
             check_conversations(args, train_dataset, data_collator, model, peft_config)
+        self.__dict__.update({} if self._trains_turns else STOCK_CARD)
         collator = data_collator if isinstance(data_collator, DataCollatorForSinglePass) else None
         with without_redundant_settings(args) if self._trains_turns else nullcontext():
             super().__init__(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 import trl
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DistributedType
+from accelerate.utils import DistributedType
 from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel, logging
@@ -29,6 +29,7 @@ from ..waves.plan import WavePlan
 from ..waves.runner import WaveRunner
 from .gradient_scale import get_gradient_scale
 from .loss import LossContext, NumItems, total_weight
+from .reruns import Refusal, refused_engines, refused_where_tokens_run_twice, stop_prefetching
 from .wave_budget import on_shared_rows, wave_tokens_that_fit
 
 
@@ -39,7 +40,6 @@ logger = logging.get_logger(__name__)
 
 # On an accelerator, waves of fewer tokens leave it idle, and running the history twice costs less.
 SMALLEST_WAVE = 1024
-_PREFETCHED = "stage3_prefetch_bucket_size"
 
 
 class WaveTraining:
@@ -179,9 +179,6 @@ class WaveTraining:
 
 # What waves cannot honour --------------------------------------------------------------------------------------------
 
-Refusal: TypeAlias = tuple[str, str, str]
-"""What is refused, why, and what to do instead."""
-
 
 def check_waves(
     model: PreTrainedModel | PeftModel,
@@ -193,7 +190,8 @@ def check_waves(
     setting = "wave_tokens='auto'" if args.wave_tokens == "auto" else "wave_tokens"
     for what, why, way_out in chain(
         _refused_settings(args, compute_loss_func),
-        _refused_layers(model, args),
+        refused_where_tokens_run_twice(model, args, tokens="history", parts="waves"),
+        _refused_attention(model),
         _refused_measuring(model, args, accelerator),
         refused_engines(accelerator),
     ):
@@ -207,28 +205,12 @@ def _refused_settings(args: SFTConfig, compute_loss_func: Callable[..., object] 
         yield "label_smoothing_factor", "it reads the logits of the whole row", "Set it to 0"
     if compute_loss_func is not None:
         yield "compute_loss_func", "it reads the logits of the whole row", "Leave it unset"
-    if args.neftune_noise_alpha is not None:
-        yield "neftune_noise_alpha", "history would get different noise each time it runs", "Leave it unset"
     if args.torch_compile:
         yield "torch_compile", "waves add up gradients where a compiled graph cannot see them", "Turn it off"
-    if args.activation_offloading:
-        yield "activation_offloading", "it expects one forward before each backward", "Turn it off"
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    if optimizer in ("lomo", "adalomo") or "layerwise" in optimizer:
-        yield f"optim={optimizer!r}", "it updates parameters during backward, between waves", "Choose another"
 
 
-def _refused_layers(model: PreTrainedModel | PeftModel, args: SFTConfig) -> Iterator[Refusal]:
-    base = without_adapters(model)
-    dropout = sorted(
-        {name for name, module in model.named_modules() if getattr(module, "p", 0) and _is_dropout(module)}
-    )
-    if dropout:
-        yield f"Dropout ({dropout[0]})", "history would drop different units each time it runs", "Set it to 0"
-    config = base.config.get_text_config()
-    if getattr(config, "router_jitter_noise", 0):
-        yield "router_jitter_noise", "history would get different noise each time it runs", "Set it to 0"
-    implementation = config._attn_implementation
+def _refused_attention(model: PreTrainedModel | PeftModel) -> Iterator[Refusal]:
+    implementation = without_adapters(model).config.get_text_config()._attn_implementation
     if implementation == TREE_ATTENTION["flex_attention"]:
         yield (
             "attn_implementation='flex_attention'",
@@ -256,43 +238,3 @@ def _is_whole(accelerator: Accelerator) -> bool:
     is_zero3 = kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3
     shares_rows = getattr(accelerator.parallelism_config, "sp_size", 1) > 1
     return not (is_zero3 or shares_rows or kind == DistributedType.FSDP)
-
-
-def _is_dropout(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd)
-
-
-def refused_engines(accelerator: Accelerator) -> Iterator[Refusal]:
-    """Yield what of an engine does not work with waves."""
-    kind = accelerator.distributed_type
-    works = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, *SHARDED)
-    if kind not in works:
-        yield f"{kind.value}", "how it accumulates gradients is not known", "Train with DDP, DeepSpeed or FSDP2"
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        yield "FSDP version 1", "it flattens parameters between backward passes", "Set fsdp_version=2"
-    if kind == DistributedType.DEEPSPEED and _prefetches(accelerator.state.deepspeed_plugin):
-        yield (
-            f"ZeRO-3 with {_PREFETCHED} above 0",
-            "it fetches parameters in the order of the first step, and the number of waves changes from row to row",
-            "Set it to 0 or 'auto'",
-        )
-
-
-def stop_prefetching(accelerator: Accelerator) -> None:
-    """
-    Turn off prefetching by ZeRO-3 for rows that run in parts, unless the configuration asks for it by a number.
-
-    DeepSpeed prefetches by default. It then frees parameters that a backward in another order still needs (0.19).
-    """
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is None or plugin.zero_stage != 3:
-        return
-    settings = plugin.deepspeed_config["zero_optimization"]
-    if settings.get(_PREFETCHED, "auto") == "auto":
-        settings[_PREFETCHED] = 0
-        logger.info(f"{_PREFETCHED} is 0: where a row runs in parts, ZeRO-3 cannot fetch parameters ahead.")
-
-
-def _prefetches(plugin: DeepSpeedPlugin) -> bool:
-    settings = plugin.deepspeed_config.get("zero_optimization", {})
-    return bool(plugin.zero_stage == 3 and settings.get(_PREFETCHED) != 0)

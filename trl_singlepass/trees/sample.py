@@ -252,10 +252,10 @@ class Sample:
         """Return the largest length up to a given one at which no image is cut."""
         if self.image_features is None or max_length >= len(self):
             return max_length
-        assert self.images, "where an image ends is only known from the images"
-        # Tokens of an image need not be adjacent: some models write markup between its rows.
-        last_features = np.cumsum([image.num_features for image in self.images]) - 1
         shown = np.flatnonzero(self.image_features >= 0)
+        assert self.images or not len(shown), "where an image ends is only known from the images"
+        # Tokens of an image need not be adjacent: some models write markup between its rows.
+        last_features = np.cumsum([image.num_features for image in self.images], dtype=np.int64) - 1
         features = self.image_features[shown]
         starts = shown[np.isin(features, [0, *(last_features[:-1] + 1)])]
         ends = shown[np.isin(features, last_features)]

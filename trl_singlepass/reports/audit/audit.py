@@ -17,6 +17,7 @@ from transformers import ProcessorMixin
 from ...cost.flops import get_model_shape
 from ...data.bad_rows import group_errors
 from ...data.images import holds_images
+from ...data.vision import check_renders
 from .counts import Lengths, TurnStats
 from .forecast import Schedule, make_forecast, sharing_by_turns
 from .recipes import Recipe, RecipeReport
@@ -110,6 +111,7 @@ def _with_template(
         processor.tokenizer = _with_template(tokenizer.tokenizer, chat_template or tokenizer.chat_template)
         processor.chat_template = processor.tokenizer.chat_template
         return processor
+    check_renders(tokenizer)
     if chat_template is not None:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = chat_template
