@@ -42,11 +42,13 @@ from support.image_models import image_model
 from support.image_rows import image_collator, image_rows, image_sample_sets
 from support.pairs import pair
 from support.pairs import perturbed as reference_of
+from support.planted_layers import plant
 from support.tiny_families import FAMILIES, tiny_model
 from support.tiny_multimodal import model_for
 from support.trainers import SETTINGS as COMMON
 from support.trainers import as_dataset, float32_model
 from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, SinglePassSFTConfig, SinglePassSFTTrainer
+from trl_singlepass.engine.check import TreeCheckError
 from trl_singlepass.training import sequence_parallel
 from trl_singlepass.training.checkpoints import last_good_checkpoint
 from trl_singlepass.training.preemption import PreemptionCallback
@@ -134,6 +136,8 @@ def build_model(tokenizer, settings):
         model = tiny_model(family, len(tokenizer), torch.float32, attn_implementation="eager", **heads)
     elif family is not None:
         model = tiny_causal_lms.tiny_model(family, vocab_size=len(tokenizer), **settings.get("model", {})).float()
+    if "planted" in settings:
+        plant(model, settings["planted"])
     return model
 
 
@@ -334,7 +338,13 @@ def train(settings):
         trainer.add_callback(RecomputeInFloat64())
     if "accident" in settings:
         trainer.add_callback(Accident(**settings["accident"]))
-    trainer.train(resume_from_checkpoint=last_good_checkpoint(trainer.args.output_dir))
+    refused = None
+    try:
+        trainer.train(resume_from_checkpoint=last_good_checkpoint(trainer.args.output_dir))
+    except TreeCheckError as error:
+        if "planted" not in settings:
+            raise
+        refused = str(error)
     if preemption.was_preempted:
         return
     evaluation = trainer.evaluate() if settings.get("evaluate") else {}
@@ -344,7 +354,7 @@ def train(settings):
         result = Path(settings["result"])
         torch.save({name: value.cpu() for name, value in state.items()}, result.with_suffix(".pt"))
         result.with_suffix(".json").write_text(
-            json.dumps({**summary(trainer), "evaluation": evaluation, "exchanged": exchanged[0]})
+            json.dumps({**summary(trainer), "evaluation": evaluation, "exchanged": exchanged[0], "refused": refused})
         )
 
 

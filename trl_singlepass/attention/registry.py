@@ -89,7 +89,7 @@ def describe_tree_attention(
     """
     if TREE_ATTENTION.get(implementation) == "tree_flex":
         return "one compiled FlexAttention kernel for every rule, with a block mask made from the tree"
-    if TREE_ATTENTION.get(implementation) == "tree_torch":
+    if TREE_ATTENTION.get(implementation) in ("tree_torch", "tree_eager"):
         return _describe_torch_kernels(config, device, dtype)
     source = "PyTorch" if implementation == "torch_varlen" else implementation
     return f"the flash varlen kernel of {source}, one call for all branches, in half precision only"

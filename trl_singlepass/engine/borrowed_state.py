@@ -59,8 +59,9 @@ def zeros_filled(model: nn.Module) -> Iterator[None]:
 def _own_part(parameter: Tensor) -> Tensor:
     """Return what a rank holds of a parameter: its shard under ZeRO-3 and FSDP2."""
     shard: Tensor | None = getattr(parameter, "ds_tensor", None)
-    if shard is not None:
-        return shard
+    if shard is not None:  # shards have one size: the last ones end with memory that nobody has written
+        first = torch.distributed.get_rank(parameter.ds_process_group) * shard.numel()  # type: ignore[attr-defined]
+        return shard.flatten()[: max(parameter.ds_numel - first, 0)]  # type: ignore[attr-defined]
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter.data
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -172,7 +173,7 @@ class TreeCheck:
         assert difference is not None
         assert noise is not None
         allowed = NOISE_FACTOR * max(min(noise, MOST_NOISE * self.epsilon), FLOOR * self.epsilon)
-        report = TreeCheckReport(difference, noise, allowed, leak, moved)
+        report = TreeCheckReport(difference, noise, allowed, leak, moved, NOISE_FACTOR * FLOOR * self.epsilon)
         if self.epsilon < _HALF and report.ok:
             return report
         return self._measure_again(report, row, tree[paths] - alone, alone)
@@ -189,7 +190,9 @@ class TreeCheck:
         """
         factors = self._rounding(len(row.row), alone.device)
         with torch.no_grad():
-            with self._embeddings_times(factors):
+            with self._embeddings_times(
+                factors[None] if self.group is None else self.group.pad_and_part(factors[None])
+            ):
                 tree = self.tree_logits(row)
             paths = torch.as_tensor(row.paths, device=tree.device)
             with self._embeddings_times(factors[paths]):
@@ -204,11 +207,13 @@ class TreeCheck:
             noise=max(first.noise, noise),
             allowed=max(first.allowed, NOISE_FACTOR * noise),
             systematic=systematic,
-            moved_allowed=NOISE_FACTOR * most,
+            moved_allowed=max(first.moved_allowed, NOISE_FACTOR * most),
         )
 
     def _find_module(self, row: CheckRow, measured: TreeCheckReport) -> str | None:
-        found = mixing_module(self.base, self.tree_logits, row) if measured.leak else None
+        # FSDP2 frees the parameters of a layer after one backward through it, and this search needs many.
+        is_sharded = any(isinstance(module, FSDPModule) for module in self.model.modules())
+        found = mixing_module(self.base, self.tree_logits, row) if measured.leak and not is_sharded else None
         return found or differing_module(self.base, self.tree_logits, self.sample_logits, row)
 
     @contextmanager
@@ -284,17 +289,16 @@ class TreeCheck:
             yield
 
     def _rounding(self, length: int, device: torch.device) -> Tensor:
-        """Return factors that move what is multiplied with them by one rounding, `(T, 1)`."""
-        signs = torch.randint(0, 2, (length, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        """Return factors that move what is multiplied with them by one rounding, `(T,)`."""
+        signs = torch.randint(0, 2, (length,), generator=torch.Generator().manual_seed(0)) * 2 - 1
         return (1 + self.epsilon * signs.double()).to(device)
 
     @contextmanager
     def _embeddings_times(self, factors: Tensor) -> Iterator[None]:
-        """Multiply what the embedding layer returns, token by token."""
+        """Multiply what the embedding layer returns by a factor for each token, `(batch, length)`."""
 
         def multiply(module: nn.Module, args: object, output: Tensor) -> Tensor:
-            own = factors if self.group is None else self.group.pad_and_part(factors[None, :, 0], 1)[0, :, None]
-            return (output.double() * own.reshape(*output.shape[:-1], 1)).to(output.dtype)
+            return (output.double() * factors[..., None]).to(output.dtype)
 
         handle = self.base.get_input_embeddings().register_forward_hook(multiply)
         try:

@@ -1,0 +1,46 @@
+"""Planted layers are found on every engine, on all ranks together, and no parameter has changed by then."""
+
+import pytest
+import torch
+
+from support.planted_layers import PLANTED
+from support.worker_settings import ENGINES, assert_engine, on_engine, with_config
+
+
+def slow_unless(is_fast, *values):
+    return pytest.param(*values, marks=() if is_fast else pytest.mark.slow)
+
+
+# Every layer where the engine shards the model; elsewhere, one that a gradient finds and one that it does not.
+CASES = [
+    slow_unless(engine in ("zero3", "fsdp2") and name in ("TokenShift", "NGramEmbedding", "ZeroGate"), engine, name)
+    for engine in ENGINES
+    for name in (PLANTED if engine in ("zero3", "fsdp2") else ("TokenShift", "NGramEmbedding"))
+]
+
+
+def assert_refused(run, alone, name):
+    assert name in run.refused
+    assert run.loss == []
+    assert run.parameters.keys() == alone.parameters.keys()
+    for key, value in run.parameters.items():
+        assert torch.equal(value, alone.parameters[key]), key
+
+
+@pytest.mark.parametrize(("engine", "name"), CASES)
+def test_a_planted_layer_stops_all_ranks(tmp_path, workers, one_process, engine, name):
+    alone = one_process(with_config({"planted": name}, per_device_train_batch_size=2))
+    settings, environment = on_engine(engine, {"planted": name})
+    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
+    assert_engine(run, engine)
+    assert_refused(run, alone, name)
+
+
+@pytest.mark.parametrize("engine", [slow_unless(engine in ("zero3", "fsdp2"), engine) for engine in ENGINES])
+def test_an_adapter_that_starts_at_zero_is_measured_and_trained_as_alone(tmp_path, workers, one_process, engine):
+    """The check fills its zeros on every rank, and takes the numbers out again."""
+    alone = one_process(with_config({"lora": True}, per_device_train_batch_size=2, self_check=False))
+    settings, environment = on_engine(engine, {"lora": True})
+    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
+    assert "Checked" in run.log
+    assert run.loss == pytest.approx(alone.loss, rel=1e-5)
