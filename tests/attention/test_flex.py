@@ -47,7 +47,9 @@ def captured(differentiable, monkeypatch):
 
 def flex_model(family, **overrides):
     """A model under tree attention by FlexAttention; transformers refuses the stock name for some families."""
-    return tiny_model(family, attn_implementation="tree_flex", **overrides)
+    model = tiny_model(family, attn_implementation="tree_flex", **overrides)
+    enable_tree(model)
+    return model
 
 
 # Not captured, PyTorch 2.13 returns garbage as gradients of a softcap that is traced under checkpointing's hooks.

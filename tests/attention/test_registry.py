@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("implementation", "name"),
-    [("sdpa", "tree_torch"), ("eager", "tree_eager"), ("flex_attention", "tree_flex"), ("tree_flex", "tree_flex")],
+    [("sdpa", "tree_torch"), ("eager", "tree_torch"), ("flex_attention", "tree_flex"), ("tree_flex", "tree_flex")],
 )
 def test_names_without_a_package(implementation, name):
     assert tree_attention_name(implementation) == name

@@ -48,5 +48,5 @@ def test_training_equals_npass_on_the_kernels_of_a_gpu(family, checkpointing, ch
     overrides = {"output_router_logits": False} if checkpointing == "reentrant" and family in MIXTURES else {}
     model = tiny_model(family, attn_implementation="eager", **overrides)
     assert_equal_to_npass(model, [reasoning_chat()], prepare=CHECKPOINTING[checkpointing])
-    assert model.config._attn_implementation == "tree_eager"
+    assert model.config._attn_implementation == "tree_torch"
     assert set(chosen) == {"flex" if family == "gemma2" else "varlen"}

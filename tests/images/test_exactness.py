@@ -10,9 +10,10 @@ from support.image_chats import CHATS, image_chat
 from support.image_models import FAMILIES, image_model, loader
 from trl_singlepass.attention import Tree
 from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.engine.separate_samples import images_of
 from trl_singlepass.images import features
 from trl_singlepass.images.reading import ImageReader
-from trl_singlepass.reference import npass, npass_loss_and_gradients, single_pass_loss_and_gradients
+from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.single_pass import RowImages, leak_probe
 from trl_singlepass.trees import prefix_tree, radix
 
@@ -82,7 +83,7 @@ def test_other_histories_of_all_families(family, kind):
 )
 def test_each_sample_of_npass_encodes_the_images_of_its_prompt(kind, shown):
     samples = image_chat(image_model("qwen3_vl"), "qwen3_vl", kind)
-    found = [" ".join(image.content for image in npass.images_of(sample)) for sample in samples]
+    found = [" ".join(image.content for image in images_of(sample)) for sample in samples]
     assert found == shown
 
 

@@ -168,7 +168,7 @@ def test_the_model_is_left_as_it_was_after_an_error(tokenizer, monkeypatch):
 
     model = model_for(tokenizer)
     before = state_of(model)
-    monkeypatch.setattr(single_pass, "tree_context", fail)
+    monkeypatch.setattr(single_pass, "_forward", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         verify(model, tokenizer, CONVERSATIONS)
     after = state_of(model)

@@ -319,6 +319,17 @@ def summary(trainer):
     }
 
 
+def run(trainer, *, expects_refusal):
+    """Train; return the error that refuses the model, if one is expected."""
+    try:
+        trainer.train(resume_from_checkpoint=last_good_checkpoint(trainer.args.output_dir))
+    except TreeCheckError as error:
+        if not expects_refusal:
+            raise
+        return str(error)
+    return None
+
+
 def train(settings):
     """Train; rank 0 writes the result."""
     cut(settings.get("break"))
@@ -338,13 +349,7 @@ def train(settings):
         trainer.add_callback(RecomputeInFloat64())
     if "accident" in settings:
         trainer.add_callback(Accident(**settings["accident"]))
-    refused = None
-    try:
-        trainer.train(resume_from_checkpoint=last_good_checkpoint(trainer.args.output_dir))
-    except TreeCheckError as error:
-        if "planted" not in settings:
-            raise
-        refused = str(error)
+    refused = run(trainer, expects_refusal="planted" in settings)
     if preemption.was_preempted:
         return
     evaluation = trainer.evaluate() if settings.get("evaluate") else {}
@@ -372,8 +377,8 @@ def main(settings):
     if settings.get("float64"):
         torch.set_default_dtype(torch.float64)
         keep_the_head_in_float64()
-    run = in_float64(train) if settings.get("float64") else train
-    run(settings)
+    trains = in_float64(train) if settings.get("float64") else train
+    trains(settings)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -6,8 +6,8 @@ from trl_singlepass.trees.rows import TreePlan
 
 def plant_defect(monkeypatch, change):
     """Plant a defect in the batch on its way to the model."""
-    collate = single_pass._make_batch
-    monkeypatch.setattr(single_pass, "_make_batch", lambda *args: change(collate(*args)))
+    collate = single_pass.make_batch
+    monkeypatch.setattr(single_pass, "make_batch", lambda *args: change(collate(*args)))
 
 
 def target_moved_by_one(batch):

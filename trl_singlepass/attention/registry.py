@@ -26,13 +26,16 @@ if TYPE_CHECKING:
 # The registered names avoid "sdpa", "flash", "flex_attention" and "/", which have a meaning to transformers.
 TREE_ATTENTION = {
     "sdpa": "tree_torch",
-    "eager": "tree_eager",
+    "eager": "tree_torch",
     "flex_attention": "tree_flex",
     "flash_attention_2": "tree_varlen_2",
     "flash_attention_3": "tree_varlen_3",
     "torch_varlen": "tree_varlen_torch",
 }
 """For each `attn_implementation`, the registered name of its tree attention; Hub kernels join on first use."""
+BESIDE_EAGER_LAYERS = "tree_eager"
+"""`tree_torch` of a model in which some layers keep the eager attention of transformers, over whole paths: on ordinary
+batches, these read masks that are added to scores."""
 _RULES = {
     "full_attention": RuleKind.CAUSAL,
     "sliding_attention": RuleKind.WINDOW,
@@ -55,6 +58,8 @@ def tree_attention_name(implementation: str) -> str:
         `ValueError`: If there is no tree attention for it.
         `ImportError`: If its kernel is not installed.
     """
+    if implementation == BESIDE_EAGER_LAYERS:
+        return implementation
     if _is_hub_kernel(implementation) and implementation not in TREE_ATTENTION:
         flash_kernel(implementation)  # raises before a name exists for it
         TREE_ATTENTION[implementation] = "tree_varlen_" + re.sub(r"\W+|flash", "_", implementation.lower())
@@ -89,7 +94,7 @@ def describe_tree_attention(
     """
     if TREE_ATTENTION.get(implementation) == "tree_flex":
         return "one compiled FlexAttention kernel for every rule, with a block mask made from the tree"
-    if TREE_ATTENTION.get(implementation) in ("tree_torch", "tree_eager"):
+    if TREE_ATTENTION.get(implementation) == "tree_torch":
         return _describe_torch_kernels(config, device, dtype)
     source = "PyTorch" if implementation == "torch_varlen" else implementation
     return f"the flash varlen kernel of {source}, one call for all branches, in half precision only"
@@ -130,8 +135,7 @@ def _register_varlen(implementation: str) -> None:
 
 
 _register("tree_torch", sdpa_forward, sdpa_mask)
-# On ordinary batches, masks that are added to scores: layers that keep their own attention over whole paths read them.
-_register("tree_eager", sdpa_forward, eager_mask)
+_register(BESIDE_EAGER_LAYERS, sdpa_forward, eager_mask)
 _register("tree_flex", flex_forward, flex_attention_mask)
 for _implementation in ("flash_attention_2", "flash_attention_3", "torch_varlen"):
     _register_varlen(_implementation)

@@ -154,10 +154,12 @@ class ShownImage:
     @classmethod
     def smallest(
         cls, token_ids: NDArray[np.int64], features: NDArray[np.int64], images: tuple[ImageReference, ...]
-    ) -> ShownImage:
-        """Return the image of a sequence with the fewest features, of those that stand in it."""
+    ) -> ShownImage | None:
+        """Return the image of a sequence with the fewest features, of those that are read alone as among others."""
         firsts = np.cumsum([0, *(image.num_features for image in images)])
-        there = [j for j in range(len(images)) if firsts[j] in features]
+        there = [j for j, image in enumerate(images) if firsts[j] in features and not image.in_company]
+        if not there:
+            return None
         chosen = min(there, key=lambda j: images[j].num_features)
         start = int(np.flatnonzero(features == firsts[chosen])[0])
         end = start + int(np.flatnonzero(features[start:] == firsts[chosen + 1] - 1)[0]) + 1

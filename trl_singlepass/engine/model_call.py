@@ -190,6 +190,11 @@ def _run_lines(
     labels, is_fused = inputs.get("labels"), bool(inputs.get("fused_lm_head"))
     view = view.to(inputs["input_ids"].device)
     others, given = shared_inputs(inputs), {"has_labels": is_fused}
+    if inputs.get("output_router_logits") and len(view.rows) > 1:
+        raise ValueError(
+            "output_router_logits: the load-balancing loss of several rows is a mean over the tokens of all of them, "
+            "which only the single-pass trainer's own call computes. Set max_row_tokens=None, or leave it out."
+        )
     outputs = join_rows(
         [_run_row(model, forward, row["tree"].handled(), **row_inputs(row, **given), **others) for row in view.rows]
     )
@@ -235,19 +240,9 @@ def row_inputs(row: Batch, *, has_labels: bool) -> dict[str, torch.Tensor]:
 
 
 def join_rows(parts: Sequence[ModelOutput]) -> ModelOutput:
-    """
-    Return the outputs of several rows one after the other.
-
-    Raises:
-        `ValueError`: If they have a load-balancing loss, which is a mean over the tokens of all of them.
-    """
+    """Return the outputs of several rows one after the other, without a load-balancing loss, which is of one row."""
     if len(parts) == 1:
         return parts[0]
-    if parts[0].get("aux_loss") is not None:
-        raise ValueError(
-            "The load-balancing loss of a batch of several rows is a mean over all their tokens, which only the "
-            "single-pass trainer's own call computes. Set max_row_tokens=None, or leave output_router_logits off."
-        )
     names = [name for name in ("logits", *PER_TOKEN_OUTPUTS) if parts[0].get(name) is not None]
     return type(parts[0])(**{name: torch.cat([part[name] for part in parts], dim=1) for name in names})
 

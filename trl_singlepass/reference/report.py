@@ -9,6 +9,7 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
+from ..engine.check_report import TreeCheckReport
 from .single_pass import LeakReport
 
 
@@ -116,6 +117,8 @@ class VerifyReport:
     Args:
         rows (`tuple[RowComparison, ...]`):
             One comparison per conversation.
+        check (`TreeCheckReport`):
+            The check that trainers make before their first step.
         dtype (`str`):
             Data type of the model's parameters.
         turns_left_out (`int`, *optional*, defaults to 0):
@@ -123,13 +126,14 @@ class VerifyReport:
     """
 
     rows: tuple[RowComparison, ...]
+    check: TreeCheckReport
     dtype: str
     turns_left_out: int = 0
 
     @property
     def ok(self) -> bool:
         """Whether every conversation agrees within the model's precision."""
-        return all(row.ok for row in self.rows)
+        return self.check.ok and all(row.ok for row in self.rows)
 
     @property
     def npass_loss(self) -> float:
@@ -200,6 +204,9 @@ def _verdict(report: VerifyReport) -> str:
 
 
 def _differences(report: VerifyReport) -> Iterator[str]:
+    if not report.check.ok:
+        where = f" ({report.check.where})" if report.check.where else ""
+        yield f"small row of the check: {report.check.reason}{where}"
     for index, row in enumerate(report.rows):
         if row.leak.leaked > 0:
             yield f"row {index}: a turn sees tokens of another turn"

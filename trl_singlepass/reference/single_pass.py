@@ -53,7 +53,7 @@ def single_pass_loss_and_gradients(
         `LossAndGradients`: The same quantities as from [`npass_loss_and_gradients`]; `num_tokens` counts the tree.
     """
     tree = PrefixTree.from_samples(samples)
-    batch = _make_batch(tree, get_device(model), images)
+    batch = make_batch(tree, get_device(model), images)
     paths = sample_paths(tree, samples)
     positions = (batch["labels"][0] != IGNORE_INDEX).nonzero()[:, 0] - 1
     parameters = trainable_parameters(model)
@@ -141,7 +141,7 @@ def leak_probe(
     with captured_embeddings(model) as embeddings:
         for index in chosen:
             # One forward per probe: compiled kernels (FlexAttention) free what they saved with the first backward.
-            logits = _forward(model, _make_batch(tree, get_device(model), images)).logits[0]
+            logits = _forward(model, make_batch(tree, get_device(model), images)).logits[0]
             effect = effect_of_tokens(logits[None, paths[index][-1]], embeddings.pop())
             inputs = sample_inputs(model, [samples[index]], None if images is None else images.load)
             with stock_attention(model):
@@ -154,11 +154,16 @@ def leak_probe(
     return LeakReport(leaked, blind)
 
 
-def _make_batch(tree: PrefixTree, device: torch.device, images: RowImages | None = None) -> dict[str, Any]:
-    collate = DataCollatorForSinglePass(pad_token_id=0)
-    if images is not None:
-        collate.load_images, collate.image_reader = images.load, images.reader
-    batch: dict[str, Any] = send_to_device(collate([Row.from_tree(tree).columns()]), device)
+def collator_of(images: RowImages | None) -> DataCollatorForSinglePass:
+    """Return the collator of rows that show images, or of rows of text."""
+    if images is None:
+        return DataCollatorForSinglePass(pad_token_id=0)
+    return DataCollatorForSinglePass(pad_token_id=0, load_images=images.load, image_reader=images.reader)
+
+
+def make_batch(tree: PrefixTree, device: torch.device, images: RowImages | None = None) -> dict[str, Any]:
+    """Return the batch of one tree, on a device."""
+    batch: dict[str, Any] = send_to_device(collator_of(images)([Row.from_tree(tree).columns()]), device)
     return batch
 
 

@@ -14,18 +14,22 @@ from datasets.utils.tqdm import tqdm
 from ..data.bad_rows import read_all
 from ..data.collator import LoadImages
 from ..data.vision import ConversationReader, as_reader, check_renders, get_tokenizer
+from ..engine.check import check_tree
+from ..engine.check_report import TreeCheckReport
+from ..engine.separate_samples import get_device
 from ..images.loading import image_loader_of
 from ..preference.pairs import example_to_pair, is_pair
 from ..preference.settings import PairSettings
 from ..rendering.conversation import RenderingError
 from ..rendering.samples import render_conversation, render_example
 from ..rendering.template import with_template
+from ..trees.prefix_tree import PrefixTree
 from ..trees.sample import Sample
 from .borrowed_model import left_as_found, on_trees, reading_images, weights_moved_by_one_rounding
 from .float64 import ForcedFloat64
 from .npass import LossAndGradients, npass_loss_and_gradients
 from .report import RowComparison, TurnComparison, VerifyReport
-from .single_pass import RowImages, leak_probe, single_pass_loss_and_gradients
+from .single_pass import RowImages, collator_of, leak_probe, make_batch, single_pass_loss_and_gradients
 
 
 if TYPE_CHECKING:
@@ -52,7 +56,8 @@ def verify(
     N-pass runs twice, once with every weight moved by about one unit in the last place. The difference between the two
     runs is the error that the model's precision explains; the single pass may differ by at most twice as much. A
     float64 model must agree to 1e-12 instead, with the float32 parts of its code forced to float64. Gradients then
-    show, exactly and in every precision, that no turn's output depends on a token outside its own sample.
+    show, exactly and in every precision, that no turn's output depends on a token outside its own sample. Last comes
+    the check that trainers make before their first step ([`check_tree`]).
 
     The model is left as it was: parameters, gradients, training mode, attention implementation and random state. It
     runs in evaluation mode, so without dropout and gradient checkpointing. Three sets of gradients and a second copy
@@ -118,9 +123,8 @@ def verify_samples(
     if all(sample.image_features is None for samples in rows for sample in samples):
         load_images = None
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    return VerifyReport(
-        _compare_rows(model, rows, dtype, load_images), str(dtype).removeprefix("torch."), num_left_out
-    )
+    compared, check = _compare_rows(model, rows, dtype, load_images)
+    return VerifyReport(compared, check, str(dtype).removeprefix("torch."), num_left_out)
 
 
 def _render(
@@ -162,7 +166,7 @@ def _first_turns(samples: list[Sample], max_tokens: int | None) -> list[Sample]:
 
 def _compare_rows(
     model: PreTrainedModel, rows: Sequence[Sequence[Sample]], dtype: torch.dtype, load_images: LoadImages | None
-) -> tuple[RowComparison, ...]:
+) -> tuple[tuple[RowComparison, ...], TreeCheckReport]:
     num_passes = sum(2 * len(samples) + 3 for samples in rows)
     with (
         tqdm(total=num_passes, desc="Verifying", unit=" passes") as bar,
@@ -170,9 +174,13 @@ def _compare_rows(
         reading_images(model, load_images) as images,
         ForcedFloat64() if dtype is torch.float64 else nullcontext(),
     ):
-        return tuple(
+        compared = tuple(
             _compare(model, index, samples, dtype, attention, images, bar.update) for index, samples in enumerate(rows)
         )
+        with on_trees(model, attention):
+            batch = make_batch(PrefixTree.from_samples(rows[0]), get_device(model), images)
+            check = check_tree(model, batch, collator=collator_of(images))
+        return compared, check
 
 
 def _compare(

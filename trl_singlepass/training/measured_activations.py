@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import Context
 
 import torch
@@ -11,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..engine.borrowed_state import in_evaluation_mode
 from ..recurrent.layer_kinds import get_decoder
 
 
@@ -38,7 +37,7 @@ def measure_activation_bytes(model: PreTrainedModel, device: torch.device, *, ch
         `int`: The bytes.
     """
     decoder = get_decoder(model)
-    with _in_evaluation(decoder):  # without checkpointing
+    with in_evaluation_mode(decoder):  # without checkpointing
         # In an empty context there is no tree, which the row of the step has by now.
         short, long = (Context().run(_saved_bytes, decoder, length, device) for length in (_SHORT, _LONG))
     per_layer = [(b - a) // (_LONG - _SHORT) for a, b in zip(short[1:], long[1:], strict=True)]
@@ -76,14 +75,3 @@ def _saved_bytes(decoder: nn.Module, length: int, device: torch.device) -> list[
         for hook in hooks:
             hook.remove()
     return [total(), *by_layer]
-
-
-@contextmanager
-def _in_evaluation(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
