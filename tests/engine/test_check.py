@@ -57,15 +57,17 @@ def test_the_row_is_what_its_picture_shows():
 def test_branches_exchange_their_places_among_other_tokens():
     row, exchanged = CheckRow.from_tokens(TEXT), CheckRow.from_tokens(TEXT, is_exchanged=True)
     ids, others = row.row.input_ids, exchanged.row.input_ids
-    assert np.array_equal(ids[row.paths[0]], others[row.paths[1]])
-    assert np.array_equal(ids[row.paths[1]], others[row.paths[0]])
-    assert all((ids[path[12:]] != others[path[12:]]).any() for path in row.paths[2:])
+    a, b = row.exchanged
+    assert np.array_equal(ids[a], others[b])
+    assert np.array_equal(ids[b], others[a])
+    assert np.array_equal(b, row.paths[0])
+    assert all((ids[path[12:]] != others[path[12:]]).any() for path in row.paths[1:])
 
 
 def test_few_tokens_make_a_row_as_well():
     row = CheckRow.from_tokens(np.array([5, 6, 7]))
     assert set(row.row.input_ids) == {5, 6, 7}
-    assert not np.array_equal(row.row.input_ids[row.paths[0]], row.row.input_ids[row.paths[1]])
+    assert not np.array_equal(*row.row.input_ids[row.exchanged])
 
 
 # Right models --------------------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def test_a_router_at_rounding_distance_is_no_failure(dtype):
             parameter.data = (parameter.data[:1] * (1 + noise)).to(dtype)
     report = checked(model)
     assert report.ok, report.reason
-    assert report.noise > torch.finfo(dtype).eps
+    assert report.noise > 10 * torch.finfo(dtype).eps
 
 
 # Planted layers ------------------------------------------------------------------------------------------------------

@@ -198,7 +198,6 @@ OWN = {
 CANNOT_BE_BUILT = {
     "CohereCompassForConditionalGeneration": "its configuration lacks the RoPE of one of its layer types",
     "Gemma3nForConditionalGeneration": "its vision encoder needs `timm`; the text model `gemma3n_text` is exact",
-    "Llama4ForConditionalGeneration": "its forward fails in transformers 5.24; the text model `llama4_text` is exact",
     "FastVlmForConditionalGeneration": "its vision encoder needs `timm`",
     "PerceptionLMForConditionalGeneration": "its vision encoder needs `timm`",
     "InklingForConditionalGeneration": "its vision encoder needs SciPy; the text model `inkling_text` is exact",

@@ -136,7 +136,8 @@ class TreeCheck:
         self.collator, self.group = collator, group
         dtypes = {parameter.dtype for parameter in self.base.parameters() if parameter.dtype.is_floating_point}
         # Models compute norms and rotations in float32 even where they are in float64.
-        self.epsilon = max(torch.finfo(dtype).eps for dtype in {*dtypes, precision or torch.float32, torch.float32})
+        dtypes |= {precision or torch.float32, torch.float32}
+        self.epsilon = max(*(torch.finfo(dtype).eps for dtype in dtypes), _rounding_of_products(get_device(self.base)))
         self.gives_gradients = group is None and not _is_zero3(model)
 
     def run(self, text: np.ndarray[Any, Any], shown: ShownImage | None = None) -> TreeCheckReport:
@@ -162,18 +163,18 @@ class TreeCheck:
             alone = self.sample_logits(row)
         with self._explained("a tree"):
             tree, leak = self._tree_with_leak(row)
-        paths = torch.as_tensor(row.paths, device=tree.device)
-        with torch.no_grad():
-            noise: float | None = _rms(_errors(self.padded_logits(row), alone[2]))
-            moved = None
-            if leak is None:  # no gradients: the branches `a` and `b` in each other's place, among other tokens
+        moved = None
+        if leak is None:  # no gradients: the branches `a` and `b` in each other's place, among other tokens
+            with torch.no_grad():
                 again = self.tree_logits(exchanged)
-                moved = max(float(_errors(again[paths[i]], tree[paths[j]]).max()) for i, j in ((0, 1), (1, 0)))
-        difference, noise, leak, moved = self._over_ranks(_rms(_errors(tree[paths], alone)), noise, leak, moved)
+            places = [torch.as_tensor(path, device=tree.device) for path in row.exchanged]
+            pairs = (places, reversed(places))
+            moved = max(float(_errors(again[here], tree[there]).max()) for here, there in zip(*pairs, strict=True))
+        paths = torch.as_tensor(row.paths, device=tree.device)
+        difference, leak, moved = self._over_ranks(_rms(_errors(tree[paths], alone)), leak, moved)
         assert difference is not None
-        assert noise is not None
-        allowed = NOISE_FACTOR * max(min(noise, MOST_NOISE * self.epsilon), FLOOR * self.epsilon)
-        report = TreeCheckReport(difference, noise, allowed, leak, moved, NOISE_FACTOR * FLOOR * self.epsilon)
+        allowed = NOISE_FACTOR * FLOOR * self.epsilon
+        report = TreeCheckReport(difference, allowed, leak, moved, moved_allowed=allowed)
         if self.epsilon < _HALF and report.ok:
             return report
         return self._measure_again(report, row, tree[paths] - alone, alone)
@@ -182,11 +183,11 @@ class TreeCheck:
         self, first: TreeCheckReport, row: CheckRow, difference: Tensor, alone: Tensor
     ) -> TreeCheckReport:
         """
-        Measure with the rounding errors of another run: both ways again, with embeddings moved by one rounding.
+        Measure with the rounding errors of other runs: both ways again, with embeddings moved by one rounding.
 
         Rounding errors are others then, and a router that has two experts at rounding distance picks others. What is
-        wrong stays what it was. So the noise is what the samples themselves change by, and the systematic part of the
-        difference is what the differences of both runs have in common.
+        wrong stays what it was. So the noise is what the samples themselves change by, or by padding. The systematic
+        part of the difference is what the differences of both runs have in common.
         """
         factors = self._rounding(len(row.row), alone.device)
         with torch.no_grad():
@@ -197,14 +198,19 @@ class TreeCheck:
             paths = torch.as_tensor(row.paths, device=tree.device)
             with self._embeddings_times(factors[paths]):
                 rounded = self.sample_logits(row)
+            padded = _rms(_errors(self.padded_logits(row), alone[1]))
         cosines = F.cosine_similarity(difference, tree[paths] - rounded, dim=-1)
         errors = _errors(rounded, alone)
-        noise, most, systematic = self._over_ranks(_rms(errors), float(errors.max()), float(cosines.mean(1).max()))
+        noise, most, systematic = self._over_ranks(
+            max(min(padded, MOST_NOISE * self.epsilon), _rms(errors)),
+            float(errors.max()),
+            float(cosines.mean(1).max()),
+        )
         assert noise is not None
         assert most is not None
         return replace(
             first,
-            noise=max(first.noise, noise),
+            noise=noise,
             allowed=max(first.allowed, NOISE_FACTOR * noise),
             systematic=systematic,
             moved_allowed=max(first.moved_allowed, NOISE_FACTOR * most),
@@ -255,7 +261,7 @@ class TreeCheck:
 
     def padded_logits(self, row: CheckRow, padding: int = 7) -> Tensor:
         """Return the outputs of one of the samples alone, padded, `(S, V)`."""
-        sample = row.samples[2]
+        sample = row.samples[1]
         inputs = sample_inputs(self.base, [sample], self.collator.load_images)
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         shape = inputs["input_ids"].shape
@@ -327,6 +333,13 @@ def unwrapped(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+def _rounding_of_products(device: torch.device) -> float:
+    """Return the rounding error of products of float32, which TF32 and bfloat16 may stand in for."""
+    rounding = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
+    convolutions = 2.0**-10 if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else 0.0
+    return max(rounding, convolutions)
 
 
 def _is_zero3(model: nn.Module) -> bool:

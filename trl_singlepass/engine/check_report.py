@@ -17,10 +17,8 @@ class TreeCheckReport:
     Args:
         difference (`float`):
             Norm of the difference between the outputs of tree and separate samples, relative to the outputs.
-        noise (`float`):
-            The same between two ways to run a separate sample.
         allowed (`float`):
-            Largest difference that the noise explains.
+            Largest difference that rounding explains.
         leak (`float`, *optional*):
             Largest gradient of a branch's output with respect to a token that is not its ancestor; `None` where the
             engine gives no such gradient.
@@ -28,10 +26,13 @@ class TreeCheckReport:
             Largest difference between the outputs of a branch and those in another place, among other tokens; only
             where there is no gradient.
         moved_allowed (`float`, *optional*):
-            Largest such difference that the noise explains.
+            Largest such difference that rounding explains.
+        noise (`float`, *optional*):
+            Difference between two ways to run the separate samples: alone and padded, or with embeddings that are
+            moved by one rounding; only in half precision, or if outputs differ.
         systematic (`float`, *optional*):
             How much two differences with other rounding errors have in common: the mean cosine along a sample, 0 for
-            noise and 1 for what is wrong in the same way; only in half precision, or if outputs differ.
+            noise and 1 for what is wrong in the same way; where noise is measured.
         seconds (`float`):
             Time that the check took.
         where (`str`, *optional*):
@@ -39,11 +40,11 @@ class TreeCheckReport:
     """
 
     difference: float
-    noise: float
     allowed: float
     leak: float | None = None
     moved: float | None = None
     moved_allowed: float = 0.0
+    noise: float | None = None
     systematic: float | None = None
     seconds: float = 0.0
     where: str | None = None
@@ -65,7 +66,8 @@ class TreeCheckReport:
 
     def __str__(self) -> str:
         verdict = "tree equals separate samples" if self.ok else "tree does NOT equal separate samples"
-        return f"{verdict}, {self.difference:.1g} (noise {self.noise:.1g}), in {self.seconds:.1f} s"
+        noise = "" if self.noise is None else f", noise {self.noise:.1g}"
+        return f"{verdict} ({self.difference:.1g}{noise}), in {self.seconds:.1f} s"
 
     @property
     def reason(self) -> str:

@@ -25,7 +25,6 @@ _PARTS: dict[str, tuple[str | None, int]] = {
     "stem again": (None, 8),
     "e": ("stem again", 16),
 }
-_LEAVES = ("a", "b", "c", "d", "e")
 _NUM_TEXT_TOKENS = 76  # of all parts but the second stem
 
 
@@ -40,18 +39,22 @@ class CheckRow:
                                └─ d (8)
         stem (8) ── e (16)
 
-    Its five samples, which end with `a` to `e`, have one length, so that they fill a batch without padding. `a` and
-    `b` also have one shape: exchanged, each must compute what it computed in the other's place.
+    Its samples have one length, so that they fill a batch without padding. Those that end with `b`, `d` and `e` are
+    compared: other branches stand before and behind them. `a` and `b` have one shape: exchanged, each must compute
+    what it computed in the other's place.
 
     Args:
         row (`Row`):
             The row.
-        paths (`numpy.ndarray` of shape `(5, sample_length)`, `numpy.int64`):
-            For each sample, the positions of its tokens in the row.
+        paths (`numpy.ndarray` of shape `(3, sample_length)`, `numpy.int64`):
+            For each sample that is compared, the positions of its tokens in the row.
+        exchanged (`numpy.ndarray` of shape `(2, sample_length)`, `numpy.int64`):
+            The same for the samples that end with `a` and `b`.
     """
 
     row: Row
     paths: NDArray[np.int64]
+    exchanged: NDArray[np.int64]
 
     @classmethod
     def from_tokens(
@@ -105,11 +108,15 @@ class CheckRow:
             image_features=features,
             images=() if shown is None else (shown.image,),
         )
-        return cls(row, np.stack([np.concatenate([places[name] for name in _line(leaf)]) for leaf in _LEAVES]))
+        paths, exchanged = (
+            np.stack([np.concatenate([places[name] for name in _line(leaf)]) for leaf in leaves])
+            for leaves in ("bde", "ab")
+        )
+        return cls(row, paths, exchanged)
 
     @property
     def samples(self) -> list[Sample]:
-        """The samples of the row."""
+        """The samples that are compared."""
         row = self.row
         return [
             Sample(
@@ -125,12 +132,12 @@ class CheckRow:
     @property
     def probes(self) -> NDArray[np.int64]:
         """The tokens of `b` and `d`, which foreign branches stand before and behind."""
-        return np.concatenate([self.paths[1][-12:], self.paths[3][-8:]])
+        return np.concatenate([self.paths[0][-12:], self.paths[1][-8:]])
 
     @property
     def foreign(self) -> NDArray[np.int64]:
         """The tokens that no probe may depend on."""
-        return np.setdiff1d(np.arange(len(self.row)), self.paths[[1, 3]])
+        return np.setdiff1d(np.arange(len(self.row)), self.paths[:2])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
