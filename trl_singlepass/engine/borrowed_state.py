@@ -37,7 +37,7 @@ def without_compilation() -> AbstractContextManager[Any]:
 
 @contextmanager
 def adapters_disabled(model: Any) -> Iterator[None]:
-    """Run a `PeftModel` without its adapters; PEFT itself would train all their parameters afterwards, frozen or not."""
+    """Run a `PeftModel` without its adapters, and leave frozen what was frozen of them: PEFT would train it."""
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         with model.disable_adapter():
