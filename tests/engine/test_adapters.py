@@ -139,7 +139,7 @@ def test_the_check_finds_alora_where_its_tokens_are(dtype):
     report = check_on(model, text)
     assert not report.ok
     if dtype == torch.float32:
-        assert "q_proj" in report.where
+        assert "q_proj (Linear)" in report.where
     assert report.adapters == "LoraConfig"
     assert check_on(adapted(label, qwen3_model(dtype)), TEXT[~np.isin(TEXT, INVOCATION)]).ok
 
