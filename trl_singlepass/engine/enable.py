@@ -201,7 +201,4 @@ def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     Returns:
         `transformers.PreTrainedModel`: The base model.
     """
-    if hasattr(model, "get_base_model"):
-        return model.get_base_model()
-    # PeftMixedModel has no such method.
-    return model if isinstance(model, PreTrainedModel) or not hasattr(model, "peft_config") else model.base_model.model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
