@@ -39,7 +39,7 @@ from trl_singlepass.engine.check import TreeCheck, TreeCheckError
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.preference.parts import check_parts
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
-from trl_singlepass.training.compatibility import check_adapters
+from trl_singlepass.training.adapters import check_adapters
 from trl_singlepass.training.waves import check_waves
 
 

@@ -14,7 +14,7 @@ from support.tree_checks import checked
 from trl_singlepass.engine.enable import disable_tree, enable_tree, without_adapters
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.float64 import ForcedFloat64
-from trl_singlepass.training.compatibility import check_adapters
+from trl_singlepass.training.adapters import check_adapters
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"

@@ -230,7 +230,8 @@ class TreeCheck:
             return None
         with adapters_disabled(self.model):
             is_right = self._measure(row, exchanged).ok
-        return ", ".join({type(config).__name__ for config in self.model.peft_config.values()}) if is_right else None
+        names = {type(config).__name__ for config in self.model.peft_config.values()}
+        return ", ".join(sorted(names)) if is_right else None
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:

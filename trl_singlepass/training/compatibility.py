@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import accelerate
@@ -24,6 +24,7 @@ from ..engine.enable import check_model, check_not_compiled, without_adapters
 from ..images.reading import check_reads_images
 from ..recurrent.layer_kinds import path_dependent_layer_names
 from ..trees.rows import IMAGE_COLUMNS
+from .adapters import check_adapters
 
 
 if TYPE_CHECKING:
@@ -131,62 +132,6 @@ def check_turn_settings(args: SFTConfig, dataset: Dataset | IterableDataset, pac
 
 
 # The model and its loss ----------------------------------------------------------------------------------------------
-
-
-def check_adapters(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
-    """
-    Refuse adapters that rows or TRL's fused head cannot serve, and those whose errors the measured check may not see.
-
-    It refuses all others that mix the tokens of a row, before the first step.
-    """
-    configs = getattr(model, "peft_config", {})
-    if configs and not isinstance(model, PreTrainedModel) and not hasattr(model, "get_base_model"):
-        raise ValueError(
-            f"{type(model).__name__} hides the model that TRL's fused head replaces the forward of. Use a PeftModel: "
-            "get_peft_model(model, peft_config), without mixed=True."
-        )
-    for config in (peft_config, *configs.values()):
-        for why, way_out in _refused_adapters(config):
-            raise ValueError(f"{type(config).__name__} {why}. {way_out}.")
-
-
-def _refused_adapters(config: PeftConfig | None) -> Iterator[tuple[str, str]]:
-    """Yield what a single pass cannot honour of an adapter, and the way out."""
-    if getattr(config, "is_prompt_learning", False):
-        yield (
-            "adds virtual tokens in front of the row, which belong to no branch of the tree",
-            "Use an adapter that adds no tokens, such as LoraConfig",
-        )
-    if getattr(config, "is_adaption_prompt", False):
-        yield (
-            "calls the forward that the model had before TRL gave it a fused head, so TRL's trainers get no "
-            "log-probabilities from it",
-            "Use another adapter, such as LoraConfig",
-        )
-    if getattr(config, "alora_invocation_tokens", None):
-        yield (
-            "with alora_invocation_tokens acts from the last place on where a row has these tokens, and each turn of "
-            "a row has them elsewhere",
-            "Leave alora_invocation_tokens out, or train one sample per turn (N-pass) with TRL's SFTTrainer",
-        )
-    # The check measures outputs, and here only gradients are wrong.
-    if getattr(getattr(config, "velora_config", None), "init_type", "random") != "random":
-        yield (
-            "with velora_config computes gradients from a mean over all tokens of a row, so that those of a turn "
-            "depend on what shares its row",
-            "Set init_type='random' in VeloraConfig",
-        )
-    kind = getattr(config, "peft_type", None)
-    if kind == "POLY":
-        yield (
-            "needs the task of each example (task_ids), which rows do not have",
-            "Use another adapter, such as LoraConfig",
-        )
-    if kind == "XLORA":
-        yield (
-            "reads the hidden states of a first pass, which TRL's fused head does not return",
-            "Use another adapter, such as LoraConfig, or train in a loop of your own with enable_tree(model)",
-        )
 
 
 def check_loss_is_per_token(model: PreTrainedModel | PeftModel, accepts_loss_kwargs: bool) -> None:

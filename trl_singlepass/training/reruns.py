@@ -13,6 +13,7 @@ from trl import DPOConfig, SFTConfig
 
 from ..engine.enable import without_adapters
 from ..waves.engines import SHARDED
+from .adapters import random_adapters
 
 
 if TYPE_CHECKING:
@@ -52,23 +53,10 @@ def refused_where_tokens_run_twice(
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
             yield f"Dropout ({name})", f"{tokens} would drop different units each time it runs", "Set it to 0"
-    for adapter in _random_adapters(model):
-        yield adapter, noise, "Use another adapter, or set it to 0"
+    for adapter in random_adapters(model):
+        yield adapter, noise, "Use an adapter that draws no random numbers"
     if getattr(without_adapters(model).config.get_text_config(), "router_jitter_noise", 0):
         yield "router_jitter_noise", noise, "Set it to 0"
-
-
-def _random_adapters(model: PreTrainedModel | PeftModel) -> Iterator[str]:
-    """Yield the settings with which adapters draw random numbers in training, also those without a dropout layer."""
-    for config in getattr(model, "peft_config", {}).values():
-        name = type(config).__name__
-        for setting, value in vars(config).items():  # of ranks (LoHa), blocks (OFT) or modules
-            if "dropout" in setting and isinstance(value, float) and value > 0:
-                yield f"{name}({setting}={value:g})"
-        if getattr(config, "monteclora_config", None) is not None:
-            yield f"{name}(monteclora_config=…)"
-        if config.peft_type == "PVERA":
-            yield name
 
 
 def refused_engines(accelerator: Accelerator) -> Iterator[Refusal]:
