@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from support import tiny_causal_lms
+from support.adapters import adapted
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
 from support.float64_comparison import in_float64, recompute_in_float64
@@ -138,6 +139,8 @@ def build_model(tokenizer, settings):
         model = tiny_causal_lms.tiny_model(family, vocab_size=len(tokenizer), **settings.get("model", {})).float()
     if "planted" in settings:
         plant(model, settings["planted"])
+    if "adapter" in settings:
+        model = adapted(settings["adapter"], model)
     return model
 
 
@@ -349,7 +352,7 @@ def train(settings):
         trainer.add_callback(RecomputeInFloat64())
     if "accident" in settings:
         trainer.add_callback(Accident(**settings["accident"]))
-    refused = run(trainer, expects_refusal="planted" in settings)
+    refused = run(trainer, expects_refusal=bool({"planted", "adapter"} & settings.keys()))
     if preemption.was_preempted:
         return
     evaluation = trainer.evaluate() if settings.get("evaluate") else {}

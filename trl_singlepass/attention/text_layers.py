@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedModel
+
 
 def set_text_attention(model: Any, implementation: str) -> None:
     """
@@ -19,6 +21,10 @@ def set_text_attention(model: Any, implementation: str) -> None:
     """
     text = model.config.get_text_config()
     model.set_attn_implementation(_down_to(text, model.config, implementation) or implementation)
+    for module in model.modules():  # layers that PEFT replicates have a configuration of their own
+        config: Any = getattr(module, "config", None)
+        if type(config) is type(text) and config is not text and not isinstance(module, PreTrainedModel):
+            config._attn_implementation = text._attn_implementation
 
 
 def _down_to(text: Any, config: Any, implementation: str) -> str | dict[str, Any] | None:

@@ -36,6 +36,18 @@ def without_compilation() -> AbstractContextManager[Any]:
 
 
 @contextmanager
+def adapters_disabled(model: Any) -> Iterator[None]:
+    """Run a `PeftModel` without its adapters, and leave frozen what was frozen of them: PEFT would train it."""
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, is_trained in trained.items():
+            parameter.requires_grad_(is_trained)
+
+
+@contextmanager
 def zeros_filled(model: nn.Module) -> Iterator[None]:
     """
     Put small random numbers in the place of trained parameters that are all zero, and zeros back afterwards.

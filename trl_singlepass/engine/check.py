@@ -30,7 +30,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..attention.context import running_on
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch, DataCollatorForSinglePass, pad_batch
-from .borrowed_state import captured_embeddings, in_evaluation_mode, without_compilation, zeros_filled
+from .borrowed_state import (
+    adapters_disabled,
+    captured_embeddings,
+    in_evaluation_mode,
+    without_compilation,
+    zeros_filled,
+)
 from .check_report import TreeCheckReport
 from .check_row import CheckRow, ShownImage
 from .enable import UnsupportedModelError, disable_tree, enable_tree, without_adapters
@@ -155,8 +161,10 @@ class TreeCheck:
         exchanged = CheckRow.from_tokens(text, shown, is_exchanged=True)
         with self._prepared():
             measured = self._measure(row, exchanged)
-            where = None if measured.ok else self._find_module(row, measured)
-        return replace(measured, seconds=time.perf_counter() - start, where=where)
+            if not measured.ok:
+                where, adapters = self._find_module(row, measured), self._find_adapters(row, exchanged)
+                measured = replace(measured, where=where, adapters=adapters)
+        return replace(measured, seconds=time.perf_counter() - start)
 
     def _measure(self, row: CheckRow, exchanged: CheckRow) -> TreeCheckReport:
         with torch.no_grad(), self._explained("separate samples"):
@@ -221,6 +229,15 @@ class TreeCheck:
         is_sharded = any(isinstance(module, FSDPModule) for module in self.model.modules())
         found = mixing_module(self.base, self.tree_logits, row) if measured.leak and not is_sharded else None
         return found or differing_module(self.base, self.tree_logits, self.sample_logits, row)
+
+    def _find_adapters(self, row: CheckRow, exchanged: CheckRow) -> str | None:
+        """Return the configurations of the adapters of a model that is right without them."""
+        if not hasattr(self.model, "disable_adapter"):
+            return None
+        with adapters_disabled(self.model):
+            is_right = self._measure(row, exchanged).ok
+        names = {type(config).__name__ for config in self.model.peft_config.values()}
+        return ", ".join(sorted(names)) if is_right else None
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:

@@ -37,6 +37,8 @@ class TreeCheckReport:
             Time that the check took.
         where (`str`, *optional*):
             If it failed: the first module whose outputs differ, and a token at which they do.
+        adapters (`str`, *optional*):
+            If it failed: the configurations of the adapters without which the model is right.
     """
 
     difference: float
@@ -48,6 +50,7 @@ class TreeCheckReport:
     systematic: float | None = None
     seconds: float = 0.0
     where: str | None = None
+    adapters: str | None = None
 
     @property
     def is_isolated(self) -> bool:

@@ -140,7 +140,7 @@ def _recorded(
                 tuple(own if x is given else x for x in args),
                 {name: own if x is given else x for name, x in kwargs.items()},
             )
-        inputs.setdefault(module, []).append(None if given is None else by_token(given))
+        inputs.setdefault(module, []).append(None if given is None else _copied(by_token(given)))
         return None
 
     def after(module: nn.Module, args: object, kwargs: object, output: Any) -> None:
@@ -148,7 +148,7 @@ def _recorded(
         values = output if isinstance(output, tuple | list) else [output]
         returned = next((x for x in values if _is_of_tokens(x, by_token)), None)
         if returned is not None:
-            kept = returned if keeps_graph else by_token(returned)
+            kept = returned if keeps_graph else _copied(by_token(returned))
             assert kept is not None
             calls.append(_Call(names.get(module, type(module).__name__), module, given, kept))
 
@@ -165,6 +165,11 @@ def _recorded(
 
 def _is_of_tokens(x: object, by_token: Callable[[Tensor], Tensor | None]) -> bool:
     return isinstance(x, Tensor) and x.dtype.is_floating_point and x.dim() > 1 and by_token(x) is not None
+
+
+def _copied(x: Tensor | None) -> Tensor | None:
+    """Return a copy, which what writes to the tensor later does not change: some adapters add to outputs in place."""
+    return None if x is None else x.clone()
 
 
 def _by_token(x: Tensor, shape: tuple[int, ...]) -> Tensor | None:

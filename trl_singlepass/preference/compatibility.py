@@ -16,7 +16,8 @@ from ..data.dataset_format import check_is_dataset, column_names
 from ..data.images import holds_images
 from ..engine.enable import check_model, check_not_compiled
 from ..images.reading import check_reads_images
-from ..training.compatibility import check_adapters, check_engine, check_parallelism
+from ..training.adapters import check_adapters
+from ..training.compatibility import check_engine, check_parallelism
 from ..trees.rows import IMAGE_COLUMNS
 from .collator import DataCollatorForSinglePassPreference
 from .pairs import SIDES, TOKEN_COLUMNS

@@ -24,6 +24,7 @@ from ..engine.enable import check_model, check_not_compiled, without_adapters
 from ..images.reading import check_reads_images
 from ..recurrent.layer_kinds import path_dependent_layer_names
 from ..trees.rows import IMAGE_COLUMNS
+from .adapters import check_adapters
 
 
 if TYPE_CHECKING:
@@ -131,21 +132,6 @@ def check_turn_settings(args: SFTConfig, dataset: Dataset | IterableDataset, pac
 
 
 # The model and its loss ----------------------------------------------------------------------------------------------
-
-
-def check_adapters(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
-    """Refuse adapters that add virtual tokens to a row, or that TRL's fused head does not reach."""
-    for config in (peft_config, *getattr(model, "peft_config", {}).values()):
-        if getattr(config, "is_adaption_prompt", False):
-            raise ValueError(
-                f"{type(config).__name__} calls the forward that the model had before TRL gave it a fused head, so "
-                "TRL's trainers get no log-probabilities from it. Use another adapter, such as LoraConfig."
-            )
-        if getattr(config, "is_prompt_learning", False):
-            raise ValueError(
-                f"{type(config).__name__} adds virtual tokens in front of the row, which belong to no branch of the "
-                "tree. Use an adapter that adds no tokens, such as LoraConfig."
-            )
 
 
 def check_loss_is_per_token(model: PreTrainedModel | PeftModel, accepts_loss_kwargs: bool) -> None:

@@ -13,6 +13,7 @@ from trl import DPOConfig, SFTConfig
 
 from ..engine.enable import without_adapters
 from ..waves.engines import SHARDED
+from .adapters import random_adapters
 
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def refused_where_tokens_run_twice(
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
             yield f"Dropout ({name})", f"{tokens} would drop different units each time it runs", "Set it to 0"
+    for adapter in random_adapters(model):
+        yield adapter, noise, "Use an adapter that draws no random numbers"
     if getattr(without_adapters(model).config.get_text_config(), "router_jitter_noise", 0):
         yield "router_jitter_noise", noise, "Set it to 0"
 

@@ -82,6 +82,7 @@ class SelfCheck:
 
 def _explain(check: TreeCheck, report: TreeCheckReport) -> str:
     where = f" {report.where}." if report.where else ""
+    where += f" Without its adapters ({report.adapters}), it does." if report.adapters else ""
     return (
         f"{type(check.base).__name__} does not compute on a tree what it computes on separate samples: "
         f"{report.reason}.{where} Nothing was trained. Train it on one sample per turn (N-pass: `to_npass` and TRL's "
