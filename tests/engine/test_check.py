@@ -123,14 +123,14 @@ def test_planted_layers_are_found_without_gradients(name):
     model, _ = plant(qwen3_model(), name)
     enable_tree(model)
     check = TreeCheck(model, DataCollatorForSinglePass(0))
-    check.gives_gradients = False
+    check.model.gives_gradients = False
     report = check.run(TEXT)
     assert report.leak is None
     assert not report.ok
     right = qwen3_model()
     enable_tree(right)
     check = TreeCheck(right, DataCollatorForSinglePass(0))
-    check.gives_gradients = False
+    check.model.gives_gradients = False
     assert check.run(TEXT).ok
 
 

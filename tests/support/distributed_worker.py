@@ -49,7 +49,7 @@ from support.tiny_multimodal import model_for
 from support.trainers import SETTINGS as COMMON
 from support.trainers import as_dataset, float32_model
 from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, SinglePassSFTConfig, SinglePassSFTTrainer
-from trl_singlepass.engine.check import TreeCheckError
+from trl_singlepass.engine.checked_model import TreeCheckError
 from trl_singlepass.training import sequence_parallel
 from trl_singlepass.training.checkpoints import last_good_checkpoint
 from trl_singlepass.training.preemption import PreemptionCallback

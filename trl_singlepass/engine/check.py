@@ -21,28 +21,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..attention.context import running_on
 from ..attention.row_group import RowGroup
-from ..data.collator import Batch, DataCollatorForSinglePass, pad_batch
+from ..data.collator import Batch, DataCollatorForSinglePass
 from .borrowed_state import (
     adapters_disabled,
-    captured_embeddings,
-    in_evaluation_mode,
-    without_compilation,
-    zeros_filled,
 )
 from .check_report import TreeCheckReport
 from .check_row import CheckRow, ShownImage
-from .enable import UnsupportedModelError, disable_tree, enable_tree, without_adapters
+from .checked_model import CheckedModel, unwrapped
+from .enable import disable_tree, enable_tree, without_adapters
 from .first_difference import differing_module, mixing_module
-from .model_call import as_tree, takes_trees
-from .separate_samples import get_device, sample_inputs
+from .model_call import takes_trees
 
 
 if TYPE_CHECKING:
@@ -55,10 +49,6 @@ FLOOR = 4.0  # in units of the precision's rounding error
 # Two ways to run a separate sample differ by at most this, in the same units. Beyond, samples depend on their padding.
 MOST_NOISE = 64.0
 _HALF = 1e-4  # rounding errors of half precision are larger, those of float32 smaller
-
-
-class TreeCheckError(UnsupportedModelError):
-    """A model that computes something else on a tree than on separate samples."""
 
 
 def check_tree(
@@ -137,14 +127,8 @@ class TreeCheck:
         group: RowGroup | None = None,
         precision: torch.dtype | None = None,
     ) -> None:
-        self.model: Any = unwrapped(model)
-        self.base = without_adapters(self.model)
-        self.collator, self.group = collator, group
-        dtypes = {parameter.dtype for parameter in self.base.parameters() if parameter.dtype.is_floating_point}
-        # Models compute norms and rotations in float32 even where they are in float64.
-        dtypes |= {precision or torch.float32, torch.float32}
-        self.epsilon = max(*(torch.finfo(dtype).eps for dtype in dtypes), _rounding_of_products(get_device(self.base)))
-        self.gives_gradients = group is None and not _is_zero3(model)
+        self.model = CheckedModel(model, collator, group)
+        self.epsilon = self.model.rounding_error(precision)
 
     def run(self, text: np.ndarray[Any, Any], shown: ShownImage | None = None) -> TreeCheckReport:
         """
@@ -159,7 +143,7 @@ class TreeCheck:
         start = time.perf_counter()
         row = CheckRow.from_tokens(text, shown)
         exchanged = CheckRow.from_tokens(text, shown, is_exchanged=True)
-        with self._prepared():
+        with self.model.prepared():
             measured = self._measure(row, exchanged)
             if not measured.ok:
                 where, adapters = self._find_module(row, measured), self._find_adapters(row, exchanged)
@@ -167,14 +151,14 @@ class TreeCheck:
         return replace(measured, seconds=time.perf_counter() - start)
 
     def _measure(self, row: CheckRow, exchanged: CheckRow) -> TreeCheckReport:
-        with torch.no_grad(), self._explained("separate samples"):
-            alone = self.sample_logits(row)
-        with self._explained("a tree"):
-            tree, leak = self._tree_with_leak(row)
+        with torch.no_grad(), self.model.explained("separate samples"):
+            alone = self.model.sample_logits(row)
+        with self.model.explained("a tree"):
+            tree, leak = self.model.tree_with_leak(row)
         moved = None
         if leak is None:  # no gradients: the branches `a` and `b` in each other's place, among other tokens
             with torch.no_grad():
-                again = self.tree_logits(exchanged)
+                again = self.model.tree_logits(exchanged)
             places = [torch.as_tensor(path, device=tree.device) for path in row.exchanged]
             pairs = (places, reversed(places))
             moved = max(float(_errors(again[here], tree[there]).max()) for here, there in zip(*pairs, strict=True))
@@ -197,16 +181,14 @@ class TreeCheck:
         wrong stays what it was. So the noise is what the samples themselves change by, or by padding. The systematic
         part of the difference is what the differences of both runs have in common.
         """
-        factors = self._rounding(len(row.row), alone.device)
+        factors = _rounding(self.epsilon, len(row.row)).to(alone.device)
         with torch.no_grad():
-            with self._embeddings_times(
-                factors[None] if self.group is None else self.group.pad_and_part(factors[None])
-            ):
-                tree = self.tree_logits(row)
+            with self.model.embeddings_times(self.model.own_part(factors[None])):
+                tree = self.model.tree_logits(row)
             paths = torch.as_tensor(row.paths, device=tree.device)
-            with self._embeddings_times(factors[paths]):
-                rounded = self.sample_logits(row)
-            padded = _rms(_errors(self.padded_logits(row), alone[1]))
+            with self.model.embeddings_times(factors[paths]):
+                rounded = self.model.sample_logits(row)
+            padded = _rms(_errors(self.model.padded_logits(row), alone[1]))
         cosines = F.cosine_similarity(difference, tree[paths] - rounded, dim=-1)
         errors = _errors(rounded, alone)
         noise, most, systematic = self._over_ranks(
@@ -226,108 +208,20 @@ class TreeCheck:
 
     def _find_module(self, row: CheckRow, measured: TreeCheckReport) -> str | None:
         # FSDP2 frees the parameters of a layer after one backward through it, and this search needs many.
-        is_sharded = any(isinstance(module, FSDPModule) for module in self.model.modules())
-        found = mixing_module(self.base, self.tree_logits, row) if measured.leak and not is_sharded else None
-        return found or differing_module(self.base, self.tree_logits, self.sample_logits, row)
+        is_sharded = any(isinstance(module, FSDPModule) for module in self.model.module.modules())
+        found = (
+            mixing_module(self.model.base, self.model.tree_logits, row) if measured.leak and not is_sharded else None
+        )
+        return found or differing_module(self.model.base, self.model.tree_logits, self.model.sample_logits, row)
 
     def _find_adapters(self, row: CheckRow, exchanged: CheckRow) -> str | None:
         """Return the configurations of the adapters of a model that is right without them."""
-        if not hasattr(self.model, "disable_adapter"):
+        if not hasattr(self.model.module, "disable_adapter"):
             return None
-        with adapters_disabled(self.model):
+        with adapters_disabled(self.model.module):
             is_right = self._measure(row, exchanged).ok
-        names = {type(config).__name__ for config in self.model.peft_config.values()}
+        names = {type(config).__name__ for config in self.model.module.peft_config.values()}
         return ", ".join(sorted(names)) if is_right else None
-
-    @contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
-        """Say what the model was run on, where its own code or ours stops."""
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            raise TreeCheckError(
-                f"{type(self.base).__name__} does not run on {what} of this data: {reason} Nothing was trained."
-            ) from error
-
-    # Ways to run the row ---------------------------------------------------------------------------------------------
-
-    def tree_logits(self, row: CheckRow) -> Tensor:
-        """Return the outputs of a row as a tree, `(T, V)`."""
-        batch: Batch = self.collator([row.row.columns()])
-        device = get_device(self.base)
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        if self.group is None:
-            inputs = send_to_device(inputs | {"tree": batch["tree"].handled()}, device)
-            logits: Tensor = self.model(**inputs, use_cache=False).logits[0]
-            return logits[: len(row.row)].float()
-        length = self.group.padded_length(len(row.row))
-        batch = send_to_device(pad_batch(batch, length, self.collator.pad_token_id), device)
-        names = ("input_ids", "position_ids", "attention_mask")  # rows with images are not shared
-        with running_on(as_tree(batch["tree"], self.group)):
-            own = self.model(**{name: self.group.part(batch[name]) for name in names}, use_cache=False).logits
-        return self.group.gather(own)[0, : len(row.row)].float()
-
-    def sample_logits(self, row: CheckRow) -> Tensor:
-        """Return the outputs of the separate samples, side by side in a batch, `(N, S, V)`."""
-        inputs = sample_inputs(self.base, row.samples, self.collator.load_images)
-        logits: Tensor = self.model(**inputs, use_cache=False).logits
-        return logits.float()
-
-    def padded_logits(self, row: CheckRow, padding: int = 7) -> Tensor:
-        """Return the outputs of one of the samples alone, padded, `(S, V)`."""
-        sample = row.samples[1]
-        inputs = sample_inputs(self.base, [sample], self.collator.load_images)
-        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-        shape = inputs["input_ids"].shape
-        padded = {
-            name: F.pad(value, (0, padding)) if value.shape == shape else value for name, value in inputs.items()
-        }
-        logits: Tensor = self.model(**padded, use_cache=False).logits[0, : len(sample)]
-        return logits.float()
-
-    def _tree_with_leak(self, row: CheckRow) -> tuple[Tensor, float | None]:
-        """Return the outputs of a row, and the largest gradient of a probe with respect to a foreign token."""
-        if not self.gives_gradients:
-            with torch.no_grad():
-                return self.tree_logits(row), None
-        with captured_embeddings(self.model) as embeddings, torch.enable_grad():
-            logits = self.tree_logits(row)
-            effect = effect_of_tokens(logits[torch.as_tensor(row.probes, device=logits.device)], embeddings.pop())
-        return logits.detach(), float(effect[: len(row.row)][row.foreign].max())
-
-    # The state of the model ------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _prepared(self) -> Iterator[None]:
-        device = get_device(self.base)
-        with (
-            in_evaluation_mode(self.model),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            without_compilation(),
-            zeros_filled(self.model),
-        ):
-            yield
-
-    def _rounding(self, length: int, device: torch.device) -> Tensor:
-        """Return factors that move what is multiplied with them by one rounding, `(T,)`."""
-        signs = torch.randint(0, 2, (length,), generator=torch.Generator().manual_seed(0)) * 2 - 1
-        return (1 + self.epsilon * signs.double()).to(device)
-
-    @contextmanager
-    def _embeddings_times(self, factors: Tensor) -> Iterator[None]:
-        """Multiply what the embedding layer returns by a factor for each token, `(batch, length)`."""
-
-        def multiply(module: nn.Module, args: object, output: Tensor) -> Tensor:
-            return (output.double() * factors[..., None]).to(output.dtype)
-
-        handle = self.base.get_input_embeddings().register_forward_hook(multiply)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     @staticmethod
     def _over_ranks(*values: float | None) -> list[float | None]:
@@ -341,29 +235,6 @@ class TreeCheck:
         return [None if value is None else float(most) for value, most in zip(values, whole.max(0), strict=True)]
 
 
-def unwrapped(model: Any) -> Any:
-    """Return the model inside of wrappers that only reduce gradients or compile: DDP, DeepSpeed, `torch.compile`."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
-            model = model.module
-        else:
-            return model
-
-
-def _rounding_of_products(device: torch.device) -> float:
-    """Return the rounding error of products of float32, which TF32 and bfloat16 may stand in for."""
-    rounding = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
-    convolutions = 2.0**-10 if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else 0.0
-    return max(rounding, convolutions)
-
-
-def _is_zero3(model: nn.Module) -> bool:
-    """Whether DeepSpeed shards the parameters of a model."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
 @contextmanager
 def _on_trees_for_a_while(base: PreTrainedModel) -> Iterator[None]:
     before = enable_tree(base)
@@ -373,7 +244,10 @@ def _on_trees_for_a_while(base: PreTrainedModel) -> Iterator[None]:
         disable_tree(base, before)
 
 
-# Measures ------------------------------------------------------------------------------------------------------------
+def _rounding(epsilon: float, length: int) -> Tensor:
+    """Return factors that move what is multiplied with them by one rounding, `(T,)`."""
+    signs = torch.randint(0, 2, (length,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return 1 + epsilon * signs.double()
 
 
 def _errors(found: Tensor, expected: Tensor) -> Tensor:
@@ -385,22 +259,3 @@ def _errors(found: Tensor, expected: Tensor) -> Tensor:
 
 def _rms(errors: Tensor) -> float:
     return float(errors.square().mean().sqrt())
-
-
-def effect_of_tokens(outputs: Tensor, embeddings: Tensor) -> np.ndarray[Any, Any]:
-    """
-    Return the largest absolute gradient of outputs with respect to each token.
-
-    Args:
-        outputs (`torch.Tensor` of shape `(num_outputs, V)`):
-            Outputs, of which one sum is differentiated.
-        embeddings (`torch.Tensor` of shape `(1, T, hidden)`):
-            What the layers read of the tokens.
-
-    Returns:
-        `numpy.ndarray` of shape `(T,)`, `numpy.float64`.
-    """
-    direction = torch.cos(torch.arange(outputs.shape[-1], device=outputs.device)).to(outputs.dtype)
-    (gradient,) = torch.autograd.grad((outputs @ direction).sum(), embeddings)
-    effect: np.ndarray[Any, Any] = gradient.reshape(-1, gradient.shape[-1]).abs().amax(-1).double().cpu().numpy()
-    return effect

@@ -14,8 +14,9 @@ from torch import nn
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch, DataCollatorForSinglePass
 from ..data.preparation import say
-from ..engine.check import TreeCheck, TreeCheckError, tokens_of_batch
+from ..engine.check import TreeCheck, tokens_of_batch
 from ..engine.check_report import TreeCheckReport
+from ..engine.checked_model import TreeCheckError
 
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,7 +85,7 @@ def _explain(check: TreeCheck, report: TreeCheckReport) -> str:
     where = f" {report.where}." if report.where else ""
     where += f" Without its adapters ({report.adapters}), it does." if report.adapters else ""
     return (
-        f"{type(check.base).__name__} does not compute on a tree what it computes on separate samples: "
+        f"{type(check.model.base).__name__} does not compute on a tree what it computes on separate samples: "
         f"{report.reason}.{where} Nothing was trained. Train it on one sample per turn (N-pass: `to_npass` and TRL's "
         "own trainer), or take out the layer or adapter that mixes the tokens of a row; check_tree(model, tokenizer) "
         "measures it again."

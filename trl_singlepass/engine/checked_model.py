@@ -1,0 +1,193 @@
+"""A model while it is checked: run on a small row as a tree, and on the samples of the row, in a few ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..attention.context import running_on
+from ..attention.row_group import RowGroup
+from ..data.collator import Batch, DataCollatorForSinglePass, pad_batch
+from .borrowed_state import captured_embeddings, in_evaluation_mode, without_compilation, zeros_filled
+from .check_row import CheckRow
+from .enable import UnsupportedModelError, without_adapters
+from .model_call import as_tree
+from .separate_samples import get_device, sample_inputs
+
+
+class TreeCheckError(UnsupportedModelError):
+    """A model that computes something else on a tree than on separate samples."""
+
+
+class CheckedModel:
+    """
+    Runs a model, as an engine wrapped it, on the row of the check.
+
+    Shape letters: T tokens of the row, N samples of S tokens, V size of the vocabulary.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model that takes trees.
+        collator (`DataCollatorForSinglePass`):
+            Makes the batch of the row; loads its images.
+        group (`RowGroup`, *optional*):
+            Ranks that share rows.
+    """
+
+    def __init__(self, model: nn.Module, collator: DataCollatorForSinglePass, group: RowGroup | None = None) -> None:
+        self.module: Any = unwrapped(model)
+        self.base = without_adapters(self.module)
+        self.collator, self.group = collator, group
+        self.gives_gradients = group is None and not _is_zero3(model)
+
+    def rounding_error(self, precision: torch.dtype | None = None) -> float:
+        """
+        Return the largest relative rounding error of what the model computes.
+
+        Args:
+            precision (`torch.dtype`, *optional*):
+                Dtype that the model computes in, if it is narrower than its parameters (autocast).
+        """
+        dtypes = {parameter.dtype for parameter in self.base.parameters() if parameter.dtype.is_floating_point}
+        # Models compute norms and rotations in float32 even where they are in float64.
+        dtypes |= {precision or torch.float32, torch.float32}
+        return max(*(torch.finfo(dtype).eps for dtype in dtypes), _rounding_of_products(get_device(self.base)))
+
+    def own_part(self, of_tokens: Tensor) -> Tensor:
+        """Return what this rank runs of a tensor with an entry for each token of the row, `(1, T)`."""
+        return of_tokens if self.group is None else self.group.pad_and_part(of_tokens)
+
+    @contextmanager
+    def explained(self, what: str) -> Iterator[None]:
+        """Say what the model was run on, where its own code or ours stops."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise TreeCheckError(
+                f"{type(self.base).__name__} does not run on {what} of this data: {reason} Nothing was trained."
+            ) from error
+
+    # Ways to run the row ---------------------------------------------------------------------------------------------
+
+    def tree_logits(self, row: CheckRow) -> Tensor:
+        """Return the outputs of a row as a tree, `(T, V)`."""
+        batch: Batch = self.collator([row.row.columns()])
+        device = get_device(self.base)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if self.group is None:
+            inputs = send_to_device(inputs | {"tree": batch["tree"].handled()}, device)
+            logits: Tensor = self.module(**inputs, use_cache=False).logits[0]
+            return logits[: len(row.row)].float()
+        length = self.group.padded_length(len(row.row))
+        batch = send_to_device(pad_batch(batch, length, self.collator.pad_token_id), device)
+        names = ("input_ids", "position_ids", "attention_mask")  # rows with images are not shared
+        with running_on(as_tree(batch["tree"], self.group)):
+            own = self.module(**{name: self.group.part(batch[name]) for name in names}, use_cache=False).logits
+        return self.group.gather(own)[0, : len(row.row)].float()
+
+    def sample_logits(self, row: CheckRow) -> Tensor:
+        """Return the outputs of the separate samples, side by side in a batch, `(N, S, V)`."""
+        inputs = sample_inputs(self.base, row.samples, self.collator.load_images)
+        logits: Tensor = self.module(**inputs, use_cache=False).logits
+        return logits.float()
+
+    def padded_logits(self, row: CheckRow, padding: int = 7) -> Tensor:
+        """Return the outputs of one of the samples alone, padded, `(S, V)`."""
+        sample = row.samples[1]
+        inputs = sample_inputs(self.base, [sample], self.collator.load_images)
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        shape = inputs["input_ids"].shape
+        padded = {
+            name: F.pad(value, (0, padding)) if value.shape == shape else value for name, value in inputs.items()
+        }
+        logits: Tensor = self.module(**padded, use_cache=False).logits[0, : len(sample)]
+        return logits.float()
+
+    def tree_with_leak(self, row: CheckRow) -> tuple[Tensor, float | None]:
+        """Return the outputs of a row, and the largest gradient of a probe with respect to a foreign token."""
+        if not self.gives_gradients:
+            with torch.no_grad():
+                return self.tree_logits(row), None
+        with captured_embeddings(self.module) as embeddings, torch.enable_grad():
+            logits = self.tree_logits(row)
+            effect = effect_of_tokens(logits[torch.as_tensor(row.probes, device=logits.device)], embeddings.pop())
+        return logits.detach(), float(effect[: len(row.row)][row.foreign].max())
+
+    # The state of the model ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Put the model in the state in which it is checked; it is left as it was, the random state too."""
+        device = get_device(self.base)
+        with (
+            in_evaluation_mode(self.module),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            without_compilation(),
+            zeros_filled(self.module),
+        ):
+            yield
+
+    @contextmanager
+    def embeddings_times(self, factors: Tensor) -> Iterator[None]:
+        """Multiply what the embedding layer returns by a factor for each token, `(batch, length)`."""
+
+        def multiply(module: nn.Module, args: object, output: Tensor) -> Tensor:
+            return (output.double() * factors[..., None]).to(output.dtype)
+
+        handle = self.base.get_input_embeddings().register_forward_hook(multiply)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model inside of wrappers that only reduce gradients or compile: DDP, DeepSpeed, `torch.compile`."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+            model = model.module
+        else:
+            return model
+
+
+def _rounding_of_products(device: torch.device) -> float:
+    """Return the rounding error of products of float32, which TF32 and bfloat16 may stand in for."""
+    rounding = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
+    convolutions = 2.0**-10 if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else 0.0
+    return max(rounding, convolutions)
+
+
+def _is_zero3(model: nn.Module) -> bool:
+    """Whether DeepSpeed shards the parameters of a model."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def effect_of_tokens(outputs: Tensor, embeddings: Tensor) -> np.ndarray[Any, Any]:
+    """
+    Return the largest absolute gradient of outputs with respect to each token.
+
+    Args:
+        outputs (`torch.Tensor` of shape `(num_outputs, V)`):
+            Outputs, of which one sum is differentiated.
+        embeddings (`torch.Tensor` of shape `(1, T, hidden)`):
+            What the layers read of the tokens.
+
+    Returns:
+        `numpy.ndarray` of shape `(T,)`, `numpy.float64`.
+    """
+    direction = torch.cos(torch.arange(outputs.shape[-1], device=outputs.device)).to(outputs.dtype)
+    (gradient,) = torch.autograd.grad((outputs @ direction).sum(), embeddings)
+    effect: np.ndarray[Any, Any] = gradient.reshape(-1, gradient.shape[-1]).abs().amax(-1).double().cpu().numpy()
+    return effect
