@@ -29,6 +29,7 @@ PRIVATE = {
     "_global_mapping": "transformers.utils.generic.GeneralInterface",
     "_metrics": "trl.trainer.sft_trainer.SFTTrainer.log",
     "_no_split_modules": "accelerate.utils.dataclasses.FullyShardedDataParallelPlugin.set_auto_wrap_policy",
+    "_orig_mod": "torch._dynamo.eval_frame.OptimizedModule",
     "_set_sync_gradients": "accelerate.state.GradientState._set_sync_gradients",
     "_total_train_tokens": "trl.trainer.sft_trainer.SFTTrainer.compute_loss",
     "_train_batch_size": "transformers.trainer.Trainer.get_train_dataloader",

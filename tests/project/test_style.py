@@ -19,12 +19,6 @@ def name_of(path):
     return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_files_stay_short(path):
-    lines = len(path.read_text().splitlines())
-    assert lines <= 300, f"{path.name} has {lines} lines, 300 are allowed: split it where a name appears"
-
-
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_data_modules_do_not_import_torch(module):
     code = f"import sys, trl_singlepass.{module}; sys.exit('torch' in sys.modules)"

@@ -7,6 +7,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 
+KEEPS_ATTENTION = "_keeps_attention"
+"""Attribute of the configuration of a layer that keeps its attention when that of the model changes."""
+
+
 def set_text_attention(model: Any, implementation: str) -> None:
     """
     Change the attention implementation of a model, but not of its encoders for other media.
@@ -23,7 +27,8 @@ def set_text_attention(model: Any, implementation: str) -> None:
     model.set_attn_implementation(_down_to(text, model.config, implementation) or implementation)
     for module in model.modules():  # layers that PEFT replicates have a configuration of their own
         config: Any = getattr(module, "config", None)
-        if type(config) is type(text) and config is not text and not isinstance(module, PreTrainedModel):
+        is_copy = type(config) is type(text) and config is not text and not isinstance(module, PreTrainedModel)
+        if is_copy and not getattr(config, KEEPS_ATTENTION, False):
             config._attn_implementation = text._attn_implementation
 
 

@@ -36,16 +36,6 @@ class RowTree:
             Feature that each token shows, -1 for text; in a dataset with images.
         images (`tuple[ImageReference, ...]`, *optional*):
             The distinct images of the row, in the order of their features.
-
-    Attributes:
-        is_blank (`bool`):
-            Whether the row holds nothing that is new, and only completes a step.
-        is_shared (`bool`):
-            Whether the ranks of a group share the row (sequence parallelism).
-        router_loss_scale (`float`):
-            Factor of the load-balancing loss of the batch.
-        is_handled (`bool`):
-            Whether the caller of the model sees to all that the row asks of a loss (see [`handled`]).
     """
 
     def __init__(
@@ -61,8 +51,10 @@ class RowTree:
         self.plan, self.subtree_end, self.depth = plan, subtree_end, depth
         self.label_parts, self.loss_weights, self.image_features = label_parts, loss_weights, image_features
         self.images = images
-        self.is_blank = self.is_shared = self.is_handled = False
-        self.router_loss_scale = 1.0
+        self.is_blank = False  # whether it holds nothing new, and only completes a step
+        self.is_shared = False  # whether the ranks of a group share the row (sequence parallelism)
+        self.is_handled = False  # see `handled`
+        self.router_loss_scale = 1.0  # factor of the load-balancing loss of the batch
 
     def replace(self, **changes: Any) -> RowTree:
         """Return a copy with other values of some attributes."""

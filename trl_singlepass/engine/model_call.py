@@ -49,9 +49,9 @@ def take_trees(model: PreTrainedModel) -> None:
     if takes_trees(model):
         return
     # A fused head may have been put around an earlier one of these: each calls the forward that it found.
-    found: list[Any] = vars(model).setdefault("_forwards_without_trees", [])
+    found: list[Any] = vars(model).get("_forwards_without_trees", [])
     level = len(found)
-    found.append(model.forward)
+    model._forwards_without_trees = [*found, model.forward]
 
     # `generate` and the Trainer read the signature.
     @functools.wraps(type(model).forward)
@@ -80,7 +80,7 @@ def leave_trees(model: PreTrainedModel) -> None:
     """Undo [`take_trees`], unless something else has been put around the model's `forward` since."""
     if not takes_trees(model):
         return
-    before = vars(model)["_forwards_without_trees"].pop()
+    before = model._forwards_without_trees.pop()
     if getattr(before, "__func__", None) is type(model).forward:
         del model.forward
     else:

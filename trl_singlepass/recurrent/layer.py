@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.context import Tree
 from ..attention.kv_cache import is_in_backward
+from ..attention.text_layers import KEEPS_ATTENTION
 from ..attention.tree_mask import TreeMask
 from .boundary import HasBoundary, RowBoundary
 from .fork_cache import ForkStates
@@ -66,7 +67,9 @@ def _with_stock_attention(layer: Any) -> PreTrainedConfig:
             f"{type(layer).__name__} selects the tokens that it attends to, which on a tree works with "
             f"attn_implementation='sdpa' or 'eager', not {implementation!r}. Load the model with one of these."
         )
-    return copy.copy(layer.config)
+    config: PreTrainedConfig = copy.copy(layer.config)
+    setattr(config, KEEPS_ATTENTION, True)
+    return config
 
 
 def disable_tree_recurrence(model: PreTrainedModel) -> None:
