@@ -1,5 +1,5 @@
 """
-Write the measured tables into README.md and two pages of docs/, from the files under benchmarks/results/ alone.
+Write the measured tables into README.md and three pages of docs/, from the files under benchmarks/results/ alone.
 
     python -m benchmarks.report
 """
@@ -16,6 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 MEMORY = Path(__file__).parents[1] / "docs" / "memory.md"
+CHECK = Path(__file__).parents[1] / "docs" / "own_loops.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 Section = Callable[[dict[str, Any], str], str]
 MEMORY_MODES = ("single_pass", "causal_row")
@@ -229,6 +230,31 @@ def memory_section(result: dict[str, Any], name: str) -> str:
     return text + "\n\n" + provenance(result, name)
 
 
+def self_check_section(result: dict[str, Any], name: str) -> str:
+    """What the check before the first step costs, beside one forward of 128 tokens."""
+    rows = [
+        [
+            one["model"],
+            one["dtype"],
+            one["engine"],
+            str(one["forwards"]),
+            str(one["forward_tokens"]),
+            f"{one['seconds']:.2f} s",
+            f"{one['forward_seconds']:.2f} s",
+        ]
+        for one in result["results"]
+    ]
+    header = ["parameters", "dtype", "engine", "forwards", "their tokens", "check", "one forward of 128 tokens"]
+    machine, versions = result["machine"], result["versions"]
+    source = (
+        f"<sub>`benchmarks/results/{name}`, {result['date']}, commit {result['commit'][:7]}: {machine['processor']}, "
+        f"{machine['cores']} cores, two threads in all; "
+        + ", ".join(f"{package} {number}" for package, number in versions.items())
+        + ".</sub>"
+    )
+    return table(header, rows) + "\n\n" + source
+
+
 def profile_section(result: dict[str, Any], name: str) -> str:
     """Two tables of one step: which operations take its time, and what Linux spends on its memory."""
     rows, memory = [], []
@@ -269,7 +295,7 @@ def provenance(result: dict[str, Any], name: str) -> str:
     )
 
 
-# What each kind of results becomes, on docs/benchmarks.md and on docs/memory.md.
+# What each kind of results becomes, on docs/benchmarks.md, docs/memory.md and docs/own_loops.md.
 PAGE_SECTIONS: dict[str, Section] = {
     "step_time": speed_section,
     "step_time_shapes": shapes_section,
@@ -277,6 +303,7 @@ PAGE_SECTIONS: dict[str, Section] = {
     "row_memory": memory_section,
 }
 MEMORY_SECTIONS: dict[str, Section] = {"step_time_waves": waves_section}
+CHECK_SECTIONS: dict[str, Section] = {"self_check": self_check_section}
 
 
 def read(kind: str) -> list[tuple[str, dict[str, Any]]]:
@@ -303,6 +330,7 @@ def main() -> None:
     replace_between_markers(README, summary(*latest))
     replace_between_markers(PAGE, report())
     replace_between_markers(MEMORY, report(MEMORY_SECTIONS))
+    replace_between_markers(CHECK, report(CHECK_SECTIONS))
 
 
 if __name__ == "__main__":

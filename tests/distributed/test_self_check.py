@@ -1,10 +1,13 @@
-"""Planted layers are found on every engine, on all ranks together, and no parameter has changed by then."""
+"""
+Planted layers are found on every engine, on all ranks together, and no parameter has changed by then; a loss of one's
+own trains there what the trainer's own trains.
+"""
 
 import pytest
 import torch
 
 from support.planted_layers import PLANTED
-from support.worker_settings import ENGINES, assert_engine, on_engine, with_config
+from support.worker_settings import ENGINES, assert_engine, assert_same_training, on_engine, with_config
 
 
 def slow_unless(is_fast, *values):
@@ -44,3 +47,14 @@ def test_an_adapter_that_starts_at_zero_is_measured_and_trained_as_alone(tmp_pat
     run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert "Checked" in run.log
     assert run.loss == pytest.approx(alone.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", [slow_unless(engine in ("zero3", "fsdp2"), engine) for engine in ENGINES])
+def test_a_loss_of_ones_own_runs_on_the_tree(tmp_path, workers, one_process, engine):
+    """With gradient checkpointing, which is TRL's default."""
+    own = {"config": {"log_turn_metrics": False}}
+    alone = one_process(with_config(own, per_device_train_batch_size=2))
+    settings, environment = on_engine(engine, {**own, "own_loss": True})
+    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
+    assert_engine(run, engine)
+    assert_same_training(run, alone, 1e-5)

@@ -133,12 +133,15 @@ def test_tables_replace_what_is_between_the_markers(tmp_path):
 
 
 def test_pages_say_what_the_committed_results_say(tmp_path, monkeypatch):
-    for name in ("README", "PAGE", "MEMORY"):
+    for name in ("README", "PAGE", "MEMORY", "CHECK"):
         page = getattr(report, name)
         monkeypatch.setattr(report, name, tmp_path / page.name)
         shutil.copy(page, tmp_path)
     report.main()
-    for page in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "memory.md"):
+    for page in [
+        ROOT / "README.md",
+        *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "memory", "own_loops")),
+    ]:
         assert (tmp_path / page.name).read_text() == page.read_text()
 
 

@@ -32,6 +32,7 @@ from accelerate.utils import DeepSpeedSequenceParallelConfig, DistributedType
 from packaging.version import Version
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
 from support import tiny_causal_lms
@@ -162,6 +163,17 @@ def in_four_bits(model, folder):
     return type(model).from_pretrained(folder, dtype=torch.float32, quantization_config=config, device_map={"": "cpu"})
 
 
+class OwnLoss(SinglePassSFTTrainer):
+    """Computes the loss itself, from the model's logits."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        targets = inputs["labels"][:, 1:].flatten()
+        loss = cross_entropy(outputs.logits[:, :-1].flatten(0, 1), targets, reduction="sum") / num_items_in_batch
+        loss = loss * self.accelerator.num_processes  # of which the engine takes the mean
+        return (loss, outputs) if return_outputs else loss
+
+
 def build_trainer(settings):
     """Return the trainer that the settings describe."""
     tokenizer = make_tokenizer("qwen3")
@@ -196,7 +208,8 @@ def build_trainer(settings):
     dataset = as_dataset(settings.get("rows") or training_conversations()[: settings.get("num_rows")])
     if "num_shards" in settings:
         dataset = dataset.to_iterable_dataset(settings["num_shards"])
-    return SinglePassSFTTrainer(
+    trainer_class = OwnLoss if settings.get("own_loss") else SinglePassSFTTrainer
+    return trainer_class(
         model,
         SinglePassSFTConfig(str(Path(settings["result"]).parent / "out"), **config),
         **{"train_dataset": dataset, **images},

@@ -30,7 +30,7 @@ def test_the_page_lists_the_overridden_methods_in_the_order_of_the_class():
 
 
 def test_other_methods_have_names_that_no_base_uses():
-    own = {"_enable_tree", "_epoch", "_without_repeats"}
+    own = {"_check_model", "_enable_tree", "_epoch", "_without_repeats"}
     assert methods(SinglePassSFTTrainer) - set(overridden(SinglePassSFTTrainer)) == own
 
 
