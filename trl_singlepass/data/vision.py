@@ -14,6 +14,7 @@ from ..images.conversation_images import ConversationImages
 from ..images.encoded import EncodedImage
 from ..images.placeholders import ImagePlaceholders, placeholders_of
 from ..rendering.conversation import Conversation
+from ..trees.errors import DataError
 from ..trees.sample import Sample
 from .images import has_image_column, holds_images, take_images
 
@@ -91,7 +92,7 @@ class ConversationReader:
                 features = images.features_in(sample.token_ids, shown)
                 added.append(replace(sample, image_features=features, images=images.references))
             except ValueError as error:
-                raise ValueError(f"Turn {number}: {error}") from error
+                raise DataError(f"Turn {number}: {error}") from error
         return added
 
     def _conversation_images(self, images: Sequence[EncodedImage], index: int) -> ConversationImages:

@@ -11,6 +11,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..trees.errors import DataError
+
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,13 +58,13 @@ class EncodedImage:
             data = _from_base64(value)
             return cls(data=data) if data is not None else cls(path=value)
         if value is None or isinstance(value, bool | int | float):
-            raise ValueError(f"{_FORMS}, got {value!r}.")
+            raise DataError(f"{_FORMS}, got {value!r}.")
         from datasets import Image  # here, because it takes a while
 
         try:
             encoded: Mapping[str, Any] = Image().encode_example(value)
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{_FORMS}, got {type(value).__name__} ({error}).") from error
+            raise DataError(f"{_FORMS}, got {type(value).__name__} ({error}).") from error
         return cls(encoded.get("path"), encoded.get("bytes"))
 
     @property
@@ -114,9 +116,9 @@ class EncodedImage:
         file: BinaryIO = xopen(self.path, "rb")
         return file
 
-    def _unreadable(self, error: Exception) -> ValueError:
+    def _unreadable(self, error: Exception) -> DataError:
         what = f"{len(self.data)} bytes" if self.data is not None else repr(self.path)
-        return ValueError(f"An image cannot be read ({what}: {error}). Repair it, or leave the row out.")
+        return DataError(f"An image cannot be read ({what}: {error}). Repair it, or leave the row out.")
 
 
 def _has_exif(image: Image, file: BinaryIO) -> bool:
