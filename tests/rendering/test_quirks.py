@@ -180,6 +180,15 @@ def test_reasoning_given_twice_is_refused(name, key):
         render_samples([USER, message], tokenizer_of(name))
 
 
+def test_parts_beside_calls_are_joined_where_a_template_would_print_them_as_a_list():
+    joined = "{% if m.content is string or m.tool_calls %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}"
+    source = HARD_TEMPLATES["strings only"].source.replace("{{ m.content | string }}", joined)
+    tokenizer = tokenizer_for(None, source, ("<|im_end|>",))
+    parts = assistant([{"type": "text", "text": "Hazel"}], tool_calls=[CALL])
+    (sample,) = render_samples([USER, parts], tokenizer)
+    assert completion(sample, tokenizer) == f"Hazel{CALL_TEXT}<|im_end|>\n"
+
+
 def test_an_empty_block_beside_reasoning_says_nothing():
     (text,) = trained("no stop", assistant("<think>\n\n</think>\n\nAspen", reasoning_content="Rowan"))
     assert text == "<think>Rowan</think>Aspen<|user|>"

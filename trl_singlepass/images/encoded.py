@@ -89,7 +89,7 @@ class EncodedImage:
             with self._open() as file, Image.open(file) as image:
                 width, height = image.size
                 turned = _has_exif(image, file) and image.getexif().get(_ORIENTATION) in _TURNED
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # file systems and decoders raise many kinds
             raise self._unreadable(error) from error
         return (height, width) if turned else (width, height)
 
@@ -104,7 +104,7 @@ class EncodedImage:
 
         try:
             image: Image = ImageFeature().decode_example({"path": self.path, "bytes": self.data})
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # file systems and decoders raise many kinds
             raise self._unreadable(error) from error
         return image
 

@@ -23,17 +23,8 @@ class Conversation:
     """
     What one dataset example says, in the form that `apply_chat_template` takes.
 
-    Args:
-        messages (`list[dict]`):
-            All messages, the prompt's and the completion's.
-        tools (`list`, *optional*):
-            Tools that the model may call: JSON schemas or Python functions.
-        template_kwargs (`dict`, *optional*):
-            Further arguments of the chat template, such as `enable_thinking`.
-        first_trained (`int`, *optional*, defaults to 0):
-            Position of the first message that may be trained. Those before it are context.
-        images ([`ConversationImages`], *optional*):
-            The images of its messages, each of which stands in them as a part `{"type": "image"}`.
+    `template_kwargs` are further arguments of the chat template, such as `enable_thinking`. Messages before
+    `first_trained` are context only. Each of the `images` stands in the messages as a part `{"type": "image"}`.
     """
 
     messages: list[Message]
@@ -53,19 +44,12 @@ class Conversation:
         """
         Read a dataset example.
 
-        Args:
-            example (`dict`):
-                `messages`, or `prompt` and `completion` as lists of messages, or ShareGPT's `conversations`;
-                optionally `tools` and `chat_template_kwargs`, each as an object or as a JSON string, and the text of
-                a system message in `system`, which becomes message 0. In dicts that
-                went through Arrow, keys whose value is `None` are dropped: Arrow gives every struct the keys of all of
-                them. A null argument of a tool call is kept where the tool's schema requires the argument, or where
-                the arguments are a JSON string.
-            images ([`ConversationImages`], *optional*):
-                The images of its messages.
-
-        Raises:
-            `RenderingError`: If the example has none of these columns, or they hold something else.
+        It has `messages`, or `prompt` and `completion` as lists of messages, or ShareGPT's `conversations`; optionally
+        `tools` and `chat_template_kwargs`, each as an object or as a JSON string, and the text of a system message in
+        `system`, which becomes message 0. In dicts that went through Arrow, keys whose value is `None` are dropped:
+        Arrow gives every struct the keys of all of them. A null argument of a tool call is kept where the tool's
+        schema requires the argument, or where the arguments are a JSON string. An example that has none of these
+        columns, or in which they hold something else, is refused.
         """
         columns = message_columns(example)
         groups = [_chatml(example[name]) if name == "conversations" else example[name] for name in columns]
