@@ -16,7 +16,7 @@ from support.trainers import as_dataset, columns_of_rows, single_pass_trainer
 from trl_singlepass import SinglePassSFTConfig, audit, to_npass, verify
 from trl_singlepass.data import conversations as conversation_rows
 from trl_singlepass.data import preparation
-from trl_singlepass.data.bad_rows import BadRowError
+from trl_singlepass.data.bad_rows import BadRowError, BadRows, UnexpectedError
 from trl_singlepass.data.conversations import example_to_samples
 from trl_singlepass.data.preparation import conversations_to_rows
 from trl_singlepass.data.selection import OverlongTurnError
@@ -149,15 +149,21 @@ def test_mistakes_of_the_package_are_never_dropped(tokenizer, monkeypatch):
         conversations_to_rows(as_dataset(GOOD), tokenizer, RowSettings(), bad_rows="drop")
 
 
-def test_what_nobody_foresaw_has_its_row(tokenizer, monkeypatch):
+@pytest.mark.parametrize("bad_rows", list(BadRows))
+@pytest.mark.parametrize("error", [KeyError("surprise"), ValueError("substring not found"), TypeError("'NoneType'")])
+def test_what_nobody_foresaw_stops_the_run_and_is_no_bad_row(tokenizer, monkeypatch, error, bad_rows):
     def broken(*_, **__):
-        raise KeyError("surprise")
+        raise error
 
-    monkeypatch.setattr(conversation_rows, "render_with_history", broken)
-    with pytest.raises(
-        RenderingError, match=r"3 rows \(0, 1, 2\), the first: it cannot be read \(KeyError: 'surprise'"
-    ):
-        conversations_to_rows(as_dataset(GOOD), tokenizer, RowSettings())
+    for name in ("render_with_history", "render_conversation"):
+        monkeypatch.setattr(conversation_rows, name, broken)
+    with pytest.raises(UnexpectedError, match=r"^Row 0: ") as caught:
+        conversations_to_rows(as_dataset(GOOD), tokenizer, RowSettings(), bad_rows=bad_rows)
+    assert caught.value.__cause__ is error
+    with pytest.raises(UnexpectedError):
+        list(stream_rows(as_dataset(GOOD).to_iterable_dataset(), tokenizer, RowSettings(), bad_rows=bad_rows))
+    with pytest.raises(UnexpectedError):
+        audit([{"messages": messages} for messages in GOOD], tokenizer)
 
 
 def test_evaluation_sets_are_named(tmp_path, tokenizer):

@@ -4,6 +4,7 @@ import copy
 import logging
 
 import datasets
+import PIL.Image
 import pytest
 import torch
 
@@ -29,6 +30,7 @@ from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.images.loading import image_loader_of
 from trl_singlepass.images.placeholders import placeholders_of
 from trl_singlepass.images.reading import ImageReader
+from trl_singlepass.rendering.samples import RenderingError
 from trl_singlepass.trees.image_features import shown_images
 
 
@@ -154,6 +156,17 @@ def test_images_that_cannot_be_read_name_their_rows(processor, tmp_path):
     ):
         prepare_dataset(dataset, processor, RowSettings())
     assert len(prepare_dataset(dataset, processor, RowSettings(), bad_rows="drop")) == 1
+
+
+def test_whatever_a_decoder_raises_makes_the_row_bad(processor, tmp_path, monkeypatch):
+    dataset = forms(CHAT, tmp_path)["parts of paths"]
+
+    def too_large(*_):
+        raise PIL.Image.DecompressionBombError("too many pixels")
+
+    monkeypatch.setattr(PIL.Image, "open", too_large)
+    with pytest.raises(RenderingError, match=r"rows?(.|\n)*An image cannot be read \(.*too many pixels"):
+        prepare_dataset(dataset, processor, RowSettings())
 
 
 def test_an_image_that_changes_after_preparation_names_its_row(processor, tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from support.chat_tokenizers import make_tokenizer
-from support.conversations import chat, tool_chat
+from support.conversations import chat, plain_chat, tool_chat
 from support.trainers import as_dataset, single_pass_trainer
 from trl_singlepass.data import preparation
 from trl_singlepass.data.preparation import conversations_to_rows, tokenizer_fingerprint
@@ -135,3 +135,20 @@ def test_the_report_counts_turns_by_how_they_were_rendered():
     )
     _, report = conversations_to_rows(dataset.select([0]), make_tokenizer("qwen3"), RowSettings())
     assert str(report).startswith("2 turns of 1 conversations; all ")
+
+
+def test_turns_that_train_an_empty_block_of_reasoning_are_counted_in_the_summary():
+    dataset = as_dataset([chat(2), plain_chat(3)])
+    _, report = conversations_to_rows(dataset, make_tokenizer("qwen3"), RowSettings())
+    assert report.num_empty_blocks == 3
+    assert "3 turns without reasoning" in str(report)
+    _, report = conversations_to_rows(dataset, make_tokenizer("qwen3_instruct_2507"), RowSettings(), bad_rows="drop")
+    assert report.num_empty_blocks == 0
+    _, report = conversations_to_rows(
+        as_dataset([plain_chat(3)]), make_tokenizer("qwen3"), RowSettings(train_turns="last")
+    )
+    assert report.num_empty_blocks == 1, "of the turns that are trained"
+    # The prompt holds the block: nothing of it is trained.
+    switched_off = [{"messages": plain_chat(2), "chat_template_kwargs": {"enable_thinking": False}}]
+    _, report = conversations_to_rows(datasets.Dataset.from_list(switched_off), make_tokenizer("qwen3"), RowSettings())
+    assert report.num_empty_blocks == 0

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 
-from support.conversations import AGENT_TOOLS, chat, tool_chat
+from support.conversations import AGENT_TOOLS, chat, tool_chat, without_reasoning
 from support.pairs import pair, pair_with_shared_turns
 from trl_singlepass.data.bad_rows import BadRowError
 from trl_singlepass.preference.dataset import prepare_pairs
@@ -190,6 +190,13 @@ def test_the_summary_counts_what_cancels_and_what_is_cut(tokenizer, caplog):
     total = sum(len(s) - s.prompt_length for s in rendered.samples)
     kept = sum(max(min(len(s), longest) - s.prompt_length, 0) for s in rendered.samples)
     assert f"{kept} completion tokens count, {total - kept} past max_length do not" in cut
+
+
+def test_the_summary_counts_turns_that_train_an_empty_block_of_reasoning(tokenizer):
+    silent = {key: without_reasoning(messages) for key, messages in pair(2).items()}
+    summary = prepared([pair(1), silent], tokenizer).info.description
+    num_turns = sum(message["role"] == "assistant" for key in ("chosen", "rejected") for message in silent[key])
+    assert f"{num_turns} turns without reasoning" in summary
 
 
 def test_a_pair_with_an_empty_side_is_dropped_and_counted(tokenizer):

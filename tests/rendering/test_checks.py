@@ -27,7 +27,7 @@ BAD_WITH_TEMPLATE = {
     "no place for reasoning": (
         "llama3",
         assistant(reasoning_content="We think.", content="Hello."),
-        r"its reasoning is lost: the template has no place for it\. Write it into 'content' as <think>…</think>",
+        r"its reasoning is lost: the template has no place for it\. Write it into 'content'",
     ),
     "no place for reasoning, but a comment on it": (
         "qwen3_instruct_2507_training",

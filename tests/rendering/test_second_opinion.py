@@ -7,96 +7,21 @@ any other message, and a stop token at its end. Or the turn is refused.
 """
 
 import json
-import random
 import re
 from collections import Counter
-from itertools import count
 
 import pytest
 
 from support.chat_templates import HARD_TEMPLATES
-from support.chat_tokenizers import make_tokenizer, template_names, template_text
+from support.chat_tokenizers import template_text
 from support.public_data import CONVERSATIONS, FOLDER, released_qwen3_tokenizer
+from support.second_opinion import TEMPLATES, TOOLS, Author, said, tokenizer_for
 from trl_singlepass.rendering.conversation import Conversation, RenderingError
 from trl_singlepass.rendering.samples import render_conversation, render_example
 
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "lookup",
-            "description": "Looks up.",
-            "parameters": {
-                "type": "object",
-                "properties": {"key": {"type": "string", "description": "What"}},
-                "required": ["key"],
-            },
-        },
-    }
-]
-# Tokens at which the models of TRL's templates stop, where they are not the tokenizer's EOS token.
-STOPS = {
-    "gptoss": ("<|return|>", "<|call|>"),
-    "glm4moe": ("<|user|>", "<|observation|>"),
-    "gemma4": ("<turn|>", "<|tool_response>"),
-    "diffusion_gemma": ("<turn|>", "<|tool_response>"),
-    "gemma": ("<end_of_turn>",),
-    "cohere": ("<|END_OF_TURN_TOKEN|>",),
-    "llama3": ("<|eot_id|>", "<|eom_id|>"),
-    "phi3": ("<|end|>", "<|endoftext|>"),
-    "muse_glimmer": ("<|eot|>",),
-    "idefics3": ("<end_of_utterance>",),
-    "smolvlm": ("<end_of_utterance>",),
-}
-PARTS_ONLY = ("idefics3", "llava_next", "smolvlm")
 # Answers that begin like markup, reasoning that is found within markup, and both in one another.
 TRICKY = ("of", "end", "think", "assistant", "user", "H", "<b>", "a", "final", "message")
-
-
-class Author:
-    """Writes conversations in which every part holds words of its own."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.words = count(seed * 1000)
-        self.calls = count(seed * 100 % 9000)
-
-    def words_for(self, kind: str) -> str:
-        return " ".join(f"{kind}{next(self.words)}x" for _ in range(self.random.randint(1, 3)))
-
-    def assistant(self, thinks: bool, calls: bool, empty: bool) -> dict:
-        message = {"role": "assistant", "content": "" if empty or calls else self.words_for("answer")}
-        if thinks:
-            message["reasoning_content"] = self.words_for("reason")
-        if calls:
-            function = {"name": "lookup", "arguments": {"key": self.words_for("argument")}}
-            message["tool_calls"] = [{"id": f"call{next(self.calls):05}", "type": "function", "function": function}]
-        return message
-
-    def tool(self, message: dict) -> dict:
-        id_ = message["tool_calls"][0]["id"]
-        return {"role": "tool", "name": "lookup", "tool_call_id": id_, "content": self.words_for("result")}
-
-    def conversation(self, tools: bool) -> list[dict]:
-        chance = self.random.random
-        messages = [{"role": "system", "content": self.words_for("system")}] if chance() < 0.3 else []
-        thinks = self.random.choice((0.0, 0.5, 1.0))
-        for _ in range(self.random.randint(1, 4)):
-            messages.append({"role": "user", "content": self.words_for("question")})
-            while tools and chance() < 0.5:
-                call = self.assistant(chance() < thinks, calls=True, empty=False)
-                messages += [call, self.tool(call)]
-            messages.append(self.assistant(chance() < thinks, calls=False, empty=chance() < 0.05))
-            if chance() < 0.08:
-                messages.append(self.assistant(chance() < thinks, calls=False, empty=False))
-        return messages
-
-
-def said(message: dict) -> list[str]:
-    """The texts of a message, in the order in which a model writes them."""
-    calls = [call["function"]["arguments"]["key"] for call in message.get("tool_calls") or []]
-    return [text for text in (message.get("reasoning_content"), message["content"], *calls) if text]
 
 
 def as_parts(messages: list[dict]) -> list[dict]:
@@ -152,22 +77,9 @@ def said_or_content(message: dict) -> list[str]:
     return said(message) if message["role"] == "assistant" else [message["content"]]
 
 
-def _templates():
-    for name in template_names():
-        stops = next((stops for prefix, stops in STOPS.items() if name.startswith(prefix)), None)
-        yield pytest.param(name, None, stops, name.startswith(PARTS_ONLY), id=name)
-    for name, hard in HARD_TEMPLATES.items():
-        yield pytest.param(None, hard.source, hard.stops, hard.parts, id=name)
-
-
-TEMPLATES = list(_templates())
-
-
-def check_template(name, source, stops, parts, seeds) -> Counter:
-    tokenizer = make_tokenizer(name, source)
+def check_template(name, source, stops, parts, tokens, seeds) -> Counter:
+    tokenizer = tokenizer_for(name, source, stops, tokens)
     stops = stops or (tokenizer.eos_token,)
-    if source:
-        tokenizer.eos_token = stops[0]
     outcomes = Counter()
     for seed in seeds:
         tools = TOOLS if seed % 2 else None
@@ -182,22 +94,22 @@ def check_template(name, source, stops, parts, seeds) -> Counter:
     return outcomes
 
 
-@pytest.mark.parametrize(("name", "source", "stops", "parts"), TEMPLATES)
-def test_prompts_are_served_and_completions_hold_the_turn_alone(name, source, stops, parts):
-    outcomes = check_template(name, source, stops, parts, range(6))
+@pytest.mark.parametrize(("name", "source", "stops", "parts", "tokens"), TEMPLATES)
+def test_prompts_are_served_and_completions_hold_the_turn_alone(name, source, stops, parts, tokens):
+    outcomes = check_template(name, source, stops, parts, tokens, range(6))
     assert outcomes["rendered"], "refusing everything is no way to be right"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "source", "stops", "parts"), TEMPLATES)
-def test_prompts_are_served_and_completions_hold_the_turn_alone_over_many(name, source, stops, parts):
-    check_template(name, source, stops, parts, range(10, 170))
+@pytest.mark.parametrize(("name", "source", "stops", "parts", "tokens"), TEMPLATES)
+def test_prompts_are_served_and_completions_hold_the_turn_alone_over_many(name, source, stops, parts, tokens):
+    check_template(name, source, stops, parts, tokens, range(10, 170))
 
 
-@pytest.mark.parametrize(("name", "source", "stops", "parts"), TEMPLATES)
+@pytest.mark.parametrize(("name", "source", "stops", "parts", "tokens"), TEMPLATES)
 @pytest.mark.parametrize("key", ["reasoning_content", "content"])
-def test_words_that_stand_in_markup_are_neither_found_nor_lost_there(name, source, stops, parts, key):
-    tokenizer = make_tokenizer(name, source)
+def test_words_that_stand_in_markup_are_neither_found_nor_lost_there(name, source, stops, parts, tokens, key):
+    tokenizer = tokenizer_for(name, source, stops, tokens)
     for word in TRICKY:
         message = {"role": "assistant", "reasoning_content": "Rowan", "content": "Aspen"} | {key: word}
         if key == "content":

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import AGENT
-from trl_singlepass.rendering.samples import _length_within
+from trl_singlepass.rendering.samples import _count_tokens_of
 from trl_singlepass.rendering.tokenization import HardBorders, hard_borders, tokenize
-from trl_singlepass.trees.shared_array import SharedArray
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gptoss", "glm4moe", "gemma4_v5"])
@@ -41,10 +41,32 @@ def test_borders_are_tokens_that_nothing_else_can_reach_over():
     assert hard_borders(tokenizer, "<a><b><c><d><e>").tokens == ["<a>"]
 
 
-def test_token_that_reaches_over_the_closing_tag_counts_as_reasoning():
-    whole = SharedArray.whole([1, 2, 3], np.int64)
-    assert _length_within(whole.head(2), whole) == 2
-    assert _length_within(SharedArray.whole([1, 9], np.int64), whole) == 2
+def tokenizer_with_merges(*merges):
+    """Return a tokenizer of single characters that joins these pairs, the first before the second."""
+    characters = sorted(set("".join(map("".join, merges)) + "so $.\nYes<think>/é"))
+    vocabulary = dict.fromkeys([*characters, *map("".join, merges)])
+    bpe = models.BPE({token: id_ for id_, token in enumerate(vocabulary)}, list(merges))
+    fast = Tokenizer(bpe)
+    fast.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=fast)
+
+
+@pytest.mark.parametrize(
+    ("merges", "count"),
+    [
+        ([(".", "\n"), ("$", ".")], 2),  # "$." alone is one token, "$.\n\nYes" begins with "$" and ".\n"
+        ([("$", "."), (".", "\n")], 1),
+        ([("\n", "\n"), (".", "\n\n"), ("$", ".")], 2),
+        ([("$", "."), ("$.", "\n")], 1),
+    ],
+)
+def test_tokens_of_reasoning_are_those_that_begin_within_it(merges, count):
+    tokenizer = tokenizer_with_merges(*merges)
+    text, whole = "$.", "$.\n\nYes"
+    alone, ids = (np.array(tokenizer(part)["input_ids"]) for part in (text, whole))
+    offsets = tokenizer(whole, return_offsets_mapping=True)["offset_mapping"]
+    assert sum(start < len(text) for start, _ in offsets) == count
+    assert _count_tokens_of(text, alone, ids, tokenizer) == count
 
 
 def test_a_long_beginning_is_tokenised_once_for_all_conversations(monkeypatch):

@@ -29,6 +29,8 @@ class HardTemplate:
     stops: tuple[str, ...] = ("<|im_end|>",)
     parts: bool = False
     """Whether content must be a list of parts."""
+    tokens: tuple[str, ...] = ()
+    """Special tokens of the model that others do not have."""
 
 
 _STRIPPED = (
@@ -135,5 +137,86 @@ HARD_TEMPLATES = {
     "clock": HardTemplate(
         "{% set f = '%H:%M' ~ ':%' ~ 'S' %}{% set clock = strftime_now %}Now: {{ clock(f) }} {{ clock('%d %B %Y') }}\n"
         + _chatml(_KEYED_LAST + _CALLS, _HEADER + "{% endif %}")
+    ),
+    # Ministral 3: reasoning in a content part, between marks that end in no `>`; plain text for the content else.
+    "marks in parts": HardTemplate(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% if not m.content and not m.tool_calls %}"
+        "{{ raise_exception('empty') }}{% endif %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{% if p.type == 'thinking' %}[THINK]{{ p.thinking }}[/THINK]{% else %}{{ p.text }}"
+        "{% endif %}{% endfor %}{% endif %}" + _CALLS + "</s>{% else %}[INST]{{ m.content }}[/INST]{% endif %}"
+        "{% endfor %}",
+        stops=("</s>",),
+        tokens=("[THINK]", "[/THINK]", "[INST]", "[/INST]"),
+    ),
+    # The same marks in a template that takes strings alone; a part of reasoning would be printed as Python's list.
+    "marks in strings": HardTemplate(
+        "{# [THINK] #}{{ '' if true else '[THINK]' }}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{{ m.content }}" + _CALLS + "</s>{% else %}[INST]{{ m.content }}[/INST]{% endif %}{% endfor %}",
+        stops=("</s>",),
+        tokens=("[THINK]", "[/THINK]", "[INST]", "[/INST]"),
+    ),
+    # Seed-OSS: the mark that closes reasoning is a special token, and ends the message where the answer is empty.
+    "closing mark is special": HardTemplate(
+        "{% for m in messages %}{% if m.role == 'assistant' %}<seed:bos>assistant"
+        "{% if m.reasoning_content %}\n<seed:think>{{ m.reasoning_content }}</seed:think>{% endif %}"
+        "{% if m.content %}\n{{ m.content }}{% if not m.tool_calls %}<seed:eos>{% endif %}{% endif %}"
+        "{% if m.tool_calls %}\n" + _CALLS + "<seed:eos>{% endif %}{% else %}<seed:bos>{{ m.role }}\n"
+        "{{ m.content }}<seed:eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<seed:bos>assistant\n{% endif %}",
+        stops=("<seed:eos>",),
+        tokens=("<seed:bos>", "<seed:eos>", "<seed:think>", "</seed:think>"),
+    ),
+    # MiniMax-M1: a user whose content is a string is refused.
+    "users in parts": HardTemplate(
+        _chatml(
+            "{% for p in m.content | selectattr('type', 'equalto', 'text') %}{{ p.text }}{% endfor %}" + _CALLS,
+            _HEADER + "{% endif %}",
+            others="<|im_start|>{{ m.role }}\n{{ '' + m.content[0]['text'] }}<|im_end|>\n",
+        ),
+        parts=True,
+    ),
+    # QwQ: history needs a content where the last message needs none.
+    "null-hostile history": HardTemplate(
+        _chatml(
+            "{% if not loop.last %}{{ m.content.split('</think>')[-1].lstrip('\n') }}{% elif m.content %}"
+            "{{ m.content }}{% endif %}" + _CALLS,
+            _HEADER + "<think>\n{% endif %}",
+        )
+    ),
+    # Command A: reasoning stands before the block of the answer, and templates write it beside calls alone.
+    "answer in a block": HardTemplate(
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+        "{% if m.tool_calls %}{% if m.reasoning_content %}<|START_THINKING|>{{ m.reasoning_content }}<|END_THINKING|>"
+        "{% endif %}<|START_ACTION|>" + _CALLS + "<|END_ACTION|>{% else %}<|START_RESPONSE|>{{ m.content }}"
+        "<|END_RESPONSE|>{% endif %}<|END_OF_TURN_TOKEN|>{% else %}<|START_OF_TURN_TOKEN|><|USER_TOKEN|>"
+        "{{ m.content }}<|END_OF_TURN_TOKEN|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}",
+        stops=("<|END_OF_TURN_TOKEN|>",),
+        tokens=("<|START_THINKING|>", "<|END_THINKING|>", "<|START_ACTION|>", "<|END_ACTION|>"),
+    ),
+    # DeepSeek-V3.1: inline reasoning is read in plain answers, and printed as it stands beside tool calls.
+    "inline in answers only": HardTemplate(
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|Assistant|></think>{% if m.tool_calls %}"
+        "{{ m.content }}"
+        + _CALLS
+        + "{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}<|im_end|>{% else %}<|{{ m.role }}|>"
+        "{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>{% endif %}",
+        tokens=("<|Assistant|>",),
+    ),
+    # EXAONE 4: an empty answer loses the block that other answers have.
+    "no block without an answer": HardTemplate(
+        _chatml(
+            "{% if m.content %}<think>\n{{ m.reasoning_content if loop.last }}\n</think>\n\n{{ m.content }}"
+            "{% elif m.tool_calls %}<think>\n{{ m.reasoning_content if loop.last }}\n</think>\n\n{% endif %}" + _CALLS,
+            _HEADER + "<think>\n{% if not enable_thinking | default(true) %}\n</think>\n\n{% endif %}{% endif %}",
+        )
+    ),
+    # MiniMax-M3: tags of its own.
+    "own tags": HardTemplate(
+        _chatml(
+            "{% if m.reasoning_content %}<mm:think>{{ m.reasoning_content }}{% endif %}</mm:think>"
+            "{{ m.content }}" + _CALLS,
+            _HEADER + "{% endif %}",
+        )
     ),
 }

@@ -16,7 +16,7 @@ from ..trees.rows import IMAGE_COLUMNS, ROW_COLUMNS, Row
 
 
 # Part of the fingerprint under which rows are cached: raise it when the same conversations become other rows.
-ROWS_VERSION = 4
+ROWS_VERSION = 5
 
 COST_COLUMNS = ("num_tokens", "num_pairs")
 _DTYPES = {name: "float32" if name == "loss_weights" else "int32" for name in ROW_COLUMNS}

@@ -19,6 +19,7 @@ from .stream_log import StreamLog
 Example = TypeVar("Example")
 Value = TypeVar("Value")
 _ROWS_NAMED = 10
+_ISSUES = "https://github.com/trl-singlepass/trl-singlepass/issues"
 _EXCERPT = 80  # characters of a row of a stream, to find it by
 _WAY_OUT = "bad_rows='drop' trains without such rows and counts them in the log."
 
@@ -88,10 +89,22 @@ def _by_size(groups: Mapping[str, RowErrors]) -> tuple[RowErrors, ...]:
     return tuple(sorted(groups.values(), key=lambda group: group.count, reverse=True))
 
 
+class UnexpectedError(RuntimeError):
+    """A fault of the package that an example brought to light."""
+
+
+def unexpected_error(error: Exception, index: int) -> UnexpectedError:
+    """Return the error that asks to report a fault of the package."""
+    return UnexpectedError(
+        f"Row {index}: unexpected {type(error).__name__} ({error}). The fault is in trl-singlepass, not in the row: "
+        f"please report it with the row and the chat template at {_ISSUES}. To go on without the row, remove it from "
+        "the dataset."
+    )
+
+
 def get_reason(error: Exception, index: int | None = None) -> str:
     """Return why a row cannot be trained, without its index."""
-    reason = str(error) if isinstance(error, ValueError) else f"it cannot be read ({type(error).__name__}: {error})."
-    return reason.removeprefix(f"Row {index}: ")
+    return str(error).removeprefix(f"Row {index}: ")
 
 
 def bad_rows_error(errors: Sequence[RowErrors], num_rows: int, name: str) -> RenderingError:

@@ -13,12 +13,13 @@ from ..rendering.conversation import Conversation
 from ..rendering.history import render_with_history
 from ..rendering.prefixes import Prefixes
 from ..rendering.samples import render_conversation
+from ..trees.errors import DataError
 from ..trees.image_features import shown_images
 from ..trees.prefix_tree import PrefixTree
 from ..trees.rows import ROW_COLUMNS, Row
 from ..trees.sample import CompletionKind, Sample
 from ..trees.splitting import split_samples
-from .bad_rows import BadRowError, get_reason
+from .bad_rows import BadRowError, unexpected_error
 from .images import check_no_images
 from .selection import FittedSamples, OverlongTurnError, fit_samples, select_turns
 from .settings import RowSettings
@@ -35,6 +36,7 @@ COUNT_COLUMNS = (
     "num_turns_without_prompt",
     *KIND_COLUMNS.values(),
     "num_unselected_turns",
+    "num_empty_blocks",
     "num_trained_tokens",
     "num_cut_turns",
     "num_dropped_turns",
@@ -78,6 +80,7 @@ def example_to_samples(
 
     Raises:
         `BadRowError`: If the conversation cannot be rendered without losing part of a turn.
+        `UnexpectedError`: If anything else goes wrong, which is a fault of the package.
         `OverlongTurnError`: If a turn is too long, and none may be.
     """
     try:
@@ -88,10 +91,12 @@ def example_to_samples(
         fitted = fit_samples(chosen, settings.longest_sample, settings.overlong_turns)
     except OverlongTurnError as error:
         raise OverlongTurnError(f"Row {index}: {error}") from error
+    except DataError as error:
+        raise BadRowError(f"Row {index}: {error}") from error
     except AssertionError:
         raise
-    except Exception as error:  # an example can hold anything, and templates may raise any exception
-        raise BadRowError(f"Row {index}: {get_reason(error)}") from error
+    except Exception as error:  # never a bad row: it would be dropped as if the data were at fault
+        raise unexpected_error(error, index) from error
     weighed = weigh(
         fitted.samples,
         [weights[sample.message_index or 0] for sample in fitted.samples],
@@ -172,6 +177,7 @@ def _counts(index: int, fitted: FittedSamples) -> dict[str, int]:
         "num_turns_without_prompt": fitted.num_turns_without_prompt,
         **{column: fitted.kinds[kind] for kind, column in KIND_COLUMNS.items()},
         "num_unselected_turns": fitted.num_unselected_turns,
+        "num_empty_blocks": fitted.num_empty_blocks,
         "num_trained_tokens": fitted.num_trained_tokens,
         "num_cut_turns": fitted.num_cut_turns,
         "num_dropped_turns": fitted.num_dropped_turns,

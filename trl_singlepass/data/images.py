@@ -13,6 +13,7 @@ from datasets import Image as ImageFeature
 
 from ..images.encoded import EncodedImage
 from ..rendering.validation import IMAGE_PARTS, IMAGES_WAY_OUT, MESSAGE_COLUMNS, is_image_part
+from ..trees.errors import DataError
 
 
 # Where TRL finds a column of one of these names, it prepares nothing and refuses packing.
@@ -85,7 +86,7 @@ def _has_images(example: Mapping[str, Any]) -> bool:
 def check_no_images(example: Mapping[str, Any]) -> None:
     """Refuse images in columns of an example that a tokenizer reads: it would train the text without them."""
     if any(example.get(name) is not None and example[name] != [] for name in _COLUMNS):
-        raise ValueError(f"The example has images, and a tokenizer cannot read them. {IMAGES_WAY_OUT}.")
+        raise DataError(f"The example has images, and a tokenizer cannot read them. {IMAGES_WAY_OUT}.")
 
 
 def _column_has_images(array: pa.Array, name: str = "") -> bool:
@@ -134,7 +135,7 @@ def take_images(example: Mapping[str, Any]) -> tuple[dict[str, Any], list[Encode
     if given and not images:
         rest, images, num_empty = _at_first_user_message(rest, groups, len(given)), [None] * len(given), len(given)
     if num_empty != len(given):
-        raise ValueError(
+        raise DataError(
             f"The example has {len(given)} images in its column, and {num_empty} parts of the type 'image' without an "
             "image of their own. Give one image per part."
         )

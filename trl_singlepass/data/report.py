@@ -30,6 +30,8 @@ class PreparationReport:
             All turns, by how their completions came about.
         num_unselected_turns (`int`):
             Turns that are context only, by their weight or by `train_turns`.
+        num_empty_blocks (`int`):
+            Trained turns without reasoning for which the template writes an empty block.
         num_trained_tokens (`int`):
             Trained tokens, counted as N-pass trains them. Together with `num_cut_tokens`, all completion tokens.
         num_cut_turns (`int`):
@@ -65,6 +67,7 @@ class PreparationReport:
     num_turns_without_prompt: int
     kinds: Mapping[CompletionKind, int]
     num_unselected_turns: int
+    num_empty_blocks: int
     num_trained_tokens: int
     num_cut_turns: int
     num_dropped_turns: int
@@ -119,6 +122,7 @@ class PreparationReport:
             bound=bound,
             kinds={kind: count for kind, count in kinds.items() if count},
             bad_rows=group_errors(bad_rows),
+            num_empty_blocks=sum(counts["num_empty_blocks"]),
             **{name: sum(counts.get(name, ())) for name in (*turns, *tokens, *IMAGE_COUNT_COLUMNS)},
         )
 
@@ -149,6 +153,8 @@ class PreparationReport:
             held += f"{self.num_turns_without_prompt} assistant messages before any prompt, which are context only; "
         if self.num_unselected_turns:
             held += f"{self.num_unselected_turns} of them context only, by weight or train_turns; "
+        if self.num_empty_blocks:
+            held += f"{self.num_empty_blocks} turns without reasoning, which train an empty block of it; "
         if self.num_cut_tokens == 0:
             return f"{held}all {self.num_trained_tokens} completion tokens trained{self._split}"
         return (

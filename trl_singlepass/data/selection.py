@@ -133,6 +133,11 @@ class FittedSamples:
     num_turns_without_prompt: int = 0
     kinds: Counter[CompletionKind] = field(default_factory=Counter)
 
+    @property
+    def num_empty_blocks(self) -> int:
+        """Trained turns that begin with an empty block of reasoning."""
+        return sum(sample.has_empty_block for sample in self.samples)
+
 
 def fit_samples(samples: Sequence[Sample], limit: int | None, overlong_turns: OverlongTurns) -> FittedSamples:
     """

@@ -10,6 +10,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from numpy.typing import NDArray
 
 from ..rendering.validation import MESSAGE_COLUMNS, describe_type
+from ..trees.errors import DataError
 from ..trees.sample import Sample
 from .bad_rows import BadRows, RowErrors, bad_rows_error, describe_dropped, group_errors
 from .images import undecoded, with_images_named
@@ -38,7 +39,7 @@ def tokenized_turns_to_samples(turns: Sequence[object], vocab_size: int | None =
             or weights do not fit the completion.
     """
     if not turns:
-        raise ValueError("Expected at least one turn in 'turns', got none. Leave the row out.")
+        raise DataError("Expected at least one turn in 'turns', got none. Leave the row out.")
     return [_to_sample(turn, f"Turn {index}", index, vocab_size) for index, turn in enumerate(turns)]
 
 
@@ -60,7 +61,7 @@ def get_tokenized_turns(example: Mapping[str, object]) -> list[Any] | None:
     if isinstance(turns, list):
         return turns
     if "turns" in example and not any(set(columns) <= set(example) for columns in MESSAGE_COLUMNS):
-        raise ValueError(
+        raise DataError(
             f"'turns' is {describe_type(turns)}, expected a list of turns, each with 'prompt_ids' and "
             "'completion_ids'. Repair it, or leave the row out."
         )
@@ -105,12 +106,12 @@ def gather_turns(
             it never tells that a conversation is complete.
     """
     if isinstance(log, IterableDataset):
-        raise ValueError(
+        raise DataError(
             "A stream of single turns cannot be gathered into conversations, since a conversation may go on at any "
             "time. Stream rows with a 'turns' column, or load the log whole."
         )
     if "conversation_id" not in log.column_names:
-        raise ValueError(
+        raise DataError(
             f"Single turns need a 'conversation_id' column to be gathered by; got the columns {log.column_names}."
         )
     bad = _find_bad_turns(log, vocab_size, num_proc, name)
@@ -146,7 +147,7 @@ def _check_turn(row: Mapping[str, object], vocab_size: int | None) -> dict[str, 
     try:
         conversation = row["conversation_id"]
         if conversation is None or not isinstance(conversation, Hashable):
-            raise ValueError(
+            raise DataError(
                 f"Its 'conversation_id' is {describe_type(conversation)}, so it belongs to no conversation. Give "
                 "it a number or a name."
             )
@@ -163,20 +164,20 @@ def _get_turns(example: Mapping[str, list[int]], log: Dataset) -> dict[str, list
 
 def _to_sample(turn: object, where: str, index: int, vocab_size: int | None) -> Sample:
     if not isinstance(turn, Mapping):
-        raise ValueError(
+        raise DataError(
             f"{where} is {describe_type(turn)}, expected an object with 'prompt_ids' and 'completion_ids'."
         )
     missing = [name for name in TURN_COLUMNS if turn.get(name) is None]
     if missing:
-        raise ValueError(f"{where} has no {missing[0]!r}; got the keys {sorted(turn)}. Repair it, or leave it out.")
+        raise DataError(f"{where} has no {missing[0]!r}; got the keys {sorted(turn)}. Repair it, or leave it out.")
     prompt, completion = (_to_token_ids(turn[name], f"{where} has {name!r}") for name in TURN_COLUMNS)
     if len(prompt) == 0 or len(completion) == 0:
         empty = "prompt_ids" if len(prompt) == 0 else "completion_ids"
-        raise ValueError(f"{where} has empty {empty!r}: there is nothing to train or nothing to train it from.")
+        raise DataError(f"{where} has empty {empty!r}: there is nothing to train or nothing to train it from.")
     token_ids = np.concatenate([prompt, completion])
     if token_ids.min() < 0 or (vocab_size is not None and token_ids.max() >= vocab_size):
         wrong = token_ids[(token_ids < 0) | (token_ids >= (vocab_size or np.inf))][0]
-        raise ValueError(
+        raise DataError(
             f"{where} has the token id {wrong}, but the vocabulary has {vocab_size or 'only positive'} ids. "
             "Log the turns with the tokenizer of the model that is trained."
         )
@@ -184,20 +185,20 @@ def _to_sample(turn: object, where: str, index: int, vocab_size: int | None) -> 
         return Sample.from_prompt_and_completion(prompt, completion, index)
     weights = _to_numbers(turn["completion_weights"], f"{where} has 'completion_weights'", "numbers")
     if len(weights) != len(completion):
-        raise ValueError(
+        raise DataError(
             f"{where} has {len(weights)} completion_weights for {len(completion)} completion tokens. Give one "
             "weight per token, or none at all."
         )
     try:
         return Sample(token_ids, np.concatenate([np.zeros(len(prompt)), weights]), len(prompt), index)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise DataError(f"{where}: {error}") from error
 
 
 def _to_token_ids(value: object, what: str) -> NDArray[np.int64]:
     ids = _to_numbers(value, what, "token ids")
     if not np.array_equal(ids, np.floor(ids)):  # pandas may have turned whole numbers into floats
-        raise ValueError(f"{what} that is not a list of token ids: {_shorten(value)}. Expected whole numbers.")
+        raise DataError(f"{what} that is not a list of token ids: {_shorten(value)}. Expected whole numbers.")
     return ids.astype(np.int64)
 
 
@@ -207,7 +208,7 @@ def _to_numbers(value: object, what: str, expected: str) -> NDArray[Any]:
     except ValueError:  # lists of unequal lengths
         numbers = np.asarray(None)
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iuf"):
-        raise ValueError(f"{what} that is not a list of {expected}: {_shorten(value)}. Repair it, or leave it out.")
+        raise DataError(f"{what} that is not a list of {expected}: {_shorten(value)}. Repair it, or leave it out.")
     return numbers
 
 

@@ -15,6 +15,7 @@ from ..images.encoded import EncodedImage
 from ..images.placeholders import ImagePlaceholders, placeholders_of
 from ..rendering.conversation import Conversation
 from ..rendering.validation import IMAGES_WAY_OUT
+from ..trees.errors import DataError
 from ..trees.sample import Sample
 from .dataset_format import column_names
 from .images import holds_images, image_column_names, take_images
@@ -93,7 +94,7 @@ class ConversationReader:
                 features = images.features_in(sample.token_ids, shown)
                 added.append(replace(sample, image_features=features, images=images.references))
             except ValueError as error:
-                raise ValueError(f"Turn {number}: {error}") from error
+                raise DataError(f"Turn {number}: {error}") from error
         return added
 
     def _conversation_images(self, images: Sequence[EncodedImage], index: int) -> ConversationImages:

@@ -9,6 +9,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from ..trees.errors import DataError
 from ..trees.sample import Sample
 
 
@@ -41,11 +42,11 @@ def message_weights(messages: Sequence[Mapping[str, object]]) -> list[float]:
 def _message_weight(message: Mapping[str, object], index: int) -> float:
     weight, train = message.get("weight"), message.get("train")
     if train is not None and not isinstance(train, bool):
-        raise ValueError(f"Message {index} has train={train!r}. Set it to true or false.")
+        raise DataError(f"Message {index} has train={train!r}. Set it to true or false.")
     if weight is None:
         return float(train is not False)
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < math.inf:
-        raise ValueError(
+        raise DataError(
             f"Message {index} has weight={weight!r}. A weight is a number of 0 or more; 0 leaves a message untrained."
         )
     return float(weight) if train is not False else 0.0

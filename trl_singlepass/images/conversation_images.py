@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..trees.errors import DataError
 from ..trees.image_features import NO_FEATURE, ImageReference
 from .encoded import EncodedImage
 from .placeholders import ImagePlaceholders, Size
@@ -66,7 +67,7 @@ class ConversationImages:
                 sizes.append(image.read_size())
                 contents.append(image.content)
             except ValueError as error:
-                raise ValueError(f"Image {number} of {len(images)}: {error}") from error
+                raise DataError(f"Image {number} of {len(images)}: {error}") from error
         sources = sources or [{"path": image.path, "bytes": image.data} for image in images]
         return cls(placeholders, tuple(sizes), tuple(contents), tuple(sources))
 
@@ -115,7 +116,7 @@ class ConversationImages:
         positions = np.flatnonzero(token_ids == self.placeholders.token_id)
         counts = [image.num_features for image in images]
         if len(positions) != sum(counts):
-            raise ValueError(
+            raise DataError(
                 f"its tokens have {len(positions)} placeholders for images, but its {len(images)} images "
                 f"have {' + '.join(map(str, counts)) or 0} = {sum(counts)}. Give the images that its tokens show, in "
                 "their order, and the processor that the tokens were made with"

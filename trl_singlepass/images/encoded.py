@@ -11,6 +11,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..trees.errors import DataError
+
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,13 +58,13 @@ class EncodedImage:
             data = _from_base64(value)
             return cls(data=data) if data is not None else cls(path=value)
         if value is None or isinstance(value, bool | int | float):
-            raise ValueError(f"{_FORMS}, got {value!r}.")
+            raise DataError(f"{_FORMS}, got {value!r}.")
         from datasets import Image  # here, because it takes a while
 
         try:
             encoded: Mapping[str, Any] = Image().encode_example(value)
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{_FORMS}, got {type(value).__name__} ({error}).") from error
+            raise DataError(f"{_FORMS}, got {type(value).__name__} ({error}).") from error
         return cls(encoded.get("path"), encoded.get("bytes"))
 
     @property
@@ -87,7 +89,7 @@ class EncodedImage:
             with self._open() as file, Image.open(file) as image:
                 width, height = image.size
                 turned = _has_exif(image, file) and image.getexif().get(_ORIENTATION) in _TURNED
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # file systems and decoders raise many kinds
             raise self._unreadable(error) from error
         return (height, width) if turned else (width, height)
 
@@ -102,7 +104,7 @@ class EncodedImage:
 
         try:
             image: Image = ImageFeature().decode_example({"path": self.path, "bytes": self.data})
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # file systems and decoders raise many kinds
             raise self._unreadable(error) from error
         return image
 
@@ -114,9 +116,9 @@ class EncodedImage:
         file: BinaryIO = xopen(self.path, "rb")
         return file
 
-    def _unreadable(self, error: Exception) -> ValueError:
+    def _unreadable(self, error: Exception) -> DataError:
         what = f"{len(self.data)} bytes" if self.data is not None else repr(self.path)
-        return ValueError(f"An image cannot be read ({what}: {error}). Repair it, or leave the row out.")
+        return DataError(f"An image cannot be read ({what}: {error}). Repair it, or leave the row out.")
 
 
 def _has_exif(image: Image, file: BinaryIO) -> bool:

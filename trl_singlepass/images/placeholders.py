@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..trees.errors import DataError
+
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +93,7 @@ class ImagePlaceholders:
         known = [int(candidate) for candidate in candidates if candidate is not None]
         best = max(known, key=lambda candidate: int((ids == candidate).sum()))
         if best not in ids:
-            raise ValueError(f"{self._name} writes none of its image tokens {known} into a prompt with an image.")
+            raise DataError(f"{self._name} writes none of its image tokens {known} into a prompt with an image.")
         return best
 
     @cached_property
@@ -166,7 +168,7 @@ class ImagePlaceholders:
         self._call(processor, [[Image.new("RGB", size) for size in sizes]], [text])
         parts = recorder.text.split(_MARKER)
         if len(parts) != len(sizes) + 2 or parts[0] or parts[-1]:
-            raise ValueError(
+            raise DataError(
                 f"{self._name} changes the text around the images of a prompt, so that turns with images cannot be "
                 "rendered one by one. Use TRL's SFTTrainer."
             )

@@ -16,6 +16,7 @@ COUNT_COLUMNS = (
     "num_equal_pairs",
     "num_turns_without_prompt",
     "num_unselected_turns",
+    "num_empty_blocks",
     "num_trained_tokens",
     "num_cut_turns",
     "num_dropped_turns",
@@ -41,9 +42,10 @@ def count_pair(pair: Pair, num_tokens: int, num_rows: int = 0) -> dict[str, int]
             Rows that it needs.
     """
     sides, is_dropped = pair.sides, num_tokens == 0
-    summed = ("num_turns_without_prompt", "num_unselected_turns", "num_cut_turns", "num_dropped_turns")
+    turns = ("num_turns_without_prompt", "num_unselected_turns", "num_empty_blocks", "num_cut_turns")
+    summed = (*turns, "num_dropped_turns", "num_cut_tokens")
     return {
-        **{name: sum(getattr(side, name) for side in sides) for name in (*summed, "num_cut_tokens")},
+        **{name: sum(getattr(side, name) for side in sides) for name in summed},
         "num_turns": sum(len(side.samples) + side.num_dropped_turns + side.num_unselected_turns for side in sides),
         "num_shared_turns": pair.num_shared_turns,
         "num_equal_pairs": int(pair.num_shared_turns == len(pair.chosen.samples) == len(pair.rejected.samples)),
@@ -106,6 +108,8 @@ class PairReport:
             parts.append(f"{counts['num_turns_without_prompt']} assistant messages before any prompt are context only")
         if counts["num_unselected_turns"]:
             parts.append(f"{counts['num_unselected_turns']} of them context only, by weight or train_turns")
+        if counts["num_empty_blocks"]:
+            parts.append(f"{counts['num_empty_blocks']} turns without reasoning, which train an empty block of it")
         if counts["num_shared_turns"]:
             parts.append(f"{counts['num_shared_turns']} in an equal context on both sides, where they cancel")
         if counts["num_equal_pairs"]:

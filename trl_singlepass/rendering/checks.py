@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -11,9 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .conversation import Message, get_text
-from .markers import own_strings
 from .prefixes import Prefixes
-from .reasoning import REASONING_KEYS, ParsedMessage, is_reasoning_part, reasoning_tags, without_comments
+from .reasoning import (
+    REASONING_KEYS,
+    ParsedMessage,
+    decode_arguments,
+    is_reasoning_part,
+    reasoning_tags,
+    without_comments,
+)
 
 
 if TYPE_CHECKING:
@@ -24,19 +31,25 @@ if TYPE_CHECKING:
 _REASONING_WORDS = ("reason", "think", "thought", "cot", "rationale", "analysis", "scratchpad")
 
 
-def missing_content(message: Message, parsed: ParsedMessage, completion: str, chat_template: str) -> str | None:
+def find_fault(parsed: ParsedMessage) -> str | None:
+    """Return why no model should learn to write a message, `None` if nothing speaks against it."""
+    if parsed.given_twice:
+        return "it has reasoning twice, under a key and between tags in its 'content'. Keep one of the two"
+    for call in parsed.calls:
+        arguments = call.get("arguments")
+        if isinstance(arguments, str) and decode_arguments(arguments) is None:
+            where = f"the 'arguments' of its call of '{call.get('name')}'"
+            return f"{where} are not JSON of an object. Repair them, or leave the row out"
+    return None
+
+
+def missing_content(
+    message: Message, parsed: ParsedMessage, completion: str, chat_template: str, with_call_ids: Callable[[], str]
+) -> str | None:
     """
     Return an error message naming what an assistant message says but its completion lacks, `None` if nothing.
 
-    Args:
-        message (`dict`):
-            The message.
-        parsed ([`ParsedMessage`]):
-            What it says.
-        completion (`str`):
-            Text that the model would generate, without the reasoning.
-        chat_template (`str`):
-            Source of the template.
+    The completion comes without the reasoning; `with_call_ids` renders the message with ids that name its tools.
     """
     stray = [key for key in stray_reasoning(message) if not contains(completion, message[key])]
     if stray:
@@ -49,19 +62,17 @@ def missing_content(message: Message, parsed: ParsedMessage, completion: str, ch
             "content as a string, or a literal closing tag such as </think> in an answer?"
         )
     lost = lost_calls(parsed, completion)
-    return f"{lost}. {_how_to_render_calls(message, completion)}" if lost else None
+    return f"{lost}. {_how_to_render_calls(message, with_call_ids())}" if lost else None
 
 
-def _how_to_render_calls(message: Message, completion: str) -> str:
-    for call in message["tool_calls"]:
-        name, call_id = str((call.get("function") or call).get("name")), call.get("id")
-        if call_id and str(call_id) in completion and name not in str(call_id):  # Kimi K2 names the tool in the id
-            return (
-                f"The template writes the id {call_id!r} in its place: put the name into it, as in "
-                f"'functions.{name}:0'"
-            )
+def _how_to_render_calls(message: Message, with_ids: str) -> str:
+    names = [str(call["function"].get("name")) for call in message["tool_calls"]]
+    if all(f"functions.{name}:{index}" in with_ids for index, name in enumerate(names)):  # Kimi K2 names tools in ids
+        given = message["tool_calls"][0].get("id")
+        shown = f"the id {given!r} in its place: put the name into it" if given else "its 'id' alone: give it one"
+        return f"The template writes {shown}, as in 'functions.{names[0]}:0'"
     several = "Give each call a message of its own, if the template renders one per message, or use"
-    return f"{several if len(message['tool_calls']) > 1 else 'Use'} a template that renders tool calls"
+    return f"{several if len(names) > 1 else 'Use'} a template that renders tool calls"
 
 
 def missing_reasoning(chat_template: str) -> str:
@@ -77,7 +88,10 @@ def foreign_words(prefixes: Prefixes, k: int, completion: str) -> list[str]:
     write themselves do not count, and neither do words of one or two characters.
     """
     template, own = prefixes.template, prefixes.messages[k]
-    unexplained = _words(completion) - _words(template.source) - _words(" ".join(_spellings(own)))
+    # What explains most words for the least work comes first.
+    unexplained = _words(completion) - _words_of_template(template.source) - _words(" ".join(own_strings(own)))
+    if unexplained:
+        unexplained -= _words(" ".join(_spellings(own)))
     if unexplained:
         unexplained -= _words(
             " ".join([*template.tokenizer.get_added_vocab(), *_spellings({"tools": template.tools})])
@@ -87,6 +101,11 @@ def foreign_words(prefixes: Prefixes, k: int, completion: str) -> list[str]:
     said = ({key: value for key, value in message.items() if key != "role"} for message in prefixes.messages[:k])
     others = (text for message in said for text in _spellings(message))
     return sorted(word for word in unexplained & _words(" ".join(others)) if len(word) > 2)
+
+
+@lru_cache
+def _words_of_template(source: str) -> frozenset[str]:
+    return frozenset(_words(source))
 
 
 def _words(text: str) -> set[str]:
@@ -122,6 +141,11 @@ def _name_in_trl(chat_template: str) -> str | None:
     folder = Path(spec.origin).parent / "chat_templates" if spec and spec.origin else Path()
     paths = sorted(folder.glob("*.jinja"))
     return next((path.stem for path in paths if path.read_text("utf-8") == chat_template), None)
+
+
+def own_strings(message: Message) -> list[str]:
+    """Return every string in a message: content, reasoning, names and arguments of calls, at any depth."""
+    return [str(leaf) for value in message.values() for leaf in _plain_leaves(value)]
 
 
 def contains(text: str, part: str) -> bool:
@@ -162,7 +186,7 @@ def _reads(chat_template: str) -> str:
 
 def _way_out(chat_template: str) -> str:
     if reasoning_tags(chat_template) is None:
-        return "Write it into 'content' as <think>…</think>, remove it, or use the template of a reasoning model"
+        return "Write it into 'content' as the model itself writes it, remove it, or use a template that renders it"
     return (
         "Its prompt leaves no place for it: switch thinking on through 'chat_template_kwargs', or use a template that "
         "renders it"
@@ -198,12 +222,8 @@ def prints(text: str, value: object) -> bool:
 
 
 def _leaves(value: object) -> list[Any]:
-    if isinstance(value, str):
-        decoded = _decoded(value)
-        return _leaves(decoded) if isinstance(decoded, dict | list) else [value]
-    if isinstance(value, dict):
-        return [leaf for key, item in value.items() for leaf in (str(key), *_plain_leaves(item))]
-    return _plain_leaves(value)
+    decoded = _decoded(value) if isinstance(value, str) else value
+    return _plain_leaves(decoded if isinstance(decoded, dict | list) else value)
 
 
 def _plain_leaves(value: object) -> list[Any]:

@@ -1,22 +1,14 @@
 """A dataset example as a conversation: messages, tools and template arguments, without the keys that Arrow adds."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..images.conversation_images import ConversationImages
-from .validation import (
-    RenderingError as RenderingError,
-)
-from .validation import (
-    check_are_objects,
-    check_messages,
-    check_system,
-    check_template_kwargs,
-    check_tools,
-    message_columns,
-)
+from .validation import RenderingError as RenderingError
+from .validation import check_example, message_columns
+from .validation import get_text as get_text
 
 
 Message = dict[str, Any]
@@ -31,17 +23,8 @@ class Conversation:
     """
     What one dataset example says, in the form that `apply_chat_template` takes.
 
-    Args:
-        messages (`list[dict]`):
-            All messages, the prompt's and the completion's.
-        tools (`list`, *optional*):
-            Tools that the model may call: JSON schemas or Python functions.
-        template_kwargs (`dict`, *optional*):
-            Further arguments of the chat template, such as `enable_thinking`.
-        first_trained (`int`, *optional*, defaults to 0):
-            Position of the first message that may be trained. Those before it are context.
-        images ([`ConversationImages`], *optional*):
-            The images of its messages, each of which stands in them as a part `{"type": "image"}`.
+    `template_kwargs` are further arguments of the chat template, such as `enable_thinking`. Messages before
+    `first_trained` are context only. Each of the `images` stands in the messages as a part `{"type": "image"}`.
     """
 
     messages: list[Message]
@@ -61,32 +44,26 @@ class Conversation:
         """
         Read a dataset example.
 
-        Args:
-            example (`dict`):
-                `messages`, or `prompt` and `completion` as lists of messages, or ShareGPT's `conversations`;
-                optionally `tools` and `chat_template_kwargs`, each as an object or as a JSON string, and the text of
-                a system message in `system`, which becomes message 0. In dicts that
-                went through Arrow, keys whose value is `None` are dropped: Arrow gives every struct the keys of all of
-                them. A null argument of a tool call is kept where the tool's schema requires the argument, or where
-                the arguments are a JSON string.
-            images ([`ConversationImages`], *optional*):
-                The images of its messages.
-
-        Raises:
-            `RenderingError`: If the example has none of these columns, or they hold something else.
+        It has `messages`, or `prompt` and `completion` as lists of messages, or ShareGPT's `conversations`; optionally
+        `tools` and `chat_template_kwargs`, each as an object or as a JSON string, and the text of a system message in
+        `system`, which becomes message 0. In dicts that went through Arrow, keys whose value is `None` are dropped:
+        Arrow gives every struct the keys of all of them. A null argument of a tool call is kept where the tool's
+        schema requires the argument, or where the arguments are a JSON string. An example that has none of these
+        columns, or in which they hold something else, is refused.
         """
-        groups = _get_message_lists(example, takes_images=images is not None)
-        tools = _read_tools(example.get("tools"))
+        columns = message_columns(example)
+        groups = [_chatml(example[name]) if name == "conversations" else example[name] for name in columns]
+        tools, kwargs = _decoded_tools(example.get("tools")), _decoded(example, "chat_template_kwargs")
+        check_example(groups, tools, kwargs, example.get("system"), takes_images=images is not None)
+        # From a JSON string: no Arrow, no added keys.
+        tools = (_without_added_keys(tools) if isinstance(example.get("tools"), list) else tools) or None
         required = _required_arguments(tools)
-        kwargs = _decoded(example.get("chat_template_kwargs"), "chat_template_kwargs")
-        kwargs = {} if kwargs is None else kwargs
-        check_template_kwargs(kwargs)
         messages = [message for group in groups for message in _read_messages(group, required)]
-        system = _read_system(example.get("system"), messages[:1])
+        system = _system_message(example.get("system"), messages)
         return cls(
             messages=[*system, *messages],
             tools=tools,
-            template_kwargs={key: value for key, value in kwargs.items() if value is not None},
+            template_kwargs={key: value for key, value in (kwargs or {}).items() if value is not None},
             first_trained=len(system) + len(groups[0]) if len(groups) == 2 else 0,
             images=images,
         )
@@ -98,29 +75,11 @@ def get_function_calls(message: Message) -> list[dict[str, Any]]:
     return [call.get("function") or call for call in calls]
 
 
-def get_text(content: object) -> str:
-    """Return the text of a message's content, which is a string or a list of blocks."""
-    if isinstance(content, str):
-        return content
-    blocks = content if isinstance(content, Sequence) else []
-    return "".join(block.get("text") or "" if isinstance(block, dict) else str(block) for block in blocks)
-
-
-def _get_message_lists(example: dict[str, Any], *, takes_images: bool) -> list[list[Message]]:
-    columns = message_columns(example)
-    groups = [example[name] for name in columns]
-    check_are_objects([message for group in groups for message in group])
-    if columns == ("conversations",):
-        groups = [_chatml(group) for group in groups]
-    check_messages([message for group in groups for message in group], takes_images=takes_images)
-    if len(groups) == 2 and not groups[1]:
-        raise RenderingError("'completion' is empty, so there is nothing to train. Add the answer, or leave it out.")
-    return groups
-
-
-def _chatml(conversations: list[Message]) -> list[Message]:
+def _chatml(conversations: list[Any]) -> list[Any]:
     from trl import maybe_convert_to_chatml  # here, because it imports torch
 
+    if not all(isinstance(message, dict) for message in conversations):
+        return conversations
     # It renames the keys in place, so it works on copies.
     messages = maybe_convert_to_chatml({"conversations": [dict(message) for message in conversations]})["messages"]
     roles = [message.get("role") for message in messages]
@@ -128,21 +87,14 @@ def _chatml(conversations: list[Message]) -> list[Message]:
     return [{**message, "role": role} for message, role in zip(messages, roles, strict=True)]
 
 
-def _read_system(value: object, first: list[Message]) -> list[Message]:
+def _system_message(text: str | None, messages: list[Message]) -> list[Message]:
     """Return the system message that a column of its own holds, unless the conversation begins with it."""
-    check_system(value)
-    if not isinstance(value, str) or not value.strip():
-        return []
-    given = [message for message in first if message["role"] in ("system", "developer")]
-    if given and get_text(given[0].get("content")).strip() != value.strip():
-        raise RenderingError(
-            f"There are two system prompts: the column 'system' and message 0 ('{given[0]['role']}'). Keep one of "
-            "them, or rename the column if it holds something else."
-        )
-    return [] if given else [{"role": "system", "content": value}]
+    given = messages[0]["role"] in ("system", "developer") if messages else False
+    return [{"role": "system", "content": text}] if text and text.strip() and not given else []
 
 
-def _decoded(value: object, column: str) -> Any:
+def _decoded(example: dict[str, Any], column: str) -> Any:
+    value = example.get(column)
     if not isinstance(value, str):
         return value
     try:
@@ -153,13 +105,10 @@ def _decoded(value: object, column: str) -> Any:
         ) from error
 
 
-def _read_tools(value: object) -> Tools | None:
-    tools = _decoded(value, "tools")
+def _decoded_tools(value: object) -> Any:
     if isinstance(value, list):
-        tools = [_decoded(tool, "tools") for tool in value]
-    check_tools(tools)
-    # From a JSON string: no Arrow, no added keys.
-    return (_without_added_keys(tools) if isinstance(value, list) else tools) or None
+        return [_decoded({"tools": tool}, "tools") for tool in value]
+    return _decoded({"tools": value}, "tools")
 
 
 def _read_messages(messages: list[Message], required: dict[Any, set[str]]) -> list[Message]:

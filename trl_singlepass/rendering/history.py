@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..trees.sample import Sample
 from .conversation import Conversation, Message, RenderingError
-from .message_format import as_trained
+from .message_format import as_read
 from .prefixes import Prefixes
 from .reasoning import ParsedMessage, reasoning_tags, without_reasoning
 from .samples import has_prompt, render_conversation
@@ -45,30 +45,15 @@ def render_with_history(
     """
     Render the turns of a conversation under a history policy.
 
-    Args:
-        conversation (`Conversation`):
-            The conversation.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
-        history (`str`, *optional*, defaults to `"template"`):
-            What each turn's context holds of earlier turns: `"template"`, as the template renders it; `"keep"`, all
-            reasoning; `"strip"`, no reasoning. The template's own switch is used where it has one. Where it has none,
-            `"keep"` takes TRL's training template for the model, `"strip"` removes the reasoning from the messages.
-        chat_template (`str`, *optional*):
-            Template to use instead of the tokenizer's own.
-
-    Returns:
-        `list[Sample]`: One sample per trained assistant message.
-
-    Raises:
-        `RenderingError`: If the policy is unknown, if nothing makes the template keep reasoning, or as
-            [`render_samples`].
+    Each turn's context holds of earlier turns what the template renders (`"template"`), all reasoning (`"keep"`), or
+    none (`"strip"`). The template's own switch is used where it has one. Where it has none, `"keep"` takes TRL's
+    training template for the model, or is refused, and `"strip"` removes the reasoning from the messages.
     """
     if history == "template":
         return render_conversation(conversation, tokenizer, chat_template)
     if history not in HISTORIES:
         raise RenderingError(f"history={history!r} is not one of {', '.join(map(repr, HISTORIES))}.")
-    source = tokenizer.get_chat_template(chat_template, conversation.tools)
+    source = ChatTemplate.for_conversation(tokenizer, chat_template, conversation.tools, {}).source
     keep = history == "keep"
     switches = {name: value == keep for name, value in _KEEPING_SWITCHES.items() if name in source}
     conversation = replace(conversation, template_kwargs={**conversation.template_kwargs, **switches})
@@ -77,7 +62,7 @@ def render_with_history(
     source = _keeping_template(conversation, tokenizer, source)
     template = ChatTemplate.for_conversation(tokenizer, source, conversation.tools, conversation.template_kwargs)
     # Templates that read no key keep reasoning that stands in the content.
-    messages = [as_trained(m, template) if m.get("role") == "assistant" else m for m in conversation.messages]
+    messages = [as_read(m, template).trained if m.get("role") == "assistant" else m for m in conversation.messages]
     return render_conversation(replace(conversation, messages=messages), tokenizer, source)
 
 
@@ -106,7 +91,7 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _keeps_reasoning(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, source: str) -> bool:
     template = ChatTemplate.for_conversation(tokenizer, source, conversation.tools, conversation.template_kwargs)
-    answer = as_trained({"role": "assistant", "reasoning_content": _PROBE, "content": "Yes."}, template)
+    answer = as_read({"role": "assistant", "reasoning_content": _PROBE, "content": "Yes."}, template).trained
     question = {"role": "user", "content": "Really?"}
     return _PROBE in template.render([question, answer, question], add_generation_prompt=True)
 

@@ -1,18 +1,27 @@
 """Convert messages to the form that a chat template reads, without changing what they say."""
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from .conversation import Message, get_text
 from .reasoning import (
     REASONING_KEYS,
     THINK,
     ParsedMessage,
+    decode_arguments,
     with_reasoning_inline,
-    with_reasoning_key,
+    with_reasoning_keys,
+    with_reasoning_part,
 )
 from .template import ChatTemplate
-from .traits import Traits, get_traits
+from .template_behaviour import ShapeBehaviour, TemplateBehaviour, get_behaviour
+
+
+class MessageForms(NamedTuple):
+    """A message as the template reads it in a prompt, and as it reads it to write the message's own completion."""
+
+    context: Message
+    trained: Message
 
 
 def parse(message: Message, template: ChatTemplate) -> ParsedMessage:
@@ -20,75 +29,89 @@ def parse(message: Message, template: ChatTemplate) -> ParsedMessage:
     return ParsedMessage.from_message(message, template.tags)
 
 
-def as_context(message: Message, template: ChatTemplate) -> Message:
+def as_read(message: Message, template: ChatTemplate) -> MessageForms:
     """
-    Return a message as the template reads it in a prompt.
+    Return a message in the forms that a template reads, however its author spelt it.
 
-    Reasoning moves to the key that the template reads, but never into the content: what a prompt shows of earlier
-    reasoning is the template's decision, and one that reads no key shows none.
+    A completion is the same for every spelling. In a prompt, reasoning may move to the key that the template reads,
+    but never into the content: what a prompt shows of earlier reasoning is the template's decision, and one that reads
+    no key shows none.
     """
-    traits = get_traits(template)
+    behaviour = get_behaviour(template)
     message = {key: value for key, value in message.items() if value is not None}
     if message.get("role") != "assistant":
-        return _with_content_as_read(message, traits)
+        read = with_content_as_read(message, behaviour)
+        return MessageForms(read, read)
     parsed = parse(message, template)
-    if parsed.reasoning and not _is_read_as_given(message, parsed, template):
-        # Where no key is read, transformers' choice of keys: some templates read them beside tool calls only.
-        message = with_reasoning_key(message, parsed, traits.reasoning_keys or REASONING_KEYS[:2])
     if message.get("tool_calls"):
-        message = {**message, "tool_calls": [_with_arguments_as_read(call, traits) for call in message["tool_calls"]]}
-    if not message.get("tool_calls") or traits.needs_content:
-        message = {"content": "", **message}
-    return _with_content_as_read(message, traits)
+        message = {**message, "tool_calls": [_call_as_read(call, behaviour) for call in message["tool_calls"]]}
+    if not parsed.reasoning or parsed.given_twice:
+        read = with_content_as_read(message, behaviour)
+        return MessageForms(read, read)
+    shape = behaviour.calls if parsed.calls else behaviour.answers
+    in_key = with_reasoning_keys(message, parsed, behaviour.reasoning_keys or REASONING_KEYS[:2])
+    in_part, as_given = with_reasoning_part(message, parsed), _as_given(message, parsed, behaviour, shape, template)
+    if shape.reasoning_keys:
+        trained = in_key
+    elif shape.reads_parts:
+        trained = in_part
+    elif as_given and (shape.keeps_inline or template.tags is None):
+        trained = as_given  # history keeps this spelling
+    elif shape.reads_inline and template.tags is not None:
+        trained = with_reasoning_inline(message, parsed, template.tags)
+    else:  # hidden alike in every spelling, and written by the package
+        trained = in_key
+    context = as_given or in_key
+    return MessageForms(with_content_as_read(context, behaviour), with_content_as_read(trained, behaviour))
 
 
-def as_trained(message: Message, template: ChatTemplate) -> Message:
-    """Return an assistant message as the template reads it to write its completion, reasoning included."""
-    message, traits, tags = as_context(message, template), get_traits(template), template.tags
-    parsed = parse(message, template)
-    if not parsed.reasoning or parsed.inline or traits.reasoning_keys or not traits.reads_inline or tags is None:
-        return message
-    if _is_read_as_given(message, parsed, template):
-        return message
-    return with_reasoning_inline(message, parsed, tags)
+def _as_given(
+    message: Message,
+    parsed: ParsedMessage,
+    behaviour: TemplateBehaviour,
+    shape: ShapeBehaviour,
+    template: ChatTemplate,
+) -> Message | None:
+    """Return a message whose content holds its reasoning, `None` if the template does not read it there."""
+    if any(isinstance(message.get(key), str) and message[key].strip() for key in REASONING_KEYS):
+        return None
+    if not parsed.is_inline:
+        return message if shape.reads_parts else None
+    is_hidden = not behaviour.reasoning_keys and (shape.strips_inline or template.tags is None)
+    is_read = parsed.inline == (template.tags or THINK) and (shape.reads_inline or is_hidden)
+    return {**message, "content": get_text(message["content"])} if is_read else None
 
 
-def _is_read_as_given(message: Message, parsed: ParsedMessage, template: ChatTemplate) -> bool:
-    traits = get_traits(template)
-    if parsed.inline:
-        takes_inline = traits.reads_inline or (traits.strips_inline and not traits.reasoning_keys)
-        return takes_inline and template.tags in (None, THINK)
-    in_parts = not any(isinstance(message.get(key), str) and message[key].strip() for key in REASONING_KEYS)
-    return in_parts and traits.reads_parts
-
-
-def _with_content_as_read(message: Message, traits: Traits) -> Message:
+def with_content_as_read(message: Message, behaviour: TemplateBehaviour) -> Message:
+    """Return a message whose content has the form that the template takes: a string, a list of parts, or none."""
     role, content = message.get("role"), message.get("content")
-    if isinstance(content, str) and role in traits.parts_roles:
-        return {**message, "content": [{"type": "text", "text": content}]}
-    if isinstance(content, list) and role in traits.string_roles and all(map(_is_text, content)):
-        return {**message, "content": get_text(content)}
-    return message
+    is_text = isinstance(content, str) or (isinstance(content, list) and all(map(_is_text, content)))
+    if role == "assistant" and (content is None or (is_text and not get_text(content))):
+        if message.get("tool_calls") and not behaviour.needs_content:
+            return {key: value for key, value in message.items() if key != "content"}
+        content = ""
+    if isinstance(content, str) and role in behaviour.parts_roles:
+        content = [{"type": "text", "text": content}]
+    elif isinstance(content, list) and role in behaviour.string_roles and is_text:
+        content = get_text(content)
+    elif isinstance(content, list) and any(isinstance(part, str) for part in content):
+        content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    return message if content is message.get("content") else {**message, "content": content}
 
 
 def _is_text(part: object) -> bool:
     return isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
 
 
-def _with_arguments_as_read(call: dict[str, Any], traits: Traits) -> dict[str, Any]:
-    function = dict(call.get("function") or call)
-    arguments = function.get("arguments")
-    if isinstance(arguments, str) and not traits.arguments_as_json:
-        decoded = _decode_object(arguments)
-        function["arguments"] = arguments if decoded is None else decoded
-    elif isinstance(arguments, dict) and traits.arguments_as_json:
-        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
-    return {**call, "function": function} if call.get("function") else function
+def _call_as_read(call: dict[str, Any], behaviour: TemplateBehaviour) -> dict[str, Any]:
+    """Return a call with its function under a key of its own, and the arguments as the template takes them."""
+    function = dict(call.get("function") or {key: value for key, value in call.items() if key not in _OF_CALLS})
+    outside = {key: value for key, value in call.items() if call.get("function") or key in _OF_CALLS}
+    arguments = decode_arguments(function.get("arguments"))
+    if arguments is not None:
+        as_json = behaviour.arguments_as_json
+        function["arguments"] = json.dumps(arguments, ensure_ascii=False) if as_json else arguments
+    return {"type": "function", **outside, "function": function}
 
 
-def _decode_object(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return None  # models sometimes write calls that are not valid JSON; the template may still print them
-    return value if isinstance(value, dict) else None
+_OF_CALLS = ("id", "type", "index")

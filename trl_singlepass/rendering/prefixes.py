@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Template, TemplateError
 
 from .conversation import Conversation, Message
-from .message_format import as_context, as_trained
+from .message_format import as_read
 from .sandbox import compiled_template
 from .template import ChatTemplate
 
@@ -38,21 +38,9 @@ class Prefixes:
     then of those next to a power of two), and the longest one of each conversation. Where one differs, or the template
     raises, `apply_chat_template` renders.
 
-    Args:
-        template ([`ChatTemplate`]):
-            The template, with its arguments.
-        messages (`list[dict]`):
-            The conversation, in the form in which the template reads context.
-        trained (`dict[int, dict]`):
-            The messages whose completions need another form than the one that the template reads as context.
-        compiled (`jinja2.Template`, *optional*):
-            The template in the fast sandbox; `None` to render through `apply_chat_template` alone.
-        variables (`dict`):
-            The variables that the template sees for the whole conversation.
-        compares (`bool`):
-            Whether to compare renderings.
-        known (`dict`):
-            The renderings made so far, by number of messages and whether a generation prompt follows.
+    `messages` have the form in which the template reads context; `trained` holds those that it reads in another form
+    to write their completions; `known` the renderings made so far, by number of messages and whether a generation
+    prompt follows.
     """
 
     template: ChatTemplate
@@ -71,32 +59,13 @@ class Prefixes:
         chat_template: str | None = None,
         now: datetime | None = None,
     ) -> Prefixes:
-        """
-        Prepare a conversation as it was read from a dataset example.
-
-        Args:
-            conversation ([`Conversation`]):
-                The conversation.
-            tokenizer (`PreTrainedTokenizerBase`):
-                Tokenizer with a chat template.
-            chat_template (`str`, *optional*):
-                Template to use instead of the tokenizer's own.
-            now (`datetime`, *optional*):
-                The time that the template sees; the current time by default.
-
-        Returns:
-            `Prefixes`: Its prefixes.
-        """
+        """Prepare a conversation as it was read from a dataset example; the template sees the time `now`."""
         template = ChatTemplate.for_conversation(
             tokenizer, chat_template, conversation.tools, conversation.template_kwargs, now
         )
-        messages = [as_context(message, template) for message in conversation.messages]
-        trained = {
-            k: as_trained(message, template)
-            for k, message in enumerate(conversation.messages)
-            if message.get("role") == "assistant"
-        }
-        trained = {k: message for k, message in trained.items() if message != messages[k]}
+        forms = [as_read(message, template) for message in conversation.messages]
+        messages = [message.context for message in forms]
+        trained = {k: message.trained for k, message in enumerate(forms) if message.trained != message.context}
         slow = cls(template, messages, trained)
         last = max(conversation.turns, default=0)
         return slow._faster(last + 1) if len(conversation.turns) > 1 and _is_stock(template) else slow

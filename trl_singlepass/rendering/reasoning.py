@@ -1,5 +1,6 @@
 """What an assistant message says, and the forms in which messages and templates hold its reasoning."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,15 +20,8 @@ class ReasoningTags:
     """
     Tags around the reasoning in what a model writes.
 
-    Args:
-        opening (`str`):
-            Text before the reasoning.
-        closing (`str`):
-            Text after it.
-        separator (`str`):
-            White space between the closing tag and the answer, in models that put reasoning on lines of its own.
-        own_lines (`bool`, *optional*):
-            Whether reasoning stands on lines of its own; `None` where that differs from model to model.
+    `separator` is the white space between the closing tag and the answer. `own_lines` says whether reasoning stands on
+    lines of its own; `None` where that differs from model to model.
     """
 
     opening: str
@@ -35,14 +29,19 @@ class ReasoningTags:
     separator: str
     own_lines: bool | None = None
 
+    def around(self, reasoning: str) -> str:
+        """Return the reasoning between its tags, followed by the separator."""
+        line = "" if self.own_lines is False else "\n"
+        return f"{self.opening}{line}{reasoning}{line}{self.closing}{self.separator}"
+
 
 THINK = ReasoningTags("<think>", "</think>", "\n\n")
 KNOWN_TAGS = (
     THINK,
-    ReasoningTags("<thought>", "</thought>", "\n\n"),
-    ReasoningTags("<seed:think>", "</seed:think>", ""),
-    ReasoningTags("[THINK]", "[/THINK]", ""),
-    ReasoningTags("<|START_THINKING|>", "<|END_THINKING|>", ""),
+    ReasoningTags("<thought>", "</thought>", "\n\n", own_lines=True),
+    ReasoningTags("<seed:think>", "</seed:think>", "", own_lines=False),
+    ReasoningTags("[THINK]", "[/THINK]", "", own_lines=False),
+    ReasoningTags("<|START_THINKING|>", "<|END_THINKING|>", "", own_lines=False),
     ReasoningTags("<|channel>thought", "<channel|>", "", own_lines=True),
 )
 
@@ -52,41 +51,53 @@ class ParsedMessage:
     """
     What an assistant message says, in whatever form it says it.
 
-    Args:
-        reasoning (`str`):
-            Text of its reasoning, without white space around it.
-        answer (`str`):
-            Text of its answer, without inline reasoning.
-        calls (`list[dict]`):
-            The functions that it calls.
-        inline (`bool`):
-            Whether the reasoning stands between tags in the content.
-        verbatim (`str`):
-            The reasoning exactly as its key or content part gives it; the template decides what to trim.
+    `reasoning` is its reasoning without white space around it, `verbatim` exactly as its key or content part gives it;
+    `answer` is the text of its content without inline reasoning. `inline` holds the tags between which the content has
+    a block of reasoning; `given_twice` says that the content has reasoning besides that under a key.
     """
 
     reasoning: str
     answer: str
     calls: list[dict[str, Any]]
-    inline: bool = False
+    inline: ReasoningTags | None = None
     verbatim: str = ""
+    given_twice: bool = False
 
     @classmethod
     def from_message(cls, message: Message, tags: ReasoningTags | None = None) -> "ParsedMessage":
         """Parse an assistant message whose inline reasoning stands between `<think>` tags or the given ones."""
         content, calls = get_text(message.get("content")), get_function_calls(message)
-        for key in REASONING_KEYS:
-            if isinstance(message.get(key), str) and message[key].strip():
-                return cls(message[key].strip(), content, calls, verbatim=message[key])
-        thoughts = _reasoning_in_parts(message.get("content"))
-        if thoughts.strip():
-            return cls(thoughts.strip(), content, calls, verbatim=thoughts)
-        for pair in (THINK, tags or THINK):
-            opened = content.lstrip()
-            if opened.startswith(pair.opening) and pair.closing in opened:
-                reasoning, answer = opened[len(pair.opening) :].split(pair.closing, 1)
-                return cls(reasoning.strip(), answer, calls, inline=bool(reasoning.strip()))
-        return cls("", content, calls)
+        under_keys = (message.get(key) for key in REASONING_KEYS)
+        verbatim = next((text for text in under_keys if isinstance(text, str) and text.strip()), None)
+        verbatim = verbatim or _reasoning_in_parts(message.get("content"))
+        used = next((pair for pair in (THINK, tags or THINK) if _begins_with_block(content, pair)), None)
+        if used is None:
+            return cls(verbatim.strip(), content, calls, verbatim=verbatim)
+        reasoning, answer = content.lstrip()[len(used.opening) :].split(used.closing, 1)
+        if not verbatim.strip():
+            return cls(reasoning.strip(), answer, calls, inline=used if reasoning.strip() else None)
+        if reasoning.strip():
+            return cls(verbatim.strip(), content, calls, verbatim=verbatim, given_twice=True)
+        return cls(verbatim.strip(), answer, calls, inline=used, verbatim=verbatim)  # an empty block says nothing
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether the content alone holds the reasoning."""
+        return self.inline is not None and not self.verbatim.strip()
+
+
+def decode_arguments(arguments: object) -> dict[str, Any] | None:
+    """Return the arguments of a call as an object, `None` if they are none."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except json.JSONDecodeError:
+            return None
+    return arguments if isinstance(arguments, dict) else None
+
+
+def _begins_with_block(content: str, tags: ReasoningTags) -> bool:
+    return content.lstrip().startswith(tags.opening) and tags.closing in content
 
 
 def _reasoning_in_parts(content: object) -> str:
@@ -116,9 +127,11 @@ def without_comments(chat_template: str) -> str:
 def without_reasoning(message: Message, parsed: ParsedMessage) -> Message:
     """Return the message with nothing but its answer and its tool calls."""
     bare = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+    if parsed.inline:
+        return {**bare, "content": parsed.answer.lstrip("\n")}
     if isinstance(bare.get("content"), list):
-        bare["content"] = [part for part in bare["content"] if not is_reasoning_part(part)]
-    return {**bare, "content": parsed.answer.lstrip("\n")} if parsed.inline else bare
+        bare["content"] = [part for part in bare["content"] if not is_reasoning_part(part)] or ""
+    return bare
 
 
 def is_reasoning_part(part: object) -> bool:
@@ -126,36 +139,32 @@ def is_reasoning_part(part: object) -> bool:
     return isinstance(part, Mapping) and part.get("type") in _REASONING_PARTS
 
 
-def with_reasoning_key(message: Message, parsed: ParsedMessage, keys: tuple[str, ...]) -> Message:
+def with_reasoning_keys(message: Message, parsed: ParsedMessage, keys: tuple[str, ...]) -> Message:
     """Return the message with its reasoning under each of `keys`."""
     return {**without_reasoning(message, parsed), **dict.fromkeys(keys, parsed.verbatim or parsed.reasoning)}
 
 
+def with_reasoning_part(message: Message, parsed: ParsedMessage) -> Message:
+    """Return the message with its reasoning in a content part of its own."""
+    bare = without_reasoning(message, parsed)
+    answer = bare.get("content") or []
+    answer = [{"type": "text", "text": answer}] if isinstance(answer, str) else answer
+    return {**bare, "content": [{"type": "thinking", "thinking": parsed.verbatim or parsed.reasoning}, *answer]}
+
+
 def with_reasoning_inline(message: Message, parsed: ParsedMessage, tags: ReasoningTags) -> Message:
     """Return the message with its reasoning between tags at the start of its content."""
-    content = f"{tags.opening}\n{parsed.reasoning}\n{tags.closing}{tags.separator}{parsed.answer}"
-    return {**without_reasoning(message, parsed), "content": content}
+    bare = without_reasoning(message, parsed)
+    return {**bare, "content": tags.around(parsed.reasoning) + get_text(bare.get("content"))}
 
 
 def write_reasoning(prompt: str, bare: str, reasoning: str, tags: ReasoningTags, own_lines: bool) -> tuple[str, int]:
     """
     Put the reasoning of a turn into a completion from which the template leaves it out, as the model writes it.
 
-    Args:
-        prompt (`str`):
-            Prompt as served. It may end with the opening tag.
-        bare (`str`):
-            What the template writes after the prompt for the message without reasoning. It may begin with an empty
-            block, or with the end of one.
-        reasoning (`str`):
-            The reasoning.
-        tags (`ReasoningTags`):
-            Tags that the model writes around it.
-        own_lines (`bool`):
-            Whether the tags stand on lines of their own. What the prompt or `bare` shows takes precedence.
-
-    Returns:
-        `tuple[str, int]`: The completion, and the position in it at which the reasoning begins.
+    The prompt may end with the opening tag. `bare` is what the template writes after it for the message without
+    reasoning; it may begin with an empty block, or with the end of one. What either shows of white space takes
+    precedence over `own_lines`. Returns the completion, and the position in it at which the reasoning begins.
     """
     opened = re.search(rf"{re.escape(tags.opening)}(\s*)\Z", prompt)
     # Templates that keep an empty block, or just its end, show how the model spaces it.

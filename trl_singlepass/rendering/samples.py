@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..images.conversation_images import ConversationImages
-from ..trees.sample import CompletionKind, Sample
+from ..trees.sample import Sample
 from ..trees.shared_array import SharedArray
 from .checks import contains, is_object, prints
 from .conversation import Conversation, Message, Tools, get_text
@@ -15,7 +15,7 @@ from .conversation import RenderingError as RenderingError
 from .prefixes import Prefixes
 from .shown_images import find_shown_images, without_image_parts
 from .template import ChatTemplate
-from .tokenization import hard_borders, tokenize, tokenize_after
+from .tokenization import Ids, common_length, hard_borders, tokenize, tokenize_after
 from .turn import RenderedTurn, render_turn, rendering_error
 
 
@@ -75,24 +75,9 @@ def render_example(
     example_index: int | None = None,
 ) -> list[Sample]:
     """
-    Render the turns of one dataset example.
+    Render the trained assistant messages of a dataset example, as [`Conversation.from_example`] reads it.
 
-    Args:
-        example (`dict`):
-            `messages`, or `prompt` and `completion` as lists of messages (only the completion is trained), or
-            ShareGPT's `conversations`; optionally `tools` and `chat_template_kwargs`.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
-        chat_template (`str`, *optional*):
-            Template to use instead of the tokenizer's own.
-        example_index (`int`, *optional*):
-            Position of the example in its dataset, for error messages.
-
-    Returns:
-        `list[Sample]`: One sample per trained assistant message.
-
-    Raises:
-        `RenderingError`: As [`render_samples`], with the example's position.
+    Errors are those of [`render_samples`], with the example's position in its dataset.
     """
     try:
         return render_conversation(Conversation.from_example(example), tokenizer, chat_template)
@@ -110,26 +95,11 @@ def render_conversation(
     prefixes: Prefixes | None = None,
 ) -> list[Sample]:
     """
-    Render the turns of a conversation that has been read from a dataset example.
+    Render the turns of a conversation that has been read from a dataset example, given its prefixes if they are at
+    hand.
 
     An assistant message that begins the conversation is context only where the template renders no prompt for it:
     there is nothing that a model could be served.
-
-    Args:
-        conversation (`Conversation`):
-            The conversation.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
-        chat_template (`str`, *optional*):
-            Template to use instead of the tokenizer's own.
-        prefixes ([`Prefixes`], *optional*):
-            The prefixes of the conversation under that template, where they are at hand.
-
-    Returns:
-        `list[Sample]`: One sample per trained assistant message.
-
-    Raises:
-        `RenderingError`: As [`render_samples`].
     """
     if not conversation.turns:
         roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in conversation.messages)) or "none"
@@ -211,22 +181,12 @@ def _tokenize_with_images(turns: list[RenderedTurn], prefixes: Prefixes, images:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _TurnFacts:
-    """What tokens do not tell of a turn: its rendering without the prompt, whose text is long."""
-
-    message_index: int
-    completion: str
-    reasoning_end: int
-    kind: CompletionKind
-
-
 def _tokenize(turns: Iterable[RenderedTurn], template: ChatTemplate) -> list[Sample]:
-    facts: list[_TurnFacts] = []
+    facts: list[RenderedTurn] = []  # without their prompts, whose texts are long
 
     def texts() -> Iterator[str]:
         for turn in turns:
-            facts.append(_TurnFacts(turn.message_index, turn.completion, turn.reasoning_end, turn.kind))
+            facts.append(replace(turn, prompt=""))
             yield turn.prompt
             yield turn.prompt + turn.completion[: turn.reasoning_end]
             yield turn.prompt + turn.completion
@@ -236,18 +196,34 @@ def _tokenize(turns: Iterable[RenderedTurn], template: ChatTemplate) -> list[Sam
 
 
 def _sample(
-    turn: _TurnFacts, prompt: SharedArray, reasoning: SharedArray, whole: SharedArray, template: ChatTemplate
+    turn: RenderedTurn, prompt: SharedArray, reasoning: SharedArray, whole: SharedArray, template: ChatTemplate
 ) -> Sample:
     start = len(prompt)
     if prompt.common_length(whole) < start:
         # A token of the whole text reaches over the border. The model sees the prompt's own tokens.
         parts = (turn.completion[: turn.reasoning_end], turn.completion)
         reasoning, whole = (prompt.followed_by(tokenize_after(template.tokenizer, text)) for text in parts)
-    length = _length_within(reasoning, whole) - start if turn.reasoning_end else 0
-    return Sample.from_prompt_and_completion(prompt, whole.tail(start), turn.message_index, length, turn.kind)
+    length = 0
+    if turn.reasoning_end:
+        text = turn.completion[: turn.reasoning_end]
+        length = _count_tokens_of(text, reasoning.tail(start), whole.tail(start), template.tokenizer)
+    facts = turn.message_index, length, turn.kind, turn.has_empty_block
+    return Sample.from_prompt_and_completion(prompt, whole.tail(start), *facts)
 
 
-def _length_within(beginning: SharedArray, whole: SharedArray) -> int:
-    """Return how many tokens of a text start within a given prefix of it."""
-    shared = beginning.common_length(whole)
-    return shared if shared == len(beginning) else shared + 1  # one that reaches over its end counts
+def _count_tokens_of(text: str, alone: Ids, whole: Ids, tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    Return how many tokens of a completion begin within the text that it begins with.
+
+    `alone` are the tokens of that text, `whole` those of the completion, which may be cut in other places around the
+    end of the text: "so $." is "so", " $.", and "so $.\\nYes" is "so", " $", ".\\n", "Yes".
+    """
+    shared = common_length(alone, whole)
+    covered = "".join(text.split())
+    if shared < len(alone):
+        for count in range(shared + 1, len(whole) + 1):
+            if "".join(tokenizer.decode(whole[:count]).split()).startswith(covered):
+                return count
+            if count > shared + len(text):
+                break  # the tokenizer does not give back what it read
+    return min(len(alone), len(whole))

@@ -93,13 +93,7 @@ def compiled_template(source: str) -> Template | None:
     """
     Return a chat template in a [`CachingSandbox`] that is otherwise the environment of transformers.
 
-    Args:
-        source (`str`):
-            The template.
-
-    Returns:
-        `jinja2.Template` or `None`: The template; `None` if transformers runs it in a sandbox other than the one whose
-        verdicts are cached.
+    `None` if transformers runs it in a sandbox other than the one whose verdicts are cached.
     """
     try:
         from transformers.utils.chat_template_utils import _compile_jinja_template

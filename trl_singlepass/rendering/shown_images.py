@@ -23,20 +23,8 @@ def find_shown_images(prefixes: Prefixes, turn: RenderedTurn, images: Conversati
     are the images without which it renders the same prompt, or, if it writes something in their place, a prompt with
     as many placeholders.
 
-    Args:
-        prefixes ([`Prefixes`]):
-            The conversation.
-        turn ([`RenderedTurn`]):
-            The turn.
-        images ([`ConversationImages`]):
-            The images of the conversation.
-
-    Returns:
-        `list[int]`: Number of the image that each placeholder shows.
-
-    Raises:
-        `RenderingError`: If the message itself has images, the prompt has more placeholders than images, the template
-            drops an image that no earlier turn can have shown, or which images it drops is not certain.
+    Refused are a message that has images itself, a prompt with more placeholders than images, and a template that
+    drops an image which no earlier turn can have shown, or images of which it is not certain which they are.
     """
     placeholders, k = images.placeholders, turn.message_index
     places = _places(prefixes.messages[:k])
@@ -105,9 +93,8 @@ def _find_marked(
         content = list(messages[index]["content"])
         content.insert(position + 1, {"type": "text", "text": _MARKER.format(number)})
         messages[index] = {**messages[index], "content": content}
-    try:
-        rest = prefixes.template.render(messages, add_generation_prompt=True)
-    except RenderingError:
+    rest = _render(prefixes, messages)
+    if rest is None:
         return None
     shown, plain = [], ""
     for number in range(len(places)):
@@ -143,6 +130,10 @@ def _prompt_without(prefixes: Prefixes, k: int, place: tuple[int, int]) -> str |
     messages = list(prefixes.messages[:k])
     content = messages[index]["content"]
     messages[index] = {**messages[index], "content": [*content[:position], *content[position + 1 :]]}
+    return _render(prefixes, messages)
+
+
+def _render(prefixes: Prefixes, messages: list[Message]) -> str | None:
     try:
         return prefixes.template.render(messages, add_generation_prompt=True)
     except RenderingError:

@@ -1,11 +1,11 @@
 """How messages end under a chat template, and the stop token with which a completion ends."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .conversation import Message, RenderingError
-from .probes import ANSWER, REASONING, USER, VALUE, answer, render_probe
-from .reasoning import REASONING_KEYS
+from .probes import ANSWER, USER, VALUE, Probe
 from .template import ChatTemplate
 from .tokenization import split_markup
 
@@ -17,23 +17,23 @@ _CLOSES_A_PART = re.compile("^</|^\\[/|[_\u2581]end[|\uff5c]>$|^<[a-z_]+\\|>$")
 @dataclass(frozen=True, slots=True)
 class Ending:
     """
-    How a message ends.
+    What a template writes at the end of a conversation's last message, and what replaces it in a completion.
 
-    Args:
-        written (`str`):
-            What the template writes at the end of a conversation's last message.
-        trained (`str`, *optional*):
-            What replaces it in a completion: the same text, plus a stop token if the template writes none, minus the
-            next message's header if it writes that. `None` if there is no token to stop at.
+    `trained` is the same text, plus a stop token if the template writes none, minus the next message's header if it
+    writes that; `None` if there is no token to stop at.
     """
 
     written: str
     trained: str | None
 
 
-def find_ending(template: ChatTemplate, message: Message, following: Message, last_word: str) -> Ending:
-    """Return how a message ends whose last word is given; unchanged if the template does not render the word."""
-    text = render_probe(template, USER, message)
+def find_ending(probe: Probe, message: Message, following: Message, last_word: str, within: frozenset[str]) -> Ending:
+    """
+    Return how a message ends whose last word is given; unchanged if the template does not render the word.
+
+    Tokens `within` messages stand between reasoning and answer: the model goes on after them.
+    """
+    text, template = probe.render(probe.user, message), probe.template
     _, found, rest = text.rpartition(last_word)
     if not found:
         return Ending("", "")
@@ -43,37 +43,35 @@ def find_ending(template: ChatTemplate, message: Message, following: Message, la
     if eos and eos in written:  # what follows it begins the next message, but for white space
         start, _, after = written.partition(eos)
         return Ending(written, start + eos + (after if not after.strip() else ""))
-    stop = _without_header(template, written)
-    last = _pieces(template, stop.strip())[-1:]
-    if last and _closes_reasoning(template, last[0]):  # then the model goes on after it: gpt-oss writes such histories
-        return Ending(written, stop.rstrip().removesuffix(last[0]) + eos if eos else None)
-    if _is_stop(template, last[0]) if calls and last else last:
+    stop = _without_header(probe, written)
+    last = split_markup(stop.strip(), template.tokenizer)[-1:]
+    if last and last[0] in within:  # gpt-oss writes such histories
+        trained = stop.rstrip().removesuffix(last[0]) + eos if eos else None
+        return Ending(written, trained)
+    if _is_stop(probe, last[0]) if calls and last else last:
         return Ending(written, stop)
-    token = _next_token(template, message, following)
+    token = _next_token(probe, message, following)
     return Ending(written, None if token is None else stop + token)
 
 
-def _is_stop(template: ChatTemplate, token: str) -> bool:
+def _is_stop(probe: Probe, token: str) -> bool:
     """Whether a model stops at a token that the template writes behind tool calls."""
-    ending = render_probe(template, USER, answer()).rpartition(ANSWER)[2].strip()
+    ending = probe.render(probe.user, probe.answer()).rpartition(ANSWER)[2].strip()
+    return token in _message_ends(probe.template) or bool(ending and ending.endswith(token))
+
+
+def _message_ends(template: ChatTemplate) -> set[str]:
     known = template.tokenizer.added_tokens_decoder.values()
-    special = {added.content for added in known if added.special and not _CLOSES_A_PART.search(added.content)}
-    return token in special or bool(ending and ending.endswith(token))
+    return {added.content for added in known if added.special and not _CLOSES_A_PART.search(added.content)}
 
 
-def _closes_reasoning(template: ChatTemplate, token: str) -> bool:
-    """Whether a token that ends an answer also stands between its reasoning and the answer."""
-    reasoning = dict.fromkeys(REASONING_KEYS, REASONING)
-    _, found, after = render_probe(template, USER, answer(**reasoning)).rpartition(REASONING)
-    return bool(found) and token in after.partition(ANSWER)[0]
-
-
-def _without_header(template: ChatTemplate, ending: str) -> str:
+def _without_header(probe: Probe, ending: str) -> str:
     """Drop the header of the next answer, which some templates write whether or not it was requested."""
-    bare = render_probe(template, USER)
-    if not bare or bare != render_probe(template, USER, add_generation_prompt=True):
+    bare = probe.render(probe.user)
+    if not bare or bare != probe.render(probe.user, add_generation_prompt=True):
         return ending
-    own, header = _pieces(template, ending), _pieces(template, bare.rpartition(str(USER["content"]))[2])
+    tokenizer = probe.template.tokenizer
+    own, header = split_markup(ending, tokenizer), split_markup(bare.rpartition(USER)[2], tokenizer)
     while own and header and own[-1] == header[-1]:
         own.pop()
         header.pop()
@@ -81,25 +79,28 @@ def _without_header(template: ChatTemplate, ending: str) -> str:
 
 
 def _trailing_markup(template: ChatTemplate, text: str) -> str:
-    pieces, added = _pieces(template, text), template.tokenizer.get_added_vocab()
+    pieces, added = split_markup(text, template.tokenizer), template.tokenizer.get_added_vocab()
     is_text = [bool(piece.strip()) and piece not in added and piece[:1] not in ("<", "[") for piece in pieces]
     return "".join(pieces[max((i + 1 for i, text in enumerate(is_text) if text), default=0) :])
 
 
-def _pieces(template: ChatTemplate, text: str) -> list[str]:
-    return split_markup(text, template.tokenizer)
-
-
-def _next_token(template: ChatTemplate, message: Message, following: Message) -> str | None:
+def _next_token(probe: Probe, message: Message, following: Message) -> str | None:
     """The token that history shows after a message, or else EOS."""
-    last, history = render_probe(template, USER, message), render_probe(template, USER, message, following)
+    last, history = probe.render(probe.user, message), probe.render(probe.user, message, following)
     rest = history[len(last) :].lstrip() if history.startswith(last) else ""
-    tokens = sorted(template.tokenizer.get_added_vocab(), key=len, reverse=True)
-    eos: str | None = template.tokenizer.eos_token
+    tokens = sorted(probe.template.tokenizer.get_added_vocab(), key=len, reverse=True)
+    eos: str | None = probe.template.tokenizer.eos_token
     return next((token for token in tokens if rest.startswith(token)), eos)
 
 
-def end_with_stop_token(completion: str, ending: Ending, template: ChatTemplate) -> str:
+def find_stops(template: ChatTemplate, endings: Iterable[Ending], within: frozenset[str]) -> frozenset[str]:
+    """Return the tokens at which a completion may end: those of `endings`, and special ones that close no part."""
+    trained = ((ending.trained or "").strip() for ending in endings)
+    last = {piece for text in trained for piece in split_markup(text, template.tokenizer)[-1:]}
+    return frozenset(_message_ends(template) - within | last)
+
+
+def end_with_stop_token(completion: str, ending: Ending, stops: frozenset[str]) -> str:
     """
     Return a completion that ends as the model ends it.
 
@@ -113,9 +114,7 @@ def end_with_stop_token(completion: str, ending: Ending, template: ChatTemplate)
         )
     if completion.endswith(ending.written):
         return completion.removesuffix(ending.written) + ending.trained
-    tokens = [token.content for token in template.tokenizer.added_tokens_decoder.values() if token.special]
-    ends = completion.rstrip().endswith((ending.trained.strip(), *tokens))
-    if ends:
+    if completion.rstrip().endswith((ending.trained.strip(), *stops)):
         return completion
     # A call without arguments may end in less markup than the ending was measured on, and lacks the stop token alone.
     added = ending.trained.removeprefix(ending.written)

@@ -23,18 +23,8 @@ class ChatTemplate:
     """
     A chat template with the tools and arguments of one conversation.
 
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer whose `apply_chat_template` renders.
-        source (`str`):
-            The template.
-        tools (`list`, *optional*):
-            Tools of the conversation.
-        kwargs (`dict`):
-            Further arguments of the template.
-        now (`datetime`):
-            The time that the template sees. All turns of a conversation see the same, or their prompts would differ
-            at the start wherever a template prints the time.
+    All turns of a conversation see the same time, or their prompts would differ at the start wherever a template
+    prints it.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -53,7 +43,12 @@ class ChatTemplate:
         now: datetime | None = None,
     ) -> ChatTemplate:
         """Return the template that `tokenizer` uses for a conversation, with the clock stopped at `now`."""
-        source = tokenizer.get_chat_template(chat_template, tools)
+        try:
+            source = tokenizer.get_chat_template(chat_template, tools)
+        except ValueError as error:
+            raise RenderingError(
+                f"The tokenizer has no chat template to render conversations with: {error}"
+            ) from error
         return cls(tokenizer, source, tools, kwargs, now or datetime.now())
 
     @property

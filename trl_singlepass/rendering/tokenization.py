@@ -43,13 +43,7 @@ def hard_borders(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> Hard
 
 class HardBorders:
     """
-    Added tokens at which a text can be cut without changing its tokens.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer that the tokens belong to.
-        tokens (`list[str]`):
-            The tokens. With none of them, texts are tokenised whole.
+    Added tokens at which a text can be cut without changing its tokens; with none of them, texts are tokenised whole.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
@@ -97,17 +91,10 @@ class HardBorders:
 
 def tokenize(borders: HardBorders, texts: Iterable[str]) -> list[SharedArray]:
     """
-    Tokenise renderings of one conversation.
+    Tokenise renderings of one conversation, exactly as the tokenizer does with each whole text.
 
-    Args:
-        borders (`HardBorders`):
-            Where the texts may be cut.
-        texts (`Iterable[str]`):
-            The renderings. Neighbours should share as much of their beginnings as possible: only what a text adds to
-            the one before it is tokenised and stored. They are read one at a time, and not kept.
-
-    Returns:
-        `list[SharedArray]`: The ids of each text, exactly as the tokenizer gives them for the whole text.
+    Neighbours should share as much of their beginnings as possible: only what a text adds to the one before it is
+    tokenised and stored. The texts are read one at a time, and not kept.
     """
     split = list(_split_all(borders, texts))
     known = borders.token_ids | borders.beginnings

@@ -5,25 +5,26 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..trees.sample import CompletionKind
-from .checks import foreign_words, missing_content, missing_reasoning, template_name
+from .checks import find_fault, foreign_words, missing_content, missing_reasoning, own_strings, template_name
+from .completion_from_template import MarkedMessage, OwnText, isolate, mark_message
 from .conversation import Message, RenderingError
-from .isolation import OwnText, isolate
-from .markers import MarkedMessage, mark_message, own_strings
-from .message_format import as_trained, parse
+from .message_format import as_read, parse, with_content_as_read
 from .prefixes import Prefixes
-from .reasoning import KNOWN_TAGS, ParsedMessage, without_reasoning, write_reasoning
+from .reasoning import KNOWN_TAGS, THINK, ParsedMessage, is_reasoning_part, without_reasoning, write_reasoning
 from .stop_tokens import end_with_stop_token
 from .template import ChatTemplate
+from .template_behaviour import TemplateBehaviour, get_behaviour
 from .tokenization import hard_borders
-from .traits import get_traits
 
 
 _NO_PLACE = (
     "its prompt closes the reasoning before the message can give its own. Switch thinking on through "
     "'chat_template_kwargs', remove the reasoning, or use a template that renders it"
 )
-# Placeholder reasoning for a turn without any, to see how the template closes it.
-_PLACEHOLDER = "Xqplaceholderqx"
+# Tags of templates that are not known, such as those of MiniMax-M3.
+_OTHER_OPENING, _OTHER_CLOSING = r"<[^<>/\s]*think[^<>\s]*>", r"</[^<>\s]*think[^<>\s]*>"
+# Placeholders for what a turn lacks, to see what the template writes around it.
+_NO_REASONING, _NO_ANSWER = "Xqthoughtqx", "Xqemptyqx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +32,10 @@ class RenderedTurn:
     """
     Text of one turn.
 
-    Args:
-        message_index (`int`):
-            Position of its assistant message.
-        prompt (`str`):
-            The messages before it with the generation prompt: what the model is served.
-        completion (`str`):
-            What the model generates after that, up to and including its stop token.
-        reasoning_end (`int`):
-            Length in characters of the reasoning that starts the completion, including its closing tag.
-        parsed ([`ParsedMessage`]):
-            What the message says.
-        kind ([`CompletionKind`]):
-            How the completion came about.
-        stop_added (`bool`):
-            Whether a stop token was added because the template writes none there.
+    `prompt` holds the messages before it with the generation prompt, as served; `completion` what the model generates
+    after that, up to and including its stop token. `reasoning_end` is the length in characters of the reasoning that
+    starts the completion, closing tag included. `stop_added` says whether the template writes no stop token there,
+    `has_empty_block` whether the completion begins with an empty block of reasoning.
     """
 
     message_index: int
@@ -55,24 +45,15 @@ class RenderedTurn:
     parsed: ParsedMessage
     kind: CompletionKind
     stop_added: bool
+    has_empty_block: bool
 
 
 def render_turn(prefixes: Prefixes, k: int) -> RenderedTurn:
     """
-    Render one turn of a conversation.
+    Render the turn whose assistant message is at position `k`.
 
-    Args:
-        prefixes ([`Prefixes`]):
-            The conversation.
-        k (`int`):
-            Position of the turn's assistant message.
-
-    Returns:
-        [`RenderedTurn`]: The turn.
-
-    Raises:
-        `RenderingError`: If the template refuses the messages, or the completion cannot be told from the rest with
-            certainty, or lacks something that the message says.
+    It is refused if the template refuses the messages, or the completion cannot be told from the rest with certainty,
+    or lacks something that the message says.
     """
     try:
         return _TurnRenderer(prefixes, k).turn()
@@ -100,6 +81,10 @@ class _TurnRenderer:
         return self.prefixes.trained.get(self.k, self.prefixes.messages[self.k])
 
     @cached_property
+    def behaviour(self) -> TemplateBehaviour:
+        return get_behaviour(self.template)
+
+    @cached_property
     def parsed(self) -> ParsedMessage:
         return parse(self.message, self.template)
 
@@ -116,11 +101,12 @@ class _TurnRenderer:
         return self.own_text(self.marked.message)
 
     def turn(self) -> RenderedTurn:
+        if fault := find_fault(self.parsed):
+            raise RenderingError(fault)
         completion, reasoning_start, kind = self.completion()
         reasoning_end = self.reasoning_end(completion, reasoning_start)
-        traits = get_traits(self.template)
-        ending = traits.calls_ending if self.parsed.calls else traits.answer_ending
-        ended = end_with_stop_token(completion, ending, self.template)
+        shape = self.behaviour.calls if self.parsed.calls else self.behaviour.answers
+        ended = end_with_stop_token(completion, shape.ending, self.behaviour.stops)
         self.check(ended, reasoning_start)
         return RenderedTurn(
             self.k,
@@ -130,6 +116,7 @@ class _TurnRenderer:
             self.parsed,
             kind,
             len(ended.rstrip()) > len(completion.rstrip()),
+            not self.parsed.reasoning and self.empty_block.match(completion) is not None,
         )
 
     def completion(self) -> tuple[str, int, CompletionKind]:
@@ -152,12 +139,24 @@ class _TurnRenderer:
             return OwnText(whole[len(self.prompt) :])
         if self.prompt.startswith(whole) and not self.prompt[len(whole) :].strip():
             return OwnText("")  # some templates write nothing at all for an empty message
-        marked = mark_message(message, parse(message, self.template))
+        parsed = parse(message, self.template)
+        if not parsed.answer.strip() and not parsed.calls:  # some templates drop more than an empty answer
+            shown = self.own_text(self.with_answer(message, parsed))
+            return OwnText(shown.text.replace(_NO_ANSWER, "", 1), shown.opening, shown.start)
+        marked = mark_message(message, parsed)
         own = isolate(self.prefixes, self.k, whole, marked)
         if own is None:
-            missing = missing_content(self.message, self.parsed, "", self.template.source)
+            missing = missing_content(self.message, self.parsed, "", self.template.source, self.with_call_ids)
             raise RenderingError(missing or missing_reasoning(self.template.source))
         return own
+
+    def with_answer(self, message: Message, parsed: ParsedMessage) -> Message:
+        """Return a message with a placeholder in the place of its empty answer."""
+        content = message.get("content")
+        if isinstance(content, list):
+            return {**message, "content": [*filter(is_reasoning_part, content), {"type": "text", "text": _NO_ANSWER}]}
+        content = str(content).removesuffix(parsed.answer) + _NO_ANSWER if parsed.inline else _NO_ANSWER
+        return with_content_as_read({**message, "content": content}, self.behaviour)
 
     def shows(self, text: str, part: str, marker: str) -> bool:
         """Whether a text holds this part of the message, rather than markup or another part with the same words."""
@@ -209,23 +208,27 @@ class _TurnRenderer:
         if self.parsed.reasoning:
             if is_closed or head:
                 raise RenderingError(_NO_PLACE)
-            return rest, 0
+            return rest, len(rest) - len(rest.lstrip())
         if is_closed:
             return self.without_empty_block(own.text), -1
         return self.close_reasoning(own), -1
 
     def without_empty_block(self, text: str) -> str:
         """Drop the empty block that the template writes in place of reasoning: the prompt already has one."""
-        if self.template.tags is not None:
-            opening, closing = re.escape(self.template.tags.opening), re.escape(self.template.tags.closing)
-            text = re.sub(rf"\A\s*(?:{opening}\s*)?{closing}\s*", "", text)
+        text = self.empty_block.sub("", text, count=1)
         return text.lstrip() if self.prompt[-1:].isspace() else text
+
+    @property
+    def empty_block(self) -> re.Pattern[str]:
+        tags = self.template.tags or THINK
+        opening, closing = re.escape(tags.opening), re.escape(tags.closing)
+        return re.compile(rf"\A\s*(?:(?:{opening}|{_OTHER_OPENING})\s*)?(?:{closing}|{_OTHER_CLOSING})\s*")
 
     def close_reasoning(self, own: OwnText) -> str:
         """Close the reasoning that the prompt opens for a message without reasoning, as the model would."""
-        with_one = as_trained({**self.message, "reasoning_content": _PLACEHOLDER}, self.template)
+        with_one = as_read({**self.message, "reasoning_content": _NO_REASONING}, self.template).trained
         text = self.own_text(with_one).text
-        head, found, rest = text.partition(_PLACEHOLDER)
+        head, found, rest = text.partition(_NO_REASONING)
         if found and not head.strip():
             return rest
         tags = self.template.tags
@@ -241,14 +244,27 @@ class _TurnRenderer:
         # gpt-oss closes reasoning by a special token that closes other parts as well: it has no tag of its own.
         tags = [self.template.tags.closing] if self.template.tags else []
         closing = [*tags, *hard_borders(self.template.tokenizer, self.template.source).tokens]
-        return next((tag + len(text) for text in closing if completion.startswith(text, tag)), end)
+        tag_end = next((tag + len(text) for text in closing if completion.startswith(text, tag)), end)
+        other = re.compile(_OTHER_CLOSING).match(completion, tag)
+        return other.end() if other and tag_end == end else tag_end
+
+    def with_call_ids(self) -> str:
+        """Return what the template writes if each call has an id with the tool's name in it."""
+        ids = [f"functions.{call.get('name')}:{index}" for index, call in enumerate(self.parsed.calls)]
+        calls = [{**call, "id": id_} for call, id_ in zip(self.message["tool_calls"], ids, strict=True)]
+        try:
+            return self.prefixes.through(self.k, {**self.message, "tool_calls": calls}).removeprefix(self.prompt)
+        except RenderingError:  # ids are no way out
+            return ""
 
     def check(self, completion: str, reasoning_start: int) -> None:
-        rest = completion
+        rest, tags = completion, self.template.tags
+        if tags is not None and tags.closing in completion[: max(reasoning_start, 0)]:
+            raise RenderingError(_NO_PLACE)
         if reasoning_start >= 0:
             end = reasoning_start + len(self.parsed.reasoning)
             rest = f"{completion[:reasoning_start]} {completion[end:]}"
-        missing = missing_content(self.message, self.parsed, rest, self.template.source)
+        missing = missing_content(self.message, self.parsed, rest, self.template.source, self.with_call_ids)
         parts = [] if isinstance(self.message.get("content"), list) else [(self.parsed.answer, self.marked.answers[0])]
         parts += [
             (str(call.get("name")), name) for call, name in zip(self.parsed.calls, self.marked.names, strict=True)

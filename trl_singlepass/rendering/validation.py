@@ -6,6 +6,8 @@ from typing import Any
 
 from jinja2 import UndefinedError
 
+from ..trees.errors import DataError
+
 
 # Columns that hold a conversation together, in the order in which they are looked for.
 MESSAGE_COLUMNS = (("messages",), ("prompt", "completion"), ("conversations",))
@@ -26,7 +28,7 @@ _OF_RENDERING = (
 _OF_TOOLS = ("name", "description", "parameters")
 
 
-class RenderingError(ValueError):
+class RenderingError(DataError):
     """A conversation that the chat template cannot render without losing something that should be learned."""
 
 
@@ -39,19 +41,7 @@ def expected_columns(columns: Collection[str]) -> str:
 
 
 def message_columns(example: Mapping[str, Any]) -> tuple[str, ...]:
-    """
-    Return the columns that hold the conversation of an example.
-
-    Args:
-        example (`Mapping[str, Any]`):
-            Dataset example.
-
-    Returns:
-        `tuple[str, ...]`: `("messages",)`, `("prompt", "completion")` or `("conversations",)`.
-
-    Raises:
-        `RenderingError`: If none of them holds lists of messages.
-    """
+    """Return the columns that hold the conversation of an example: one of `MESSAGE_COLUMNS`, or it is refused."""
     for columns in MESSAGE_COLUMNS:
         if all(isinstance(example.get(name), list) for name in columns):
             return columns
@@ -70,35 +60,33 @@ def is_image_part(part: object) -> bool:
     return isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS
 
 
-def check_are_objects(messages: Sequence[Any]) -> None:
-    """Refuse messages that are no objects."""
+def check_example(
+    groups: Sequence[Sequence[Any]], tools: object, kwargs: object, system: object, *, takes_images: bool
+) -> None:
+    """Refuse an example, given as the messages of each of its columns and what its other columns hold."""
+    messages = [message for group in groups for message in group]
+    check_messages(messages, takes_images=takes_images)
+    if len(groups) == 2 and not groups[1]:
+        raise RenderingError("'completion' is empty, so there is nothing to train. Add the answer, or leave it out.")
+    check_tools(tools)
+    check_template_kwargs({} if kwargs is None else kwargs)
+    if not isinstance(system, str | None):
+        raise RenderingError(
+            f"'system' is {describe_type(system)}, expected the text of a system message. Rename the column if it "
+            "holds something else."
+        )
+    first = messages[0] if messages and messages[0]["role"] in ("system", "developer") else None
+    if first and system and system.strip() and system.strip() != get_text(first.get("content")).strip():
+        raise RenderingError(
+            f"There are two system prompts: the column 'system' and message 0 ('{first['role']}'). Keep one of them, "
+            "or rename the column if it holds something else."
+        )
+
+
+def check_messages(messages: Sequence[Any], *, takes_images: bool = False) -> None:
+    """Refuse messages that no chat template can render, or that would lose something in silence."""
     for index, message in enumerate(messages):
-        if isinstance(message, list):
-            raise RenderingError(
-                f"Message {index} is a list, expected an object with 'role' and 'content'. Store each conversation in "
-                "a row of its own."
-            )
-        if not isinstance(message, Mapping):
-            raise RenderingError(
-                f"Message {index} is {describe_type(message)}, expected an object with 'role' and 'content'. "
-                "Repair it, or leave the row out."
-            )
-
-
-def check_messages(messages: Sequence[Mapping[str, Any]], *, takes_images: bool = False) -> None:
-    """
-    Refuse messages that no chat template can render, or that would lose something in silence.
-
-    Args:
-        messages (`Sequence[Mapping[str, Any]]`):
-            All messages of an example. A key whose value is `None` counts as absent.
-        takes_images (`bool`, *optional*, defaults to `False`):
-            Whether they may have images.
-
-    Raises:
-        `RenderingError`: If a role, content, reasoning or tool call is missing or of a wrong type.
-    """
-    for index, message in enumerate(messages):
+        _check_is_object(index, message)
         _check_role(index, message)
         _check_content(index, message, takes_images)
         for key in REASONING_KEYS:
@@ -113,13 +101,12 @@ def check_messages(messages: Sequence[Mapping[str, Any]], *, takes_images: bool 
             )
 
 
-def check_system(system: object) -> None:
-    """Refuse a column `system` that holds no text: it would be lost."""
-    if not isinstance(system, str | None):
-        raise RenderingError(
-            f"'system' is {describe_type(system)}, expected the text of a system message. Rename the column if it "
-            "holds something else."
-        )
+def get_text(content: object) -> str:
+    """Return the text of a message's content, which is a string or a list of blocks."""
+    if isinstance(content, str):
+        return content
+    blocks = content if isinstance(content, Sequence) else []
+    return "".join(block.get("text") or "" if isinstance(block, dict) else str(block) for block in blocks)
 
 
 def check_tools(tools: object) -> None:
@@ -160,20 +147,7 @@ def check_template_kwargs(kwargs: object) -> None:
 
 
 def missing_parts(error: Exception, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
-    """
-    Return what a template may have missed when it met an undefined value, to be put after its error.
-
-    Args:
-        error (`Exception`):
-            What the template raised.
-        messages (`Sequence[Mapping[str, Any]]`):
-            Messages that it was given.
-        tools (`Sequence`, *optional*):
-            Tools that it was given.
-
-    Returns:
-        `str`: Text in parentheses; nothing if the error speaks of something else.
-    """
+    """Return, in parentheses, what a template missed if it raised an error about an undefined value."""
     if not isinstance(error, UndefinedError) and "Undefined" not in str(error):
         return ""
     found = [
@@ -198,6 +172,19 @@ def describe_type(value: object) -> str:
     if isinstance(value, Mapping):
         return "an object"
     return "a list" if isinstance(value, list) else names.get(type(value), f"a {type(value).__name__}")
+
+
+def _check_is_object(index: int, message: object) -> None:
+    if isinstance(message, list):
+        raise RenderingError(
+            f"Message {index} is a list, expected an object with 'role' and 'content'. Store each conversation in a "
+            "row of its own."
+        )
+    if not isinstance(message, Mapping):
+        raise RenderingError(
+            f"Message {index} is {describe_type(message)}, expected an object with 'role' and 'content'. "
+            "Repair it, or leave the row out."
+        )
 
 
 def _check_role(index: int, message: Mapping[str, Any]) -> None:

@@ -90,6 +90,8 @@ class Sample:
             The distinct images of the conversation, those of other turns among them, in the order of their features.
         text (`tuple[str, str]`, *optional*):
             Prompt and completion as rendered, with one placeholder per image; only of samples with images.
+        has_empty_block (`bool`, *optional*, defaults to `False`):
+            Whether the completion begins with an empty block of reasoning, which trains the model not to think.
 
     Raises:
         `ValueError`: If lengths disagree, a weight is negative or not finite, the first token or a token of an image
@@ -106,6 +108,7 @@ class Sample:
     image_features: NDArray[np.int64] | None = None
     images: tuple[ImageReference, ...] = ()
     text: tuple[str, str] | None = None
+    has_empty_block: bool = False
 
     def __post_init__(self) -> None:
         shapes = [stored.own.shape for stored in (self.tokens, self.weights)]
@@ -168,13 +171,15 @@ class Sample:
         message_index: int | None = None,
         reasoning_length: int = 0,
         kind: CompletionKind = CompletionKind.GIVEN_AS_TOKENS,
+        has_empty_block: bool = False,
     ) -> Sample:
         """Return the sample whose completion tokens have weight 1 and whose prompt tokens have weight 0."""
         prompt = prompt_ids if isinstance(prompt_ids, SharedArray) else SharedArray.whole(prompt_ids, np.int64)
         completion = np.asarray(completion_ids, dtype=np.int64)
         weights = SharedArray.zeros(len(prompt), np.float64).followed_by(np.ones(len(completion)))
         tokens = prompt.followed_by(completion)
-        return cls(tokens, weights, len(prompt), message_index, reasoning_length, kind=kind)
+        lengths = len(prompt), message_index, reasoning_length
+        return cls(tokens, weights, *lengths, kind=kind, has_empty_block=has_empty_block)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -78,6 +78,8 @@ class TurnStats:
             Turns that lose a tool call or part of one.
         stop_added (`int`):
             Turns after which the template writes no stop token.
+        empty_blocks (`int`):
+            Turns without reasoning for which the template writes an empty block.
         not_token_prefix (`int`):
             Turns whose prompt is a prefix of the rendering with the answer as text, but not as tokens.
         prompt_changed (`int`):
@@ -105,6 +107,7 @@ class TurnStats:
     with_calls: int
     calls_lost: int
     stop_added: int
+    empty_blocks: int
     not_token_prefix: int
     prompt_changed: int
     kinds: dict[str, int]
@@ -140,6 +143,7 @@ class TurnStats:
             with_calls=sum(fact.calls > 0 for fact in facts),
             calls_lost=sum(fact.calls_lost for fact in facts),
             stop_added=sum(fact.stop_added for fact in facts),
+            empty_blocks=sum(fact.empty_block for fact in facts),
             not_token_prefix=matches[PromptMatch.TEXT],
             prompt_changed=matches[PromptMatch.NONE],
             kinds=dict(Counter("refused" if fact.kind is None else str(fact.kind) for fact in facts)),

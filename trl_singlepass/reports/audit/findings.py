@@ -79,6 +79,11 @@ def _about_turns(report: AuditFacts) -> Iterator[str]:
         )
     if turns.reasoning_lost:
         yield f"{_of(turns.reasoning_lost, turns.turns)} lose their reasoning."
+    if turns.empty_blocks:
+        yield (
+            f"{_of(turns.empty_blocks, turns.turns)} have no reasoning, and the template writes an empty block for "
+            "it: they train the model not to think."
+        )
     if turns.calls_lost:
         yield f"{_of(turns.calls_lost, turns.with_calls)} with tool calls lose a call or part of one."
     if turns.over_max_length:

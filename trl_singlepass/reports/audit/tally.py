@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...cost.flops import ModelShape
-from ...data.bad_rows import get_reason
+from ...data.bad_rows import BadRowError, UnexpectedError, get_reason, unexpected_error
 from ...data.conversations import example_to_samples
 from ...data.settings import RowSettings
 from ...data.tokenized_turns import get_tokenized_turns
@@ -17,6 +17,7 @@ from ...preference.pairs import TOKEN_COLUMNS, example_to_pair, is_pair, split_p
 from ...preference.settings import PairSettings
 from ...rendering.conversation import Conversation
 from ...rendering.prefixes import Prefixes
+from ...trees.errors import DataError
 from .counts import SampleSize
 from .forecast import ConversationCost, count_conversation
 from .recipes import AssistantOnlyLoss, RecipeCounts, count_last_turn
@@ -111,10 +112,14 @@ class Auditor:
                 tally.templates[self.survey.get_facts(conversation)] += 1
             samples = example_to_samples(row, index, self.reader, RowSettings(), prefixes=prefixes).samples
             if not samples:
-                raise ValueError("All its turns have the weight 0, so nothing of it is trained.")
-        except Exception as error:  # a row can contain anything, and templates may raise any exception
+                raise BadRowError("All its turns have the weight 0, so nothing of it is trained.")
+        except DataError as error:
             tally.errors.append((index, get_reason(error, index)))
             return
+        except (AssertionError, UnexpectedError):
+            raise
+        except Exception as error:
+            raise unexpected_error(error, index) from error
         tally.sizes.append([SampleSize.from_sample(sample) for sample in samples])
         tally.costs.append(count_conversation(samples, self.shape))
         tally.last_turn.append(count_last_turn(samples))
@@ -147,9 +152,13 @@ class Auditor:
                 prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
                 tally.turns.append(get_turn_facts(conversation, prefixes))
                 tally.templates[self.survey.get_facts(conversation)] += 1
-        except Exception as error:  # as above
+        except DataError as error:
             tally.errors.append((index, get_reason(error, index)))
             return
+        except (AssertionError, UnexpectedError):
+            raise
+        except Exception as error:
+            raise unexpected_error(error, index) from error
         for side in pair.sides:
             tally.sizes.append([SampleSize.from_sample(sample) for sample in side.samples])
             tally.last_turn.append(count_last_turn(side.samples))

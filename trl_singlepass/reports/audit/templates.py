@@ -8,10 +8,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from ...rendering.checks import template_name
-from ...rendering.conversation import Conversation, Message
-from ...rendering.message_format import as_context, as_trained
+from ...rendering.conversation import Conversation, Message, RenderingError
+from ...rendering.message_format import as_read
 from ...rendering.template import ChatTemplate
-from ...rendering.traits import get_traits
+from ...rendering.template_behaviour import get_behaviour
 
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _measure(template: ChatTemplate) -> TemplateFacts:
     try:
         last, history = _endings(template)
         return TemplateFacts(name, _reasoning_policy(template), last, history, _added_stop(template))
-    except Exception:  # templates may raise anything, and some do not render a plain chat
+    except RenderingError:  # some do not render a plain chat
         return TemplateFacts(name, ReasoningPolicy.REFUSED, "", "", "")
 
 
@@ -103,9 +103,9 @@ def _reasoning_policy(template: ChatTemplate) -> ReasoningPolicy:
 
 
 def _policy_for_chat(template: ChatTemplate, messages: list[Message]) -> ReasoningPolicy:
-    adapted = [as_context(message, template) for message in messages]
+    adapted = [as_read(message, template).context for message in messages]
     turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    trained = {k: as_trained(messages[k], template) for k in turns}
+    trained = {k: as_read(messages[k], template).trained for k in turns}
     own = [word in template.render([*adapted[:k], trained[k]]) for k, word in zip(turns, _REASONINGS, strict=True)]
     history = template.render([*adapted, {"role": "user", "content": "Oak"}], add_generation_prompt=True)
     remembered = [word in history for word in _REASONINGS]
@@ -144,7 +144,7 @@ def _endings(template: ChatTemplate) -> tuple[str, str]:
 
 
 def _added_stop(template: ChatTemplate) -> str:
-    ending = get_traits(template).answer_ending
+    ending = get_behaviour(template).answers.ending
     return (ending.trained or "").removeprefix(ending.written).strip()
 
 

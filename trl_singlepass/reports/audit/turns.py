@@ -73,6 +73,8 @@ class TurnFacts:
             Whether a call, or part of one, is missing from its rendering.
         stop_added (`bool`):
             Whether the template writes no stop token after it.
+        empty_block (`bool`):
+            Whether its completion begins with an empty block of reasoning.
         prompt_match (`PromptMatch`):
             Whether its prompt is a prefix of the rendering that includes its answer.
         followed (`bool`):
@@ -89,6 +91,7 @@ class TurnFacts:
     calls: int
     calls_lost: bool
     stop_added: bool
+    empty_block: bool
     prompt_match: PromptMatch
     followed: bool
     hidden: bool
@@ -145,7 +148,7 @@ def _turn_texts(conversation: Conversation, prefixes: Prefixes) -> Iterator[tupl
     for k in conversation.turns:
         try:
             prompt, own = prefixes.prompt(k), prefixes.through(k)
-        except Exception:  # templates may raise anything; the report lists the row with its reason
+        except RenderingError:  # the report lists the row with its reason
             continue
         parsed = parse(prefixes.trained.get(k, prefixes.messages[k]), prefixes.template)
         yield k, _TurnText(conversation.messages[k], parsed, prompt, own, _render_turn(prefixes, k))
@@ -173,6 +176,7 @@ def _turn_facts(
         calls=calls,
         calls_lost=lost,
         stop_added=text.turn is not None and text.turn.stop_added,
+        empty_block=text.turn is not None and text.turn.has_empty_block,
         prompt_match=match,
         followed=then is not None,
         hidden=bool(parsed.reasoning) and then is not None and not contains(then.prompt, parsed.reasoning),
