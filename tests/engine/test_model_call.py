@@ -202,9 +202,9 @@ def test_a_loop_trains_images_as_the_trainer_does(tmp_path, tokenizer, family):
         torch.testing.assert_close(dict(model.named_parameters())[name], parameter, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("setting", ["wave_tokens"])
-def test_a_loss_of_ones_own_does_not_undo_a_setting_in_silence(tmp_path, tokenizer, setting):
-    args = SinglePassSFTConfig(str(tmp_path), **SETTINGS, **{setting: 16})
+@pytest.mark.parametrize(("setting", "value"), [("wave_tokens", 16), ("log_turn_metrics", True)])
+def test_a_loss_of_ones_own_does_not_undo_a_setting_in_silence(tmp_path, tokenizer, setting, value):
+    args = SinglePassSFTConfig(str(tmp_path), **SETTINGS, **{setting: value})
     trainer = OwnLoss(float32_model(tokenizer), args, train_dataset=as_dataset(CHATS), processing_class=tokenizer)
     with pytest.raises(ValueError, match=setting):
         trainer.train()

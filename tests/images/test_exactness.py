@@ -8,6 +8,7 @@ import pytest
 from support.float64_comparison import assert_same_loss_and_gradients
 from support.image_chats import CHATS, image_chat
 from support.image_models import FAMILIES, image_model, loader
+from support.tree_checks import checked_on_images
 from trl_singlepass.attention import Tree
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.separate_samples import images_of
@@ -57,6 +58,15 @@ def encoder_is_trained(result):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reasoning_chat_with_images(family):
     assert_exact(family, "reasoning")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_passes_with_an_image(family):
+    model = image_model(family)
+    samples = image_chat(model, family, "reasoning")
+    enable_tree(model)
+    report = checked_on_images(model, samples, RowImages(ImageReader.enable(model), loader(family)))
+    assert report.ok, report.reason
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CHATS if kind != "reasoning"])

@@ -11,6 +11,7 @@ from support.image_chats import CHATS
 from support.image_samples import PLACEHOLDER, conversation_of
 from support.image_survey import CODEBOOKS, SURVEYED, sized_pictures, survey_loader
 from support.tiny_multimodal import tiny_conditional
+from support.tree_checks import checked_on_images
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.images import reading
 from trl_singlepass.images.features import image_module
@@ -42,7 +43,8 @@ def references(model, load):
 @pytest.mark.parametrize("model_type", SURVEYED)
 def test_model_type_is_exact_with_images(model_type):
     model = tiny_conditional(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])
-    expected, found = expected_and_found(model, survey_loader(model, model_type))
+    expected, found, report = expected_and_found(model, survey_loader(model, model_type))
+    assert report.ok, report.reason
     assert_same_loss_and_gradients(found.loss, found.gradients, expected)
     encoder = [value for name, value in expected.gradients.items() if "vis" in name or "image_tower" in name]
     trained = sum(bool(value.abs().max() > 0) for value in encoder)
@@ -50,13 +52,14 @@ def test_model_type_is_exact_with_images(model_type):
 
 
 def expected_and_found(model, load):
-    """Return what N-pass and a single pass compute of a conversation with images."""
+    """Return what N-pass and a single pass compute of a conversation with images, and what the check says."""
     name = "image_token_id" if hasattr(model.config, "image_token_id") else "image_token_index"
     setattr(model.config, name, PLACEHOLDER)
     samples = conversation_of(CHATS["reasoning"](*([91, image, 92] for image in references(model, load))))
     expected = npass_loss_and_gradients(model, samples, load_images=load)
     enable_tree(model)
-    return expected, single_pass_loss_and_gradients(model, samples, RowImages(ImageReader.enable(model), load))
+    images = RowImages(ImageReader.enable(model), load)
+    return expected, single_pass_loss_and_gradients(model, samples, images), checked_on_images(model, samples, images)
 
 
 def test_statistics_over_a_batch_of_images_are_refused(monkeypatch):
@@ -65,5 +68,5 @@ def test_statistics_over_a_batch_of_images_are_refused(monkeypatch):
     with pytest.raises(UnsupportedImagesError, match="over all images of a batch in its BatchNorm3d"):
         ImageReader.enable(model)
     monkeypatch.setattr(reading, "_batch_norm", lambda model: None)
-    expected, found = expected_and_found(model, load)
+    expected, found, _ = expected_and_found(model, load)
     assert abs(found.loss - expected.loss) > 1e-6 * abs(expected.loss)

@@ -67,8 +67,8 @@ def test_images_of_the_data_are_in_the_row(tmp_path, tokenizer, monkeypatch):
     rows = image_rows(image_sample_sets(model, "qwen3_vl"))
     shown = []
     run = TreeCheck.run
-    monkeypatch.setattr(TreeCheck, "run", lambda self, text, image: shown.append(image) or run(self, text, image))
-    args = SinglePassSFTConfig(str(tmp_path), **SETTINGS, per_device_train_batch_size=2)
+    monkeypatch.setattr(TreeCheck, "run", lambda self, text, images: shown.append(images) or run(self, text, images))
+    args = SinglePassSFTConfig(str(tmp_path), **SETTINGS, per_device_train_batch_size=4)
     for is_wrong in (False, True):
         tower = image_module(model).visual
         forward = tower.forward
@@ -86,7 +86,7 @@ def test_images_of_the_data_are_in_the_row(tmp_path, tokenizer, monkeypatch):
         else:
             trainer.train()
         tower.forward = forward
-    assert all(image is not None for image in shown)
+    assert all(len(images) == 2 for images in shown)
 
 
 def test_the_check_can_be_turned_off_and_the_log_says_so(tmp_path, tokenizer, monkeypatch):

@@ -14,7 +14,7 @@ Shape letters: T tokens of the row, N samples of S tokens, V size of the vocabul
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from .borrowed_state import (
     adapters_disabled,
 )
 from .check_report import TreeCheckReport
-from .check_row import CheckRow, ShownImage
+from .check_row import CheckRow, ShownImage, text_beside_images
 from .checked_model import CheckedModel, unwrapped
 from .enable import disable_tree, enable_tree, without_adapters
 from .first_difference import differing_module, mixing_module
@@ -86,23 +86,22 @@ def check_tree(
         return TreeCheck(model, collator).run(text, shown)
 
 
-def tokens_of_batch(batch: Batch) -> tuple[np.ndarray[Any, Any], ShownImage | None]:
-    """Return the tokens of the text of a batch along one path of each tree, and an image of it, if it has any."""
+def tokens_of_batch(batch: Batch) -> tuple[np.ndarray[Any, Any], tuple[ShownImage, ...]]:
+    """Return the tokens of the text of a batch along one path of each tree, and up to two images of it."""
     tree, ids = batch["tree"], batch["input_ids"][0].cpu().numpy()
     run = max(tree.plan.runs, key=lambda run: run.depth + run.end - run.start)
     path = np.concatenate([np.arange(*part) for part in (*run.prefix, (run.start, run.end))])
     if tree.image_features is None:
-        return ids[path], None
+        return ids[path], ()
     features = tree.image_features[0].cpu().numpy()
-    text = ids[features < 0]
-    shown = ShownImage.smallest(ids, features, tree.images) if tree.images else None
-    return text, shown
+    text = text_beside_images(ids, features)
+    return text, ShownImage.smallest(ids, features, tree.images)
 
 
-def _tokens_of(source: PreTrainedTokenizerBase | Batch) -> tuple[np.ndarray[Any, Any], ShownImage | None]:
+def _tokens_of(source: PreTrainedTokenizerBase | Batch) -> tuple[np.ndarray[Any, Any], tuple[ShownImage, ...]]:
     if isinstance(source, Mapping):
         return tokens_of_batch(dict(source))
-    return np.arange(len(source))[np.linspace(0, len(source) - 1, 76).astype(int)], None
+    return np.arange(len(source))[np.linspace(0, len(source) - 1, 76).astype(int)], ()
 
 
 class TreeCheck:
@@ -130,15 +129,15 @@ class TreeCheck:
         self.model = CheckedModel(model, collator, group)
         self.epsilon = self.model.rounding_error(precision)
 
-    def run(self, text: np.ndarray[Any, Any], shown: ShownImage | None = None) -> TreeCheckReport:
+    def run(self, text: np.ndarray[Any, Any], shown: Sequence[ShownImage] = ()) -> TreeCheckReport:
         """
         Measure.
 
         Args:
             text (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
                 Tokens of the data.
-            shown (`ShownImage`, *optional*):
-                An image of the data.
+            shown (`Sequence[ShownImage]`, *optional*):
+                One or two images of the data.
         """
         start = time.perf_counter()
         row = CheckRow.from_tokens(text, shown)
@@ -181,14 +180,11 @@ class TreeCheck:
         wrong stays what it was. So the noise is what the samples themselves change by, or by padding. The systematic
         part of the difference is what the differences of both runs have in common.
         """
-        factors = _rounding(self.epsilon, len(row.row)).to(alone.device)
+        factors = _rounding(self.epsilon, len(row.row))
         with torch.no_grad():
-            with self.model.embeddings_times(self.model.own_part(factors[None])):
-                tree = self.model.tree_logits(row)
-            paths = torch.as_tensor(row.paths, device=tree.device)
-            with self.model.embeddings_times(factors[paths]):
-                rounded = self.model.sample_logits(row)
+            tree, rounded = self.model.tree_logits(row, factors), self.model.sample_logits(row, factors)
             padded = _rms(_errors(self.model.padded_logits(row), alone[1]))
+        paths = torch.as_tensor(row.paths, device=tree.device)
         cosines = F.cosine_similarity(difference, tree[paths] - rounded, dim=-1)
         errors = _errors(rounded, alone)
         noise, most, systematic = self._over_ranks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +59,7 @@ class CheckRow:
 
     @classmethod
     def from_tokens(
-        cls, text: NDArray[np.int64], shown: ShownImage | None = None, *, is_exchanged: bool = False
+        cls, text: NDArray[np.int64], shown: Sequence[ShownImage] = (), *, is_exchanged: bool = False
     ) -> CheckRow:
         """
         Return a row that is made of given tokens.
@@ -66,8 +67,8 @@ class CheckRow:
         Args:
             text (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
                 Tokens of the data, without those of images; fewer than the row has are drawn from more than once.
-            shown (`ShownImage`, *optional*):
-                An image of the data, which takes the place of the stem.
+            shown (`Sequence[ShownImage]`, *optional*):
+                One or two images of the data, which take the place of the stems.
             is_exchanged (`bool`, *optional*, defaults to `False`):
                 Whether `a` and `b` stand in each other's place, and the parts beside them hold other tokens.
         """
@@ -79,13 +80,13 @@ class CheckRow:
         if is_exchanged:
             tokens |= {"a": tokens["b"], "b": tokens["a"], "c": tokens["d"], "d": tokens["limb"]}
             tokens |= {"limb": tokens["e"][:8], "e": np.roll(tokens["e"], 3)}
-        if shown is not None:
-            tokens["stem"] = shown.token_ids
         tokens["stem again"] = tokens["stem"]
+        if shown:
+            tokens["stem"], tokens["stem again"] = shown[0].token_ids, shown[-1].token_ids
         return cls._laid_out(tokens, shown)
 
     @classmethod
-    def _laid_out(cls, tokens: dict[str, NDArray[np.int64]], shown: ShownImage | None) -> CheckRow:
+    def _laid_out(cls, tokens: dict[str, NDArray[np.int64]], shown: Sequence[ShownImage]) -> CheckRow:
         ends = dict(zip(_PARTS, np.cumsum([len(tokens[name]) for name in _PARTS]).tolist(), strict=True))
         places = {name: np.arange(end - len(tokens[name]), end) for name, end in ends.items()}
         last = dict(ends)
@@ -94,10 +95,13 @@ class CheckRow:
                 last[parent] = max(last[parent], last[name])
         length = ends["e"]
         features = None
-        if shown is not None:
+        if shown:
             features = np.full(length, NO_FEATURE)
-            for name in ("stem", "stem again"):
-                features[places[name]] = shown.features
+            features[places["stem"]] = shown[0].features
+            second = shown[-1].features  # counted behind those of the first, if it is another image
+            features[places["stem again"]] = np.where(
+                second < 0, second, second + (len(shown) - 1) * (second.max() + 1)
+            )
         row = Row(
             input_ids=np.concatenate([tokens[name] for name in _PARTS]),
             subtree_end=np.repeat([last[name] for name in _PARTS], [len(tokens[name]) for name in _PARTS]),
@@ -106,7 +110,7 @@ class CheckRow:
             label_parts=np.zeros(length, np.int64),
             multiplicity=np.ones(length, np.int64),
             image_features=features,
-            images=() if shown is None else (shown.image,),
+            images=tuple(image.image for image in shown),
         )
         paths, exchanged = (
             np.stack([np.concatenate([places[name] for name in _line(leaf)]) for leaf in leaves])
@@ -161,20 +165,43 @@ class ShownImage:
     @classmethod
     def smallest(
         cls, token_ids: NDArray[np.int64], features: NDArray[np.int64], images: tuple[ImageReference, ...]
-    ) -> ShownImage | None:
-        """Return the image of a sequence with the fewest features, of those that are read alone as among others."""
+    ) -> tuple[ShownImage, ...]:
+        """
+        Return the image of a row with the fewest features, and another of its size if there is one.
+
+        Images that are read in another way among others than alone are not chosen.
+        """
         firsts = np.cumsum([0, *(image.num_features for image in images)])
         there = [j for j, image in enumerate(images) if firsts[j] in features and not image.in_company]
-        if not there:
-            return None
-        chosen = min(there, key=lambda j: images[j].num_features)
-        start = int(np.flatnonzero(features == firsts[chosen])[0])
-        end = start + int(np.flatnonzero(features[start:] == firsts[chosen + 1] - 1)[0]) + 1
-        around = slice(max(start - 4, 0), end + 4)
-        own = features[around] - firsts[chosen]
-        is_own = (features[around] >= firsts[chosen]) & (features[around] < firsts[chosen + 1])
-        keep = is_own | (features[around] < 0)
-        return cls(token_ids[around][keep], np.where(is_own, own, NO_FEATURE)[keep], images[chosen])
+        fewest = min((images[j].num_features for j in there), default=0)
+        smallest = [j for j in there if images[j].num_features == fewest]
+        found = [cls._in_row(token_ids, features, images[j], int(firsts[j])) for j in smallest]
+        return tuple(image for image in found if len(image.token_ids) == len(found[0].token_ids))[:2]
+
+    @classmethod
+    def _in_row(
+        cls, token_ids: NDArray[np.int64], features: NDArray[np.int64], image: ImageReference, first: int
+    ) -> ShownImage:
+        last = first + image.num_features - 1
+        start = int(np.flatnonzero(features == first)[0])
+        end = start + int(np.flatnonzero(features[start:] == last)[0]) + 1
+        # With the marks around it, but without those of its neighbours: they stand for images that are not there.
+        is_other = (features >= 0) & ((features < first) | (features > last))
+        others = np.flatnonzero(is_other)
+        before = max(start - 2, int(others[others < start].max(initial=-2)) + 2, 0)
+        after = min(end + 2, int(others[others >= end].min(initial=len(features) + 1)) - 1)
+        own = features[before:after]
+        return cls(token_ids[before:after], np.where(own < 0, NO_FEATURE, own - first), image)
+
+
+def text_beside_images(token_ids: NDArray[np.int64], features: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the tokens of a row that neither stand for images nor mark where one begins or ends."""
+    shows = features >= 0
+    beside = np.zeros_like(shows)
+    beside[:-1] |= shows[1:]
+    beside[1:] |= shows[:-1]
+    marks = np.unique(token_ids[beside & ~shows])
+    return token_ids[~shows & ~np.isin(token_ids, marks)]
 
 
 def _line(part: str | None) -> list[str]:

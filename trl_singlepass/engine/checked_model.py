@@ -60,10 +60,6 @@ class CheckedModel:
         dtypes |= {precision or torch.float32, torch.float32}
         return max(*(torch.finfo(dtype).eps for dtype in dtypes), _rounding_of_products(get_device(self.base)))
 
-    def own_part(self, of_tokens: Tensor) -> Tensor:
-        """Return what this rank runs of a tensor with an entry for each token of the row, `(1, T)`."""
-        return of_tokens if self.group is None else self.group.pad_and_part(of_tokens)
-
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
         """Say what the model was run on, where its own code or ours stops."""
@@ -79,27 +75,39 @@ class CheckedModel:
 
     # Ways to run the row ---------------------------------------------------------------------------------------------
 
-    def tree_logits(self, row: CheckRow) -> Tensor:
-        """Return the outputs of a row as a tree, `(T, V)`."""
+    def tree_logits(self, row: CheckRow, factors: Tensor | None = None) -> Tensor:
+        """Return the outputs of a row as a tree, `(T, V)`; with factors of the embeddings of its tokens, `(T,)`."""
+        factors = None if factors is None else factors[None]
         batch: Batch = self.collator([row.row.columns()])
         device = get_device(self.base)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         if self.group is None:
             inputs = send_to_device(inputs | {"tree": batch["tree"].handled()}, device)
-            logits: Tensor = self.module(**inputs, use_cache=False).logits[0]
+            with self._embeddings_times(factors):
+                logits: Tensor = self.module(**inputs, use_cache=False).logits[0]
             return logits[: len(row.row)].float()
+        factors = None if factors is None else self.group.pad_and_part(factors)
         length = self.group.padded_length(len(row.row))
         batch = send_to_device(pad_batch(batch, length, self.collator.pad_token_id), device)
         names = ("input_ids", "position_ids", "attention_mask")  # rows with images are not shared
-        with running_on(as_tree(batch["tree"], self.group)):
+        with running_on(as_tree(batch["tree"], self.group)), self._embeddings_times(factors):
             own = self.module(**{name: self.group.part(batch[name]) for name in names}, use_cache=False).logits
         return self.group.gather(own)[0, : len(row.row)].float()
 
-    def sample_logits(self, row: CheckRow) -> Tensor:
-        """Return the outputs of the separate samples, side by side in a batch, `(N, S, V)`."""
-        inputs = sample_inputs(self.base, row.samples, self.collator.load_images)
-        logits: Tensor = self.module(**inputs, use_cache=False).logits
-        return logits.float()
+    def sample_logits(self, row: CheckRow, factors: Tensor | None = None) -> Tensor:
+        """
+        Return the outputs of the separate samples, `(N, S, V)`: side by side in a batch, with images one by one.
+
+        With factors of the embeddings of the row's tokens, `(T,)`, each sample has those of its own tokens.
+        """
+        one_by_one = row.row.image_features is not None
+        outputs = []
+        for chosen in [[i] for i in range(len(row.paths))] if one_by_one else [list(range(len(row.paths)))]:
+            samples = [row.samples[i] for i in chosen]
+            inputs = sample_inputs(self.base, samples, self.collator.load_images)
+            with self._embeddings_times(None if factors is None else factors[torch.as_tensor(row.paths[chosen])]):
+                outputs.append(self.module(**inputs, use_cache=False).logits.float())
+        return torch.cat(outputs)
 
     def padded_logits(self, row: CheckRow, padding: int = 7) -> Tensor:
         """Return the outputs of one of the samples alone, padded, `(S, V)`."""
@@ -120,7 +128,8 @@ class CheckedModel:
                 return self.tree_logits(row), None
         with captured_embeddings(self.module) as embeddings, torch.enable_grad():
             logits = self.tree_logits(row)
-            effect = effect_of_tokens(logits[torch.as_tensor(row.probes, device=logits.device)], embeddings.pop())
+            of_row = next(x for x in embeddings if x.shape[-2] >= len(row.row))  # not of codes that stand for images
+            effect = effect_of_tokens(logits[torch.as_tensor(row.probes, device=logits.device)], of_row)
         return logits.detach(), float(effect[: len(row.row)][row.foreign].max())
 
     # The state of the model ------------------------------------------------------------------------------------------
@@ -138,11 +147,16 @@ class CheckedModel:
             yield
 
     @contextmanager
-    def embeddings_times(self, factors: Tensor) -> Iterator[None]:
+    def _embeddings_times(self, factors: Tensor | None) -> Iterator[None]:
         """Multiply what the embedding layer returns by a factor for each token, `(batch, length)`."""
+        if factors is None:
+            yield
+            return
 
         def multiply(module: nn.Module, args: object, output: Tensor) -> Tensor:
-            return (output.double() * factors[..., None]).to(output.dtype)
+            if output.shape[:-1] != factors.shape:  # of codes that stand for images
+                return output
+            return (output.double() * factors[..., None].to(output.device)).to(output.dtype)
 
         handle = self.base.get_input_embeddings().register_forward_hook(multiply)
         try:

@@ -74,7 +74,11 @@ class TreeLoss:
             self.waves = WaveTraining(model, args, accelerator, compute_loss_func, recorder, coef)
         if shares_rows:
             self.sequence_parallel = SequenceParallel(model, args, accelerator, recorder, coef)
-        for setting, is_set in (("sp_size", shares_rows), ("wave_tokens", args.wave_tokens is not None)):
+        for setting, is_set in (
+            ("log_turn_metrics", args.log_turn_metrics),
+            ("wave_tokens", args.wave_tokens is not None),
+            ("sp_size", shares_rows),
+        ):
             if is_set:
                 refuse_own_calls(without_adapters(model), setting)
 
