@@ -212,21 +212,14 @@ def _num_gated_delta_layers(config: PreTrainedConfig) -> int:
 
 def gated_delta_cost(config: PreTrainedConfig) -> tuple[int, int]:
     """
-    Count a layer with a gated delta rule, beside its MLP.
+    Count a layer with a gated delta rule, beside its MLP: matrix parameters, with those of the convolution, and
+    operations of the scan per token.
 
     In chunks of `C` tokens, each head multiplies keys with keys and queries with keys (`2 · 2·C·d_k` operations per
     token), solves a triangular system for its values and keys (`C·(d_k + d_v)`), applies scores to values (`2·C·d_v`),
     and reads the state with keys and queries and updates it (`3 · 2·d_k·d_v`).
 
-    Args:
-        config (`transformers.PreTrainedConfig`):
-            Text configuration of the model.
-
-    Returns:
-        `tuple[int, int]`: Matrix parameters, with those of the convolution, and operations of the scan per token.
-
-    Source:
-        `torch_chunk_gated_delta_rule` of transformers; Gated Delta Networks, arXiv 2412.06464, section 3.3.
+    Source: `torch_chunk_gated_delta_rule` of transformers; Gated Delta Networks, arXiv 2412.06464, section 3.3.
     """
     heads, key_dim, value_dim = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
     keys, values = config.linear_num_key_heads * key_dim, heads * value_dim

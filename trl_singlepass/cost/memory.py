@@ -127,17 +127,10 @@ def smallest_group(config: PreTrainedConfig, num_tokens: int, free_bytes: float)
 
 @dataclass(frozen=True, slots=True)
 class ActivationBytes:
-    """
-    Bytes per token that a decoder saves for its backward.
+    """Bytes per token that a decoder saves for its backward."""
 
-    Args:
-        per_token (`int`):
-            Activations of all layers.
-        key_value (`int`):
-            Keys and values of all layers, without their gradients: what a token with descendants in later waves keeps.
-    """
-
-    per_token: int
+    per_token: int  # activations of all layers
+    # keys and values of all layers, without gradients: what a token with descendants in later waves keeps
     key_value: int
 
     @classmethod
@@ -148,15 +141,8 @@ class ActivationBytes:
         Per token, a layer saves: for each of its two norms the input, its float32 copy and the normalised output; the
         inputs of its four kinds of matrices; queries and keys before and after rotation, values, the attention output
         and its log-sum-exp; and in the MLP the gate, the activated gate, up and the product. Query and key norms
-        (Qwen3) save what the other norms do.
-
-        Args:
-            config (`transformers.PreTrainedConfig`):
-                Configuration of the model.
-            itemsize (`int`):
-                Bytes of one activation.
-            checkpointing (`bool`):
-                Whether layers save only their input and are recomputed one by one in backward.
+        (Qwen3) save what the other norms do. With `checkpointing`, layers save only their input and are recomputed one
+        by one in backward. `itemsize` is in bytes.
         """
         config = config.get_text_config()
         hidden, heads = config.hidden_size, config.num_attention_heads

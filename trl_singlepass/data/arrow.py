@@ -32,16 +32,8 @@ IMAGE_FEATURES = Features({"image_features": List(Value("int32")), "image_refere
 
 def row_features(counts: Sequence[str] = (), *, has_images: bool = False) -> Features:
     """
-    Return the dataset features of rows.
-
-    Args:
-        counts (`Sequence[str]`, *optional*):
-            Names of further columns, each with one integer per row.
-        has_images (`bool`, *optional*, defaults to `False`):
-            Whether the dataset has images.
-
-    Returns:
-        `datasets.Features`: `ROW_COLUMNS`, `IMAGE_COLUMNS` if there are images, `COST_COLUMNS` and the counts.
+    Return the dataset features of rows: `ROW_COLUMNS`, `IMAGE_COLUMNS` if there are images, `COST_COLUMNS`, and
+    `counts`, names of further columns with one integer per row.
     """
     arrays = {name: List(Value(dtype)) for name, dtype in _DTYPES.items()}
     arrays = {**arrays, **IMAGE_FEATURES} if has_images else arrays
@@ -49,20 +41,7 @@ def row_features(counts: Sequence[str] = (), *, has_images: bool = False) -> Fea
 
 
 def rows_to_table(rows: Sequence[Row], counts: Sequence[Mapping[str, int]], features: Features) -> pa.Table:
-    """
-    Return rows as an Arrow table.
-
-    Args:
-        rows (`Sequence[Row]`):
-            Rows, some of which may be empty.
-        counts (`Sequence[Mapping[str, int]]`):
-            Further columns of each row.
-        features (`datasets.Features`):
-            Features that [`row_features`] made.
-
-    Returns:
-        `pyarrow.Table`: The table.
-    """
+    """Return rows, some of which may be empty, as an Arrow table. `counts` are the further columns of each row."""
     columns: dict[str, list[Any]] = {
         name: [getattr(row, name).astype(dtype) for row in rows] for name, dtype in _DTYPES.items()
     }

@@ -39,21 +39,11 @@ class BadRowError(RenderingError):
 
 @dataclass(frozen=True, slots=True)
 class RowErrors:
-    """
-    Rows that cannot be trained for the same reason.
-
-    Args:
-        count (`int`):
-            Number of rows.
-        rows (`tuple[int, ...]`):
-            Indices of the first few of them in the dataset.
-        reason (`str`):
-            What is wrong with the first one.
-    """
+    """Rows that cannot be trained for the same reason."""
 
     count: int
-    rows: tuple[int, ...]
-    reason: str
+    rows: tuple[int, ...]  # indices of the first few of them in the dataset
+    reason: str  # what is wrong with the first one
 
     def __str__(self) -> str:
         if self.count == 1:
@@ -64,14 +54,8 @@ class RowErrors:
 
 def group_errors(reasons: Iterable[tuple[int, str]]) -> tuple[RowErrors, ...]:
     """
-    Group bad rows by reason, the most frequent first; reasons that differ only in names and numbers are one.
-
-    Args:
-        reasons (`Iterable[tuple[int, str]]`):
-            Index and reason of each bad row.
-
-    Returns:
-        `tuple[RowErrors, ...]`: The groups.
+    Group bad rows by reason, the most frequent first; reasons that differ only in names and numbers are one. Takes the
+    index and the reason of each bad row.
     """
     groups: dict[str, RowErrors] = {}
     for index, reason in reasons:
@@ -116,21 +100,7 @@ def bad_rows_error(errors: Sequence[RowErrors], num_rows: int, name: str) -> Ren
 
 def read_all(rows: Sequence[Example], read: Callable[[int, Example], Value], name: str) -> list[Value]:
     """
-    Read every row, and name all bad rows in one error.
-
-    Args:
-        rows (`Sequence`):
-            Rows.
-        read (`Callable`):
-            Function of a row's index and the row.
-        name (`str`):
-            Name of the dataset, for the error.
-
-    Returns:
-        `list`: What `read` returned for each row.
-
-    Raises:
-        `RenderingError`: If `read` raised one for any row.
+    Call `read` with the index and the value of every row; a `RenderingError` names all rows for which it raised one.
     """
     values, reasons = [], []
     for index, row in enumerate(rows):
@@ -144,15 +114,7 @@ def read_all(rows: Sequence[Example], read: Callable[[int, Example], Value], nam
 
 
 class StreamedBadRows:
-    """
-    Bad rows of a stream, as they come: the first one stops it, or they are left out and logged.
-
-    Args:
-        bad_rows (`BadRows`):
-            What happens to bad rows.
-        name (`str`):
-            Name of the dataset.
-    """
+    """Bad rows of a stream, as they come: the first one stops it, or they are left out and logged."""
 
     def __init__(self, bad_rows: BadRows, name: str) -> None:
         self._bad_rows, self._name = bad_rows, name
@@ -161,18 +123,9 @@ class StreamedBadRows:
 
     def add(self, index: int, row: object, error: BadRowError) -> None:
         """
-        Count a bad row.
+        Count a bad row, or raise `BadRowError` if bad rows are errors.
 
-        Args:
-            index (`int`):
-                Its index in what this process reads of the stream.
-            row (`object`):
-                The row.
-            error (`BadRowError`):
-                Why it cannot be trained.
-
-        Raises:
-            `BadRowError`: If bad rows are an error.
+        `index` counts what this process reads of the stream.
         """
         reason = get_reason(error, index)
         if self._bad_rows == BadRows.ERROR:

@@ -121,12 +121,6 @@ class TreeOrPlainCollator:
     """
     Collate trees with one collator and plain sequences with another: a trainer may train on one and evaluate on the
     other.
-
-    Args:
-        tree (`DataCollatorForSinglePass`):
-            Collator of rows that hold trees.
-        plain (`Callable`):
-            Collator of all other examples.
     """
 
     def __init__(self, tree: DataCollatorForSinglePass, plain: Collator) -> None:
@@ -136,14 +130,8 @@ class TreeOrPlainCollator:
         """
         Return both collators with another one in the place of that of the training set.
 
-        Args:
-            collator (`Callable`):
-                The new collator. One of trees reads images as the one before did.
-            trains_trees (`bool`):
-                Whether the training set holds trees.
-
-        Raises:
-            `ValueError`: If it would lose the trees of the training set.
+        A new collator of trees reads images as the one before did. One that would lose the trees of the training set
+        is a `ValueError`.
         """
         if isinstance(collator, TreeOrPlainCollator):
             return collator
@@ -172,16 +160,7 @@ def pad_batch(batch: dict[str, Any], length: int, pad_token_id: int) -> dict[str
     """
     Return a batch whose row is padded with one more chain, which no other token attends to and nothing trains.
 
-    Args:
-        batch (`dict[str, Any]`):
-            Batch of one row of text.
-        length (`int`):
-            Length of the padded row, in tokens.
-        pad_token_id (`int`):
-            Token to pad with.
-
-    Returns:
-        `dict[str, Any]`: The batch.
+    The batch has one row of text; `length` is that of the padded row, in tokens.
     """
     tree: RowTree = batch["tree"]
     plan = tree.plan

@@ -61,27 +61,14 @@ def example_to_samples(
     prefixes: Prefixes | None = None,
 ) -> FittedSamples:
     """
-    Return the samples of one example that are trained.
+    Return the samples of one example that are trained, and what was lost.
 
-    Args:
-        example (`Mapping[str, object]`):
-            One conversation, in any of the forms that a dataset may hold.
-        index (`int`):
-            Its index in the dataset.
-        tokenizer (`transformers.PreTrainedTokenizerBase`, `transformers.ProcessorMixin` or [`ConversationReader`]):
-            Tokenizer with a chat template; for examples with images, the processor.
-        settings (`RowSettings`):
-            How conversations become rows.
-        prefixes ([`Prefixes`], *optional*):
-            Every prefix of the conversation, if it has been rendered already.
+    The example may have any of the forms that a dataset may hold; one with images needs a processor. `prefixes` are
+    those of its conversation, if it has been rendered already.
 
-    Returns:
-        `FittedSamples`: The samples, and what was lost.
-
-    Raises:
-        `BadRowError`: If the conversation cannot be rendered without losing part of a turn.
-        `UnexpectedError`: If anything else goes wrong, which is a fault of the package.
-        `OverlongTurnError`: If a turn is too long, and none may be.
+    Raises `BadRowError` if the conversation cannot be rendered without losing part of a turn, `OverlongTurnError` if a
+    turn is too long and none may be, and `UnexpectedError` if anything else goes wrong, which is a fault of the
+    package.
     """
     try:
         given, weights, num_turns = _render_turns(example, index, as_reader(tokenizer), settings, prefixes)
@@ -151,10 +138,8 @@ def example_to_rows(
 
     Arguments and errors are those of [`example_to_samples`].
 
-    Returns:
-        `tuple[list[Row], list[dict[str, int]]]`: The rows, and `COUNT_COLUMNS` and `IMAGE_COUNT_COLUMNS` for each: the
-        conversation's counts beside its first row, zeros beside the others. A conversation of which nothing is trained
-        has one empty row.
+    `COUNT_COLUMNS` and `IMAGE_COUNT_COLUMNS` are returned for each row: the conversation's counts beside its first
+    row, zeros beside the others. A conversation of which nothing is trained has one empty row.
     """
     fitted = example_to_samples(example, index, tokenizer, settings)
     samples = list(fitted.samples)

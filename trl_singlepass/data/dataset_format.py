@@ -37,22 +37,10 @@ def holds_turns(dataset: object, *, text_field: str = "text", name: str = "train
 
     Columns and their types decide, not the content of single examples: it is preparation that names bad ones.
 
-    Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset`):
-            What the user passed.
-        text_field (`str`, *optional*, defaults to `"text"`):
-            Column of plain text.
-        name (`str`, *optional*, defaults to `"train"`):
-            Name of the dataset, for error messages.
-
-    Returns:
-        `bool`: `True` for `messages`, conversational `prompt` + `completion`, ShareGPT `conversations`, tokenised
-        turns (`turns`, or one per example), and rows; `False` for plain text and tokenised sequences, which stock
-        `SFTTrainer` trains as they are.
-
-    Raises:
-        `TypeError`: If it is not a dataset, but splits or a list.
-        `ValueError`: If it is empty, or holds nothing that can be trained.
+    `True` for `messages`, conversational `prompt` + `completion`, ShareGPT `conversations`, tokenised turns (`turns`,
+    or one per example), and rows; `False` for plain text and tokenised sequences, which stock `SFTTrainer` trains as
+    they are. Splits or a list are a `TypeError`; a dataset that is empty, or holds nothing that can be trained, is a
+    `ValueError`.
     """
     checked = check_is_dataset(dataset, name)
     first = list(islice(checked, _NUM_FIRST))
@@ -98,16 +86,9 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
 
 def in_one_column(dataset: IterableDataset) -> IterableDataset:
     """
-    Return a stream with a single column that holds each example whole.
+    Return a stream with a single column, `EXAMPLE`, that holds each example whole.
 
     A stream need not tell its columns, and columns that appear later could not be removed by name.
-
-    Args:
-        dataset (`datasets.IterableDataset`):
-            Any stream.
-
-    Returns:
-        `datasets.IterableDataset`: The same examples in the column `EXAMPLE`.
     """
     return dataset.map(_in_one_column).select_columns([EXAMPLE])
 
@@ -117,21 +98,7 @@ def _in_one_column(example: Mapping[str, object]) -> dict[str, dict[str, object]
 
 
 def check_is_dataset(dataset: object, name: str) -> Dataset | IterableDataset:
-    """
-    Return a dataset, or raise TRL's error if it is something else.
-
-    Args:
-        dataset (`object`):
-            What the user passed.
-        name (`str`):
-            Name of the dataset.
-
-    Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: The same object.
-
-    Raises:
-        `TypeError`: If it is neither a `Dataset` nor an `IterableDataset`.
-    """
+    """Return a dataset, or raise TRL's `TypeError` if it is something else."""
     if isinstance(dataset, Dataset | IterableDataset):
         return dataset
     argument = f"{name}_dataset"

@@ -23,12 +23,7 @@ class JsonLines(Sequence[dict[str, Any]]):
     Arrow would give all structs of a column the same keys, and refuse a column that is a string in one example and an
     object in another, as tool-call arguments often are.
 
-    Args:
-        path (`Path`):
-            The file.
-
-    Raises:
-        `ValueError`: If the file is empty.
+    An empty file is a `ValueError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,22 +71,10 @@ class JsonLines(Sequence[dict[str, Any]]):
 
 def load_examples(data: str, *, split: str = "train", config: str | None = None) -> Sequence[Any] | Dataset:
     """
-    Return the examples that DATA names.
+    Return the examples that DATA names, or raise `ValueError` if there are none.
 
-    Args:
-        data (`str`):
-            A `.jsonl`, `.json`, `.parquet`, `.csv` or `.arrow` file, a folder of such files or of `save_to_disk`, or a
-            dataset on the Hub.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split of a folder or of a dataset on the Hub.
-        config (`str`, *optional*):
-            Configuration of a dataset on the Hub.
-
-    Returns:
-        `datasets.Dataset` or [`JsonLines`]: The examples.
-
-    Raises:
-        `ValueError`: If there is no such data.
+    DATA is a `.jsonl`, `.json`, `.parquet`, `.csv` or `.arrow` file, a folder of such files or of `save_to_disk`, or a
+    dataset on the Hub. `split` is one of a folder or of a dataset on the Hub, `config` a configuration of the latter.
     """
     path = Path(data).expanduser()
     if path.suffix in LINES and path.is_file():

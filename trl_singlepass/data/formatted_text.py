@@ -24,21 +24,8 @@ def format_as_text(
 
     TRL itself would add the text beside the messages and go on to train the messages.
 
-    Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset`):
-            Conversations.
-        formatting_func (`Callable`):
-            Returns the text of an example.
-        args (`trl.SFTConfig`):
-            Arguments, for the name of the text column and the number of processes.
-        name (`str`):
-            Name of the dataset in progress bars and log.
-
-    Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: One column of text.
-
-    Raises:
-        `ValueError`: If the function returns anything but text.
+    `args` tells the name of the text column and the number of processes. Raises `ValueError` if `formatting_func`
+    returns anything but text.
     """
     logger.warning(
         f"formatting_func makes plain text of the conversations of the {name} dataset. They are trained as SFTTrainer "

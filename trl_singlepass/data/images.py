@@ -55,12 +55,7 @@ def holds_images(dataset: Dataset | IterableDataset | Sequence[Any]) -> bool:
     """
     Return whether examples of a dataset may have images, in a column, in messages or in tokenised turns.
 
-    Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset` or `Sequence`):
-            Conversations, or lists of messages. Of a stream, the first examples are looked at.
-
-    Returns:
-        `bool`: Whether there are any. Where only messages hold images, all messages of a stored dataset are looked at.
+    Looks at the first examples of a stream; in a stored dataset where only messages hold images, at all messages.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         return any(_has_images({"messages": row} if isinstance(row, list) else row) for row in dataset)
@@ -115,16 +110,8 @@ def take_images(example: Mapping[str, Any]) -> tuple[dict[str, Any], list[Encode
     filled from the column, in order. Where no message has such a part, the images of the column stand at the start of
     the first user message, as in TRL.
 
-    Args:
-        example (`Mapping[str, Any]`):
-            Example with messages.
-
-    Returns:
-        `tuple[dict, list[EncodedImage]]`: The example with parts `{"type": "image"}` in place of the images, and the
-        images in the order of these parts.
-
-    Raises:
-        `ValueError`: If there are more parts than images, or fewer, or something is no image.
+    Returns the example with parts `{"type": "image"}` in place of the images, and the images in the order of these
+    parts. Raises `ValueError` if there are more parts than images, or fewer, or something is no image.
     """
     rest = {name: value for name, value in example.items() if name not in _COLUMNS}
     given = [EncodedImage.from_value(image) for image in _column_images(example)]
@@ -198,8 +185,7 @@ def undecoded(dataset: Dataset) -> Dataset:
     """
     Return a dataset that leaves images encoded, without copying it.
 
-    Raises:
-        `ValueError`: If a column of images is to be converted to another mode when it is decoded.
+    Raises `ValueError` if a column of images is to be converted to another mode when it is decoded.
     """
     plain = _undecoded(dataset.features)
     if plain == dataset.features:

@@ -32,20 +32,9 @@ def keep_columns(
     Nothing is copied where there is one row per example, and the examples stand in their files in their order.
     Otherwise, `datasets` writes the columns once more and caches them.
 
-    Args:
-        rows (`datasets.Dataset`):
-            Rows, without an indices mapping.
-        examples (`datasets.Dataset`):
-            What they were made of.
-        of_example (`numpy.ndarray` of shape `(num_rows,)`, `numpy.int64`, *optional*):
-            For each row, the position of its example. By default, rows and examples go together one by one.
-        reserved (`Collection[str]`, *optional*):
-            Names that the examples' columns may not have, beside those of rows.
-        name (`str`, *optional*, defaults to `"train"`):
-            Name of the dataset, for the log.
-
-    Returns:
-        `datasets.Dataset`: The rows, in their format, with further columns.
+    `rows` has no indices mapping. `of_example`, `(num_rows,)`, int64, is the position of each row's example; by
+    default, rows and examples go together one by one. `reserved` are names that the examples' columns may not have,
+    beside those of rows.
     """
     names = _kept(examples.column_names, reserved, name)
     if not names or not len(rows):
@@ -65,16 +54,7 @@ def kept_values(
     """
     Return the values of the columns that rows keep, for rows of a stream.
 
-    Args:
-        examples (`Sequence[Mapping[str, object]]`):
-            For each row, the example that it was made of. They may have different columns.
-        reserved (`Collection[str]`, *optional*):
-            As for [`keep_columns`].
-        name (`str`, *optional*, defaults to `"train"`):
-            As for [`keep_columns`].
-
-    Returns:
-        `dict[str, list]`: One value per row, `None` where an example lacks the column.
+    `examples` holds the example of each row; where one lacks a column, its value is `None`.
     """
     names = _kept(dict.fromkeys(column for example in examples for column in example), reserved, name)
     return {shown: [example.get(column) for example in examples] for column, shown in names.items()}

@@ -23,13 +23,9 @@ class LineView:
 
     Shape letters: N lines, M tokens of the longest line.
 
-    Args:
-        rows (`Sequence[Batch]`):
-            Batches of [`DataCollatorForSinglePass`], one per row.
-        targets (`torch.Tensor` of shape `(N, M)`, `torch.int64`):
-            Position among the tokens of all rows that predicts each token, 0 where there is none.
-        token_weights (`torch.Tensor` of shape `(N, M)`, `torch.float32`, *optional*):
-            Factor of each log-probability.
+    `rows` are batches of [`DataCollatorForSinglePass`], one per row. `targets`, `(N, M)`, int64, is the position among
+    the tokens of all rows that predicts each token, 0 where there is none; `token_weights`, `(N, M)`, float32, is the
+    factor of each log-probability.
     """
 
     def __init__(

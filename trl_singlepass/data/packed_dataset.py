@@ -28,18 +28,7 @@ def pack_dataset(
     Both steps are cached by `datasets`: the row of each conversation (only its first tokens are read, from disk) and
     the packed rows (only those that are being joined are in memory).
 
-    Args:
-        rows (`datasets.Dataset`):
-            Prepared rows, none longer than `max_row_tokens`, without an indices mapping. Empty rows are left out.
-        max_row_tokens (`int`):
-            Capacity of a row, in tokens.
-        num_proc (`int`, *optional*):
-            Number of processes that join conversations.
-        name (`str`, *optional*, defaults to `"train"`):
-            Name of the dataset for the progress bars.
-
-    Returns:
-        `tuple[Dataset, PackingReport]`: The packed rows and what packing achieved.
+    `rows` are prepared, none longer than `max_row_tokens`, without an indices mapping. Empty ones are left out.
     """
     fingerprint = Hasher.hash(("packing", ROWS_VERSION, rows._fingerprint, max_row_tokens))
     assigned = rows.with_format("arrow").map(
@@ -107,18 +96,7 @@ class _PrefixKeys:
 
 
 def pack_rows(rows: Sequence[Row], max_row_tokens: int) -> list[Row]:
-    """
-    Return rows packed into fewer, fuller ones, as [`pack_dataset`] does.
-
-    Args:
-        rows (`Sequence[Row]`):
-            Rows, none longer than `max_row_tokens`.
-        max_row_tokens (`int`):
-            Capacity of a row, in tokens.
-
-    Returns:
-        `list[Row]`: The packed rows.
-    """
+    """Return rows packed into fewer, fuller ones, as [`pack_dataset`] does."""
     return [join_with_shared_prefixes([rows[i] for i in members]) for members in assign(rows, max_row_tokens)]
 
 

@@ -28,19 +28,9 @@ def assign_to_rows(lengths: Sequence[int], prefixes: Prefixes, max_row_tokens: i
     others would fit there, but the group needs 50 + 5 · 10 tokens, and the repeated prefix would be more than an
     eighth of the free part. So the group begins in a new row: `[[2], [1], [0], [3, 4, 5, 6, 7]]`.
 
-    Args:
-        lengths (`Sequence[int]`):
-            Tokens of each conversation, at most `max_row_tokens`; those with 0 are left out.
-        prefixes (`Callable`):
-            Returns the first tokens of conversation `i`, up to its first fork or target: what it can share.
-        max_row_tokens (`int`):
-            Capacity of a row, in tokens.
-
-    Returns:
-        `list[list[int]]`: The conversations in each row, in the order of the dataset.
-
-    Raises:
-        `ValueError`: If a conversation is longer than a row.
+    `prefixes(i)` returns the first tokens of conversation `i`, up to its first fork or target: what it can share.
+    Conversations without tokens are left out; one longer than a row is a `ValueError`. Returns the conversations in
+    each row, in the order of the dataset.
     """
     sizes = np.asarray(lengths, np.int64)
     if len(sizes) and sizes.max() > max_row_tokens:

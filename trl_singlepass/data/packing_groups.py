@@ -44,36 +44,16 @@ class RowNumbers:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """
-    Conversations with a common prefix.
+    """Conversations with a common prefix."""
 
-    Args:
-        depth (`int`):
-            Number of tokens in the prefix.
-        parent (`Group`, *optional*):
-            The group with the next shorter prefix.
-        members (`list[int]`, *optional*):
-            Conversations that are in no subgroup.
-        subgroups (`list[Group]`, *optional*):
-            Groups with longer prefixes.
-        longest (`int`, *optional*, defaults to 0):
-            Tokens of the longest conversation, those of subgroups included.
-        least (`int`, *optional*):
-            Fewest tokens that a conversation has after the prefix.
-        remaining (`int`, *optional*, defaults to 0):
-            Tokens after the prefix in all conversations that have no row yet.
-        rows (`RowNumbers`, *optional*):
-            Rows that hold the prefix.
-    """
-
-    depth: int
-    parent: Group | None
-    members: list[int] = field(default_factory=list)
-    subgroups: list[Group] = field(default_factory=list)
-    longest: int = 0
-    least: int = 2**62
-    remaining: int = 0
-    rows: RowNumbers = field(default_factory=RowNumbers)
+    depth: int  # number of tokens in the prefix
+    parent: Group | None  # the group with the next shorter prefix
+    members: list[int] = field(default_factory=list)  # conversations that are in no subgroup
+    subgroups: list[Group] = field(default_factory=list)  # groups with longer prefixes
+    longest: int = 0  # tokens of the longest conversation, those of subgroups included
+    least: int = 2**62  # fewest tokens that a conversation has after the prefix
+    remaining: int = 0  # tokens after the prefix in all conversations that have no row yet
+    rows: RowNumbers = field(default_factory=RowNumbers)  # rows that hold the prefix
 
     def path(self) -> Iterator[Group]:
         """Yield the group and all groups that contain it."""
@@ -95,21 +75,15 @@ class _Node:
 
 def group_by_prefix(sizes: NDArray[np.int64], prefixes: Prefixes) -> Iterator[tuple[Group, int]]:
     """
-    Yield conversations in the order in which they are assigned to rows.
+    Yield conversations in the order in which they are assigned to rows, each with the smallest group that it is in.
+    Groups come one after the other, the one with the longest conversation first.
 
     For example, conversations 0 to 4 have 90, 70, 80, 60 and 50 tokens; 0 and 2 begin with the same 40 tokens, 1 and 4
     with 40 others. That makes two groups of depth 40. The longest conversation is in the first group, so 0 and 2 come
     first, then 1 and 4, whose longest has 70 tokens, and then 3.
 
-    Args:
-        sizes (`numpy.ndarray` of shape `(num_conversations,)`, `numpy.int64`):
-            Tokens of each conversation; those with 0 are left out.
-        prefixes (`Callable`):
-            Returns the first tokens of conversation `i`, those that it can share.
-
-    Yields:
-        `tuple[Group, int]`: The smallest group of a conversation, and the conversation. Groups come one after the
-            other, the one with the longest conversation first.
+    `sizes`, `(num_conversations,)`, int64, are the tokens of each conversation; those with 0 are left out.
+    `prefixes(i)` returns the first tokens of conversation `i`, those that it can share.
     """
     root = _Node(0, -1)
     for index in np.flatnonzero(sizes):

@@ -152,11 +152,8 @@ def conversations_to_rows(
     `datasets` caches the rows under a fingerprint of the dataset, the tokenizer's rules and the settings: nothing is
     prepared again because other training arguments changed or the tokenizer was used.
 
-    Arguments and errors are those of [`prepare_dataset`].
-
-    Returns:
-        `tuple[Dataset, PreparationReport]`: Rows with `COUNT_COLUMNS`, an empty one for a conversation of which
-        nothing is trained; and the report.
+    Arguments and errors are those of [`prepare_dataset`]. Each row has `COUNT_COLUMNS`, and a conversation of which
+    nothing is trained has an empty one.
     """
     has_images = isinstance(tokenizer, ProcessorMixin)
     reader = ConversationReader(placeholders_of(tokenizer), dataset._fingerprint) if has_images else tokenizer
@@ -217,12 +214,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -
     A fast tokenizer remembers the padding and truncation of its last call, which would make `datasets` prepare
     everything again.
 
-    Args:
-        tokenizer (`transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`):
-            Tokenizer or processor.
-
-    Returns:
-        `str`: Hash of its vocabulary, rules, special tokens and chat template; of a processor, with its settings.
+    The hash covers vocabulary, rules, special tokens and chat template; of a processor, its settings too.
     """
     if isinstance(tokenizer, ProcessorMixin):
         of_tokenizer = tokenizer_fingerprint(tokenizer.tokenizer)

@@ -16,72 +16,28 @@ _NUM_NAMED = 3  # overlong turns that a report names
 
 @dataclass(frozen=True, slots=True)
 class PreparationReport:
-    """
-    What a dataset held, and what is not trained.
+    """What a dataset held, and what is not trained."""
 
-    Args:
-        num_conversations (`int`):
-            Conversations, without bad rows.
-        num_turns (`int`):
-            Turns.
-        num_turns_without_prompt (`int`):
-            Further assistant messages that open a conversation and are context only.
-        kinds (`Mapping[CompletionKind, int]`):
-            All turns, by how their completions came about.
-        num_unselected_turns (`int`):
-            Turns that are context only, by their weight or by `train_turns`.
-        num_empty_blocks (`int`):
-            Trained turns without reasoning for which the template writes an empty block.
-        num_trained_tokens (`int`):
-            Trained tokens, counted as N-pass trains them. Together with `num_cut_tokens`, all completion tokens.
-        num_cut_turns (`int`):
-            Turns that are too long and trained in part.
-        num_dropped_turns (`int`):
-            Turns that are too long and not trained at all.
-        num_cut_tokens (`int`):
-            Completion tokens that are not trained.
-        num_dropped_conversations (`int`):
-            Conversations of which no turn is trained.
-        num_split_conversations (`int`):
-            Conversations that are split over several rows.
-        num_sample_tokens (`int`):
-            Tokens in all trained samples: what N-pass computes.
-        num_row_tokens (`int`):
-            Tokens in all rows, before packing.
-        num_repeated_tokens (`int`):
-            Tokens of history among them that splitting repeats.
-        num_sample_images (`int`):
-            Images in all trained samples: what N-pass encodes.
-        num_row_images (`int`):
-            Distinct images of each row, over all rows: what a single pass encodes.
-        overlong (`tuple[str, ...]`):
-            The first few turns that are too long, by name.
-        bound (`str`, *optional*):
-            The setting that they exceed.
-        bad_rows (`tuple[RowErrors, ...]`, *optional*):
-            Rows that cannot be trained and were dropped, by reason.
-    """
-
-    num_conversations: int
+    num_conversations: int  # without bad rows
     num_turns: int
-    num_turns_without_prompt: int
-    kinds: Mapping[CompletionKind, int]
-    num_unselected_turns: int
-    num_empty_blocks: int
-    num_trained_tokens: int
-    num_cut_turns: int
-    num_dropped_turns: int
-    num_cut_tokens: int
-    num_dropped_conversations: int
-    num_split_conversations: int
-    num_sample_tokens: int
-    num_row_tokens: int
-    num_repeated_tokens: int
-    num_sample_images: int
-    num_row_images: int
-    overlong: tuple[str, ...]
-    bound: str | None = None
-    bad_rows: tuple[RowErrors, ...] = ()
+    num_turns_without_prompt: int  # further assistant messages that open a conversation and are context only
+    kinds: Mapping[CompletionKind, int]  # all turns, by how their completions came about
+    num_unselected_turns: int  # context only, by their weight or by `train_turns`
+    num_empty_blocks: int  # trained turns without reasoning for which the template writes an empty block
+    num_trained_tokens: int  # as N-pass trains them; together with `num_cut_tokens`, all completion tokens
+    num_cut_turns: int  # too long and trained in part
+    num_dropped_turns: int  # too long and not trained at all
+    num_cut_tokens: int  # completion tokens that are not trained
+    num_dropped_conversations: int  # conversations of which no turn is trained
+    num_split_conversations: int  # split over several rows
+    num_sample_tokens: int  # in all trained samples: what N-pass computes
+    num_row_tokens: int  # in all rows, before packing
+    num_repeated_tokens: int  # tokens of history among them that splitting repeats
+    num_sample_images: int  # in all trained samples: what N-pass encodes
+    num_row_images: int  # distinct images of each row, over all rows: what a single pass encodes
+    overlong: tuple[str, ...]  # the first few turns that are too long, by name
+    bound: str | None = None  # the setting that they exceed
+    bad_rows: tuple[RowErrors, ...] = ()  # dropped because they cannot be trained, by reason
 
     @classmethod
     def from_counts(
@@ -94,18 +50,9 @@ class PreparationReport:
         """
         Return the report on prepared rows.
 
-        Args:
-            counts (`Mapping[str, Sequence[int]]`):
-                `COUNT_COLUMNS`, one value per row, and `IMAGE_COUNT_COLUMNS` of a dataset with images.
-            lengths (`Sequence[int]`):
-                Tokens in each row.
-            bound (`str`, *optional*):
-                The setting that bounds a sample ([`RowSettings.bound`]).
-            bad_rows (`Sequence[tuple[int, str]]`, *optional*):
-                Index and reason of each row that was dropped.
-
-        Returns:
-            `PreparationReport`: The report.
+        `counts` are `COUNT_COLUMNS`, and `IMAGE_COUNT_COLUMNS` of a dataset with images, one value per row; `lengths`
+        are the tokens in each row. `bound` is the setting that bounds a sample ([`RowSettings.bound`]), `bad_rows` the
+        index and reason of each row that was dropped.
         """
         num_rows: dict[int, int] = {}
         for conversation, length in zip(counts["conversation"], lengths, strict=True):
@@ -211,27 +158,13 @@ def _name_overlong_turns(counts: Mapping[str, Sequence[int]]) -> tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class PackingReport:
-    """
-    How full packed rows are, and what conversations share in them.
-
-    Args:
-        num_rows (`int`):
-            Rows.
-        num_row_tokens (`int`):
-            Tokens in all rows.
-        max_row_tokens (`int`):
-            Capacity of a row, in tokens.
-        num_unpacked_tokens (`int`):
-            Tokens in the conversations' own trees.
-        num_sample_tokens (`int`):
-            Tokens in all samples: what N-pass computes.
-    """
+    """How full packed rows are, and what conversations share in them."""
 
     num_rows: int
-    num_row_tokens: int
-    max_row_tokens: int
-    num_unpacked_tokens: int
-    num_sample_tokens: int
+    num_row_tokens: int  # in all rows
+    max_row_tokens: int  # capacity of a row
+    num_unpacked_tokens: int  # in the conversations' own trees
+    num_sample_tokens: int  # in all samples: what N-pass computes
 
     @property
     def fill_rate(self) -> float:

@@ -34,17 +34,9 @@ def row_costs(
     """
     Return the predicted cost of rows, in the cost of one token without attention.
 
-    Args:
-        num_tokens (`numpy.ndarray` of shape `(num_rows,)`):
-            Tokens in each row.
-        num_pairs (`numpy.ndarray` of shape `(num_rows,)`):
-            Pairs of a token and one on its path in each row, the token itself included.
-        config (`transformers.PreTrainedConfig`):
-            Configuration of the model.
-
-    Returns:
-        `numpy.ndarray` of shape `(num_rows,)`: The costs. If the configuration lacks sizes that counting needs, a
-        layer is assumed to have `12 · hidden_size²` weights.
+    Takes and returns shape `(num_rows,)`. `num_pairs` counts pairs of a token and one on its path, the token itself
+    included. If the configuration lacks sizes that counting needs, a layer is assumed to have `12 · hidden_size²`
+    weights.
     """
     text = config.get_text_config()
     if not isinstance(getattr(text, "intermediate_size", None), int):
@@ -61,15 +53,13 @@ def predicted_imbalance(
     order: Sequence[int], costs: NDArray[np.float64], *, batch_size: int, num_ranks: int, num_accumulated: int = 1
 ) -> float:
     """
-    Return how much longer steps take than if all ranks had the same work: 0.1 for 10 % longer.
+    Return how much longer steps take than if all ranks had the same work: 0.1 for 10 % longer. That is the time of the
+    slowest rank ÷ mean time of the ranks, over all complete steps, minus 1.
 
     For example, rows of cost 5, 1, 2, 2 on two ranks with one row per batch: two steps take 5 + 2 instead of 3 + 2, so
     the imbalance is 0.4. With two accumulated batches, one step takes 5 + 2 on the slower rank instead of 5.
 
     `order` holds the rows in the order of the sampler; the other arguments are those of [`BalancedSampler`].
-
-    Returns:
-        `float`: Time of the slowest rank ÷ mean time of the ranks, over all complete steps, minus 1.
     """
     step = batch_size * num_ranks * num_accumulated
     whole = len(order) // step * step
@@ -93,9 +83,8 @@ def make_train_sampler(
 
     `batch_size` is the number of rows per batch of a rank; `epoch` returns the number of the epoch that begins.
 
-    Returns:
-        `BalancedSampler` or `None`: The sampler for `train_sampling_strategy="group_by_length"`, and for `"random"` on
-        several ranks; `None` where Hugging Face's own sampler is right.
+    There is one for `train_sampling_strategy="group_by_length"`, and for `"random"` on several ranks; `None` where
+    Hugging Face's own sampler is right.
     """
     if not (isinstance(rows, Dataset) and set(COST_COLUMNS) <= set(rows.column_names)):
         return None
@@ -136,22 +125,9 @@ class BalancedSampler(Sampler[int]):
     statistics of training. With `group_by_cost`, steps also consist of rows of similar cost, as with Hugging Face's
     `group_by_length`. Every rank draws the same order and takes every `num_ranks`-th batch of it.
 
-    Args:
-        costs (`numpy.ndarray` of shape `(num_rows,)`):
-            Cost of each row.
-        batch_size (`int`):
-            Rows per batch of a rank.
-        num_ranks (`int`):
-            Ranks.
-        num_accumulated (`int`):
-            Batches per rank and step.
-        seed (`int`):
-            Seed of the shuffle.
-        epoch (`Callable[[], int]`):
-            Returns the number of the epoch that begins. The order depends on it and on the seed alone, so that a
-            resumed run continues in the same order.
-        group_by_cost (`bool`, *optional*, defaults to `False`):
-            Whether a step has rows of similar cost.
+    `costs` has shape `(num_rows,)`; `batch_size` is rows per batch of a rank, `num_accumulated` batches per rank and
+    step. `epoch` returns the number of the epoch that begins. The order depends on it and on the seed alone, so that a
+    resumed run continues in the same order.
     """
 
     def __init__(
@@ -176,18 +152,7 @@ class BalancedSampler(Sampler[int]):
         yield from self.order(self._epoch())
 
     def order(self, epoch: int, *, balanced: bool = True) -> list[int]:
-        """
-        Return the rows in their order in an epoch.
-
-        Args:
-            epoch (`int`):
-                Number of the epoch.
-            balanced (`bool`, *optional*, defaults to `True`):
-                Whether to balance the ranks, or only to shuffle.
-
-        Returns:
-            `list[int]`: Each row once.
-        """
+        """Return the rows in their order in an epoch, each once; without `balanced`, only shuffled."""
         generator = torch.Generator().manual_seed(self._seed + epoch)
         shuffled = torch.randperm(len(self.costs), generator=generator).numpy()
         if self._group_by_cost:
@@ -241,16 +206,7 @@ def even_parts(rows: Sequence[int], costs: NDArray[np.float64], num_parts: int) 
     For example, rows of cost 10, 9, 8, 3, 2, 1 in two parts: the first round gives 10 and 9, the second 10 + 3 and
     9 + 8, the third 10 + 3 + 2 and 9 + 8 + 1. No exchange brings 15 and 18 closer together.
 
-    Args:
-        rows (`Sequence[int]`):
-            Rows, a multiple of `num_parts`.
-        costs (`numpy.ndarray` of shape `(num_rows,)`):
-            Cost of each row of the dataset.
-        num_parts (`int`):
-            Parts.
-
-    Returns:
-        `list[list[int]]`: The parts.
+    The number of rows is a multiple of `num_parts`. `costs` has the cost of each row of the dataset, `(num_rows,)`.
     """
     parts: list[list[int]] = [[] for _ in range(num_parts)]
     totals = np.zeros(num_parts)

@@ -45,15 +45,8 @@ def parse_train_turns(train_turns: str | int) -> tuple[TurnChoice, int]:
     """
     Return the setting `train_turns` as a choice and its number.
 
-    Args:
-        train_turns (`str` or `int`):
-            `"all"`, `"last"`, `n` for the first `n`, or `"sample:n"` for `n` drawn at random.
-
-    Returns:
-        `tuple[TurnChoice, int]`: The choice and `n`, 0 where it has none.
-
-    Raises:
-        `ValueError`: If it has none of these forms.
+    The setting is `"all"`, `"last"`, `n` for the first `n`, or `"sample:n"` for `n` drawn at random; any other is a
+    `ValueError`. The number is 0 where the choice has none.
     """
     text = str(train_turns)
     if text in (TurnChoice.ALL, TurnChoice.LAST):
@@ -70,21 +63,8 @@ def select_turns(
     """
     Return the samples of the turns that are trained, in the order of the conversation.
 
-    Args:
-        samples (`Sequence[Sample]`):
-            Samples of one conversation.
-        train_turns (`str` or `int`):
-            See [`parse_train_turns`].
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of a random choice.
-        example_index (`int`, *optional*, defaults to `0`):
-            Index of the conversation in its dataset. A random choice depends on it and on the seed, nothing else.
-
-    Returns:
-        `list[Sample]`: The chosen samples.
-
-    Raises:
-        `ValueError`: If `train_turns` has no known form.
+    A random choice depends on `seed` and `example_index`, the conversation's index in its dataset, and nothing else.
+    `train_turns` is what [`parse_train_turns`] takes.
     """
     choice, number = parse_train_turns(train_turns)
     if choice == TurnChoice.ALL:
@@ -99,38 +79,18 @@ def select_turns(
 
 @dataclass(frozen=True, slots=True)
 class FittedSamples:
-    """
-    Samples of one conversation that are short enough to train, and what was lost on the way.
+    """Samples of one conversation that are short enough to train, and what was lost on the way."""
 
-    Args:
-        samples (`tuple[Sample, ...]`):
-            Samples that still have a trained token.
-        overlong (`tuple[Sample, ...]`):
-            Samples that lost trained tokens, as they were before.
-        num_trained_tokens (`int`):
-            Trained tokens in `samples`.
-        num_cut_turns (`int`):
-            Turns that lost part of their completion.
-        num_dropped_turns (`int`):
-            Turns of which nothing is trained.
-        num_cut_tokens (`int`):
-            Trained tokens that were lost.
-        num_unselected_turns (`int`, *optional*, defaults to 0):
-            Turns that are context only, by their weight or by `train_turns`.
-        num_turns_without_prompt (`int`, *optional*, defaults to 0):
-            Assistant messages that open a conversation. No prompt leads to them, so they are context only.
-        kinds (`Counter[CompletionKind]`, *optional*):
-            All turns of the conversation, by how their completions came about.
-    """
-
-    samples: tuple[Sample, ...]
-    overlong: tuple[Sample, ...]
-    num_trained_tokens: int
-    num_cut_turns: int
-    num_dropped_turns: int
-    num_cut_tokens: int
-    num_unselected_turns: int = 0
+    samples: tuple[Sample, ...]  # those that still have a trained token
+    overlong: tuple[Sample, ...]  # samples that lost trained tokens, as they were before
+    num_trained_tokens: int  # in `samples`
+    num_cut_turns: int  # lost part of their completion
+    num_dropped_turns: int  # nothing of them is trained
+    num_cut_tokens: int  # trained tokens that were lost
+    num_unselected_turns: int = 0  # context only, by their weight or by `train_turns`
+    # assistant messages that open a conversation: no prompt leads to them, so they are context only
     num_turns_without_prompt: int = 0
+    # all turns of the conversation, by how their completions came about
     kinds: Counter[CompletionKind] = field(default_factory=Counter)
 
     @property
@@ -143,19 +103,8 @@ def fit_samples(samples: Sequence[Sample], limit: int | None, overlong_turns: Ov
     """
     Return samples with at most `limit` tokens each.
 
-    Args:
-        samples (`Sequence[Sample]`):
-            Samples of one conversation.
-        limit (`int`, *optional*):
-            Longest sample, in tokens; `None` keeps every sample whole.
-        overlong_turns (`OverlongTurns`):
-            What happens to longer samples.
-
-    Returns:
-        `FittedSamples`: The samples and what was lost: together, their trained tokens are those that were given.
-
-    Raises:
-        `OverlongTurnError`: If a sample is too long and `overlong_turns="error"`.
+    `None` keeps every sample whole. Trained tokens kept and lost add up to those that were given. Raises
+    `OverlongTurnError` if a sample is too long and `overlong_turns="error"`.
     """
     trained = [(sample, _fit(sample, limit, overlong_turns)) for sample in samples if sample.is_trained]
     kept = [fitted for _, fitted in trained if fitted is not None]

@@ -13,10 +13,6 @@ class StreamLog:
     Logs what a stream has lost so far whenever it has doubled.
 
     A stream may have no end at which to sum up what is lost, and a line per loss would flood the log.
-
-    Args:
-        name (`str`):
-            Name of the dataset.
     """
 
     def __init__(self, name: str) -> None:
@@ -27,11 +23,7 @@ class StreamLog:
         """
         Log a summary if at least twice as much is lost as when the last one was logged.
 
-        Args:
-            lost (`int`):
-                What is lost so far, in any unit.
-            summary (`object`):
-                What the log says of it; it becomes text only if it is logged.
+        `lost` may be in any unit; `summary` becomes text only if it is logged.
         """
         if lost >= self._next:
             logger.warning(f"Stream of the {self._name} dataset so far: {summary}.")

@@ -41,9 +41,8 @@ def stream_rows(
     packing, every `PACKING_BUFFER` conversations are packed together. A bad row stops the stream when it comes, unless
     bad rows are dropped. Arguments are those of [`prepare_dataset`].
 
-    Returns:
-        `datasets.IterableDataset`: Rows, with `ROW_COLUMNS`, and with `IMAGE_COLUMNS` if a processor reads them: they
-        hold the images, encoded. Without packing, they keep the columns of their conversations.
+    Rows have `ROW_COLUMNS`, and `IMAGE_COLUMNS` if a processor reads them: they hold the images, encoded. Without
+    packing, they keep the columns of their conversations.
     """
     rows = in_one_column(dataset).map(
         _StreamPreparation(tokenizer, settings, bad_rows, name, keeps_columns=not packing),

@@ -22,21 +22,12 @@ TURN_COLUMNS = ("prompt_ids", "completion_ids")
 
 def tokenized_turns_to_samples(turns: Sequence[object], vocab_size: int | None = None) -> list[Sample]:
     """
-    Return tokenised turns as samples.
+    Return tokenised turns as samples, one for each.
 
-    Args:
-        turns (`Sequence[object]`):
-            Turns in the order of the conversation, each a mapping with `prompt_ids` and `completion_ids` (token in,
-            token out) and optionally `completion_weights`, one loss weight per completion token.
-        vocab_size (`int`, *optional*):
-            Number of tokens that the model knows; larger ids are an error.
-
-    Returns:
-        `list[Sample]`: One sample per turn.
-
-    Raises:
-        `ValueError`: If there are no turns, a turn lacks its ids or has no completion, an id is not in the vocabulary,
-            or weights do not fit the completion.
+    Turns are mappings, in the order of the conversation, with `prompt_ids` and `completion_ids` (token in, token out)
+    and optionally `completion_weights`, one loss weight per completion token. Raises `ValueError` if there are no
+    turns, a turn lacks its ids or has no completion, an id is not in the vocabulary, or weights do not fit the
+    completion.
     """
     if not turns:
         raise DataError("Expected at least one turn in 'turns', got none. Leave the row out.")
@@ -44,19 +35,7 @@ def tokenized_turns_to_samples(turns: Sequence[object], vocab_size: int | None =
 
 
 def get_tokenized_turns(example: Mapping[str, object]) -> list[Any] | None:
-    """
-    Return the tokenised turns of an example.
-
-    Args:
-        example (`Mapping[str, object]`):
-            Example of a dataset.
-
-    Returns:
-        `list` or `None`: Its `turns`; `None` if it holds messages instead.
-
-    Raises:
-        `ValueError`: If it holds neither.
-    """
+    """Return the `turns` of an example, `None` if it holds messages instead. One with neither is a `ValueError`."""
     turns = example.get("turns")
     if isinstance(turns, list):
         return turns
@@ -84,26 +63,12 @@ def gather_turns(
     """
     Return a log with one turn per row as a dataset with one conversation per example.
 
-    Args:
-        log (`datasets.Dataset`):
-            Rows with `prompt_ids`, `completion_ids` and `conversation_id`, in the order of their turns; those of one
-            conversation need not be adjacent.
-        vocab_size (`int`, *optional*):
-            Number of tokens that the model knows; larger ids are an error.
-        bad_rows (`BadRows`, *optional*, defaults to `"error"`):
-            What happens to bad rows of the log.
-        num_proc (`int`, *optional*):
-            Number of processes.
-        name (`str`, *optional*, defaults to `"train"`):
-            Name of the dataset in progress bars and errors.
+    Rows of the log have `prompt_ids`, `completion_ids` and `conversation_id`, in the order of their turns; those of
+    one conversation need not be adjacent. Returns one example per conversation, in the order of their first turns,
+    with a column `turns`; and the rows of the log that were left out.
 
-    Returns:
-        `tuple[Dataset, tuple[RowErrors, ...]]`: One example per conversation, in the order of their first turns, with
-        a column `turns`; and the rows of the log that were left out.
-
-    Raises:
-        `ValueError`: If there is no `conversation_id`, a row is bad and may not be left out, or the log is a stream:
-            it never tells that a conversation is complete.
+    Raises `ValueError` if there is no `conversation_id`, a row is bad and may not be left out, or the log is a stream:
+    it never tells that a conversation is complete.
     """
     if isinstance(log, IterableDataset):
         raise DataError(

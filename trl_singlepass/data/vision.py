@@ -23,18 +23,10 @@ from .images import holds_images, image_column_names, take_images
 
 @dataclass(frozen=True)
 class ConversationReader:
-    """
-    Reads examples with images.
-
-    Args:
-        placeholders ([`ImagePlaceholders`]):
-            Processor, and what it writes for images.
-        dataset (`str`, *optional*):
-            Name by which rows refer to the images of the dataset. By default, references hold the images, encoded.
-    """
+    """Reads examples with images."""
 
     placeholders: ImagePlaceholders
-    dataset: str | None = None
+    dataset: str | None = None  # name by which rows refer to its images; `None`: references hold the images, encoded
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -49,19 +41,9 @@ class ConversationReader:
 
     def read_conversation(self, example: Mapping[str, Any], index: int) -> Conversation:
         """
-        Return an example as a conversation with its images.
+        Return an example as a conversation with its images; `index` is its index in the dataset.
 
-        Args:
-            example (`Mapping[str, Any]`):
-                Example with messages.
-            index (`int`):
-                Its index in the dataset.
-
-        Returns:
-            `Conversation`: The conversation.
-
-        Raises:
-            `ValueError`: If it is no conversation, or an image is missing or cannot be read.
+        Raises `ValueError` if it is no conversation, or an image is missing or cannot be read.
         """
         rest, images = take_images(example)
         return Conversation.from_example(rest, self._conversation_images(images, index))
@@ -70,19 +52,8 @@ class ConversationReader:
         """
         Return the samples of tokenised turns with the features that their tokens show.
 
-        Args:
-            samples (`Sequence[Sample]`):
-                Samples.
-            turns (`Sequence[Mapping]`):
-                Their turns, in which `images` are those that the prompt shows, in order.
-            index (`int`):
-                Index of the example in the dataset.
-
-        Returns:
-            `list[Sample]`: The samples.
-
-        Raises:
-            `ValueError`: If tokens and images of a turn do not fit together, or an image cannot be read.
+        `images` of a turn are those that its prompt shows, in order. Raises `ValueError` if tokens and images of a
+        turn do not fit together, or an image cannot be read.
         """
         of_turns = [[EncodedImage.from_value(image) for image in turn.get("images") or ()] for turn in turns]
         images = self._conversation_images([image for of_turn in of_turns for image in of_turn], index)
@@ -131,14 +102,8 @@ def get_tokenizer(
 
 def check_renders(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
     """
-    Refuse a tokenizer that writes conversations without a Jinja template, as that of mistral-common does.
-
-    Args:
-        processing_class (`transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`):
-            Tokenizer or processor.
-
-    Raises:
-        `ValueError`: If its tokenizer knows no templates. One that only lacks a template is another error.
+    Refuse a tokenizer that writes conversations without a Jinja template, as that of mistral-common does. One that
+    only lacks a template is another error.
     """
     tokenizer = get_tokenizer(processing_class)
     try:
@@ -158,21 +123,11 @@ def reader_for(
     dataset: Dataset | IterableDataset, processing_class: PreTrainedTokenizerBase | ProcessorMixin
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
     """
-    Return what reads a dataset.
+    Return what reads a dataset: the processor if it has images, else the tokenizer, with the chat template of the
+    processor if that has another one.
 
-    Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset`):
-            Conversations.
-        processing_class (`transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`):
-            Tokenizer or processor.
-
-    Returns:
-        `transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`: The processor if the dataset has
-        images, else the tokenizer, with the chat template of the processor if that has another one.
-
-    Raises:
-        `ValueError`: If the dataset has a column of images, and there is no processor; or if it holds messages, and
-            the tokenizer has no Jinja template to render them with.
+    Raises `ValueError` if the dataset has a column of images, and there is no processor; or if it holds messages, and
+    the tokenizer has no Jinja template to render them with.
     """
     if not {"turns", "prompt_ids"} & set(column_names(dataset)):
         check_renders(processing_class)

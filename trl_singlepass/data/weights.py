@@ -25,16 +25,9 @@ def message_weights(messages: Sequence[Mapping[str, object]]) -> list[float]:
     """
     Return the loss weight of each message of a conversation.
 
-    Args:
-        messages (`Sequence[Mapping[str, object]]`):
-            Messages. `weight` is a factor of the message's loss (0 makes it context), `train: false` means a weight
-            of 0. A message with neither has weight 1.
-
-    Returns:
-        `list[float]`: One weight per message.
-
-    Raises:
-        `ValueError`: If a weight is not a finite number of 0 or more, or `train` is not a boolean.
+    `weight` is a factor of the message's loss (0 makes it context), `train: false` means a weight of 0. A message with
+    neither has weight 1. Raises `ValueError` if a weight is not a finite number of 0 or more, or `train` is not a
+    boolean.
     """
     return [_message_weight(message, index) for index, message in enumerate(messages)]
 
@@ -73,18 +66,7 @@ def weigh(
     For two turns of 2 and 4 completion tokens, all of weight 1: `v` is 1 for each token, then `1/2` and `1/4`, then
     `1/6`.
 
-    Args:
-        samples (`Sequence[Sample]`):
-            Samples of one conversation, truncated as they are trained.
-        weights (`Sequence[float]`):
-            Weight of each sample's message.
-        loss_reduction (`LossReduction`, *optional*, defaults to `"token"`):
-            What counts the same in the loss.
-        reasoning_weight (`float`, *optional*, defaults to `1.0`):
-            Factor of the loss of reasoning.
-
-    Returns:
-        `list[Sample]`: The same samples, reweighed.
+    Samples are truncated as they are trained; `weights` are those of their messages.
     """
     own = [
         sample.weights.own * weight * _part_weights(sample, reasoning_weight)

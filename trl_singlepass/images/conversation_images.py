@@ -18,24 +18,12 @@ from .placeholders import ImagePlaceholders, Size
 
 @dataclass(frozen=True)
 class ConversationImages:
-    """
-    The images of a conversation, in the order in which its messages show them.
-
-    Args:
-        placeholders ([`ImagePlaceholders`]):
-            What the processor writes for images.
-        sizes (`tuple[Size, ...]`):
-            Width and height of each image in pixels.
-        contents (`tuple[str, ...]`):
-            Hash of the content of each.
-        sources (`tuple[Mapping, ...]`):
-            Where the pixels of each are ([`ImageLoader`]).
-    """
+    """The images of a conversation, in the order in which its messages show them."""
 
     placeholders: ImagePlaceholders
-    sizes: tuple[Size, ...]
-    contents: tuple[str, ...]
-    sources: tuple[Mapping[str, Any], ...] = field(repr=False)
+    sizes: tuple[Size, ...]  # width and height of each image in pixels
+    contents: tuple[str, ...]  # hash of the content of each
+    sources: tuple[Mapping[str, Any], ...] = field(repr=False)  # where the pixels of each are ([`ImageLoader`])
 
     @classmethod
     def from_encoded(
@@ -45,21 +33,9 @@ class ConversationImages:
         sources: Sequence[Mapping[str, Any]] | None = None,
     ) -> ConversationImages:
         """
-        Read sizes and contents of images, without their pixels.
+        Read sizes and contents of images, in the order in which the messages show them, but not their pixels.
 
-        Args:
-            images (`Sequence[EncodedImage]`):
-                Images in the order in which the messages show them.
-            placeholders ([`ImagePlaceholders`]):
-                What the processor writes for images.
-            sources (`Sequence[Mapping]`, *optional*):
-                Where the pixels of each are; by default, the sources hold the images themselves.
-
-        Returns:
-            `ConversationImages`: The images.
-
-        Raises:
-            `ValueError`: If an image cannot be read; it says which.
+        By default, the sources hold the images themselves. If an image cannot be read, a `ValueError` says which.
         """
         sizes, contents = [], []
         for number, image in enumerate(images, start=1):
@@ -82,16 +58,8 @@ class ConversationImages:
 
     def write(self, text: str, shown: Sequence[int]) -> str:
         """
-        Return a rendering in which each placeholder is replaced by what the processor writes for its image.
-
-        Args:
-            text (`str`):
-                Rendering of the chat template.
-            shown (`Sequence[int]`):
-                Number of the image that each placeholder shows.
-
-        Returns:
-            `str`: The text, as the tokenizer gets it.
+        Return a rendering in which each placeholder is replaced by what the processor writes for its image. `shown`
+        holds the number of the image that each placeholder shows.
         """
         alone = len(shown) == 1
         return self.placeholders.write(text, [self.placeholders.expand(self.sizes[i], alone=alone) for i in shown])
@@ -100,17 +68,8 @@ class ConversationImages:
         """
         Return the feature that each token of a prompt shows, counted over [`references`], -1 for text.
 
-        Args:
-            token_ids (`numpy.ndarray` of shape `(num_tokens,)`):
-                Tokens.
-            shown (`Sequence[int]`):
-                Numbers of the images that they show, in order.
-
-        Returns:
-            `numpy.ndarray` of shape `(num_tokens,)`: The features.
-
-        Raises:
-            `ValueError`: If the tokens have fewer or more placeholders than the images have features.
+        Takes and returns shape `(num_tokens,)`, int64; `shown` numbers the images that the tokens show, in order.
+        Raises `ValueError` if there are fewer or more placeholders than the images have features.
         """
         images = [self._reference(i, alone=len(shown) == 1) for i in shown]
         positions = np.flatnonzero(token_ids == self.placeholders.token_id)

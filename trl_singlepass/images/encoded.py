@@ -25,34 +25,19 @@ _FORMS = "Expected an image, its bytes, a path, a URL, base64, or an object with
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """
-    An image that is not decoded.
+    """An image that is not decoded."""
 
-    Args:
-        path (`str`, *optional*):
-            Path or URL of its file.
-        data (`bytes`, *optional*):
-            The file itself; takes precedence.
-    """
-
-    path: str | None = None
-    data: bytes | None = None
+    path: str | None = None  # path or URL of its file
+    data: bytes | None = None  # the file itself; takes precedence
 
     @classmethod
     def from_value(cls, value: Any) -> EncodedImage:
         """
         Read an image in any of the forms in which datasets and messages hold one.
 
-        Args:
-            value (`Any`):
-                A `PIL.Image.Image`, an array, bytes, a path or URL, base64 with or without the head of a data URL, or
-                what [`~datasets.Image`] makes of one: a mapping with `bytes` or `path`.
-
-        Returns:
-            `EncodedImage`: The image; one without a file is encoded without loss.
-
-        Raises:
-            `ValueError`: If it is nothing of that kind.
+        These are a `PIL.Image.Image`, an array, bytes, a path or URL, base64 with or without the head of a data URL,
+        and what [`~datasets.Image`] makes of one: a mapping with `bytes` or `path`. An image without a file is encoded
+        without loss. Anything else is a `ValueError`.
         """
         if isinstance(value, str):
             data = _from_base64(value)
@@ -78,10 +63,8 @@ class EncodedImage:
 
     def read_size(self) -> tuple[int, int]:
         """
-        Return width and height in pixels, as the image is shown, from the head of its file.
-
-        Raises:
-            `ValueError`: If the file cannot be read, or is no image.
+        Return width and height in pixels, as the image is shown, from the head of its file. A file that cannot be
+        read, or is no image, is a `ValueError`.
         """
         from PIL import Image
 
@@ -95,10 +78,7 @@ class EncodedImage:
 
     def load(self) -> Image:
         """
-        Return the image, decoded and turned upright.
-
-        Raises:
-            `ValueError`: If the file cannot be read, or is no image.
+        Return the image, decoded and turned upright. A file that cannot be read, or is no image, is a `ValueError`.
         """
         from datasets import Image as ImageFeature
 

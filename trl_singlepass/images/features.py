@@ -30,29 +30,18 @@ _LAYERED_FEATURES = "deepstack_features"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShownFeatures:
-    """
-    Which feature each placeholder of a row shows.
+    """Which feature each placeholder of a row shows."""
 
-    Args:
-        index (`torch.Tensor` of shape `(num_placeholders,)`, `torch.int64`):
-            Features, counted over the distinct images of the row, in the order of the placeholders.
-        sizes (`tuple[int, ...]`):
-            Number of features of each distinct image; empty if the row shows no image.
-    """
-
+    # (num_placeholders,), int64: features, counted over the row's distinct images, in placeholder order
     index: torch.Tensor
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # number of features of each distinct image; empty if the row shows no image
 
     @classmethod
     def in_row(cls, image_features: torch.Tensor, plan: TreePlan) -> ShownFeatures:
         """
         Return the features that a row shows, without waiting for the device.
 
-        Args:
-            image_features (`torch.Tensor` of shape `(1, row_length)`, `torch.int64`):
-                Feature that each token shows, -1 for text.
-            plan (`TreePlan`):
-                Structure of the row.
+        `image_features` has shape `(1, row_length)`, int64: the feature that each token shows, -1 for text.
         """
         parts = [image_features[0, start:end] for start, end in plan.images]
         return cls(torch.cat(parts) if parts else image_features[0, :0], plan.image_sizes)
@@ -63,13 +52,7 @@ _shown: ContextVar[ShownFeatures | None] = ContextVar("trl_singlepass_shown_feat
 
 @contextmanager
 def showing(features: ShownFeatures | None) -> Iterator[None]:
-    """
-    Run the model calls inside on a row that shows some features; `None` leaves the model as it is.
-
-    Args:
-        features (`ShownFeatures`, *optional*):
-            What the placeholders of the row show.
-    """
+    """Run the model calls inside on a row that shows some features; `None` leaves the model as it is."""
     token = _shown.set(features)
     try:
         yield
@@ -79,11 +62,8 @@ def showing(features: ShownFeatures | None) -> Iterator[None]:
 
 def image_module(model: nn.Module) -> nn.Module | None:
     """
-    Return the part of a model whose `get_image_features` computes them, `None` if there is none.
-
-    Args:
-        model (`torch.nn.Module`):
-            Model. Its outer classes pass the call on to the innermost.
+    Return the part of a model whose `get_image_features` computes them, `None` if there is none. Outer classes pass
+    the call on to the innermost.
     """
     found = [module for module in model.modules() if hasattr(type(module), "get_image_features")]
     return found[-1] if found else None
@@ -91,11 +71,8 @@ def image_module(model: nn.Module) -> nn.Module | None:
 
 def enable_image_features(module: nn.Module) -> None:
     """
-    Make a model return one feature per placeholder where a row shows images; other calls are not changed.
-
-    Args:
-        module (`torch.nn.Module`):
-            Part of the model, as [`image_module`] returns it; changed in place.
+    Make a model return one feature per placeholder where a row shows images; other calls are not changed. Changes the
+    module, which [`image_module`] returned, in place.
     """
     # Bound to the module, so that a copy of the model gets a method of its own.
     module.get_image_features = MethodType(_show_on_trees, module)  # type: ignore[assignment]

@@ -26,11 +26,8 @@ class ImageLoader:
     """
     Loads and processes images that rows refer to.
 
-    It is what a collator calls, in the worker processes of a data loader.
-
-    Args:
-        processor (`transformers.ProcessorMixin`):
-            Processor; nothing is asked of it before the first image.
+    It is what a collator calls, in the worker processes of a data loader. Nothing is asked of the processor before the
+    first image.
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
@@ -47,30 +44,15 @@ class ImageLoader:
         return not image.source.get("dataset") or image.source["dataset"] in self._datasets
 
     def add_dataset(self, name: str, get_images: GetImages) -> None:
-        """
-        Make the images of a dataset known.
-
-        Args:
-            name (`str`):
-                Name by which rows refer to it.
-            get_images (`Callable`):
-                Returns the images of an example.
-        """
+        """Make the images of a dataset known: rows refer to it by `name`; `get_images` takes an example of it."""
         self._datasets[name] = get_images
 
     def __call__(self, images: Sequence[ImageReference]) -> dict[str, torch.Tensor]:
         """
-        Return what a model reads of images.
+        Return what a model reads of images, such as `pixel_values`, in their order.
 
-        Args:
-            images (`Sequence[ImageReference]`):
-                Images, those that stand among others in their prompts last.
-
-        Returns:
-            `dict[str, torch.Tensor]`: Inputs of the model, such as `pixel_values`, in the order of the images.
-
-        Raises:
-            `ValueError`: If an image cannot be read, or has changed since its row was prepared; it names the row.
+        Those that stand among others in their prompts come last. If an image cannot be read, or has changed since its
+        row was prepared, a `ValueError` names the row.
         """
         loaded: list[Image] = []
         examples: dict[tuple[str, int], Sequence[EncodedImage]] = {}

@@ -31,18 +31,10 @@ _KEPT = 4096  # expansions that are remembered
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """
-    What stands in a prompt for an image.
+    """What stands in a prompt for an image."""
 
-    Args:
-        text (`str`):
-            Text that replaces the placeholder of the chat template.
-        num_features (`int`):
-            Number of its tokens that show a feature of the image.
-    """
-
-    text: str
-    num_features: int
+    text: str  # replaces the placeholder of the chat template
+    num_features: int  # number of its tokens that show a feature of the image
 
 
 class ImagePlaceholders:
@@ -52,12 +44,8 @@ class ImagePlaceholders:
     It is asked by processing blank images of the same size, once per size, with a tokenizer that records the text that
     it gets. So nothing here depends on the class of a processor.
 
-    Args:
-        processor (`transformers.ProcessorMixin`):
-            Processor with an image processor and a placeholder for images (`image_token`).
-
-    Raises:
-        `ValueError`: If the processor has no placeholder, or writes prompts in a way that depends on their text.
+    A processor without a placeholder for images (`image_token`), or one that writes prompts in a way that depends on
+    their text, is a `ValueError`.
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
@@ -104,19 +92,10 @@ class ImagePlaceholders:
 
     def expand(self, size: Size, *, alone: bool = True) -> Expansion:
         """
-        Return what stands in a prompt for an image.
+        Return what stands in a prompt for an image of some width and height in pixels.
 
-        Args:
-            size (`tuple[int, int]`):
-                Width and height of the image in pixels.
-            alone (`bool`, *optional*, defaults to `True`):
-                Whether it is the only image of the prompt; matters where [`depends_on_company`] is true.
-
-        Returns:
-            `Expansion`: The text.
-
-        Raises:
-            `ValueError`: If the processor refuses images of this size.
+        `alone`, whether it is the only image of the prompt, matters where [`depends_on_company`] is true. A size that
+        the processor refuses is a `ValueError`.
         """
         key = size, alone or not self.depends_on_company
         if key not in self._known:
@@ -131,16 +110,9 @@ class ImagePlaceholders:
         """
         Return what a model reads of images, in their order, such as `pixel_values` and `image_grid_thw`.
 
-        Args:
-            images (`Sequence[PIL.Image.Image]`):
-                Images.
-            num_alone (`int`, *optional*, defaults to 0):
-                How many of them, from the first on, are processed as the only image of a prompt where that makes a
-                difference ([`depends_on_company`]). The others are processed as those of one prompt; a single one
-                gets a copy of itself for company.
-
-        Returns:
-            `dict[str, torch.Tensor]`: Inputs of the model, without those made from text.
+        The first `num_alone` are processed as the only image of a prompt where that makes a difference
+        ([`depends_on_company`]). The others are processed as those of one prompt; a single one gets a copy of itself
+        for company. Inputs made from text are left out.
         """
         prompts = [list(images)]
         if self.depends_on_company and num_alone:

@@ -42,28 +42,17 @@ class PathPositions:
 
     Computed from integers on the CPU, in the workers that load batches: it holds the method of the model's class and
     the configuration that the method reads, but no parameters.
-
-    Args:
-        module (`torch.nn.Module`):
-            An instance of the class that defines `get_rope_index`, with a configuration and nothing else.
-        parameters (`frozenset[str]`):
-            Names of the parameters of that method.
     """
 
-    module: Any
-    parameters: frozenset[str]
+    module: Any  # instance of the class that defines `get_rope_index`, with a configuration and nothing else
+    parameters: frozenset[str]  # names of the parameters of that method
 
     @classmethod
     def from_model(cls, model: nn.Module) -> PathPositions | None:
         """
         Return the positions of a model, `None` if a token's position is its depth.
 
-        Args:
-            model (`torch.nn.Module`):
-                Model.
-
-        Raises:
-            `UnsupportedImagesError`: If the method reads what the rows do not have.
+        Raises `UnsupportedImagesError` if the method that computes positions reads what the rows do not have.
         """
         found: list[Any] = [module for module in model.modules() if hasattr(module, "get_rope_index")]
         if not found:
@@ -85,20 +74,10 @@ class PathPositions:
         image_inputs: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
         """
-        Return the positions of a row.
+        Return the positions of a row, `(num_dimensions, 1, row_length)`, int64.
 
-        Args:
-            input_ids (`numpy.ndarray` of shape `(row_length,)`):
-                Tokens.
-            image_features (`numpy.ndarray` of shape `(row_length,)`):
-                Feature that each token shows, -1 for text.
-            plan (`TreePlan`):
-                Structure of the row.
-            image_inputs (`Mapping[str, torch.Tensor]`):
-                What the model reads of the distinct images.
-
-        Returns:
-            `torch.Tensor` of shape `(num_dimensions, 1, row_length)`, `torch.int64`: The positions.
+        `input_ids` and `image_features` (the feature that each token shows, -1 for text) have shape `(row_length,)`;
+        `image_inputs` is what the model reads of the distinct images.
         """
         positions: torch.Tensor | None = None
         is_set = np.zeros(plan.length, np.bool_)
@@ -135,11 +114,7 @@ def images_shown(features: NDArray[np.int64], sizes: Sequence[int]) -> list[int]
 
     Features `[0, 1, -1, 2, 3, 4, 0, 1]` of images with 2 and 3 features show the images 0, 1 and 0 again.
 
-    Args:
-        features (`numpy.ndarray` of shape `(length,)`):
-            Feature that each token shows, -1 for text.
-        sizes (`Sequence[int]`):
-            Number of features of each image.
+    `features` has shape `(length,)`, -1 for text; `sizes` are the numbers of features of each image.
     """
     first_features = np.cumsum([0, *sizes[:-1]])
     starts = features[np.isin(features, first_features)]

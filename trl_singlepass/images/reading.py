@@ -26,30 +26,18 @@ _WAY_OUT = "Train it on one sample per turn (N-pass) with TRL's SFTTrainer, or o
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageReader:
-    """
-    How a model reads rows with images.
+    """How a model reads rows with images."""
 
-    Args:
-        token_types (`tuple[str, ...]`):
-            Names under which its forward takes the kind of each token.
-        positions (`PathPositions`, *optional*):
-            Positions of its tokens, if they have several dimensions.
-    """
-
-    token_types: tuple[str, ...]
-    positions: PathPositions | None
+    token_types: tuple[str, ...]  # names under which its forward takes the kind of each token
+    positions: PathPositions | None  # of its tokens, if they have several dimensions
 
     @classmethod
     def enable(cls, model: nn.Module) -> ImageReader:
         """
         Make a model show images on trees, or refuse it.
 
-        Args:
-            model (`torch.nn.Module`):
-                Model without adapters or wrappers, changed in place.
-
-        Raises:
-            `UnsupportedImagesError`: If the model reads images in a way that a tree cannot give it.
+        The model, without adapters or wrappers, is changed in place. Raises `UnsupportedImagesError` if it reads
+        images in a way that a tree cannot give it.
         """
         module = check_reads_images(model)
         positions = PathPositions.from_model(model)
@@ -67,15 +55,8 @@ class ImageReader:
         """
         Return what the model's forward reads of the tokens of a row besides their ids, mask and depths.
 
-        Args:
-            input_ids (`numpy.ndarray` of shape `(row_length,)`, `numpy.int64`):
-                Tokens.
-            image_features (`numpy.ndarray` of shape `(row_length,)`, `numpy.int64`):
-                Feature that each token shows, -1 for text.
-            plan (`TreePlan`):
-                Structure of the row.
-            images (`Mapping[str, torch.Tensor]`):
-                What the model reads of the images of the row.
+        `input_ids` and `image_features` (the feature that each token shows, -1 for text) have shape `(row_length,)`,
+        int64; `images` is what the model reads of the images of the row.
         """
         inputs = dict.fromkeys(self.token_types, torch.from_numpy((image_features >= 0).astype(np.int64))[None])
         if self.positions is not None and plan.images:
@@ -87,30 +68,18 @@ def showing_images(image_features: torch.Tensor | None, plan: TreePlan) -> Abstr
     """
     Run the model calls inside on the images of a row, if it is of a dataset with images.
 
-    Args:
-        image_features (`torch.Tensor` of shape `(1, row_length)`, `torch.int64`, *optional*):
-            Feature that each token shows, -1 for text.
-        plan (`TreePlan`):
-            Structure of the row.
+    `image_features` has shape `(1, row_length)`, int64: the feature that each token shows, -1 for text.
     """
     return showing(None if image_features is None else ShownFeatures.in_row(image_features, plan))
 
 
 def check_reads_images(model: nn.Module) -> nn.Module:
     """
-    Refuse a model that a tree cannot give its images.
+    Refuse a model that a tree cannot give its images; return its part that computes features of images.
 
-    Args:
-        model (`torch.nn.Module`):
-            Model without adapters or wrappers.
-
-    Returns:
-        `torch.nn.Module`: The part of the model that computes features of images.
-
-    Raises:
-        `UnsupportedImagesError`: If it has no such part, does not put one feature in the place of each placeholder,
-            asks for more about each token, lets images see each other, normalises over them, or computes positions
-            from more than a grid.
+    The model has no adapters or wrappers. Raises `UnsupportedImagesError` if it has no such part, does not put one
+    feature in the place of each placeholder, asks for more about each token, lets images see each other, normalises
+    over them, or computes positions from more than a grid.
     """
     module = image_module(model)
     if module is None:

@@ -102,10 +102,7 @@ def find_stops(template: ChatTemplate, endings: Iterable[Ending], within: frozen
 
 def end_with_stop_token(completion: str, ending: Ending, stops: frozenset[str]) -> str:
     """
-    Return a completion that ends as the model ends it.
-
-    Raises:
-        `RenderingError`: If there is no token to stop at.
+    Return a completion that ends as the model ends it, or raise `RenderingError` if there is no token to stop at.
     """
     if ending.trained is None:
         raise RenderingError(

@@ -68,10 +68,8 @@ class ChatTemplate:
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """
-        Return the text of a conversation.
-
-        Raises:
-            `RenderingError`: If the template refuses the messages, whatever it raises.
+        Return the text of a conversation. Whatever the template raises to refuse the messages becomes a
+        `RenderingError`.
         """
         try:
             text: str = self.tokenizer.apply_chat_template(

@@ -29,24 +29,12 @@ _TOKEN_BITS = 32
 
 @dataclass(frozen=True, slots=True)
 class ImageReference:
-    """
-    An image by its content, and where its pixels can be read. Two references to the same content are equal.
+    """An image by its content, and where its pixels can be read. Two references to the same content are equal."""
 
-    Args:
-        content (`str`):
-            Hash of the content.
-        num_features (`int`):
-            Number of placeholder tokens in a prompt: the features that the model computes of the image.
-        source (`Any`, *optional*):
-            Where the pixels are, for whatever loads them.
-        in_company (`bool`, *optional*, defaults to `False`):
-            Whether it is an image among others in its prompt, for a model that reads these in another way than a
-            single one. Where images are numbered, they come last.
-    """
-
-    content: str
-    num_features: int
-    source: Any = field(default=None, compare=False)
+    content: str  # hash of the content
+    num_features: int  # placeholder tokens in a prompt: the features that the model computes of the image
+    source: Any = field(default=None, compare=False)  # where the pixels are, for whatever loads them
+    # one of several in its prompt, for models that read these differently from a single one; numbered last
     in_company: bool = False
 
 
@@ -54,14 +42,7 @@ def to_keys(tokens: NDArray[np.int64], features: NDArray[np.int64] | None) -> ND
     """
     Return one number per token by which trees compare tokens: `token + 2^32 · (feature + 1)`, the token for text.
 
-    Args:
-        tokens (`numpy.ndarray` of shape `(num_tokens,)`):
-            Tokens.
-        features (`numpy.ndarray` of shape `(num_tokens,)`, *optional*):
-            Feature that each token shows, -1 for text; `None` if there are no images.
-
-    Returns:
-        `numpy.ndarray` of shape `(num_tokens,)`: The keys.
+    Takes `tokens` and, if there are images, `features` (-1 for text) of shape `(num_tokens,)`; returns the same shape.
     """
     if features is None:
         return tokens
@@ -103,14 +84,8 @@ def without_unused(
 
     Of images with 2, 3 and 1 features, `[2, 3, 4, -1, 5]` uses the last two and becomes `[0, 1, 2, -1, 3]`.
 
-    Args:
-        features (`numpy.ndarray` of shape `(num_tokens,)`):
-            Feature that each token shows. Every image has all of its features among them, or none.
-        images (`Sequence[ImageReference]`):
-            The images, or none if they are not known.
-
-    Returns:
-        `tuple[numpy.ndarray, tuple[ImageReference, ...]]`: The features by their new numbers, and the images used.
+    `features` has shape `(num_tokens,)` and holds all features of an image, or none. `images` is empty if they are not
+    known. Returns the features by their new numbers, and the images used.
     """
     used = np.unique(features[features >= 0])
     numbers = np.append(np.searchsorted(used, features), NO_FEATURE)
@@ -147,14 +122,8 @@ class FeatureNumbers:
 
         Sets of the images `[a, b]` and `[b, c]`, of 2 features each, have the numbers 0 to 3 and 2 to 5 together.
 
-        Args:
-            features (`numpy.ndarray` of shape `(num_tokens,)`):
-                Feature of the set that each token shows, -1 for text.
-            images (`Sequence[ImageReference]`):
-                Images of the set; none where they are not known, and taken to differ from all others.
-
-        Returns:
-            `numpy.ndarray` of shape `(num_tokens,)`: The features by their common numbers, -1 for text.
+        Takes and returns features of shape `(num_tokens,)`, -1 for text. `images` is empty where they are not known;
+        they are then taken to differ from all others.
         """
         if not images:
             offset, self._total = self._total, self._total + int(features.max(initial=NO_FEATURE)) + 1

@@ -27,15 +27,7 @@ class SampleMerger:
         self._last: Sample | None = None
 
     def add(self, sample: Sample, index: int) -> None:
-        """
-        Merge a sample into the tree.
-
-        Args:
-            sample ([`Sample`]):
-                The sample.
-            index (`int`):
-                Its index.
-        """
+        """Merge a sample into the tree."""
         start = self._go_back(sample)
         node, begin = self._path[-1]
         new, at, offset = RadixNode.from_sample(sample, index, start), 0, start - begin

@@ -21,27 +21,13 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """
-    Longest range of tokens that the same samples share.
+    """Longest range of tokens that the same samples share."""
 
-    Args:
-        parent (`int`):
-            Index of the segment that this one continues, -1 at the start of a tree.
-        start (`int`):
-            Position of the first token.
-        end (`int`):
-            Position just past the last token.
-        depth (`int`):
-            Depth of the first token: the number of its ancestors.
-        num_samples (`int`):
-            Number of samples that pass through the segment (its multiplicity).
-    """
-
-    parent: int
-    start: int
-    end: int
-    depth: int
-    num_samples: int
+    parent: int  # index of the segment that this one continues, -1 at the start of a tree
+    start: int  # position of the first token
+    end: int  # position just past the last token
+    depth: int  # of the first token: the number of its ancestors
+    num_samples: int  # samples that pass through the segment (its multiplicity)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

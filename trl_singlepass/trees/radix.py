@@ -17,27 +17,17 @@ class RadixNode:
     """
     Node of a radix tree: one or more tokens that the same samples share. Its children begin with different tokens.
 
-    Args:
-        tokens (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
-            Tokens; none at the root, which precedes the first token of every sample. With images, a token stands
-            together with the feature that it shows ([`to_keys`]).
-        weights (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.float64`):
-            Loss weight of predicting each token from those before it, summed over the samples.
-        parts (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
-            What each token belongs to ([`Sample.token_parts`]), in the first sample that trains it, if any does.
-        num_samples (`int`):
-            Number of samples that pass through the node.
-        latest_sample (`int`):
-            Index of the last of them.
-        children (`list[RadixNode]`, *optional*):
-            Nodes that continue this one.
+    The root has no tokens: it precedes the first token of every sample.
     """
 
+    # (num_tokens,), int64; with images, each together with the feature that it shows ([`to_keys`])
     tokens: NDArray[np.int64]
+    # (num_tokens,), float64: loss weight of predicting each token from those before it, summed over the samples
     weights: NDArray[np.float64]
+    # (num_tokens,), int64: [`Sample.token_parts`] of each token in the first sample that trains it, if any does
     parts: NDArray[np.int64]
-    num_samples: int
-    latest_sample: int
+    num_samples: int  # samples that pass through the node
+    latest_sample: int  # index of the last of them
     children: list[RadixNode] = field(default_factory=list)
 
     @classmethod
@@ -80,9 +70,7 @@ class RadixNode:
 
         A node `[1, 2, 3]` that is given `[1, 2, 4, 5]` splits into `[1, 2]` with the children `[3]` and `[4, 5]`.
 
-        Args:
-            branch (`RadixNode`):
-                Continues this node. It becomes part of the tree and must not be used afterwards.
+        The branch becomes part of the tree and must not be used afterwards.
         """
         stack = [(self, branch, 0)]
         while stack:
@@ -132,14 +120,8 @@ def depth_first(root: RadixNode) -> Iterator[tuple[RadixNode, int]]:
     """
     Yield every node with the index of its parent, the child on the spine before its siblings.
 
-    Where children train different targets, the node forks one token earlier; this changes the tree.
-
-    Args:
-        root (`RadixNode`):
-            Root of the tree; it is not yielded itself.
-
-    Yields:
-        `tuple[RadixNode, int]`: A node, and the index of its parent in the order of this generator, -1 if it has none.
+    Where children train different targets, the node forks one token earlier; this changes the tree. The index counts
+    nodes in the order of this generator; it is -1 below the root, which is not yielded itself.
     """
     count = 0
     stack = [(node, -1) for node in _spine_last(_fork_colliding(root.children))]

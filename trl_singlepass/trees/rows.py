@@ -102,55 +102,28 @@ def number_images_together(rows: Sequence[Row]) -> tuple[list[NDArray[np.int64]]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """
-    Longest range of a row in which every token's parent is the token before it.
+    """Longest range of a row in which every token's parent is the token before it."""
 
-    Args:
-        start (`int`):
-            Position of the first token.
-        end (`int`):
-            Position just past the last token.
-        depth (`int`):
-            Depth of the first token: the number of tokens in `prefix`.
-        prefix (`Ranges`):
-            Ranges that hold the ancestors of the first token, in the order of their depth.
-        is_image (`bool`, *optional*, defaults to `False`):
-            Whether it is an image whose tokens see each other in both directions ([`TreePlan.with_image_runs`]).
-    """
-
-    start: int
-    end: int
-    depth: int
-    prefix: Ranges
-    is_image: bool = False
+    start: int  # position of the first token
+    end: int  # position just past the last token
+    depth: int  # of the first token: the number of tokens in `prefix`
+    prefix: Ranges  # ranges that hold the ancestors of the first token, in the order of their depth
+    is_image: bool = False  # an image whose tokens see each other in both directions ([`TreePlan.with_image_runs`])
 
 
 @dataclass(frozen=True, slots=True)
 class TreePlan:
     """
     Structure of a row in plain integers: what a kernel needs to run tree attention without a device synchronisation.
-
-    Args:
-        length (`int`):
-            Number of tokens in the row.
-        runs (`tuple[Run, ...]`):
-            Runs in the order of their positions; together they cover the row.
-        example_ends (`tuple[int, ...]`):
-            Position just past the last token of each row of the dataset that stands in it.
-        num_sample_tokens (`int`):
-            Number of tokens in all its samples: what N-pass computes.
-        images (`Ranges`):
-            Longest ranges of tokens that show images, each inside one run.
-        image_sizes (`tuple[int, ...]`):
-            Number of features of each distinct image.
     """
 
-    length: int
-    runs: tuple[Run, ...]
+    length: int  # tokens in the row
+    runs: tuple[Run, ...]  # in the order of their positions; together they cover the row
+    # position just past the last token of each row of the dataset that stands in it
     example_ends: tuple[int, ...] = ()
-    num_sample_tokens: int = 0
-    images: Ranges = ()
-    image_sizes: tuple[int, ...] = ()
+    num_sample_tokens: int = 0  # tokens in all its samples: what N-pass computes
+    images: Ranges = ()  # longest ranges of tokens that show images, each inside one run
+    image_sizes: tuple[int, ...] = ()  # number of features of each distinct image
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row]) -> TreePlan:
@@ -166,17 +139,10 @@ class TreePlan:
     @classmethod
     def from_subtree_end(cls, subtree_end: NDArray[np.int64]) -> TreePlan:
         """
-        Return the plan of a row.
+        Return the plan of a row with `subtree_end` of shape `(num_tokens,)`, int64.
 
         A run ends where a token has no descendants. For `subtree_end = [6, 4, 4, 4, 6, 6]`, that is after positions 3
         and 5: the runs are `[0, 4)`, with no ancestors, and `[4, 6)` at depth 1, whose ancestors are `[0, 1)`.
-
-        Args:
-            subtree_end (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
-                Position just past the last descendant of each token.
-
-        Returns:
-            `TreePlan`: The plan.
         """
         length = len(subtree_end)
         positions = np.arange(1, length)
@@ -191,13 +157,7 @@ class TreePlan:
         return cls(length, tuple(runs))
 
     def with_images(self, shows_image: NDArray[np.bool_]) -> TreePlan:
-        """
-        Return the plan of a row with images.
-
-        Args:
-            shows_image (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.bool_`):
-                Whether each token shows a part of an image.
-        """
+        """Return the plan of a row with images; `shows_image`, `(num_tokens,)`, marks the tokens that show one."""
         # A range that goes on in the next run of the row is cut there: the next run is another branch.
         starts = np.array([run.start for run in self.runs], np.int64)
         before = np.concatenate([[False], shows_image[:-1]])
@@ -214,9 +174,8 @@ class TreePlan:
         A run `[0, 9)` with the image `[2, 6)` becomes `[0, 2)`, `[2, 6)` after the ancestors `[0, 2)`, and `[6, 9)`
         after `[0, 6)`.
 
-        Raises:
-            `ValueError`: If a branch leaves an image before its end, or goes on with another image right after it:
-                tokens of the shared image would see different tokens in different samples.
+        Raises `ValueError` if a branch leaves an image before its end, or goes on with another image right after it:
+        tokens of the shared image would see different tokens in different samples.
         """
         ends = {end for _, end in self.images}
         inside = np.zeros(self.length, np.bool_)

@@ -34,13 +34,7 @@ class CompletionKind(StrEnum):
 
 
 class _Stored:
-    """
-    A field of a sample that is stored as a [`SharedArray`] and read as an array.
-
-    Args:
-        dtype (`numpy.dtype`):
-            Type of its entries.
-    """
+    """A field of a sample that is stored as a [`SharedArray`] and read as an array."""
 
     def __init__(self, dtype: Any) -> None:
         self._dtype = dtype

@@ -17,13 +17,7 @@ class SharedArray:
 
         base [1, 2, 3, 4], kept = 3, own = [7, 8]    ->    [1, 2, 3, 7, 8]
 
-    Args:
-        base ([`SharedArray`], *optional*):
-            The array that this one begins like; `None` if it stands alone.
-        kept (`int`):
-            Number of entries of `base` that this array begins with.
-        own (`numpy.ndarray` of shape `(num_own,)`):
-            The entries that follow them.
+    `base` is `None` for an array that stands alone.
     """
 
     __slots__ = ("_num_bases", "base", "kept", "own")

@@ -29,17 +29,7 @@ def split_samples(samples: Sequence[Sample], max_row_tokens: int | None) -> list
     Rows of at most 10 tokens hold turns 0 and 1, then 2, in 10 + 6 tokens, or turn 0, then 1 and 2, in 5 + 9: the
     latter is taken. Each sample stands in exactly one row, so the rows together have the loss of the one tree.
 
-    Args:
-        samples (`Sequence[Sample]`):
-            Samples in the order of their turns, none longer than `max_row_tokens`.
-        max_row_tokens (`int`, *optional*):
-            Largest tree, in tokens; `None` never splits.
-
-    Returns:
-        `list[list[Sample]]`: The samples in each row.
-
-    Raises:
-        `ValueError`: If a single sample is longer than a row.
+    `samples` are in the order of their turns. A sample longer than a row is a `ValueError`; `None` never splits.
     """
     longest = max(map(len, samples), default=0)
     if max_row_tokens is not None and longest > max_row_tokens:

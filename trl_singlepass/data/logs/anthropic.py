@@ -55,15 +55,8 @@ def read_message(message: Json) -> list[Message]:
     """
     Return a message of the Messages API in the form of [`LoggedRequest`].
 
-    Args:
-        message (`dict`):
-            Message of a user or an assistant.
-
-    Returns:
-        `list[dict]`: The message; several if it holds results of tools, each of which is a message of its own.
-
-    Raises:
-        [`LogError`]: If it holds something else than text, thinking, and calls and results of tools.
+    Results of tools become messages of their own. Raises [`LogError`] if it holds something else than text, thinking,
+    and calls and results of tools.
     """
     role, content = require(get_text(message, "role"), "role"), require(message.get("content"), "content")
     if role == "assistant":
@@ -83,18 +76,10 @@ def read_message(message: Json) -> list[Message]:
 
 def read_assistant(blocks: list[Json]) -> tuple[Message, bool]:
     """
-    Return an assistant's content blocks as one message.
+    Return an assistant's content blocks as one message, and whether it has reasoning in encrypted form only.
 
-    Args:
-        blocks (`list[dict]`):
-            Content blocks.
-
-    Returns:
-        `tuple[dict, bool]`: The message, and whether it has reasoning in encrypted form only.
-
-    Raises:
-        [`LogError`]: If a block is something else than thinking, text and tool use, or if chat templates render them
-            in another order.
+    Raises [`LogError`] if a block is something else than thinking, text and tool use, or if chat templates render them
+    in another order.
     """
     kinds = [require(get_text(block, "type"), "type") for block in blocks]
     unknown = [kind for kind in kinds if kind not in _ORDER]

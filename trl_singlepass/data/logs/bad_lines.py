@@ -16,18 +16,10 @@ class LogError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """
-    A place in a log.
+    """A place in a log."""
 
-    Args:
-        path (`str`):
-            File, as the user named it.
-        line (`int`):
-            Line number, from 1; of a file that is one JSON object, the number of the step in it.
-    """
-
-    path: str
-    line: int
+    path: str  # file, as the user named it
+    line: int  # from 1; in a file that is one JSON object, the number of the step in it
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}"

@@ -33,17 +33,9 @@ def parse(lines: Iterable[LogLine], bad_lines: BadLines, *, skip_attachments: bo
     """
     Yield each reply of each transcript with what stood before it.
 
-    Args:
-        lines (`Iterable[LogLine]`):
-            Lines of the transcripts.
-        bad_lines ([`BadLines`]):
-            Takes the replies whose context is not in the transcript.
-        skip_attachments (`bool`, *optional*, defaults to `False`):
-            Whether attachments (reminders, lists of skills, changed files) are left out of contexts. How they were
-            worded for the model is not in the transcript, so that replies after them are bad otherwise.
-
-    Yields:
-        [`LoggedRequest`]: The requests.
+    `bad_lines` takes the replies whose context is not in the transcript. How attachments (reminders, lists of skills,
+    changed files) were worded for the model is not in it, so that replies after them are bad, unless
+    `skip_attachments` leaves attachments out of contexts.
     """
     transcript = _Transcript(skip_attachments)
     for line in lines:

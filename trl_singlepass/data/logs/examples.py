@@ -32,21 +32,11 @@ from .requests import Json, LoggedRequest, LoggedTokens
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """
-    Examples of a dataset, made from the requests of a log.
-
-    Args:
-        rows (`list[dict]`):
-            The examples.
-        num_turns (`int`):
-            Number of replies that they train.
-        num_duplicates (`int`):
-            Number of requests that the log holds twice, with the same reply. They are trained once.
-    """
+    """Examples of a dataset, made from the requests of a log."""
 
     rows: list[Json]
-    num_turns: int
-    num_duplicates: int
+    num_turns: int  # replies that they train
+    num_duplicates: int  # requests that the log holds twice, with the same reply; trained once
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +51,9 @@ def requests_to_examples(requests: Sequence[LoggedRequest]) -> Examples:
     """
     Join the requests of a conversation where the log is append-only.
 
-    Args:
-        requests (`Sequence[LoggedRequest]`):
-            The requests, in the order of the log; those of one conversation need not be adjacent.
-
-    Returns:
-        [`Examples`]: `messages` for a conversation of which every assistant message is a logged reply; `prompt` and
-        `completion` for replies whose context holds other assistant messages. `tools` and `chat_template_kwargs` where
-        a request has them.
+    Requests come in the order of the log; those of one conversation need not be adjacent. A conversation of which
+    every assistant message is a logged reply has `messages`; replies whose context holds other assistant messages have
+    `prompt` and `completion`. `tools` and `chat_template_kwargs` stand where a request has them.
     """
     unique: dict[bytes, LoggedRequest] = {}
     histories: dict[bytes, bytes | None] = {}
@@ -134,13 +119,9 @@ def tokens_to_examples(turns: Sequence[LoggedTokens]) -> Examples:
     """
     Return logged tokens as rows with one turn each.
 
-    Args:
-        turns (`Sequence[LoggedTokens]`):
-            The turns, in the order of the log.
-
-    Returns:
-        [`Examples`]: Rows with `prompt_ids`, `completion_ids` and `conversation_id`. Where the log does not tell the
-        conversation, a turn belongs to that of the turn whose prompt and completion its prompt begins with.
+    Turns come in the order of the log. Rows have `prompt_ids`, `completion_ids` and `conversation_id`. Where the log
+    does not tell the conversation, a turn belongs to that of the turn whose prompt and completion its prompt begins
+    with.
     """
     conversations: dict[bytes, str] = {}  # by the tokens of a prompt and its completion
     lengths: set[int] = set()

@@ -16,19 +16,13 @@ _RESPONSE_KEYS = ("response", "response_body")
 
 def get_exchange(line: LogLine) -> tuple[Json, Json]:
     """
-    Return what was sent and what came back.
+    Return what was sent and what came back: request and response.
 
-    Args:
-        line ([`LogLine`]):
-            Line of a log. The request stands under `request`, `request_body` or `body` or on the line itself, the
-            response under `response`, `response_body` or on the line itself. Either may be wrapped once more, in
-            `body`, and may be JSON text; the response may be a stream, as a list of events or as their text.
+    The request stands under `request`, `request_body` or `body` or on the line itself, the response under `response`,
+    `response_body` or on the line itself. Either may be wrapped once more, in `body`, and may be JSON text; the
+    response may be a stream, as a list of events or as their text.
 
-    Returns:
-        `tuple[dict, dict]`: Request and response.
-
-    Raises:
-        [`LogError`]: If there is no response, it is an error or a part of a stream, or a stream cannot be read.
+    Raises [`LogError`] if there is no response, it is an error or a part of a stream, or a stream cannot be read.
     """
     request = _unwrap(line.entry, _REQUEST_KEYS)
     stream = _find_stream(line.entry)

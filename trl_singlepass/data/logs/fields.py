@@ -45,23 +45,10 @@ def require(value: Value | None, key: str) -> Value:
 
 def join_text(content: object, types: Collection[str], where: str) -> str | None:
     """
-    Return the text of a message's content.
+    Return the text of a message's content, `None` if there is no content.
 
-    Parts of text are joined as chat templates print them, one after the other.
-
-    Args:
-        content (`object`):
-            Text, a list of parts, or nothing.
-        types (`Collection[str]`):
-            Types of parts that hold text under `text`.
-        where (`str`):
-            What the content belongs to, for the error.
-
-    Returns:
-        `str` or `None`: The text; `None` if there is no content.
-
-    Raises:
-        [`LogError`]: If a part holds something else, such as an image.
+    Parts of text are joined as chat templates print them, one after the other. Parts of `types` hold text under
+    `text`; any other, such as an image, is a [`LogError`]. `where` names what the content belongs to.
     """
     if content is None or isinstance(content, str):
         return content

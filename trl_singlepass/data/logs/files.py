@@ -18,19 +18,9 @@ DOCUMENTS = (".traj",)
 
 def find_files(names: Sequence[str], suffixes: Sequence[str] = LINES) -> list[Path]:
     """
-    Return the files that were named.
+    Return the files that were named, and from folders those with `suffixes`, in alphabetical order.
 
-    Args:
-        names (`Sequence[str]`):
-            Files, and folders that are searched for files.
-        suffixes (`Sequence[str]`, *optional*):
-            Suffixes of the files to take from folders.
-
-    Returns:
-        `list[Path]`: The files; those of a folder in alphabetical order.
-
-    Raises:
-        `ValueError`: If there is no such file, or a folder has none.
+    Raises `ValueError` if there is no such file, or a folder has none.
     """
     files: list[Path] = []
     for path in (Path(name).expanduser() for name in names):
@@ -46,16 +36,9 @@ def find_files(names: Sequence[str], suffixes: Sequence[str] = LINES) -> list[Pa
 
 def read_log(path: Path, bad_lines: BadLines) -> Iterator[LogLine]:
     """
-    Yield the JSON objects of a file.
+    Yield the JSON objects of a file, which has one per line or is one of `DOCUMENTS`.
 
-    Args:
-        path (`Path`):
-            File with an object per line, or one of `DOCUMENTS`.
-        bad_lines ([`BadLines`]):
-            Takes the lines that are no JSON objects.
-
-    Yields:
-        [`LogLine`]: The others, without empty lines.
+    `bad_lines` takes the lines that are no JSON objects; empty ones are left out.
     """
     if path.suffix in DOCUMENTS:
         texts: Iterable[bytes] = [path.read_bytes()]

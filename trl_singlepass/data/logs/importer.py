@@ -46,28 +46,14 @@ def import_logs(
     skip_attachments: bool = False,
 ) -> tuple[list[Json], ImportReport]:
     """
-    Turn logs into examples of a dataset.
+    Turn logs into examples of a dataset, and tell what was read and left out.
 
-    Args:
-        source ([`LogSource`]):
-            Format of the logs.
-        names (`Sequence[str]`):
-            Files, and folders of files.
-        bad_lines (`BadRows`, *optional*, defaults to `"error"`):
-            What happens to lines that cannot be trained as they were sent.
-        system_prompt (`str`, *optional*):
-            System prompt of the requests of a transcript that has none.
-        tools (`list[dict]`, *optional*):
-            Tools of the requests of a transcript that has none.
-        skip_attachments (`bool`, *optional*, defaults to `False`):
-            Whether attachments in transcripts of Claude Code are left out of contexts.
+    `names` are files, and folders of files; `bad_lines` is what happens to lines that cannot be trained as they were
+    sent. `system_prompt` and `tools` are those of the requests of a transcript that has none; `skip_attachments`
+    leaves attachments in transcripts of Claude Code out of contexts.
 
-    Returns:
-        `tuple[list[dict], ImportReport]`: The examples, and what was read and left out.
-
-    Raises:
-        `ValueError`: If a file does not exist, a line is bad and may not be left out, nothing can be trained, or a
-            system prompt or tools are given for logs that hold their own.
+    Raises `ValueError` if a file does not exist, a line is bad and may not be left out, nothing can be trained, or a
+    system prompt or tools are given for logs that hold their own.
     """
     if source not in TRANSCRIPTS and not (system_prompt is None and tools is None):
         raise ValueError(
@@ -113,17 +99,9 @@ def _complete(
 
 def read_tools(path: Path) -> list[Json]:
     """
-    Return the tools of a JSON file.
+    Return the tools of a JSON file: a list of JSON schemas, as for `apply_chat_template`.
 
-    Args:
-        path (`Path`):
-            File with a list of JSON schemas, as for `apply_chat_template`.
-
-    Returns:
-        `list[dict]`: The tools.
-
-    Raises:
-        `ValueError`: If the file holds something else.
+    Raises `ValueError` if the file holds something else.
     """
     try:
         tools = json.loads(path.read_text("utf-8"))

@@ -15,20 +15,7 @@ from .requests import Json, LoggedRequest
 def assistant_message(
     content: str | None, reasoning: str | None = None, tool_calls: Sequence[Json] | None = None
 ) -> Message:
-    """
-    Return an assistant message without the keys that it has no value for.
-
-    Args:
-        content (`str`, *optional*):
-            Its answer.
-        reasoning (`str`, *optional*):
-            Its reasoning.
-        tool_calls (`Sequence[dict]`, *optional*):
-            Its calls, made by [`tool_call`].
-
-    Returns:
-        `dict`: The message.
-    """
+    """Return an assistant message, with calls made by [`tool_call`], without the keys that have no value."""
     message: Message = {"role": "assistant"}
     if content is not None:
         message["content"] = content
@@ -41,21 +28,9 @@ def assistant_message(
 
 def tool_call(name: object, arguments: object, call_id: object = None) -> Json:
     """
-    Return a call of a function.
+    Return a call of a function, with its arguments as JSON; text is kept as it is. The result refers to `call_id`.
 
-    Args:
-        name (`str`):
-            Name of the function.
-        arguments (`str` or `dict`, *optional*):
-            Its arguments; kept as they are if they are text already.
-        call_id (`str`, *optional*):
-            What the result refers to.
-
-    Returns:
-        `dict`: The call, with its arguments as JSON.
-
-    Raises:
-        [`LogError`]: If there is no name, or the arguments are something else.
+    Raises [`LogError`] if there is no name, or the arguments are given and neither text nor an object.
     """
     if not isinstance(name, str) or not name:
         raise LogError("A tool call has no name.")
@@ -84,15 +59,10 @@ def check_request(request: LoggedRequest, checked: dict[int, Message]) -> None:
     """
     Refuse a request that no chat template could render.
 
-    Args:
-        request ([`LoggedRequest`]):
-            The request.
-        checked (`dict[int, dict]`):
-            Messages that have been checked, by `id`; those of this request are added. Contexts of a transcript share
-            their messages, and a message is checked once.
+    Contexts of a transcript share their messages, and a message is checked once: `checked` holds, by `id`, those that
+    have been, and those of this request are added.
 
-    Raises:
-        [`LogError`]: If its context is empty, or a message, a tool or an argument of the template is of a wrong form.
+    Raises [`LogError`] if the context is empty, or a message, a tool or a template argument is of a wrong form.
     """
     if not request.context:
         raise LogError("The request has no messages.")

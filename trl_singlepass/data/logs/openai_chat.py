@@ -69,15 +69,8 @@ def read_message(message: Json) -> Message:
     """
     Return a message of the Chat Completions API in the form of [`LoggedRequest`].
 
-    Args:
-        message (`dict`):
-            Message. Keys that chat templates do not read (`annotations`, `provider_specific_fields`, …) are left out.
-
-    Returns:
-        `dict`: The message.
-
-    Raises:
-        [`LogError`]: If it holds something else than text, reasoning and calls of functions.
+    Keys that chat templates do not read (`annotations`, `provider_specific_fields`, …) are left out. Raises
+    [`LogError`] if it holds something else than text, reasoning and calls of functions.
     """
     role = require(get_text(message, "role"), "role")
     if role == "assistant":

@@ -12,48 +12,20 @@ from .requests import LoggedRequest, LoggedTokens
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """
-    Counts of an import.
-
-    Args:
-        num_files (`int`):
-            Files that were read.
-        num_requests (`int`):
-            Requests with a reply that were found in them.
-        num_duplicates (`int`):
-            Requests that stand in the log twice, and are trained once.
-        num_examples (`dict[str, int]`):
-            Examples by form: `messages`, `prompt + completion`, `tokens`.
-        num_turns (`int`):
-            Replies that the examples train.
-        num_reasoning (`int`):
-            Replies with reasoning.
-        num_hidden_reasoning (`int`):
-            Replies whose reasoning the log holds only in encrypted form.
-        num_with_skipped_attachments (`int`):
-            Requests whose context lacks attachments.
-        num_without_system_prompt (`int`):
-            Requests without a system prompt.
-        num_without_tools (`int`):
-            Requests that have tool calls in them, and no tools.
-        num_bad_lines (`int`):
-            Lines that were left out.
-        bad_lines (`tuple[str, ...]`):
-            Why, with line numbers.
-    """
+    """Counts of an import."""
 
     num_files: int
-    num_requests: int
-    num_duplicates: int
-    num_examples: dict[str, int]
-    num_turns: int
-    num_reasoning: int
-    num_hidden_reasoning: int
-    num_with_skipped_attachments: int
-    num_without_system_prompt: int
-    num_without_tools: int
-    num_bad_lines: int
-    bad_lines: tuple[str, ...]
+    num_requests: int  # with a reply
+    num_duplicates: int  # requests that stand in the log twice, and are trained once
+    num_examples: dict[str, int]  # by form: `messages`, `prompt + completion`, `tokens`
+    num_turns: int  # replies that the examples train
+    num_reasoning: int  # replies with reasoning
+    num_hidden_reasoning: int  # replies whose reasoning the log holds only in encrypted form
+    num_with_skipped_attachments: int  # requests whose context lacks attachments
+    num_without_system_prompt: int  # requests without a system prompt
+    num_without_tools: int  # requests that have tool calls in them, and no tools
+    num_bad_lines: int  # lines that were left out
+    bad_lines: tuple[str, ...]  # why, with line numbers
 
     @classmethod
     def from_import(

@@ -27,17 +27,10 @@ _PARTS = ("reasoning_content", "content", "tool_calls")  # in the order in which
 
 def read_items(items: Iterable[Json]) -> list[Message]:
     """
-    Return items as messages.
+    Return items of a request's input or of a response's output as messages.
 
-    Args:
-        items (`Iterable[dict]`):
-            Items of a request's input or of a response's output.
-
-    Returns:
-        `list[dict]`: The messages. Reasoning that is there in encrypted form only leaves no trace in them.
-
-    Raises:
-        [`LogError`]: If an item is something else than a message, reasoning, or a call or result of a function.
+    Reasoning that is there in encrypted form only leaves no trace in them. Raises [`LogError`] if an item is something
+    else than a message, reasoning, or a call or result of a function.
     """
     messages: list[Message] = []
     for item in items:
@@ -60,17 +53,9 @@ def add_item(messages: list[Message], item: Json) -> None:
 
 def read_reply(items: list[Json]) -> tuple[Message, bool]:
     """
-    Return the output of a response as one message.
+    Return the output of a response as one message, and whether it has reasoning in encrypted form only.
 
-    Args:
-        items (`list[dict]`):
-            Its items.
-
-    Returns:
-        `tuple[dict, bool]`: The message, and whether it has reasoning in encrypted form only.
-
-    Raises:
-        [`LogError`]: As [`read_items`], and if the items are not one message.
+    Raises [`LogError`] as [`read_items`] does, and if the items are not one message.
     """
     messages = read_items(items)
     if len(messages) != 1 or messages[0]["role"] != "assistant":

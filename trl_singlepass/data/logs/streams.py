@@ -31,18 +31,11 @@ def is_stream(value: object) -> bool:
 
 def join_stream(value: str | Sequence[object]) -> Json:
     """
-    Return the response that the events of a stream add up to.
+    Return the response that the events of a stream add up to, in the form that the API has without streaming.
 
-    Args:
-        value (`str` or `Sequence`):
-            Events, as objects or as text: server-sent events, or JSON.
-
-    Returns:
-        `dict`: Response in the form that the API has without streaming. What a stream that broke off lacks is missing
-        here too, such as the reason why the reply ended.
-
-    Raises:
-        [`LogError`]: If an event is not JSON, or the stream is not that of a known API.
+    Events are objects or text: server-sent events, or JSON. What a stream that broke off lacks is missing here too,
+    such as the reason why the reply ended. Raises [`LogError`] if an event is not JSON, or the stream is not that of a
+    known API.
     """
     events = _read_text(value) if isinstance(value, str) else [event for item in value for event in _read_item(item)]
     if not events:

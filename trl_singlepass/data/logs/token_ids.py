@@ -24,23 +24,8 @@ def to_turn(
     """
     Return a prompt and its completion as a turn.
 
-    Args:
-        line ([`LogLine`]):
-            Line that they are on. It names the conversation, if it is known, as `conversation_id` or `session_id`.
-        request (`dict`):
-            Request on it, which may name the conversation as well.
-        prompt (`list[int]`, *optional*):
-            Tokens of the prompt.
-        completion (`list[int]`, *optional*):
-            Tokens of the reply.
-        way_out (`str`):
-            How to log tokens, for the error.
-
-    Returns:
-        [`LoggedTokens`]: The turn.
-
-    Raises:
-        [`LogError`]: If there are no tokens.
+    `line` or `request` may name the conversation, as `conversation_id` or `session_id`. `way_out` says how to log
+    tokens, for the [`LogError`] if there are none.
     """
     if not prompt or not completion:
         raise LogError(f"The log has no tokens of the {'reply' if prompt else 'prompt'}. {way_out}.")
