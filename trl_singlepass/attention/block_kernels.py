@@ -17,30 +17,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockInputs:
-    """
-    One block of queries and keys of a row.
+    """One block of queries and keys of a row."""
 
-    Args:
-        query (`torch.Tensor` of shape `(1, heads, num_queries, head_dim)`):
-            Queries.
-        key (`torch.Tensor` of shape `(1, kv_heads, num_keys, head_dim)`):
-            Keys.
-        value (`torch.Tensor` of shape `(1, kv_heads, num_keys, head_dim)`):
-            Values.
-        is_causal (`bool`):
-            Whether query `i` sees keys up to `i` only.
-        mask (`torch.Tensor` of shape `(num_queries, num_keys)`, `torch.bool`, *optional*):
-            `True` where the query attends.
-        scale (`float`):
-            Factor of the scores.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    is_causal: bool
-    mask: torch.Tensor | None
-    scale: float
+    query: torch.Tensor  # (1, heads, num_queries, head_dim)
+    key: torch.Tensor  # (1, kv_heads, num_keys, head_dim)
+    value: torch.Tensor  # like `key`
+    is_causal: bool  # query `i` sees keys up to `i` only
+    mask: torch.Tensor | None  # (num_queries, num_keys), bool: `True` where the query attends
+    scale: float  # factor of the scores
 
 
 class BlockKernel(ABC):
@@ -58,18 +42,11 @@ class BlockKernel(ABC):
     @abstractmethod
     def backward(self, grad: torch.Tensor, block: BlockInputs, out: torch.Tensor, lse: torch.Tensor) -> Gradients:
         """
-        Return the block's share of the gradients.
+        Return the block's share of the gradients, from the gradient of the merged output.
 
-        Args:
-            grad (`torch.Tensor` of shape `(1, heads, num_queries, head_dim)`):
-                Gradient of the merged output.
-            block (`BlockInputs`):
-                The block.
-            out (`torch.Tensor` of shape `(1, heads, num_queries, head_dim)`):
-                Output of the queries, **merged** over all their blocks. With the merged output and log-sum-exp, each
-                block's gradients are exact on their own, and those of a query's blocks add up (as in ring attention).
-            lse (`torch.Tensor` of shape `(1, heads, num_queries)`):
-                Log-sum-exp of the queries, merged in the same way.
+        Output and log-sum-exp, `(1, heads, num_queries, head_dim)` and `(1, heads, num_queries)`, are those of the
+        queries **merged** over all their blocks. With them, each block's gradients are exact on their own, and those
+        of a query's blocks add up (as in ring attention).
         """
 
 
@@ -168,15 +145,7 @@ class BlockMath(BlockKernel):
 
 
 def get_block_kernel(kernel: TorchKernel, softcap: float | None) -> BlockKernel:
-    """
-    Return the code of a kernel.
-
-    Args:
-        kernel (`TorchKernel`):
-            Any but the varlen kernel, which knows no blocks.
-        softcap (`float`, *optional*):
-            Softcap of the scores.
-    """
+    """Return the code of a kernel, of any but the varlen kernel, which knows no blocks."""
     if kernel is TorchKernel.CPU_FLASH:
         return CpuFlash()
     if kernel is TorchKernel.CUDA_FLASH:

@@ -24,7 +24,7 @@ MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tor
 
 def build_block_mask(mask: TreeMask, block_size: tuple[int, int]) -> BlockMask:
     """
-    Return the `BlockMask` of a mask type.
+    Return the `BlockMask` of a mask type, on the device of the tree, for blocks of `block_size` queries × keys.
 
     A block of queries × keys is skipped, computed without looking at the mask (full), or computed pair by pair
     (partial). Which is which follows from the runs of the row, on the host, without waiting for the device.
@@ -37,15 +37,6 @@ def build_block_mask(mask: TreeMask, block_size: tuple[int, int]) -> BlockMask:
         queries 4-5      f    f    p                       1                2
         queries 6-7      f    p    p    p                  3                1
         queries 8-9      f    p         p    p             3                1
-
-    Args:
-        mask (`TreeMask`):
-            Mask type of the model.
-        block_size (`tuple[int, int]`):
-            Number of queries and of keys in a block.
-
-    Returns:
-        `torch.nn.attention.flex_attention.BlockMask`: The mask, on the device of the tree.
     """
     length = mask.plan.length
     shape = (-(-length // block_size[0]), -(-length // block_size[1]))
@@ -58,13 +49,7 @@ def build_block_mask(mask: TreeMask, block_size: tuple[int, int]) -> BlockMask:
 
 
 def build_mask_mod(mask: TreeMask) -> MaskMod:
-    """
-    Return the mask as FlexAttention's function of token pairs; it reads three integers per token.
-
-    Args:
-        mask (`TreeMask`):
-            Mask type of the model.
-    """
+    """Return the mask as FlexAttention's function of token pairs; it reads three integers per token."""
     end, depth = (x[0].to(torch.int32) for x in (mask.tree.subtree_end, mask.tree.depth))
     rule = mask.rule
     if rule is None:

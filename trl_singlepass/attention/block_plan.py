@@ -23,30 +23,15 @@ class BlockKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """
-    Queries `[start, end)` of a row against the keys in some ranges.
-
-    Args:
-        start (`int`):
-            Position of the first query.
-        end (`int`):
-            Position just past the last query.
-        keys (`Ranges`):
-            Positions of the keys, in the order of their depth.
-        key_depth (`int`):
-            Depth of the first key.
-        kind (`BlockKind`):
-            Which pairs are visible.
-        image (`tuple[int, int]`, *optional*):
-            If the queries belong to an image whose tokens see each other and the block is masked: the depth of its
-            first token, and the depth just past its last one.
-    """
+    """Queries `[start, end)` of a row against the keys in some ranges."""
 
     start: int
-    end: int
-    keys: Ranges
-    key_depth: int
+    end: int  # just past the last query
+    keys: Ranges  # positions, in the order of their depth
+    key_depth: int  # depth of the first key
     kind: BlockKind
+    # If the queries belong to an image whose tokens see each other and the block is masked: the depth of its first
+    # token, and the depth just past its last one.
     image: tuple[int, int] | None = None
 
     @property
@@ -59,11 +44,7 @@ def tree_blocks(mask: TreeMask, query_block: int | None) -> list[Block]:
     """
     Return all blocks of a row; the blocks of one range of queries are neighbours.
 
-    Args:
-        mask (`TreeMask`):
-            Mask of the layer.
-        query_block (`int`, *optional*):
-            Largest number of queries in a block without a rule; no limit if not given.
+    Where every ancestor is visible, a block has at most `query_block` queries.
     """
     if mask.is_causal:
         return [block for run in mask.plan.runs for block in causal_blocks(run, query_block)]

@@ -21,20 +21,10 @@ def block_tree_attention(
     inputs: AttentionInputs, mask: TreeMask, kernel: BlockKernel, cache: KVCacheView | None = None
 ) -> torch.Tensor:
     """
-    Return attention of a row of trees, block by block: block-sparse, memory linear in tokens.
+    Return attention of a row of trees, shape `(1, row_length, heads, value_dim)`, block by block: block-sparse, memory
+    linear in tokens.
 
-    Args:
-        inputs (`AttentionInputs`):
-            Tensors of the layer.
-        mask (`TreeMask`):
-            Mask of the layer.
-        kernel (`BlockKernel`):
-            Code that computes a block.
-        cache (`KVCacheView`, *optional*):
-            Keys and values of ancestors outside the row.
-
-    Returns:
-        `torch.Tensor` of shape `(1, row_length, heads, value_dim)`: The output.
+    `cache` has the keys and values of ancestors outside the row.
     """
     padded = inputs.with_one_head_dim(kernel.head_dim_multiple)
     out: torch.Tensor = BlockAttention.apply(  # type: ignore[no-untyped-call]

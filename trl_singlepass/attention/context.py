@@ -29,24 +29,12 @@ from .row_group import RowGroup
 
 @dataclass(eq=False)
 class Tree:
-    """
-    Tree of the row that a model call runs on.
-
-    Args:
-        plan (`TreePlan`):
-            Structure in plain integers.
-        subtree_end (`torch.Tensor` of shape `(1, row_length)`, `torch.int64`):
-            For each token, the position just past its last descendant.
-        depth (`torch.Tensor` of shape `(1, row_length)`, `torch.int64`):
-            Number of tokens before each token on its path.
-        group (`RowGroup`, *optional*):
-            Ranks that share the row; each runs the model on its part of the tokens.
-    """
+    """Tree of the row that a model call runs on."""
 
     plan: TreePlan
-    subtree_end: torch.Tensor
-    depth: torch.Tensor
-    group: RowGroup | None = None
+    subtree_end: torch.Tensor  # (1, row_length), int64: the position just past each token's last descendant
+    depth: torch.Tensor  # (1, row_length), int64: the number of tokens before each token on its path
+    group: RowGroup | None = None  # ranks that share the row; each runs the model on its part of the tokens
     _copies: dict[torch.device, Tree] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -74,10 +62,6 @@ class Tree:
         Return this tree on the device of a layer, copied there once per row.
 
         Where one process spreads a model over several GPUs (`device_map="auto"`), the tree starts on the first.
-
-        Args:
-            device (`torch.device`):
-                Device of the layer's tensors.
         """
         if device == self.depth.device:
             return self
@@ -90,11 +74,7 @@ class Tree:
         """
         Return the keys and values of ancestors that ran before this row; a whole tree has none.
 
-        Args:
-            layer (`torch.nn.Module`):
-                Attention layer.
-            local_size (`int`, *optional*):
-                Upper bound of how many tokens back it looks, itself included.
+        The layer looks at most `local_size` tokens back, itself included.
         """
         return None
 
@@ -105,18 +85,10 @@ _current_tree: ContextVar[Tree | None] = ContextVar("trl_singlepass_tree", defau
 @contextmanager
 def tree_context(plan: TreePlan, subtree_end: torch.Tensor, position_ids: torch.Tensor) -> Iterator[Tree]:
     """
-    Run the model calls inside on one row of trees. Calls outside are not affected.
+    Run the model calls inside on one row of trees, and yield its tree. Calls outside are not affected.
 
-    Args:
-        plan (`TreePlan`):
-            Structure of the row, as `DataCollatorForSinglePass` returns it.
-        subtree_end (`torch.Tensor` of shape `(1, row_length)`, `torch.int64`):
-            For each token, the position just past its last descendant.
-        position_ids (`torch.Tensor` of shape `(1, row_length)`, `torch.int64`):
-            Depth of each token.
-
-    Yields:
-        `Tree`: The tree.
+    Takes what `DataCollatorForSinglePass` returns. `subtree_end` is the position just past each token's last
+    descendant, `position_ids` the depth of each token; both have shape `(1, row_length)`, int64.
     """
     with running_on(Tree(plan, subtree_end, position_ids)) as tree:
         yield tree
@@ -124,16 +96,7 @@ def tree_context(plan: TreePlan, subtree_end: torch.Tensor, position_ids: torch.
 
 @contextmanager
 def running_on(tree: Tree) -> Iterator[Tree]:
-    """
-    Run the model calls inside on a tree.
-
-    Args:
-        tree (`Tree`):
-            Tree of the row.
-
-    Yields:
-        `Tree`: The same tree.
-    """
+    """Run the model calls inside on a tree, and yield it."""
     token = _current_tree.set(tree)
     try:
         yield tree

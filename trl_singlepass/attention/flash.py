@@ -19,11 +19,8 @@ from .varlen_kernels import flash_kernel
 
 def varlen_forward(implementation: str) -> AttentionFunction:
     """
-    Return the attention function of a flash kernel.
-
-    Args:
-        implementation (`str`):
-            `attn_implementation` of transformers, or `"torch_varlen"` for PyTorch's own varlen kernel.
+    Return the attention function of a flash kernel: an `attn_implementation` of transformers, or `"torch_varlen"`,
+    PyTorch's own varlen kernel.
     """
 
     def on_tree(

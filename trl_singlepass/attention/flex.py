@@ -44,20 +44,7 @@ def compiled_flex_attention() -> Callable[..., Any]:
 def flex_tree_attention(
     inputs: AttentionInputs, mask: TreeMask, kernel_options: KernelOptions | None = None
 ) -> torch.Tensor:
-    """
-    Return attention of a row of trees by FlexAttention.
-
-    Args:
-        inputs (`AttentionInputs`):
-            Tensors of the layer.
-        mask (`TreeMask`):
-            Mask of the layer.
-        kernel_options (`KernelOptions`, *optional*):
-            FlexAttention's own options.
-
-    Returns:
-        `torch.Tensor` of shape `(1, row_length, heads, value_dim)`: The output.
-    """
+    """Return attention of a row of trees by FlexAttention, shape `(1, row_length, heads, value_dim)`."""
     query, key, value, softcap = inputs.query, inputs.key, inputs.value, inputs.softcap
     attend = compiled_flex_attention()
     options: dict[str, Any] = {
@@ -80,20 +67,7 @@ def flex_tree_attention(
 def attend_with_lse(
     attend: Callable[..., Any], inputs: AttentionInputs, options: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Return the output and the log-sum-exp of the scores, with any release of PyTorch.
-
-    Args:
-        attend (`Callable`):
-            FlexAttention, compiled or not.
-        inputs (`AttentionInputs`):
-            Tensors of the layer.
-        options (`Mapping[str, Any]`):
-            Further arguments of FlexAttention.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Output, and log-sum-exp of shape `(1, heads, row_length)`.
-    """
+    """Return the output and the log-sum-exp of the scores, `(1, heads, row_length)`, with any release of PyTorch."""
     query, key, value = inputs.query, inputs.key, inputs.value
     if hasattr(torch_flex, "AuxRequest"):  # from PyTorch 2.9 on
         out, aux = attend(query, key, value, **options, return_aux=torch_flex.AuxRequest(lse=True))
@@ -103,15 +77,7 @@ def attend_with_lse(
 
 
 def block_size(device: torch.device, kernel_options: KernelOptions | None) -> tuple[int, int]:
-    """
-    Return the number of queries and keys that one block of the mask covers.
-
-    Args:
-        device (`torch.device`):
-            Device that attention runs on.
-        kernel_options (`KernelOptions`, *optional*):
-            FlexAttention's own options.
-    """
+    """Return the number of queries and keys that one block of the mask covers."""
     if device.type == "cuda" and (kernel_options or {}).get("BACKEND") == "FLASH":
         # FlashAttention 4 works on two tiles of 128 queries at a time from Blackwell on.
         return (256, 128) if torch.cuda.get_device_capability(device)[0] >= 10 else (128, 128)

@@ -23,28 +23,14 @@ class AttentionInputs:
     Tensors of one attention layer, of a row of trees or of an ordinary batch.
 
     On a row of trees, `batch` is 1, and `num_queries` and `num_keys` are the length of the row.
-
-    Args:
-        query (`torch.Tensor` of shape `(batch, heads, num_queries, head_dim)`):
-            Queries.
-        key (`torch.Tensor` of shape `(batch, kv_heads, num_keys, head_dim)`):
-            Keys; `kv_heads` divides `heads`.
-        value (`torch.Tensor` of shape `(batch, kv_heads, num_keys, value_dim)`):
-            Values.
-        scale (`float`):
-            Factor of the scores.
-        softcap (`float`, *optional*):
-            Scores become `softcap · tanh(score / softcap)` (Gemma 2).
-        sinks (`torch.Tensor` of shape `(heads,)`, *optional*):
-            Logit per head of a key without value (gpt-oss).
     """
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    scale: float
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
+    query: torch.Tensor  # (batch, heads, num_queries, head_dim)
+    key: torch.Tensor  # (batch, kv_heads, num_keys, head_dim); `kv_heads` divides `heads`
+    value: torch.Tensor  # (batch, kv_heads, num_keys, value_dim)
+    scale: float  # factor of the scores
+    softcap: float | None = None  # scores become `softcap · tanh(score / softcap)` (Gemma 2)
+    sinks: torch.Tensor | None = None  # (heads,): logit per head of a key without value (gpt-oss)
 
     def to(self, dtype: torch.dtype) -> AttentionInputs:
         """Return the inputs with queries, keys and values cast to a dtype."""
@@ -57,13 +43,9 @@ class AttentionInputs:
 
     def with_one_head_dim(self, multiple: int = 1) -> AttentionInputs:
         """
-        Return the inputs with all heads padded to one size, as kernels want them.
+        Return the inputs with all heads padded to one size, a multiple of `multiple`, as kernels want them.
 
         Zeros added to queries and keys change no score; those added to values add zeros to the output, to be cut off.
-
-        Args:
-            multiple (`int`, *optional*, defaults to 1):
-                The size is a multiple of this number.
         """
         width = -(-self.head_dim // multiple) * multiple
         query, key, value = (
@@ -89,22 +71,9 @@ def check_layer(
     module: torch.nn.Module, mask: TreeMask, query: torch.Tensor, dropout: float, kwargs: Mapping[str, object]
 ) -> None:
     """
-    Refuse what a tree cannot honour in a layer.
+    Refuse what a tree cannot honour in a layer: a row that does not fit the tree, dropout, a position bias.
 
-    Args:
-        module (`torch.nn.Module`):
-            Attention layer.
-        mask (`TreeMask`):
-            Mask of the layer.
-        query (`torch.Tensor` of shape `(batch, heads, num_queries, head_dim)`):
-            Queries.
-        dropout (`float`):
-            Dropout of attention weights.
-        kwargs (`Mapping[str, object]`):
-            Further arguments that the layer passes.
-
-    Raises:
-        `ValueError`: If the row does not fit the tree, or the layer asks for dropout or a position bias.
+    Takes queries of shape `(batch, heads, num_queries, head_dim)`.
     """
     name = type(module).__name__
     if (query.shape[0], query.shape[2]) != (1, mask.tree.plan.length):
@@ -127,17 +96,8 @@ def scale_by_depth(module: Any, query: torch.Tensor, tree: Tree) -> torch.Tensor
 
     On a tree it has to be computed from the depth, which these layers do not read from `position_ids`.
 
-    Args:
-        module (`torch.nn.Module`):
-            Attention layer.
-        query (`torch.Tensor` of shape `(1, heads, row_length, head_dim)`):
-            Queries as the layer scaled them.
-        tree (`Tree`):
-            Tree of the row.
-
-    Returns:
-        `torch.Tensor` of shape `(1, heads, row_length, head_dim)`: Queries scaled by depth; the same object where the
-        layer has no such temperature.
+    Takes queries as the layer scaled them and returns them scaled by depth, shape `(1, heads, row_length, head_dim)`;
+    the same object where the layer has no such temperature.
 
     Source: `Llama4TextAttention` of transformers; temperature tuning of arXiv 2501.19399.
     """

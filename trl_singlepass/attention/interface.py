@@ -15,27 +15,14 @@ class AttentionFunction(Protocol):
     """
     Attention function of a layer, as transformers' `AttentionInterface` calls it.
 
-    Args:
-        module (`torch.nn.Module`):
-            Attention layer.
-        query (`torch.Tensor` of shape `(batch, heads, num_queries, head_dim)`):
-            Queries.
-        key (`torch.Tensor` of shape `(batch, kv_heads, num_keys, head_dim)`):
-            Keys.
-        value (`torch.Tensor` of shape `(batch, kv_heads, num_keys, value_dim)`):
-            Values.
-        attention_mask (`object`):
-            `TreeMask` on a row of trees, otherwise whatever the stock mask function returned.
-        **kwargs (`Any`):
-            Further arguments that the layer passes: `dropout`, `scaling` (factor of the scores, `head_dim ** -0.5` by
-            default), `softcap` (of the scores), `s_aux` (attention sinks, of shape `(heads,)`) and others.
+    Takes `query` of shape `(batch, heads, num_queries, head_dim)`, `key` of shape
+    `(batch, kv_heads, num_keys, head_dim)`, `value` of shape `(batch, kv_heads, num_keys, value_dim)`, and as
+    `attention_mask` a `TreeMask` on a row of trees, otherwise whatever the stock mask function returned. Among the
+    layer's further arguments are `dropout`, `scaling` (factor of the scores, `head_dim ** -0.5` by default), `softcap`
+    (of the scores), and `s_aux` (attention sinks, of shape `(heads,)`).
 
-    Returns:
-        `tuple`: Output of shape `(batch, num_queries, heads, value_dim)`, and attention weights or log-sum-exp where
-        the stock function returns them.
-
-    Raises:
-        `ValueError`: If the layer asks for what a tree or the kernel cannot do.
+    Returns the output, of shape `(batch, num_queries, heads, value_dim)`, and attention weights or log-sum-exp where
+    the stock function returns them. Raises `ValueError` if the layer asks for what a tree or the kernel cannot do.
     """
 
     def __call__(
@@ -47,20 +34,9 @@ class AttentionFunction(Protocol):
 
 class TreeAttention(Protocol):
     """
-    Attention of a layer on a row of trees.
+    Attention of a layer on a row of trees: returns the output, of shape `(1, row_length, heads, value_dim)`.
 
-    Args:
-        module (`torch.nn.Module`):
-            Attention layer.
-        inputs (`AttentionInputs`):
-            Tensors of the layer.
-        mask (`TreeMask`):
-            Mask of the layer.
-        options (`Mapping[str, Any]`):
-            Further arguments that the layer passes.
-
-    Returns:
-        `torch.Tensor` of shape `(1, row_length, heads, value_dim)`: The output.
+    `options` are further arguments that the layer passes.
     """
 
     def __call__(
@@ -72,13 +48,8 @@ class TreeAttention(Protocol):
 
 def tree_attention_or(plain: AttentionFunction, on_tree: TreeAttention) -> AttentionFunction:
     """
-    Return the attention function to register with transformers.
-
-    Args:
-        plain (`AttentionFunction`):
-            Attention of batches without a tree (generation, plain rows).
-        on_tree (`TreeAttention`):
-            Attention of a row of trees.
+    Return the attention function to register with transformers: `on_tree` on a row of trees, `plain` on other batches
+    (generation, plain rows).
     """
 
     def attention_function(

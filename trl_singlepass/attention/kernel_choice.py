@@ -29,28 +29,15 @@ class TorchKernel(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DeviceTraits:
-    """
-    What a device and the installed PyTorch can run.
+    """What a device and the installed PyTorch can run."""
 
-    Args:
-        type (`str`):
-            `"cpu"`, `"cuda"`, or another device type of PyTorch.
-        capability (`tuple[int, int]`, *optional*, defaults to `(0, 0)`):
-            Compute capability of a CUDA device.
-        has_flash (`bool`, *optional*, defaults to `False`):
-            Whether PyTorch was built with flash attention for NVIDIA GPUs.
-        has_packed_lse (`bool`, *optional*, defaults to `False`):
-            Whether its varlen kernel returns log-sum-exps as `(heads, num_queries)`. Builds before FlashAttention 2.6
-            pad them to `(num_sequences, heads, max_seqlen_q)`.
-        has_triton (`bool`, *optional*, defaults to `False`):
-            Whether Triton is installed and compiles for the device.
-    """
-
-    type: str
-    capability: tuple[int, int] = (0, 0)
-    has_flash: bool = False
+    type: str  # `"cpu"`, `"cuda"`, or another device type of PyTorch
+    capability: tuple[int, int] = (0, 0)  # compute capability of a CUDA device
+    has_flash: bool = False  # whether PyTorch was built with flash attention for NVIDIA GPUs
+    # Whether its varlen kernel returns log-sum-exps as `(heads, num_queries)`. Builds before FlashAttention 2.6 pad
+    # them to `(num_sequences, heads, max_seqlen_q)`.
     has_packed_lse: bool = False
-    has_triton: bool = False
+    has_triton: bool = False  # whether Triton is installed and compiles for the device
 
     @classmethod
     def from_device(cls, device: torch.device) -> DeviceTraits:
@@ -90,19 +77,9 @@ def choose_torch_kernel(
     """
     Return the fastest kernel that computes an attention layer. Sinks do not matter: they are added afterwards.
 
-    Args:
-        device (`DeviceTraits`):
-            What the device can run.
-        dtype (`torch.dtype`):
-            Dtype of queries, keys and values.
-        head_dim (`int`):
-            Size of the heads, the larger one of keys and values. Flash kernels get it padded to a multiple of 8.
-        rule (`MaskRule`, *optional*):
-            Rule of the layer, `None` for one that is neither causal nor a window nor a chunk.
-        has_softcap (`bool`, *optional*, defaults to `False`):
-            Whether scores are capped, which PyTorch's flash kernels cannot do.
-        has_cache (`bool`, *optional*, defaults to `False`):
-            Whether some ancestors are outside the row (waves), which FlexAttention does not read here.
+    `head_dim` is the larger one of keys and values; flash kernels get it padded to a multiple of 8. `rule` is `None`
+    for one that is neither causal nor a window nor a chunk. With `has_cache`, some ancestors are outside the row
+    (waves), which FlexAttention does not read here.
     """
     if device.type == "cpu":
         return TorchKernel.MATH if has_softcap else TorchKernel.CPU_FLASH

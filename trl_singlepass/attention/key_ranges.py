@@ -24,43 +24,20 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pieces:
-    """
-    Parts of runs that together cover a row in order. Arrays of shape `(num_pieces,)`.
+    """Parts of runs that together cover a row in order. Arrays of shape `(num_pieces,)`."""
 
-    Args:
-        start (`numpy.ndarray`):
-            Position of the first query.
-        end (`numpy.ndarray`):
-            Position just past the last query.
-        depth (`numpy.ndarray`):
-            Depth of the first query.
-        run (`numpy.ndarray`):
-            Index of the run in the plan.
-    """
-
-    start: Ints
-    end: Ints
-    depth: Ints
-    run: Ints
+    start: Ints  # position of the first query
+    end: Ints  # just past the last query
+    depth: Ints  # depth of the first query
+    run: Ints  # index of the run in the plan
 
     @classmethod
     def from_plan(cls, plan: TreePlan, size: int | None = None, *, by_depth: bool = False) -> Pieces:
         """
-        Cut the runs of a row.
+        Cut the runs of a row at multiples of `size` tokens, by position or by depth; without a size, nowhere.
 
         The row above, cut at multiples of 5, has the pieces `[0, 5)`, `[5, 7)` and `[7, 10)`. By depth, the second run
         is cut as well, where it reaches depth 5: `[0, 5)`, `[5, 7)`, `[7, 9)`, `[9, 10)`.
-
-        Args:
-            plan (`TreePlan`):
-                Structure of the row.
-            size (`int`, *optional*):
-                Runs are cut at multiples of this number of tokens; not at all if not given.
-            by_depth (`bool`, *optional*, defaults to `False`):
-                Whether multiples are of a token's depth instead of its position in the row.
-
-        Returns:
-            `Pieces`: The pieces.
         """
         runs = np.array([(run.start, run.end, run.depth) for run in plan.runs], np.int64).reshape(-1, 3)
         start, end, depth = runs.T
@@ -82,21 +59,11 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyRanges:
-    """
-    Ranges of keys that pieces see; arrays of shape `(num_ranges,)`, the ranges of a piece together, by depth.
+    """Ranges of keys that pieces see; arrays of shape `(num_ranges,)`, the ranges of a piece together, by depth."""
 
-    Args:
-        piece (`numpy.ndarray`):
-            Index of the piece.
-        start (`numpy.ndarray`):
-            Position of the first key.
-        end (`numpy.ndarray`):
-            Position just past the last key.
-    """
-
-    piece: Ints
-    start: Ints
-    end: Ints
+    piece: Ints  # index of the piece
+    start: Ints  # position of the first key
+    end: Ints  # just past the last key
 
 
 def key_ranges(plan: TreePlan, pieces: Pieces, first_depth: Ints, before: Ints) -> KeyRanges:
@@ -108,19 +75,9 @@ def key_ranges(plan: TreePlan, pieces: Pieces, first_depth: Ints, before: Ints) 
         from depth 0 on            piece 0: [0, 7)    piece 1: [0, 3) [7, 10)
         depth - 2 on (window 3)    piece 0: [0, 7)    piece 1: [1, 3) [7, 10)
 
-    Args:
-        plan (`TreePlan`):
-            Structure of the row.
-        pieces (`Pieces`):
-            Pieces of the row.
-        first_depth (`numpy.ndarray` of shape `(num_pieces,)`):
-            For each piece, the depth of the first key.
-        before (`numpy.ndarray` of shape `(num_pieces,)`):
-            For each piece, the row position just past the last key that may be in it. Ancestors outside the row,
-            whose positions are those past its end, come before all of its tokens.
-
-    Returns:
-        `KeyRanges`: Their ranges; empty ones are left out.
+    `first_depth` and `before`, the row position just past the last key that may be in it, have shape `(num_pieces,)`.
+    Ancestors outside the row, whose positions are those past its end, come before all of its tokens. Empty ranges are
+    left out.
     """
     paths = [(*run.prefix, (run.start, run.end)) for run in plan.runs]
     lengths = np.array([len(path) for path in paths], np.int64)

@@ -15,13 +15,8 @@ class KVCache:
     """
     Keys and values of one attention layer that later rows attend to, one slot per token.
 
-    Args:
-        num_slots (`int`):
-            Number of tokens that later rows attend to.
-        copies (`Callable`, *optional*):
-            Returns the [`HostCopies`] of a device; if given, the cache is on the host.
-        alike (`list[KVCache]`, *optional*):
-            Caches of layers that keep the same tokens, in the order of the layers. This one is appended.
+    With `copies`, which returns the [`HostCopies`] of a device, the cache is on the host. `alike` are the caches of
+    layers that keep the same tokens, in the order of the layers; this one is appended.
     """
 
     def __init__(
@@ -44,16 +39,7 @@ class KVCache:
 
     def zeros_like(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """
-        Return zeros with one slot per token.
-
-        Args:
-            x (`torch.Tensor` of shape `(..., kv_heads, head_dim)`):
-                Keys or values.
-            dtype (`torch.dtype`):
-                Dtype of the zeros.
-
-        Returns:
-            `torch.Tensor` of shape `(2, num_slots, kv_heads, head_dim)`: One half for keys, one for values.
+        Return zeros for keys and values, `(2, num_slots, kv_heads, head_dim)`; `x` is `(..., kv_heads, head_dim)`.
         """
         shape = (2, self.num_slots, *x.shape[-2:])
         if self.copies is None:
@@ -65,31 +51,15 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FetchedSlots:
-    """
-    A range of a cache's slots on the device of the layer: a view of the cache, or a copy if it is offloaded.
+    """A range of a cache's slots on the device of the layer: a view of the cache, or a copy if it is offloaded."""
 
-    Args:
-        first (`int`):
-            First slot.
-        kv (`torch.Tensor` of shape `(2, num_fetched, kv_heads, head_dim)`):
-            Keys and values.
-    """
-
-    first: int
-    kv: torch.Tensor
+    first: int  # first slot
+    kv: torch.Tensor  # (2, num_fetched, kv_heads, head_dim): keys and values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KVCacheView:
-    """
-    One layer's cache while the layer runs over one row: what it reads, what it stores, where gradients go back.
-
-    Args:
-        cache (`KVCache`):
-            Cache of the layer.
-        slots (`LayerSlots`):
-            Which slots it has, and which tokens of the row they hold.
-    """
+    """One layer's cache while the layer runs over one row: what it reads, what it stores, where gradients go back."""
 
     cache: KVCache
     slots: LayerSlots
@@ -98,11 +68,7 @@ class KVCacheView:
         """
         Store the keys and values that later rows attend to, unless the cache holds them already.
 
-        Args:
-            key (`torch.Tensor` of shape `(row_length, kv_heads, head_dim)`):
-                Keys of the row.
-            value (`torch.Tensor` of shape `(row_length, kv_heads, head_dim)`):
-                Values of the row.
+        Both have shape `(row_length, kv_heads, head_dim)`.
         """
         cache, ranges = self.cache, self.slots.handed_on
         if not self.slots.stores or not ranges:
@@ -118,17 +84,7 @@ class KVCacheView:
             cache.copies(key.device).send(stored, held)
 
     def fetch(self, first: int, last: int, device: torch.device) -> FetchedSlots:
-        """
-        Bring the slots that a row attends to onto a device, all at once.
-
-        Args:
-            first (`int`):
-                First slot.
-            last (`int`):
-                Slot just past the last one.
-            device (`torch.device`):
-                Device of the layer's tensors.
-        """
+        """Bring the slots `[first, last)` that a row attends to onto a device, all at once."""
         cache = self.cache
         assert cache.kv is not None, "ancestors ran before"
         kv = cache.kv[:, first:last]
@@ -145,13 +101,8 @@ class KVCacheView:
         """
         Return where a row adds the gradients of the slots that it fetched, which [`send_back`] takes afterwards.
 
-        Args:
-            fetched (`FetchedSlots`):
-                Slots that the row attends to.
-
-        Returns:
-            `torch.Tensor` of shape `(2, num_fetched, kv_heads, head_dim)`: Gradients of keys and values, in float32 at
-            least: every branch adds its own.
+        The gradients of keys and values, `(2, num_fetched, kv_heads, head_dim)`, are in float32 at least: every branch
+        adds its own.
         """
         cache = self.cache
         if cache.grad is None:
@@ -164,11 +115,7 @@ class KVCacheView:
         """
         Send the gradients of fetched slots to an offloaded cache; without offloading they are there already.
 
-        Args:
-            fetched (`FetchedSlots`):
-                Slots that the row attends to.
-            gradients (`torch.Tensor` of shape `(2, num_fetched, kv_heads, head_dim)`):
-                Gradients, from [`gradients_of`].
+        Takes the tensor that [`gradients_of`] returned, after the row has added its own.
         """
         cache = self.cache
         if cache.copies is not None:
@@ -177,26 +124,15 @@ class KVCacheView:
             cache.copies(gradients.device).send(gradients, stored)
 
     def add_gradients(self, fetched: FetchedSlots, gradients: torch.Tensor) -> None:
-        """
-        Add to the gradients of fetched slots.
-
-        Args:
-            fetched (`FetchedSlots`):
-                Slots that the row attends to.
-            gradients (`torch.Tensor` of shape `(2, num_fetched, kv_heads, head_dim)`):
-                Gradients of keys and values.
-        """
+        """Add to the gradients of fetched slots, `(2, num_fetched, kv_heads, head_dim)` for keys and values."""
         self.send_back(fetched, self.gradients_of(fetched).add_(gradients))
 
     def add_gradients_from_later_rows(self, total: torch.Tensor, index: torch.Tensor | None = None) -> None:
         """
         Add the gradients that later rows sent back for the tokens of this row.
 
-        Args:
-            total (`torch.Tensor` of shape `(2, row_length, kv_heads, head_dim)`):
-                Gradients of the row's keys and values, changed in place.
-            index (`torch.Tensor` of shape `(num_handed_on,)`, *optional*):
-                Positions of the tokens that the row hands on; not needed where they lie together.
+        Changes `total` in place, of shape `(2, row_length, kv_heads, head_dim)` for keys and values. `index`,
+        `(num_handed_on,)`, has the positions of the tokens that the row hands on; not needed where they lie together.
         """
         cache = self.cache
         if cache.grad is None or not self.slots.handed_on:

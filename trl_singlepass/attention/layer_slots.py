@@ -17,23 +17,15 @@ SlotRanges = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerSlots:
-    """
-    Slots of the layers of one mask type while they run over one row.
+    """Slots of the layers of one mask type while they run over one row."""
 
-    Args:
-        handed_on (`SlotRanges`):
-            Tokens of the row that later rows attend to in these layers, with their slots there. Slots are numbered in
-            row order, so those of a row follow one another.
-        kept (`numpy.ndarray` of `numpy.int64`):
-            For each slot of these layers, its number among the slots that any layer keeps. A full layer keeps them
-            all, a window only those it looks back to.
-        stores (`bool`):
-            Whether the row runs for the first time, so that the cache does not hold these tokens yet.
-    """
-
+    # Tokens of the row that later rows attend to in these layers, with their slots there. Slots are numbered in row
+    # order, so those of a row follow one another.
     handed_on: SlotRanges
+    # For each slot of these layers, int64: its number among the slots that any layer keeps. A full layer keeps them
+    # all, a window only those it looks back to.
     kept: NDArray[np.int64]
-    stores: bool
+    stores: bool  # whether the row runs for the first time, so that the cache does not hold these tokens yet
 
     @classmethod
     def from_row(cls, handed_on: SlotRanges, kept: NDArray[np.int64], *, stores: bool) -> LayerSlots:
@@ -44,13 +36,7 @@ class LayerSlots:
         slots 0 to 3, so what it hands on is `((12, 14, 1), (15, 16, 3))`: tokens 12 and 13 from its slot 1 on, token
         15 in its slot 3.
 
-        Args:
-            handed_on (`SlotRanges`):
-                Tokens of the row that any later row attends to, in any layer.
-            kept (`numpy.ndarray` of `numpy.int64`):
-                Slots that these layers keep, sorted.
-            stores (`bool`):
-                Whether the row runs for the first time.
+        Takes the tokens that any later row attends to, in any layer, and the slots that these layers keep, sorted.
         """
         own: list[tuple[int, int, int]] = []
         for first, last, slot in handed_on:
@@ -75,12 +61,6 @@ class LayerSlots:
 
         In a row of 20 tokens, position 26 is slot 6. The layer of the example above holds it in its own slot 1, so
         `((26, 28), (0, 20))` becomes `((21, 23), (0, 20))`.
-
-        Args:
-            ranges (`Ranges`):
-                Half-open ranges of positions; from `row_length` on, they are slots among those that any layer keeps.
-            row_length (`int`):
-                Number of tokens of the row.
         """
         located = []
         for first, last in ranges:

@@ -48,34 +48,15 @@ class ImageRule(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MaskRule:
-    """
-    Which tokens of its path a token attends to: all from some depth on, up to itself or to the end of its image.
-
-    Args:
-        kind (`RuleKind`):
-            Kind of rule.
-        size (`int`, *optional*, defaults to 0):
-            Size of the window or chunk in tokens; 0 for a causal rule.
-        images (`ImageRule`, *optional*, defaults to `ImageRule.NONE`):
-            What a token of an image sees of its image.
-    """
+    """Which tokens of its path a token attends to: all from some depth on, up to itself or to the end of its image."""
 
     kind: RuleKind
-    size: int = 0
+    size: int = 0  # of the window or chunk in tokens; 0 for a causal rule
     images: ImageRule = ImageRule.NONE
 
     @classmethod
     def from_mask_function(cls, mask_function: MaskFunction) -> MaskRule | None:
-        """
-        Recognise a mask function of transformers.
-
-        Args:
-            mask_function (`Callable`):
-                The model's own rule.
-
-        Returns:
-            `MaskRule` or `None`: The rule, `None` where the function says more than a rule can.
-        """
+        """Recognise a mask function of transformers; return `None` where it says more than a rule can."""
         if mask_function is causal_mask_function:
             return cls(RuleKind.CAUSAL)
         for first, second in _pairs(mask_function, "and_masks"):
@@ -101,11 +82,7 @@ class MaskRule:
         with chunks of 3 (depths 6, 7 and 8 are a chunk). If it belongs to an image that starts at depth 4 and is seen
         as a whole, it attends from depth 4 on.
 
-        Args:
-            depth (`torch.Tensor` or `numpy.ndarray`):
-                Depths of tokens.
-            image_depth (`torch.Tensor` or `numpy.ndarray`, *optional*):
-                For tokens of images, the depth of the first token of the image; for others, their own depth.
+        `image_depth` is, for tokens of images, the depth of the first token of the image; for others, their own depth.
         """
         if self.kind is RuleKind.WINDOW:
             first = depth - (self.size - 1)
@@ -121,13 +98,9 @@ class MaskRule:
 
 def reads_positions(mask_function: MaskFunction) -> bool:
     """
-    Return whether a mask function looks tokens up in a tensor, by their position in the row.
+    Return whether a mask function, or one that it combines, looks tokens up in a tensor, by their position in the row.
 
     On a tree, functions are evaluated at depths, where such a function would look up other tokens.
-
-    Args:
-        mask_function (`Callable`):
-            The model's own rule, which may combine others.
     """
     captured = list(_captured(mask_function).values())
     parts = [*captured, *(part for value in captured if isinstance(value, tuple) for part in value)]

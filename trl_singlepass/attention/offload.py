@@ -12,13 +12,7 @@ import torch
 
 
 class Streams:
-    """
-    The stream that a CUDA device computes on, and one for copies.
-
-    Args:
-        device (`torch.device`):
-            The device.
-    """
+    """The stream that a CUDA device computes on, and one for copies."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.copy = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -83,12 +77,6 @@ class HostCopies:
     All copies share one stream, so that what was sent to the host is there before it is fetched again. A copy that is
     fetched ahead waits on the device until it is asked for. The last one stays until the next of its kind, because a
     recomputed layer fetches the same twice: for its forward and for its backward pass.
-
-    Args:
-        device (`torch.device`):
-            The device.
-        streams (`Streams`, *optional*):
-            Its streams; those of PyTorch if not given.
     """
 
     def __init__(self, device: torch.device, streams: Streams | None = None) -> None:
@@ -99,15 +87,10 @@ class HostCopies:
 
     def fetch(self, host: torch.Tensor, ahead: torch.Tensor | None = None, kind: Hashable = None) -> torch.Tensor:
         """
-        Return a copy on the device, which nothing may change.
+        Return a device copy, which nothing may change, of a host tensor `(2, num_slots, kv_heads, head_dim)`.
 
-        Args:
-            host (`torch.Tensor` of shape `(2, num_slots, kv_heads, head_dim)`):
-                Tensor on the host; both halves are contiguous.
-            ahead (`torch.Tensor`, *optional*):
-                Tensor of the same kind that is likely to be asked for next. Its copy starts now.
-            kind (`Hashable`, *optional*):
-                Kind of tensor; of each kind, two copies are held.
+        Both halves are contiguous. `ahead` is a tensor of the same kind that is likely to be asked for next: its copy
+        starts now. Of each kind, two copies are held.
         """
         wanted = [host] if ahead is None else [host, ahead]
         held = self._held[kind]
@@ -128,15 +111,7 @@ class HostCopies:
             self._for_one_use[_key(host)] = self._start(host)
 
     def send(self, tensor: torch.Tensor, host: torch.Tensor) -> None:
-        """
-        Copy a tensor to the host.
-
-        Args:
-            tensor (`torch.Tensor`):
-                Tensor on the device, which nothing changes afterwards.
-            host (`torch.Tensor`):
-                Where it goes, of the same shape.
-        """
+        """Copy a tensor, which nothing changes afterwards, to one of the same shape on the host."""
         with self.streams.copies_after_computation():
             for there, here in zip(host, tensor, strict=True):
                 there.copy_(here, non_blocking=True)

@@ -17,16 +17,7 @@ def join_with_slots(key: torch.Tensor, value: torch.Tensor, fetched: FetchedSlot
     """
     Return the keys and values of a row, followed by those of ancestors outside it.
 
-    Args:
-        key (`torch.Tensor` of shape `(row_length, kv_heads, head_dim)`):
-            Keys of the row.
-        value (`torch.Tensor` of shape `(row_length, kv_heads, head_dim)`):
-            Values of the row.
-        fetched (`FetchedSlots`, *optional*):
-            Keys and values of the ancestors.
-
-    Returns:
-        `torch.Tensor` of shape `(2, row_length + num_fetched, kv_heads, head_dim)`: Keys and values.
+    Takes shape `(row_length, kv_heads, head_dim)`, returns `(2, row_length + num_fetched, kv_heads, head_dim)`.
     """
     if fetched is None:
         return torch.stack([key, value])
@@ -40,13 +31,8 @@ class PathGradients:
     """
     Sum of the gradients of gathered keys and values: history gets one from every branch, added up in float32 at least.
 
-    Args:
-        key (`torch.Tensor` of shape `(row_length, kv_heads, head_dim)`):
-            Keys of the row.
-        num_slots (`int`):
-            Number of keys that were gathered from outside the row.
-        deterministic (`bool`):
-            Whether gradients are added up in a fixed order, which is slower.
+    Takes the keys of the row, `(row_length, kv_heads, head_dim)`, and the number of keys gathered from outside the
+    row. A deterministic sum adds in a fixed order, which is slower.
     """
 
     def __init__(self, key: torch.Tensor, num_slots: int, deterministic: bool) -> None:
@@ -59,15 +45,9 @@ class PathGradients:
         self, grad_keys: Sequence[torch.Tensor], grad_values: Sequence[torch.Tensor], index: torch.Tensor | None
     ) -> None:
         """
-        Add the gradients of a pass.
+        Add the gradients of a pass, each of shape `(num_keys, kv_heads, head_dim)`, one per call.
 
-        Args:
-            grad_keys (`Sequence[torch.Tensor]`, each of shape `(num_keys, kv_heads, head_dim)`):
-                Gradients of the keys of each call.
-            grad_values (`Sequence[torch.Tensor]`, each of shape `(num_keys, kv_heads, head_dim)`):
-                Gradients of the values of each call.
-            index (`torch.Tensor`, *optional*):
-                Positions of the keys of all calls, `None` if they are the row as it is.
+        `index` has the positions of the keys of all calls, `None` if they are the row as it is.
         """
         joined = torch.cat([*grad_keys, *grad_values]).view(2, -1, *self._shape[2:]).to(self.dtype)
         if index is None:
@@ -86,16 +66,8 @@ class PathGradients:
         """
         Return the gradients of the row's keys and values, and hand on those of ancestors outside it.
 
-        Args:
-            cache (`KVCacheView`, *optional*):
-                Cache of the layer; gives what later rows sent back.
-            fetched (`FetchedSlots`, *optional*):
-                Keys and values from outside the row.
-            handed_on (`torch.Tensor`, *optional*):
-                Positions of tokens that later rows attend to, if they do not lie together.
-
-        Returns:
-            `torch.Tensor` of shape `(2, row_length, kv_heads, head_dim)`: The gradients.
+        The cache gives what later rows sent back; `handed_on` has the positions of tokens that later rows attend to,
+        if they do not lie together. Returns shape `(2, row_length, kv_heads, head_dim)`.
         """
         assert self._total is not None, "a row has at least one call"
         own, outside = self._total[:, : self.length], self._total[:, self.length :]

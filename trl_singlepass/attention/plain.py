@@ -37,15 +37,9 @@ def score_matrix_attention(inputs: AttentionInputs, mask: torch.Tensor | None) -
     """
     Return attention with a softcap or sinks, from the whole score matrix: O(queries × keys) memory.
 
-    Args:
-        inputs (`AttentionInputs`):
-            Tensors of the layer.
-        mask (`torch.Tensor`, *optional*, broadcastable to `(batch, heads, num_queries, num_keys)`):
-            `True` where a query attends, or numbers that are added to the scores. `None` means causal, the last query
-            seeing the last key.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, heads, num_queries, value_dim)`: The output.
+    The mask is broadcastable to `(batch, heads, num_queries, num_keys)`: `True` where a query attends, or numbers that
+    are added to the scores. `None` means causal, the last query seeing the last key. Returns shape
+    `(batch, heads, num_queries, value_dim)`.
     """
     query, softcap, sinks = inputs.query, inputs.softcap, inputs.sinks
     groups = query.shape[1] // inputs.key.shape[1]

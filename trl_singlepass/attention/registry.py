@@ -45,18 +45,9 @@ _RULES = {
 
 def tree_attention_name(implementation: str) -> str:
     """
-    Return the registered name of the tree attention of an `attn_implementation`.
+    Return the registered name of the tree attention of an `attn_implementation`, which may be such a name already.
 
-    Args:
-        implementation (`str`):
-            `attn_implementation` of a model, or already a registered name.
-
-    Returns:
-        `str`: The registered name.
-
-    Raises:
-        `ValueError`: If there is no tree attention for it.
-        `ImportError`: If its kernel is not installed.
+    Raises `ValueError` if there is no tree attention for it, `ImportError` if its kernel is not installed.
     """
     if implementation == BESIDE_EAGER_LAYERS:
         return implementation
@@ -82,15 +73,7 @@ def describe_tree_attention(
     """
     Say in one sentence on which kernel a model's attention runs on trees, and why.
 
-    Args:
-        implementation (`str`):
-            `attn_implementation` of the model.
-        config (`transformers.PreTrainedConfig`):
-            Text configuration of the model.
-        device (`torch.device`):
-            Device that it runs on.
-        dtype (`torch.dtype`):
-            Dtype that its attention computes in.
+    `config` is the model's text configuration, `dtype` the one that its attention computes in.
     """
     if TREE_ATTENTION.get(implementation) == "tree_flex":
         return "one compiled FlexAttention kernel for every rule, with a block mask made from the tree"

@@ -27,21 +27,11 @@ from torch import distributed as dist
 
 @dataclass(frozen=True, eq=False)
 class RowGroup:
-    """
-    Ranks that share rows.
-
-    Args:
-        process_group (`torch.distributed.ProcessGroup`):
-            The ranks.
-        size (`int`):
-            Number of ranks.
-        rank (`int`):
-            Number of this rank among them.
-    """
+    """Ranks that share rows."""
 
     process_group: dist.ProcessGroup
     size: int
-    rank: int
+    rank: int  # number of this rank among them
 
     def padded_length(self, length: int) -> int:
         """
@@ -57,27 +47,14 @@ class RowGroup:
         return x.narrow(dim, self.rank * length, length)
 
     def pad_and_part(self, x: Tensor, fill: int = 0) -> Tensor:
-        """
-        Return this rank's part of a per-token tensor that every rank has.
-
-        Args:
-            x (`torch.Tensor` of shape `(1, row_length)`):
-                Tensor.
-            fill (`int`, *optional*, defaults to 0):
-                Value of the padding.
-        """
+        """Return this rank's part of a tensor of shape `(1, row_length)` that every rank has, padded with `fill`."""
         return self.part(F.pad(x, (0, self.padded_length(x.shape[1]) - x.shape[1]), value=fill))
 
     def gather(self, x: Tensor) -> Tensor:
         """
         Return a per-token tensor for the whole row, on every rank. Its gradients add up over the ranks.
 
-        Args:
-            x (`torch.Tensor` of shape `(1, num_tokens, ...)`):
-                Part of this rank.
-
-        Returns:
-            `torch.Tensor` of shape `(1, size · num_tokens, ...)`: The parts of all ranks.
+        Takes this rank's part, `(1, num_tokens, ...)`; returns `(1, size · num_tokens, ...)`.
         """
         return _Gather.apply(x, self)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -93,14 +70,8 @@ class RowGroup:
         share serves that rank's heads: 2 keys for 8 heads stay 2 on 2 ranks and become 4 on 4. If the ranks cannot
         share the heads evenly, heads of zeros are added: 3 heads on 2 ranks become 4.
 
-        Args:
-            x (`torch.Tensor` of shape `(1, num_tokens, heads, ...)`):
-                Part of this rank; `heads` divides `num_heads`.
-            num_heads (`int`):
-                Heads of the layer.
-
-        Returns:
-            `torch.Tensor` of shape `(1, size · num_tokens, shared_heads, ...)`: The row, with this rank's heads.
+        Takes `(1, num_tokens, heads, ...)`, where `heads` divides `num_heads`; returns
+        `(1, size · num_tokens, shared_heads, ...)`.
         """
         heads, tokens = x.shape[2], x.shape[1]
         repeated = lcm(heads, self.size) if num_heads % self.size == 0 else num_heads
@@ -112,14 +83,7 @@ class RowGroup:
         """
         Exchange the whole row with a share of the heads for a part of the row with all heads.
 
-        Args:
-            x (`torch.Tensor` of shape `(1, row_length, shared_heads, ...)`):
-                Row, with this rank's heads.
-            num_heads (`int`):
-                Heads of the layer.
-
-        Returns:
-            `torch.Tensor` of shape `(1, row_length / size, num_heads, ...)`: Part of this rank.
+        Takes `(1, row_length, shared_heads, ...)`; returns `(1, row_length / size, num_heads, ...)`.
         """
         parts = x.reshape(self.size, -1, *x.shape[2:])
         return self._exchange(parts).transpose(0, 1).flatten(1, 2)[None, :, :num_heads].contiguous()

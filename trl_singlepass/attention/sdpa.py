@@ -22,18 +22,10 @@ from .varlen_kernels import TorchFlash
 
 def torch_tree_attention(inputs: AttentionInputs, mask: TreeMask, cache: KVCacheView | None = None) -> torch.Tensor:
     """
-    Return attention of a row of trees by the fastest of PyTorch's kernels that computes it.
+    Return attention of a row of trees, shape `(1, row_length, heads, value_dim)`, by the fastest of PyTorch's kernels
+    that computes it.
 
-    Args:
-        inputs (`AttentionInputs`):
-            Tensors of the layer, in one dtype.
-        mask (`TreeMask`):
-            Mask of the layer.
-        cache (`KVCacheView`, *optional*):
-            Keys and values of ancestors outside the row.
-
-    Returns:
-        `torch.Tensor` of shape `(1, row_length, heads, value_dim)`: The output.
+    Takes inputs in one dtype; `cache` has the keys and values of ancestors outside the row.
     """
     kernel = choose_torch_kernel(
         DeviceTraits.from_device(inputs.query.device),

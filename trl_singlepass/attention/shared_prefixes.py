@@ -22,18 +22,10 @@ from .key_ranges import Ints, KeyRanges, Pieces
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups:
-    """
-    Neighbouring pieces that share the beginnings of their key lists. Arrays of shape `(num_groups,)`.
+    """Neighbouring pieces that share the beginnings of their key lists. Arrays of shape `(num_groups,)`."""
 
-    Args:
-        first (`numpy.ndarray`):
-            Index of the first piece; the group ends where the next one begins.
-        num_shared (`numpy.ndarray`):
-            Number of keys that all queries of the group see, at the beginning of each piece's list.
-    """
-
-    first: Ints
-    num_shared: Ints
+    first: Ints  # index of the first piece; the group ends where the next one begins
+    num_shared: Ints  # number of keys that all queries of the group see, at the beginning of each piece's list
 
     def of_pieces(self, num_pieces: int) -> Ints:
         """Return the number of shared keys of each piece, shape `(num_pieces,)`."""
@@ -47,18 +39,8 @@ def group_pieces(pieces: Pieces, ranges: KeyRanges, num_keys: Ints, cost_of_shar
     A piece joins the group before it while that costs no more than the group's pieces cost on average so far. For
     branches at regular distances, this is the size of groups that costs least: `√(2 · cost · history / distance)`.
 
-    Args:
-        pieces (`Pieces`):
-            Pieces of the row.
-        ranges (`KeyRanges`):
-            Keys of each piece, its own tokens included.
-        num_keys (`numpy.ndarray` of shape `(num_pieces,)`):
-            Number of keys of each piece.
-        cost_of_shared (`float`):
-            Cost of a shared key, relative to one that a piece has for itself.
-
-    Returns:
-        `Groups`: The groups.
+    Takes the keys of each piece, its own tokens included, as ranges and as counts of shape `(num_pieces,)`, and the
+    cost of a shared key relative to one that a piece has for itself.
     """
     before = (num_keys - (pieces.end - pieces.start)).tolist()  # keys that all queries of a piece see
     common = _common_with_previous(ranges, len(before))

@@ -9,16 +9,8 @@ def add_sinks_(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> tor
     """
     Add a sink to the softmax after the fact: it only scales the output, by `exp(lse - logaddexp(lse, sink))`.
 
-    Args:
-        out (`torch.Tensor` of shape `(..., heads, num_queries, value_dim)`):
-            Output without sinks, scaled in place.
-        lse (`torch.Tensor` of shape `(..., heads, num_queries)`):
-            Log-sum-exp of the scores without sinks.
-        sinks (`torch.Tensor` of shape `(heads,)`):
-            Logit of each head.
-
-    Returns:
-        `torch.Tensor` of shape `(..., heads, num_queries)`: Log-sum-exp with the sinks.
+    Scales `out`, `(..., heads, num_queries, value_dim)`, in place. Takes the log-sum-exp of the scores without sinks
+    and returns it with them, `(..., heads, num_queries)`; `sinks` has shape `(heads,)`.
     """
     merged = torch.logaddexp(lse, sinks[:, None])
     out *= (lse - merged).exp_()[..., None]
@@ -29,18 +21,8 @@ def sink_gradient(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sink
     """
     Return the gradient of the sinks, `-Σ weight · rowsum(grad · out)` with the weight `exp(sink - lse)`.
 
-    Args:
-        grad (`torch.Tensor` of shape `(heads, num_queries, value_dim)`):
-            Gradient of the output.
-        out (`torch.Tensor` of shape `(heads, num_queries, value_dim)`):
-            Output with sinks.
-        lse (`torch.Tensor` of shape `(heads, num_queries)`):
-            Log-sum-exp with sinks.
-        sinks (`torch.Tensor` of shape `(heads,)`):
-            Logit of each head.
-
-    Returns:
-        `torch.Tensor` of shape `(heads,)`: The gradient.
+    Takes the output and its gradient, `(heads, num_queries, value_dim)`, the log-sum-exp, `(heads, num_queries)`, both
+    with sinks, and `sinks` of shape `(heads,)`; returns `(heads,)`.
     """
     delta = (grad.to(lse.dtype) * out).sum(-1)
     weight = (sinks[:, None] - lse).exp_()

@@ -13,15 +13,9 @@ KEEPS_ATTENTION = "_keeps_attention"
 
 def set_text_attention(model: Any, implementation: str) -> None:
     """
-    Change the attention implementation of a model, but not of its encoders for other media.
+    Change the attention implementation of a model in place, but not of its encoders for other media.
 
     An encoder of images runs on images, not on the row: it keeps the kernel that it was loaded with.
-
-    Args:
-        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
-            Model, changed in place.
-        implementation (`str`):
-            Name in transformers' `AttentionInterface`.
     """
     text = model.config.get_text_config()
     model.set_attn_implementation(_down_to(text, model.config, implementation) or implementation)

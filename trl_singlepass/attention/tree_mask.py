@@ -31,16 +31,8 @@ class TreeMask:
 
     Not a dataclass: FSDP looks for tensors in those, and would hand each layer a copy in another precision.
 
-    Args:
-        tree (`Tree`):
-            Tree of the row.
-        mask_function (`Callable`):
-            The model's own rule, as transformers defines it.
-        local_size (`int`, *optional*):
-            Upper bound of how many tokens back the rule looks (window or chunk), in tokens.
-
-    Raises:
-        `ValueError`: If the rule is not known and looks tokens up by their position in the row.
+    `local_size` is an upper bound of how many tokens back the rule looks (window or chunk). Raises `ValueError` for a
+    rule that is not known and looks tokens up by their position in the row.
     """
 
     def __init__(self, tree: Tree, mask_function: MaskFunction, local_size: int | None = None) -> None:
@@ -56,18 +48,7 @@ class TreeMask:
             )
 
     def build_once(self, build: Callable[..., T], *arguments: object) -> T:
-        """
-        Return `build(self, *arguments)`, built once and shared by all layers of this mask type.
-
-        Args:
-            build (`Callable`):
-                Function of this mask and of `arguments`.
-            *arguments (`object`):
-                Hashable arguments.
-
-        Returns:
-            `T`: What `build` returned.
-        """
+        """Return `build(self, *arguments)`, built once and shared by all layers of this mask type."""
         key = (build, *arguments)
         if key not in self._built:
             self._built[key] = build(self, *arguments)
@@ -75,13 +56,7 @@ class TreeMask:
         return result
 
     def on(self, device: torch.device) -> TreeMask:
-        """
-        Return this mask on the device of a layer (see [`Tree.on`]).
-
-        Args:
-            device (`torch.device`):
-                Device of the layer's tensors.
-        """
+        """Return this mask on the device of a layer (see [`Tree.on`])."""
         return self if device == self.tree.depth.device else self.build_once(_copy_to, device)
 
     @cached_property
@@ -112,19 +87,11 @@ class TreeMask:
         self, query_depth: torch.Tensor, key_depth: torch.Tensor, image: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """
-        Evaluate the model's rule between tokens of one path.
+        Return where queries attend by the model's rule between tokens of one path, `(num_queries, num_keys)`, bool.
 
-        Args:
-            query_depth (`torch.Tensor` of shape `(num_queries,)`, `torch.int64`):
-                Depths of the queries.
-            key_depth (`torch.Tensor` of shape `(num_keys,)`, `torch.int64`):
-                Depths of the keys, all on the path of each query or below it.
-            image (`tuple[int, int]`, *optional*):
-                If all queries belong to one image whose tokens see each other: the depth of its first token, and the
-                depth just past its last token.
-
-        Returns:
-            `torch.Tensor` of shape `(num_queries, num_keys)`, `torch.bool`: `True` where the query attends.
+        Takes depths of queries, `(num_queries,)`, and of keys, `(num_keys,)`, int64; all keys are on the path of each
+        query or below it. If all queries belong to one image whose tokens see each other, `image` is the depth of its
+        first token, and the depth just past its last token.
         """
         query, key = query_depth[:, None], key_depth[None, :]
         if self.rule is not None:  # the model's own function may hold tensors of another device
@@ -142,11 +109,8 @@ def _copy_to(mask: TreeMask, device: torch.device) -> TreeMask:
 
 def tree_mask_or(plain_mask: Callable[..., Any]) -> Callable[..., Any]:
     """
-    Return the mask function to register with transformers: a `TreeMask` on a tree, the stock mask on other batches.
-
-    Args:
-        plain_mask (`Callable`):
-            Stock mask function of `transformers.masking_utils` for batches without a tree (generation, plain rows).
+    Return the mask function to register with transformers: a `TreeMask` on a tree, the stock mask on other batches
+    (generation, plain rows).
     """
 
     def build_mask(**kwargs: Any) -> Any:

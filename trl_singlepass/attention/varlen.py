@@ -19,30 +19,14 @@ from .varlen_plan import varlen_plan
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VarlenInputs:
-    """
-    One call of a varlen kernel.
+    """One call of a varlen kernel."""
 
-    Args:
-        query (`torch.Tensor` of shape `(num_queries, heads, head_dim)`):
-            Queries.
-        key (`torch.Tensor` of shape `(num_keys, kv_heads, head_dim)`):
-            Keys.
-        value (`torch.Tensor` of shape `(num_keys, kv_heads, head_dim)`):
-            Values.
-        call (`VarlenCall`):
-            Borders of the sequences, and the window.
-        scale (`float`):
-            Factor of the scores.
-        softcap (`float`):
-            Softcap of the scores, 0 for none.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    query: torch.Tensor  # (num_queries, heads, head_dim)
+    key: torch.Tensor  # (num_keys, kv_heads, head_dim)
+    value: torch.Tensor  # like `key`
     call: VarlenCall
-    scale: float
-    softcap: float
+    scale: float  # factor of the scores
+    softcap: float  # of the scores, 0 for none
 
 
 class VarlenKernel(ABC):
@@ -74,22 +58,10 @@ def varlen_tree_attention(
     cache: KVCacheView | None = None,
 ) -> torch.Tensor:
     """
-    Return attention of a row of trees by a varlen flash kernel.
+    Return attention of a row of trees by a varlen flash kernel, shape `(1, row_length, heads, value_dim)`.
 
-    Args:
-        inputs (`AttentionInputs`):
-            Tensors of the layer.
-        mask (`TreeMask`):
-            Mask of the layer.
-        kernel (`VarlenKernel`):
-            Kernel.
-        deterministic (`bool`, *optional*, defaults to `False`):
-            Whether gradients are added up in a fixed order, which is slower.
-        cache (`KVCacheView`, *optional*):
-            Keys and values of ancestors outside the row.
-
-    Returns:
-        `torch.Tensor` of shape `(1, row_length, heads, value_dim)`: The output.
+    A deterministic backward adds gradients up in a fixed order, which is slower. `cache` has the keys and values of
+    ancestors outside the row.
     """
     padded = inputs.with_one_head_dim(8)  # a multiple of 8 is what flash kernels want
     tokens_first = (x.transpose(1, 2).squeeze(0) for x in (padded.query, padded.key, padded.value))

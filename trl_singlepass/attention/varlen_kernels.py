@@ -25,9 +25,7 @@ class Flash2(VarlenKernel):
     """
     FlashAttention 2, from the package `flash-attn` or from the Hub.
 
-    Args:
-        interface (`types.ModuleType`):
-            Module that holds `_flash_attn_varlen_forward` and `_flash_attn_varlen_backward`.
+    `interface` holds `_flash_attn_varlen_forward` and `_flash_attn_varlen_backward`.
     """
 
     def __init__(self, interface: ModuleType) -> None:
@@ -55,9 +53,7 @@ class Flash3(Flash2):
     """
     FlashAttention 3, from the package `flash-attn-3` or from the Hub; one entry point for all layouts.
 
-    Args:
-        interface (`types.ModuleType`):
-            Module that holds `_flash_attn_forward` and `_flash_attn_backward`.
+    `interface` holds `_flash_attn_forward` and `_flash_attn_backward`.
     """
 
     def __init__(self, interface: ModuleType) -> None:
@@ -94,18 +90,10 @@ class TorchFlash(VarlenKernel):
 @cache
 def flash_kernel(implementation: str) -> VarlenKernel:
     """
-    Return the kernel of an `attn_implementation`.
+    Return the kernel of an `attn_implementation`, loaded from where transformers loads it.
 
-    Args:
-        implementation (`str`):
-            `"flash_attention_2"`, `"flash_attention_3"`, a kernel repository of the Hub (`"owner/name"`), or
-            `"torch_varlen"`.
-
-    Returns:
-        `VarlenKernel`: The kernel; loaded from where transformers loads it.
-
-    Raises:
-        `ImportError`: If it is not installed, or its release lacks what tree attention needs.
+    It is `"flash_attention_2"`, `"flash_attention_3"`, a kernel repository of the Hub (`"owner/name"`), or
+    `"torch_varlen"`. Raises `ImportError` if it is not installed, or its release lacks what tree attention needs.
     """
     if implementation == "torch_varlen":
         if not torch.cuda.is_available():

@@ -39,20 +39,9 @@ def varlen_plan(mask: TreeMask, heads_per_key: int = 1, slots: LayerSlots | None
     Where whole paths have more keys than one call takes, the beginnings that neighbouring runs share are gathered
     once, for a second call. The row above then takes, for its second run, 0 1 2 there and 7 8 9 here.
 
-    Args:
-        mask (`TreeMask`):
-            Mask type of the model.
-        heads_per_key (`int`, *optional*, defaults to 1):
-            Query heads per key-value head.
-        slots (`LayerSlots`, *optional*):
-            Slots of the layers, where ancestors are outside the row.
-
-    Returns:
-        `VarlenPlan`: One call, two, or as many as keep the gathered keys within `KEYS_PER_CALL` rows.
-
-    Raises:
-        `ValueError`: If the model's rule is not causal, a sliding window or a chunk, or if the tokens of an image see
-            each other in both directions.
+    There are as many calls as keep the gathered keys within `KEYS_PER_CALL` rows. `heads_per_key` counts query heads
+    per key-value head; `slots` are those of the layers, where ancestors are outside the row. Raises `ValueError` for
+    rules other than causal, window or chunk, and for images whose tokens see each other.
     """
     rule = mask.rule
     if rule is None:

@@ -27,30 +27,14 @@ from .schedule import Schedule
 
 @dataclass(frozen=True)
 class BoundarySlots:
-    """
-    Slots of which layers that run alike need anything.
+    """Slots of which layers that run alike need anything."""
 
-    Args:
-        inputs (`numpy.ndarray` of `numpy.int64`):
-            Slots of the tokens whose inputs are replayed, sorted.
-        states (`frozenset[int]`):
-            Slots of the tokens whose states pieces start from.
-    """
-
-    inputs: NDArray[np.int64]
-    states: frozenset[int]
+    inputs: NDArray[np.int64]  # slots of the tokens whose inputs are replayed, sorted
+    states: frozenset[int]  # slots of the tokens whose states pieces start from
 
     @classmethod
     def from_plans(cls, plans: Iterable[TreePlan], schedule: Callable[[TreePlan], Schedule]) -> BoundarySlots:
-        """
-        Collect the slots that rows need.
-
-        Args:
-            plans (`Iterable[TreePlan]`):
-                Structure of the rows.
-            schedule (`Callable`):
-                Returns the pieces in which a layer runs over a row.
-        """
+        """Collect the slots that rows need; `schedule` returns the pieces in which a layer runs over a row."""
         inputs: set[int] = set()
         states: set[int] = set()
         for plan in plans:
@@ -66,17 +50,8 @@ class RowBoundary:
     """
     What layers that run alike take from other rows and leave for them while they run over one row.
 
-    Args:
-        length (`int`):
-            Number of tokens of the row.
-        positions (`Mapping[int, int]`):
-            Maps the slot of each token of the row that has descendants in later rows to its position.
-        needed (`BoundarySlots`):
-            Slots that any row needs.
-        tensors (`Mapping[torch.nn.Module, BoundaryTensors]`):
-            Tensors of each layer.
-        stores (`bool`):
-            Whether the row runs for the first time, so that its tensors are not stored yet.
+    `positions` maps the slot of each token of the row that has descendants in later rows to its position; `needed` has
+    the slots that any row needs. The row `stores` its tensors if it runs for the first time.
     """
 
     def __init__(
@@ -112,8 +87,7 @@ class RowBoundary:
         """
         Note that a layer runs.
 
-        Raises:
-            `NotImplementedError`: If it runs several times in a forward: its runs would share what is stored.
+        Raises `NotImplementedError` if it runs several times in a forward: its runs would share what is stored.
         """
         if is_in_backward():  # a checkpointed layer runs again
             return
@@ -128,14 +102,8 @@ class RowBoundary:
         """
         Append to a layer's argument what is stored of it for tokens outside the row, and store what later rows need.
 
-        Args:
-            layer (`torch.nn.Module`):
-                Layer that gets the argument.
-            value (`object`):
-                Tensor with one entry per token, shape `(1, row_length, ...)`, or a tuple or dictionary of such. Other
-                values are returned as they are.
-            key (`InputKey`):
-                Name of the argument.
+        The argument is a tensor of shape `(1, row_length, ...)`, or a tuple or dictionary of such. Other values are
+        returned as they are.
         """
         if isinstance(value, dict):
             return {name: self.extend(layer, part, (*key, name)) for name, part in value.items()}
@@ -171,19 +139,11 @@ class RowBoundary:
 
     def store_states(self, layer: nn.Module, output: Any, states: Mapping[int, ForkStates]) -> Any:
         """
-        Store the states that later rows start from.
+        Store the states that later rows start from, and return the layer's output for the row.
 
-        Args:
-            layer (`torch.nn.Module`):
-                Layer that ran.
-            output (`Any`):
-                Its output for the row: a tensor, or a tuple whose first entry is one.
-            states (`Mapping[int, ForkStates]`):
-                States by the position just past the token after which they hold.
-
-        Returns:
-            `Any`: The output. Its backward also goes through these states, with the gradients that
-            later rows sent back.
+        States are given by the position just past the token after which they hold. The output is a tensor, or a tuple
+        whose first entry is one. Its backward also goes through these states, with the gradients that later rows sent
+        back.
         """
         if isinstance(output, tuple):
             return (self.store_states(layer, output[0], states), *output[1:])

@@ -18,17 +18,9 @@ from .fork_cache import StateName
 
 
 class StateKey(NamedTuple):
-    """
-    Key of a state.
+    """Key of a state."""
 
-    Args:
-        slot (`int`):
-            Slot of the token after which it holds.
-        name (`StateName`):
-            Which of the layer's states it is.
-    """
-
-    slot: int
+    slot: int  # slot of the token after which the state holds
     name: StateName
 
 
@@ -40,20 +32,12 @@ Key = InputKey | StateKey
 
 @dataclass(eq=False)
 class BoundaryTensors:
-    """
-    Inputs and states of one layer that cross from row to row, with the gradients that later rows send back.
+    """Inputs and states of one layer that cross from row to row, with the gradients that later rows send back."""
 
-    Args:
-        offload (`bool`, *optional*, defaults to `False`):
-            Whether to hold them on the CPU.
-        values (`dict[Key, torch.Tensor]`, *optional*):
-            The tensors, detached. Inputs have shape `(1, num_inputs, ...)`, states `(1, ...)`.
-        gradients (`dict[Key, torch.Tensor]`, *optional*):
-            Their gradients so far, at least in float32: every branch adds to those of the history.
-    """
-
-    offload: bool = False
+    offload: bool = False  # whether to hold them on the CPU
+    # Detached. Inputs have shape `(1, num_inputs, ...)`, states `(1, ...)`.
     values: dict[Key, torch.Tensor] = field(default_factory=dict)
+    # Those so far, at least in float32: every branch adds to those of the history.
     gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
 
     def store(self, key: Key, value: torch.Tensor) -> None:

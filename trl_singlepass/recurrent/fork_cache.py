@@ -19,9 +19,7 @@ class ForkStates:
     It answers the calls that transformers' layers make to `Cache`, but keeps states as they are computed. A cache
     copies them into its own buffers, which cuts off their gradients.
 
-    Args:
-        sources (`Sequence[ForkStates]`, *optional*):
-            For each piece of the batch, the states that it starts from; none at the start of a sample.
+    `sources` are the states that each piece of the batch starts from; none at the start of a sample.
     """
 
     def __init__(self, sources: Sequence[ForkStates] = ()) -> None:

@@ -39,9 +39,7 @@ def enable_tree_recurrence(model: PreTrainedModel) -> None:
 
     Each layer's `forward` is wrapped on the instance; [`disable_tree_recurrence`] restores it.
 
-    Args:
-        model (`transformers.PreTrainedModel`):
-            Model, changed in place. Its attention must not have been switched to tree attention yet.
+    The model's attention must not have been switched to tree attention yet.
     """
     layers = {layer: mode for layer, mode in path_dependent_layers(model).items() if not runs_on_trees(layer)}
     for layer, mode in layers.items():
@@ -73,13 +71,7 @@ def _with_stock_attention(layer: Any) -> PreTrainedConfig:
 
 
 def disable_tree_recurrence(model: PreTrainedModel) -> None:
-    """
-    Undo [`enable_tree_recurrence`].
-
-    Args:
-        model (`transformers.PreTrainedModel`):
-            Model, changed in place.
-    """
+    """Undo [`enable_tree_recurrence`]."""
     for layer in filter(runs_on_trees, model.modules()):
         if layer._had_own_forward:
             layer.forward = layer._stock_forward

@@ -29,31 +29,18 @@ DISTANCE = "relative_distance"
 
 @dataclass(frozen=True, slots=True)
 class ReplayMode:
-    """
-    How a layer runs on a tree.
+    """How a layer runs on a tree."""
 
-    Args:
-        starts_from_state (`bool`):
-            Whether branches start from the state at their fork. If not, their history is replayed before them.
-        reach (`int`, *optional*):
-            How many tokens back an output depends on; on all of them if not given.
-        attends (`bool`, *optional*, defaults to `False`):
-            Whether the layer is attention, which needs its own causal mask over a path.
-    """
-
+    # Whether branches start from the state at their fork. If not, their history is replayed before them.
     starts_from_state: bool
-    reach: int | None = None
-    attends: bool = False
+    reach: int | None = None  # how many tokens back an output depends on; `None` for all of them
+    attends: bool = False  # whether the layer is attention, which needs its own causal mask over a path
 
     def schedule(self, plan: TreePlan, handed_on: Collection[int] = ()) -> Schedule:
         """
         Return the pieces in which the layer runs over a row.
 
-        Args:
-            plan (`TreePlan`):
-                Structure of the row.
-            handed_on (`Collection[int]`, *optional*):
-                Positions just past the tokens whose states later rows start from.
+        `handed_on` has the positions just past the tokens whose states later rows start from.
         """
         if self.starts_from_state:
             return fork_schedule(plan, handed_on)
@@ -68,10 +55,6 @@ def get_replay_mode(layer: nn.Module) -> ReplayMode | None:
     The calls that a layer's `forward` makes to transformers' cache tell what kind of layer it is. One that passes the
     cached state to its kernel as an initial state can start anywhere. One that caches only a convolution's inputs
     looks a few tokens back. Any other runs over whole paths.
-
-    Args:
-        layer (`torch.nn.Module`):
-            Layer of a model.
     """
     code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
     if code is None:
@@ -105,16 +88,9 @@ def _reach(layer: nn.Module) -> int:
 
 def path_dependent_layers(model: PreTrainedModel) -> dict[nn.Module, ReplayMode]:
     """
-    Return the layers of a model that a mask alone does not bring onto a tree.
+    Return the outermost layers of a model that a mask alone does not bring onto a tree, with how each runs on one.
 
     They mix tokens outside attention, or they are attention that selects its tokens.
-
-    Args:
-        model (`transformers.PreTrainedModel`):
-            Model.
-
-    Returns:
-        `dict[torch.nn.Module, ReplayMode]`: The outermost such layers, with how each runs on a tree.
     """
     readers = set(decoder_modules(model))
     return dict(_outermost(get_decoder(model), readers))

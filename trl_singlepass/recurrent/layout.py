@@ -32,24 +32,12 @@ class Layout:
 
     Batches are padded on the right with the last token of each piece, as what follows a token does not change its
     output, or packed: pieces follow one another in one sequence.
-
-    Args:
-        length (`int`):
-            Number of tokens of the row.
-        schedule (`Schedule`):
-            Pieces and batches.
-        device (`torch.device`):
-            Device of the layer's inputs.
-        boundary (`RowBoundary`, *optional*):
-            What the layers take from other rows and leave for them.
-        packed (`bool`, *optional*, defaults to `False`):
-            Whether batches are packed.
     """
 
-    length: int
+    length: int  # number of tokens of the row
     schedule: Schedule
-    device: torch.device
-    boundary: RowBoundary | None = None
+    device: torch.device  # device of the layer's inputs
+    boundary: RowBoundary | None = None  # what the layers take from other rows and leave for them
     packed: bool = False
 
     @cached_property
@@ -113,13 +101,8 @@ class Layout:
         """
         Split an argument of a layer into one per batch.
 
-        Args:
-            value (`object`):
-                Tensor with one entry per token, shape `(1, num_inputs, ...)`, or a tuple or dictionary of such. Every
-                batch gets other values as they are.
-
-        Returns:
-            `list`: One value per batch; tensors have shape `(num_pieces, num_tokens, ...)`.
+        The argument is a tensor of shape `(1, num_inputs, ...)`, one entry per token, or a tuple or dictionary of
+        such; every batch gets other values as they are. Tensors of a batch have shape `(num_pieces, num_tokens, ...)`.
         """
         if isinstance(value, dict):
             parts = [self.gather(part) for part in value.values()]
@@ -141,12 +124,8 @@ class Layout:
         """
         Put the outputs of all batches in the order of the row.
 
-        Args:
-            outputs (`Sequence`):
-                What the layer returned for each batch: a tensor with one entry per token, or a tuple.
-
-        Returns:
-            `Any`: The same for the row, with `None` for what has no entry per token (states, attention weights).
+        A batch's output is a tensor with one entry per token, or a tuple. What has no entry per token (states,
+        attention weights) becomes `None`.
         """
         if isinstance(outputs[0], tuple):
             return tuple(self.scatter(parts) for parts in zip(*outputs, strict=True))
@@ -164,16 +143,10 @@ class Layout:
 
     def masks(self, mask: TreeMask, dtype: torch.dtype | None) -> list[torch.Tensor]:
         """
-        Return the masks of a layer that attends over whole paths, one per batch.
+        Return the masks of a layer that attends over whole paths, one per batch,
+        `(num_pieces, 1, num_tokens, num_tokens)`.
 
-        Args:
-            mask (`TreeMask`):
-                Mask of the layer for the row.
-            dtype (`torch.dtype`, *optional*):
-                If set, masks are added to scores of this dtype, as in eager attention; otherwise they are boolean.
-
-        Returns:
-            `list[torch.Tensor]`: Masks of shape `(num_pieces, 1, num_tokens, num_tokens)`.
+        With a dtype, masks are added to scores of this dtype, as in eager attention; otherwise they are boolean.
         """
         masks = []
         for pieces, length in self.shapes:

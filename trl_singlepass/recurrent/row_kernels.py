@@ -41,23 +41,12 @@ CONVOLUTION = "causal_conv1d_fn"
 
 @dataclass(frozen=True, slots=True)
 class ScanNames:
-    """
-    How a scan of transformers calls its arguments.
+    """How a scan of transformers calls its arguments."""
 
-    Args:
-        initial_state (`str`):
-            State to start from, shape `(num_sequences, ...)`.
-        returns_state (`str`):
-            Whether to return the final states too.
-        packs (`bool`):
-            Whether fast kernels start each packed sequence (`cu_seqlens`) from a state of its own.
-        returns_pair (`bool`):
-            Whether it returns `(output, None)` if no final state is asked for, instead of the output alone.
-    """
-
-    initial_state: str
-    returns_state: str
-    packs: bool
+    initial_state: str  # the state to start from, shape `(num_sequences, ...)`
+    returns_state: str  # whether to return the final states too
+    packs: bool  # whether fast kernels start each packed sequence (`cu_seqlens`) from a state of its own
+    # Whether it returns `(output, None)` if no final state is asked for, instead of the output alone.
     returns_pair: bool
 
 
@@ -74,30 +63,16 @@ FUSED = "mamba2_split_conv1d_scan_combined"
 
 @dataclass(frozen=True, slots=True)
 class RowKernels:
-    """
-    Kernels of a layer that mix tokens.
+    """Kernels of a layer that mix tokens."""
 
-    Args:
-        forward (`FunctionType`):
-            The layer's `forward`, which calls them.
-        scan (`str`, *optional*):
-            Name of its scan; `None` if the layer only convolves.
-    """
-
-    forward: FunctionType
-    scan: str | None
+    forward: FunctionType  # the layer's `forward`, which calls them
+    scan: str | None  # name of the scan; `None` if the layer only convolves
 
     def run(self, layer: nn.Module, arguments: Mapping[str, object], tree: Tree) -> Any:
         """
-        Run the layer on a row.
+        Run the layer on a row, with the arguments of its `forward`, without a cache or a mask.
 
-        Args:
-            layer (`torch.nn.Module`):
-                Layer.
-            arguments (`Mapping[str, object]`):
-                Arguments of its `forward`, without a cache or a mask.
-            tree (`Tree`):
-                Tree of the row, on the device of the arguments.
+        The tree is on the device of the arguments.
         """
         names = self.forward.__globals__
         passed_on = set(arguments) - set(inspect.signature(self.forward).parameters)  # of packed rows, not of trees
@@ -141,15 +116,9 @@ def find_row_kernels(layer: nn.Module, mode: ReplayMode) -> RowKernels | None:
     """
     Return the kernels of a layer that can run on a whole row.
 
-    Args:
-        layer (`torch.nn.Module`):
-            Layer that does not run on trees yet.
-        mode (`ReplayMode`):
-            How it would run piece by piece.
-
-    Returns:
-        `RowKernels`, *optional*: `None` for a layer that has to run piece by piece: one with another kernel, or whose
-        `forward` or convolution a library has replaced or hooked (CPU offload, `kernelize`).
+    The layer does not run on trees yet; `mode` is how it would run piece by piece. Returns `None` for a layer that has
+    to run piece by piece: one with another kernel, or whose `forward` or convolution a library has replaced or hooked
+    (CPU offload, `kernelize`).
     """
     forward = inspect.unwrap(type(layer).forward)
     if not isinstance(forward, FunctionType) or mode.attends:
@@ -186,12 +155,6 @@ class ConvolutionLayout:
     The row of [`schedule`] with a kernel of 3 tokens, where `-` is a zero:
 
         gather_index     0 1 2 3 4 5 6   2 3 7 8   0 1 9 10
-
-    Args:
-        tree (`Tree`):
-            Tree of the row.
-        kernel_size (`int`):
-            Number of tokens that an output depends on.
     """
 
     def __init__(self, tree: Tree, kernel_size: int) -> None:
@@ -202,17 +165,7 @@ class ConvolutionLayout:
 
     def run(self, kernel: Kernel, hidden_states: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
         """
-        Convolve along the paths of the tree.
-
-        Args:
-            kernel (`Callable`):
-                Causal convolution over the last dimension.
-            hidden_states (`torch.Tensor` of shape `(1, channels, row_length)`):
-                Row.
-            *args (`object`):
-                Further arguments of the kernel.
-            **options (`object`):
-                Further arguments of the kernel.
+        Run a causal convolution over the last dimension, `(1, channels, row_length)`, along the paths of the tree.
         """
         tokens = hidden_states.squeeze(0).t()  # the channels of a token side by side, as the projection wrote them
         if self.needs_zero:
@@ -223,17 +176,10 @@ class ConvolutionLayout:
 
 def insert_ancestors(plan: TreePlan, count: int) -> tuple[np.ndarray[Any, np.dtype[np.int64]], ...]:
     """
-    Insert the last ancestors of each run before it.
+    Insert the last `count` ancestors of each run before it.
 
-    Args:
-        plan (`TreePlan`):
-            Structure of the row.
-        count (`int`):
-            How many ancestors; zeros, as position `row_length`, in the place of those before a sample's first token.
-
-    Returns:
-        `tuple[numpy.ndarray, numpy.ndarray]` of `numpy.int64`: Positions with the inserted ones, and where among them
-        the tokens of the row are.
+    Returns positions with the inserted ones, and where among them the tokens of the row are, both int64. Zeros, as
+    position `row_length`, take the place of ancestors before a sample's first token.
     """
     parts, kept, total = [], [], 0
     for run in plan.runs:
@@ -248,22 +194,10 @@ def insert_ancestors(plan: TreePlan, count: int) -> tuple[np.ndarray[Any, np.dty
 
 def run_scan(kernel: Kernel, names: ScanNames, layout: Layout, /, *args: object, **options: object) -> Any:
     """
-    Run a scan along the paths of the tree.
+    Run a scan over the second dimension along the paths of the tree.
 
-    Args:
-        kernel (`Callable`):
-            Scan over the second dimension.
-        names (`ScanNames`):
-            How it calls its arguments.
-        layout (`Layout`):
-            Pieces of the row, in the order in which they run.
-        *args (`object`):
-            The scan's arguments for the row, per-token tensors of shape `(1, row_length, ...)` among them.
-        **options (`object`):
-            Those that it gets by name.
-
-    Returns:
-        `Any`: What the kernel returns if it is not asked for the final state.
+    Its arguments are those for the row, per-token tensors of shape `(1, row_length, ...)` among them. The layout has
+    the pieces in the order in which they run. Returns what the kernel returns if it is not asked for the final state.
     """
     pieces = layout.schedule.pieces
     states: dict[int, torch.Tensor] = {}

@@ -42,18 +42,8 @@ def check_scan(layer: nn.Module, scan: str, device: torch.device, dtype: torch.d
     """
     Compare the scan of a layer with PyTorch's, unless that has been done for its sizes.
 
-    Args:
-        layer (`torch.nn.Module`):
-            Layer with a gated delta rule; others are not checked.
-        scan (`str`):
-            Name of the scan in the layer's module.
-        device (`torch.device`):
-            Device of the layer's inputs; only [`DEVICES`] are checked.
-        dtype (`torch.dtype`):
-            Dtype of the layer's inputs.
-
-    Raises:
-        `RuntimeError`: If they differ.
+    Layers without a gated delta rule and devices other than [`DEVICES`] are not checked. `scan` is its name in the
+    layer's module, device and dtype are those of the layer's inputs. Raises `RuntimeError` if the two differ.
     """
     names = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
     if device.type not in DEVICES or scan != "torch_chunk_gated_delta_rule":
@@ -69,18 +59,8 @@ def compare_scan(kernel: Scan, sizes: ScanSizes, device: torch.device, dtype: to
     """
     Compare a kernel with the PyTorch code that it replaces.
 
-    Args:
-        kernel (`Callable`):
-            Scan of transformers, which wraps the PyTorch code.
-        sizes (`ScanSizes`):
-            Sizes of the scan.
-        device (`torch.device`):
-            Device to run on.
-        dtype (`torch.dtype`):
-            Dtype of queries, keys and values.
-
-    Raises:
-        `RuntimeError`: If a result or gradient differs by more than `MAX_DIFFERENCE` of its norm.
+    The kernel is a scan of transformers, which wraps that code; the dtype is that of queries, keys and values. Raises
+    `RuntimeError` if a result or gradient differs by more than `MAX_DIFFERENCE` of its norm.
     """
     reference = inspect.unwrap(kernel)
     # Checkpointing counts the tensors that its layers save; these are not among them.

@@ -28,28 +28,16 @@ MIN_LENGTH_RATIO = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """
-    Tokens that a layer runs over in one call, all on one path.
+    """Tokens that a layer runs over in one call, all on one path."""
 
-    Args:
-        ranges (`Ranges`):
-            Half-open ranges of row positions, in the order of their depth. The last one is the piece's own; those
-            before it belong to other pieces and are replayed.
-        num_replayed (`int`):
-            Number of tokens in the replayed ranges.
-        source (`int`, *optional*, defaults to -1):
-            Index of the piece whose final state this one starts from, -1 for none.
-        is_source (`bool`, *optional*, defaults to `False`):
-            Whether another piece, or one of a later row, starts from this one's final state.
-        source_token (`int`, *optional*, defaults to -1):
-            Position of the token outside the row whose state this piece starts from, -1 for none. Positions from the
-            row's length on lie outside it.
-    """
-
+    # Half-open ranges of row positions, in the order of their depth. The last one is the piece's own; those before it
+    # belong to other pieces and are replayed.
     ranges: Ranges
-    num_replayed: int
-    source: int = -1
-    is_source: bool = False
+    num_replayed: int  # number of tokens in the replayed ranges
+    source: int = -1  # index of the piece whose final state this one starts from, -1 for none
+    is_source: bool = False  # whether another piece, or one of a later row, starts from this one's final state
+    # Position of the token outside the row whose state this piece starts from, -1 for none. Positions from the row's
+    # length on lie outside it.
     source_token: int = -1
 
     @property
@@ -65,35 +53,19 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """
-    Pieces that together cover a row, and the order in which they run.
-
-    Args:
-        pieces (`tuple[Piece, ...]`):
-            Pieces.
-        batches (`tuple[tuple[int, ...], ...]`):
-            Indices of the pieces that run together, longest first. A piece's source is in an earlier batch.
-    """
+    """Pieces that together cover a row, and the order in which they run."""
 
     pieces: tuple[Piece, ...]
+    # Indices of the pieces that run together, longest first. A piece's source is in an earlier batch.
     batches: tuple[tuple[int, ...], ...]
 
 
 def path_schedule(plan: TreePlan, reach: int | None = None, min_length_ratio: float = MIN_LENGTH_RATIO) -> Schedule:
     """
-    Run every branch together with its history.
+    Run every branch together with its history, one piece per run of the plan.
 
-    Args:
-        plan (`TreePlan`):
-            Structure of the row.
-        reach (`int`, *optional*):
-            How many tokens back an output of the layer depends on. Only that much history is replayed; all of it if
-            not given.
-        min_length_ratio (`float`, *optional*, defaults to 0.7):
-            Length of a batch's shortest piece ÷ length of its longest, at least.
-
-    Returns:
-        `Schedule`: One piece per run of the plan.
+    Only as much history is replayed as an output of the layer depends on, `reach` tokens back; all of it if not given.
+    The shortest piece of a batch has at least `min_length_ratio` of the length of its longest.
     """
     pieces = []
     for run in plan.runs:
@@ -110,17 +82,9 @@ def fork_schedule(plan: TreePlan, handed_on: Collection[int] = (), *, packed: bo
     Pieces that others start from run one at a time, because the state after padding is not the state at the fork. A
     piece that continues tokens outside the row replays the last of them, so that it is never a single token.
 
-    Args:
-        plan (`TreePlan`):
-            Structure of the row.
-        handed_on (`Collection[int]`, *optional*):
-            Positions just past the tokens whose states later rows start from.
-        packed (`bool`, *optional*, defaults to `False`):
-            Whether batches need no padding: pieces that others start from then run together where none of them starts
-            from another, and all branches in one batch.
-
-    Returns:
-        `Schedule`: Pieces that begin and end at forks.
+    `handed_on` has the positions just past the tokens whose states later rows start from. Packed batches need no
+    padding: pieces that others start from then run together where none of them starts from another, and all branches
+    in one batch.
     """
     pieces = _fork_pieces(plan, handed_on)
     sources = _levels(pieces) if packed else [(index,) for index, piece in enumerate(pieces) if piece.is_source]
@@ -185,16 +149,7 @@ def _replay_source(piece: Piece, source: Piece) -> Piece:
 
 def last_tokens(path: Ranges, count: int) -> Ranges:
     """
-    Return the last tokens of a path.
-
-    Args:
-        path (`Ranges`):
-            Half-open ranges of positions, in the order of their depth.
-        count (`int`):
-            How many tokens; all of a shorter path.
-
-    Returns:
-        `Ranges`: Their ranges.
+    Return the last `count` tokens of a path, half-open ranges in the order of their depth; all of a shorter path.
     """
     kept: list[tuple[int, int]] = []
     for start, end in reversed(path):

@@ -21,14 +21,10 @@ Call = Callable[..., Any]
 
 def on_share_of_channels(run: Call, group: RowGroup | None) -> Call:
     """
-    Return a convolution that takes this rank's part of a row.
+    Return a convolution that takes this rank's part of a row; `run` itself if no ranks share the row.
 
-    Args:
-        run (`Callable`):
-            Convolution of a whole row, by channel. Takes the row, shape `(1, channels, row_length)`, the weight, shape
-            `(channels, kernel_size)`, and further arguments, such as a bias of shape `(channels,)`.
-        group (`RowGroup`, *optional*):
-            Ranks that share the row; if there are none, the convolution is returned as it is.
+    `run` convolves a whole row, `(1, channels, row_length)`, by channel. It also takes the weight,
+    `(channels, kernel_size)`, and further arguments, such as a bias of shape `(channels,)`.
     """
     if group is None:
         return run
@@ -50,17 +46,11 @@ def on_share_of_channels(run: Call, group: RowGroup | None) -> Call:
 
 def on_share_of_heads(run: Call, group: RowGroup | None, length: int) -> Call:
     """
-    Return a scan that takes this rank's part of a row.
+    Return a scan that takes this rank's part of a row; `run` itself if no ranks share the row.
 
-    Args:
-        run (`Callable`):
-            Scan of a whole row, head by head. Takes per-token tensors of shape `(1, row_length, heads, ...)`, where
-            groups of heads may share one (`num_groups` of Mamba-2), parameters of shape `(heads, ...)` and others.
-            Returns its output, shape `(1, row_length, heads, ...)`, or a tuple that begins with it.
-        group (`RowGroup`, *optional*):
-            Ranks that share the row; if there are none, the scan is returned as it is.
-        length (`int`):
-            Length of the row.
+    `run` scans a whole row head by head. It takes per-token tensors of shape `(1, row_length, heads, ...)`, where
+    groups of heads may share one (`num_groups` of Mamba-2), parameters of shape `(heads, ...)` and others. It returns
+    its output, shape `(1, row_length, heads, ...)`, or a tuple that begins with it.
     """
     if group is None:
         return run
@@ -90,16 +80,10 @@ def _is_per_token(value: Any, num_tokens: int) -> bool:
 
 def gather_argument(value: Any, group: RowGroup, num_tokens: int) -> Any:
     """
-    Return an argument of a layer for the whole row.
+    Return an argument of a layer for the whole row, from this rank's part.
 
-    Args:
-        value (`Any`):
-            Tensor with an entry per token of this rank, shape `(1, num_tokens, ...)`, or a tuple or dictionary of
-            such. Other values are the same on all ranks, and returned as they are.
-        group (`RowGroup`):
-            Ranks that share the row.
-        num_tokens (`int`):
-            Number of tokens of each rank.
+    The argument is a tensor of shape `(1, num_tokens, ...)`, or a tuple or dictionary of such. Other values are the
+    same on all ranks, and returned as they are.
     """
     if isinstance(value, dict):
         return {name: gather_argument(part, group, num_tokens) for name, part in value.items()}
@@ -113,13 +97,7 @@ def part_of_output(output: Any, length: int, group: RowGroup) -> Any:
     """
     Return this rank's part of what a layer returned for a row.
 
-    Args:
-        output (`Any`):
-            Tensor with an entry per token, shape `(1, row_length, ...)`, or a tuple of such; others stay.
-        length (`int`):
-            Length of the row.
-        group (`RowGroup`):
-            Ranks that share the row.
+    The output is a tensor of shape `(1, row_length, ...)`, or a tuple of such; others stay.
     """
     if isinstance(output, tuple):
         return tuple(part_of_output(part, length, group) for part in output)

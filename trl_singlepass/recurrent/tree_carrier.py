@@ -61,14 +61,8 @@ def pass_tree_in_masks(model: PreTrainedModel, layers: Iterable[nn.Module]) -> l
     """
     Pass the tree of the row to the inner models that build the masks of some layers.
 
-    Args:
-        model (`transformers.PreTrainedModel`):
-            Model with its head. Its own `attention_mask` stays as it is: mixture-of-experts losses read it.
-        layers (`Iterable[torch.nn.Module]`):
-            Recurrent layers.
-
-    Returns:
-        `list[torch.utils.hooks.RemovableHandle]`: Handles that remove the hooks.
+    Returns handles that remove the hooks. The `attention_mask` of the model with its head stays as it is:
+    mixture-of-experts losses read it.
     """
     wanted = set(layers)
     return [

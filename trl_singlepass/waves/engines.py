@@ -22,13 +22,7 @@ class Engine:
     """
     One process: waves call the model as it is.
 
-    Args:
-        model (`torch.nn.Module`):
-            Model as the Trainer wrapped it.
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the Trainer.
-        scale (`float`):
-            What the Trainer multiplies its loss by.
+    `model` is as the Trainer wrapped it; `scale` is what the Trainer multiplies its loss by.
     """
 
     def __init__(self, model: torch.nn.Module, accelerator: Accelerator, scale: float) -> None:
@@ -48,16 +42,9 @@ class Engine:
 
     def padding(self, num_forwards: int, num_waves: int) -> tuple[int, int]:
         """
-        Return how many calls this rank has to add so that all ranks make as many.
+        Return how many forwards without and with a backward this rank has to add so that all ranks make as many calls.
 
-        Args:
-            num_forwards (`int`):
-                Forwards of this rank without a backward.
-            num_waves (`int`):
-                Forwards of this rank with a backward.
-
-        Returns:
-            `tuple[int, int]`: Forwards to add without and with a backward.
+        `num_forwards` counts those of this rank without a backward, `num_waves` those with one.
         """
         return 0, 0
 
@@ -69,11 +56,7 @@ class Engine:
         """
         Run the model for the wave whose backward comes last.
 
-        Args:
-            is_kept (`bool`):
-                Whether backwards of other waves come between this forward and its own backward.
-            **inputs (`Any`):
-                Inputs of the model.
+        The wave `is_kept` if backwards of other waves come between this forward and its own backward.
         """
         return self.forward(**inputs)
 
@@ -124,19 +107,7 @@ class ShardedEngine(Engine):
 
 
 class SharedRowEngine(ShardedEngine):
-    """
-    DeepSpeed with rows that ranks share: each runs the model on its part, and gets the outputs for all tokens.
-
-    Args:
-        model (`torch.nn.Module`):
-            As for [`Engine`].
-        accelerator (`accelerate.Accelerator`):
-            As for [`Engine`].
-        scale (`float`):
-            As for [`Engine`].
-        group (`RowGroup`):
-            Ranks that share the rows.
-    """
+    """DeepSpeed with rows that ranks share: each runs the model on its part, and gets the outputs for all tokens."""
 
     def __init__(self, model: torch.nn.Module, accelerator: Accelerator, scale: float, group: RowGroup) -> None:
         super().__init__(model, accelerator, scale)
@@ -165,19 +136,7 @@ class SharedRowEngine(ShardedEngine):
 def get_engine(
     model: torch.nn.Module, accelerator: Accelerator, scale: float, group: RowGroup | None = None
 ) -> Engine:
-    """
-    Return the engine for a model.
-
-    Args:
-        model (`torch.nn.Module`):
-            Wrapped model; its class and the accelerator decide.
-        accelerator (`accelerate.Accelerator`):
-            As for [`Engine`].
-        scale (`float`):
-            As for [`Engine`].
-        group (`RowGroup`, *optional*):
-            Ranks that share the rows.
-    """
+    """Return the engine for a model; its class and the accelerator decide, and whether ranks share the rows."""
     if group is not None:
         return SharedRowEngine(model, accelerator, scale, group)
     if accelerator.distributed_type in SHARDED:

@@ -33,23 +33,11 @@ PER_TOKEN = ("log_probs", "entropy", "is_top1", "label_mask")
 
 @dataclass(eq=False)
 class WaveLoss:
-    """
-    TRL's loss, wave by wave: `-Σ c · log p` (nll) or `-Σ c · sg(p) · log p` (dft, arXiv 2508.05629).
+    """TRL's loss, wave by wave: `-Σ c · log p` (nll) or `-Σ c · sg(p) · log p` (dft, arXiv 2508.05629)."""
 
-    Args:
-        coefficients (`torch.Tensor` of shape `(1, row_length)`, `torch.float32`):
-            Factor `c` of each position's target.
-        is_dft (`bool`):
-            Whether each token's loss is multiplied by its probability.
-        load_balancing (`LoadBalancingLoss`, *optional*):
-            Load-balancing loss of a mixture of experts.
-        load_balancing_coefficient (`float`, *optional*, defaults to 0):
-            Its factor.
-    """
-
-    coefficients: torch.Tensor
-    is_dft: bool
-    load_balancing: LoadBalancingLoss | None = None
+    coefficients: torch.Tensor  # (1, row_length), float32: factor `c` of each position's target
+    is_dft: bool  # whether each token's loss is multiplied by its probability
+    load_balancing: LoadBalancingLoss | None = None  # of a mixture of experts
     load_balancing_coefficient: float = 0.0
     total: float | torch.Tensor = field(default=0.0, init=False)
 
@@ -73,14 +61,6 @@ class LoadBalancingLoss:
     Both take the router logits of a wave, one tensor of shape `(num_tokens, num_experts)` per layer, and the
     multiplicity of its tokens (how often N-pass runs each), shape `(1, num_tokens)`. Where ranks share the row, the
     logits are those of this rank's part, and counts and shares add up over the ranks.
-
-    Args:
-        num_experts (`int`):
-            Number of experts per layer.
-        experts_per_token (`int`):
-            Number of experts that each token is routed to.
-        group (`RowGroup`, *optional*):
-            Ranks that share the row.
     """
 
     def __init__(self, num_experts: int, experts_per_token: int, group: RowGroup | None = None) -> None:
@@ -134,9 +114,7 @@ class RouterRecorder:
     """
     Records the router logits that a model's decoder returns: TRL's fused head does not pass them on.
 
-    Args:
-        model (`transformers.PreTrainedModel`):
-            Mixture-of-experts model, without adapters or wrappers.
+    Takes a mixture-of-experts model without adapters or wrappers.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

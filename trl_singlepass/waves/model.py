@@ -31,15 +31,7 @@ class WaveModel:
     In training, all waves but the last have run their backward when it returns, so only the outputs of the last one
     carry gradients. The backward of any loss that is a sum over tokens finishes the row.
 
-    Args:
-        engine (`Engine`):
-            Calls the model.
-        runner (`WaveRunner`):
-            Runs the waves of the row.
-        loss (`WaveLoss`):
-            Loss of a wave.
-        recorder (`RouterRecorder`, *optional*):
-            Router logits of a mixture of experts whose load-balancing loss is trained.
+    The `recorder` gives the router logits of a mixture of experts whose load-balancing loss is trained.
     """
 
     def __init__(
@@ -51,17 +43,10 @@ class WaveModel:
         self, *, fused_lm_head: bool = False, labels: torch.Tensor | None = None, tree: object = None, **inputs: Any
     ) -> Any:
         """
-        Run the row.
+        Run the row, on inputs for the whole row.
 
-        Args:
-            fused_lm_head (`bool`, *optional*, defaults to `False`):
-                Whether to return log probabilities of the labels instead of logits.
-            labels (`torch.Tensor` of shape `(1, row_length)`, *optional*):
-                Rolled labels.
-            tree (`RowTree`, *optional*):
-                Not read: each wave has its own part of the tree.
-            **inputs (`Any`):
-                Other inputs of the model, for the whole row.
+        With `fused_lm_head`, log probabilities of the labels are returned instead of logits. Labels are rolled, shape
+        `(1, row_length)`. `tree` is not read: each wave has its own part of the tree.
         """
         if not fused_lm_head:
             return self._return_logits(inputs)

@@ -28,22 +28,14 @@ class Wave:
     Consecutive tokens of a row that run together.
 
     A row is laid out depth first, so the ancestors of a token are in its wave or an earlier one.
-
-    Args:
-        start (`int`):
-            Position of the first token in the row.
-        end (`int`):
-            Position just past the last token in the row.
-        handed_on (`Ranges`):
-            Half-open ranges of the tokens that have descendants in later waves, in the order of their depth.
-        is_kept (`bool`, *optional*, defaults to `False`):
-            Whether it runs once and its activations stay until all its descendants are done. If not, the tokens that
-            are handed on run a second time.
     """
 
-    start: int
-    end: int
+    start: int  # position of the first token in the row
+    end: int  # just past the last token
+    # Half-open ranges of the tokens that have descendants in later waves, in the order of their depth.
     handed_on: Ranges
+    # Whether it runs once and its activations stay until all its descendants are done. If not, the tokens that are
+    # handed on run a second time.
     is_kept: bool = False
 
     def __len__(self) -> int:
@@ -57,17 +49,10 @@ class Wave:
 
 @dataclass(frozen=True, slots=True)
 class WavePlan:
-    """
-    The waves of a row.
-
-    Args:
-        row (`TreePlan`):
-            Structure of the row.
-        groups (`tuple[tuple[Wave, ...], ...]`):
-            Waves in row order, grouped so that no token has an ancestor in another group.
-    """
+    """The waves of a row."""
 
     row: TreePlan
+    # Waves in row order, grouped so that no token has an ancestor in another group.
     groups: tuple[tuple[Wave, ...], ...]
 
     @classmethod
@@ -87,21 +72,10 @@ class WavePlan:
         any single branch, and branches run in waves of what is left. Otherwise both are split into waves of
         `wave_tokens`.
 
-        Args:
-            row (`TreePlan`):
-                Structure of the row.
-            wave_tokens (`int`):
-                Largest number of tokens that have activations at the same time.
-            keep_history (`bool`, *optional*, defaults to `True`):
-                Whether a history that fits may be kept instead of run twice.
-            smallest_wave (`int`, *optional*, defaults to 1):
-                A history is kept only where it leaves room for waves of this many tokens.
-            allow_single_tokens (`bool`, *optional*, defaults to `True`):
-                Whether a wave may be a single token. If not, it joins a neighbour, which then has up to two tokens
-                more than `wave_tokens`.
-
-        Returns:
-            `WavePlan`: The waves.
+        `wave_tokens` is the largest number of tokens that have activations at the same time. With `keep_history`, a
+        history that fits may be kept instead of run twice, but only where it leaves room for waves of `smallest_wave`
+        tokens. Unless `allow_single_tokens`, a wave of a single token joins a neighbour, which then has up to two
+        tokens more than `wave_tokens`.
         """
         groups: list[tuple[Wave, ...]] = []
         together: list[tuple[int, int]] = []  # trees that fit into one wave so far

@@ -28,13 +28,7 @@ class WaveRunner:
     descendants in later waves run forward first, in row order, and only keys, values and what else layers need of them
     are stored. Then each wave runs forward and backward, from the last to the first.
 
-    Args:
-        plan (`WavePlan`):
-            Waves of the row.
-        tree (`Tree`):
-            Tree of the whole row.
-        offload (`bool`, *optional*, defaults to `False`):
-            Whether what is stored, and its gradients, wait on the CPU.
+    `tree` is that of the whole row. With `offload`, what is stored, and its gradients, wait on the CPU.
     """
 
     def __init__(self, plan: WavePlan, tree: Tree, offload: bool = False) -> None:
@@ -65,12 +59,7 @@ class WaveRunner:
         """
         Run the whole row forward, without gradients, and store what later waves need.
 
-        Args:
-            forward (`Forward`):
-                Runs the model.
-
-        Yields:
-            `tuple[Wave, Output]`: Each wave in row order, with its outputs.
+        Yields each wave in row order, with its outputs.
         """
         for group, cache in zip(self.plan.groups, self.caches, strict=True):
             for wave in group:
@@ -80,29 +69,17 @@ class WaveRunner:
         self._history_is_stored = True
 
     def store_history(self, forward: Forward[object]) -> None:
-        """
-        Run the tokens that later waves descend from, for all groups before the first wave trains.
-
-        Args:
-            forward (`Forward`):
-                Runs the model; its outputs are not used.
-        """
+        """Run the tokens that later waves descend from, for all groups before the first wave trains."""
         for group, cache in zip(self.plan.groups, self.caches, strict=True):
             self._store_group(group, cache, forward)
         self._history_is_stored = True
 
     def train(self, forward: Forward[Output], forward_history: Forward[object]) -> Iterator[tuple[Wave, Output]]:
         """
-        Run the row forward and backward. The caller runs the backward of a wave before it asks for the next one.
+        Run the row forward and backward; yield each wave with its outputs, [`last`] last.
 
-        Args:
-            forward (`Forward`):
-                Runs the model.
-            forward_history (`Forward`):
-                The same where only the layers matter, not the outputs.
-
-        Yields:
-            `tuple[Wave, Output]`: Each wave with its outputs, [`last`] last.
+        The caller runs the backward of a wave before it asks for the next one. `forward_history` runs the model where
+        only the layers matter, not the outputs.
         """
         for index, group in enumerate(self.plan.groups):
             cache = self.caches[index]

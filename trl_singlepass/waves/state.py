@@ -32,13 +32,7 @@ class GroupCache:
     Every token with descendants in later waves has a slot: slots count these tokens in row order. Of the slots, each
     layer stores what it needs.
 
-    Args:
-        row (`TreePlan`):
-            Structure of the row.
-        waves (`Sequence[Wave]`):
-            Waves of the group, in row order.
-        offload (`bool`, *optional*, defaults to `False`):
-            Whether to hold it on the CPU.
+    Takes the waves of the group in row order. With `offload`, the cache is on the CPU.
     """
 
     def __init__(self, row: TreePlan, waves: Sequence[Wave], offload: bool = False) -> None:
@@ -65,14 +59,8 @@ class GroupCache:
         """
         Return the keys and values of one call of an attention layer.
 
-        Args:
-            layer (`torch.nn.Module`):
-                Attention layer.
-            call (`int`):
-                How often the layer attended before in the same forward: most do once, but DiffLlama's do twice, with
-                other values, and looped models run a layer again.
-            slots (`numpy.ndarray` of `numpy.int64`):
-                Slots that it stores, from [`get_window_slots`].
+        `call` is how often the layer attended before in the same forward: most do once, but DiffLlama's do twice, with
+        other values, and looped models run a layer again. `slots` are those that it stores, from [`get_window_slots`].
         """
         if (layer, call) not in self.kv_caches:
             copies = self._copies_for if self.offload else None
@@ -114,11 +102,7 @@ class GroupCache:
         """
         Return the slots of the tokens that a wave hands on.
 
-        Args:
-            tokens (`RangeMap`):
-                Where the tokens that run are in the sequence that runs.
-            wave (`Wave`):
-                Their wave.
+        `tokens` says where the tokens that run are in the sequence that runs.
         """
         return tuple(
             (*own, slot[0])
@@ -142,45 +126,23 @@ class WaveTree(Tree):
     Positions of its plan from `plan.length` on are slots of the cache (see [`make_subplan`]). Its tensors have shape
     `(1, num_tokens)`, with an entry for each token that runs.
 
-    Args:
-        plan (`TreePlan`):
-            Structure of the tokens that run.
-        subtree_end (`torch.Tensor` of shape `(1, num_tokens)`, `torch.int64`):
-            For each token, the position just past its last descendant that runs as well.
-        depth (`torch.Tensor` of shape `(1, num_tokens)`, `torch.int64`):
-            Depth of each token in the row.
-        group (`RowGroup`, *optional*):
-            Ranks that share the row. The tokens that run are then padded with one more chain.
-        cache (`GroupCache`):
-            What the layers have stored of ancestors that do not run.
-        handed_on (`SlotRanges`):
-            Tokens that later waves descend from.
-        stores (`bool`):
-            Whether these tokens run for the first time.
+    Depths are those in the row; for `subtree_end`, only descendants that run as well count. If ranks share the row,
+    the tokens that run are padded with one more chain.
     """
 
-    cache: GroupCache | None = None
-    handed_on: SlotRanges = ()
-    stores: bool = False
+    cache: GroupCache | None = None  # what the layers have stored of ancestors that do not run
+    handed_on: SlotRanges = ()  # tokens that later waves descend from
+    stores: bool = False  # whether these tokens run for the first time
     _layer_slots: dict[int | None, LayerSlots] = field(default_factory=dict, init=False, repr=False)
     _calls: Counter[torch.nn.Module] = field(default_factory=Counter, init=False, repr=False)
 
     @classmethod
     def from_wave(cls, wave: Wave, tokens: Ranges, cache: GroupCache, row: Tree, *, stores: bool) -> WaveTree:
         """
-        Return the tree of a forward.
+        Return the tree of a forward over some tokens of a wave: all of them, or those that it hands on.
 
-        Args:
-            wave (`Wave`):
-                Wave that runs.
-            tokens (`Ranges`):
-                Its tokens that run: all of them, or those that it hands on.
-            cache (`GroupCache`):
-                Cache of its group.
-            row (`Tree`):
-                Tree of the whole row.
-            stores (`bool`):
-                Whether these tokens run for the first time.
+        `cache` is that of the wave's group, `row` the tree of the whole row. Tokens that run for the first time are
+        stored.
         """
         running = RangeMap.consecutive(tokens)
         num_tokens = len(running)
@@ -200,8 +162,7 @@ class WaveTree(Tree):
         """
         Return the keys and values of ancestors that ran before, as far back as the layer looks.
 
-        Raises:
-            `NotImplementedError`: If a checkpointed layer attends several times: which time runs again is not known.
+        Raises `NotImplementedError` if a checkpointed layer attends several times: which time runs again is not known.
         """
         assert self.cache is not None
         if not len(self.cache.slots):
@@ -246,17 +207,6 @@ class WaveTree(Tree):
 
 
 def select(x: torch.Tensor, tokens: Ranges) -> torch.Tensor:
-    """
-    Return the entries of some tokens of a row.
-
-    Args:
-        x (`torch.Tensor` of shape `(1, row_length, ...)`):
-            Per-token tensor.
-        tokens (`Ranges`):
-            Half-open ranges of row positions.
-
-    Returns:
-        `torch.Tensor` of shape `(1, num_tokens, ...)`: Entries of these tokens.
-    """
+    """Return the entries of some tokens, `(1, num_tokens, ...)`, of a tensor of shape `(1, row_length, ...)`."""
     parts = [x[:, start:end] for start, end in tokens]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

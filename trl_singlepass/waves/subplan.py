@@ -23,18 +23,10 @@ from ..trees.rows import Ranges, Run, TreePlan
 
 @dataclass(frozen=True, slots=True)
 class RangeMap:
-    """
-    Where ranges of a row are in another sequence of tokens.
+    """Where ranges of a row are in another sequence of tokens."""
 
-    Args:
-        ranges (`Ranges`):
-            Half-open ranges of row positions, in row order.
-        starts (`tuple[int, ...]`):
-            For each range, the position of its first token in the other sequence.
-    """
-
-    ranges: Ranges
-    starts: tuple[int, ...]
+    ranges: Ranges  # half-open ranges of row positions, in row order
+    starts: tuple[int, ...]  # for each range, the position of its first token in the other sequence
 
     @classmethod
     def consecutive(cls, ranges: Iterable[tuple[int, int]]) -> RangeMap:
@@ -51,16 +43,9 @@ class RangeMap:
 
     def locate(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """
-        Yield where a range of the row is: with `[0, 4)` and `[9, 11)` one after the other, `[10, 11)` is at `[5, 6)`.
+        Yield where the range `[first, last)` of the row is, as half-open ranges of the other sequence.
 
-        Args:
-            first (`int`):
-                Row position of its first token.
-            last (`int`):
-                Row position just past its last token.
-
-        Yields:
-            `tuple[int, int]`: Half-open ranges of the other sequence.
+        With `[0, 4)` and `[9, 11)` one after the other, `[10, 11)` is at `[5, 6)`.
         """
         index = bisect_right(self.ranges, first, key=lambda held: held[0]) - 1
         while first < last:
@@ -75,18 +60,8 @@ def make_subplan(row: TreePlan, running: RangeMap, slots: RangeMap, length: int 
     """
     Return the plan of a forward over some tokens of a row.
 
-    Args:
-        row (`TreePlan`):
-            Structure of the row.
-        running (`RangeMap`):
-            Tokens that run, in row order.
-        slots (`RangeMap`):
-            Tokens that have a slot. Every ancestor before the first running token has one.
-        length (`int`, *optional*):
-            Length to which the running tokens are padded with one more chain.
-
-    Returns:
-        `TreePlan`: Positions below its length are running tokens and padding, the others are slots.
+    Positions below its length are running tokens, in row order, and the padding of one more chain up to `length`; the
+    others are slots. Every ancestor before the first running token has a slot.
     """
     first_running, num_running = running.ranges[0][0], len(running)
     length = num_running if length is None else length
