@@ -170,21 +170,11 @@ class OneLineErrors(ArgumentParser):
 
 def parse_arguments(argument_type: type[Arguments], arguments: Sequence[str], **about: Any) -> Arguments:
     """
-    Parse the arguments of a command.
+    Parse the arguments of a command to an object of `argument_type`, a dataclass.
 
-    Args:
-        argument_type (`type`):
-            Dataclass of the arguments. Fields without a default, or marked so, are positional.
-        arguments (`Sequence[str]`):
-            Arguments of the command line, which override those of a `--config` file.
-        **about (`Any`):
-            Arguments of `argparse.ArgumentParser`, such as `prog` and `description`.
-
-    Returns:
-        An object of `argument_type`.
-
-    Raises:
-        `ValueError`: If an argument is unknown, missing or of the wrong type.
+    Fields without a default, or marked so, are positional. Arguments of the command line override those of a
+    `--config` file; `about` goes to `argparse.ArgumentParser`. An argument that is unknown, missing or of the wrong
+    type raises `ValueError`.
     """
     parser = _make_parser(argument_type, about)
     refuse_dangling_config(arguments)

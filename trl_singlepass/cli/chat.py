@@ -62,23 +62,11 @@ def answer(
     """
     Generate the reply to a conversation, and print it as it comes.
 
-    Args:
-        messages (`list[dict]`):
-            Messages, the last one a user's.
-        model (`PreTrainedModel`):
-            The model. Its generation configuration says how tokens are drawn.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer.
-        history (`str`):
-            What the context shows of earlier turns, as [`SinglePassSFTConfig`] takes it.
-        max_new_tokens (`int`):
-            Largest number of tokens of the reply.
+    The last message is a user's; `history` says what the context shows of earlier turns, as [`SinglePassSFTConfig`]
+    takes it. The model's generation configuration says how tokens are drawn. Returns the assistant message, with its
+    reasoning under `reasoning_content`.
 
-    Returns:
-        `dict`: The assistant message, with its reasoning under `reasoning_content`.
-
-    Raises:
-        `RenderingError`: If the template cannot render the conversation under this policy.
+    If the template cannot render the conversation under this policy, this raises `RenderingError`.
     """
     # Training renders a turn with its completion; of this one, only the prompt is used.
     placeholder: Message = {"role": "assistant", "content": "Yes."}
@@ -109,16 +97,8 @@ def to_message(text: str, prompt: str, chat_template: str) -> Message:
     """
     Return what a model wrote as a message.
 
-    Args:
-        text (`str`):
-            What it wrote, without its stop token.
-        prompt (`str`):
-            What stood before. It may end with the opening tag of the reasoning.
-        chat_template (`str`):
-            Template, which tells the tags around reasoning.
-
-    Returns:
-        `dict`: Assistant message. Reasoning that was cut off has no answer.
+    `text` comes without its stop token. `prompt` is what stood before; it may end with the opening tag of the
+    reasoning. The template tells the tags around reasoning. Reasoning that was cut off has no answer.
     """
     tags = reasoning_tags(chat_template) or THINK
     opened = prompt.rstrip().endswith(tags.opening) or text.lstrip().startswith(tags.opening)

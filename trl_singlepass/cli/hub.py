@@ -17,14 +17,8 @@ def check_hub(model: str | None, data: str | None) -> None:
     Left to themselves, they try again for each file of a model, for most of a minute. Processes that are started later
     are offline too.
 
-    Args:
-        model (`str`, *optional*):
-            Folder or hub id of the model.
-        data (`str`, *optional*):
-            File, folder or hub id of the dataset.
-
-    Raises:
-        `ValueError`: If the model is neither a folder nor a hub id, or the Hub does not answer and it is not cached.
+    `model` is a folder or a hub id, `data` a file, a folder or a hub id. If the model is neither, or the Hub does not
+    answer and it is not cached, this raises `ValueError`.
     """
     on_hub = [name for name in (model, data) if name is not None and not Path(name).expanduser().exists()]
     if not on_hub:

@@ -43,22 +43,12 @@ def launch(command: str, arguments: Sequence[str], *, debug: bool = False, **abo
 
     `SIGTERM` and `SIGUSR1` are passed on to the processes, which save a checkpoint and stop.
 
-    Args:
-        command (`str`):
-            Command whose script is run, one of `SCRIPTS`.
-        arguments (`Sequence[str]`):
-            Arguments of the command line, for the script and for `accelerate launch`.
-        debug (`bool`, *optional*, defaults to `False`):
-            Whether processes show the traceback of every error.
-        **about (`str`):
-            Arguments of `argparse.ArgumentParser`, such as `prog` and `description`.
+    `command` is one of `SCRIPTS`; `arguments` are for its script and for `accelerate launch`, and `about` is for
+    `argparse.ArgumentParser`. With `debug`, processes show the traceback of every error. Returns the exit code: 0, or
+    2 if a process has printed its error.
 
-    Returns:
-        `int`: Exit code: 0, or 2 if a process has printed its error.
-
-    Raises:
-        `ValueError`: If there is no such argument or configuration, or a process ended without a word.
-        `KeyboardInterrupt`: After Ctrl-C, with the way to resume as its message.
+    An unknown argument or configuration, or a process that ended without a word, raises `ValueError`; Ctrl-C raises
+    `KeyboardInterrupt`, with the way to resume as its message.
     """
     make_parser = import_module(SCRIPTS[command]).make_parser
     run, output_dir = parse_launch(
@@ -89,22 +79,13 @@ def launch(command: str, arguments: Sequence[str], *, debug: bool = False, **abo
 
 def parse_launch(parser: TrlParser, arguments: Sequence[str], module: Sequence[str]) -> tuple[Namespace, str]:
     """
-    Divide the arguments between the script and `accelerate launch`.
+    Divide the arguments between the script and `accelerate launch`, which gets what the script's parser does not know.
 
-    Args:
-        parser (`trl.TrlParser`):
-            Parser of the script's arguments. `accelerate launch` gets what it does not know.
-        arguments (`Sequence[str]`):
-            Arguments of the command line.
-        module (`Sequence[str]`):
-            Module to run, and what it takes before those of the script.
+    `module` is the module to run, and what it takes before the arguments of the script. Returns the arguments of
+    `accelerate launch`, and the script's `output_dir`.
 
-    Returns:
-        `tuple[argparse.Namespace, str]`: Arguments of `accelerate launch`, and the script's `output_dir`.
-
-    Raises:
-        `ValueError`: If neither knows an argument, there is no such configuration, fewer processes would start than
-            are asked for, or FSDP is asked for without a GPU.
+    If neither knows an argument, there is no such configuration, fewer processes would start than are asked for, or
+    FSDP is asked for without a GPU, this raises `ValueError`.
     """
     _, training_args, *_, from_config, from_command_line = parser.parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
@@ -172,16 +153,8 @@ def with_config_file(arguments: Sequence[str]) -> list[str]:
     """
     Replace `--accelerate_config NAME` by `--config_file` with the file that it names.
 
-    Args:
-        arguments (`Sequence[str]`):
-            Arguments for `accelerate launch`. The name is a file, or a configuration that TRL ships (`fsdp2`, `zero3`,
-            …). The last one counts: flags come after the config file.
-
-    Returns:
-        `list[str]`: Arguments that `accelerate launch` knows.
-
-    Raises:
-        `ValueError`: If there is no such configuration, or no name.
+    The name is a file, or a configuration that TRL ships (`fsdp2`, `zero3`, …); if it is missing or neither, this
+    raises `ValueError`. The last one counts: flags come after the config file.
     """
     parser = OneLineErrors(add_help=False, allow_abbrev=False)
     parser.add_argument("--accelerate_config")

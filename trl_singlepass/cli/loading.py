@@ -29,19 +29,8 @@ def load_tokenizer(
     """
     Return the tokenizer of a model.
 
-    Args:
-        model (`str`):
-            Folder or hub id.
-        chat_template (`str`, *optional*):
-            File with a chat template to use instead of the tokenizer's own.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether code that comes with the model may run.
-
-    Returns:
-        `PreTrainedTokenizerBase`: The tokenizer, with a chat template.
-
-    Raises:
-        `ValueError`: If there is no such model, or no chat template.
+    `model` is a folder or a hub id, `chat_template` a file with a template to use instead of the tokenizer's own. If
+    there is no such model, or no chat template, this raises `ValueError`.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -55,10 +44,8 @@ def load_processor(model: str, *, chat_template: str | None = None, trust_remote
     """
     Return the processor of a model that reads images.
 
-    Arguments are those of [`load_tokenizer`].
-
-    Raises:
-        `ValueError`: If there is no such model, no processor, or no chat template.
+    Arguments are those of [`load_tokenizer`]. If there is no such model, no processor, or no chat template, this
+    raises `ValueError`.
     """
     try:
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -102,27 +89,7 @@ def load_model(
     reads_images: bool = False,
 ) -> PreTrainedModel:
     """
-    Return a language model, in training mode.
-
-    Args:
-        model (`str`):
-            Folder or hub id.
-        dtype (`str`):
-            Data type of the weights.
-        attn_implementation (`str`, *optional*):
-            Attention implementation.
-        device (`str`):
-            Device to move it to.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether code that comes with the model may run.
-        reads_images (`bool`, *optional*, defaults to `False`):
-            Whether it has to read images.
-
-    Returns:
-        `PreTrainedModel`: The model.
-
-    Raises:
-        `ValueError`: If it cannot be loaded.
+    Return a language model, in training mode, from a folder or the Hub; one that cannot be loaded raises `ValueError`.
     """
     auto_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
     try:

@@ -31,18 +31,10 @@ from .train_help import format_train_help
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """
-    What the help says about a command.
+    """What the help says about a command."""
 
-    Args:
-        summary (`str`):
-            What it does, in a line.
-        example (`str`):
-            How to call it.
-    """
-
-    summary: str
-    example: str
+    summary: str  # what it does, in a line
+    example: str  # how to call it
 
 
 COMMANDS = {
@@ -108,15 +100,10 @@ ARGUMENTS: dict[str, type[CommandArguments]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Run the command.
+    Run the command of `argv`, which defaults to the arguments of the process.
 
-    Args:
-        argv (`Sequence[str]`, *optional*):
-            Arguments; those of the process by default.
-
-    Returns:
-        `int`: Exit code: 0, 1 if `verify` finds a difference or `doctor` something wrong, 2 for an error, and as
-            shells have it, 130 after Ctrl-C and 141 if nobody reads the output any more.
+    Returns the exit code: 0, 1 if `verify` finds a difference or `doctor` something wrong, 2 for an error, and, as
+    shells have it, 130 after Ctrl-C and 141 if nobody reads the output any more.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):

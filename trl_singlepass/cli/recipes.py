@@ -27,17 +27,9 @@ def list_recipes() -> str:
 
 def read_recipe(name: str) -> str:
     """
-    Return the text of a recipe.
+    Return the text of a recipe, given its name or its path in the folder of recipes.
 
-    Args:
-        name (`str`):
-            Its name, or its path in the folder of recipes.
-
-    Returns:
-        `str`: The text.
-
-    Raises:
-        `ValueError`: If there is no such recipe.
+    If there is no such recipe, this raises `ValueError`.
     """
     recipes = find_recipes()
     path = recipes.get(name.removesuffix(".yaml"))
@@ -48,17 +40,10 @@ def read_recipe(name: str) -> str:
 
 def write_recipes(folder: str) -> str:
     """
-    Write all recipes to a folder, where the paths between them are right if it is called `recipes`.
+    Write all recipes to a folder, where the paths between them are right if it is called `recipes`. Return a line that
+    says what was written.
 
-    Args:
-        folder (`str`):
-            The folder. Files in it that are the same already are left alone.
-
-    Returns:
-        `str`: A line that says what was written.
-
-    Raises:
-        `ValueError`: If a file exists and differs. Nothing is written then.
+    Files that are the same already are left alone. If one differs, nothing is written, and this raises `ValueError`.
     """
     files = {Path(folder) / path.relative_to(RECIPES): path.read_bytes() for path in find_recipes().values()}
     changed = [str(file) for file, content in files.items() if file.exists() and file.read_bytes() != content]

@@ -30,21 +30,11 @@ _FIRST_RUN = {
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """
-    A setting of [`SinglePassSFTConfig`] or [`SinglePassDPOConfig`].
-
-    Args:
-        name (`str`):
-            Its name.
-        default (`str`):
-            Its default, as the command line takes it.
-        help (`str`):
-            What it does.
-    """
+    """A setting of [`SinglePassSFTConfig`] or [`SinglePassDPOConfig`]."""
 
     name: str
-    default: str
-    help: str
+    default: str  # as the command line takes it
+    help: str  # what it does
 
 
 def read_settings(command: str) -> Iterator[Setting]:

@@ -33,22 +33,13 @@ class DataCollatorForSinglePassPreference:
     DPO reads trajectories, one per line, chosen ones first: `input_ids` of shape `(2B, M + 1)` hold the tokens that
     log π is taken over, behind one token that stands for everything before them. The model never sees them; it runs on
     the rows of `tree`, which says where in the rows each of them is predicted.
-
-    Args:
-        pad_token_id (`int`):
-            Token that pads trajectories, and rows to a multiple of `pad_to_multiple_of`.
-        pad_to_multiple_of (`int`, *optional*):
-            If set, the length of a row is a multiple of this number of tokens.
-        turn_weights (`TurnWeights`, *optional*):
-            Factors of the log-probabilities of turns; all 1 by default.
-        max_row_tokens (`int`, *optional*):
-            Capacity of a row, in tokens (see [`pack_pairs`]). `None` makes one row of a batch.
     """
 
-    pad_token_id: int
+    pad_token_id: int  # pads trajectories, and rows to a multiple of `pad_to_multiple_of`
     pad_to_multiple_of: int | None = None
+    # factors of the log-probabilities of turns, all 1 by default
     turn_weights: TurnWeights = field(default_factory=TurnWeights)
-    max_row_tokens: int | None = None
+    max_row_tokens: int | None = None  # capacity of a row (see [`pack_pairs`]); `None` makes one row of a batch
     row_collator: DataCollatorForSinglePass = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,17 +47,12 @@ class DataCollatorForSinglePassPreference:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         """
-        Collate pairs.
+        Collate pairs: examples with `PAIR_COLUMNS`, and `REFERENCE_COLUMNS` if they have been computed.
 
-        Args:
-            examples (`Sequence[Mapping[str, Any]]`):
-                Pairs, with `PAIR_COLUMNS`, and `REFERENCE_COLUMNS` if they have been computed.
-
-        Returns:
-            `Batch`: `input_ids`, `completion_mask` (`torch.int64` of shape `(2B, M + 1)`); `attention_mask`, the
-            multiplicity of each token of the rows one after the other, `(1, L)`; `tree`, a [`LineView`] with one line
-            per trajectory, and with the weights of its tokens where turns have weights; `REFERENCE_COLUMNS`, if the
-            examples have them.
+        Returns `input_ids` and `completion_mask`, int64 of shape `(2B, M + 1)`; `attention_mask` of shape `(1, L)`,
+        the multiplicity of each token of the rows one after the other; `tree`, a [`LineView`] with one line per
+        trajectory, and with the weights of its tokens where turns have weights; `REFERENCE_COLUMNS`, if the examples
+        have them.
         """
         packed = pack_pairs(examples, self.max_row_tokens)
         rows = [self.row_collator([each.row.columns()]) for each in packed]

@@ -42,10 +42,8 @@ def check_pairs(
     """
     Check what the user passed to the trainer, before anything expensive starts.
 
-    Raises:
-        `ValueError`: If a single pass cannot honour one of the arguments.
-        `TypeError`: If the dataset is none.
-        `UnsupportedModelError`: If a single pass would train the model incorrectly.
+    What a single pass cannot honour raises `ValueError`, a dataset that is not one `TypeError`, and a model that it
+    would train incorrectly `UnsupportedModelError`.
     """
     if Version(trl.__version__) < Version("1.16"):
         raise ValueError(f"SinglePassDPOTrainer needs trl>=1.16, found {trl.__version__}. Upgrade trl.")
@@ -76,12 +74,7 @@ def check_dataset(dataset: Dataset | IterableDataset, name: str) -> None:
 
 
 def check_settings(args: DPOConfig) -> None:
-    """
-    Refuse settings that pairs cannot follow.
-
-    Raises:
-        `ValueError`: If one of the settings is refused.
-    """
+    """Refuse settings that pairs cannot follow."""
     has_weights = args.turn_discount is not None or args.turn_mean
     weighs = "turn_discount" if args.turn_discount is not None else "turn_mean"
     for refused, setting, why, way_out in (
@@ -128,10 +121,8 @@ def check_settings(args: DPOConfig) -> None:
 
 def check_run(accelerator: Accelerator, args: DPOConfig, *, tp_size: int) -> None:
     """
-    Check the engine and the parallelism that accelerate and transformers set up.
-
-    Raises:
-        `ValueError`: If pairs have not been shown to train exactly under it.
+    Check the engine and the parallelism that accelerate and transformers set up: pairs must have been shown to train
+    exactly under it.
     """
     config = accelerator.parallelism_config  # may come from accelerate's own configuration
     check_parallelism(config)

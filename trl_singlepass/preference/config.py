@@ -177,16 +177,7 @@ def turn_weights(args: DPOConfig) -> TurnWeights:
 
 
 def as_single_pass_config(args: DPOConfig) -> DPOConfig:
-    """
-    Return a [`~trl.DPOConfig`] itself, with the settings that it lacks at their defaults.
-
-    Args:
-        args (`trl.DPOConfig`):
-            Arguments of the user.
-
-    Returns:
-        `trl.DPOConfig`: The same object, with all fields of [`SinglePassDPOConfig`].
-    """
+    """Return a [`~trl.DPOConfig`] itself, with the settings that it lacks at their defaults."""
     for setting in fields(SinglePassDPOConfig):
         if not hasattr(args, setting.name):
             assert setting.default is not MISSING, "every setting of its own has a default"

@@ -49,29 +49,12 @@ def prepare_pairs(
     """
     Return a dataset of pairs as a dataset of rows, one per pair, and say what it held and what is lost.
 
-    Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset`):
-            Pairs, in any of the forms of [`example_to_pair`].
-        tokenizer (`transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`):
-            Tokenizer with a chat template, or, for pairs with images, the processor.
-        settings (`PairSettings`):
-            How pairs become rows.
-        bad_rows (`BadRows`, *optional*, defaults to `"error"`):
-            What happens to examples that cannot be trained.
-        num_proc (`int`, *optional*):
-            Number of processes; a stream is prepared on the fly.
-        name (`str`, *optional*, defaults to `"train"`):
-            Name of the dataset in progress bars and log.
-        is_main_process (`bool`, *optional*, defaults to `True`):
-            Whether this process is the one that prints the summary.
+    Pairs have any of the forms of [`example_to_pair`]; rows have `PAIR_COLUMNS` and the columns of their pairs (see
+    [`keep_columns`]). A stream is prepared on the fly. `name` is what progress bars and the log call the dataset; the
+    main process prints the summary.
 
-    Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: Rows, with `PAIR_COLUMNS` and the columns of their pairs (see
-        [`keep_columns`]).
-
-    Raises:
-        `RenderingError`: If examples cannot be rendered without losing part of a turn, and may not be left out.
-        `ValueError`: If no pair is left.
+    If examples cannot be rendered without losing part of a turn, and may not be left out, this raises
+    `RenderingError`; if no pair is left, `ValueError`.
     """
     tokenizer = reader_for(dataset, tokenizer)
     if isinstance(dataset, IterableDataset):

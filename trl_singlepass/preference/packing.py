@@ -31,18 +31,10 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedRow:
-    """
-    A row, and the turns that stand in it.
-
-    Args:
-        row (`Row`):
-            The row.
-        positions (`Mapping[Turn, numpy.ndarray]`):
-            For each turn, the positions in the row that predict its trained tokens.
-    """
+    """A row, and the turns that stand in it."""
 
     row: Row
-    positions: Mapping[Turn, NDArray[np.int64]]
+    positions: Mapping[Turn, NDArray[np.int64]]  # by turn, the positions in the row that predict its trained tokens
 
     @classmethod
     def from_example(cls, example: Mapping[str, Any], pair: int) -> PackedRow:
@@ -103,17 +95,8 @@ def pack_pairs(examples: Sequence[Mapping[str, Any]], max_row_tokens: int | None
     Pairs that begin alike share their common prefixes. A pair with a larger tree than a row is split between turns,
     and each part repeats the history that it needs; every turn stands in exactly one row.
 
-    Args:
-        examples (`Sequence[Mapping[str, Any]]`):
-            Pairs, with `PAIR_COLUMNS`.
-        max_row_tokens (`int`, *optional*):
-            Capacity of a row, in tokens. `None` makes one row of all.
-
-    Returns:
-        `list[PackedRow]`: The rows.
-
-    Raises:
-        `ValueError`: If a single turn with its context is longer than a row.
+    Takes examples with `PAIR_COLUMNS`. `max_row_tokens` is the capacity of a row; `None` makes one row of all. A
+    single turn that is longer, with its context, than a row raises `ValueError`.
     """
     parts = [part for i, example in enumerate(examples) for part in _split(example, i, max_row_tokens)]
     rows = [part.row for part in parts]

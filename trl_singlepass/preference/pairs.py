@@ -33,21 +33,12 @@ _RENDERING_COLUMNS = ("system", "tools", "chat_template_kwargs", "history")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """
-    Samples of the two trajectories of a pair.
-
-    Args:
-        chosen (`FittedSamples`):
-            Turns of the preferred trajectory, and what was lost.
-        rejected (`FittedSamples`):
-            The same of the other one.
-        num_shared_turns (`int`):
-            Turns that both trajectories have in an equal context: their log-probabilities are equal, and cancel in
-            every loss that reads only the difference of the two.
-    """
+    """Samples of the two trajectories of a pair."""
 
     chosen: FittedSamples
     rejected: FittedSamples
+    # turns that both trajectories have in an equal context: their log-probabilities are equal, and cancel in every
+    # loss that reads only the difference of the two
     num_shared_turns: int
 
     @property
@@ -65,24 +56,12 @@ def example_to_pair(example: Mapping[str, Any], index: int, tokenizer: Tokenizer
     """
     Return the samples of one example, every turn after the prompt in the context that a model is served.
 
-    Args:
-        example (`Mapping[str, Any]`):
-            `prompt`, `chosen` and `rejected` as lists of messages, or `chosen` and `rejected` that begin with the
-            same messages; optionally `system`, `tools`, `chat_template_kwargs`, `history` and `images` or `image`. Or
-            token ids, as TRL makes them of plain text: `prompt_ids`, `chosen_ids` and `rejected_ids`.
-        index (`int`):
-            Its index in the dataset.
-        tokenizer (`Tokenizer`):
-            Tokenizer with a chat template, or what reads images as well.
-        settings (`PairSettings`):
-            How pairs become rows.
+    The example has `prompt`, `chosen` and `rejected` as lists of messages, or `chosen` and `rejected` that begin with
+    the same messages; optionally `system`, `tools`, `chat_template_kwargs`, `history` and `images` or `image`. Or it
+    has token ids, as TRL makes them of plain text: `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
-    Returns:
-        `Pair`: The samples.
-
-    Raises:
-        `BadRowError`: If a trajectory cannot be rendered without losing part of a turn, or nothing of it is left.
-        `OverlongTurnError`: If a turn is too long, and none may be.
+    A trajectory that cannot be rendered without losing part of a turn, or of which nothing is left, raises
+    `BadRowError`; a turn that is too long, if none may be, `OverlongTurnError`.
     """
     if set(TOKEN_COLUMNS) <= set(example):
         fitted = [_from_tokens(example, side, index, settings) for side in SIDES]
@@ -109,8 +88,7 @@ def split_pair(example: Mapping[str, Any], index: int) -> dict[str, dict[str, An
     """
     Return each trajectory of a pair of messages as an example of its own, with the prompt that both share.
 
-    Raises:
-        `BadRowError`: If a side is not a list of messages.
+    A side that is not a list of messages raises `BadRowError`.
     """
     for name in SIDES:
         if not isinstance(example.get(name), list) or not example[name]:

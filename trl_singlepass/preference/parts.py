@@ -35,18 +35,8 @@ class BatchParts:
     """
     Decides how each batch runs: at once, or in parts.
 
-    Args:
-        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
-            Policy with trees enabled.
-        args (`SinglePassDPOConfig`):
-            Arguments of the run.
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the run.
-        has_router_loss (`bool`):
-            Whether the load-balancing loss of a mixture of experts is trained.
-
-    Raises:
-        `ValueError`: If a setting, the model or the engine does not work with parts; the message names it.
+    Takes the policy with trees enabled; `has_router_loss` says whether the load-balancing loss of a mixture of experts
+    is trained. A setting, a model or an engine that does not work with parts raises `ValueError`.
     """
 
     def __init__(
@@ -98,15 +88,7 @@ class BatchParts:
         """
         Return the model that runs a batch of several parts.
 
-        Args:
-            rows (`Sequence[Batch]`):
-                Rows of the batch.
-            num_parts (`int`):
-                What [`count`] returned for them.
-            model (`torch.nn.Module`):
-                Model, as it is wrapped for training.
-            divisor (`int`, *optional*, defaults to 1):
-                What the Trainer divides its loss by.
+        `num_parts` is what [`count`] returned for the rows; `divisor` is what the Trainer divides its loss by.
         """
         return PairModelInParts(
             engine=get_engine(model, self._accelerator, 1 / divisor),

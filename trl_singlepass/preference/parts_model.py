@@ -36,19 +36,9 @@ class PairModelInParts:
     """
     A model that takes batches of pairs and runs them part by part; its outputs are those of a call at once.
 
-    Args:
-        engine (`Engine`):
-            Calls the model.
-        plans (`Sequence[WavePlan]`):
-            Waves of each row of the batch; a row that runs whole has one.
-        num_parts (`int`):
-            Largest number of parts that a rank has in this batch.
-        offload (`bool`, *optional*, defaults to `False`):
-            Whether what waits between waves is held on the CPU.
-        recorder (`RouterRecorder`, *optional*):
-            Router logits of a mixture of experts.
-        compare (`CompareLogProbs`, *optional*):
-            Called with what each part computes at its two forwards.
+    `plans` are the waves of each row of the batch; a row that runs whole has one. `num_parts` is the largest number of
+    parts that a rank has in this batch. With `offload`, what waits between waves is held on the CPU. `compare` is
+    called with what each part computes at its two forwards.
     """
 
     def __init__(
@@ -73,17 +63,9 @@ class PairModelInParts:
         """
         Run all parts forward; in training, the log-probabilities that it returns are leaves of TRL's graph.
 
-        Args:
-            tree (`LineView`):
-                Rows of the batch.
-            labels (`torch.Tensor` of shape `(2B, M + 1)`, *optional*):
-                Targets of the trajectories, -100 where there is none.
-            **inputs (`Any`):
-                Further inputs of the model.
-
-        Returns:
-            `ModelOutput`: With `labels`, the outputs of TRL's fused head, each of shape `(2B, M)`; without, `logits`
-            of shape `(2B, M + 1, vocabulary)`.
+        `labels` are the targets of the trajectories, of shape `(2B, M + 1)`, -100 where there is none. With them, this
+        returns the outputs of TRL's fused head, each of shape `(2B, M)`; without, `logits` of shape
+        `(2B, M + 1, vocabulary)`.
         """
         has_labels, others = labels is not None, shared_inputs(inputs)
         self._runs = [
@@ -117,12 +99,8 @@ class PairModelInParts:
         """
         Run each part forward and backward.
 
-        Args:
-            loss (`torch.Tensor`):
-                TRL's loss of what [`run`] returned, a scalar.
-
-        Returns:
-            `torch.Tensor`: The same loss. Its backward is that of the last part; those of the others have run.
+        Takes TRL's loss of what the call returned, a scalar, and returns the same loss. Its backward is that of the
+        last part; those of the others have run.
         """
         factors = torch.autograd.grad(loss, self._leaves, allow_unused=True, materialize_grads=True)
         self._pad()

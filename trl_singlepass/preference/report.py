@@ -31,15 +31,7 @@ COUNT_COLUMNS = (
 
 def count_pair(pair: Pair, num_tokens: int, num_rows: int = 0) -> dict[str, int]:
     """
-    Return `COUNT_COLUMNS` of one pair.
-
-    Args:
-        pair (`Pair`):
-            Samples of both trajectories.
-        num_tokens (`int`):
-            Tokens of the rows that it needs, 0 if it is dropped.
-        num_rows (`int`, *optional*, defaults to 0):
-            Rows that it needs.
+    Return `COUNT_COLUMNS` of one pair. It needs `num_tokens` tokens of `num_rows` rows, 0 tokens if it is dropped.
     """
     sides, is_dropped = pair.sides, num_tokens == 0
     turns = ("num_turns_without_prompt", "num_unselected_turns", "num_empty_blocks", "num_cut_turns")
@@ -60,24 +52,12 @@ def count_pair(pair: Pair, num_tokens: int, num_rows: int = 0) -> dict[str, int]
 
 @dataclass(frozen=True, slots=True)
 class PairReport:
-    """
-    What a dataset of pairs held, and what is not trained.
+    """What a dataset of pairs held, and what is not trained."""
 
-    Args:
-        num_pairs (`int`):
-            Pairs, without bad rows.
-        counts (`Mapping[str, int]`):
-            Sums of `COUNT_COLUMNS`.
-        bound (`str`, *optional*, defaults to `"max_length"`):
-            Name of the setting that bounds a turn.
-        bad_rows (`tuple[RowErrors, ...]`, *optional*):
-            Rows that cannot be trained and were dropped, by reason.
-    """
-
-    num_pairs: int
-    counts: Mapping[str, int]
-    bound: str = "max_length"
-    bad_rows: tuple[RowErrors, ...] = ()
+    num_pairs: int  # without bad rows
+    counts: Mapping[str, int]  # sums of `COUNT_COLUMNS`
+    bound: str = "max_length"  # name of the setting that bounds a turn
+    bad_rows: tuple[RowErrors, ...] = ()  # rows that cannot be trained and were dropped, by reason
 
     @classmethod
     def from_columns(

@@ -36,15 +36,9 @@ def pair_to_columns(pair: Pair, *, has_images: bool = False) -> dict[str, Any]:
 
     The chosen trajectory's only target is predicted at position 4, those of the rejected one at 1 and 2.
 
-    Args:
-        pair (`Pair`):
-            Samples of both trajectories, neither of them empty.
-        has_images (`bool`, *optional*, defaults to `False`):
-            Whether other pairs of the dataset may have images.
-
-    Returns:
-        `dict[str, Any]`: `ROW_COLUMNS`, with images also `IMAGE_COLUMNS`; for each trajectory, the positions that
-        predict its trained tokens, turn by turn, and the number of trained tokens of each turn.
+    Neither trajectory may be empty; `has_images` says whether other pairs of the dataset may have images. Returns
+    `ROW_COLUMNS`, with images also `IMAGE_COLUMNS`; for each trajectory, the positions that predict its trained
+    tokens, turn by turn, and the number of trained tokens of each turn.
     """
     tree = PrefixTree.from_samples(pair.samples)
     columns = _row_columns(Row.from_tree(tree), has_images=has_images)
@@ -82,16 +76,8 @@ def target_positions(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArra
 
 def pair_features(counts: Sequence[str] = (), *, has_images: bool = False) -> Features:
     """
-    Return the dataset features of pairs.
-
-    Args:
-        counts (`Sequence[str]`, *optional*):
-            Names of further columns, each with one integer per pair.
-        has_images (`bool`, *optional*, defaults to `False`):
-            Whether the dataset has images.
-
-    Returns:
-        `datasets.Features`: `PAIR_COLUMNS`, `IMAGE_COLUMNS` if there are images, and the counts.
+    Return the dataset features of pairs: `PAIR_COLUMNS`, `IMAGE_COLUMNS` if there are images, and `counts`, each one
+    integer per pair.
     """
     rows = row_features(has_images=has_images)
     names = (*ROW_COLUMNS, *IMAGE_COLUMNS) if has_images else ROW_COLUMNS

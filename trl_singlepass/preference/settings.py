@@ -23,30 +23,14 @@ class PairTurns(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PairSettings:
-    """
-    Training arguments that determine how pairs become rows: changing one prepares the dataset again.
+    """Training arguments that determine how pairs become rows: changing one prepares the dataset again."""
 
-    Args:
-        max_length (`int`, *optional*):
-            Longest sample (one turn with its context), in tokens.
-        max_row_tokens (`int`, *optional*):
-            Largest row, in tokens.
-        overlong_turns (`OverlongTurns`, *optional*, defaults to `"truncate"`):
-            What happens to a turn that is longer than either.
-        history (`str`, *optional*, defaults to `"template"`):
-            How much of earlier turns' reasoning a turn's context holds (see [`render_with_history`]).
-        train_turns (`PairTurns`, *optional*, defaults to `"all"`):
-            Which turns log π is taken over.
-
-    Raises:
-        `ValueError`: If a setting has a value that is not one of its choices.
-    """
-
-    max_length: int | None = None
+    max_length: int | None = None  # longest sample (one turn with its context), in tokens
     max_row_tokens: int | None = None
-    overlong_turns: OverlongTurns = OverlongTurns.TRUNCATE
+    overlong_turns: OverlongTurns = OverlongTurns.TRUNCATE  # what happens to a turn that is longer than either
+    # how much of earlier turns' reasoning a turn's context holds (see [`render_with_history`])
     history: History = "template"
-    train_turns: PairTurns = PairTurns.ALL
+    train_turns: PairTurns = PairTurns.ALL  # which turns log π is taken over
 
     def __post_init__(self) -> None:
         if self.train_turns not in tuple(PairTurns):

@@ -14,22 +14,17 @@ class TurnWeights:
     """
     Factors of the log-probabilities of turns.
 
-    Args:
-        discount (`float`, *optional*):
-            Discount factor γ of DMPO: turn `t` of `T`, counted from 0, has the factor `(1 - γ^(T - t)) / (1 - γ^T)`.
-            The first turn always has the factor 1, and later ones less; near 0, all have 1. With `γ = 0.5`, two turns
-            have `(1, 2/3)`.
-        is_mean (`bool`, *optional*, defaults to `False`):
-            Whether a turn counts with the mean of its tokens instead of their sum, so that long turns weigh no more
-            than short ones.
+    With the discount factor γ of DMPO, turn `t` of `T`, counted from 0, has the factor `(1 - γ^(T - t)) / (1 - γ^T)`.
+    The first turn always has the factor 1, and later ones less; near 0, all have 1. With `γ = 0.5`, two turns have
+    `(1, 2/3)`.
 
-    Raises:
-        `ValueError`: If the discount does not lie between 0 and 1.
+    With `is_mean`, a turn counts with the mean of its tokens instead of their sum, so that long turns weigh no more
+    than short ones.
 
     Source: DMPO, arXiv 2406.14868 (equation of φ(t, T)).
     """
 
-    discount: float | None = None
+    discount: float | None = None  # γ, between 0 and 1; no discount if `None`
     is_mean: bool = False
 
     def __post_init__(self) -> None:
@@ -43,14 +38,8 @@ class TurnWeights:
 
     def of_tokens(self, turn_lengths: ArrayLike | Sequence[int]) -> NDArray[np.float64]:
         """
-        Return the factor of each token of a trajectory.
-
-        Args:
-            turn_lengths (`Sequence[int]`):
-                Tokens of each turn.
-
-        Returns:
-            `numpy.ndarray` of shape `(num_tokens,)`: The factors.
+        Return the factor of each token of a trajectory, of shape `(num_tokens,)`, given the number of tokens of each
+        turn.
         """
         lengths = np.asarray(turn_lengths, np.int64)
         factors: NDArray[np.float64] = np.ones(len(lengths))

@@ -27,29 +27,17 @@ STOCK_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "f
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LossAndGradients:
-    """
-    Loss of a set of samples, in total and per token, and the gradients of all trainable parameters.
+    """Loss of a set of samples, in total and per token, and the gradients of all trainable parameters."""
 
-    Args:
-        loss (`float`):
-            Σ weight · nll ÷ Σ weight over the trained tokens of all samples, plus the weighted load-balancing loss if
-            the model's config asks for it.
-        token_losses (`tuple[torch.Tensor, ...]`):
-            For each sample, the negative log-likelihoods of its trained tokens, in order: `torch.float64` on CPU, of
-            shape `(num_trained_tokens,)`.
-        gradients (`dict[str, torch.Tensor]`):
-            Gradient of the loss by parameter name; zeros if the loss does not depend on the parameter.
-        num_tokens (`int`):
-            Number of tokens in all forward passes.
-        seconds (`float`):
-            Wall time of forward and backward.
-    """
-
+    # Σ weight · nll ÷ Σ weight over the trained tokens of all samples, plus the weighted load-balancing loss if the
+    # model's config asks for it
     loss: float
+    # for each sample, the negative log-likelihoods of its trained tokens, in order: float64 on CPU, of shape
+    # `(num_trained_tokens,)`
     token_losses: tuple[torch.Tensor, ...]
-    gradients: dict[str, torch.Tensor]
-    num_tokens: int
-    seconds: float
+    gradients: dict[str, torch.Tensor]  # by parameter name; zeros if the loss does not depend on it
+    num_tokens: int  # in all forward passes
+    seconds: float  # wall time of forward and backward
 
 
 def npass_loss_and_gradients(
@@ -69,22 +57,8 @@ def npass_loss_and_gradients(
     A mixture of experts whose config has `output_router_logits=True` adds its load-balancing loss, which is not a sum
     over samples. It is computed as by the stock `SFTTrainer` with all samples in one padded batch.
 
-    Args:
-        model (`torch.nn.Module`):
-            Causal language model of transformers, or a `PeftModel` around one.
-        samples (`Sequence[Sample]`):
-            Samples, with at least one trained token in all.
-        load_images (`Callable`, *optional*):
-            Returns what the model reads of some images. Each sample encodes its own, an image as often as it stands in
-            the sample.
-        on_pass (`Callable`, *optional*):
-            Called after each sample, for a progress bar.
-
-    Returns:
-        `LossAndGradients`: Loss and gradients over all samples.
-
-    Raises:
-        `ValueError`: If no token has a loss weight above 0.
+    Each sample encodes its own images with `load_images`, an image as often as it stands in the sample. `on_pass` is
+    called after each sample, for a progress bar. If no token has a loss weight above 0, this raises `ValueError`.
     """
     total_weight = sum(float(sample.loss_weights.sum()) for sample in samples)
     if total_weight <= 0:

@@ -11,43 +11,22 @@ from ..trees.sample import Sample
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """
-    Lengths of the parts of a turn, in tokens: the smallest and the largest of each.
+    """Lengths of the parts of a turn, in tokens: the smallest and the largest of each."""
 
-    Args:
-        user (`tuple[int, int]`, *optional*, defaults to `(50, 100)`):
-            User message, or the output of a tool.
-        reasoning (`tuple[int, int]`, *optional*, defaults to `(300, 1000)`):
-            Reasoning.
-        answer (`tuple[int, int]`, *optional*, defaults to `(100, 200)`):
-            Answer, or a tool call.
-        system (`int`, *optional*, defaults to 50):
-            System message, once.
-    """
-
-    user: tuple[int, int] = (50, 100)
+    user: tuple[int, int] = (50, 100)  # user message, or the output of a tool
     reasoning: tuple[int, int] = (300, 1000)
-    answer: tuple[int, int] = (100, 200)
-    system: int = 50
+    answer: tuple[int, int] = (100, 200)  # answer, or a tool call
+    system: int = 50  # system message, once
 
 
 def conversation(
     turns: int, vocabulary: int, seed: int, sizes: Sizes = Sizes(), *, keep: bool = False
 ) -> list[Sample]:
     """
-    Return the samples of one conversation.
+    Return the samples of one conversation, with token ids below `vocabulary`.
 
-    Args:
-        turns (`int`):
-            Number of turns.
-        vocabulary (`int`):
-            Token ids are smaller than this.
-        seed (`int`):
-            Seed of lengths and tokens.
-        sizes (`Sizes`, *optional*):
-            Lengths of the parts of a turn; a chat's by default.
-        keep (`bool`, *optional*, defaults to `False`):
-            Whether the history keeps the reasoning of earlier turns instead of dropping it.
+    The seed determines lengths and tokens. With `keep`, the history keeps the reasoning of earlier turns instead of
+    dropping it.
     """
     random = np.random.default_rng(seed)
     history, samples = random.integers(vocabulary, size=sizes.system), []

@@ -18,36 +18,16 @@ MAX_TURNS_SHOWN = 24
 
 @dataclass(frozen=True, slots=True)
 class TurnComparison:
-    """
-    Loss of one turn in N-pass and in the single pass.
+    """Loss of one turn in N-pass and in the single pass."""
 
-    Args:
-        row (`int`):
-            Index of its conversation among those verified.
-        turn (`int`):
-            Number of the turn in its conversation, from 1.
-        message_index (`int`, *optional*):
-            Position of the assistant message in its conversation.
-        num_tokens (`int`):
-            Number of trained tokens.
-        npass_loss (`float`):
-            Weighted mean of the turn's token losses in its own forward.
-        single_pass_loss (`float`):
-            The same in the single pass.
-        error (`float`):
-            Largest difference between the losses of a token; NaN if a target is missing.
-        allowed (`float`):
-            Largest error that the model's precision explains.
-    """
-
-    row: int
-    turn: int
-    message_index: int | None
-    num_tokens: int
-    npass_loss: float
+    row: int  # index of its conversation among those verified
+    turn: int  # number of the turn in its conversation, from 1
+    message_index: int | None  # position of the assistant message in its conversation
+    num_tokens: int  # trained ones
+    npass_loss: float  # weighted mean of the turn's token losses in its own forward
     single_pass_loss: float
-    error: float
-    allowed: float
+    error: float  # largest difference between the losses of a token; NaN if a target is missing
+    allowed: float  # largest error that the model's precision explains
 
     @property
     def ok(self) -> bool:
@@ -57,51 +37,22 @@ class TurnComparison:
 
 @dataclass(frozen=True, slots=True)
 class RowComparison:
-    """
-    Loss and gradients of one conversation in N-pass and in the single pass.
+    """Loss and gradients of one conversation in N-pass and in the single pass."""
 
-    Args:
-        turns (`tuple[TurnComparison, ...]`):
-            Turns with at least one trained token.
-        npass_loss (`float`):
-            Loss of the conversation: the mean over its trained tokens, plus the load-balancing loss if there is one.
-        single_pass_loss (`float`):
-            The same in the single pass.
-        weight (`float`):
-            Sum of the loss weights.
-        gradient_error (`float`):
-            Norm of the difference between the gradients ÷ norm of N-pass's gradient, over all parameters.
-        gradient_allowed (`float`):
-            Largest such error that the model's precision explains.
-        gradient_max_error (`float`):
-            Largest absolute difference between elements of the gradients.
-        worst_parameter (`str`):
-            Name of the parameter with that difference.
-        npass_tokens (`int`):
-            Number of tokens in N-pass.
-        single_pass_tokens (`int`):
-            Number of tokens in the single pass.
-        npass_seconds (`float`):
-            Wall time of N-pass, forward and backward, after a warm-up.
-        single_pass_seconds (`float`):
-            Wall time of the single pass, forward and backward, after a warm-up.
-        leak (`LeakReport`):
-            Which tokens the turns see.
-    """
-
-    turns: tuple[TurnComparison, ...]
-    npass_loss: float
+    turns: tuple[TurnComparison, ...]  # those with at least one trained token
+    npass_loss: float  # mean over the conversation's trained tokens, plus the load-balancing loss if there is one
     single_pass_loss: float
-    weight: float
+    weight: float  # sum of the loss weights
+    # norm of the difference between the gradients ÷ norm of N-pass's gradient, over all parameters
     gradient_error: float
-    gradient_allowed: float
-    gradient_max_error: float
-    worst_parameter: str
+    gradient_allowed: float  # largest such error that the model's precision explains
+    gradient_max_error: float  # largest absolute difference between elements of the gradients
+    worst_parameter: str  # the one with that difference
     npass_tokens: int
     single_pass_tokens: int
-    npass_seconds: float
+    npass_seconds: float  # wall time of forward and backward, after a warm-up
     single_pass_seconds: float
-    leak: LeakReport
+    leak: LeakReport  # which tokens the turns see
 
     @property
     def ok(self) -> bool:

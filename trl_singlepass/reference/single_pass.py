@@ -41,16 +41,8 @@ def single_pass_loss_and_gradients(
     """
     Compute loss and gradients of the same samples in one pass over their prefix tree.
 
-    Args:
-        model (`torch.nn.Module`):
-            Model under tree attention (see [`enable_tree`]), in training or evaluation mode.
-        samples (`Sequence[Sample]`):
-            Samples, with at least one trained token in all.
-        images (`RowImages`, *optional*):
-            How the model reads images, if the samples show any.
-
-    Returns:
-        `LossAndGradients`: The same quantities as from [`npass_loss_and_gradients`]; `num_tokens` counts the tree.
+    Takes a model under tree attention (see [`enable_tree`]), in training or evaluation mode. Returns the same
+    quantities as [`npass_loss_and_gradients`]; `num_tokens` counts the tree.
     """
     tree = PrefixTree.from_samples(samples)
     batch = make_batch(tree, get_device(model), images)
@@ -77,35 +69,20 @@ def single_pass_loss_and_gradients(
 
 @dataclass(frozen=True, slots=True)
 class RowImages:
-    """
-    How a model reads the images of rows.
-
-    Args:
-        reader (`ImageReader`):
-            Reader of the model.
-        load (`Callable`):
-            Returns what the model reads of some images.
-    """
+    """How a model reads the images of rows."""
 
     reader: ImageReader
-    load: LoadImages
+    load: LoadImages  # returns what the model reads of some images
 
 
 @dataclass(frozen=True, slots=True)
 class LeakReport:
-    """
-    Which tokens the outputs of a row's turns depend on.
+    """Which tokens the outputs of a row's turns depend on."""
 
-    Args:
-        leaked (`float`):
-            Largest gradient of a turn's output with respect to the embedding of a token outside its sample. Anything
-            but 0 is a leak.
-        blind (`int`):
-            Number of tokens whose embedding has an effect in N-pass but none in the single pass.
-    """
-
+    # largest gradient of a turn's output with respect to the embedding of a token outside its sample; anything but 0
+    # is a leak
     leaked: float
-    blind: int
+    blind: int  # number of tokens whose embedding has an effect in N-pass but none in the single pass
 
     @property
     def ok(self) -> bool:
@@ -121,18 +98,8 @@ def leak_probe(
 
     No tolerance is needed: masked attention contributes exactly zero in every precision.
 
-    Args:
-        model (`torch.nn.Module`):
-            Model under tree attention, in evaluation mode.
-        samples (`Sequence[Sample]`):
-            Samples of one row.
-        num_probes (`int`, defaults to 4):
-            Number of samples, evenly spread, whose last output is differentiated.
-        images (`RowImages`, *optional*):
-            How the model reads images, if the samples show any.
-
-    Returns:
-        `LeakReport`: Leaks and blind spots over all probes.
+    Takes a model under tree attention, in evaluation mode, and the samples of one row. The last outputs of
+    `num_probes` of them, evenly spread, are differentiated.
     """
     tree = PrefixTree.from_samples(samples)
     paths = sample_paths(tree, samples)

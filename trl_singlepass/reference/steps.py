@@ -47,15 +47,7 @@ def make_step(
     The LM head runs on targets only, in chunks whose gradient is taken at once, so that logits cost the same in every
     schedule. All targets have the same weight.
 
-    Args:
-        model (`torch.nn.Module`):
-            Model under tree attention (see [`enable_tree`]).
-        samples (`Sequence[Sample]`):
-            Samples of the conversation.
-        schedule (`Schedule`):
-            How the step is computed.
-        device (`torch.device`, *optional*):
-            Device of the inputs; the model's by default.
+    Takes a model under tree attention (see [`enable_tree`]). `device` is that of the inputs; the model's by default.
     """
     together = [samples] if schedule is not Schedule.NPASS_PACKED else [[sample] for sample in samples]
     rows = [Row.from_tree(PrefixTree.from_samples(group)).columns() for group in together]
@@ -74,15 +66,8 @@ def wave_tokens_that_keep_the_history(plan: TreePlan) -> int:
 
 class _Step:
     """
-    Forward and backward of one row.
-
-    Args:
-        model (`torch.nn.Module`):
-            Model under tree attention.
-        batch (`dict[str, Any]`):
-            Batch of the collator, on the model's device.
-        targets (`torch.Tensor` of shape `(row_length,)`):
-            Token that each position predicts, on the CPU.
+    Forward and backward of one row. Takes a batch of the collator, on the model's device, and the token that each
+    position predicts, of shape `(row_length,)`, on the CPU.
     """
 
     def __init__(self, model: PreTrainedModel, batch: dict[str, Any], targets: torch.Tensor) -> None:

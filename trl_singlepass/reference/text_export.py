@@ -20,19 +20,10 @@ _WAY_OUT = "Export messages, with max_length=None and without weights, or train 
 
 def samples_as_text(samples: Sequence[Sample], processor: ProcessorMixin) -> dict[str, list[Any]]:
     """
-    Return samples as rendered prompts and completions with their images.
+    Return samples as rendered prompts and completions with their images, in the columns of `TEXT_FEATURES`.
 
-    Args:
-        samples (`Sequence[Sample]`):
-            Samples whose references hold their images.
-        processor (`transformers.ProcessorMixin`):
-            Processor that rendered them.
-
-    Returns:
-        `dict[str, list]`: Columns of `TEXT_FEATURES`.
-
-    Raises:
-        `BadRowError`: If a trainer that processes the text would not train the same tokens with the same weights.
+    The references of the samples hold their images. If a trainer that processes the text would not train the same
+    tokens with the same weights, this raises `BadRowError`.
     """
     return {
         "prompt": [_text(sample, processor)[0] for sample in samples],

@@ -23,24 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """
-    Measured time and counted work of N-pass and the single pass on the same conversations.
+    """Measured time and counted work of N-pass and the single pass on the same conversations."""
 
-    Args:
-        npass_seconds (`float`):
-            Forward and backward of all samples, one by one: the sum over conversations of each one's median.
-        single_pass_seconds (`float`):
-            The same for the trees.
-        npass_cost (`Cost`):
-            Counted work of all samples.
-        single_pass_cost (`Cost`):
-            Counted work of all trees.
-    """
-
+    # forward and backward of all samples, one by one: the sum over conversations of each one's median
     npass_seconds: float
-    single_pass_seconds: float
-    npass_cost: Cost
-    single_pass_cost: Cost
+    single_pass_seconds: float  # the same for the trees
+    npass_cost: Cost  # counted work of all samples
+    single_pass_cost: Cost  # counted work of all trees
 
     @property
     def speedup(self) -> float:
@@ -77,18 +66,8 @@ def time_both(
     """
     Time N-pass and the single pass on the same conversations. Afterwards, the model is on tree attention.
 
-    Args:
-        model (`torch.nn.Module`):
-            Model on stock attention.
-        conversations (`Sequence[Sequence[Sample]]`):
-            Samples of each conversation.
-        repeats (`int`, *optional*, defaults to 3):
-            Timed runs of each conversation, after one warm-up run.
-        on_step (`Callable`, *optional*):
-            Called after each run, `2 × conversations × (repeats + 1)` times in all, for a progress bar.
-
-    Returns:
-        `Timing`: Measured time and counted work.
+    Takes a model on stock attention. Each conversation is timed `repeats` times, after one warm-up run; `on_step` is
+    called after each run, `2 × conversations × (repeats + 1)` times in all, for a progress bar.
     """
     shape = get_model_shape(model.config)
     npass = _seconds(npass_loss_and_gradients, model, conversations, repeats, on_step)

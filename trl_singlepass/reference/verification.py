@@ -108,17 +108,8 @@ def verify_samples(
     load_images: LoadImages | None = None,
 ) -> VerifyReport:
     """
-    Do what [`verify`] does with conversations that are samples already.
-
-    Args:
-        model (`PreTrainedModel`):
-            Model, as in [`verify`].
-        rows (`Sequence[Sequence[Sample]]`):
-            Samples of each conversation.
-        num_left_out (`int`, *optional*, defaults to 0):
-            Turns that are not checked, for the report.
-        load_images (`Callable`, *optional*):
-            Returns what the model reads of some images; needed for samples with images.
+    Do what [`verify`] does with conversations that are samples already. `num_left_out` turns are not checked, which
+    the report says. Samples with images need `load_images`.
     """
     if all(sample.image_features is None for samples in rows for sample in samples):
         load_images = None

@@ -15,19 +15,11 @@ from ..data.files import LINES, TABLES, JsonLines
 
 def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
     """
-    Return the splits of a file, a folder, a dataset on the Hub, or a mixture.
+    Return the splits of a file, a folder, a dataset on the Hub, or a mixture, by name. A file has the one for
+    training.
 
-    Args:
-        script_args (`trl.ScriptArguments`):
-            Name of the dataset, and whether it is streamed.
-        dataset_args (`trl.DatasetMixtureConfig`):
-            Datasets of a mixture, which come first.
-
-    Returns:
-        `datasets.DatasetDict` or `datasets.IterableDatasetDict`: Splits by name. A file has the one for training.
-
-    Raises:
-        `ValueError`: If no dataset is named, or there is no such file.
+    A mixture in `dataset_args` takes precedence over the dataset that `script_args` names. If none is named, or
+    there is no such file, this raises `ValueError`.
     """
     if dataset_args.datasets:
         return get_dataset(dataset_args)

@@ -31,13 +31,7 @@ def train_and_save(
     """
     Train from the checkpoint that is asked for, if any, then write the model and its card.
 
-    Args:
-        trainer (`SinglePassSFTTrainer` or `SinglePassDPOTrainer`):
-            Trainer.
-        preemption (`PreemptionCallback`):
-            One of its callbacks. After a signal, there is a checkpoint and nothing else is written.
-        script_args (`trl.ScriptArguments`):
-            Arguments of the script, which name the dataset.
+    `preemption` is one of the trainer's callbacks: after a signal, there is a checkpoint, and nothing else is written.
     """
     args = trainer.args
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir))

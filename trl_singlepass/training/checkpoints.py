@@ -57,18 +57,8 @@ def _on_first_rank(search: Callable[[], str | None]) -> str | None:
 
 def resume_counts(trainer: SFTTrainer | DPOTrainer, counts: TokenCounts, checkpoint: str | None) -> None:
     """
-    Continue the counts of tokens of a checkpoint, whose files must be those that were written.
-
-    Args:
-        trainer (`trl.SFTTrainer` or `trl.DPOTrainer`):
-            Trainer that resumes.
-        counts (`TokenCounts`):
-            Its counts of tokens.
-        checkpoint (`str`, *optional*):
-            Folder of the checkpoint. One without a manifest, from another trainer, is not checked.
-
-    Raises:
-        `ValueError`: If a file is missing or has changed.
+    Continue the counts of tokens of a checkpoint, whose files must be those that were written. A missing or changed
+    file raises `ValueError`. A checkpoint without a manifest, from another trainer, is not checked.
     """
     if checkpoint is None:
         return
@@ -85,14 +75,7 @@ def checkpoint_to_resume(setting: str | bool | None, output_dir: str | Path) -> 
     """
     Return the checkpoint that a configuration's `resume_from_checkpoint` names.
 
-    Args:
-        setting (`str` or `bool`, *optional*):
-            A path, or `"auto"` or `"true"` for [`last_good_checkpoint`].
-        output_dir (`str` or `pathlib.Path`):
-            The run's `output_dir`.
-
-    Returns:
-        `str` or `None`: Path of the checkpoint, `None` to start from scratch.
+    The setting is a path, or `"auto"` or `"true"` for [`last_good_checkpoint`]. `None` means to start from scratch.
     """
     word = str(setting).lower()
     if word in ("auto", "true"):
@@ -112,14 +95,7 @@ def _newest_intact(output_dir: Path) -> str | None:
 
 def find_damage(checkpoint: Path) -> Iterator[str]:
     """
-    Yield each problem that would keep a checkpoint from loading.
-
-    Args:
-        checkpoint (`pathlib.Path`):
-            Folder of the checkpoint.
-
-    Yields:
-        `str`: Problem, as the end of a sentence about the checkpoint.
+    Yield each problem that would keep a checkpoint from loading, worded as the end of a sentence about the checkpoint.
     """
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     if checkpoint / "trainer_state.json" not in files:  # the Trainer writes it last

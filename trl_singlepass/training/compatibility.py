@@ -46,11 +46,8 @@ def check_conversations(
     """
     Check what the user passed to the trainer along with a dataset of conversations, before anything expensive starts.
 
-    Raises:
-        `ValueError`: If a single pass cannot honour one of the arguments.
-        `ImportError`: If one of them needs a package that is not installed.
-        `UnsupportedModelError`: If a single pass would train the model incorrectly.
-        `UnsupportedImagesError`: If the dataset has images, and a tree cannot give them to the model.
+    What a single pass cannot honour raises `ValueError`, a missing package `ImportError`, a model that it would train
+    incorrectly `UnsupportedModelError`, and images that a tree cannot give to the model `UnsupportedImagesError`.
     """
     check_turn_settings(args, dataset)
     if data_collator is not None:
@@ -72,18 +69,8 @@ def check_conversations(
 
 def check_turn_settings(args: SFTConfig, dataset: Dataset | IterableDataset, packing: bool | None = None) -> None:
     """
-    Refuse settings that the turns of conversations cannot follow; plain text follows them as in TRL.
-
-    Args:
-        args (`trl.SFTConfig`):
-            Arguments of the run.
-        dataset (`datasets.Dataset`, `datasets.IterableDataset`):
-            Conversations.
-        packing (`bool`, *optional*):
-            Whether they are packed; defaults to `args.packing`.
-
-    Raises:
-        `ValueError`: If one of the settings is refused.
+    Refuse settings that the turns of conversations cannot follow; plain text follows them as in TRL. `packing`
+    defaults to `args.packing`.
     """
     packing = args.packing if packing is None else packing
     # TRL's own default of assistant_only_loss is False, and means that nobody asked for it.

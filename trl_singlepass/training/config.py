@@ -216,14 +216,8 @@ def use_new_names(args: TrainingArguments) -> None:
 
 def packed_length(args: SFTConfig) -> int:
     """
-    Return the length to which packed rows are filled: the one that is set, or TRL's default, which is logged once.
-
-    Args:
-        args (`SinglePassSFTConfig`, [`~trl.SFTConfig`]):
-            Arguments, with packing.
-
-    Returns:
-        `int`: Length of a row, in tokens.
+    Return the length to which packed rows are filled, in tokens: the one that is set, or TRL's default, which is
+    logged once.
     """
     length: int | None = args.max_row_tokens or args.max_length
     if length is not None:
@@ -250,17 +244,8 @@ def as_single_pass_config(args: TrainingArguments) -> SFTConfig:
 
     An [`~trl.SFTConfig`], or an instance of a subclass, is returned itself, so that later changes to it take effect;
     it gets the settings that it lacks, at their defaults. Plain [`~transformers.TrainingArguments`] are copied to a
-    [`SinglePassSFTConfig`], as TRL copies them to an [`~trl.SFTConfig`].
-
-    Args:
-        args (`transformers.TrainingArguments`):
-            Arguments of the user.
-
-    Returns:
-        `trl.SFTConfig`: The same values, and all fields of [`SinglePassSFTConfig`].
-
-    Raises:
-        `ValueError`: If plain arguments have fields that [`~trl.SFTConfig`] lacks.
+    [`SinglePassSFTConfig`], as TRL copies them to an [`~trl.SFTConfig`]. Fields of theirs that [`~trl.SFTConfig`]
+    lacks raise `ValueError`.
     """
     if not isinstance(args, SFTConfig):
         return _copied(args)
@@ -295,11 +280,8 @@ def without_redundant_settings(args: SFTConfig) -> Iterator[None]:
     Turn off, within a block, settings of TRL that a single pass fulfils anyway.
 
     It trains every assistant message and nothing else, as `assistant_only_loss` asks; with it, TRL would replace the
-    chat template by one that keeps all reasoning. Its rows have no padding, as `padding_free` asks.
-
-    Args:
-        args (`trl.SFTConfig`):
-            The user's own arguments, which are restored after the block.
+    chat template by one that keeps all reasoning. Its rows have no padding, as `padding_free` asks. The user's own
+    arguments are restored after the block.
     """
     given = {name: getattr(args, name) for name in ("assistant_only_loss", "padding_free")}
     args.assistant_only_loss = args.padding_free = None

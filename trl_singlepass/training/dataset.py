@@ -29,21 +29,7 @@ def find_turns(
     Return a dataset, the function that still has to format it, and whether it holds turns to train.
 
     Conversations with a `formatting_func` become text here: TRL would add the text to the messages, and train those.
-    Datasets that a transform changes on the fly are left to TRL.
-
-    Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset`):
-            Dataset that the user passed.
-        formatting_func (`Callable`, *optional*):
-            Function from an example to plain text.
-        args (`trl.SFTConfig`):
-            Arguments of the run.
-        name (`str`):
-            Name of the dataset in errors and log.
-
-    Raises:
-        `TypeError`: If it is not a dataset.
-        `ValueError`: If it is empty, or holds nothing that can be trained.
+    Datasets that a transform changes on the fly are left to TRL. `name` is what errors and the log call the dataset.
     """
     check_is_dataset(dataset, name)
     if holds_rows(column_names(dataset)):
@@ -68,25 +54,8 @@ def prepare_conversations(
     name: str,
 ) -> AnyDataset:
     """
-    Return a dataset of conversations as rows, shuffled if `shuffle_dataset` is set; rows stay as they are.
-
-    Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset`):
-            Conversations.
-        tokenizer (`transformers.PreTrainedTokenizerBase` or `transformers.ProcessorMixin`):
-            Tokenizer with a chat template, or the processor of a model that reads images.
-        args (`trl.SFTConfig`):
-            Arguments with the settings of [`SinglePassSFTConfig`].
-        packing (`bool`):
-            Whether several conversations share a row.
-        name (`str`):
-            Name of the dataset in progress bars and log.
-
-    Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: The rows.
-
-    Raises:
-        `ValueError`: If a setting does not work for conversations, or some of them cannot be trained.
+    Return a dataset of conversations as rows, shuffled if `shuffle_dataset` is set; rows stay as they are. With
+    `packing`, several conversations share a row.
     """
     if holds_rows(column_names(dataset)):
         return dataset

@@ -16,13 +16,8 @@ def get_gradient_scale(engine: DeepSpeedEngine, sp_size: int) -> int:
     Return how many times too large DeepSpeed makes gradients under sequence parallelism.
 
     It divides their sum by the number of ranks with ZeRO-3's reduce-scatter, but by the number of groups elsewhere
-    (DeepSpeed issue 5248). Adam hides the difference; gradient clipping, SGD and the logged norm do not.
-
-    Args:
-        engine (`deepspeed.DeepSpeedEngine`):
-            Engine of the run.
-        sp_size (`int`):
-            Number of ranks in a group.
+    (DeepSpeed issue 5248). Adam hides the difference; gradient clipping, SGD and the logged norm do not. `sp_size` is
+    the number of ranks in a group.
     """
     scatters = engine.zero_optimization_stage() == 3 and engine.zero_reduce_scatter()
     return 1 if scatters else sp_size
@@ -31,12 +26,7 @@ def get_gradient_scale(engine: DeepSpeedEngine, sp_size: int) -> int:
 class GradientCheck:
     """
     Compares the gradient of one parameter after DeepSpeed's reduction with the mean over ranks, before the first step.
-
-    Args:
-        engine (`deepspeed.DeepSpeedEngine`):
-            Engine of the run.
-        scale (`int`):
-            How many times too large its gradients are expected to be.
+    `scale` is how many times too large the gradients of the engine are expected to be.
     """
 
     def __init__(self, engine: DeepSpeedEngine, scale: int) -> None:

@@ -23,13 +23,7 @@ Rows: TypeAlias = Dataset | IterableDataset | Mapping[str, Any] | None
 
 
 def show_images(*datasets: Rows) -> bool:
-    """
-    Return whether any of some datasets has rows with images.
-
-    Args:
-        *datasets (`datasets.Dataset`, `datasets.IterableDataset`, `dict` of these, *optional*):
-            Prepared datasets.
-    """
+    """Return whether any of some prepared datasets has rows with images."""
     return any(
         show_images(*rows.values()) if isinstance(rows, Mapping) else set(IMAGE_COLUMNS) <= set(column_names(rows))
         for rows in datasets
@@ -45,23 +39,10 @@ def read_images(
     tp_size: int,
 ) -> None:
     """
-    Make a model and a collator read rows with images.
+    Make a model and a collator read rows with images; both are changed in place.
 
-    Args:
-        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
-            Model to train, changed in place.
-        args (`SinglePassSFTConfig`):
-            Arguments of the run.
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the run.
-        collator ([`DataCollatorForSinglePass`]):
-            Collator of the rows, changed in place.
-        tp_size (`int`):
-            Number of ranks that share the layers of the model.
-
-    Raises:
-        `UnsupportedImagesError`: If the model reads images in a way that a tree cannot give it.
-        `ValueError`: If a setting or an engine does not go with images.
+    `tp_size` ranks share the layers of the model. Images that a tree cannot give to the model raise
+    `UnsupportedImagesError`, settings and engines that do not go with images `ValueError`.
     """
     check_settings(args, accelerator, tp_size)
     enable_images(model, collator)

@@ -30,18 +30,8 @@ def without_repeated_examples(
     The load-balancing loss of a mixture of experts is a mean over tokens with or without a target. So repeated tokens
     get a multiplicity of 0. A batch of nothing but repetitions, over which there is no mean, is marked `is_blank`.
 
-    Args:
-        batch (`Batch`):
-            Batch that the accelerator's data loader has just returned.
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the run.
-        batch_size (`int`):
-            Examples per batch of the data loader that was prepared.
-        num_examples (`int`, *optional*):
-            Examples in the dataset. The accelerator knows it, except from a loader that skips some when a run resumes.
-
-    Returns:
-        `Batch`: The batch.
+    Takes the batch that the accelerator's data loader has just returned, and the batch size of the loader that was
+    prepared. The accelerator knows `num_examples`, except from a loader that skips some when a run resumes.
     """
     state, (num_ranks, rank) = accelerator.gradient_state, data_ranks(accelerator)
     is_own_row = "tree" in batch and not batch["tree"].is_shared  # its rank saw to a shared one
@@ -71,13 +61,8 @@ def scale_router_loss(batches: Sequence[Batch], accelerator: Accelerator, is_tra
     It is the mean over all batches of all ranks; each batch gets a factor, its `router_loss_scale`. In a step of 2
     ranks with 2 batches each, of which one is blank, that one has a factor of 0, the others of 4/3.
 
-    Args:
-        batches (`Sequence[Batch]`):
-            Batches of this rank in the step, changed in place.
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the run; every rank must call.
-        is_trained (`bool`):
-            Whether the model has such a loss. If not, nothing happens.
+    Every rank must call; its batches are changed in place. `is_trained` says whether the model has such a loss; if
+    not, nothing happens.
     """
     if not is_trained:
         return
@@ -109,21 +94,9 @@ def without_empty_batches(
     Ranks that share rows train each other's rows in turn. Where an epoch ends with fewer new rows than ranks that
     share them, the last turns only repeat rows: of 9 rows on 8 ranks in groups of 4, the last 3 of 8 turns.
 
-    Args:
-        values (`tuple`):
-            Epochs, steps per epoch, …, batches per epoch and steps of the run, as
-            [`~transformers.Trainer.set_initial_training_values`] returns them.
-        args (`transformers.TrainingArguments`):
-            Arguments of the run.
-        num_examples (`int`):
-            Examples of the dataset (see [`num_repeatable_examples`]).
-        num_ranks (`int`):
-            Ranks of the run.
-        group_size (`int`):
-            Ranks that share rows.
-
-    Returns:
-        `tuple`: The values.
+    `values` are what [`~transformers.Trainer.set_initial_training_values`] returns: epochs, steps per epoch, …,
+    batches per epoch and steps of the run. `num_examples` comes from [`num_repeatable_examples`]; `group_size` ranks
+    share rows.
     """
     epochs, _, *others, batches, max_steps = values
     batch_size = args.per_device_train_batch_size

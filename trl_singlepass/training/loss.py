@@ -24,30 +24,15 @@ NumItems: TypeAlias = torch.Tensor | int | None
 
 @dataclass(frozen=True, slots=True)
 class LossContext:
-    """
-    What the trainer knows of the batch whose loss is computed.
+    """What the trainer knows of the batch whose loss is computed."""
 
-    Args:
-        num_items (`torch.Tensor` or `int`, *optional*):
-            Divisor of the summed loss: the sum of the loss weights of the step over all ranks. `None` in evaluation,
-            where each batch is divided by its own.
-        num_batches (`int`):
-            Batches of this rank in the step.
-        divisor (`int`):
-            What `Trainer.training_step` divides the loss by before the backward pass: `num_batches`, or 1.
-        step (`int`):
-            Number of the step.
-        metrics (`dict[str, list[float]]`):
-            TRL's metrics of training or of evaluation; the log averages each list.
-        turn_metrics (`TurnMetrics`, *optional*):
-            Metrics by turn, if they are logged.
-    """
-
+    # divisor of the summed loss: the sum of the loss weights of the step over all ranks; `None` in evaluation, where
+    # each batch is divided by its own
     num_items: NumItems
-    num_batches: int
-    divisor: int
+    num_batches: int  # of this rank in the step
+    divisor: int  # what `Trainer.training_step` divides the loss by before the backward pass: `num_batches`, or 1
     step: int
-    metrics: dict[str, list[float]]
+    metrics: dict[str, list[float]]  # TRL's, of training or of evaluation; the log averages each list
     turn_metrics: TurnMetrics | None
 
 
@@ -70,14 +55,8 @@ def weighted_model(model: Forward, loss_weights: torch.Tensor) -> Forward:
     With each term multiplied by the weight `w` of its target, the loss becomes `-Σ w · log p / num_items` and the
     metrics become weighted means: what N-pass computes when `w` samples train the same target.
 
-    Args:
-        model (`Forward`):
-            Model whose fused head returns per-token outputs (TRL 1.15 and later).
-        loss_weights (`torch.Tensor` of shape `(1, row_length)`, `torch.float32`):
-            Weight of each rolled label.
-
-    Returns:
-        `Forward`: The same forward, weighted.
+    Takes a model whose fused head returns per-token outputs (TRL 1.15 and later), and the weight of each rolled label,
+    float32 of shape `(1, row_length)`.
     """
 
     def forward(**inputs: object) -> ModelOutput:
@@ -95,10 +74,6 @@ class RouterLossScale:
     Multiplies the load-balancing loss of a batch by its `router_loss_scale`, if that is not 1.
 
     In such a step, all ranks have a factor other than 1 (see [`scale_router_loss`]).
-
-    Args:
-        row (`RowTree`):
-            Tree of the batch.
     """
 
     def __init__(self, row: RowTree) -> None:
@@ -129,14 +104,8 @@ def normalized(loss_weights: torch.Tensor, total: torch.Tensor | int | None = No
     """
     Return loss weights divided by their sum; if all are 0, they stay 0.
 
-    Args:
-        loss_weights (`torch.Tensor` of shape `(1, row_length)`, `torch.float32`):
-            Weight of each rolled label.
-        total (`torch.Tensor` or `int`, *optional*):
-            Sum of the weights of a whole step; that of these weights by default.
-
-    Returns:
-        `torch.Tensor` of shape `(1, row_length)`: The weights.
+    Takes the weight of each rolled label, float32 of shape `(1, row_length)`, and returns the same shape. `total` is
+    the sum of the weights of a whole step; that of these weights by default.
     """
     total = loss_weights.sum() if total is None else torch.as_tensor(total)
     return loss_weights / total.clamp(min=torch.finfo(loss_weights.dtype).tiny)
@@ -152,14 +121,7 @@ def step_weights(batches: Sequence[Batch], accelerator: Accelerator) -> tuple[to
     """
     Return the sum of the loss weights of this rank's batches of a step, and those of all ranks, in `torch.float32`.
 
-    Args:
-        batches (`Sequence[Batch]`):
-            Batches of this rank in the step.
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the run; every rank must call.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: A scalar, and a tensor of shape `(num_ranks,)`.
+    Returns a scalar, and a tensor of shape `(num_ranks,)`. Every rank must call.
     """
     own = torch.stack([total_weight(batch) for batch in batches]).sum().float().to(accelerator.device)
     return own, accelerator.gather(own[None])
@@ -172,10 +134,7 @@ def mean_of_means_divisor(own: torch.Tensor, everyone: torch.Tensor) -> torch.Te
     A rank that only has repeated rows has no mean, and does not count: with weights of 10, 30 and 0, the first two
     ranks divide by 10 · 2/3 and 30 · 2/3, so that a third of the sum is half the sum of their means.
 
-    Args:
-        own (`torch.Tensor`):
-            Sum of this rank's loss weights, a scalar.
-        everyone (`torch.Tensor` of shape `(num_ranks,)`):
-            The same of all ranks.
+    Takes what [`step_weights`] returns: the sum of this rank's weights, a scalar, and those of all ranks,
+    `(num_ranks,)`.
     """
     return own * ((everyone > 0).sum() / len(everyone))

@@ -33,13 +33,7 @@ _OF_RANK = re.compile(r"rng_state_(\d+)\.pth|\w*zero_pp_rank_(\d+)_\w+\.pt|__(\d
 
 
 class ManifestCallback(TrainerCallback):
-    """
-    Writes the manifest of each checkpoint of a run.
-
-    Args:
-        trainer (`trl.SFTTrainer` or `trl.DPOTrainer`):
-            Trainer, to which the callback adds itself.
-    """
+    """Writes the manifest of each checkpoint of a run. It adds itself to the trainer."""
 
     def __init__(self, trainer: SFTTrainer | DPOTrainer) -> None:
         trainer.add_callback(self)
@@ -49,14 +43,6 @@ class ManifestCallback(TrainerCallback):
     def write_sizes(self, trainer: SFTTrainer | DPOTrainer, counts: TokenCounts, checkpoint: str) -> None:
         """
         Write counts of tokens and the sizes of all files that are there so far, once every rank has written its own.
-
-        Args:
-            trainer (`trl.SFTTrainer` or `trl.DPOTrainer`):
-                Trainer that saves.
-            counts (`TokenCounts`):
-                Its counts of tokens.
-            checkpoint (`str`):
-                Folder of the checkpoint.
         """
         self._finish()
         if trainer.args.should_save:
@@ -113,14 +99,8 @@ def find_changes(checkpoint: Path) -> tuple[str, ...]:
     """
     Return all differences between a checkpoint and its manifest; none for a checkpoint that has no manifest.
 
-    Files that have not been touched since the last call are not read again.
-
-    Args:
-        checkpoint (`pathlib.Path`):
-            Folder of the checkpoint.
-
-    Returns:
-        `tuple[str, ...]`: Problems, each as the end of a sentence about the checkpoint.
+    Files that have not been touched since the last call are not read again. Each difference is worded as the end of a
+    sentence about the checkpoint.
     """
     if not (checkpoint / FOLDER).is_dir():
         return ()

@@ -25,16 +25,7 @@ def measure_activation_bytes(model: PreTrainedModel, device: torch.device, *, ch
     weights and buffers, which do not depend on the length, drop out. With gradient checkpointing, a layer saves its
     input, and one layer at a time everything.
 
-    Args:
-        model (`transformers.PreTrainedModel`):
-            Model, whole and on its device, in the precision of training.
-        device (`torch.device`):
-            The device.
-        checkpointing (`bool`):
-            Whether layers save only their input and are recomputed one by one in backward.
-
-    Returns:
-        `int`: The bytes.
+    Takes the whole model, on its device and in the precision of training.
     """
     decoder = get_decoder(model)
     with in_evaluation_mode(decoder):  # without checkpointing

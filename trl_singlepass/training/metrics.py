@@ -32,25 +32,13 @@ class PooledLoss:
     Mean loss of a dataset, over all its trained tokens, whatever the batch size and the number of processes.
 
     The sums stay on the device until the end.
-
-    Args:
-        device (`torch.device`):
-            Device of the losses.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(2, dtype=_widest_float(device), device=device)
 
     def add(self, loss: torch.Tensor, weight: torch.Tensor) -> None:
-        """
-        Add a batch.
-
-        Args:
-            loss (`torch.Tensor`):
-                Mean loss of the batch, a scalar.
-            weight (`torch.Tensor`):
-                Sum of its loss weights, a scalar.
-        """
+        """Add a batch: its mean loss and the sum of its loss weights, both scalars."""
         weight = weight.to(self._sums)
         self._sums += torch.stack([loss.detach().to(weight) * weight, weight])
 
@@ -71,13 +59,8 @@ class TokenCounts:
 
     def add(self, batches: Sequence[Batch], num_items: torch.Tensor) -> None:
         """
-        Count the batches of one step.
-
-        Args:
-            batches (`Sequence[Batch]`):
-                Batches of this process.
-            num_items (`torch.Tensor`):
-                Sum of the loss weights of the step over all ranks, a scalar.
+        Count this process's batches of one step. `num_items` is the sum of the step's loss weights over all ranks, a
+        scalar.
         """
         self._trained = self._trained + num_items.to(_widest_float(num_items.device))
         for plan in (batch["tree"].plan for batch in batches if "tree" in batch):
@@ -113,10 +96,6 @@ class TurnMetrics:
     """
     Loss and accuracy by turn and part of a turn, for `log_turn_metrics`; the sums stay on the device until the log
     asks for them.
-
-    Args:
-        device (`torch.device`):
-            Device of the losses.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -131,16 +110,9 @@ class TurnMetrics:
         With three parts to a turn, label part `1 + 3·turn + part` goes to row `1 + 3·min(turn, 16) + part` of the
         sums: part 2 of turn 1 is 6, and stays 6; part 0 of turn 20 is 61, and becomes 49.
 
-        Args:
-            model (`Forward`):
-                Model whose fused head returns per-token outputs (TRL 1.15 and later).
-            label_parts (`torch.Tensor` of shape `(1, row_length)`, `torch.int64`):
-                For each rolled label, what it is part of ([`Sample.token_parts`]).
-            loss_weights (`torch.Tensor` of shape `(1, row_length)`, `torch.float32`, *optional*):
-                Weight of each rolled label; 1 if not given.
-
-        Returns:
-            `Forward`: The same forward.
+        Takes a model whose fused head returns per-token outputs (TRL 1.15 and later) and two tensors of shape
+        `(1, row_length)`: what each rolled label is part of ([`Sample.token_parts`]), int64, and its weight, float32,
+        1 if not given.
         """
         code = label_parts[0, 1:] - 1
         turn = torch.div(code, len(PARTS), rounding_mode="floor").clamp(max=NUM_TURNS)
@@ -159,15 +131,10 @@ class TurnMetrics:
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """
-        Return the means since the last call, over all processes.
+        Return the means since the last call, over all processes, each of which must call this.
 
-        Args:
-            accelerator (`accelerate.Accelerator`):
-                Accelerator of the run; every process must call this.
-
-        Returns:
-            `dict[str, float]`: `turn_1/loss`, `turn_1/accuracy`, the same with `reasoning_`, `answer_` and
-            `first_answer_token_` before the last word, for each trained turn and for `all_turns`.
+        They are `turn_1/loss`, `turn_1/accuracy`, the same with `reasoning_`, `answer_` and `first_answer_token_`
+        before the last word, for each trained turn and for `all_turns`.
         """
         sums = accelerator.reduce(self._sums, reduction="sum")[1:].reshape(NUM_TURNS + 1, len(PARTS), 3).cpu()
         self._sums.zero_()
@@ -186,15 +153,8 @@ def split_by_example(tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
     """
     Return a row of several examples as one row per example, which is what `compute_metrics` receives in TRL.
 
-    Args:
-        tensor (`torch.Tensor` of shape `(1, row_length, …)`):
-            Logits or rolled labels of a batch.
-        batch (`Batch`):
-            The batch.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, longest, …)`: The rows, padded with -100 as the Trainer pads them. In
-        each, the target beside `[:, i + 1]` is that of the prediction at `[:, i]`.
+    Takes logits or rolled labels of shape `(1, row_length, …)`, and returns `(num_examples, longest, …)`, padded with
+    -100 as the Trainer pads. In each row, the target beside `[:, i + 1]` is that of the prediction at `[:, i]`.
     """
     ends = batch["tree"].plan.example_ends
     starts = (0, *ends[:-1])

@@ -49,16 +49,8 @@ def complete_model_card(
     """
     Name the base model in a card that TRL has written, and add what was trained and with what.
 
-    Args:
-        folder (`str`):
-            Folder with the card, `README.md`.
-        model (`transformers.PreTrainedModel` or `peft.PeftModel`):
-            The trained model.
-        dataset (`datasets.Dataset`, `datasets.IterableDataset`, *optional*):
-            Prepared training dataset, whose description is the summary of its preparation. For plain text, only the
-            base model is named.
-        log_history (`Sequence[Mapping[str, object]]`):
-            What the trainer has logged.
+    The folder holds the card, `README.md`. The description of the prepared dataset is the summary of its preparation;
+    for plain text, only the base model is named.
     """
     base = without_adapters(model)
     source = Path(str(base.config._name_or_path)).name

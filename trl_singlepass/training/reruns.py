@@ -30,17 +30,8 @@ def refused_where_tokens_run_twice(
     model: PreTrainedModel | PeftModel, args: SFTConfig | DPOConfig, *, tokens: str, parts: str
 ) -> Iterator[Refusal]:
     """
-    Yield settings and layers that do not go with several forwards and backwards per batch.
-
-    Args:
-        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
-            Model to train.
-        args (`SinglePassSFTConfig`, `SinglePassDPOConfig`):
-            Arguments of the run.
-        tokens (`str`):
-            What runs more than once, for the error.
-        parts (`str`):
-            What a batch runs in, for the error.
+    Yield settings and layers that do not go with several forwards and backwards per batch. For the error, `tokens` is
+    what runs more than once, and `parts` what a batch runs in.
     """
     if args.activation_offloading:
         yield "activation_offloading", "it expects one forward before each backward", "Turn it off"

@@ -24,13 +24,7 @@ _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 class SelfCheck:
     """
-    Measures models before they are trained, each once.
-
-    Args:
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the run; every rank takes part.
-        is_on (`bool`):
-            The setting `self_check`.
+    Measures models before they are trained, each once. Every rank takes part; `is_on` is the setting `self_check`.
     """
 
     def __init__(self, accelerator: Accelerator, *, is_on: bool) -> None:
@@ -47,18 +41,8 @@ class SelfCheck:
         """
         Measure a model on tokens of its first batches, unless that has been done.
 
-        Args:
-            model (`torch.nn.Module`):
-                Model, as the engine wrapped it.
-            batches (`Sequence[Batch]`):
-                Batches of rows; an image is taken from the first that has one.
-            collator (`DataCollatorForSinglePass`):
-                Collator of the rows.
-            group (`RowGroup`, *optional*):
-                Ranks that share rows.
-
-        Raises:
-            `TreeCheckError`: If the model computes something else on a tree than on separate samples.
+        Takes the model as the engine wrapped it; an image comes from the first batch that has one. A model that
+        computes something else on a tree than on separate samples raises `TreeCheckError`.
         """
         if model in self._done or not batches:
             return

@@ -51,20 +51,8 @@ class SequenceParallel:
     """
     Trains rows that the ranks of a group share.
 
-    Args:
-        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
-            Model with trees enabled.
-        args (`SinglePassSFTConfig`):
-            Arguments of the run.
-        accelerator (`accelerate.Accelerator`):
-            Accelerator with `sp_size` above 1.
-        recorder (`RouterRecorder`, *optional*):
-            Router logits of a mixture of experts whose load-balancing loss is trained.
-        router_loss_coef (`float`, *optional*, defaults to 0):
-            Coefficient of that loss.
-
-    Raises:
-        `ValueError`: If a setting or the model does not work with it; the message names it and the way out.
+    Takes a model with trees enabled. `recorder` holds the router logits of a mixture of experts whose load-balancing
+    loss is trained. A setting or a model that does not work with shared rows raises `ValueError` with the way out.
     """
 
     def __init__(
@@ -108,18 +96,9 @@ class SequenceParallel:
         """
         Pass the tree to attention, and rows to the ranks that share them, once DeepSpeed has taken over the model.
 
-        Args:
-            loader (`UlyssesSPDataLoaderAdapter`):
-                DeepSpeed's loader of row parts, as the Trainer prepared it.
-            prepare (`Callable`):
-                Called with each row of this rank before other ranks get it.
-            pad_token_id (`int`):
-                Token that fills rows up to a length that the ranks can share.
-            epoch (`Callable[[], int]`):
-                Returns the number of the epoch that begins.
-
-        Returns:
-            `torch.utils.data.DataLoader`: Loader of the rows of all ranks of the group, in turn.
+        Takes DeepSpeed's loader of row parts, as the Trainer prepared it; returns a loader of the rows of all ranks of
+        the group, in turn. `prepare` is called with each row of this rank before other ranks get it, `pad_token_id`
+        fills rows up to a length that the ranks can share, and `epoch` returns the number of the epoch that begins.
         """
         del ALL_ATTENTION_FUNCTIONS[self._attention]  # DeepSpeed's exchange, which drops the tree
         self._group = RowGroup(loader.sp_group, loader.sp_world_size, loader.sp_rank)
@@ -138,16 +117,8 @@ class SequenceParallel:
 
     def wrap(self, engine: DeepSpeedEngine, tree: Tree) -> Forward:
         """
-        Return the model as it runs a row in parts.
-
-        Args:
-            engine (`deepspeed.DeepSpeedEngine`):
-                Model, as the Trainer wrapped it.
-            tree (`Tree`):
-                Tree of the row, with the ranks that share it.
-
-        Returns:
-            `Forward`: Takes a whole row, and returns the outputs of TRL's fused head for all of it.
+        Return the model as it runs a row in parts: it takes a whole row, and returns the outputs of TRL's fused head
+        for all of it. `tree` has the ranks that share the row.
         """
         group, recorder = self.group, self._recorder
         shared = SharedRowEngine(engine, self._accelerator, 1.0, group)
@@ -180,17 +151,8 @@ class SequenceParallel:
 
         TRL only computes the metrics: its loss would be the mean over batches of each batch's mean, not over tokens.
 
-        Args:
-            compute_loss (`Callable`):
-                TRL's `compute_loss`.
-            engine (`deepspeed.DeepSpeedEngine`):
-                Model, as the Trainer wrapped it.
-            model (`Forward`):
-                The model as it runs a row, with the weight of each target.
-            inputs (`Batch`):
-                Inputs of the model for the whole row.
-            context (`LossContext`):
-                How its loss is scaled.
+        `compute_loss` is TRL's; `model` is the one that runs a row, with the weight of each target; `inputs` are those
+        of the whole row.
         """
         losses: list[Tensor] = []
 
@@ -215,14 +177,7 @@ class SequenceParallel:
 
 def register_shared_attention(name: str) -> str:
     """
-    Register tree attention on rows that ranks share, under a name that DeepSpeed may take over.
-
-    Args:
-        name (`str`):
-            Registered name of tree attention.
-
-    Returns:
-        `str`: The new name.
+    Register tree attention on rows that ranks share, under a name that DeepSpeed may take over; return that name.
     """
     shared = f"{name}_ulysses"
     AttentionInterface.register(shared, on_shared_rows(ALL_ATTENTION_FUNCTIONS[name]))

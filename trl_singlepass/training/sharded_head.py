@@ -23,9 +23,7 @@ def gather_head_with_model(model: PreTrainedModel | PeftModel) -> None:
     finds the last normalisation, which is called, and shards the head together with it; in models with encoders of
     other media it finds none.
 
-    Args:
-        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
-            Model, after accelerate has prepared it.
+    Takes the model as accelerate has prepared it.
     """
     head = without_adapters(model).get_output_embeddings()
     if not hasattr(head, "unshard"):

@@ -20,15 +20,7 @@ def prepare_sharding(model: PreTrainedModel | PeftModel, accelerator: Accelerato
     """
     Choose the layers that ZeRO-3 gathers and that FSDP2 shards as a whole, and correct tensor parallelism.
 
-    Other engines are left alone.
-
-    Args:
-        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
-            Model, before the engine takes it over.
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the run.
-        tp_size (`int`, *optional*, defaults to 1):
-            Number of ranks that share the layers of the model.
+    Other engines are left alone. Takes the model before the engine does; `tp_size` ranks share its layers.
     """
     make_leaves(model, accelerator)
     _leave_out_absent_layers(without_adapters(model), accelerator)

@@ -19,17 +19,8 @@ class SharedRows(IterableDataset[Batch]):
     Rows are token ids and other integers, and every rank gets them whole: which tokens a rank runs depends on how the
     row is run (at once, in waves).
 
-    Args:
-        loader (`torch.utils.data.DataLoader`):
-            Loader of this rank's own rows.
-        group (`RowGroup`):
-            Ranks that share rows.
-        prepare (`Callable`):
-            Called with each row of this rank before other ranks get it.
-        pad_token_id (`int`):
-            Token that fills rows up.
-        epoch (`Callable[[], int]`):
-            Returns the number of the epoch that begins.
+    `loader` has this rank's own rows, and `prepare` is called with each before other ranks get it. `pad_token_id`
+    fills rows up; `epoch` returns the number of the epoch that begins.
     """
 
     def __init__(

@@ -62,20 +62,8 @@ def stream_dataloader(
     accelerate would complete the last batches of all ranks with rows from the start of the stream. Here they end where
     the stream ends, and [`StreamSteps`] keeps the ranks in step.
 
-    Args:
-        stream (`datasets.IterableDataset`):
-            Rows.
-        collate (`Callable`):
-            Collator of the trainer.
-        args (`transformers.TrainingArguments`):
-            Arguments of the run.
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the run.
-        batch_size (`int`):
-            Rows per batch; with `split_batches`, of all ranks together.
-
-    Returns:
-        `torch.utils.data.DataLoader`: The loader, as accelerate prepares it for a single process.
+    `batch_size` counts the rows of a batch; with `split_batches`, those of all ranks together. The loader is prepared
+    as accelerate does it for a single process.
     """
     num_ranks, rank = data_ranks(accelerator)
     settings = {name: getattr(args, key) for name in _LOADER_SETTINGS if hasattr(args, key := f"dataloader_{name}")}
@@ -104,13 +92,7 @@ class StreamSteps:
     Completes the steps of a stream, where ranks run out of batches at different times, or in an accumulated step.
 
     A rank that has no batch left while another has one, or in a step that it cannot complete, receives a batch of two
-    tokens without a target. The epoch ends when no rank has a batch left.
-
-    Args:
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the run.
-        blank (`Batch`):
-            Batch without a target.
+    tokens without a target. The epoch ends when no rank has a batch left. `blank` is the batch without a target.
     """
 
     def __init__(self, accelerator: Accelerator, blank: Batch) -> None:
@@ -119,16 +101,8 @@ class StreamSteps:
 
     def complete(self, epoch: Iterator[Batch], num_batches: int) -> Iterator[Batch]:
         """
-        Return the batches of the next step.
-
-        Args:
-            epoch (`Iterator[Batch]`):
-                Batches of the epoch; the same object for all its steps.
-            num_batches (`int`):
-                Batches per step.
-
-        Returns:
-            `Iterator[Batch]`: `num_batches` batches, or none at the end of the epoch.
+        Return the batches of the next step: `num_batches`, or none at the end of the epoch. `epoch` is the same
+        iterator for all steps of an epoch.
         """
         if epoch is self._ended:  # the Trainer goes on asking, for as many steps as the run has
             return iter(())
@@ -174,15 +148,7 @@ def position_in_stream(checkpoint: str | None, args: TrainingArguments) -> tuple
     The `epoch` of the saved state is the number of whole epochs, and a fraction that counts batches in units of all
     batches of the run: with `max_steps=10` and 2 batches per step, 2.35 is 2 epochs and 0.35 · 20 = 7 batches.
 
-    Args:
-        checkpoint (`str`, *optional*):
-            Folder of the checkpoint.
-        args (`transformers.TrainingArguments`):
-            Arguments of the run.
-
-    Returns:
-        `tuple[int, int]` or `None`: Whole epochs, and batches to skip in the current one; `None` without a checkpoint
-        that says so.
+    Returns whole epochs, and batches to skip in the current one; `None` without a checkpoint that says so.
     """
     if checkpoint is None or not (saved := Path(checkpoint, TRAINER_STATE_NAME)).is_file():
         return None

@@ -23,9 +23,7 @@ def sum_gradients_once(model: PreTrainedModel) -> None:
         transformers    3, then (3 + 3) + (3 + 4) = 13
         here            3, then  3      + (3 + 4) = 10
 
-    Args:
-        model (`transformers.PreTrainedModel`):
-            Model whose layers ranks share; others are left alone.
+    Models whose layers ranks do not share are left alone.
     """
     plan = getattr(model, "tp_plan", None) or {}
     for name, module in model.named_modules():

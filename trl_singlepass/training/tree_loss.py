@@ -35,21 +35,9 @@ class TreeLoss:
     """
     Enables trees in a model, and computes TRL's loss on them: at once, in waves, or shared among ranks.
 
-    Args:
-        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
-            Model to train.
-        args (`SinglePassSFTConfig`):
-            Arguments of the run.
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the run.
-        compute_loss_func (`Callable`, *optional*):
-            The user's own loss function.
-        router_loss_coef (`float`, *optional*):
-            Coefficient of the load-balancing loss of a mixture of experts, if it is trained.
-
-    Raises:
-        `UnsupportedModelError`: If a single pass would train the model incorrectly.
-        `ValueError`: If a setting does not work with waves or with shared rows.
+    `compute_loss_func` is the user's own; `router_loss_coef` is only given if a load-balancing loss is trained. A
+    model that a single pass would train incorrectly raises `UnsupportedModelError`, a setting that does not work with
+    waves or with shared rows `ValueError`.
     """
 
     def __init__(
@@ -84,18 +72,9 @@ class TreeLoss:
 
     def read_images(self, collator: DataCollatorForSinglePass, tp_size: int, *datasets: Rows) -> None:
         """
-        Make the model and the collator read images, if datasets have rows with images.
+        Make the model and the collator read images, if any of the prepared datasets has rows with images.
 
-        Args:
-            collator ([`DataCollatorForSinglePass`]):
-                Collator of the rows, changed in place.
-            tp_size (`int`):
-                Number of ranks that share the layers of the model.
-            *datasets (`datasets.Dataset`, `datasets.IterableDataset`, `dict` of these, *optional*):
-                Prepared datasets.
-
-        Raises:
-            `ValueError`: If the model, a setting or the engine does not go with images.
+        The collator is changed in place; `tp_size` ranks share the layers of the model.
         """
         if not self._reads_images and show_images(*datasets):
             read_images(self._model, self._args, self._accelerator, collator, tp_size)
@@ -110,22 +89,7 @@ class TreeLoss:
         context: LossContext,
     ) -> Loss:
         """
-        Return the loss of a batch with a `tree`.
-
-        Args:
-            compute_loss (`Callable`):
-                TRL's `compute_loss`.
-            model (`torch.nn.Module`):
-                Model, as the Trainer wrapped it.
-            batch (`Batch`):
-                Batch of the collator.
-            return_outputs (`bool`):
-                Whether to return the model's outputs as well.
-            context (`LossContext`):
-                How the loss is scaled, and where metrics go.
-
-        Returns:
-            `torch.Tensor` or `tuple`: The loss, with the outputs if asked for.
+        Return the loss of a batch with a `tree`, along with the model's outputs if asked for. `compute_loss` is TRL's.
         """
         row: RowTree = batch["tree"]
         if self.sequence_parallel is not None and row.is_shared:

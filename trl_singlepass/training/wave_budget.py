@@ -23,19 +23,9 @@ _MULTIPLE = 256
 
 def wave_tokens_that_fit(model: PreTrainedModel, args: SinglePassSFTConfig) -> tuple[int, str]:
     """
-    Return how many tokens may have activations at the same time, and why.
+    Return how many tokens may have activations at the same time, a multiple of 256, and the calculation behind it.
 
-    Args:
-        model (`transformers.PreTrainedModel` or `peft.PeftModel`):
-            Model, on its device.
-        args (`SinglePassSFTConfig`):
-            Training arguments.
-
-    Returns:
-        `tuple[int, str]`: The number of tokens, a multiple of 256, and the calculation behind it.
-
-    Raises:
-        `ValueError`: If not even 256 tokens fit.
+    If not even 256 tokens fit, this raises `ValueError`.
     """
     itemsize = 2 if args.bf16 or args.fp16 else next(model.parameters()).element_size()
     per_token = _activation_bytes(model, args, itemsize) + _gathered_bytes(model, args.device, itemsize)
@@ -59,15 +49,8 @@ def on_shared_rows(tokens: int, accelerator: Accelerator, *, divides_layers: boo
     Return how many tokens a wave may have, given how many fit on this rank.
 
     Ranks that share rows cut them alike, so the rank with the least memory decides. Each has its part of a wave,
-    unless there are layers that each rank runs on all of it.
-
-    Args:
-        tokens (`int`):
-            Tokens that may have activations on this rank.
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the run; if ranks share rows, every rank must call.
-        divides_layers (`bool`):
-            Whether ranks that share rows divide the work of every layer.
+    unless there are layers that each rank runs on all of it. If ranks share rows, every rank must call;
+    `divides_layers` says whether they divide the work of every layer.
     """
     size: int = getattr(accelerator.parallelism_config, "sp_size", 1)
     if size == 1:

@@ -46,22 +46,9 @@ class WaveTraining:
     """
     Runs the rows of a trainer wave by wave.
 
-    Args:
-        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
-            Model with trees enabled.
-        args (`SinglePassSFTConfig`):
-            Arguments with `wave_tokens`.
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the run.
-        compute_loss_func (`Callable`, *optional*):
-            The trainer's own loss function, which is refused.
-        recorder (`RouterRecorder`, *optional*):
-            Router logits of a mixture of experts whose load-balancing loss is trained.
-        router_loss_coef (`float`, *optional*, defaults to 0):
-            Coefficient of that loss.
-
-    Raises:
-        `ValueError`: If a setting, the model or the engine does not work with waves; the message names it.
+    Takes a model with trees enabled. `recorder` holds the router logits of a mixture of experts whose load-balancing
+    loss is trained. What does not work with waves raises `ValueError`: a setting, the model, the engine, any
+    `compute_loss_func`.
     """
 
     def __init__(
@@ -107,17 +94,8 @@ class WaveTraining:
 
     def wrap(self, model: nn.Module, tree: Tree, batch: Batch, context: LossContext) -> Forward:
         """
-        Return the model as it runs a row: wave by wave, or as it is if one wave holds the row.
-
-        Args:
-            model (`torch.nn.Module`):
-                Model, as the Trainer wrapped it.
-            tree (`Tree`):
-                Tree of the row.
-            batch (`Batch`):
-                Batch of the collator.
-            context (`LossContext`):
-                How its loss is scaled, and where the number of waves is logged.
+        Return the model as it runs a row: wave by wave, or as it is if one wave holds the row. The number of waves is
+        logged in the metrics of `context`.
         """
         plan = self.plan(tree)
         if self._model.training:
@@ -143,12 +121,8 @@ class WaveTraining:
         """
         Check, in the first step of a run, that the losses of the waves add up to the row's loss.
 
-        Args:
-            loss (`torch.Tensor`):
-                Loss that TRL computed from the outputs of the whole row, a scalar.
-
-        Raises:
-            `RuntimeError`: If they do not; the gradients of the waves would be those of another loss.
+        Takes the loss that TRL computed from the outputs of the whole row, a scalar. If they do not add up to it, the
+        gradients of the waves would be those of another loss: this raises `RuntimeError`.
         """
         waves, self._unchecked = self._unchecked, None
         if waves is None or self._is_checked:

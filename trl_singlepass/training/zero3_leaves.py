@@ -31,11 +31,7 @@ def make_leaves(model: PreTrainedModel | PeftModel, accelerator: Accelerator) ->
     """
     Let ZeRO-3 gather recurrent layers and experts as a whole. Other engines are left alone.
 
-    Args:
-        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
-            Model, before DeepSpeed takes it over.
-        accelerator (`accelerate.Accelerator`):
-            Accelerator of the run.
+    Takes the model before DeepSpeed does.
     """
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage < 3:

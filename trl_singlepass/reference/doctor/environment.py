@@ -37,52 +37,24 @@ FLASH_2 = ("sdpa", "eager", "torch_varlen", "flash_attention_2", "kernels-commun
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """
-    One CUDA device.
-
-    Args:
-        name (`str`):
-            Name of the device.
-        capability (`tuple[int, int]`):
-            Compute capability.
-        memory_bytes (`int`):
-            Memory in all.
-    """
+    """One CUDA device."""
 
     name: str
-    capability: tuple[int, int]
+    capability: tuple[int, int]  # compute capability
     memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """
-    Software and hardware of this machine.
+    """Software and hardware of this machine."""
 
-    Args:
-        system (`str`):
-            Operating system and processor.
-        python (`str`):
-            Version of Python.
-        cuda (`str`, *optional*):
-            CUDA version that PyTorch was built for.
-        driver (`str`, *optional*):
-            Version of the NVIDIA driver.
-        gpus (`tuple[Gpu, ...]`):
-            CUDA devices.
-        packages (`dict[str, str | None]`):
-            Version by package; `None` if it is not installed.
-        problems (`tuple[str, ...]`):
-            What is known to go wrong, with the way out.
-    """
-
-    system: str
+    system: str  # operating system and processor
     python: str
-    cuda: str | None
-    driver: str | None
+    cuda: str | None  # version that PyTorch was built for
+    driver: str | None  # version of the NVIDIA driver
     gpus: tuple[Gpu, ...]
-    packages: dict[str, str | None]
-    problems: tuple[str, ...]
+    packages: dict[str, str | None]  # version by package; `None` if it is not installed
+    problems: tuple[str, ...]  # what is known to go wrong, with the way out
 
     @classmethod
     def detect(cls) -> Environment:
@@ -107,15 +79,7 @@ def known_problems(
     """
     Yield what is known to go wrong with these versions and devices, with the way out.
 
-    Args:
-        packages (`Mapping[str, str | None]`):
-            Version by package.
-        gpus (`Sequence[Gpu]`):
-            CUDA devices.
-        driver (`str`, *optional*):
-            Version of the NVIDIA driver.
-        cuda (`str`, *optional*):
-            CUDA version that PyTorch was built for.
+    Takes the version of each package, of the NVIDIA driver, and of the CUDA that PyTorch was built for.
     """
     has_hopper = any(gpu.capability[0] == HOPPER for gpu in gpus)
     if has_hopper and packages.get("flash-linear-attention") and _within(packages.get("triton"), "3.4", "3.7.1"):
@@ -147,14 +111,7 @@ def known_problems(
 def faster_kernel(implementation: str, gpus: Sequence[Gpu], packages: Mapping[str, str | None]) -> str | None:
     """
     Return how attention gets faster on these GPUs, and by how much; `None` where nothing faster is known.
-
-    Args:
-        implementation (`str`):
-            `attn_implementation` of the model.
-        gpus (`Sequence[Gpu]`):
-            CUDA devices.
-        packages (`Mapping[str, str | None]`):
-            Version by package.
+    `implementation` is the `attn_implementation` of the model.
     """
     if implementation not in FLASH_2 or not gpus or any(gpu.capability[0] != HOPPER for gpu in gpus):
         return None

@@ -45,23 +45,13 @@ BUILT_IN_ON_CPU = {**SHAPE, "vocab_size": 1000, "hidden_size": 128, "head_dim": 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """
-    A model to look at.
+    """A model to look at."""
 
-    Args:
-        name (`str`):
-            Folder or hub id.
-        config (`transformers.PreTrainedConfig`):
-            Configuration of the whole model.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer with a chat template; without one, `verify` gets random tokens instead of chats.
-        load (`Callable`):
-            Returns the model for a configuration (of the first layers), a dtype and an `attn_implementation`.
-    """
-
-    name: str
-    config: PreTrainedConfig
+    name: str  # folder or hub id
+    config: PreTrainedConfig  # of the whole model
+    # with a chat template; without one, `verify` gets random tokens instead of chats
     tokenizer: PreTrainedTokenizerBase | None
+    # returns the model for a configuration (of the first layers), a dtype and an `attn_implementation`
     load: Callable[[PreTrainedConfig, torch.dtype, str | None], PreTrainedModel]
 
     @classmethod
@@ -88,25 +78,9 @@ def examine(
     """
     Look at this machine with a model: what is installed, whether training is right, and how fast it is.
 
-    An error in one part is noted in the report, and the next part runs.
-
-    Args:
-        subject (`Subject`):
-            Model to look at. As many of its layers are run as fit.
-        device (`torch.device`):
-            Device to run on.
-        attn_implementation (`str`, *optional*):
-            Attention of the model; its own default if not given.
-        turns (`Sequence[int]`, *optional*, defaults to `(2, 8, 16)`):
-            Lengths of the conversations that are timed.
-        on_part (`Callable`, *optional*):
-            Called with a description before each part.
-
-    Returns:
-        `DoctorReport`: What was found.
-
-    Raises:
-        `ValueError`: If not even the smallest slice of the model fits.
+    An error in one part is noted in the report, and the next part runs. As many layers of the model run as fit; if not
+    even its smallest slice does, this raises `ValueError`. `turns` are the lengths of the conversations that are
+    timed, and `on_part` is called with a description before each part.
     """
     sizes = Sizes() if device.type == "cuda" else SIZES_ON_CPU
     vocabulary = min(int(subject.config.get_text_config().vocab_size), 30_000)
@@ -187,13 +161,8 @@ def _verify_chats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 
 class _Timing:
     """
-    Steps of a model on its kernel, one after the other.
-
-    Args:
-        model (`torch.nn.Module`):
-            Model in training mode.
-        shape (`ModelShape`, *optional*):
-            Sizes that operations are counted with.
+    Steps of a model on its kernel, one after the other. Takes a model in training mode, and the sizes that operations
+    are counted with.
     """
 
     def __init__(self, model: PreTrainedModel, shape: ModelShape | None) -> None:

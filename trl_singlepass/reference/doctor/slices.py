@@ -22,15 +22,7 @@ MOST_LAYERS_ON_CPU = 4
 
 
 def slice_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
-    """
-    Return the configuration of a model's first layers.
-
-    Args:
-        config (`transformers.PreTrainedConfig`):
-            Configuration of the model; of a multimodal one, its text part is taken.
-        num_layers (`int`):
-            Number of layers.
-    """
+    """Return the configuration of a model's first layers. Of a multimodal model, the text part is taken."""
     text = copy.deepcopy(config.get_text_config())
     total = text.num_hidden_layers
     for name, value in vars(text).items():
@@ -44,16 +36,8 @@ def layers_that_fit(config: PreTrainedConfig, num_tokens: int, device: torch.dev
     """
     Return how many of a model's first layers can be verified in float32 and timed on a device.
 
-    Args:
-        config (`transformers.PreTrainedConfig`):
-            Configuration of the model.
-        num_tokens (`int`):
-            Tokens of the longest row that is timed.
-        device (`torch.device`):
-            Device to run on.
-
-    Raises:
-        `ValueError`: If not even the smallest slice fits.
+    `num_tokens` is the length of the longest row that is timed. If not even the smallest slice fits, this raises
+    `ValueError`.
     """
     text = config.get_text_config()
     total = int(text.num_hidden_layers)
