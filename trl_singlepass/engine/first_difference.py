@@ -37,16 +37,8 @@ def mixing_module(model: Any, run: Callable[[CheckRow], Tensor], row: CheckRow) 
     The gradient of what it returns for a probe, with respect to what it was given for a foreign token, is zero in all
     modules that run before it, and in all that it is made of.
 
-    Args:
-        model (`transformers.PreTrainedModel`):
-            Model without adapters or wrappers.
-        run (`Callable`):
-            Runs the model on a row, as a tree.
-        row (`CheckRow`):
-            The row.
-
-    Returns:
-        `str` or `None`: Its name and class, and the token that branches depend on; `None` if none is found.
+    Takes the model without adapters or wrappers, and what runs it on a row as a tree. Returns the name and class of
+    the module and the token that branches depend on; `None` if none is found.
     """
     length = len(row.row)
     with _recorded(model, lambda x: _by_token(x, (1, length)), keeps_graph=True) as calls:
@@ -78,18 +70,8 @@ def differing_module(
     """
     Return the first module whose outputs differ between a tree and separate samples though its inputs do not.
 
-    Args:
-        model (`transformers.PreTrainedModel`):
-            Model without adapters or wrappers.
-        run (`Callable`):
-            Runs the model on a row, as a tree.
-        run_separately (`Callable`):
-            Runs it on the samples of a row, side by side.
-        row (`CheckRow`):
-            The row.
-
-    Returns:
-        `str` or `None`: Its name and class, and the first token at which its outputs differ; `None` if none is found.
+    Takes the model without adapters or wrappers, and what runs it on a row as a tree and on the samples of the row.
+    Returns the name and class of the module and the first token at which it differs; `None` if none is found.
     """
     paths = torch.as_tensor(row.paths)
     with _recorded(model, lambda x: _by_token(x, (1, len(row.row)))) as on_tree:

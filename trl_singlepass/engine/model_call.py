@@ -39,14 +39,11 @@ PER_TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", 
 
 def take_trees(model: PreTrainedModel) -> None:
     """
-    Make a model take the entry `tree` of a batch. Calls without it are not changed.
+    Make a model, without adapters or wrappers, take the entry `tree` of a batch. Calls without it are not changed.
 
-    Args:
-        model (`transformers.PreTrainedModel`):
-            Model without adapters or wrappers, changed in place. A fused head that TRL adds later is wrapped when this
-            is called again.
+    A fused head that TRL adds later is wrapped when this is called again.
     """
-    if takes_trees(model):
+    if _is_outermost(model):
         return
     # A fused head may have been put around an earlier one of these: each calls the forward that it found.
     found: list[Any] = vars(model).get("_forwards_without_trees", [])
@@ -72,13 +69,17 @@ def take_trees(model: PreTrainedModel) -> None:
 
 
 def takes_trees(model: PreTrainedModel) -> bool:
-    """Return whether a model's `forward` takes the entry `tree` of a batch, ahead of all that may wrap it."""
+    """Return whether a model takes the entry `tree` of a batch, whatever has been put around its `forward` since."""
+    return bool(vars(model).get("_forwards_without_trees"))
+
+
+def _is_outermost(model: PreTrainedModel) -> bool:
     return getattr(model.forward, "_takes_trees", False)
 
 
 def leave_trees(model: PreTrainedModel) -> None:
     """Undo [`take_trees`], unless something else has been put around the model's `forward` since."""
-    if not takes_trees(model):
+    if not _is_outermost(model):
         return
     before = model._forwards_without_trees.pop()
     if getattr(before, "__func__", None) is type(model).forward:
@@ -88,32 +89,13 @@ def leave_trees(model: PreTrainedModel) -> None:
 
 
 def refuse_own_calls(model: PreTrainedModel, setting: str) -> None:
-    """
-    Refuse to train rows in calls that are not the trainer's, because they would not follow one of its settings.
-
-    Args:
-        model (`transformers.PreTrainedModel`):
-            Model that takes trees.
-        setting (`str`):
-            Name of the setting, for the error.
-    """
+    """Refuse to train rows in calls that are not the trainer's, because they would not follow one of its settings."""
     model._rows_are_run_by = setting
 
 
 @contextmanager
 def row_context(tree: RowTree, device: torch.device | None = None) -> Iterator[Tree]:
-    """
-    Run the model calls inside on a row, and on the images that it shows.
-
-    Args:
-        tree (`RowTree`):
-            Tree of the row.
-        device (`torch.device`, *optional*):
-            Device of the model's inputs; that of the tree by default.
-
-    Yields:
-        [`Tree`]: The tree as layers read it.
-    """
+    """Run the model calls inside on a row and on the images that it shows, on a device if one is given."""
     tree = tree if device is None else tree.to(device)
     with showing_images(tree.image_features, tree.plan), running_on(as_tree(tree)) as context:
         yield context
@@ -224,15 +206,7 @@ def shared_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def row_inputs(row: Batch, *, has_labels: bool) -> dict[str, torch.Tensor]:
-    """
-    Return what the model reads of a row.
-
-    Args:
-        row (`Batch`):
-            Batch of [`DataCollatorForSinglePass`].
-        has_labels (`bool`):
-            Whether it is to score targets, which are shifted here.
-    """
+    """Return what the model reads of a row: with its targets, shifted already, if it is to score them."""
     inputs = {name: value for name, value in row.items() if name not in ("labels", "tree")}
     if has_labels:
         inputs["shift_labels"] = F.pad(row["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -251,13 +225,7 @@ def in_lines(outputs: ModelOutput, view: LineView, is_padding: torch.Tensor) -> 
     """
     Return per-token outputs of rows at the targets of each line, each log-probability with its weight.
 
-    Args:
-        outputs (`ModelOutput`):
-            Outputs of TRL's fused head for all tokens of the rows, each of shape `(1, L)`.
-        view (`LineView`):
-            Where each line has its targets.
-        is_padding (`torch.Tensor` of shape `(N, M)`, `torch.bool`):
-            Where a line has none; outputs are 0 there.
+    The outputs of TRL's fused head have shape `(1, L)`, the results `(N, M)`, and 0 where `is_padding`, `(N, M)`.
     """
     for name in PER_TOKEN_OUTPUTS:
         if outputs.get(name) is not None:
