@@ -42,11 +42,11 @@ from .model_call import takes_trees
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# How much of what is measured is noise. Right models differ by at most 3 times the reference's own noise, and by about
-# one rounding of an output where that noise is zero.
-NOISE_FACTOR = 8.0
-FLOOR = 4.0  # in units of the precision's rounding error
-# Two ways to run a separate sample differ by at most this, in the same units. Beyond, samples depend on their padding.
+# Differences up to this many rounding errors need no closer look: right models in float32 have at most 7.
+UNSUSPICIOUS = 32.0
+# Right models in half precision differ by at most 2.8 times the noise of the separate samples.
+NOISE_FACTOR = 6.0
+# The noise of a model is between half a rounding error and this many. Beyond, samples depend on their padding.
 MOST_NOISE = 64.0
 _HALF = 1e-4  # rounding errors of half precision are larger, those of float32 smaller
 
@@ -164,9 +164,10 @@ class TreeCheck:
         paths = torch.as_tensor(row.paths, device=tree.device)
         difference, leak, moved = self._over_ranks(_rms(_errors(tree[paths], alone)), leak, moved)
         assert difference is not None
-        allowed = NOISE_FACTOR * FLOOR * self.epsilon
+        is_half = self.epsilon > _HALF
+        allowed = 0.0 if is_half else UNSUSPICIOUS * self.epsilon
         report = TreeCheckReport(difference, allowed, leak, moved, moved_allowed=allowed)
-        if self.epsilon < _HALF and report.ok:
+        if report.ok and not is_half:
             return report
         return self._measure_again(report, row, tree[paths] - alone, alone)
 
@@ -188,7 +189,7 @@ class TreeCheck:
         cosines = F.cosine_similarity(difference, tree[paths] - rounded, dim=-1)
         errors = _errors(rounded, alone)
         noise, most, systematic = self._over_ranks(
-            max(min(padded, MOST_NOISE * self.epsilon), _rms(errors)),
+            max(min(padded, MOST_NOISE * self.epsilon), _rms(errors), self.epsilon / 2),
             float(errors.max()),
             float(cosines.mean(1).max()),
         )
