@@ -54,14 +54,14 @@ def test_verify_tells_agreement(run, model, data):
 def test_verify_exits_with_1_on_disagreement(run, model, data, monkeypatch):
     from trl_singlepass.reference import single_pass
 
-    original = single_pass._make_batch
+    original = single_pass.make_batch
 
     def moved(*args):
         batch = original(*args)
         batch["position_ids"] = batch["position_ids"] + (batch["position_ids"] > 9)
         return batch
 
-    monkeypatch.setattr(single_pass, "_make_batch", moved)
+    monkeypatch.setattr(single_pass, "make_batch", moved)
     code, out, _ = run("verify", model, data, "-n", 1)
     assert code == 1
     assert "does NOT equal" in out

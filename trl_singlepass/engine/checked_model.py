@@ -128,7 +128,9 @@ class CheckedModel:
                 return self.tree_logits(row), None
         with captured_embeddings(self.module) as embeddings, torch.enable_grad():
             logits = self.tree_logits(row)
-            of_row = next(x for x in embeddings if x.shape[-2] >= len(row.row))  # not of codes that stand for images
+            # The last that are of tokens, not of codes that stand for images; X-LoRA runs the model twice.
+            length = -(-len(row.row) // (multiple := self.collator.pad_to_multiple_of or 1)) * multiple
+            of_row = next(x for x in reversed(embeddings) if x.shape[-2] == length)
             effect = effect_of_tokens(logits[torch.as_tensor(row.probes, device=logits.device)], of_row)
         return logits.detach(), float(effect[: len(row.row)][row.foreign].max())
 

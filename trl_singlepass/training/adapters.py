@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -69,11 +70,14 @@ def _refused_adapters(config: PeftConfig | None) -> Iterator[tuple[str, str]]:
 
 
 def random_adapters(model: PreTrainedModel | PeftModel) -> Iterator[str]:
-    """Yield the settings with which adapters draw random numbers in training, also those without a dropout layer."""
+    """Yield the settings with which adapters draw random numbers in training other than by a dropout layer."""
+    # `….lora_dropout.default`: what a layer does, its own probability says, which TRL may have set to 0.
+    dropout = [name for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    layers = {part for name in dropout for part in name.split(".")}
     for config in getattr(model, "peft_config", {}).values():
         name = type(config).__name__
         for setting, value in vars(config).items():  # of ranks (LoHa), blocks (OFT) or modules
-            if "dropout" in setting and isinstance(value, float) and value > 0:
+            if "dropout" in setting and setting not in layers and isinstance(value, float) and value > 0:
                 yield f"{name}({setting}={value:g})"
         if getattr(config, "monteclora_config", None) is not None:
             yield f"{name}(monteclora_config=…)"
