@@ -81,7 +81,7 @@ def check_tree(
     """
     base = without_adapters(unwrapped(model))
     collator = collator or DataCollatorForSinglePass(pad_token_id=0)
-    text, shown = _tokens_of(tokenizer_or_row)
+    text, shown = _tokens_of(tokenizer_or_row, base.config.get_text_config().vocab_size)
     with nullcontext() if takes_trees(base) else _on_trees_for_a_while(base):
         return TreeCheck(model, collator).run(text, shown)
 
@@ -98,10 +98,12 @@ def tokens_of_batch(batch: Batch) -> tuple[np.ndarray[Any, Any], tuple[ShownImag
     return text, ShownImage.smallest(ids, features, tree.images)
 
 
-def _tokens_of(source: PreTrainedTokenizerBase | Batch) -> tuple[np.ndarray[Any, Any], tuple[ShownImage, ...]]:
+def _tokens_of(
+    source: PreTrainedTokenizerBase | Batch, vocab_size: int
+) -> tuple[np.ndarray[Any, Any], tuple[ShownImage, ...]]:
     if isinstance(source, Mapping):
         return tokens_of_batch(dict(source))
-    return np.arange(len(source))[np.linspace(0, len(source) - 1, 76).astype(int)], ()
+    return np.linspace(0, min(len(source), vocab_size) - 1, 100).astype(np.int64), ()
 
 
 class TreeCheck:
