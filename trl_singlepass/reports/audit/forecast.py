@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 
 from ...cost.flops import ONE_LAYER, Cost, ModelShape, npass_cost, single_pass_cost
 from ...rendering.tokenization import common_length
-from ...trees.prefix_tree import PrefixTree
+from ...trees.image_features import to_keys
+from ...trees.merging import SampleMerger
+from ...trees.prefix_tree import lay_out
+from ...trees.radix import RadixNode
 from ...trees.sample import Sample
 from .estimates import Estimate, estimate_ratio
 
@@ -150,42 +153,83 @@ def count_conversation(samples: Sequence[Sample], shape: ModelShape) -> Conversa
     Returns:
         `ConversationCost`: The counts.
     """
-    chains = maximal_chains(samples)
+    merger = SampleMerger()
+    for index, sample in enumerate(samples):
+        merger.add(sample, index)
+    root = merger.finish()
+    # Sequences are counted one by one: together, their tokens grow with the square of the number of turns.
+    chains = [npass_cost([chain], shape) for chain in maximal_chains(samples, root)]
     costs = {
-        Schedule.NPASS: npass_cost(samples, shape),
-        Schedule.CHAINS: npass_cost(chains, shape),
-        Schedule.SINGLE_PASS: single_pass_cost([PrefixTree.from_samples(samples)], shape),
+        Schedule.NPASS: _sum([npass_cost([sample], shape) for sample in samples]),
+        Schedule.CHAINS: _sum(chains),
+        Schedule.SINGLE_PASS: single_pass_cost([lay_out(root)], shape),
     }
     prompt = samples[0].token_ids[: samples[0].prompt_length].astype(np.int32)
     return ConversationCost(costs, len(samples), len(chains), prompt)
 
 
-def maximal_chains(samples: Sequence[Sample]) -> list[Sample]:
+def maximal_chains(samples: Sequence[Sample], root: RadixNode) -> Iterator[Sample]:
     """
     Merge every sample that begins another one into it, so that one sequence trains several turns.
 
     Nothing saves more without a tree, and it is as exact as separate samples: under causal attention, later tokens
     have no effect on earlier ones. Samples `[1, 2]` and `[1, 2, 3, 4]` become `[1, 2, 3, 4]` with the loss weights of
-    both; `[1, 2, 5]` stays on its own.
+    both; `[1, 2, 5]` stays on its own. A sample that begins several others is merged into the longest of them.
 
     Args:
         samples (`Sequence[Sample]`):
             Samples of one conversation.
+        root (`RadixNode`):
+            Root of their radix tree, of which each chain ends in a leaf.
 
     Returns:
-        `list[Sample]`: The longest samples, none of which begins another, with the loss weights of all.
+        `Iterator[Sample]`: The longest samples, none of which begins another, with the loss weights of all.
     """
-    chains: list[Sample] = []
-    for sample in sorted(samples, key=len, reverse=True):
-        length = len(sample)
-        index = next((i for i, c in enumerate(chains) if np.array_equal(c.token_ids[:length], sample.token_ids)), None)
-        if index is None:
-            chains.append(sample)
+    ends, parents = _find_ends(samples, root)
+    chains: list[list[Sample]] = []
+    chain_of: dict[RadixNode, list[Sample]] = {}
+    for index in sorted(range(len(samples)), key=lambda i: len(samples[i]), reverse=True):
+        node: RadixNode | None = ends[index]
+        if node in chain_of:  # on the way to the end of a longer sample
+            chain_of[node].append(samples[index])
             continue
-        weights = chains[index].loss_weights.copy()
-        weights[:length] += sample.loss_weights
-        chains[index] = Sample(chains[index].token_ids, weights, chains[index].prompt_length)
-    return chains
+        chains.append([samples[index]])
+        while node is not None and node not in chain_of:
+            chain_of[node], node = chains[-1], parents.get(node)
+    return map(_join, chains)
+
+
+def _find_ends(samples: Sequence[Sample], root: RadixNode) -> tuple[list[RadixNode], dict[RadixNode, RadixNode]]:
+    """Return the node of a radix tree with which each sample ends, and the parents of all nodes."""
+    ends: list[RadixNode] = []
+    parents: dict[RadixNode, RadixNode] = {}
+    path, previous = [(root, 0)], samples[0]
+    for sample in samples:
+        known = sample.tokens.shared_length(previous.tokens) if sample.image_features is None else 0
+        while len(path) > 1 and path[-1][1] >= known:  # one token of a node is enough to tell it from the others
+            path.pop()
+        node, begin = path[-1]
+        features = None if sample.image_features is None else sample.image_features[begin:]
+        keys, start = to_keys(sample.tokens.tail(begin), features), begin
+        while (begin := begin + len(node.tokens)) < len(sample):
+            child = node.find_child(keys[begin - start])
+            assert child is not None, "every sample must be a path of its tree"
+            parents[child], node = node, child
+            path.append((node, begin))
+        ends.append(node)
+        previous = sample
+    return ends, parents
+
+
+def _join(samples: Sequence[Sample]) -> Sample:
+    """Return the first of some samples, which begins with all the others, with the loss weights of all."""
+    longest, *others = samples
+    if not others:
+        return longest
+    weights = longest.loss_weights.copy()
+    for sample in others:
+        weights[sample.weights.kept : len(sample)] += sample.weights.own
+    return Sample(longest.tokens, weights, longest.prompt_length)
 
 
 def make_forecast(conversations: Sequence[ConversationCost], shape: ModelShape, coverage: float) -> Forecast:

@@ -126,10 +126,7 @@ class AssistantOnlyLoss:
             `Exception`: Any exception that the training template raises.
         """
         token_ids, trained = self._tokenize(conversation)
-        exact = np.zeros(len(token_ids), bool)
-        for sample in samples:
-            shared = common_length(token_ids, sample.token_ids)
-            exact[:shared] |= sample.loss_weights[:shared] > 0
+        exact = _trained_as_served(token_ids, samples)
         if conversation.first_trained:  # TRL masks the prompt of a prompt-completion example
             prompt, _ = self._tokenize(conversation, conversation.first_trained)
             trained[: common_length(token_ids, prompt)] = False
@@ -163,6 +160,21 @@ class AssistantOnlyLoss:
         """Text of all contiguous trained ranges, one per line."""
         borders = np.flatnonzero(np.diff(trained, prepend=False, append=False)).reshape(-1, 2)
         return "\n".join(self.tokenizer.decode(token_ids[start:end].tolist()) for start, end in borders)
+
+
+def _trained_as_served(token_ids: NDArray[np.int64], samples: Sequence[Sample]) -> NDArray[np.bool_]:
+    """Return which tokens of a sequence some sample trains after the same tokens."""
+    trained = np.zeros(len(token_ids), bool)
+    previous: Sample | None = None
+    shared = 0
+    for sample in samples:
+        known = 0 if previous is None else sample.tokens.shared_length(previous.tokens)
+        if shared >= known:  # what this sample shares with the one before is in the sequence, too
+            shared = known + common_length(token_ids[known:], sample.tokens.tail(known))
+        kept = sample.weights.kept
+        trained[kept:shared] |= sample.weights.own[: max(shared - kept, 0)] > 0
+        previous = sample
+    return trained
 
 
 def _count_available(samples: Sequence[Sample]) -> dict[str, int]:

@@ -22,7 +22,7 @@ from .counts import SampleSize
 from .forecast import ConversationCost, count_conversation
 from .recipes import AssistantOnlyLoss, RecipeCounts, count_last_turn
 from .templates import TemplateFacts, TemplateSurvey
-from .turns import TurnFacts, get_turn_facts
+from .turns import TurnExaminer, TurnFacts
 
 
 if TYPE_CHECKING:
@@ -100,17 +100,13 @@ class Auditor:
         tally.num_rows += 1
         row = dict(row)
         conversation: Conversation | None = None
-        prefixes: Prefixes | None = None
         if is_pair(row):
             self._add_pair(index, row, tally)
             return
         try:
             if get_tokenized_turns(row) is None:  # otherwise it has tokens already, and no template is involved
                 conversation = self._read(index, row)
-                prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
-                tally.turns.append(get_turn_facts(conversation, prefixes))
-                tally.templates[self.survey.get_facts(conversation)] += 1
-            samples = example_to_samples(row, index, self.reader, RowSettings(), prefixes=prefixes).samples
+            samples = self._to_samples(index, row, conversation, tally)
             if not samples:
                 raise BadRowError("All its turns have the weight 0, so nothing of it is trained.")
         except DataError as error:
@@ -124,6 +120,23 @@ class Auditor:
         tally.costs.append(count_conversation(samples, self.shape))
         tally.last_turn.append(count_last_turn(samples))
         self._count_assistant_only(conversation, samples, tally)
+
+    def _to_samples(
+        self, index: int, row: Mapping[str, object], conversation: Conversation | None, tally: Tally
+    ) -> Sequence[Sample]:
+        """Return the samples of a row, and add the facts about its turns, whether or not they can be trained."""
+        if conversation is None:
+            return example_to_samples(row, index, self.reader, RowSettings()).samples
+        examiner = self._examine(conversation, tally)
+        try:
+            return example_to_samples(row, index, self.reader, RowSettings(), prefixes=examiner.prefixes).samples
+        finally:
+            tally.turns.append(examiner.finish())
+
+    def _examine(self, conversation: Conversation, tally: Tally) -> TurnExaminer:
+        prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
+        tally.templates[self.survey.get_facts(conversation)] += 1
+        return TurnExaminer(conversation, prefixes)
 
     def _read(self, index: int, row: Mapping[str, Any]) -> Conversation:
         if isinstance(self.reader, ConversationReader):
@@ -148,10 +161,7 @@ class Auditor:
         try:
             pair = example_to_pair(row, index, self.reader, PairSettings())
             for example in () if set(TOKEN_COLUMNS) <= set(row) else split_pair(row, index).values():
-                conversation = self._read(index, example)
-                prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
-                tally.turns.append(get_turn_facts(conversation, prefixes))
-                tally.templates[self.survey.get_facts(conversation)] += 1
+                tally.turns.append(self._examine(self._read(index, example), tally).finish())
         except DataError as error:
             tally.errors.append((index, get_reason(error, index)))
             return

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
 from ...rendering.checks import contains, lost_calls, stray_reasoning, without
@@ -121,37 +121,74 @@ class _TurnText:
         return self.own if self.turn is None else self.prompt + self.turn.completion
 
 
-def get_turn_facts(conversation: Conversation, prefixes: Prefixes) -> list[TurnFacts]:
+class TurnExaminer:
     """
-    Examine every turn of a conversation, whether or not it can be trained.
+    Examines every turn of a conversation, whether or not it can be trained.
+
+    The renderings of all turns together outgrow the conversation, so each turn is examined when its prompt is first
+    asked for, and its renderings are forgotten when the next one is there.
 
     Args:
         conversation ([`Conversation`]):
             The conversation.
         prefixes ([`Prefixes`]):
             Its prefixes under a chat template.
-
-    Returns:
-        `list[TurnFacts]`: One entry per assistant message that the template renders at all.
     """
-    template = prefixes.template
-    texts = list(_turn_texts(conversation, prefixes))
-    matches = _match_prompts(texts, hard_borders(template.tokenizer, template.source))
-    following = [text for _, text in texts[1:]]
-    return [
-        _turn_facts(k, text, then, match, template)
-        for (k, text), then, match in zip(texts, [*following, None][: len(texts)], matches, strict=True)
-    ]
 
+    def __init__(self, conversation: Conversation, prefixes: Prefixes) -> None:
+        self.prefixes = _FollowedPrefixes.from_prefixes(prefixes, self._examine_up_to)
+        """The prefixes, which are examined as they are rendered."""
+        self._conversation, self._prefixes = conversation, prefixes
+        self._left = conversation.turns[::-1]
+        self._last: tuple[int, _TurnText] | None = None
+        self._facts: list[TurnFacts] = []
+        self._borders = hard_borders(prefixes.template.tokenizer, prefixes.template.source)
+        self._prompt_ends: list[tuple[str, str] | None] = []
 
-def _turn_texts(conversation: Conversation, prefixes: Prefixes) -> Iterator[tuple[int, _TurnText]]:
-    for k in conversation.turns:
+    def finish(self) -> list[TurnFacts]:
+        """Examine the turns that are left, and return one entry per assistant message that the template renders."""
+        self._examine_up_to(len(self._conversation.messages))
+        self._leave_last(None)
+        matches = _match_prompts(self._prompt_ends, self._borders)
+        return [replace(facts, prompt_match=match) for facts, match in zip(self._facts, matches, strict=True)]
+
+    def _examine_up_to(self, k: int) -> None:
+        while self._left and self._left[-1] <= k:
+            self._examine(self._left.pop())
+
+    def _examine(self, k: int) -> None:
+        prefixes = self._prefixes
         try:
             prompt, own = prefixes.prompt(k), prefixes.through(k)
         except RenderingError:  # the report lists the row with its reason
-            continue
+            return
         parsed = parse(prefixes.trained.get(k, prefixes.messages[k]), prefixes.template)
-        yield k, _TurnText(conversation.messages[k], parsed, prompt, own, _render_turn(prefixes, k))
+        text = _TurnText(self._conversation.messages[k], parsed, prompt, own, _render_turn(prefixes, k))
+        self._prompt_ends.append(_pieces_at_prompt_end(text, self._borders))
+        self._leave_last(text)
+        self._last = k, text
+
+    def _leave_last(self, then: _TurnText | None) -> None:
+        if self._last is not None:
+            k, text = self._last
+            self._facts.append(_turn_facts(k, text, then, self._prefixes.template))
+            self._prefixes.forget(k)
+            self._last = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FollowedPrefixes(Prefixes):
+    """Prefixes that say whose prompt is asked for."""
+
+    follow: Callable[[int], None]
+
+    @classmethod
+    def from_prefixes(cls, prefixes: Prefixes, follow: Callable[[int], None]) -> _FollowedPrefixes:
+        return cls(**{field.name: getattr(prefixes, field.name) for field in fields(Prefixes)}, follow=follow)
+
+    def prompt(self, k: int) -> str:
+        self.follow(k)
+        return Prefixes.prompt(self, k)
 
 
 def _render_turn(prefixes: Prefixes, k: int) -> RenderedTurn | None:
@@ -161,9 +198,7 @@ def _render_turn(prefixes: Prefixes, k: int) -> RenderedTurn | None:
         return None
 
 
-def _turn_facts(
-    k: int, text: _TurnText, then: _TurnText | None, match: PromptMatch, template: ChatTemplate
-) -> TurnFacts:
+def _turn_facts(k: int, text: _TurnText, then: _TurnText | None, template: ChatTemplate) -> TurnFacts:
     parsed = text.parsed
     calls = len(parsed.calls) or int("function_call" in text.message)
     lost = calls > 0 and (
@@ -177,7 +212,7 @@ def _turn_facts(
         calls_lost=lost,
         stop_added=text.turn is not None and text.turn.stop_added,
         empty_block=text.turn is not None and text.turn.has_empty_block,
-        prompt_match=match,
+        prompt_match=PromptMatch.NONE,  # found out later, for all turns at once
         followed=then is not None,
         hidden=bool(parsed.reasoning) and then is not None and not contains(then.prompt, parsed.reasoning),
         branches=None if then is None else _branch_cause(template, text, then.prompt),
@@ -219,9 +254,8 @@ def _branch_cause(template: ChatTemplate, text: _TurnText, next_prompt: str) -> 
     return BranchCause.OTHER_STOP if ends_in_other_token else BranchCause.OTHERWISE
 
 
-def _match_prompts(texts: list[tuple[int, _TurnText]], borders: HardBorders) -> list[PromptMatch]:
+def _match_prompts(pieces: list[tuple[str, str] | None], borders: HardBorders) -> list[PromptMatch]:
     """Tokens are compared only around the end of the prompt: everything before it is tokenized alike."""
-    pieces = [_pieces_at_prompt_end(text, borders) for _, text in texts]
     ids = iter(tokenize(borders, [piece for pair in pieces for piece in pair or ()]))
     matches = []
     for pair in pieces:
