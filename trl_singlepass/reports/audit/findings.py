@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...trees.sample import CompletionKind
+from ..wording import count_of
 from .facts import AuditFacts
 from .recipes import Recipe, RecipeReport
 from .templates import ReasoningPolicy, TemplateFacts
@@ -17,13 +18,13 @@ _POLICIES = {
     ReasoningPolicy.MIXED: "keeps the reasoning of some earlier turns and removes that of others",
 }
 _CAUSES = {
-    BranchCause.REASONING_REMOVED: "their reasoning is removed from history",
+    BranchCause.REASONING_REMOVED: "the reasoning is removed from history",
     BranchCause.EMPTY_BLOCK: (
-        "they have no reasoning, and the template writes an empty reasoning block that it leaves out of history"
+        "the template writes an empty block in the place of missing reasoning, and leaves it out of history"
     ),
-    BranchCause.OTHER_STOP: "they end with a different token in history",
-    BranchCause.EARLIER_HISTORY: "the history before them is rewritten too",
-    BranchCause.OTHERWISE: "history shows them differently",
+    BranchCause.OTHER_STOP: "the answer ends with a different token in history",
+    BranchCause.EARLIER_HISTORY: "earlier history is rewritten too",
+    BranchCause.OTHERWISE: "history shows the turn differently",
 }
 _REASONS = "The table of such rows gives the reasons."
 
@@ -41,7 +42,7 @@ def get_findings(report: AuditFacts) -> list[str]:
     """
     findings = [*_about_rows(report)]
     for facts, conversations in report.templates:
-        where = "" if len(report.templates) == 1 else f" (in {conversations} conversations)"
+        where = "" if len(report.templates) == 1 else f" (in {count_of(conversations, 'conversation')})"
         findings += _about_template(facts, where)
     findings += [*_about_turns(report), *_about_prompts(report), *_about_branches(report)]
     for recipe in report.recipes:
@@ -52,7 +53,7 @@ def get_findings(report: AuditFacts) -> list[str]:
 def _about_rows(report: AuditFacts) -> Iterator[str]:
     lost = report.num_audited - report.num_trainable
     if lost:
-        yield f"{lost:,} of {report.num_audited:,} rows cannot be trained as they are. {_REASONS}"
+        yield f"{lost:,} of {count_of(report.num_audited, 'row')} cannot be trained without changes. {_REASONS}"
 
 
 def _about_template(facts: TemplateFacts, where: str) -> Iterator[str]:
@@ -69,7 +70,7 @@ def _about_turns(report: AuditFacts) -> Iterator[str]:
     turns = report.all_turns
     if turns.reasoning_under_other_key:
         yield (
-            f"{_of(turns.reasoning_under_other_key, turns.turns)} have reasoning under a key that the template "
+            f"In {_of(turns.reasoning_under_other_key, turns.turns)}, reasoning stands under a key that the template "
             "ignores. Rename it to 'reasoning_content'."
         )
     if turns.reasoning_restored:
@@ -78,16 +79,18 @@ def _about_turns(report: AuditFacts) -> Iterator[str]:
             "between its tags."
         )
     if turns.reasoning_lost:
-        yield f"{_of(turns.reasoning_lost, turns.turns)} lose their reasoning."
+        yield f"In {_of(turns.reasoning_lost, turns.turns)}, the reasoning is lost."
     if turns.empty_blocks:
         yield (
-            f"{_of(turns.empty_blocks, turns.turns)} have no reasoning, and the template writes an empty block for "
-            "it: they train the model not to think."
+            f"In {_of(turns.empty_blocks, turns.turns)}, there is no reasoning, and the template writes an empty "
+            "block for it, which trains the model not to think."
         )
     if turns.calls_lost:
-        yield f"{_of(turns.calls_lost, turns.with_calls)} with tool calls lose a call or part of one."
+        yield f"In {_of(turns.calls_lost, turns.with_calls)} with tool calls, a call or part of one is lost."
     if turns.over_max_length:
-        yield f"{_of(turns.over_max_length, turns.trainable)} are longer than {report.max_length:,} tokens."
+        assert report.max_length is not None, "nothing is too long without a limit"
+        limit = count_of(report.max_length, "token")
+        yield f"The limit of {limit} is too short for {_of(turns.over_max_length, turns.trainable)}."
 
 
 def _about_prompts(report: AuditFacts) -> Iterator[str]:
@@ -111,14 +114,14 @@ def _about_prompts(report: AuditFacts) -> Iterator[str]:
         )
     refused = turns.kinds.get("refused")
     if refused:
-        yield f"{_of(refused, turns.turns)} are refused. {_REASONS}"
+        yield f"{_of(refused, turns.turns)} cannot be rendered without losing something. {_REASONS}"
 
 
 def _about_branches(report: AuditFacts) -> Iterator[str]:
     turns = report.all_turns
     for cause, count in turns.branches.items():
         reason = _CAUSES[BranchCause(cause)]
-        yield f"{count:,} of {turns.followed:,} turns with a successor branch off, because {reason}."
+        yield f"The tree forks after {_of(count, turns.followed)} with a successor, because {reason}."
 
 
 def _about_recipe(recipe: RecipeReport) -> Iterator[str]:
@@ -140,7 +143,7 @@ def _about_recipe(recipe: RecipeReport) -> Iterator[str]:
 
 
 def _of(count: int, total: int) -> str:
-    return f"{count:,} of {total:,} turns"
+    return f"{count:,} of {count_of(total, 'turn')}"
 
 
 def _share(part: int, whole: int) -> str:

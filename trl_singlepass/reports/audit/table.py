@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...trees.sample import CompletionKind
+from ..wording import count_of
 from .counts import TurnStats
 from .facts import AuditFacts
 from .findings import get_findings
@@ -58,15 +59,15 @@ def tables(report: AuditFacts) -> list[Table]:
 def headline(report: AuditFacts) -> str:
     """Return what was audited, in one line."""
     if report.num_rows is None:
-        audited = f"the first {report.num_audited:,} rows of a stream"
+        audited = f"the first {count_of(report.num_audited, 'row')} of a stream"
     elif report.num_audited < report.num_rows:
-        audited = f"{report.num_audited:,} rows drawn at random from {report.num_rows:,}"
+        audited = f"{count_of(report.num_audited, 'row')} drawn at random from {report.num_rows:,}"
     else:
-        audited = f"{report.num_rows:,} rows"
+        audited = count_of(report.num_rows, "row")
     policies = ", ".join(dict.fromkeys(facts.kind for facts, _ in report.templates)) or "not rendered"
     names = ", ".join(dict.fromkeys(facts.name for facts, _ in report.templates)) or "chat template"
     num_turns = max(report.all_turns.turns, report.all_turns.trainable)
-    return f"{audited}, {num_turns:,} turns; {names}: reasoning {policies}"
+    return f"{audited}, {count_of(num_turns, 'turn')}; {names}: reasoning {policies}"
 
 
 def _table(title: str, *columns: str) -> Table:
