@@ -73,7 +73,7 @@ def inspect(args: InspectArguments, console: Console) -> int:
 def audit(args: AuditArguments, console: Console) -> int:
     """Report what the data contains, and what training costs; the exit code is 1 if no row can be trained."""
     from ..reports.audit import audit as audit_dataset
-    from ..reports.audit.table import render_report
+    from ..reports.audit.report import render_report
 
     tokenizer, examples = _load_both(args)
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)

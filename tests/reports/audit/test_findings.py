@@ -6,7 +6,8 @@ import pytest
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import agentic_chat, chat, plain_chat, tool_chat
-from trl_singlepass.reports.audit import audit, findings
+from trl_singlepass.reports.audit import audit
+from trl_singlepass.reports.audit import report as findings
 from trl_singlepass.reports.audit.templates import ReasoningPolicy
 from trl_singlepass.reports.audit.turns import BranchCause
 from trl_singlepass.reports.html import audit_page

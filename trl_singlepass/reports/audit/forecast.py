@@ -17,12 +17,53 @@ from ...trees.merging import SampleMerger
 from ...trees.prefix_tree import lay_out
 from ...trees.radix import RadixNode
 from ...trees.sample import Sample
-from .estimates import Estimate, estimate_ratio
 
 
 ROW_TOKENS = 32_768
 # A smaller gain drowns in the noise of kernels, padding and data loading.
 WORTHWHILE = 1.1
+Z_95 = 1.96
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """
+    An estimate with its 95 % confidence interval.
+
+    The interval is the value itself if every conversation was audited, and `None` if only one of many was.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.2f} ± ?"
+        half = (self.high - self.low) / 2
+        if half == 0:
+            return f"{self.value:.2f}"
+        return f"{self.value:.2f} ± {half:.2f}" if half >= 0.005 else f"{self.value:.2f} ± <0.01"
+
+
+def estimate_ratio(numerators: Sequence[float], denominators: Sequence[float], coverage: float) -> Estimate:
+    """
+    Estimate the ratio of two totals of a dataset from those of each conversation in a random sample.
+
+    `coverage` is the fraction of the dataset that was sampled: 1 for all of it, 0 if its size is unknown. The interval
+    is that of the linearised ratio estimator, under the finite-population correction.
+
+    Source: Cochran, *Sampling Techniques* (1977), formula 6.13.
+    """
+    top, bottom = np.asarray(numerators, float), np.asarray(denominators, float)
+    value, size = float(top.sum() / bottom.sum()), len(top)
+    if coverage == 1:
+        return Estimate(value, value, value)
+    if size < 2:
+        return Estimate(value, None, None)
+    residuals = top - value * bottom
+    half = Z_95 * float(np.sqrt((1 - coverage) * size / (size - 1) * (residuals**2).sum())) / float(bottom.sum())
+    return Estimate(value, value - half, value + half)
 
 
 class Schedule(StrEnum):
@@ -40,24 +81,12 @@ class Schedule(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ConversationCost:
-    """
-    Counted work of one conversation.
+    """Counted work of one conversation."""
 
-    Args:
-        by_schedule (`dict[Schedule, Cost]`):
-            Cost by each schedule but `Schedule.SHARED`, which depends on the other conversations.
-        num_turns (`int`):
-            Number of samples.
-        num_chains (`int`):
-            Number of samples with which no other sample begins.
-        first_prompt (`numpy.ndarray` of `numpy.int32`):
-            Tokens of the first prompt, with which other conversations may begin as well.
-    """
-
-    by_schedule: dict[Schedule, Cost]
+    by_schedule: dict[Schedule, Cost]  # without `Schedule.SHARED`, which depends on the other conversations
     num_turns: int
-    num_chains: int
-    first_prompt: NDArray[np.int32]
+    num_chains: int  # samples with which no other sample begins
+    first_prompt: NDArray[np.int32]  # (num_tokens,): other conversations may begin with it as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,29 +94,17 @@ class Forecast:
     """
     Cost of one epoch by each schedule.
 
-    Args:
-        costs (`dict[Schedule, Cost]`):
-            Cost of the audited conversations by each schedule. Without a model, attention pairs are those of one
-            layer of full attention, and operations are 0.
-        sharing_factor (`Estimate`):
-            Tokens of all samples ÷ tokens of the trees.
-        over_npass (`Estimate`):
-            Counted work of N-pass ÷ that of the single pass; tokens instead of work if there is no model.
-        over_chains (`Estimate`):
-            The same for N-pass of maximal chains, the cheapest exact way without a tree.
-        shared_over_npass (`Estimate`):
-            As `over_npass`, for conversations that share their first prompt. A lower bound: fewer conversations of a
-            random sample begin alike than of the whole dataset.
-        has_model (`bool`):
-            Whether operations were counted.
+    Without a model, attention pairs are those of one layer of full attention, operations are 0, and ratios are of
+    tokens instead of work. `over_chains` compares with the cheapest exact way without a tree. `shared_over_npass` is a
+    lower bound: fewer conversations of a random sample begin alike than of the whole dataset.
     """
 
-    costs: dict[Schedule, Cost]
-    sharing_factor: Estimate
-    over_npass: Estimate
+    costs: dict[Schedule, Cost]  # of the audited conversations
+    sharing_factor: Estimate  # tokens of all samples ÷ tokens of the trees
+    over_npass: Estimate  # counted work of N-pass ÷ that of the single pass
     over_chains: Estimate
-    shared_over_npass: Estimate
-    has_model: bool
+    shared_over_npass: Estimate  # as `over_npass`, for conversations that share their first prompt
+    has_model: bool  # whether operations were counted
 
     @property
     def verdict(self) -> str:
@@ -115,19 +132,7 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class SharingByTurns:
-    """
-    Token sharing in the conversations that have a given number of turns.
-
-    Args:
-        num_turns (`int`):
-            Number of turns of each conversation.
-        conversations (`int`):
-            Number of such conversations.
-        npass_tokens (`int`):
-            Tokens of their samples.
-        tree_tokens (`int`):
-            Tokens of their trees.
-    """
+    """Token sharing in the conversations that have a given number of turns."""
 
     num_turns: int
     conversations: int
@@ -141,18 +146,7 @@ class SharingByTurns:
 
 
 def count_conversation(samples: Sequence[Sample], shape: ModelShape) -> ConversationCost:
-    """
-    Count the work of one conversation.
-
-    Args:
-        samples (`Sequence[Sample]`):
-            Its samples.
-        shape (`ModelShape`):
-            Sizes of the model.
-
-    Returns:
-        `ConversationCost`: The counts.
-    """
+    """Count the work of one conversation."""
     merger = SampleMerger()
     for index, sample in enumerate(samples):
         merger.add(sample, index)
@@ -176,14 +170,7 @@ def maximal_chains(samples: Sequence[Sample], root: RadixNode) -> Iterator[Sampl
     have no effect on earlier ones. Samples `[1, 2]` and `[1, 2, 3, 4]` become `[1, 2, 3, 4]` with the loss weights of
     both; `[1, 2, 5]` stays on its own. A sample that begins several others is merged into the longest of them.
 
-    Args:
-        samples (`Sequence[Sample]`):
-            Samples of one conversation.
-        root (`RadixNode`):
-            Root of their radix tree, of which each chain ends in a leaf.
-
-    Returns:
-        `Iterator[Sample]`: The longest samples, none of which begins another, with the loss weights of all.
+    `root` is that of the samples' radix tree, of which each chain ends in a leaf. The longest chains come first.
     """
     ends, parents = _find_ends(samples, root)
     chains: list[list[Sample]] = []
@@ -233,20 +220,7 @@ def _join(samples: Sequence[Sample]) -> Sample:
 
 
 def make_forecast(conversations: Sequence[ConversationCost], shape: ModelShape, coverage: float) -> Forecast:
-    """
-    Sum up the cost of a dataset.
-
-    Args:
-        conversations (`Sequence[ConversationCost]`):
-            Cost of at least one conversation.
-        shape (`ModelShape`):
-            Sizes of the model.
-        coverage (`float`):
-            Fraction of the dataset that the conversations are a random sample of, as [`estimate_ratio`] takes it.
-
-    Returns:
-        `Forecast`: The forecast.
-    """
+    """Sum up the cost of conversations: a random sample of a dataset, of which they are the fraction `coverage`."""
     counted = (Schedule.NPASS, Schedule.CHAINS, Schedule.SINGLE_PASS)
     costs = {schedule: [conversation.by_schedule[schedule] for conversation in conversations] for schedule in counted}
     trees = costs[Schedule.SINGLE_PASS]
