@@ -13,7 +13,7 @@ REFERENCE = re.compile(r"\[`~?(?:[\w.]+\.)?(\w+)`\]")
 
 
 class HuggingFaceDocstrings(griffe.Extension):
-    """Rewrites each docstring before it is parsed, and lists inherited fields where a reader looks for them."""
+    """Rewrites each docstring before it is parsed."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrite one docstring."""
@@ -21,11 +21,6 @@ class HuggingFaceDocstrings(griffe.Extension):
             text = REFERENCE.sub(r"`\1`", obj.docstring.value)
             text = ARGUMENT.sub(lambda match: f"{match[1]} ({_type(match[2])}):", text)
             obj.docstring.value = RESULT.sub(r"\1\2: ", text)
-
-    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
-        """List the fields of an audit with the report: their class is no part of the public API."""
-        report, facts = pkg["reports.audit.report.AuditReport"], pkg["reports.audit.facts.AuditFacts"]
-        report.docstring.value += "\n\n" + facts.docstring.value.partition("\n\n")[2]
 
 
 def _type(text: str) -> str:

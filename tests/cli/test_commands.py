@@ -44,6 +44,17 @@ def test_audit_prints_writes_json_and_a_page(run, model, data, tmp_path):
     assert json.loads(out)["num_audited"] == 2
 
 
+@pytest.mark.parametrize("output", [[], ["--json", "-"]], ids=["tables", "json"])
+def test_audit_fails_if_no_row_can_be_trained(run, model, tmp_path, output):
+    unanswered, answered = ({"messages": chat(1)[:length]} for length in (2, 3))
+    (tmp_path / "none.jsonl").write_text(json.dumps(unanswered) + "\n")
+    (tmp_path / "some.jsonl").write_text(f"{json.dumps(unanswered)}\n{json.dumps(answered)}\n")
+    code, out, _ = run("audit", model, tmp_path / "none.jsonl", *output)
+    assert code == 1
+    assert out.strip()
+    assert run("audit", model, tmp_path / "some.jsonl", *output)[0] == 0
+
+
 def test_verify_tells_agreement(run, model, data):
     code, out, err = run("verify", model, data, "-n", 3)
     assert code == 0, err

@@ -86,6 +86,13 @@ def test_terminal_names_what_is_shared_and_trained():
     assert f"sharing factor {inspection.tree.sharing_factor:.2f}" in shown
 
 
+def test_one_turn_and_one_token_are_singular():
+    one = Inspection.from_samples([Sample([5, 6], [0, 1], 1)], make_tokenizer())
+    fork = Inspection.from_samples([Sample([5, 6], [0, 1], 1), Sample([5, 7], [0, 1], 1)], make_tokenizer())
+    for shown in (printed(one), printed(fork), inspection_page(one, "One"), inspection_page(fork, "Two")):
+        assert re.findall(r"(?<![\d,.])1 (?:turns|tokens)\b", shown) == []
+
+
 def test_terminal_names_uneven_weights():
     tokenizer = make_tokenizer()
     weights = [0, 0, 0.5, 2]

@@ -71,9 +71,9 @@ def inspect(args: InspectArguments, console: Console) -> int:
 
 
 def audit(args: AuditArguments, console: Console) -> int:
-    """Report what the data contains, what the template drops, and what training costs."""
+    """Report what the data contains, and what training costs; the exit code is 1 if no row can be trained."""
     from ..reports.audit import audit as audit_dataset
-    from ..reports.audit.table import render_report
+    from ..reports.audit.report import render_report
 
     tokenizer, examples = _load_both(args)
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)
@@ -86,9 +86,10 @@ def audit(args: AuditArguments, console: Console) -> int:
         max_length=args.max_length,
         num_proc=args.num_proc,
     )
+    exit_code = 0 if report.num_trainable else 1
     if args.json == "-":
         console.file.write(json.dumps(report.to_dict(), indent=2) + "\n")
-        return 0
+        return exit_code
     console.print(render_report(report))
     if args.json is not None:
         _write(args.json, json.dumps(report.to_dict(), indent=2) + "\n", console)
@@ -96,7 +97,7 @@ def audit(args: AuditArguments, console: Console) -> int:
         from ..reports.html import audit_page
 
         _write(args.html, audit_page(report, f"Audit of {Path(args.data).name} for {Path(args.model).name}"), console)
-    return 0
+    return exit_code
 
 
 def verify(args: VerifyArguments, console: Console) -> int:

@@ -51,7 +51,7 @@ COMMANDS = {
         "trl-singlepass inspect Qwen/Qwen3-0.6B data.jsonl --row 3 --html row3.html",
     ),
     "audit": Command(
-        "report what the data contains, what the chat template drops, and what training costs",
+        "report what data contains, what templates drop, what training costs; exit code 1 if no row can be trained",
         "trl-singlepass audit Qwen/Qwen3-0.6B data.jsonl --html audit.html",
     ),
     "verify": Command(

@@ -19,6 +19,7 @@ from ..trees.image_features import image_of_feature
 from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree, sample_paths
 from ..trees.rows import TreePlan
 from ..trees.sample import Sample
+from .wording import count_of
 
 
 if TYPE_CHECKING:
@@ -123,11 +124,12 @@ class Inspection:
     @property
     def summary(self) -> str:
         """Number of turns and tokens, in a line."""
-        turns = f"{len(self.samples)} turns"
+        turns = count_of(len(self.samples), "turn")
         if self.num_chosen is not None:
-            turns = f"{self.num_chosen} chosen and {len(self.samples) - self.num_chosen} rejected turns"
+            num_rejected = len(self.samples) - self.num_chosen
+            turns = f"{self.num_chosen:,} chosen and {count_of(num_rejected, 'rejected turn')}"
         return (
-            f"{turns}, {self.tree.num_sample_tokens:,} tokens as separate samples, "
+            f"{turns}, {count_of(self.tree.num_sample_tokens, 'token')} as separate samples, "
             f"{len(self.tree):,} as a tree: sharing factor {self.tree.sharing_factor:.2f}"
         )
 
@@ -216,7 +218,8 @@ def _segment(inspection: Inspection, start: int, end: int, depth: int) -> Render
     weights = sorted(set(inspection.weights[start:end][trained].tolist()))
     content = f"{int(trained.sum())} trained, weight {_format_weights(weights)}" if weights else "context"
     ends = [turn for turn in turns if inspection.paths[turn - 1][-1] == end - 1]
-    title = Text(f"{end - start} tokens at depth {depth}, {shared}: {content}", style="bold" if weights else "")
+    length = count_of(end - start, "token")
+    title = Text(f"{length} at depth {depth}, {shared}: {content}", style="bold" if weights else "")
     sides = {side for turn in turns if (side := inspection.side(turn)) is not None}
     for side in sorted(sides) if weights else []:
         title.append(f" [{side}]", style=f"bold {_SIDE_STYLES[side]}")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree
 from ..trees.rows import Run, TreePlan
+from .wording import count_of
 
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def plot_mask(tree: PrefixTree, tokenizer: PreTrainedTokenizerBase) -> Figure:
     _label_runs(axes, tree, tokenizer, plan)
     share = attends.sum() / (len(tree) * (len(tree) + 1) / 2)
     axes.set_xlabel("attended token (position in the row)")
-    axes.set_title(f"{len(tree)} tokens; {share:.0%} of the causal triangle is used", fontsize=10)
+    axes.set_title(f"{count_of(len(tree), 'token')}; {share:.0%} of the causal triangle is used", fontsize=10)
     _legend(axes, "upper right", "attention of a context token", "attention of a trained token")
     return figure
 
@@ -209,7 +210,8 @@ def _finish_tree(axes: Axes, tree: PrefixTree, longest: int, lanes: int, turns: 
     axes.set_yticks([])
     axes.set_xlabel("depth (tokens from the start of the conversation)")
     axes.set_title(
-        f"{turns} turns, {tree.num_sample_tokens} tokens as separate samples, {len(tree)} as a tree: "
+        f"{count_of(turns, 'turn')}, {count_of(tree.num_sample_tokens, 'token')} as separate samples, "
+        f"{len(tree):,} as a tree: "
         f"sharing factor {tree.sharing_factor:.2f}",
         fontsize=10,
     )

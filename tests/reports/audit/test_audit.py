@@ -154,3 +154,18 @@ def test_each_prefix_of_a_conversation_is_rendered_once(monkeypatch):
     audit([messages], tokenizer)
     turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
     assert sorted(rendered) == sorted([(k, True) for k in turns] + [(k + 1, False) for k in turns])
+
+
+def test_renderings_are_not_kept(monkeypatch):
+    tokenizer, kept = make_tokenizer(), []
+    render = Prefixes._fast
+
+    def counted(prefixes, messages, add_generation_prompt):
+        kept.append(len(prefixes.known))
+        return render(prefixes, messages, add_generation_prompt)
+
+    monkeypatch.setattr(Prefixes, "_fast", counted)
+    audit([chat(5)], tokenizer)
+    most_of_few = max(kept)
+    audit([chat(30)], tokenizer)
+    assert max(kept) <= most_of_few

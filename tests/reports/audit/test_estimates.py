@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trl_singlepass.reports.audit.estimates import estimate_ratio
+from trl_singlepass.reports.audit.forecast import estimate_ratio
 
 
 def test_ratio_intervals_cover_the_truth():

@@ -3,17 +3,20 @@
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from transformers import Qwen3Config
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import agentic_chat, chat, tool_chat
+from support.sample_sets import sample_sets
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.audit import audit
 from trl_singlepass.reports.audit.forecast import Schedule, count_conversation, make_forecast, maximal_chains
+from trl_singlepass.trees.image_features import ImageReference
+from trl_singlepass.trees.merging import SampleMerger
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.sample import Sample
+from trl_singlepass.trees.shared_array import SharedArray
 
 
 CONFIG = Qwen3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
@@ -71,13 +74,70 @@ def test_without_a_model_the_forecast_counts_tokens_and_pairs():
     )
 
 
-@given(st.lists(st.lists(st.integers(1, 2), min_size=2, max_size=6), min_size=1, max_size=6))
-def test_chains_are_exact_and_none_begins_another(token_lists):
-    samples = [Sample.from_prompt_and_completion(tokens[:1], tokens[1:]) for tokens in token_lists]
-    chains = maximal_chains(samples)
-    assert sum(chain.loss_weights.sum() for chain in chains) == sum(s.loss_weights.sum() for s in samples)
-    begins = [a is not b and np.array_equal(a.token_ids, b.token_ids[: len(a)]) for a in chains for b in chains]
-    assert not any(begins)
+def chains_of(samples):
+    merger = SampleMerger()
+    for index, sample in enumerate(samples):
+        merger.add(sample, index)
+    return list(maximal_chains(samples, merger.finish()))
+
+
+def chains_by_comparing_all_pairs(samples):
+    """For each longest sample, its tokens, and the loss weights of all samples that begin it and no longer one."""
+    chains = []
+    for sample in sorted(samples, key=len, reverse=True):
+        tokens, weights = sample.token_ids.tolist(), sample.loss_weights.tolist()
+        found = next((weights for longer, weights in chains if longer[: len(tokens)] == tokens), None)
+        if found is None:
+            chains.append((tokens, weights))
+            continue
+        found[: len(weights)] = [a + b for a, b in zip(found, weights, strict=False)]
+    return chains
+
+
+@given(sample_sets(max_samples=9, max_length=12))
+def test_chains_are_those_of_comparing_all_pairs(samples):
+    chains = [(chain.token_ids.tolist(), chain.loss_weights.tolist()) for chain in chains_of(samples)]
+    assert chains == chains_by_comparing_all_pairs(samples)
+
+
+@pytest.mark.parametrize("template", ["qwen3", "gptoss", "qwen3_8"])
+def test_chains_of_rendered_turns_are_those_of_comparing_all_pairs(template):
+    samples = render_example(agentic_chat(), make_tokenizer(template))
+    chains = [(chain.token_ids.tolist(), chain.loss_weights.tolist()) for chain in chains_of(samples)]
+    assert chains == chains_by_comparing_all_pairs(samples)
+
+
+def test_samples_that_show_different_images_are_different_chains():
+    images = ImageReference("a", 1), ImageReference("b", 1)
+    samples = [
+        Sample(
+            [5, 9, 6][: 3 - index],
+            [0, 0, 1][: 3 - index],
+            2,
+            image_features=[-1, index, -1][: 3 - index],
+            images=images,
+        )
+        for index in range(2)
+    ]
+    assert [len(chain) for chain in chains_of(samples)] == [3, 2]
+
+
+@pytest.mark.parametrize("template", ["qwen3", "qwen3_8"])
+def test_the_work_of_counting_grows_with_the_turns(template, monkeypatch):
+    """Counted, since a clock is not reliable: every read walks over the arrays that the samples share."""
+    reads, read = [], SharedArray.tail
+
+    def counted(array, start):
+        reads.append(start)
+        return read(array, start)
+
+    tokenizer, shape = make_tokenizer(template), ModelShape.from_config(CONFIG)
+    few, many = (render_example({"messages": chat(turns)}, tokenizer) for turns in (8, 32))
+    monkeypatch.setattr(SharedArray, "tail", counted)
+    count_conversation(few, shape)
+    reads_of_few = len(reads)
+    count_conversation(many, shape)
+    assert len(reads) - reads_of_few <= 4 * reads_of_few
 
 
 def test_the_forecast_needs_no_samples_to_be_kept():

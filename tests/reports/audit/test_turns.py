@@ -85,7 +85,7 @@ def test_prompts_that_the_answer_changes():
 def test_turns_that_train_an_empty_block_of_reasoning_are_a_finding():
     report = audit([chat(2), plain_chat(3)], make_tokenizer())
     assert report.all_turns.empty_blocks == 3
-    assert any(finding.startswith("3 of 5 turns have no reasoning") for finding in report.findings)
+    assert any("3 of 5 turns" in finding for finding in report.findings)
     report = audit([plain_chat(3)], make_tokenizer("qwen3_instruct_2507"))
     assert report.all_turns.empty_blocks == 0
     assert not any("no reasoning" in finding for finding in report.findings)

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from dataclasses import dataclass, field
+from itertools import islice, zip_longest
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from datasets.utils.tqdm import tqdm
 from transformers import ProcessorMixin
 
-from ...cost.flops import get_model_shape
-from ...data.bad_rows import group_errors
+from ...cost.flops import ModelShape, get_model_shape
+from ...data.bad_rows import BadRowError, UnexpectedError, get_reason, group_errors, unexpected_error
+from ...data.conversations import example_to_samples
 from ...data.images import holds_images
-from ...data.vision import check_renders
-from .counts import Lengths, TurnStats
-from .forecast import Schedule, make_forecast, sharing_by_turns
-from .recipes import Recipe, RecipeReport
+from ...data.settings import RowSettings
+from ...data.tokenized_turns import get_tokenized_turns
+from ...data.vision import ConversationReader, as_reader, check_renders, get_tokenizer
+from ...preference.pairs import TOKEN_COLUMNS, example_to_pair, is_pair, split_pair
+from ...preference.settings import PairSettings
+from ...rendering.conversation import Conversation
+from ...rendering.prefixes import Prefixes
+from ...trees.errors import DataError
+from .forecast import ConversationCost, Schedule, count_conversation, make_forecast, sharing_by_turns
+from .recipes import AssistantOnlyLoss, Recipe, RecipeCounts, RecipeReport, count_last_turn
 from .report import AuditReport
-from .tally import Auditor, Tally
+from .templates import TemplateFacts, TemplateSurvey
+from .turns import Lengths, TurnExaminer, TurnStats
 
 
 if TYPE_CHECKING:
@@ -30,13 +40,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from ...rendering.conversation import Message
+    from ...trees.sample import Sample
 
     Rows: TypeAlias = Dataset | Sequence[Mapping[str, object] | list[Message]]
 
-T = TypeVar("T")
-
 DEFAULT_SAMPLE_SIZE = 500
 _BATCH_SIZE = 32  # rows that a process audits before it reports back
+_NO_RECIPE = "it is not counted for conversations with images"
+_NO_PAIRS = "it is a setting of fine-tuning, and these are preference pairs"
 
 
 def audit(
@@ -95,12 +106,12 @@ def audit(
     tokenizer = _with_template(tokenizer, chat_template)
     if isinstance(tokenizer, ProcessorMixin) and not holds_images(dataset):
         tokenizer = tokenizer.tokenizer
-    auditor = Auditor(tokenizer, get_model_shape(model_config))
+    auditor = Auditor(tokenizer, get_model_shape(model_config), max_length)
     rows, positions = _draw(dataset, num_rows, DEFAULT_SAMPLE_SIZE if sample_size is None else sample_size, seed)
     if not positions:
         raise ValueError("Nothing to audit: the dataset is empty.")
     tally = _audit_positions(auditor, rows, positions, num_proc or 1)
-    return _make_report(tally, auditor, num_rows, max_length)
+    return _make_report(tally, auditor, num_rows)
 
 
 def _with_template(
@@ -131,6 +142,134 @@ def _draw(
         return rows, list(range(len(rows)))
     drawn = np.random.default_rng(seed).permutation(num_rows)[:sample_size]
     return dataset, np.sort(drawn).tolist()
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the audited rows contain. Of their tokens, only first prompts are kept."""
+
+    num_rows: int = 0
+    errors: list[tuple[int, str]] = field(default_factory=list)  # rows that cannot be trained, each with its reason
+    templates: Counter[TemplateFacts] = field(default_factory=Counter)  # by number of conversations
+    all_turns: TurnStats = field(default_factory=TurnStats)
+    by_turn: list[TurnStats] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # tokens of each sample
+    costs: list[ConversationCost] = field(default_factory=list)
+    last_turn: list[RecipeCounts] = field(default_factory=list)
+    assistant_only: list[RecipeCounts] = field(default_factory=list)
+    recipe_refusals: Counter[str] = field(default_factory=Counter)
+
+    def merge(self, later: Tally) -> None:
+        """Add the tally of the rows after these."""
+        self.num_rows += later.num_rows
+        self.all_turns += later.all_turns
+        both = zip_longest(self.by_turn, later.by_turn, fillvalue=TurnStats())
+        self.by_turn = [TurnStats.merge(pair, turn=k) for k, pair in enumerate(both, 1)]
+        for name in ("templates", "recipe_refusals"):
+            getattr(self, name).update(getattr(later, name))
+        for name in ("errors", "lengths", "costs", "last_turn", "assistant_only"):
+            getattr(self, name).extend(getattr(later, name))
+
+    def add_turns(self, turns: Iterable[TurnStats]) -> None:
+        """Add counts of turns, in the order of their conversation."""
+        for place, stats in enumerate(turns):
+            if place == len(self.by_turn):
+                self.by_turn.append(TurnStats(turn=place + 1))
+            self.by_turn[place] += stats
+            self.all_turns += stats
+
+    def add_samples(self, samples: Sequence[Sample], max_length: int | None) -> None:
+        """Add the samples of a conversation that can be trained."""
+        self.add_turns(TurnStats.from_sample(sample, max_length) for sample in samples)
+        self.lengths += map(len, samples)
+        self.last_turn.append(count_last_turn(samples))
+
+
+class Auditor:
+    """Audits rows for a tokenizer or processor, with the sizes of a model and the length to compare samples with."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, shape: ModelShape, max_length: int | None
+    ) -> None:
+        self.max_length = max_length
+        self.reader, self.tokenizer, self.shape = as_reader(tokenizer), get_tokenizer(tokenizer), shape
+        self.recipe, self.survey = AssistantOnlyLoss(self.tokenizer), TemplateSurvey(self.tokenizer)
+
+    def add_row(self, index: int, row: Mapping[str, object], tally: Tally) -> None:
+        """Add one row to a tally. Anything wrong with it is recorded, so that the other rows can still be audited."""
+        tally.num_rows += 1
+        row = dict(row)
+        conversation: Conversation | None = None
+        if is_pair(row):
+            self._add_pair(index, row, tally)
+            return
+        try:
+            if get_tokenized_turns(row) is None:  # otherwise it has tokens already, and no template is involved
+                conversation = self._read(index, row)
+            samples = self._to_samples(index, row, conversation, tally)
+            if not samples:
+                raise BadRowError("All its turns have the weight 0, so nothing of it is trained.")
+        except DataError as error:
+            tally.errors.append((index, get_reason(error, index)))
+            return
+        except (AssertionError, UnexpectedError):
+            raise
+        except Exception as error:
+            raise unexpected_error(error, index) from error
+        tally.add_samples(samples, self.max_length)
+        tally.costs.append(count_conversation(samples, self.shape))
+        self._count_assistant_only(conversation, samples, tally)
+
+    def _to_samples(
+        self, index: int, row: Mapping[str, object], conversation: Conversation | None, tally: Tally
+    ) -> Sequence[Sample]:
+        """Return the samples of a row, and add the facts about its turns, whether or not they can be trained."""
+        if conversation is None:
+            return example_to_samples(row, index, self.reader, RowSettings()).samples
+        examiner = self._examine(conversation, tally)
+        try:
+            return example_to_samples(row, index, self.reader, RowSettings(), prefixes=examiner.prefixes).samples
+        finally:
+            tally.add_turns(examiner.finish())
+
+    def _examine(self, conversation: Conversation, tally: Tally) -> TurnExaminer:
+        prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
+        tally.templates[self.survey.get_facts(conversation)] += 1
+        return TurnExaminer(conversation, prefixes)
+
+    def _read(self, index: int, row: Mapping[str, Any]) -> Conversation:
+        if isinstance(self.reader, ConversationReader):
+            return self.reader.read_conversation(row, index)
+        return Conversation.from_example(dict(row))
+
+    def _count_assistant_only(
+        self, conversation: Conversation | None, samples: Sequence[Sample], tally: Tally
+    ) -> None:
+        if conversation is not None and conversation.images is not None:
+            tally.recipe_refusals[_NO_RECIPE] += 1
+        elif self.recipe.refusal is None and conversation is not None:
+            try:
+                tally.assistant_only.append(self.recipe.count(conversation, samples))
+            except Exception as error:  # TRL's training templates refuse some rows that the stock ones render
+                tally.recipe_refusals[str(error) or type(error).__name__] += 1
+
+    def _add_pair(self, index: int, row: Mapping[str, object], tally: Tally) -> None:
+        """Add both trajectories of a pair, and the cost of their one tree."""
+        try:
+            pair = example_to_pair(row, index, self.reader, PairSettings())
+            for example in () if set(TOKEN_COLUMNS) <= set(row) else split_pair(row, index).values():
+                tally.add_turns(self._examine(self._read(index, example), tally).finish())
+        except DataError as error:
+            tally.errors.append((index, get_reason(error, index)))
+            return
+        except (AssertionError, UnexpectedError):
+            raise
+        except Exception as error:
+            raise unexpected_error(error, index) from error
+        for side in pair.sides:
+            tally.add_samples(side.samples, self.max_length)
+        tally.costs.append(count_conversation(pair.samples, self.shape))
+        tally.recipe_refusals[_NO_PAIRS] += 1
 
 
 def _audit_positions(auditor: Auditor, rows: Rows, positions: list[int], num_proc: int) -> Tally:
@@ -190,9 +329,8 @@ def _without_tokenizer_threads() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _make_report(tally: Tally, auditor: Auditor, num_rows: int | None, max_length: int | None) -> AuditReport:
-    facts, sizes, costs = tally.turns, tally.sizes, tally.costs
-    depth = max([*map(len, facts), *map(len, sizes)], default=0)
+def _make_report(tally: Tally, auditor: Auditor, num_rows: int | None) -> AuditReport:
+    costs = tally.costs
     coverage = 0.0 if num_rows is None else tally.num_rows / num_rows
     refusal = auditor.recipe.refusal or next(iter(tally.recipe_refusals), None)
     return AuditReport(
@@ -201,10 +339,10 @@ def _make_report(tally: Tally, auditor: Auditor, num_rows: int | None, max_lengt
         num_trainable=len(costs),
         errors=group_errors(tally.errors),
         templates=tuple(tally.templates.most_common()),
-        all_turns=TurnStats.from_turns(None, _flatten(facts), _flatten(sizes), max_length),
-        by_turn=tuple(TurnStats.from_turns(k + 1, _at(facts, k), _at(sizes, k), max_length) for k in range(depth)),
-        max_length=max_length,
-        sample_lengths=Lengths.from_values(size.length for size in _flatten(sizes)) if sizes else None,
+        all_turns=tally.all_turns,
+        by_turn=tuple(tally.by_turn),
+        max_length=auditor.max_length,
+        sample_lengths=Lengths.from_values(tally.lengths) if costs else None,
         tree_lengths=Lengths.from_values(c.by_schedule[Schedule.SINGLE_PASS].tokens for c in costs) if costs else None,
         num_chains=sum(cost.num_chains for cost in costs),
         sharing_by_turns=sharing_by_turns(costs),
@@ -214,11 +352,3 @@ def _make_report(tally: Tally, auditor: Auditor, num_rows: int | None, max_lengt
         ),
         forecast=make_forecast(costs, auditor.shape, coverage) if costs else None,
     )
-
-
-def _flatten(rows: Sequence[Sequence[T]]) -> list[T]:
-    return [item for row in rows for item in row]
-
-
-def _at(rows: Sequence[Sequence[T]], place: int) -> list[T]:
-    return [row[place] for row in rows if place < len(row)]

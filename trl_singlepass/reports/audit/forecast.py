@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -12,14 +12,58 @@ from numpy.typing import NDArray
 
 from ...cost.flops import ONE_LAYER, Cost, ModelShape, npass_cost, single_pass_cost
 from ...rendering.tokenization import common_length
-from ...trees.prefix_tree import PrefixTree
+from ...trees.image_features import to_keys
+from ...trees.merging import SampleMerger
+from ...trees.prefix_tree import lay_out
+from ...trees.radix import RadixNode
 from ...trees.sample import Sample
-from .estimates import Estimate, estimate_ratio
 
 
 ROW_TOKENS = 32_768
 # A smaller gain drowns in the noise of kernels, padding and data loading.
 WORTHWHILE = 1.1
+Z_95 = 1.96
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """
+    An estimate with its 95 % confidence interval.
+
+    The interval is the value itself if every conversation was audited, and `None` if only one of many was.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.2f} ± ?"
+        half = (self.high - self.low) / 2
+        if half == 0:
+            return f"{self.value:.2f}"
+        return f"{self.value:.2f} ± {half:.2f}" if half >= 0.005 else f"{self.value:.2f} ± <0.01"
+
+
+def estimate_ratio(numerators: Sequence[float], denominators: Sequence[float], coverage: float) -> Estimate:
+    """
+    Estimate the ratio of two totals of a dataset from those of each conversation in a random sample.
+
+    `coverage` is the fraction of the dataset that was sampled: 1 for all of it, 0 if its size is unknown. The interval
+    is that of the linearised ratio estimator, under the finite-population correction.
+
+    Source: Cochran, *Sampling Techniques* (1977), formula 6.13.
+    """
+    top, bottom = np.asarray(numerators, float), np.asarray(denominators, float)
+    value, size = float(top.sum() / bottom.sum()), len(top)
+    if coverage == 1:
+        return Estimate(value, value, value)
+    if size < 2:
+        return Estimate(value, None, None)
+    residuals = top - value * bottom
+    half = Z_95 * float(np.sqrt((1 - coverage) * size / (size - 1) * (residuals**2).sum())) / float(bottom.sum())
+    return Estimate(value, value - half, value + half)
 
 
 class Schedule(StrEnum):
@@ -37,24 +81,12 @@ class Schedule(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ConversationCost:
-    """
-    Counted work of one conversation.
+    """Counted work of one conversation."""
 
-    Args:
-        by_schedule (`dict[Schedule, Cost]`):
-            Cost by each schedule but `Schedule.SHARED`, which depends on the other conversations.
-        num_turns (`int`):
-            Number of samples.
-        num_chains (`int`):
-            Number of samples with which no other sample begins.
-        first_prompt (`numpy.ndarray` of `numpy.int32`):
-            Tokens of the first prompt, with which other conversations may begin as well.
-    """
-
-    by_schedule: dict[Schedule, Cost]
+    by_schedule: dict[Schedule, Cost]  # without `Schedule.SHARED`, which depends on the other conversations
     num_turns: int
-    num_chains: int
-    first_prompt: NDArray[np.int32]
+    num_chains: int  # samples with which no other sample begins
+    first_prompt: NDArray[np.int32]  # (num_tokens,): other conversations may begin with it as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,29 +94,17 @@ class Forecast:
     """
     Cost of one epoch by each schedule.
 
-    Args:
-        costs (`dict[Schedule, Cost]`):
-            Cost of the audited conversations by each schedule. Without a model, attention pairs are those of one
-            layer of full attention, and operations are 0.
-        sharing_factor (`Estimate`):
-            Tokens of all samples ÷ tokens of the trees.
-        over_npass (`Estimate`):
-            Counted work of N-pass ÷ that of the single pass; tokens instead of work if there is no model.
-        over_chains (`Estimate`):
-            The same for N-pass of maximal chains, the cheapest exact way without a tree.
-        shared_over_npass (`Estimate`):
-            As `over_npass`, for conversations that share their first prompt. A lower bound: fewer conversations of a
-            random sample begin alike than of the whole dataset.
-        has_model (`bool`):
-            Whether operations were counted.
+    Without a model, attention pairs are those of one layer of full attention, operations are 0, and ratios are of
+    tokens instead of work. `over_chains` compares with the cheapest exact way without a tree. `shared_over_npass` is a
+    lower bound: fewer conversations of a random sample begin alike than of the whole dataset.
     """
 
-    costs: dict[Schedule, Cost]
-    sharing_factor: Estimate
-    over_npass: Estimate
+    costs: dict[Schedule, Cost]  # of the audited conversations
+    sharing_factor: Estimate  # tokens of all samples ÷ tokens of the trees
+    over_npass: Estimate  # counted work of N-pass ÷ that of the single pass
     over_chains: Estimate
-    shared_over_npass: Estimate
-    has_model: bool
+    shared_over_npass: Estimate  # as `over_npass`, for conversations that share their first prompt
+    has_model: bool  # whether operations were counted
 
     @property
     def verdict(self) -> str:
@@ -112,19 +132,7 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class SharingByTurns:
-    """
-    Token sharing in the conversations that have a given number of turns.
-
-    Args:
-        num_turns (`int`):
-            Number of turns of each conversation.
-        conversations (`int`):
-            Number of such conversations.
-        npass_tokens (`int`):
-            Tokens of their samples.
-        tree_tokens (`int`):
-            Tokens of their trees.
-    """
+    """Token sharing in the conversations that have a given number of turns."""
 
     num_turns: int
     conversations: int
@@ -138,71 +146,81 @@ class SharingByTurns:
 
 
 def count_conversation(samples: Sequence[Sample], shape: ModelShape) -> ConversationCost:
-    """
-    Count the work of one conversation.
-
-    Args:
-        samples (`Sequence[Sample]`):
-            Its samples.
-        shape (`ModelShape`):
-            Sizes of the model.
-
-    Returns:
-        `ConversationCost`: The counts.
-    """
-    chains = maximal_chains(samples)
+    """Count the work of one conversation."""
+    merger = SampleMerger()
+    for index, sample in enumerate(samples):
+        merger.add(sample, index)
+    root = merger.finish()
+    # Sequences are counted one by one: together, their tokens grow with the square of the number of turns.
+    chains = [npass_cost([chain], shape) for chain in maximal_chains(samples, root)]
     costs = {
-        Schedule.NPASS: npass_cost(samples, shape),
-        Schedule.CHAINS: npass_cost(chains, shape),
-        Schedule.SINGLE_PASS: single_pass_cost([PrefixTree.from_samples(samples)], shape),
+        Schedule.NPASS: _sum([npass_cost([sample], shape) for sample in samples]),
+        Schedule.CHAINS: _sum(chains),
+        Schedule.SINGLE_PASS: single_pass_cost([lay_out(root)], shape),
     }
     prompt = samples[0].token_ids[: samples[0].prompt_length].astype(np.int32)
     return ConversationCost(costs, len(samples), len(chains), prompt)
 
 
-def maximal_chains(samples: Sequence[Sample]) -> list[Sample]:
+def maximal_chains(samples: Sequence[Sample], root: RadixNode) -> Iterator[Sample]:
     """
     Merge every sample that begins another one into it, so that one sequence trains several turns.
 
     Nothing saves more without a tree, and it is as exact as separate samples: under causal attention, later tokens
     have no effect on earlier ones. Samples `[1, 2]` and `[1, 2, 3, 4]` become `[1, 2, 3, 4]` with the loss weights of
-    both; `[1, 2, 5]` stays on its own.
+    both; `[1, 2, 5]` stays on its own. A sample that begins several others is merged into the longest of them.
 
-    Args:
-        samples (`Sequence[Sample]`):
-            Samples of one conversation.
-
-    Returns:
-        `list[Sample]`: The longest samples, none of which begins another, with the loss weights of all.
+    `root` is that of the samples' radix tree, of which each chain ends in a leaf. The longest chains come first.
     """
-    chains: list[Sample] = []
-    for sample in sorted(samples, key=len, reverse=True):
-        length = len(sample)
-        index = next((i for i, c in enumerate(chains) if np.array_equal(c.token_ids[:length], sample.token_ids)), None)
-        if index is None:
-            chains.append(sample)
+    ends, parents = _find_ends(samples, root)
+    chains: list[list[Sample]] = []
+    chain_of: dict[RadixNode, list[Sample]] = {}
+    for index in sorted(range(len(samples)), key=lambda i: len(samples[i]), reverse=True):
+        node: RadixNode | None = ends[index]
+        if node in chain_of:  # on the way to the end of a longer sample
+            chain_of[node].append(samples[index])
             continue
-        weights = chains[index].loss_weights.copy()
-        weights[:length] += sample.loss_weights
-        chains[index] = Sample(chains[index].token_ids, weights, chains[index].prompt_length)
-    return chains
+        chains.append([samples[index]])
+        while node is not None and node not in chain_of:
+            chain_of[node], node = chains[-1], parents.get(node)
+    return map(_join, chains)
+
+
+def _find_ends(samples: Sequence[Sample], root: RadixNode) -> tuple[list[RadixNode], dict[RadixNode, RadixNode]]:
+    """Return the node of a radix tree with which each sample ends, and the parents of all nodes."""
+    ends: list[RadixNode] = []
+    parents: dict[RadixNode, RadixNode] = {}
+    path, previous = [(root, 0)], samples[0]
+    for sample in samples:
+        known = sample.tokens.shared_length(previous.tokens) if sample.image_features is None else 0
+        while len(path) > 1 and path[-1][1] >= known:  # one token of a node is enough to tell it from the others
+            path.pop()
+        node, begin = path[-1]
+        features = None if sample.image_features is None else sample.image_features[begin:]
+        keys, start = to_keys(sample.tokens.tail(begin), features), begin
+        while (begin := begin + len(node.tokens)) < len(sample):
+            child = node.find_child(keys[begin - start])
+            assert child is not None, "every sample must be a path of its tree"
+            parents[child], node = node, child
+            path.append((node, begin))
+        ends.append(node)
+        previous = sample
+    return ends, parents
+
+
+def _join(samples: Sequence[Sample]) -> Sample:
+    """Return the first of some samples, which begins with all the others, with the loss weights of all."""
+    longest, *others = samples
+    if not others:
+        return longest
+    weights = longest.loss_weights.copy()
+    for sample in others:
+        weights[sample.weights.kept : len(sample)] += sample.weights.own
+    return Sample(longest.tokens, weights, longest.prompt_length)
 
 
 def make_forecast(conversations: Sequence[ConversationCost], shape: ModelShape, coverage: float) -> Forecast:
-    """
-    Sum up the cost of a dataset.
-
-    Args:
-        conversations (`Sequence[ConversationCost]`):
-            Cost of at least one conversation.
-        shape (`ModelShape`):
-            Sizes of the model.
-        coverage (`float`):
-            Fraction of the dataset that the conversations are a random sample of, as [`estimate_ratio`] takes it.
-
-    Returns:
-        `Forecast`: The forecast.
-    """
+    """Sum up the cost of conversations: a random sample of a dataset, of which they are the fraction `coverage`."""
     counted = (Schedule.NPASS, Schedule.CHAINS, Schedule.SINGLE_PASS)
     costs = {schedule: [conversation.by_schedule[schedule] for conversation in conversations] for schedule in counted}
     trees = costs[Schedule.SINGLE_PASS]

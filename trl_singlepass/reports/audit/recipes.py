@@ -29,46 +29,22 @@ class Recipe(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RecipeCounts:
-    """
-    Tokens that a recipe trains.
+    """Tokens that a recipe trains."""
 
-    Args:
-        completion_tokens (`int`):
-            Completion tokens of all turns, each in its own context: what there is to train.
-        reasoning_tokens (`int`):
-            Completion tokens that are reasoning.
-        trained_tokens (`int`):
-            Tokens that the recipe trains.
-        unlike_inference (`int`):
-            Trained tokens that the model would not write itself, or not in this context.
-        reasoning_not_trained (`int`):
-            Reasoning tokens that the recipe trains in no context.
-    """
-
-    completion_tokens: int
-    reasoning_tokens: int
+    completion_tokens: int  # of all turns, each in its own context: what there is to train
+    reasoning_tokens: int  # completion tokens that are reasoning
     trained_tokens: int
-    unlike_inference: int
-    reasoning_not_trained: int
+    unlike_inference: int  # trained tokens that the model would not write itself, or not in this context
+    reasoning_not_trained: int  # reasoning tokens that are trained in no context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeReport(RecipeCounts):
-    """
-    Tokens that a recipe trains of all trainable conversations it can be applied to.
-
-    Args:
-        name (`Recipe`):
-            The recipe.
-        conversations (`int`):
-            Conversations it can be applied to.
-        refusal (`str`, *optional*):
-            Why it cannot be applied to the others, or to any.
-    """
+    """Tokens that a recipe trains of all trainable conversations it can be applied to."""
 
     name: Recipe
-    conversations: int
-    refusal: str | None
+    conversations: int  # that it can be applied to
+    refusal: str | None  # why it cannot be applied to the others, or to any
 
     @classmethod
     def from_counts(cls, name: Recipe, counts: Sequence[RecipeCounts], refusal: str | None) -> RecipeReport:
@@ -89,13 +65,7 @@ def count_last_turn(samples: Sequence[Sample]) -> RecipeCounts:
 
 
 class AssistantOnlyLoss:
-    """
-    TRL's `assistant_only_loss=True`: the conversation as one sequence, rendered with TRL's training template.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer with a chat template.
-    """
+    """TRL's `assistant_only_loss=True`: the conversation as one sequence, rendered with TRL's training template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         from trl.chat_template_utils import get_training_chat_template
@@ -110,26 +80,9 @@ class AssistantOnlyLoss:
             self.refusal = "TRL has no training template for this chat template"
 
     def count(self, conversation: Conversation, samples: Sequence[Sample]) -> RecipeCounts:
-        """
-        Count what the recipe trains of a conversation.
-
-        Args:
-            conversation ([`Conversation`]):
-                The conversation.
-            samples (`Sequence[Sample]`):
-                Its samples.
-
-        Returns:
-            `RecipeCounts`: The counts.
-
-        Raises:
-            `Exception`: Any exception that the training template raises.
-        """
+        """Count what the recipe trains of a conversation; the training template may raise any exception."""
         token_ids, trained = self._tokenize(conversation)
-        exact = np.zeros(len(token_ids), bool)
-        for sample in samples:
-            shared = common_length(token_ids, sample.token_ids)
-            exact[:shared] |= sample.loss_weights[:shared] > 0
+        exact = _trained_as_served(token_ids, samples)
         if conversation.first_trained:  # TRL masks the prompt of a prompt-completion example
             prompt, _ = self._tokenize(conversation, conversation.first_trained)
             trained[: common_length(token_ids, prompt)] = False
@@ -163,6 +116,21 @@ class AssistantOnlyLoss:
         """Text of all contiguous trained ranges, one per line."""
         borders = np.flatnonzero(np.diff(trained, prepend=False, append=False)).reshape(-1, 2)
         return "\n".join(self.tokenizer.decode(token_ids[start:end].tolist()) for start, end in borders)
+
+
+def _trained_as_served(token_ids: NDArray[np.int64], samples: Sequence[Sample]) -> NDArray[np.bool_]:
+    """Return which tokens of a sequence some sample trains after the same tokens."""
+    trained = np.zeros(len(token_ids), bool)
+    previous: Sample | None = None
+    shared = 0
+    for sample in samples:
+        known = 0 if previous is None else sample.tokens.shared_length(previous.tokens)
+        if shared >= known:  # what this sample shares with the one before is in the sequence, too
+            shared = known + common_length(token_ids[known:], sample.tokens.tail(known))
+        kept = sample.weights.kept
+        trained[kept:shared] |= sample.weights.own[: max(shared - kept, 0)] > 0
+        previous = sample
+    return trained
 
 
 def _count_available(samples: Sequence[Sample]) -> dict[str, int]:

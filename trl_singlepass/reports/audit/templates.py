@@ -39,37 +39,17 @@ class ReasoningPolicy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TemplateFacts:
-    """
-    What a chat template does, given the arguments with which a dataset calls it.
-
-    Args:
-        name (`str`):
-            What to call the template.
-        kind (`ReasoningPolicy`):
-            Which turns keep their reasoning.
-        last_ending (`str`):
-            What the template writes after the last answer of a conversation.
-        history_ending (`str`):
-            What it writes after the same answer once another message follows.
-        added_stop (`str`):
-            Stop token added to a last answer because the template writes none.
-    """
+    """What a chat template does, given the arguments with which a dataset calls it."""
 
     name: str
     kind: ReasoningPolicy
-    last_ending: str
-    history_ending: str
-    added_stop: str
+    last_ending: str  # what the template writes after the last answer of a conversation
+    history_ending: str  # what it writes after the same answer once another message follows
+    added_stop: str  # stop token added to a last answer because the template writes none
 
 
 class TemplateSurvey:
-    """
-    Measures a chat template once for each set of arguments with which a dataset calls it.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer with the chat template.
-    """
+    """Measures a chat template once for each set of arguments with which a dataset calls it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer

@@ -1,11 +1,15 @@
-"""What each turn of a conversation contains, and what the chat template makes of it."""
+"""What turns contain, and what the chat template makes of them: counted turn by turn, and added up."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from typing import Any
+
+import numpy as np
 
 from ...rendering.checks import contains, lost_calls, stray_reasoning, without
 from ...rendering.conversation import Conversation, Message, RenderingError
@@ -15,22 +19,7 @@ from ...rendering.reasoning import ParsedMessage
 from ...rendering.template import ChatTemplate
 from ...rendering.tokenization import HardBorders, common_length, hard_borders, tokenize
 from ...rendering.turn import RenderedTurn, render_turn
-from ...trees.sample import CompletionKind
-
-
-class ReasoningOutcome(StrEnum):
-    """What happens to a turn's reasoning."""
-
-    NONE = "none"
-    """The turn has no reasoning."""
-    RENDERED = "rendered"
-    """The template renders it."""
-    RESTORED = "restored"
-    """The template leaves it out, and it is put back between the template's tags."""
-    OTHER_KEY = "other key"
-    """It is stored under a key that the template ignores."""
-    LOST = "lost"
-    """It cannot be rendered for any other reason."""
+from ...trees.sample import CompletionKind, Sample
 
 
 class BranchCause(StrEnum):
@@ -43,59 +32,91 @@ class BranchCause(StrEnum):
     OTHERWISE = "otherwise rewritten"
 
 
-class PromptMatch(StrEnum):
-    """In what sense a turn's prompt is a prefix of the rendering that includes its answer."""
-
-    TOKENS = "tokens"
-    TEXT = "text"
-    NONE = "not at all"
-
-
 _TAG_ROOM = 256  # characters at the end of a prompt that are searched for reasoning tags
 _TAIL = 4096  # characters at the end of a prompt that are searched first for its last added token
 
 
 @dataclass(frozen=True, slots=True)
-class TurnFacts:
-    """
-    What one turn contains and what the template makes of it.
+class TurnStats:
+    """Counts over one turn, over those at one position in their conversations, or over all."""
 
-    Args:
-        message_index (`int`):
-            Position of its assistant message.
-        kind (`CompletionKind`, *optional*):
-            How its completion came about; `None` if the turn is refused.
-        reasoning (`ReasoningOutcome`):
-            What happens to its reasoning.
-        calls (`int`):
-            Number of tool calls it makes.
-        calls_lost (`bool`):
-            Whether a call, or part of one, is missing from its rendering.
-        stop_added (`bool`):
-            Whether the template writes no stop token after it.
-        empty_block (`bool`):
-            Whether its completion begins with an empty block of reasoning.
-        prompt_match (`PromptMatch`):
-            Whether its prompt is a prefix of the rendering that includes its answer.
-        followed (`bool`):
-            Whether another turn follows.
-        hidden (`bool`):
-            Whether it has reasoning that the next turn's prompt does not show.
-        branches (`BranchCause`, *optional*):
-            Why the next turn's prompt does not begin with this turn; `None` if it does, or if no turn follows.
-    """
+    turn: int | None = None  # number of the turn in its conversation, from 1; None for all turns
+    turns: int = 0  # that the template renders
+    trainable: int = 0  # turns of conversations that can be trained; the token counts are theirs
+    prompt_tokens: int = 0
+    reasoning_tokens: int = 0
+    answer_tokens: int = 0
+    over_max_length: int = 0  # trainable turns longer than `max_length`
+    reasoning_found: int = 0  # turns whose reasoning is trained: rendered by the template, or put back
+    reasoning_restored: int = 0  # put back, since the template leaves it out
+    reasoning_under_other_key: int = 0  # under a key that the template ignores
+    reasoning_lost: int = 0  # cannot be rendered for any other reason
+    reasoning_hidden: int = 0  # the next turn does not see it
+    with_calls: int = 0
+    calls_lost: int = 0  # turns that lose a tool call or part of one
+    stop_added: int = 0  # the template writes no stop token after the turn
+    empty_blocks: int = 0  # without reasoning, for which the template writes an empty block
+    not_token_prefix: int = 0  # the prompt is a prefix of the rendering with the answer as text, but not as tokens
+    prompt_changed: int = 0  # the prompt is rendered differently once the answer follows
+    kinds: dict[str, int] = field(default_factory=dict)  # by `CompletionKind`, and those that are "refused"
+    followed: int = 0  # another turn follows
+    branches: dict[str, int] = field(default_factory=dict)  # by the `BranchCause` of a next prompt that differs
 
-    message_index: int
-    kind: CompletionKind | None
-    reasoning: ReasoningOutcome
-    calls: int
-    calls_lost: bool
-    stop_added: bool
-    empty_block: bool
-    prompt_match: PromptMatch
-    followed: bool
-    hidden: bool
-    branches: BranchCause | None
+    @property
+    def with_reasoning(self) -> int:
+        """Turns with reasoning, under whatever key."""
+        return self.reasoning_found + self.reasoning_under_other_key + self.reasoning_lost
+
+    @classmethod
+    def from_sample(cls, sample: Sample, max_length: int | None) -> TurnStats:
+        """Count the tokens of a turn that can be trained."""
+        prompt, reasoning = sample.prompt_length, sample.reasoning_length
+        return cls(
+            trainable=1,
+            prompt_tokens=prompt,
+            reasoning_tokens=reasoning,
+            answer_tokens=len(sample) - prompt - reasoning,
+            over_max_length=int(max_length is not None and len(sample) > max_length),
+        )
+
+    @classmethod
+    def merge(cls, stats: Iterable[TurnStats], turn: int | None = None) -> TurnStats:
+        """Add up counts."""
+        total = cls(turn=turn)
+        for item in stats:
+            total = total + item
+        return total
+
+    def __add__(self, other: TurnStats) -> TurnStats:
+        counts: dict[str, Any] = {}
+        for name in _COUNTED:
+            one, two = getattr(self, name), getattr(other, name)
+            counts[name] = one + two if isinstance(one, int) else dict(Counter(one) + Counter(two))
+        return TurnStats(self.turn, **counts)
+
+
+_COUNTED = tuple(one.name for one in fields(TurnStats) if one.name != "turn")
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Distribution of a number of tokens: some quantiles, and a histogram with one edge more than there are bins."""
+
+    smallest: int
+    median: int
+    percentile_99: int
+    largest: int
+    edges: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def from_values(cls, values: Iterable[int], bins: int = 24) -> Lengths:
+        """Summarise at least one number."""
+        array = np.fromiter(values, np.int64)
+        edges = np.unique(np.linspace(array.min(), array.max() + 1, bins + 1).round().astype(np.int64))
+        counts, _ = np.histogram(array, edges)
+        median, high = (int(np.quantile(array, q, method="inverted_cdf")) for q in (0.5, 0.99))
+        return cls(int(array.min()), median, high, int(array.max()), tuple(edges.tolist()), tuple(counts.tolist()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,37 +142,68 @@ class _TurnText:
         return self.own if self.turn is None else self.prompt + self.turn.completion
 
 
-def get_turn_facts(conversation: Conversation, prefixes: Prefixes) -> list[TurnFacts]:
+class TurnExaminer:
     """
-    Examine every turn of a conversation, whether or not it can be trained.
+    Examines every turn of a conversation, whether or not it can be trained.
 
-    Args:
-        conversation ([`Conversation`]):
-            The conversation.
-        prefixes ([`Prefixes`]):
-            Its prefixes under a chat template.
-
-    Returns:
-        `list[TurnFacts]`: One entry per assistant message that the template renders at all.
+    The renderings of all turns together outgrow the conversation, so each turn is examined when its prompt is first
+    asked for, and its renderings are forgotten when the next one is there.
     """
-    template = prefixes.template
-    texts = list(_turn_texts(conversation, prefixes))
-    matches = _match_prompts(texts, hard_borders(template.tokenizer, template.source))
-    following = [text for _, text in texts[1:]]
-    return [
-        _turn_facts(k, text, then, match, template)
-        for (k, text), then, match in zip(texts, [*following, None][: len(texts)], matches, strict=True)
-    ]
 
+    def __init__(self, conversation: Conversation, prefixes: Prefixes) -> None:
+        self.prefixes = _FollowedPrefixes.from_prefixes(prefixes, self._examine_up_to)
+        """The prefixes, which are examined as they are rendered."""
+        self._conversation, self._prefixes = conversation, prefixes
+        self._left = conversation.turns[::-1]
+        self._last: tuple[int, _TurnText] | None = None
+        self._stats: list[TurnStats] = []
+        self._borders = hard_borders(prefixes.template.tokenizer, prefixes.template.source)
+        self._prompt_ends: list[tuple[str, str] | None] = []
 
-def _turn_texts(conversation: Conversation, prefixes: Prefixes) -> Iterator[tuple[int, _TurnText]]:
-    for k in conversation.turns:
+    def finish(self) -> list[TurnStats]:
+        """Examine the turns that are left, and return one entry per assistant message that the template renders."""
+        self._examine_up_to(len(self._conversation.messages))
+        self._leave_last(None)
+        matches = _match_prompts(self._prompt_ends, self._borders)
+        return [stats + match for stats, match in zip(self._stats, matches, strict=True)]
+
+    def _examine_up_to(self, k: int) -> None:
+        while self._left and self._left[-1] <= k:
+            self._examine(self._left.pop())
+
+    def _examine(self, k: int) -> None:
+        prefixes = self._prefixes
         try:
             prompt, own = prefixes.prompt(k), prefixes.through(k)
         except RenderingError:  # the report lists the row with its reason
-            continue
+            return
         parsed = parse(prefixes.trained.get(k, prefixes.messages[k]), prefixes.template)
-        yield k, _TurnText(conversation.messages[k], parsed, prompt, own, _render_turn(prefixes, k))
+        text = _TurnText(self._conversation.messages[k], parsed, prompt, own, _render_turn(prefixes, k))
+        self._prompt_ends.append(_pieces_at_prompt_end(text, self._borders))
+        self._leave_last(text)
+        self._last = k, text
+
+    def _leave_last(self, then: _TurnText | None) -> None:
+        if self._last is not None:
+            k, text = self._last
+            self._stats.append(_examine(text, then, self._prefixes.template))
+            self._prefixes.forget(k)
+            self._last = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FollowedPrefixes(Prefixes):
+    """Prefixes that say whose prompt is asked for."""
+
+    follow: Callable[[int], None]
+
+    @classmethod
+    def from_prefixes(cls, prefixes: Prefixes, follow: Callable[[int], None]) -> _FollowedPrefixes:
+        return cls(**{one.name: getattr(prefixes, one.name) for one in fields(Prefixes)}, follow=follow)
+
+    def prompt(self, k: int) -> str:
+        self.follow(k)
+        return Prefixes.prompt(self, k)
 
 
 def _render_turn(prefixes: Prefixes, k: int) -> RenderedTurn | None:
@@ -161,39 +213,39 @@ def _render_turn(prefixes: Prefixes, k: int) -> RenderedTurn | None:
         return None
 
 
-def _turn_facts(
-    k: int, text: _TurnText, then: _TurnText | None, match: PromptMatch, template: ChatTemplate
-) -> TurnFacts:
-    parsed = text.parsed
+def _examine(text: _TurnText, then: _TurnText | None, template: ChatTemplate) -> TurnStats:
+    """Count what one turn contains and what the template makes of it; `then` is the turn that follows."""
+    parsed, turn = text.parsed, text.turn
     calls = len(parsed.calls) or int("function_call" in text.message)
     lost = calls > 0 and (
         not parsed.calls or lost_calls(parsed, without(text.completion, parsed.reasoning)) is not None
     )
-    return TurnFacts(
-        message_index=k,
-        kind=None if text.turn is None else text.turn.kind,
-        reasoning=_reasoning_outcome(text),
-        calls=calls,
-        calls_lost=lost,
-        stop_added=text.turn is not None and text.turn.stop_added,
-        empty_block=text.turn is not None and text.turn.has_empty_block,
-        prompt_match=match,
-        followed=then is not None,
-        hidden=bool(parsed.reasoning) and then is not None and not contains(then.prompt, parsed.reasoning),
-        branches=None if then is None else _branch_cause(template, text, then.prompt),
+    cause = None if then is None else _branch_cause(template, text, then.prompt)
+    hidden = bool(parsed.reasoning) and then is not None and not contains(then.prompt, parsed.reasoning)
+    return TurnStats(
+        turns=1,
+        **_reasoning_outcome(text),
+        reasoning_hidden=int(hidden),
+        with_calls=int(calls > 0),
+        calls_lost=int(lost),
+        stop_added=int(turn is not None and turn.stop_added),
+        empty_blocks=int(turn is not None and turn.has_empty_block),
+        kinds={"refused" if turn is None else str(turn.kind): 1},
+        followed=int(then is not None),
+        branches={} if cause is None else {str(cause): 1},
     )
 
 
-def _reasoning_outcome(text: _TurnText) -> ReasoningOutcome:
+def _reasoning_outcome(text: _TurnText) -> dict[str, int]:
+    """Return which counts of reasoning a turn belongs to."""
     if any(not contains(text.completion, text.message[key]) for key in stray_reasoning(text.message)):
-        return ReasoningOutcome.OTHER_KEY
+        return {"reasoning_under_other_key": 1}
     if not text.parsed.reasoning:
-        return ReasoningOutcome.NONE
+        return {}
     if text.turn is not None:
-        restored = text.turn.kind == CompletionKind.REASONING_RESTORED
-        return ReasoningOutcome.RESTORED if restored else ReasoningOutcome.RENDERED
+        return {"reasoning_found": 1, "reasoning_restored": int(text.turn.kind == CompletionKind.REASONING_RESTORED)}
     rendered = contains(text.own_completion, text.parsed.reasoning)
-    return ReasoningOutcome.RENDERED if rendered else ReasoningOutcome.LOST
+    return {"reasoning_found": 1} if rendered else {"reasoning_lost": 1}
 
 
 def _branch_cause(template: ChatTemplate, text: _TurnText, next_prompt: str) -> BranchCause | None:
@@ -219,17 +271,20 @@ def _branch_cause(template: ChatTemplate, text: _TurnText, next_prompt: str) -> 
     return BranchCause.OTHER_STOP if ends_in_other_token else BranchCause.OTHERWISE
 
 
-def _match_prompts(texts: list[tuple[int, _TurnText]], borders: HardBorders) -> list[PromptMatch]:
-    """Tokens are compared only around the end of the prompt: everything before it is tokenized alike."""
-    pieces = [_pieces_at_prompt_end(text, borders) for _, text in texts]
+def _match_prompts(pieces: list[tuple[str, str] | None], borders: HardBorders) -> list[TurnStats]:
+    """
+    Count, for each turn, in what sense its prompt is a prefix of the rendering with the answer.
+
+    Tokens are compared only around the end of the prompt: everything before it is tokenized alike.
+    """
     ids = iter(tokenize(borders, [piece for pair in pieces for piece in pair or ()]))
     matches = []
     for pair in pieces:
         if pair is None:
-            matches.append(PromptMatch.NONE)
+            matches.append(TurnStats(prompt_changed=1))
             continue
         prompt, rendering = next(ids), next(ids)
-        matches.append(PromptMatch.TOKENS if prompt.common_length(rendering) == len(prompt) else PromptMatch.TEXT)
+        matches.append(TurnStats(not_token_prefix=int(prompt.common_length(rendering) < len(prompt))))
     return matches
 
 

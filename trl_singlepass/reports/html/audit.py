@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..audit import AuditReport
-from ..audit.counts import Lengths
-from ..audit.table import headline, tables
+from ..audit.report import headline, tables
+from ..audit.turns import Lengths
 from .frame import frame
 
 
