@@ -230,7 +230,8 @@ class SinglePassDPOTrainer(DPOTrainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         rows = [row for batch in batches for row in batch["tree"].rows]
         assert self._pair_collator is not None
-        for model in filter(None, (self.model_wrapped, self.ref_model)):
+        models = (self.model_wrapped,) if self.ref_model is None else (self.model_wrapped, self.ref_model)
+        for model in models:  # not `filter`: a compiled model has a length, which raises
             self._self_check.check(model, rows, self._pair_collator.row_collator)
         return batches, num_items
 
@@ -240,7 +241,8 @@ class SinglePassDPOTrainer(DPOTrainer):
 
     def _ref_log_probs(self, model: nn.Module, inputs: Batch, num_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = {**inputs, "tree": inputs["tree"].handled()}
-        return super().compute_ref_log_probs(self._in_parts(model, inputs, num_parts) or model, inputs)
+        in_parts = self._in_parts(model, inputs, num_parts)
+        return super().compute_ref_log_probs(model if in_parts is None else in_parts, inputs)
 
     def _compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool) -> Loss:
         """Run the policy on the trees of the rows; TRL runs it on each trajectory as one sequence."""
@@ -259,7 +261,7 @@ class SinglePassDPOTrainer(DPOTrainer):
         inputs = {**inputs, "tree": inputs["tree"].handled()}
         in_parts = self._in_parts(model, inputs, num_parts)
         with self._reading_reference():
-            loss: Loss = super()._compute_loss(in_parts or model, inputs, return_outputs)
+            loss: Loss = super()._compute_loss(model if in_parts is None else in_parts, inputs, return_outputs)
         if in_parts is None or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             return loss
         return in_parts.backward(loss)

@@ -16,6 +16,7 @@ from ..data.collator import Batch, DataCollatorForSinglePass
 from ..data.preparation import say
 from ..engine.check import TreeCheck, tokens_of_batch
 from ..engine.check_report import TreeCheckReport
+from ..engine.check_row import ShownImage
 from ..engine.checked_model import TreeCheckError
 
 
@@ -50,15 +51,22 @@ class SelfCheck:
         if not self._is_on:
             self._say("self_check=False: nothing shows that the model is exact on trees.", logging.WARNING)
             return
-        tokens: list[Any] = [tokens_of_batch(next((b for b in batches if b["tree"].images), batches[0]))]
-        if self._accelerator.num_processes > 1:  # all ranks measure the same row
-            broadcast_object_list(tokens)
+        text, images = self._on_all_ranks(*tokens_of_batch(next((b for b in batches if b["tree"].images), batches[0])))
         precision = _PRECISIONS.get(self._accelerator.mixed_precision)
         check = TreeCheck(model, collator, group, precision)
-        report = check.run(*tokens[0])
+        report = check.run(text, images)
         if not report.ok:
             raise TreeCheckError(_explain(check, report))
         self._say(f"Checked: {report}.", logging.INFO)
+
+    def _on_all_ranks(self, text: Any, images: tuple[ShownImage, ...]) -> tuple[Any, tuple[ShownImage, ...]]:
+        """Return the same text on all ranks, and images if each rank has one: each finds only its own."""
+        if self._accelerator.num_processes == 1:
+            return text, images
+        texts = [text]
+        broadcast_object_list(texts)
+        has_images = torch.tensor([len(images) > 0], device=self._accelerator.device)
+        return texts[0], images if bool(self._accelerator.gather(has_images).all()) else ()
 
     def _say(self, line: str, level: int) -> None:
         if self._accelerator.is_main_process:
