@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from support.tiny_families import tiny_model
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.data.arrow import COST_COLUMNS
+from trl_singlepass.training.base_config import SinglePassConfig
 from trl_singlepass.trees.rows import ROW_COLUMNS
 
 
@@ -52,6 +53,11 @@ def float32_model(tokenizer, family="qwen3", **overrides):
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     overrides = {"initializer_range": 0.05, **ids, **overrides}
     return tiny_model(family, len(tokenizer), torch.float32, attn_implementation="sdpa", **overrides)
+
+
+def own_settings(config):
+    """Names of the settings that a configuration adds to TRL's, or whose defaults it changes: shared ones first."""
+    return [*SinglePassConfig.__annotations__, *config.__annotations__]
 
 
 def single_pass_trainer(tmp_path, tokenizer, dataset, model=None, config=SinglePassSFTConfig, kwargs=None, **settings):

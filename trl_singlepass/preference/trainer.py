@@ -21,6 +21,7 @@ from ..data.images import hide_image_columns
 from ..engine.enable import enable_tree, without_adapters
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
+from ..training.base_config import add_settings
 from ..training.checkpoints import resume_counts
 from ..training.dataset import AnyDataset
 from ..training.images import read_images, show_images
@@ -34,7 +35,7 @@ from ..training.tree_loss import Loss
 from ..trees.rows import IMAGE_COLUMNS
 from .collator import REFERENCE_COLUMNS, DataCollatorForSinglePassPreference
 from .compatibility import check_dataset, check_pairs, check_run
-from .config import as_single_pass_config, default_config, pair_settings, turn_weights, without_padding_free
+from .config import SinglePassDPOConfig, default_config, pair_settings, turn_weights, without_padding_free
 from .dataset import prepare_pairs
 from .pairs import TOKEN_COLUMNS
 from .parts import BatchParts
@@ -93,7 +94,7 @@ class SinglePassDPOTrainer(DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = default_config(model) if args is None else as_single_pass_config(args)
+        args = default_config(model) if args is None else add_settings(args, SinglePassDPOConfig)
         check_pairs(args, train_dataset, data_collator, model, peft_config, ref_model)
         self._counts = TokenCounts()
         self._given_collator = data_collator
