@@ -32,6 +32,7 @@ TRAINERS = {
     "SinglePassSFTTrainer": ROOT / "trl_singlepass" / "training" / "trainer.py",
     "SinglePassDPOTrainer": ROOT / "trl_singlepass" / "preference" / "trainer.py",
 }
+MIXIN = ROOT / "trl_singlepass" / "training" / "mixin.py"
 PACKAGES = ("accelerate", "deepspeed", "transformers", "trl")
 
 Digests = dict[str, str | None]
@@ -41,9 +42,9 @@ def overridden() -> list[str]:
     """Return the names of the methods above the trainers that those override, in every class that may define them."""
     names = []
     for trainer, path in TRAINERS.items():
-        classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
-        (body,) = (node.body for node in classes if node.name == trainer)
-        methods = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+        trees = (ast.parse(file.read_text()) for file in (MIXIN, path))
+        classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+        methods = dict.fromkeys(node.name for cls in classes for node in cls.body if isinstance(node, ast.FunctionDef))
         names += [f"{base}.{method}" for base in BASES[trainer] for method in methods]
     return names
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import trl_singlepass
+from support.trainers import own_settings
+from trl_singlepass import SinglePassDPOConfig, SinglePassSFTConfig
 
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::P
 
 def test_the_reference_has_every_public_name_and_setting(site):
     text = get_text(site / "reference" / "index.html")
-    settings = vars(trl_singlepass.SinglePassSFTConfig)["__annotations__"]
-    for name in (*trl_singlepass.__all__, *settings):
+    for name in (*trl_singlepass.__all__, *own_settings(SinglePassSFTConfig), *own_settings(SinglePassDPOConfig)):
         assert re.search(rf"\b{name}\b", text), name
     assert "[`" not in text
     assert "*optional*" not in text

@@ -1,12 +1,16 @@
 """Rules that no linter checks: the size of files, docstrings that list every argument, imports without torch."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from support.trainers import own_settings
+from trl_singlepass import SinglePassDPOConfig, SinglePassSFTConfig
 
 
 PACKAGE = Path(__file__).parents[2] / "trl_singlepass"
@@ -78,3 +82,8 @@ def test_docstrings_list_the_arguments_of_the_signature(node):
         if node.bases:
             names = [name for name in names if name in expected]  # the others are inherited
     assert names == expected
+
+
+@pytest.mark.parametrize("config", [SinglePassSFTConfig, SinglePassDPOConfig])
+def test_docstrings_of_configurations_list_the_settings_that_they_share_as_well(config):
+    assert sorted(documented(inspect.getdoc(config))) == sorted(own_settings(config))

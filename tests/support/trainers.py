@@ -1,5 +1,7 @@
 """Trainers on tiny models, stock and single-pass, and what tests read off them."""
 
+import inspect
+
 import datasets
 import pytest
 import torch
@@ -11,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from support.tiny_families import tiny_model
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.data.arrow import COST_COLUMNS
+from trl_singlepass.training.base_config import SinglePassConfig
 from trl_singlepass.trees.rows import ROW_COLUMNS
 
 
@@ -52,6 +55,26 @@ def float32_model(tokenizer, family="qwen3", **overrides):
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     overrides = {"initializer_range": 0.05, **ids, **overrides}
     return tiny_model(family, len(tokenizer), torch.float32, attn_implementation="sdpa", **overrides)
+
+
+def own_settings(config):
+    """Names of the settings that a configuration adds to TRL's, or whose defaults it changes: shared ones first."""
+    return [*SinglePassConfig.__annotations__, *config.__annotations__]
+
+
+def own_classes(trainer):
+    """Return the classes of a trainer that this project defines: its own, then what trainers share."""
+    return [cls for cls in trainer.__mro__ if cls.__module__.startswith("trl_singlepass.")]
+
+
+def own_methods(trainer):
+    return {name for cls in own_classes(trainer) for name, member in vars(cls).items() if inspect.isfunction(member)}
+
+
+def overridden(trainer):
+    """Names of the methods of other libraries that a trainer overrides, itself or by what trainers share."""
+    theirs = [cls for cls in trainer.__mro__ if cls not in own_classes(trainer)]
+    return own_methods(trainer) & {name for cls in theirs for name in vars(cls)}
 
 
 def single_pass_trainer(tmp_path, tokenizer, dataset, model=None, config=SinglePassSFTConfig, kwargs=None, **settings):

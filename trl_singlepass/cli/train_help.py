@@ -11,11 +11,9 @@ from textwrap import fill
 
 # Read as text: importing it would import TRL and PyTorch, which take seconds.
 _ROOT = Path(__file__).parents[1]
-CONFIGS = {
-    "train": (_ROOT / "training" / "config.py", "SinglePassSFTConfig"),
-    "dpo": (_ROOT / "preference" / "config.py", "SinglePassDPOConfig"),
-}
-"""File and class of the settings of each command that trains."""
+_SHARED = _ROOT / "training" / "base_config.py"
+CONFIGS = {"train": _ROOT / "training" / "config.py", "dpo": _ROOT / "preference" / "config.py"}
+"""File of the configuration of each command that trains: the only class in it."""
 _OF_TRL = {"train": "sft", "dpo": "dpo"}
 _FIRST_RUN = {
     "model_name_or_path": "Folder or hub id of the model.",
@@ -39,13 +37,9 @@ class Setting:
 
 def read_settings(command: str) -> Iterator[Setting]:
     """Yield the settings of a command that this package adds to TRL's, or whose defaults it changes."""
-    file, class_name = CONFIGS[command]
-    (config,) = (
-        node
-        for node in ast.parse(file.read_text("utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name == class_name
-    )
-    for node in config.body:
+    trees = (ast.parse(file.read_text("utf-8")) for file in (_SHARED, CONFIGS[command]))
+    classes = (node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
+    for node in (node for config in classes for node in config.body):
         match node:
             case ast.AnnAssign(target=ast.Name(id=name), value=ast.Call(keywords=keywords)):
                 options = {keyword.arg: keyword.value for keyword in keywords}

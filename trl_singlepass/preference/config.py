@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
-import torch
 from transformers import PreTrainedModel
 from trl import DPOConfig
 
-from ..data.bad_rows import BadRows
-from ..data.selection import OverlongTurns
-from ..rendering.history import HISTORIES, History
-from ..training.config import check_wave_tokens, use_new_names
+from ..training.base_config import SinglePassConfig, check_shared_settings, short_name, use_new_names
 from .settings import PairSettings, PairTurns
 from .turn_weights import TurnWeights
 
 
 @dataclass
-class SinglePassDPOConfig(DPOConfig):
+class SinglePassDPOConfig(SinglePassConfig, DPOConfig):
     r"""
     Configuration class for the [`SinglePassDPOTrainer`].
 
@@ -69,13 +65,6 @@ class SinglePassDPOConfig(DPOConfig):
         `ValueError`: If a setting cannot be honoured.
     """
 
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest sample (one turn with its context), in tokens. Longer samples are truncated at the end, "
-            "and what is lost is counted in the log. `None` keeps every sample whole."
-        },
-    )
     packing: bool = field(  # type: ignore[assignment] # parsers take no bare flag for `bool | None`
         default=None,
         metadata={"help": "Pairs of a batch always share rows: `None` and `True` change nothing, `False` is refused."},
@@ -85,29 +74,6 @@ class SinglePassDPOConfig(DPOConfig):
         metadata={
             "help": "Largest row, in tokens. The pairs of a batch fill as many rows as they need; larger pairs are "
             "split between turns over several. `None` makes one row of a batch."
-        },
-    )
-    overlong_turns: OverlongTurns = field(
-        default=OverlongTurns.TRUNCATE,
-        metadata={
-            "help": "What happens to turns longer than `max_length` or `max_row_tokens`: 'truncate', 'drop', 'error'.",
-            "choices": list(OverlongTurns),
-        },
-    )
-    bad_rows: BadRows = field(
-        default=BadRows.ERROR,
-        metadata={
-            "help": "What happens to rows that cannot be trained: 'error' names all of them and stops, 'drop' leaves "
-            "them out and counts them in the log.",
-            "choices": list(BadRows),
-        },
-    )
-    history: History = field(
-        default="template",
-        metadata={
-            "help": "What a turn's context holds of earlier turns: 'template', as the chat template renders it; "
-            "'keep', all reasoning; 'strip', no reasoning.",
-            "choices": list(HISTORIES),
         },
     )
     train_turns: PairTurns = field(
@@ -125,43 +91,16 @@ class SinglePassDPOConfig(DPOConfig):
         default=False,
         metadata={"help": "Whether a turn counts with the mean of its tokens' log-probabilities, not their sum."},
     )
-    self_check: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to measure before the first step that the model computes on a tree what it computes on "
-            "separate samples, and to stop if not."
-        },
-    )
-    wave_tokens: int | str | None = field(
-        default=None,
-        metadata={
-            "help": "Largest number of tokens of a row that have activations at the same time. Longer rows run in "
-            "waves: same loss and gradients, memory of one wave. `None`: rows run at once; 'auto': as memory allows."
-        },
-    )
-    offload_kv: bool = field(
-        default=False,
-        metadata={"help": "Whether keys and values that wait for later waves are held on the CPU."},
-    )
 
     def __post_init__(self) -> None:
         use_new_names(self)
         super().__post_init__()
-        # PyTorch cannot pin memory without an accelerator, and warns in each dataloader that it does not.
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False
-        if self.bad_rows not in tuple(BadRows):
-            raise ValueError(f"bad_rows={self.bad_rows!r} is not one of {', '.join(BadRows)}.")
-        check_wave_tokens(self)
+        check_shared_settings(self)
         if self.packing is False:
             raise ValueError(
                 "packing=False: the pairs of a batch always share rows, with the loss and gradients of separate ones. "
                 "Leave it out, and set max_row_tokens to bound a row."
             )
-        for name in ("max_length", "max_row_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ValueError(f"{name}={value} leaves no room for a token and its target. Set it to 2 or more.")
         pair_settings(self)  # checks the choices
         turn_weights(self)
 
@@ -176,19 +115,9 @@ def turn_weights(args: DPOConfig) -> TurnWeights:
     return TurnWeights(args.turn_discount, args.turn_mean)
 
 
-def as_single_pass_config(args: DPOConfig) -> DPOConfig:
-    """Return a [`~trl.DPOConfig`] itself, with the settings that it lacks at their defaults."""
-    for setting in fields(SinglePassDPOConfig):
-        if not hasattr(args, setting.name):
-            assert setting.default is not MISSING, "every setting of its own has a default"
-            setattr(args, setting.name, setting.default)
-    return args
-
-
 def default_config(model: str | PreTrainedModel) -> SinglePassDPOConfig:
     """Return the arguments of a trainer that gets none: all defaults, with an output folder named after the model."""
-    name = model if isinstance(model, str) else model.config._name_or_path
-    return SinglePassDPOConfig(f"{name.split('/')[-1]}-SinglePassDPO")
+    return SinglePassDPOConfig(f"{short_name(model)}-SinglePassDPO")
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from datasets import Dataset
 from torch import nn, optim
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 from trl import DPOConfig, DPOTrainer
@@ -21,20 +20,16 @@ from ..data.images import hide_image_columns
 from ..engine.enable import enable_tree, without_adapters
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
-from ..training.checkpoints import resume_counts
+from ..training.base_config import add_settings
 from ..training.dataset import AnyDataset
 from ..training.images import read_images, show_images
-from ..training.manifest import ManifestCallback
-from ..training.metrics import TokenCounts
-from ..training.model_card import complete_model_card
-from ..training.self_check import SelfCheck
-from ..training.sharded_head import gather_head_with_model
+from ..training.mixin import SinglePassTrainerMixin
 from ..training.sharding import prepare_sharding
 from ..training.tree_loss import Loss
 from ..trees.rows import IMAGE_COLUMNS
 from .collator import REFERENCE_COLUMNS, DataCollatorForSinglePassPreference
 from .compatibility import check_dataset, check_pairs, check_run
-from .config import as_single_pass_config, default_config, pair_settings, turn_weights, without_padding_free
+from .config import SinglePassDPOConfig, default_config, pair_settings, turn_weights, without_padding_free
 from .dataset import prepare_pairs
 from .pairs import TOKEN_COLUMNS
 from .parts import BatchParts
@@ -47,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, DataCollator
 
 
-class SinglePassDPOTrainer(DPOTrainer):
+class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
     """
     Trainer that prefers trajectories by their turns, each in the context that the model sees at inference.
 
@@ -71,9 +66,8 @@ class SinglePassDPOTrainer(DPOTrainer):
 
     _tag_names: ClassVar = ["trl", "dpo", "single-pass"]
     _name = "SinglePassDPO"
-    train_dataset: AnyDataset
     precompute_ref_logps: bool
-    _signature_columns: list[str]
+    _moved_as_they_are: ClassVar = ("tree", *REFERENCE_COLUMNS)
     _pair_collator: DataCollatorForSinglePassPreference | None = None
     _parts: BatchParts
     _ref_model: nn.Module | None = None
@@ -93,9 +87,8 @@ class SinglePassDPOTrainer(DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = default_config(model) if args is None else as_single_pass_config(args)
+        args = default_config(model) if args is None else add_settings(args, SinglePassDPOConfig)
         check_pairs(args, train_dataset, data_collator, model, peft_config, ref_model)
-        self._counts = TokenCounts()
         self._given_collator = data_collator
         with without_padding_free(args):
             super().__init__(
@@ -112,8 +105,6 @@ class SinglePassDPOTrainer(DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
-        self._manifest = ManifestCallback(self)
-        self._self_check = SelfCheck(self.accelerator, is_on=args.self_check)
         self._enable_pairs()
 
     def _enable_pairs(self) -> None:
@@ -144,20 +135,13 @@ class SinglePassDPOTrainer(DPOTrainer):
             reference = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
             ImageReader.enable(without_adapters(reference))
 
-    @property
-    def data_collator(self) -> Collator:
-        """Makes batches of pairs, with the trees of their rows."""
-        return self._collate
-
-    @data_collator.setter
-    def data_collator(self, collator: Collator) -> None:
-        # TRL and the Trainer set theirs in their constructors; afterwards, it is the user who does.
+    def _checked_collator(self, collator: Collator) -> Collator:
         before = self._pair_collator
         if before is not None and collator is not before:
             check_collator(collator, DataCollatorForSinglePassPreference)
             assert isinstance(collator, DataCollatorForSinglePassPreference)
             self._pair_collator = collator.reading_images_as(before)
-        self._collate = self._pair_collator or collator
+        return self._pair_collator or collator
 
     @property
     def ref_model(self) -> nn.Module | None:
@@ -199,24 +183,6 @@ class SinglePassDPOTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns of pairs; TRL removes those that it does not know."""
         self._signature_columns = [*PAIR_COLUMNS, *IMAGE_COLUMNS, *REFERENCE_COLUMNS]
-
-    def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """Resume token counts, from a checkpoint that has not changed; the Trainer does not know them."""
-        resume_counts(self, self._counts, args[3])  # the checkpoint
-        position: tuple[int, int] = super()._init_training_state(*args)
-        return position
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader[Batch]]:
-        """Gather the head with the model; FSDP2 leaves it sharded, and TRL's fused head reads it without a call."""
-        model, loader = super()._prepare_for_training(*args, **kwargs)
-        gather_head_with_model(self.model)
-        return model, loader
-
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """Move the trees too, and keep log-probabilities in float32; under DeepSpeed, the Trainer rounds floats."""
-        prepared: Batch = super()._prepare_inputs(inputs)
-        kept = (name for name in ("tree", *REFERENCE_COLUMNS) if name in inputs)
-        return prepared | {name: inputs[name].to(self.args.device) for name in kept}
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Enable trees first; TRL computes these log-probabilities at the end of its own constructor."""
@@ -281,22 +247,3 @@ class SinglePassDPOTrainer(DPOTrainer):
             yield
         finally:
             self.precompute_ref_logps = given
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the sharing factor and the tokens trained so far; TRL does not measure them."""
-        if self.model.training:
-            logs.update(self._counts.pop())
-        super().log(logs, start_time)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """List the files of all ranks; the first goes on to write the file that marks a checkpoint as complete."""
-        super()._save_rng_state(output_dir)
-        self._manifest.write_sizes(self, self._counts, output_dir)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Add data, tokens and the sharing factor; TRL does not know them, nor models that are not on the Hub."""
-        super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero():
-            complete_model_card(self.args.output_dir, self.model, self.train_dataset, self.state.log_history)

@@ -9,26 +9,17 @@ accelerate launch -m trl_singlepass.scripts.dpo \
 ```
 """
 
-from typing import Any
+from functools import partial
 
 import torch
-from trl import (
-    DatasetMixtureConfig,
-    ModelConfig,
-    ScriptArguments,
-    TrlParser,
-    get_peft_config,
-    get_quantization_config,
-)
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_quantization_config
 
 from ..preference.config import SinglePassDPOConfig
 from ..preference.trainer import SinglePassDPOTrainer
-from ..training.preemption import PreemptionCallback
-from .dataset import get_split, load_splits
-from .run import model_kwargs, train_and_save
+from .run import make_parser_of, make_trainer, train_and_save
 
 
-DATACLASSES = (ScriptArguments, SinglePassDPOConfig, ModelConfig, DatasetMixtureConfig)
+make_parser = partial(make_parser_of, SinglePassDPOConfig)
 
 
 def main(
@@ -38,28 +29,14 @@ def main(
     dataset_args: DatasetMixtureConfig,
 ) -> None:
     """Train a model, as `trl.scripts.dpo` does."""
-    training_args.model_init_kwargs = model_kwargs(model_args, training_args)
-    dataset = load_splits(script_args, dataset_args)
-    wants_evaluation = training_args.eval_strategy != "no"
-    preemption = PreemptionCallback()
-    trainer = SinglePassDPOTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=get_split(dataset, script_args.dataset_train_split),
-        eval_dataset=get_split(dataset, script_args.dataset_test_split) if wants_evaluation else None,
-        callbacks=[preemption],
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+    quantization = get_quantization_config(model_args)
+    trainer, preemption = make_trainer(
+        SinglePassDPOTrainer, script_args, training_args, model_args, dataset_args, quantization_config=quantization
     )
     if script_args.ignore_bias_buffers:  # DDP cannot synchronise boolean buffers
         ignored = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = ignored
     train_and_save(trainer, preemption, script_args)
-
-
-def make_parser(prog: str | None = None, parser_class: type[TrlParser] = TrlParser, **kwargs: Any) -> TrlParser:
-    """Return the parser of the script's arguments."""
-    return parser_class(DATACLASSES, prog=prog, **kwargs)
 
 
 if __name__ == "__main__":

@@ -9,25 +9,16 @@ accelerate launch -m trl_singlepass.scripts.sft \
 ```
 """
 
-from typing import Any
+from functools import partial
 
-from trl import (
-    DatasetMixtureConfig,
-    ModelConfig,
-    ScriptArguments,
-    TrlParser,
-    get_peft_config,
-    get_quantization_config,
-)
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_quantization_config
 
 from ..training.config import SinglePassSFTConfig
-from ..training.preemption import PreemptionCallback
 from ..training.trainer import SinglePassSFTTrainer
-from .dataset import get_split, load_splits
-from .run import model_kwargs, train_and_save
+from .run import make_parser_of, make_trainer, train_and_save
 
 
-DATACLASSES = (ScriptArguments, SinglePassSFTConfig, ModelConfig, DatasetMixtureConfig)
+make_parser = partial(make_parser_of, SinglePassSFTConfig)
 
 
 def main(
@@ -39,24 +30,9 @@ def main(
     """Train a model, as `trl.scripts.sft` does."""
     quantization = get_quantization_config(model_args)
     quantized = {} if quantization is None else {"quantization_config": quantization}
-    training_args.model_init_kwargs = {**quantized, **model_kwargs(model_args, training_args)}
-    dataset = load_splits(script_args, dataset_args)
-    wants_evaluation = training_args.eval_strategy != "no"
-    preemption = PreemptionCallback()
-    trainer = SinglePassSFTTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=get_split(dataset, script_args.dataset_train_split),
-        eval_dataset=get_split(dataset, script_args.dataset_test_split) if wants_evaluation else None,
-        peft_config=get_peft_config(model_args),
-        callbacks=[preemption],
-    )
+    training_args.model_init_kwargs = {**quantized, **(training_args.model_init_kwargs or {})}
+    trainer, preemption = make_trainer(SinglePassSFTTrainer, script_args, training_args, model_args, dataset_args)
     train_and_save(trainer, preemption, script_args)
-
-
-def make_parser(prog: str | None = None, parser_class: type[TrlParser] = TrlParser, **kwargs: Any) -> TrlParser:
-    """Return the parser of the script's arguments."""
-    return parser_class(DATACLASSES, prog=prog, **kwargs)
 
 
 if __name__ == "__main__":

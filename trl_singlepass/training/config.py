@@ -5,20 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 import trl
 from packaging.version import Version
 from transformers import PreTrainedModel, TrainingArguments, logging
 from trl import SFTConfig
 
-from ..data.bad_rows import BadRows
-from ..data.selection import OverlongTurns
 from ..data.settings import RowSettings
 from ..data.weights import LossReduction
-from ..rendering.history import HISTORIES, History
+from .base_config import SinglePassConfig, add_settings, check_shared_settings, short_name, use_new_names
 
 
 logger = logging.get_logger(__name__)
@@ -27,7 +24,7 @@ _TRL_MAX_LENGTH: int = SFTConfig.__dataclass_fields__["max_length"].default
 
 
 @dataclass
-class SinglePassSFTConfig(SFTConfig):
+class SinglePassSFTConfig(SinglePassConfig, SFTConfig):
     r"""
     Configuration class for the [`SinglePassSFTTrainer`].
 
@@ -87,41 +84,11 @@ class SinglePassSFTConfig(SFTConfig):
             "nothing, `False` is refused."
         },
     )
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest sample (one turn with its context), in tokens. Longer samples are truncated at the end, "
-            "and what is lost is counted in the log. `None` keeps every sample whole."
-        },
-    )
     max_row_tokens: int | None = field(
         default=None,
         metadata={
             "help": "Largest row, in tokens. Larger conversations are split at turn borders into several rows; with "
             "`packing`, rows are filled up to it, and it defaults to `max_length`. `None` never splits."
-        },
-    )
-    overlong_turns: OverlongTurns = field(
-        default=OverlongTurns.TRUNCATE,
-        metadata={
-            "help": "What happens to turns longer than `max_length` or `max_row_tokens`: 'truncate', 'drop', 'error'.",
-            "choices": list(OverlongTurns),
-        },
-    )
-    bad_rows: BadRows = field(
-        default=BadRows.ERROR,
-        metadata={
-            "help": "What happens to rows that cannot be trained: 'error' names all of them and stops, 'drop' leaves "
-            "them out and counts them in the log.",
-            "choices": list(BadRows),
-        },
-    )
-    history: History = field(
-        default="template",
-        metadata={
-            "help": "What a turn's context holds of earlier turns: 'template', as the chat template renders it; "
-            "'keep', all reasoning; 'strip', no reasoning.",
-            "choices": list(HISTORIES),
         },
     )
     train_turns: str = field(  # an int is fine as well, but a parser of arguments can only offer one type
@@ -147,40 +114,13 @@ class SinglePassSFTConfig(SFTConfig):
             "help": "Whether to log loss and accuracy by turn, for reasoning, for answers and for their first token."
         },
     )
-    self_check: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to measure before the first step that the model computes on a tree what it computes on "
-            "separate samples, and to stop if not."
-        },
-    )
-    wave_tokens: int | str | None = field(
-        default=None,
-        metadata={
-            "help": "Largest number of tokens of a row that have activations at the same time. Longer rows run in "
-            "waves: same loss and gradients, memory of one wave. `None`: rows run at once; 'auto': as memory allows."
-        },
-    )
-    offload_kv: bool = field(
-        default=False,
-        metadata={"help": "Whether keys and values that wait for later waves are held on the CPU."},
-    )
 
     def __post_init__(self) -> None:
         use_new_names(self)
         super().__post_init__()
-        # PyTorch cannot pin memory without an accelerator, and warns in each dataloader that it does not.
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False
-        check_wave_tokens(self)
+        check_shared_settings(self)
         if self.log_turn_metrics and Version(trl.__version__) < Version("1.15"):
             raise ValueError(f"log_turn_metrics=True needs trl>=1.15, found {trl.__version__}. Upgrade trl.")
-        for name in ("max_length", "max_row_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ValueError(f"{name}={value} leaves no room for a token and its target. Set it to 2 or more.")
-        if self.bad_rows not in tuple(BadRows):
-            raise ValueError(f"bad_rows={self.bad_rows!r} is not one of {', '.join(BadRows)}.")
         self.row_settings()  # checks the choices of its own settings
 
     def row_settings(self, packing: bool = False) -> RowSettings:
@@ -195,23 +135,6 @@ class SinglePassSFTConfig(SFTConfig):
             reasoning_weight=self.reasoning_weight,
             seed=self.seed if str(self.train_turns).startswith("sample") else 0,
         )
-
-
-def check_wave_tokens(args: TrainingArguments) -> None:
-    """Check `wave_tokens` and `offload_kv`; a command line brings numbers as strings, which become numbers."""
-    if isinstance(tokens := args.wave_tokens, str) and tokens.isdecimal():
-        tokens = args.wave_tokens = int(tokens)
-    if not (tokens is None or tokens == "auto" or (isinstance(tokens, int) and tokens > 0)):
-        raise ValueError(f"wave_tokens={tokens!r}: expected a number of tokens above 0, 'auto', or None.")
-    if args.offload_kv and tokens is None:
-        raise ValueError("offload_kv=True moves what waits between waves. Set wave_tokens, or offload_kv=False.")
-
-
-def use_new_names(args: TrainingArguments) -> None:
-    """Move TRL's default to the name that transformers has for it since 5.24, which warns about the old one."""
-    default = type(args).__dataclass_fields__["gradient_checkpointing"].default
-    if getattr(args, "activation_checkpointing", False) is None and args.gradient_checkpointing is default:
-        args.activation_checkpointing = default
 
 
 def packed_length(args: SFTConfig) -> int:
@@ -249,11 +172,7 @@ def as_single_pass_config(args: TrainingArguments) -> SFTConfig:
     """
     if not isinstance(args, SFTConfig):
         return _copied(args)
-    for setting in fields(SinglePassSFTConfig):
-        if not hasattr(args, setting.name):
-            assert setting.default is not MISSING, "every setting of its own has a default"
-            setattr(args, setting.name, setting.default)
-    return args
+    return add_settings(args, SinglePassSFTConfig)
 
 
 def _copied(args: TrainingArguments) -> SinglePassSFTConfig:
@@ -270,8 +189,7 @@ def _copied(args: TrainingArguments) -> SinglePassSFTConfig:
 
 def default_config(model: str | PreTrainedModel) -> SinglePassSFTConfig:
     """Return the arguments of a trainer that gets none: all defaults, with an output folder named after the model."""
-    name = model if isinstance(model, str) else model.config._name_or_path
-    return SinglePassSFTConfig(f"{name.split('/')[-1]}-SinglePassSFT")
+    return SinglePassSFTConfig(f"{short_name(model)}-SinglePassSFT")
 
 
 @contextmanager

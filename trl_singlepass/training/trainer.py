@@ -19,18 +19,15 @@ from ..data.images import hide_image_columns
 from ..data.sampler import make_train_sampler
 from ..images.loading import image_loader_of
 from ..trees.rows import IMAGE_COLUMNS, ROW_COLUMNS
-from .checkpoints import resume_counts
 from .compatibility import check_conversations, check_loss_is_per_token, check_run
 from .config import as_single_pass_config, default_config, with_packed_length, without_redundant_settings
 from .dataset import AnyDataset, FormattingFunction, find_turns, in_order, needs_preparation, prepare_conversations
 from .last_batch import num_repeatable_examples, scale_router_loss, without_empty_batches, without_repeated_examples
 from .loss import NumItems, get_loss_context, mean_of_means_divisor, step_weights, total_weight
-from .manifest import ManifestCallback
-from .metrics import PooledLoss, TokenCounts, TurnMetrics, split_by_example
-from .model_card import PAPER, STOCK_CARD, complete_model_card
-from .self_check import SelfCheck
+from .metrics import PooledLoss, TurnMetrics, split_by_example
+from .mixin import SinglePassTrainerMixin
+from .model_card import PAPER, STOCK_CARD
 from .sequence_parallel import SequenceParallel
-from .sharded_head import gather_head_with_model
 from .sharding import prepare_sharding
 from .stream_epochs import StreamSteps, blank_batch, endless_stream, position_in_stream, stream_dataloader
 from .tree_loss import Loss, TreeLoss
@@ -41,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, DataCollator
 
 
-class SinglePassSFTTrainer(SFTTrainer):
+class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
     """
     Trainer that trains every turn of a conversation exactly as one sample per turn would, in one pass.
 
@@ -67,10 +64,7 @@ class SinglePassSFTTrainer(SFTTrainer):
     _tag_names: ClassVar = ["trl", "sft", "single-pass"]
     _name = "SinglePassSFT"
     _paper: ClassVar = PAPER
-    train_dataset: AnyDataset
     model_accepts_loss_kwargs: bool
-    _signature_columns: list[str]
-    _collate: Collator
     _tree_loss: TreeLoss | None = None
     _sequence_parallel: SequenceParallel | None = None
     _stream_steps: StreamSteps | None = None
@@ -125,24 +119,13 @@ class SinglePassSFTTrainer(SFTTrainer):
             collator or DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of), self._collate
         )
         self._collator.load_images = self._collator.load_images or image_loader_of(self.processing_class)
-        self._counts, self._manifest = TokenCounts(), ManifestCallback(self)
-        self._self_check = SelfCheck(self.accelerator, is_on=args.self_check)
         self._turn_metrics = TurnMetrics(args.device) if args.log_turn_metrics else None
         if self._trains_turns:
             self._enable_tree()
 
-    @property
-    def data_collator(self) -> Collator:
-        """Makes batches of examples: with the tree of their row where they hold one."""
-        return self._collate
-
-    @data_collator.setter
-    def data_collator(self, collator: Collator) -> None:
-        # TRL and the Trainer set theirs in their constructors; afterwards, it is the user who does.
+    def _checked_collator(self, collator: Collator) -> Collator:
         before = vars(self).get("_collate")
-        self._collate = (
-            before.exchanged(collator, self._trains_turns) if isinstance(before, TreeOrPlainCollator) else collator
-        )
+        return before.exchanged(collator, self._trains_turns) if isinstance(before, TreeOrPlainCollator) else collator
 
     @property
     def _collator(self) -> DataCollatorForSinglePass:
@@ -218,18 +201,16 @@ class SinglePassSFTTrainer(SFTTrainer):
         return without_empty_batches(values, args, num_examples, num_ranks, self._sequence_parallel.size)
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """Resume token counts, and a stream in its epoch at its row; for the Trainer, it is one endless epoch."""
-        resume_counts(self, self._counts, args[3])  # the checkpoint
+        """Resume a stream in its epoch, at its row; for the Trainer, it is one endless epoch."""
         position = super()._init_training_state(*args)
         saved = None if self._stream_steps is None else position_in_stream(args[3], self.args)
         return saved or position
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader[Batch]]:
-        """Gather the head with the model, trees with shared rows; FSDP2 leaves it sharded, DeepSpeed drops masks."""
+        """Share rows with their trees; DeepSpeed drops masks, and accelerate refuses recurrent layers."""
         shared = self._sequence_parallel
         with nullcontext() if shared is None else shared.preparing():
             model, loader = super()._prepare_for_training(*args, **kwargs)
-        gather_head_with_model(self.model)
         if shared is not None:
             loader = shared.connect(loader, self._without_repeats, self._tokenizer.pad_token_id, self._epoch)
         return model, loader
@@ -265,11 +246,6 @@ class SinglePassSFTTrainer(SFTTrainer):
         self._counts.add(batch_samples, num_items)
         pools_ranks = self.args.average_tokens_across_devices or self._sequence_parallel is not None
         return num_items if pools_ranks else mean_of_means_divisor(own, everyone)
-
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """Move the tree with the other inputs; the Trainer moves tensors only."""
-        prepared: Batch = super()._prepare_inputs(inputs)
-        return {**prepared, "tree": inputs["tree"].to(self.args.device)} if "tree" in inputs else prepared
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: NumItems = None
@@ -307,22 +283,6 @@ class SinglePassSFTTrainer(SFTTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the sharing factor, the tokens trained so far and metrics by turn; TRL does not measure them."""
-        if self.model.training:
-            logs.update(self._counts.pop())
-            logs.update(self._turn_metrics.pop(self.accelerator) if self._turn_metrics is not None else {})
-        super().log(logs, start_time)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """List the files of all ranks; the first goes on to write the file that marks a checkpoint as complete."""
-        super()._save_rng_state(output_dir)
-        self._manifest.write_sizes(self, self._counts, output_dir)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Add data, tokens and the sharing factor; TRL does not know them, nor models that are not on the Hub."""
-        super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero():
-            complete_model_card(self.args.output_dir, self.model, self.train_dataset, self.state.log_history)
+    def _pop_training_metrics(self) -> dict[str, float]:
+        by_turn = {} if self._turn_metrics is None else self._turn_metrics.pop(self.accelerator)
+        return super()._pop_training_metrics() | by_turn

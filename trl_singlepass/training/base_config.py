@@ -1,0 +1,111 @@
+"""What the configurations of all trainers have in common: settings, their checks, and how TRL's own get them."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..data.bad_rows import BadRows
+from ..data.selection import OverlongTurns
+from ..rendering.history import HISTORIES, History
+
+
+Args = TypeVar("Args", bound=TrainingArguments)
+
+
+@dataclass
+class SinglePassConfig:
+    """The settings that every trainer has beside TRL's, for the configurations that derive from it and from TRL's."""
+
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest sample (one turn with its context), in tokens. Longer samples are truncated at the end, "
+            "and what is lost is counted in the log. `None` keeps every sample whole."
+        },
+    )
+    overlong_turns: OverlongTurns = field(
+        default=OverlongTurns.TRUNCATE,
+        metadata={
+            "help": "What happens to turns longer than `max_length` or `max_row_tokens`: 'truncate', 'drop', 'error'.",
+            "choices": list(OverlongTurns),
+        },
+    )
+    bad_rows: BadRows = field(
+        default=BadRows.ERROR,
+        metadata={
+            "help": "What happens to rows that cannot be trained: 'error' names all of them and stops, 'drop' leaves "
+            "them out and counts them in the log.",
+            "choices": list(BadRows),
+        },
+    )
+    history: History = field(
+        default="template",
+        metadata={
+            "help": "What a turn's context holds of earlier turns: 'template', as the chat template renders it; "
+            "'keep', all reasoning; 'strip', no reasoning.",
+            "choices": list(HISTORIES),
+        },
+    )
+    self_check: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to measure before the first step that the model computes on a tree what it computes on "
+            "separate samples, and to stop if not."
+        },
+    )
+    wave_tokens: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Largest number of tokens of a row that have activations at the same time. Longer rows run in "
+            "waves: same loss and gradients, memory of one wave. `None`: rows run at once; 'auto': as memory allows."
+        },
+    )
+    offload_kv: bool = field(
+        default=False,
+        metadata={"help": "Whether keys and values that wait for later waves are held on the CPU."},
+    )
+
+
+def check_shared_settings(args: TrainingArguments) -> None:
+    """Check the settings that all trainers have; a command line brings numbers as strings, which become numbers."""
+    # PyTorch cannot pin memory without an accelerator, and warns in each dataloader that it does not.
+    if not torch.accelerator.is_available():
+        args.dataloader_pin_memory = False
+    for name in ("max_length", "max_row_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 2:
+            raise ValueError(f"{name}={value} leaves no room for a token and its target. Set it to 2 or more.")
+    if args.bad_rows not in tuple(BadRows):
+        raise ValueError(f"bad_rows={args.bad_rows!r} is not one of {', '.join(BadRows)}.")
+    if isinstance(tokens := args.wave_tokens, str) and tokens.isdecimal():
+        tokens = args.wave_tokens = int(tokens)
+    if not (tokens is None or tokens == "auto" or (isinstance(tokens, int) and tokens > 0)):
+        raise ValueError(f"wave_tokens={tokens!r}: expected a number of tokens above 0, 'auto', or None.")
+    if args.offload_kv and tokens is None:
+        raise ValueError("offload_kv=True moves what waits between waves. Set wave_tokens, or offload_kv=False.")
+
+
+def use_new_names(args: TrainingArguments) -> None:
+    """Move TRL's default to the name that transformers has for it since 5.24, which warns about the old one."""
+    default = type(args).__dataclass_fields__["gradient_checkpointing"].default
+    if getattr(args, "activation_checkpointing", False) is None and args.gradient_checkpointing is default:
+        args.activation_checkpointing = default
+
+
+def add_settings(args: Args, config: type[SinglePassConfig]) -> Args:
+    """Return arguments themselves, with the settings of a configuration that they lack at their defaults."""
+    for setting in fields(config):
+        if not hasattr(args, setting.name):
+            assert setting.default is not MISSING, "every setting of its own has a default"
+            setattr(args, setting.name, setting.default)
+    return args
+
+
+def short_name(model: str | PreTrainedModel) -> str:
+    """Return the name of a model without the folder or the organisation that it is in."""
+    name: str = model if isinstance(model, str) else model.config._name_or_path
+    return name.split("/")[-1]

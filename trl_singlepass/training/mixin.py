@@ -1,0 +1,87 @@
+"""What every trainer does with a run: tokens counted, the model measured, checkpoints with a manifest, model cards."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from ..data.collator import Batch, Collator
+from .checkpoints import resume_counts
+from .dataset import AnyDataset
+from .manifest import ManifestCallback
+from .metrics import TokenCounts
+from .model_card import complete_model_card
+from .self_check import SelfCheck
+from .sharded_head import gather_head_with_model
+
+
+class SinglePassTrainerMixin(Trainer):
+    """What every trainer overrides alike; a trainer derives from it first, and then from TRL's."""
+
+    train_dataset: AnyDataset
+    _signature_columns: list[str]
+    _collate: Collator
+    _moved_as_they_are: ClassVar[tuple[str, ...]] = ("tree",)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._counts, self._manifest = TokenCounts(), ManifestCallback(self)
+        self._self_check = SelfCheck(self.accelerator, is_on=self.args.self_check)
+
+    @property
+    def data_collator(self) -> Collator:
+        """Makes batches of examples, with the trees of their rows."""
+        return self._collate
+
+    @data_collator.setter
+    def data_collator(self, collator: Collator) -> None:
+        # TRL and the Trainer set theirs in their constructors; afterwards, it is the user who does.
+        self._collate = self._checked_collator(collator)
+
+    @abstractmethod
+    def _checked_collator(self, collator: Collator) -> Collator:
+        """Return the collator to use where another one is set, or raise `ValueError` if it makes no trees."""
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        """Resume token counts, from a checkpoint that has not changed; the Trainer does not know them."""
+        resume_counts(self, self._counts, args[3])  # the checkpoint
+        position: tuple[int, int] = super()._init_training_state(*args)
+        return position
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader[Batch]]:
+        """Gather the head with the model; FSDP2 leaves it sharded, and TRL's fused head reads it without a call."""
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        gather_head_with_model(self.model)
+        return model, loader
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """Move trees too, and log-probabilities unrounded; the Trainer moves tensors only, and DeepSpeed rounds."""
+        prepared: Batch = super()._prepare_inputs(inputs)
+        moved = {name: inputs[name].to(self.args.device) for name in self._moved_as_they_are if name in inputs}
+        return {**prepared, **moved} if moved else prepared
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the sharing factor, the tokens trained so far and metrics by turn; TRL does not measure them."""
+        if self.model.training:
+            logs.update(self._pop_training_metrics())
+        super().log(logs, start_time)
+
+    def _pop_training_metrics(self) -> dict[str, float]:
+        return self._counts.pop()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """List the files of all ranks; the first goes on to write the file that marks a checkpoint as complete."""
+        super()._save_rng_state(output_dir)
+        self._manifest.write_sizes(self, self._counts, output_dir)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Add data, tokens and the sharing factor; TRL does not know them, nor models that are not on the Hub."""
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            complete_model_card(self.args.output_dir, self.model, self.train_dataset, self.state.log_history)
