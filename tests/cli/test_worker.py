@@ -1,13 +1,16 @@
-"""The process that `train` starts: one line for errors that users can act on, a traceback for others."""
+"""The process that `train` starts: few lines for errors that users can act on, a traceback for others."""
 
+import json
 import os
 import signal
 import sys
 
 import pytest
+from torch.utils.data import DataLoader, IterableDataset
 
 from trl_singlepass.cli import worker
 from trl_singlepass.cli.errors import EXPLAINED, INTERRUPTED
+from trl_singlepass.data.bad_rows import BadRowError
 from trl_singlepass.scripts import dpo, sft
 
 
@@ -56,7 +59,7 @@ def test_the_script_is_that_of_the_command(monkeypatch, capsys):
     monkeypatch.setattr(dpo, "main", main)
     monkeypatch.setattr(sys, "argv", ["worker", "dpo", "--output_dir", "x", "--use_cpu", "--bf16", "false"])
     assert worker.run() == EXPLAINED
-    assert capsys.readouterr().err == "trl-singlepass dpo: beta=0.1.\n"
+    assert capsys.readouterr().err == "trl-singlepass dpo: --beta 0.1.\n"
 
 
 def test_crashes_keep_their_traceback(fail_with):
@@ -104,3 +107,70 @@ def test_ctrl_c_ends_processes_that_prepare_data(monkeypatch):
 
     monkeypatch.setattr(sft, "main", main)
     assert worker.run() == 0
+
+
+BAD = [
+    *[{"messages": [{"role": "user", "content": "Hi"}]}] * 5,
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes.", "weight": -1.0}]},
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "oracle", "content": "No."}]},
+    {"messages": [{"role": "user"}, {"role": "assistant", "content": "Yes."}]},
+]
+GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]}
+
+
+def write_rows(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def train(monkeypatch, capsys, *arguments):
+    """Run the worker on arguments of a short run; return its exit code and the lines of its error."""
+    short = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["worker", "train", *short, *map(str, arguments)])
+    code = worker.run()
+    *_, error = capsys.readouterr().err.rpartition("trl-singlepass train: ")
+    return code, error.splitlines()
+
+
+def test_all_reasons_have_a_line_and_the_way_out_a_flag(model, monkeypatch, capsys, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [GOOD, *BAD])
+    arguments = ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", tmp_path / "out"]
+    code, lines = train(monkeypatch, capsys, *arguments)
+    assert code == EXPLAINED
+    assert [index for line in lines for index in "68" if f"Row {index}:" in line] == ["6", "8"]
+    assert sum("1, 2, 3, 4, 5, 7" in line for line in lines) == 1
+    assert "--bad_rows drop" in lines[-1]
+    assert "weight=-1.0" in "".join(lines)  # no flag
+
+
+def test_the_error_of_a_worker_of_a_stream_comes_without_its_traceback(fail_with, model, capsys):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            raise BadRowError("Row 3: no.\nbad_rows='drop' helps")
+
+    with pytest.raises(BadRowError) as caught:
+        list(DataLoader(Stream(), num_workers=1))
+    fail_with(caught.value)
+    assert worker.run() == EXPLAINED
+    assert capsys.readouterr().err == "trl-singlepass train: Row 3: no.\n--bad_rows drop helps.\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("set use_cpu=True, or save_strategy='no'.", "set --use_cpu true, or --save_strategy no."),
+        ("learning_rate=1e-5, not warmup_steps=0.1.", "--learning_rate 1e-5, not --warmup_steps 0.1."),
+        ("from_pretrained(m, mistral_format=False)", "from_pretrained(m, mistral_format=False)."),
+        ("resume_from_checkpoint=last(x), max_length=None", "resume_from_checkpoint=last(x), max_length=None."),
+    ],
+)
+def test_settings_are_spelt_as_they_are_typed(fail_with, capsys, said, shown):
+    fail_with(ValueError(said))
+    worker.run()
+    assert capsys.readouterr().err == f"trl-singlepass train: {shown}\n"
+
+
+def test_errors_before_a_process_starts_spell_settings_so_too(run):
+    code, _, err = run("train", "--output_dir", "x", "--use_cpu", "--bf16", "false", "--max_length", "1")
+    assert code == EXPLAINED
+    assert "--max_length 1" in err

@@ -7,6 +7,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -27,6 +28,7 @@ from .arguments import (
 from .errors import CUT_OFF, INTERRUPTED, describe_error
 from .hub import check_hub
 from .train_help import format_train_help
+from .worker import flags_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"\ntrl-singlepass {arguments[0]}: {str(error) or 'Interrupted.'}", file=sys.stderr)
         return INTERRUPTED
-    except Exception as error:  # users get one line, whatever goes wrong
+    except Exception as error:  # users get no traceback, whatever goes wrong
         if "--debug" in arguments:
             raise
-        print(f"trl-singlepass {arguments[0]}: {describe_error(error)}", file=sys.stderr)
+        print(f"trl-singlepass {arguments[0]}: {describe_error(error, partial(flags_of, name))}", file=sys.stderr)
         return 2
 
 
