@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -141,6 +142,17 @@ def test_all_reasons_have_a_line_and_the_way_out_a_flag(model, monkeypatch, caps
     assert sum("1, 2, 3, 4, 5, 7" in line for line in lines) == 1
     assert "--bad_rows drop" in lines[-1]
     assert "weight=-1.0" in "".join(lines)  # no flag
+
+
+def test_a_model_without_a_chat_template_is_told_where_to_give_one(model, monkeypatch, capsys, tmp_path):
+    data, bare = write_rows(tmp_path / "rows.jsonl", [GOOD] * 8), tmp_path / "bare"
+    shutil.copytree(model, bare)
+    (bare / "chat_template.jinja").unlink()
+    arguments = ["--model_name_or_path", bare, "--dataset_name", data, "--output_dir", tmp_path / "out"]
+    code, (line,) = train(monkeypatch, capsys, *arguments)
+    assert code == EXPLAINED
+    assert "--chat_template_path" in line
+    assert "bad_rows" not in line
 
 
 def test_the_error_of_a_worker_of_a_stream_comes_without_its_traceback(fail_with, model, capsys):
