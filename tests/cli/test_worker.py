@@ -8,11 +8,13 @@ import sys
 
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
+from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_singlepass.cli import worker
 from trl_singlepass.cli.errors import EXPLAINED, INTERRUPTED
 from trl_singlepass.data.bad_rows import BadRowError
 from trl_singlepass.scripts import dpo, sft
+from trl_singlepass.training import compatibility
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -186,3 +188,43 @@ def test_errors_before_a_process_starts_spell_settings_so_too(run):
     code, _, err = run("train", "--output_dir", "x", "--use_cpu", "--bf16", "false", "--max_length", "1")
     assert code == EXPLAINED
     assert "--max_length 1" in err
+
+
+NOTHING = [
+    ("--chat_template_path", "{tmp}/nope.jinja"),
+    ("--chat_template_path", "nope.jinja"),
+    ("--chat_template_path", "no-such/model"),
+    ("--chat_template_path", "{tmp}/file"),
+    ("--attn_implementation", "flash_attention_2"),
+    ("--attn_implementation", "flash_attention_3"),
+    ("--output_dir", "{tmp}/file/out"),
+    ("--output_dir", "{tmp}/file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value"),
+    [("train", *given) for given in NOTHING] + [("dpo", *given) for given in NOTHING[4:]],
+)
+def test_names_of_nothing_are_told_with_their_flag_before_data_is_read(
+    monkeypatch, capsys, tmp_path, command, flag, value
+):
+    (tmp_path / "file").write_text("no template")
+    for script in (sft, dpo):
+        monkeypatch.setattr(script, "load_splits", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr(compatibility, "is_kernels_available", lambda: False)
+    monkeypatch.setattr(compatibility, "is_offline_mode", lambda: True)
+    given = {"--output_dir": "x", "--model_name_or_path": "m", flag: value.format(tmp=tmp_path)}
+    words = [word for pair in given.items() for word in pair]
+    monkeypatch.setattr(sys, "argv", ["worker", command, *words, "--use_cpu", "--bf16", "false"])
+    assert worker.run() == EXPLAINED
+    assert f"{flag} {given[flag]}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(is_torch_bf16_gpu_available(), reason="bf16 is fine here")
+@pytest.mark.parametrize("command", ["train", "dpo"])
+def test_bf16_without_a_gpu_names_its_flag(run, command):
+    code, _, err = run(command, "--output_dir", "x")
+    assert code == EXPLAINED
+    assert "--bf16 false" in err
+    assert "--use_cpu true" in err

@@ -23,6 +23,7 @@ from trl import (
 
 from ..preference.config import SinglePassDPOConfig
 from ..preference.trainer import SinglePassDPOTrainer
+from ..training.compatibility import check_before_loading
 from ..training.preemption import PreemptionCallback
 from .dataset import get_split, load_splits
 from .run import model_kwargs, train_and_save
@@ -39,6 +40,7 @@ def main(
 ) -> None:
     """Train a model, as `trl.scripts.dpo` does."""
     training_args.model_init_kwargs = model_kwargs(model_args, training_args)
+    check_before_loading(training_args)
     dataset = load_splits(script_args, dataset_args)
     wants_evaluation = training_args.eval_strategy != "no"
     preemption = PreemptionCallback()

@@ -20,6 +20,7 @@ from trl import (
     get_quantization_config,
 )
 
+from ..training.compatibility import check_before_loading
 from ..training.config import SinglePassSFTConfig
 from ..training.preemption import PreemptionCallback
 from ..training.trainer import SinglePassSFTTrainer
@@ -40,6 +41,7 @@ def main(
     quantization = get_quantization_config(model_args)
     quantized = {} if quantization is None else {"quantization_config": quantization}
     training_args.model_init_kwargs = {**quantized, **model_kwargs(model_args, training_args)}
+    check_before_loading(training_args)
     dataset = load_splits(script_args, dataset_args)
     wants_evaluation = training_args.eval_strategy != "no"
     preemption = PreemptionCallback()
