@@ -228,3 +228,17 @@ def test_bf16_without_a_gpu_names_its_flag(run, command):
     assert code == EXPLAINED
     assert "--bf16 false" in err
     assert "--use_cpu true" in err
+
+
+@pytest.mark.parametrize("content", ["", '{"epoch": 1.0, "glob', "{epoch: 1}"])
+def test_a_corrupt_state_is_named_before_data_is_read(monkeypatch, capsys, tmp_path, content):
+    monkeypatch.setattr(sft, "load_splits", lambda *_: pytest.fail("data was read"))
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text(content)
+    arguments = ["--model_name_or_path", "m", "--output_dir", tmp_path, "--resume_from_checkpoint", checkpoint]
+    code, (line,) = train(monkeypatch, capsys, *arguments)
+    assert code == EXPLAINED
+    assert str(checkpoint) in line
+    assert "trainer_state.json" in line
+    assert "--resume_from_checkpoint auto" in line

@@ -32,6 +32,7 @@ from ..images.reading import check_reads_images
 from ..recurrent.layer_kinds import path_dependent_layer_names
 from ..trees.rows import IMAGE_COLUMNS
 from .adapters import check_adapters
+from .checkpoints import check_state
 
 
 if TYPE_CHECKING:
@@ -51,8 +52,11 @@ _FLASH_PACKAGES: dict[str, tuple[str, Callable[[], bool]]] = {
 def check_before_loading(args: SFTConfig | DPOConfig) -> None:
     """
     Refuse files that do not exist and packages that are not installed, of which TRL would tell only after loading the
-    model, and the Trainer after the first step. A file raises `ValueError`, a package `ImportError`.
+    model, and the Trainer after the first step; and a checkpoint without a readable state. A file raises `ValueError`,
+    a package `ImportError`.
     """
+    if isinstance(args.resume_from_checkpoint, str):
+        check_state(args.resume_from_checkpoint)
     _check_output_dir(args.output_dir)
     _check_chat_template_path(getattr(args, "chat_template_path", None))
     attention = (args.model_init_kwargs or {}).get("attn_implementation") or ""
