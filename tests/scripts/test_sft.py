@@ -124,6 +124,22 @@ def test_script_names_what_is_missing(model, data, tmp_path, extra, message):
         sft.main(*parse(["--model_name_or_path", model, "--output_dir", tmp_path, *TRAIN, *extra]))
 
 
+@pytest.mark.parametrize(
+    ("flags", "config", "way_out"),
+    [
+        (["--streaming", "true"], "dataset_name: {data}", "dataset_streaming=True"),
+        (["--test_split_size", "0.5"], "dataset_name: {data}", "dataset_test_split"),
+        (["--dataset_streaming", "true"], "datasets:\n  - path: json\n    data_files: {data}", " streaming=True"),
+    ],
+)
+def test_settings_of_another_kind_of_dataset_are_no_longer_without_effect(data, tmp_path, flags, config, way_out):
+    (tmp_path / "c.yaml").write_text(config.format(data=data))
+    script, _, _, mixture = parse(["--config", tmp_path / "c.yaml", *flags, *TRAIN])
+    with pytest.raises(ValueError, match=flags[0].removeprefix("--")) as caught:
+        load_splits(script, mixture)
+    assert way_out in str(caught.value)
+
+
 @pytest.mark.parametrize("given", ["all", "last", "2", "sample:3"])
 def test_turns_can_be_chosen_on_the_command_line(given):
     assert parse(["--train_turns", given, *TRAIN])[1].train_turns == given

@@ -18,9 +18,10 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
     Return the splits of a file, a folder, a dataset on the Hub, or a mixture, by name. A file has the one for
     training.
 
-    A mixture in `dataset_args` takes precedence over the dataset that `script_args` names. If none is named, or
-    there is no such file, this raises `ValueError`.
+    A mixture in `dataset_args` takes precedence over the dataset that `script_args` names. If none is named, there is
+    no such file, or a setting belongs to the other of the two, this raises `ValueError`.
     """
+    _check_belongs(script_args, dataset_args)
     if dataset_args.datasets:
         return get_dataset(dataset_args)
     if not script_args.dataset_name:
@@ -38,6 +39,20 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
     if path.suffix in (*LINES, *TABLES):
         raise ValueError(f"There is no file {path}.")
     return load_dataset(script_args.dataset_name, name=script_args.dataset_config, streaming=streaming)
+
+
+def _check_belongs(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> None:
+    """Refuse settings of a mixture beside a single dataset, and the other way round: nobody would read them."""
+    if dataset_args.datasets:
+        if script_args.dataset_streaming:
+            raise ValueError("dataset_streaming=True has no effect on a mixture (`datasets`). Use streaming=True.")
+    elif dataset_args.streaming:
+        raise ValueError("streaming=True is for a mixture (`datasets`). Use dataset_streaming=True for a dataset.")
+    elif dataset_args.test_split_size is not None:
+        raise ValueError(
+            f"test_split_size={dataset_args.test_split_size} is for a mixture (`datasets`). Split a dataset yourself, "
+            "and name the split with dataset_test_split."
+        )
 
 
 def _examples_for_arrow(path: str, mtime: float) -> Iterator[dict[str, Any]]:
