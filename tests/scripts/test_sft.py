@@ -132,7 +132,7 @@ def test_script_names_what_is_missing(model, data, tmp_path, extra, message):
         (["--dataset_streaming", "true"], "datasets:\n  - path: json\n    data_files: {data}", " streaming=True"),
     ],
 )
-def test_settings_of_another_kind_of_dataset_are_no_longer_without_effect(data, tmp_path, flags, config, way_out):
+def test_settings_of_another_kind_of_dataset_are_refused(data, tmp_path, flags, config, way_out):
     (tmp_path / "c.yaml").write_text(config.format(data=data))
     script, _, _, mixture = parse(["--config", tmp_path / "c.yaml", *flags, *TRAIN])
     with pytest.raises(ValueError, match=flags[0].removeprefix("--")) as caught:
