@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
@@ -79,6 +81,12 @@ def test_rank_0_speaks_first(fail_with, monkeypatch, capsys):
     assert worker.run() == EXPLAINED
     assert waited == [worker._HEAD_START]
     assert capsys.readouterr().err == "trl-singlepass train (rank 3): no.\n"
+
+
+def test_nothing_imports_the_worker_before_it_runs():
+    """Python would warn in every run."""
+    code = "import sys, trl_singlepass.cli; sys.exit('trl_singlepass.cli.worker' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
 def test_a_run_that_ends_well_has_exit_code_0(monkeypatch):

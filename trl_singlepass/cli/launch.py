@@ -27,7 +27,7 @@ from ..training.checkpoints import last_good_checkpoint
 from ..training.preemption import SIGNALS
 from .arguments import HelpFormatter, OneLineErrors, refuse_unknown
 from .errors import EXPLAINED, INTERRUPTED
-from .worker import SCRIPTS
+from .training_scripts import SCRIPTS
 
 
 WORKER = "trl_singlepass.cli.worker"  # a script with errors in one line

@@ -28,7 +28,7 @@ from .arguments import (
 from .errors import CUT_OFF, INTERRUPTED, describe_error
 from .hub import check_hub
 from .train_help import format_train_help
-from .worker import flags_of
+from .training_scripts import flags_of
 
 
 @dataclass(frozen=True, slots=True)

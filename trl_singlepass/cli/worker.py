@@ -6,25 +6,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Collection
 from functools import partial
 from importlib import import_module
 from types import FrameType
 
 from .errors import EXPLAINED, INTERRUPTED, USER_ERRORS, describe_error
+from .training_scripts import SCRIPTS, flags_of
 
 
-SCRIPTS = {"train": "trl_singlepass.scripts.sft", "dpo": "trl_singlepass.scripts.dpo"}
-"""The script of each command that trains."""
 _HEAD_START = 10.0  # seconds in which rank 0 prints an error that all ranks have, and the launcher stops the others
-
-
-def flags_of(command: str) -> Collection[str]:
-    """Return the flags that the script of a command takes; none if it has no script."""
-    flags: Collection[str] = ()
-    if command in SCRIPTS:
-        flags = import_module(SCRIPTS[command]).make_parser()._option_string_actions
-    return flags
 
 
 class Interruption:
