@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat
 from support.small_files import examples
+from support.unreadable_files import UNREADABLE
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.scripts import sft
 from trl_singlepass.scripts.dataset import load_splits
@@ -122,6 +123,15 @@ def test_script_names_what_is_missing(model, data, tmp_path, extra, message):
     extra = [argument.format(data=data) for argument in extra]
     with pytest.raises(ValueError, match=message):
         sft.main(*parse(["--model_name_or_path", model, "--output_dir", tmp_path, *TRAIN, *extra]))
+
+
+@pytest.mark.parametrize("name", [*UNREADABLE, "broken.jsonl"])
+def test_a_file_that_cannot_be_read_is_named_in_an_error_of_the_user(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(UNREADABLE.get(name, "{nope\n").encode("latin-1"))
+    script, _, _, mixture = parse(["--dataset_name", path, "--output_dir", tmp_path, *TRAIN])
+    with pytest.raises(ValueError, match=name):
+        load_splits(script, mixture)
 
 
 @pytest.mark.parametrize(

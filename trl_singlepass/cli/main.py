@@ -7,6 +7,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -117,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = ALIASES.get(arguments[0], arguments[0])
     try:
         if name not in COMMANDS:
-            raise ValueError(f"There is no command '{arguments[0]}', only {', '.join(COMMANDS)}.")
+            close = get_close_matches(arguments[0], [*COMMANDS, *ALIASES], n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"There is no command '{arguments[0]}', only {', '.join(COMMANDS)}.{hint}")
         code = RUNNERS.get(name, _report)(name, arguments[1:])
         sys.stdout.flush()
         return code

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
-from ..data.files import LINES, TABLES, JsonLines
+from ..data.files import LINES, TABLES, JsonLines, naming
 
 
 def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
@@ -31,11 +31,14 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
     path, streaming = Path(script_args.dataset_name), script_args.dataset_streaming
     if path.suffix in LINES and path.is_file():
         kind, dataset_dict = (IterableDataset, IterableDatasetDict) if streaming else (Dataset, DatasetDict)
-        rows = kind.from_generator(_examples_for_arrow, gen_kwargs={"path": str(path), "mtime": path.stat().st_mtime})
+        given = {"path": str(path), "mtime": path.stat().st_mtime}
+        with naming(path):
+            rows = kind.from_generator(_examples_for_arrow, gen_kwargs=given)
         return dataset_dict({script_args.dataset_train_split: rows})
     if path.suffix in TABLES and path.is_file():
         files = {script_args.dataset_train_split: str(path)}
-        return load_dataset(TABLES[path.suffix], data_files=files, streaming=streaming)
+        with naming(path):
+            return load_dataset(TABLES[path.suffix], data_files=files, streaming=streaming)
     if path.suffix in (*LINES, *TABLES):
         raise ValueError(f"There is no file {path}.")
     return load_dataset(script_args.dataset_name, name=script_args.dataset_config, streaming=streaming)
