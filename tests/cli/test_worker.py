@@ -250,3 +250,10 @@ def test_a_corrupt_state_is_named_before_data_is_read(monkeypatch, capsys, tmp_p
     assert str(checkpoint) in line
     assert "trainer_state.json" in line
     assert "--resume_from_checkpoint auto" in line
+
+
+def test_another_error_about_bf16_stays_as_it_is(run):
+    code, _, err = run("train", "--output_dir", "x", "--use_cpu", "true", "--bf16", "true", "--fp16", "true")
+    assert code == EXPLAINED
+    assert "fp16" in err
+    assert "--bf16 false" not in err

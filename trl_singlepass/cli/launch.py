@@ -30,7 +30,7 @@ from .errors import EXPLAINED, INTERRUPTED
 from .training_scripts import SCRIPTS
 
 
-WORKER = "trl_singlepass.cli.worker"  # a script with errors in one line
+WORKER = "trl_singlepass.cli.worker"  # runs a script, and prints errors without a traceback
 _PATIENCE = 10.0  # seconds that processes get to end after Ctrl-C
 
 
@@ -114,7 +114,7 @@ def _naming_bf16() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if "bf16" not in str(error) or is_torch_bf16_gpu_available():
+        if "bf16/gpu" not in str(error) or is_torch_bf16_gpu_available():
             raise
         raise ValueError(
             "bf16, the default, needs a GPU that computes in it, and there is none. Set bf16=False, or use_cpu=True "

@@ -79,7 +79,9 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except DatasetGenerationError as error:
-        cause = error.__cause__ or error
+        cause = error.__cause__
+        if not isinstance(cause, ValueError | TypeError):  # what parsers and Arrow raise about a file
+            raise
         if str(path) in str(cause):  # from `JsonLines`
             raise cause from None
         if isinstance(cause, UnicodeDecodeError) or isinstance(cause.__context__, UnicodeDecodeError):
