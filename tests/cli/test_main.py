@@ -11,6 +11,7 @@ import pytest
 
 import trl_singlepass
 from support.chat_tokenizers import make_tokenizer
+from support.unreadable_files import UNREADABLE
 from trl_singlepass.cli.arguments import parse_arguments
 from trl_singlepass.cli.errors import CUT_OFF, INTERRUPTED
 from trl_singlepass.cli.main import ARGUMENTS, COMMANDS, main
@@ -64,7 +65,13 @@ def test_examples_parse(name):
 CPU = ["--output_dir", "x", "--use_cpu", "--bf16", "false"]
 ERRORS = [
     (["frobnicate"], "There is no command 'frobnicate', only train, dpo, inspect"),
+    (["tran"], "Did you mean train?"),
+    (["inspct", "{model}"], "Did you mean inspect?"),
     (["inspect", "{model}"], "the following arguments are required: DATA"),
+    (["audit", "{model}", "{tmp}/latin.jsonl"], "latin.jsonl is not encoded in UTF-8"),
+    (["audit", "{model}", "{tmp}/latin.json"], "latin.json cannot be read"),
+    (["audit", "{model}", "{tmp}/latin.csv"], "latin.csv is not encoded in UTF-8"),
+    (["audit", "{model}", "{tmp}/uneven.csv"], "uneven.csv cannot be read"),
     (["inspect", "{model}", "{data}", "--rwo", "1"], "no argument is called --rwo. Did you mean --row?"),
     (["inspect", "{model}", "{data}", "--row", "x"], "argument --row: invalid"),
     (["inspect", "{model}", "{data}", "--row", "9"], "has 4 rows, counted from 0"),
@@ -124,6 +131,8 @@ def broken(tmp_path_factory):
     for name, text in {**texts, "typo.yaml": "max_stps: 5", "typo.jsonl": '{"msgs": []}'}.items():
         (folder / name).write_text(text)
     (folder / "user.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n")
+    for name, text in UNREADABLE.items():
+        (folder / name).write_bytes(text.encode("latin-1"))
     make_tokenizer(None).save_pretrained(folder / "bare")
     return folder
 
@@ -134,7 +143,7 @@ def test_errors_are_one_clear_line(run, model, data, broken, arguments, message)
     lines = [line for line in err.splitlines() if line.startswith("trl-singlepass")]
     assert (code, out) == (2, "")
     assert len(lines) == 1
-    assert message in lines[0]
+    assert message in err[err.index(lines[0]) :]  # one line, or one more for each reason of bad rows
     assert "Traceback" not in err
 
 

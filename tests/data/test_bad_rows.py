@@ -119,6 +119,12 @@ def test_the_log_counts_what_is_dropped(tmp_path, tokenizer, caplog, propagated)
     assert line.startswith("train dataset: 15 bad rows dropped (13 rows (1, 2")
 
 
+def test_dropping_is_not_offered_where_no_row_would_be_left(tmp_path, tokenizer):
+    with pytest.raises(RenderingError, match="15 of 15 rows") as caught:
+        single_pass_trainer(tmp_path, tokenizer, BAD)
+    assert "bad_rows" not in str(caught.value)
+
+
 def test_a_dataset_of_bad_rows_alone_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"No turn of the train dataset is trained: 15 bad rows .* Repair its rows"):
         single_pass_trainer(tmp_path, tokenizer, BAD, bad_rows="drop")

@@ -1,6 +1,7 @@
 """Tokenizers that render without a Jinja template, as that of mistral-common does: refused before a row is read."""
 
 import copy
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from trl_singlepass.data.preparation import prepare_dataset
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.preference.dataset import prepare_pairs
 from trl_singlepass.preference.settings import PairSettings
+from trl_singlepass.trees.errors import DataError
 
 
 WAY_OUT = r"mistral_format=False.*'turns'"
@@ -71,12 +73,24 @@ def test_turns_that_are_tokens_need_no_template(tokenizer, streamed):
     assert list(row["input_ids"]) == expected["input_ids"]
 
 
-def test_a_tokenizer_without_a_template_is_another_error(tokenizer):
-    bare = make_tokenizer("qwen3")
+@pytest.mark.parametrize("streamed", [False, True], ids=["stored", "streamed"])
+@pytest.mark.parametrize("kind", PREPARATIONS)
+def test_a_tokenizer_without_a_template_is_no_fault_of_the_rows(kind, streamed):
+    bare = copy.copy(make_tokenizer("qwen3"))
     bare.chat_template = None
-    with pytest.raises(ValueError, match="chat_template") as caught:
-        prepare_dataset(datasets.Dataset.from_list([{"messages": chat(2)}]), bare, RowSettings())
-    assert "turns" not in str(caught.value)
+    rows = datasets.Dataset.from_list([pair(2)] if kind == "pairs" else [{"messages": chat(2)}] * 3)
+    rows = rows.to_iterable_dataset() if streamed else rows
+    with pytest.raises(ValueError, match="chat_template_path") as caught:
+        PREPARATIONS[kind](rows, bare)
+    assert not isinstance(caught.value, DataError)
+    assert not {"bad_rows", "turns"} & set(re.findall(r"\w+", str(caught.value)))
+
+
+def test_turns_that_are_tokens_need_none_at_all():
+    bare = copy.copy(make_tokenizer("qwen3"))
+    bare.chat_template = None
+    given = datasets.Dataset.from_list([{"turns": as_turns(chat(2), make_tokenizer("qwen3"))}])
+    assert len(prepare_dataset(given, bare, RowSettings())) == 1
 
 
 def test_the_tokenizer_of_mistral_common(tmp_path):

@@ -9,13 +9,14 @@ import pytest
 
 from support.conversations import AGENT_TOOLS, chat, tool_chat, without_reasoning
 from support.pairs import pair, pair_with_shared_turns
-from trl_singlepass.data.bad_rows import BadRowError
+from trl_singlepass.data.bad_rows import BadRowError, BadRows
 from trl_singlepass.preference.dataset import prepare_pairs
 from trl_singlepass.preference.pairs import example_to_pair
 from trl_singlepass.preference.rows import PAIR_COLUMNS, pair_to_columns
 from trl_singlepass.preference.settings import PairSettings
 from trl_singlepass.preference.turn_weights import TurnWeights
 from trl_singlepass.rendering.conversation import RenderingError
+from trl_singlepass.trees.errors import DataError
 
 
 def turns_by_hand(example, side, tokenizer, **kwargs):
@@ -107,6 +108,18 @@ def test_an_implicit_prompt_is_what_both_begin_with(tokenizer):
     for form in (implicit, {**implicit, "prompt": None}):
         rows = prepared([form], tokenizer)
         assert columns_of_pairs(rows) == columns_of_pairs(prepared([explicit], tokenizer))
+
+
+@pytest.mark.parametrize("prompt", [{}, {"prompt": None}], ids=["no prompt", "null"])
+def test_sides_without_a_prompt_that_do_not_begin_alike_are_a_bad_row(tokenizer, prompt):
+    explicit = pair(1)
+    chosen, rejected = (explicit["prompt"] + explicit[side] for side in ("chosen", "rejected"))
+    apart = {"chosen": [{**chosen[0], "content": "Another question?"}, *chosen[1:]], "rejected": rejected, **prompt}
+    with pytest.raises(DataError, match=r"Row 3: .*'prompt'"):
+        example_to_pair(apart, 3, tokenizer, PairSettings())
+    alike = {"chosen": chosen, "rejected": rejected, **prompt}
+    rows = prepared([alike, apart, alike], tokenizer, bad_rows=BadRows.DROP)
+    assert columns_of_pairs(rows) == columns_of_pairs(prepared([alike, alike], tokenizer))
 
 
 def test_keys_that_arrow_adds_to_one_side_do_not_hide_the_prompt(tokenizer):

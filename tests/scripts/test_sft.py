@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat
 from support.small_files import examples
+from support.unreadable_files import UNREADABLE
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.scripts import sft
 from trl_singlepass.scripts.dataset import load_splits
@@ -122,6 +123,31 @@ def test_script_names_what_is_missing(model, data, tmp_path, extra, message):
     extra = [argument.format(data=data) for argument in extra]
     with pytest.raises(ValueError, match=message):
         sft.main(*parse(["--model_name_or_path", model, "--output_dir", tmp_path, *TRAIN, *extra]))
+
+
+@pytest.mark.parametrize("name", [*UNREADABLE, "broken.jsonl"])
+def test_a_file_that_cannot_be_read_is_named_in_an_error_of_the_user(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(UNREADABLE.get(name, "{nope\n").encode("latin-1"))
+    script, _, _, mixture = parse(["--dataset_name", path, "--output_dir", tmp_path, *TRAIN])
+    with pytest.raises(ValueError, match=name):
+        load_splits(script, mixture)
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "way_out"),
+    [
+        (["--streaming", "true"], "dataset_name: {data}", "dataset_streaming=True"),
+        (["--test_split_size", "0.5"], "dataset_name: {data}", "dataset_test_split"),
+        (["--dataset_streaming", "true"], "datasets:\n  - path: json\n    data_files: {data}", " streaming=True"),
+    ],
+)
+def test_settings_of_another_kind_of_dataset_are_refused(data, tmp_path, flags, config, way_out):
+    (tmp_path / "c.yaml").write_text(config.format(data=data))
+    script, _, _, mixture = parse(["--config", tmp_path / "c.yaml", *flags, *TRAIN])
+    with pytest.raises(ValueError, match=flags[0].removeprefix("--")) as caught:
+        load_splits(script, mixture)
+    assert way_out in str(caught.value)
 
 
 @pytest.mark.parametrize("given", ["all", "last", "2", "sample:3"])

@@ -20,16 +20,17 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import ComputeEnvironment, DistributedType
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import TrlParser
 
 from ..training.checkpoints import last_good_checkpoint
 from ..training.preemption import SIGNALS
 from .arguments import HelpFormatter, OneLineErrors, refuse_unknown
 from .errors import EXPLAINED, INTERRUPTED
-from .worker import SCRIPTS
+from .training_scripts import SCRIPTS
 
 
-WORKER = "trl_singlepass.cli.worker"  # a script with errors in one line
+WORKER = "trl_singlepass.cli.worker"  # runs a script, and prints errors without a traceback
 _PATIENCE = 10.0  # seconds that processes get to end after Ctrl-C
 
 
@@ -87,9 +88,10 @@ def parse_launch(parser: TrlParser, arguments: Sequence[str], module: Sequence[s
     If neither knows an argument, there is no such configuration, fewer processes would start than are asked for, or
     FSDP is asked for without a GPU, this raises `ValueError`.
     """
-    _, training_args, *_, from_config, from_command_line = parser.parse_args_and_config(
-        arguments, return_remaining_strings=True, separate_remaining_strings=True
-    )
+    with _naming_bf16():
+        _, training_args, *_, from_config, from_command_line = parser.parse_args_and_config(
+            arguments, return_remaining_strings=True, separate_remaining_strings=True
+        )
     accelerate = launch_command_parser()
     accelerate.error = _raise_error
     flags = {*accelerate._option_string_actions, "--accelerate_config"}
@@ -104,6 +106,20 @@ def parse_launch(parser: TrlParser, arguments: Sequence[str], module: Sequence[s
     _check_processes(run, fsdp=bool(training_args.fsdp))
     run.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # not those of SIGNALS: torchrun would kill all after 30 seconds
     return run, training_args.output_dir
+
+
+@contextmanager
+def _naming_bf16() -> Iterator[None]:
+    """Name the setting, a default of TRL's, that transformers refuses without a GPU for it."""
+    try:
+        yield
+    except ValueError as error:
+        if "bf16/gpu" not in str(error) or is_torch_bf16_gpu_available():
+            raise
+        raise ValueError(
+            "bf16, the default, needs a GPU that computes in it, and there is none. Set bf16=False, or use_cpu=True "
+            f"to train in bf16 on the CPU. (transformers: {error})"
+        ) from error
 
 
 def _set_defaults(run: Namespace) -> None:

@@ -7,6 +7,8 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -27,6 +29,7 @@ from .arguments import (
 from .errors import CUT_OFF, INTERRUPTED, describe_error
 from .hub import check_hub
 from .train_help import format_train_help
+from .training_scripts import flags_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = ALIASES.get(arguments[0], arguments[0])
     try:
         if name not in COMMANDS:
-            raise ValueError(f"There is no command '{arguments[0]}', only {', '.join(COMMANDS)}.")
+            close = get_close_matches(arguments[0], [*COMMANDS, *ALIASES], n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"There is no command '{arguments[0]}', only {', '.join(COMMANDS)}.{hint}")
         code = RUNNERS.get(name, _report)(name, arguments[1:])
         sys.stdout.flush()
         return code
@@ -127,10 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"\ntrl-singlepass {arguments[0]}: {str(error) or 'Interrupted.'}", file=sys.stderr)
         return INTERRUPTED
-    except Exception as error:  # users get one line, whatever goes wrong
+    except Exception as error:  # users get no traceback, whatever goes wrong
         if "--debug" in arguments:
             raise
-        print(f"trl-singlepass {arguments[0]}: {describe_error(error)}", file=sys.stderr)
+        print(f"trl-singlepass {arguments[0]}: {describe_error(error, partial(flags_of, name))}", file=sys.stderr)
         return 2
 
 

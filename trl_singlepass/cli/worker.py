@@ -1,4 +1,4 @@
-"""A process that `trl-singlepass train` or `dpo` starts: its script, with errors that users can act on in one line."""
+"""A process that `trl-singlepass train` or `dpo` starts: its script, and its errors without a traceback."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from importlib import import_module
 from types import FrameType
 
 from .errors import EXPLAINED, INTERRUPTED, USER_ERRORS, describe_error
+from .training_scripts import SCRIPTS, flags_of
 
 
-SCRIPTS = {"train": "trl_singlepass.scripts.sft", "dpo": "trl_singlepass.scripts.dpo"}
-"""The script of each command that trains."""
 _HEAD_START = 10.0  # seconds in which rank 0 prints an error that all ranks have, and the launcher stops the others
 
 
@@ -51,7 +51,8 @@ def run() -> int:
         if rank > 0:
             time.sleep(_HEAD_START)
         where = f" (rank {rank})" if rank > 0 else ""
-        print(f"trl-singlepass {command}{where}: {describe_error(error)}", file=sys.stderr, flush=True)
+        text = describe_error(error, partial(flags_of, command))
+        print(f"trl-singlepass {command}{where}: {text}", file=sys.stderr, flush=True)
         return EXPLAINED
     return 0
 

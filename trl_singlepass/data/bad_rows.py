@@ -95,7 +95,8 @@ def bad_rows_error(errors: Sequence[RowErrors], num_rows: int, name: str) -> Ren
     """Return the error that names all bad rows of a dataset."""
     lines = "".join(f"\n- {error}" for error in errors)
     count = sum(error.count for error in errors)
-    return RenderingError(f"{count} of {num_rows} rows of the {name} dataset cannot be trained:{lines}\n{_WAY_OUT}")
+    way_out = _WAY_OUT if count < num_rows else "No other row is left to train. Repair the dataset."
+    return RenderingError(f"{count} of {num_rows} rows of the {name} dataset cannot be trained:{lines}\n{way_out}")
 
 
 def read_all(rows: Sequence[Example], read: Callable[[int, Example], Value], name: str) -> list[Value]:

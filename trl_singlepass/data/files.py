@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from datasets.utils.tqdm import tqdm
 
 from .error_text import first_line
@@ -59,6 +61,8 @@ class JsonLines(Sequence[dict[str, Any]]):
             line = file.readline()
         try:
             example = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(self.path) from error
         except ValueError as error:
             raise ValueError(f"{self.path}, row {index}: not JSON ({error}). Expected one object per line.") from error
         if not isinstance(example, dict):
@@ -67,6 +71,26 @@ class JsonLines(Sequence[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say which file `datasets` cannot read, and why, as a `ValueError`; its own error says neither."""
+    try:
+        yield
+    except DatasetGenerationError as error:
+        cause = error.__cause__
+        if not isinstance(cause, ValueError | TypeError):  # what parsers and Arrow raise about a file
+            raise
+        if str(path) in str(cause):  # from `JsonLines`
+            raise cause from None
+        if isinstance(cause, UnicodeDecodeError) or isinstance(cause.__context__, UnicodeDecodeError):
+            raise _not_utf8(path) from error
+        raise ValueError(f"{path} cannot be read: {first_line(cause)} Repair it, or convert it to .jsonl.") from error
+
+
+def _not_utf8(path: Path) -> ValueError:
+    return ValueError(f"{path} is not encoded in UTF-8. Convert it; Latin-1 with iconv -f latin1 -t utf-8 OLD > NEW.")
 
 
 def load_examples(data: str, *, split: str = "train", config: str | None = None) -> Sequence[Any] | Dataset:
@@ -85,7 +109,8 @@ def load_examples(data: str, *, split: str = "train", config: str | None = None)
                 f"Expected a file that ends in {', '.join([*LINES, *TABLES])}, got {data}. Convert it, or rename it "
                 "if it has one of these formats."
             )
-        return load_dataset(TABLES[path.suffix], data_files=str(path), split="train")
+        with naming(path):
+            return load_dataset(TABLES[path.suffix], data_files=str(path), split="train")
     if path.suffix in (*LINES, *TABLES):
         raise ValueError(f"There is no file {data}.")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

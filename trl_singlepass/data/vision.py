@@ -115,8 +115,18 @@ def check_renders(processing_class: PreTrainedTokenizerBase | ProcessorMixin) ->
             "AutoTokenizer.from_pretrained(model, mistral_format=False) or without mistral-common installed. Or pass "
             "token ids: a column 'turns', or for pairs 'prompt_ids', 'chosen_ids' and 'rejected_ids'."
         ) from error
-    except ValueError:  # no template, or none that is called 'default': rendering names what to do
+    except ValueError:  # no template, or none that is called 'default': another error says what to do
         return
+
+
+def _check_has_template(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+    """Refuse a tokenizer without a chat template, once for all rows: none of them is at fault."""
+    if not (processing_class.chat_template or get_tokenizer(processing_class).chat_template):
+        raise ValueError(
+            "The tokenizer has no chat template, with which conversations are rendered. Give it one: in the folder of "
+            "the model as chat_template.jinja, as tokenizer.chat_template, or, to fine-tune on conversations, with "
+            "the setting chat_template_path (--chat_template_path), a file or a model that has one."
+        )
 
 
 def reader_for(
@@ -127,10 +137,11 @@ def reader_for(
     processor if that has another one.
 
     Raises `ValueError` if the dataset has a column of images, and there is no processor; or if it holds messages, and
-    the tokenizer has no Jinja template to render them with.
+    the tokenizer has no chat template to render them with, or none in Jinja.
     """
     if not {"turns", "prompt_ids"} & set(column_names(dataset)):
         check_renders(processing_class)
+        _check_has_template(processing_class)
     if not isinstance(processing_class, ProcessorMixin):
         if names := image_column_names(dataset.column_names or ()):
             raise ValueError(

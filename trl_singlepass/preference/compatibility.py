@@ -17,7 +17,7 @@ from ..data.images import holds_images
 from ..engine.enable import check_model, check_not_compiled
 from ..images.reading import check_reads_images
 from ..training.adapters import check_adapters
-from ..training.compatibility import check_engine, check_parallelism
+from ..training.compatibility import check_before_loading, check_engine, check_parallelism
 from ..trees.rows import IMAGE_COLUMNS
 from .collator import DataCollatorForSinglePassPreference
 from .pairs import SIDES, TOKEN_COLUMNS
@@ -47,6 +47,7 @@ def check_pairs(
     """
     if Version(trl.__version__) < Version("1.16"):
         raise ValueError(f"SinglePassDPOTrainer needs trl>=1.16, found {trl.__version__}. Upgrade trl.")
+    check_before_loading(args)
     check_settings(args)
     if dataset is not None:
         check_dataset(dataset, "train")

@@ -60,8 +60,8 @@ def example_to_pair(example: Mapping[str, Any], index: int, tokenizer: Tokenizer
     the same messages; optionally `system`, `tools`, `chat_template_kwargs`, `history` and `images` or `image`. Or it
     has token ids, as TRL makes them of plain text: `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
-    A trajectory that cannot be rendered without losing part of a turn, or of which nothing is left, raises
-    `BadRowError`; a turn that is too long, if none may be, `OverlongTurnError`.
+    A trajectory that cannot be rendered without losing part of a turn, or of which nothing is left, and trajectories
+    without a common prompt raise `BadRowError`; a turn that is too long, if none may be, `OverlongTurnError`.
     """
     if set(TOKEN_COLUMNS) <= set(example):
         fitted = [_from_tokens(example, side, index, settings) for side in SIDES]
@@ -88,13 +88,18 @@ def split_pair(example: Mapping[str, Any], index: int) -> dict[str, dict[str, An
     """
     Return each trajectory of a pair of messages as an example of its own, with the prompt that both share.
 
-    A side that is not a list of messages raises `BadRowError`.
+    A side that is not a list of messages, or sides without a prompt that do not begin alike, raise `BadRowError`.
     """
     for name in SIDES:
         if not isinstance(example.get(name), list) or not example[name]:
             raise BadRowError(f"Row {index}: {name!r} is {example.get(name)!r:.60}, expected a list of messages.")
     prompt = example.get("prompt")
     num_implicit = _num_common_messages(example) if prompt is None else 0
+    if prompt is None and num_implicit == 0:
+        raise BadRowError(
+            f"Row {index}: there is no 'prompt', and 'chosen' and 'rejected' do not begin with the same message. A "
+            "pair is two trajectories after one prompt: give it in 'prompt', or leave the row out."
+        )
     prompt = example["chosen"][:num_implicit] if prompt is None else prompt
     shared = {name: example[name] for name in _RENDERING_COLUMNS if name in example} | image_columns_of(example)
     trajectories = {name: example[name][num_implicit:] for name in SIDES}

@@ -17,7 +17,7 @@ from .pairs import SIDES, Pair
 
 
 # Part of the fingerprint under which rows are cached: raise it when the same pairs become other rows.
-PAIR_ROWS_VERSION = 3
+PAIR_ROWS_VERSION = 4
 
 POSITION_COLUMNS = tuple(f"{side}_positions" for side in SIDES)
 LENGTH_COLUMNS = tuple(f"{side}_turn_lengths" for side in SIDES)

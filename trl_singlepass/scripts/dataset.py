@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
-from ..data.files import LINES, TABLES, JsonLines
+from ..data.files import LINES, TABLES, JsonLines, naming
 
 
 def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
@@ -18,9 +18,10 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
     Return the splits of a file, a folder, a dataset on the Hub, or a mixture, by name. A file has the one for
     training.
 
-    A mixture in `dataset_args` takes precedence over the dataset that `script_args` names. If none is named, or
-    there is no such file, this raises `ValueError`.
+    A mixture in `dataset_args` takes precedence over the dataset that `script_args` names. If none is named, there is
+    no such file, or a setting belongs to the other of the two, this raises `ValueError`.
     """
+    _check_belongs(script_args, dataset_args)
     if dataset_args.datasets:
         return get_dataset(dataset_args)
     if not script_args.dataset_name:
@@ -30,14 +31,31 @@ def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig
     path, streaming = Path(script_args.dataset_name), script_args.dataset_streaming
     if path.suffix in LINES and path.is_file():
         kind, dataset_dict = (IterableDataset, IterableDatasetDict) if streaming else (Dataset, DatasetDict)
-        rows = kind.from_generator(_examples_for_arrow, gen_kwargs={"path": str(path), "mtime": path.stat().st_mtime})
+        given = {"path": str(path), "mtime": path.stat().st_mtime}
+        with naming(path):
+            rows = kind.from_generator(_examples_for_arrow, gen_kwargs=given)
         return dataset_dict({script_args.dataset_train_split: rows})
     if path.suffix in TABLES and path.is_file():
         files = {script_args.dataset_train_split: str(path)}
-        return load_dataset(TABLES[path.suffix], data_files=files, streaming=streaming)
+        with naming(path):
+            return load_dataset(TABLES[path.suffix], data_files=files, streaming=streaming)
     if path.suffix in (*LINES, *TABLES):
         raise ValueError(f"There is no file {path}.")
     return load_dataset(script_args.dataset_name, name=script_args.dataset_config, streaming=streaming)
+
+
+def _check_belongs(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> None:
+    """Refuse settings of a mixture beside a single dataset, and the other way round: nobody would read them."""
+    if dataset_args.datasets:
+        if script_args.dataset_streaming:
+            raise ValueError("dataset_streaming=True has no effect on a mixture (`datasets`). Use streaming=True.")
+    elif dataset_args.streaming:
+        raise ValueError("streaming=True is for a mixture (`datasets`). Use dataset_streaming=True for a dataset.")
+    elif dataset_args.test_split_size is not None:
+        raise ValueError(
+            f"test_split_size={dataset_args.test_split_size} is for a mixture (`datasets`). Split a dataset yourself, "
+            "and name the split with dataset_test_split."
+        )
 
 
 def _examples_for_arrow(path: str, mtime: float) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, S
 from ..preference.trainer import SinglePassDPOTrainer
 from ..training.base_config import SinglePassConfig
 from ..training.checkpoints import checkpoint_to_resume
+from ..training.compatibility import check_before_loading
 from ..training.preemption import PreemptionCallback
 from ..training.trainer import SinglePassSFTTrainer
 from .dataset import get_split, load_splits, name_on_hub
@@ -35,6 +36,7 @@ def make_trainer(
 ) -> tuple[TrainerOf, PreemptionCallback]:
     """Return the trainer that the arguments of a script ask for, and the callback that saves it after a signal."""
     training_args.model_init_kwargs = _model_kwargs(model_args, training_args)
+    check_before_loading(training_args)
     dataset = load_splits(script_args, dataset_args)
     wants_evaluation = training_args.eval_strategy != "no"
     preemption = PreemptionCallback()

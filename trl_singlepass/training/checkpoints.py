@@ -64,11 +64,26 @@ def resume_counts(trainer: SFTTrainer | DPOTrainer, counts: TokenCounts, checkpo
         return
     damage = _on_first_rank(lambda: next(iter(find_changes(Path(checkpoint))), None))
     if damage is not None:
-        raise ValueError(
-            f"{checkpoint} cannot be resumed: {damage}. Resume from the newest intact checkpoint instead: "
-            "resume_from_checkpoint=last_good_checkpoint(output_dir), or --resume_from_checkpoint auto."
-        )
+        raise _not_resumable(checkpoint, damage)
     trainer._total_train_tokens = counts.restore(checkpoint, trainer._total_train_tokens)
+
+
+def check_state(checkpoint: str) -> None:
+    """
+    Raise `ValueError` if the state of a checkpoint is no JSON; the Trainer, which reads it first, does not name the
+    file. A folder without one is left to the Trainer.
+    """
+    path = Path(checkpoint) / "trainer_state.json"
+    damage = _check_json(path) if path.is_file() else None
+    if damage is not None:
+        raise _not_resumable(checkpoint, f"{path.name} {damage}")
+
+
+def _not_resumable(checkpoint: str, damage: str) -> ValueError:
+    return ValueError(
+        f"{checkpoint} cannot be resumed: {damage}. Resume from the newest intact checkpoint instead: "
+        "resume_from_checkpoint=last_good_checkpoint(output_dir), or --resume_from_checkpoint auto."
+    )
 
 
 def checkpoint_to_resume(setting: str | bool | None, output_dir: str | Path) -> str | None:
@@ -128,7 +143,7 @@ def _check_json(path: Path) -> str | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        return "is cut off"
+        return "is cut off or corrupt"
     parts = set(content["weight_map"].values()) if path.name.endswith(".index.json") else set()
     missing = sorted(part for part in parts if not (path.parent / part).exists())
     return f"lists {missing[0]}, which is missing" if missing else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import accelerate
@@ -12,10 +13,16 @@ import trl
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from packaging.version import Version
 from transformers import DataCollator, PreTrainedModel, TrainingArguments
-from transformers.utils import is_liger_kernel_available
-from trl import SFTConfig
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_kernels_available,
+    is_liger_kernel_available,
+)
+from trl import DPOConfig, SFTConfig
 
 from ..data.collator import check_collator
 from ..data.dataset_format import column_names, holds_rows
@@ -25,6 +32,7 @@ from ..images.reading import check_reads_images
 from ..recurrent.layer_kinds import path_dependent_layer_names
 from ..trees.rows import IMAGE_COLUMNS
 from .adapters import check_adapters
+from .checkpoints import check_state
 
 
 if TYPE_CHECKING:
@@ -34,6 +42,53 @@ _TRAINS_USERS = "would also train what users and tools wrote; a single pass trai
 _ENGINES_OFF = "Check the launch: `accelerate launch --cpu`, ACCELERATE_USE_CPU and use_cpu=True switch engines off"
 _FSDP_ON_CPU = "FSDP needs a GPU. To try two processes on a CPU, use DDP: use_cpu=True, and no FSDP configuration"
 _TRAIN_ALL = "Leave it out, or use TRL's SFTTrainer to train every token of a conversation"
+_TEMPLATE_FILES = (".jinja", ".j2")  # TRL takes any other file for a model
+_FLASH_PACKAGES: dict[str, tuple[str, Callable[[], bool]]] = {
+    "flash_attention_2": ("flash-attn", is_flash_attn_2_available),
+    "flash_attention_3": ("flash-attn-3", is_flash_attn_3_available),
+}
+
+
+def check_before_loading(args: SFTConfig | DPOConfig) -> None:
+    """
+    Refuse files that do not exist and packages that are not installed, of which TRL would tell only after loading the
+    model, and the Trainer after the first step; and a checkpoint without a readable state. A file raises `ValueError`,
+    a package `ImportError`.
+    """
+    if isinstance(args.resume_from_checkpoint, str):
+        check_state(args.resume_from_checkpoint)
+    _check_output_dir(args.output_dir)
+    _check_chat_template_path(getattr(args, "chat_template_path", None))
+    attention = (args.model_init_kwargs or {}).get("attn_implementation") or ""
+    package, is_available = _FLASH_PACKAGES.get(attention, ("", lambda: True))
+    if not (is_available() or is_kernels_available()):
+        raise ImportError(
+            f"attn_implementation={attention!r} needs the package {package}, or kernels, with which it comes from the "
+            "Hub. Run pip install kernels, or set attn_implementation='sdpa'."
+        )
+
+
+def _check_output_dir(output_dir: str) -> None:
+    folder = Path(output_dir)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not nearest.is_dir():
+        raise ValueError(f"output_dir={output_dir!r} cannot be made: {nearest} is a file. Choose another folder.")
+
+
+def _check_chat_template_path(given: str | None) -> None:
+    if given is None or Path(given).is_dir():
+        return
+    name = f"chat_template_path={given!r}"
+    if Path(given).is_file():
+        if not given.endswith(_TEMPLATE_FILES):
+            raise ValueError(f"{name}: a file with a template must end in {' or '.join(_TEMPLATE_FILES)}. Rename it.")
+        return
+    is_path = given.endswith(_TEMPLATE_FILES) or given.count("/") > 1 or given.startswith((".", "/", "~"))
+    if is_path or (is_offline_mode() and not isinstance(try_to_load_from_cache(given, "tokenizer_config.json"), str)):
+        raise ValueError(
+            f"{name}: there is no such file. Expected a file that ends in {' or '.join(_TEMPLATE_FILES)}, or a model "
+            "with a chat template: a folder, or an id on the Hub, which must be in the cache without a network."
+        )
 
 
 def check_conversations(
@@ -49,6 +104,7 @@ def check_conversations(
     What a single pass cannot honour raises `ValueError`, a missing package `ImportError`, a model that it would train
     incorrectly `UnsupportedModelError`, and images that a tree cannot give to the model `UnsupportedImagesError`.
     """
+    check_before_loading(args)
     check_turn_settings(args, dataset)
     if data_collator is not None:
         check_collator(data_collator)
