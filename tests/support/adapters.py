@@ -348,8 +348,9 @@ parameters are moved away from their start, where many adapters have no effect.
 - **exact**: the loss and the gradient of every trained parameter equal those of separate samples to 1e-12 in float64,
   and a step of `SinglePassSFTTrainer` moves them as one of TRL's `SFTTrainer` does.
 - **refused**: the trainers raise an error with this reason before the first step. *Measured* means that the
-  [check before the first step](own_loops.md#the-check) found it; it fills parameters that start at zero with small numbers, so that
-  they have the effect that they will have later. All other reasons come before the dataset is prepared.
+  [check before the first step](own_loops.md#the-check) found it; it fills parameters that start at zero with small
+  numbers, so that they have the effect that they will have later. All other reasons come before the dataset is
+  prepared.
 
 Adapters that nobody has listed are measured like all others. TRL itself refuses adapters on `lm_head`.
 Initialisations that need quantised layers or a GPU (`loftq`, `use_qalora`) were not tried.
