@@ -15,7 +15,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl_singlepass.cli import worker
 from trl_singlepass.cli.errors import EXPLAINED, INTERRUPTED
 from trl_singlepass.data.bad_rows import BadRowError
-from trl_singlepass.scripts import dpo, sft
+from trl_singlepass.scripts import dpo, run, sft
 from trl_singlepass.training import compatibility
 
 
@@ -218,8 +218,7 @@ def test_names_of_nothing_are_told_with_their_flag_before_data_is_read(
     monkeypatch, capsys, tmp_path, command, flag, value
 ):
     (tmp_path / "file").write_text("no template")
-    for script in (sft, dpo):
-        monkeypatch.setattr(script, "load_splits", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr(run, "load_splits", lambda *_: pytest.fail("data was read"))
     monkeypatch.setattr(compatibility, "is_kernels_available", lambda: False)
     monkeypatch.setattr(compatibility, "is_offline_mode", lambda: True)
     given = {"--output_dir": "x", "--model_name_or_path": "m", flag: value.format(tmp=tmp_path)}
@@ -240,7 +239,7 @@ def test_bf16_without_a_gpu_names_its_flag(run, command):
 
 @pytest.mark.parametrize("content", ["", '{"epoch": 1.0, "glob', "{epoch: 1}"])
 def test_a_corrupt_state_is_named_before_data_is_read(monkeypatch, capsys, tmp_path, content):
-    monkeypatch.setattr(sft, "load_splits", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr(run, "load_splits", lambda *_: pytest.fail("data was read"))
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text(content)
