@@ -199,23 +199,22 @@ class Auditor:
         """Add one row to a tally. Anything wrong with it is recorded, so that the other rows can still be audited."""
         tally.num_rows += 1
         row = dict(row)
-        conversation: Conversation | None = None
-        if is_pair(row):
-            self._add_pair(index, row, tally)
-            return
         try:
-            if get_tokenized_turns(row) is None:  # otherwise it has tokens already, and no template is involved
-                conversation = self._read(index, row)
-            samples = self._to_samples(index, row, conversation, tally)
-            if not samples:
-                raise BadRowError("All its turns have the weight 0, so nothing of it is trained.")
+            (self._add_pair if is_pair(row) else self._add_conversation)(index, row, tally)
         except DataError as error:
             tally.errors.append((index, get_reason(error, index)))
-            return
         except (AssertionError, UnexpectedError):
             raise
         except Exception as error:
             raise unexpected_error(error, index) from error
+
+    def _add_conversation(self, index: int, row: Mapping[str, object], tally: Tally) -> None:
+        conversation: Conversation | None = None
+        if get_tokenized_turns(row) is None:  # otherwise it has tokens already, and no template is involved
+            conversation = self._read(index, row)
+        samples = self._to_samples(index, row, conversation, tally)
+        if not samples:
+            raise BadRowError("All its turns have the weight 0, so nothing of it is trained.")
         tally.add_samples(samples, self.max_length)
         tally.costs.append(count_conversation(samples, self.shape))
         self._count_assistant_only(conversation, samples, tally)
@@ -255,17 +254,9 @@ class Auditor:
 
     def _add_pair(self, index: int, row: Mapping[str, object], tally: Tally) -> None:
         """Add both trajectories of a pair, and the cost of their one tree."""
-        try:
-            pair = example_to_pair(row, index, self.reader, PairSettings())
-            for example in () if set(TOKEN_COLUMNS) <= set(row) else split_pair(row, index).values():
-                tally.add_turns(self._examine(self._read(index, example), tally).finish())
-        except DataError as error:
-            tally.errors.append((index, get_reason(error, index)))
-            return
-        except (AssertionError, UnexpectedError):
-            raise
-        except Exception as error:
-            raise unexpected_error(error, index) from error
+        pair = example_to_pair(row, index, self.reader, PairSettings())
+        for example in () if set(TOKEN_COLUMNS) <= set(row) else split_pair(row, index).values():
+            tally.add_turns(self._examine(self._read(index, example), tally).finish())
         for side in pair.sides:
             tally.add_samples(side.samples, self.max_length)
         tally.costs.append(count_conversation(pair.samples, self.shape))
