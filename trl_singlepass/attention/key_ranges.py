@@ -79,7 +79,7 @@ def key_ranges(plan: TreePlan, pieces: Pieces, first_depth: Ints, before: Ints) 
     Ancestors outside the row, whose positions are those past its end, come before all of its tokens. Empty ranges are
     left out.
     """
-    paths = [(*run.prefix, (run.start, run.end)) for run in plan.runs]
+    paths = [run.path for run in plan.runs]
     lengths = np.array([len(path) for path in paths], np.int64)
     ranges = np.array([key_range for path in paths for key_range in path], np.int64).reshape(-1, 2)
     sizes = ranges[:, 1] - ranges[:, 0]

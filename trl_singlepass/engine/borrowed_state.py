@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -91,10 +91,15 @@ def _on_all_ranks(flags: Tensor) -> list[bool]:
     return [bool(flag) for flag in flags]
 
 
+def are_zero3(parameters: Iterable[Tensor]) -> bool:
+    """Return whether DeepSpeed shards any of some parameters."""
+    return any(hasattr(parameter, "ds_id") for parameter in parameters)
+
+
 @torch.no_grad()
 def _write(parameters: Sequence[Tensor], fill: Callable[[Tensor], object]) -> None:
     """Change parameters in place, each rank its own shard; ZeRO-3 also keeps whole copies of small ones."""
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+    if are_zero3(parameters):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):

@@ -28,9 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch, DataCollatorForSinglePass
-from .borrowed_state import (
-    adapters_disabled,
-)
+from .borrowed_state import adapters_disabled
 from .check_report import TreeCheckReport
 from .check_row import CheckRow, ShownImage, text_beside_images
 from .checked_model import CheckedModel, unwrapped
@@ -90,7 +88,7 @@ def tokens_of_batch(batch: Batch) -> tuple[np.ndarray[Any, Any], tuple[ShownImag
     """Return the tokens of the text of a batch along one path of each tree, and up to two images of it."""
     tree, ids = batch["tree"], batch["input_ids"][0].cpu().numpy()
     run = max(tree.plan.runs, key=lambda run: run.depth + run.end - run.start)
-    path = np.concatenate([np.arange(*part) for part in (*run.prefix, (run.start, run.end))])
+    path = run.path_positions
     if tree.image_features is None:
         return ids[path], ()
     features = tree.image_features[0].cpu().numpy()

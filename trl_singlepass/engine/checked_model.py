@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..attention.context import running_on
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch, DataCollatorForSinglePass, pad_batch
-from .borrowed_state import captured_embeddings, in_evaluation_mode, without_compilation, zeros_filled
+from .borrowed_state import are_zero3, captured_embeddings, in_evaluation_mode, without_compilation, zeros_filled
 from .check_row import CheckRow
 from .enable import UnsupportedModelError, without_adapters
 from .model_call import as_tree
@@ -45,7 +45,7 @@ class CheckedModel:
         self.module: Any = unwrapped(model)
         self.base = without_adapters(self.module)
         self.collator, self.group = collator, group
-        self.gives_gradients = group is None and not _is_zero3(model)
+        self.gives_gradients = group is None and not are_zero3(model.parameters())
 
     def rounding_error(self, precision: torch.dtype | None = None) -> float:
         """
@@ -183,11 +183,6 @@ def _rounding_of_products(device: torch.device) -> float:
     rounding = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
     convolutions = 2.0**-10 if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else 0.0
     return max(rounding, convolutions)
-
-
-def _is_zero3(model: nn.Module) -> bool:
-    """Whether DeepSpeed shards the parameters of a model."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def effect_of_tokens(outputs: Tensor, embeddings: Tensor) -> np.ndarray[Any, Any]:

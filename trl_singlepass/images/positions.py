@@ -82,7 +82,7 @@ class PathPositions:
         positions: torch.Tensor | None = None
         is_set = np.zeros(plan.length, np.bool_)
         for run in plan.runs:
-            path = np.concatenate([np.arange(*part) for part in (*run.prefix, (run.start, run.end))])
+            path = run.path_positions
             images = images_shown(image_features[path], plan.image_sizes)
             own = self._on_path(input_ids[path], image_features[path] >= 0, image_inputs[_GRID][images])
             if positions is None:

@@ -110,6 +110,16 @@ class Run:
     prefix: Ranges  # ranges that hold the ancestors of the first token, in the order of their depth
     is_image: bool = False  # an image whose tokens see each other in both directions ([`TreePlan.with_image_runs`])
 
+    @property
+    def path(self) -> Ranges:
+        """The ranges that hold the path from the root to the last token, in the order of their depth."""
+        return (*self.prefix, (self.start, self.end))
+
+    @property
+    def path_positions(self) -> NDArray[np.int64]:
+        """The positions of the tokens of `path`, shape `(path_length,)`."""
+        return np.concatenate([np.arange(*part) for part in self.path])
+
 
 @dataclass(frozen=True, slots=True)
 class TreePlan:
