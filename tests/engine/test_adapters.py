@@ -5,7 +5,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from packaging.version import Version
 
 from support.adapters import (
@@ -38,10 +37,10 @@ from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.check import TreeCheck
 from trl_singlepass.engine.checked_model import TreeCheckError
 from trl_singlepass.engine.enable import enable_tree
-from trl_singlepass.preference.parts import check_parts
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.training.adapters import check_adapters
-from trl_singlepass.training.waves import check_waves
+from trl_singlepass.training.refusals import check_parts
+from trl_singlepass.training.situation import Situation
 
 
 WRITES = os.environ.get("WRITE_ADAPTERS_PAGE") == "1"
@@ -182,7 +181,7 @@ def test_what_only_trainers_cannot_serve_is_exact_in_a_loop_of_ones_own(label):
     compare_in_float64(model.double())
 
 
-@pytest.mark.parametrize("check", ["waves", "pairs"])
+@pytest.mark.parametrize("config", [SinglePassSFTConfig, SinglePassDPOConfig])
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -194,15 +193,14 @@ def test_what_only_trainers_cannot_serve_is_exact_in_a_loop_of_ones_own(label):
         ("LoraConfig", {"monteclora_config": True}),
     ],
 )
-def test_what_draws_random_numbers_is_refused_where_tokens_run_twice(tmp_path, tokenizer, name, options, check):
+def test_what_draws_random_numbers_is_refused_where_tokens_run_twice(tmp_path, tokenizer, name, options, config):
     if "monteclora_config" in options:
         options = {"monteclora_config": peft.tuners.lora.config.MontecloraConfig(buffer_size=2)}
     model = of(name, target_modules=["q_proj"], **options)(float32_model(tokenizer))
-    refuse, config = (check_waves, SinglePassSFTConfig) if check == "waves" else (check_parts, SinglePassDPOConfig)
     args = config(str(tmp_path), use_cpu=True, bf16=False, wave_tokens=99)
     with pytest.raises(ValueError, match=name):
-        refuse(model, args, Accelerator(cpu=True))
-    refuse(of("LoraConfig", target_modules=["q_proj"])(float32_model(tokenizer)), args, Accelerator(cpu=True))
+        check_parts(Situation(args, model))
+    check_parts(Situation(args, of("LoraConfig", target_modules=["q_proj"])(float32_model(tokenizer))))
 
 
 @pytest.mark.slow

@@ -15,9 +15,10 @@ from ..data.collator import Batch
 from ..engine.enable import without_adapters
 from ..engine.model_call import refuse_own_calls
 from ..recurrent.layer_kinds import path_dependent_layers
-from ..training.reruns import refused_engines, refused_where_tokens_run_twice, stop_prefetching
+from ..training.refusals import check_parts
+from ..training.sharding import stop_prefetching
+from ..training.situation import Situation
 from ..training.wave_budget import wave_tokens_that_fit
-from ..training.waves import check_waves
 from ..trees.rows import TreePlan
 from ..waves import WavePlan
 from ..waves.engines import get_engine
@@ -47,10 +48,8 @@ class BatchParts:
         self._is_bounded = args.max_row_tokens is not None or args.wave_tokens is not None
         if self._is_bounded:
             stop_prefetching(accelerator)
-        if args.wave_tokens is not None:
-            check_waves(model, args, accelerator)
         if self._is_bounded:
-            check_parts(model, args, accelerator)
+            check_parts(Situation(args, model, accelerator))
             refuse_own_calls(without_adapters(model), "max_row_tokens" if args.wave_tokens is None else "wave_tokens")
             self._recorder = RouterRecorder(without_adapters(model)) if has_router_loss else None
         # Models take a lone token for a step of generation, and drop the mask that carries the tree to recomputation.
@@ -109,11 +108,3 @@ class BatchParts:
                 f"{size:.3g}, so that its gradients would be those of another loss. A layer draws random numbers or "
                 "changes its state. Turn that off, or let a batch run at once: max_row_tokens=None, wave_tokens=None."
             )
-
-
-def check_parts(model: PreTrainedModel | PeftModel, args: DPOConfig, accelerator: Accelerator) -> None:
-    """Refuse settings, models and engines under which several parts would not train what one trains."""
-    setting = "wave_tokens" if args.wave_tokens is not None else "max_row_tokens"
-    refused = refused_where_tokens_run_twice(model, args, tokens="a row", parts="rows")
-    for what, why, way_out in (*refused, *refused_engines(accelerator)):
-        raise ValueError(f"{what} does not work with {setting}: {why}. {way_out}, or set {setting}=None.")

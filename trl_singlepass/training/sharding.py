@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, logging
 
 from ..engine.enable import without_adapters
+from .situation import PREFETCHED
 from .tensor_parallel import sum_gradients_once
 from .zero3_leaves import make_leaves
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.get_logger(__name__)
 
 
 def prepare_sharding(model: PreTrainedModel | PeftModel, accelerator: Accelerator, tp_size: int = 1) -> None:
@@ -42,3 +45,18 @@ def _leave_out_absent_layers(model: PreTrainedModel, accelerator: Accelerator) -
     named = set(model._no_split_modules or ())
     if named & present:
         plugin.transformer_cls_names_to_wrap = sorted(named & present)
+
+
+def stop_prefetching(accelerator: Accelerator) -> None:
+    """
+    Turn off prefetching by ZeRO-3 for rows that run in parts, unless the configuration asks for it by a number.
+
+    DeepSpeed prefetches by default. It then frees parameters that a backward in another order still needs (0.19).
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
+        return
+    settings = plugin.deepspeed_config["zero_optimization"]
+    if settings.get(PREFETCHED, "auto") == "auto":
+        settings[PREFETCHED] = 0
+        logger.info(f"{PREFETCHED} is 0: where a row runs in parts, ZeRO-3 cannot fetch parameters ahead.")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import trl
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel, logging
 from trl import SFTConfig
 
 from ..attention.context import Tree
-from ..attention.registry import TREE_ATTENTION
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch
 from ..engine.enable import Forward, without_adapters
@@ -29,7 +25,9 @@ from ..waves.plan import WavePlan
 from ..waves.runner import WaveRunner
 from .gradient_scale import get_gradient_scale
 from .loss import LossContext, NumItems, total_weight
-from .reruns import Refusal, refused_engines, refused_where_tokens_run_twice, stop_prefetching
+from .refusals import check_parts
+from .sharding import stop_prefetching
+from .situation import Situation
 from .wave_budget import on_shared_rows, wave_tokens_that_fit
 
 
@@ -61,7 +59,7 @@ class WaveTraining:
         router_loss_coef: float = 0.0,
     ) -> None:
         stop_prefetching(accelerator)
-        check_waves(model, args, accelerator, compute_loss_func)
+        check_parts(Situation(args, model, accelerator, compute_loss_func))
         self._model, self._args, self._accelerator = model, args, accelerator
         self._recorder, self._router_loss_coef = recorder, router_loss_coef
         # Models take a lone token for a step of generation, and drop the mask that carries the tree to recomputation.
@@ -149,66 +147,3 @@ class WaveTraining:
         # TRL's guard against division by zero; weighted losses are normalised before it.
         total = total.clamp(min=1) if given is None else total
         return torch.cat([weights[:, 1:], torch.zeros_like(weights[:, :1])], dim=1) * ranks / total
-
-
-# What waves cannot honour --------------------------------------------------------------------------------------------
-
-
-def check_waves(
-    model: PreTrainedModel | PeftModel,
-    args: SFTConfig,
-    accelerator: Accelerator,
-    compute_loss_func: Callable[..., object] | None = None,
-) -> None:
-    """Refuse settings, models and engines under which waves would not train what the whole row trains."""
-    setting = "wave_tokens='auto'" if args.wave_tokens == "auto" else "wave_tokens"
-    for what, why, way_out in chain(
-        _refused_settings(args, compute_loss_func),
-        refused_where_tokens_run_twice(model, args, tokens="history", parts="waves"),
-        _refused_attention(model),
-        _refused_measuring(model, args, accelerator),
-        refused_engines(accelerator),
-    ):
-        raise ValueError(f"{what} does not work with {setting}: {why}. {way_out}, or set wave_tokens=None.")
-
-
-def _refused_settings(args: SFTConfig, compute_loss_func: Callable[..., object] | None) -> Iterator[Refusal]:
-    if Version(trl.__version__) < Version("1.16"):
-        yield f"trl {trl.__version__}", "it has no fused head that takes shifted labels", "Upgrade to trl>=1.16"
-    if args.label_smoothing_factor:
-        yield "label_smoothing_factor", "it reads the logits of the whole row", "Set it to 0"
-    if compute_loss_func is not None:
-        yield "compute_loss_func", "it reads the logits of the whole row", "Leave it unset"
-    if args.torch_compile:
-        yield "torch_compile", "waves add up gradients where a compiled graph cannot see them", "Turn it off"
-
-
-def _refused_attention(model: PreTrainedModel | PeftModel) -> Iterator[Refusal]:
-    implementation = without_adapters(model).config.get_text_config()._attn_implementation
-    if implementation == TREE_ATTENTION["flex_attention"]:
-        yield (
-            "attn_implementation='flex_attention'",
-            "FlexAttention keeps the keys and values of the whole history for the backward pass of every layer",
-            "Load the model with 'sdpa' or a flash kernel",
-        )
-
-
-def _refused_measuring(
-    model: PreTrainedModel | PeftModel, args: SFTConfig, accelerator: Accelerator
-) -> Iterator[Refusal]:
-    """Yield layers whose activations `wave_tokens="auto"` can neither count nor measure."""
-    layers = path_dependent_layers(without_adapters(model)) if args.wave_tokens == "auto" else {}
-    for layer, mode in layers.items():
-        name = type(layer).__name__
-        if not mode.starts_from_state and mode.reach is None:
-            yield name, "it runs over whole paths, whose memory a wave does not bound", "Set a number of tokens"
-        if not _is_whole(accelerator):
-            yield name, "its activations are measured on a whole model, not on a shard", "Set a number of tokens"
-
-
-def _is_whole(accelerator: Accelerator) -> bool:
-    """Whether a rank can run the model by itself."""
-    kind = accelerator.distributed_type
-    is_zero3 = kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3
-    shares_rows = getattr(accelerator.parallelism_config, "sp_size", 1) > 1
-    return not (is_zero3 or shares_rows or kind == DistributedType.FSDP)
