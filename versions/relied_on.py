@@ -51,7 +51,7 @@ ASSUMED = [
     "trl.trainer.utils.add_fused_lm_head",
     # The order in which a checkpoint is written.
     "transformers.trainer.Trainer._save_checkpoint",
-    # How recurrent layers use a cache, which `recurrent/fork_cache.py` stands in for.
+    # How recurrent layers use a cache, which `recurrent/states.py` stands in for.
     "transformers.cache_utils.Cache",
     "transformers.modeling_layers.GradientCheckpointingLayer",
 ]

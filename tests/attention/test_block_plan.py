@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from support.dense_reference import dense_mask
 from support.tree_masks import tree_masks
-from trl_singlepass.attention.block_plan import Block, causal_blocks, masked_blocks, tree_blocks
+from trl_singlepass.attention.blocks import Block, causal_blocks, masked_blocks, tree_blocks
 from trl_singlepass.trees.rows import Run
 
 

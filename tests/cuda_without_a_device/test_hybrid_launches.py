@@ -9,8 +9,8 @@ from support.launch_count import LaunchAndCopyCounter
 from support.trainers import needs_cached_states
 from support.tree_masks import on_meta, tree_of
 from trl_singlepass.attention.context import running_on
+from trl_singlepass.recurrent.introspection import get_replay_mode
 from trl_singlepass.recurrent.layer import _wrap
-from trl_singlepass.recurrent.layer_kinds import get_replay_mode
 from trl_singlepass.reference.random_conversations import conversation
 
 

@@ -7,7 +7,7 @@ from support.gpu_stand_in import H100
 from support.launch_count import LaunchAndCopyCounter, launches_of_a_step
 from support.tree_masks import chat, mask_of
 from trl_singlepass.attention.block_mask import build_block_mask
-from trl_singlepass.attention.inputs import AttentionInputs
+from trl_singlepass.attention.interface import AttentionInputs
 from trl_singlepass.attention.kernel_choice import DeviceTraits
 from trl_singlepass.attention.sdpa import torch_tree_attention
 from trl_singlepass.attention.varlen_plan import varlen_plan

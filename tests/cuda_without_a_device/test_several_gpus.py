@@ -15,8 +15,8 @@ from trl_singlepass.attention.context import running_on
 from trl_singlepass.attention.kernel_choice import DeviceTraits
 from trl_singlepass.attention.sdpa import sdpa_forward
 from trl_singlepass.attention.varlen_kernels import TorchFlash
+from trl_singlepass.recurrent.introspection import get_replay_mode
 from trl_singlepass.recurrent.layer import _wrap
-from trl_singlepass.recurrent.layer_kinds import get_replay_mode
 
 
 FORWARDS = {"sdpa": sdpa_forward, "flex_attention": flex.flex_forward, "flash": flash.varlen_forward("any/flash")}

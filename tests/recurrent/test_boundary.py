@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from trl_singlepass.recurrent.boundary import BoundarySlots, RowBoundary
-from trl_singlepass.recurrent.boundary_grads import BoundaryTensors
-from trl_singlepass.recurrent.layer_kinds import ReplayMode
+from trl_singlepass.recurrent.schedule import ReplayMode
+from trl_singlepass.recurrent.states import BoundaryTensors
 from trl_singlepass.trees.rows import Run, TreePlan
 
 

@@ -15,13 +15,8 @@ from support.tiny_causal_lms import tiny_model
 from support.trainers import needs_cached_states
 from support.tree_masks import plan_of_eleven, tree_of
 from trl_singlepass.recurrent import path_dependent_layers
-from trl_singlepass.recurrent.row_kernels import (
-    SCANS,
-    RowKernels,
-    find_row_kernels,
-    insert_ancestors,
-    takes_packed_sequences,
-)
+from trl_singlepass.recurrent.introspection import find_row_kernels
+from trl_singlepass.recurrent.row_kernels import SCANS, RowKernels, insert_ancestors, takes_packed_sequences
 
 
 pytestmark = needs_cached_states

@@ -19,7 +19,7 @@ from support.absent_gpu import CARDS, TRITON_KERNEL, code_of, compile_kernels, c
 from support.gpu_stand_in import gpu
 from support.tree_masks import mask_of, random_inputs, tree_of
 from trl_singlepass.attention import Tree, flex
-from trl_singlepass.attention.inputs import AttentionInputs
+from trl_singlepass.attention.interface import AttentionInputs
 from trl_singlepass.attention.kernel_choice import DeviceTraits
 from trl_singlepass.reference.random_conversations import Sizes, conversation
 

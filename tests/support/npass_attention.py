@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from trl_singlepass.attention.context import Tree
-from trl_singlepass.attention.inputs import AttentionInputs
+from trl_singlepass.attention.interface import AttentionInputs
 from trl_singlepass.trees.rows import TreePlan
 
 

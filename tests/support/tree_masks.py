@@ -13,7 +13,7 @@ from transformers.masking_utils import (
 from support.sample_sets import sample_sets
 from trl_singlepass import Sample
 from trl_singlepass.attention.context import Tree
-from trl_singlepass.attention.inputs import AttentionInputs
+from trl_singlepass.attention.interface import AttentionInputs
 from trl_singlepass.attention.tree_mask import TreeMask
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, Run, TreePlan

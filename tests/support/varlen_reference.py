@@ -2,7 +2,7 @@
 
 import torch
 
-from trl_singlepass.attention.varlen import VarlenKernel
+from trl_singlepass.attention.varlen_kernels import VarlenKernel
 from trl_singlepass.engine.enable import enable_tree
 
 

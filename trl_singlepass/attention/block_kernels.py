@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from .inputs import Gradients
+from .interface import Gradients
 from .kernel_choice import TorchKernel
 
 

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from transformers.integrations.flash_attention import flash_attention_forward, get_target_dtype
 
-from .inputs import AttentionInputs
-from .interface import AttentionFunction, tree_attention_or
-from .plain import plain_forward
+from .interface import AttentionFunction, AttentionInputs, tree_attention_or
+from .sdpa import plain_forward
 from .tree_mask import TreeMask
-from .varlen import VarlenKernel, varlen_tree_attention
-from .varlen_kernels import flash_kernel
+from .varlen import varlen_tree_attention
+from .varlen_kernels import VarlenKernel, flash_kernel
 
 
 def varlen_forward(implementation: str) -> AttentionFunction:

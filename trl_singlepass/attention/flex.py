@@ -11,8 +11,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from .block_mask import build_block_mask
-from .inputs import AttentionInputs
-from .interface import tree_attention_or
+from .interface import AttentionInputs, tree_attention_or
 from .kernel_choice import DeviceTraits
 from .tree_mask import TreeMask
 

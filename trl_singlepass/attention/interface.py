@@ -1,14 +1,121 @@
-"""The attention function that transformers calls: tree attention on a row of trees, the stock one on other batches."""
+"""What the attention layers of transformers hand to kernels, checked and corrected first."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .inputs import AttentionInputs, check_layer, scale_by_depth
+from .context import Tree
 from .tree_mask import TreeMask
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Gradients of queries, keys and values."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionInputs:
+    """
+    Tensors of one attention layer, of a row of trees or of an ordinary batch.
+
+    On a row of trees, `batch` is 1, and `num_queries` and `num_keys` are the length of the row.
+    """
+
+    query: torch.Tensor  # (batch, heads, num_queries, head_dim)
+    key: torch.Tensor  # (batch, kv_heads, num_keys, head_dim); `kv_heads` divides `heads`
+    value: torch.Tensor  # (batch, kv_heads, num_keys, value_dim)
+    scale: float  # factor of the scores
+    softcap: float | None = None  # scores become `softcap · tanh(score / softcap)` (Gemma 2)
+    sinks: torch.Tensor | None = (
+        None  # (heads,): logit per head that takes part in the softmax without a key (gpt-oss)
+    )
+
+    def to(self, dtype: torch.dtype) -> AttentionInputs:
+        """Return the inputs with queries, keys and values cast to a dtype."""
+        return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), value=self.value.to(dtype))
+
+    @property
+    def head_dim(self) -> int:
+        """Size of the heads, the larger one of keys and values."""
+        return max(self.query.shape[-1], self.value.shape[-1])
+
+    def with_one_head_dim(self, multiple: int = 1) -> AttentionInputs:
+        """
+        Return the inputs with all heads padded to one size, a multiple of `multiple`, as kernels want them.
+
+        Zeros added to queries and keys change no score; those added to values add zeros to the output, to be cut off.
+        """
+        width = -(-self.head_dim // multiple) * multiple
+        query, key, value = (
+            x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+            for x in (self.query, self.key, self.value)
+        )
+        return replace(self, query=query, key=key, value=value)
+
+    def to_common_dtype(self) -> AttentionInputs:
+        """
+        Return the inputs in one dtype, chosen as stock SDPA chooses it.
+
+        Under autocast, norms can leave queries in float32 while values are in half precision.
+        """
+        dtype = torch.promote_types(self.query.dtype, torch.promote_types(self.key.dtype, self.value.dtype))
+        device = self.query.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        return self.to(dtype)
+
+
+def check_layer(
+    module: torch.nn.Module, mask: TreeMask, query: torch.Tensor, dropout: float, kwargs: Mapping[str, object]
+) -> None:
+    """
+    Refuse what a tree cannot honour in a layer: a row that does not fit the tree, dropout, a position bias.
+
+    Takes queries of shape `(batch, heads, num_queries, head_dim)`.
+    """
+    name = type(module).__name__
+    if (query.shape[0], query.shape[2]) != (1, mask.tree.plan.length):
+        raise ValueError(
+            f"{name} got {query.shape[0]} rows of {query.shape[2]} tokens on a tree of {mask.tree.plan.length}. "
+            "Pass the batch of `DataCollatorForSinglePass` as it is, without a cache."
+        )
+    if dropout:
+        raise ValueError(
+            f"{name} asks for attention dropout {dropout}, which one pass cannot draw as N separate passes would. Set "
+            "the model config's attention dropout (`attention_dropout`, `attn_pdrop`, …) to 0."
+        )
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{name} adds a position bias to its scores, which tree attention does not support.")
+
+
+def scale_by_depth(module: Any, query: torch.Tensor, tree: Tree) -> torch.Tensor:
+    """
+    Correct the attention temperature of layers that compute it from the index in the row (Llama 4).
+
+    On a tree it has to be computed from the depth, which these layers do not read from `position_ids`.
+
+    Takes queries as the layer scaled them and returns them scaled by depth, shape `(1, heads, row_length, head_dim)`;
+    the same object where the layer has no such temperature.
+
+    Source: `Llama4TextAttention` of transformers; temperature tuning of arXiv 2501.19399.
+    """
+    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+        return query
+
+    def temperature(positions: torch.Tensor) -> torch.Tensor:
+        steps = torch.floor((positions.float() + 1.0) / module.floor_scale)
+        return torch.log1p(steps) * float(module.attn_scale) + 1.0
+
+    index = torch.arange(query.shape[2], device=query.device)
+    if tree.group is not None:  # the layer counted from the start of a rank's part
+        index = index % (query.shape[2] // tree.group.size)
+    ratio = temperature(tree.depth[0]) / temperature(index)
+    return query * ratio.to(query.dtype)[:, None]
 
 
 class AttentionFunction(Protocol):
@@ -67,3 +174,28 @@ def tree_attention_or(plain: AttentionFunction, on_tree: TreeAttention) -> Atten
         return on_tree(module, AttentionInputs(query, key, value, scale, softcap, sinks), mask, options), None
 
     return attention_function
+
+
+def add_sinks_(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """
+    Add a sink to the softmax after the fact: it only scales the output, by `exp(lse - logaddexp(lse, sink))`.
+
+    Scales `out`, `(..., heads, num_queries, value_dim)`, in place. Takes the log-sum-exp of the scores without sinks
+    and returns it with them, `(..., heads, num_queries)`; `sinks` has shape `(heads,)`.
+    """
+    merged = torch.logaddexp(lse, sinks[:, None])
+    out *= (lse - merged).exp_()[..., None]
+    return merged
+
+
+def sink_gradient(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """
+    Return the gradient of the sinks, `-Σ weight · rowsum(grad · out)` with the weight `exp(sink - lse)`.
+
+    Takes the output and its gradient, `(heads, num_queries, value_dim)`, the log-sum-exp, `(heads, num_queries)`, both
+    with sinks, and `sinks` of shape `(heads,)`; returns `(heads,)`.
+    """
+    delta = (grad.to(lse.dtype) * out).sum(-1)
+    weight = (sinks[:, None] - lse).exp_()
+    # Negated and rounded to the sinks' dtype in one kernel; `torch.neg` takes no `out` of another dtype.
+    return torch.mul(torch.einsum("hq,hq->h", weight, delta), -1, out=torch.empty_like(sinks))

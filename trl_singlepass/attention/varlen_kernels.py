@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any, ClassVar
@@ -12,13 +14,45 @@ from typing import Any, ClassVar
 import torch
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
-from .inputs import Gradients
+from .interface import Gradients
 from .kernel_choice import DeviceTraits
-from .varlen import VarlenInputs, VarlenKernel
-from .varlen_call import VarlenCall
+from .varlen_plan import VarlenCall
 
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VarlenInputs:
+    """One call of a varlen kernel."""
+
+    query: torch.Tensor  # (num_queries, heads, head_dim)
+    key: torch.Tensor  # (num_keys, kv_heads, head_dim)
+    value: torch.Tensor  # like `key`
+    call: VarlenCall
+    scale: float  # factor of the scores
+    softcap: float  # of the scores, 0 for none
+
+
+class VarlenKernel(ABC):
+    """Flash attention over sequences of different lengths, causal and aligned at the end of the keys."""
+
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
+    """Dtypes that the kernel takes."""
+    max_head_dim: ClassVar[int] = 256
+    """Largest size of a head."""
+    has_softcap: ClassVar[bool] = True
+    """Whether the kernel has a softcap."""
+
+    @abstractmethod
+    def forward(self, x: VarlenInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the output, `(num_queries, heads, head_dim)`, and the log-sum-exp, `(heads, num_queries)`."""
+
+    @abstractmethod
+    def backward(
+        self, grad: torch.Tensor, x: VarlenInputs, out: torch.Tensor, lse: torch.Tensor, *, deterministic: bool
+    ) -> Gradients:
+        """Return the gradients, from the gradient of the output and from what `forward` returned."""
 
 
 class Flash2(VarlenKernel):

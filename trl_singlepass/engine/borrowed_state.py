@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..recurrent.layer_kinds import get_decoder
+from ..recurrent.introspection import get_decoder
 from .enable import without_adapters
 
 

@@ -11,13 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..attention.registry import BESIDE_EAGER_LAYERS, tree_attention_name
-from ..attention.text_layers import set_text_attention
+from ..attention.registry import BESIDE_EAGER_LAYERS, set_text_attention, tree_attention_name
 from ..data.collator import DataCollatorForSinglePass
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
+from ..recurrent.introspection import get_decoder, path_dependent_layers
 from ..recurrent.layer import disable_tree_recurrence, enable_tree_recurrence
-from ..recurrent.layer_kinds import get_decoder, path_dependent_layers
 from .model_call import leave_trees, take_trees
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..recurrent.layer_kinds import decoder_modules
+from ..recurrent.introspection import decoder_modules
 from .check_row import CheckRow
 
 

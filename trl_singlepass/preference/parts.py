@@ -14,7 +14,7 @@ from trl import DPOConfig
 from ..data.collator import Batch
 from ..engine.enable import without_adapters
 from ..engine.model_call import refuse_own_calls
-from ..recurrent.layer_kinds import path_dependent_layers
+from ..recurrent.introspection import path_dependent_layers
 from ..training.refusals import check_parts
 from ..training.sharding import stop_prefetching
 from ..training.situation import Situation

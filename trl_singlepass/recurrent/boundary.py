@@ -19,10 +19,16 @@ from torch import nn
 
 from ..attention.kv_cache import is_in_backward
 from ..trees.rows import TreePlan
-from .boundary_grads import AppendDetachedInputs, BoundaryTensors, CollectStateGradients, InputKey, LoadState, StateKey
-from .fork_cache import ForkStates
-from .layer_kinds import ReplayMode
-from .schedule import Schedule
+from .schedule import ReplayMode, Schedule
+from .states import (
+    AppendDetachedInputs,
+    BoundaryTensors,
+    CollectStateGradients,
+    ForkStates,
+    InputKey,
+    LoadState,
+    StateKey,
+)
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.context import Tree
 from ..attention.kv_cache import is_in_backward
-from ..attention.text_layers import KEEPS_ATTENTION
+from ..attention.registry import KEEPS_ATTENTION
+from ..attention.row_group import RowGroup
 from ..attention.tree_mask import TreeMask
 from .boundary import HasBoundary, RowBoundary
-from .fork_cache import ForkStates
-from .layer_kinds import DISTANCE, SELECTION, ReplayMode, path_dependent_layers
+from .introspection import DISTANCE, SELECTION, find_row_kernels, path_dependent_layers
 from .layout import Layout
-from .row_kernels import find_row_kernels
 from .scan_check import check_scan
-from .schedule import Piece
-from .shared_rows import gather_argument, part_of_output
+from .schedule import Piece, ReplayMode
+from .states import ForkStates
 from .tree_carrier import find_tree, pass_tree_in_masks
 
 
@@ -130,10 +129,37 @@ def _run(layer: Any, arguments: Mapping[str, object], tree: Tree) -> Any:
         return _run_pieces(layer, arguments, layout)
     num_tokens = layout.length // tree.group.size
     arguments = {
-        name: value if _carries_tree(value) else gather_argument(value, tree.group, num_tokens)
+        name: value if _carries_tree(value) else _gather_argument(value, tree.group, num_tokens)
         for name, value in arguments.items()
     }
-    return part_of_output(_run_pieces(layer, arguments, layout), layout.length, tree.group)
+    return _part_of_output(_run_pieces(layer, arguments, layout), layout.length, tree.group)
+
+
+def _gather_argument(value: Any, group: RowGroup, num_tokens: int) -> Any:
+    """
+    Return an argument of a layer for the whole row, from this rank's part.
+
+    The argument is a tensor of shape `(1, num_tokens, ...)`, or a tuple or dictionary of such. Other values are the
+    same on all ranks, and returned as they are.
+    """
+    if isinstance(value, dict):
+        return {name: _gather_argument(part, group, num_tokens) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_gather_argument(part, group, num_tokens) for part in value)
+    is_per_token = isinstance(value, torch.Tensor) and value.shape[:2] == (1, num_tokens)
+    return group.gather(value) if is_per_token else value
+
+
+def _part_of_output(output: Any, length: int, group: RowGroup) -> Any:
+    """
+    Return this rank's part of what a layer returned for a row.
+
+    The output is a tensor of shape `(1, row_length, ...)`, or a tuple of such; others stay.
+    """
+    if isinstance(output, tuple):
+        return tuple(_part_of_output(part, length, group) for part in output)
+    is_per_token = isinstance(output, torch.Tensor) and output.shape[:2] == (1, length)
+    return group.part(output) if is_per_token else output
 
 
 def _run_pieces(layer: Any, arguments: Mapping[str, object], layout: Layout) -> Any:

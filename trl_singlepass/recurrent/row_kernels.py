@@ -26,11 +26,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..attention.context import Tree
+from ..attention.row_group import RowGroup
 from ..trees.rows import TreePlan
-from .layer_kinds import ReplayMode
 from .layout import Layout
 from .schedule import fork_schedule, last_tokens
-from .shared_rows import on_share_of_channels, on_share_of_heads
 
 
 Kernel = Callable[..., Any]
@@ -112,42 +111,6 @@ class RowKernels:
         return output
 
 
-def find_row_kernels(layer: nn.Module, mode: ReplayMode) -> RowKernels | None:
-    """
-    Return the kernels of a layer that can run on a whole row.
-
-    The layer does not run on trees yet; `mode` is how it would run piece by piece. Returns `None` for a layer that has
-    to run piece by piece: one with another kernel, or whose `forward` or convolution a library has replaced or hooked
-    (CPU offload, `kernelize`).
-    """
-    forward = inspect.unwrap(type(layer).forward)
-    if not isinstance(forward, FunctionType) or mode.attends:
-        return None
-    hooked = "forward" in vars(layer) or any("_hf_hook" in vars(child) for child in layer.children())
-    names = set(forward.__code__.co_names)
-    scans = [name for name in SCANS if name in names]
-    if hooked or CONVOLUTION not in names or len(scans) != mode.starts_from_state:
-        return None
-    if not scans and mode.reach is None:
-        return None
-    return RowKernels(forward, scans[0] if scans else None)
-
-
-@cache
-def takes_packed_sequences(kernel: Kernel) -> bool:
-    """
-    Whether a kernel keeps packed sequences apart.
-
-    transformers wraps its kernels and drops arguments that the installed one does not have: the wrapper's closure
-    tells which those are.
-    """
-    try:
-        accepted = inspect.getclosurevars(kernel).nonlocals.get("applicable_params")
-    except TypeError:  # not a Python function
-        accepted = None
-    return "cu_seqlens" in (accepted or inspect.signature(kernel).parameters)
-
-
 class ConvolutionLayout:
     """
     The row with ancestors inserted, so that one causal convolution sees each branch after its history.
@@ -192,6 +155,21 @@ def insert_ancestors(plan: TreePlan, count: int) -> tuple[np.ndarray[Any, np.dty
     return np.concatenate(parts), np.concatenate(kept)
 
 
+@cache
+def takes_packed_sequences(kernel: Kernel) -> bool:
+    """
+    Whether a kernel keeps packed sequences apart.
+
+    transformers wraps its kernels and drops arguments that the installed one does not have: the wrapper's closure
+    tells which those are.
+    """
+    try:
+        accepted = inspect.getclosurevars(kernel).nonlocals.get("applicable_params")
+    except TypeError:  # not a Python function
+        accepted = None
+    return "cu_seqlens" in (accepted or inspect.signature(kernel).parameters)
+
+
 def run_scan(kernel: Kernel, names: ScanNames, layout: Layout, /, *args: object, **options: object) -> Any:
     """
     Run a scan over the second dimension along the paths of the tree.
@@ -232,3 +210,62 @@ def _get_layout(tree: Tree, key: Hashable, build: Callable[[], T]) -> T:
         layouts[key] = build()
     layout: T = layouts[key]
     return layout
+
+
+def on_share_of_channels(run: Kernel, group: RowGroup | None) -> Kernel:
+    """
+    Return a convolution that takes this rank's part of a row; `run` itself if no ranks share the row.
+
+    `run` convolves a whole row, `(1, channels, row_length)`, by channel. It also takes the weight,
+    `(channels, kernel_size)`, and further arguments, such as a bias of shape `(channels,)`.
+    """
+    if group is None:
+        return run
+
+    def convolve(hidden_states: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        channels = hidden_states.shape[1]
+
+        def share(value: object) -> object:
+            is_per_channel = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == channels
+            return group.share_of_heads(value) if is_per_channel else value  # type: ignore[arg-type]
+
+        row = group.to_heads(hidden_states.transpose(1, 2), channels).transpose(1, 2)
+        shared = {name: share(value) for name, value in options.items()}
+        output = run(row, *map(share, args), **shared)
+        return group.to_tokens(output.transpose(1, 2), channels).transpose(1, 2)
+
+    return convolve
+
+
+def on_share_of_heads(run: Kernel, group: RowGroup | None, length: int) -> Kernel:
+    """
+    Return a scan that takes this rank's part of a row; `run` itself if no ranks share the row.
+
+    `run` scans a whole row head by head. It takes per-token tensors of shape `(1, row_length, heads, ...)`, where
+    groups of heads may share one (`num_groups` of Mamba-2), parameters of shape `(heads, ...)` and others. It returns
+    its output, shape `(1, row_length, heads, ...)`, or a tuple that begins with it.
+    """
+    if group is None:
+        return run
+    num_tokens = length // group.size
+
+    def scan(*args: object, **options: object) -> Any:
+        values: list[Any] = [*args, *options.values()]
+        heads = max(value.shape[2] for value in values if _is_per_token(value, num_tokens))
+
+        def share(value: Any) -> Any:
+            if _is_per_token(value, num_tokens):
+                return group.to_heads(value, heads)
+            is_per_head = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == heads
+            return group.share_of_heads(value) if is_per_head else value
+
+        output = run(*map(share, args), **{name: share(value) for name, value in options.items()})
+        if isinstance(output, tuple):
+            return (group.to_tokens(output[0], heads), *output[1:])
+        return group.to_tokens(output, heads)
+
+    return scan
+
+
+def _is_per_token(value: Any, num_tokens: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 2 and value.shape[:2] == (1, num_tokens)

@@ -172,3 +172,24 @@ def _batches(
         batch.append(index)
     if batch:
         yield tuple(batch)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayMode:
+    """How a layer runs on a tree."""
+
+    # Whether branches start from the state at their fork. If not, their history is replayed before them.
+    starts_from_state: bool
+    reach: int | None = None  # how many tokens back an output depends on; `None` for all of them
+    attends: bool = False  # whether the layer is attention, which needs its own causal mask over a path
+
+    def schedule(self, plan: TreePlan, handed_on: Collection[int] = ()) -> Schedule:
+        """
+        Return the pieces in which the layer runs over a row.
+
+        `handed_on` has the positions just past the tokens whose states later rows start from.
+        """
+        if self.starts_from_state:
+            return fork_schedule(plan, handed_on)
+        # How many tokens attention selects depends on the length of the batch, so all paths run in one batch.
+        return path_schedule(plan, self.reach, min_length_ratio=0.0 if self.attends else MIN_LENGTH_RATIO)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..attention.text_layers import set_text_attention
+from ..attention.registry import set_text_attention
 from ..data.collator import LoadImages
 from ..engine.borrowed_state import in_evaluation_mode
 from ..engine.enable import disable_tree, enable_tree, takes_attention_from_outside, without_adapters

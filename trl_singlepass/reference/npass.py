@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..attention.text_layers import set_text_attention
+from ..attention.registry import set_text_attention
 from ..data.collator import LoadImages
 from ..engine.separate_samples import get_device, sample_inputs
 from ..trees.sample import Sample

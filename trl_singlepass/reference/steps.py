@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..attention.context import running_on
 from ..data.collator import DataCollatorForSinglePass
 from ..engine.model_call import as_tree
-from ..recurrent.layer_kinds import get_decoder
+from ..recurrent.introspection import get_decoder
 from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree
 from ..trees.rows import Row, TreePlan
 from ..trees.sample import Sample

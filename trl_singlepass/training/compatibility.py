@@ -29,7 +29,7 @@ from ..data.dataset_format import column_names, holds_rows
 from ..data.images import holds_images
 from ..engine.enable import check_model, check_not_compiled, without_adapters
 from ..images.reading import check_reads_images
-from ..recurrent.layer_kinds import path_dependent_layer_names
+from ..recurrent.introspection import path_dependent_layer_names
 from ..trees.rows import IMAGE_COLUMNS
 from .adapters import check_adapters
 from .checkpoints import check_state

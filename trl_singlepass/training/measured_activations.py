@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..engine.borrowed_state import in_evaluation_mode
-from ..recurrent.layer_kinds import get_decoder
+from ..recurrent.introspection import get_decoder
 
 
 # Lengths of the two passes whose difference counts: multiples of the chunks in which scans run.

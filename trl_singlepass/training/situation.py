@@ -14,7 +14,7 @@ from trl import DPOConfig, SFTConfig
 
 from ..attention.registry import TREE_ATTENTION
 from ..engine.enable import without_adapters
-from ..recurrent.layer_kinds import path_dependent_layers
+from ..recurrent.introspection import path_dependent_layers
 from ..waves.engines import SHARDED
 from .adapters import random_adapters
 

@@ -11,7 +11,7 @@ from ..attention.varlen_plan import KEYS_PER_CALL
 from ..cost.flops import head_sizes
 from ..cost.memory import ActivationBytes
 from ..engine.enable import without_adapters
-from ..recurrent.layer_kinds import path_dependent_layers
+from ..recurrent.introspection import path_dependent_layers
 from .config import SinglePassSFTConfig
 from .measured_activations import measure_activation_bytes
 

@@ -16,7 +16,7 @@ from ..attention.context import Tree
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch
 from ..engine.enable import Forward, without_adapters
-from ..recurrent.layer_kinds import path_dependent_layers
+from ..recurrent.introspection import path_dependent_layers
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..waves.engines import SHARDED, ShardedEngine, get_engine
 from ..waves.loss import RouterRecorder, WaveLoss

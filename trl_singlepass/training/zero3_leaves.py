@@ -19,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..engine.enable import without_adapters
+from ..recurrent.introspection import path_dependent_layers
 from ..recurrent.layer import runs_on_trees
-from ..recurrent.layer_kinds import path_dependent_layers
 
 
 if TYPE_CHECKING:

@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ..attention.context import Tree
-from ..attention.kv_cache import KVCache, KVCacheView, is_in_backward
-from ..attention.layer_slots import LayerSlots, SlotRanges
+from ..attention.kv_cache import KVCache, KVCacheView, LayerSlots, SlotRanges, is_in_backward
 from ..attention.offload import HostCopies
 from ..recurrent.boundary import BoundarySlots, RowBoundary
-from ..recurrent.boundary_grads import BoundaryTensors
-from ..recurrent.layer_kinds import ReplayMode
-from ..recurrent.schedule import last_tokens
+from ..recurrent.schedule import ReplayMode, last_tokens
+from ..recurrent.states import BoundaryTensors
 from ..trees.rows import Ranges, TreePlan
 from .plan import Wave
 from .subplan import RangeMap, make_subplan

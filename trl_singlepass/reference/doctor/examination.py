@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
-from ...attention.registry import TREE_ATTENTION, describe_tree_attention, tree_attention_name
-from ...attention.text_layers import set_text_attention
+from ...attention.registry import TREE_ATTENTION, describe_tree_attention, set_text_attention, tree_attention_name
 from ...cost.flops import ModelShape, get_model_shape, npass_cost, single_pass_cost
 from ...engine.enable import enable_tree
 from ...trees.prefix_tree import PrefixTree

@@ -1,16 +1,16 @@
-"""Which layers mix tokens by a recurrence or a convolution, and how each kind runs on a tree."""
+"""How each layer of a model runs on a tree, by its code: which ones mix tokens outside attention, and how."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from types import FunctionType
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..trees.rows import TreePlan
-from .schedule import MIN_LENGTH_RATIO, Schedule, fork_schedule, path_schedule
+from .row_kernels import CONVOLUTION, SCANS, RowKernels
+from .schedule import ReplayMode
 
 
 # Layers that keep states outside the cache or update them in several methods, and attention that selects its tokens in
@@ -25,27 +25,6 @@ ENCODER_CONFIGS = ("vision_config", "audio_config")
 SELECTION = "prev_topk_indices"
 # Argument that holds the distance between each pair of tokens.
 DISTANCE = "relative_distance"
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayMode:
-    """How a layer runs on a tree."""
-
-    # Whether branches start from the state at their fork. If not, their history is replayed before them.
-    starts_from_state: bool
-    reach: int | None = None  # how many tokens back an output depends on; `None` for all of them
-    attends: bool = False  # whether the layer is attention, which needs its own causal mask over a path
-
-    def schedule(self, plan: TreePlan, handed_on: Collection[int] = ()) -> Schedule:
-        """
-        Return the pieces in which the layer runs over a row.
-
-        `handed_on` has the positions just past the tokens whose states later rows start from.
-        """
-        if self.starts_from_state:
-            return fork_schedule(plan, handed_on)
-        # How many tokens attention selects depends on the length of the batch, so all paths run in one batch.
-        return path_schedule(plan, self.reach, min_length_ratio=0.0 if self.attends else MIN_LENGTH_RATIO)
 
 
 def get_replay_mode(layer: nn.Module) -> ReplayMode | None:
@@ -84,6 +63,27 @@ def _needs_whole_path(layer: nn.Module, keywords: set[object]) -> bool:
 def _reach(layer: nn.Module) -> int:
     convolutions = [module for module in layer.modules() if isinstance(module, nn.Conv1d)]
     return sum((module.kernel_size[0] - 1) * module.dilation[0] for module in convolutions)
+
+
+def find_row_kernels(layer: nn.Module, mode: ReplayMode) -> RowKernels | None:
+    """
+    Return the kernels of a layer that can run on a whole row.
+
+    The layer does not run on trees yet; `mode` is how it would run piece by piece. Returns `None` for a layer that has
+    to run piece by piece: one with another kernel, or whose `forward` or convolution a library has replaced or hooked
+    (CPU offload, `kernelize`).
+    """
+    forward = inspect.unwrap(type(layer).forward)
+    if not isinstance(forward, FunctionType) or mode.attends:
+        return None
+    hooked = "forward" in vars(layer) or any("_hf_hook" in vars(child) for child in layer.children())
+    names = set(forward.__code__.co_names)
+    scans = [name for name in SCANS if name in names]
+    if hooked or CONVOLUTION not in names or len(scans) != mode.starts_from_state:
+        return None
+    if not scans and mode.reach is None:
+        return None
+    return RowKernels(forward, scans[0] if scans else None)
 
 
 def path_dependent_layers(model: PreTrainedModel) -> dict[nn.Module, ReplayMode]:

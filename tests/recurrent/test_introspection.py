@@ -4,7 +4,7 @@ import pytest
 
 from support.tiny_causal_lms import tiny_model
 from trl_singlepass.recurrent import path_dependent_layers
-from trl_singlepass.recurrent.layer_kinds import ReplayMode
+from trl_singlepass.recurrent.schedule import ReplayMode
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import torch
 
-from trl_singlepass.recurrent.fork_cache import ForkStates
+from trl_singlepass.recurrent.states import ForkStates
 
 
 def test_inputs_of_a_convolution_go_on_after_those_of_the_source():

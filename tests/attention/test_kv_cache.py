@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trl_singlepass.attention.layer_slots import LayerSlots
+from trl_singlepass.attention.kv_cache import LayerSlots
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from support.float64_comparison import forward
 from support.sample_sets import reasoning_chat
 from support.tree_masks import mask_of, tree_of
-from trl_singlepass.attention.inputs import AttentionInputs, check_layer
+from trl_singlepass.attention.interface import AttentionInputs, check_layer
 from trl_singlepass.engine.enable import enable_tree
 
 
