@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from trl_singlepass.data.logs.bad_lines import LogError
+from trl_singlepass.data.logs import LogSource
 from trl_singlepass.data.logs.importer import import_logs
-from trl_singlepass.data.logs.sources import LogSource
+from trl_singlepass.data.logs.lines import LogError
 
 
 def import_entries(folder, source, entries, **options):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ..data.logs.sources import LogSource
+from ..data.logs import LogSource
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.logs import assistant, user
-from trl_singlepass.data.logs.bad_lines import Place
 from trl_singlepass.data.logs.examples import requests_to_examples, tokens_to_examples
+from trl_singlepass.data.logs.lines import Place
 from trl_singlepass.data.logs.requests import LoggedRequest, LoggedTokens
 
 

@@ -7,11 +7,15 @@ import pytest
 from support.log_servers import SCRIPT
 from support.log_streams import StreamingAnthropicServer, StreamingOpenAIServer, StreamingResponsesServer
 from support.logs import get_error, import_entries, user
-from trl_singlepass.data.logs.bad_lines import LogError
-from trl_singlepass.data.logs.streams import is_stream, join_stream
+from trl_singlepass.data.logs import anthropic, openai_chat, openai_responses
+from trl_singlepass.data.logs.lines import LogError, LogLine, Place, get_exchange
 
 
-SERVERS = [StreamingOpenAIServer, StreamingResponsesServer, StreamingAnthropicServer]
+JOIN = {
+    StreamingOpenAIServer: openai_chat.join_chunks,
+    StreamingResponsesServer: openai_responses.join_events,
+    StreamingAnthropicServer: anthropic.join_events,
+}
 REPLY = SCRIPT[0][1]
 FORMS = {
     "text": lambda text, events: text,
@@ -24,14 +28,14 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("server", SERVERS, ids=lambda server: server.source)
+@pytest.mark.parametrize("server", JOIN, ids=lambda server: server.source)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_stream_adds_up_to_the_response(server, form):
     whole = server.server.reply({}, REPLY)
     text, events = server.reply({}, REPLY), list(server.events(whole))
-    stream = FORMS[form](text, events)
-    assert is_stream(stream)
-    assert _trained(join_stream(stream)) == _trained(whole)
+    line = LogLine(Place("log", 1), {"response": FORMS[form](text, events)})
+    _, response = get_exchange(line, JOIN[server])
+    assert _trained(response) == _trained(whole)
 
 
 def _trained(response):
@@ -75,7 +79,7 @@ def test_each_choice_has_its_own_parts(tmp_path):
 
 def test_servers_that_number_no_calls_send_whole_ones():
     calls = [{"id": name, "function": {"name": name, "arguments": "{}"}} for name in ("a", "b")]
-    response = join_stream([delta(tool_calls=[call]) for call in calls])
+    response = openai_chat.join_chunks([delta(tool_calls=[call]) for call in calls])
     assert [call["id"] for call in response["choices"][0]["message"]["tool_calls"]] == ["a", "b"]
 
 
@@ -114,4 +118,4 @@ def test_streams_that_are_no_whole_reply_are_bad(tmp_path, source, response, rea
 
 def test_other_errors_of_a_stream_are_those_of_a_line():
     with pytest.raises(LogError, match="'delta' has a number where an object"):
-        join_stream([{"choices": [{"delta": 3}]}])
+        openai_chat.join_chunks([{"choices": [{"delta": 3}]}])

@@ -6,9 +6,9 @@ import pytest
 
 from support.logs import assistant, user
 from trl_singlepass.data.bad_rows import BadRows
-from trl_singlepass.data.logs.bad_lines import LogError
+from trl_singlepass.data.logs import LogSource
 from trl_singlepass.data.logs.importer import import_logs
-from trl_singlepass.data.logs.sources import LogSource
+from trl_singlepass.data.logs.lines import LogError
 
 
 def item(role, content, kind, **keys):

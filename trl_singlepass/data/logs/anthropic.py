@@ -6,15 +6,24 @@ Source: https://docs.anthropic.com/en/api/messages
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from ...rendering.conversation import Message
-from .bad_lines import BadLines, LogError
-from .exchange import get_exchange
-from .fields import get_list, get_object, get_objects, get_text, join_text, require
-from .messages import assistant_message, function_tool, tool_call, tool_message
-from .requests import Json, LoggedRequest, LogLine, parse_each_line
+from .lines import (
+    Json,
+    LogError,
+    LogLine,
+    append_delta,
+    decode_event,
+    get,
+    get_exchange,
+    get_index,
+    get_objects,
+    need,
+    require,
+    unknown_stream,
+)
+from .requests import LoggedRequest, assistant_message, function_tool, given, join_text, tool_call
 
 
 _ENDED = ("end_turn", "tool_use")
@@ -22,14 +31,10 @@ _ENDED = ("end_turn", "tool_use")
 _ORDER = {"thinking": 0, "redacted_thinking": 0, "text": 1, "tool_use": 2}
 
 
-def parse(lines: Iterable[LogLine], bad_lines: BadLines) -> Iterator[LoggedRequest]:
-    """Yield each response with the messages that were sent."""
-    return parse_each_line(lines, bad_lines, _parse_line)
-
-
-def _parse_line(line: LogLine) -> list[LoggedRequest]:
-    request, response = get_exchange(line)
-    system = join_text(request.get("system"), ("text",), "the system prompt")
+def read_line(line: LogLine) -> list[LoggedRequest]:
+    """Return a response with the messages that were sent."""
+    request, response = get_exchange(line, join_events)
+    system = join_text(request.get("system"), "the system prompt")
     context: list[Message] = [{"role": "system", "content": system}] if system else []
     require(request.get("messages"), "messages")
     sent = get_objects(request, "messages")
@@ -37,40 +42,29 @@ def _parse_line(line: LogLine) -> list[LoggedRequest]:
         raise LogError("The request ends in an assistant message, which the reply continues.")
     for message in sent:
         context += read_message(message)
-    check_ended(response)
-    require(get_list(response, "content"), "content")
+    reason = response.get("stop_reason")
+    if reason not in _ENDED:
+        raise LogError(f"The reply did not end: its stop_reason is '{reason}', expected 'end_turn' or 'tool_use'.")
+    need(response, "content", list)
     reply, hidden = read_assistant(get_objects(response, "content"))
     tools = [_read_tool(tool) for tool in get_objects(request, "tools")] or None
     return [LoggedRequest(line.place, context, reply, tools, has_hidden_reasoning=hidden)]
 
 
-def check_ended(message: Json) -> None:
-    """Refuse a reply that did not end by itself: it would be trained as if the model had meant to stop there."""
-    reason = message.get("stop_reason")
-    if reason not in _ENDED:
-        raise LogError(f"The reply did not end: its stop_reason is '{reason}', expected 'end_turn' or 'tool_use'.")
-
-
 def read_message(message: Json) -> list[Message]:
-    """
-    Return a message of the Messages API in the form of [`LoggedRequest`].
-
-    Results of tools become messages of their own. Raises [`LogError`] if it holds something else than text, thinking,
-    and calls and results of tools.
-    """
-    role, content = require(get_text(message, "role"), "role"), require(message.get("content"), "content")
+    """Return a message of the API, and results of tools as messages of their own."""
+    role, content = need(message, "role", str), require(message.get("content"), "content")
     if role == "assistant":
-        text = [{"type": "text", "text": content}]
-        return [read_assistant(text if isinstance(content, str) else get_objects(message, "content"))[0]]
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else get_objects(message, "content")
+        return [read_assistant(blocks)[0]]
     if isinstance(content, str):
         return [{"role": role, "content": content}]
-    blocks = get_objects(message, "content")
     messages: list[Message] = []
-    for is_result, group in groupby(blocks, lambda block: block.get("type") == "tool_result"):
+    for is_result, group in groupby(get_objects(message, "content"), lambda block: block.get("type") == "tool_result"):
         if is_result:
             messages += map(_read_result, group)
         else:
-            messages.append({"role": role, "content": join_text(list(group), ("text",), f"a '{role}' message")})
+            messages.append({"role": role, "content": join_text(list(group), f"a '{role}' message")})
     return messages
 
 
@@ -78,10 +72,9 @@ def read_assistant(blocks: list[Json]) -> tuple[Message, bool]:
     """
     Return an assistant's content blocks as one message, and whether it has reasoning in encrypted form only.
 
-    Raises [`LogError`] if a block is something else than thinking, text and tool use, or if chat templates render them
-    in another order.
+    Blocks are thinking, text and tool use, in the order in which chat templates render them.
     """
-    kinds = [require(get_text(block, "type"), "type") for block in blocks]
+    kinds = [need(block, "type", str) for block in blocks]
     unknown = [kind for kind in kinds if kind not in _ORDER]
     if unknown:
         raise LogError(f"An assistant message has a block of type '{unknown[0]}', which no chat template renders.")
@@ -91,27 +84,59 @@ def read_assistant(blocks: list[Json]) -> tuple[Message, bool]:
             f"An assistant message has blocks in the order {', '.join(kinds)}; chat templates render reasoning, then "
             "text, then tool calls."
         )
-    thoughts = [block["thinking"] for block in blocks if get_text(block, "thinking")]
+    thoughts = [block["thinking"] for block in blocks if get(block, "thinking", str)]
     if len(thoughts) > 1:
         raise LogError("An assistant message has several thinking blocks; chat templates render one reasoning.")
     texts = [block for block in blocks if block["type"] == "text"]
     calls = [
-        tool_call(block.get("name"), get_object(block, "input"), block.get("id"))
+        tool_call(block.get("name"), get(block, "input", dict), block.get("id"))
         for block in blocks
         if block["type"] == "tool_use"
     ]
-    content = join_text(texts, ("text",), "an assistant message") if texts else None
+    content = join_text(texts, "an assistant message") if texts else None
     # Thinking that the API withholds is a block with a signature and no text, or a redacted one.
     hidden = 0 in places and not thoughts
     return assistant_message(content, thoughts[0] if thoughts else None, calls), hidden
 
 
 def _read_result(block: Json) -> Message:
-    content = join_text(block.get("content"), ("text",), "the result of a tool")
-    return tool_message(content or "", block.get("tool_use_id"))
+    content = join_text(block.get("content"), "the result of a tool")
+    return given(role="tool", content=content or "", tool_call_id=block.get("tool_use_id"))
 
 
 def _read_tool(tool: Json) -> Json:
     if tool.get("type") not in (None, "custom"):
         raise LogError(f"The tool '{tool.get('name')}' of type '{tool['type']}' has no schema in the log.")
-    return function_tool(tool.get("name"), tool.get("description"), get_object(tool, "input_schema"))
+    return function_tool(tool.get("name"), tool.get("description"), get(tool, "input_schema", dict))
+
+
+def join_events(events: list[Json]) -> Json:
+    """
+    Return the response that the events of a stream add up to.
+
+    Source: https://docs.anthropic.com/en/docs/build-with-claude/streaming
+    """
+    if events[0].get("type") != "message_start":
+        raise unknown_stream(events)
+    message: Json = {}
+    blocks: dict[int, Json] = {}
+    for event in events:
+        match event.get("type"):
+            case "message_start":
+                message = need(event, "message", dict)
+            case "content_block_start":
+                blocks[get_index(event, 0)] = dict(need(event, "content_block", dict))
+            case "content_block_delta":
+                delta = need(event, "delta", dict)
+                append_delta(
+                    require(blocks.get(get_index(event, 0)), "content_block_start"),
+                    {key: delta.get(key) for key in ("text", "thinking", "partial_json")},
+                )
+            case "message_delta":
+                message = {**message, **(get(event, "delta", dict) or {})}
+    return {**message, "content": [_end_block(blocks[index]) for index in sorted(blocks)]}
+
+
+def _end_block(block: Json) -> Json:
+    text = block.pop("partial_json", "")
+    return {**block, "input": decode_event(text)} if text else block

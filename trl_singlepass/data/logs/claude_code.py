@@ -20,16 +20,17 @@ from dataclasses import dataclass
 
 from ...rendering.conversation import Message
 from . import anthropic
-from .bad_lines import BadLines, LogError
-from .fields import get_list, get_object, get_objects, get_text, require
-from .requests import Json, LoggedRequest, LogLine
+from .lines import BadLines, Json, LogError, LogLine, get, get_objects, need
+from .requests import LoggedRequest
 
 
 CLEARED = "[Old tool result content cleared]"
 _INTERRUPTED = "[Request interrupted by user]"
 
 
-def parse(lines: Iterable[LogLine], bad_lines: BadLines, *, skip_attachments: bool = False) -> Iterator[LoggedRequest]:
+def read_lines(
+    lines: Iterable[LogLine], bad_lines: BadLines, *, skip_attachments: bool = False
+) -> Iterator[LoggedRequest]:
     """
     Yield each reply of each transcript with what stood before it.
 
@@ -39,17 +40,11 @@ def parse(lines: Iterable[LogLine], bad_lines: BadLines, *, skip_attachments: bo
     """
     transcript = _Transcript(skip_attachments)
     for line in lines:
-        try:
+        with bad_lines.at(line.place):
             transcript.add(line)
-        except LogError as error:
-            bad_lines.add(line.place, str(error))
     for message_id, parts in transcript.replies.items():
-        try:
-            request = transcript.get_request(message_id)
-        except LogError as error:
-            bad_lines.add(parts[0].line.place, str(error))
-            continue
-        yield request
+        with bad_lines.at(parts[0].line.place):
+            yield transcript.get_request(message_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +79,11 @@ class _Transcript:
         self.read: dict[str, list[Message]] = {}  # messages by `uuid` or `message.id`: all contexts share them
 
     def add(self, line: LogLine) -> None:
-        uuid, kind = get_text(line.entry, "uuid"), require(get_text(line.entry, "type"), "type")
+        uuid, kind = get(line.entry, "uuid", str), need(line.entry, "type", str)
         if uuid is None or uuid in self.nodes:
             return
-        message = get_object(line.entry, "message") or {}
-        node = _Node(line, len(self.nodes), uuid, get_text(line.entry, "parentUuid"), message)
+        message = get(line.entry, "message", dict) or {}
+        node = _Node(line, len(self.nodes), uuid, get(line.entry, "parentUuid", str), message)
         self.nodes[uuid] = node
         self.parents.add(node.parent)
         if node.is_system("microcompact_boundary"):
@@ -218,15 +213,15 @@ class _Context:
 
     def add_system(self, node: _Node) -> None:
         if node.is_system("compact_boundary"):
-            metadata = get_object(node.entry, "compactMetadata") or {}
+            metadata = get(node.entry, "compactMetadata", dict) or {}
             if metadata.get("preservedSegment") or metadata.get("preservedMessages"):
                 raise LogError("Its context was compacted in part; where the kept messages stood is not in the log.")
             self.needs_summary = True
         if node.is_system("local_command"):  # what the user ran and what it printed
-            self.messages.append({"role": "user", "content": require(get_text(node.entry, "content"), "content")})
+            self.messages.append({"role": "user", "content": need(node.entry, "content", str)})
         if node.is_system("microcompact_boundary"):
-            metadata = get_object(node.entry, "microcompactMetadata") or {}
-            cleared = require(get_list(metadata, "compactedToolIds"), "compactedToolIds")
+            metadata = get(node.entry, "microcompactMetadata", dict) or {}
+            cleared = need(metadata, "compactedToolIds", list)
             self.messages = [
                 {**message, "content": CLEARED} if message.get("tool_call_id") in cleared else message
                 for message in self.messages

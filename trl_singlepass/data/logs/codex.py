@@ -13,16 +13,15 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from ...rendering.conversation import Message
-from .bad_lines import BadLines, LogError, Place
-from .fields import get_list, get_object, get_objects, get_text, require
-from .requests import Json, LoggedRequest, LogLine
-from .response_items import add_item, is_reply_item, read_items, read_reply
+from .lines import BadLines, Json, LogError, LogLine, Place, get, get_objects, need
+from .openai_responses import add_item, is_reply_item, read_items, read_reply
+from .requests import LoggedRequest
 
 
 _NOT_SENT = ("ghost_snapshot",)
 
 
-def parse(lines: Iterable[LogLine], bad_lines: BadLines) -> Iterator[LoggedRequest]:
+def read_lines(lines: Iterable[LogLine], bad_lines: BadLines) -> Iterator[LoggedRequest]:
     """Yield each reply of each transcript with what stood before it."""
     for _, session in groupby(lines, lambda line: line.place.path):
         yield from _Session(bad_lines).read(session)
@@ -43,7 +42,7 @@ class _Session:
     def read(self, lines: Iterable[LogLine]) -> Iterator[LoggedRequest]:
         for index, line in enumerate(lines):
             try:
-                payload = require(get_object(line.entry, "payload"), "payload")
+                payload = need(line.entry, "payload", dict)
                 kind = line.entry.get("type")
                 if kind == "response_item" and is_reply_item(payload):
                     self.reply_place = self.reply_place or line.place
@@ -75,7 +74,7 @@ class _Session:
 
     def compact(self, payload: Json) -> None:
         self.lost = None
-        if get_list(payload, "replacement_history") is None:
+        if get(payload, "replacement_history", list) is None:
             raise LogError("The context was compacted here, and what replaced it is not in the log.")
         items = get_objects(payload, "replacement_history")
         self.context = read_items(item for item in items if item.get("type") not in _NOT_SENT)
@@ -86,18 +85,14 @@ class _Session:
         self.reply, self.reply_place = [], None
         if place is None:
             return
-        instructions: list[Message] = []
-        if self.instructions:
-            instructions = [{"role": "system", "content": self.instructions}]
-        try:
+        instructions: list[Message] = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        with self.bad_lines.at(place):
             reply, hidden = read_reply(items)
             if self.lost:
                 raise LogError(f"Its context is unknown: {self.lost}")
             if self.aborted:
                 raise LogError("The reply was interrupted.")
             yield LoggedRequest(place, [*instructions, *self.context], reply, has_hidden_reasoning=hidden)
-        except LogError as error:
-            self.bad_lines.add(place, str(error))
         self.aborted = False
         try:
             self.context += read_items(items)
@@ -106,7 +101,5 @@ class _Session:
 
 
 def _get_instructions(payload: Json) -> str | None:
-    given = payload.get("base_instructions")
-    if isinstance(given, dict):
-        return get_text(given, "text")
-    return get_text(payload, "base_instructions")
+    base = payload.get("base_instructions")
+    return get(base, "text", str) if isinstance(base, dict) else get(payload, "base_instructions", str)

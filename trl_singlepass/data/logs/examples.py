@@ -27,7 +27,8 @@ from itertools import pairwise
 from typing import Any
 
 from ...rendering.conversation import Message
-from .requests import Json, LoggedRequest, LoggedTokens
+from .lines import Json
+from .requests import LoggedRequest, LoggedTokens
 
 
 @dataclass(frozen=True, slots=True)

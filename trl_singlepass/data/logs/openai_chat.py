@@ -7,16 +7,22 @@ Source: https://platform.openai.com/docs/api-reference/chat and, for `chat_templ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
-
 from ...rendering.conversation import Message
 from ...rendering.validation import REASONING_KEYS
-from .bad_lines import BadLines, LogError
-from .exchange import get_exchange
-from .fields import get_object, get_objects, get_text, join_text, require
-from .messages import assistant_message, tool_call, tool_message
-from .requests import Json, LoggedRequest, LogLine, parse_each_line
+from .lines import (
+    Json,
+    LogError,
+    LogLine,
+    append_delta,
+    get,
+    get_exchange,
+    get_index,
+    get_objects,
+    need,
+    require,
+    unknown_stream,
+)
+from .requests import LoggedRequest, assistant_message, given, join_text, tool_call
 
 
 _ENDED = ("stop", "tool_calls")
@@ -24,24 +30,22 @@ _ENDED = ("stop", "tool_calls")
 _UNTRAINABLE = ("functions", "documents", "chat_template", "continue_final_message")
 
 
-def parse(lines: Iterable[LogLine], bad_lines: BadLines) -> Iterator[LoggedRequest]:
-    """Yield each choice of each response with the messages that were sent."""
-    return parse_each_line(lines, bad_lines, _parse_line)
-
-
-def _parse_line(line: LogLine) -> list[LoggedRequest]:
-    request, response = get_exchange(line)
+def read_line(line: LogLine) -> list[LoggedRequest]:
+    """Return each choice of a response with the messages that were sent."""
+    request, response = get_exchange(line, join_chunks)
     untrainable = [key for key in _UNTRAINABLE if request.get(key)]
     if untrainable:
         raise LogError(f"The request has '{untrainable[0]}', which changes the prompt in a way that no dataset holds.")
     require(request.get("messages"), "messages")
     context = [read_message(message) for message in get_objects(request, "messages")]
     tools = get_objects(request, "tools") or None
-    kwargs = _get_template_kwargs(request)
+    kwargs = dict(get(request, "chat_template_kwargs", dict) or {})
+    if request.get("reasoning_effort") is not None:  # servers hand it to the template
+        kwargs.setdefault("reasoning_effort", request["reasoning_effort"])
     requests = []
     for choice in get_choices(response):
         check_ended(choice)
-        message = require(get_object(choice, "message"), "message")
+        message = need(choice, "message", dict)
         reply = read_message({**message, "role": "assistant"})
         hidden = "reasoning_content" not in reply and _has_encrypted_reasoning(message)
         requests.append(LoggedRequest(line.place, context, reply, tools, kwargs, hidden))
@@ -66,48 +70,79 @@ def check_ended(choice: Json) -> None:
 
 
 def read_message(message: Json) -> Message:
-    """
-    Return a message of the Chat Completions API in the form of [`LoggedRequest`].
-
-    Keys that chat templates do not read (`annotations`, `provider_specific_fields`, …) are left out. Raises
-    [`LogError`] if it holds something else than text, reasoning and calls of functions.
-    """
-    role = require(get_text(message, "role"), "role")
+    """Return a message, without the keys that chat templates do not read (`annotations`, `provider`, …)."""
+    role = need(message, "role", str)
     if role == "assistant":
         return _read_assistant(message)
-    content = join_text(message.get("content"), ("text",), f"a '{role}' message")
-    if role == "tool":
-        return tool_message(content or "", message.get("tool_call_id"), message.get("name"))
+    content = join_text(message.get("content"), f"a '{role}' message")
     if role == "function":
         raise LogError("A message has the role 'function', which has been replaced by 'tool'.")
-    name = {} if message.get("name") is None else {"name": message["name"]}
-    return {"role": role, **name, "content": content}
+    if role == "tool":
+        ids = {"tool_call_id": message.get("tool_call_id"), "name": message.get("name")}
+        return given(role=role, content=content or "", **ids)
+    return {**given(role=role, name=message.get("name")), "content": content}
 
 
 def _read_assistant(message: Json) -> Message:
     lost = [key for key in ("refusal", "audio", "function_call") if message.get(key)]
     if lost:
         raise LogError(f"An assistant message has '{lost[0]}', which no chat template renders.")
-    content = join_text(message.get("content"), ("text",), "an assistant message")
-    given = (get_text(message, key) for key in REASONING_KEYS)
-    reasoning = next((text for text in given if text is not None), None)
+    content = join_text(message.get("content"), "an assistant message")
+    texts = (get(message, key, str) for key in REASONING_KEYS)
+    reasoning = next((text for text in texts if text is not None), None)
     calls = [_read_call(call) for call in get_objects(message, "tool_calls")]
     return assistant_message(content, reasoning, calls)
 
 
 def _read_call(call: Json) -> Json:
-    function = get_object(call, "function")
+    function = get(call, "function", dict)
     if function is None:
         raise LogError(f"A tool call has the type '{call.get('type')}', expected 'function'.")
     return tool_call(function.get("name"), function.get("arguments"), call.get("id"))
 
 
-def _get_template_kwargs(request: Json) -> dict[str, Any]:
-    kwargs = dict(get_object(request, "chat_template_kwargs") or {})
-    if request.get("reasoning_effort") is not None:  # servers hand it to the template
-        kwargs.setdefault("reasoning_effort", request["reasoning_effort"])
-    return kwargs
-
-
 def _has_encrypted_reasoning(message: Json) -> bool:
     return any(detail.get("type") == "reasoning.encrypted" for detail in get_objects(message, "reasoning_details"))
+
+
+def join_chunks(chunks: list[Json]) -> Json:
+    """
+    Return the response that the chunks of a stream add up to.
+
+    Source: https://platform.openai.com/docs/api-reference/chat-streaming
+    """
+    if "choices" not in chunks[0]:
+        raise unknown_stream(chunks)
+    response: Json = {}
+    choices: dict[int, Json] = {}
+    for chunk in chunks:
+        response.update({key: value for key, value in chunk.items() if key != "choices" and value is not None})
+        for choice in get_objects(chunk, "choices"):
+            index = get_index(choice, 0)
+            whole = choices.setdefault(index, {"index": index, "message": {"tool_calls": []}})
+            _add_delta(whole["message"], get(choice, "delta", dict) or {})
+            rest = {key: value for key, value in choice.items() if key not in ("index", "delta", "logprobs")}
+            append_delta(whole, rest)
+    ended = [{**choice, "message": _without_empty_text(choice["message"])} for choice in choices.values()]
+    return {**response, "object": "chat.completion", "choices": ended}
+
+
+def _without_empty_text(message: Json) -> Json:
+    """Drop text that only opens a stream: it is null in a whole response, unless the answer itself is empty."""
+    answers = {"content"} if not message["tool_calls"] else set()
+    return {key: value for key, value in message.items() if value != "" or key in answers}
+
+
+def _add_delta(message: Json, delta: Json) -> None:
+    for call in get_objects(delta, "tool_calls"):
+        calls = message["tool_calls"]
+        index = get_index(call, len(calls))  # servers that leave it out send whole calls
+        if index > len(calls):
+            raise LogError(f"The streamed response has a part of tool call {index}, and no call {len(calls)}.")
+        if index == len(calls):
+            calls.append({"type": "function", "function": {}})
+        function, more = calls[index]["function"], get(call, "function", dict) or {}
+        calls[index].setdefault("id", call.get("id"))
+        function.setdefault("name", more.get("name"))
+        append_delta(function, {"arguments": more.get("arguments")})
+    append_delta(message, {key: value for key, value in delta.items() if key not in ("role", "tool_calls")})

@@ -15,11 +15,9 @@ from dataclasses import dataclass
 
 from ...rendering.conversation import Message
 from .anthropic import read_assistant
-from .bad_lines import BadLines, LogError, Place
-from .fields import get_list, get_object, get_objects, join_text
-from .messages import assistant_message, tool_message
+from .lines import BadLines, Json, LogError, LogLine, Place, get, get_objects
 from .openai_chat import read_message
-from .requests import Json, LoggedRequest, LogLine
+from .requests import LoggedRequest, assistant_message, given, join_text
 
 
 # History processors that leave the text of messages alone.
@@ -28,16 +26,12 @@ _FAITHFUL = ("default", "cache_control", "tag_tool_call_observations")
 _NO_QUERY: list[Json] = [{}]
 
 
-def parse(lines: Iterable[LogLine], bad_lines: BadLines) -> Iterator[LoggedRequest]:
+def read_lines(lines: Iterable[LogLine], bad_lines: BadLines) -> Iterator[LoggedRequest]:
     """Yield each step of each attempt of each trajectory with the messages that were sent."""
     for line in lines:
-        try:
-            attempts = [_Attempt.from_entry(entry, place) for entry, place in _get_attempts(line)]
-        except LogError as error:
-            bad_lines.add(line.place, str(error))
-            continue
-        for attempt in attempts:
-            yield from attempt.read(bad_lines)
+        with bad_lines.at(line.place):
+            for attempt in [_Attempt.from_entry(entry, place) for entry, place in _get_attempts(line)]:
+                yield from attempt.read(bad_lines)
 
 
 def _get_attempts(line: LogLine) -> list[tuple[Json, str]]:
@@ -75,13 +69,11 @@ class _Attempt:
         has_queries = any(step.get("query") for step in self.steps)
         for number, (context, reply) in enumerate(self.with_queries() if has_queries else self.from_history(), 1):
             place = Place(self.place, number)
-            try:
+            with bad_lines.at(place):
                 if isinstance(reply, LogError):
                     raise reply
                 if reply is not None:
                     yield LoggedRequest(place, [_read_item(item) for item in context], _read_item(reply))
-            except LogError as error:
-                bad_lines.add(place, str(error))
 
     def from_history(self) -> Iterator[tuple[Sequence[Json], Json | None]]:
         """Yield context and reply of each step; `None` for what SWE-agent said itself."""
@@ -95,7 +87,7 @@ class _Attempt:
         actions = [self.history[position] for position in self.actions]
         has_calls = any(item.get("tool_calls") for item in actions)
         for index, step in enumerate(self.steps):
-            query, response = get_list(step, "query"), step.get("response")
+            query, response = get_objects(step, "query"), step.get("response")
             if not self.was_repeated(index, len(actions)):
                 item = actions.pop(0) if actions else {}
                 if query == _NO_QUERY:
@@ -107,14 +99,14 @@ class _Attempt:
             elif has_calls:
                 yield [], LogError("The step was repeated, and the tool calls of its reply are not in the trajectory.")
             else:
-                yield query or [], {"role": "assistant", "content": response}
+                yield query, {"role": "assistant", "content": response}
 
     def was_repeated(self, index: int, num_actions: int) -> bool:
         """Return whether SWE-agent asked again, given how many replies are left in the history."""
         query, following = self.steps[index].get("query"), self.steps[index + 1 :]
         if not following or query == _NO_QUERY:
             return False
-        later = following[0].get("query") or _NO_QUERY
+        later = get_objects(following[0], "query") or _NO_QUERY
         if later == _NO_QUERY:
             return num_actions < 1 + len(following)
         # What could not be used is sent back for this one query, beside what is wrong with it.
@@ -122,13 +114,13 @@ class _Attempt:
 
 
 def _check_history_was_sent(entry: Json) -> None:
-    config = get_object(entry, "replay_config")
+    config = get(entry, "replay_config", dict)
     if config is None:
         raise LogError(
             "The steps have no 'query' and the file no 'replay_config', so what was sent is not known. Versions of "
             "SWE-agent since 1.1 write both."
         )
-    processors = get_objects(get_object(config, "agent") or {}, "history_processors")
+    processors = get_objects(get(config, "agent", dict) or {}, "history_processors")
     rewriting = [str(processor.get("type")) for processor in processors if processor.get("type") not in _FAITHFUL]
     if rewriting:
         raise LogError(
@@ -139,8 +131,9 @@ def _check_history_was_sent(entry: Json) -> None:
 
 def _read_item(item: Json) -> Message:
     if item.get("role") == "tool":
-        content = join_text(item.get("content"), ("text",), "the result of a tool")
-        return tool_message(content or "", next(iter(get_list(item, "tool_call_ids") or []), None))
+        content = join_text(item.get("content"), "the result of a tool")
+        call_ids = get(item, "tool_call_ids", list) or [None]
+        return given(role="tool", content=content or "", tool_call_id=call_ids[0])
     message = read_message({key: item.get(key) for key in ("role", "content", "tool_calls")})
     thinking = get_objects(item, "thinking_blocks")
     if not thinking:

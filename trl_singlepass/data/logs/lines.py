@@ -1,0 +1,302 @@
+"""The lines of log files: the fields of their JSON, request and response on them, and why a line is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ...rendering.validation import describe_type
+from ..bad_rows import mask_details
+
+
+Json = dict[str, Any]
+Kind = TypeVar("Kind", dict[str, Any], list[Any], str)
+Value = TypeVar("Value")
+
+LINES = (".jsonl", ".ndjson")
+# One JSON object in each.
+DOCUMENTS = (".traj",)
+_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
+_REQUEST_KEYS = ("request", "request_body", "body")
+_RESPONSE_KEYS = ("response", "response_body")
+_SSE = ("data:", "event:", "id:", ":")
+_DONE = "[DONE]"
+_LINES_NAMED = 10
+
+
+class LogError(ValueError):
+    """Why a line of a log cannot be trained as it was sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in a log."""
+
+    path: str  # file, as the user named it
+    line: int  # from 1; in a file that is one JSON object, the number of the step in it
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A line of a log."""
+
+    place: Place
+    entry: Json  # the JSON object on it
+
+
+# Bad lines -----------------------------------------------------------------------------------------------------------
+
+
+class BadLines:
+    """Lines that cannot be trained as they were sent, in the order in which they were found."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[tuple[Place, str], None] = {}
+
+    def __len__(self) -> int:
+        return len({place for place, _ in self._reasons})
+
+    def add(self, place: Place, reason: str) -> None:
+        """Note why a line cannot be trained as it was sent."""
+        self._reasons[place, reason] = None
+
+    @contextmanager
+    def at(self, place: Place) -> Iterator[None]:
+        """Note the reason if a [`LogError`] ends what is done with a line."""
+        try:
+            yield
+        except LogError as error:
+            self.add(place, str(error))
+
+    def group(self) -> list[str]:
+        """Return a sentence for each reason with the lines that it holds for, the most frequent first."""
+        groups: dict[str, list[tuple[Place, str]]] = {}
+        for place, reason in self._reasons:
+            groups.setdefault(mask_details(reason), []).append((place, reason))
+        return [_describe(group) for group in sorted(groups.values(), key=len, reverse=True)]
+
+    def error(self) -> LogError:
+        """Return the error that names all bad lines."""
+        count, they = ("1 line", "it was") if len(self) == 1 else (f"{len(self)} lines", "they were")
+        reasons = "".join(f"\n- {reason}" for reason in self.group())
+        return LogError(
+            f"{count} of the log cannot be trained as {they} sent; --bad_lines drop leaves out such lines and counts "
+            f"them:{reasons}"
+        )
+
+
+def _describe(group: list[tuple[Place, str]]) -> str:
+    (first, reason), count = group[0], len(group)
+    if count == 1:
+        return f"{first}: {reason}"
+    named: dict[str, list[int]] = {}
+    for place, _ in group[:_LINES_NAMED]:
+        named.setdefault(place.path, []).append(place.line)
+    places = ", ".join(f"{path}:{', '.join(map(str, lines))}" for path, lines in named.items())
+    more = f" and {count - _LINES_NAMED} more" if count > _LINES_NAMED else ""
+    return f"{count} lines ({places}{more}), the first: {reason}"
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def find_files(names: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
+    """Return the files that were named, and from folders those with `suffixes`, in alphabetical order."""
+    files: list[Path] = []
+    for path in (Path(name).expanduser() for name in names):
+        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in suffixes)
+        if not found:
+            what = (
+                f"The folder {path} has no {' or '.join(suffixes)} files" if path.is_dir() else f"There is no {path}"
+            )
+            raise ValueError(f"{what}. Give files, or folders that hold them.")
+        files += found
+    return files
+
+
+def read_log(path: Path, bad_lines: BadLines) -> Iterator[LogLine]:
+    """Yield the JSON objects of a file, which has one per line or is one of `DOCUMENTS`; empty lines are left out."""
+    texts: Iterable[bytes] = [path.read_bytes()] if path.suffix in DOCUMENTS else _read_lines(path)
+    for number, text in enumerate(texts, start=1):
+        place = Place(str(path), number)
+        if not text.strip():
+            continue
+        try:
+            entry = json.loads(text)
+        except ValueError as error:
+            bad_lines.add(place, f"The line is not JSON ({error}).")
+            continue
+        if isinstance(entry, dict):
+            yield LogLine(place, entry)
+        else:
+            bad_lines.add(place, f"The line is {describe_type(entry)}, expected a JSON object.")
+
+
+def _read_lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from file
+
+
+# Fields --------------------------------------------------------------------------------------------------------------
+
+
+def get(parent: Mapping[str, Any], key: str, kind: type[Kind]) -> Kind | None:
+    """Return the object, list or text under a key, `None` if there is none; an object may be stored as JSON text."""
+    value = parent.get(key)
+    if kind is dict and isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise LogError(f"'{key}' is text that is not JSON, expected an object.") from error
+    return _check(value, key, kind)
+
+
+def need(parent: Mapping[str, Any], key: str, kind: type[Kind]) -> Kind:
+    """Return the object, list or text under a key."""
+    return require(get(parent, key, kind), key)
+
+
+def get_objects(parent: Mapping[str, Any], key: str) -> list[Json]:
+    """Return the list of objects under a key; an empty list if there is none."""
+    return [require(_check(item, key, dict), key) for item in get(parent, key, list) or []]
+
+
+def require(value: Value | None, key: str) -> Value:
+    """Return a value that must not be `None`."""
+    if value is None:
+        raise LogError(f"'{key}' is missing.")
+    return value
+
+
+def _check(value: object, key: str, kind: type[Kind]) -> Kind | None:
+    if value is not None and not isinstance(value, kind):
+        raise LogError(f"'{key}' has {describe_type(value)} where {_KINDS[kind]} is expected.")
+    return value
+
+
+# Request and response ------------------------------------------------------------------------------------------------
+
+
+def get_exchange(line: LogLine, join_stream: Callable[[list[Json]], Json]) -> tuple[Json, Json]:
+    """
+    Return what was sent and what came back: request and response.
+
+    The request stands under `request`, `request_body` or `body` or on the line itself, the response under `response`,
+    `response_body` or on the line itself. Either may be wrapped once more, in `body`, and may be JSON text. The
+    response may be a stream, as a list of events or as their text: `join_stream` puts its events together.
+    """
+    entry = line.entry
+    request, response = _unwrap(entry, _REQUEST_KEYS), _find_stream(entry, join_stream)
+    if response is None:
+        response = _unwrap(entry, _RESPONSE_KEYS)
+    if "extra_body" in request:  # of OpenAI's Python client, which merges it into the request
+        request = {**request, **(get(request, "extra_body", dict) or {})}
+    if response is entry and any(key in entry for key in _RESPONSE_KEYS):
+        raise LogError("There is no response: the request failed or was not answered.")
+    error = response.get("error")
+    if error:
+        message = get(error, "message", str) if isinstance(error, dict) else str(error)
+        raise LogError(f"The response is an error: '{message}'.")
+    if str(response.get("object", "")).endswith(".chunk"):
+        raise LogError("The response is one part of a stream. Log all of its parts, on one line.")
+    return request, response
+
+
+def _unwrap(entry: Json, keys: Sequence[str]) -> Json:
+    for key in keys:
+        if entry.get(key) is not None:
+            found = get(entry, key, dict) or {}
+            body = found.get("body")
+            return (get(found, "body", dict) or {}) if isinstance(body, dict | str) else found
+    return entry
+
+
+def _find_stream(entry: Json, join_stream: Callable[[list[Json]], Json]) -> Json | None:
+    for key in _RESPONSE_KEYS:
+        value = entry.get(key)
+        for found in (value, value.get("body") if isinstance(value, dict) else None):
+            if isinstance(found, list) or (isinstance(found, str) and found.lstrip().startswith((*_SSE, "["))):
+                events = read_events(found)
+                failed = [event["error"] for event in events if event.get("error")]
+                return {"error": failed[0]} if failed else join_stream(events)
+    return None
+
+
+def read_events(stream: str | Sequence[object]) -> list[Json]:
+    """
+    Return the events of a stream, at least one. They are objects or text: server-sent events, or JSON.
+
+    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
+    """
+    events = (
+        _read_text(stream) if isinstance(stream, str) else [event for item in stream for event in _read_item(item)]
+    )
+    if not events:
+        raise LogError("The streamed response has no events.")
+    return events
+
+
+def unknown_stream(events: Sequence[Json]) -> LogError:
+    """Return the error for a stream that is not that of the API."""
+    kind = events[0].get("type") or events[0].get("object")
+    return LogError(
+        f"The streamed response has events of the type '{kind}' and no end: not those of a Chat Completions, "
+        "Responses or Messages API."
+    )
+
+
+def decode_event(text: str) -> object:
+    """Return the value of JSON text in a stream."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise LogError(f"The streamed response has an event that is not JSON: '{text[:40]}'.") from error
+
+
+def _read_text(text: str) -> list[Json]:
+    if text.strip() in ("", _DONE):
+        return []
+    if not text.lstrip().startswith(_SSE):
+        items = decode_event(text)
+        return [event for item in (items if isinstance(items, list) else [items]) for event in _read_item(item)]
+    # An event's data may be on several lines; an empty line ends it.
+    parts = text.replace("\r\n", "\n").replace("\r", "\n").split("\n\n")
+    lines = [[line[5:].strip() for line in part.split("\n") if line.startswith("data:")] for part in parts]
+    data = ["\n".join(part) for part in lines if part]
+    return [_as_event(decode_event(item)) for item in data if item != _DONE]
+
+
+def _read_item(item: object) -> list[Json]:
+    return _read_text(item) if isinstance(item, str) else [_as_event(item)]
+
+
+def _as_event(item: object) -> Json:
+    if not isinstance(item, dict):
+        raise LogError("The streamed response has an event that is no JSON object.")
+    data = item.get("data")  # of clients that log the event's name beside it
+    return data if isinstance(data, dict) else item
+
+
+def get_index(part: Json, default: int) -> int:
+    """Return the number of the choice, tool call or block that a part of a stream belongs to."""
+    index = part.get("index")
+    if not isinstance(index, int | None):
+        raise LogError(f"The streamed response has the index '{index}', expected a number.")
+    return default if index is None else index
+
+
+def append_delta(whole: Json, more: Mapping[str, Any]) -> None:
+    """Add to each text and list; what is neither, and reasons of the end, replace what was there."""
+    for key, value in more.items():
+        if value is None:
+            continue
+        before = whole.get(key)
+        same = isinstance(value, str | list) and type(value) is type(before)
+        whole[key] = before + value if same and not key.endswith("_reason") else value
