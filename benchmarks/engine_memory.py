@@ -81,7 +81,7 @@ def anonymous_bytes() -> int:
 def train_one(engine: str, bf16: bool, folder: Path) -> None:
     """Train two steps as one of two ranks, and write how many bytes this rank keeps."""
     sys.path.insert(0, str(ROOT / "tests"))  # the tests can run all engines without a GPU
-    from support import distributed_worker as worker
+    from support import worker
     from support.worker_settings import on_engine, with_config
 
     torch.set_num_threads(1)

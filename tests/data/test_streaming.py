@@ -15,11 +15,9 @@ from support.trainers import (
     largest_difference,
     logged,
     logs,
-    parameters,
     single_pass_trainer,
     stock_trainer,
 )
-from support.two_processes import run_on_two_processes
 from trl_singlepass.data import streaming
 from trl_singlepass.data.conversations import COUNT_COLUMNS, example_to_rows
 from trl_singlepass.data.dataset_format import EXAMPLE
@@ -249,31 +247,3 @@ def test_the_last_step_of_an_epoch_is_taken_where_it_is_not_full(tmp_path, token
     assert logged(streamed, "loss") == pytest.approx(logged(stored, "loss"), abs=1e-6)
     assert logged(streamed, "num_trained_tokens") == logged(stored, "num_trained_tokens")
     assert largest_difference(streamed, stored) < 1e-6
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_processes_train_each_row_of_a_stream_once_an_epoch(tmp_path, tokenizer):
-    """Their parts of the stream are of unequal length, and end in the middle of an accumulated step."""
-    ranks = results_of_two_processes(tmp_path)
-    chats = [chat(1 + seed % 3, seed=seed) for seed in range(9)]
-    expected = trained(conversations_to_rows(as_dataset(chats), tokenizer, RowSettings())[0])
-    one = single_pass_trainer(tmp_path, tokenizer, chats, per_device_train_batch_size=len(chats), max_steps=2)
-    one.train()
-    for case, first in ranks[0].items():
-        second = ranks[1][case]
-        assert first["parameters"] == second["parameters"], case
-        seen = Counter(dict(first["seen"])) + Counter(dict(second["seen"]))
-        assert first["seen"] != second["seen"], case
-        assert seen == Counter({token: 2 * count for token, count in expected.items()}), case
-        total = sum(expected.values())
-        assert [tokens for _, tokens in first["epochs"]] == [total, 2 * total], case
-        if case != "several steps":  # an epoch is one step, and a step is the mean over its tokens, wherever they are
-            assert first["loss"] == pytest.approx(logged(one, "loss"), abs=1e-6), case
-            for name, value in parameters(one).items():
-                assert first["parameters"][name] == pytest.approx(float(value.double().sum()), abs=1e-4), (case, name)
-
-
-def results_of_two_processes(tmp_path):
-    run_on_two_processes("stream_worker", tmp_path, timeout=300)
-    return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]

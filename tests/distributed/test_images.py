@@ -1,8 +1,8 @@
-"""Two ranks train rows with images as one process does, where only one of them has images to encode."""
+"""Two ranks train rows with images as one process does, also where only one of them has images to encode."""
 
 import pytest
 
-from support.worker_settings import assert_same_training, on_engine, with_config
+from support.worker_settings import TOLERANCE, assert_same_training, on_engine, with_config
 
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -38,3 +38,29 @@ def test_only_one_rank_has_images(tmp_path, workers, one_process, engine, case):
     run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert run.world_size == 2
     assert_same_training(run, alone, 1e-13)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "batch_size", "accumulation"),
+    [("qwen3_vl", 1, 1), ("qwen3_vl", 1, 2), ("gemma3", 4, 1)],
+    ids=["one each", "accumulated", "text on one process"],
+)
+def test_images_of_a_processor(tmp_path, workers, one_process, family, batch_size, accumulation):
+    settings = {"screens": family, "config": {"max_steps": 1, "max_length": None}}
+    settings = with_config(settings, gradient_accumulation_steps=accumulation)
+    alone = one_process(with_config(settings, per_device_train_batch_size=2 * batch_size))
+    run = workers.run(tmp_path, with_config(settings, per_device_train_batch_size=batch_size), world_size=2)
+    assert_same_training(run, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [{}, {"max_row_tokens": 110}], ids=["one row", "rows"])
+def test_pairs_with_images(tmp_path, workers, one_process, case):
+    """Also where one rank has a pair without an image, or more rows than the other."""
+    settings = {"screens": "qwen3_vl", "pairs": True, "config": {"max_steps": 4, "max_length": None}}
+    settings = with_config(settings, learning_rate=0.02, max_grad_norm=0.0)
+    alone = one_process(with_config(settings, per_device_train_batch_size=2))
+    run = workers.run(tmp_path, with_config(settings, per_device_train_batch_size=1, **case), world_size=2)
+    for name, value in alone.parameters.items():
+        assert float((run.parameters[name] - value).abs().max()) <= TOLERANCE, name

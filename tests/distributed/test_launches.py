@@ -15,7 +15,7 @@ from support.worker_settings import assert_same_training, read_result, with_conf
 
 
 ROOT = Path(__file__).parents[2]
-WORKER = ROOT / "tests" / "support" / "distributed_worker.py"
+WORKER = ROOT / "tests" / "support" / "worker.py"
 SETTINGS = {"config": {"per_device_train_batch_size": 1}}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 

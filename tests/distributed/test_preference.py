@@ -1,7 +1,13 @@
-"""Preference pairs of several turns train on two processes what one process trains, on every engine."""
+"""
+Preference pairs of several turns train on two processes what one process trains, on every engine; those of a single
+turn train what stock trains.
+"""
+
+import json
 
 import pytest
 
+from support.pairs import SINGLE_TURNS
 from support.worker_settings import TOLERANCE, in_waves, on_engine, with_config
 
 
@@ -57,3 +63,35 @@ def test_six_steps(tmp_path, workers, one_process, engine, case):
     settings, environment = on_engine(engine, settings)
     run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert_same(run, alone)
+
+
+# Model, batch size, batches per step, and whether the reference runs first.
+AS_STOCK = {
+    "full": ({}, 1, 2, False),
+    "full, precomputed": ({}, 2, 2, True),
+    "adapter": ({"adapter": "LoraConfig"}, 2, 1, False),
+    "adapter, precomputed": ({"adapter": "LoraConfig"}, 1, 2, True),
+    # The last batch of an epoch is incomplete, and accelerate fills it up.
+    "incomplete": ({}, 3, 1, False),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", AS_STOCK)
+def test_single_turns_train_as_stock(tmp_path, workers, case):
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in SINGLE_TURNS))
+    model, batch_size, accumulation, precomputed = AS_STOCK[case]
+    steps = {"max_steps": 20, "learning_rate": 0.02, "max_length": None, "gradient_accumulation_steps": accumulation}
+    settings = with_config({**model, "pairs": str(tmp_path / "pairs.jsonl")}, **steps)
+    settings = with_config(settings, per_device_train_batch_size=batch_size, precompute_ref_log_probs=precomputed)
+    runs = []
+    for is_stock in (True, False):
+        folder = tmp_path / f"stock {is_stock}"
+        folder.mkdir()
+        runs.append(workers.run(folder, {**settings, "stock": is_stock}, world_size=2))
+    stock, run = runs
+    assert run.loss == pytest.approx(stock.loss, rel=1e-3)
+    assert len(set(stock.loss)) > 1
+    assert run.parameters.keys() == stock.parameters.keys()
+    for name, value in stock.parameters.items():
+        assert float((value - run.parameters[name]).abs().max()) <= TOLERANCE, name

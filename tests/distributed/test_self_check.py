@@ -54,7 +54,7 @@ def test_a_loss_of_ones_own_runs_on_the_tree(tmp_path, workers, one_process, eng
     """With gradient checkpointing, which is TRL's default."""
     own = {"config": {"log_turn_metrics": False}}
     alone = one_process(with_config(own, per_device_train_batch_size=2))
-    settings, environment = on_engine(engine, {**own, "own_loss": True})
+    settings, environment = on_engine(engine, {**own, "trainer": "own loss"})
     run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert_engine(run, engine)
     assert_same_training(run, alone, 1e-5)

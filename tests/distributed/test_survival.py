@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from support.chat_tokenizers import make_tokenizer
-from support.distributed_worker import training_conversations
 from support.engine_matrix import on_two_ranks
 from support.trainers import SETTINGS, as_dataset, needs_weighted_loss
+from support.worker import training_conversations
 from support.worker_settings import assert_same_training, on_engine, with_config, zero
 from trl_singlepass.training.checkpoints import find_damage, last_good_checkpoint
 

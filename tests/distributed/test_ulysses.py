@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from support.distributed_worker import training_conversations
 from support.tiny_families import tiny_model
 from support.trainers import needs_weighted_loss
+from support.worker import training_conversations
 from support.worker_settings import assert_same_training, with_config, zero
 from trl_singlepass.cost.memory import exchange_bytes
 

@@ -11,6 +11,17 @@ CASES = {
     "accumulated": {"config": {"gradient_accumulation_steps": 2, "max_steps": 3, "gradient_checkpointing": True}},
 }
 
+# On DDP alone: waves that keep branches whole, adapters, and a search for unused parameters, which sees the last wave.
+ON_DDP = {
+    "kept": (100, {}),
+    "kept, checkpointed": (100, {"config": {"gradient_checkpointing": True}}),
+    "lora": (24, {"lora": True, "config": {"gradient_accumulation_steps": 2}}),
+    "find-unused": (
+        16,
+        {"family": "qwen3-moe", "config": {"router_aux_loss_coef": 0.0, "ddp_find_unused_parameters": True}},
+    ),
+}
+
 
 @pytest.mark.parametrize("case", [pytest.param("plain", marks=pytest.mark.slow), "accumulated"])
 @pytest.mark.parametrize("engine", ENGINES)
@@ -26,3 +37,15 @@ def test_two_processes_in_waves(tmp_path, workers, one_process, engine, case):
     if "evaluate" in CASES[case]:
         assert run.evaluation["eval_loss"] == pytest.approx(expected.evaluation["eval_loss"], rel=1e-5)
         assert run.evaluation["eval_num_waves"] > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ON_DDP)
+def test_two_processes_on_ddp(tmp_path, workers, one_process, case):
+    wave_tokens, settings = ON_DDP[case]
+    settings = with_config(settings, max_steps=3)
+    expected = one_process(with_config(settings, per_device_train_batch_size=2))
+    settings = in_waves(on_engine("ddp", settings)[0], wave_tokens=wave_tokens)
+    run = workers.run(tmp_path, settings, world_size=2)
+    assert run.waves_by_rank[0] != run.waves_by_rank[1]
+    assert_same_training(run, expected)

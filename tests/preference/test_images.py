@@ -5,12 +5,10 @@ import pytest
 import torch
 from trl import DPOConfig, DPOTrainer
 
-from support.image_dpo_worker import CASES, STEPS
 from support.pairs import perturbed
-from support.screen_pairs import pair_trainer, screen_pair, some_pairs, text_pair
+from support.screen_pairs import pair_trainer, screen_pair, text_pair
 from support.tiny_vision import tiny_processor, tiny_vision_model
 from support.trainers import SETTINGS, largest_difference, logged
-from support.two_processes import run_on_two_processes
 from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, audit, verify
 from trl_singlepass.data.bad_rows import BadRows
 from trl_singlepass.preference.dataset import prepare_pairs
@@ -153,26 +151,3 @@ def test_verify_and_audit_read_them(tmp_path):
     assert verify(model, processor, pairs).ok
     report = audit(pairs, processor)
     assert (report.num_trainable, report.all_turns.trainable, report.errors) == (1, 4, ())
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What two processes trained."""
-    result = tmp_path_factory.mktemp("images") / "result.pt"
-    run_on_two_processes("image_dpo_worker", result, timeout=400)
-    return torch.load(result)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_what_one_trains(tmp_path, two_processes, case):
-    """Also where one of them has a pair without an image, or more rows than the other."""
-    model, processor = tiny_vision_model("qwen3_vl")
-    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    settings = {"per_device_train_batch_size": 2, **STEPS}
-    pair_trainer(tmp_path, model, processor, some_pairs(tmp_path), perturbed(model), **settings).train()
-    trained = two_processes[case]
-    for name, parameter in model.named_parameters():
-        assert float((parameter.detach() - trained[name]).abs().max()) <= 1e-6, name
-    assert max(float((trained[name] - value).abs().max()) for name, value in start.items()) > 1e-3

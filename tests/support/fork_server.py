@@ -17,8 +17,8 @@ import traceback
 
 # Imported here once, not in every fork. DeepSpeed's engines import PyTorch's compiler, which takes seconds.
 import deepspeed  # noqa: F401
-import distributed_worker
 import torch._inductor.compile_fx  # noqa: F401
+import worker
 
 
 def run_rank(job, rank):
@@ -34,7 +34,7 @@ def run_rank(job, rank):
     os.environ.update(job.get("environment", {}))
     code = 1
     try:
-        distributed_worker.main(job["settings"])
+        worker.main(job["settings"])
         code = 0
     except SystemExit as stop:
         code = int(stop.code or 0)

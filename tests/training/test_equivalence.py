@@ -5,11 +5,9 @@ import torch
 import trl
 from packaging.version import Version
 
-from support.ddp_worker import CASES
-from support.paired_trainers import CONVERSATIONS, adapted, stock_trainer, train_both
+from support.paired_trainers import CONVERSATIONS, adapted, train_both
 from support.tiny_families import tiny_model
 from support.trainers import float32_model, largest_difference, logged, parameters
-from support.two_processes import run_on_two_processes
 
 
 TOLERANCE = 1e-6
@@ -143,34 +141,3 @@ def test_compute_metrics(tmp_path, tokenizer):
     assert stock["eval_accuracy"] > 0
     for key in ("eval_accuracy", "eval_tokens", "eval_loss"):
         assert single_pass[key] == pytest.approx(stock[key], rel=1e-5)
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What two processes trained, by case: parameters, losses and evaluation loss."""
-    result = tmp_path_factory.mktemp("ddp") / "result.pt"
-    run_on_two_processes("ddp_worker", result)
-    return torch.load(result)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_what_one_trains(tmp_path, tokenizer, two_processes, case):
-    model, settings = CASES[case]
-    batch_size = 2 * settings["per_device_train_batch_size"]
-    start = model(tokenizer)
-    stock = stock_trainer(
-        tmp_path,
-        tokenizer,
-        start,
-        evaluation=CONVERSATIONS[:5],
-        **{**settings, "per_device_train_batch_size": batch_size},
-    )
-    stock.train()
-    trained = two_processes[case]
-    ours = parameters(stock)
-    assert trained["parameters"].keys() == ours.keys()
-    for name, parameter in ours.items():
-        assert float((parameter - trained["parameters"][name]).abs().max()) <= TOLERANCE, name
-    assert any(float((ours[name] - value).abs().max()) > 1000 * TOLERANCE for name, value in start_of(start).items())
-    assert trained["loss"] == pytest.approx(logged(stock, "loss"), rel=1e-5)
-    assert trained["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)

@@ -1,15 +1,12 @@
 """With images: a step moves parameters as stock `SFTTrainer` does on the expanded samples, with a real processor."""
 
 import pytest
-import torch
 from trl import SFTConfig
 
-from support.image_ddp_worker import CASES
 from support.paired_trainers import Expanded
 from support.screen_conversations import examples_of, expand_images, screen_trainer, settings_of
 from support.tiny_vision import FAMILIES, tiny_vision_model
 from support.trainers import as_dataset, parameters
-from support.two_processes import run_on_two_processes
 from trl_singlepass import to_npass
 
 
@@ -79,21 +76,3 @@ def test_one_step_over_batch_size_and_accumulation(tmp_path, batch_size, accumul
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("llava_onevision", "llava")])
 def test_one_step_of_every_family_over_batch_size_and_accumulation(tmp_path, family, batch_size, accumulation):
     assert_equal(*train_both(tmp_path, family, as_messages, batch_size, accumulation))
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What two processes trained, by case."""
-    result = tmp_path_factory.mktemp("ddp") / "result.pt"
-    run_on_two_processes("image_ddp_worker", result)
-    return torch.load(result)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_what_one_trains(tmp_path, two_processes, case):
-    family, batch_size, accumulation = CASES[case]
-    stock = stock_trainer(tmp_path, family, as_messages, 2 * batch_size, accumulation)
-    start = parameters(stock)
-    stock.train()
-    assert_equal(parameters(stock), two_processes[case], start)

@@ -11,8 +11,6 @@ from support.paired_trainers import CONVERSATIONS, adapted, single_pass_trainer,
 from support.tiny_causal_lms import tiny_model as tiny_hybrid
 from support.tiny_families import tiny_model
 from support.trainers import float32_model, largest_difference, logged, parameters
-from support.two_processes import run_on_two_processes
-from support.waves_worker import CASES
 from trl_singlepass.training import wave_budget
 from trl_singlepass.training.sharding import stop_prefetching
 
@@ -140,40 +138,6 @@ def test_hybrids(tmp_path, tokenizer, model_type, checkpointing):
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model = tiny_hybrid(model_type, vocab_size=len(tokenizer), initializer_range=0.05, **special).float()
     assert_equal(*train_both(tmp_path, tokenizer, model, 64, gradient_checkpointing=checkpointing), model)
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What two processes trained, by case: parameters, losses and evaluation loss."""
-    result = tmp_path_factory.mktemp("ddp") / "result.pt"
-    run_on_two_processes("waves_worker", result)
-    return torch.load(result)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_what_one_trains(tmp_path, tokenizer, two_processes, case):
-    make_model, settings = CASES[case]
-    batch_size = 2 * settings["per_device_train_batch_size"]
-    settings = {name: value for name, value in settings.items() if name != "wave_tokens"}
-    model = make_model(tokenizer)
-    stock = stock_trainer(
-        tmp_path,
-        tokenizer,
-        model,
-        evaluation=CONVERSATIONS[:5],
-        **{**settings, "per_device_train_batch_size": batch_size},
-    )
-    stock.train()
-    trained = two_processes[case]
-    assert trained["num_waves"][0] != trained["num_waves"][1]
-    before = dict(model.named_parameters())
-    for name, parameter in parameters(stock).items():
-        assert float((parameter - trained["parameters"][name]).abs().max()) <= TOLERANCE, name
-    moved = max(float((value - before[name].detach()).abs().max()) for name, value in parameters(stock).items())
-    assert moved > 1000 * TOLERANCE
-    assert trained["loss"] == pytest.approx(logged(stock, "loss"), rel=1e-5)
-    assert trained["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)
 
 
 def test_weights_reach_waves(tmp_path, tokenizer):

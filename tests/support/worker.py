@@ -1,9 +1,9 @@
 """
 One process of a distributed test: train a tiny model for a few steps and write the results to a file.
 
-Usage: `distributed_worker.py SETTINGS.json`, alone or under `torchrun`, `accelerate launch` or `deepspeed`; the fork
+Usage: `worker.py SETTINGS.json`, alone or under `torchrun`, `accelerate launch` or `deepspeed`; the fork
 server calls `main`. Settings: `result` (a path without suffix), `config` (arguments of the trainer's config), and what
-`build_trainer` and `main` read below.
+the functions below read.
 """
 
 import importlib
@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer
 
 from support import tiny_causal_lms
 from support.adapters import adapted
@@ -45,10 +47,13 @@ from support.image_rows import image_collator, image_rows, image_sample_sets
 from support.pairs import pair
 from support.pairs import perturbed as reference_of
 from support.planted_layers import plant
+from support.screen_conversations import examples_of
+from support.screen_pairs import some_pairs
 from support.tiny_families import FAMILIES, tiny_model
 from support.tiny_multimodal import model_for
+from support.tiny_vision import tiny_vision_model
 from support.trainers import SETTINGS as COMMON
-from support.trainers import as_dataset, float32_model
+from support.trainers import as_dataset, float32_model, logged
 from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.engine.checked_model import TreeCheckError
 from trl_singlepass.training import sequence_parallel
@@ -129,15 +134,15 @@ def set_adapter(model):
 
 def build_model(tokenizer, settings):
     """Return the text model that the settings describe, before there is a DeepSpeed config to partition it by."""
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, **settings.get("model", {})}
-    model = float32_model(tokenizer, **heads)
+    own, family = settings.get("model", {}), settings.get("family", "qwen3")
     if "class_name" in settings:
         model = model_for(settings["class_name"], tokenizer)
-    family = settings.get("family")
-    if family in FAMILIES:
-        model = tiny_model(family, len(tokenizer), torch.float32, attn_implementation="eager", **heads)
-    elif family is not None:
-        model = tiny_causal_lms.tiny_model(family, vocab_size=len(tokenizer), **settings.get("model", {})).float()
+    elif family == "qwen3":
+        model = float32_model(tokenizer, **own)
+    elif family in FAMILIES:
+        model = tiny_model(family, len(tokenizer), torch.float32, attn_implementation="eager", **own)
+    else:
+        model = tiny_causal_lms.tiny_model(family, vocab_size=len(tokenizer), **own).float()
     if "planted" in settings:
         plant(model, settings["planted"])
     if "adapter" in settings:
@@ -174,23 +179,65 @@ class OwnLoss(SinglePassSFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+SEEN = Counter()
+"""How often this rank trained each token as a target."""
+
+
+class Counting(SinglePassSFTTrainer):
+    """Counts the targets that this rank trains."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        SEEN.update(inputs["labels"][inputs["labels"] != -100].tolist())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+TRAINERS = {"own loss": OwnLoss, "counting": Counting}
+
+
+def model_and_data(settings):
+    """Return a model, its tokenizer or processor, and the arguments of the trainer that say what it trains on."""
+    tokenizer = make_tokenizer("qwen3")
+    if "image_family" in settings:
+        family = settings["image_family"]
+        model = image_model(family, torch.float64 if settings.get("float64") else torch.float32)
+        freeze_encoder(model, settings.get("frozen_encoder"))
+        rows = image_rows(image_sample_sets(model, family))
+        return model, tokenizer, {"data_collator": image_collator(model, family), "train_dataset": rows}
+    if "screens" in settings:
+        model, processor = tiny_vision_model(settings["screens"])
+        rows = some_pairs(folder_of(settings)) if "pairs" in settings else examples_of(settings["screens"])
+        return model, processor, {"train_dataset": as_dataset(rows)}
+    model = build_model(tokenizer, settings)
+    if settings.get("pairs"):
+        return model, tokenizer, {"train_dataset": pairs_of(settings)}
+    dataset = as_dataset(settings.get("rows") or training_conversations()[: settings.get("num_rows")])
+    if "num_shards" in settings:
+        dataset = dataset.to_iterable_dataset(settings["num_shards"])
+    evaluation = as_dataset(evaluation_conversations()) if settings.get("evaluate") else None
+    return model, tokenizer, {"train_dataset": dataset, "eval_dataset": evaluation}
+
+
+def pairs_of(settings):
+    """Return pairs: trajectories of several turns, or those of a file, whose cache the ranks share."""
+    if settings["pairs"] is True:
+        return datasets.Dataset.from_list([pair(1 + seed % 3, seed) for seed in range(12)])
+    cache = str(folder_of(settings) / "cache")
+    return datasets.load_dataset("json", data_files=settings["pairs"], cache_dir=cache, split="train")
+
+
+def folder_of(settings):
+    return Path(settings["result"]).parent
+
+
 def build_trainer(settings):
     """Return the trainer that the settings describe."""
-    tokenizer = make_tokenizer("qwen3")
-    model = build_model(tokenizer, settings)
-    images = {}
-    if "image_family" in settings:
-        model = image_model(settings["image_family"], torch.float32)
-        freeze_encoder(model, settings.get("frozen_encoder"))
+    model, processor, data = model_and_data(settings)
     if settings.get("float64"):
         model.double()
-    if "image_family" in settings:
-        sets = image_sample_sets(model, settings["image_family"])
-        images = {"data_collator": image_collator(model, settings["image_family"]), "train_dataset": image_rows(sets)}
     if settings.get("four_bits"):
-        model = in_four_bits(model, Path(settings["result"]).parent)
+        model = in_four_bits(model, folder_of(settings))
     if "divided" in settings:
-        model = divided(model, Path(settings["result"]).parent, settings["divided"])
+        model = divided(model, folder_of(settings), settings["divided"])
     config = {
         **COMMON,
         "max_steps": 6,
@@ -201,42 +248,26 @@ def build_trainer(settings):
         "seed": 0,
         **settings.get("config", {}),
     }
-    if settings.get("pairs"):
-        return build_pair_trainer(model, tokenizer, config, settings)
     if "sp_size" in settings:
         config["parallelism_config"] = parallelism(settings["sp_size"])
-    dataset = as_dataset(settings.get("rows") or training_conversations()[: settings.get("num_rows")])
-    if "num_shards" in settings:
-        dataset = dataset.to_iterable_dataset(settings["num_shards"])
-    trainer_class = OwnLoss if settings.get("own_loss") else SinglePassSFTTrainer
-    return trainer_class(
-        model,
-        SinglePassSFTConfig(str(Path(settings["result"]).parent / "out"), **config),
-        **{"train_dataset": dataset, **images},
-        eval_dataset=as_dataset(evaluation_conversations()) if settings.get("evaluate") else None,
-        processing_class=tokenizer,
-        peft_config=adapter(settings["lora"]) if settings.get("lora") else None,
-    )
+    peft_config = adapter(settings["lora"]) if settings.get("lora") else None
+    common = {"processing_class": processor, "peft_config": peft_config, **data}
+    folder = str(folder_of(settings) / "out")
+    if settings.get("pairs"):
+        del config["log_turn_metrics"]
+        reference = None if peft_config or "adapter" in settings else reference_of(model)
+        trainer_class, config_class = SinglePassDPOTrainer, SinglePassDPOConfig
+        if settings.get("stock"):
+            trainer_class, config_class = DPOTrainer, DPOConfig
+        return trainer_class(model, reference, config_class(folder, **config), **common)
+    trainer_class = TRAINERS.get(settings.get("trainer"), SinglePassSFTTrainer)
+    return trainer_class(model, SinglePassSFTConfig(folder, **config), **common)
 
 
 def freeze_encoder(model, frozen):
     """Freeze the encoder of images, if asked for."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or "visual" not in name)
-
-
-def build_pair_trainer(model, tokenizer, config, settings):
-    """Return the trainer of preference pairs of several turns, with a reference that differs, or adapters."""
-    del config["log_turn_metrics"]
-    folder = Path(settings["result"]).parent / "out"
-    return SinglePassDPOTrainer(
-        model,
-        None if settings.get("lora") else reference_of(model),
-        SinglePassDPOConfig(str(folder), **config),
-        train_dataset=datasets.Dataset.from_list([pair(1 + seed % 3, seed) for seed in range(12)]),
-        processing_class=tokenizer,
-        peft_config=adapter(settings["lora"]) if settings.get("lora") else None,
-    )
 
 
 def untrained(example, index, silent_rows):
@@ -275,6 +306,15 @@ def count_exchanged_bytes():
 
     torch.distributed.all_to_all_single = count_and_exchange
     return sent
+
+
+def of_all_ranks(value):
+    """Return the value of every rank."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def keep_the_head_in_float64():
@@ -325,7 +365,7 @@ def summary(trainer):
         "world_size": trainer.accelerator.num_processes,
         "distributed_type": trainer.accelerator.distributed_type.value,
         "tp_size": trainer.get_tp_size(),
-        "row_tokens": len(next(iter(trainer.train_dataset))["input_ids"]),
+        "row_tokens": len(next(iter(trainer.train_dataset)).get("input_ids", ())),
         "engine": type(trainer.model_wrapped).__name__,
         "zero_stage": getattr(trainer.model_wrapped, "zero_optimization_stage", lambda: None)(),
         **{key: [float(entry[key]) for entry in history if key in entry] for key in keys},
@@ -371,11 +411,23 @@ def train(settings):
     evaluation = trainer.evaluate() if settings.get("evaluate") else {}
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # ZeRO-3 gathers it on rank 0
     state = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+    by_rank = {
+        "seen": of_all_ranks(sorted(SEEN.items())),
+        "waves_by_rank": of_all_ranks(logged(trainer, "num_waves")),
+    }
     if trainer.accelerator.is_main_process:
         result = Path(settings["result"])
         torch.save({name: value.cpu() for name, value in state.items()}, result.with_suffix(".pt"))
         result.with_suffix(".json").write_text(
-            json.dumps({**summary(trainer), "evaluation": evaluation, "exchanged": exchanged[0], "refused": refused})
+            json.dumps(
+                {
+                    **summary(trainer),
+                    **by_rank,
+                    "evaluation": evaluation,
+                    "exchanged": exchanged[0],
+                    "refused": refused,
+                }
+            )
         )
 
 
