@@ -12,7 +12,7 @@ from support.tree_checks import checked_on_images
 from trl_singlepass.attention import Tree
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.separate_samples import images_of
-from trl_singlepass.images import features
+from trl_singlepass.images import reading
 from trl_singlepass.images.reading import ImageReader
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.single_pass import RowImages, leak_probe
@@ -135,13 +135,13 @@ def test_images_read_in_order_are_wrong_where_they_see_themselves(family, monkey
 
 
 def test_features_in_the_order_of_first_use_are_wrong(monkeypatch):
-    in_row = features.ShownFeatures.in_row.__func__
+    in_row = reading.ShownFeatures.in_row.__func__
 
     def in_order(cls, image_features, plan):
         shown = in_row(cls, image_features, plan)
         return cls(shown.index.sort().values, shown.sizes)
 
-    monkeypatch.setattr(features.ShownFeatures, "in_row", classmethod(in_order))
+    monkeypatch.setattr(reading.ShownFeatures, "in_row", classmethod(in_order))
     assert difference("llava_onevision", "reasoning") > 1e-3
 
 

@@ -6,7 +6,7 @@ import torch
 from support.tiny_vision import screen, tiny_vision_model
 from trl_singlepass import verify
 from trl_singlepass.attention import Tree
-from trl_singlepass.images.features import image_module
+from trl_singlepass.images.reading import image_module
 
 
 def chat():

@@ -9,7 +9,7 @@ from trl_singlepass.rendering import prefixes as rendering_prefixes
 from trl_singlepass.rendering.conversation import Conversation
 from trl_singlepass.rendering.prefixes import Prefixes
 from trl_singlepass.rendering.samples import render_samples
-from trl_singlepass.rendering.sandbox import compiled_template
+from trl_singlepass.rendering.template import compiled_template
 
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Looks up.", "parameters": {}}}]

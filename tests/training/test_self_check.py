@@ -15,7 +15,7 @@ from support.trainers import SETTINGS, float32_model, single_pass_trainer
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.engine.check import TreeCheck
 from trl_singlepass.engine.checked_model import TreeCheckError
-from trl_singlepass.images.features import image_module
+from trl_singlepass.images.reading import image_module
 
 
 CHATS = [chat(3), chat(2, seed=1)]

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset
 from datasets import Image as ImageFeature
 
-from ..images.encoded import EncodedImage
+from ..images.loading import EncodedImage
 from ..rendering.validation import IMAGE_PARTS, IMAGES_WAY_OUT, MESSAGE_COLUMNS, is_image_part
 from ..trees.errors import DataError
 

@@ -16,8 +16,7 @@ from datasets.utils.tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.logging import get_logger
 
-from ..images.encoded import EncodedImage
-from ..images.loading import image_loader_of
+from ..images.loading import EncodedImage, image_loader_of
 from ..images.placeholders import placeholders_of
 from ..trees.rows import Row
 from .arrow import ROWS_VERSION, row_features, rows_to_table

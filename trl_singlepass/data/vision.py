@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..images.conversation_images import ConversationImages
-from ..images.encoded import EncodedImage
+from ..images.loading import EncodedImage
 from ..images.placeholders import ImagePlaceholders, placeholders_of
 from ..rendering.conversation import Conversation
 from ..rendering.validation import IMAGES_WAY_OUT

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..trees.errors import DataError
 from ..trees.image_features import NO_FEATURE, ImageReference
-from .encoded import EncodedImage
+from .loading import EncodedImage
 from .placeholders import ImagePlaceholders, Size
 
 

@@ -16,7 +16,7 @@ from ..data.conversations import example_to_samples
 from ..data.images import image_columns_of
 from ..data.selection import FittedSamples, OverlongTurnError, fit_samples
 from ..data.vision import ConversationReader, images_of_example
-from ..images.encoded import EncodedImage
+from ..images.loading import EncodedImage
 from ..trees.image_features import FeatureNumbers, to_keys
 from ..trees.sample import Sample
 from .settings import PairSettings, PairTurns

@@ -12,8 +12,7 @@ from jinja2 import Template, TemplateError
 
 from .conversation import Conversation, Message
 from .message_format import as_read
-from .sandbox import compiled_template
-from .template import ChatTemplate
+from .template import ChatTemplate, compiled_template
 
 
 if TYPE_CHECKING:

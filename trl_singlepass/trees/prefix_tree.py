@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .image_features import ImageReference, features_of, to_keys, tokens_of
-from .merging import SampleMerger
-from .radix import RadixNode, depth_first
+from .radix import RadixNode, SampleMerger, depth_first
 from .sample import Sample
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .merging import SampleMerger
 from .prefix_tree import PrefixTree
+from .radix import SampleMerger
 from .sample import Sample
 
 

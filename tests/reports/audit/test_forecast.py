@@ -13,8 +13,8 @@ from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.audit import audit
 from trl_singlepass.reports.audit.forecast import Schedule, count_conversation, make_forecast, maximal_chains
 from trl_singlepass.trees.image_features import ImageReference
-from trl_singlepass.trees.merging import SampleMerger
 from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.radix import SampleMerger
 from trl_singlepass.trees.sample import Sample
 from trl_singlepass.trees.shared_array import SharedArray
 

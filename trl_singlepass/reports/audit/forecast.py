@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from ...cost.flops import ONE_LAYER, Cost, ModelShape, npass_cost, single_pass_cost
 from ...rendering.tokenization import common_length
 from ...trees.image_features import to_keys
-from ...trees.merging import SampleMerger
 from ...trees.prefix_tree import lay_out
-from ...trees.radix import RadixNode
+from ...trees.radix import RadixNode, SampleMerger
 from ...trees.sample import Sample
 
 

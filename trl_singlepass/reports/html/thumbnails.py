@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from io import BytesIO
 
-from ...images.encoded import EncodedImage
+from ...images.loading import EncodedImage
 from ...trees.image_features import ImageReference
 
 

@@ -1,13 +1,16 @@
 """The caching sandbox gives templates what transformers' sandbox gives them, and refuses what it refuses."""
 
+import numpy as np
 import pytest
 from jinja2 import Template
 from jinja2.runtime import LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from support.conversations import text_or_error
-from trl_singlepass.rendering.sandbox import CachingSandbox, compiled_template
+from support.chat_tokenizers import make_tokenizer
+from support.conversations import CHAT, prompt, text_or_error, without_reasoning
+from trl_singlepass.rendering.samples import render_samples
+from trl_singlepass.rendering.template import CachingSandbox, compiled_template
 
 
 MESSAGES = [
@@ -60,3 +63,24 @@ def test_templates_get_as_far_as_in_transformers_sandbox(source):
     assert isinstance(fast, Template)
     texts = [text_or_error(template.render, messages=MESSAGES) for template in (stock, fast)]
     assert texts[0] == texts[1]
+
+
+CLOCK = (
+    "{{ strftime_now('%H:%M:%S.%f') }} {{ strftime_now('%d %B %Y') }}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_clock_stands_still_over_one_conversation():
+    tokenizer = make_tokenizer(None, CLOCK)
+    first, second = render_samples(without_reasoning(CHAT), tokenizer)
+    assert np.array_equal(second.token_ids[: len(first) - 1], first.token_ids[:-1])
+    date = tokenizer.apply_chat_template(CHAT[:1], tokenize=False).split("<")[0].split(" ", 1)[1]
+    assert date in prompt(first, tokenizer)  # the frozen clock formats as transformers does
+    assert tokenizer.decode(first.token_ids).count("%") == 0
+
+
+def test_templates_that_print_the_date_render_as_transformers_renders_them():
+    tokenizer = make_tokenizer("gptoss")
+    assert "Current date: 20" in prompt(render_samples(CHAT, tokenizer)[0], tokenizer)

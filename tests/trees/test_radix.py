@@ -4,10 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_singlepass.trees import merging
-from trl_singlepass.trees.merging import SampleMerger
+from trl_singlepass.trees import radix
 from trl_singlepass.trees.prefix_tree import PrefixTree, lay_out, sample_paths
-from trl_singlepass.trees.radix import RadixNode
+from trl_singlepass.trees.radix import RadixNode, SampleMerger
 from trl_singlepass.trees.sample import Sample
 from trl_singlepass.trees.shared_array import SharedArray
 
@@ -68,9 +67,9 @@ def agent(turns, length=50):
 
 def test_only_new_tokens_are_compared(monkeypatch):
     compared = []
-    compare = merging.common_prefix_length
+    compare = radix.common_prefix_length
     monkeypatch.setattr(
-        merging, "common_prefix_length", lambda a, b: compared.append(min(len(a), len(b))) or compare(a, b)
+        radix, "common_prefix_length", lambda a, b: compared.append(min(len(a), len(b))) or compare(a, b)
     )
     tree = PrefixTree.from_samples(agent(200))
     assert tree.sharing_factor > 50
