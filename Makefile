@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SLOW := $(VENV)/.slow
+# Files in the order of their folders: sorted by their number of tests, the longest ones would come last.
+ON_TWO_CORES := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install test test-slow lint demo demo-model bench gpu docs pictures clean
 
@@ -26,13 +28,12 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/pip install --quiet -e ".[dev,plot]"
 	touch $@
 
-# The distributed tests start processes of their own and run one after another. ARGS=… runs what it names in one process.
+# ARGS=… runs what it names in one process.
 test: $(INSTALLED)
 ifdef ARGS
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 else
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/distributed -n 2 --dist loadfile
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ON_TWO_CORES)
 endif
 
 $(SLOW): $(INSTALLED)
@@ -40,8 +41,7 @@ $(SLOW): $(INSTALLED)
 	touch $@
 
 test-slow: $(SLOW)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore=tests/distributed -n 2 --dist loadfile
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/distributed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ON_TWO_CORES)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -122,16 +122,6 @@ def test_summary_has_the_chats_in_waves_too_and_the_longest_agent_conversation(m
     assert agent == "| agent (τ-bench), 3 turns | 15.0 s | 3.0 s | **5.00×** | 0.0 GiB | 0.0 GiB | not measured |"
 
 
-def test_tables_replace_what_is_between_the_markers(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.replace_between_markers(page, "new")
-    assert page.read_text() == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
-    page.write_text("no markers")
-    with pytest.raises(ValueError, match=r"Expected the lines .* in .*page\.md"):
-        report.replace_between_markers(page, "new")
-
-
 def test_pages_say_what_the_committed_results_say(tmp_path, monkeypatch):
     for name in ("README", "PAGE", "MEMORY", "CHECK"):
         page = getattr(report, name)
@@ -171,17 +161,6 @@ def test_the_profile_finds_matrix_products_and_attention(mode):
     seconds = step_profile.seconds_by_kind(Case(mode, 2, 0, True, "cpu", "float32"))
     assert list(seconds) == ["matrix products", "attention", "everything else"]
     assert min(seconds.values()) > 0
-
-
-def test_the_profile_tells_operations_apart():
-    names = {"aten::mm", "aten::addmm", "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "aten::mul"}
-    kinds = {name: step_profile.kind_of(name) for name in names}
-    assert kinds == {
-        "aten::mm": "matrix products",
-        "aten::addmm": "matrix products",
-        "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
-        "aten::mul": "everything else",
-    }
 
 
 def test_report_gives_shares_of_operations_and_what_memory_costs():

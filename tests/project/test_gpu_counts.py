@@ -60,12 +60,3 @@ def test_the_page_says_what_the_results_say(tmp_path, monkeypatch):
     before = gpu_counts.PAGE.read_text()
     gpu_counts.main()
     assert (tmp_path / "gpu.md").read_text() == before, f"{page}: {AGAIN}"
-
-
-def test_the_page_says_with_which_shares_it_counts():
-    text = (RESULTS.parents[2] / "docs" / "gpu.md").read_text()
-    for share in gpu_counts.ATTENTION.values():
-        assert f"{100 * share:g} %" in text
-    assert f"| matrix products | {100 * gpu_counts.MATRICES:g} % |" in text
-    stored = json.loads(RESULTS.read_text())
-    assert (stored["attention"], stored["matrices"]) == (gpu_counts.ATTENTION, gpu_counts.MATRICES)

@@ -4,7 +4,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,30 +38,11 @@ def test_every_kernel_meets_packed_npass_on_every_model():
     assert {one.kernel for one in found if one.schedule == "waves"} == {"sdpa", "flash_attention_3"}
 
 
-def test_what_tells_most_comes_first_and_the_hybrid_is_not_last():
-    found = list(cases(["sdpa"], ARGS))
-    assert [one.turns for one in found] == sorted((one.turns for one in found), reverse=True)
-    order = list(dict.fromkeys(one.model for one in found))
-    assert order[0] == "Qwen3-0.6B"
-    assert order.index("Qwen3.5-4B") < len(order) - 1
-
-
 def test_kernels_that_are_not_here_have_a_reason():
     found, missing = gpu_step.available_kernels()
     assert {"sdpa", "flex_attention"} <= set(found)
     assert set(found) | set(missing) | set(gpu_step.SAME_AS_SDPA) == set(gpu_step.KERNELS)
     assert all(missing.values())
-
-
-def test_stock_attention_is_measured_on_cudnn_and_on_flash_attention():
-    """On Hopper, PyTorch takes cuDNN by itself, and the single pass FlashAttention 2."""
-    found = list(cases(["sdpa"], argparse.Namespace(**{**vars(ARGS), "device": "cuda"})))
-    kernels = {
-        model: {one.kernel for one in found if (one.model, one.schedule) == (model, "npass_padded")}
-        for model in LAYERS
-    }
-    both = {"stock:cudnn", "stock:flash"}
-    assert kernels == {**dict.fromkeys(LAYERS, both), "gpt-oss-20b": {"stock"}}
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")
@@ -198,28 +178,6 @@ def test_a_test_that_breaks_the_process_spoils_no_other(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("outcome", ["PASSED", "did not end: took longer than 0 seconds"])
-def test_tests_that_the_end_cuts_off_are_left_for_the_next_run(outcome, tmp_path, monkeypatch):
-    names = [*(f"tests/b.py::test_{number}" for number in (1, 2, 3)), *(f"tests/a.py::test_{n}" for n in range(4, 8))]
-    monkeypatch.setattr(gpu, "collect_tests", lambda selection: names[3:] + names[:3])  # small files run first
-    ran = []
-
-    def outcomes(tests, seconds):
-        ran.append(tests)
-        time.sleep(seconds)  # it is cut off in the second test
-        return {test: "PASSED" if test == names[0] else outcome for test in tests}
-
-    monkeypatch.setattr(gpu, "outcomes", outcomes)
-    found = gpu.run_tests(tmp_path / "r.json", 0.01)
-    assert ran == [names[:3]]
-    left = [] if outcome == "PASSED" else names[2:3]
-    assert {test for test, end in found.items() if end == gpu.NOT_RUN} == {*left, *names[3:]}
-    assert json.loads((tmp_path / "r.json").read_text()) == found
-    monkeypatch.setattr(gpu, "outcomes", lambda tests, seconds: ran.append(tests) or dict.fromkeys(tests, "PASSED"))
-    assert set(gpu.run_tests(tmp_path / "r.json", 60).values()) == {"PASSED"}
-    assert ran[1:] == [*([left] if left else []), names[3:], *([names[1:2]] if left else [])]
-
-
 @pytest.mark.slow
 def test_the_tests_marked_gpu_are_found():
     assert len(gpu.collect_tests(["-m", "gpu", "tests/attention/test_gpu.py"])) > 50
@@ -235,24 +193,6 @@ def test_without_a_gpu_it_ends_at_once_with_one_sentence():
     )
     assert done.returncode == 1
     assert (done.stdout, done.stderr) == ("", f"{gpu.NO_GPU}\n")
-
-
-def test_make_gpu_takes_less_than_25_minutes(monkeypatch, tmp_path):
-    """All parts together get the minutes that they are given."""
-    given = {}
-    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "file_name_of_device", lambda device: "h100")
-    monkeypatch.setattr(gpu, "run_doctor", lambda path, seconds: given.update(doctor=seconds) or True)
-    monkeypatch.setattr(gpu, "run_tests", lambda path, seconds: given.update(tests=seconds) or {"t": "PASSED"})
-    monkeypatch.setattr(
-        gpu, "run_apart", lambda command, seconds: given.update(steps=seconds) or run_apart(["true"], 5)
-    )
-    monkeypatch.setattr("sys.argv", ["gpu", "--output", str(tmp_path)])
-    with pytest.raises(SystemExit) as stopped:
-        gpu.main()
-    assert stopped.value.code == 0
-    assert max(given["doctor"] + given["tests"], given["steps"]) <= 25 * 60
-    assert "-m benchmarks.gpu" in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.parametrize(("report", "is_healthy"), [('{"ok": true}', True), ('{"ok": false}', False)])

@@ -1,4 +1,4 @@
-"""The wheel holds what its commands need, and version and links are the same wherever they stand."""
+"""The wheel holds what its commands need, and the version is the same wherever it stands."""
 
 import re
 import subprocess
@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 import trl_singlepass
-from trl_singlepass.training import model_card
 
 
 ROOT = Path(__file__).parents[2]
@@ -58,29 +57,6 @@ def test_one_version():
     assert citation["version"] == trl_singlepass.__version__
     released = re.findall(r"^## (\d\S+) - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert released[0] == trl_singlepass.__version__
-
-
-def test_one_repository():
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == REPOSITORY
-    assert f"\nrepo_url: {REPOSITORY}\n" in (ROOT / "mkdocs.yml").read_text()
-    assert all(url.startswith(REPOSITORY) for url in PROJECT["project"]["urls"].values())
-    assert model_card.PROJECT == REPOSITORY
-    for page in (ROOT / "README.md", ROOT / "docs" / "README.md"):
-        own = re.findall(r"https://github\.com/[^/)]+/trl-singlepass[^)]*", page.read_text(encoding="utf-8"))
-        assert own
-        assert [url for url in own if not url.startswith(REPOSITORY)] == []
-    name = REPOSITORY.removeprefix("https://github.com")
-    hook = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
-    assert all(name in substitution["replacement"] for substitution in hook["substitutions"])
-
-
-def test_badges_say_what_is_true():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    versions = [text.split()[-1] for text in PROJECT["project"]["classifiers"] if re.search(r"Python :: 3\.", text)]
-    assert f"/badge/python-{versions[0]}_to_{versions[-1]}-blue" in readme
-    assert f"/badge/licence-{PROJECT['project']['license'].replace('-', '--')}-blue" in readme
-    (workflow,) = re.findall(r"/actions/workflows/(\S+)/badge\.svg", readme)
-    assert (ROOT / ".github" / "workflows" / workflow).is_file()
 
 
 def test_python_versions_are_those_that_are_tested():

@@ -133,13 +133,6 @@ def test_the_oldest_environment_has_the_lower_ends_of_the_ranges():
     assert environments.pins_of("trl==1.12.0 peft==0.18.0") == ["trl==1.12.0", "peft==0.18.0"]
 
 
-def test_results_are_written_between_the_marks_of_a_page():
-    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    written = report.with_results(page, "new")
-    assert written == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
-    assert report.with_results(written, "new") == written
-
-
 def test_pages_print_the_recorded_results():
     results = report.read_results()
     assert {"1.10.0"} < {one["versions"]["trl"] for one in results}
