@@ -16,7 +16,7 @@ from trl_singlepass.cli import worker
 from trl_singlepass.cli.errors import EXPLAINED, INTERRUPTED
 from trl_singlepass.data.bad_rows import BadRowError
 from trl_singlepass.scripts import dpo, run, sft
-from trl_singlepass.training import compatibility
+from trl_singlepass.training import compatibility, situation
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -219,7 +219,7 @@ def test_names_of_nothing_are_told_with_their_flag_before_data_is_read(
 ):
     (tmp_path / "file").write_text("no template")
     monkeypatch.setattr(run, "load_splits", lambda *_: pytest.fail("data was read"))
-    monkeypatch.setattr(compatibility, "is_kernels_available", lambda: False)
+    monkeypatch.setattr(situation, "is_kernels_available", lambda: False)
     monkeypatch.setattr(compatibility, "is_offline_mode", lambda: True)
     given = {"--output_dir": "x", "--model_name_or_path": "m", flag: value.format(tmp=tmp_path)}
     words = [word for pair in given.items() for word in pair]

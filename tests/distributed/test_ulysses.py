@@ -159,4 +159,4 @@ def test_fp16_is_refused(tmp_path, workers):
     settings = shared(one_row_per_batch(config={"fp16": True}))
     run = workers.run(tmp_path, settings, world_size=2, expect_success=False)
     assert run.codes != [0, 0]
-    assert "Sequence parallelism (sp_size) does not work with fp16" in run.log
+    assert "fp16 does not work with sequence parallelism (sp_size)" in run.log

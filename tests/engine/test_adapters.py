@@ -1,6 +1,7 @@
 """The survey of adapters: what `docs/adapters.md` lists as exact is exact, and nothing is accepted and wrong."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,8 +39,7 @@ from trl_singlepass.engine.check import TreeCheck
 from trl_singlepass.engine.checked_model import TreeCheckError
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
-from trl_singlepass.training.adapters import check_adapters
-from trl_singlepass.training.refusals import check_parts
+from trl_singlepass.training import refusals
 from trl_singlepass.training.situation import Situation
 
 
@@ -176,7 +176,7 @@ def test_only_gradients_of_velora_show_that_it_depends_on_the_row():
 def test_what_only_trainers_cannot_serve_is_exact_in_a_loop_of_ones_own(label):
     model = away_from_start(adapted(label))
     with pytest.raises(ValueError, match=label):
-        check_adapters(model, None)
+        refusals.check(Situation(SimpleNamespace(wave_tokens=None), model), refusals.ADAPTERS)
     assert checked(model).ok
     compare_in_float64(model.double())
 
@@ -199,8 +199,8 @@ def test_what_draws_random_numbers_is_refused_where_tokens_run_twice(tmp_path, t
     model = of(name, target_modules=["q_proj"], **options)(float32_model(tokenizer))
     args = config(str(tmp_path), use_cpu=True, bf16=False, wave_tokens=99)
     with pytest.raises(ValueError, match=name):
-        check_parts(Situation(args, model))
-    check_parts(Situation(args, of("LoraConfig", target_modules=["q_proj"])(float32_model(tokenizer))))
+        refusals.check_parts(Situation(args, model))
+    refusals.check_parts(Situation(args, of("LoraConfig", target_modules=["q_proj"])(float32_model(tokenizer))))
 
 
 @pytest.mark.slow

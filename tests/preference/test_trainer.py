@@ -182,7 +182,10 @@ def test_the_log_has_what_is_shared(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"truncation_mode": "keep_end", "max_length": 9}, r"truncation_mode='keep_end' does not work for pairs"),
+        (
+            {"truncation_mode": "keep_end", "max_length": 9},
+            r"truncation_mode='keep_end' does not work for conversations and pairs",
+        ),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config="),
         ({"include_for_metrics": ["inputs"]}, "include_for_metrics="),
         ({"turn_mean": True, "loss_type": "ipo"}, r"loss_type=\['ipo'\] with turn_mean"),
@@ -192,7 +195,7 @@ def test_the_log_has_what_is_shared(tmp_path, tokenizer):
         ({"train_turns": "first"}, "train_turns='first'"),
         ({"bad_rows": "skip"}, "bad_rows='skip'"),
         ({"max_length": 1}, "max_length=1 leaves no room"),
-        ({"packing": False}, "packing=False: the pairs of a batch always share rows"),
+        ({"packing": False}, "packing=False does not work for pairs"),
         ({"wave_tokens": 0}, "wave_tokens=0: expected a number"),
         ({"offload_kv": True}, "offload_kv=True moves what waits between waves"),
         ({"max_row_tokens": 99, "neftune_noise_alpha": 5.0}, "neftune_noise_alpha does not work with max_row_tokens"),

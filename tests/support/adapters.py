@@ -3,6 +3,7 @@
 import re
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import torch
@@ -14,7 +15,8 @@ from support.tree_checks import checked
 from trl_singlepass.engine.enable import disable_tree, enable_tree, without_adapters
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.float64 import ForcedFloat64
-from trl_singlepass.training.adapters import check_adapters
+from trl_singlepass.training import refusals
+from trl_singlepass.training.situation import Situation
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
@@ -291,7 +293,7 @@ def survey(label):
     """
     model = adapted(label)
     try:
-        check_adapters(model, None)
+        refusals.check(Situation(SimpleNamespace(wave_tokens=None), model), refusals.ADAPTERS)
     except ValueError as error:
         return Outcome(label, "refused", str(error).rstrip("."))
     implementation = without_adapters(model).config._attn_implementation

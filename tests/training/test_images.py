@@ -16,7 +16,7 @@ from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.images.positions import UnsupportedImagesError
 from trl_singlepass.reference import npass_loss_and_gradients
-from trl_singlepass.training.images import check_settings, read_images
+from trl_singlepass.training.images import read_images
 from trl_singlepass.training.stream_epochs import blank_batch
 
 
@@ -61,22 +61,12 @@ def test_one_step_equals_npass(tmp_path, family, batch_size):
 
 @pytest.mark.parametrize(
     ("settings", "refused"),
-    [({"wave_tokens": 64}, "wave_tokens does not work on rows with images: each wave would encode")],
+    [({"wave_tokens": 64}, "wave_tokens does not work on rows with images")],
 )
 def test_settings_that_do_not_go_with_images(tmp_path, settings, refused):
     model = image_model("qwen3_vl", torch.float32)
     with pytest.raises(ValueError, match=refused):
         image_trainer(tmp_path, model, "qwen3_vl", image_sample_sets(model, "qwen3_vl")[:1], **settings)
-
-
-@pytest.mark.parametrize(
-    ("size", "name"), [({"sp_size": 2}, "sp_size=2"), ({"tp_size": 2}, "tp_size=2")], ids=["sequence", "tensor"]
-)
-def test_rows_and_layers_that_ranks_share_are_refused(size, name):
-    args = SimpleNamespace(wave_tokens=None)
-    accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(sp_size=size.get("sp_size", 1)))
-    with pytest.raises(ValueError, match=f"{name} does not work on rows with images"):
-        check_settings(args, accelerator, size.get("tp_size", 1))
 
 
 def test_several_ranks_need_a_blank_image():

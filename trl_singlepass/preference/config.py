@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from trl import DPOConfig
 
 from ..training.base_config import SinglePassConfig, check_shared_settings, short_name, use_new_names
+from ..training.refusals import PAIRS, check
+from ..training.situation import Situation
 from .settings import PairSettings, PairTurns
 from .turn_weights import TurnWeights
 
@@ -96,11 +98,7 @@ class SinglePassDPOConfig(SinglePassConfig, DPOConfig):
         use_new_names(self)
         super().__post_init__()
         check_shared_settings(self)
-        if self.packing is False:
-            raise ValueError(
-                "packing=False: the pairs of a batch always share rows, with the loss and gradients of separate ones. "
-                "Leave it out, and set max_row_tokens to bound a row."
-            )
+        check(Situation(self), PAIRS)
         pair_settings(self)  # checks the choices
         turn_weights(self)
 

@@ -48,7 +48,6 @@ class BatchParts:
         self._is_bounded = args.max_row_tokens is not None or args.wave_tokens is not None
         if self._is_bounded:
             stop_prefetching(accelerator)
-        if self._is_bounded:
             check_parts(Situation(args, model, accelerator))
             refuse_own_calls(without_adapters(model), "max_row_tokens" if args.wave_tokens is None else "wave_tokens")
             self._recorder = RouterRecorder(without_adapters(model)) if has_router_loss else None

@@ -17,18 +17,21 @@ from ..data.bad_rows import BadRows
 from ..data.collator import Batch, Collator, DataCollatorForSinglePass, check_collator
 from ..data.dataset_format import column_names
 from ..data.images import hide_image_columns
-from ..engine.enable import enable_tree, without_adapters
+from ..engine.enable import check_not_compiled, enable_tree, without_adapters
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
 from ..training.base_config import add_settings
+from ..training.compatibility import check_arguments
 from ..training.dataset import AnyDataset
 from ..training.images import read_images, show_images
 from ..training.mixin import SinglePassTrainerMixin
+from ..training.refusals import ENGINES, PAIRS, check
 from ..training.sharding import prepare_sharding
+from ..training.situation import Situation
 from ..training.tree_loss import Loss
 from ..trees.rows import IMAGE_COLUMNS
 from .collator import REFERENCE_COLUMNS, DataCollatorForSinglePassPreference
-from .compatibility import check_dataset, check_pairs, check_run
+from .compatibility import check_dataset
 from .config import SinglePassDPOConfig, default_config, pair_settings, turn_weights, without_padding_free
 from .dataset import prepare_pairs
 from .pairs import TOKEN_COLUMNS
@@ -88,7 +91,11 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
         peft_config: PeftConfig | None = None,
     ) -> None:
         args = default_config(model) if args is None else add_settings(args, SinglePassDPOConfig)
-        check_pairs(args, train_dataset, data_collator, model, peft_config, ref_model)
+        if train_dataset is not None:
+            check_dataset(train_dataset, "train")
+        check_not_compiled(ref_model)
+        run = Situation(args, model, dataset=train_dataset, peft_config=peft_config)
+        check_arguments(run, data_collator, DataCollatorForSinglePassPreference, PAIRS)
         self._given_collator = data_collator
         with without_padding_free(args):
             super().__init__(
@@ -111,7 +118,7 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
         """Run the policy and its reference on trees; TRL may need them before its constructor has ended."""
         if self._pair_collator is not None:
             return
-        check_run(self.accelerator, self.args, tp_size=self.get_tp_size())
+        check(Situation(self.args, self.model, self.accelerator, tp_size=self.get_tp_size()), ENGINES, PAIRS)
         prepare_sharding(self.model, self.accelerator)
         for model in (self.model,) if self.ref_model is None else (self.model, self.ref_model):
             enable_tree(self.accelerator.unwrap_model(model, keep_torch_compile=False))

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import trl
-from packaging.version import Version
 from transformers import PreTrainedModel, TrainingArguments, logging
 from trl import SFTConfig
 
 from ..data.settings import RowSettings
 from ..data.weights import LossReduction
 from .base_config import SinglePassConfig, add_settings, check_shared_settings, short_name, use_new_names
+from .refusals import OLDER_TRL, check
+from .situation import Situation
 
 
 logger = logging.get_logger(__name__)
@@ -119,8 +119,7 @@ class SinglePassSFTConfig(SinglePassConfig, SFTConfig):
         use_new_names(self)
         super().__post_init__()
         check_shared_settings(self)
-        if self.log_turn_metrics and Version(trl.__version__) < Version("1.15"):
-            raise ValueError(f"log_turn_metrics=True needs trl>=1.15, found {trl.__version__}. Upgrade trl.")
+        check(Situation(self), OLDER_TRL)
         self.row_settings()  # checks the choices of its own settings
 
     def row_settings(self, packing: bool = False) -> RowSettings:

@@ -14,6 +14,8 @@ from ..data.collator import DataCollatorForSinglePass
 from ..data.dataset_format import column_names
 from ..engine.enable import enable_images
 from ..trees.rows import IMAGE_COLUMNS
+from .refusals import IMAGES, check
+from .situation import Situation
 
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def read_images(
     `tp_size` ranks share the layers of the model. Images that a tree cannot give to the model raise
     `UnsupportedImagesError`, settings and engines that do not go with images `ValueError`.
     """
-    check_settings(args, accelerator, tp_size)
+    check(Situation(args, model, accelerator, tp_size=tp_size), IMAGES)
     enable_images(model, collator)
     if accelerator.num_processes > 1:
         # Ranks reduce the gradients of the encoder together, and some shard it: all have to run it, or none.
@@ -54,30 +56,3 @@ def read_images(
                 "On several ranks, a row without images shows the model a blank one, so that all ranks run its "
                 "encoder. Give the load_images of your data_collator a method `blank`, or leave data_collator unset."
             )
-
-
-def check_settings(args: SFTConfig, accelerator: Accelerator, tp_size: int) -> None:
-    """Refuse what does not go with rows that show images."""
-    sp_size = getattr(accelerator.parallelism_config, "sp_size", 1)
-    for refused, what, why, way_out in (
-        (
-            args.wave_tokens is not None,
-            "wave_tokens",
-            "each wave would encode the images of its row again",
-            "Set wave_tokens=None, and activation_checkpointing=True to save memory",
-        ),
-        (
-            sp_size > 1,
-            f"sp_size={sp_size}",
-            "ranks that share a row would each have a part of its placeholders, and all of its images",
-            "Set it to 1, and shard the model with ZeRO-3 or FSDP2",
-        ),
-        (
-            tp_size > 1,
-            f"tp_size={tp_size}",
-            "it has not been shown to train the encoder of images exactly",
-            "Shard the model with ZeRO-3 or FSDP2",
-        ),
-    ):
-        if refused:
-            raise ValueError(f"{what} does not work on rows with images: {why}. {way_out}.")

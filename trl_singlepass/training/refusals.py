@@ -1,199 +1,575 @@
 """
 What a single pass refuses: one table, from which errors and `docs/limits.md` are printed.
 
-A line of the table says where it applies, which setting it refuses and when, why, and what to do instead. Its texts
-are Markdown; errors are printed without the backticks.
+A line of the table says what is refused and when, why, and what to do instead. Its texts are Markdown, from which
+errors leave out the backticks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
-import trl
-from packaging.version import Version
+from accelerate.utils import DistributedType
+from transformers.utils import is_liger_kernel_available
+from trl import DPOConfig
 
-from .situation import PREFETCHED, Situation
-
-
-Found: TypeAlias = str | bool | None
-"""What a predicate returns: whether the setting is refused, or its name with the value that is."""
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Where refusals apply: a heading for the page, the words of an error, and a way out that all of them have."""
-
-    title: str
-    words: str  # `{setting}`: by which rows run in parts
-    otherwise: str = ""
+from ..attention.registry import TREE_ATTENTION
+from .sharding import PREFETCHED
+from .situation import Found, Situation, trl_before
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A setting that does not work in a scope."""
+    """Something that does not work; errors name it by what `when` finds, if that says more than the page."""
 
-    scope: Scope
-    setting: str
+    what: str
     when: Callable[[Situation], Found]
     why: str
     instead: str
     error: type[Exception] = ValueError
 
 
-def check(situation: Situation, *scopes: Scope) -> None:
+@dataclass(frozen=True)
+class Scope:
+    """Where some things do not work: a heading for the page, the words of an error, a way out that all have."""
+
+    title: str
+    words: str  # `{setting}`: by which rows run in parts
+    refusals: tuple[Refusal, ...]
+    otherwise: str = ""
+
+    def message(self, refusal: Refusal, found: str | bool, run: Situation) -> str:
+        """Return the error of a refusal."""
+        what = found if isinstance(found, str) else refusal.what
+        error = f"{what} does not work {self.words}: {refusal.why}. {refusal.instead}{self.otherwise}."
+        return error.replace("{setting}", run.setting).replace("`", "")
+
+
+def check(run: Situation, *scopes: Scope) -> None:
     """Raise the error of the first refusal that applies in some scopes."""
-    for refusal in REFUSALS:
-        found = refusal.scope in scopes and refusal.when(situation)
-        if found:
-            raise refusal.error(_message(refusal, found, situation))
+    for scope in scopes:
+        for refusal in scope.refusals:
+            if found := refusal.when(run):
+                raise refusal.error(scope.message(refusal, found, run))
 
 
-def _message(refusal: Refusal, found: str | bool, situation: Situation) -> str:
-    what = found if isinstance(found, str) else refusal.setting
-    words, otherwise = (
-        text.format(setting=situation.setting) for text in (refusal.scope.words, refusal.scope.otherwise)
-    )
-    return f"{what} does not work {words}: {refusal.why}. {refusal.instead}{otherwise}.".replace("`", "")
-
-
-def check_parts(situation: Situation) -> None:
+def check_parts(run: Situation) -> None:
     """Refuse what does not go with `wave_tokens`, or with `max_row_tokens` of pairs, whichever is set."""
-    check(situation, *([WAVES] if situation.args.wave_tokens is not None else []), PARTS)
+    if run.args.wave_tokens is not None:
+        check(run, WAVES, PARTS)
+    elif isinstance(run.args, DPOConfig) and run.args.max_row_tokens is not None:
+        check(run, PARTS)
 
 
-# The table -----------------------------------------------------------------------------------------------------------
+def as_markdown() -> str:
+    """Return the tables of the page that lists what is refused."""
+    head = "| what | why | instead |\n|---|---|---|\n"
+    return "\n\n".join(
+        f"### {scope.title}\n\n{head}"
+        + "\n".join(f"| {refusal.what} | {refusal.why} | {refusal.instead} |" for refusal in scope.refusals)
+        for scope in SCOPES
+    )
 
 
-def _trl_before(release: str) -> Callable[[Situation], Found]:
-    return lambda _: Version(trl.__version__) < Version(release) and f"trl {trl.__version__}"
+PACKAGES = Scope(
+    "Packages",
+    "without its package",
+    (
+        Refusal(
+            "`attn_implementation='flash_attention_2'` or `3`",
+            Situation.lacks_flash_attention,
+            "neither flash-attn, flash-attn-3 for its third version, nor kernels is installed",
+            "Run `pip install kernels`, or set `attn_implementation='sdpa'`",
+            ImportError,
+        ),
+        Refusal(
+            "`use_liger_kernel=True`",
+            lambda run: run.args.use_liger_kernel and not is_liger_kernel_available(),
+            "it needs liger-kernel",
+            "Run `pip install liger-kernel`, or leave it out",
+            ImportError,
+        ),
+    ),
+)
 
+# Losses of pairs that read the log-probability of each token, or divide by their number.
+_PER_TOKEN_LOSSES = frozenset({"ipo", "sigmoid_norm", "sft"})
+_TRAINS_USERS = (
+    "it would also train what users and tools wrote; a single pass trains what the model says, turn by turn"
+)
+_TRAIN_ALL = "Leave it out, or use TRL's `SFTTrainer` to train every token of a conversation"
 
-def _updates_during_backward(situation: Situation) -> Found:
-    optimizer = str(getattr(situation.args.optim, "value", situation.args.optim))
-    return (optimizer in ("lomo", "adalomo") or "layerwise" in optimizer) and f"optim={optimizer!r}"
+TURNS = Scope(
+    "Conversations and pairs",
+    "for conversations and pairs in a single pass",
+    (
+        Refusal(
+            "`truncation_mode='keep_end'`",
+            Situation.cuts_beginnings,
+            "it would start each turn at a different token, and turns could no longer share a prefix",
+            "Use `truncation_mode='keep_start'`, or `max_length=None`",
+        ),
+        Refusal(
+            "`accelerator_config={'dispatch_batches': True}`, but for streams of conversations",
+            Situation.dispatches_batches,
+            "it splits the batches of the first process among the others, which would break up trees",
+            "Leave it out: each process then reads its own rows",
+        ),
+        Refusal(
+            "`include_for_metrics=['inputs']`",
+            lambda run: "inputs" in run.args.include_for_metrics,
+            "it asks for one row of tokens per example, but a batch is a single row",
+            "Leave `'inputs'` out: the labels that `compute_metrics` receives are the tokens that count",
+        ),
+    ),
+)
 
+CONVERSATIONS = Scope(
+    "Conversations",
+    "for conversations in a single pass",
+    (
+        Refusal(
+            "`completion_only_loss=False`",
+            lambda run: run.args.completion_only_loss is False,
+            _TRAINS_USERS,
+            _TRAIN_ALL,
+        ),
+        Refusal("`assistant_only_loss=False`", Situation.trains_users, _TRAINS_USERS, _TRAIN_ALL),
+        Refusal(
+            "`packing_strategy` other than `'bfd'`",
+            lambda run: (
+                run.packing
+                and run.args.packing_strategy != "bfd"
+                and f"packing_strategy={run.args.packing_strategy!r}"
+            ),
+            "it cuts sequences at arbitrary tokens, which would break up trees",
+            "Use `packing_strategy='bfd'`, which packs whole conversations",
+        ),
+        Refusal(
+            "`dataset_kwargs={'skip_prepare_dataset': True}`",
+            Situation.skips_preparation,
+            "it passes messages on unprepared, but they must become rows of tokens first",
+            "Leave it out",
+        ),
+    ),
+)
 
-WAVES = Scope("Waves (`wave_tokens`)", "with {setting}", ", or set {setting}=None")
-PARTS = Scope(
-    "Rows that run in parts (`wave_tokens`, and `max_row_tokens` of pairs)",
+PAIRS = Scope(
+    "Pairs",
+    "for pairs in a single pass",
+    (
+        Refusal(
+            "`trl` before 1.16",
+            lambda run: trl_before("1.16"),
+            "its DPOTrainer has other methods",
+            "Upgrade to `trl>=1.16`",
+        ),
+        Refusal(
+            "`packing=False`",
+            lambda run: getattr(run.args, "packing", None) is False,
+            "the pairs of a batch always share rows, with the loss and gradients of separate ones",
+            "Leave it out, and set `max_row_tokens` to bound a row",
+        ),
+        Refusal(
+            "`loss_type='ipo'`, `'sigmoid_norm'` and `'sft'` with `turn_discount` or `turn_mean`",
+            lambda run: not _PER_TOKEN_LOSSES.isdisjoint(run.args.loss_type) and run.beside_turn_weights("loss_type"),
+            "it divides by the number of tokens itself, so that turns would be weighed twice",
+            "Leave out one of them, or choose a loss that reads sums of log-probabilities, such as `'sigmoid'`",
+        ),
+        Refusal(
+            "`use_weighting=True` with `turn_discount` or `turn_mean`",
+            lambda run: run.args.use_weighting and run.beside_turn_weights("use_weighting"),
+            "it reads the log-probability of each token, which would already be weighed",
+            "Leave out one of them",
+        ),
+        Refusal(
+            "`ld_alpha` with `turn_discount` or `turn_mean`",
+            lambda run: run.args.ld_alpha is not None and run.beside_turn_weights("ld_alpha"),
+            "it weighs the tokens past the length of the shorter trajectory a second time",
+            "Leave out one of them",
+        ),
+        Refusal(
+            "`tp_size`",
+            lambda run: run.shared_by("tp_size"),
+            "ranks that share layers have not been shown to train pairs exactly",
+            "Set it to 1, and shard the model with FSDP2 or ZeRO-3",
+        ),
+        Refusal(
+            "`sp_size`",
+            lambda run: run.shared_by("sp_size"),
+            "ranks that share a row do not share its pairs",
+            "Set it to 1, and shard the model with FSDP2 or ZeRO-3",
+        ),
+    ),
+)
+
+_OTHER_ADAPTER = "Use another adapter, such as `LoraConfig`"
+
+ADAPTERS = Scope(
+    "Adapters",
+    "in a single pass",
+    (
+        Refusal(
+            "`PeftMixedModel`",
+            Situation.hides_the_model,
+            "it hides the model that TRL's fused head replaces the forward of",
+            "Use a `PeftModel`: `get_peft_model(model, peft_config)`, without `mixed=True`",
+        ),
+        Refusal(
+            "prompt-learning adapters such as `PromptTuningConfig`",
+            lambda run: run.adapter(lambda config: getattr(config, "is_prompt_learning", False)),
+            "it adds virtual tokens in front of the row, which belong to no branch of the tree",
+            "Use an adapter that adds no tokens, such as `LoraConfig`",
+        ),
+        Refusal(
+            "`AdaptionPromptConfig`",
+            lambda run: run.adapter(lambda config: getattr(config, "is_adaption_prompt", False)),
+            "it calls the forward that the model had before TRL gave it a fused head, so TRL's trainers get no "
+            "log-probabilities from it",
+            _OTHER_ADAPTER,
+        ),
+        Refusal(
+            "`alora_invocation_tokens` of `LoraConfig`",
+            lambda run: (
+                run.adapter(lambda config: bool(getattr(config, "alora_invocation_tokens", None)))
+                and "alora_invocation_tokens"
+            ),
+            "the adapter acts from the last place on where a row has these tokens, and each turn of a row has them "
+            "elsewhere",
+            "Leave it out, or train one sample per turn (N-pass) with TRL's `SFTTrainer`",
+        ),
+        Refusal(  # by name, because the measured check compares outputs, and here only gradients are wrong
+            "`velora_config` of `LoraConfig`, but for `init_type='random'`",
+            lambda run: (
+                run.adapter(
+                    lambda config: getattr(getattr(config, "velora_config", None), "init_type", "random") != "random"
+                )
+                and "velora_config"
+            ),
+            "it computes gradients from a mean over all tokens of a row, so that those of a turn depend on what "
+            "shares its row",
+            "Set `init_type='random'` in `VeloraConfig`",
+        ),
+        Refusal(
+            "`PolyConfig`",
+            lambda run: run.adapter(lambda config: getattr(config, "peft_type", None) == "POLY"),
+            "it needs the task of each example (`task_ids`), which rows do not have",
+            _OTHER_ADAPTER,
+        ),
+        Refusal(
+            "`XLoraConfig`",
+            lambda run: run.adapter(lambda config: getattr(config, "peft_type", None) == "XLORA"),
+            "it reads the hidden states of a first pass, which TRL's fused head does not return",
+            _OTHER_ADAPTER + ", or train in a loop of your own with `enable_tree(model)`",
+        ),
+    ),
+)
+
+_OWN_LOSS = "it computes a loss of its own, which does not read weights"
+_SAME_WEIGHT = "Leave it out, or give every message the same weight"
+
+WEIGHTS = Scope(
+    "Loss weights other than 1",
+    "with loss weights other than 1",
+    (
+        Refusal(
+            "`trl` before 1.15",
+            lambda run: trl_before("1.15"),
+            "its models compute the loss themselves",
+            "Upgrade to `trl>=1.15`",
+        ),
+        Refusal("`loss_type='dft'`", lambda run: run.args.loss_type == "dft", _OWN_LOSS, _SAME_WEIGHT),
+        Refusal("`label_smoothing_factor`", lambda run: run.args.label_smoothing_factor != 0, _OWN_LOSS, _SAME_WEIGHT),
+        Refusal("`compute_loss_func`", lambda run: run.compute_loss_func is not None, _OWN_LOSS, _SAME_WEIGHT),
+    ),
+)
+
+OLDER_TRL = Scope(
+    "TRL before 1.15",
+    "with this release of TRL",
+    (
+        Refusal(
+            "models whose class has `accepts_loss_kwargs=False`",
+            lambda run: not run.accepts_loss_kwargs and trl_before("1.15") and type(run.base).__name__,
+            "it divides its loss by the tokens of each batch, so that a step would train a mean of batch means",
+            "Upgrade to `trl>=1.15`, which computes the loss of each token itself",
+        ),
+        Refusal(
+            "`log_turn_metrics=True`",
+            lambda run: (
+                getattr(run.args, "log_turn_metrics", False) and trl_before("1.15") and "log_turn_metrics=True"
+            ),
+            "it reads the loss of each token, which TRL computes since 1.15",
+            "Upgrade to `trl>=1.15`",
+        ),
+    ),
+)
+
+_READS_LOGITS = "it reads the logits of the whole row"
+
+WAVES = Scope(
+    "Waves (`wave_tokens`)",
     "with {setting}",
+    (
+        Refusal(
+            "`trl` before 1.16",
+            lambda run: trl_before("1.16"),
+            "it has no fused head that takes shifted labels",
+            "Upgrade to `trl>=1.16`",
+        ),
+        Refusal(
+            "`label_smoothing_factor`",
+            lambda run: bool(run.args.label_smoothing_factor),
+            _READS_LOGITS,
+            "Set it to 0",
+        ),
+        Refusal("`compute_loss_func`", lambda run: run.compute_loss_func is not None, _READS_LOGITS, "Leave it unset"),
+        Refusal(
+            "`torch_compile`",
+            lambda run: run.args.torch_compile,
+            "waves add up gradients where a compiled graph cannot see them",
+            "Turn it off",
+        ),
+        Refusal(
+            "`attn_implementation='flex_attention'`",
+            lambda run: run.of_text_config("_attn_implementation") == TREE_ATTENTION["flex_attention"],
+            "FlexAttention keeps the keys and values of the whole history for the backward pass of every layer",
+            "Load the model with `'sdpa'` or a flash kernel",
+        ),
+        Refusal(
+            "`wave_tokens='auto'` with layers that run over whole paths",
+            lambda run: run.args.wave_tokens == "auto" and run.memory_is_unknown(),
+            "it runs over whole paths, whose memory a wave does not bound",
+            "Set a number of tokens",
+        ),
+        Refusal(
+            "`wave_tokens='auto'` with recurrent layers of which a rank holds a shard",
+            lambda run: run.args.wave_tokens == "auto" and run.shards_the_model() and run.recurrent(),
+            "its activations are measured on a whole model, not on a shard",
+            "Set a number of tokens",
+        ),
+    ),
     ", or set {setting}=None",
 )
+
 _NOISE = "tokens that run twice would get different noise each time"
 
-REFUSALS: tuple[Refusal, ...] = (
-    Refusal(
-        WAVES,
-        "`trl` before 1.16",
-        _trl_before("1.16"),
-        "it has no fused head that takes shifted labels",
-        "Upgrade to `trl>=1.16`",
+PARTS = Scope(
+    "Rows in parts (`wave_tokens`, or `max_row_tokens` of pairs)",
+    "with {setting}",
+    (
+        Refusal(
+            "`activation_offloading`",
+            lambda run: run.args.activation_offloading,
+            "it expects one forward before each backward",
+            "Turn it off",
+        ),
+        Refusal(
+            "`optim='lomo'`, `'adalomo'` and layerwise optimizers",
+            Situation.updates_during_backward,
+            "it updates parameters during backward, between the parts of a row",
+            "Choose another",
+        ),
+        Refusal(
+            "`neftune_noise_alpha`",
+            lambda run: run.args.neftune_noise_alpha is not None,
+            _NOISE,
+            "Leave it unset",
+        ),
+        Refusal(
+            "`Dropout` layers",
+            Situation.dropout,
+            "tokens that run twice would drop different units each time",
+            "Set it to 0",
+        ),
+        Refusal(
+            "adapters that draw random numbers", Situation.random_adapter, _NOISE, "Use an adapter that draws none"
+        ),
+        Refusal(
+            "`router_jitter_noise` of a model",
+            lambda run: bool(run.of_text_config("router_jitter_noise")) and "router_jitter_noise",
+            _NOISE,
+            "Set it to 0",
+        ),
+        Refusal(
+            "engines other than DDP, DeepSpeed and FSDP2",
+            Situation.accumulates_otherwise,
+            "how it accumulates gradients is not known",
+            "Train with DDP, DeepSpeed or FSDP2",
+        ),
+        Refusal(
+            "`fsdp_version=1`",
+            Situation.fsdp1,
+            "it flattens parameters between backward passes",
+            "Set `fsdp_version=2`",
+        ),
+        Refusal(
+            f"`{PREFETCHED}` of ZeRO-3 above 0",
+            Situation.prefetches,
+            "it fetches parameters in the order of the first step, and the number of parts changes from row to row",
+            "Set it to 0 or `'auto'`",
+        ),
     ),
-    Refusal(
-        WAVES,
-        "`label_smoothing_factor`",
-        lambda run: bool(getattr(run.args, "label_smoothing_factor", 0)),
-        "it reads the logits of the whole row",
-        "Set it to 0",
+    ", or set {setting}=None",
+)
+
+IMAGES = Scope(
+    "Rows with images",
+    "on rows with images",
+    (
+        Refusal(
+            "`wave_tokens`",
+            lambda run: run.args.wave_tokens is not None,
+            "each wave would encode the images of its row again",
+            "Set `wave_tokens=None`, and `activation_checkpointing=True` to save memory",
+        ),
+        Refusal(
+            "`sp_size`",
+            lambda run: run.shared_by("sp_size"),
+            "ranks that share a row would each have a part of its placeholders, and all of its images",
+            "Set it to 1, and shard the model with ZeRO-3 or FSDP2",
+        ),
+        Refusal(
+            "`tp_size`",
+            lambda run: run.shared_by("tp_size"),
+            "it has not been shown to train the encoder of images exactly",
+            "Shard the model with ZeRO-3 or FSDP2",
+        ),
     ),
-    Refusal(
-        WAVES,
-        "`compute_loss_func`",
-        lambda run: run.compute_loss_func is not None,
-        "it reads the logits of the whole row",
-        "Leave it unset",
+)
+
+_CHECK_THE_LAUNCH = (
+    "Check the launch: `accelerate launch --cpu`, `ACCELERATE_USE_CPU` and `use_cpu=True` switch it off"
+)
+
+ENGINES = Scope(
+    "Engines",
+    "in a single pass",
+    (
+        Refusal(
+            "`cp_size`",
+            lambda run: run.shared_by("cp_size"),
+            "context parallelism replaces every attention mask by a causal one, so branches would see each other",
+            "Set it to 1, and share rows with `sp_size` instead",
+        ),
+        Refusal(
+            "`tp_size` with `sp_size`",
+            lambda run: (
+                run.size("sp_size") > 1 and run.size("tp_size") > 1 and f"{run.shared_by('tp_size')} with sp_size"
+            ),
+            "both divide the heads of attention",
+            "Set one of them to 1",
+        ),
+        Refusal(
+            "`pp_size`",
+            Situation.pipeline,
+            "a pipeline passes hidden states on without the tree",
+            "Leave it out, and shard the model with FSDP or ZeRO-3",
+        ),
+        Refusal(
+            "`deepspeed` where the launch switches it off",
+            Situation.deepspeed_is_off,
+            "the run would train with another engine than it asks for",
+            _CHECK_THE_LAUNCH,
+        ),
+        Refusal(
+            "`fsdp` on CPUs",
+            Situation.fsdp_is_on_a_cpu,
+            "it needs a GPU",
+            "To try two processes on a CPU, use DDP: `use_cpu=True`, and no FSDP configuration",
+        ),
+        Refusal(
+            "`fsdp` where the launch switches it off",
+            Situation.fsdp_is_off,
+            "the run would train with another engine than it asks for",
+            _CHECK_THE_LAUNCH,
+        ),
+        Refusal(
+            "`autotp_size` of DeepSpeed",
+            Situation.divides_layers_by_deepspeed,
+            "tensor parallelism by DeepSpeed has not been shown to train a tree exactly",
+            "Leave `tensor_parallel` out of the DeepSpeed configuration, and shard the model with ZeRO-3",
+        ),
+        Refusal(
+            "several processes without `ddp_backend`",
+            Situation.trains_alone,
+            "it would train alone",
+            "Set `ddp_backend`, or `use_cpu=True` if there is no GPU",
+        ),
     ),
-    Refusal(
-        WAVES,
-        "`torch_compile`",
-        lambda run: run.args.torch_compile,
-        "waves add up gradients where a compiled graph cannot see them",
-        "Turn it off",
+)
+
+TENSOR_PARALLELISM = Scope(
+    "Tensor parallelism (`tp_size`)",
+    "with tensor parallelism (tp_size)",
+    (
+        Refusal(
+            "`save_strategy`, but for `save_only_model=True`",
+            Situation.saves_a_divided_optimizer,
+            "transformers cannot save the optimizer of a model that is loaded with a `DistributedConfig`, and no run "
+            "resumes without it",
+            "Set `save_only_model=True` or `save_strategy='no'`, or shard with FSDP2 or ZeRO-3, which resume",
+        ),
+        Refusal(
+            "`transformers` before 5.24",
+            lambda run: run.tp_size > 1 and run.divided_by_older_transformers(),
+            "it has no `DistributedConfig` by which ranks share layers",
+            "Upgrade to 5.24",
+        ),
+        Refusal(
+            "`wave_tokens`",
+            lambda run: run.tp_size > 1 and run.args.wave_tokens is not None,
+            "it has not been shown to train a row in waves exactly",
+            "Leave it out, and set `activation_checkpointing`",
+        ),
+        Refusal(
+            "recurrent layers",
+            lambda run: run.tp_size > 1 and run.recurrent(),
+            "their states are not divided among ranks",
+            "Shard with FSDP or ZeRO-3",
+        ),
     ),
-    Refusal(
-        WAVES,
-        "`attn_implementation='flex_attention'`",
-        Situation.uses_flex_attention,
-        "FlexAttention keeps the keys and values of the whole history for the backward pass of every layer",
-        "Load the model with `'sdpa'` or a flash kernel",
+)
+
+ULYSSES = Scope(
+    "Sequence parallelism (`sp_size`)",
+    "with sequence parallelism (sp_size)",
+    (
+        Refusal(
+            "engines other than DeepSpeed",
+            lambda run: run.engine not in (None, DistributedType.DEEPSPEED) and run.engine_name(),
+            "accelerate shares rows on DeepSpeed only",
+            "Use DeepSpeed",
+        ),
+        Refusal(
+            "`trl` before 1.16",
+            lambda run: trl_before("1.16"),
+            "its fused head takes no shifted labels",
+            "Upgrade to `trl>=1.16`",
+        ),
+        Refusal("`fp16`", lambda run: run.args.fp16, "its loss scale hides wrong gradients", "Use `bf16`"),
+        Refusal(
+            "models whose configuration has no `num_attention_heads` or `num_key_value_heads`",
+            Situation.heads_are_unnamed,
+            "DeepSpeed divides these among ranks",
+            "Train without `sp_size`",
+        ),
     ),
-    Refusal(
-        WAVES,
-        "`wave_tokens='auto'` with layers that run over whole paths",
-        lambda run: run.args.wave_tokens == "auto" and next(run.layers_of_unknown_memory(), None),
-        "it runs over whole paths, whose memory a wave does not bound",
-        "Set a number of tokens",
-    ),
-    Refusal(
-        WAVES,
-        "`wave_tokens='auto'` with recurrent layers of which a rank holds a shard",
-        lambda run: run.args.wave_tokens == "auto" and run.shards_the_model() and next(run.recurrent_layers(), None),
-        "its activations are measured on a whole model, not on a shard",
-        "Set a number of tokens",
-    ),
-    Refusal(
-        PARTS,
-        "`activation_offloading`",
-        lambda run: run.args.activation_offloading,
-        "it expects one forward before each backward",
-        "Turn it off",
-    ),
-    Refusal(
-        PARTS,
-        "`optim='lomo'`, `'adalomo'` and layerwise optimizers",
-        _updates_during_backward,
-        "it updates parameters during backward, between the parts of a row",
-        "Choose another",
-    ),
-    Refusal(
-        PARTS,
-        "`neftune_noise_alpha`",
-        lambda run: run.args.neftune_noise_alpha is not None,
-        _NOISE,
-        "Leave it unset",
-    ),
-    Refusal(
-        PARTS,
-        "`Dropout` layers",
-        lambda run: next(run.dropout_layers(), None),
-        "tokens that run twice would drop different units each time",
-        "Set it to 0",
-    ),
-    Refusal(
-        PARTS,
-        "adapters that draw random numbers",
-        lambda run: next(run.random_adapters(), None),
-        _NOISE,
-        "Use an adapter that draws none",
-    ),
-    Refusal(
-        PARTS,
-        "`router_jitter_noise` of a model",
-        lambda run: bool(run.of_text_config("router_jitter_noise")) and "router_jitter_noise",
-        _NOISE,
-        "Set it to 0",
-    ),
-    Refusal(
-        PARTS,
-        "engines other than DDP, DeepSpeed and FSDP2",
-        Situation.unknown_engine,
-        "how it accumulates gradients is not known",
-        "Train with DDP, DeepSpeed or FSDP2",
-    ),
-    Refusal(
-        PARTS,
-        "`fsdp_version=1`",
-        Situation.uses_fsdp1,
-        "it flattens parameters between backward passes",
-        "Set `fsdp_version=2`",
-    ),
-    Refusal(
-        PARTS,
-        f"`{PREFETCHED}` above 0 of ZeRO-3",
-        Situation.prefetches,
-        "it fetches parameters in the order of the first step, and the number of parts changes from row to row",
-        "Set it to 0 or `'auto'`",
-    ),
+)
+
+SCOPES = (
+    TURNS,
+    CONVERSATIONS,
+    PAIRS,
+    WEIGHTS,
+    OLDER_TRL,
+    ADAPTERS,
+    IMAGES,
+    WAVES,
+    PARTS,
+    ENGINES,
+    TENSOR_PARALLELISM,
+    ULYSSES,
+    PACKAGES,
 )

@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, logging
 
 from ..engine.enable import without_adapters
-from .situation import PREFETCHED
 from .tensor_parallel import sum_gradients_once
 from .zero3_leaves import make_leaves
 
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.get_logger(__name__)
+
+PREFETCHED = "stage3_prefetch_bucket_size"  # of ZeRO-3
 
 
 def prepare_sharding(model: PreTrainedModel | PeftModel, accelerator: Accelerator, tp_size: int = 1) -> None:

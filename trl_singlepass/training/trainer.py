@@ -19,7 +19,7 @@ from ..data.images import hide_image_columns
 from ..data.sampler import make_train_sampler
 from ..images.loading import image_loader_of
 from ..trees.rows import IMAGE_COLUMNS, ROW_COLUMNS
-from .compatibility import check_conversations, check_loss_is_per_token, check_run
+from .compatibility import check_arguments
 from .config import as_single_pass_config, default_config, with_packed_length, without_redundant_settings
 from .dataset import AnyDataset, FormattingFunction, find_turns, in_order, needs_preparation, prepare_conversations
 from .last_batch import num_repeatable_examples, scale_router_loss, without_empty_batches, without_repeated_examples
@@ -27,8 +27,10 @@ from .loss import NumItems, get_loss_context, mean_of_means_divisor, step_weight
 from .metrics import PooledLoss, TurnMetrics, split_by_example
 from .mixin import SinglePassTrainerMixin
 from .model_card import PAPER, STOCK_CARD
+from .refusals import CONVERSATIONS, ENGINES, OLDER_TRL, TENSOR_PARALLELISM, check
 from .sequence_parallel import SequenceParallel
 from .sharding import prepare_sharding
+from .situation import Situation
 from .stream_epochs import StreamSteps, blank_batch, endless_stream, position_in_stream, stream_dataloader
 from .tree_loss import Loss, TreeLoss
 
@@ -92,7 +94,15 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
         has_turns = train_dataset is not None and formatting_func is None
         self._trains_turns = has_turns and holds_turns(train_dataset, text_field=args.dataset_text_field)
         if self._trains_turns:
-            check_conversations(args, train_dataset, data_collator, model, peft_config)
+            run = Situation(
+                args,
+                model,
+                dataset=train_dataset,
+                packing=args.packing,
+                peft_config=peft_config,
+                compute_loss_func=compute_loss_func,
+            )
+            check_arguments(run, data_collator, DataCollatorForSinglePass, CONVERSATIONS, TENSOR_PARALLELISM)
         self.__dict__.update({} if self._trains_turns else STOCK_CARD)
         collator = data_collator if isinstance(data_collator, DataCollatorForSinglePass) else None
         with without_redundant_settings(args) if self._trains_turns else nullcontext():
@@ -113,7 +123,7 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
                 peft_config=peft_config,
                 formatting_func=formatting_func,
             )
-        check_run(self.model, args, self.accelerator, tp_size=self.get_tp_size())
+        check(Situation(args, self.model, self.accelerator, tp_size=self.get_tp_size()), ENGINES, TENSOR_PARALLELISM)
         prepare_sharding(self.model, self.accelerator, self.get_tp_size())
         self._collate = TreeOrPlainCollator(
             collator or DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of), self._collate
@@ -142,7 +152,8 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
             self._sequence_parallel = self._tree_loss.sequence_parallel
             self._tree_loss.read_images(self._collator, self.get_tp_size(), self.train_dataset, self.eval_dataset)
             if self._trains_turns:  # the divisor comes from here, even if the model's class takes the mean of a batch
-                check_loss_is_per_token(self.model, self.model_accepts_loss_kwargs)
+                accepts = self.model_accepts_loss_kwargs
+                check(Situation(self.args, self.model, accepts_loss_kwargs=accepts), OLDER_TRL)
                 self.model_accepts_loss_kwargs = True
         return self._tree_loss
 

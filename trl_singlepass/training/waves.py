@@ -59,7 +59,7 @@ class WaveTraining:
         router_loss_coef: float = 0.0,
     ) -> None:
         stop_prefetching(accelerator)
-        check_parts(Situation(args, model, accelerator, compute_loss_func))
+        check_parts(Situation(args, model, accelerator, compute_loss_func=compute_loss_func))
         self._model, self._args, self._accelerator = model, args, accelerator
         self._recorder, self._router_loss_coef = recorder, router_loss_coef
         # Models take a lone token for a step of generation, and drop the mask that carries the tree to recomputation.
