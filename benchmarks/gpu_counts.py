@@ -21,12 +21,13 @@ import torch
 from transformers import PreTrainedConfig, logging
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
+from benchmarks.kernel_speed import KernelSpeed, attention_flops
 from benchmarks.model_shapes import MODELS, get_config, make_model
 from benchmarks.report import replace_between_markers, table
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.attention import flash, registry
 from trl_singlepass.attention.varlen_kernels import TorchFlash
-from trl_singlepass.cost import Cost, KernelSpeed, ModelShape, attention_flops, npass_cost, single_pass_cost
+from trl_singlepass.cost import Cost, ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.reference.launches import LaunchCounter
 from trl_singlepass.reference.random_conversations import Sizes, conversation

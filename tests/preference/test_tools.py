@@ -12,7 +12,7 @@ from support.tiny_families import tiny_model
 from trl_singlepass import audit, cli, verify
 from trl_singlepass.preference.pairs import example_to_pair
 from trl_singlepass.preference.settings import PairSettings
-from trl_singlepass.reports.html import inspection_page
+from trl_singlepass.reports.html.inspection import inspection_page
 from trl_singlepass.reports.inspection import Inspection
 from trl_singlepass.trees.prefix_tree import PrefixTree
 

@@ -55,7 +55,7 @@ def inspect(args: InspectArguments, console: Console) -> int:
     inspection = Inspection.from_samples(samples, tokenizer, num_chosen)
     console.print(render_inspection(inspection))
     if args.html is not None:
-        from ..reports.html import inspection_page
+        from ..reports.html.inspection import inspection_page
 
         title = f"{Path(args.data).name}, row {args.row}, {Path(args.model).name}"
         _write(args.html, inspection_page(inspection, title), console)
@@ -73,7 +73,6 @@ def inspect(args: InspectArguments, console: Console) -> int:
 def audit(args: AuditArguments, console: Console) -> int:
     """Report what the data contains, and what training costs; the exit code is 1 if no row can be trained."""
     from ..reports.audit import audit as audit_dataset
-    from ..reports.audit.report import render_report
 
     tokenizer, examples = _load_both(args)
     config = load_config(args.model, trust_remote_code=args.trust_remote_code)
@@ -90,11 +89,11 @@ def audit(args: AuditArguments, console: Console) -> int:
     if args.json == "-":
         console.file.write(json.dumps(report.to_dict(), indent=2) + "\n")
         return exit_code
-    console.print(render_report(report))
+    console.print(report)
     if args.json is not None:
         _write(args.json, json.dumps(report.to_dict(), indent=2) + "\n", console)
     if args.html is not None:
-        from ..reports.html import audit_page
+        from ..reports.html.audit import audit_page
 
         _write(args.html, audit_page(report, f"Audit of {Path(args.data).name} for {Path(args.model).name}"), console)
     return exit_code

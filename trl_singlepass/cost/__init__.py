@@ -4,8 +4,6 @@ from .flops import Cost as Cost
 from .flops import ModelShape as ModelShape
 from .flops import npass_cost as npass_cost
 from .flops import single_pass_cost as single_pass_cost
-from .kernel_speed import KernelSpeed as KernelSpeed
-from .kernel_speed import attention_flops as attention_flops
 from .memory import exchange_bytes as exchange_bytes
 from .memory import exchange_share as exchange_share
 from .memory import row_bytes as row_bytes

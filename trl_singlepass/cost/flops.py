@@ -15,8 +15,8 @@ layers of attention width 3 and 5 LM head parameters it costs 3 × (2 × 7 × 3 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,41 +32,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """
-    The sizes of a decoder that its cost depends on.
+    """The sizes of a decoder that its cost depends on."""
 
-    Args:
-        matrix_parameters (`int`):
-            Weights that one token is multiplied with, without embeddings and LM head. In a mixture of experts, only
-            those of the experts that a token visits.
-        attention_width (`int`):
-            Query heads × head dimension.
-        head_parameters (`int`):
-            Weights of the LM head: hidden size × vocabulary.
-        windows (`tuple[int | None, ...]`):
-            How many tokens of its path a token attends to in each attention layer, itself included; `None` for all.
-        scan_flops (`int`, *optional*, defaults to 0):
-            Operations of the recurrences of all layers for one token, forward.
-    """
-
+    # Weights that one token is multiplied with, without embeddings and LM head; of experts, those that a token visits.
     matrix_parameters: int
-    attention_width: int
-    head_parameters: int
-    windows: tuple[int | None, ...]
-    scan_flops: int = 0
+    attention_width: int  # query heads × head dimension
+    head_parameters: int  # weights of the LM head: hidden size × vocabulary
+    windows: tuple[int | None, ...]  # tokens of its path that a token attends to in each layer; `None` for all
+    scan_flops: int = 0  # operations of the recurrences of all layers for one token, forward
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> ModelShape:
         """
         Read the sizes of a decoder with gated MLPs (Llama, Qwen, Mistral, Gemma, their mixtures of experts, gpt-oss,
-        and hybrids with gated delta rules such as Qwen3.5).
-
-        Args:
-            config (`transformers.PreTrainedConfig`):
-                Configuration of the model; for a multimodal one, its text part is taken.
-
-        Returns:
-            `ModelShape`: The sizes.
+        and hybrids with gated delta rules such as Qwen3.5); of a multimodal one, those of its text part.
         """
         config = config.get_text_config()
         heads, kv_heads, head_dim = head_sizes(config)
@@ -107,60 +86,39 @@ def get_model_shape(model_config: PreTrainedConfig | None) -> ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """
-    Counted work of training on conversations once, forward and backward.
+    """Counted work of training on conversations once, forward and backward."""
 
-    Args:
-        tokens (`int`):
-            Tokens that pass through the model.
-        attention_pairs (`int`):
-            Pairs of a token and one that it attends to, itself included, over all layers.
-        targets (`int`):
-            Positions whose next token is predicted.
-        flops (`int`):
-            Floating-point operations.
-    """
+    tokens: int  # that pass through the model
+    attention_pairs: int  # a token and one that it attends to, itself included, over all layers
+    targets: int  # positions whose next token is predicted
+    flops: int  # floating-point operations
 
-    tokens: int
-    attention_pairs: int
-    targets: int
-    flops: int
+    @classmethod
+    def total(cls, costs: Iterable[Cost]) -> Cost:
+        """Add up at least one cost."""
+        return cls(*map(sum, zip(*map(astuple, costs), strict=True)))
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(*(one - less for one, less in zip(astuple(self), astuple(other), strict=True)))
 
 
 def npass_cost(samples: Sequence[Sample], shape: ModelShape) -> Cost:
-    """
-    Count the cost of one forward and backward pass per sample, without padding.
-
-    Args:
-        samples (`Sequence[Sample]`):
-            Samples of any number of conversations.
-        shape (`ModelShape`):
-            Sizes of the model.
-
-    Returns:
-        `Cost`: The cost.
-    """
+    """Count the cost of one forward and backward pass per sample of any number of conversations, without padding."""
     depths = np.concatenate([np.arange(len(sample)) for sample in samples])
     targets = sum(int((sample.loss_weights > 0).sum()) for sample in samples)
     return _count(depths, targets, shape)
 
 
 def single_pass_cost(trees: Sequence[PrefixTree], shape: ModelShape) -> Cost:
-    """
-    Count the cost of one forward and backward pass over prefix trees.
-
-    Args:
-        trees (`Sequence[PrefixTree]`):
-            Trees of any number of conversations.
-        shape (`ModelShape`):
-            Sizes of the model.
-
-    Returns:
-        `Cost`: The cost.
-    """
+    """Count the cost of one forward and backward pass over the prefix trees of any number of conversations."""
     depths = np.concatenate([tree.position_ids for tree in trees])
     targets = sum(int((tree.labels != IGNORE_INDEX).sum()) for tree in trees)
     return _count(depths, targets, shape)
+
+
+def prefix_cost(length: int, shape: ModelShape) -> Cost:
+    """Count the cost of the first `length` tokens of a sequence, none of which is trained."""
+    return _count(np.arange(length), 0, shape)
 
 
 def _count(depths: NDArray[np.int64], targets: int, shape: ModelShape) -> Cost:

@@ -23,22 +23,11 @@ _ITEMSIZE = 2  # bytes of a number in bf16
 
 def row_bytes(config: PreTrainedConfig, num_tokens: int, sp_size: int = 1) -> int:
     """
-    Return the memory that a row takes on each rank of its group with gradient checkpointing, in bytes.
+    Return the bytes that a row takes on each of the `sp_size` ranks that share it, with gradient checkpointing.
 
-    This is the hidden states between layers, `2 · tokens · hidden · layers`, and what one layer saves for each token
+    These are the hidden states between layers, `2 · tokens · hidden · layers`, and what one layer saves for each token
     while it is recomputed: 4 hidden states per norm (one in float32 counts twice), queries 6 times, keys and values 5
-    times, and 4 vectors of the MLP. Logits are not saved, and tree attention adds little.
-
-    Args:
-        config (`transformers.PreTrainedConfig`):
-            Configuration of a model with dense gated MLPs.
-        num_tokens (`int`):
-            Tokens in the row.
-        sp_size (`int`, *optional*, defaults to 1):
-            Ranks that share the row.
-
-    Returns:
-        `int`: The bytes.
+    times, and 4 vectors of a dense gated MLP. Logits are not saved, and tree attention adds little.
     """
     config = config.get_text_config()
     queries, keys = _widths(config, sp_size)
@@ -49,24 +38,11 @@ def row_bytes(config: PreTrainedConfig, num_tokens: int, sp_size: int = 1) -> in
 
 def exchange_bytes(config: PreTrainedConfig, num_tokens: int, sp_size: int, *, passes: int = 3) -> int:
     """
-    Return how much each rank of a group sends to the others for a row, in bytes.
+    Return the bytes that each rank of a group sends to the others for a row.
 
     Around the attention of each layer, a rank sends `(sp_size - 1) / sp_size` of its queries, keys, values and
     results, which are `2 · (queries + keys) · 2 · tokens / sp_size` bytes: once forward, once backward, and once more
-    when a checkpointed layer is recomputed.
-
-    Args:
-        config (`transformers.PreTrainedConfig`):
-            Configuration of the model.
-        num_tokens (`int`):
-            Tokens in the row.
-        sp_size (`int`):
-            Ranks that share the row.
-        passes (`int`, *optional*, defaults to 3):
-            Passes through each layer: 2 without gradient checkpointing.
-
-    Returns:
-        `int`: The bytes.
+    when a checkpointed layer is recomputed. Without gradient checkpointing, `passes` is 2.
     """
     config = config.get_text_config()
     queries, keys = _widths(config, sp_size)
@@ -81,22 +57,8 @@ def exchange_share(
     """
     Return the time that ranks exchange data ÷ the time that they compute for a row, with gradient checkpointing.
 
-    Args:
-        config (`transformers.PreTrainedConfig`):
-            Configuration of the model.
-        num_tokens (`int`):
-            Tokens in the row.
-        num_pairs (`int`):
-            Pairs of a token and an ancestor or itself: `tokens · (tokens + 1) / 2` without branches.
-        sp_size (`int`):
-            Ranks that share the row.
-        flops (`float`):
-            Floating-point operations per second that a rank achieves.
-        bandwidth (`float`):
-            Bytes per second that a rank sends to the others of its group.
-
-    Returns:
-        `float`: 0.1 if the exchange takes a tenth of the time that the computation takes.
+    `num_pairs` counts a token with an ancestor or itself: `tokens · (tokens + 1) / 2` without branches. A rank
+    achieves `flops` operations and sends `bandwidth` bytes per second.
     """
     shape = ModelShape.from_config(config)
     forward = 2 * shape.matrix_parameters * num_tokens + 4 * shape.attention_width * num_pairs * len(shape.windows)
@@ -106,20 +68,10 @@ def exchange_share(
 
 def smallest_group(config: PreTrainedConfig, num_tokens: int, free_bytes: float) -> int | None:
     """
-    Return the smallest `sp_size` with which a row fits.
+    Return the smallest `sp_size` with which a row fits, or `None`.
 
-    More ranks than needed only exchange more: with rows of their own, they train as many tokens in the same time.
-
-    Args:
-        config (`transformers.PreTrainedConfig`):
-            Configuration of the model.
-        num_tokens (`int`):
-            Tokens in the row.
-        free_bytes (`float`):
-            Memory of each rank that the model and its optimizer leave free.
-
-    Returns:
-        `int` or `None`: The size; `None` if the row fits with none.
+    `free_bytes` are what the model and its optimizer leave free on each rank. More ranks than needed only exchange
+    more: with rows of their own, they train as many tokens in the same time.
     """
     fitting = (size for size in _sizes(config) if row_bytes(config, num_tokens, size) <= free_bytes)
     return next(fitting, None)

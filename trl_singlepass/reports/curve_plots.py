@@ -24,15 +24,8 @@ def plot_loss_by_turn(metrics: Mapping[str, float]) -> Figure:
     """
     Plot the loss by turn of the conversation: of reasoning, of answers and of both.
 
-    Args:
-        metrics (`Mapping[str, float]`):
-            An entry of `trainer.state.log_history`, or the result of `evaluate()`, with `log_turn_metrics=True`.
-
-    Returns:
-        `matplotlib.figure.Figure`: The figure; `figure.savefig(path)` saves it.
-
-    Raises:
-        `ValueError`: If there are no metrics by turn.
+    `metrics` is an entry of `trainer.state.log_history`, or the result of `evaluate()`, with `log_turn_metrics=True`;
+    without metrics by turn, it raises `ValueError`.
     """
     found = [(match, value) for name, value in metrics.items() if (match := _TURN.fullmatch(name))]
     by_part = {part: sorted((int(m[1]), value) for m, value in found if m[2] == part) for part in _PARTS}
@@ -54,19 +47,7 @@ def plot_loss_by_turn(metrics: Mapping[str, float]) -> Figure:
 
 
 def plot_sharing(report: AuditReport) -> Figure:
-    """
-    Plot the sharing factor of a dataset's conversations by their number of turns.
-
-    Args:
-        report ([`AuditReport`]):
-            The audit of the dataset.
-
-    Returns:
-        `matplotlib.figure.Figure`: The figure; `figure.savefig(path)` saves it.
-
-    Raises:
-        `ValueError`: If no conversation can be trained.
-    """
+    """Plot the sharing factor by number of turns; `ValueError` if no conversation can be trained."""
     from matplotlib.ticker import MaxNLocator
 
     entries = report.sharing_by_turns
@@ -88,16 +69,7 @@ def plot_speedup(turns: Sequence[int], measured: Sequence[float], bound: Sequenc
     """
     Plot the measured speed-up over N-pass by number of turns, with the bound that the counted work sets.
 
-    Args:
-        turns (`Sequence[int]`):
-            Numbers of turns.
-        measured (`Sequence[float]`):
-            For each, time of N-pass ÷ time of a single pass.
-        bound (`Sequence[float]`):
-            For each, counted work of N-pass ÷ counted work of a single pass.
-
-    Returns:
-        `matplotlib.figure.Figure`: The figure; `figure.savefig(path)` saves it.
+    Both are N-pass ÷ single pass for each number of turns: `measured` of times, `bound` of counted work.
     """
     figure, axes = _axes("turns of a conversation", "speed-up over N-pass")
     axes.fill_between(turns, 1, bound, color=CONTEXT, alpha=0.35, linewidth=0)

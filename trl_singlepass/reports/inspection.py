@@ -19,7 +19,7 @@ from ..trees.image_features import image_of_feature
 from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree, sample_paths
 from ..trees.rows import TreePlan
 from ..trees.sample import Sample
-from .wording import count_of
+from . import count_of
 
 
 if TYPE_CHECKING:
@@ -66,39 +66,17 @@ _MAX_CHARACTERS = 300  # shown of a segment in the terminal
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inspection:
-    """
-    One conversation as a prefix tree. Arrays and tuples by token have length `num_tokens`, in layout order.
+    """One conversation as a prefix tree. Arrays and tuples by token have length `num_tokens`, in layout order."""
 
-    Args:
-        samples (`tuple[Sample, ...]`):
-            Its turns.
-        tree ([`PrefixTree`]):
-            Their tree.
-        plan ([`TreePlan`]):
-            Runs of the layout.
-        paths (`tuple[numpy.ndarray, ...]`):
-            Positions of the tokens of each turn.
-        texts (`tuple[str, ...]`):
-            Text of each token; of an image, its number at its first token and nothing at the others.
-        roles (`tuple[TokenRole, ...]`):
-            What each token is part of. In prompts, as far as special tokens tell.
-        targets (`tuple[str | None, ...]`):
-            Text that each token has to predict; `None` if it has no target.
-        weights (`numpy.ndarray` of `numpy.float64`):
-            Weight with which each token is predicted from the token before it on its path; 0 if it is not trained.
-        num_chosen (`int`, *optional*):
-            Of a preference pair, how many turns belong to the chosen trajectory. They come first.
-    """
-
-    samples: tuple[Sample, ...]
+    samples: tuple[Sample, ...]  # its turns
     tree: PrefixTree
     plan: TreePlan
-    paths: tuple[NDArray[np.int64], ...]
-    texts: tuple[str, ...]
-    roles: tuple[TokenRole, ...]
-    targets: tuple[str | None, ...]
-    weights: NDArray[np.float64]
-    num_chosen: int | None = None
+    paths: tuple[NDArray[np.int64], ...]  # positions of the tokens of each turn
+    texts: tuple[str, ...]  # of each token; of an image, its number at its first token and nothing at the others
+    roles: tuple[TokenRole, ...]  # what each token is part of; in prompts, as far as special tokens tell
+    targets: tuple[str | None, ...]  # text that each token has to predict; `None` if it has no target
+    weights: NDArray[np.float64]  # with which each token is predicted from the one before it on its path, or 0
+    num_chosen: int | None = None  # of a pair, how many turns belong to the chosen trajectory, which comes first
 
     @classmethod
     def from_samples(
@@ -190,16 +168,7 @@ def _named_role(texts: Sequence[str], position: int, end: int) -> TokenRole | No
 
 
 def render_inspection(inspection: Inspection) -> RenderableType:
-    """
-    Return the tree of a conversation for `rich` to print. Text of the conversation appears literally.
-
-    Args:
-        inspection (`Inspection`):
-            The conversation.
-
-    Returns:
-        `rich.console.RenderableType`: A headline, a legend, and the tree with one node per segment.
-    """
+    """Return the tree of a conversation for `rich` to print. Text of the conversation appears literally."""
     tree = inspection.tree
     headline = Text(inspection.summary, style="bold")
     legend = Text.assemble(*((f" {role} ", f"{_STYLES[role]} reverse") for role in TokenRole))

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree
+from ..trees.prefix_tree import PrefixTree
 from ..trees.rows import Run, TreePlan
-from .wording import count_of
+from . import count_of
+from .inspection import incoming_weights
 
 
 if TYPE_CHECKING:
@@ -39,18 +40,10 @@ def plot_tree(
     tree: PrefixTree, tokenizer: PreTrainedTokenizerBase, thumbnails: Sequence[Image] | None = None
 ) -> Figure:
     """
-    Plot a prefix tree: depth from left to right, the spine on top, and every branch in a lane of its own.
+    Plot the tree of one conversation: depth from left to right, the trunk on top, each branch in a lane of its own.
 
-    Args:
-        tree ([`PrefixTree`]):
-            Tree of one conversation.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer to decode the text in the bars with.
-        thumbnails (`Sequence[PIL.Image.Image]`, *optional*):
-            The images of `tree.images`, to draw where the tree shows them.
-
-    Returns:
-        `matplotlib.figure.Figure`: The figure; `figure.savefig(path)` saves it.
+    The tokenizer decodes the text in the bars. `thumbnails` are the images of `tree.images`, to draw where the tree
+    shows them.
     """
     from matplotlib.figure import Figure
 
@@ -76,16 +69,9 @@ def plot_tree(
 
 def plot_mask(tree: PrefixTree, tokenizer: PreTrainedTokenizerBase) -> Figure:
     """
-    Plot the attention mask: which tokens each token of a row attends to.
+    Plot which tokens each token of a tree attends to, for up to a few thousand tokens.
 
-    Args:
-        tree ([`PrefixTree`]):
-            Tree of one conversation, up to a few thousand tokens.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer to decode the first words of each run with, which label it.
-
-    Returns:
-        `matplotlib.figure.Figure`: The figure; `figure.savefig(path)` saves it.
+    The tokenizer decodes the first words of each run, which label it.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -93,7 +79,7 @@ def plot_mask(tree: PrefixTree, tokenizer: PreTrainedTokenizerBase) -> Figure:
     plan = TreePlan.from_subtree_end(tree.subtree_end)
     position = np.arange(len(tree))
     attends = (position[None, :] <= position[:, None]) & (position[:, None] < tree.subtree_end[None, :])
-    shade = attends.astype(np.int8) + (attends & _is_trained(tree, plan)[:, None])
+    shade = attends.astype(np.int8) + (attends & (incoming_weights(tree, plan) > 0)[:, None])
     figure = Figure(figsize=(9.6, 8.0))
     axes = figure.add_axes((0.22, 0.07, 0.75, 0.88))
     axes.imshow(shade, cmap=ListedColormap(["#ffffff", CONTEXT, TRAINED]), vmin=0, vmax=2, interpolation="nearest")
@@ -108,24 +94,13 @@ def plot_mask(tree: PrefixTree, tokenizer: PreTrainedTokenizerBase) -> Figure:
     return figure
 
 
-def _is_trained(tree: PrefixTree, plan: TreePlan) -> NDArray[np.bool_]:
-    """For each token, whether the tree predicts it from the token before it on its path."""
-    # The target of a token is the label at the next position of the layout. After a fork, that position may belong to
-    # another lane than the one that continues there.
-    label = tree.labels.copy()
-    for run in plan.runs[1:]:
-        label[run.start] = tree.labels[run.prefix[-1][1]] if run.prefix else IGNORE_INDEX
-    trained: NDArray[np.bool_] = label == tree.input_ids
-    return trained
-
-
 def _sample_ends(tree: PrefixTree, plan: TreePlan) -> list[_SampleEnd]:
     """Ends of all samples, numbered by turn."""
     continued = np.zeros(len(tree.segments), np.int64)
     for segment in tree.segments:
         if segment.parent >= 0:
             continued[segment.parent] += segment.num_samples
-    trained = _is_trained(tree, plan)
+    trained = incoming_weights(tree, plan) > 0
     found = []
     for segment, num_continued in zip(tree.segments, continued, strict=True):
         lane = _lane_of(plan, segment.start)
@@ -150,7 +125,7 @@ def _lane_of(plan: TreePlan, position: int) -> int:
 
 
 def _place_lanes(plan: TreePlan, ends: list[_SampleEnd]) -> list[int]:
-    """The spine on top, below it the branches in the order of their turns."""
+    """The trunk on top, below it the branches in the order of their turns."""
     first_turn = [min(end.turn for end in ends if end.lane == lane) for lane in range(len(plan.runs))]
     order = sorted(range(len(plan.runs)), key=lambda lane: (lane > 0, first_turn[lane]))
     return [order.index(lane) for lane in range(len(plan.runs))]
@@ -160,7 +135,7 @@ def _draw_lane(
     axes: Axes, tree: PrefixTree, tokenizer: PreTrainedTokenizerBase, run: Run, place: int, ends: set[int]
 ) -> None:
     """One bar per range of trained or context tokens, with as much of its text as fits."""
-    trained = _is_trained(tree, TreePlan.from_subtree_end(tree.subtree_end))[run.start : run.end]
+    trained = incoming_weights(tree, TreePlan.from_subtree_end(tree.subtree_end))[run.start : run.end] > 0
     characters_per_token = (WIDTH - 1.2) / INCHES_PER_CHARACTER / (tree.position_ids.max() + 1)
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
     for start, end in pairwise(borders):

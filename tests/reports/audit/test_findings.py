@@ -6,22 +6,20 @@ import pytest
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import agentic_chat, chat, plain_chat, tool_chat
-from trl_singlepass.reports.audit import audit
-from trl_singlepass.reports.audit import report as findings
-from trl_singlepass.reports.audit.templates import ReasoningPolicy
-from trl_singlepass.reports.audit.turns import BranchCause
-from trl_singlepass.reports.html import audit_page
+from trl_singlepass.reports.audit import audit, wording
+from trl_singlepass.reports.audit.turns import BranchCause, ReasoningPolicy
+from trl_singlepass.reports.html.audit import audit_page
 
 
 PLURAL_OF_ONE = re.compile(r"(?<![\d,.])1 (?:conversations|turns|rows|samples|trees|tokens)\b")
 
 
 def test_every_cause_of_a_branch_is_explained():
-    assert set(findings._CAUSES) == set(BranchCause)
+    assert set(wording._CAUSES) == set(BranchCause)
 
 
 def test_every_policy_that_deserves_attention_is_explained():
-    assert set(findings._POLICIES) == set(ReasoningPolicy) - {ReasoningPolicy.KEPT, ReasoningPolicy.REFUSED}
+    assert set(wording._POLICIES) == set(ReasoningPolicy) - {ReasoningPolicy.KEPT, ReasoningPolicy.REFUSED}
 
 
 @pytest.mark.parametrize("template", ["qwen3", "gptoss", "glm4moe", "deepseek_r1_distill", "cohere"])
@@ -38,4 +36,4 @@ def test_one_of_anything_is_singular(template, turns):
 
 @pytest.mark.parametrize(("part", "whole", "share"), [(1, 2, "50%"), (1, 1000, "less than 1%"), (3, 3, "100%")])
 def test_small_shares_are_not_rounded_to_nothing(part, whole, share):
-    assert findings._share(part, whole) == share
+    assert wording._share(part, whole) == share

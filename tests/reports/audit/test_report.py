@@ -8,8 +8,7 @@ from transformers import Qwen3Config
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
 from support.malformed_examples import MALFORMED
-from trl_singlepass.reports.audit import audit
-from trl_singlepass.reports.audit import report as report_module
+from trl_singlepass.reports.audit import audit, wording
 from trl_singlepass.reports.audit.forecast import Schedule
 from trl_singlepass.reports.audit.turns import TurnStats
 from trl_singlepass.trees.sample import CompletionKind
@@ -67,7 +66,7 @@ def test_merged_counts_are_those_of_all_turns():
 def test_every_heading_is_explained_where_it_stands(config):
     conversations = [MALFORMED["no assistant"][0], chat(3), chat(2, 1), tool_chat()]
     report = audit(conversations, make_tokenizer("deepseek_r1_distill"), config, max_length=1)
-    tables = {table.title: table for table in report_module.tables(report)}
+    tables = {table.title: table for table in report.tables}
     del tables["Rows that cannot be trained"]  # rows, first rows, reason
     for title, table in tables.items():
         _, *headings = (str(column.header).replace("\n", " ") for column in table.columns)
@@ -79,5 +78,5 @@ def test_every_heading_is_explained_where_it_stands(config):
 
 
 def test_all_kinds_of_completions_and_schedules_are_explained():
-    assert set(report_module._KINDS) == {*CompletionKind, "refused"}
-    assert set(report_module._SCHEDULES) == set(Schedule)
+    assert set(wording._KINDS) == {*CompletionKind, "refused"}
+    assert set(wording._SCHEDULES) == set(Schedule)

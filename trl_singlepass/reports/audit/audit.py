@@ -8,16 +8,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice, zip_longest
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from datasets.utils.tqdm import tqdm
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 from transformers import ProcessorMixin
 
 from ...cost.flops import ModelShape, get_model_shape
-from ...data.bad_rows import BadRowError, UnexpectedError, get_reason, group_errors, unexpected_error
+from ...data.bad_rows import BadRowError, RowErrors, UnexpectedError, get_reason, group_errors, unexpected_error
 from ...data.conversations import example_to_samples
 from ...data.images import holds_images
 from ...data.settings import RowSettings
@@ -28,11 +33,21 @@ from ...preference.settings import PairSettings
 from ...rendering.conversation import Conversation
 from ...rendering.prefixes import Prefixes
 from ...trees.errors import DataError
-from .forecast import ConversationCost, Schedule, count_conversation, make_forecast, sharing_by_turns
-from .recipes import AssistantOnlyLoss, Recipe, RecipeCounts, RecipeReport, count_last_turn
-from .report import AuditReport
-from .templates import TemplateFacts, TemplateSurvey
-from .turns import Lengths, TurnExaminer, TurnStats
+from . import wording
+from .forecast import (
+    AssistantOnlyLoss,
+    ConversationCost,
+    Forecast,
+    Recipe,
+    RecipeReport,
+    Schedule,
+    SharingByTurns,
+    count_conversation,
+    count_last_turn,
+    make_forecast,
+    sharing_by_turns,
+)
+from .turns import Lengths, TemplateFacts, TemplateSurvey, TurnExaminer, TurnStats
 
 
 if TYPE_CHECKING:
@@ -46,8 +61,115 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLE_SIZE = 500
 _BATCH_SIZE = 32  # rows that a process audits before it reports back
-_NO_RECIPE = "it is not counted for conversations with images"
-_NO_PAIRS = "it is a setting of fine-tuning, and these are preference pairs"
+_WIDTH = 118  # characters of a line of the report
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """
+    What a dataset contains, what its template makes of it, and what training on it costs; `str()` is a table.
+
+    Args:
+        num_rows (`int`, *optional*):
+            Rows of the dataset; `None` for a stream.
+        num_audited (`int`):
+            Rows that were audited: all, a random sample, or the first ones of a stream.
+        num_trainable (`int`):
+            Audited rows that can be trained.
+        errors (`tuple[RowErrors, ...]`):
+            Why the others cannot, the most frequent reason first.
+        templates (`tuple[tuple[TemplateFacts, int], ...]`):
+            What the template does, and in how many conversations. Several entries if template arguments change what
+            it does.
+        all_turns (`TurnStats`):
+            Counts over all turns.
+        by_turn (`tuple[TurnStats, ...]`):
+            Counts by the turn's position in its conversation.
+        max_length (`int`, *optional*):
+            Length in tokens that samples are compared with.
+        sample_lengths (`Lengths`, *optional*):
+            Tokens per sample; `None`, like `tree_lengths` and `forecast`, if no row can be trained.
+        tree_lengths (`Lengths`, *optional*):
+            Tokens per tree.
+        num_chains (`int`):
+            Samples with which no other sample begins: the leaves of the trees.
+        sharing_by_turns (`tuple[SharingByTurns, ...]`):
+            Token sharing by the number of turns of a conversation.
+        recipes (`tuple[RecipeReport, ...]`):
+            What other recipes would train of the same conversations.
+        forecast (`Forecast`, *optional*):
+            What training costs.
+    """
+
+    num_rows: int | None
+    num_audited: int
+    num_trainable: int
+    errors: tuple[RowErrors, ...]
+    templates: tuple[tuple[TemplateFacts, int], ...]
+    all_turns: TurnStats
+    by_turn: tuple[TurnStats, ...]
+    max_length: int | None
+    sample_lengths: Lengths | None
+    tree_lengths: Lengths | None
+    num_chains: int
+    sharing_by_turns: tuple[SharingByTurns, ...]
+    recipes: tuple[RecipeReport, ...]
+    forecast: Forecast | None
+
+    @property
+    def headline(self) -> str:
+        """What was audited, in one line."""
+        return wording.headline(self.num_rows, self.num_audited, self.templates, self.all_turns)
+
+    @property
+    def findings(self) -> list[str]:
+        """What deserves attention, in plain sentences."""
+        return [
+            *wording.about_rows(self.num_audited, self.num_trainable),
+            *wording.about_templates(self.templates),
+            *wording.about_turns(self.all_turns, self.max_length),
+            *(finding for recipe in self.recipes for finding in wording.about_recipe(recipe)),
+        ]
+
+    @property
+    def tables(self) -> list[Table]:
+        """The tables that have something to show."""
+        turns, shown = self.all_turns, []
+        if self.errors:
+            shown.append(wording.error_table(self.errors))
+        if turns.turns or turns.trainable:
+            shown.append(wording.size_table(self.by_turn, turns))
+        if turns.turns:
+            shown += [wording.template_table(self.by_turn, turns), wording.kind_table(turns)]
+        if self.forecast is not None:
+            scale = self.num_rows / self.num_audited if self.num_rows else 1.0
+            shown += [wording.recipe_table(self.recipes), wording.forecast_table(self.forecast, scale)]
+        return shown
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as a dictionary for `json.dumps`."""
+        report = asdict(self)
+        report["templates"] = [{**asdict(facts), "conversations": count} for facts, count in self.templates]
+        report["findings"] = self.findings
+        if self.forecast is not None:
+            report["forecast"]["verdict"] = self.forecast.verdict
+        return report
+
+    def __str__(self) -> str:
+        printed = StringIO()
+        Console(file=printed, width=_WIDTH).print(self)
+        return "\n".join(line.rstrip() for line in printed.getvalue().splitlines()).strip() + "\n"
+
+    def __rich__(self) -> RenderableType:  # text from the dataset appears literally
+        parts: list[RenderableType] = [Text(self.headline, style="bold")]
+        if self.forecast is not None:
+            parts.append(Text(self.forecast.verdict))
+        lines = Text("\n".join(f"• {finding}" for finding in self.findings))
+        parts += [Text("\nFindings", style="bold"), Padding(lines, (0, 0, 1, 2))]
+        for table in self.tables:
+            caption, table.caption = table.caption, None  # which rich would wrap to the width of the table
+            parts += [table, Text(f"{caption}\n", style="dim")] if caption else [table]
+        return Group(*parts)
 
 
 def audit(
@@ -106,12 +228,15 @@ def audit(
     tokenizer = _with_template(tokenizer, chat_template)
     if isinstance(tokenizer, ProcessorMixin) and not holds_images(dataset):
         tokenizer = tokenizer.tokenizer
-    auditor = Auditor(tokenizer, get_model_shape(model_config), max_length)
+    shape = get_model_shape(model_config)
     rows, positions = _draw(dataset, num_rows, DEFAULT_SAMPLE_SIZE if sample_size is None else sample_size, seed)
     if not positions:
         raise ValueError("Nothing to audit: the dataset is empty.")
-    tally = _audit_positions(auditor, rows, positions, num_proc or 1)
-    return _make_report(tally, auditor, num_rows)
+    auditor = Auditor(rows, tokenizer, shape, max_length)
+    audited = _audit_rows(auditor, positions, num_proc or 1)
+    return _make_report(
+        list(tqdm(audited, total=len(positions), desc="Auditing conversations", unit=" rows")), auditor, num_rows
+    )
 
 
 def _with_template(
@@ -145,165 +270,124 @@ def _draw(
 
 
 @dataclass(slots=True)
-class Tally:
-    """What the audited rows contain. Of their tokens, only first prompts are kept."""
+class AuditedRow:
+    """What one row contains. Of its tokens, only the first prompt is kept."""
 
-    num_rows: int = 0
-    errors: list[tuple[int, str]] = field(default_factory=list)  # rows that cannot be trained, each with its reason
-    templates: Counter[TemplateFacts] = field(default_factory=Counter)  # by number of conversations
-    all_turns: TurnStats = field(default_factory=TurnStats)
-    by_turn: list[TurnStats] = field(default_factory=list)
+    index: int
+    error: str | None = None  # why it cannot be trained
+    templates: list[TemplateFacts] = field(default_factory=list)  # of its conversation, or of each trajectory
+    # counts of each turn that the template renders, and of each sample that can be trained
+    turns: list[TurnStats] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)  # tokens of each sample
-    costs: list[ConversationCost] = field(default_factory=list)
-    last_turn: list[RecipeCounts] = field(default_factory=list)
-    assistant_only: list[RecipeCounts] = field(default_factory=list)
-    recipe_refusals: Counter[str] = field(default_factory=Counter)
-
-    def merge(self, later: Tally) -> None:
-        """Add the tally of the rows after these."""
-        self.num_rows += later.num_rows
-        self.all_turns += later.all_turns
-        both = zip_longest(self.by_turn, later.by_turn, fillvalue=TurnStats())
-        self.by_turn = [TurnStats.merge(pair, turn=k) for k, pair in enumerate(both, 1)]
-        for name in ("templates", "recipe_refusals"):
-            getattr(self, name).update(getattr(later, name))
-        for name in ("errors", "lengths", "costs", "last_turn", "assistant_only"):
-            getattr(self, name).extend(getattr(later, name))
-
-    def add_turns(self, turns: Iterable[TurnStats]) -> None:
-        """Add counts of turns, in the order of their conversation."""
-        for place, stats in enumerate(turns):
-            if place == len(self.by_turn):
-                self.by_turn.append(TurnStats(turn=place + 1))
-            self.by_turn[place] += stats
-            self.all_turns += stats
-
-    def add_samples(self, samples: Sequence[Sample], max_length: int | None) -> None:
-        """Add the samples of a conversation that can be trained."""
-        self.add_turns(TurnStats.from_sample(sample, max_length) for sample in samples)
-        self.lengths += map(len, samples)
-        self.last_turn.append(count_last_turn(samples))
+    cost: ConversationCost | None = None  # if it can be trained
+    recipes: list[RecipeReport] = field(default_factory=list)
 
 
 class Auditor:
     """Audits rows for a tokenizer or processor, with the sizes of a model and the length to compare samples with."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, shape: ModelShape, max_length: int | None
+        self,
+        rows: Rows,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+        shape: ModelShape,
+        max_length: int | None,
     ) -> None:
-        self.max_length = max_length
-        self.reader, self.tokenizer, self.shape = as_reader(tokenizer), get_tokenizer(tokenizer), shape
-        self.recipe, self.survey = AssistantOnlyLoss(self.tokenizer), TemplateSurvey(self.tokenizer)
+        self.rows, self.shape, self.max_length = rows, shape, max_length
+        self.reader, self.tokenizer = as_reader(tokenizer), get_tokenizer(tokenizer)
+        self.assistant_only, self.survey = AssistantOnlyLoss(self.tokenizer), TemplateSurvey(self.tokenizer)
 
-    def add_row(self, index: int, row: Mapping[str, object], tally: Tally) -> None:
-        """Add one row to a tally. Anything wrong with it is recorded, so that the other rows can still be audited."""
-        tally.num_rows += 1
-        row = dict(row)
+    def audit_row(self, index: int) -> AuditedRow:
+        """Audit one row. Anything wrong with it is recorded, so that the other rows can still be audited."""
+        row = self.rows[index]
+        example = {"messages": row} if isinstance(row, list) else dict(row)
+        audited = AuditedRow(index)
         try:
-            (self._add_pair if is_pair(row) else self._add_conversation)(index, row, tally)
+            (self._audit_pair if is_pair(example) else self._audit_conversation)(example, audited)
         except DataError as error:
-            tally.errors.append((index, get_reason(error, index)))
+            audited.error = get_reason(error, index)
         except (AssertionError, UnexpectedError):
             raise
         except Exception as error:
             raise unexpected_error(error, index) from error
+        return audited
 
-    def _add_conversation(self, index: int, row: Mapping[str, object], tally: Tally) -> None:
+    def _audit_conversation(self, example: Mapping[str, object], audited: AuditedRow) -> None:
         conversation: Conversation | None = None
-        if get_tokenized_turns(row) is None:  # otherwise it has tokens already, and no template is involved
-            conversation = self._read(index, row)
-        samples = self._to_samples(index, row, conversation, tally)
+        if get_tokenized_turns(example) is None:  # otherwise it has tokens already, and no template is involved
+            conversation = self._read(audited.index, example)
+        samples = self._to_samples(example, conversation, audited)
         if not samples:
             raise BadRowError("All its turns have the weight 0, so nothing of it is trained.")
-        tally.add_samples(samples, self.max_length)
-        tally.costs.append(count_conversation(samples, self.shape))
-        self._count_assistant_only(conversation, samples, tally)
+        self._add_samples(samples, audited)
+        audited.cost = count_conversation(samples, self.shape)
+        if conversation is not None:
+            audited.recipes.append(self.assistant_only.count(conversation, samples))
 
     def _to_samples(
-        self, index: int, row: Mapping[str, object], conversation: Conversation | None, tally: Tally
+        self, example: Mapping[str, object], conversation: Conversation | None, audited: AuditedRow
     ) -> Sequence[Sample]:
         """Return the samples of a row, and add the facts about its turns, whether or not they can be trained."""
         if conversation is None:
-            return example_to_samples(row, index, self.reader, RowSettings()).samples
-        examiner = self._examine(conversation, tally)
+            return example_to_samples(example, audited.index, self.reader, RowSettings()).samples
+        examiner = self._examine(conversation, audited)
         try:
-            return example_to_samples(row, index, self.reader, RowSettings(), prefixes=examiner.prefixes).samples
+            return example_to_samples(
+                example, audited.index, self.reader, RowSettings(), prefixes=examiner.prefixes
+            ).samples
         finally:
-            tally.add_turns(examiner.finish())
+            audited.turns += examiner.finish()
 
-    def _examine(self, conversation: Conversation, tally: Tally) -> TurnExaminer:
+    def _audit_pair(self, example: Mapping[str, object], audited: AuditedRow) -> None:
+        """Add both trajectories of a pair, and the cost of their one tree."""
+        pair = example_to_pair(example, audited.index, self.reader, PairSettings())
+        for side in () if set(TOKEN_COLUMNS) <= set(example) else split_pair(example, audited.index).values():
+            audited.turns += self._examine(self._read(audited.index, side), audited).finish()
+        for fitted in pair.sides:
+            self._add_samples(fitted.samples, audited)
+        audited.cost = count_conversation(pair.samples, self.shape)
+        refusal = "it is a setting of fine-tuning, and these are preference pairs"
+        audited.recipes.append(RecipeReport(name=Recipe.ASSISTANT_ONLY, refusal=refusal))
+
+    def _examine(self, conversation: Conversation, audited: AuditedRow) -> TurnExaminer:
         prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
-        tally.templates[self.survey.get_facts(conversation)] += 1
+        audited.templates.append(self.survey.get_facts(conversation))
         return TurnExaminer(conversation, prefixes)
 
-    def _read(self, index: int, row: Mapping[str, Any]) -> Conversation:
+    def _read(self, index: int, example: Mapping[str, Any]) -> Conversation:
         if isinstance(self.reader, ConversationReader):
-            return self.reader.read_conversation(row, index)
-        return Conversation.from_example(dict(row))
+            return self.reader.read_conversation(example, index)
+        return Conversation.from_example(dict(example))
 
-    def _count_assistant_only(
-        self, conversation: Conversation | None, samples: Sequence[Sample], tally: Tally
-    ) -> None:
-        if conversation is not None and conversation.images is not None:
-            tally.recipe_refusals[_NO_RECIPE] += 1
-        elif self.recipe.refusal is None and conversation is not None:
-            try:
-                tally.assistant_only.append(self.recipe.count(conversation, samples))
-            except Exception as error:  # TRL's training templates refuse some rows that the stock ones render
-                tally.recipe_refusals[str(error) or type(error).__name__] += 1
-
-    def _add_pair(self, index: int, row: Mapping[str, object], tally: Tally) -> None:
-        """Add both trajectories of a pair, and the cost of their one tree."""
-        pair = example_to_pair(row, index, self.reader, PairSettings())
-        for example in () if set(TOKEN_COLUMNS) <= set(row) else split_pair(row, index).values():
-            tally.add_turns(self._examine(self._read(index, example), tally).finish())
-        for side in pair.sides:
-            tally.add_samples(side.samples, self.max_length)
-        tally.costs.append(count_conversation(pair.samples, self.shape))
-        tally.recipe_refusals[_NO_PAIRS] += 1
+    def _add_samples(self, samples: Sequence[Sample], audited: AuditedRow) -> None:
+        """Add the samples of a conversation, or of one trajectory, that can be trained."""
+        audited.turns += [TurnStats.from_sample(one, turn, self.max_length) for turn, one in enumerate(samples, 1)]
+        audited.lengths += map(len, samples)
+        audited.recipes.append(count_last_turn(samples))
 
 
-def _audit_positions(auditor: Auditor, rows: Rows, positions: list[int], num_proc: int) -> Tally:
-    tally = Tally()
-    with tqdm(total=len(positions), desc="Auditing conversations", unit=" rows") as bar:
-        for part in _audit_batches(auditor, rows, positions, num_proc):
-            tally.merge(part)
-            bar.update(part.num_rows)
-    return tally
-
-
-def _audit_batches(auditor: Auditor, rows: Rows, positions: list[int], num_proc: int) -> Iterator[Tally]:
-    """Yield tallies in the order of the rows, so that the report does not depend on the number of processes."""
+def _audit_rows(auditor: Auditor, positions: list[int], num_proc: int) -> Iterator[AuditedRow]:
+    """Audit rows in their order, so that the report does not depend on the number of processes."""
     if num_proc == 1:
-        for position in positions:
-            yield _audit_rows(auditor, rows, [position])
+        yield from map(auditor.audit_row, positions)
         return
-    batches = [positions[start : start + _BATCH_SIZE] for start in range(0, len(positions), _BATCH_SIZE)]
     with (
         _without_tokenizer_threads(),
-        ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(auditor, rows)) as pool,
+        ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(auditor,)) as pool,
     ):
-        yield from pool.map(_audit_in_worker, batches)
+        yield from pool.map(_audit_in_worker, positions, chunksize=_BATCH_SIZE)
 
 
-def _audit_rows(auditor: Auditor, rows: Rows, positions: Sequence[int]) -> Tally:
-    tally = Tally()
-    for position in positions:
-        row = rows[position]
-        auditor.add_row(position, {"messages": row} if isinstance(row, list) else row, tally)
-    return tally
+# A worker gets its auditor once: as an argument, it would be pickled again for every batch.
+_worker: list[Auditor] = []
 
 
-# A worker gets auditor and rows once: as arguments, they would be pickled again for every batch.
-_worker: list[tuple[Auditor, Rows]] = []
+def _start_worker(auditor: Auditor) -> None:
+    _worker[:] = [auditor]
 
 
-def _start_worker(auditor: Auditor, rows: Rows) -> None:
-    _worker[:] = [(auditor, rows)]
-
-
-def _audit_in_worker(positions: list[int]) -> Tally:
-    return _audit_rows(*_worker[0], positions)
+def _audit_in_worker(position: int) -> AuditedRow:
+    return _worker[0].audit_row(position)
 
 
 @contextmanager
@@ -320,26 +404,36 @@ def _without_tokenizer_threads() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _make_report(tally: Tally, auditor: Auditor, num_rows: int | None) -> AuditReport:
-    costs = tally.costs
-    coverage = 0.0 if num_rows is None else tally.num_rows / num_rows
-    refusal = auditor.recipe.refusal or next(iter(tally.recipe_refusals), None)
+def _make_report(audited: Sequence[AuditedRow], auditor: Auditor, num_rows: int | None) -> AuditReport:
+    costs = [row.cost for row in audited if row.cost is not None]
+    turns = [stats for row in audited for stats in row.turns]
+    recipes = [recipe for row in audited for recipe in row.recipes]
+    lengths = [length for row in audited for length in row.lengths]
+    tree_lengths = [cost.by_schedule[Schedule.SINGLE_PASS].tokens for cost in costs]
+    coverage = 0.0 if num_rows is None else len(audited) / num_rows
     return AuditReport(
         num_rows=num_rows,
-        num_audited=tally.num_rows,
+        num_audited=len(audited),
         num_trainable=len(costs),
-        errors=group_errors(tally.errors),
-        templates=tuple(tally.templates.most_common()),
-        all_turns=tally.all_turns,
-        by_turn=tuple(tally.by_turn),
+        errors=group_errors((row.index, row.error) for row in audited if row.error is not None),
+        templates=tuple(Counter(facts for row in audited for facts in row.templates).most_common()),
+        all_turns=TurnStats.merge(turns),
+        by_turn=_by_turn(turns),
         max_length=auditor.max_length,
-        sample_lengths=Lengths.from_values(tally.lengths) if costs else None,
-        tree_lengths=Lengths.from_values(c.by_schedule[Schedule.SINGLE_PASS].tokens for c in costs) if costs else None,
+        sample_lengths=Lengths.from_values(lengths) if costs else None,
+        tree_lengths=Lengths.from_values(tree_lengths) if costs else None,
         num_chains=sum(cost.num_chains for cost in costs),
         sharing_by_turns=sharing_by_turns(costs),
         recipes=(
-            RecipeReport.from_counts(Recipe.ASSISTANT_ONLY, tally.assistant_only, refusal),
-            RecipeReport.from_counts(Recipe.LAST_TURN, tally.last_turn, None),
+            RecipeReport.merge(Recipe.ASSISTANT_ONLY, recipes, auditor.assistant_only.refusal),
+            RecipeReport.merge(Recipe.LAST_TURN, recipes),
         ),
         forecast=make_forecast(costs, auditor.shape, coverage) if costs else None,
     )
+
+
+def _by_turn(turns: Iterable[TurnStats]) -> tuple[TurnStats, ...]:
+    groups: dict[int | None, list[TurnStats]] = {}
+    for stats in turns:
+        groups.setdefault(stats.turn, []).append(stats)
+    return tuple(TurnStats.merge(groups[turn], turn) for turn in range(1, len(groups) + 1))

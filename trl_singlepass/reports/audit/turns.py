@@ -1,25 +1,36 @@
-"""What turns contain, and what the chat template makes of them: counted turn by turn, and added up."""
+"""What turns contain, and what the chat template makes of them and of a small chat: numbers, without their wording."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...rendering.checks import contains, lost_calls, stray_reasoning, without
+from ...rendering.checks import contains, lost_calls, stray_reasoning, template_name, without
 from ...rendering.conversation import Conversation, Message, RenderingError
-from ...rendering.message_format import parse
+from ...rendering.message_format import as_read, parse
 from ...rendering.prefixes import Prefixes
 from ...rendering.reasoning import ParsedMessage
 from ...rendering.template import ChatTemplate
+from ...rendering.template_behaviour import get_behaviour
 from ...rendering.tokenization import HardBorders, common_length, hard_borders, tokenize
 from ...rendering.turn import RenderedTurn, render_turn
 from ...trees.sample import CompletionKind, Sample
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TAG_ROOM = 256  # characters at the end of a prompt that are searched for reasoning tags
+_TAIL = 4096  # characters at the end of a prompt that are searched first for its last added token
+# Words that no template writes itself.
+_QUESTIONS, _ANSWER, _LAST_QUESTION = ("Juniper", "Linden", "Maple", "Cedar"), "Aspen", "Oak"
+_REASONINGS = ("Rowan", "Hazel", "Birch", "Alder")
 
 
 class BranchCause(StrEnum):
@@ -30,10 +41,6 @@ class BranchCause(StrEnum):
     OTHER_STOP = "other stop token"
     EARLIER_HISTORY = "earlier history rewritten"
     OTHERWISE = "otherwise rewritten"
-
-
-_TAG_ROOM = 256  # characters at the end of a prompt that are searched for reasoning tags
-_TAIL = 4096  # characters at the end of a prompt that are searched first for its last added token
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +75,11 @@ class TurnStats:
         return self.reasoning_found + self.reasoning_under_other_key + self.reasoning_lost
 
     @classmethod
-    def from_sample(cls, sample: Sample, max_length: int | None) -> TurnStats:
+    def from_sample(cls, sample: Sample, turn: int, max_length: int | None) -> TurnStats:
         """Count the tokens of a turn that can be trained."""
         prompt, reasoning = sample.prompt_length, sample.reasoning_length
         return cls(
+            turn=turn,
             trainable=1,
             prompt_tokens=prompt,
             reasoning_tokens=reasoning,
@@ -82,20 +90,15 @@ class TurnStats:
     @classmethod
     def merge(cls, stats: Iterable[TurnStats], turn: int | None = None) -> TurnStats:
         """Add up counts."""
-        total = cls(turn=turn)
-        for item in stats:
-            total = total + item
-        return total
-
-    def __add__(self, other: TurnStats) -> TurnStats:
-        counts: dict[str, Any] = {}
-        for name in _COUNTED:
-            one, two = getattr(self, name), getattr(other, name)
-            counts[name] = one + two if isinstance(one, int) else dict(Counter(one) + Counter(two))
-        return TurnStats(self.turn, **counts)
+        totals, kinds, branches = Counter[str](), Counter[str](), Counter[str]()
+        for one in stats:
+            totals.update({name: getattr(one, name) for name in _COUNTS})
+            kinds.update(one.kinds)
+            branches.update(one.branches)
+        return cls(turn, **totals, kinds=dict(kinds), branches=dict(branches))
 
 
-_COUNTED = tuple(one.name for one in fields(TurnStats) if one.name != "turn")
+_COUNTS = tuple(one.name for one in fields(TurnStats) if one.name not in ("turn", "kinds", "branches"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,8 @@ class TurnExaminer:
     """
 
     def __init__(self, conversation: Conversation, prefixes: Prefixes) -> None:
-        self.prefixes = _FollowedPrefixes.from_prefixes(prefixes, self._examine_up_to)
+        own = {one.name: getattr(prefixes, one.name) for one in fields(Prefixes)}
+        self.prefixes = _WatchedPrefixes(**own, before_prompt=self._examine_up_to)
         """The prefixes, which are examined as they are rendered."""
         self._conversation, self._prefixes = conversation, prefixes
         self._left = conversation.turns[::-1]
@@ -163,9 +167,12 @@ class TurnExaminer:
     def finish(self) -> list[TurnStats]:
         """Examine the turns that are left, and return one entry per assistant message that the template renders."""
         self._examine_up_to(len(self._conversation.messages))
-        self._leave_last(None)
+        self._count_last(None)
         matches = _match_prompts(self._prompt_ends, self._borders)
-        return [stats + match for stats, match in zip(self._stats, matches, strict=True)]
+        return [
+            replace(stats, turn=turn, not_token_prefix=int(match is False), prompt_changed=int(match is None))
+            for turn, (stats, match) in enumerate(zip(self._stats, matches, strict=True), start=1)
+        ]
 
     def _examine_up_to(self, k: int) -> None:
         while self._left and self._left[-1] <= k:
@@ -180,29 +187,24 @@ class TurnExaminer:
         parsed = parse(prefixes.trained.get(k, prefixes.messages[k]), prefixes.template)
         text = _TurnText(self._conversation.messages[k], parsed, prompt, own, _render_turn(prefixes, k))
         self._prompt_ends.append(_pieces_at_prompt_end(text, self._borders))
-        self._leave_last(text)
+        self._count_last(text)
         self._last = k, text
 
-    def _leave_last(self, then: _TurnText | None) -> None:
+    def _count_last(self, then: _TurnText | None) -> None:
         if self._last is not None:
             k, text = self._last
-            self._stats.append(_examine(text, then, self._prefixes.template))
+            self._stats.append(_count(text, then, self._prefixes.template))
             self._prefixes.forget(k)
-            self._last = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _FollowedPrefixes(Prefixes):
-    """Prefixes that say whose prompt is asked for."""
+class _WatchedPrefixes(Prefixes):
+    """Prefixes that say whose prompt is asked for, before they render it."""
 
-    follow: Callable[[int], None]
-
-    @classmethod
-    def from_prefixes(cls, prefixes: Prefixes, follow: Callable[[int], None]) -> _FollowedPrefixes:
-        return cls(**{one.name: getattr(prefixes, one.name) for one in fields(Prefixes)}, follow=follow)
+    before_prompt: Callable[[int], None]
 
     def prompt(self, k: int) -> str:
-        self.follow(k)
+        self.before_prompt(k)
         return Prefixes.prompt(self, k)
 
 
@@ -213,7 +215,7 @@ def _render_turn(prefixes: Prefixes, k: int) -> RenderedTurn | None:
         return None
 
 
-def _examine(text: _TurnText, then: _TurnText | None, template: ChatTemplate) -> TurnStats:
+def _count(text: _TurnText, then: _TurnText | None, template: ChatTemplate) -> TurnStats:
     """Count what one turn contains and what the template makes of it; `then` is the turn that follows."""
     parsed, turn = text.parsed, text.turn
     calls = len(parsed.calls) or int("function_call" in text.message)
@@ -271,20 +273,21 @@ def _branch_cause(template: ChatTemplate, text: _TurnText, next_prompt: str) -> 
     return BranchCause.OTHER_STOP if ends_in_other_token else BranchCause.OTHERWISE
 
 
-def _match_prompts(pieces: list[tuple[str, str] | None], borders: HardBorders) -> list[TurnStats]:
+def _match_prompts(pieces: list[tuple[str, str] | None], borders: HardBorders) -> list[bool | None]:
     """
-    Count, for each turn, in what sense its prompt is a prefix of the rendering with the answer.
+    Return, for each turn, whether the tokens of its prompt begin those of the rendering with the answer; `None` if
+    not even its text does.
 
     Tokens are compared only around the end of the prompt: everything before it is tokenized alike.
     """
     ids = iter(tokenize(borders, [piece for pair in pieces for piece in pair or ()]))
-    matches = []
+    matches: list[bool | None] = []
     for pair in pieces:
         if pair is None:
-            matches.append(TurnStats(prompt_changed=1))
+            matches.append(None)
             continue
         prompt, rendering = next(ids), next(ids)
-        matches.append(TurnStats(not_token_prefix=int(prompt.common_length(rendering) < len(prompt))))
+        matches.append(prompt.common_length(rendering) == len(prompt))
     return matches
 
 
@@ -297,3 +300,114 @@ def _pieces_at_prompt_end(text: _TurnText, borders: HardBorders) -> tuple[str, s
     start = len(text.prompt) - len(pieces[-1])
     continued = borders.split(text.complete[start:])
     return pieces[-1], continued[0] if len(continued[0]) >= len(pieces[-1]) else text.complete[start:]
+
+
+class ReasoningPolicy(StrEnum):
+    """Which turns keep their reasoning under a chat template."""
+
+    STRIPPED = "stripped"
+    """The last turn alone: the reasoning of earlier turns is removed."""
+    KEPT = "kept"
+    """All turns."""
+    STRIPPED_EVERYWHERE = "stripped from every turn"
+    """No turn, not even the last one."""
+    MIXED = "mixed"
+    """Some earlier turns but not others."""
+    REFUSED = "refuses a plain chat"
+    """Unknown: the template does not render the small chat."""
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateFacts:
+    """What a chat template does, given the arguments with which a dataset calls it."""
+
+    name: str
+    kind: ReasoningPolicy
+    last_ending: str  # what the template writes after the last answer of a conversation
+    history_ending: str  # what it writes after the same answer once another message follows
+    added_stop: str  # stop token added to a last answer because the template writes none
+
+
+class TemplateSurvey:
+    """Measures a chat template once for each set of arguments with which a dataset calls it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._known: dict[str, TemplateFacts] = {}
+
+    def get_facts(self, conversation: Conversation) -> TemplateFacts:
+        """Return what the template does under the arguments of a conversation."""
+        # Some templates keep more reasoning when there are tools; which tools does not matter.
+        key = repr([sorted(conversation.template_kwargs.items(), key=str), bool(conversation.tools)])
+        if key not in self._known:
+            self._known[key] = _measure(
+                ChatTemplate.for_conversation(self.tokenizer, None, conversation.tools, conversation.template_kwargs)
+            )
+        return self._known[key]
+
+
+def _measure(template: ChatTemplate) -> TemplateFacts:
+    name = template_name(template.tokenizer, template.source)
+    try:
+        last, history = _endings(template)
+        return TemplateFacts(name, _reasoning_policy(template), last, history, _added_stop(template))
+    except RenderingError:  # some do not render a plain chat
+        return TemplateFacts(name, ReasoningPolicy.REFUSED, "", "", "")
+
+
+def _reasoning_policy(template: ChatTemplate) -> ReasoningPolicy:
+    """Find the policy in two chats, with reasoning under its key and between tags: templates may read only one."""
+    policies = [
+        _policy_in_chat(template, [answer_with(reasoning) for reasoning in _REASONINGS])
+        for answer_with in (_under_key, _inline)
+    ]
+    known = (policy for policy in policies if policy != ReasoningPolicy.STRIPPED_EVERYWHERE)
+    return next(known, ReasoningPolicy.STRIPPED_EVERYWHERE)
+
+
+def _policy_in_chat(template: ChatTemplate, answers: list[Message]) -> ReasoningPolicy:
+    forms = [as_read(answer, template) for answer in answers]
+    chat: list[Message] = []
+    own = []
+    for question, form, word in zip(_QUESTIONS, forms, _REASONINGS, strict=True):
+        chat.append(as_read(_user(question), template).context)
+        own.append(word in template.render([*chat, form.trained]))
+        chat.append(form.context)
+    history = template.render([*chat, _user(_LAST_QUESTION)], add_generation_prompt=True)
+    remembered = [word in history for word in _REASONINGS]
+    if not any(own):
+        return ReasoningPolicy.STRIPPED_EVERYWHERE
+    if all(own) and all(remembered):
+        return ReasoningPolicy.KEPT
+    return ReasoningPolicy.MIXED if any(remembered) or not all(own) else ReasoningPolicy.STRIPPED
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _under_key(reasoning: str) -> Message:
+    return {"role": "assistant", "reasoning_content": reasoning, "content": _ANSWER}
+
+
+def _inline(reasoning: str) -> Message:
+    return {"role": "assistant", "content": f"<think>\n{reasoning}\n</think>\n\n{_ANSWER}"}
+
+
+def _endings(template: ChatTemplate) -> tuple[str, str]:
+    messages = [_user(_QUESTIONS[0]), {"role": "assistant", "content": _ANSWER}]
+    last = template.render(messages).rpartition(_ANSWER)[2].strip()
+    history = template.render([*messages, _user(_LAST_QUESTION)]).rpartition(_ANSWER)[2].partition(_LAST_QUESTION)[0]
+    token = _added_stop(template) or last
+    # Of the text after the answer in history, only what ends the answer: the rest begins the next message.
+    return last, token if history.lstrip().startswith(token) else _first_token(template, history.lstrip())
+
+
+def _added_stop(template: ChatTemplate) -> str:
+    ending = get_behaviour(template).answers.ending
+    return (ending.trained or "").removeprefix(ending.written).strip()
+
+
+def _first_token(template: ChatTemplate, text: str) -> str:
+    tokens = sorted(template.tokenizer.get_added_vocab(), key=len, reverse=True)
+    return next((token for token in tokens if text.startswith(token)), "")

@@ -9,9 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..audit import AuditReport
-from ..audit.report import headline, tables
 from ..audit.turns import Lengths
-from .frame import frame
+from . import frame
 
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 460, 236, 46, 26, 42
@@ -19,25 +18,14 @@ _CHARACTER = 8.5  # pixels: in a narrow window, where a chart shrinks, its label
 
 
 def audit_page(report: AuditReport, title: str) -> str:
-    """
-    Return a self-contained page with an audit.
-
-    Args:
-        report ([`AuditReport`]):
-            The audit.
-        title (`str`):
-            Title of the page.
-
-    Returns:
-        `str`: HTML.
-    """
+    """Return a self-contained page with an audit, as HTML."""
     findings = "".join(f"<li>{escape(finding)}</li>" for finding in report.findings)
     verdict = f'<p class="verdict">{escape(report.forecast.verdict)}</p>' if report.forecast else ""
-    body = f"""<header><h1>{escape(title)}</h1><p>{escape(headline(report))}</p>{verdict}</header>
+    body = f"""<header><h1>{escape(title)}</h1><p>{escape(report.headline)}</p>{verdict}</header>
 <div class="page">
 <section><h2>Findings</h2><ul>{findings}</ul></section>
 <div class="plots">{"".join(_plots(report))}</div>
-{"".join(_section(table) for table in tables(report))}
+{"".join(_section(table) for table in report.tables)}
 </div>"""
     return frame(title, body)
 

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 from html import escape
+from io import BytesIO
 
 import numpy as np
 
-from ...trees.image_features import image_of_feature
+from ...images.loading import EncodedImage
+from ...trees.image_features import ImageReference, image_of_feature
 from ...trees.prefix_tree import PrefixTree
 from ..inspection import Inspection, TokenRole
-from .frame import frame
-from .thumbnails import thumbnail
+from . import frame
+
+
+_THUMBNAIL = 160  # pixels of a side, at most
 
 
 def inspection_page(inspection: Inspection, title: str) -> str:
-    """
-    Return a self-contained page that shows one conversation.
-
-    Args:
-        inspection (`Inspection`):
-            The conversation.
-        title (`str`):
-            Title of the page.
-
-    Returns:
-        `str`: HTML.
-    """
+    """Return a self-contained page that shows one conversation, as HTML."""
     legend = "".join(f'<li><span class="token {role}">{role}</span></li>' for role in TokenRole)
     legend += '<li><span class="token trained">trained</span></li>'
     colours = "Orange is trained"
@@ -103,10 +97,19 @@ def _images(tree: PrefixTree) -> dict[str, object]:
     owners = np.append(image_of_feature(tree.images), -1)  # text has the feature -1, the last entry
     sizes = [image.num_features for image in tree.images]
     return {
-        "images": [thumbnail(image) for image in tree.images],
+        "images": [_thumbnail(image) for image in tree.images],
         "sizes": sizes,
         "image": owners[tree.image_features].tolist(),
     }
+
+
+def _thumbnail(image: ImageReference) -> str:
+    """Return a small copy of an image, whose reference must hold it, as a data URL."""
+    loaded = EncodedImage(image.source.get("path"), image.source.get("bytes")).load().convert("RGB")
+    loaded.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    file = BytesIO()
+    loaded.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _to_ranges(positions: list[int]) -> list[list[int]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .flops import Cost, ModelShape
+from trl_singlepass.cost import Cost, ModelShape
 
 
 # Operations of a flash kernel, forward and backward, over those that `Cost` counts.
@@ -26,44 +26,18 @@ FLASH_RECOMPUTATION = 7 / 6
 
 @dataclass(frozen=True, slots=True)
 class KernelSpeed:
-    """
-    How fast a GPU runs a model's two kinds of work, as shares of its peak in half precision.
+    """How fast a GPU runs a model's two kinds of work, as shares of its peak in half precision."""
 
-    Args:
-        attention (`float`):
-            Share of an attention kernel, forward and backward.
-        matrices (`float`):
-            Share of matrix products.
-    """
-
-    attention: float
-    matrices: float
+    attention: float  # of an attention kernel, forward and backward
+    matrices: float  # of matrix products
 
     def peak_flops(self, cost: Cost, shape: ModelShape) -> float:
-        """
-        Return how many operations the GPU could do at its peak in the time that a step takes.
-
-        Args:
-            cost (`Cost`):
-                Counted work of the step.
-            shape (`ModelShape`):
-                Sizes of the model.
-        """
+        """Return how many operations the GPU could do at its peak in the time that a step takes."""
         attention = attention_flops(cost, shape)
         return (cost.flops - attention) / self.matrices + FLASH_RECOMPUTATION * attention / self.attention
 
     def bound(self, npass: Cost, single_pass: Cost, shape: ModelShape) -> float:
-        """
-        Return the speed-up of the single pass where neither way loses time to anything but its operations.
-
-        Args:
-            npass (`Cost`):
-                Counted work of N-pass.
-            single_pass (`Cost`):
-                Counted work of the single pass.
-            shape (`ModelShape`):
-                Sizes of the model.
-        """
+        """Return the speed-up of the single pass where neither way loses time to anything but its operations."""
         return self.peak_flops(npass, shape) / self.peak_flops(single_pass, shape)
 
 
