@@ -1,10 +1,11 @@
 """`docs/distributed.md` prints the matrix of models and engines from the results of its tests."""
 
-from support.engine_matrix import CELLS, TOLERANCE, parts_of_page, read_results, table
+from support.engine_matrix import CELLS, PAGE, TOLERANCE, read_results, table
+from support.survey_pages import read_part
 
 
 def test_page_prints_the_results():
-    assert parts_of_page()[1] == table(read_results())
+    assert read_part(PAGE, "engines") == table(read_results())
 
 
 def test_every_cell_is_exact():

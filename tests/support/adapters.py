@@ -9,7 +9,8 @@ import peft
 import torch
 
 from support.float64_comparison import assert_same_loss_and_gradients
-from support.model_survey import _NUMBERS, Outcome, branchy_chat
+from support.model_survey import branchy_chat
+from support.survey_pages import Outcome, counts, read_part, refused_by_check, write_part
 from support.tiny_families import tiny_model
 from support.tree_checks import checked
 from trl_singlepass.engine.enable import disable_tree, enable_tree, without_adapters
@@ -299,7 +300,7 @@ def survey(label):
     implementation = without_adapters(model).config._attn_implementation
     report = checked(model)
     if not report.ok:
-        return Outcome(label, "refused", f"measured: {re.sub(_NUMBERS, '', report.reason)}")
+        return Outcome(label, "refused", refused_by_check(report))
     disable_tree(model, implementation)
     is_random = draws_random_numbers(away_from_start(model))
     compare_in_float64(model.double().train(not is_random))
@@ -324,44 +325,15 @@ def compare_in_float64(model):
 
 def read_page():
     """Return the PEFT version of the page and its outcomes by label."""
-    text = PAGE.read_text(encoding="utf-8")
-    version = re.search(r"PEFT (\S+)\.\s", text).group(1)
+    text = read_part(PAGE, "adapters")
     rows = re.findall(r"^\| `(.+?)` \| ([^|]+?) \| ?(.*?) ?\|$", text, re.M)
-    return version, {label: Outcome(label, status, remark) for label, status, remark in rows}
+    return text.split()[2].rstrip(":"), {label: Outcome(label, status, remark) for label, status, remark in rows}
 
 
 def write_page(outcomes):
-    """Write the page from its outcomes by label."""
+    """Write the table of the page from its outcomes by label."""
     ordered = sorted(outcomes.values(), key=lambda outcome: STATUSES.index(outcome.status))
-    summary = ", ".join(f"{sum(o.status == status for o in ordered)} {status}" for status in STATUSES)
-    text = PREFACE.format(version=peft.__version__, types=len(surveyed_types()), summary=summary)
-    PAGE.write_text(text + "".join(f"{outcome}\n" for outcome in ordered), encoding="utf-8")
-
-
-PREFACE = """\
-# Adapters
-
-Every tuner type of PEFT, and the options of LoRA that change what a layer computes. Surveyed with PEFT {version}.
-{types} tuner types in several forms: {summary}.
-
-A test writes and checks this page (`tests/engine/test_adapters.py`): a tiny random model gets the adapter, whose
-parameters are moved away from their start, where many adapters have no effect.
-
-- **exact**: the loss and the gradient of every trained parameter equal those of separate samples to 1e-12 in float64,
-  and a step of `SinglePassSFTTrainer` moves them as one of TRL's `SFTTrainer` does.
-- **refused**: the trainers raise an error with this reason before the first step. *Measured* means that the
-  [check before the first step](own_loops.md#the-check) found it; it fills parameters that start at zero with small
-  numbers, so that they have the effect that they will have later. All other reasons come before the dataset is
-  prepared.
-
-Adapters that nobody has listed are measured like all others. TRL itself refuses adapters on `lm_head`.
-Initialisations that need quantised layers or a GPU (`loftq`, `use_qalora`) were not tried.
-
-Adapters that draw random numbers in training draw others in a row than in separate samples, from the same
-distribution. Where tokens run more than once (`wave_tokens`, pairs with `max_row_tokens`), they are refused. AdaLoRA
-adds its regulariser to the loss that `model(**batch)` returns; TRL's trainers compute their loss from
-log-probabilities and leave it out, and so do those of a single pass.
-
-| adapter | | remark, or reason |
-|---|---|---|
-"""
+    found = counts([outcome.status for outcome in ordered], STATUSES)
+    summary = f"With PEFT {peft.__version__}: {len(surveyed_types())} tuner types in several forms, {found}."
+    header = ["| adapter | | remark, or reason |", "|---|---|---|"]
+    write_part(PAGE, "adapters", "\n".join([summary, "", *header, *map(str, ordered), ""]))

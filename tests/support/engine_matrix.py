@@ -11,13 +11,13 @@ from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
+from support.survey_pages import write_part
 from support.worker_settings import in_waves, on_engine, with_config, zero
 
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "engines.json"
 PAGE = ROOT / "docs" / "distributed.md"
-BEGIN, END = "<!-- engines: begin -->", "<!-- engines: end -->"
 TOLERANCE = 1e-12
 
 ENGINES = {
@@ -94,15 +94,7 @@ def write_results(differences):
             }
     ordered = {engine: columns[engine] for engine in ENGINES if engine in columns}
     RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
-    before, _, after = parts_of_page()
-    PAGE.write_text(before + table(ordered) + after)
-
-
-def parts_of_page():
-    """Return the page up to the matrix, the matrix, and the rest."""
-    page = PAGE.read_text()
-    begin, end = page.index(BEGIN) + len(BEGIN), page.index(END)
-    return page[:begin], page[begin:end], page[end:]
+    write_part(PAGE, "engines", table(ordered))
 
 
 def table(columns):
@@ -118,4 +110,4 @@ def table(columns):
     lines = [f"| {' | '.join(row)} |" for row in rows]
     versions = {", ".join(map(" ".join, column["versions"].items())) for column in columns.values()}
     tested = f"With {'; '.join(sorted(versions))}."
-    return "\n".join(["\n", *lines, "", tested, "\n"])
+    return "\n".join(["", *lines, "", tested, "", ""])

@@ -2,7 +2,6 @@
 
 import re
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 from support.float64_comparison import assert_same_loss_and_gradients
 from support.image_survey import with_images
 from support.sample_sets import reasoning_chat
+from support.survey_pages import Outcome, counts, read_part, refused_by_check, write_part
 from support.tiny_causal_lms import OWN, tiny_model
 from support.tiny_multimodal import classes_without_loss_arguments, tiny_conditional
 from support.tree_checks import checked
@@ -35,22 +35,12 @@ from trl_singlepass.trees.sample import Sample
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-# The tables of the page, in their order.
-TEXT_MODELS, IMAGE_MODELS, OTHER_CLASSES = TABLES = ("text", "images", "other")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One row of a table on the page."""
-
-    name: str
-    status: str
-    remark: str = ""
-    images: str | None = None
-
-    def __str__(self):
-        cells = [f"`{self.name}`", self.status, self.remark, *([] if self.images is None else [self.images])]
-        return f"| {' | '.join(cells)} |"
+TEXT_MODELS, IMAGE_MODELS, OTHER_CLASSES = "text", "images", "other"
+TABLES = {
+    TEXT_MODELS: "| `model_type` | | layers of the tiny model, or reason |",
+    IMAGE_MODELS: "| `model_type` | | layers of the tiny model, or reason | with images |",
+    OTHER_CLASSES: "| class | | layers of the tiny model, or reason |",
+}
 
 
 def branchy_chat():
@@ -80,7 +70,7 @@ def survey(table, name):
     except UnsupportedModelError as error:
         return not_exact(table, name, "refused", _reason(str(error)))
     if not report.ok:
-        return not_exact(table, name, "refused", f"measured: {re.sub(_NUMBERS, '', report.reason)}")
+        return not_exact(table, name, "refused", refused_by_check(report))
     disable_tree(model, implementation)
     images = with_images(model) if table == IMAGE_MODELS else None
     samples = branchy_chat()
@@ -91,10 +81,6 @@ def survey(table, name):
         assert_same_loss_and_gradients(found.loss, found.gradients, expected)
         assert_nothing_leaks(model, samples)
     return Outcome(name, "exact", remark_of(model), images)
-
-
-# The size of an error is not the same on every machine.
-_NUMBERS = r" (?:by )?[(\d][^;]*(?=;|$)"
 
 
 def not_exact(table, name, status, remark):
@@ -168,112 +154,27 @@ def rows():
 
 def read_page():
     """Return the transformers version of the page and its outcomes by table and name."""
-    text = PAGE.read_text(encoding="utf-8")
-    version = re.search(r"transformers (\S+)\.", text).group(1)
+    version = re.search(r"^With transformers (\S+):", PAGE.read_text(encoding="utf-8"), re.M).group(1)
     outcomes = {}
-    for table, section in zip(TABLES, text.split("\n## "), strict=True):
-        for row in re.findall(r"^\| `(.+?)` \| ([^|]+?) \| (.*?) \|(?: (.*?) \|)?$", section, re.M):
+    for table in TABLES:
+        for row in re.findall(r"^\| `(.+?)` \| ([^|]+?) \| (.*?) \|(?: (.*?) \|)?$", read_part(PAGE, table), re.M):
             outcomes[table, row[0]] = Outcome(*row[:3], row[3] or None)
     return version, outcomes
 
 
 def write_page(outcomes):
-    """Write the page from its outcomes by table and name."""
-    sections = []
-    for table, text in zip(TABLES, TEXTS, strict=True):
-        own = sorted((outcome for (where, _), outcome in outcomes.items() if where == table), key=_order)
-        summary = ", ".join(f"{_count(own, status)} {status}" for status in STATUSES)
-        images = ", ".join(
-            f"{sum(str(outcome.images).startswith(what) for outcome in own)} {what}" for what in ON_IMAGES
-        )
-        filled = text.format(version=transformers.__version__, summary=summary, images=images, uncounted=_uncounted())
-        sections.append(filled + "".join(f"{outcome}\n" for outcome in own))
-    PAGE.write_text("".join(sections), encoding="utf-8")
-
-
-def _uncounted():
-    """The model types of the second table whose batches the Trainer averages one by one."""
+    """Write the tables of the page from outcomes by table and name."""
+    for table, header in TABLES.items():
+        own = [outcome for (where, _), outcome in outcomes.items() if where == table]
+        own.sort(key=lambda outcome: (STATUSES.index(outcome.status), outcome.name))
+        summary = f"With transformers {transformers.__version__}: {counts([o.status for o in own], STATUSES)}."
+        if table == IMAGE_MODELS:
+            summary += f" With images: {counts([str(o.images) for o in own], ('exact', 'refused'))}."
+        columns = "|---" * (header.count("|") - 1)
+        write_part(PAGE, table, "\n".join([summary, "", header, f"{columns}|", *map(str, own), ""]))
     classes = set(classes_without_loss_arguments())
-    types = [name for name, of in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items() if of in classes]
-    return textwrap.fill(", ".join(f"`{name}`" for name in types), 118)
-
-
-def _count(outcomes, status):
-    return sum(outcome.status == status for outcome in outcomes)
-
-
-def _order(outcome):
-    return STATUSES.index(outcome.status), outcome.name
+    types = [f"`{name}`" for name, of in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items() if of in classes]
+    write_part(PAGE, "uncounted", f"{textwrap.fill(', '.join(types), 118)}.\n")
 
 
 STATUSES = ["exact", "refused", "cannot be built here"]
-ON_IMAGES = ["exact", "refused"]
-PREFACE = """\
-# Models
-
-Every causal language model that transformers registers, by its `model_type`, and what happens to it in a single pass.
-Surveyed with transformers {version}. {summary}.
-
-A test writes and checks this page (`tests/training/test_model.py`): a tiny random model with one layer of each type in
-its family runs a tree with branches at many depths, some of them shorter than any convolution.
-
-- **exact**: the loss and the gradient of every parameter equal those of separate samples to 1e-12 in float64, and no
-  output depends on a sibling branch.
-- **refused**: the trainer raises an error with this reason, before it prepares the dataset, or before the first step
-  where the measured check finds it ("measured", or "does not run"). No model is accepted and wrong.
-- **cannot be built here**: no tiny model could be built, so nothing is promised.
-
-How layers other than plain attention run:
-
-- *States at forks*: the layer runs over the history once, interrupted where branches leave it, and every branch starts
-  from the state at its fork. Each token is computed once.
-- *Convolution tails at forks*: the layer runs over each branch and the few preceding tokens that the convolution sees.
-- *On whole paths*: the layer runs over each branch together with its history, because its kernel takes no initial
-  state, or because it selects, pools or scores tokens by their index. That layer costs what it costs in N-pass; the
-  rest of the model is shared. Attention of this kind needs `attn_implementation="sdpa"` or `"eager"`.
-
-Mixture-of-experts models:
-
-- A token that several samples share has the same context in all of them, so its router decides once what it would
-  decide in each sample.
-- *Auxiliary loss*: the load-balancing loss (`output_router_logits=True`) is a mean over tokens, in which a shared
-  token must count once per sample. The model's `attention_mask` holds that number, and transformers weights tokens by
-  it; the loss is that of all samples in one padded batch.
-- Implementations that compute all experts at once (`grouped_mm`, `batched_mm`) do not support float64; in float32,
-  they agree with N-pass to 1e-6.
-
-| `model_type` | | layers of the tiny model, or reason |
-|---|---|---|
-"""
-IMAGES = """\
-
-## Models that read images
-
-Every model type that `AutoModelForImageTextToText` loads, on rows of text, with a tiny encoder. How the encoder
-attends is not asked: it reads an image at a time, and the tree is one of tokens. {summary}.
-
-The last column says what happens with [images](images.md) to the types that are exact on text: {images}.
-*Exact* means that loss and gradients, the encoder's too, equal those of separate samples that encode their own images
-(`tests/images/test_survey.py` and `tests/images/test_exactness.py`, in float64 to 1e-12); model types with one class
-share a test. *Refused* models raise the error before they are trained on images. They still train on text.
-
-| `model_type` | | layers of the tiny model, or reason | with images |
-|---|---|---|---|
-"""
-OTHERS = """\
-
-## Classes that read other media, on text
-
-Other generative classes with `accepts_loss_kwargs = False`, on rows of text and with tiny encoders.
-{summary}.
-
-For these, and for the following model types of the table above, transformers' `Trainer` counts no tokens, and the
-stock trainer averages the means of batches. In a single pass, every step is the mean over all its tokens, as for any
-other class.
-
-{uncounted}.
-
-| class | | layers of the tiny model, or reason |
-|---|---|---|
-"""
-TEXTS = (PREFACE, IMAGES, OTHERS)
