@@ -85,7 +85,7 @@ def of_size(case: Case, tokenizer: Any) -> list[dict[str, Any]]:
     """Return a conversation whose tree has about as many tokens as wanted."""
 
     def size(turns: int, words: int) -> int:
-        return len(example_to_rows({"messages": agent(turns, words)}, 0, tokenizer, RowSettings())[0][0])
+        return len(example_to_rows({"messages": agent(turns, words)}, 0, tokenizer, RowSettings())[0].row)
 
     # Each request of the user adds its turns to the history once more, without their reasoning.
     words, wanted = 100, case.tokens / case.turns
@@ -133,12 +133,13 @@ def measure_preparation(case: Case) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(case.tokenizer)
     messages, templates = of_size(case, tokenizer), []
     short = [
-        example_to_rows({"messages": agent(2, 50, seed)}, 0, tokenizer, RowSettings())[0][0] for seed in range(64)
+        example_to_rows({"messages": agent(2, 50, seed)}, 0, tokenizer, RowSettings())[0].row for seed in range(64)
     ]
     time_templates(templates)
     watch = Stopwatch()
-    (row,), (counts, *_) = example_to_rows({"messages": messages}, 0, tokenizer, RowSettings())
-    facts: dict[str, Any] = {"tree_tokens": len(row), "sample_tokens": counts["num_sample_tokens"]}
+    (prepared,) = example_to_rows({"messages": messages}, 0, tokenizer, RowSettings())
+    row = prepared.row
+    facts: dict[str, Any] = {"tree_tokens": len(row), "sample_tokens": prepared.counts["num_sample_tokens"]}
     facts |= {**watch.facts("preparation"), "template_seconds": sum(templates)}
     watch = Stopwatch()
     facts["packed_rows"] = len(pack_rows([*short, row], len(row) + 4096))
@@ -151,7 +152,7 @@ def measure_preparation(case: Case) -> dict[str, Any]:
 def measure_step(case: Case) -> dict[str, Any]:
     """Run one training step in waves, with keys and values on the CPU."""
     tokenizer = AutoTokenizer.from_pretrained(case.tokenizer)
-    (row,), _ = example_to_rows({"messages": of_size(case, tokenizer)}, 0, tokenizer, RowSettings())
+    row = example_to_rows({"messages": of_size(case, tokenizer)}, 0, tokenizer, RowSettings())[0].row
     set_seed(0)
     config = Qwen3Config(**MODEL, **(WINDOW if case.window else {}))
     model = Qwen3ForCausalLM(config).train()

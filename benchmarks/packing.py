@@ -18,9 +18,10 @@ import pyarrow as pa
 
 from benchmarks.machine import describe
 from trl_singlepass import PrefixTree, Sample
-from trl_singlepass.data.arrow import row_features, rows_to_table
-from trl_singlepass.data.conversations import COUNT_COLUMNS
+from trl_singlepass.data.arrow import row_features, to_table
 from trl_singlepass.data.packed_dataset import pack_dataset
+from trl_singlepass.data.report import PackingReport, Report
+from trl_singlepass.data.rows import PreparedRow
 from trl_singlepass.trees.rows import Row
 
 
@@ -42,25 +43,25 @@ def conversation(random: np.random.Generator, system: np.ndarray) -> list[Sample
     return samples
 
 
-def write_rows(path: Path, num_conversations: int, num_systems: int) -> datasets.Dataset:
-    """Write prepared conversations, each with one of a few system prompts of 100 to 800 tokens."""
+def write_rows(path: Path, num_conversations: int, num_systems: int) -> tuple[datasets.Dataset, Report]:
+    """Write prepared conversations, each with one of a few system prompts of 100 to 800 tokens, and count tokens."""
     random = np.random.default_rng(0)
     systems = [random.integers(VOCABULARY, size=random.integers(100, 800)) for _ in range(num_systems)]
-    features = row_features(COUNT_COLUMNS)
+    features, report = row_features(), Report("conversations", None)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
-        for start in range(0, num_conversations, AT_ONCE):
+        for _ in range(0, num_conversations, AT_ONCE):
             chats = [conversation(random, systems[random.integers(num_systems)]) for _ in range(AT_ONCE)]
-            rows = [Row.from_tree(PrefixTree.from_samples(samples)) for samples in chats]
-            counts = [
-                {
-                    **dict.fromkeys(COUNT_COLUMNS, 0),
-                    "conversation": start + i,
-                    "num_sample_tokens": sum(map(len, samples)),
-                }
-                for i, samples in enumerate(chats)
+            trees = list(map(PrefixTree.from_samples, chats))
+            rows = [
+                PreparedRow(
+                    Row.from_tree(tree),
+                    {"num_row_tokens": len(tree), "num_sample_tokens": tree.num_sample_tokens},
+                )
+                for tree in trees
             ]
-            writer.write_table(rows_to_table(rows, counts, features))
-    return datasets.Dataset.from_file(str(path))
+            report = report.with_rows(rows)
+            writer.write_table(to_table(rows, features))
+    return datasets.Dataset.from_file(str(path)), report
 
 
 class PeakMemory:
@@ -89,11 +90,12 @@ def _anonymous_bytes() -> int:
 
 def measure(num_conversations: int, num_systems: int, max_row_tokens: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        rows = write_rows(Path(folder) / "rows.arrow", num_conversations, num_systems)
+        rows, prepared = write_rows(Path(folder) / "rows.arrow", num_conversations, num_systems)
         with PeakMemory() as memory:
             wall, processor = time.perf_counter(), time.process_time()
-            _, report = pack_dataset(rows, max_row_tokens)
+            packed = pack_dataset(rows, max_row_tokens)
             processor, wall = time.process_time() - processor, time.perf_counter() - wall
+        report = PackingReport.from_rows(packed, max_row_tokens, prepared)
         return {
             "conversations": num_conversations,
             "system_prompts": num_systems,

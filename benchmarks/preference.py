@@ -33,12 +33,12 @@ from trl.trainer.utils import add_fused_lm_head
 from benchmarks.machine import describe
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
+from trl_singlepass.data.arrow import to_columns
+from trl_singlepass.data.pairs import SIDES, Pair, example_to_pair
 from trl_singlepass.data.selection import OverlongTurns, fit_samples
+from trl_singlepass.data.settings import PairSettings
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.preference.collator import DataCollatorForSinglePassPreference
-from trl_singlepass.preference.pairs import Pair, example_to_pair
-from trl_singlepass.preference.rows import pair_to_columns
-from trl_singlepass.preference.settings import PairSettings
 
 
 RESULTS = Path(__file__).parent / "results" / "preference.json"
@@ -80,8 +80,13 @@ def as_stock_renders(pair: Pair) -> list[Sample]:
 # Three ways to the log-probabilities of a pair -----------------------------------------------------------------------
 
 
+def columns_of(pair: Pair) -> dict[str, Any]:
+    """Return a pair as a row of a dataset."""
+    return {name: values[0] for name, values in to_columns([pair.to_row()], SIDES, has_images=False).items()}
+
+
 def single_pass(model: PreTrainedModel, pair: Pair) -> torch.Tensor:
-    batch = DataCollatorForSinglePassPreference(pad_token_id=0)([pair_to_columns(pair)])
+    batch = DataCollatorForSinglePassPreference(pad_token_id=0)([columns_of(pair)])
     labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
     log_probs: torch.Tensor = model(**batch, labels=labels, fused_lm_head=True).log_probs
     return log_probs.sum(1)

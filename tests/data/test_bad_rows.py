@@ -12,16 +12,15 @@ from torch.utils.data import DataLoader
 
 from support.conversations import TOOLS, chat, tool_chat
 from support.malformed_examples import HELLO, HI, LOG, MALFORMED, SHAREGPT, TURN
+from support.preparation import conversations_to_rows
 from support.trainers import as_dataset, columns_of_rows, single_pass_trainer
 from trl_singlepass import SinglePassSFTConfig, audit, to_npass, verify
 from trl_singlepass.data import conversations as conversation_rows
-from trl_singlepass.data import preparation
 from trl_singlepass.data.bad_rows import BadRowError, BadRows, UnexpectedError
 from trl_singlepass.data.conversations import example_to_samples
-from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.preparation import prepare_dataset
 from trl_singlepass.data.selection import OverlongTurnError
 from trl_singlepass.data.settings import RowSettings
-from trl_singlepass.data.streaming import stream_rows
 from trl_singlepass.rendering.samples import RenderingError
 
 
@@ -75,7 +74,7 @@ def test_every_shape_has_one_clear_error_with_its_row(tokenizer, shape):
 @pytest.mark.parametrize("shape", MALFORMED)
 def test_every_shape_is_left_out_of_a_stream_when_told_to(tokenizer, shape):
     good = [{"messages": messages} for messages in GOOD]
-    rows = stream_rows(
+    rows = prepare_dataset(
         stream([MALFORMED[shape][0], good[0], MALFORMED[shape][0], *good[1:]]),
         tokenizer,
         RowSettings(),
@@ -102,9 +101,9 @@ def test_without_bad_rows_the_others_are_trained_as_if_alone(tmp_path, tokenizer
 def test_dropped_rows_are_counted(tokenizer):
     _, report = conversations_to_rows(as_dataset(MIXED), tokenizer, RowSettings(), bad_rows="drop")
     _, alone = conversations_to_rows(as_dataset(GOOD), tokenizer, RowSettings())
-    assert (report.num_bad_rows, report.num_conversations, report.num_turns) == (15, 3, alone.num_turns)
-    assert report.num_trained_tokens == alone.num_trained_tokens
-    assert report.num_dropped_conversations == 0
+    assert (report.num_bad_rows, report["num_examples"], report["num_turns"]) == (15, 3, alone["num_turns"])
+    assert report["num_trained_tokens"] == alone["num_trained_tokens"]
+    assert report["num_dropped_examples"] == 0
     assert not report.is_complete
     assert [errors.count for errors in report.bad_rows] == [13, 1, 1]
     assert str(report).startswith(
@@ -133,8 +132,8 @@ def test_a_dataset_of_bad_rows_alone_is_refused(tmp_path, tokenizer):
 def test_changing_one_s_mind_prepares_nothing_again(tmp_path, tokenizer, monkeypatch):
     as_dataset(MIXED).save_to_disk(tmp_path / "data")
     stored = datasets.load_from_disk(str(tmp_path / "data"))
-    calls, example_to_rows = [], preparation.example_to_rows
-    monkeypatch.setattr(preparation, "example_to_rows", lambda *args: calls.append(args[1]) or example_to_rows(*args))
+    calls, render = [], conversation_rows.example_to_samples
+    monkeypatch.setattr(conversation_rows, "example_to_samples", lambda *args: calls.append(args[1]) or render(*args))
     with pytest.raises(RenderingError):
         conversations_to_rows(stored, tokenizer, RowSettings())
     conversations_to_rows(stored, tokenizer, RowSettings(), bad_rows="drop")
@@ -167,7 +166,7 @@ def test_what_nobody_foresaw_stops_the_run_and_is_no_bad_row(tokenizer, monkeypa
         conversations_to_rows(as_dataset(GOOD), tokenizer, RowSettings(), bad_rows=bad_rows)
     assert caught.value.__cause__ is error
     with pytest.raises(UnexpectedError):
-        list(stream_rows(as_dataset(GOOD).to_iterable_dataset(), tokenizer, RowSettings(), bad_rows=bad_rows))
+        list(prepare_dataset(as_dataset(GOOD).to_iterable_dataset(), tokenizer, RowSettings(), bad_rows=bad_rows))
     with pytest.raises(UnexpectedError):
         audit([{"messages": messages} for messages in GOOD], tokenizer)
 
@@ -184,20 +183,20 @@ def test_evaluation_sets_are_named(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stream_stops_at_its_first_bad_row(tokenizer, num_workers):
-    rows = stream_rows(as_dataset(MIXED).to_iterable_dataset(), tokenizer, RowSettings())
+    rows = prepare_dataset(as_dataset(MIXED).to_iterable_dataset(), tokenizer, RowSettings())
     with pytest.raises(RenderingError, match=r"Row 1: Expected at least one assistant .*\n.*stream of the train"):
         list(DataLoader(rows, num_workers=num_workers, batch_size=None))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stream_trains_without_bad_rows(tokenizer, num_workers):
-    rows = stream_rows(as_dataset(MIXED).to_iterable_dataset(), tokenizer, RowSettings(), bad_rows="drop")
+    rows = prepare_dataset(as_dataset(MIXED).to_iterable_dataset(), tokenizer, RowSettings(), bad_rows="drop")
     given = list(DataLoader(rows, num_workers=num_workers, batch_size=None))
     assert ids(given) == ids(conversations_to_rows(as_dataset(GOOD), tokenizer, RowSettings())[0])
 
 
 def test_bad_rows_of_a_stream_are_logged_each_time_they_have_doubled(tokenizer, caplog, propagated):
-    list(stream_rows(as_dataset(MIXED).to_iterable_dataset(), tokenizer, RowSettings(), bad_rows="drop"))
+    list(prepare_dataset(as_dataset(MIXED).to_iterable_dataset(), tokenizer, RowSettings(), bad_rows="drop"))
     counts = [re.search(r"so far: (\d+) bad rows? dropped", record.getMessage()) for record in caplog.records]
     assert [int(count[1]) for count in counts if count] == [1, 2, 4, 8]
 

@@ -92,7 +92,7 @@ def test_a_processor_that_writes_an_image_in_company_differently_makes_it_anothe
     assert (alone.in_company, in_company.in_company) == (False, True)
     assert alone != in_company
     twice = [user(IMAGES[0], IMAGES[0], "The same?"), answer("Yes.")]
-    (row,), _ = example_to_rows({"messages": [*CHAT[:2], *twice]}, 0, processor, RowSettings())
+    row = example_to_rows({"messages": [*CHAT[:2], *twice]}, 0, processor, RowSettings())[0].row
     inputs = image_loader_of(processor)(row.images)
     assert len(inputs["pixel_values"]) == len(row.images) == 2
 
@@ -102,7 +102,7 @@ def test_every_form_of_a_dataset_gives_the_same_rows_and_pixels(form, processor,
     dataset = forms(CHAT, tmp_path)[form]
     assert holds_images(dataset)
     rows = prepare_dataset(hide_image_columns(dataset), processor, RowSettings())
-    (expected,), _ = example_to_rows({"messages": CHAT}, 0, processor, RowSettings())
+    expected = example_to_rows({"messages": CHAT}, 0, processor, RowSettings())[0].row
     if form != "prompt and completion":
         assert rows[0]["input_ids"] == expected.input_ids.tolist()
         assert rows[0]["image_features"] == expected.image_features.tolist()
@@ -324,7 +324,9 @@ def test_several_processes_give_the_same_rows_and_a_second_time_nothing_is_prepa
     rows = prepare_dataset(stored, processor, RowSettings())
     for name in ("input_ids", "image_features", "image_references"):
         assert several[name][:] == rows[name][:]
-    monkeypatch.setattr("trl_singlepass.data.preparation.example_to_rows", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr(
+        "trl_singlepass.data.conversations.example_to_samples", lambda *_: pytest.fail("prepared again")
+    )
     again = prepare_dataset(datasets.load_from_disk(str(tmp_path / "stored")), processor, RowSettings())
     batch = image_collator(image_loader_of(processor))([again[0]])
     assert len(batch["image_grid_thw"]) == 2

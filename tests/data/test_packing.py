@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from support.conversations import chat, expand, tool_chat
 from support.float64_comparison import assert_equal_to_npass, one_row_each
 from support.prefix_tree_reference import PrefixOracle, contents
+from support.preparation import conversations_to_rows
 from support.sample_sets import SYSTEM, reasoning_chat, sample_sets, with_system
 from support.tiny_families import tiny_model
 from support.trainers import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
 from trl_singlepass.data.packed_dataset import pack_dataset, pack_rows
-from trl_singlepass.data.packing import assign_to_rows
-from trl_singlepass.data.packing_groups import group_by_prefix
-from trl_singlepass.data.preparation import conversations_to_rows
+from trl_singlepass.data.packing import assign_to_rows, group_by_prefix
+from trl_singlepass.data.report import PackingReport
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.trees.sample import Sample
 from trl_singlepass.trees.sharing import MIN_SHARED_TOKENS
@@ -158,7 +158,8 @@ def test_packed_training_equals_stock_on_the_samples(tmp_path, tokenizer, accumu
 
 def test_packing_says_how_full_rows_are_and_what_they_share(tokenizer, caplog):
     rows, report = conversations_to_rows(as_dataset(chats_with_system()), tokenizer, RowSettings(max_row_tokens=450))
-    packed, packing = pack_dataset(rows, 450)
+    packed = pack_dataset(rows, 450)
+    packing = PackingReport.from_rows(packed, 450, report)
     lengths = [len(row["input_ids"]) for row in packed]
     assert packing.num_rows == len(lengths)
     assert packing.fill_rate == pytest.approx(sum(lengths) / (450 * len(lengths)))
@@ -167,7 +168,7 @@ def test_packing_says_how_full_rows_are_and_what_they_share(tokenizer, caplog):
     multiplicities = [sum(row["multiplicity"]) for row in packed]
     assert packing.sharing_within * packing.sharing_across == pytest.approx(sum(multiplicities) / sum(lengths))
     assert f"packed into {len(lengths)} rows of at most 450 tokens, " in str(packing)
-    assert report.num_sample_tokens == sum(multiplicities)
+    assert report["num_sample_tokens"] == sum(multiplicities)
 
 
 def test_max_row_tokens_defaults_to_max_length_when_packing(tmp_path, tokenizer):
@@ -181,7 +182,7 @@ def test_several_processes_pack_the_same_rows(tokenizer):
     one, several = (
         pack_dataset(
             conversations_to_rows(dataset, tokenizer, RowSettings(max_row_tokens=450), num_proc=n)[0], 450, num_proc=n
-        )[0]
+        )
         for n in (None, 2)
     )
     assert one[:] == several[:]
@@ -199,9 +200,9 @@ def test_agent_logs_with_one_system_prompt_fill_rows_and_share_it():
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizers" / "qwen3")
     tokenizer.chat_template = qwen3_chat_template
     dataset = datasets.Dataset.from_json(str(DATA / "data" / "taubench_gpt4o_airline.jsonl"))
-    rows, _ = conversations_to_rows(dataset, tokenizer, RowSettings(max_row_tokens=32768))
-    _, report = pack_dataset(rows, 32768)
-    logging.getLogger(__name__).info("%s", report)
-    assert report.fill_rate >= 0.95
-    assert report.sharing_within > 7
-    assert report.sharing_across > 1.25
+    rows, report = conversations_to_rows(dataset, tokenizer, RowSettings(max_row_tokens=32768))
+    packing = PackingReport.from_rows(pack_dataset(rows, 32768), 32768, report)
+    logging.getLogger(__name__).info("%s", packing)
+    assert packing.fill_rate >= 0.95
+    assert packing.sharing_within > 7
+    assert packing.sharing_across > 1.25

@@ -6,9 +6,10 @@ import pytest
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, plain_chat, tool_chat
+from support.preparation import conversations_to_rows
 from support.trainers import as_dataset, single_pass_trainer
-from trl_singlepass.data import preparation
-from trl_singlepass.data.preparation import conversations_to_rows, tokenizer_fingerprint
+from trl_singlepass.data import conversations
+from trl_singlepass.data.preparation import tokenizer_fingerprint
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.rendering.samples import RenderingError
 from trl_singlepass.trees.sample import CompletionKind
@@ -34,8 +35,8 @@ def stored(tmp_path):
 def prepared(monkeypatch):
     """Numbers of the conversations that were prepared, not taken from the cache."""
     calls = []
-    example_to_rows = preparation.example_to_rows
-    monkeypatch.setattr(preparation, "example_to_rows", lambda *args: calls.append(args[1]) or example_to_rows(*args))
+    render = conversations.example_to_samples
+    monkeypatch.setattr(conversations, "example_to_samples", lambda *args: calls.append(args[1]) or render(*args))
     return calls
 
 
@@ -128,7 +129,7 @@ def test_the_report_counts_turns_by_how_they_were_rendered():
     dataset = datasets.Dataset.from_list([{"messages": messages} for messages in (chat(2), opened_by_the_model)])
     _, report = conversations_to_rows(dataset, make_tokenizer("deepseek_r1_distill"), RowSettings())
     assert report.kinds == {CompletionKind.REASONING_RESTORED: 3}
-    assert report.num_turns_without_prompt == 1
+    assert report["num_turns_without_prompt"] == 1
     assert not report.is_complete
     assert str(report).startswith(
         "3 turns of 2 conversations (3 reasoning restored); 1 assistant messages before any prompt, which are context"
@@ -140,15 +141,15 @@ def test_the_report_counts_turns_by_how_they_were_rendered():
 def test_turns_that_train_an_empty_block_of_reasoning_are_counted_in_the_summary():
     dataset = as_dataset([chat(2), plain_chat(3)])
     _, report = conversations_to_rows(dataset, make_tokenizer("qwen3"), RowSettings())
-    assert report.num_empty_blocks == 3
+    assert report["num_empty_blocks"] == 3
     assert "3 turns without reasoning" in str(report)
     _, report = conversations_to_rows(dataset, make_tokenizer("qwen3_instruct_2507"), RowSettings(), bad_rows="drop")
-    assert report.num_empty_blocks == 0
+    assert report["num_empty_blocks"] == 0
     _, report = conversations_to_rows(
         as_dataset([plain_chat(3)]), make_tokenizer("qwen3"), RowSettings(train_turns="last")
     )
-    assert report.num_empty_blocks == 1, "of the turns that are trained"
+    assert report["num_empty_blocks"] == 1, "of the turns that are trained"
     # The prompt holds the block: nothing of it is trained.
     switched_off = [{"messages": plain_chat(2), "chat_template_kwargs": {"enable_thinking": False}}]
     _, report = conversations_to_rows(datasets.Dataset.from_list(switched_off), make_tokenizer("qwen3"), RowSettings())
-    assert report.num_empty_blocks == 0
+    assert report["num_empty_blocks"] == 0

@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.conversations import chat, tool_chat
+from support.preparation import conversations_to_rows
 from support.sample_sets import sample_sets
 from support.trainers import as_dataset, single_pass_trainer
 from trl_singlepass import render_samples
-from trl_singlepass.data.preparation import conversations_to_rows
 from trl_singlepass.data.selection import fit_samples, parse_train_turns, select_turns
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.rendering.samples import RenderingError
@@ -69,17 +69,17 @@ def test_a_dataset_loses_no_token_that_its_report_does_not_count(tokenizer, boun
     )
     samples = [sample for messages in CHATS for sample in render_samples(messages, tokenizer)]
     given_tokens = sum(float(sample.loss_weights.sum()) for sample in samples)
-    assert sum(map(sum, rows["loss_weights"])) == report.num_trained_tokens
-    assert report.num_trained_tokens + report.num_cut_tokens == given_tokens
-    assert report.num_turns == len(samples)
+    assert sum(map(sum, rows["loss_weights"])) == report["num_trained_tokens"]
+    assert report["num_trained_tokens"] + report["num_cut_tokens"] == given_tokens
+    assert report["num_turns"] == len(samples)
     bound = min(bounds.values())
     long = sum(len(sample) > bound for sample in samples)
-    assert report.num_cut_turns + report.num_dropped_turns == long
+    assert report["num_cut_turns"] + report["num_dropped_turns"] == long
     if overlong_turns == "drop":
-        assert report.num_cut_turns == 0
-    tokens = sum(rows["num_tokens"]) - report.num_repeated_tokens
+        assert report["num_cut_turns"] == 0
+    tokens = sum(rows["num_tokens"]) - report["num_repeated_tokens"]
     if "max_row_tokens" in bounds and not long:
-        assert report.num_repeated_tokens > 0
+        assert report["num_repeated_tokens"] > 0
         assert tokens == sum(len(PrefixTree.from_samples(render_samples(messages, tokenizer))) for messages in CHATS)
 
 
@@ -87,7 +87,7 @@ def test_overlong_turns_are_named(tokenizer):
     _, report = conversations_to_rows(as_dataset(CHATS), tokenizer, RowSettings(max_length=110))
     longer = [s for s in render_samples(CHATS[0], tokenizer) if len(s) > 110]
     assert f"row 0, message {longer[0].message_index}: {len(longer[0])} tokens" in str(report)
-    assert f"and {report.num_cut_turns + report.num_dropped_turns - 2} more" in str(report)
+    assert f"and {report['num_cut_turns'] + report['num_dropped_turns'] - 2} more" in str(report)
 
 
 def test_overlong_turns_are_refused_where_that_is_asked_for(tmp_path, tokenizer):

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from support.conversations import chat, expand
+from support.preparation import conversations_to_rows
 from support.trainers import (
     as_dataset,
     largest_difference,
@@ -18,13 +19,12 @@ from support.trainers import (
     single_pass_trainer,
     stock_trainer,
 )
-from trl_singlepass.data import streaming
-from trl_singlepass.data.conversations import COUNT_COLUMNS, example_to_rows
+from trl_singlepass.data import preparation
+from trl_singlepass.data.conversations import example_to_rows
 from trl_singlepass.data.dataset_format import EXAMPLE
-from trl_singlepass.data.preparation import conversations_to_rows
-from trl_singlepass.data.report import PreparationReport
+from trl_singlepass.data.preparation import prepare_dataset
+from trl_singlepass.data.report import Report
 from trl_singlepass.data.settings import RowSettings
-from trl_singlepass.data.streaming import stream_rows
 from trl_singlepass.training.stream_epochs import part_of_rank
 from trl_singlepass.trees.rows import Row
 
@@ -41,7 +41,7 @@ CAPACITY = 500
 
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch):
-    monkeypatch.setattr(streaming, "PACKING_BUFFER", 4)
+    monkeypatch.setattr(preparation, "PACKING_BUFFER", 4)
 
 
 def stream(num_shards=1):
@@ -49,7 +49,7 @@ def stream(num_shards=1):
 
 
 def packed_stream(tokenizer, num_shards=1):
-    return stream_rows(stream(num_shards), tokenizer, RowSettings(max_row_tokens=CAPACITY), packing=True)
+    return prepare_dataset(stream(num_shards), tokenizer, RowSettings(max_row_tokens=CAPACITY), packing=True)
 
 
 def trained(rows):
@@ -86,7 +86,7 @@ def test_the_buffer_is_bounded(tokenizer):
             yield {"messages": messages}
 
     source = datasets.IterableDataset.from_generator(generate)
-    rows = iter(stream_rows(source, tokenizer, RowSettings(max_row_tokens=CAPACITY), packing=True))
+    rows = iter(prepare_dataset(source, tokenizer, RowSettings(max_row_tokens=CAPACITY), packing=True))
     read.clear()  # the columns were looked up
     next(rows)
     assert max(read) < len(CHATS) - 1
@@ -96,7 +96,7 @@ def test_what_a_stream_holds_does_not_grow(tokenizer):
     """Neither by what it counts of rows that are cut, nor by what it says of bad ones."""
     examples = [{"messages": CHATS[1]}, {"messages": [{"role": "user", "content": "Alone"}]}]
     source = as_dataset([example["messages"] for example in examples]).to_iterable_dataset()
-    prepare = stream_rows(source, tokenizer, RowSettings(max_length=160), bad_rows="drop")._ex_iterable.function
+    prepare = prepare_dataset(source, tokenizer, RowSettings(max_length=160), bad_rows="drop")._ex_iterable.function
     sizes = []
     for index in range(64):
         assert len(prepare({EXAMPLE: examples}, [2 * index, 2 * index + 1])["input_ids"]) == 1
@@ -107,19 +107,13 @@ def test_what_a_stream_holds_does_not_grow(tokenizer):
 def test_what_is_lost_adds_up_over_a_stream(tokenizer):
     settings = RowSettings(max_length=160, max_row_tokens=170)
 
-    def report(first, last):
-        prepared = [
-            pair
-            for index in range(first, last)
-            for pair in zip(*example_to_rows({"messages": CHATS[index]}, index, tokenizer, settings), strict=True)
-        ]
-        counts = {column: [counts[column] for _, counts in prepared] for column in COUNT_COLUMNS}
-        return PreparationReport.from_counts(counts, [len(row) for row, _ in prepared], settings.bound)
-
-    whole = report(0, len(CHATS))
-    assert whole.num_cut_turns > 0
-    assert whole.num_dropped_turns > 0
-    assert report(0, 4) + report(4, 5) + report(5, len(CHATS)) == whole
+    _, stored = conversations_to_rows(as_dataset(CHATS), tokenizer, settings)
+    assert stored["num_cut_turns"] > 0
+    assert stored["num_dropped_turns"] > 0
+    streamed = Report("conversations", settings.bound)
+    for index, messages in enumerate(CHATS):
+        streamed = streamed.with_rows(example_to_rows({"messages": messages}, index, tokenizer, settings))
+    assert streamed == stored
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 4])

@@ -3,8 +3,8 @@
 import pytest
 
 from support.malformed_examples import LOG, TURN
+from support.preparation import conversations_to_rows
 from support.trainers import as_dataset, single_pass_trainer
-from trl_singlepass.data.preparation import conversations_to_rows
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.data.tokenized_turns import tokenized_turns_to_samples
 from trl_singlepass.rendering.samples import RenderingError
@@ -67,4 +67,4 @@ def test_turns_of_a_row_share_its_fate(tokenizer):
         conversations_to_rows(as_dataset(rows), tokenizer, RowSettings())
     kept, report = conversations_to_rows(as_dataset(rows), tokenizer, RowSettings(), bad_rows="drop")
     assert [len(row) for row in kept["input_ids"]] == [3, 0, 0, 3]
-    assert (report.num_turns, report.num_bad_rows) == (2, 2)
+    assert (report["num_turns"], report.num_bad_rows) == (2, 2)

@@ -11,13 +11,12 @@ import pytest
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat
 from support.pairs import pair
+from support.preparation import prepare_pairs
 from trl_singlepass import audit, render_samples, to_npass, verify
 from trl_singlepass.cli.loading import load_tokenizer
 from trl_singlepass.data.bad_rows import BadRows
 from trl_singlepass.data.preparation import prepare_dataset
-from trl_singlepass.data.settings import RowSettings
-from trl_singlepass.preference.dataset import prepare_pairs
-from trl_singlepass.preference.settings import PairSettings
+from trl_singlepass.data.settings import PairSettings, RowSettings
 from trl_singlepass.trees.errors import DataError
 
 

@@ -6,14 +6,14 @@ import torch
 from trl import DPOConfig, DPOTrainer
 
 from support.pairs import perturbed
+from support.preparation import prepare_pairs
 from support.screen_pairs import pair_trainer, screen_pair, text_pair
 from support.tiny_vision import tiny_processor, tiny_vision_model
 from support.trainers import SETTINGS, largest_difference, logged
 from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, audit, verify
 from trl_singlepass.data.bad_rows import BadRows
-from trl_singlepass.preference.dataset import prepare_pairs
-from trl_singlepass.preference.rows import PAIR_COLUMNS
-from trl_singlepass.preference.settings import PairSettings
+from trl_singlepass.data.pairs import PAIR_COLUMNS
+from trl_singlepass.data.settings import PairSettings
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")

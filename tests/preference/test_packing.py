@@ -5,11 +5,11 @@ import pytest
 
 from support.chat_tokenizers import make_tokenizer
 from support.pairs import TRAJECTORIES, pair
+from support.preparation import pair_to_columns
+from trl_singlepass.data.labelled_rows import pack_examples
+from trl_singlepass.data.pairs import SIDES, example_to_pair
+from trl_singlepass.data.settings import PairSettings
 from trl_singlepass.preference.collator import DataCollatorForSinglePassPreference
-from trl_singlepass.preference.packing import pack_pairs
-from trl_singlepass.preference.pairs import example_to_pair
-from trl_singlepass.preference.rows import pair_to_columns
-from trl_singlepass.preference.settings import PairSettings
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def turns_by_reading_paths(packed):
 
 def expected_turns(pairs):
     return {
-        (index, side, number): (
+        (side, index, number): (
             sample.token_ids[: sample.prompt_length].tolist(),
             sample.token_ids[sample.prompt_length :].tolist(),
         )
@@ -48,7 +48,7 @@ def expected_turns(pairs):
 @pytest.mark.parametrize("max_row_tokens", [None, 1000, 300, 140])
 def test_every_turn_stands_in_one_row_in_its_context(tokenizer, max_row_tokens):
     pairs = rendered(TRAJECTORIES * 2, tokenizer)
-    rows = pack_pairs([pair_to_columns(each) for each in pairs], max_row_tokens)
+    rows = pack_examples([pair_to_columns(each, max_row_tokens) for each in pairs], SIDES, max_row_tokens)
     found = [turn for row in rows for turn in turns_by_reading_paths(row).items()]
     assert len(found) == len(dict(found))
     assert dict(found) == expected_turns(pairs)
@@ -67,7 +67,7 @@ def test_pairs_with_one_prompt_share_it(tokenizer):
     pairs = rendered(examples, tokenizer)
     prompt = min(sample.prompt_length for sample in pairs[0].samples)
     columns = [pair_to_columns(each) for each in pairs]
-    (row,) = pack_pairs(columns)
+    (row,) = pack_examples(columns, SIDES)
     apart = sum(len(each["input_ids"]) for each in columns)
     assert prompt > 32
     assert apart - len(row.row) >= prompt - 1
@@ -76,15 +76,16 @@ def test_pairs_with_one_prompt_share_it(tokenizer):
 
 def test_different_pairs_stand_side_by_side(tokenizer):
     columns = [pair_to_columns(each) for each in rendered([pair(1, 0), pair(1, 7)], tokenizer)]
-    (row,) = pack_pairs(columns)
+    (row,) = pack_examples(columns, SIDES)
     assert row.row.input_ids.tolist() == [*columns[0]["input_ids"], *columns[1]["input_ids"]]
 
 
 def test_a_batch_names_the_tokens_of_each_trajectory_whatever_the_rows(tokenizer):
     pairs = rendered(TRAJECTORIES, tokenizer)
-    columns = [pair_to_columns(each) for each in pairs]
     whole, in_rows = (
-        DataCollatorForSinglePassPreference(0, max_row_tokens=limit, pad_to_multiple_of=8)(columns)
+        DataCollatorForSinglePassPreference(0, max_row_tokens=limit, pad_to_multiple_of=8)(
+            [pair_to_columns(each, limit) for each in pairs]
+        )
         for limit in (None, 140)
     )
     assert len(in_rows["tree"].rows) > 2
@@ -100,7 +101,7 @@ def test_a_batch_names_the_tokens_of_each_trajectory_whatever_the_rows(tokenizer
         assert [line.tolist() for line in lines] == [line.tolist() for line in expected]
 
 
-def test_a_turn_longer_than_a_row_is_named(tokenizer):
+def test_pairs_that_were_prepared_for_larger_rows_are_refused(tokenizer):
     columns = [pair_to_columns(each) for each in rendered([pair(1)], tokenizer)]
     with pytest.raises(ValueError, match="does not fit into a row of max_row_tokens=20"):
-        pack_pairs(columns, 20)
+        pack_examples(columns, SIDES, 20)

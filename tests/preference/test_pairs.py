@@ -9,12 +9,11 @@ import pytest
 
 from support.conversations import AGENT_TOOLS, chat, tool_chat, without_reasoning
 from support.pairs import pair, pair_with_shared_turns
+from support.preparation import pair_to_columns, prepare_pairs
 from trl_singlepass.data.bad_rows import BadRowError, BadRows
-from trl_singlepass.preference.dataset import prepare_pairs
-from trl_singlepass.preference.pairs import example_to_pair
-from trl_singlepass.preference.rows import PAIR_COLUMNS, pair_to_columns
-from trl_singlepass.preference.settings import PairSettings
-from trl_singlepass.preference.turn_weights import TurnWeights
+from trl_singlepass.data.pairs import PAIR_COLUMNS, example_to_pair
+from trl_singlepass.data.settings import PairSettings
+from trl_singlepass.preference.collator import TurnWeights
 from trl_singlepass.rendering.conversation import RenderingError
 from trl_singlepass.trees.errors import DataError
 
@@ -202,7 +201,9 @@ def test_the_summary_counts_what_cancels_and_what_is_cut(tokenizer, caplog):
     cut = prepared([pair(2)], tokenizer, PairSettings(max_length=longest)).info.description
     total = sum(len(s) - s.prompt_length for s in rendered.samples)
     kept = sum(max(min(len(s), longest) - s.prompt_length, 0) for s in rendered.samples)
-    assert f"{kept} completion tokens count, {total - kept} past max_length do not" in cut
+    assert f"not trained: {total - kept} completion tokens past max_length, " in cut
+    assert f"of {total}" in cut
+    assert kept > 0
 
 
 def test_the_summary_counts_turns_that_train_an_empty_block_of_reasoning(tokenizer):
@@ -217,8 +218,9 @@ def test_a_pair_with_an_empty_side_is_dropped_and_counted(tokenizer):
     long = {"prompt_ids": [5] * 9, "chosen_ids": [7], "rejected_ids": [8]}
     rows = prepared([short, long], tokenizer, PairSettings(max_length=5))
     assert len(rows) == 1
-    assert "1 pairs dropped since a side has nothing left" in rows.info.description
-    with pytest.raises(ValueError, match=r"No pair of the train dataset is trained: .*Raise max_length"):
+    assert "(1 pairs dropped whole; row 1: 10 tokens and 1 more)" in rows.info.description
+    assert "equal" not in rows.info.description
+    with pytest.raises(ValueError, match=r"No turn of the train dataset is trained: .*Raise max_length"):
         prepared([long], tokenizer, PairSettings(max_length=5))
 
 
@@ -235,10 +237,10 @@ def test_a_pair_larger_than_a_row_is_split_and_a_turn_is_cut(tokenizer):
     whole = example_to_pair(pair(2), 0, tokenizer, PairSettings())
     longest = max(map(len, whole.samples))
     summary = prepared([pair(2)], tokenizer, PairSettings(max_row_tokens=longest)).info.description
-    assert re.search(r"1 pairs larger than max_row_tokens take [234] rows", summary)
+    assert "1 pairs longer than max_row_tokens split over several rows" in summary
     assert f"all {whole.chosen.num_trained_tokens + whole.rejected.num_trained_tokens} completion tokens" in summary
     cut = prepared([pair(2)], tokenizer, PairSettings(max_row_tokens=longest - 1)).info.description
-    assert "1 past max_row_tokens do not" in cut
+    assert "not trained: 1 completion tokens past max_row_tokens" in cut
 
 
 def test_overlong_turns_can_be_an_error(tokenizer):
@@ -272,7 +274,7 @@ def test_what_is_lost_of_a_stream_is_logged_in_sums(tokenizer, caplog):
     with caplog.at_level(logging.WARNING, logger="trl_singlepass"):
         list(prepared(stream, tokenizer, settings))
     logged = [record.getMessage() for record in caplog.records if "so far" in record.getMessage()]
-    texts = [text.partition("; sharing")[0] for text in (lost, *logged)]
+    texts = [text.partition(" (0 pairs dropped whole")[0] for text in (lost, *logged)]
     numbers = [[int(number) for number in re.findall(r"\d+", text)] for text in texts]
     assert numbers[1:] == [[8 * number for number in numbers[0]], [16 * number for number in numbers[0]]]
 
@@ -281,7 +283,7 @@ def test_rows_are_prepared_once(tmp_path, tokenizer, monkeypatch):
     datasets.Dataset.from_list([pair(2)]).save_to_disk(tmp_path)
     examples = datasets.load_from_disk(tmp_path)
     first = prepared(examples, tokenizer)
-    monkeypatch.setattr("trl_singlepass.preference.dataset.example_to_pair", None)
+    monkeypatch.setattr("trl_singlepass.data.pairs.example_to_pair", None)
     tokenizer("used")
     assert prepared(examples, tokenizer)[0] == first[0]
 

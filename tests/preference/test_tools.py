@@ -10,8 +10,8 @@ from support.pairs import pair, pair_with_shared_turns
 from support.small_repository import DEMO_MODEL, as_a_reader, make_small_repository
 from support.tiny_families import tiny_model
 from trl_singlepass import audit, cli, verify
-from trl_singlepass.preference.pairs import example_to_pair
-from trl_singlepass.preference.settings import PairSettings
+from trl_singlepass.data.pairs import example_to_pair
+from trl_singlepass.data.settings import PairSettings
 from trl_singlepass.reports.html.inspection import inspection_page
 from trl_singlepass.reports.inspection import Inspection
 from trl_singlepass.trees.prefix_tree import PrefixTree

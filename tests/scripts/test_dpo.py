@@ -17,8 +17,8 @@ from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS, chat, tool_chat
 from support.pairs import pair
 from trl_singlepass import SinglePassDPOTrainer
-from trl_singlepass.preference.pairs import example_to_pair
-from trl_singlepass.preference.settings import PairSettings
+from trl_singlepass.data.pairs import example_to_pair
+from trl_singlepass.data.settings import PairSettings
 from trl_singlepass.scripts import dpo
 
 

@@ -5,8 +5,9 @@ from datasets import Dataset
 from support.image_chats import CHATS, image_chat
 from support.image_models import loader
 from support.sample_sets import reasoning_chat
-from trl_singlepass.data.arrow import row_features, rows_to_table
+from trl_singlepass.data.arrow import row_features, to_table
 from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.data.rows import PreparedRow
 from trl_singlepass.trees.image_features import ImageReference
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
@@ -40,5 +41,5 @@ def image_sample_sets(model, family):
 def image_rows(sample_sets):
     """Return the dataset of rows of conversations."""
     rows = [Row.from_tree(PrefixTree.from_samples(samples)) for samples in sample_sets]
-    table = rows_to_table(rows, [{}] * len(rows), row_features(has_images=True))
+    table = to_table(list(map(PreparedRow, rows)), row_features(has_images=True))
     return Dataset(table)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from support.conversations import chat, tool_chat
+from support.preparation import conversations_to_rows
 from support.trainers import as_dataset, float32_model, logged, needs_weighted_loss, parameters, single_pass_trainer
 from trl_singlepass import SinglePassSFTConfig, render_samples
-from trl_singlepass.data.preparation import conversations_to_rows
 from trl_singlepass.data.weights import message_weights, weigh
 from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.rendering.samples import RenderingError
@@ -192,7 +192,7 @@ def test_wrong_settings_are_named(tmp_path, settings, message):
 def test_turns_that_are_context_only_are_counted(tmp_path, tokenizer):
     trainer = single_pass_trainer(tmp_path, tokenizer, CHATS, train_turns="last")
     _, report = conversations_to_rows(as_dataset(CHATS), tokenizer, trainer.args.row_settings())
-    assert (report.num_turns, report.num_unselected_turns) == (8, 5)
+    assert (report["num_turns"], report["num_unselected_turns"]) == (8, 5)
     assert "8 turns of 3 conversations; 5 of them context only" in str(report)
 
 

@@ -18,10 +18,9 @@ from ..data.bad_rows import read_all
 from ..data.conversations import example_to_samples
 from ..data.files import load_examples
 from ..data.images import holds_images
-from ..data.settings import RowSettings
+from ..data.pairs import example_to_pair, is_pair
+from ..data.settings import PairSettings, RowSettings
 from ..data.vision import get_tokenizer
-from ..preference.pairs import example_to_pair, is_pair
-from ..preference.settings import PairSettings
 from ..trees.sample import Sample
 from .arguments import AuditArguments, BenchArguments, DataArguments, InspectArguments, ModelArguments, VerifyArguments
 from .chat import chat as chat

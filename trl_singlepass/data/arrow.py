@@ -1,22 +1,27 @@
-"""Rows in Arrow tables: written in narrow columns, read without copying the table."""
+"""Rows as the columns of a dataset: written narrow, read without copying the table, beside those of their examples."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Features, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from numpy.typing import NDArray
+from transformers.utils.logging import get_logger
 
 from ..trees.image_features import ImageReference
 from ..trees.rows import IMAGE_COLUMNS, ROW_COLUMNS, Row
+from .images import with_images_named
+from .rows import PreparedRow
 
 
-# Part of the fingerprint under which rows are cached: raise it when the same conversations become other rows.
-ROWS_VERSION = 5
+logger = get_logger(__name__)
+
+# Part of the fingerprint under which rows are cached: raise it when the same examples become other rows.
+ROWS_VERSION = 6
 
 COST_COLUMNS = ("num_tokens", "num_pairs")
 _DTYPES = {name: "float32" if name == "loss_weights" else "int32" for name in ROW_COLUMNS}
@@ -30,36 +35,51 @@ IMAGE_FEATURES = Features({"image_features": List(Value("int32")), "image_refere
 """Dataset features of `IMAGE_COLUMNS`."""
 
 
-def row_features(counts: Sequence[str] = (), *, has_images: bool = False) -> Features:
-    """
-    Return the dataset features of rows: `ROW_COLUMNS`, `IMAGE_COLUMNS` if there are images, `COST_COLUMNS`, and
-    `counts`, names of further columns with one integer per row.
-    """
+def position_column(label: str) -> str:
+    """Return the name of the column with the positions that predict the trained tokens of a list, turn by turn."""
+    return f"{label}_positions"
+
+
+def length_column(label: str) -> str:
+    """Return the name of the column with the number of trained tokens of each turn of a list."""
+    return f"{label}_turn_lengths"
+
+
+def row_columns(labels: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the names of the columns of rows with lists of these labels, without those of images and costs."""
+    return (*ROW_COLUMNS, *map(position_column, labels), *map(length_column, labels))
+
+
+def row_features(labels: Sequence[str] = (), *, has_images: bool = False) -> Features:
+    """Return the dataset features of rows; those of labelled lists are not balanced among ranks, and have no costs."""
     arrays = {name: List(Value(dtype)) for name, dtype in _DTYPES.items()}
-    arrays = {**arrays, **IMAGE_FEATURES} if has_images else arrays
-    return Features({**arrays, **{name: Value("int64") for name in (*COST_COLUMNS, *counts)}})
+    further = {name: List(Value("int32")) for name in row_columns(labels)[len(ROW_COLUMNS) :]}
+    costs = {} if labels else {name: Value("int64") for name in COST_COLUMNS}
+    return Features({**arrays, **(IMAGE_FEATURES if has_images else {}), **further, **costs})
 
 
-def rows_to_table(rows: Sequence[Row], counts: Sequence[Mapping[str, int]], features: Features) -> pa.Table:
-    """Return rows, some of which may be empty, as an Arrow table. `counts` are the further columns of each row."""
-    columns: dict[str, list[Any]] = {
-        name: [getattr(row, name).astype(dtype) for row in rows] for name, dtype in _DTYPES.items()
-    }
-    if "image_references" in features:
-        columns |= image_columns(rows)
-    columns["num_tokens"] = [len(row) for row in rows]
-    columns["num_pairs"] = [num_attention_pairs(row) for row in rows]
-    for name in features.keys() - columns.keys():
-        columns[name] = [count[name] for count in counts]
-    return pa.table(columns, schema=features.arrow_schema)
+def to_columns(rows: Sequence[PreparedRow], labels: Sequence[str] = (), *, has_images: bool) -> dict[str, list[Any]]:
+    """Return rows as columns, those of images among them if the dataset has any."""
+    columns: dict[str, list[Any]] = {name: [getattr(each.row, name) for each in rows] for name in ROW_COLUMNS}
+    if has_images:
+        columns["image_features"] = [each.row.all_image_features().astype("int32") for each in rows]
+        columns["image_references"] = [[asdict(image) for image in each.row.images] for each in rows]
+    for label in labels:
+        of_rows = [each.targets.get(label, ()) for each in rows]
+        columns[position_column(label)] = [np.concatenate([np.empty(0, np.int64), *turns]) for turns in of_rows]
+        columns[length_column(label)] = [np.array([len(turn) for turn in turns], np.int64) for turns in of_rows]
+    return columns
 
 
-def image_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Return `IMAGE_COLUMNS` of rows, some of which may have no images."""
-    return {
-        "image_features": [row.all_image_features().astype("int32") for row in rows],
-        "image_references": [[asdict(image) for image in row.images] for row in rows],
-    }
+def to_table(rows: Sequence[PreparedRow], features: Features, labels: Sequence[str] = (), **further: Any) -> pa.Table:
+    """Return rows, some of which may be empty, as an Arrow table of `features`; `further` are other columns of it."""
+    columns = to_columns(rows, labels, has_images="image_references" in features)
+    for name in row_columns(labels):  # Arrow itself would narrow them value by value
+        columns[name] = [values.astype(features[name].feature.dtype) for values in columns[name]]
+    if not labels:
+        columns["num_tokens"] = list(map(len, rows))
+        columns["num_pairs"] = [num_attention_pairs(each.row) for each in rows]
+    return pa.table(columns | further, schema=features.arrow_schema)
 
 
 def num_attention_pairs(row: Row) -> int:
@@ -92,3 +112,51 @@ def has_image_columns(columns: Collection[str]) -> bool:
 def read_images(table: pa.Table, index: int) -> list[ImageReference]:
     """Return the images that one row of a table with `IMAGE_COLUMNS` shows."""
     return [ImageReference(**image) for image in table["image_references"][index].as_py()]
+
+
+# Columns of examples -------------------------------------------------------------------------------------------------
+
+
+def keep_columns(
+    rows: Dataset, examples: Dataset, of_example: NDArray[np.int64], *, reserved: Collection[str] = (), name: str
+) -> Dataset:
+    """
+    Return rows with the columns of the examples that they were made of, as TRL's prepared datasets have them.
+
+    They are for callbacks and other readers; no model gets them. Nothing is copied where there is one row per example,
+    and the examples stand in their files in their order. Otherwise, `datasets` writes the columns once more and caches
+    them.
+
+    `rows` has no indices mapping. `of_example`, `(num_rows,)`, int64, is the position of each row's example. The
+    columns of examples may not have `reserved` names, beside those of rows.
+    """
+    names = _kept(examples.column_names, reserved, name)
+    if not names or not len(rows):
+        return rows
+    kept = examples.with_format(None).select_columns(list(names)).rename_columns(names)
+    if not np.array_equal(of_example, np.arange(len(examples))):
+        kept = kept.select(of_example)
+    if kept._indices is not None:
+        kept = kept.flatten_indices()
+    joined = concatenate_datasets([rows.with_format(None), kept], axis=1)
+    return joined.with_format(rows.format["type"], **rows.format["format_kwargs"])
+
+
+def kept_values(
+    examples: Sequence[Mapping[str, object]], *, reserved: Collection[str] = (), name: str
+) -> dict[str, list[object]]:
+    """Return the columns that rows of a stream keep of their examples; where one lacks a column, it holds `None`."""
+    names = _kept(dict.fromkeys(column for example in examples for column in example), reserved, name)
+    return {shown: [example.get(column) for example in examples] for column, shown in names.items()}
+
+
+def _kept(columns: Iterable[str], reserved: Collection[str], name: str) -> dict[str, str]:
+    """Return the name that each column that is kept has among those of rows, and log which are not kept."""
+    shown = dict(zip(columns, with_images_named(dict.fromkeys(columns)), strict=True))
+    replaced = sorted({*ROW_COLUMNS, *IMAGE_COLUMNS, *COST_COLUMNS, *reserved} & set(shown.values()))
+    if replaced:
+        logger.warning_once(
+            f"The prepared {name} dataset lacks the columns {replaced} that were given: columns of rows have these "
+            "names. Rename them to keep them."
+        )
+    return {column: each for column, each in shown.items() if each not in replaced}

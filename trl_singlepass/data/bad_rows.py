@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
-from ..rendering.conversation import RenderingError
-from .stream_log import StreamLog
+from transformers import logging
 
+from ..rendering.conversation import RenderingError
+
+
+logger = logging.get_logger(__name__)
 
 Example = TypeVar("Example")
 Value = TypeVar("Value")
@@ -53,10 +56,7 @@ class RowErrors:
 
 
 def group_errors(reasons: Iterable[tuple[int, str]]) -> tuple[RowErrors, ...]:
-    """
-    Group bad rows by reason, the most frequent first; reasons that differ only in names and numbers are one. Takes the
-    index and the reason of each bad row.
-    """
+    """Group bad rows, each with its index, by reason; reasons that differ only in names and numbers are one."""
     groups: dict[str, RowErrors] = {}
     for index, reason in reasons:
         _add_error(groups, index, reason)
@@ -100,9 +100,7 @@ def bad_rows_error(errors: Sequence[RowErrors], num_rows: int, name: str) -> Ren
 
 
 def read_all(rows: Sequence[Example], read: Callable[[int, Example], Value], name: str) -> list[Value]:
-    """
-    Call `read` with the index and the value of every row; a `RenderingError` names all rows for which it raised one.
-    """
+    """Call `read` with index and value of every row; a `RenderingError` names all rows for which it raised one."""
     values, reasons = [], []
     for index, row in enumerate(rows):
         try:
@@ -114,6 +112,24 @@ def read_all(rows: Sequence[Example], read: Callable[[int, Example], Value], nam
     return values
 
 
+class StreamLog:
+    """
+    Logs what a stream has lost so far whenever it has doubled.
+
+    A stream may have no end at which to sum up what is lost, and a line per loss would flood the log.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._next = 1
+
+    def update(self, lost: int, summary: object) -> None:
+        """Log a summary, which becomes text only then, if twice as much is lost (in any unit) as at the last one."""
+        if lost >= self._next:
+            logger.warning(f"Stream of the {self._name} dataset so far: {summary}.")
+            self._next = 2 * lost
+
+
 class StreamedBadRows:
     """Bad rows of a stream, as they come: the first one stops it, or they are left out and logged."""
 
@@ -123,11 +139,7 @@ class StreamedBadRows:
         self._log = StreamLog(name)
 
     def add(self, index: int, row: object, error: BadRowError) -> None:
-        """
-        Count a bad row, or raise `BadRowError` if bad rows are errors.
-
-        `index` counts what this process reads of the stream.
-        """
+        """Count a bad row, or raise `BadRowError`; `index` counts what this process reads of the stream."""
         reason = get_reason(error, index)
         if self._bad_rows == BadRows.ERROR:
             shown = repr(row)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
@@ -14,14 +13,12 @@ from numpy.typing import NDArray
 from ..trees.image_features import FeatureNumbers, ImageReference, to_keys
 from ..trees.rows import Row
 from ..trees.sharing import join_with_shared_prefixes, shareable_length
-from .arrow import ROWS_VERSION, has_image_columns, read_images, read_list, read_row, row_features, rows_to_table
+from .arrow import ROWS_VERSION, has_image_columns, read_images, read_list, read_row, row_features, to_table
 from .packing import assign_to_rows
-from .report import PackingReport
+from .rows import PreparedRow
 
 
-def pack_dataset(
-    rows: Dataset, max_row_tokens: int, *, num_proc: int | None = None, name: str = "train"
-) -> tuple[Dataset, PackingReport]:
+def pack_dataset(rows: Dataset, max_row_tokens: int, *, num_proc: int | None = None, name: str = "train") -> Dataset:
     """
     Return a dataset with fewer, fuller rows, in which conversations share the prefixes that they have in common.
 
@@ -42,7 +39,7 @@ def pack_dataset(
         desc=f"Assigning conversations of {name} dataset to rows",
     )
     features = row_features(has_images=has_image_columns(rows.column_names))
-    packed = assigned.with_format(None).map(
+    return assigned.with_format(None).map(
         _join_batch,
         batched=True,
         batch_size=4,
@@ -52,18 +49,6 @@ def pack_dataset(
         num_proc=min(num_proc or 1, len(assigned)) if num_proc else None,
         new_fingerprint=Hasher.hash((fingerprint, "packed")),
         desc=f"Packing {name} dataset",
-    )
-    return packed, _report(rows, packed, max_row_tokens)
-
-
-def _report(rows: Dataset, packed: Dataset, max_row_tokens: int) -> PackingReport:
-    totals = {name: int(pc.sum(rows.data.table[name]).as_py()) for name in ("num_tokens", "num_sample_tokens")}
-    return PackingReport(
-        num_rows=len(packed),
-        num_row_tokens=int(pc.sum(packed.data.table["num_tokens"]).as_py()),
-        max_row_tokens=max_row_tokens,
-        num_unpacked_tokens=totals["num_tokens"],
-        num_sample_tokens=totals["num_sample_tokens"],
     )
 
 
@@ -115,4 +100,4 @@ def assign(rows: Sequence[Row], max_row_tokens: int) -> list[list[int]]:
 def _join_batch(batch: Mapping[str, list[list[int]]], rows: Dataset, features: Features) -> pa.Table:
     table = rows.data.table
     packed = [join_with_shared_prefixes([read_row(table, i) for i in members]) for members in batch["members"]]
-    return rows_to_table(packed, [{}] * len(packed), features)
+    return to_table(list(map(PreparedRow, packed)), features)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .packing_groups import Group, Prefixes, group_by_prefix
+from ..trees.radix import common_prefix_length
+from ..trees.sharing import MIN_SHARED_TOKENS
 
 
+Prefixes = Callable[[int], NDArray[np.integer]]
 # A group may begin again in the free part of a row if repeating its prefix takes at most this share of that part.
 MAX_REPEATED_PART = 1 / 8
 
@@ -95,3 +99,139 @@ class _Rows:
         self._room[row] = self._capacity
         self.members.append([])
         return row
+
+
+# Groups --------------------------------------------------------------------------------------------------------------
+
+
+class _RowNumbers:
+    """Growing array of row numbers that drops full rows now and then."""
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(4, np.int64)
+        self._length = 0
+
+    def append(self, row: int) -> None:
+        """Append a row."""
+        if self._length == len(self._buffer):
+            self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
+        self._buffer[self._length] = row
+        self._length += 1
+
+    def drop_full(self, room: NDArray[np.int64], least: int) -> NDArray[np.int64]:
+        """Return the rows, without those that have less room than `least` once they are more than half."""
+        rows = self._buffer[: self._length]
+        if self._length < 32:
+            return rows
+        has_room = room[rows] >= least
+        if 2 * int(has_room.sum()) < self._length:
+            rows = rows[has_room]
+            self._length = len(rows)
+            self._buffer[: self._length] = rows
+        return rows
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Conversations with a common prefix."""
+
+    depth: int  # number of tokens in the prefix
+    parent: Group | None  # the group with the next shorter prefix
+    members: list[int] = field(default_factory=list)  # conversations that are in no subgroup
+    subgroups: list[Group] = field(default_factory=list)  # groups with longer prefixes
+    longest: int = 0  # tokens of the longest conversation, those of subgroups included
+    least: int = 2**62  # fewest tokens that a conversation has after the prefix
+    remaining: int = 0  # tokens after the prefix in all conversations that have no row yet
+    rows: _RowNumbers = field(default_factory=_RowNumbers)  # rows that hold the prefix
+
+    def path(self) -> Iterator[Group]:
+        """Yield the group and all groups that contain it."""
+        group: Group | None = self
+        while group is not None:
+            yield group
+            group = group.parent
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    """Node of a radix tree; its tokens are those of conversation `reference`, from the parent's depth to its own."""
+
+    depth: int
+    reference: int
+    ending: list[int] = field(default_factory=list)
+    children: dict[int, _Node] = field(default_factory=dict)
+
+
+def group_by_prefix(sizes: NDArray[np.int64], prefixes: Prefixes) -> Iterator[tuple[Group, int]]:
+    """
+    Yield conversations in the order in which they are assigned to rows, each with the smallest group that it is in.
+    Groups come one after the other, the one with the longest conversation first.
+
+    For example, conversations 0 to 4 have 90, 70, 80, 60 and 50 tokens; 0 and 2 begin with the same 40 tokens, 1 and 4
+    with 40 others. That makes two groups of depth 40. The longest conversation is in the first group, so 0 and 2 come
+    first, then 1 and 4, whose longest has 70 tokens, and then 3.
+
+    `sizes`, `(num_conversations,)`, int64, are the tokens of each conversation; those with 0 are left out.
+    `prefixes(i)` returns the first tokens of conversation `i`, those that it can share.
+    """
+    root = _Node(0, -1)
+    for index in np.flatnonzero(sizes):
+        _insert(root, int(index), prefixes)
+    yield from _in_order(_form_groups(root, sizes), sizes)
+
+
+def _insert(root: _Node, index: int, prefixes: Prefixes) -> None:
+    """Add a conversation; a node of which it shares only the first tokens is split there."""
+    tokens = prefixes(index)
+    node, depth = root, 0
+    while depth < len(tokens):
+        child = node.children.get(int(tokens[depth]))
+        if child is None:
+            node.children[int(tokens[depth])] = _Node(len(tokens), index, [index])
+            return
+        stored = prefixes(child.reference)[depth : child.depth]
+        shared = common_prefix_length(stored, tokens[depth:])
+        if shared < len(stored):
+            middle = _Node(depth + shared, index, [], {int(stored[shared]): child})
+            node.children[int(tokens[depth])] = middle
+            child = middle
+        node, depth = child, depth + shared
+    node.ending.append(index)
+
+
+def _form_groups(root: _Node, sizes: NDArray[np.int64]) -> Group:
+    """Return a group of all conversations, with subgroups where two or more have enough further tokens in common."""
+    whole = Group(0, None)
+    stack = [(root, whole)]
+    while stack:
+        node, group = stack.pop()
+        is_fork = len(node.ending) + len(node.children) > 1
+        if is_fork and node.depth - group.depth >= MIN_SHARED_TOKENS:
+            group.subgroups.append(Group(node.depth, group))
+            group = group.subgroups[-1]
+        for index in node.ending:
+            _add_member(group, index, int(sizes[index]))
+        stack += [(child, group) for child in node.children.values()]
+    return whole
+
+
+def _add_member(group: Group, index: int, size: int) -> None:
+    group.members.append(index)
+    for each in group.path():
+        each.longest = max(each.longest, size)
+        each.least = min(each.least, size - each.depth)
+        each.remaining += size - each.depth
+
+
+def _in_order(whole: Group, sizes: NDArray[np.int64]) -> Iterator[tuple[Group, int]]:
+    """Yield the members of a group and, in between, those of its subgroups: whichever holds the longest first."""
+    stack: list[tuple[Group, int | None]] = [(whole, None)]
+    while stack:
+        group, member = stack.pop()
+        if member is not None:
+            yield group, member
+            continue
+        entries: list[tuple[int, Group, int | None]] = [(int(sizes[i]), group, i) for i in group.members]
+        entries += [(subgroup.longest, subgroup, None) for subgroup in group.subgroups]
+        entries.sort(key=lambda entry: entry[0])
+        stack += [(subgroup, i) for _, subgroup, i in entries]

@@ -1,16 +1,19 @@
-"""Prepare datasets: from conversations to rows, cached, in several processes, or as a stream."""
+"""Prepare datasets: from conversations or pairs to rows, cached, in several processes, or as a stream."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, IterableDataset, Value
+import pyarrow.compute as pc
+from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from datasets.utils.tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -19,28 +22,94 @@ from transformers.utils.logging import get_logger
 from ..images.loading import EncodedImage, image_loader_of
 from ..images.placeholders import placeholders_of
 from ..trees.rows import Row
-from .arrow import ROWS_VERSION, row_features, rows_to_table
-from .bad_rows import BadRowError, BadRows, RowErrors, bad_rows_error, get_reason, group_errors
-from .conversations import COUNT_COLUMNS, IMAGE_COUNT_COLUMNS, example_to_rows, no_rows
-from .dataset_format import column_names
+from .arrow import (
+    ROWS_VERSION,
+    has_image_columns,
+    keep_columns,
+    kept_values,
+    row_features,
+    to_columns,
+    to_table,
+)
+from .bad_rows import (
+    BadRowError,
+    BadRows,
+    RowErrors,
+    StreamedBadRows,
+    StreamLog,
+    bad_rows_error,
+    get_reason,
+    group_errors,
+)
+from .conversations import example_to_rows
+from .dataset_format import EXAMPLE, column_names, in_one_column
 from .images import undecoded
-from .kept_columns import keep_columns
-from .packed_dataset import pack_dataset
-from .report import PreparationReport
-from .settings import RowSettings
-from .streaming import stream_rows
+from .packed_dataset import pack_dataset, pack_rows
+from .pairs import PAIR_COLUMNS, REFERENCE_COLUMNS, SIDES, images_name, images_of_trajectory, pair_to_rows
+from .report import PackingReport, Report
+from .rows import COUNTS, PreparedRow, empty_row
+from .settings import PairSettings, RowSettings
 from .tokenized_turns import gather_turns, is_single_turn
-from .vision import ConversationReader, get_tokenizer, images_of_example, reader_for
+from .vision import ConversationReader, Reader, get_tokenizer, images_of_example, reader_for
 
 
 logger = get_logger(__name__)
 
-# Conversations that a process prepares before it writes their rows.
-_PREPARED_AT_ONCE = 32
-_REASON = "bad_row"  # column with the reason why an example cannot be trained
-_COUNTS = (*COUNT_COLUMNS, *IMAGE_COUNT_COLUMNS, _REASON)
+AnyDataset: TypeAlias = Dataset | IterableDataset
+PACKING_BUFFER = 512
+"""Conversations of a stream that are packed together. More fill rows better; fewer start sooner and resume faster."""
+# Examples that a process prepares before it hands on their rows, of a dataset on disk and of a stream.
+_STORED_AT_ONCE, _STREAMED_AT_ONCE = 32, 8
+# What stands beside a row until its report is made: the index of its example, `COUNTS`, the name of a turn that is too
+# long, and the reason why its example cannot be trained.
+_RECORD = {
+    "example": Value("int64"),
+    "counts": List(Value("int64")),
+    "overlong": Value("string"),
+    "bad_row": Value("string"),
+}
 # A serialised tokenizer begins with its version and with the truncation and padding of its last call.
 _AFTER_LAST_CALL = '"added_tokens"'
+
+
+class BoundedRows(Protocol):
+    """Settings by which examples become rows."""
+
+    @property
+    def max_row_tokens(self) -> int | None:
+        """Largest row, in tokens."""
+
+    @property
+    def bound(self) -> str | None:
+        """Name of the setting that bounds a sample."""
+
+
+Settings = TypeVar("Settings", bound=BoundedRows)
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleKind(Generic[Settings]):
+    """What differs between datasets of conversations, of pairs, and of whatever else becomes rows."""
+
+    name: str  # what a report calls the examples
+    # From an example, its index, what reads it and the settings to its rows; a `BadRowError` says why it has none. The
+    # first row holds the counts of the example.
+    to_rows: Callable[[Mapping[str, Any], int, Reader, Settings], list[PreparedRow]]
+    # From an example to the images that its rows refer to, in their order, by what follows the name of the dataset in
+    # the references.
+    images: Mapping[str, Callable[[Mapping[str, Any]], Sequence[EncodedImage]]]
+    labels: tuple[str, ...] = ()  # of the lists of samples in a row
+    reserved: tuple[str, ...] = ()  # columns that are added to rows later
+
+
+CONVERSATIONS: ExampleKind[RowSettings] = ExampleKind("conversations", example_to_rows, {"": images_of_example})
+PAIRS: ExampleKind[PairSettings] = ExampleKind(
+    "pairs",
+    pair_to_rows,
+    {images_name("", side): partial(images_of_trajectory, side=side) for side in SIDES},
+    labels=SIDES,
+    reserved=(*PAIR_COLUMNS, *REFERENCE_COLUMNS),
+)
 
 
 def prepare_dataset(
@@ -77,55 +146,83 @@ def prepare_dataset(
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: The rows. Unless several conversations share a row, they
-        keep the columns of their conversations (see [`keep_columns`]).
+        keep the columns of their conversations.
 
     Raises:
         `RenderingError`: If examples cannot be rendered without losing part of a turn, and may not be left out.
         `ValueError`: If no turn of the dataset is trained.
     """
-    settings = settings or RowSettings()
     bad_turns: tuple[RowErrors, ...] = ()
     if is_single_turn(column_names(dataset)):
         vocab_size = len(get_tokenizer(tokenizer))
         dataset, bad_turns = gather_turns(dataset, vocab_size, bad_rows=bad_rows, num_proc=num_proc, name=name)
-    tokenizer = reader_for(dataset, tokenizer)
-    loader = image_loader_of(tokenizer)
-    if isinstance(dataset, Dataset) and loader is not None:
-        loader.add_dataset(dataset._fingerprint, partial(_images_of_row, undecoded(dataset)))
+    return prepare(
+        dataset,
+        CONVERSATIONS,
+        tokenizer,
+        settings or RowSettings(),
+        packing=packing,
+        bad_rows=bad_rows,
+        bad_turns=bad_turns,
+        num_proc=num_proc,
+        name=name,
+        is_main_process=is_main_process,
+    )
+
+
+def prepare(
+    dataset: AnyDataset,
+    kind: ExampleKind[Settings],
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    settings: Settings,
+    *,
+    packing: bool = False,
+    bad_rows: BadRows = BadRows.ERROR,
+    bad_turns: tuple[RowErrors, ...] = (),
+    num_proc: int | None = None,
+    name: str = "train",
+    is_main_process: bool = True,
+) -> AnyDataset:
+    """
+    Return a dataset of examples of one kind as a dataset of rows, and say what it held and what is lost.
+
+    `bad_turns` were left out before; all else is as in [`prepare_dataset`].
+    """
+    reader = reader_for(dataset, tokenizer)
     if isinstance(dataset, IterableDataset):
-        return stream_rows(dataset, tokenizer, settings, packing=packing, bad_rows=bad_rows, name=name)
-    rows, report = conversations_to_rows(dataset, tokenizer, settings, bad_rows=bad_rows, num_proc=num_proc, name=name)
+        return _prepare_stream(dataset, _StreamPreparation(kind, reader, settings, bad_rows, name, packing), packing)
+    if (loader := image_loader_of(reader)) is not None:
+        for suffix, images_of in kind.images.items():
+            loader.add_dataset(dataset._fingerprint + suffix, partial(_images_at, undecoded(dataset), images_of))
+    rows, report = examples_to_rows(dataset, kind, reader, settings, bad_rows=bad_rows, num_proc=num_proc, name=name)
     report = replace(report, bad_rows=(*bad_turns, *report.bad_rows))
-    if report.num_row_tokens == 0:
-        way_out = "Raise max_length, or set it to None" if report.num_cut_tokens else "Repair its rows"
+    if report["num_row_tokens"] == 0:
+        way_out = f"Raise {report.bound}, or set it to None" if report["num_cut_tokens"] else "Repair its rows"
         raise ValueError(f"No turn of the {name} dataset is trained: {report}. {way_out}.")
     if packing:
         assert settings.max_row_tokens is not None, "packing needs the capacity of a row"
-        rows, packed = pack_dataset(rows, settings.max_row_tokens, num_proc=num_proc, name=name)
-        summary = f"{report}; {packed}"
+        rows = pack_dataset(rows, settings.max_row_tokens, num_proc=num_proc, name=name)
+        summary = f"{report}; {PackingReport.from_rows(rows, settings.max_row_tokens, report)}"
     else:
-        rows, summary = _with_columns_of(dataset, rows, name), str(report)
+        rows, summary = _with_columns_of(dataset, rows, kind.reserved, name), str(report)
     if is_main_process:
         say(f"{name} dataset: {summary}.", logging.INFO if report.is_complete else logging.WARNING)
-    return _described(rows, summary)
-
-
-def _images_of_row(dataset: Dataset, index: int) -> list[EncodedImage]:
-    return images_of_example(dataset[index])
-
-
-def _with_columns_of(examples: Dataset, rows: Dataset, name: str) -> Dataset:
-    """Return rows without empty ones, with the columns of their examples for those that only the report reads."""
-    of_example, lengths = (rows.data.table[column].to_numpy() for column in ("conversation", "num_tokens"))
-    rows = rows.remove_columns([column for column in rows.column_names if column in _COUNTS])
-    rows = keep_columns(rows, examples, of_example, name=name)
-    return rows if lengths.all() else rows.select(np.flatnonzero(lengths))
-
-
-def _described(rows: Dataset, summary: str) -> Dataset:
-    """Return rows that describe themselves by the summary of their preparation, for the model card."""
-    rows.info.description = summary
+    rows.info.description = summary  # for the model card
     return rows
+
+
+def _images_at(
+    dataset: Dataset, images_of: Callable[[Mapping[str, Any]], Sequence[EncodedImage]], index: int
+) -> Sequence[EncodedImage]:
+    return images_of(dataset[index])
+
+
+def _with_columns_of(examples: Dataset, rows: Dataset, reserved: Sequence[str], name: str) -> Dataset:
+    """Return rows without empty ones, with the columns of their examples in the place of those that a report reads."""
+    of_example = rows.data.table["example"].to_numpy()
+    lengths = pc.list_value_length(rows.data.table["input_ids"]).to_numpy()
+    rows = keep_columns(rows.remove_columns(list(_RECORD)), examples, of_example, reserved=reserved, name=name)
+    return rows if lengths.all() else rows.select(np.flatnonzero(lengths))
 
 
 def say(summary: str, level: int) -> None:
@@ -136,74 +233,73 @@ def say(summary: str, level: int) -> None:
         tqdm.write(summary, file=sys.stderr)
 
 
-def conversations_to_rows(
+# Datasets on disk ----------------------------------------------------------------------------------------------------
+
+
+def examples_to_rows(
     dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
-    settings: RowSettings,
+    kind: ExampleKind[Settings],
+    reader: PreTrainedTokenizerBase | ProcessorMixin,
+    settings: Settings,
     *,
     bad_rows: BadRows = BadRows.ERROR,
     num_proc: int | None = None,
     name: str = "train",
-) -> tuple[Dataset, PreparationReport]:
+) -> tuple[Dataset, Report]:
     """
-    Return the rows of every conversation in a dataset, and what the conversations held and lost.
+    Return the rows of every example, an empty one where nothing of it is trained, and what the examples held and lost.
 
     `datasets` caches the rows under a fingerprint of the dataset, the tokenizer's rules and the settings: nothing is
     prepared again because other training arguments changed or the tokenizer was used.
 
-    Arguments and errors are those of [`prepare_dataset`]. Each row has `COUNT_COLUMNS`, and a conversation of which
-    nothing is trained has an empty one.
+    Arguments and errors are those of [`prepare`]. Beside each row stands what is counted of it.
     """
-    has_images = isinstance(tokenizer, ProcessorMixin)
-    reader = ConversationReader(placeholders_of(tokenizer), dataset._fingerprint) if has_images else tokenizer
-    count_columns = (*COUNT_COLUMNS, *IMAGE_COUNT_COLUMNS) if has_images else COUNT_COLUMNS
-    features = row_features(count_columns, has_images=has_images)
-    state = ("rows", ROWS_VERSION, dataset._fingerprint, tokenizer_fingerprint(tokenizer), repr(settings))
-    encoded = undecoded(dataset) if has_images else dataset
-    rows = encoded.map(
+    has_images = isinstance(reader, ProcessorMixin)
+    own = ConversationReader(placeholders_of(reader), dataset._fingerprint) if has_images else reader
+    features = Features({**row_features(kind.labels, has_images=has_images), **_RECORD})
+    state = (kind.name, ROWS_VERSION, dataset._fingerprint, tokenizer_fingerprint(reader), repr(settings))
+    rows = (undecoded(dataset) if has_images else dataset).map(
         _prepare_batch,
         with_indices=True,
         batched=True,
-        batch_size=_PREPARED_AT_ONCE,
-        fn_kwargs={"tokenizer": reader, "settings": settings, "features": features},
+        batch_size=_STORED_AT_ONCE,
+        fn_kwargs={"kind": kind, "reader": own, "settings": settings, "features": features},
         remove_columns=dataset.column_names,
-        features=Features({**features, _REASON: Value("string")}),
+        features=features,
         num_proc=num_proc,
         new_fingerprint=Hasher.hash(state),
         desc=f"Building prefix trees of {name} dataset",
     )
     table = rows.data.table
-    counts = {column: table[column].to_pylist() for column in count_columns}
-    reasons = zip(counts["conversation"], table[_REASON].to_pylist(), strict=True)
-    bad = [(index, reason) for index, reason in reasons if reason is not None]
-    if bad and bad_rows == BadRows.ERROR:
-        raise bad_rows_error(group_errors(bad), len(dataset), name)
-    lengths = table["num_tokens"].to_pylist()
-    return rows, PreparationReport.from_counts(counts, lengths, settings.bound, bad_rows=bad)
+    reasons = zip(table["example"].to_pylist(), table["bad_row"].to_pylist(), strict=True)
+    errors = group_errors((index, reason) for index, reason in reasons if reason is not None)
+    if errors and bad_rows == BadRows.ERROR:
+        raise bad_rows_error(errors, len(dataset), name)
+    return rows, Report.from_table(kind.name, settings.bound, table, errors)
 
 
 def _prepare_batch(
-    batch: Mapping[str, Sequence[object]],
+    batch: Mapping[str, Sequence[Any]],
     indices: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase | ConversationReader,
-    settings: RowSettings,
+    kind: ExampleKind[Settings],
+    reader: Reader,
+    settings: Settings,
     features: Features,
 ) -> pa.Table:
-    rows: list[Row] = []
-    counts: list[dict[str, int]] = []
-    reasons: list[str | None] = []
+    rows: list[PreparedRow] = []
+    record: dict[str, list[Any]] = {"example": [], "bad_row": []}
     for position, index in enumerate(indices):
-        example = {name: values[position] for name, values in batch.items()}
-        reason = None
+        example, reason = {name: values[position] for name, values in batch.items()}, None
         try:
-            new_rows, new_counts = example_to_rows(example, index, tokenizer, settings)
+            new = kind.to_rows(example, index, reader, settings)
         except BadRowError as error:
-            (new_rows, new_counts), reason = no_rows(index), get_reason(error, index)
-        rows += new_rows
-        counts += new_counts
-        reasons += [reason] * len(new_rows)
-    table = rows_to_table(rows, counts, features)
-    return table.append_column(_REASON, pa.array(reasons, pa.string()))
+            new, reason = [PreparedRow(empty_row())], get_reason(error, index)
+        rows += new
+        record["example"] += [index] * len(new)
+        record["bad_row"] += [reason] * len(new)
+    record["counts"] = [[each.counts.get(name, 0) for name in COUNTS] for each in rows]
+    record["overlong"] = [each.overlong for each in rows]
+    return to_table(rows, features, kind.labels, **record)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> str:
@@ -211,9 +307,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -
     Return a hash of a tokenizer or processor that does not change when it is used.
 
     A fast tokenizer remembers the padding and truncation of its last call, which would make `datasets` prepare
-    everything again.
-
-    The hash covers vocabulary, rules, special tokens and chat template; of a processor, its settings too.
+    everything again. The hash covers vocabulary, rules, special tokens and chat template; of a processor, its settings
+    too.
     """
     if isinstance(tokenizer, ProcessorMixin):
         of_tokenizer = tokenizer_fingerprint(tokenizer.tokenizer)
@@ -226,3 +321,72 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -
         rules = serialised[max(serialised.find(_AFTER_LAST_CALL), 0) :]
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     return str(Hasher.hash((type(tokenizer).__name__, rules, special, tokenizer.chat_template)))
+
+
+# Streams -------------------------------------------------------------------------------------------------------------
+
+
+def _prepare_stream(
+    dataset: IterableDataset, prepare_batch: _StreamPreparation[Settings], packing: bool
+) -> IterableDataset:
+    """
+    Return a stream of examples as a stream of rows.
+
+    Workers, ranks and a resumed run see the same rows, since rows depend only on what comes next in the stream: with
+    packing, every `PACKING_BUFFER` conversations are packed together. A bad row stops the stream when it comes, unless
+    bad rows are dropped. Rows of a dataset with images hold them, encoded.
+    """
+    rows = in_one_column(dataset).map(
+        prepare_batch, with_indices=True, batched=True, batch_size=_STREAMED_AT_ONCE, remove_columns=[EXAMPLE]
+    )
+    if not packing:
+        return rows
+    capacity = prepare_batch.settings.max_row_tokens
+    assert capacity is not None, "packing needs the capacity of a row"
+    return rows.map(_pack_batch, batched=True, batch_size=PACKING_BUFFER, fn_kwargs={"max_row_tokens": capacity})
+
+
+def _pack_batch(batch: Mapping[str, Sequence[Any]], max_row_tokens: int) -> dict[str, list[Any]]:
+    rows = [Row.from_columns(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+    packed = list(map(PreparedRow, pack_rows(rows, max_row_tokens)))
+    return to_columns(packed, has_images=has_image_columns(batch))
+
+
+class _StreamPreparation(Generic[Settings]):
+    """Prepares batches of a stream, and logs what is lost."""
+
+    def __init__(
+        self,
+        kind: ExampleKind[Settings],
+        reader: PreTrainedTokenizerBase | ProcessorMixin,
+        settings: Settings,
+        bad_rows: BadRows,
+        name: str,
+        packing: bool,
+    ) -> None:
+        self.settings = settings
+        self._kind, self._reader, self._name, self._packing = kind, reader, name, packing
+        self._bad_rows, self._log = StreamedBadRows(bad_rows, name), StreamLog(name)
+        self._so_far = Report(kind.name, settings.bound)  # only sums: a stream may have no end
+
+    def __call__(
+        self, batch: Mapping[str, Sequence[Mapping[str, Any]]], indices: Sequence[int]
+    ) -> dict[str, list[Any]]:
+        rows: list[PreparedRow] = []
+        of_example: list[Mapping[str, Any]] = []
+        for example, index in zip(batch[EXAMPLE], indices, strict=True):
+            try:
+                new = self._kind.to_rows(example, index, self._reader, self.settings)
+            except BadRowError as error:
+                self._bad_rows.add(index, example, error)
+                continue
+            rows += new
+            of_example += [example] * len(new)
+        self._so_far = self._so_far.with_rows(rows)
+        self._log.update(self._so_far["num_cut_turns"] + self._so_far["num_dropped_turns"], self._so_far)
+        kept = [row for row in rows if len(row)]
+        columns = to_columns(kept, self._kind.labels, has_images=isinstance(self._reader, ProcessorMixin))
+        if self._packing:
+            return columns
+        examples = list(compress(of_example, map(len, rows)))
+        return {**columns, **kept_values(examples, reserved=self._kind.reserved, name=self._name)}

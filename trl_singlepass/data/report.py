@@ -3,157 +3,119 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
 
 from ..trees.sample import CompletionKind
-from .bad_rows import RowErrors, describe_dropped, group_errors
-from .conversations import IMAGE_COUNT_COLUMNS, KIND_COLUMNS
+from .bad_rows import RowErrors, describe_dropped
+from .rows import COUNTS, KIND_COUNTS, PreparedRow
 
 
 _NUM_NAMED = 3  # overlong turns that a report names
 
 
 @dataclass(frozen=True, slots=True)
-class PreparationReport:
+class Report:
     """What a dataset held, and what is not trained."""
 
-    num_conversations: int  # without bad rows
-    num_turns: int
-    num_turns_without_prompt: int  # further assistant messages that open a conversation and are context only
-    kinds: Mapping[CompletionKind, int]  # all turns, by how their completions came about
-    num_unselected_turns: int  # context only, by their weight or by `train_turns`
-    num_empty_blocks: int  # trained turns without reasoning for which the template writes an empty block
-    num_trained_tokens: int  # as N-pass trains them; together with `num_cut_tokens`, all completion tokens
-    num_cut_turns: int  # too long and trained in part
-    num_dropped_turns: int  # too long and not trained at all
-    num_cut_tokens: int  # completion tokens that are not trained
-    num_dropped_conversations: int  # conversations of which no turn is trained
-    num_split_conversations: int  # split over several rows
-    num_sample_tokens: int  # in all trained samples: what N-pass computes
-    num_row_tokens: int  # in all rows, before packing
-    num_repeated_tokens: int  # tokens of history among them that splitting repeats
-    num_sample_images: int  # in all trained samples: what N-pass encodes
-    num_row_images: int  # distinct images of each row, over all rows: what a single pass encodes
-    overlong: tuple[str, ...]  # the first few turns that are too long, by name
-    bound: str | None = None  # the setting that they exceed
+    examples: str  # what an example is: "conversations" or "pairs"
+    bound: str | None  # the setting that bounds a sample
+    counts: Mapping[str, int] = field(default_factory=Counter)  # sums of `COUNTS`
+    overlong: tuple[str, ...] = ()  # the first few turns that are too long, by name
     bad_rows: tuple[RowErrors, ...] = ()  # dropped because they cannot be trained, by reason
 
     @classmethod
-    def from_counts(
-        cls,
-        counts: Mapping[str, Sequence[int]],
-        lengths: Sequence[int],
-        bound: str | None,
-        bad_rows: Sequence[tuple[int, str]] = (),
-    ) -> PreparationReport:
-        """
-        Return the report on prepared rows.
+    def from_table(cls, examples: str, bound: str | None, table: pa.Table, bad_rows: tuple[RowErrors, ...]) -> Report:
+        """Return the report on rows beside which their `counts`, in the order of `COUNTS`, and `overlong` stand."""
+        sums = pc.list_flatten(table["counts"]).to_numpy().reshape(-1, len(COUNTS)).sum(axis=0)
+        overlong = table["overlong"].drop_null()[:_NUM_NAMED].to_pylist()
+        return cls(examples, bound, Counter(dict(zip(COUNTS, sums.tolist(), strict=True))), tuple(overlong), bad_rows)
 
-        `counts` are `COUNT_COLUMNS`, and `IMAGE_COUNT_COLUMNS` of a dataset with images, one value per row; `lengths`
-        are the tokens in each row. `bound` is the setting that bounds a sample ([`RowSettings.bound`]), `bad_rows` the
-        index and reason of each row that was dropped.
-        """
-        num_rows: dict[int, int] = {}
-        for conversation, length in zip(counts["conversation"], lengths, strict=True):
-            num_rows[conversation] = num_rows.get(conversation, 0) + (length > 0)
-        kinds = {kind: sum(counts[column]) for kind, column in KIND_COLUMNS.items()}
-        turns = ("num_turns", "num_turns_without_prompt", "num_unselected_turns", "num_cut_turns", "num_dropped_turns")
-        tokens = ("num_trained_tokens", "num_cut_tokens", "num_sample_tokens", "num_repeated_tokens")
-        return cls(
-            num_conversations=len(num_rows) - len(bad_rows),
-            num_dropped_conversations=sum(number == 0 for number in num_rows.values()) - len(bad_rows),
-            num_split_conversations=sum(number > 1 for number in num_rows.values()),
-            num_row_tokens=sum(lengths),
-            overlong=_name_overlong_turns(counts),
-            bound=bound,
-            kinds={kind: count for kind, count in kinds.items() if count},
-            bad_rows=group_errors(bad_rows),
-            num_empty_blocks=sum(counts["num_empty_blocks"]),
-            **{name: sum(counts.get(name, ())) for name in (*turns, *tokens, *IMAGE_COUNT_COLUMNS)},
-        )
+    def with_rows(self, rows: Iterable[PreparedRow]) -> Report:
+        """Return the report on more rows of the same dataset."""
+        counts, overlong = Counter(self.counts), list(self.overlong)
+        for row in rows:
+            counts.update(row.counts)
+            if row.overlong is not None:
+                overlong.append(row.overlong)
+        return replace(self, counts=counts, overlong=tuple(overlong[:_NUM_NAMED]))
 
-    def __add__(self, other: PreparationReport) -> PreparationReport:
-        """Return the report on both parts of a dataset, which have no conversation in common."""
-        return replace(
-            self,
-            kinds=dict(Counter(self.kinds) + Counter(other.kinds)),
-            overlong=(self.overlong + other.overlong)[:_NUM_NAMED],
-            bad_rows=self.bad_rows + other.bad_rows,
-            **{name: getattr(self, name) + getattr(other, name) for name in _numbers()},
-        )
+    def __getitem__(self, name: str) -> int:
+        """Return one of `COUNTS`."""
+        return self.counts[name]
+
+    @property
+    def kinds(self) -> dict[CompletionKind, int]:
+        """Number of turns by how their completions came about, where there are any."""
+        return {kind: self[name] for kind, name in KIND_COUNTS.items() if self[name]}
 
     @property
     def num_bad_rows(self) -> int:
-        """Rows that cannot be trained and were dropped."""
+        """Examples that cannot be trained and were dropped."""
         return sum(errors.count for errors in self.bad_rows)
 
     @property
     def is_complete(self) -> bool:
-        """Whether every token of every turn of every row is trained."""
-        return self.num_cut_tokens == 0 and not self.bad_rows and not self.num_turns_without_prompt
+        """Whether every token of every turn of every example is trained."""
+        return not (self["num_cut_tokens"] or self["num_turns_without_prompt"] or self.bad_rows)
 
     def __str__(self) -> str:
-        held = f"{describe_dropped(self.bad_rows)}; " if self.bad_rows else ""
-        held += f"{self.num_turns} turns of {self.num_conversations} conversations{self._rendered}; {self._images}"
-        if self.num_turns_without_prompt:
-            held += f"{self.num_turns_without_prompt} assistant messages before any prompt, which are context only; "
-        if self.num_unselected_turns:
-            held += f"{self.num_unselected_turns} of them context only, by weight or train_turns; "
-        if self.num_empty_blocks:
-            held += f"{self.num_empty_blocks} turns without reasoning, which train an empty block of it; "
-        if self.num_cut_tokens == 0:
-            return f"{held}all {self.num_trained_tokens} completion tokens trained{self._split}"
-        return (
-            f"{held}not trained: {self.num_cut_tokens} completion tokens past {self.bound}, in "
-            f"{self.num_cut_turns} turns that are trained in part and {self.num_dropped_turns} turns dropped whole "
-            f"({self.num_dropped_conversations} conversations dropped whole; {', '.join(self.overlong)}{self._more}), "
-            f"of {self.num_trained_tokens + self.num_cut_tokens}{self._split}"
-        )
+        return "; ".join(filter(None, (*self._held(), self._trained(), self._split(), self._sharing())))
 
-    @property
+    def _held(self) -> Iterable[str]:
+        """Yield what there is to say about the examples."""
+        if self.bad_rows:
+            yield describe_dropped(self.bad_rows)
+        yield f"{self['num_turns']} turns of {self['num_examples']} {self.examples}{self._rendered()}"
+        if encoded := self["num_row_images"]:
+            fewer = self["num_sample_images"] / encoded
+            yield f"{encoded} image encodings instead of {self['num_sample_images']} ({fewer:.1f} times fewer)"
+        for name, text in (
+            ("num_turns_without_prompt", "assistant messages before any prompt, which are context only"),
+            ("num_unselected_turns", "of them context only, by weight or train_turns"),
+            ("num_empty_blocks", "turns without reasoning, which train an empty block of it"),
+            ("num_shared_turns", "in an equal context on both sides, where they cancel"),
+            ("num_equal_examples", "pairs whose trajectories are equal, so they prefer nothing"),
+        ):
+            if self[name]:
+                yield f"{self[name]} {text}"
+
     def _rendered(self) -> str:
         """How the turns were rendered, where there is something to say about it."""
         if set(self.kinds) <= {CompletionKind.AS_SERVED, CompletionKind.GIVEN_AS_TOKENS}:
             return ""
         return f" ({', '.join(f'{count} {kind}' for kind, count in self.kinds.items())})"
 
-    @property
-    def _images(self) -> str:
-        if not self.num_sample_images:
-            return ""
+    def _trained(self) -> str:
+        if not self["num_cut_tokens"]:
+            trained = "trained" if self.examples == "conversations" else "count"  # log π is taken over those of pairs
+            return f"all {self['num_trained_tokens']} completion tokens {trained}"
+        num_others = self["num_cut_turns"] + self["num_dropped_turns"] - len(self.overlong)
+        more = f" and {num_others} more" if num_others else ""
         return (
-            f"{self.num_row_images} image encodings instead of {self.num_sample_images} "
-            f"({self.num_sample_images / self.num_row_images:.1f} times fewer); "
+            f"not trained: {self['num_cut_tokens']} completion tokens past {self.bound}, in {self['num_cut_turns']} "
+            f"turns that are trained in part and {self['num_dropped_turns']} turns dropped whole "
+            f"({self['num_dropped_examples']} {self.examples} dropped whole; {', '.join(self.overlong)}{more}), "
+            f"of {self['num_trained_tokens'] + self['num_cut_tokens']}"
         )
 
-    @property
     def _split(self) -> str:
-        if not self.num_split_conversations:
+        if not self["num_split_examples"]:
             return ""
         return (
-            f"; {self.num_split_conversations} conversations longer than max_row_tokens split over several rows, "
-            f"which repeat {self.num_repeated_tokens} of {self.num_row_tokens} tokens"
+            f"{self['num_split_examples']} {self.examples} longer than max_row_tokens split over several rows, "
+            f"which repeat {self['num_repeated_tokens']} of {self['num_row_tokens']} tokens"
         )
 
-    @property
-    def _more(self) -> str:
-        others = self.num_cut_turns + self.num_dropped_turns - len(self.overlong)
-        return f" and {others} more" if others else ""
-
-
-def _numbers() -> list[str]:
-    return [field.name for field in fields(PreparationReport) if field.name.startswith("num_")]
-
-
-def _name_overlong_turns(counts: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
-    columns = (counts[name] for name in ("conversation", "overlong_message", "overlong_length"))
-    named = [
-        f"row {conversation}{f', message {message}' if message >= 0 else ''}: {length} tokens"
-        for conversation, message, length in zip(*columns, strict=True)
-        if length
-    ]
-    return tuple(named[:_NUM_NAMED])
+    def _sharing(self) -> str:
+        # Packing says it of conversations; pairs are packed when a batch is made.
+        if self.examples == "conversations" or not self["num_row_tokens"]:
+            return ""
+        return f"sharing factor {self['num_sample_tokens'] / self['num_row_tokens']:.2f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +127,12 @@ class PackingReport:
     max_row_tokens: int  # capacity of a row
     num_unpacked_tokens: int  # in the conversations' own trees
     num_sample_tokens: int  # in all samples: what N-pass computes
+
+    @classmethod
+    def from_rows(cls, packed: Dataset, max_row_tokens: int, report: Report) -> PackingReport:
+        """Return the report on packed rows of conversations, on which there is a report already."""
+        num_tokens = int(pc.sum(packed.data.table["num_tokens"]).as_py())
+        return cls(len(packed), num_tokens, max_row_tokens, report["num_row_tokens"], report["num_sample_tokens"])
 
     @property
     def fill_rate(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -75,6 +75,10 @@ class ConversationReader:
         return ConversationImages.from_encoded(images, self.placeholders, sources)
 
 
+Reader: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin | ConversationReader
+"""What reads examples: a tokenizer with a chat template; for examples with images, the processor or a reader of it."""
+
+
 def images_of_example(example: Mapping[str, Any]) -> list[EncodedImage]:
     """Return the images of an example, in the order in which its rows count them."""
     if isinstance(example.get("turns"), list):
@@ -82,18 +86,14 @@ def images_of_example(example: Mapping[str, Any]) -> list[EncodedImage]:
     return take_images(example)[1]
 
 
-def as_reader(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin | ConversationReader,
-) -> PreTrainedTokenizerBase | ConversationReader:
+def as_reader(processing_class: Reader) -> PreTrainedTokenizerBase | ConversationReader:
     """Return a processor as the reader of examples whose rows hold their images; anything else as it is."""
     if isinstance(processing_class, ProcessorMixin):
         return ConversationReader(placeholders_of(processing_class))
     return processing_class
 
 
-def get_tokenizer(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin | ConversationReader,
-) -> PreTrainedTokenizerBase:
+def get_tokenizer(processing_class: Reader) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a processor or reader, or the tokenizer itself."""
     if isinstance(processing_class, PreTrainedTokenizerBase):
         return processing_class

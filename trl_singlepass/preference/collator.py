@@ -12,17 +12,56 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch.nn.utils.rnn import pad_sequence
 
+from ..data.arrow import length_column
 from ..data.collator import Batch, DataCollatorForSinglePass
+from ..data.labelled_rows import PackedRow, pack_examples
 from ..data.line_view import LineView
-from .packing import PackedRow, pack_pairs
-from .rows import LENGTH_COLUMNS
-from .turn_weights import TurnWeights
+from ..data.pairs import REFERENCE_COLUMNS, SIDES
 
 
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+@dataclass(frozen=True, slots=True)
+class TurnWeights:
+    """
+    Factors of the log-probabilities of turns.
+
+    With the discount factor γ of DMPO, turn `t` of `T`, counted from 0, has the factor `(1 - γ^(T - t)) / (1 - γ^T)`.
+    The first turn always has the factor 1, and later ones less; near 0, all have 1. With `γ = 0.5`, two turns have
+    `(1, 2/3)`.
+
+    With `is_mean`, a turn counts with the mean of its tokens instead of their sum, so that long turns weigh no more
+    than short ones.
+
+    Source: DMPO, arXiv 2406.14868 (equation of φ(t, T)).
+    """
+
+    discount: float | None = None  # γ, between 0 and 1; no discount if `None`
+    is_mean: bool = False
+
+    def __post_init__(self) -> None:
+        if self.discount is not None and not 0 < self.discount < 1:
+            raise ValueError(f"turn_discount={self.discount}: expected a number between 0 and 1, without either.")
+
+    @property
+    def are_all_one(self) -> bool:
+        """Whether every token has the factor 1."""
+        return self.discount is None and not self.is_mean
+
+    def of_tokens(self, turn_lengths: ArrayLike | Sequence[int]) -> NDArray[np.float64]:
+        """
+        Return the factor of each token of a trajectory, of shape `(num_tokens,)`, given the number of tokens of each
+        turn.
+        """
+        lengths = np.asarray(turn_lengths, np.int64)
+        factors: NDArray[np.float64] = np.ones(len(lengths))
+        if self.discount is not None:
+            left = np.arange(len(lengths), 0, -1)  # T - t
+            factors *= (1 - self.discount**left) / (1 - self.discount ** len(lengths))
+        if self.is_mean:
+            factors = factors / np.maximum(lengths, 1)
+        return np.repeat(factors, lengths)
 
 
 @dataclass
@@ -39,7 +78,7 @@ class DataCollatorForSinglePassPreference:
     pad_to_multiple_of: int | None = None
     # factors of the log-probabilities of turns, all 1 by default
     turn_weights: TurnWeights = field(default_factory=TurnWeights)
-    max_row_tokens: int | None = None  # capacity of a row (see [`pack_pairs`]); `None` makes one row of a batch
+    max_row_tokens: int | None = None  # capacity of a row (see [`pack_examples`]); `None` makes one row of a batch
     row_collator: DataCollatorForSinglePass = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +93,7 @@ class DataCollatorForSinglePassPreference:
         trajectory, and with the weights of its tokens where turns have weights; `REFERENCE_COLUMNS`, if the examples
         have them.
         """
-        packed = pack_pairs(examples, self.max_row_tokens)
+        packed = pack_examples(examples, SIDES, self.max_row_tokens)
         rows = [self.row_collator([each.row.columns()]) for each in packed]
         labels = torch.cat([torch.nn.functional.pad(row["labels"][0, 1:], (0, 1)) for row in rows])
         positions = _lines(packed, [row["labels"].shape[1] for row in rows], len(examples))
@@ -80,7 +119,7 @@ class DataCollatorForSinglePassPreference:
     def _token_weights(self, examples: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
         if self.turn_weights.are_all_one:
             return None
-        lines = [example[side] for side in LENGTH_COLUMNS for example in examples]
+        lines = [example[length_column(side)] for side in SIDES for example in examples]
         weights = [torch.from_numpy(self.turn_weights.of_tokens(lengths)).float() for lengths in lines]
         return pad_sequence(weights, batch_first=True)
 
@@ -88,12 +127,12 @@ class DataCollatorForSinglePassPreference:
 def _lines(packed: Sequence[PackedRow], lengths: Sequence[int], num_pairs: int) -> list[torch.Tensor]:
     """Return the positions of each trajectory's targets among the tokens of all rows, turn by turn."""
     starts = np.cumsum([0, *lengths[:-1]])
-    turns = sorted(
-        (turn.side, turn.pair, turn.number, start + positions)
+    positions = {
+        turn: start + of_turn
         for start, each in zip(starts, packed, strict=True)
-        for turn, positions in each.positions.items()
-    )
-    lines: list[list[NDArray[np.int64]]] = [[] for _ in range(2 * num_pairs)]
-    for side, pair, _, positions in turns:
-        lines[side * num_pairs + pair].append(positions)
+        for turn, of_turn in each.positions.items()
+    }
+    lines: list[list[NDArray[np.int64]]] = [[] for _ in range(len(SIDES) * num_pairs)]
+    for turn in sorted(positions):
+        lines[turn.label * num_pairs + turn.example].append(positions[turn])
     return [torch.from_numpy(np.concatenate(line)) for line in lines]

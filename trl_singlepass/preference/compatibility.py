@@ -5,8 +5,7 @@ from __future__ import annotations
 from datasets import Dataset, IterableDataset
 
 from ..data.dataset_format import check_is_dataset, column_names
-from .pairs import SIDES, TOKEN_COLUMNS
-from .rows import PAIR_COLUMNS
+from ..data.pairs import PAIR_COLUMNS, SIDES, TOKEN_COLUMNS
 
 
 def check_dataset(dataset: Dataset | IterableDataset, name: str) -> None:

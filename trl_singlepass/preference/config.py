@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, fields
 from transformers import PreTrainedModel
 from trl import DPOConfig
 
+from ..data.settings import PairSettings, PairTurns
 from ..training.base_config import SinglePassConfig, check_shared_settings, short_name, use_new_names
 from ..training.refusals import PAIRS, check
 from ..training.situation import Situation
-from .settings import PairSettings, PairTurns
-from .turn_weights import TurnWeights
+from .collator import TurnWeights
 
 
 @dataclass

@@ -17,6 +17,8 @@ from ..data.bad_rows import BadRows
 from ..data.collator import Batch, Collator, DataCollatorForSinglePass, check_collator
 from ..data.dataset_format import column_names
 from ..data.images import hide_image_columns
+from ..data.pairs import PAIR_COLUMNS, REFERENCE_COLUMNS, TOKEN_COLUMNS
+from ..data.preparation import PAIR_KIND, prepare
 from ..engine.enable import check_not_compiled, enable_tree, without_adapters
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
@@ -30,14 +32,11 @@ from ..training.sharding import prepare_sharding
 from ..training.situation import Situation
 from ..training.tree_loss import Loss
 from ..trees.rows import IMAGE_COLUMNS
-from .collator import REFERENCE_COLUMNS, DataCollatorForSinglePassPreference
+from .collator import DataCollatorForSinglePassPreference
 from .compatibility import check_dataset
 from .config import SinglePassDPOConfig, default_config, pair_settings, turn_weights, without_padding_free
-from .dataset import prepare_pairs
-from .pairs import TOKEN_COLUMNS
 from .parts import BatchParts
 from .parts_model import PairModelInParts
-from .rows import PAIR_COLUMNS
 
 
 if TYPE_CHECKING:
@@ -177,8 +176,9 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
         if not set(TOKEN_COLUMNS) <= columns and not isinstance(next(iter(dataset))["chosen"], list):
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)  # plain text
         with args.main_process_first(desc=f"preparing the {dataset_name} dataset"):
-            return prepare_pairs(
+            return prepare(
                 dataset,
+                PAIR_KIND,
                 processing_class,
                 pair_settings(args),
                 bad_rows=BadRows(args.bad_rows),

@@ -13,13 +13,13 @@ from datasets.utils.tqdm import tqdm
 
 from ..data.bad_rows import read_all
 from ..data.collator import LoadImages
+from ..data.pairs import example_to_pair, is_pair
+from ..data.settings import PairSettings
 from ..data.vision import ConversationReader, as_reader, check_renders, get_tokenizer
 from ..engine.check import check_tree
 from ..engine.check_report import TreeCheckReport
 from ..engine.separate_samples import get_device
 from ..images.loading import image_loader_of
-from ..preference.pairs import example_to_pair, is_pair
-from ..preference.settings import PairSettings
 from ..rendering.conversation import RenderingError
 from ..rendering.samples import render_conversation, render_example
 from ..rendering.template import with_template

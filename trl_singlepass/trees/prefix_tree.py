@@ -212,6 +212,11 @@ def _roll_labels(
 
 def sample_paths(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np.int64]]:
     """Return, for each sample of a tree, the positions of its tokens."""
+    return find_paths(tree, [to_keys(sample.token_ids, sample.image_features) for sample in samples])
+
+
+def find_paths(tree: PrefixTree, sequences: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """Return, for each sequence of tokens that a tree holds, given by their keys ([`to_keys`]), their positions."""
     children: dict[int, list[int]] = defaultdict(list)
     for index, segment in enumerate(tree.segments):
         children[segment.parent].append(index)
@@ -238,4 +243,4 @@ def sample_paths(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np
             index = segment.parent
         return np.concatenate(ranges[::-1])[: len(tokens)]
 
-    return [path(to_keys(sample.token_ids, sample.image_features)) for sample in samples]
+    return list(map(path, sequences))

@@ -73,6 +73,20 @@ class Row:
         features, images = number_images_together(rows)
         return cls(**joined, image_features=np.concatenate(features), images=images)
 
+    def split(self) -> list[Row]:
+        """Return each tree of the row as a row of its own."""
+        trees, start = [], 0
+        while start < len(self):
+            end = int(self.subtree_end[start])  # of a root: the end of its tree
+            arrays = {name: getattr(self, name)[start:end] for name in ROW_COLUMNS}
+            tree = replace(self, **{**arrays, "subtree_end": arrays["subtree_end"] - start})
+            if self.image_features is not None:
+                features, images = without_unused(self.image_features[start:end], self.images)
+                tree = replace(tree, image_features=features, images=images)
+            trees.append(tree)
+            start = end
+        return trees
+
     def columns(self) -> dict[str, Any]:
         """Return the row as dataset columns."""
         columns = {name: getattr(self, name) for name in ROW_COLUMNS}

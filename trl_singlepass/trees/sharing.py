@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .image_features import image_of_feature, to_keys
-from .prefix_tree import IGNORE_INDEX, lay_out
+from .prefix_tree import IGNORE_INDEX, PrefixTree, lay_out
 from .radix import RadixNode
 from .rows import Row, number_images_together
 
@@ -55,15 +55,19 @@ def shareable_length(labels: NDArray[np.integer], subtree_end: NDArray[np.intege
 
 def merge_rows(rows: Sequence[Row]) -> Row:
     """Return one row that stores every prefix of several rows once, however short it is."""
-    if len(rows) == 1:
-        return rows[0]
+    return rows[0] if len(rows) == 1 else Row.from_tree(merge_to_tree(rows)[0])
+
+
+def merge_to_tree(rows: Sequence[Row]) -> tuple[PrefixTree, list[NDArray[np.int64]]]:
+    """Return the tree of all prefixes of several rows, and for each row the keys of its tokens ([`to_keys`])."""
     has_images = any(row.image_features is not None for row in rows)
     features, images = number_images_together(rows) if has_images else ([None] * len(rows), None)
+    keys = [to_keys(row.input_ids, of_row) for row, of_row in zip(rows, features, strict=True)]
     root = RadixNode.root()
-    for index, (row, of_row) in enumerate(zip(rows, features, strict=True)):
-        for tree in _to_radix_trees(row, to_keys(row.input_ids, of_row), index):
+    for index, (row, of_row) in enumerate(zip(rows, keys, strict=True)):
+        for tree in _to_radix_trees(row, of_row, index):
             root.add(tree)
-    return Row.from_tree(lay_out(root, images))
+    return lay_out(root, images), keys
 
 
 def _beginning(row: Row) -> bytes | None:

@@ -25,11 +25,10 @@ from ...cost.flops import ModelShape, get_model_shape
 from ...data.bad_rows import BadRowError, RowErrors, UnexpectedError, get_reason, group_errors, unexpected_error
 from ...data.conversations import example_to_samples
 from ...data.images import holds_images
-from ...data.settings import RowSettings
+from ...data.pairs import TOKEN_COLUMNS, example_to_pair, is_pair, split_pair
+from ...data.settings import PairSettings, RowSettings
 from ...data.tokenized_turns import get_tokenized_turns
 from ...data.vision import ConversationReader, as_reader, check_renders, get_tokenizer
-from ...preference.pairs import TOKEN_COLUMNS, example_to_pair, is_pair, split_pair
-from ...preference.settings import PairSettings
 from ...rendering.conversation import Conversation
 from ...rendering.prefixes import Prefixes
 from ...trees.errors import DataError

@@ -1,32 +1,32 @@
-"""From one example to the samples of its two trajectories."""
+"""From one preference pair to the samples of its two trajectories, and to its row."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import extract_prompt
 
-from ..data.bad_rows import BadRowError, get_reason
-from ..data.conversations import example_to_samples
-from ..data.images import image_columns_of
-from ..data.selection import FittedSamples, OverlongTurnError, fit_samples
-from ..data.vision import ConversationReader, images_of_example
 from ..images.loading import EncodedImage
 from ..trees.image_features import FeatureNumbers, to_keys
 from ..trees.sample import Sample
+from .arrow import row_columns
+from .bad_rows import BadRowError, get_reason
+from .conversations import example_to_samples
+from .images import image_columns_of
+from .rows import PreparedRow, joined_row
+from .selection import FittedSamples, OverlongTurnError, fit_samples
 from .settings import PairSettings, PairTurns
+from .vision import ConversationReader, Reader, images_of_example
 
-
-Tokenizer: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin | ConversationReader
-"""What reads a pair: a tokenizer with a chat template; for pairs with images, the processor or a reader of it."""
 
 SIDES = ("chosen", "rejected")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+PAIR_COLUMNS = row_columns(SIDES)
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+"""Columns that TRL adds to rows: log-probabilities of the reference."""
 # Columns that say how messages are rendered, the same for both trajectories.
 _RENDERING_COLUMNS = ("system", "tools", "chat_template_kwargs", "history")
 
@@ -51,8 +51,21 @@ class Pair:
         """All samples, those of the chosen trajectory first."""
         return [*self.chosen.samples, *self.rejected.samples]
 
+    def to_row(self, index: int = 0, max_row_tokens: int | None = None) -> PreparedRow:
+        """Return the row of the pair, example `index` of its dataset, empty if nothing is left of one side."""
+        is_equal = 0 < self.num_shared_turns == len(self.chosen.samples) == len(self.rejected.samples)
+        counts = {"num_shared_turns": self.num_shared_turns, "num_equal_examples": int(is_equal)}
+        return joined_row(dict(zip(SIDES, self.sides, strict=True)), index, max_row_tokens, **counts)
 
-def example_to_pair(example: Mapping[str, Any], index: int, tokenizer: Tokenizer, settings: PairSettings) -> Pair:
+
+def pair_to_rows(
+    example: Mapping[str, Any], index: int, tokenizer: Reader, settings: PairSettings
+) -> list[PreparedRow]:
+    """Return the row of one example, empty if a side is too long to keep any of it (see [`example_to_pair`])."""
+    return [example_to_pair(example, index, tokenizer, settings).to_row(index, settings.max_row_tokens)]
+
+
+def example_to_pair(example: Mapping[str, Any], index: int, tokenizer: Reader, settings: PairSettings) -> Pair:
     """
     Return the samples of one example, every turn after the prompt in the context that a model is served.
 
@@ -120,7 +133,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _render(
-    example: Mapping[str, Any], side: str, index: int, tokenizer: Tokenizer, settings: PairSettings
+    example: Mapping[str, Any], side: str, index: int, tokenizer: Reader, settings: PairSettings
 ) -> FittedSamples:
     if isinstance(tokenizer, ConversationReader) and tokenizer.dataset is not None:
         tokenizer = replace(tokenizer, dataset=images_name(tokenizer.dataset, side))
@@ -161,9 +174,9 @@ def images_name(dataset: str, side: str) -> str:
     return f"{dataset}:{side}"
 
 
-def images_of_trajectory(dataset: Dataset, side: str, index: int) -> list[EncodedImage]:
+def images_of_trajectory(example: Mapping[str, Any], side: str) -> list[EncodedImage]:
     """Return the images of one trajectory of a pair, in the order in which its rows count them."""
-    return images_of_example(split_pair(dataset[index], index)[side])
+    return images_of_example(split_pair(example, 0)[side])
 
 
 def _with_images_numbered_together(sides: Sequence[FittedSamples]) -> list[FittedSamples]:
