@@ -28,7 +28,7 @@ from trl_singlepass.cost import ModelShape
 from trl_singlepass.cost.memory import ActivationBytes
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.data.conversations import example_to_rows
-from trl_singlepass.data.packed_dataset import pack_rows
+from trl_singlepass.data.packing import pack_rows
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree

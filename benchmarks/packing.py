@@ -19,7 +19,7 @@ import pyarrow as pa
 from benchmarks.machine import describe
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.data.arrow import row_features, to_table
-from trl_singlepass.data.packed_dataset import pack_dataset
+from trl_singlepass.data.packing import pack_dataset
 from trl_singlepass.data.report import PackingReport, Report
 from trl_singlepass.data.rows import PreparedRow
 from trl_singlepass.trees.rows import Row

@@ -2,17 +2,17 @@
 
 from trl_singlepass.data.arrow import to_columns
 from trl_singlepass.data.pairs import SIDES
-from trl_singlepass.data.preparation import CONVERSATIONS, PAIRS, examples_to_rows, prepare
+from trl_singlepass.data.preparation import CONVERSATION_KIND, PAIR_KIND, examples_to_rows, prepare
 
 
 def conversations_to_rows(dataset, tokenizer, settings, **kwargs):
     """Return the rows of a dataset of conversations, with what is counted of each, and their report."""
-    return examples_to_rows(dataset, CONVERSATIONS, tokenizer, settings, **kwargs)
+    return examples_to_rows(dataset, CONVERSATION_KIND, tokenizer, settings, **kwargs)
 
 
 def prepare_pairs(dataset, tokenizer, settings, **kwargs):
     """Return a dataset of pairs as rows."""
-    return prepare(dataset, PAIRS, tokenizer, settings, **kwargs)
+    return prepare(dataset, PAIR_KIND, tokenizer, settings, **kwargs)
 
 
 def pair_to_columns(pair, max_row_tokens=None):

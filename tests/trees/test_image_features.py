@@ -18,7 +18,7 @@ from support.image_samples import (
 from support.prefix_tree_reference import PrefixOracle, prefixes
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.data.packed_dataset import pack_rows
+from trl_singlepass.data.packing import pack_rows
 from trl_singlepass.images.reading import ImageReader
 from trl_singlepass.trees.image_features import ImageReference, features_of, to_keys, tokens_of
 from trl_singlepass.trees.prefix_tree import sample_paths

@@ -19,8 +19,8 @@ from ..data.conversations import example_to_samples
 from ..data.files import load_examples
 from ..data.images import holds_images
 from ..data.pairs import example_to_pair, is_pair
+from ..data.reader import get_tokenizer
 from ..data.settings import PairSettings, RowSettings
-from ..data.vision import get_tokenizer
 from ..trees.sample import Sample
 from .arguments import AuditArguments, BenchArguments, DataArguments, InspectArguments, ModelArguments, VerifyArguments
 from .chat import chat as chat

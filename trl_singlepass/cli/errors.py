@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 
-from ..data.error_text import as_sentence
-from ..trees.errors import DataError
+from ..trees.errors import DataError, as_sentence
 
 
 EXPLAINED = 2

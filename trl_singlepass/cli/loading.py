@@ -15,8 +15,8 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ..data.error_text import first_line
-from ..data.vision import check_renders
+from ..data.reader import check_renders
+from ..trees.errors import first_line
 
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """
-From datasets of conversations to datasets of rows, and from rows to batches.
+From datasets of conversations or pairs to datasets of rows, and from rows to batches.
 
-`preparation` (a dataset on disk) and `streaming` (a stream) take each example through `conversations`, then `packing`
-and `packed_dataset` join rows, `sampler` orders them and `collator` makes batches.
+`preparation` takes each example of a dataset, on disk or as a stream, through `conversations` or `pairs` and `rows`;
+`packing` joins rows of conversations, `sampler` orders rows and `collator` makes batches.
 """

@@ -68,7 +68,7 @@ def to_columns(rows: Sequence[PreparedRow], labels: Sequence[str] = (), *, has_i
         of_rows = [each.targets.get(label, ()) for each in rows]
         columns[position_column(label)] = [np.concatenate([np.empty(0, np.int64), *turns]) for turns in of_rows]
         columns[length_column(label)] = [np.array([len(turn) for turn in turns], np.int64) for turns in of_rows]
-    return columns
+    return {name: columns[name] for name in (*row_columns(labels), *columns)}
 
 
 def to_table(rows: Sequence[PreparedRow], features: Features, labels: Sequence[str] = (), **further: Any) -> pa.Table:

@@ -17,11 +17,11 @@ from ..trees.errors import DataError
 from ..trees.sample import Sample
 from .bad_rows import BadRowError, unexpected_error
 from .images import check_no_images
+from .reader import ConversationReader, Reader, as_reader, get_tokenizer
 from .rows import PreparedRow, separate_rows
 from .selection import FittedSamples, OverlongTurnError, fit_samples, select_turns
 from .settings import RowSettings
 from .tokenized_turns import get_tokenized_turns, tokenized_turns_to_samples
-from .vision import ConversationReader, Reader, as_reader, get_tokenizer
 from .weights import message_weights, weigh
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils.tqdm import tqdm
 
-from .error_text import first_line
+from ..trees.errors import first_line
 
 
 LINES, TABLES = (".jsonl", ".ndjson"), {".parquet": "parquet", ".json": "json", ".csv": "csv", ".arrow": "arrow"}

@@ -13,7 +13,7 @@ from ..trees.prefix_tree import find_paths
 from ..trees.rows import Row
 from ..trees.sharing import group_by_beginning, merge_to_tree
 from .arrow import length_column, position_column
-from .packed_dataset import assign
+from .packing import assign
 
 
 class Turn(NamedTuple):

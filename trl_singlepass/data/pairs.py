@@ -16,10 +16,10 @@ from .arrow import row_columns
 from .bad_rows import BadRowError, get_reason
 from .conversations import example_to_samples
 from .images import image_columns_of
+from .reader import ConversationReader, Reader, images_of_example
 from .rows import PreparedRow, joined_row
 from .selection import FittedSamples, OverlongTurnError, fit_samples
 from .settings import PairSettings, PairTurns
-from .vision import ConversationReader, Reader, images_of_example
 
 
 SIDES = ("chosen", "rejected")

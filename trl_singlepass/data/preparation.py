@@ -44,13 +44,13 @@ from .bad_rows import (
 from .conversations import example_to_rows
 from .dataset_format import EXAMPLE, column_names, in_one_column
 from .images import undecoded
-from .packed_dataset import pack_dataset, pack_rows
+from .packing import pack_dataset, pack_rows
 from .pairs import PAIR_COLUMNS, REFERENCE_COLUMNS, SIDES, images_name, images_of_trajectory, pair_to_rows
+from .reader import ConversationReader, Reader, get_tokenizer, images_of_example, reader_for
 from .report import PackingReport, Report
 from .rows import COUNTS, PreparedRow, empty_row
 from .settings import PairSettings, RowSettings
 from .tokenized_turns import gather_turns, is_single_turn
-from .vision import ConversationReader, Reader, get_tokenizer, images_of_example, reader_for
 
 
 logger = get_logger(__name__)
@@ -102,8 +102,8 @@ class ExampleKind(Generic[Settings]):
     reserved: tuple[str, ...] = ()  # columns that are added to rows later
 
 
-CONVERSATIONS: ExampleKind[RowSettings] = ExampleKind("conversations", example_to_rows, {"": images_of_example})
-PAIRS: ExampleKind[PairSettings] = ExampleKind(
+CONVERSATION_KIND: ExampleKind[RowSettings] = ExampleKind("conversations", example_to_rows, {"": images_of_example})
+PAIR_KIND: ExampleKind[PairSettings] = ExampleKind(
     "pairs",
     pair_to_rows,
     {images_name("", side): partial(images_of_trajectory, side=side) for side in SIDES},
@@ -158,7 +158,7 @@ def prepare_dataset(
         dataset, bad_turns = gather_turns(dataset, vocab_size, bad_rows=bad_rows, num_proc=num_proc, name=name)
     return prepare(
         dataset,
-        CONVERSATIONS,
+        CONVERSATION_KIND,
         tokenizer,
         settings or RowSettings(),
         packing=packing,

@@ -22,9 +22,9 @@ from ..data.bad_rows import (
 from ..data.conversations import example_to_samples
 from ..data.dataset_format import EXAMPLE, check_is_dataset, column_names, in_one_column
 from ..data.images import undecoded
+from ..data.reader import get_tokenizer, reader_for
 from ..data.settings import RowSettings
 from ..data.tokenized_turns import gather_turns, is_single_turn
-from ..data.vision import get_tokenizer, reader_for
 from ..rendering.conversation import Message
 from ..training.config import SinglePassSFTConfig
 from ..trees.prefix_tree import IGNORE_INDEX

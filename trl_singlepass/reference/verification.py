@@ -14,8 +14,8 @@ from datasets.utils.tqdm import tqdm
 from ..data.bad_rows import read_all
 from ..data.collator import LoadImages
 from ..data.pairs import example_to_pair, is_pair
+from ..data.reader import ConversationReader, as_reader, check_renders, get_tokenizer
 from ..data.settings import PairSettings
-from ..data.vision import ConversationReader, as_reader, check_renders, get_tokenizer
 from ..engine.check import check_tree
 from ..engine.check_report import TreeCheckReport
 from ..engine.separate_samples import get_device

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, logging
 from trl import SFTConfig
+from trl.data_utils import get_dataset_column_names
 
 from ..data.dataset_format import check_is_dataset, column_names, holds_messages, holds_rows, holds_turns
-from ..data.formatted_text import format_as_text
 from ..data.preparation import prepare_dataset
 from .compatibility import check_turn_settings
 from .config import SinglePassSFTConfig
 
+
+logger = logging.get_logger(__name__)
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 FormattingFunction: TypeAlias = Callable[[dict[str, object]], str]
@@ -36,13 +38,48 @@ def find_turns(
         return dataset, formatting_func, True
     is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
     if formatting_func is not None and not is_transformed and holds_messages(dataset):
-        dataset, formatting_func = format_as_text(dataset, formatting_func, args, name), None
+        dataset, formatting_func = _format_as_text(dataset, formatting_func, args, name), None
     is_text = formatting_func is not None or is_transformed
     return (
         dataset,
         formatting_func,
         not is_text and holds_turns(dataset, text_field=args.dataset_text_field, name=name),
     )
+
+
+def _format_as_text(
+    dataset: Dataset | IterableDataset,
+    formatting_func: Callable[[dict[str, object]], object],
+    args: SFTConfig,
+    name: str,
+) -> Dataset | IterableDataset:
+    """
+    Return conversations as plain text, which TRL then tokenises and trains.
+
+    TRL itself would add the text beside the messages and go on to train the messages.
+
+    `args` tells the name of the text column and the number of processes. Raises `ValueError` if `formatting_func`
+    returns anything but text.
+    """
+    logger.warning(
+        f"formatting_func makes plain text of the conversations of the {name} dataset. They are trained as SFTTrainer "
+        "trains text, on all of their tokens: a single pass over their turns needs the messages themselves, without "
+        "formatting_func."
+    )
+
+    def format_example(example: dict[str, object]) -> dict[str, str]:
+        text = formatting_func(example)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"formatting_func returned {type(text).__name__}, and text (str) was expected. To change messages, "
+                "use dataset.map before the trainer, and leave formatting_func out."
+            )
+        return {args.dataset_text_field: text}
+
+    options: dict[str, object] = {"remove_columns": get_dataset_column_names(dataset)}
+    if isinstance(dataset, Dataset):
+        options |= {"num_proc": args.dataset_num_proc, "desc": f"Applying formatting function to {name} dataset"}
+    return dataset.map(format_example, **options)
 
 
 def prepare_conversations(

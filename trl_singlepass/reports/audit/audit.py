@@ -26,9 +26,9 @@ from ...data.bad_rows import BadRowError, RowErrors, UnexpectedError, get_reason
 from ...data.conversations import example_to_samples
 from ...data.images import holds_images
 from ...data.pairs import TOKEN_COLUMNS, example_to_pair, is_pair, split_pair
+from ...data.reader import ConversationReader, as_reader, check_renders, get_tokenizer
 from ...data.settings import PairSettings, RowSettings
 from ...data.tokenized_turns import get_tokenized_turns
-from ...data.vision import ConversationReader, as_reader, check_renders, get_tokenizer
 from ...rendering.conversation import Conversation
 from ...rendering.prefixes import Prefixes
 from ...trees.errors import DataError
