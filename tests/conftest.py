@@ -28,8 +28,9 @@ datasets.disable_progress_bars()
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 
-def pytest_collection_finish():
-    """Leave what the imports made out of garbage collection: each `train` collects, and would look at all of it."""
+@pytest.fixture(autouse=True, scope="module")
+def freeze_what_is_imported():
+    """Leave what there is out of garbage collection: each `train` collects, and would look at all of it."""
     gc.collect()
     gc.freeze()
 

@@ -14,7 +14,7 @@ from support.chat_tokenizers import make_tokenizer
 from support.float64_comparison import assert_equal_to_npass, checkpoint_layers, forward
 from support.model_survey import branchy_chat
 from support.sample_sets import branch_at_every_depth, reasoning_chat, sample_sets
-from support.tiny_causal_lms import FAMILIES, HYBRIDS, KINDS, tiny_model
+from support.tiny_causal_lms import FAMILIES, KINDS, tiny_model
 from support.trainers import largest_difference, needs_cached_states, single_pass_trainer, stock_trainer
 from support.tree_checks import checked
 from support.wave_training import batch_of
@@ -39,7 +39,7 @@ pytestmark = [
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("model_type", HYBRIDS)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_branches_at_every_depth_shorter_than_the_convolution(model_type):
     assert_equal_to_npass(tiny_model(model_type), [branch_at_every_depth()])
 
@@ -65,7 +65,7 @@ def test_gradient_checkpointing(model_type, use_reentrant):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("model_type", KINDS)
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(samples=sample_sets())
 def test_random_trees(model_type, samples):
     assert_equal_to_npass(tiny_model(model_type), [samples])

@@ -186,10 +186,17 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("packing", [None, "bfd", "wrapped"])
+@pytest.mark.parametrize(
+    ("format_of_rows", "packing"),
+    [
+        pytest.param(name, packing, marks=() if packing is None or name == "tokenised" else pytest.mark.slow)
+        for name in FORMATS
+        for packing in (None, "bfd", "wrapped")
+    ],
+)
 @pytest.mark.parametrize("is_stream", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["stored", "stream"])
-@pytest.mark.parametrize("rows", FORMATS.values(), ids=FORMATS)
-def test_what_has_one_turn_trains_as_in_stock(tmp_path, tokenizer, rows, is_stream, packing):
+def test_what_has_one_turn_trains_as_in_stock(tmp_path, tokenizer, format_of_rows, is_stream, packing):
+    rows = FORMATS[format_of_rows]
     if packing == "wrapped" and rows is SINGLE_TURNS:
         pytest.skip("refused for conversations")
     settings = {"packing": True, "packing_strategy": packing, "max_length": 200} if packing else {}

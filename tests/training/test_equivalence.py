@@ -1,5 +1,7 @@
 """Training in a single pass moves parameters as stock `SFTTrainer` does on the expanded samples."""
 
+import itertools
+
 import pytest
 import torch
 import trl
@@ -31,10 +33,17 @@ def start_of(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("batch_size", [1, 4])
+# Each two of these settings meet in a fast test.
+PAIRWISE = [(1, 1, False, False), (1, 2, True, True), (4, 1, True, False), (4, 2, False, False), (4, 1, False, True)]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "checkpointing", "lora"),
+    [
+        pytest.param(*case, marks=() if case in PAIRWISE else pytest.mark.slow)
+        for case in itertools.product((1, 4), (1, 2), (False, True), (False, True))
+    ],
+)
 def test_one_step(tmp_path, tokenizer, batch_size, accumulation, checkpointing, lora):
     model = float32_model(tokenizer)
     model = adapted(model) if lora else model
