@@ -86,13 +86,6 @@ def test_terminal_names_what_is_shared_and_trained():
     assert f"sharing factor {inspection.tree.sharing_factor:.2f}" in shown
 
 
-def test_one_turn_and_one_token_are_singular():
-    one = Inspection.from_samples([Sample([5, 6], [0, 1], 1)], make_tokenizer())
-    fork = Inspection.from_samples([Sample([5, 6], [0, 1], 1), Sample([5, 7], [0, 1], 1)], make_tokenizer())
-    for shown in (printed(one), printed(fork), inspection_page(one, "One"), inspection_page(fork, "Two")):
-        assert re.findall(r"(?<![\d,.])1 (?:turns|tokens)\b", shown) == []
-
-
 def test_terminal_names_uneven_weights():
     tokenizer = make_tokenizer()
     weights = [0, 0, 0.5, 2]
@@ -145,8 +138,3 @@ def test_lanes_fork_where_their_branch_leaves():
     for lane in data["lanes"][1:]:
         assert data["depth"][lane["fork"]] + 1 == lane["depth"]
         assert lane["fork"] < lane["start"] < data["end"][lane["fork"]]
-
-
-def test_page_works_with_keys_and_in_a_narrow_window():
-    page = inspection_page(inspected(chat(2)), "page")
-    assert all(word in page for word in ("ArrowRight", "ArrowLeft", 'tabindex="0"', "@media (max-width", "viewport"))

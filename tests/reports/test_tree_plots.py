@@ -53,11 +53,6 @@ def test_tree_labels_every_turn_where_it_ends(samples):
     assert rendered(figure).std() > 0.01
 
 
-def test_one_turn_is_singular():
-    (axes,) = plot_tree(PrefixTree.from_samples([turn(U1, T1)]), Words()).axes
-    assert "1 turns" not in axes.get_title()
-
-
 @pytest.mark.parametrize("samples", [STRIPPED, KEPT, TOOLS], ids=["stripped", "kept", "tools"])
 def test_mask_names_every_turn(samples):
     figure = plot_mask(PrefixTree.from_samples(samples), Words())

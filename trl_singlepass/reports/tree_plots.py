@@ -36,75 +36,38 @@ class _SampleEnd:
     turn: int
 
 
-def plot_tree(
-    tree: PrefixTree, tokenizer: PreTrainedTokenizerBase, thumbnails: Sequence[Image] | None = None
-) -> Figure:
-    """
-    Plot the tree of one conversation: depth from left to right, the trunk on top, each branch in a lane of its own.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lanes:
+    """A tree as lanes, one for each of its runs."""
 
-    The tokenizer decodes the text in the bars. `thumbnails` are the images of `tree.images`, to draw where the tree
-    shows them.
-    """
-    from matplotlib.figure import Figure
+    tree: PrefixTree
+    runs: Sequence[Run]
+    trained: NDArray[np.bool_]  # for each token, whether it is predicted from the one before it on its path
+    ends: list[_SampleEnd]  # of all samples, numbered by turn
 
-    plan = TreePlan.from_subtree_end(tree.subtree_end)
-    ends = _sample_ends(tree, plan)
-    places = _place_lanes(plan, ends)
-    figure = Figure(figsize=(WIDTH, 1.1 + LANE_HEIGHT * len(plan.runs)), layout="constrained")
-    axes = figure.add_subplot()
-    longest = int(tree.position_ids.max()) + 1
-    for lane, run in enumerate(plan.runs):
-        own_ends = {end.depth for end in ends if end.lane == lane}
-        _draw_lane(axes, tree, tokenizer, run, places[lane], own_ends)
-    for run, place in zip(plan.runs[1:], places[1:], strict=True):
-        if run.prefix:
-            _draw_fork(axes, run, place, places[_lane_of(plan, run.prefix[-1][0])])
-    for end in ends:
-        _label_sample(axes, end, places[end.lane], plan.runs[end.lane])
-    if thumbnails is not None:
-        _draw_thumbnails(axes, tree, plan, places, thumbnails)
-    _finish_tree(axes, tree, longest, len(plan.runs), len(ends))
-    return figure
+    @classmethod
+    def from_tree(cls, tree: PrefixTree) -> _Lanes:
+        plan = TreePlan.from_subtree_end(tree.subtree_end)
+        trained = incoming_weights(tree, plan) > 0
+        return cls(tree, plan.runs, trained, _sample_ends(tree, plan.runs, trained))
+
+    @property
+    def places(self) -> list[int]:
+        """The place of each lane: the trunk on top, below it the branches in the order of their turns."""
+        first_turn = [min(end.turn for end in self.ends if end.lane == lane) for lane in range(len(self.runs))]
+        order = sorted(range(len(self.runs)), key=lambda lane: (lane > 0, first_turn[lane]))
+        return [order.index(lane) for lane in range(len(self.runs))]
 
 
-def plot_mask(tree: PrefixTree, tokenizer: PreTrainedTokenizerBase) -> Figure:
-    """
-    Plot which tokens each token of a tree attends to, for up to a few thousand tokens.
-
-    The tokenizer decodes the first words of each run, which label it.
-    """
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
-
-    plan = TreePlan.from_subtree_end(tree.subtree_end)
-    position = np.arange(len(tree))
-    attends = (position[None, :] <= position[:, None]) & (position[:, None] < tree.subtree_end[None, :])
-    shade = attends.astype(np.int8) + (attends & (incoming_weights(tree, plan) > 0)[:, None])
-    figure = Figure(figsize=(9.6, 8.0))
-    axes = figure.add_axes((0.22, 0.07, 0.75, 0.88))
-    axes.imshow(shade, cmap=ListedColormap(["#ffffff", CONTEXT, TRAINED]), vmin=0, vmax=2, interpolation="nearest")
-    for run in plan.runs[1:]:
-        axes.axhline(run.start - 0.5, color=INK, linewidth=0.4)
-        axes.axvline(run.start - 0.5, color=INK, linewidth=0.4)
-    _label_runs(axes, tree, tokenizer, plan)
-    share = attends.sum() / (len(tree) * (len(tree) + 1) / 2)
-    axes.set_xlabel("attended token (position in the row)")
-    axes.set_title(f"{count_of(len(tree), 'token')}; {share:.0%} of the causal triangle is used", fontsize=10)
-    _legend(axes, "upper right", "attention of a context token", "attention of a trained token")
-    return figure
-
-
-def _sample_ends(tree: PrefixTree, plan: TreePlan) -> list[_SampleEnd]:
-    """Ends of all samples, numbered by turn."""
+def _sample_ends(tree: PrefixTree, runs: Sequence[Run], trained: NDArray[np.bool_]) -> list[_SampleEnd]:
     continued = np.zeros(len(tree.segments), np.int64)
     for segment in tree.segments:
         if segment.parent >= 0:
             continued[segment.parent] += segment.num_samples
-    trained = incoming_weights(tree, plan) > 0
     found = []
     for segment, num_continued in zip(tree.segments, continued, strict=True):
-        lane = _lane_of(plan, segment.start)
-        starts = _trained_starts(trained, plan.runs[lane], segment.end)
+        lane = _lane_of(runs, segment.start)
+        starts = _trained_starts(trained, runs[lane], segment.end)
         end = (starts, lane, segment.depth + segment.end - segment.start)
         found += [end] * int(segment.num_samples - num_continued)
     return [_SampleEnd(lane, depth, turn) for turn, (_, lane, depth) in enumerate(sorted(found), start=1)]
@@ -120,22 +83,70 @@ def _trained_starts(trained: NDArray[np.bool_], run: Run, end: int) -> list[int]
     return starts
 
 
-def _lane_of(plan: TreePlan, position: int) -> int:
-    return next(lane for lane, run in enumerate(plan.runs) if run.start <= position < run.end)
+def _lane_of(runs: Sequence[Run], position: int) -> int:
+    return next(lane for lane, run in enumerate(runs) if run.start <= position < run.end)
 
 
-def _place_lanes(plan: TreePlan, ends: list[_SampleEnd]) -> list[int]:
-    """The trunk on top, below it the branches in the order of their turns."""
-    first_turn = [min(end.turn for end in ends if end.lane == lane) for lane in range(len(plan.runs))]
-    order = sorted(range(len(plan.runs)), key=lambda lane: (lane > 0, first_turn[lane]))
-    return [order.index(lane) for lane in range(len(plan.runs))]
+def plot_tree(
+    tree: PrefixTree, tokenizer: PreTrainedTokenizerBase, thumbnails: Sequence[Image] | None = None
+) -> Figure:
+    """
+    Plot the tree of one conversation: depth from left to right, the trunk on top, each branch in a lane of its own.
+
+    The tokenizer decodes the text in the bars. `thumbnails` are the images of `tree.images`, to draw where the tree
+    shows them.
+    """
+    from matplotlib.figure import Figure
+
+    lanes = _Lanes.from_tree(tree)
+    places = lanes.places
+    figure = Figure(figsize=(WIDTH, 1.1 + LANE_HEIGHT * len(lanes.runs)), layout="constrained")
+    axes = figure.add_subplot()
+    for lane, place in enumerate(places):
+        _draw_lane(axes, lanes, tokenizer, lane, place)
+    for run, place in zip(lanes.runs[1:], places[1:], strict=True):
+        if run.prefix:  # a line from the lane that it leaves
+            parent = places[_lane_of(lanes.runs, run.prefix[-1][0])]
+            axes.plot([run.depth, run.depth], [parent, place], color=INK, linewidth=0.7, zorder=0.5)
+    for end in lanes.ends:
+        _label_sample(axes, end, places[end.lane], lanes.runs[end.lane])
+    if thumbnails is not None:
+        _draw_thumbnails(axes, lanes, thumbnails)
+    _finish_tree(axes, lanes)
+    return figure
 
 
-def _draw_lane(
-    axes: Axes, tree: PrefixTree, tokenizer: PreTrainedTokenizerBase, run: Run, place: int, ends: set[int]
-) -> None:
+def plot_mask(tree: PrefixTree, tokenizer: PreTrainedTokenizerBase) -> Figure:
+    """
+    Plot which tokens each token of a tree attends to, for up to a few thousand tokens.
+
+    The tokenizer decodes the first words of each run, which label it.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    lanes = _Lanes.from_tree(tree)
+    position = np.arange(len(tree))
+    attends = (position[None, :] <= position[:, None]) & (position[:, None] < tree.subtree_end[None, :])
+    shade = attends.astype(np.int8) + (attends & lanes.trained[:, None])
+    figure = Figure(figsize=(9.6, 8.0))
+    axes = figure.add_axes((0.22, 0.07, 0.75, 0.88))
+    axes.imshow(shade, cmap=ListedColormap(["#ffffff", CONTEXT, TRAINED]), vmin=0, vmax=2, interpolation="nearest")
+    for run in lanes.runs[1:]:
+        axes.axhline(run.start - 0.5, color=INK, linewidth=0.4)
+        axes.axvline(run.start - 0.5, color=INK, linewidth=0.4)
+    _label_runs(axes, lanes, tokenizer)
+    share = attends.sum() / (len(tree) * (len(tree) + 1) / 2)
+    axes.set_xlabel("attended token (position in the row)")
+    axes.set_title(f"{count_of(len(tree), 'token')}; {share:.0%} of the causal triangle is used", fontsize=10)
+    _legend(axes, "upper right", "attention of a context token", "attention of a trained token")
+    return figure
+
+
+def _draw_lane(axes: Axes, lanes: _Lanes, tokenizer: PreTrainedTokenizerBase, lane: int, place: int) -> None:
     """One bar per range of trained or context tokens, with as much of its text as fits."""
-    trained = incoming_weights(tree, TreePlan.from_subtree_end(tree.subtree_end))[run.start : run.end] > 0
+    tree, run = lanes.tree, lanes.runs[lane]
+    trained, ends = lanes.trained[run.start : run.end], {end.depth for end in lanes.ends if end.lane == lane}
     characters_per_token = (WIDTH - 1.2) / INCHES_PER_CHARACTER / (tree.position_ids.max() + 1)
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
     for start, end in pairwise(borders):
@@ -150,10 +161,6 @@ def _draw_lane(
         )  # fmt: skip
 
 
-def _draw_fork(axes: Axes, run: Run, place: int, parent_place: int) -> None:
-    axes.plot([run.depth, run.depth], [parent_place, place], color=INK, linewidth=0.7, zorder=0.5)
-
-
 def _label_sample(axes: Axes, end: _SampleEnd, place: int, run: Run) -> None:
     """Right of the lane's end, or inside the lane if it continues."""
     axes.plot([end.depth, end.depth], [place - 0.42, place + 0.42], color=INK, linewidth=1.4)
@@ -165,47 +172,45 @@ def _label_sample(axes: Axes, end: _SampleEnd, place: int, run: Run) -> None:
     )  # fmt: skip
 
 
-def _draw_thumbnails(
-    axes: Axes, tree: PrefixTree, plan: TreePlan, places: list[int], thumbnails: Sequence[Image]
-) -> None:
+def _draw_thumbnails(axes: Axes, lanes: _Lanes, thumbnails: Sequence[Image]) -> None:
     """Each image over the tokens that show it, in every place."""
-    first = 0
-    for image, thumbnail in zip(tree.images, thumbnails, strict=True):
-        for start in np.flatnonzero(tree.image_features == first).tolist():
-            lane = _lane_of(plan, start)
-            left, place = plan.runs[lane].depth + start - plan.runs[lane].start, places[lane]
+    first, places = 0, lanes.places
+    for image, thumbnail in zip(lanes.tree.images, thumbnails, strict=True):
+        for start in np.flatnonzero(lanes.tree.image_features == first).tolist():
+            lane = _lane_of(lanes.runs, start)
+            left, place = lanes.runs[lane].depth + start - lanes.runs[lane].start, places[lane]
             extent = (left, left + image.num_features, place + 0.36, place - 0.36)
             axes.imshow(np.asarray(thumbnail), extent=extent, aspect="auto", zorder=4)  # over the text
         first += image.num_features
 
 
-def _finish_tree(axes: Axes, tree: PrefixTree, longest: int, lanes: int, turns: int) -> None:
-    axes.set_xlim(0, longest * 1.07)
-    axes.set_ylim(lanes - 0.4, -0.6)
+def _finish_tree(axes: Axes, lanes: _Lanes) -> None:
+    tree = lanes.tree
+    axes.set_xlim(0, (int(tree.position_ids.max()) + 1) * 1.07)
+    axes.set_ylim(len(lanes.runs) - 0.4, -0.6)
     axes.set_yticks([])
     axes.set_xlabel("depth (tokens from the start of the conversation)")
     axes.set_title(
-        f"{count_of(turns, 'turn')}, {count_of(tree.num_sample_tokens, 'token')} as separate samples, "
-        f"{len(tree):,} as a tree: "
-        f"sharing factor {tree.sharing_factor:.2f}",
+        f"{count_of(len(lanes.ends), 'turn')}, {count_of(tree.num_sample_tokens, 'token')} as separate samples, "
+        f"{len(tree):,} as a tree: sharing factor {tree.sharing_factor:.2f}",
         fontsize=10,
     )
     axes.spines[["left", "right", "top"]].set_visible(False)
     _legend(axes, "lower left", "context", "trained")
 
 
-def _label_runs(axes: Axes, tree: PrefixTree, tokenizer: PreTrainedTokenizerBase, plan: TreePlan) -> None:
+def _label_runs(axes: Axes, lanes: _Lanes, tokenizer: PreTrainedTokenizerBase) -> None:
     """Label each run with its turns and first words; runs that are too low for two lines are skipped."""
-    ends, ticks, labels, free_from = _sample_ends(tree, plan), [], [], -np.inf
-    for lane, run in enumerate(plan.runs):
+    ticks, labels, free_from = [], [], -np.inf
+    for lane, run in enumerate(lanes.runs):
         middle = (run.start + run.end) / 2
         if middle >= free_from:
-            turns = [str(end.turn) for end in ends if end.lane == lane]
-            words = tokenizer.decode(tree.input_ids[run.start : min(run.end, run.start + 12)].tolist())
+            turns = [str(end.turn) for end in lanes.ends if end.lane == lane]
+            words = tokenizer.decode(lanes.tree.input_ids[run.start : min(run.end, run.start + 12)].tolist())
             ticks.append(middle)
             title = f"turn{'s' * (len(turns) > 1)} {', '.join(turns)}"
             labels.append(f"{_clip(title, 24)}\n{_clip(words, 24)}")
-            free_from = middle + len(tree) / 27
+            free_from = middle + len(lanes.tree) / 27
     axes.set_yticks(ticks, labels, fontsize=7.5, family="monospace", parse_math=False)
 
 

@@ -1,17 +1,23 @@
-"""The forecast: what each schedule computes, and what the report makes of it."""
+"""The forecast: what each schedule computes, with its interval, and what other recipes would train."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from transformers import Qwen3Config
 
-from support.chat_tokenizers import make_tokenizer
+from support.chat_tokenizers import make_tokenizer, template_text
 from support.conversations import agentic_chat, chat, tool_chat
 from support.sample_sets import sample_sets
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.audit import audit
-from trl_singlepass.reports.audit.forecast import Schedule, count_conversation, make_forecast, maximal_chains
+from trl_singlepass.reports.audit.forecast import (
+    Schedule,
+    count_conversation,
+    estimate_ratio,
+    make_forecast,
+    maximal_chains,
+)
 from trl_singlepass.trees.image_features import ImageReference
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.radix import SampleMerger
@@ -147,3 +153,55 @@ def test_the_forecast_needs_no_samples_to_be_kept():
     assert make_forecast(costs, shape, 1.0).costs[Schedule.NPASS].tokens == sum(
         c.by_schedule[Schedule.NPASS].tokens for c in costs
     )
+
+
+def test_ratio_intervals_cover_the_truth():
+    rng = np.random.default_rng(0)
+    bottom = rng.uniform(1, 3, 2000)
+    top = 2 * bottom + rng.normal(0, 1, 2000)
+    truth, covered = top.sum() / bottom.sum(), 0
+    for _ in range(300):
+        drawn = rng.permutation(2000)[:100]
+        estimate = estimate_ratio(top[drawn], bottom[drawn], 100 / 2000)
+        covered += estimate.low <= truth <= estimate.high
+    assert 0.91 <= covered / 300 <= 0.99
+
+
+def test_one_conversation_of_many_has_no_interval():
+    assert str(estimate_ratio([3.0], [2.0], 0.5)) == "1.50 ± ?"
+    assert str(estimate_ratio([3.0], [2.0], 1)) == "1.50"
+
+
+def test_other_recipes():
+    report = audit([chat(4)], make_tokenizer())
+    by_name = {recipe.name: recipe for recipe in report.recipes}
+    swapped, last = by_name["TRL assistant_only_loss"], by_name["last turn only"]
+    samples = render_example({"messages": chat(4)}, make_tokenizer())
+    # TRL's training template for Qwen3 keeps all reasoning: it is trained, but in contexts that inference never shows.
+    assert swapped.reasoning_not_trained == 0
+    first = len(samples[0]) - samples[0].prompt_length
+    assert 0 < swapped.trained_tokens - swapped.unlike_inference <= first
+    assert last.reasoning_not_trained == sum(sample.reasoning_length for sample in samples[:-1])
+    assert (last.unlike_inference, last.trained_tokens) == (0, len(samples[-1]) - samples[-1].prompt_length)
+
+
+def test_recipes_whose_template_strips_lose_the_reasoning_of_earlier_turns():
+    report = audit([chat(4)], make_tokenizer("glm4moe"))
+    samples = render_example({"messages": chat(4)}, make_tokenizer("glm4moe"))
+    recipe = next(recipe for recipe in report.recipes if recipe.name == "TRL assistant_only_loss")
+    assert recipe.reasoning_not_trained == sum(sample.reasoning_length for sample in samples[:-1])
+    assert any("would not train" in finding for finding in report.findings)
+
+
+def test_recipes_that_cannot_be_used_say_why():
+    template = template_text("qwen3") + "{# mine #}"
+    report = audit([chat(2)], make_tokenizer(chat_template=template))
+    assert any("assistant_only_loss cannot be used" in finding for finding in report.findings)
+
+
+def test_prompt_and_completion_rows_are_audited_on_the_completion():
+    messages = chat(2)
+    report = audit([{"prompt": messages[:-1], "completion": messages[-1:]}], make_tokenizer())
+    assert report.all_turns.turns == 1
+    recipe = report.recipes[0]
+    assert recipe.trained_tokens <= recipe.completion_tokens + 8  # nothing of the prompt's own assistant message

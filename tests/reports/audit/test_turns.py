@@ -1,8 +1,12 @@
-"""What templates do to turns, as notes on real templates say it: reasoning, calls, stop tokens, prefixes, branches."""
+"""What templates do to turns, as notes on real templates say: reasoning, calls, stop tokens, prefixes, branches."""
+
+import pytest
+from transformers import Qwen3Config
 
 from support.chat_templates import HARD_TEMPLATES
 from support.chat_tokenizers import make_tokenizer, template_text
 from support.conversations import TOOLS, agentic_chat, chat, plain_chat, tool_chat
+from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.audit import audit
 
 
@@ -98,3 +102,57 @@ def test_turns_are_counted_by_how_they_were_rendered():
     assert audit([chat(2)], make_tokenizer("deepseek_r1_distill")).all_turns.kinds == {"reasoning restored": 2}
     closed = make_tokenizer(None, HARD_TEMPLATES["closed prompt"].source)
     assert audit([plain_chat(2)], closed).all_turns.kinds == {"opening continued": 2}
+
+
+def test_token_counts_and_turns_over_max_length():
+    tokenizer, rows = make_tokenizer(), [chat(2), chat(3, 1)]
+    samples = [render_example({"messages": row}, tokenizer) for row in rows]
+    limit = sorted(len(sample) for turns in samples for sample in turns)[2]
+    report = audit(rows, tokenizer, max_length=limit)
+    assert report.all_turns.prompt_tokens == sum(s.prompt_length for turns in samples for s in turns)
+    assert report.all_turns.reasoning_tokens == sum(s.reasoning_length for turns in samples for s in turns)
+    assert report.all_turns.over_max_length == 2
+    assert [stats.turns for stats in report.by_turn] == [2, 2, 1]
+    assert report.by_turn[1].prompt_tokens == sum(turns[1].prompt_length for turns in samples)
+    assert report.sample_lengths.largest == max(len(sample) for turns in samples for sample in turns)
+    assert sum(report.sample_lengths.counts) == 5
+
+
+def test_the_models_length_is_the_default_limit():
+    assert audit([chat(2)], make_tokenizer(), Qwen3Config(max_position_embeddings=9)).all_turns.over_max_length == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "kind"),
+    [
+        ("qwen3", "stripped"),
+        ("qwen3_5_think", "stripped"),
+        ("gptoss", "stripped"),
+        ("glm4moe", "stripped"),
+        ("nemotron_3_nano", "stripped"),
+        ("lfm2_2_5", "stripped"),
+        ("qwen3_8", "kept"),
+        ("llama3", "kept"),
+        ("deepseek_r1_distill", "stripped from every turn"),
+    ],
+)
+def test_template_class_is_measured(template, kind):
+    report = audit([plain_chat(2)], make_tokenizer(template))
+    assert [facts.kind for facts, _ in report.templates] == [kind]
+
+
+def test_a_template_that_keeps_some_earlier_turns_is_mixed():
+    forgets_the_first = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.reasoning_content and (loop.index0 > 1 or loop.last) %}<think>{{ m.reasoning_content }}</think>"
+        "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% endif %}"
+    )
+    report = audit([chat(3)[1:]], make_tokenizer(), chat_template=forgets_the_first)
+    assert report.templates[0][0].kind == "mixed"
+
+
+def test_arguments_that_change_the_template_are_told_apart():
+    rows = [{"messages": chat(2)}, {"messages": chat(2, 1), "chat_template_kwargs": {"preserve_thinking": True}}]
+    report = audit(rows, make_tokenizer("qwen3_6"))
+    assert sorted((facts.kind, count) for facts, count in report.templates) == [("kept", 1), ("stripped", 1)]

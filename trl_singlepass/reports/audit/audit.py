@@ -31,6 +31,7 @@ from ...data.settings import PairSettings, RowSettings
 from ...data.tokenized_turns import get_tokenized_turns
 from ...rendering.conversation import Conversation
 from ...rendering.prefixes import Prefixes
+from ...rendering.template import with_template
 from ...trees.errors import DataError
 from . import wording
 from .forecast import (
@@ -247,9 +248,7 @@ def _with_template(
         processor.chat_template = processor.tokenizer.chat_template
         return processor
     check_renders(tokenizer)
-    if chat_template is not None:
-        tokenizer = copy.copy(tokenizer)
-        tokenizer.chat_template = chat_template
+    tokenizer = with_template(tokenizer, chat_template)
     if tokenizer.chat_template is None:
         raise ValueError("The tokenizer has no chat template to render conversations with. Pass chat_template.")
     return tokenizer
