@@ -13,7 +13,13 @@ def import_entries(folder, source, entries, **options):
     """Import a log with one entry per line; return the examples and the report."""
     path = folder / "log.jsonl"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), "utf-8")
-    return import_logs(LogSource(source), [str(path)], **options)
+    return import_files(source, path, **options)
+
+
+def import_files(source, *paths, **options):
+    """Import files; return the examples and the report."""
+    examples, report = import_logs(LogSource(source), list(map(str, paths)), **options)
+    return list(examples), report
 
 
 def get_error(folder, source, entries, **options):

@@ -22,9 +22,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         "left out and counted",
     )
     parser.add_argument(
-        "--system_prompt", metavar="FILE", help="text file with the system prompt of a transcript, which lacks it"
+        "--system_prompt",
+        metavar="FILE",
+        help="text file with the system prompt of requests that have none, as in a transcript",
     )
-    parser.add_argument("--tools", metavar="FILE", help="JSON file with the tools of a transcript, which lacks them")
+    parser.add_argument(
+        "--tools", metavar="FILE", help="JSON file with the tools of requests that have none, as in a transcript"
+    )
     parser.add_argument(
         "--skip_attachments",
         action="store_true",
@@ -37,7 +41,7 @@ def import_logs(args: Namespace) -> str:
     from ..data.bad_rows import BadRows  # imports transformers, which `--help` does not need
     from ..data.logs import importer
 
-    rows, report = importer.import_logs(
+    examples, report = importer.import_logs(
         LogSource(args.source),
         args.files,
         bad_lines=BadRows(args.bad_lines),
@@ -45,7 +49,7 @@ def import_logs(args: Namespace) -> str:
         tools=None if args.tools is None else importer.read_tools(_existing(args.tools)),
         skip_attachments=args.skip_attachments,
     )
-    importer.write_examples(rows, Path(args.output))
+    importer.write_examples(examples, Path(args.output))
     return f"{report}\nWrote {args.output}"
 
 

@@ -43,7 +43,7 @@ def test_the_system_prompt_is_the_first_message_and_tools_have_the_form_of_templ
     assert rows[0]["tools"] == [
         {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": schema}}
     ]
-    assert report.num_without_system_prompt == 0
+    assert report.requests["no system prompt"] == 0
 
 
 def test_each_result_of_a_tool_is_a_message_and_text_after_it_another(tmp_path):
@@ -67,7 +67,7 @@ def test_each_result_of_a_tool_is_a_message_and_text_after_it_another(tmp_path):
 def test_withheld_thinking_is_counted(tmp_path, block):
     rows, report = import_entries(tmp_path, "anthropic", [entry([user("Hi.")], [block, text("Hello.")])])
     assert rows == [{"messages": [user("Hi."), assistant("Hello.")]}]
-    assert (report.num_reasoning, report.num_hidden_reasoning) == (0, 1)
+    assert (report.requests["reasoning"], report.requests["hidden reasoning"]) == (0, 1)
     assert "Reasoning: 0 of 1 request; of 1 more the log holds it only in encrypted form" in str(report)
 
 

@@ -74,7 +74,7 @@ def rows(folder, *lines, **options):
 def test_lines_that_share_a_message_id_are_one_reply_with_all_its_results(tmp_path):
     found, report = import_entries(tmp_path, "claude-code", PARALLEL)
     assert found == [{"messages": FOUND}]
-    assert (report.num_turns, report.num_without_system_prompt, report.num_without_tools) == (2, 2, 2)
+    assert (report.num_turns, report.requests["no system prompt"], report.requests["no tools"]) == (2, 2, 2)
 
 
 def test_results_stand_in_the_order_in_which_they_came(tmp_path):
@@ -178,7 +178,7 @@ def test_a_side_chain_is_a_conversation_of_its_own_without_the_system_prompt_of_
         {"messages": [system, user("Hi."), assistant("Hello.")], "tools": tools},
         {"messages": [user("Search."), assistant("Found.")]},
     ]
-    assert report.num_without_system_prompt == 1
+    assert report.requests["no system prompt"] == 1
 
 
 def test_a_session_that_was_copied_is_trained_once(tmp_path):
@@ -196,7 +196,7 @@ def test_attachments_are_refused_or_left_out_and_counted(tmp_path):
 
 def test_withheld_thinking_is_counted(tmp_path):
     lines = [HI[0], part("2", "1", "m1", thinking("")), part("3", "2", "m1", text("Hello."), "end_turn")]
-    assert import_entries(tmp_path, "claude-code", lines)[1].num_hidden_reasoning == 1
+    assert import_entries(tmp_path, "claude-code", lines)[1].requests["hidden reasoning"] == 1
 
 
 def test_errors_that_the_user_was_shown_are_no_replies(tmp_path):

@@ -56,7 +56,7 @@ MESSAGES = [
 def test_replies_are_what_the_model_wrote_between_other_items(tmp_path):
     rows, report = import_entries(tmp_path, "codex", [META, *TURN])
     assert rows == [{"messages": MESSAGES}]
-    assert (report.num_turns, report.num_reasoning, report.num_hidden_reasoning) == (2, 1, 1)
+    assert (report.num_turns, report.requests["reasoning"], report.requests["hidden reasoning"]) == (2, 1, 1)
     assert "With tool calls but no tools: 2 requests" in str(report)
 
 
@@ -120,7 +120,7 @@ def test_older_transcripts_get_their_system_prompt_from_a_file(tmp_path):
     lines = [{"type": "session_meta", "payload": {"id": "s", "instructions": None}}, *TURN]
     rows, report = import_entries(tmp_path, "codex", lines, system_prompt="You are Codex.")
     assert rows == [{"messages": MESSAGES}]
-    assert report.num_without_system_prompt == 0
+    assert report.requests["no system prompt"] == 0
 
 
 def test_lines_without_a_payload_are_bad(tmp_path):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.logs import assistant, user
-from trl_singlepass.data.logs.examples import requests_to_examples, tokens_to_examples
+from trl_singlepass.data.logs.examples import MessageExamples, TokenExamples
 from trl_singlepass.data.logs.lines import Place
 from trl_singlepass.data.logs.requests import LoggedRequest, LoggedTokens
 
@@ -19,8 +19,14 @@ U1, A1, U2, A2 = user("1"), assistant("one", reasoning_content="first"), user("2
 BARE = assistant("one")
 
 
+def take(examples, requests):
+    for one in requests:
+        examples.add(one)
+    return examples
+
+
 def rows(*requests):
-    return requests_to_examples(requests).rows
+    return list(take(MessageExamples(), requests))
 
 
 def test_a_later_request_that_adds_to_an_earlier_one_is_the_same_conversation():
@@ -58,8 +64,8 @@ def test_where_a_conversation_branches_its_common_replies_are_trained_once():
 
 
 def test_requests_that_stand_in_the_log_twice_are_trained_once():
-    examples = requests_to_examples([request(U1, A1), request(U1, A1), request(U1, A2)])
-    assert examples.rows == [{"messages": [U1, A1]}, {"messages": [U1, A2]}]
+    examples = take(MessageExamples(), [request(U1, A1), request(U1, A1), request(U1, A2)])
+    assert list(examples) == [{"messages": [U1, A1]}, {"messages": [U1, A2]}]
     assert (examples.num_turns, examples.num_duplicates) == (2, 1)
 
 
@@ -79,9 +85,9 @@ REPLIES = st.sampled_from([A1, BARE, A2])
 
 @given(st.lists(st.tuples(CONTEXTS, REPLIES), max_size=12))
 def test_examples_train_each_request_once_and_nothing_else(pairs):
-    examples = requests_to_examples([request(*context, reply) for context, reply in pairs])
+    examples = take(MessageExamples(), [request(*context, reply) for context, reply in pairs])
     trained = []
-    for row in examples.rows:
+    for row in examples:
         prompt = row.get("prompt", [])
         messages = prompt + row.get("messages", row.get("completion"))
         roles = [message["role"] for message in messages]
@@ -96,13 +102,13 @@ def tokens(prompt, completion, conversation=None, line=1):
 
 
 def test_tokens_belong_to_the_conversation_that_the_log_names():
-    examples = tokens_to_examples([tokens([1], [2], "a"), tokens([1, 2, 3], [4], "b")])
-    assert [row["conversation_id"] for row in examples.rows] == ["a", "b"]
+    examples = take(TokenExamples(), [tokens([1], [2], "a"), tokens([1, 2, 3], [4], "b")])
+    assert [row["conversation_id"] for row in examples] == ["a", "b"]
 
 
 def test_tokens_belong_to_the_conversation_whose_tokens_they_begin_with():
     turns = [tokens([1], [2], line=1), tokens([7], [8], line=2), tokens([1, 2, 3], [4], line=3)]
     turns += [tokens([1, 2, 3, 4, 5], [6], line=4), tokens([1, 2], [9], line=5), tokens([1], [2], line=6)]
-    examples = tokens_to_examples(turns)
-    assert [row["conversation_id"] for row in examples.rows] == ["log:1", "log:2", "log:1", "log:1", "log:1"]
+    examples = take(TokenExamples(), turns)
+    assert [row["conversation_id"] for row in examples] == ["log:1", "log:2", "log:1", "log:1", "log:1"]
     assert (examples.num_turns, examples.num_duplicates) == (5, 1)

@@ -61,7 +61,7 @@ def test_bad_lines_can_be_left_out_and_are_counted(tmp_path):
     lines = [entry("1", "one"), entry("2", "tw", "length")]
     rows, report = import_entries(tmp_path, "openai-chat", lines, bad_lines=BadRows.DROP)
     assert rows == [{"messages": [user("1"), assistant("one")]}]
-    assert (report.num_requests, report.num_bad_lines) == (1, 1)
+    assert (report.requests["all"], report.num_bad_lines) == (1, 1)
     assert "Left out: 1 bad line\n- " in str(report)
 
 
@@ -80,7 +80,7 @@ def test_requests_that_stand_in_the_log_twice_are_counted(tmp_path):
     assert str(report) == (
         "2 requests in 1 file, 1 repetition among them\n"
         "1 example (1 as messages) with 1 turn\n"
-        "Without a system prompt: 2 requests"
+        "Without a system prompt: 2 requests (--system_prompt FILE adds what is missing)"
     )
 
 
@@ -101,13 +101,14 @@ def test_system_prompt_and_tools_of_a_transcript_come_from_files(tmp_path, capsy
     ("arguments", "reason"),
     [
         (["openai-chat", "none.jsonl", "-o", "x"], "There is no none.jsonl"),
-        (["openai-chat", "empty", "-o", "x"], "empty has no .jsonl or .ndjson files"),
+        (["openai-chat", "empty", "-o", "x"], "empty has no .jsonl or .ndjson or .json files"),
         (["openai-chat", "nothing.jsonl", "-o", "x"], "There is no openai-chat request with a reply in nothing.jsonl"),
         (["openai-chat", "log.jsonl"], "the following arguments are required: -o/--output"),
         (["openai", "log.jsonl", "-o", "x"], "invalid choice: 'openai'"),
         (["openai-chat", "log.jsonl", "-o", "x", "--tools", "log.jsonl"], "log.jsonl is not a list of tools"),
         (["openai-chat", "log.jsonl", "-o", "x", "--tools", "none"], "There is no file none"),
-        (["openai-chat", "log.jsonl", "-o", "x", "--tools", "t.json"], "--tools are for transcripts"),
+        (["vllm", "log.jsonl", "-o", "x", "--tools", "t.json"], "--tools are for messages"),
+        (["auto", "nothing.jsonl", "-o", "x"], "The format of the log is not recognised"),
         (["codex", "log.jsonl", "-o", "x", "--skip_attachments"], "--skip_attachments is for claude-code"),
     ],
 )  # fmt: skip
@@ -122,6 +123,19 @@ def test_errors_are_one_line(tmp_path, capsys, monkeypatch, arguments, reason):
     assert err.startswith("trl-singlepass import: ")
     assert reason in err
     assert err.count("\n") == 1
+
+
+def test_flags_that_would_complete_requests_are_named_until_they_are_given(tmp_path):
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    reply = {"choices": [{"message": assistant(None, tool_calls=[call]), "finish_reason": "tool_calls"}]}
+    lines = [{"request": {"messages": [user("1")]}, "response": reply}]
+    report = str(import_entries(tmp_path, "openai-chat", lines)[1])
+    assert "--system_prompt" in report
+    assert "--tools" in report
+    rows, report = import_entries(tmp_path, "openai-chat", lines, system_prompt="Be brief.", tools=TOOLS)
+    assert "--" not in str(report)
+    assert rows[0]["tools"] == TOOLS
+    assert rows[0]["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
 def test_an_import_loads_no_torch(tmp_path):

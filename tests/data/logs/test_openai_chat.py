@@ -42,7 +42,7 @@ def test_each_choice_is_trained(tmp_path):
     line["response"]["choices"].append({"message": assistant("Good day."), "finish_reason": "stop"})
     rows, report = import_entries(tmp_path, "openai-chat", [line])
     assert rows == [HI, {"messages": [user("Hi."), assistant("Good day.")]}]
-    assert report.num_requests == report.num_turns == 2
+    assert report.requests["all"] == report.num_turns == 2
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
@@ -51,7 +51,7 @@ def test_reasoning_has_one_key_whatever_the_server_calls_it(tmp_path, key):
         tmp_path, "openai-chat", [entry(user("Hi."), reply=assistant("Hello.", **{key: "A greeting."}))]
     )
     assert rows == [{"messages": [user("Hi."), assistant("Hello.", reasoning_content="A greeting.")]}]
-    assert report.num_reasoning == 1
+    assert report.requests["reasoning"] == 1
 
 
 def test_keys_without_a_value_and_keys_that_no_template_reads_are_left_out(tmp_path):
@@ -89,7 +89,7 @@ def test_calls_without_arguments_have_an_empty_object(tmp_path):
 def test_encrypted_reasoning_is_counted(tmp_path):
     reply = assistant("Hello.", reasoning_details=[{"type": "reasoning.encrypted", "data": "x"}])
     report = import_entries(tmp_path, "openai-chat", [entry(user("Hi."), reply=reply)])[1]
-    assert (report.num_reasoning, report.num_hidden_reasoning) == (0, 1)
+    assert (report.requests["reasoning"], report.requests["hidden reasoning"]) == (0, 1)
 
 
 CHUNK = {"object": "chat.completion.chunk", "choices": []}

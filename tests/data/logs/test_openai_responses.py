@@ -36,7 +36,7 @@ def test_items_of_a_reply_are_one_message(tmp_path):
     rows, report = import_entries(tmp_path, "openai-responses", [entry("Hi.", *items)])
     reply = assistant("One.", reasoning_content="Hm.", tool_calls=[called(), called(call_id="c2")])
     assert rows == [{"messages": [user("Hi."), reply]}]
-    assert (report.num_reasoning, report.num_hidden_reasoning) == (1, 0)
+    assert (report.requests["reasoning"], report.requests["hidden reasoning"]) == (1, 0)
 
 
 def test_items_that_the_client_sends_back_are_the_reply_that_it_got(tmp_path):
@@ -66,7 +66,7 @@ def test_summaries_and_encrypted_reasoning_are_not_trained_but_counted(tmp_path)
     items = [{**reasoning(), "encrypted_content": "x"}, message("Hello.")]
     rows, report = import_entries(tmp_path, "openai-responses", [entry("Hi.", *items)])
     assert rows == [{"messages": [user("Hi."), assistant("Hello.")]}]
-    assert (report.num_reasoning, report.num_hidden_reasoning) == (0, 1)
+    assert (report.requests["reasoning"], report.requests["hidden reasoning"]) == (0, 1)
 
 
 def test_instructions_tools_and_effort(tmp_path):
@@ -107,7 +107,7 @@ def test_instructions_do_not_carry_over(tmp_path):
     second = entry("Who?", message("I."), previous_response_id="r1")
     rows, report = import_entries(tmp_path, "openai-responses", [first, second])
     assert rows[1]["prompt"] == [user("Hi."), assistant("Hello."), user("Who?")]
-    assert report.num_without_system_prompt == 1
+    assert report.requests["no system prompt"] == 1
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from datasets import Dataset, load_dataset
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS
+from support.log_exports import EXPORTS, SOURCES
 from support.log_servers import SCRIPT, SYSTEM, AnthropicServer, OpenAIServer, ResponsesServer, run_agent
 from support.log_streams import StreamingAnthropicServer, StreamingOpenAIServer, StreamingResponsesServer
 from support.log_transcripts import get_exchanges, write_claude_code, write_codex, write_swe_agent
@@ -38,7 +39,8 @@ def imported(server, echoes_reasoning, tmp_path):
     """What was exchanged, and the examples that the import makes of its log."""
     log, data = tmp_path / "log.jsonl", tmp_path / "data.jsonl"
     exchanges = run_agent(server, log, echoes_reasoning=echoes_reasoning)
-    assert main(["import", server.source, str(log), "-o", str(data)]) == 0
+    source = server.source if echoes_reasoning else "auto"
+    assert main(["import", source, str(log), "-o", str(data)]) == 0
     return exchanges, [json.loads(line) for line in data.read_text("utf-8").splitlines()]
 
 
@@ -92,11 +94,28 @@ def test_samples_are_the_requests_behind_a_transcript(tmp_path, source, name, wr
     (tmp_path / "system.txt").write_text(SYSTEM["content"])
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
     given = ["--system_prompt", str(tmp_path / "system.txt"), "--tools", str(tmp_path / "tools.json")]
+    source = source if template == "qwen3" else "auto"
     assert main(["import", source, str(tmp_path / name), "-o", str(tmp_path / "data.jsonl"), *given]) == 0
     examples = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text("utf-8").splitlines()]
     tokenizer = make_tokenizer(template)
     samples = [sample for example in examples for sample in render_example(example, tokenizer)]
     assert [split(tokenizer, sample) for sample in samples] == [served(tokenizer, *pair) for pair in get_exchanges()]
+
+
+@pytest.mark.parametrize("export", EXPORTS, ids=lambda export: export.__name__)
+@pytest.mark.parametrize("is_named", [True, False], ids=["named", "recognised"])
+def test_samples_are_the_requests_behind_an_export(tmp_path, export, is_named):
+    exchanges = run_agent(OpenAIServer, tmp_path / "log.jsonl", echoes_reasoning=True)
+    lines = map(json.loads, (tmp_path / "log.jsonl").read_text("utf-8").splitlines())
+    (tmp_path / "export.json").write_text(
+        json.dumps([export(line["request"], line["response"]) for line in lines], indent=2)
+    )
+    source = SOURCES[export] if is_named else "auto"
+    assert main(["import", source, str(tmp_path / "export.json"), "-o", str(tmp_path / "data.jsonl")]) == 0
+    examples = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text("utf-8").splitlines()]
+    tokenizer = make_tokenizer("qwen3")
+    samples = [sample for example in examples for sample in render_example(example, tokenizer)]
+    assert [split(tokenizer, sample) for sample in samples] == [served(tokenizer, *pair) for pair in exchanges]
 
 
 def log_vllm(prompt, completion):
@@ -115,6 +134,7 @@ def test_samples_are_the_tokens_that_a_server_read_and_wrote(tmp_path, source, l
     tokenizer = make_tokenizer(template)
     expected = [served(tokenizer, *pair) for pair in get_exchanges()]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(log(*pair)) + "\n" for pair in expected))
+    source = source if template == "qwen3" else "auto"
     assert main(["import", source, str(tmp_path / "log.jsonl"), "-o", str(tmp_path / "data.jsonl")]) == 0
     gathered, _ = gather_turns(Dataset.from_json(str(tmp_path / "data.jsonl"), cache_dir=str(tmp_path)))
     samples = [sample for row in gathered for sample in tokenized_turns_to_samples(row["turns"])]

@@ -4,10 +4,8 @@ import json
 
 import pytest
 
-from support.logs import assistant, user
+from support.logs import assistant, import_files, user
 from trl_singlepass.data.bad_rows import BadRows
-from trl_singlepass.data.logs import LogSource
-from trl_singlepass.data.logs.importer import import_logs
 from trl_singlepass.data.logs.lines import LogError
 
 
@@ -44,7 +42,7 @@ def config(*processors):
 def import_trajectory(folder, bad_lines=BadRows.ERROR, **trajectory):
     path = folder / "1.traj"
     path.write_text(json.dumps(trajectory, indent=2))
-    return import_logs(LogSource.SWE_AGENT, [str(folder)], bad_lines=bad_lines)
+    return import_files("swe-agent", folder, bad_lines=bad_lines)
 
 
 def error_of(folder, **trajectory):
@@ -57,7 +55,7 @@ def test_queries_are_contexts_and_calls_come_from_the_history(tmp_path):
     steps = [step([SYSTEM, TASK], "I look."), step([SYSTEM, TASK, LOOK, SEEN], "Done.")]
     rows, report = import_trajectory(tmp_path, trajectory=steps, history=[SYSTEM, TASK, LOOK, SEEN, DONE])
     assert rows == [{"messages": MESSAGES}]
-    assert (report.num_turns, report.num_reasoning) == (2, 1)
+    assert (report.num_turns, report.requests["reasoning"]) == (2, 1)
 
 
 def test_a_rewritten_history_gives_each_query_its_own_context(tmp_path):

@@ -14,138 +14,191 @@ become three examples, in which each reply is trained once, after the context th
     messages = u1 a1 u2 a2
     prompt = u1 a1 u2', completion = a3
     prompt = u1 a* u2, completion = a4
+
+What was said is on disk; in memory is where it is, and what follows what.
 """
 
 from __future__ import annotations
 
-import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from itertools import pairwise
-from typing import Any
+from itertools import chain
+from typing import NamedTuple
 
 from ...rendering.conversation import Message
+from .files import Spool, dump
 from .lines import Json
 from .requests import LoggedRequest, LoggedTokens
 
 
-@dataclass(frozen=True, slots=True)
-class Examples:
-    """Examples of a dataset, made from the requests of a log."""
-
-    rows: list[Json]
-    num_turns: int  # replies that they train
-    num_duplicates: int  # requests that the log holds twice, with the same reply; trained once
+class _Request(NamedTuple):
+    root: int  # node of its tools and template arguments
+    history: int | None  # node of the last earlier reply in its context
 
 
-@dataclass(frozen=True, slots=True)
-class _Keys:
-    """Digests of the messages of a request: up to its last earlier reply (`None` without one), and with its reply."""
-
-    history: bytes | None
-    whole: bytes
-
-
-def requests_to_examples(requests: Sequence[LoggedRequest]) -> Examples:
+class MessageExamples:
     """
-    Join the requests of a conversation where the log is append-only.
+    The requests of a log, joined where it is append-only; iterating over it gives the examples.
 
     Requests come in the order of the log; those of one conversation need not be adjacent. A conversation of which
     every assistant message is a logged reply has `messages`; replies whose context holds other assistant messages have
     `prompt` and `completion`. `tools` and `chat_template_kwargs` stand where a request has them.
     """
-    unique: dict[bytes, LoggedRequest] = {}
-    histories: dict[bytes, bytes | None] = {}
-    dumped: dict[int, bytes] = {}
-    for request in requests:
-        keys = _get_keys(request, dumped)
-        if keys.whole not in unique:
-            unique[keys.whole], histories[keys.whole] = request, keys.history
-    following: dict[bytes, bytes] = {}  # the first request that goes on where another one ended
-    for whole, history in histories.items():
-        if history is not None and history in unique:
-            following.setdefault(history, whole)
-    later = set(following.values())
-    rows = [_to_example([unique[key] for key in _follow(following, whole)]) for whole in unique if whole not in later]
-    return Examples(rows, len(unique), len(requests) - len(unique))
+
+    def __init__(self) -> None:
+        self.num_duplicates = 0  # requests that the log holds twice, with the same reply; trained once
+        self._spool = Spool()
+        self._places: dict[bytes, int] = {}  # in the spool, by digest
+        self._latest: dict[int, tuple[Message, int]] = {}  # messages of the latest request and their places, by `id`
+        # Below the tools and arguments of a request, each message is a child of the one before it.
+        self._nodes: dict[tuple[int, int], int] = {}  # by parent and place
+        self._parents, self._values = array("q"), array("q")
+        self._requests: dict[int, _Request] = {}  # by the node of the reply
+        self._columns: dict[int, list[str]] = {}  # that tools and arguments need, by root
+
+    @property
+    def num_turns(self) -> int:
+        """Replies that the examples train."""
+        return len(self._requests)
+
+    @property
+    def forms(self) -> Counter[str]:
+        """Number of examples by form."""
+        return Counter(" + ".join(self._get_form(first)) for first, _ in self._get_chains())
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the examples, in the order in which they occur."""
+        firsts = (first for first, _ in self._get_chains())
+        columns = ([*self._get_form(first), *self._columns[self._requests[first].root]] for first in firsts)
+        return list(dict.fromkeys(chain.from_iterable(columns)))
+
+    def add(self, request: LoggedRequest) -> None:
+        """Take a request."""
+        extra = {"tools": request.tools, "chat_template_kwargs": request.chat_template_kwargs}
+        node = root = self._get_node(-1, self._keep(extra))
+        self._columns[root] = [column for column, value in extra.items() if value]
+        places = self._locate([*request.context, request.reply])
+        history = None
+        for message, place in zip(request.context, places, strict=False):
+            node = self._get_node(node, place)
+            history = node if message["role"] == "assistant" else history
+        node = self._get_node(node, places[-1])
+        self.num_duplicates += node in self._requests
+        self._requests.setdefault(node, _Request(root, history))
+
+    def __iter__(self) -> Iterator[Json]:
+        for first, last in self._get_chains():
+            extra, *messages = map(self._spool.read, self._get_path(last))
+            start = len(self._get_path(first)) - 2  # of the replies: before it are tools and context
+            parts = [messages] if self._requests[first].history is None else [messages[:start], messages[start:]]
+            example = dict(zip(self._get_form(first), parts, strict=True))
+            yield {**example, **{column: value for column, value in extra.items() if value}}
+
+    def _locate(self, messages: Sequence[Message]) -> list[int]:
+        """Return the places of messages, which those of a transcript's contexts share with the request before."""
+        latest, self._latest = self._latest, {}
+        for message in messages:
+            self._latest[id(message)] = latest.get(id(message)) or (message, self._keep(message))
+        return [self._latest[id(message)][1] for message in messages]
+
+    def _keep(self, value: Json) -> int:
+        """Return the place of a value in the spool."""
+        data = dump(value)
+        digest = blake2b(data, digest_size=32).digest()
+        if digest not in self._places:
+            self._places[digest] = self._spool.add(data)
+        return self._places[digest]
+
+    def _get_node(self, parent: int, place: int) -> int:
+        node = self._nodes.setdefault((parent, place), len(self._parents))
+        if node == len(self._parents):
+            self._parents.append(parent)
+            self._values.append(place)
+        return node
+
+    def _get_chains(self) -> Iterator[tuple[int, int]]:
+        """Yield the first and the last request of each example."""
+        following: dict[int, int] = {}  # the first request that goes on where another one ended
+        for node, request in self._requests.items():
+            if request.history in self._requests:
+                following.setdefault(request.history, node)
+        later = set(following.values())
+        for first in (node for node in self._requests if node not in later):
+            last = first
+            while last in following:
+                last = following[last]
+            yield first, last
+
+    def _get_form(self, first: int) -> tuple[str, ...]:
+        return ("messages",) if self._requests[first].history is None else ("prompt", "completion")
+
+    def _get_path(self, node: int) -> list[int]:
+        """Return the places of tools and arguments and of all messages up to a node."""
+        places = []
+        while node >= 0:
+            places.append(self._values[node])
+            node = self._parents[node]
+        return places[::-1]
 
 
-def _get_keys(request: LoggedRequest, dumped: dict[int, bytes]) -> _Keys:
-    """Return the digests of a request; `dumped` keeps messages by `id`, since contexts of a transcript share them."""
-    roles = [message["role"] for message in request.context]
-    last_reply = max((index for index, role in enumerate(roles) if role == "assistant"), default=None)
-    digest, history = blake2b(_dump([request.tools, request.chat_template_kwargs])), None
-    for index, message in enumerate([*request.context, request.reply]):
-        if id(message) not in dumped:
-            dumped[id(message)] = _dump(message)
-        digest.update(dumped[id(message)])
-        if index == last_reply:
-            history = digest.digest()
-    return _Keys(history, digest.digest())
-
-
-def _dump(value: object) -> bytes:
-    # Keys are not sorted: templates print schemas in the order in which they are given.
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-
-
-def _follow(following: Mapping[bytes, bytes], first: bytes) -> Iterator[bytes]:
-    key: bytes | None = first
-    while key is not None:
-        yield key
-        key = following.get(key)
-
-
-def _to_example(requests: Sequence[LoggedRequest]) -> Json:
-    first, last = requests[0], requests[-1]
-    assert all(later.context[: len(r.context) + 1] == [*r.context, r.reply] for r, later in pairwise(requests))
-    messages = [*last.context, last.reply]
-    example: dict[str, Any] = {"messages": messages}
-    if any(_is_reply(message) for message in first.context):
-        example = {"prompt": first.context, "completion": messages[len(first.context) :]}
-    if first.tools:
-        example["tools"] = first.tools
-    if first.chat_template_kwargs:
-        example["chat_template_kwargs"] = first.chat_template_kwargs
-    return example
-
-
-def _is_reply(message: Message) -> bool:
-    return bool(message["role"] == "assistant")
-
-
-def tokens_to_examples(turns: Sequence[LoggedTokens]) -> Examples:
+class TokenExamples:
     """
-    Return logged tokens as rows with one turn each.
+    Logged tokens as rows with one turn each; iterating over it gives the rows.
 
     Turns come in the order of the log. Rows have `prompt_ids`, `completion_ids` and `conversation_id`. Where the log
     does not tell the conversation, a turn belongs to that of the turn whose prompt and completion its prompt begins
     with.
     """
-    conversations: dict[bytes, str] = {}  # by the tokens of a prompt and its completion
-    lengths: set[int] = set()
-    unique: dict[tuple[str, bytes, int], Json] = {}
-    for turn in turns:
+
+    columns = ("prompt_ids", "completion_ids", "conversation_id")
+
+    def __init__(self) -> None:
+        self.num_duplicates = 0  # turns that the log holds twice; trained once
+        self._spool = Spool()
+        self._rows = array("q")  # their places
+        self._conversations: dict[bytes, str] = {}  # by the tokens of a prompt and its completion
+        self._lengths: set[int] = set()
+        self._seen: set[tuple[str, bytes, int]] = set()
+
+    @property
+    def num_turns(self) -> int:
+        """Turns that the rows train."""
+        return len(self._rows)
+
+    @property
+    def forms(self) -> Counter[str]:
+        """Number of rows by form."""
+        return Counter(tokens=len(self._rows))
+
+    def __iter__(self) -> Iterator[Json]:
+        return map(self._spool.read, self._rows)
+
+    def add(self, turn: LoggedTokens) -> None:
+        """Take a turn."""
         prompt, token_ids = len(turn.prompt_ids), [*turn.prompt_ids, *turn.completion_ids]
-        digests = _get_digests(token_ids, {n for n in lengths if n <= prompt} | {len(token_ids)})
+        digests = _get_digests(token_ids, {n for n in self._lengths if n <= prompt} | {len(token_ids)})
         name = turn.conversation_id
         if name is None:
-            earlier = [
-                conversations[digest] for n, digest in digests.items() if n <= prompt and digest in conversations
-            ]
+            known = self._conversations
+            earlier = [known[digest] for n, digest in digests.items() if n <= prompt and digest in known]
             name = earlier[-1] if earlier else str(turn.place)
-            name = conversations.setdefault(digests[len(token_ids)], name)
-            lengths.add(len(token_ids))
-        row = {"prompt_ids": turn.prompt_ids, "completion_ids": turn.completion_ids, "conversation_id": name}
-        unique.setdefault((name, digests[len(token_ids)], prompt), row)
-    return Examples(list(unique.values()), len(unique), len(turns) - len(unique))
+            name = known.setdefault(digests[len(token_ids)], name)
+            self._lengths.add(len(token_ids))
+        key = (name, digests[len(token_ids)], prompt)
+        if key in self._seen:
+            self.num_duplicates += 1
+            return
+        self._seen.add(key)
+        row = (turn.prompt_ids, turn.completion_ids, name)
+        self._rows.append(self._spool.add(dump(dict(zip(self.columns, row, strict=True)))))
 
 
 def _get_digests(token_ids: Sequence[int], lengths: set[int]) -> dict[int, bytes]:
     """Return the digest of the first `n` tokens for each `n` of `lengths`, in ascending order."""
-    digest, digests, start = blake2b(), {}, 0
+    digest, digests, start = blake2b(digest_size=32), {}, 0
     for length in sorted(lengths):
         digest.update(array("q", token_ids[start:length]).tobytes())
         digests[length], start = digest.digest(), length

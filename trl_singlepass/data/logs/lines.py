@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ...rendering.validation import describe_type
@@ -16,10 +15,8 @@ from ..bad_rows import mask_details
 Json = dict[str, Any]
 Kind = TypeVar("Kind", dict[str, Any], list[Any], str)
 Value = TypeVar("Value")
+Logged = TypeVar("Logged")
 
-LINES = (".jsonl", ".ndjson")
-# One JSON object in each.
-DOCUMENTS = (".traj",)
 _KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
 _REQUEST_KEYS = ("request", "request_body", "body")
 _RESPONSE_KEYS = ("response", "response_body")
@@ -37,7 +34,7 @@ class Place:
     """A place in a log."""
 
     path: str  # file, as the user named it
-    line: int  # from 1; in a file that is one JSON object, the number of the step in it
+    line: int  # from 1; in a file that is one JSON value, the number of the element or the step in it
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}"
@@ -104,44 +101,20 @@ def _describe(group: list[tuple[Place, str]]) -> str:
     return f"{count} lines ({places}{more}), the first: {reason}"
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
-def find_files(names: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
-    """Return the files that were named, and from folders those with `suffixes`, in alphabetical order."""
-    files: list[Path] = []
-    for path in (Path(name).expanduser() for name in names):
-        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in suffixes)
-        if not found:
-            what = (
-                f"The folder {path} has no {' or '.join(suffixes)} files" if path.is_dir() else f"There is no {path}"
-            )
-            raise ValueError(f"{what}. Give files, or folders that hold them.")
-        files += found
-    return files
-
-
-def read_log(path: Path, bad_lines: BadLines) -> Iterator[LogLine]:
-    """Yield the JSON objects of a file, which has one per line or is one of `DOCUMENTS`; empty lines are left out."""
-    texts: Iterable[bytes] = [path.read_bytes()] if path.suffix in DOCUMENTS else _read_lines(path)
-    for number, text in enumerate(texts, start=1):
-        place = Place(str(path), number)
-        if not text.strip():
-            continue
-        try:
-            entry = json.loads(text)
-        except ValueError as error:
-            bad_lines.add(place, f"The line is not JSON ({error}).")
-            continue
-        if isinstance(entry, dict):
-            yield LogLine(place, entry)
-        else:
-            bad_lines.add(place, f"The line is {describe_type(entry)}, expected a JSON object.")
-
-
-def _read_lines(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        yield from file
+def read_parts(
+    lines: Iterable[LogLine],
+    bad_lines: BadLines,
+    read: Callable[[LogLine], Iterable[Logged]],
+    find_parts: Callable[[Json], Sequence[Json]] = lambda entry: [entry],
+) -> Iterator[Logged]:
+    """Read lines, or parts of lines, that do not depend on each other: each is taken whole or not at all."""
+    for line in lines:
+        with bad_lines.at(line.place):
+            parts = find_parts(line.entry)
+            for number, entry in enumerate(parts, start=1):
+                place = line.place if len(parts) == 1 else Place(f"{line.place}, part", number)
+                with bad_lines.at(place):
+                    yield from read(LogLine(place, entry))
 
 
 # Fields --------------------------------------------------------------------------------------------------------------
@@ -149,13 +122,16 @@ def _read_lines(path: Path) -> Iterator[bytes]:
 
 def get(parent: Mapping[str, Any], key: str, kind: type[Kind]) -> Kind | None:
     """Return the object, list or text under a key, `None` if there is none; an object may be stored as JSON text."""
-    value = parent.get(key)
-    if kind is dict and isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise LogError(f"'{key}' is text that is not JSON, expected an object.") from error
-    return _check(value, key, kind)
+    value, expected = parent.get(key), _KINDS[kind]
+    return _check(decode(value, key, expected) if expected == "an object" else value, key, kind)
+
+
+def decode(value: Any, key: str, expected: str) -> Any:
+    """Return the value of JSON text, and any other value as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise LogError(f"'{key}' is text that is not JSON, expected {expected}.") from error
 
 
 def need(parent: Mapping[str, Any], key: str, kind: type[Kind]) -> Kind:
@@ -196,11 +172,12 @@ def get_exchange(line: LogLine, join_stream: Callable[[list[Json]], Json]) -> tu
     request, response = _unwrap(entry, _REQUEST_KEYS), _find_stream(entry, join_stream)
     if response is None:
         response = _unwrap(entry, _RESPONSE_KEYS)
-    if "extra_body" in request:  # of OpenAI's Python client, which merges it into the request
-        request = {**request, **(get(request, "extra_body", dict) or {})}
-    if response is entry and any(key in entry for key in _RESPONSE_KEYS):
+    request = {**(get(request, "model_parameters", dict) or {}), **request}  # of LiteLLM: tools, and the like
+    # of OpenAI's Python client, which merges it into the request
+    request = {**request, **(get(request, "extra_body", dict) or {})}
+    error = response.get("error") or entry.get("error_str")  # of LiteLLM
+    if response is entry and any(key in entry for key in _RESPONSE_KEYS) and not error:
         raise LogError("There is no response: the request failed or was not answered.")
-    error = response.get("error")
     if error:
         message = get(error, "message", str) if isinstance(error, dict) else str(error)
         raise LogError(f"The response is an error: '{message}'.")

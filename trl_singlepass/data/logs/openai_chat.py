@@ -13,6 +13,7 @@ from .lines import (
     Json,
     LogError,
     LogLine,
+    Place,
     append_delta,
     get,
     get_exchange,
@@ -32,7 +33,11 @@ _UNTRAINABLE = ("functions", "documents", "chat_template", "continue_final_messa
 
 def read_line(line: LogLine) -> list[LoggedRequest]:
     """Return each choice of a response with the messages that were sent."""
-    request, response = get_exchange(line, join_chunks)
+    return read_exchange(line.place, *get_exchange(line, join_chunks))
+
+
+def read_exchange(place: Place, request: Json, response: Json) -> list[LoggedRequest]:
+    """Return each choice of a response with the messages that were sent."""
     untrainable = [key for key in _UNTRAINABLE if request.get(key)]
     if untrainable:
         raise LogError(f"The request has '{untrainable[0]}', which changes the prompt in a way that no dataset holds.")
@@ -48,7 +53,7 @@ def read_line(line: LogLine) -> list[LoggedRequest]:
         message = need(choice, "message", dict)
         reply = read_message({**message, "role": "assistant"})
         hidden = "reasoning_content" not in reply and _has_encrypted_reasoning(message)
-        requests.append(LoggedRequest(line.place, context, reply, tools, kwargs, hidden))
+        requests.append(LoggedRequest(place, context, reply, tools, kwargs, hidden))
     return requests
 
 

@@ -12,10 +12,10 @@ Source: https://platform.openai.com/docs/api-reference/responses
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
 
 from ...rendering.conversation import Message
+from .files import Spool, dump
 from .lines import (
     BadLines,
     Json,
@@ -37,29 +37,31 @@ _UNTRAINABLE = ("conversation", "prompt")
 # Schema of a tool that takes free text.
 _TEXT_INPUT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 _TEXT = ("input_text", "output_text", "text")
+_Find = Callable[[str], tuple[Json, Json] | None]  # an exchange by the id of its response
 _PARTS = ("reasoning_content", "content", "tool_calls")  # in the order in which chat templates render them
-
-
-class _Exchange(NamedTuple):
-    place: Place
-    request: Json
-    response: Json
 
 
 def read_lines(lines: Iterable[LogLine], bad_lines: BadLines) -> Iterator[LoggedRequest]:
     """Yield each response with the messages that were sent, those of earlier responses that it refers to included."""
-    exchanges = []
+    spool, exchanges = Spool(), list[tuple[Place, int]]()
+    by_id: dict[str, int] = {}
     for line in lines:
         with bad_lines.at(line.place):
-            exchanges.append(_Exchange(line.place, *get_exchange(line, join_events)))
-    by_id = {str(exchange.response["id"]): exchange for exchange in exchanges if exchange.response.get("id")}
-    for exchange in exchanges:
-        with bad_lines.at(exchange.place):
-            yield _read_exchange(exchange, by_id)
+            request, response = get_exchange(line, join_events)
+            exchanges.append((line.place, spool.add(dump([request, response]))))
+            if response.get("id"):
+                by_id[str(response["id"])] = exchanges[-1][1]
+
+    def find(response_id: str) -> tuple[Json, Json] | None:
+        return spool.read(by_id[response_id]) if response_id in by_id else None
+
+    for place, exchange in exchanges:
+        with bad_lines.at(place):
+            request, response = spool.read(exchange)
+            yield _read_exchange(place, request, response, find)
 
 
-def _read_exchange(exchange: _Exchange, by_id: Mapping[str, _Exchange]) -> LoggedRequest:
-    place, request, response = exchange
+def _read_exchange(place: Place, request: Json, response: Json, find: _Find) -> LoggedRequest:
     untrainable = [key for key in _UNTRAINABLE if request.get(key)]
     if untrainable:
         raise LogError(f"The request has '{untrainable[0]}', so a part of its context is not in the log.")
@@ -70,21 +72,22 @@ def _read_exchange(exchange: _Exchange, by_id: Mapping[str, _Exchange]) -> Logge
     reply, hidden = read_reply(get_objects(response, "output"))
     instructions = get(request, "instructions", str)  # those of earlier requests do not carry over
     context: list[Message] = [{"role": "system", "content": instructions}] if instructions else []
-    context += read_items(_get_items(request, by_id))
+    context += read_items(_get_items(request, find))
     tools = [_read_tool(tool) for tool in get_objects(request, "tools")] or None
     kwargs = given(reasoning_effort=(get(request, "reasoning", dict) or {}).get("effort"))
     return LoggedRequest(place, context, reply, tools, kwargs, hidden)
 
 
-def _get_items(request: Json, by_id: Mapping[str, _Exchange]) -> list[Json]:
+def _get_items(request: Json, find: _Find) -> list[Json]:
     """Return the items of a request's context, from the first request of its chain."""
     parts, seen = [_get_input(request)], set()
     while (previous := request.get("previous_response_id")) is not None:
-        if previous not in by_id or previous in seen:
+        earlier = find(str(previous))
+        if earlier is None or previous in seen:
             raise LogError(f"Its previous_response_id '{previous}' is not in the log, so its context is unknown.")
         seen.add(previous)
-        request = by_id[previous].request
-        parts.append([*_get_input(request), *get_objects(by_id[previous].response, "output")])
+        request, response = earlier
+        parts.append([*_get_input(request), *get_objects(response, "output")])
     return [item for part in reversed(parts) for item in part]
 
 

@@ -94,12 +94,12 @@ def join_text(content: object, where: str, types: Collection[str] = ("text",)) -
     return "".join(texts)
 
 
-def check_request(request: LoggedRequest, checked: dict[int, Message]) -> None:
+def check_request(request: LoggedRequest, checked: Mapping[int, Message]) -> dict[int, Message]:
     """
     Refuse a request that no chat template could render.
 
-    Contexts of a transcript share their messages, and a message is checked once: `checked` holds, by `id`, those that
-    have been, and those of this request are added.
+    Contexts of a transcript share their messages, and a message is checked once: `checked` holds those of the request
+    before by `id`; those of this request are returned.
     """
     if not request.context:
         raise LogError("The request has no messages.")
@@ -109,11 +109,11 @@ def check_request(request: LoggedRequest, checked: dict[int, Message]) -> None:
     try:
         if any(id(message) not in checked and not _is_right(message) for message in messages):
             check_messages(messages)  # names the message by its position
-        checked.update((id(message), message) for message in messages)
         check_tools(request.tools)
         check_template_kwargs(request.chat_template_kwargs)
     except RenderingError as error:
         raise LogError(str(error)) from error
+    return {id(message): message for message in messages}
 
 
 def _is_right(message: Message) -> bool:
