@@ -144,7 +144,7 @@ def test_only_the_last_turn(tokenizer):
     for side in ("chosen", "rejected"):
         (sample,) = getattr(last, side).samples
         assert np.array_equal(sample.token_ids, getattr(every, side).samples[-1].token_ids)
-        assert getattr(last, side).num_unselected_turns == 2
+        assert getattr(last, side).counts["num_unselected_turns"] == 2
 
 
 @pytest.mark.parametrize("shared", [0, 1, 2])
@@ -238,7 +238,7 @@ def test_a_pair_larger_than_a_row_is_split_and_a_turn_is_cut(tokenizer):
     longest = max(map(len, whole.samples))
     summary = prepared([pair(2)], tokenizer, PairSettings(max_row_tokens=longest)).info.description
     assert "1 pairs longer than max_row_tokens split over several rows" in summary
-    assert f"all {whole.chosen.num_trained_tokens + whole.rejected.num_trained_tokens} completion tokens" in summary
+    assert f"all {sum(side.counts['num_trained_tokens'] for side in whole.sides)} completion tokens" in summary
     cut = prepared([pair(2)], tokenizer, PairSettings(max_row_tokens=longest - 1)).info.description
     assert "not trained: 1 completion tokens past max_row_tokens" in cut
 

@@ -18,7 +18,7 @@ from ..trees.sample import Sample
 from .bad_rows import BadRowError, unexpected_error
 from .images import check_no_images
 from .reader import ConversationReader, Reader, as_reader, get_tokenizer
-from .rows import PreparedRow, separate_rows
+from .rows import KIND_COUNTS, PreparedRow, separate_rows
 from .selection import FittedSamples, OverlongTurnError, fit_samples, select_turns
 from .settings import RowSettings
 from .tokenized_turns import get_tokenized_turns, tokenized_turns_to_samples
@@ -63,13 +63,10 @@ def example_to_samples(
         loss_reduction=settings.loss_reduction,
         reasoning_weight=settings.reasoning_weight,
     )
-    return replace(
-        fitted,
-        samples=tuple(weighed),
-        num_unselected_turns=len(given) - len(chosen),
-        num_turns_without_prompt=num_turns - len(given),
-        kinds=Counter(sample.kind for sample in given),
-    )
+    counts = Counter(KIND_COUNTS[sample.kind] for sample in given)
+    counts.update(fitted.counts, num_unselected_turns=len(given) - len(chosen))
+    counts.update(num_turns=len(given) - len(chosen), num_turns_without_prompt=num_turns - len(given))
+    return replace(fitted, samples=tuple(weighed), counts=counts)
 
 
 def _render_turns(

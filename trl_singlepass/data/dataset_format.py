@@ -33,14 +33,11 @@ def holds_rows(column_names: Iterable[str]) -> bool:
 
 def holds_turns(dataset: object, *, text_field: str = "text", name: str = "train") -> bool:
     """
-    Return whether a dataset holds conversations, or rows that were prepared from them.
+    Return whether a dataset holds conversations, tokenised turns or rows, and not what stock `SFTTrainer` trains as it
+    is, plain text and tokenised sequences.
 
-    Columns and their types decide, not the content of single examples: it is preparation that names bad ones.
-
-    `True` for `messages`, conversational `prompt` + `completion`, ShareGPT `conversations`, tokenised turns (`turns`,
-    or one per example), and rows; `False` for plain text and tokenised sequences, which stock `SFTTrainer` trains as
-    they are. Splits or a list are a `TypeError`; a dataset that is empty, or holds nothing that can be trained, is a
-    `ValueError`.
+    Columns and their types decide, not the content of single examples: it is preparation that names bad ones. Splits
+    or a list are a `TypeError`; a dataset that is empty, or holds nothing that can be trained, is a `ValueError`.
     """
     checked = check_is_dataset(dataset, name)
     first = list(islice(checked, _NUM_FIRST))

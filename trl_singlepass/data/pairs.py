@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -196,17 +197,14 @@ def _renumbered(sample: Sample, numbers: FeatureNumbers) -> Sample:
 
 
 def _without_first(side: FittedSamples, number: int) -> FittedSamples:
-    left_out = sum(int((sample.loss_weights > 0).sum()) for sample in side.samples[:number])
-    return replace(
-        side,
-        samples=side.samples[number:],
-        num_unselected_turns=side.num_unselected_turns + number,
-        num_trained_tokens=side.num_trained_tokens - left_out,
-    )
+    left_out = sum(sample.num_trained_tokens for sample in side.samples[:number])
+    counts = Counter(side.counts)
+    counts.update(num_unselected_turns=number, num_trained_tokens=-left_out)
+    return replace(side, samples=side.samples[number:], counts=counts)
 
 
 def _check(side: FittedSamples, name: str, index: int, num_leading: int) -> None:
-    if side.samples or side.num_dropped_turns:  # a pair of which a side is too long is dropped and counted
+    if side.samples or side.counts["num_dropped_turns"]:  # a pair of which a side is too long is dropped and counted
         return
     reason = "no turn that counts: all are context, or empty"
     if num_leading:

@@ -72,19 +72,15 @@ _RECORD = {
 _AFTER_LAST_CALL = '"added_tokens"'
 
 
-class BoundedRows(Protocol):
+class BoundedSamples(Protocol):
     """Settings by which examples become rows."""
-
-    @property
-    def max_row_tokens(self) -> int | None:
-        """Largest row, in tokens."""
 
     @property
     def bound(self) -> str | None:
         """Name of the setting that bounds a sample."""
 
 
-Settings = TypeVar("Settings", bound=BoundedRows)
+Settings = TypeVar("Settings", bound=BoundedSamples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +152,15 @@ def prepare_dataset(
     if is_single_turn(column_names(dataset)):
         vocab_size = len(get_tokenizer(tokenizer))
         dataset, bad_turns = gather_turns(dataset, vocab_size, bad_rows=bad_rows, num_proc=num_proc, name=name)
+    settings = settings or RowSettings()
+    if packing and settings.max_row_tokens is None:
+        raise ValueError("packing=True needs RowSettings(max_row_tokens=…), the capacity of a row.")
     return prepare(
         dataset,
         CONVERSATION_KIND,
         tokenizer,
-        settings or RowSettings(),
-        packing=packing,
+        settings,
+        capacity=settings.max_row_tokens if packing else None,
         bad_rows=bad_rows,
         bad_turns=bad_turns,
         num_proc=num_proc,
@@ -176,7 +175,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     settings: Settings,
     *,
-    packing: bool = False,
+    capacity: int | None = None,
     bad_rows: BadRows = BadRows.ERROR,
     bad_turns: tuple[RowErrors, ...] = (),
     num_proc: int | None = None,
@@ -186,11 +185,12 @@ def prepare(
     """
     Return a dataset of examples of one kind as a dataset of rows, and say what it held and what is lost.
 
-    `bad_turns` were left out before; all else is as in [`prepare_dataset`].
+    Rows are packed into fewer ones of at most `capacity` tokens, if it is given. `bad_turns` were left out before. All
+    else is as in [`prepare_dataset`].
     """
     reader = reader_for(dataset, tokenizer)
     if isinstance(dataset, IterableDataset):
-        return _prepare_stream(dataset, _StreamPreparation(kind, reader, settings, bad_rows, name, packing), packing)
+        return _prepare_stream(dataset, _StreamPreparation(kind, reader, settings, bad_rows, name, capacity), capacity)
     if (loader := image_loader_of(reader)) is not None:
         for suffix, images_of in kind.images.items():
             loader.add_dataset(dataset._fingerprint + suffix, partial(_images_at, undecoded(dataset), images_of))
@@ -199,12 +199,11 @@ def prepare(
     if report["num_row_tokens"] == 0:
         way_out = f"Raise {report.bound}, or set it to None" if report["num_cut_tokens"] else "Repair its rows"
         raise ValueError(f"No turn of the {name} dataset is trained: {report}. {way_out}.")
-    if packing:
-        assert settings.max_row_tokens is not None, "packing needs the capacity of a row"
-        rows = pack_dataset(rows, settings.max_row_tokens, num_proc=num_proc, name=name)
-        summary = f"{report}; {PackingReport.from_rows(rows, settings.max_row_tokens, report)}"
-    else:
+    if capacity is None:
         rows, summary = _with_columns_of(dataset, rows, kind.reserved, name), str(report)
+    else:
+        rows = pack_dataset(rows, capacity, num_proc=num_proc, name=name)
+        summary = f"{report}; {PackingReport.from_rows(rows, capacity, report)}"
     if is_main_process:
         say(f"{name} dataset: {summary}.", logging.INFO if report.is_complete else logging.WARNING)
     rows.info.description = summary  # for the model card
@@ -327,22 +326,19 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -
 
 
 def _prepare_stream(
-    dataset: IterableDataset, prepare_batch: _StreamPreparation[Settings], packing: bool
+    dataset: IterableDataset, prepare_batch: _StreamPreparation[Settings], capacity: int | None
 ) -> IterableDataset:
     """
-    Return a stream of examples as a stream of rows.
+    Return a stream of examples as a stream of rows, which hold their images, encoded.
 
-    Workers, ranks and a resumed run see the same rows, since rows depend only on what comes next in the stream: with
-    packing, every `PACKING_BUFFER` conversations are packed together. A bad row stops the stream when it comes, unless
-    bad rows are dropped. Rows of a dataset with images hold them, encoded.
+    Workers, ranks and a resumed run see the same rows, since they depend only on what comes next in the stream: every
+    `PACKING_BUFFER` rows are packed together.
     """
     rows = in_one_column(dataset).map(
         prepare_batch, with_indices=True, batched=True, batch_size=_STREAMED_AT_ONCE, remove_columns=[EXAMPLE]
     )
-    if not packing:
+    if capacity is None:
         return rows
-    capacity = prepare_batch.settings.max_row_tokens
-    assert capacity is not None, "packing needs the capacity of a row"
     return rows.map(_pack_batch, batched=True, batch_size=PACKING_BUFFER, fn_kwargs={"max_row_tokens": capacity})
 
 
@@ -362,10 +358,10 @@ class _StreamPreparation(Generic[Settings]):
         settings: Settings,
         bad_rows: BadRows,
         name: str,
-        packing: bool,
+        capacity: int | None,
     ) -> None:
-        self.settings = settings
-        self._kind, self._reader, self._name, self._packing = kind, reader, name, packing
+        self._kind, self._reader, self._settings, self._name = kind, reader, settings, name
+        self._keeps_columns = capacity is None
         self._bad_rows, self._log = StreamedBadRows(bad_rows, name), StreamLog(name)
         self._so_far = Report(kind.name, settings.bound)  # only sums: a stream may have no end
 
@@ -376,7 +372,7 @@ class _StreamPreparation(Generic[Settings]):
         of_example: list[Mapping[str, Any]] = []
         for example, index in zip(batch[EXAMPLE], indices, strict=True):
             try:
-                new = self._kind.to_rows(example, index, self._reader, self.settings)
+                new = self._kind.to_rows(example, index, self._reader, self._settings)
             except BadRowError as error:
                 self._bad_rows.add(index, example, error)
                 continue
@@ -386,7 +382,7 @@ class _StreamPreparation(Generic[Settings]):
         self._log.update(self._so_far["num_cut_turns"] + self._so_far["num_dropped_turns"], self._so_far)
         kept = [row for row in rows if len(row)]
         columns = to_columns(kept, self._kind.labels, has_images=isinstance(self._reader, ProcessorMixin))
-        if self._packing:
+        if not self._keeps_columns:
             return columns
         examples = list(compress(of_example, map(len, rows)))
         return {**columns, **kept_values(examples, reserved=self._kind.reserved, name=self._name)}

@@ -1,10 +1,14 @@
-"""What a batch says of the tree of its row, beside the inputs of a Hugging Face model: its entry `tree`."""
+"""
+What a batch says of its trees, beside the inputs of a Hugging Face model: its entry `tree`.
+
+It is one [`RowTree`], or, in batches of preference pairs, a [`LineView`].
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 
@@ -12,14 +16,65 @@ from ..trees.image_features import ImageReference
 from ..trees.rows import TreePlan
 
 
-class RowTree:
+MapTensor = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Entry:
+    """
+    An entry `tree` on its way to the model.
+
+    Not a dataclass, and nothing that PyTorch or an engine looks into: FSDP would cast the tensors in it to another
+    precision, and DeepSpeed would round the weights.
+    """
+
+    is_handled = False  # see `handled`
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with other values of some attributes."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
+
+    def handled(self) -> Self:
+        """
+        Return the entry for a caller who sees to all that it asks for, and whose call of the model is not refused.
+
+        Such a caller multiplies the loss of each target by its weight and the load-balancing loss by its factor, and
+        runs the rows as the trainer's settings say.
+        """
+        return self.replace(is_handled=True)
+
+    def map_tensors(self, function: MapTensor) -> Self:
+        """Return a copy with a function applied to each tensor."""
+        return self.replace(**{name: _map_tensors(value, function) for name, value in vars(self).items()})
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """Return the entry on a device; the same object if it is there."""
+        first = next(value for value in vars(self).values() if isinstance(value, torch.Tensor))
+        if torch.device(device) == first.device:
+            return self
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Return the entry in page-locked memory, from which a data loader copies to a GPU while it works."""
+        return self.map_tensors(torch.Tensor.pin_memory)
+
+
+def _map_tensors(value: Any, function: MapTensor) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, _Entry):
+        return value.map_tensors(function)
+    if isinstance(value, dict):
+        return {name: _map_tensors(item, function) for name, item in value.items()}
+    return [_map_tensors(item, function) for item in value] if isinstance(value, list) else value
+
+
+class RowTree(_Entry):
     """
     Tree of a row, on its way to the model.
 
     A model on which [`enable_tree`] was called takes it as an argument: `model(**batch)` runs the row as a tree.
-
-    Not a dataclass, and nothing that PyTorch or an engine looks into: FSDP would cast the tensors in it to another
-    precision, and DeepSpeed would round the weights.
 
     Args:
         plan (`TreePlan`):
@@ -53,36 +108,24 @@ class RowTree:
         self.images = images
         self.is_blank = False  # whether it holds nothing new, and only completes a step
         self.is_shared = False  # whether the ranks of a group share the row (sequence parallelism)
-        self.is_handled = False  # see `handled`
         self.router_loss_scale = 1.0  # factor of the load-balancing loss of the batch
 
-    def replace(self, **changes: Any) -> RowTree:
-        """Return a copy with other values of some attributes."""
-        other = copy.copy(self)
-        vars(other).update(changes)
-        return other
 
-    def handled(self) -> RowTree:
-        """
-        Return the tree for a caller who sees to all that it asks for, and whose call of the model is not refused.
+class LineView(_Entry):
+    """
+    Rows of a batch, and where in them each token of each line is predicted.
 
-        Such a caller multiplies the loss of each target by its weight and the load-balancing loss by its factor, and
-        runs the row as the trainer's settings say.
-        """
-        return self.replace(is_handled=True)
+    TRL's losses of trajectories read one padded line for each. The model runs on the rows, in which lines share what
+    they have in common, and its outputs are laid out as TRL expects them.
 
-    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> RowTree:
-        """Return a copy with a function applied to each tensor."""
-        return self.replace(
-            **{name: function(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        )
+    Shape letters: N lines, M tokens of the longest line.
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> RowTree:
-        """Return the tree on a device; the same object if it is there."""
-        if torch.device(device) == self.depth.device:
-            return self
-        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    `rows` are batches of [`DataCollatorForSinglePass`], one per row. `targets`, `(N, M)`, int64, is the position among
+    the tokens of all rows that predicts each token, 0 where there is none; `token_weights`, `(N, M)`, float32, is the
+    factor of each log-probability.
+    """
 
-    def pin_memory(self) -> RowTree:
-        """Return the tree in page-locked memory, from which a data loader copies to a GPU while it works."""
-        return self.map_tensors(torch.Tensor.pin_memory)
+    def __init__(
+        self, rows: Sequence[dict[str, Any]], targets: torch.Tensor, token_weights: torch.Tensor | None = None
+    ) -> None:
+        self.rows, self.targets, self.token_weights = list(rows), targets, token_weights

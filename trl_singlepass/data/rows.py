@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -42,16 +43,6 @@ COUNTS = (
     "num_row_images",  # distinct images of each row, over all rows: what a single pass encodes
 )
 """What is counted of the examples that rows are made of; a report holds the sums."""
-# Those that a list of samples knows of itself.
-_COUNTED = (
-    "num_turns_without_prompt",
-    "num_unselected_turns",
-    "num_empty_blocks",
-    "num_trained_tokens",
-    "num_cut_turns",
-    "num_dropped_turns",
-    "num_cut_tokens",
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,7 +92,8 @@ def joined_row(
     trees = list(map(PrefixTree.from_samples, parts))
     rows = list(map(Row.from_tree, trees)) or [empty_row()]
     row = rows[0] if len(rows) == 1 else Row.join(rows)
-    counts = _count(fitted, trees, num_images=len(row.images)) | further_counts
+    counts = _count(fitted, trees, num_images=len(row.images))
+    counts.update(further_counts)
     targets = dict(zip(lists, _targets(fitted, trees, parts), strict=True)) if parts else {}
     return PreparedRow(row, counts, _name_overlong(fitted, index), targets)
 
@@ -132,27 +124,26 @@ def target_positions(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArra
     return positions
 
 
-def _count(lists: Sequence[FittedSamples], trees: Sequence[PrefixTree], num_images: int) -> dict[str, int]:
+def _count(lists: Sequence[FittedSamples], trees: Sequence[PrefixTree], num_images: int) -> Counter[str]:
     """
     Return what is counted of an example (see `COUNTS`), given the trees that its lists of samples became and how many
     images the rows hold. Without trees, nothing of it is trained, whatever is left of some of the lists.
     """
-    samples = [sample for fitted in lists for sample in fitted.samples] if trees else []
-    counts = {
-        "num_examples": 1,
-        "num_dropped_examples": int(not trees),
-        "num_split_examples": int(len(trees) > 1),
-        "num_turns": sum(len(each.samples) + each.num_dropped_turns + each.num_unselected_turns for each in lists),
-        **{name: sum(fitted.kinds[kind] for fitted in lists) for kind, name in KIND_COUNTS.items()},
-        **{name: sum(getattr(fitted, name) for fitted in lists) for name in _COUNTED},
-        "num_sample_tokens": sum(map(len, samples)),
-        "num_row_tokens": sum(map(len, trees)),
-        "num_sample_images": sum(len(shown_images(sample.image_features, sample.images)) for sample in samples),
-        "num_row_images": num_images,
-    }
+    samples = [sample for fitted in lists for sample in fitted.samples]
+    counts = Counter(num_examples=1, num_empty_blocks=sum(sample.has_empty_block for sample in samples))
+    for fitted in lists:
+        counts.update(fitted.counts)
+    if not trees:
+        counts.update(num_dropped_examples=1, num_trained_tokens=-counts["num_trained_tokens"])
+        return counts
+    counts["num_sample_tokens"] = sum(map(len, samples))
+    counts["num_row_tokens"] = sum(map(len, trees))
+    counts["num_sample_images"] = sum(len(shown_images(sample.image_features, sample.images)) for sample in samples)
+    counts["num_row_images"] = num_images
     if len(trees) > 1:
+        counts["num_split_examples"] = 1
         counts["num_repeated_tokens"] = counts["num_row_tokens"] - len(PrefixTree.from_samples(samples))
-    return counts if trees else counts | {"num_trained_tokens": 0}
+    return counts
 
 
 def _name_overlong(lists: Sequence[FittedSamples], index: int) -> str | None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from itertools import compress
 
 import numpy as np
 
 from ..rendering.conversation import RenderingError
-from ..trees.sample import CompletionKind, Sample
+from ..trees.sample import Sample
 
 
 _FORMS = "'all', 'last', a number n for the first n, or 'sample:n' for n drawn at random"
@@ -79,47 +79,34 @@ def select_turns(
 
 @dataclass(frozen=True, slots=True)
 class FittedSamples:
-    """Samples of one conversation that are short enough to train, and what was lost on the way."""
+    """Samples that are short enough to train, and what was lost on the way."""
 
     samples: tuple[Sample, ...]  # those that still have a trained token
     overlong: tuple[Sample, ...]  # samples that lost trained tokens, as they were before
-    num_trained_tokens: int  # in `samples`
-    num_cut_turns: int  # lost part of their completion
-    num_dropped_turns: int  # nothing of them is trained
-    num_cut_tokens: int  # trained tokens that were lost
-    num_unselected_turns: int = 0  # context only, by their weight or by `train_turns`
-    # assistant messages that open a conversation: no prompt leads to them, so they are context only
-    num_turns_without_prompt: int = 0
-    # all turns of the conversation, by how their completions came about
-    kinds: Counter[CompletionKind] = field(default_factory=Counter)
-
-    @property
-    def num_empty_blocks(self) -> int:
-        """Trained turns that begin with an empty block of reasoning."""
-        return sum(sample.has_empty_block for sample in self.samples)
+    counts: Mapping[str, int]  # what is counted of them and of the turns that are left out (`COUNTS` in `rows.py`)
 
 
 def fit_samples(samples: Sequence[Sample], limit: int | None, overlong_turns: OverlongTurns) -> FittedSamples:
     """
-    Return samples with at most `limit` tokens each.
+    Return samples with at most `limit` tokens each, `None` for any number.
 
-    `None` keeps every sample whole. Trained tokens kept and lost add up to those that were given. Raises
-    `OverlongTurnError` if a sample is too long and `overlong_turns="error"`.
+    Trained tokens kept and lost add up to those that were given. Raises `OverlongTurnError` if a sample is too long
+    and `overlong_turns="error"`.
     """
-    trained = [(sample, _fit(sample, limit, overlong_turns)) for sample in samples if sample.is_trained]
-    kept = [fitted for _, fitted in trained if fitted is not None]
-    losses = [
-        (sample, fitted is None, sample.num_trained_tokens - (fitted.num_trained_tokens if fitted else 0))
-        for sample, fitted in trained
-    ]
-    return FittedSamples(
-        samples=tuple(kept),
-        overlong=tuple(sample for sample, _, lost in losses if lost > 0),
-        num_trained_tokens=sum(sample.num_trained_tokens for sample in kept),
-        num_cut_turns=sum(lost > 0 and not is_dropped for _, is_dropped, lost in losses),
-        num_dropped_turns=sum(is_dropped for _, is_dropped, _ in losses),
-        num_cut_tokens=sum(lost for _, _, lost in losses),
-    )
+    trained = [sample for sample in samples if sample.is_trained]
+    fitted = [_fit(sample, limit, overlong_turns) for sample in trained]
+    kept = [0 if sample is None else sample.num_trained_tokens for sample in fitted]
+    lost = [sample.num_trained_tokens - num_kept for sample, num_kept in zip(trained, kept, strict=True)]
+    overlong = tuple(compress(trained, lost))
+    num_dropped = fitted.count(None)
+    counts = {
+        "num_turns": len(trained),
+        "num_trained_tokens": sum(kept),
+        "num_cut_turns": len(overlong) - num_dropped,
+        "num_dropped_turns": num_dropped,
+        "num_cut_tokens": sum(lost),
+    }
+    return FittedSamples(tuple(sample for sample in fitted if sample is not None), overlong, counts)
 
 
 def _fit(sample: Sample, limit: int | None, overlong_turns: OverlongTurns) -> Sample | None:

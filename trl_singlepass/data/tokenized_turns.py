@@ -25,9 +25,7 @@ def tokenized_turns_to_samples(turns: Sequence[object], vocab_size: int | None =
     Return tokenised turns as samples, one for each.
 
     Turns are mappings, in the order of the conversation, with `prompt_ids` and `completion_ids` (token in, token out)
-    and optionally `completion_weights`, one loss weight per completion token. Raises `ValueError` if there are no
-    turns, a turn lacks its ids or has no completion, an id is not in the vocabulary, or weights do not fit the
-    completion.
+    and optionally `completion_weights`, one loss weight per completion token; anything else is a `ValueError`.
     """
     if not turns:
         raise DataError("Expected at least one turn in 'turns', got none. Leave the row out.")
@@ -61,14 +59,12 @@ def gather_turns(
     name: str = "train",
 ) -> tuple[Dataset, tuple[RowErrors, ...]]:
     """
-    Return a log with one turn per row as a dataset with one conversation per example.
+    Return a log with one turn per row as a dataset with one conversation per example, and the rows that were left out.
 
     Rows of the log have `prompt_ids`, `completion_ids` and `conversation_id`, in the order of their turns; those of
-    one conversation need not be adjacent. Returns one example per conversation, in the order of their first turns,
-    with a column `turns`; and the rows of the log that were left out.
+    one conversation need not be adjacent. Conversations stand in the order of their first turns, in a column `turns`.
 
-    Raises `ValueError` if there is no `conversation_id`, a row is bad and may not be left out, or the log is a stream:
-    it never tells that a conversation is complete.
+    Raises `ValueError` if there is no `conversation_id`, a row is bad and may not be left out, or the log is a stream.
     """
     if isinstance(log, IterableDataset):
         raise DataError(

@@ -24,8 +24,7 @@ from transformers.utils import ModelOutput
 
 from ..attention.context import Tree, running_on
 from ..attention.row_group import RowGroup
-from ..data.line_view import LineView
-from ..data.row_tree import RowTree
+from ..data.row_tree import LineView, RowTree
 from ..images.reading import showing_images
 from ..trees.prefix_tree import IGNORE_INDEX
 

@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..data.arrow import length_column
 from ..data.collator import Batch, DataCollatorForSinglePass
 from ..data.labelled_rows import PackedRow, pack_examples
-from ..data.line_view import LineView
 from ..data.pairs import REFERENCE_COLUMNS, SIDES
+from ..data.row_tree import LineView
 
 
 @dataclass(frozen=True, slots=True)

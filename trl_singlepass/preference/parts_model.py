@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from ..attention.context import running_on
 from ..data.collator import Batch
-from ..data.line_view import LineView
+from ..data.row_tree import LineView
 from ..engine.model_call import as_tree, in_lines, join_rows, logits_in_lines, row_inputs, shared_inputs
 from ..images.reading import showing_images
 from ..trees.prefix_tree import IGNORE_INDEX
