@@ -51,7 +51,7 @@ def test_what_the_table_calls_refused_is_refused_by_name(tmp_path, tokenizer, na
         item.arg: ast.literal_eval(item.value) for item in ast.parse(f"f({REFUSED[name]})").body[0].value.keywords
     }
     assert name in settings
-    with pytest.raises(ValueError, match=rf"^{name}=.* does not work for conversations in a single pass: .*\. \w+"):
+    with pytest.raises(ValueError, match=f"^{name}=.* does not work for conversations"):
         single_pass_trainer(tmp_path, tokenizer, CHATS, **settings)
 
 

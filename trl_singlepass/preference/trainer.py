@@ -23,7 +23,7 @@ from ..engine.enable import check_not_compiled, enable_tree, without_adapters
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
 from ..training.base_config import add_settings
-from ..training.compatibility import check_arguments
+from ..training.compatibility import check_arguments, check_pairs
 from ..training.dataset import AnyDataset
 from ..training.images import read_images, show_images
 from ..training.mixin import SinglePassTrainerMixin
@@ -33,7 +33,6 @@ from ..training.situation import Situation
 from ..training.tree_loss import Loss
 from ..trees.rows import IMAGE_COLUMNS
 from .collator import DataCollatorForSinglePassPreference
-from .compatibility import check_dataset
 from .config import SinglePassDPOConfig, default_config, pair_settings, turn_weights, without_padding_free
 from .parts import BatchParts
 from .parts_model import PairModelInParts
@@ -91,7 +90,7 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
     ) -> None:
         args = default_config(model) if args is None else add_settings(args, SinglePassDPOConfig)
         if train_dataset is not None:
-            check_dataset(train_dataset, "train")
+            check_pairs(train_dataset, "train")
         check_not_compiled(ref_model)
         run = Situation(args, model, dataset=train_dataset, peft_config=peft_config)
         check_arguments(run, data_collator, DataCollatorForSinglePassPreference, PAIRS)
@@ -169,7 +168,7 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
         dataset_name: str,
     ) -> AnyDataset:
         """Turn pairs into rows; TRL makes one sequence of each trajectory, in which all turns share one context."""
-        check_dataset(dataset, dataset_name)
+        check_pairs(dataset, dataset_name)
         columns = set(column_names(dataset))
         if set(PAIR_COLUMNS) <= columns:
             return dataset

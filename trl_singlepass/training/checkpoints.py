@@ -1,19 +1,32 @@
-"""Find the newest intact checkpoint: a run that was killed while saving leaves one that cannot be loaded."""
+"""
+Checkpoints: which one a run resumes from, what is damaged, and the manifest by which damage is found.
+
+    checkpoint-100/manifest/ranks.json     step, and the ranks whose files belong to the checkpoint
+    checkpoint-100/manifest/rank_0.json    step, and the size and hash of each file of rank 0
+
+A run that was killed while saving leaves a checkpoint that cannot be loaded. The Trainer writes `trainer_state.json`
+last, which marks a checkpoint as complete; the manifest is written before, and gets the hash of that file after it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import logging
+from transformers import TrainingArguments, logging
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOTrainer, SFTTrainer
 
-from .manifest import find_changes, has_hashes
 from .metrics import TokenCounts
 
 
@@ -28,6 +41,11 @@ _WEIGHTS = (
     "*model_states.pt",
 )
 _OPTIMIZER = ("optimizer.pt", "optimizer*.bin", "optimizer*/*.distcp", "*optim_states.pt")
+# Files of which each rank writes its own; all others are written by the rank that saves the model.
+_OF_RANK = re.compile(r"rng_state_(\d+)\.pth|\w*zero_pp_rank_(\d+)_\w+\.pt|__(\d+)_\d+\.distcp")
+_MANIFEST = "manifest"
+_RANKS = f"{_MANIFEST}/ranks.json"
+_READERS = 8  # files hashed at the same time
 
 
 def last_good_checkpoint(output_dir: str | Path) -> str | None:
@@ -108,20 +126,23 @@ def _newest_intact(output_dir: Path) -> str | None:
     return None
 
 
+# What is damaged -----------------------------------------------------------------------------------------------------
+
+
 def find_damage(checkpoint: Path) -> Iterator[str]:
     """
     Yield each problem that would keep a checkpoint from loading, worded as the end of a sentence about the checkpoint.
     """
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    if checkpoint / "trainer_state.json" not in files:  # the Trainer writes it last
-        yield "saving did not finish, trainer_state.json is missing"
+    if checkpoint / TRAINER_STATE_NAME not in files:
+        yield f"saving did not finish, {TRAINER_STATE_NAME} is missing"
     yield from find_changes(checkpoint)
-    hashed = has_hashes(checkpoint)
+    hashed = {name for _, name, entry in _listed(checkpoint) if "sha256" in entry}
     for path in files:
-        is_hashed = path.relative_to(checkpoint).as_posix() in hashed
-        damage = None if is_hashed or path.suffix not in _FILE_CHECKS else _FILE_CHECKS[path.suffix](path)
+        name = path.relative_to(checkpoint).as_posix()
+        damage = None if name in hashed or path.suffix not in _FILE_CHECKS else _FILE_CHECKS[path.suffix](path)
         if damage:
-            yield f"{path.relative_to(checkpoint)} {damage}"
+            yield f"{name} {damage}"
     for tag in checkpoint.glob("latest"):  # DeepSpeed's
         if not any((checkpoint / tag.read_text().strip()).glob("*.pt")):
             yield f"{tag.read_text().strip()}, DeepSpeed's state, is missing"
@@ -192,3 +213,147 @@ _FILE_CHECKS: dict[str, Callable[[Path], str | None]] = {
     ".safetensors": _check_safetensors,
     **dict.fromkeys((".pt", ".pth", ".bin"), _check_torch_file),
 }
+
+
+# The manifest --------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(trainer: SFTTrainer | DPOTrainer, counts: TokenCounts, checkpoint: str) -> None:
+    """Write counts of tokens, and the sizes and hashes of all files so far, once every rank has written its own."""
+    folder, step, args = Path(checkpoint), trainer.state.global_step, trainer.args
+    if args.should_save:
+        counts.save(checkpoint, trainer._total_train_tokens)
+    (folder / _MANIFEST).mkdir(parents=True, exist_ok=True)
+    trainer.accelerator.wait_for_everyone()  # until then, a file may be another rank's, and half written
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    own = [name for name in names if not name.startswith(_MANIFEST) and _is_own(Path(name).name, args)]
+    _write(folder / _of_rank(args.process_index), {"step": step, "files": _entries(folder, own)})
+    trainer.accelerator.wait_for_everyone()
+    if args.should_save:
+        # Without a shared file system, those of this node.
+        ranks = [rank for rank in range(args.world_size) if (folder / _of_rank(rank)).exists()]
+        _write(folder / _RANKS, {"step": step, "ranks": ranks})
+
+
+def add_state_to_manifest(trainer: SFTTrainer | DPOTrainer, checkpoint: str) -> None:
+    """Add the state of the Trainer, which it has just written, to the manifest of a checkpoint."""
+    if trainer.args.should_save:
+        path = Path(checkpoint, _of_rank(trainer.args.process_index))
+        own = _read(path)
+        _write(path, {**own, "files": own["files"] | _entries(Path(checkpoint), [TRAINER_STATE_NAME])})
+
+
+def _is_own(name: str, args: TrainingArguments) -> bool:
+    match = _OF_RANK.fullmatch(name)
+    rank = int(next(filter(None, match.groups()))) if match else -1
+    return rank == args.process_index if 0 <= rank < args.world_size else bool(args.should_save)
+
+
+def _entries(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int | str]]:
+    sizes = [(folder / name).stat().st_size for name in names]
+    hashes = _hashes(folder / name for name in names)
+    return {name: {"size": size, "sha256": hash} for name, size, hash in zip(names, sizes, hashes, strict=True)}
+
+
+def find_changes(checkpoint: Path) -> tuple[str, ...]:
+    """
+    Return all differences between a checkpoint and its manifest; none for a checkpoint that has no manifest.
+
+    Files that have not been touched since the last call are not read again. Each difference is worded as the end of a
+    sentence about the checkpoint.
+    """
+    if not (checkpoint / _MANIFEST).is_dir():
+        return ()
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    return _find_changes(checkpoint, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@cache
+def _find_changes(checkpoint: Path, files: tuple[tuple[Path, int, int], ...]) -> tuple[str, ...]:
+    return (*_changes_of_steps(checkpoint), *_changes_of_files(checkpoint))
+
+
+def _changes_of_steps(checkpoint: Path) -> Iterator[str]:
+    index = _read(checkpoint / _RANKS)
+    if index is None:
+        yield f"{_RANKS} is missing or damaged"
+        return
+    state = checkpoint / TRAINER_STATE_NAME
+    saved = (
+        json.loads(state.read_text("utf-8")).get("global_step") if state.is_file() and not _check_json(state) else None
+    )
+    if saved not in (None, index["step"]):
+        yield f"it mixes steps: {TRAINER_STATE_NAME} is of step {saved}, other files of {index['step']}"
+    for rank in index["ranks"]:
+        own = _read(checkpoint / _of_rank(rank))
+        if own is None:
+            yield f"{_of_rank(rank)} is missing or damaged"
+        elif own["step"] != index["step"]:
+            yield f"it mixes steps: the files of rank {rank} are of step {own['step']}, others of {index['step']}"
+
+
+def _changes_of_files(checkpoint: Path) -> Iterator[str]:
+    hashed: list[tuple[int, str, str]] = []
+    for rank, name, entry in _listed(checkpoint):
+        if change := _change_of_size(checkpoint / name, entry["size"]):
+            yield f"{name}, which rank {rank} wrote, {change}"
+        elif "sha256" in entry:  # up to 0.1.0, hashes were written after a checkpoint was complete
+            hashed.append((rank, name, entry["sha256"]))
+    found = _hashes(checkpoint / name for _, name, _ in hashed)
+    for (rank, name, expected), digest in zip(hashed, found, strict=True):
+        if digest != expected:
+            yield f"{name} has other bytes than rank {rank} wrote"
+
+
+def _listed(checkpoint: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yield what the manifest of a checkpoint lists: ranks, names of files, and their sizes and hashes."""
+    index = _read(checkpoint / _RANKS) or {"ranks": []}
+    for rank in index["ranks"]:
+        own = _read(checkpoint / _of_rank(rank)) or {"files": {}}
+        yield from ((rank, name, entry) for name, entry in own["files"].items())
+
+
+def _change_of_size(path: Path, expected: int) -> str | None:
+    if not path.exists():
+        return "is missing"
+    size = path.stat().st_size
+    if size == expected:
+        return None
+    return (
+        f"is cut off at {size} of {expected} bytes" if size < expected else f"has {size} bytes instead of {expected}"
+    )
+
+
+def _of_rank(rank: int) -> str:
+    return f"{_MANIFEST}/rank_{rank}.json"
+
+
+def _hashes(paths: Iterable[Path]) -> list[str]:
+    with ThreadPoolExecutor(_READERS) as threads:
+        return list(threads.map(_sha256, paths))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path) -> Any:
+    """Return the content of a file of the manifest, `None` if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    own = content.pop("sha256", None) if isinstance(content, dict) else None
+    return content if own == _digest(content) else None
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of the manifest, which is never seen half written."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1), encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

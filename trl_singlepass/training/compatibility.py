@@ -13,8 +13,9 @@ from transformers import DataCollator, PreTrainedModel
 from trl import DPOConfig, SFTConfig
 
 from ..data.collator import check_collator
-from ..data.dataset_format import column_names
+from ..data.dataset_format import check_is_dataset, column_names
 from ..data.images import holds_images
+from ..data.pairs import PAIR_COLUMNS, SIDES, TOKEN_COLUMNS
 from ..engine.enable import check_model, check_not_compiled
 from ..images.reading import check_reads_images
 from ..trees.rows import IMAGE_COLUMNS
@@ -98,6 +99,17 @@ def check_arguments(
             holds_images(run.dataset) or set(IMAGE_COLUMNS) <= set(column_names(run.dataset))
         ):
             check_reads_images(run.model)
+
+
+def check_pairs(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Refuse a dataset that holds no pairs."""
+    columns = set(column_names(check_is_dataset(dataset, name)))
+    if not any(set(expected) <= columns for expected in (SIDES, TOKEN_COLUMNS, PAIR_COLUMNS)):
+        raise ValueError(
+            f"The {name} dataset holds no pairs: expected the columns 'prompt', 'chosen' and 'rejected', or 'chosen' "
+            f"and 'rejected' that begin alike, got {sorted(columns)}. Rename its columns. SinglePassSFTTrainer and "
+            "`trl-singlepass train` take conversations."
+        )
 
 
 def check_turn_settings(args: SFTConfig, dataset: Dataset | IterableDataset, packing: bool) -> None:

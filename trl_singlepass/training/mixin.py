@@ -10,9 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..data.collator import Batch, Collator
-from .checkpoints import resume_counts
+from .checkpoints import add_state_to_manifest, resume_counts, write_manifest
 from .dataset import AnyDataset
-from .manifest import ManifestCallback
 from .metrics import TokenCounts
 from .model_card import complete_model_card
 from .self_check import SelfCheck
@@ -25,11 +24,12 @@ class SinglePassTrainerMixin(Trainer):
     train_dataset: AnyDataset
     _signature_columns: list[str]
     _collate: Collator
+    _listed: str | None = None  # the checkpoint that is being saved, once it has a manifest
     _moved_as_they_are: ClassVar[tuple[str, ...]] = ("tree",)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._counts, self._manifest = TokenCounts(), ManifestCallback(self)
+        self._counts = TokenCounts()
         self._self_check = SelfCheck(self.accelerator, is_on=self.args.self_check)
 
     @property
@@ -76,7 +76,15 @@ class SinglePassTrainerMixin(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """List the files of all ranks; the first goes on to write the file that marks a checkpoint as complete."""
         super()._save_rng_state(output_dir)
-        self._manifest.write_sizes(self, self._counts, output_dir)
+        write_manifest(self, self._counts, output_dir)
+        self._listed = output_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """List the file that marks a checkpoint as complete; the Trainer writes it last."""
+        super()._save_checkpoint(model, trial)
+        if self._listed is not None:  # not weights alone
+            add_state_to_manifest(self, self._listed)
+            self._listed = None
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

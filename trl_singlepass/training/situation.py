@@ -87,7 +87,8 @@ class Situation:
     def dispatches_batches(self) -> Found:
         """The first process reads the batches of all; streams of conversations have a loader of their own."""
         is_own_loader = isinstance(self.args, SFTConfig) and isinstance(self.dataset, IterableDataset)
-        return bool(self.args.accelerator_config.dispatch_batches) and not is_own_loader
+        is_dispatched = bool(self.args.accelerator_config.dispatch_batches) and not is_own_loader
+        return is_dispatched and "accelerator_config={'dispatch_batches': True}"
 
     def trains_users(self) -> Found:
         """`assistant_only_loss=False` is asked for: TRL's own default is `False`, and means that nobody did."""

@@ -6,8 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from trl_singlepass.training.checkpoints import find_damage, resume_counts
-from trl_singlepass.training.manifest import ManifestCallback, find_changes
+from trl_singlepass.training.checkpoints import (
+    _read,
+    _write,
+    add_state_to_manifest,
+    find_changes,
+    find_damage,
+    resume_counts,
+    write_manifest,
+)
 from trl_singlepass.training.metrics import TokenCounts
 
 
@@ -29,10 +36,9 @@ class Ranks:
                 args=SimpleNamespace(should_save=rank == 0, process_index=rank, world_size=2),
                 state=SimpleNamespace(global_step=0),
                 accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
-                add_callback=lambda callback: None,
                 _total_train_tokens=0,
             )
-            self.ranks.append((trainer, ManifestCallback(trainer)))
+            self.ranks.append(trainer)
 
     def save(self, folder, step):
         """Save a checkpoint; rank 1 is done first, so that rank 0 finds its manifest."""
@@ -40,25 +46,20 @@ class Ranks:
         for name in [*SHARED, *(name.format(rank) for name in OF_RANKS for rank in range(2))]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(f"{name} of step {step}".encode())
-        for trainer, manifest in reversed(self.ranks):
+        for trainer in reversed(self.ranks):
             trainer.state.global_step = step
-            manifest.write_sizes(trainer, TokenCounts(), str(folder))
+            write_manifest(trainer, TokenCounts(), str(folder))
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        for trainer in self.ranks:
+            add_state_to_manifest(trainer, str(folder))
         return folder
-
-    def hash(self):
-        for trainer, manifest in self.ranks:
-            manifest.on_save(trainer.args, trainer.state, None)
-            manifest.on_train_end(trainer.args, trainer.state, None)
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     ranks = Ranks()
     ranks.save(tmp_path, 3)
-    ranks.hash()
     folder = ranks.save(tmp_path, 4)
-    ranks.hash()
     assert find_changes(folder) == ()
     return folder
 
@@ -107,19 +108,18 @@ def test_a_file_of_another_step_is_found(checkpoint):
     assert find_changes(checkpoint) == (f"{name} has other bytes than rank 1 wrote",)
 
 
-def test_a_run_killed_before_hashes_are_written_has_sizes(tmp_path):
-    checkpoint = Ranks().save(tmp_path, 4)
+def test_a_manifest_of_sizes_alone_is_read(checkpoint):
+    """As a run of 0.1.0 left it that was killed soon after it had saved."""
+    for path in checkpoint.glob("manifest/rank_*.json"):
+        own = _read(path)
+        for entry in own["files"].values():
+            del entry["sha256"]
+        _write(path, own)
+    flip(checkpoint / "rng_state_1.pth")
     assert find_changes(checkpoint) == ()
     (checkpoint / OF_RANKS[1].format(1)).write_bytes(b"short")
     (change,) = find_changes(checkpoint)
     assert change.startswith(f"{OF_RANKS[1].format(1)}, which rank 1 wrote, is cut off at 5 of")
-
-
-def test_an_error_in_hashing_is_raised(tmp_path):
-    ranks = Ranks()
-    shutil.rmtree(ranks.save(tmp_path, 4) / "manifest")
-    with pytest.raises(FileNotFoundError, match="manifest"):
-        ranks.hash()
 
 
 def test_files_of_more_ranks_from_an_earlier_run_belong_to_nobody_else(checkpoint):
