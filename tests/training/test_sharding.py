@@ -1,12 +1,81 @@
-"""FSDP2 shards the layers that a model has."""
+"""What engines are told about the layers of a model: those that ZeRO-3 gathers and that FSDP2 shards as a whole."""
 
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import FullyShardedDataParallelPlugin
+from peft import LoraConfig, get_peft_model
 
+from support.float64_comparison import forward
+from support.sample_sets import reasoning_chat
 from support.tiny_causal_lms import tiny_model
-from trl_singlepass.training.sharding import prepare_sharding
+from support.trainers import needs_cached_states
+from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.training.sharding import make_leaves, prepare_sharding
+
+
+pytestmark = needs_cached_states
+
+
+def on_stage(stage):
+    return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)))
+
+
+def leaves(model):
+    return {type(module).__name__ for module in model.modules() if getattr(module, "_z3_leaf", False)}
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("qwen3_5_moe_text", {"Qwen3_5MoeGatedDeltaNet", "Qwen3_5MoeExperts"}),
+        ("bamba", {"BambaMixer"}),
+        ("lfm2", {"Lfm2ShortConv"}),
+        ("recurrent_gemma", {"RecurrentGemmaRecurrentBlock"}),
+        ("zaya", {"ZayaCCAProjection", "ZayaExperts"}),
+        ("longcat_flash", {"LongcatFlashExperts"}),
+        ("qwen3", set()),
+    ],
+)
+def test_recurrent_layers_and_experts_are_leaves(family, expected):
+    model = tiny_model(family)
+    make_leaves(model, on_stage(2))
+    assert leaves(model) == set()
+    make_leaves(model, on_stage(3))
+    assert leaves(model) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")  # PEFT reads a name that transformers deprecates
+def test_inputs_of_leaves_have_gradients_and_come_by_position():
+    """DeepSpeed counts the gradients of arguments by position; a frozen embedding gives none."""
+    model = get_peft_model(tiny_model("qwen3_5_text"), LoraConfig(target_modules="all-linear"))
+    make_leaves(model, on_stage(3))
+    seen = []
+    for module in model.modules():
+        if getattr(module, "_z3_leaf", False):
+            module.register_forward_pre_hook(lambda _, args: seen.extend(args))
+    tokens = torch.arange(8)[None]
+    model(input_ids=tokens)
+    assert [hidden_states.shape for hidden_states in seen] == [(1, 8, 32)]
+    assert seen[0].requires_grad
+    with torch.no_grad():
+        model(input_ids=tokens)
+    assert not seen[1].requires_grad
+
+
+@pytest.mark.parametrize("family", ["zaya", "lfm2"])
+def test_a_mask_that_comes_by_position_keeps_its_tree(family):
+    """DeepSpeed has a full backward hook on each leaf, for which autograd copies tensors that come by position."""
+    model = tiny_model(family)
+    enable_tree(model)
+    samples = [reasoning_chat(3)]
+    expected = forward(model, samples)[0].logits
+    make_leaves(model, on_stage(3))
+    for module in model.modules():
+        if getattr(module, "_z3_leaf", False):
+            module.register_full_backward_hook(lambda *_: None)
+    assert torch.equal(forward(model, samples)[0].logits, expected)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from .dataset import AnyDataset
 from .metrics import TokenCounts
 from .model_card import complete_model_card
 from .self_check import SelfCheck
-from .sharded_head import gather_head_with_model
+from .sharding import gather_head_with_model
 
 
 class SinglePassTrainerMixin(Trainer):
