@@ -20,7 +20,7 @@ import transformers
 
 from benchmarks.machine import describe
 from trl_singlepass.attention.block_mask import build_block_mask
-from trl_singlepass.attention.context import Tree, tree_context
+from trl_singlepass.attention.context import Tree, running_on
 from trl_singlepass.attention.tree_mask import TreeMask
 from trl_singlepass.attention.varlen_plan import varlen_plan
 from trl_singlepass.engine.enable import enable_tree
@@ -96,7 +96,7 @@ def forward_time(rows, repeats):
     }
 
     def forward():
-        with torch.no_grad(), tree_context(plan, torch.from_numpy(row.subtree_end)[None], inputs["position_ids"]):
+        with torch.no_grad(), running_on(Tree(plan, torch.from_numpy(row.subtree_end)[None], inputs["position_ids"])):
             model.model(**inputs, use_cache=False)
 
     return best(forward, repeats)

@@ -35,7 +35,7 @@ def test_gradients_of_stored_inputs_return_to_the_row_that_made_them():
     second = RowBoundary(2, {}, needed, {layer: tensors}, stores=True)
     x = torch.tensor([[[1.0], [2.0], [3.0]]], requires_grad=True)
     y = torch.tensor([[[4.0], [5.0]]], requires_grad=True)
-    extended_x, extended_y = first.extend(layer, x, ("x",)), second.extend(layer, y, ("x",))
+    extended_x, extended_y = first.extend(layer, "x", x), second.extend(layer, "x", y)
     assert extended_y.flatten().tolist() == [4.0, 5.0, 3.0]
     (extended_y * torch.tensor([1.0, 1.0, 7.0])[:, None]).sum().backward()
     extended_x[:, :3].sum().backward()

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from .context import Tree, tree_context
+from .context import Tree
 from .registry import TREE_ATTENTION
 from .tree_mask import TreeMask
 
 
-__all__ = [
-    "TREE_ATTENTION",
-    "Tree",
-    "TreeMask",
-    "tree_context",
-]
+__all__ = ["TREE_ATTENTION", "Tree", "TreeMask"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from .interface import Gradients
 from .kernel_choice import TorchKernel
@@ -19,11 +20,11 @@ aten = torch.ops.aten
 class BlockInputs:
     """One block of queries and keys of a row."""
 
-    query: torch.Tensor  # (1, heads, num_queries, head_dim)
-    key: torch.Tensor  # (1, kv_heads, num_keys, head_dim)
-    value: torch.Tensor  # like `key`
+    query: Tensor  # (1, heads, num_queries, head_dim)
+    key: Tensor  # (1, kv_heads, num_keys, head_dim)
+    value: Tensor  # like `key`
     is_causal: bool  # query `i` sees keys up to `i` only
-    mask: torch.Tensor | None  # (num_queries, num_keys), bool: `True` where the query attends
+    mask: Tensor | None  # (num_queries, num_keys), bool: `True` where the query attends
     scale: float  # factor of the scores
 
 
@@ -36,11 +37,11 @@ class BlockKernel(ABC):
     """Head sizes are padded to a multiple of this number."""
 
     @abstractmethod
-    def forward(self, block: BlockInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, block: BlockInputs) -> tuple[Tensor, Tensor]:
         """Return the output of the block alone, and the log-sum-exp of its scores, `(1, heads, num_queries)`."""
 
     @abstractmethod
-    def backward(self, grad: torch.Tensor, block: BlockInputs, out: torch.Tensor, lse: torch.Tensor) -> Gradients:
+    def backward(self, grad: Tensor, block: BlockInputs, out: Tensor, lse: Tensor) -> Gradients:
         """
         Return the block's share of the gradients, from the gradient of the merged output.
 
@@ -53,14 +54,14 @@ class BlockKernel(ABC):
 class CpuFlash(BlockKernel):
     """PyTorch's flash attention for CPU: linear memory, grouped heads, float64 included."""
 
-    def forward(self, block: BlockInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, block: BlockInputs) -> tuple[Tensor, Tensor]:
         """Return output and log-sum-exp."""
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             block.query, block.key, block.value, 0.0, block.is_causal, attn_mask=_bias(block), scale=block.scale
         )
         return out, lse
 
-    def backward(self, grad: torch.Tensor, block: BlockInputs, out: torch.Tensor, lse: torch.Tensor) -> Gradients:
+    def backward(self, grad: Tensor, block: BlockInputs, out: Tensor, lse: Tensor) -> Gradients:
         """Return the gradients of queries, keys and values."""
         grads: Gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, block.query, block.key, block.value, out, lse.contiguous(), 0.0, block.is_causal,
@@ -74,7 +75,7 @@ class CudaFlash(BlockKernel):
 
     head_dim_multiple: ClassVar[int] = 8
 
-    def forward(self, block: BlockInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, block: BlockInputs) -> tuple[Tensor, Tensor]:
         """Return output and log-sum-exp."""
         assert block.mask is None, "the flash kernel takes no mask"
         out, lse = aten._scaled_dot_product_flash_attention(
@@ -82,7 +83,7 @@ class CudaFlash(BlockKernel):
         )[:2]
         return out, lse
 
-    def backward(self, grad: torch.Tensor, block: BlockInputs, out: torch.Tensor, lse: torch.Tensor) -> Gradients:
+    def backward(self, grad: Tensor, block: BlockInputs, out: Tensor, lse: Tensor) -> Gradients:
         """Return the gradients of queries, keys and values."""
         q, k, v = block.query, block.key, block.value
         unused = torch.empty(0, dtype=torch.int64, device=q.device)  # random state and borders: no dropout, no varlen
@@ -108,14 +109,14 @@ class BlockMath(BlockKernel):
     def __init__(self, softcap: float | None = None) -> None:
         self.softcap = softcap
 
-    def forward(self, block: BlockInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, block: BlockInputs) -> tuple[Tensor, Tensor]:
         """Return output and log-sum-exp."""
         scores = self._scores(block)
         lse = scores.logsumexp(-1)
         out = (scores - lse[..., None]).exp() @ block.value[:, :, None].to(scores.dtype)
         return out.flatten(1, 2).to(block.query.dtype), lse.flatten(1, 2)
 
-    def backward(self, grad: torch.Tensor, block: BlockInputs, out: torch.Tensor, lse: torch.Tensor) -> Gradients:
+    def backward(self, grad: Tensor, block: BlockInputs, out: Tensor, lse: Tensor) -> Gradients:
         """Return the gradients of queries, keys and values."""
         scores = self._scores(block)
         dtype, kv_heads = scores.dtype, block.key.shape[1]
@@ -132,7 +133,7 @@ class BlockMath(BlockKernel):
         grad_v = (weights.transpose(-1, -2) @ grad_).sum(2)
         return grad_q.to(block.query.dtype), grad_k.to(block.key.dtype), grad_v.to(block.value.dtype)
 
-    def _scores(self, block: BlockInputs) -> torch.Tensor:
+    def _scores(self, block: BlockInputs) -> Tensor:
         """Scores of shape `(1, kv_heads, groups, num_queries, num_keys)`, -inf where masked."""
         q, k, mask = block.query, block.key, block.mask
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -154,7 +155,7 @@ def get_block_kernel(kernel: TorchKernel, softcap: float | None) -> BlockKernel:
     return BlockMath(softcap)
 
 
-def _bias(block: BlockInputs) -> torch.Tensor | None:
+def _bias(block: BlockInputs) -> Tensor | None:
     """The mask as numbers to add to the scores, 0 or -inf."""
     if block.mask is None:
         return None
@@ -162,6 +163,6 @@ def _bias(block: BlockInputs) -> torch.Tensor | None:
     return zeros.masked_fill_(~block.mask, -torch.inf)[None, None]
 
 
-def _in_groups(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+def _in_groups(x: Tensor, kv_heads: int) -> Tensor:
     """Split the heads, dimension 1, into key-value heads and the groups of query heads that share them."""
     return x.view(x.shape[0], kv_heads, -1, *x.shape[2:])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..trees.rows import TreePlan
@@ -19,7 +20,7 @@ _TABLES = (
     "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
     "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices",
 )  # fmt: skip
-MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def build_block_mask(mask: TreeMask, block_size: tuple[int, int]) -> BlockMask:
@@ -55,7 +56,7 @@ def build_mask_mod(mask: TreeMask) -> MaskMod:
     if rule is None:
         own_rule = mask.mask_function
 
-        def general(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        def general(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             is_ancestor = (key <= query) & (query < end[key])
             return is_ancestor & own_rule(batch, head, depth[query], depth[key])
 
@@ -64,20 +65,20 @@ def build_mask_mod(mask: TreeMask) -> MaskMod:
         return _mask_mod_with_images(mask.plan, rule, end, depth)
     if rule.kind is RuleKind.CAUSAL:
 
-        def causal(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key <= query) & (query < end[key])
 
         return causal
     # The size of a window or chunk as a tensor, never as a number: a number would be compiled in, once per size.
     first_depth = rule.first_depth(depth)
 
-    def local(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def local(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < end[key]) & (depth[key] >= first_depth[query])
 
     return local
 
 
-def _mask_mod_with_images(plan: TreePlan, rule: MaskRule, end: torch.Tensor, depth: torch.Tensor) -> MaskMod:
+def _mask_mod_with_images(plan: TreePlan, rule: MaskRule, end: Tensor, depth: Tensor) -> MaskMod:
     """The mask of a rule under which a token of an image sees its image up to the end."""
     position = np.arange(plan.length)
     visible_end, image_start = position + 1, position.copy()
@@ -88,7 +89,7 @@ def _mask_mod_with_images(plan: TreePlan, rule: MaskRule, end: torch.Tensor, dep
     visible_end_, image_depth = moved[0].to(torch.int32), depth[moved[1]]
     first_depth = rule.first_depth(depth, image_depth)
 
-    def with_images(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def with_images(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         # A later token of the query's image has the query before it, so the second test holds for it as well.
         return (key < visible_end_[query]) & (query < end[key]) & (depth[key] >= first_depth[query])
 
@@ -147,7 +148,7 @@ def _table(row: Ints, column: Ints, shape: tuple[int, int]) -> tuple[Ints, Ints,
     return count, row * shape[1] + slot, column, shape
 
 
-def _to_device(tables: list[tuple[Ints, Ints, Ints, tuple[int, int]]], device: torch.device) -> Iterator[torch.Tensor]:
+def _to_device(tables: list[tuple[Ints, Ints, Ints, tuple[int, int]]], device: torch.device) -> Iterator[Tensor]:
     """Counts and tables as `BlockMask` takes them; only filled places are moved to the device, in two copies."""
     counts = np.concatenate([count for count, *_ in tables]).astype(np.int32)
     sizes = [shape[0] * shape[1] for *_, shape in tables]

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ..trees.rows import Ranges, Run
 from .block_kernels import BlockInputs, BlockKernel
 from .interface import AttentionInputs, add_sinks_, sink_gradient
-from .kv_cache import FetchedSlots, KVCacheView
+from .kv_cache import FetchedSlots, KVCacheView, LayerSlots
 from .tree_mask import TreeMask
 
 
@@ -48,6 +50,11 @@ class Block:
     def num_keys(self) -> int:
         """Number of keys."""
         return sum(last - first for first, last in self.keys)
+
+    def with_slots(self, slots: LayerSlots, row_length: int) -> Block:
+        """Return the block with its keys past the row where a layer's cache holds them."""
+        ends = slots.locate(np.array([(first, last - 1) for first, last in self.keys], np.int64), row_length)
+        return replace(self, keys=tuple((first, last + 1) for first, last in ends.tolist()))
 
 
 def tree_blocks(mask: TreeMask, query_block: int | None) -> list[Block]:
@@ -123,7 +130,7 @@ def _from_depth(path: Ranges, depth: int) -> Ranges:
 
 def block_tree_attention(
     inputs: AttentionInputs, mask: TreeMask, kernel: BlockKernel, cache: KVCacheView | None = None
-) -> torch.Tensor:
+) -> Tensor:
     """
     Return attention of a row of trees, shape `(1, row_length, heads, value_dim)`, block by block: block-sparse, memory
     linear in tokens.
@@ -131,7 +138,7 @@ def block_tree_attention(
     `cache` has the keys and values of ancestors outside the row.
     """
     padded = inputs.with_one_head_dim(kernel.head_dim_multiple)
-    out: torch.Tensor = BlockAttention.apply(  # type: ignore[no-untyped-call]
+    out: Tensor = BlockAttention.apply(  # type: ignore[no-untyped-call]
         padded.query, padded.key, padded.value, padded.sinks, mask, kernel, padded.scale, cache
     )
     return out[..., : inputs.value.shape[-1]].transpose(1, 2)
@@ -149,20 +156,20 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sinks: torch.Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
         mask: TreeMask,
         kernel: BlockKernel,
         scale: float,
         cache: KVCacheView | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return the output, in the shape of the queries."""
         blocks = tree_blocks(mask, kernel.query_block)
         if cache is not None:
             cache.store(*(x.squeeze(0).transpose(0, 1) for x in (key, value)))
-            blocks = [replace(block, keys=cache.slots.locate(block.keys, key.shape[2])) for block in blocks]
+            blocks = [block.with_slots(cache.slots, key.shape[2]) for block in blocks]
         row = _Row(query, key, value, mask, scale, _fetch(blocks, key, cache))
         out, lse = _merged_output(row, blocks, kernel)
         if sinks is not None:
@@ -172,7 +179,7 @@ class BlockAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of `query`, `key`, `value` and `sinks`, and `None` for the rest."""
         query, key, value, sinks, out, lse = ctx.saved_tensors
         cache: KVCacheView | None = ctx.cache
@@ -204,9 +211,9 @@ class BlockAttention(torch.autograd.Function):
 class _Row:
     """What a row's blocks are cut from."""
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
     mask: TreeMask
     scale: float
     fetched: FetchedSlots | None
@@ -224,13 +231,13 @@ class _Row:
             scale=self.scale,
         )
 
-    def _visibility(self, block: Block) -> torch.Tensor:
+    def _visibility(self, block: Block) -> Tensor:
         depth = self.mask.tree.depth[0]
         key_depth = torch.arange(block.key_depth, block.key_depth + block.num_keys, device=depth.device)
         return self.mask.evaluate(depth[block.start : block.end], key_depth, block.image)
 
 
-def _merged_output(row: _Row, blocks: Sequence[Block], kernel: BlockKernel) -> tuple[torch.Tensor, torch.Tensor]:
+def _merged_output(row: _Row, blocks: Sequence[Block], kernel: BlockKernel) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of the queries over all their blocks."""
     # In the memory order `(1, row_length, heads, head_dim)`, which layers want next.
     tokens_first = torch.empty_like(row.query.transpose(1, 2), memory_format=torch.contiguous_format)
@@ -249,14 +256,14 @@ def _merged_output(row: _Row, blocks: Sequence[Block], kernel: BlockKernel) -> t
     return out, lse
 
 
-def _merge_into(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor) -> None:
+def _merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
     merged = torch.logaddexp(lse, other_lse)
     keep, add = ((x - merged).exp()[..., None] for x in (lse, other_lse))
     out.copy_(out * keep + other_out * add)
     lse.copy_(merged)
 
 
-def _fetch(blocks: Sequence[Block], key: torch.Tensor, cache: KVCacheView | None) -> FetchedSlots | None:
+def _fetch(blocks: Sequence[Block], key: Tensor, cache: KVCacheView | None) -> FetchedSlots | None:
     """Bring the ancestors outside the row onto the device, from the first to the last, once for all blocks."""
     length = key.shape[2]
     outside = [keys for block in blocks for keys in block.keys if keys[0] >= length]
@@ -265,19 +272,19 @@ def _fetch(blocks: Sequence[Block], key: torch.Tensor, cache: KVCacheView | None
     return cache.fetch(min(outside)[0] - length, max(last for _, last in outside) - length, key.device)
 
 
-def _heads_first(kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _heads_first(kv: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values as kernels for blocks take them, `(1, kv_heads, num_tokens, head_dim)`."""
     key, value = kv.transpose(1, 2).unsqueeze(1)
     return key, value
 
 
-def _gather(x: torch.Tensor, ranges: Ranges, cached: torch.Tensor | None, slots: FetchedSlots | None) -> torch.Tensor:
+def _gather(x: Tensor, ranges: Ranges, cached: Tensor | None, slots: FetchedSlots | None) -> Tensor:
     parts = [_part(x, cached, slots, first, last) for first, last in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _add_to_ranges(
-    total: torch.Tensor, part: torch.Tensor, ranges: Ranges, cached: torch.Tensor | None, slots: FetchedSlots | None
+    total: Tensor, part: Tensor, ranges: Ranges, cached: Tensor | None, slots: FetchedSlots | None
 ) -> None:
     offset = 0
     for first, last in ranges:
@@ -286,9 +293,7 @@ def _add_to_ranges(
         offset += last - first
 
 
-def _part(
-    x: torch.Tensor, cached: torch.Tensor | None, slots: FetchedSlots | None, first: int, last: int
-) -> torch.Tensor:
+def _part(x: Tensor, cached: Tensor | None, slots: FetchedSlots | None, first: int, last: int) -> Tensor:
     """Positions `[first, last)` of the row, or of the cache, whose positions follow those of the row."""
     length = x.shape[2]
     if first < length:

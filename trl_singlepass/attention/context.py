@@ -14,17 +14,21 @@ tree travels in those arguments. There are three carriers, each for a reader tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 
 from ..trees.rows import TreePlan
 from .kv_cache import KVCacheView
 from .row_group import RowGroup
+
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -35,7 +39,7 @@ class Tree:
     subtree_end: torch.Tensor  # (1, row_length), int64: the position just past each token's last descendant
     depth: torch.Tensor  # (1, row_length), int64: the number of tokens before each token on its path
     group: RowGroup | None = None  # ranks that share the row; each runs the model on its part of the tokens
-    _copies: dict[torch.device, Tree] = field(default_factory=dict, init=False, repr=False)
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         expected = (1, self.plan.length)
@@ -63,12 +67,18 @@ class Tree:
 
         Where one process spreads a model over several GPUs (`device_map="auto"`), the tree starts on the first.
         """
-        if device == self.depth.device:
-            return self
-        if device not in self._copies:
-            end, depth = (x.to(device, non_blocking=True) for x in (self.subtree_end, self.depth))
-            self._copies[device] = replace(self, subtree_end=end, depth=depth)
-        return self._copies[device]
+        return self if device == self.depth.device else self.make_once(device, lambda: self._copy_to(device))
+
+    def _copy_to(self, device: torch.device) -> Tree:
+        end, depth = (x.to(device, non_blocking=True) for x in (self.subtree_end, self.depth))
+        return replace(self, subtree_end=end, depth=depth)
+
+    def make_once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return `make()`, made once per row and shared by all layers that ask for the same key."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
 
     def kv_cache(self, layer: torch.nn.Module, local_size: int | None = None) -> KVCacheView | None:
         """
@@ -83,20 +93,8 @@ _current_tree: ContextVar[Tree | None] = ContextVar("trl_singlepass_tree", defau
 
 
 @contextmanager
-def tree_context(plan: TreePlan, subtree_end: torch.Tensor, position_ids: torch.Tensor) -> Iterator[Tree]:
-    """
-    Run the model calls inside on one row of trees, and yield its tree. Calls outside are not affected.
-
-    Takes what `DataCollatorForSinglePass` returns. `subtree_end` is the position just past each token's last
-    descendant, `position_ids` the depth of each token; both have shape `(1, row_length)`, int64.
-    """
-    with running_on(Tree(plan, subtree_end, position_ids)) as tree:
-        yield tree
-
-
-@contextmanager
 def running_on(tree: Tree) -> Iterator[Tree]:
-    """Run the model calls inside on a tree, and yield it."""
+    """Run the model calls inside on a tree, and yield it. Calls outside are not affected."""
     token = _current_tree.set(tree)
     try:
         yield tree

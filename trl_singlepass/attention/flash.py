@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.integrations.flash_attention import flash_attention_forward, get_target_dtype
 
 from .interface import AttentionFunction, AttentionInputs, tree_attention_or
@@ -24,7 +25,7 @@ def varlen_forward(implementation: str) -> AttentionFunction:
 
     def on_tree(
         module: torch.nn.Module, inputs: AttentionInputs, mask: TreeMask, options: Mapping[str, Any]
-    ) -> torch.Tensor:
+    ) -> Tensor:
         kernel = flash_kernel(implementation)
         dtype = get_target_dtype(inputs.query, module) or inputs.query.dtype
         _check_kernel(implementation, kernel, dtype, inputs)
@@ -63,12 +64,12 @@ def _check_kernel(implementation: str, kernel: VarlenKernel, dtype: torch.dtype,
 
 def _stock_flash(implementation: str) -> AttentionFunction:
     def plain(
-        module: Any, *args: Any, softcap: float | None = None, s_aux: torch.Tensor | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        module: Any, *args: Any, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         layer = _Renamed(module, config=_Renamed(module.config, _attn_implementation=implementation))
         if softcap is not None or s_aux is not None:
             kwargs.update(softcap=softcap, s_aux=s_aux)
-        result: tuple[torch.Tensor, None] = flash_attention_forward(layer, *args, **kwargs)
+        result: tuple[Tensor, None] = flash_attention_forward(layer, *args, **kwargs)
         return result
 
     return plain

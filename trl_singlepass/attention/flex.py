@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from transformers.integrations.flex_attention import flex_attention_forward
 
@@ -42,7 +43,7 @@ def compiled_flex_attention() -> Callable[..., Any]:
 
 def flex_tree_attention(
     inputs: AttentionInputs, mask: TreeMask, kernel_options: KernelOptions | None = None
-) -> torch.Tensor:
+) -> Tensor:
     """Return attention of a row of trees by FlexAttention, shape `(1, row_length, heads, value_dim)`."""
     query, key, value, softcap = inputs.query, inputs.key, inputs.value, inputs.softcap
     attend = compiled_flex_attention()
@@ -54,7 +55,7 @@ def flex_tree_attention(
         "kernel_options": _with_defaults(kernel_options, query),
     }
     if inputs.sinks is None:
-        out: torch.Tensor = attend(query, key, value, **options)
+        out: Tensor = attend(query, key, value, **options)
     else:
         out, lse = attend_with_lse(attend, inputs, options)
         # A sink takes part in the softmax without a value: it only scales the output.
@@ -65,7 +66,7 @@ def flex_tree_attention(
 
 def attend_with_lse(
     attend: Callable[..., Any], inputs: AttentionInputs, options: Mapping[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Return the output and the log-sum-exp of the scores, `(1, heads, row_length)`, with any release of PyTorch."""
     query, key, value = inputs.query, inputs.key, inputs.value
     if hasattr(torch_flex, "AuxRequest"):  # from PyTorch 2.9 on
@@ -83,7 +84,7 @@ def block_size(device: torch.device, kernel_options: KernelOptions | None) -> tu
     return (128, 128)
 
 
-def _with_defaults(kernel_options: KernelOptions | None, query: torch.Tensor) -> KernelOptions | None:
+def _with_defaults(kernel_options: KernelOptions | None, query: Tensor) -> KernelOptions | None:
     """
     Options with which PyTorch's kernels run on every row and GPU; a `BACKEND` of the user's own decides by itself.
 
@@ -102,13 +103,11 @@ def _with_defaults(kernel_options: KernelOptions | None, query: torch.Tensor) ->
 
 
 @cache
-def _score_mod(softcap: float, dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
+def _score_mod(softcap: float, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
     # As a tensor: a captured number does not compile for rows of any length.
     cap = torch.tensor(softcap, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
-    def score_mod(
-        score: torch.Tensor, batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> torch.Tensor:
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 
     return score_mod
@@ -116,17 +115,13 @@ def _score_mod(softcap: float, dtype: torch.dtype, device: torch.device) -> Call
 
 def _plain(
     module: Any, *args: Any, kernel_options: KernelOptions | None = None, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     options = kernel_options or _kernel_options(module)
-    result: tuple[torch.Tensor, torch.Tensor | None] = flex_attention_forward(
-        module, *args, kernel_options=options, **kwargs
-    )
+    result: tuple[Tensor, Tensor | None] = flex_attention_forward(module, *args, kernel_options=options, **kwargs)
     return result
 
 
-def _on_tree(
-    module: torch.nn.Module, inputs: AttentionInputs, mask: TreeMask, options: Mapping[str, Any]
-) -> torch.Tensor:
+def _on_tree(module: torch.nn.Module, inputs: AttentionInputs, mask: TreeMask, options: Mapping[str, Any]) -> Tensor:
     assert mask.tree.kv_cache(module) is None, "waves hand keys from row to row, and FlexAttention reads no others"
     kernel_options = options.get("kernel_options") or _kernel_options(module)
     _check_backward(inputs, kernel_options)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from .context import Tree
 from .tree_mask import TreeMask
 
 
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor]
 """Gradients of queries, keys and values."""
 
 
@@ -26,14 +26,12 @@ class AttentionInputs:
     On a row of trees, `batch` is 1, and `num_queries` and `num_keys` are the length of the row.
     """
 
-    query: torch.Tensor  # (batch, heads, num_queries, head_dim)
-    key: torch.Tensor  # (batch, kv_heads, num_keys, head_dim); `kv_heads` divides `heads`
-    value: torch.Tensor  # (batch, kv_heads, num_keys, value_dim)
+    query: Tensor  # (batch, heads, num_queries, head_dim)
+    key: Tensor  # (batch, kv_heads, num_keys, head_dim); `kv_heads` divides `heads`
+    value: Tensor  # (batch, kv_heads, num_keys, value_dim)
     scale: float  # factor of the scores
     softcap: float | None = None  # scores become `softcap · tanh(score / softcap)` (Gemma 2)
-    sinks: torch.Tensor | None = (
-        None  # (heads,): logit per head that takes part in the softmax without a key (gpt-oss)
-    )
+    sinks: Tensor | None = None  # (heads,): logit per head that takes part in the softmax without a key (gpt-oss)
 
     def to(self, dtype: torch.dtype) -> AttentionInputs:
         """Return the inputs with queries, keys and values cast to a dtype."""
@@ -71,7 +69,7 @@ class AttentionInputs:
 
 
 def check_layer(
-    module: torch.nn.Module, mask: TreeMask, query: torch.Tensor, dropout: float, kwargs: Mapping[str, object]
+    module: torch.nn.Module, mask: TreeMask, query: Tensor, dropout: float, kwargs: Mapping[str, object]
 ) -> None:
     """
     Refuse what a tree cannot honour in a layer: a row that does not fit the tree, dropout, a position bias.
@@ -93,7 +91,7 @@ def check_layer(
         raise ValueError(f"{name} adds a position bias to its scores, which tree attention does not support.")
 
 
-def scale_by_depth(module: Any, query: torch.Tensor, tree: Tree) -> torch.Tensor:
+def scale_by_depth(module: Any, query: Tensor, tree: Tree) -> Tensor:
     """
     Correct the attention temperature of layers that compute it from the index in the row (Llama 4).
 
@@ -107,7 +105,7 @@ def scale_by_depth(module: Any, query: torch.Tensor, tree: Tree) -> torch.Tensor
     if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
         return query
 
-    def temperature(positions: torch.Tensor) -> torch.Tensor:
+    def temperature(positions: Tensor) -> Tensor:
         steps = torch.floor((positions.float() + 1.0) / module.floor_scale)
         return torch.log1p(steps) * float(module.attn_scale) + 1.0
 
@@ -118,39 +116,22 @@ def scale_by_depth(module: Any, query: torch.Tensor, tree: Tree) -> torch.Tensor
     return query * ratio.to(query.dtype)[:, None]
 
 
-class AttentionFunction(Protocol):
-    """
-    Attention function of a layer, as transformers' `AttentionInterface` calls it.
+AttentionFunction: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
+"""
+Attention of a layer, as transformers' `AttentionInterface` calls it.
 
-    Takes `query` of shape `(batch, heads, num_queries, head_dim)`, `key` of shape
-    `(batch, kv_heads, num_keys, head_dim)`, `value` of shape `(batch, kv_heads, num_keys, value_dim)`, and as
-    `attention_mask` a `TreeMask` on a row of trees, otherwise whatever the stock mask function returned. Among the
-    layer's further arguments are `dropout`, `scaling` (factor of the scores, `head_dim ** -0.5` by default), `softcap`
-    (of the scores), and `s_aux` (attention sinks, of shape `(heads,)`).
-
-    Returns the output, of shape `(batch, num_queries, heads, value_dim)`, and attention weights or log-sum-exp where
-    the stock function returns them. Raises `ValueError` if the layer asks for what a tree or the kernel cannot do.
-    """
-
-    def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute attention."""
-        ...
-
-
-class TreeAttention(Protocol):
-    """
-    Attention of a layer on a row of trees: returns the output, of shape `(1, row_length, heads, value_dim)`.
-
-    `options` are further arguments that the layer passes.
-    """
-
-    def __call__(
-        self, module: nn.Module, inputs: AttentionInputs, mask: TreeMask, options: Mapping[str, Any]
-    ) -> Tensor:
-        """Compute attention."""
-        ...
+It takes the layer, `query` of shape `(batch, heads, num_queries, head_dim)`, `key` of shape
+`(batch, kv_heads, num_keys, head_dim)`, `value` of shape `(batch, kv_heads, num_keys, value_dim)`, and as
+`attention_mask` a `TreeMask` on a row of trees, otherwise whatever the stock mask function returned. Among the layer's
+further arguments are `dropout`, `scaling` (factor of the scores, `head_dim ** -0.5` by default), `softcap` (of the
+scores), and `s_aux` (attention sinks, of shape `(heads,)`). It returns the output, of shape
+`(batch, num_queries, heads, value_dim)`, and attention weights or log-sum-exp where the stock function returns them.
+"""
+TreeAttention: TypeAlias = Callable[[nn.Module, AttentionInputs, TreeMask, Mapping[str, Any]], Tensor]
+"""
+Attention of a layer on a row of trees, shape `(1, row_length, heads, value_dim)`; the mapping holds further arguments
+that the layer passes.
+"""
 
 
 def tree_attention_or(plain: AttentionFunction, on_tree: TreeAttention) -> AttentionFunction:
@@ -176,7 +157,7 @@ def tree_attention_or(plain: AttentionFunction, on_tree: TreeAttention) -> Atten
     return attention_function
 
 
-def add_sinks_(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+def add_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """
     Add a sink to the softmax after the fact: it only scales the output, by `exp(lse - logaddexp(lse, sink))`.
 
@@ -188,7 +169,7 @@ def add_sinks_(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> tor
     return merged
 
 
-def sink_gradient(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+def sink_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """
     Return the gradient of the sinks, `-Σ weight · rowsum(grad · out)` with the weight `exp(sink - lse)`.
 

@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ..trees.rows import Ranges
 from .offload import HostCopies
 
 
@@ -31,8 +31,8 @@ class KVCache:
         self.num_slots, self.copies = num_slots, copies
         self.alike = [] if alike is None else alike
         self.alike.append(self)
-        self.kv: torch.Tensor | None = None
-        self.grad: torch.Tensor | None = None
+        self.kv: Tensor | None = None
+        self.grad: Tensor | None = None
 
     @property
     def following(self) -> KVCache | None:
@@ -40,7 +40,7 @@ class KVCache:
         index = self.alike.index(self) + (-1 if is_in_backward() else 1)
         return self.alike[index] if 0 <= index < len(self.alike) else None
 
-    def zeros_like(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def zeros_like(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """
         Return zeros for keys and values, `(2, num_slots, kv_heads, head_dim)`; `x` is `(..., kv_heads, head_dim)`.
         """
@@ -57,7 +57,7 @@ class FetchedSlots:
     """A range of a cache's slots on the device of the layer: a view of the cache, or a copy if it is offloaded."""
 
     first: int  # first slot
-    kv: torch.Tensor  # (2, num_fetched, kv_heads, head_dim): keys and values
+    kv: Tensor  # (2, num_fetched, kv_heads, head_dim): keys and values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,13 +67,13 @@ class KVCacheView:
     cache: KVCache
     slots: LayerSlots
 
-    def store(self, key: torch.Tensor, value: torch.Tensor) -> None:
+    def store(self, key: Tensor, value: Tensor) -> None:
         """
         Store the keys and values that later rows attend to, unless the cache holds them already.
 
         Both have shape `(row_length, kv_heads, head_dim)`.
         """
-        cache, ranges = self.cache, self.slots.handed_on
+        cache, ranges = self.cache, self.slots.cached_for_later
         if not self.slots.stores or not ranges:
             return
         if cache.kv is None:
@@ -100,7 +100,7 @@ class KVCacheView:
             copies.start_for_one_use(cache.grad[:, first:last])
         return FetchedSlots(first, fetched)
 
-    def gradients_of(self, fetched: FetchedSlots) -> torch.Tensor:
+    def gradients_of(self, fetched: FetchedSlots) -> Tensor:
         """
         Return where a row adds the gradients of the slots that it fetched, which [`send_back`] takes afterwards.
 
@@ -114,7 +114,7 @@ class KVCacheView:
         stored = cache.grad[:, fetched.first : fetched.first + fetched.kv.shape[1]]
         return stored if cache.copies is None else cache.copies(fetched.kv.device).fetch_for_one_use(stored)
 
-    def send_back(self, fetched: FetchedSlots, gradients: torch.Tensor) -> None:
+    def send_back(self, fetched: FetchedSlots, gradients: Tensor) -> None:
         """
         Send the gradients of fetched slots to an offloaded cache; without offloading they are there already.
 
@@ -126,19 +126,19 @@ class KVCacheView:
             stored = cache.grad[:, fetched.first : fetched.first + gradients.shape[1]]
             cache.copies(gradients.device).send(gradients, stored)
 
-    def add_gradients(self, fetched: FetchedSlots, gradients: torch.Tensor) -> None:
+    def add_gradients(self, fetched: FetchedSlots, gradients: Tensor) -> None:
         """Add to the gradients of fetched slots, `(2, num_fetched, kv_heads, head_dim)` for keys and values."""
         self.send_back(fetched, self.gradients_of(fetched).add_(gradients))
 
-    def add_gradients_from_later_rows(self, total: torch.Tensor, index: torch.Tensor | None = None) -> None:
+    def add_gradients_from_later_rows(self, total: Tensor, index: Tensor | None = None) -> None:
         """
         Add the gradients that later rows sent back for the tokens of this row.
 
-        Changes `total` in place, of shape `(2, row_length, kv_heads, head_dim)` for keys and values. `index`,
-        `(num_handed_on,)`, has the positions of the tokens that the row hands on; not needed where they lie together.
+        Changes `total` in place, of shape `(2, row_length, kv_heads, head_dim)` for keys and values. `index` has the
+        positions of the tokens that later rows attend to, shape `(num_cached,)`; not needed where they lie together.
         """
         cache = self.cache
-        if cache.grad is None or not self.slots.handed_on:
+        if cache.grad is None or not self.slots.cached_for_later:
             return
         sent = cache.grad[:, self.slots.stored_by_row]
         if cache.copies is not None:
@@ -147,7 +147,7 @@ class KVCacheView:
             total.index_add_(1, index, sent)
             return
         start = 0
-        for first, last, _ in self.slots.handed_on:
+        for first, last, _ in self.slots.cached_for_later:
             total[:, first:last].add_(sent[:, start : start + last - first])
             start += last - first
 
@@ -167,25 +167,25 @@ class LayerSlots:
 
     # Tokens of the row that later rows attend to in these layers, with their slots there. Slots are numbered in row
     # order, so those of a row follow one another.
-    handed_on: SlotRanges
+    cached_for_later: SlotRanges
     # For each slot of these layers, int64: its number among the slots that any layer keeps. A full layer keeps them
     # all, a window only those it looks back to.
     kept: NDArray[np.int64]
     stores: bool  # whether the row runs for the first time, so that the cache does not hold these tokens yet
 
     @classmethod
-    def from_row(cls, handed_on: SlotRanges, kept: NDArray[np.int64], *, stores: bool) -> LayerSlots:
+    def from_row(cls, cached_for_later: SlotRanges, kept: NDArray[np.int64], *, stores: bool) -> LayerSlots:
         """
         Return the slots of layers that keep only some.
 
         Tokens 10 to 15 of a row have the slots 4 to 9. A layer that keeps the slots 2, 6, 7 and 9 has them as its own
-        slots 0 to 3, so what it hands on is `((12, 14, 1), (15, 16, 3))`: tokens 12 and 13 from its slot 1 on, token
-        15 in its slot 3.
+        slots 0 to 3, so what it caches is `((12, 14, 1), (15, 16, 3))`: tokens 12 and 13 from its slot 1 on, token 15
+        in its slot 3.
 
         Takes the tokens that any later row attends to, in any layer, and the slots that these layers keep, sorted.
         """
         own: list[tuple[int, int, int]] = []
-        for first, last, slot in handed_on:
+        for first, last, slot in cached_for_later:
             start, end = np.searchsorted(kept, (slot, slot + last - first)).tolist()
             borders = [start, *(np.flatnonzero(np.diff(kept[start:end]) > 1) + start + 1).tolist(), end]
             for begin, stop in pairwise(borders if start < end else []):
@@ -195,26 +195,22 @@ class LayerSlots:
 
     @property
     def stored_by_row(self) -> slice:
-        """Slots of the tokens that the row hands on."""
-        if not self.handed_on:
+        """Slots of the tokens that later rows attend to."""
+        if not self.cached_for_later:
             return slice(0, 0)
-        first, last, slot = self.handed_on[-1]
-        return slice(self.handed_on[0][2], slot + last - first)
+        first, last, slot = self.cached_for_later[-1]
+        return slice(self.cached_for_later[0][2], slot + last - first)
 
-    def locate(self, ranges: Ranges, row_length: int) -> Ranges:
+    def locate(self, positions: NDArray[np.int64], row_length: int) -> NDArray[np.int64]:
         """
         Return where keys lie: positions in the row stay, those past it become slots of the layer.
 
-        In a row of 20 tokens, position 26 is slot 6. The layer of the example above holds it in its own slot 1, so
-        `((26, 28), (0, 20))` becomes `((21, 23), (0, 20))`.
+        In a row of 20 tokens, the positions 26 and 27 are the slots 6 and 7. The layer of the example above holds them
+        in its own slots 1 and 2, so `[26, 27, 3]` becomes `[21, 22, 3]`.
         """
-        located = []
-        for first, last in ranges:
-            if first >= row_length:
-                place = int(np.searchsorted(self.kept, first - row_length))
-                assert self.kept[place + last - first - 1] == last - 1 - row_length, (
-                    "a window looks back to tokens that are kept"
-                )
-                first, last = row_length + place, row_length + place + last - first
-            located.append((first, last))
-        return tuple(located)
+        slots = positions[positions >= row_length] - row_length
+        places = np.searchsorted(self.kept, slots)
+        assert np.array_equal(self.kept[places], slots), "a window looks back to tokens that are kept"
+        located = positions.copy()
+        located[positions >= row_length] = row_length + places
+        return located

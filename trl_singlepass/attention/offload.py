@@ -9,53 +9,39 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 
 class Streams:
-    """The stream that a CUDA device computes on, and one for copies."""
+    """The stream that a CUDA device computes on, and one for copies; on other devices, all runs as the host says."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.copy = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.device = device
+        self.copy: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @contextmanager
     def copies_after_computation(self) -> Iterator[None]:
         """Run copies inside on their stream, after all that the computation has queued so far."""
+        if self.copy is None:
+            yield
+            return
         self.copy.wait_event(torch.cuda.current_stream(self.device).record_event())
         with torch.cuda.stream(self.copy):
             yield
 
     def record_copies(self) -> Any:
-        """Return an event behind the copies queued so far."""
-        return self.copy.record_event()
+        """Return an event behind the copies queued so far, `None` if they are done."""
+        return None if self.copy is None else self.copy.record_event()
 
     def wait_for(self, event: Any) -> None:
         """Let the computation wait for an event."""
-        torch.cuda.current_stream(self.device).wait_event(event)
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
 
-    def protect(self, tensor: torch.Tensor) -> None:
+    def protect(self, tensor: Tensor) -> None:
         """Keep the memory of a tensor on the device from being reused before copies queued so far are done."""
-        tensor.record_stream(self.copy)
-
-
-class NoStreams(Streams):
-    """Devices without streams, such as the CPU: everything runs in the order of the host."""
-
-    def __init__(self) -> None:
-        """Nothing to order."""
-
-    @contextmanager
-    def copies_after_computation(self) -> Iterator[None]:
-        """Run copies at once."""
-        yield
-
-    def record_copies(self) -> Any:
-        """Return nothing: copies are done."""
-
-    def wait_for(self, event: Any) -> None:
-        """Return at once."""
-
-    def protect(self, tensor: torch.Tensor) -> None:
-        """Leave the tensor as it is."""
+        if self.copy is not None:
+            tensor.record_stream(self.copy)
 
 
 _Key: TypeAlias = tuple[int, torch.Size]
@@ -66,7 +52,7 @@ _Key: TypeAlias = tuple[int, torch.Size]
 class _Copy:
     """A tensor on the device, complete once the event is reached."""
 
-    tensor: torch.Tensor
+    tensor: Tensor
     event: Any
 
 
@@ -81,11 +67,11 @@ class HostCopies:
 
     def __init__(self, device: torch.device, streams: Streams | None = None) -> None:
         self.device = device
-        self.streams = streams or (Streams(device) if device.type == "cuda" else NoStreams())
+        self.streams = streams or Streams(device)
         self._held: defaultdict[Hashable, dict[_Key, _Copy]] = defaultdict(dict)
         self._for_one_use: dict[_Key, _Copy] = {}
 
-    def fetch(self, host: torch.Tensor, ahead: torch.Tensor | None = None, kind: Hashable = None) -> torch.Tensor:
+    def fetch(self, host: Tensor, ahead: Tensor | None = None, kind: Hashable = None) -> Tensor:
         """
         Return a device copy, which nothing may change, of a host tensor `(2, num_slots, kv_heads, head_dim)`.
 
@@ -99,25 +85,25 @@ class HostCopies:
         self.streams.wait_for(own.event)
         return own.tensor
 
-    def fetch_for_one_use(self, host: torch.Tensor) -> torch.Tensor:
+    def fetch_for_one_use(self, host: Tensor) -> Tensor:
         """Return a copy on the device of a tensor of the same layout, to be changed and sent back."""
         copy = self._for_one_use.pop(_key(host), None) or self._start(host)
         self.streams.wait_for(copy.event)
         return copy.tensor
 
-    def start_for_one_use(self, host: torch.Tensor) -> None:
+    def start_for_one_use(self, host: Tensor) -> None:
         """Start the copy that [`fetch_for_one_use`] returns next."""
         if _key(host) not in self._for_one_use:
             self._for_one_use[_key(host)] = self._start(host)
 
-    def send(self, tensor: torch.Tensor, host: torch.Tensor) -> None:
+    def send(self, tensor: Tensor, host: Tensor) -> None:
         """Copy a tensor, which nothing changes afterwards, to one of the same shape on the host."""
         with self.streams.copies_after_computation():
             for there, here in zip(host, tensor, strict=True):
                 there.copy_(here, non_blocking=True)
         self.streams.protect(tensor)
 
-    def _start(self, host: torch.Tensor) -> _Copy:
+    def _start(self, host: Tensor) -> _Copy:
         # Memory comes from the pool of the computation, and may still be in use there: copies wait for it.
         tensor = torch.empty(host.shape, dtype=host.dtype, device=self.device)
         with self.streams.copies_after_computation():
@@ -128,5 +114,5 @@ class HostCopies:
         return _Copy(tensor, event)
 
 
-def _key(host: torch.Tensor) -> _Key:
+def _key(host: Tensor) -> _Key:
     return host.data_ptr(), host.shape

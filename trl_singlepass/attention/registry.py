@@ -37,11 +37,7 @@ TREE_ATTENTION = {
 BESIDE_EAGER_LAYERS = "tree_eager"
 """`tree_torch` of a model in which some layers keep the eager attention of transformers, over whole paths: on ordinary
 batches, these read masks that are added to scores."""
-_RULES = {
-    "full_attention": RuleKind.CAUSAL,
-    "sliding_attention": RuleKind.WINDOW,
-    "chunked_attention": RuleKind.CHUNK,
-}
+_RULES = {"full_attention": RuleKind.CAUSAL, "sliding_attention": RuleKind.WINDOW, "chunked_attention": RuleKind.CHUNK}
 
 
 def tree_attention_name(implementation: str) -> str:

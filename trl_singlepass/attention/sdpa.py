@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .block_kernels import get_block_kernel
@@ -19,7 +20,7 @@ from .varlen import varlen_tree_attention
 from .varlen_kernels import TorchFlash
 
 
-def torch_tree_attention(inputs: AttentionInputs, mask: TreeMask, cache: KVCacheView | None = None) -> torch.Tensor:
+def torch_tree_attention(inputs: AttentionInputs, mask: TreeMask, cache: KVCacheView | None = None) -> Tensor:
     """
     Return attention of a row of trees, shape `(1, row_length, heads, value_dim)`, by the fastest of PyTorch's kernels
     that computes it.
@@ -42,27 +43,25 @@ def torch_tree_attention(inputs: AttentionInputs, mask: TreeMask, cache: KVCache
     return block_tree_attention(inputs, mask, get_block_kernel(kernel, inputs.softcap), cache).contiguous()
 
 
-def _on_tree(
-    module: torch.nn.Module, inputs: AttentionInputs, mask: TreeMask, options: Mapping[str, Any]
-) -> torch.Tensor:
+def _on_tree(module: torch.nn.Module, inputs: AttentionInputs, mask: TreeMask, options: Mapping[str, Any]) -> Tensor:
     return torch_tree_attention(inputs.to_common_dtype(), mask, mask.tree.kv_cache(module, mask.local_size))
 
 
 def plain_forward(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Compute attention of an ordinary batch: stock SDPA, or the whole score matrix for what SDPA cannot compute."""
     if softcap is None and s_aux is None:
-        stock: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        stock: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return stock
@@ -71,7 +70,7 @@ def plain_forward(
     return score_matrix_attention(inputs, attention_mask).transpose(1, 2).contiguous(), None
 
 
-def score_matrix_attention(inputs: AttentionInputs, mask: torch.Tensor | None) -> torch.Tensor:
+def score_matrix_attention(inputs: AttentionInputs, mask: Tensor | None) -> Tensor:
     """
     Return attention with a softcap or sinks, from the whole score matrix: O(queries × keys) memory.
 

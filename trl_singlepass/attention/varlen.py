@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .interface import AttentionInputs, Gradients, add_sinks_, sink_gradient
 from .kv_cache import FetchedSlots, KVCacheView
@@ -21,7 +22,7 @@ def varlen_tree_attention(
     kernel: VarlenKernel,
     deterministic: bool = False,
     cache: KVCacheView | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """
     Return attention of a row of trees by a varlen flash kernel, shape `(1, row_length, heads, value_dim)`.
 
@@ -33,7 +34,7 @@ def varlen_tree_attention(
     heads_per_key = inputs.query.shape[1] // inputs.key.shape[1]
     plan = mask.build_once(varlen_plan, heads_per_key, None if cache is None else cache.slots)
     run = _Run(plan, kernel, inputs.scale, inputs.softcap or 0.0, deterministic, cache)
-    out: torch.Tensor = VarlenAttention.apply(*tokens_first, inputs.sinks, run)  # type: ignore[no-untyped-call]
+    out: Tensor = VarlenAttention.apply(*tokens_first, inputs.sinks, run)  # type: ignore[no-untyped-call]
     return out[..., : inputs.value.shape[-1]].unsqueeze(0)
 
 
@@ -55,11 +56,11 @@ class _Run:
         assert self.cache is not None, "only a wave has ancestors outside its row"
         return self.cache.fetch(*self.plan.slots, device)
 
-    def sources(self, key: torch.Tensor, value: torch.Tensor, fetched: FetchedSlots | None) -> KeysAndValues:
+    def sources(self, key: Tensor, value: Tensor, fetched: FetchedSlots | None) -> KeysAndValues:
         """Return what the passes gather from."""
         return (key, value) if self.plan.gathers_nothing else join_with_slots(key, value, fetched)
 
-    def inputs(self, query: torch.Tensor, kv: KeysAndValues, call: VarlenCall) -> VarlenInputs:
+    def inputs(self, query: Tensor, kv: KeysAndValues, call: VarlenCall) -> VarlenInputs:
         """Return the inputs of a call, from its queries and from the keys and values of its pass."""
         return VarlenInputs(query, kv[0][call.keys], kv[1][call.keys], call, self.scale, self.softcap)
 
@@ -77,9 +78,7 @@ class VarlenAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, run: _Run
-    ) -> torch.Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, run: _Run) -> Tensor:
         """Return the output."""
         if run.cache is not None:
             run.cache.store(key, value)
@@ -103,7 +102,7 @@ class VarlenAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of `query`, `key`, `value` and `sinks`, and `None` for the rest."""
         query, key, value, sinks, out, lse = ctx.saved_tensors
         run: _Run = ctx.run
@@ -112,8 +111,8 @@ class VarlenAttention(torch.autograd.Function):
         sources = run.sources(key, value, fetched)
         row = _Backward(run, query, grad, out, lse)
         total = PathGradients(key, 0 if fetched is None else fetched.kv.shape[1], run.deterministic)
-        own: list[torch.Tensor] = []
-        shared: list[tuple[VarlenCall, torch.Tensor]] = []
+        own: list[Tensor] = []
+        shared: list[tuple[VarlenCall, Tensor]] = []
         for part in run.plan.passes:
             kv, found = _gather(sources, part), []
             if part.path is not None:
@@ -129,7 +128,7 @@ class VarlenAttention(torch.autograd.Function):
         grad_sinks = None
         if sinks is not None:
             grad_sinks = sink_gradient(grad.transpose(0, 1), out.transpose(0, 1), lse, sinks)
-        grad_key, grad_value = total.finish(run.cache, fetched, run.plan.handed_on).to(key.dtype)
+        grad_key, grad_value = total.finish(run.cache, fetched, run.plan.cached_for_later).to(key.dtype)
         return grad_query, grad_key, grad_value, grad_sinks, None
 
 
@@ -138,10 +137,10 @@ class _Backward:
     """Gradients of single calls, from the merged output and log-sum-exp of the row."""
 
     run: _Run
-    query: torch.Tensor
-    grad: torch.Tensor
-    out: torch.Tensor
-    lse: torch.Tensor
+    query: Tensor
+    grad: Tensor
+    out: Tensor
+    lse: Tensor
 
     def path(self, call: VarlenCall, kv: KeysAndValues) -> Gradients:
         """Return the gradients of a call of paths."""
@@ -156,7 +155,7 @@ class _Backward:
         dq, dk, dv = self._call(call, kv, query, grad, out, lse)
         return _unpack(dq, call.end - call.start), dk, dv
 
-    def _call(self, call: VarlenCall, kv: KeysAndValues, query: torch.Tensor, *rest: torch.Tensor) -> Gradients:
+    def _call(self, call: VarlenCall, kv: KeysAndValues, query: Tensor, *rest: Tensor) -> Gradients:
         grad, out, lse = rest
         inputs = self.run.inputs(query, kv, call)
         return self.run.kernel.backward(grad, inputs, out, lse, deterministic=self.run.deterministic)
@@ -166,11 +165,11 @@ def _gather(sources: KeysAndValues, part: VarlenPass) -> KeysAndValues:
     """Keys and values of the calls of a pass."""
     if part.key_index is None:
         return sources
-    assert isinstance(sources, torch.Tensor), "only keys that are the row are not joined"
+    assert isinstance(sources, Tensor), "only keys that are the row are not joined"
     return sources.index_select(1, part.key_index)
 
 
-def _pack(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+def _pack(x: Tensor, kv_heads: int) -> Tensor:
     """
     Heads that read one key-value head as queries one after the other, shape `(num_queries · groups, kv_heads, dim)`.
 
@@ -180,12 +179,12 @@ def _pack(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return x.reshape(len(x), kv_heads, -1, x.shape[-1]).transpose(1, 2).flatten(0, 1)
 
 
-def _unpack(x: torch.Tensor, num_queries: int) -> torch.Tensor:
+def _unpack(x: Tensor, num_queries: int) -> Tensor:
     """The inverse of `_pack` as a view of shape `(num_queries, kv_heads, groups, dim)`."""
     return x.view(num_queries, -1, *x.shape[1:]).transpose(1, 2)
 
 
-def _join(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _join(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of calls that follow one another."""
     if len(parts) == 1:
         return parts[0]
@@ -193,12 +192,8 @@ def _join(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor,
 
 
 def _merge(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    shared: tuple[torch.Tensor, torch.Tensor],
-    without_shared: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+    out: Tensor, lse: Tensor, shared: tuple[Tensor, Tensor], without_shared: Tensor | None, sinks: Tensor | None
+) -> Tensor:
     """Add what packed queries found in the shared beginnings to the output, in place; return the log-sum-exp."""
     length = len(out)
     shared_out, shared_lse = _unpack(shared[0], length), shared[1].view(len(shared[1]), length, -1).transpose(1, 2)
@@ -215,11 +210,11 @@ def _merge(
     return merged.flatten(0, 1)
 
 
-KeysAndValues = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+KeysAndValues = Tensor | tuple[Tensor, Tensor]
 """Keys and values, each of shape `(num_keys, kv_heads, head_dim)`."""
 
 
-def join_with_slots(key: torch.Tensor, value: torch.Tensor, fetched: FetchedSlots | None) -> torch.Tensor:
+def join_with_slots(key: Tensor, value: Tensor, fetched: FetchedSlots | None) -> Tensor:
     """
     Return the keys and values of a row, followed by those of ancestors outside it.
 
@@ -241,15 +236,13 @@ class PathGradients:
     row. A deterministic sum adds in a fixed order, which is slower.
     """
 
-    def __init__(self, key: torch.Tensor, num_slots: int, deterministic: bool) -> None:
+    def __init__(self, key: Tensor, num_slots: int, deterministic: bool) -> None:
         self.length = len(key)
         self.dtype, self.deterministic = torch.promote_types(key.dtype, torch.float32), deterministic
         self._shape = (2, len(key) + num_slots, *key.shape[1:])
-        self._total: torch.Tensor | None = None
+        self._total: Tensor | None = None
 
-    def add(
-        self, grad_keys: Sequence[torch.Tensor], grad_values: Sequence[torch.Tensor], index: torch.Tensor | None
-    ) -> None:
+    def add(self, grad_keys: Sequence[Tensor], grad_values: Sequence[Tensor], index: Tensor | None) -> None:
         """
         Add the gradients of a pass, each of shape `(num_keys, kv_heads, head_dim)`, one per call.
 
@@ -267,18 +260,18 @@ class PathGradients:
             self._total.index_add_(1, index, joined)
 
     def finish(
-        self, cache: KVCacheView | None, fetched: FetchedSlots | None, handed_on: torch.Tensor | None
-    ) -> torch.Tensor:
+        self, cache: KVCacheView | None, fetched: FetchedSlots | None, cached_for_later: Tensor | None
+    ) -> Tensor:
         """
-        Return the gradients of the row's keys and values, and hand on those of ancestors outside it.
+        Return the gradients of the row's keys and values, and send back those of ancestors outside it.
 
-        The cache gives what later rows sent back; `handed_on` has the positions of tokens that later rows attend to,
-        if they do not lie together. Returns shape `(2, row_length, kv_heads, head_dim)`.
+        The cache gives what later rows sent back; `cached_for_later` has the positions of the tokens that they attend
+        to, if these do not lie together. Returns shape `(2, row_length, kv_heads, head_dim)`.
         """
         assert self._total is not None, "a row has at least one call"
         own, outside = self._total[:, : self.length], self._total[:, self.length :]
         if cache is not None:
             if fetched is not None:
                 cache.add_gradients(fetched, outside)
-            cache.add_gradients_from_later_rows(own, handed_on)
+            cache.add_gradients_from_later_rows(own, cached_for_later)
         return own

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
 from .interface import Gradients
@@ -26,9 +27,9 @@ aten = torch.ops.aten
 class VarlenInputs:
     """One call of a varlen kernel."""
 
-    query: torch.Tensor  # (num_queries, heads, head_dim)
-    key: torch.Tensor  # (num_keys, kv_heads, head_dim)
-    value: torch.Tensor  # like `key`
+    query: Tensor  # (num_queries, heads, head_dim)
+    key: Tensor  # (num_keys, kv_heads, head_dim)
+    value: Tensor  # like `key`
     call: VarlenCall
     scale: float  # factor of the scores
     softcap: float  # of the scores, 0 for none
@@ -45,13 +46,11 @@ class VarlenKernel(ABC):
     """Whether the kernel has a softcap."""
 
     @abstractmethod
-    def forward(self, x: VarlenInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: VarlenInputs) -> tuple[Tensor, Tensor]:
         """Return the output, `(num_queries, heads, head_dim)`, and the log-sum-exp, `(heads, num_queries)`."""
 
     @abstractmethod
-    def backward(
-        self, grad: torch.Tensor, x: VarlenInputs, out: torch.Tensor, lse: torch.Tensor, *, deterministic: bool
-    ) -> Gradients:
+    def backward(self, grad: Tensor, x: VarlenInputs, out: Tensor, lse: Tensor, *, deterministic: bool) -> Gradients:
         """Return the gradients, from the gradient of the output and from what `forward` returned."""
 
 
@@ -66,14 +65,12 @@ class Flash2(VarlenKernel):
         self._forward = interface._flash_attn_varlen_forward
         self._backward = interface._flash_attn_varlen_backward
 
-    def forward(self, x: VarlenInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: VarlenInputs) -> tuple[Tensor, Tensor]:
         """Return output and log-sum-exp."""
         result = _call(self._forward, q=x.query, k=x.key, v=x.value, dropout_p=0.0, **_common(x))
         return _output_and_lse(result, x.query)
 
-    def backward(
-        self, grad: torch.Tensor, x: VarlenInputs, out: torch.Tensor, lse: torch.Tensor, *, deterministic: bool
-    ) -> Gradients:
+    def backward(self, grad: Tensor, x: VarlenInputs, out: Tensor, lse: Tensor, *, deterministic: bool) -> Gradients:
         """Return the gradients of queries, keys and values."""
         dq, dk, dv = (torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x.query, x.key, x.value))
         _call(
@@ -100,7 +97,7 @@ class TorchFlash(VarlenKernel):
 
     has_softcap: ClassVar[bool] = False
 
-    def forward(self, x: VarlenInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: VarlenInputs) -> tuple[Tensor, Tensor]:
         """Return output and log-sum-exp."""
         result = aten._flash_attention_forward(
             x.query, x.key, x.value, *_borders(x.call), 0.0, _is_causal(x.call), False, scale=x.scale,
@@ -108,9 +105,7 @@ class TorchFlash(VarlenKernel):
         )  # fmt: skip
         return _output_and_lse(result, x.query)
 
-    def backward(
-        self, grad: torch.Tensor, x: VarlenInputs, out: torch.Tensor, lse: torch.Tensor, *, deterministic: bool
-    ) -> Gradients:
+    def backward(self, grad: Tensor, x: VarlenInputs, out: Tensor, lse: Tensor, *, deterministic: bool) -> Gradients:
         """Return the gradients of queries, keys and values; `torch.use_deterministic_algorithms` fixes their order."""
         random_state = torch.empty(2, dtype=torch.uint64, device=x.query.device)  # of dropout, and there is none
         unused = torch.empty(0, device=x.query.device)
@@ -179,7 +174,7 @@ def _common(x: VarlenInputs) -> dict[str, Any]:
     return {**borders, **_window(x.call), "softmax_scale": x.scale, "causal": x.call.is_causal, "softcap": x.softcap}
 
 
-def _borders(call: VarlenCall) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+def _borders(call: VarlenCall) -> tuple[Tensor, Tensor, int, int]:
     return call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k
 
 
@@ -196,7 +191,7 @@ def _is_causal(call: VarlenCall) -> bool:
     return call.is_causal and call.window is None
 
 
-def _output_and_lse(result: Sequence[torch.Tensor], query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _output_and_lse(result: Sequence[Tensor], query: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = result[0], result[1]
     expected = (query.shape[1], query.shape[0])
     if tuple(lse.shape) != expected:

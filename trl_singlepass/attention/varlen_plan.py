@@ -8,6 +8,7 @@ from itertools import zip_longest
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .key_ranges import Groups, Ints, KeyRanges, Pieces, concatenated_ranges, group_pieces, key_ranges
 from .kv_cache import LayerSlots
@@ -26,8 +27,8 @@ class VarlenCall:
 
     start: int  # position of the first query in the row
     end: int  # just past the last query
-    cu_seqlens_q: torch.Tensor  # (num_sequences + 1,), int32: borders of the sequences among the queries of the call
-    cu_seqlens_k: torch.Tensor  # the same among the keys of the call
+    cu_seqlens_q: Tensor  # (num_sequences + 1,), int32: borders of the sequences among the queries of the call
+    cu_seqlens_k: Tensor  # the same among the keys of the call
     max_seqlen_q: int  # length of the longest query sequence
     max_seqlen_k: int  # length of the longest key sequence
     keys: slice  # those of the call among those that its pass gathers
@@ -41,7 +42,7 @@ class VarlenPass:
 
     # (num_keys,), int32: positions of the keys in the row and, from the row's length on, among the slots that the plan
     # fetches. `None` where they are the row as it is.
-    key_index: torch.Tensor | None
+    key_index: Tensor | None
     path: VarlenCall | None  # runs against the ends of their paths, or against the whole paths if nothing is shared
     # Groups of runs against the beginning that all of their paths share. Each query is repeated for all query heads
     # that read one key-value head, so that a call has one query head per key-value head.
@@ -54,11 +55,11 @@ class VarlenPlan:
 
     # The calls of `path` cover the row in order, and so do those of `shared`, if there are any.
     passes: tuple[VarlenPass, ...]
-    without_shared: torch.Tensor | None = None  # (row_length,), bool: queries that have no key in any call of `shared`
+    without_shared: Tensor | None = None  # (row_length,), bool: queries that have no key in any call of `shared`
     # First slot of the cache that the row attends to, and the one just past the last.
     slots: tuple[int, int] | None = None
-    # (num_handed_on,), int32: positions of tokens that later rows attend to; `None` where they lie together.
-    handed_on: torch.Tensor | None = None
+    # (num_cached,), int32: positions of tokens that later rows attend to; `None` where they lie together.
+    cached_for_later: Tensor | None = None
 
     @property
     def gathers_nothing(self) -> bool:
@@ -106,23 +107,25 @@ def varlen_plan(mask: TreeMask, heads_per_key: int = 1, slots: LayerSlots | None
         )
     length = mask.tree.plan.length
     paths, shared = _sequences(mask, heads_per_key)
-    path_calls = _grouped(paths, KEYS_PER_CALL * length)
-    shared_calls = () if shared is None else _grouped(shared, SHARED_KEYS_PER_CALL * length)
-    calls = list(zip_longest(path_calls, shared_calls))
-    indices, fetched = _with_slots([_key_index(*both) for both in calls], slots, length)
+    shared_calls = [] if shared is None else shared.split(SHARED_KEYS_PER_CALL * length)
+    calls = list(zip_longest(paths.split(KEYS_PER_CALL * length), shared_calls))
+    indices = [np.concatenate([x.key_index for x in call if x is not None]) for call in calls]
+    indices, fetched = _with_slots(indices, slots, length)
     if len(indices) == 1 and np.array_equal(indices[0], np.arange(length)):
         indices = [indices[0][:0]]  # the keys are the row as it is
-    arrays = [_handed_on(slots), _without_keys(shared)]
+    arrays = [_cached_for_later(slots), _without_keys(shared)]
     for (path, group), index in zip(calls, indices, strict=True):
-        arrays += [index, *_borders_of(path, 1), *_borders_of(group, heads_per_key)]
+        arrays.append(index)
+        arrays += [] if path is None else path.borders(1)
+        arrays += [] if group is None else group.borders(heads_per_key)
     moved = iter(_to_device(arrays, mask.tree.depth.device))
-    handed_on, without_shared = next(moved), next(moved)
+    cached_for_later, without_shared = next(moved), next(moved)
     window = rule.size if rule.kind is RuleKind.WINDOW else None
     return VarlenPlan(
         passes=tuple(_make_pass(path, group, heads_per_key, window, moved) for path, group in calls),
         without_shared=without_shared.bool() if len(without_shared) else None,
         slots=fetched,
-        handed_on=handed_on if len(handed_on) else None,
+        cached_for_later=cached_for_later if len(cached_for_later) else None,
     )
 
 
@@ -133,6 +136,23 @@ class _Sequences:
     start: Ints
     key_borders: Ints
     key_index: Ints
+
+    def split(self, budget: int) -> Iterator[_Sequences]:
+        """
+        Yield neighbouring sequences with at most `budget` keys together, but at least one sequence.
+
+        Borders 0, 3, 5, 9 (sequences of 3, 2 and 4 keys) and a budget of 5 give the first two, then the third.
+        """
+        borders, first = self.key_borders, 0
+        while first < len(borders) - 1:
+            last = max(int(np.searchsorted(borders, borders[first] + budget, side="right")) - 1, first + 1)
+            keys = self.key_index[borders[first] : borders[last]]
+            yield _Sequences(self.start[first : last + 1], borders[first : last + 1] - borders[first], keys)
+            first = last
+
+    def borders(self, heads_per_key: int) -> tuple[Ints, Ints]:
+        """Return the borders of queries, repeated for each of so many heads, and those of keys."""
+        return (self.start - self.start[0]) * heads_per_key, self.key_borders
 
 
 def _sequences(mask: TreeMask, heads_per_key: int) -> tuple[_Sequences, _Sequences | None]:
@@ -173,56 +193,30 @@ def _borders(count: Ints) -> Ints:
     return np.concatenate([[0], np.cumsum(count)])
 
 
-def _grouped(sequences: _Sequences, budget: int) -> Iterator[_Sequences]:
-    """
-    Neighbouring sequences with at most `budget` keys together, but at least one sequence.
-
-    Borders 0, 3, 5, 9 (sequences of 3, 2 and 4 keys) and a budget of 5 give the first two, then the third.
-    """
-    borders, first = sequences.key_borders, 0
-    while first < len(borders) - 1:
-        last = max(int(np.searchsorted(borders, borders[first] + budget, side="right")) - 1, first + 1)
-        keys = sequences.key_index[borders[first] : borders[last]]
-        yield _Sequences(sequences.start[first : last + 1], borders[first : last + 1] - borders[first], keys)
-        first = last
-
-
-def _key_index(path: _Sequences | None, group: _Sequences | None) -> Ints:
-    """Positions of the keys of a pass: those of paths first."""
-    return np.concatenate([sequences.key_index for sequences in (path, group) if sequences is not None])
-
-
 def _with_slots(
     indices: list[Ints], slots: LayerSlots | None, length: int
 ) -> tuple[list[Ints], tuple[int, int] | None]:
     """
     Return key positions with slots counted from the first that the row attends to, and the range of these slots.
 
-    In a row of 20 tokens, the positions 26 and 27 are the slots 6 and 7. A layer that keeps the slots 2, 6, 7 and 9
-    has them as its slots 1 and 2, which are what the row fetches. So they become the positions 20 and 21.
+    Slots 1 and 2 of a layer are the positions 21 and 22 of a row of 20 tokens. A row that attends to no others fetches
+    the slots 1 and 2, which become the positions 20 and 21.
     """
     if slots is None:
         return indices, None
-    used = np.concatenate([index[index >= length] for index in indices]) - length
+    located = [slots.locate(index, length) for index in indices]
+    used = np.concatenate([index[index >= length] for index in located]) - length
     if not len(used):
         return indices, None
-    first, last = np.searchsorted(slots.kept, (used.min(), used.max())).tolist()
-    own = np.searchsorted(slots.kept, used)
-    assert np.array_equal(slots.kept[own], used), "a window looks back to tokens that are kept"
-    located = []
-    for index in indices:
-        is_slot = index >= length
-        index = index.copy()
-        index[is_slot], own = length + own[: is_slot.sum()] - first, own[is_slot.sum() :]
-        located.append(index)
-    return located, (first, last + 1)
+    first, last = int(used.min()), int(used.max())
+    return [np.where(index < length, index, index - first) for index in located], (first, last + 1)
 
 
-def _handed_on(slots: LayerSlots | None) -> Ints:
+def _cached_for_later(slots: LayerSlots | None) -> Ints:
     """Positions of tokens that later rows attend to; nothing where a slice says it."""
-    if slots is None or len(slots.handed_on) < 2:
+    if slots is None or len(slots.cached_for_later) < 2:
         return np.empty(0, np.int64)
-    return np.concatenate([np.arange(first, last) for first, last, _ in slots.handed_on])
+    return np.concatenate([np.arange(first, last) for first, last, _ in slots.cached_for_later])
 
 
 def _without_keys(shared: _Sequences | None) -> Ints:
@@ -234,54 +228,32 @@ def _without_keys(shared: _Sequences | None) -> Ints:
     return np.repeat(is_empty, np.diff(shared.start)).astype(np.int64)
 
 
-def _borders_of(sequences: _Sequences | None, heads_per_key: int) -> list[Ints]:
-    """Borders of queries and of keys, if there is such a call in a pass."""
-    if sequences is None:
-        return []
-    return [(sequences.start - sequences.start[0]) * heads_per_key, sequences.key_borders]
-
-
 def _make_pass(
-    path: _Sequences | None,
-    group: _Sequences | None,
-    heads_per_key: int,
-    window: int | None,
-    moved: Iterator[torch.Tensor],
+    path: _Sequences | None, group: _Sequences | None, heads_per_key: int, window: int | None, moved: Iterator[Tensor]
 ) -> VarlenPass:
     """Return a pass from its sequences and from the next tensors on the device."""
-    index = next(moved)
-    num_own = 0 if path is None else len(path.key_index)
-    own = None if path is None else _make_call(path, 1, slice(0, num_own), moved, window)
-    shared = None
-    if group is not None:
-        keys = slice(num_own, num_own + len(group.key_index))
-        shared = _make_call(group, heads_per_key, keys, moved, None, is_causal=False)
+    index, num_own = next(moved), 0 if path is None else len(path.key_index)
+
+    def make_call(sequences: _Sequences, heads: int, keys: slice, window: int | None, is_causal: bool) -> VarlenCall:
+        return VarlenCall(
+            start=int(sequences.start[0]),
+            end=int(sequences.start[-1]),
+            cu_seqlens_q=next(moved),
+            cu_seqlens_k=next(moved),
+            max_seqlen_q=int(np.diff(sequences.start).max()) * heads,
+            max_seqlen_k=int(np.diff(sequences.key_borders).max()),
+            keys=keys,
+            window=window,
+            is_causal=is_causal,
+        )
+
+    own = None if path is None else make_call(path, 1, slice(0, num_own), window, is_causal=True)
+    keys = slice(num_own, num_own + (0 if group is None else len(group.key_index)))
+    shared = None if group is None else make_call(group, heads_per_key, keys, None, is_causal=False)
     return VarlenPass(index if len(index) else None, own, shared)
 
 
-def _make_call(
-    sequences: _Sequences,
-    heads_per_key: int,
-    keys: slice,
-    moved: Iterator[torch.Tensor],
-    window: int | None,
-    *,
-    is_causal: bool = True,
-) -> VarlenCall:
-    return VarlenCall(
-        start=int(sequences.start[0]),
-        end=int(sequences.start[-1]),
-        cu_seqlens_q=next(moved),
-        cu_seqlens_k=next(moved),
-        max_seqlen_q=int(np.diff(sequences.start).max()) * heads_per_key,
-        max_seqlen_k=int(np.diff(sequences.key_borders).max()),
-        keys=keys,
-        window=window,
-        is_causal=is_causal,
-    )
-
-
-def _to_device(arrays: list[Ints], device: torch.device) -> tuple[torch.Tensor, ...]:
+def _to_device(arrays: list[Ints], device: torch.device) -> tuple[Tensor, ...]:
     """The arrays on a device, moved in one copy."""
     flat = torch.from_numpy(np.concatenate(arrays).astype(np.int32)).to(device, non_blocking=True)
     return torch.split(flat, [len(array) for array in arrays])

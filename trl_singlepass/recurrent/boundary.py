@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention.kv_cache import is_in_backward
 from ..trees.rows import TreePlan
@@ -104,20 +104,17 @@ class RowBoundary:
             )
         self._layers.add(layer)
 
-    def extend(self, layer: nn.Module, value: object, key: InputKey) -> object:
+    def extend(self, layer: nn.Module, name: str, value: object) -> object:
         """
         Append to a layer's argument what is stored of it for tokens outside the row, and store what later rows need.
 
-        The argument is a tensor of shape `(1, row_length, ...)`, or a tuple or dictionary of such. Other values are
-        returned as they are.
+        The argument holds tensors of shape `(1, row_length, ...)`. Other values are returned as they are.
         """
-        if isinstance(value, dict):
-            return {name: self.extend(layer, part, (*key, name)) for name, part in value.items()}
-        if isinstance(value, tuple):
-            return tuple(self.extend(layer, part, (*key, index)) for index, part in enumerate(value))
-        if not isinstance(value, torch.Tensor) or value.shape[:2] != (1, self.length):
+        return map_tensors(value, lambda x, key: self._extend(self.tensors[layer], x, key), (name,))
+
+    def _extend(self, tensors: BoundaryTensors, value: Tensor, key: InputKey) -> Tensor:
+        if value.shape[:2] != (1, self.length):
             return value
-        tensors = self.tensors[layer]
         if key not in tensors.values:
             tensors.store(key, value.new_zeros(1, self.num_outside, *value.shape[2:]))
         stored = tensors.values[key]
@@ -126,9 +123,9 @@ class RowBoundary:
             stored[:, places] = value.detach()[:, positions].to(stored.device)
         if not value.requires_grad:
             return torch.cat([value, stored.to(value.device)], dim=1)
-        return AppendDetachedInputs.apply(value, tensors, key, positions, places)  # type: ignore[no-untyped-call]
+        return AppendDetachedInputs.apply(value, tensors, key, positions, places)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _own_on(self, device: torch.device) -> torch.Tensor:
+    def _own_on(self, device: torch.device) -> Tensor:
         """Places among the stored inputs and positions in the row of the row's own, copied to a device once."""
         if device not in self._own:
             self._own[device] = self._own[torch.device("cpu")].to(device, non_blocking=True)
@@ -173,3 +170,12 @@ class HasBoundary(Protocol):
 
     def get_boundary(self, mode: ReplayMode) -> RowBoundary | None:
         """Return what layers that run this way take from other rows and leave for them; `None` if nothing."""
+
+
+def map_tensors(value: Any, change: Callable[[Tensor, InputKey], Any], path: InputKey = ()) -> Any:
+    """Return what a layer takes or returns with its tensors changed, also those in tuples and dictionaries."""
+    if isinstance(value, dict):
+        return {name: map_tensors(part, change, (*path, name)) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map_tensors(part, change, (*path, index)) for index, part in enumerate(value))
+    return change(value, path) if isinstance(value, Tensor) else value

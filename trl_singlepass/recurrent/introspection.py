@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from types import FunctionType
 
 from torch import nn
@@ -92,8 +92,14 @@ def path_dependent_layers(model: PreTrainedModel) -> dict[nn.Module, ReplayMode]
 
     They mix tokens outside attention, or they are attention that selects its tokens.
     """
-    readers = set(decoder_modules(model))
-    return dict(_outermost(get_decoder(model), readers))
+    layers: dict[nn.Module, ReplayMode] = {}
+    inside: set[nn.Module] = set()
+    for module in decoder_modules(model):
+        mode = None if module in inside else get_replay_mode(module)
+        if mode is not None:
+            layers[module] = mode
+            inside |= set(module.modules())
+    return layers
 
 
 def path_dependent_layer_names(model: PreTrainedModel) -> list[str]:
@@ -113,14 +119,9 @@ def get_decoder(model: PreTrainedModel) -> nn.Module:
 
 def decoder_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
     """Yield the modules that read tokens: the decoder's, without encoders of other media that it holds (GIT)."""
-    encoders = _encoder_configs(model)
+    configs = {name: getattr(model.config, name, None) for name in model.config.sub_configs if name in ENCODER_CONFIGS}
+    encoders = tuple(type(config) for config in configs.values() if config is not None)
     yield from dict.fromkeys(_without_encoders(get_decoder(model), encoders))  # layers may share a module
-
-
-def _encoder_configs(model: PreTrainedModel) -> tuple[type, ...]:
-    """The classes of the configurations of a model's encoders, such as its `vision_config`."""
-    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
-    return tuple(type(part) for name, part in parts.items() if part is not None and name in ENCODER_CONFIGS)
 
 
 def _without_encoders(module: nn.Module, encoders: tuple[type, ...]) -> Iterator[nn.Module]:
@@ -128,14 +129,3 @@ def _without_encoders(module: nn.Module, encoders: tuple[type, ...]) -> Iterator
     for child in module.children():
         if not isinstance(getattr(child, "config", None), encoders):
             yield from _without_encoders(child, encoders)
-
-
-def _outermost(module: nn.Module, readers: Collection[nn.Module]) -> Iterator[tuple[nn.Module, ReplayMode]]:
-    """Yield the outermost path-dependent layers of a module, itself included, that are among the readers."""
-    mode = get_replay_mode(module)
-    if mode is not None:
-        yield module, mode
-        return
-    for child in module.children():
-        if child in readers:
-            yield from _outermost(child, readers)

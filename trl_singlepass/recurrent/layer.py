@@ -12,10 +12,9 @@ import inspect
 from collections.abc import Mapping
 from types import MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention.context import Tree
@@ -23,12 +22,12 @@ from ..attention.kv_cache import is_in_backward
 from ..attention.registry import KEEPS_ATTENTION
 from ..attention.row_group import RowGroup
 from ..attention.tree_mask import TreeMask
-from .boundary import HasBoundary, RowBoundary
+from .boundary import HasBoundary, RowBoundary, map_tensors
 from .introspection import DISTANCE, SELECTION, find_row_kernels, path_dependent_layers
 from .layout import Layout
 from .scan_check import check_scan
 from .schedule import Piece, ReplayMode
-from .states import ForkStates
+from .states import ForkStates, InputKey
 from .tree_carrier import find_tree, pass_tree_in_masks
 
 
@@ -95,15 +94,10 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     layer._ran_on_tree = True
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
     arguments = dict(zip(names, args, strict=False)) | kwargs
-    device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+    hidden = next(x for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point())
     if layer._row_kernels is not None and layer._row_kernels.scan is not None:
-        check_scan(layer, layer._row_kernels.scan, device, _dtype(arguments))
-    return _run(layer, arguments, tree.on(device))
-
-
-def _dtype(arguments: Mapping[str, object]) -> torch.dtype:
-    tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
-    return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+        check_scan(layer, layer._row_kernels.scan, hidden)
+    return _run(layer, arguments, tree.on(hidden.device))
 
 
 def _check_not_lost(layer: Any) -> None:
@@ -117,49 +111,28 @@ def _check_not_lost(layer: Any) -> None:
 
 
 def _run(layer: Any, arguments: Mapping[str, object], tree: Tree) -> Any:
-    mode: ReplayMode = layer._replay_mode
-    layout = _get_layout(tree, mode)
-    boundary = layout.boundary
+    layout = _get_layout(tree, layer._replay_mode)
     arguments = {name: False if name == "use_cache" else value for name, value in arguments.items()}
-    cache_arguments = _cache_arguments(layer)
-    if boundary is None and layer._row_kernels is not None:
-        masks = {name for name, value in arguments.items() if _carries_tree(value)}
-        return layer._row_kernels.run(layer, arguments | dict.fromkeys(masks | cache_arguments), tree)
+    if layout.boundary is None and layer._row_kernels is not None:
+        unused = {name for name, value in arguments.items() if _carries_tree(value)} | _cache_arguments(layer)
+        return layer._row_kernels.run(layer, arguments | dict.fromkeys(unused), tree)
     if tree.group is None:
         return _run_pieces(layer, arguments, layout)
-    num_tokens = layout.length // tree.group.size
-    arguments = {
-        name: value if _carries_tree(value) else _gather_argument(value, tree.group, num_tokens)
-        for name, value in arguments.items()
-    }
-    return _part_of_output(_run_pieces(layer, arguments, layout), layout.length, tree.group)
+    return _run_gathered(layer, arguments, layout, tree.group)
 
 
-def _gather_argument(value: Any, group: RowGroup, num_tokens: int) -> Any:
-    """
-    Return an argument of a layer for the whole row, from this rank's part.
+def _run_gathered(layer: Any, arguments: Mapping[str, object], layout: Layout, group: RowGroup) -> Any:
+    """Run a layer that cannot be divided on a row that ranks share: each runs the row, and keeps its part of it."""
+    num_tokens = layout.length // group.size
 
-    The argument is a tensor of shape `(1, num_tokens, ...)`, or a tuple or dictionary of such. Other values are the
-    same on all ranks, and returned as they are.
-    """
-    if isinstance(value, dict):
-        return {name: _gather_argument(part, group, num_tokens) for name, part in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_gather_argument(part, group, num_tokens) for part in value)
-    is_per_token = isinstance(value, torch.Tensor) and value.shape[:2] == (1, num_tokens)
-    return group.gather(value) if is_per_token else value
+    def gather(x: Tensor, path: InputKey) -> Tensor:
+        return group.gather(x) if x.shape[:2] == (1, num_tokens) else x
 
+    def part(x: Tensor, path: InputKey) -> Tensor:
+        return group.part(x) if x.shape[:2] == (1, layout.length) else x
 
-def _part_of_output(output: Any, length: int, group: RowGroup) -> Any:
-    """
-    Return this rank's part of what a layer returned for a row.
-
-    The output is a tensor of shape `(1, row_length, ...)`, or a tuple of such; others stay.
-    """
-    if isinstance(output, tuple):
-        return tuple(_part_of_output(part, length, group) for part in output)
-    is_per_token = isinstance(output, torch.Tensor) and output.shape[:2] == (1, length)
-    return group.part(output) if is_per_token else output
+    whole = {name: value if _carries_tree(value) else map_tensors(value, gather) for name, value in arguments.items()}
+    return map_tensors(_run_pieces(layer, whole, layout), part)
 
 
 def _run_pieces(layer: Any, arguments: Mapping[str, object], layout: Layout) -> Any:
@@ -198,7 +171,7 @@ def _extend(layer: nn.Module, name: str, value: Any, boundary: RowBoundary) -> o
     if name == SELECTION and value is not None:
         # One entry per query. Replayed history needs some, but nobody reads what it attends to.
         return torch.cat([value, value[:, :1].expand(-1, boundary.num_outside, *value.shape[2:])], dim=1)
-    return boundary.extend(layer, value, (name,))
+    return boundary.extend(layer, name, value)
 
 
 def _source(layer: nn.Module, piece: Piece, states: Mapping[int, ForkStates], layout: Layout) -> ForkStates:
@@ -228,17 +201,14 @@ def _carries_tree(value: object) -> bool:
 
 
 def _get_layout(tree: Tree, mode: ReplayMode) -> Layout:
-    """Return the layout of a row, made once and shared by all layers that run the same way."""
-    layouts = _layouts.setdefault(tree, {})
-    if mode not in layouts:
+    """Return the layout of a row, shared by all layers that run the same way."""
+
+    def make() -> Layout:
         boundary = tree.get_boundary(mode) if isinstance(tree, HasBoundary) else None
         schedule = mode.schedule(tree.plan, () if boundary is None else boundary.state_ends)
-        # Without the tree itself: a value that refers to its own key would never be freed.
-        layouts[mode] = Layout(tree.plan.length, schedule, tree.depth.device, boundary)
-    return layouts[mode]
+        return Layout(tree.plan.length, schedule, tree.depth.device, boundary)
 
-
-_layouts: WeakKeyDictionary[Tree, dict[ReplayMode, Layout]] = WeakKeyDictionary()
+    return tree.make_once(mode, make)
 
 
 def _cache_arguments(layer: nn.Module) -> set[str]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..attention.tree_mask import TreeMask
 from .boundary import RowBoundary
@@ -58,7 +59,7 @@ class Layout:
         return [(1, sum(lengths)) if self.packed else (len(lengths), lengths[0]) for lengths in self.lengths]
 
     @cached_property
-    def boundaries(self) -> list[torch.Tensor]:
+    def boundaries(self) -> list[Tensor]:
         """Where the pieces of each packed batch begin, and where the last one ends, shape `(num_pieces + 1,)`."""
         ends = [np.cumsum([0, *lengths], dtype=np.int64) for lengths in self.lengths]
         return [torch.from_numpy(batch).to(self.device) for batch in ends]
@@ -69,17 +70,17 @@ class Layout:
         return self.length + (0 if self.boundary is None else self.boundary.num_outside)
 
     @property
-    def gather_index(self) -> torch.Tensor:
+    def gather_index(self) -> Tensor:
         """Index into the layer's inputs of each token of all batches, shape `(num_batched_tokens,)`."""
         return self._indices[0]
 
     @property
-    def scatter_index(self) -> torch.Tensor:
+    def scatter_index(self) -> Tensor:
         """Index into `gather_index` of each token of the row, shape `(row_length,)`."""
         return self._indices[1]
 
     @cached_property
-    def _indices(self) -> tuple[torch.Tensor, ...]:
+    def _indices(self) -> tuple[Tensor, ...]:
         """Both indices, moved to the device in one copy."""
         positions: list[NDArray[np.int64]] = []
         scatter = np.empty(self.length, np.int64)
@@ -109,13 +110,13 @@ class Layout:
             return [dict(zip(value, step, strict=True)) for step in zip(*parts, strict=True)]
         if isinstance(value, tuple):
             return list(zip(*(self.gather(part) for part in value), strict=True))
-        if not isinstance(value, torch.Tensor) or value.shape[:2] != (1, self.num_inputs):
+        if not isinstance(value, Tensor) or value.shape[:2] != (1, self.num_inputs):
             return [value] * len(self.shapes)
         tokens = self._select(value.squeeze(0))
         batches = torch.split(tokens, [sequences * length for sequences, length in self.shapes])
         return [batch.reshape(*shape, *batch.shape[1:]) for batch, shape in zip(batches, self.shapes, strict=True)]
 
-    def _select(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _select(self, tokens: Tensor) -> Tensor:
         if any(piece.num_replayed for piece in self.schedule.pieces):
             return SelectRepeatedly.apply(tokens, self.gather_index)  # type: ignore[no-untyped-call, no-any-return]
         return tokens.index_select(0, self.gather_index)
@@ -130,18 +131,18 @@ class Layout:
         if isinstance(outputs[0], tuple):
             return tuple(self.scatter(parts) for parts in zip(*outputs, strict=True))
         if not all(
-            isinstance(output, torch.Tensor) and output.shape[:2] == shape
+            isinstance(output, Tensor) and output.shape[:2] == shape
             for output, shape in zip(outputs, self.shapes, strict=True)
         ):
             return None
         return torch.cat([output.flatten(0, 1) for output in outputs]).index_select(0, self.scatter_index)[None]
 
-    def distances(self) -> list[torch.Tensor]:
+    def distances(self) -> list[Tensor]:
         """Return how far behind each other the tokens of a path are, per batch, shape `(num_tokens, num_tokens)`."""
         positions = [torch.arange(length, device=self.device) for _, length in self.shapes]
         return [position[:, None] - position[None, :] for position in positions]
 
-    def masks(self, mask: TreeMask, dtype: torch.dtype | None) -> list[torch.Tensor]:
+    def masks(self, mask: TreeMask, dtype: torch.dtype | None) -> list[Tensor]:
         """
         Return the masks of a layer that attends over whole paths, one per batch,
         `(num_pieces, 1, num_tokens, num_tokens)`.
@@ -168,14 +169,14 @@ class SelectRepeatedly(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tokens: Tensor, index: Tensor) -> Tensor:
         """Return the selected tokens."""
         ctx.save_for_backward(index)
         ctx.shape = tokens.shape
         return tokens.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """Return the sum of each token's gradients."""
         (index,) = ctx.saved_tensors
         grad = grads[0].to(torch.promote_types(grads[0].dtype, torch.float32))

@@ -13,16 +13,15 @@ to the versions here:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attention.context import Tree
@@ -33,7 +32,6 @@ from .schedule import fork_schedule, last_tokens
 
 
 Kernel = Callable[..., Any]
-T = TypeVar("T")
 
 CONVOLUTION = "causal_conv1d_fn"
 
@@ -74,29 +72,20 @@ class RowKernels:
         The tree is on the device of the arguments.
         """
         names = self.forward.__globals__
-        passed_on = set(arguments) - set(inspect.signature(self.forward).parameters)  # of packed rows, not of trees
+        of_packed_rows = set(arguments) - set(inspect.signature(self.forward).parameters)  # passed on to the kernels
         called: set[str] = set()
 
-        def convolve(hidden_states: torch.Tensor, weight: torch.Tensor, *args: object, **options: object) -> Any:
-            called.add(CONVOLUTION)
-            options = {name: value for name, value in options.items() if name not in passed_on}
-            size = weight.shape[-1]
-            layout = _get_layout(tree, ("convolution", size), lambda: ConvolutionLayout(tree, size))
-            run = on_share_of_channels(partial(layout.run, names[CONVOLUTION]), tree.group)
-            return run(hidden_states, weight, *args, **options)
+        def bind(name: str, run: Kernel) -> Kernel:
+            def kernel(*args: object, **options: object) -> Any:
+                called.add(name)
+                return run(*args, **{key: value for key, value in options.items() if key not in of_packed_rows})
 
-        def scan(*args: object, **options: object) -> Any:
-            assert self.scan is not None
-            called.add(self.scan)
-            options = {name: value for name, value in options.items() if name not in passed_on}
-            kernel = names[self.scan]
-            packed = SCANS[self.scan].packs and takes_packed_sequences(kernel)
-            layout = _get_layout(tree, ("scan", packed), lambda: _scan_layout(tree, packed))
-            run = on_share_of_heads(partial(run_scan, kernel, SCANS[self.scan], layout), tree.group, tree.plan.length)
-            return run(*args, **options)
+            return kernel
 
-        bound: dict[str, Kernel] = {CONVOLUTION: convolve, FUSED: lambda *args, **options: None}
-        bound |= {} if self.scan is None else {self.scan: scan}
+        bound = {CONVOLUTION: bind(CONVOLUTION, partial(_convolve, tree, names[CONVOLUTION]))}
+        bound[FUSED] = lambda *args, **options: None
+        if self.scan is not None:
+            bound[self.scan] = bind(self.scan, partial(_scan, tree, names[self.scan], SCANS[self.scan]))
         forward = FunctionType(
             self.forward.__code__, {**names, **bound}, None, self.forward.__defaults__, self.forward.__closure__
         )
@@ -111,11 +100,30 @@ class RowKernels:
         return output
 
 
+def _convolve(
+    tree: Tree, kernel: Kernel, /, hidden_states: Tensor, weight: Tensor, *args: object, **options: object
+) -> Any:
+    size = weight.shape[-1]
+    layout = tree.make_once(("convolution", size), lambda: ConvolutionLayout(tree, size))
+    run = on_share_of_channels(partial(layout.run, kernel), tree.group)
+    return run(hidden_states, weight, *args, **options)
+
+
+def _scan(tree: Tree, kernel: Kernel, names: ScanNames, /, *args: object, **options: object) -> Any:
+    packed = names.packs and takes_packed_sequences(kernel)
+
+    def make() -> Layout:
+        return Layout(tree.plan.length, fork_schedule(tree.plan, packed=packed), tree.depth.device, packed=packed)
+
+    layout = tree.make_once(("scan", packed), make)
+    return on_share_of_heads(partial(run_scan, kernel, names, layout), tree.group, tree.plan.length)(*args, **options)
+
+
 class ConvolutionLayout:
     """
     The row with ancestors inserted, so that one causal convolution sees each branch after its history.
 
-    The row of [`schedule`] with a kernel of 3 tokens, where `-` is a zero:
+    The row of [`schedule`] with a kernel of 3 tokens:
 
         gather_index     0 1 2 3 4 5 6   2 3 7 8   0 1 9 10
     """
@@ -126,14 +134,14 @@ class ConvolutionLayout:
         both = torch.from_numpy(np.concatenate([gathered, kept])).to(tree.depth.device, non_blocking=True)
         self.gather_index, self.keep_index = torch.split(both, [len(gathered), len(kept)])
 
-    def run(self, kernel: Kernel, hidden_states: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+    def run(self, kernel: Kernel, hidden_states: Tensor, *args: object, **options: object) -> Tensor:
         """
         Run a causal convolution over the last dimension, `(1, channels, row_length)`, along the paths of the tree.
         """
         tokens = hidden_states.squeeze(0).t()  # the channels of a token side by side, as the projection wrote them
         if self.needs_zero:
             tokens = F.pad(tokens, (0, 0, 0, 1))
-        output: torch.Tensor = kernel(tokens.index_select(0, self.gather_index).t()[None], *args, **options)
+        output: Tensor = kernel(tokens.index_select(0, self.gather_index).t()[None], *args, **options)
         return output.squeeze(0).t().index_select(0, self.keep_index).t()[None]
 
 
@@ -178,8 +186,8 @@ def run_scan(kernel: Kernel, names: ScanNames, layout: Layout, /, *args: object,
     the pieces in the order in which they run. Returns what the kernel returns if it is not asked for the final state.
     """
     pieces = layout.schedule.pieces
-    states: dict[int, torch.Tensor] = {}
-    outputs: list[torch.Tensor] = []
+    states: dict[int, Tensor] = {}
+    outputs: list[Tensor] = []
     calls: list[Any] = layout.gather((args, options))
     for step, (tensors, call) in enumerate(calls):
         batch = layout.schedule.batches[step]
@@ -196,22 +204,6 @@ def run_scan(kernel: Kernel, names: ScanNames, layout: Layout, /, *args: object,
     return (output, None) if names.returns_pair else output
 
 
-def _scan_layout(tree: Tree, packed: bool) -> Layout:
-    return Layout(tree.plan.length, fork_schedule(tree.plan, packed=packed), tree.depth.device, packed=packed)
-
-
-_layouts: WeakKeyDictionary[Tree, dict[Hashable, Any]] = WeakKeyDictionary()
-
-
-def _get_layout(tree: Tree, key: Hashable, build: Callable[[], T]) -> T:
-    """Return what layers that run alike share on a row, made once."""
-    layouts = _layouts.setdefault(tree, {})
-    if key not in layouts:
-        layouts[key] = build()
-    layout: T = layouts[key]
-    return layout
-
-
 def on_share_of_channels(run: Kernel, group: RowGroup | None) -> Kernel:
     """
     Return a convolution that takes this rank's part of a row; `run` itself if no ranks share the row.
@@ -222,11 +214,11 @@ def on_share_of_channels(run: Kernel, group: RowGroup | None) -> Kernel:
     if group is None:
         return run
 
-    def convolve(hidden_states: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+    def convolve(hidden_states: Tensor, *args: object, **options: object) -> Tensor:
         channels = hidden_states.shape[1]
 
         def share(value: object) -> object:
-            is_per_channel = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == channels
+            is_per_channel = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == channels
             return group.share_of_heads(value) if is_per_channel else value  # type: ignore[arg-type]
 
         row = group.to_heads(hidden_states.transpose(1, 2), channels).transpose(1, 2)
@@ -256,7 +248,7 @@ def on_share_of_heads(run: Kernel, group: RowGroup | None, length: int) -> Kerne
         def share(value: Any) -> Any:
             if _is_per_token(value, num_tokens):
                 return group.to_heads(value, heads)
-            is_per_head = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == heads
+            is_per_head = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == heads
             return group.share_of_heads(value) if is_per_head else value
 
         output = run(*map(share, args), **{name: share(value) for name, value in options.items()})
@@ -268,4 +260,4 @@ def on_share_of_heads(run: Kernel, group: RowGroup | None, length: int) -> Kerne
 
 
 def _is_per_token(value: Any, num_tokens: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 2 and value.shape[:2] == (1, num_tokens)
+    return isinstance(value, Tensor) and value.dim() > 2 and value.shape[:2] == (1, num_tokens)

@@ -15,12 +15,12 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 
-Scan = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Scan = Callable[..., tuple[Tensor, Tensor]]
 
 DEVICES = ("cuda",)
 """Device types whose kernels are compared."""
@@ -38,18 +38,18 @@ class ScanSizes(NamedTuple):
     value_dim: int
 
 
-def check_scan(layer: nn.Module, scan: str, device: torch.device, dtype: torch.dtype) -> None:
+def check_scan(layer: nn.Module, scan: str, hidden: Tensor) -> None:
     """
     Compare the scan of a layer with PyTorch's, unless that has been done for its sizes.
 
     Layers without a gated delta rule and devices other than [`DEVICES`] are not checked. `scan` is its name in the
-    layer's module, device and dtype are those of the layer's inputs. Raises `RuntimeError` if the two differ.
+    layer's module, `hidden` an input of the layer. Raises `RuntimeError` if the two differ.
     """
-    names = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
+    device = hidden.device
     if device.type not in DEVICES or scan != "torch_chunk_gated_delta_rule":
         return
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+    names = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
     kernel = inspect.unwrap(type(layer).forward).__globals__[scan]
     compare_scan(kernel, ScanSizes(*(int(getattr(layer, name)) for name in names)), device, dtype)
 
@@ -72,7 +72,7 @@ def compare_scan(kernel: Scan, sizes: ScanSizes, device: torch.device, dtype: to
         _refuse_difference(name, ours[name].to(expected.dtype), expected)
 
 
-def _refuse_difference(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+def _refuse_difference(name: str, got: Tensor, expected: Tensor) -> None:
     difference = float((got - expected).norm() / expected.norm())
     if difference <= MAX_DIFFERENCE:
         return
@@ -86,11 +86,11 @@ def _refuse_difference(name: str, got: torch.Tensor, expected: torch.Tensor) -> 
 
 def _results(
     scan: Scan, sizes: ScanSizes, device: torch.device, dtype: torch.dtype, rounded_to: torch.dtype
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """Return the output, the final state and the gradients for random inputs, which are the same for every dtype."""
     random = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> torch.Tensor:
+    def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random)
 
     per_token = (1, NUM_TOKENS, sizes.value_heads)

@@ -3,7 +3,7 @@ The pieces in which a recurrent layer runs over a row of trees, in plain integer
 
 A layer that follows one path at a time cannot run over a whole row. It either replays the history before each branch
 ([`path_schedule`]) or starts each branch from the state at its fork ([`fork_schedule`]). For a row of 11 tokens, whose
-spine is `[0, 7)`, with branches `[7, 9)` after token 3 and `[9, 11)` after token 1:
+trunk is `[0, 7)`, with branches `[7, 9)` after token 3 and `[9, 11)` after token 1:
 
     path_schedule    pieces   0: [0, 7)   1: [0, 4) [7, 9)   2: [0, 2) [9, 11)
                      batches  (0, 1)  (2,)
@@ -75,18 +75,18 @@ def path_schedule(plan: TreePlan, reach: int | None = None, min_length_ratio: fl
     return Schedule(tuple(pieces), tuple(_batches(pieces, range(len(pieces)), min_length_ratio)))
 
 
-def fork_schedule(plan: TreePlan, handed_on: Collection[int] = (), *, packed: bool = False) -> Schedule:
+def fork_schedule(plan: TreePlan, state_ends: Collection[int] = (), *, packed: bool = False) -> Schedule:
     """
     Run the history once, cut where branches leave it, and start every branch from the state at its fork.
 
     Pieces that others start from run one at a time, because the state after padding is not the state at the fork. A
     piece that continues tokens outside the row replays the last of them, so that it is never a single token.
 
-    `handed_on` has the positions just past the tokens whose states later rows start from. Packed batches need no
+    `state_ends` has the positions just past the tokens whose states later rows start from. Packed batches need no
     padding: pieces that others start from then run together where none of them starts from another, and all branches
     in one batch.
     """
-    pieces = _fork_pieces(plan, handed_on)
+    pieces = _fork_pieces(plan, state_ends)
     sources = _levels(pieces) if packed else [(index,) for index, piece in enumerate(pieces) if piece.is_source]
     ends = [index for index, piece in enumerate(pieces) if not piece.is_source]
     starts = [index for index in ends if not pieces[index].starts_from_state]
@@ -107,15 +107,15 @@ def _levels(pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
     return [tuple(level) for level in levels]
 
 
-def _fork_pieces(plan: TreePlan, handed_on: Collection[int]) -> list[Piece]:
+def _fork_pieces(plan: TreePlan, state_ends: Collection[int]) -> list[Piece]:
     forks = {run.prefix[-1][1] for run in plan.runs if run.prefix and run.prefix[-1][0] < plan.length}
-    cuts = sorted(forks | set(handed_on))
+    cuts = sorted(forks | set(state_ends))
     pieces: list[Piece] = []
     piece_ending_at: dict[int, int] = {}
     for run in plan.runs:
         borders = [run.start, *(cut for cut in cuts if run.start < cut < run.end), run.end]
         for start, end in pairwise(borders):
-            piece = Piece(((start, end),), 0, is_source=end < run.end or end in handed_on)
+            piece = Piece(((start, end),), 0, is_source=end < run.end or end in state_ends)
             if start > run.start:
                 piece = replace(piece, source=piece_ending_at[start])
             elif run.prefix and run.prefix[-1][0] >= plan.length:
@@ -183,13 +183,13 @@ class ReplayMode:
     reach: int | None = None  # how many tokens back an output depends on; `None` for all of them
     attends: bool = False  # whether the layer is attention, which needs its own causal mask over a path
 
-    def schedule(self, plan: TreePlan, handed_on: Collection[int] = ()) -> Schedule:
+    def schedule(self, plan: TreePlan, state_ends: Collection[int] = ()) -> Schedule:
         """
         Return the pieces in which the layer runs over a row.
 
-        `handed_on` has the positions just past the tokens whose states later rows start from.
+        `state_ends` has the positions just past the tokens whose states later rows start from.
         """
         if self.starts_from_state:
-            return fork_schedule(plan, handed_on)
+            return fork_schedule(plan, state_ends)
         # How many tokens attention selects depends on the length of the batch, so all paths run in one batch.
         return path_schedule(plan, self.reach, min_length_ratio=0.0 if self.attends else MIN_LENGTH_RATIO)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -33,19 +34,19 @@ class ForkStates:
 
     def __init__(self, sources: Sequence[ForkStates] = ()) -> None:
         self.initial = _concatenate(sources)
-        self.final: dict[StateName, torch.Tensor] = {}
+        self.final: dict[StateName, Tensor] = {}
 
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Return the convolution's inputs just before the batch, shape `(batch, channels, kernel_size)`."""
         return self.initial.get(("conv", state_idx))
 
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Return the recurrent state just before the batch, shape `(batch, ...)`."""
         return self.initial.get(("recurrent", state_idx))
 
     def update_conv_state(
-        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None
-    ) -> torch.Tensor:
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None
+    ) -> Tensor:
         """Store the convolution's inputs, shape `(batch, channels, length)`, and return them after those before."""
         kernel_size = conv_kernel_size or conv_states.shape[-1]
         before = self.get_conv_state(layer_idx, state_idx)
@@ -57,8 +58,8 @@ class ForkStates:
         return conv_states
 
     def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: object
-    ) -> torch.Tensor:
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: object
+    ) -> Tensor:
         """Store the recurrent state after the batch, shape `(batch, ...)`."""
         self.final["recurrent", state_idx] = recurrent_states
         return recurrent_states
@@ -68,7 +69,7 @@ class ForkStates:
         return False
 
 
-def _concatenate(sources: Sequence[ForkStates]) -> dict[StateName, torch.Tensor]:
+def _concatenate(sources: Sequence[ForkStates]) -> dict[StateName, Tensor]:
     if not sources:
         return {}
     if len(sources) == 1:
@@ -95,15 +96,15 @@ class BoundaryTensors:
 
     offload: bool = False  # whether to hold them on the CPU
     # Detached. Inputs have shape `(1, num_inputs, ...)`, states `(1, ...)`.
-    values: dict[Key, torch.Tensor] = field(default_factory=dict)
+    values: dict[Key, Tensor] = field(default_factory=dict)
     # Those so far, at least in float32: every branch adds to those of the history.
-    gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[Key, Tensor] = field(default_factory=dict)
 
-    def store(self, key: Key, value: torch.Tensor) -> None:
+    def store(self, key: Key, value: Tensor) -> None:
         """Store a tensor."""
         self.values[key] = value.detach().to("cpu" if self.offload else value.device)
 
-    def add_gradient(self, key: Key, gradient: torch.Tensor) -> None:
+    def add_gradient(self, key: Key, gradient: Tensor) -> None:
         """Add to the gradient of a tensor."""
         if key not in self.gradients:
             value = self.values[key]
@@ -130,19 +131,14 @@ class AppendDetachedInputs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        value: torch.Tensor,
-        tensors: BoundaryTensors,
-        key: InputKey,
-        positions: torch.Tensor,
-        places: torch.Tensor,
-    ) -> torch.Tensor:
+        ctx: Any, value: Tensor, tensors: BoundaryTensors, key: InputKey, positions: Tensor, places: Tensor
+    ) -> Tensor:
         """Concatenate both."""
         ctx.tensors, ctx.key, ctx.length, ctx.positions, ctx.places = tensors, key, value.shape[1], positions, places
         return torch.cat([value, tensors.values[key].to(value.device)], dim=1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Send gradients to earlier rows, and add what later rows sent to the gradients of this one."""
         own, outside = grads[0][:, : ctx.length], grads[0][:, ctx.length :]
         tensors: BoundaryTensors = ctx.tensors
@@ -162,13 +158,13 @@ class LoadState(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, tensors: BoundaryTensors, key: StateKey) -> torch.Tensor:
+    def forward(ctx: Any, anchor: Tensor, tensors: BoundaryTensors, key: StateKey) -> Tensor:
         """Return the state."""
         ctx.tensors, ctx.key = tensors, key
         return tensors.values[key].detach().to(anchor.device)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         """Send the gradient to the earlier row."""
         ctx.tensors.add_gradient(ctx.key, grads[0])
         return None, None, None
@@ -183,14 +179,14 @@ class CollectStateGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, tensors: BoundaryTensors, keys: Sequence[StateKey], *states: torch.Tensor
-    ) -> torch.Tensor:
+        ctx: Any, output: Tensor, tensors: BoundaryTensors, keys: Sequence[StateKey], *states: Tensor
+    ) -> Tensor:
         """Return the output."""
         ctx.tensors, ctx.keys = tensors, keys
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of the output, and those that later rows sent for the states."""
         sent = [ctx.tensors.gradients.get(key) for key in ctx.keys]
         dtypes = [ctx.tensors.values[key].dtype for key in ctx.keys]
