@@ -88,9 +88,9 @@ def chat_lengths(
     before = np.concatenate([[0], np.cumsum(user + answer)[:-1]])  # history before each turn
     prompt, completion = before + user, reasoning + answer
     # The last answer is only on its branch; all others are in the history too.
-    spine = np.arange(prompt[-1])
+    trunk = np.arange(prompt[-1])
     branches = [np.arange(start, start + size) for start, size in zip(prompt, completion, strict=True)]
-    depths = np.concatenate([spine, *branches])
+    depths = np.concatenate([trunk, *branches])
     return len(depths), int((depths + 1).sum()), (prompt + completion).tolist()
 
 

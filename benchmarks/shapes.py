@@ -20,7 +20,7 @@ from trl_singlepass.cli.loading import load_tokenizer
 from trl_singlepass.data.files import load_examples
 from trl_singlepass.rendering.conversation import Conversation
 from trl_singlepass.rendering.history import render_with_history
-from trl_singlepass.trees.radix import common_prefix_length
+from trl_singlepass.trees.shared_array import common_prefix_length
 
 
 SHAPES = Path(__file__).parent / "shapes"

@@ -28,7 +28,7 @@ STRIPPED = [turn(U1, T1 + A1), turn(U1 + A1 + U2, T2 + A2), turn(U1 + A1 + U2 + 
 KEPT = [turn(U1, T1 + A1), turn(U1 + T1 + A1 + U2, T2 + A2)]
 # Two calls in one turn, which keep their reasoning, and a second user message that drops both.
 TOOLS = [turn(U1, T1), turn(U1 + T1 + A1, T2), turn(U1 + A1 + U2, T3)]
-# Shorter than the history before it, and the spine ends in turn 2.
+# Shorter than the history before it, and the trunk ends in turn 2.
 SHORT_LAST = [turn(U1, T1), turn(U1 + T1 + A1, T2 + A2), turn(U1 + A1, T3)]
 
 

@@ -46,11 +46,11 @@ TABLES = {
 def branchy_chat():
     """A chat with a branch per turn, and short branches at many depths, shorter than any convolution."""
     chat = reasoning_chat(turns=3)
-    spine = chat[-1].token_ids.tolist()
+    trunk = chat[-1].token_ids.tolist()
     samples = list(chat)
     for depth in (1, 2, 3, 9, 10, 20):
         branch = [50 + depth, 60][: 1 + depth % 2]
-        samples.append(Sample(spine[:depth] + branch, [0.0] * depth + [1.0] * len(branch), depth))
+        samples.append(Sample(trunk[:depth] + branch, [0.0] * depth + [1.0] * len(branch), depth))
     return samples
 
 

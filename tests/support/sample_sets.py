@@ -54,7 +54,7 @@ def _weights(draw, length, weights):
 
 
 def reasoning_chat(turns=4, vocab_size=97, seed=0):
-    """Return a chat whose template drops the reasoning of earlier turns: a spine with one branch per turn."""
+    """Return a chat whose template drops the reasoning of earlier turns: a trunk with one branch per turn."""
     generator = np.random.default_rng(seed)
 
     def text(length):
@@ -87,14 +87,14 @@ def nested_forks(levels=3, branches=2, vocab_size=97, seed=0):
 
 
 def branch_at_every_depth():
-    """Return a spine of 12 tokens with a branch of one to three tokens at each, and a branch on a branch."""
-    spine = list(range(5, 17))
-    samples = [Sample(spine, [0.0] + [1.0] * 11, 1)]
+    """Return a trunk of 12 tokens with a branch of one to three tokens at each, and a branch on a branch."""
+    trunk = list(range(5, 17))
+    samples = [Sample(trunk, [0.0] + [1.0] * 11, 1)]
     for depth in range(1, 12):
         branch = [20 + depth, 40, 41][: 1 + depth % 3]
-        samples.append(Sample(spine[:depth] + branch, [0.0] * depth + [1.0] * len(branch), depth))
-    samples.append(Sample([*spine[:2], 22, 40, 41, 60, 61], [0.0] * 5 + [1.0] * 2, 5))
-    samples.append(Sample([*spine[:2], 22, 40, 41, 62], [0.0] * 5 + [1.0], 5))
+        samples.append(Sample(trunk[:depth] + branch, [0.0] * depth + [1.0] * len(branch), depth))
+    samples.append(Sample([*trunk[:2], 22, 40, 41, 60, 61], [0.0] * 5 + [1.0] * 2, 5))
+    samples.append(Sample([*trunk[:2], 22, 40, 41, 62], [0.0] * 5 + [1.0], 5))
     return samples
 
 

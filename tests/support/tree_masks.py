@@ -34,7 +34,7 @@ def row_of_ten():
 
 
 def plan_of_eleven():
-    """Return the row of the examples of waves and recurrent layers: a spine of seven tokens and branches of two."""
+    """Return the row of the examples of waves and recurrent layers: a trunk of seven tokens and branches of two."""
     return TreePlan.from_subtree_end(np.array([11, 11, 9, 9, 7, 7, 7, 9, 9, 11, 11]))
 
 

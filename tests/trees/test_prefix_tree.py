@@ -162,8 +162,8 @@ def test_a_template_that_keeps_history_gives_a_chain():
 
 def test_history_comes_before_branches():
     tree = PrefixTree.from_samples(reasoning_chat(turns=4))
-    spine = np.flatnonzero(tree.subtree_end[:-1] != np.arange(1, len(tree)))
-    assert tree.position_ids[: len(spine)].max() <= len(tree)
+    trunk = np.flatnonzero(tree.subtree_end[:-1] != np.arange(1, len(tree)))
+    assert tree.position_ids[: len(trunk)].max() <= len(tree)
     history = reasoning_chat(turns=4)[-1].token_ids
     # The prompt of the last turn is one stretch at the front of the row.
     assert tree.input_ids[: len(history)].tolist() == history.tolist()

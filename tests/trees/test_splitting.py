@@ -14,8 +14,8 @@ from support.tiny_families import tiny_model
 from support.trainers import largest_difference, logged, single_pass_trainer, stock_trainer
 from trl_singlepass import render_samples
 from trl_singlepass.trees.prefix_tree import PrefixTree
-from trl_singlepass.trees.radix import common_prefix_length
 from trl_singlepass.trees.sample import Sample
+from trl_singlepass.trees.shared_array import common_prefix_length
 from trl_singlepass.trees.splitting import split_samples
 
 

@@ -12,8 +12,8 @@ from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 
 from ..trees.image_features import FeatureNumbers, ImageReference, to_keys
-from ..trees.radix import common_prefix_length
 from ..trees.rows import Row
+from ..trees.shared_array import common_prefix_length
 from ..trees.sharing import MIN_SHARED_TOKENS, join_with_shared_prefixes, shareable_length
 from .arrow import ROWS_VERSION, has_image_columns, read_images, read_list, read_row, row_features, to_table
 from .rows import PreparedRow

@@ -13,9 +13,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.collator import LoadImages
-from ..images.positions import images_shown
 from ..images.reading import TOKEN_TYPES
-from ..trees.image_features import ImageReference
+from ..trees.image_features import ImageReference, shown_images
 from ..trees.sample import Sample
 
 
@@ -70,7 +69,4 @@ def sample_inputs(
 
 def images_of(sample: Sample) -> list[ImageReference]:
     """Return the images that a sample shows, in the order in which they stand in it."""
-    if sample.image_features is None:
-        return []
-    shown = images_shown(sample.image_features, [image.num_features for image in sample.images])
-    return [sample.images[j] for j in shown]
+    return shown_images(sample.image_features, sample.images)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..trees.errors import DataError
-from ..trees.image_features import NO_FEATURE, ImageReference
+from ..trees.image_features import NO_FEATURE, FeatureNumbers, ImageReference
 from .loading import EncodedImage
 from .placeholders import ImagePlaceholders, Size
 
@@ -81,16 +81,10 @@ class ConversationImages:
                 "their order, and the processor that the tokens were made with"
             )
         features = np.full(len(token_ids), NO_FEATURE)
-        if images:
-            offsets = dict(zip(self.references, self._offsets, strict=True))
-            features[positions] = np.concatenate([offsets[image] + np.arange(image.num_features) for image in images])
+        numbers = FeatureNumbers()
+        numbers.add(self.references)
+        features[positions] = numbers.renumber(np.arange(len(positions)), images)
         return features
-
-    @cached_property
-    def _offsets(self) -> list[int]:
-        ends = np.cumsum([0, *(image.num_features for image in self.references)])
-        offsets: list[int] = ends[:-1].tolist()
-        return offsets
 
     def _reference(self, number: int, *, alone: bool) -> ImageReference:
         """One image, which is another one for the model where the processor writes it differently in company."""

@@ -9,15 +9,16 @@ path from a root to a leaf. A token's positions depend on nothing behind it, so 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from ..trees.image_features import shown_numbers
 from ..trees.rows import TreePlan
 
 
@@ -71,19 +72,19 @@ class PathPositions:
         input_ids: NDArray[np.int64],
         image_features: NDArray[np.int64],
         plan: TreePlan,
-        image_inputs: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
+        image_inputs: Mapping[str, Tensor],
+    ) -> Tensor:
         """
         Return the positions of a row, `(num_dimensions, 1, row_length)`, int64.
 
         `input_ids` and `image_features` (the feature that each token shows, -1 for text) have shape `(row_length,)`;
         `image_inputs` is what the model reads of the distinct images.
         """
-        positions: torch.Tensor | None = None
+        positions: Tensor | None = None
         is_set = np.zeros(plan.length, np.bool_)
         for run in plan.runs:
             path = run.path_positions
-            images = images_shown(image_features[path], plan.image_sizes)
+            images = shown_numbers(image_features[path], plan.image_sizes)
             own = self._on_path(input_ids[path], image_features[path] >= 0, image_inputs[_GRID][images])
             if positions is None:
                 positions = own.new_zeros(own.shape[0], plan.length)
@@ -94,7 +95,7 @@ class PathPositions:
         assert positions is not None, "a row has at least one token"
         return positions[:, None]
 
-    def _on_path(self, tokens: NDArray[np.int64], is_image: NDArray[np.bool_], grid: torch.Tensor) -> torch.Tensor:
+    def _on_path(self, tokens: NDArray[np.int64], is_image: NDArray[np.bool_], grid: Tensor) -> Tensor:
         """Positions along one path, shape `(num_dimensions, path_length)`."""
         input_ids = torch.from_numpy(tokens)[None]
         given = {
@@ -104,23 +105,8 @@ class PathPositions:
             "attention_mask": torch.ones_like(input_ids),
         }
         positions, _ = self.module.get_rope_index(**{name: x for name, x in given.items() if name in self.parameters})
-        own: torch.Tensor = positions[:, 0].long()
+        own: Tensor = positions[:, 0].long()
         return own
-
-
-def images_shown(features: NDArray[np.int64], sizes: Sequence[int]) -> list[int]:
-    """
-    Return the images that a sequence shows, in the order in which they stand in it.
-
-    Features `[0, 1, -1, 2, 3, 4, 0, 1]` of images with 2 and 3 features show the images 0, 1 and 0 again.
-
-    `features` has shape `(length,)`, -1 for text; `sizes` are the numbers of features of each image.
-    """
-    first_features = np.cumsum([0, *sizes[:-1]])
-    starts = features[np.isin(features, first_features)]
-    images: list[int] = np.searchsorted(first_features, starts).tolist()
-    assert sum(sizes[j] for j in images) == np.count_nonzero(features >= 0), "a sequence shows images as a whole"
-    return images
 
 
 def _without_parameters(module: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MethodType
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ..trees.rows import TreePlan
@@ -38,11 +38,11 @@ class ShownFeatures:
     """Which feature each placeholder of a row shows."""
 
     # (num_placeholders,), int64: features, counted over the row's distinct images, in placeholder order
-    index: torch.Tensor
+    index: Tensor
     sizes: tuple[int, ...]  # number of features of each distinct image; empty if the row shows no image
 
     @classmethod
-    def in_row(cls, image_features: torch.Tensor, plan: TreePlan) -> ShownFeatures:
+    def in_row(cls, image_features: Tensor, plan: TreePlan) -> ShownFeatures:
         """
         Return the features that a row shows, without waiting for the device.
 
@@ -56,9 +56,13 @@ _shown: ContextVar[ShownFeatures | None] = ContextVar("trl_singlepass_shown_feat
 
 
 @contextmanager
-def showing(features: ShownFeatures | None) -> Iterator[None]:
-    """Run the model calls inside on a row that shows some features; `None` leaves the model as it is."""
-    token = _shown.set(features)
+def showing_images(image_features: Tensor | None, plan: TreePlan) -> Iterator[None]:
+    """
+    Run the model calls inside on the images of a row, if it is of a dataset with images.
+
+    `image_features` has shape `(1, row_length)`, int64: the feature that each token shows, -1 for text.
+    """
+    token = _shown.set(None if image_features is None else ShownFeatures.in_row(image_features, plan))
     try:
         yield
     finally:
@@ -111,9 +115,9 @@ def _gathered_layer(layer: Any, shown: ShownFeatures, module: nn.Module) -> Any:
     return _gathered(layer, shown, module)
 
 
-def _gathered(features: torch.Tensor | Sequence[torch.Tensor], shown: ShownFeatures, module: nn.Module) -> Any:
+def _gathered(features: Tensor | Sequence[Tensor], shown: ShownFeatures, module: nn.Module) -> Any:
     """Features by placeholder, in the form that they had by image: a tensor, or a sequence of them."""
-    parts = [features] if isinstance(features, torch.Tensor) else list(features)
+    parts = [features] if isinstance(features, Tensor) else list(features)
     counts = [part.numel() // part.shape[-1] for part in parts]
     by_image = len(counts) == len(shown.sizes) and len(counts) > 1
     if shown.sizes and (sum(counts) != sum(shown.sizes) or (by_image and tuple(counts) != shown.sizes)):
@@ -124,11 +128,11 @@ def _gathered(features: torch.Tensor | Sequence[torch.Tensor], shown: ShownFeatu
     flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
     by_placeholder = flat.index_select(0, shown.index.to(flat.device))
     by_placeholder = by_placeholder.view(*[1] * (parts[0].dim() - 2), *by_placeholder.shape)
-    return by_placeholder if isinstance(features, torch.Tensor) else (by_placeholder,)
+    return by_placeholder if isinstance(features, Tensor) else (by_placeholder,)
 
 
 def _num_features(features: Any) -> int:
-    return features.numel() // features.shape[-1] if isinstance(features, torch.Tensor) else -1
+    return features.numel() // features.shape[-1] if isinstance(features, Tensor) else -1
 
 
 # What models call the kind of each token: 0 for text, 1 for a part of an image.
@@ -162,8 +166,8 @@ class ImageReader:
         input_ids: NDArray[np.int64],
         image_features: NDArray[np.int64],
         plan: TreePlan,
-        images: Mapping[str, torch.Tensor],
-    ) -> dict[str, torch.Tensor]:
+        images: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
         """
         Return what the model's forward reads of the tokens of a row besides their ids, mask and depths.
 
@@ -176,22 +180,11 @@ class ImageReader:
         return inputs
 
 
-def showing_images(image_features: torch.Tensor | None, plan: TreePlan) -> AbstractContextManager[None]:
-    """
-    Run the model calls inside on the images of a row, if it is of a dataset with images.
-
-    `image_features` has shape `(1, row_length)`, int64: the feature that each token shows, -1 for text.
-    """
-    return showing(None if image_features is None else ShownFeatures.in_row(image_features, plan))
-
-
 def check_reads_images(model: nn.Module) -> nn.Module:
     """
-    Refuse a model that a tree cannot give its images; return its part that computes features of images.
+    Refuse a model, without adapters or wrappers, that a tree cannot give its images; return what computes them.
 
-    The model has no adapters or wrappers. Raises `UnsupportedImagesError` if it has no such part, does not put one
-    feature in the place of each placeholder, asks for more about each token, lets images see each other, normalises
-    over them, or computes positions from more than a grid.
+    Raises `UnsupportedImagesError` with the reason.
     """
     module = image_module(model)
     if module is None:
@@ -199,59 +192,37 @@ def check_reads_images(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} reads no images (it has no get_image_features), and the dataset has some. Remove "
             "them, columns and parts of messages, to train on text, or load a model that reads images."
         )
-    checks = (
-        _does_not_replace_placeholders(module),
-        _asks_for_more(model),
-        _mixes_images(module),
-        _batch_norm(model),
-    )
-    if reason := next(filter(None, checks), None):
+    if reason := next(_faults(model, module), None):
         raise UnsupportedImagesError(f"{type(model).__name__} {reason}. {_WAY_OUT}")
     PathPositions.from_model(model)  # refuses positions that rows cannot give
     return module
 
 
-def _does_not_replace_placeholders(module: nn.Module) -> str | None:
+def _faults(model: nn.Module, module: nn.Module) -> Iterator[str]:
+    """Yield what a model does with images that a tree cannot give it, or that would not be the same in all turns."""
     names = _names(type(module).forward)
-    if "inputs_merger" in names:
-        names |= _names(type(module).inputs_merger)  # type: ignore[attr-defined]
-    if {"get_image_features", "masked_scatter"} <= names:
-        return None
-    return "does not put the features of its images in the places of placeholder tokens"
+    merger = _names(type(module).inputs_merger) if "inputs_merger" in names else set()  # type: ignore[attr-defined]
+    if not {"get_image_features", "masked_scatter"} <= names | merger:
+        yield "does not put the features of its images in the places of placeholder tokens"
+    for name in inspect.signature(type(model).forward).parameters:
+        if name.endswith("token_type_ids") and name not in TOKEN_TYPES:
+            yield f"reads {name}, which say more about a token than whether it belongs to an image"
+    if names & {"block_sequence_ids", "get_block_sequence_ids_for_mask"} and not _keeps_images_apart(module):
+        yield (
+            "lets the tokens of images see more than their own image in both directions, so that what turns share is "
+            "not the same in all of them"
+        )
+    for part in model.modules():  # a batch holds the images of one prompt in N-pass, and those of a row here
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
+            kind = type(part).__name__
+            yield f"normalises over all images of a batch in its {kind}, so that their features depend on each other"
 
 
-def _asks_for_more(model: nn.Module) -> str | None:
-    asked = [
-        name
-        for name in inspect.signature(type(model).forward).parameters
-        if name.endswith("token_type_ids") and name not in TOKEN_TYPES
-    ]
-    return f"reads {asked[0]}, which say more about a token than whether it belongs to an image" if asked else None
-
-
-def _mixes_images(module: nn.Module) -> str | None:
-    """Refuse images that see more than themselves in both directions: all others, or the whole prompt."""
-    names = _names(type(module).forward)
-    if not names & {"block_sequence_ids", "get_block_sequence_ids_for_mask"}:
-        return None
+def _keeps_images_apart(module: nn.Module) -> bool:
+    """Whether each of two images of two tokens, with text around them, is a block of its own."""
     block_ids = getattr(sys.modules[type(module).__module__], "get_block_sequence_ids_for_mask", None)
-    # Two images of two tokens with text around them: each is a block of its own.
     kinds, expected = [[0, 1, 1, 0, 1, 1, 0]], [[-1, 0, 0, -1, 1, 1, -1]]
-    if block_ids is not None and block_ids(torch.tensor(kinds), torch.device("cpu")).tolist() == expected:
-        return None
-    return (
-        "lets the tokens of images see more than their own image in both directions, so that what turns share is not "
-        "the same in all of them"
-    )
-
-
-def _batch_norm(model: nn.Module) -> str | None:
-    """Refuse statistics over a batch, which holds the images of one prompt in N-pass and those of a row here."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
-            name = type(module).__name__
-            return f"normalises over all images of a batch in its {name}, so that their features depend on each other"
-    return None
+    return block_ids is not None and block_ids(torch.tensor(kinds), torch.device("cpu")).tolist() == expected
 
 
 def _names(function: Any) -> set[str]:

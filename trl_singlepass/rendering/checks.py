@@ -21,6 +21,7 @@ from .reasoning import (
     reasoning_tags,
     without_comments,
 )
+from .validation import decode_json
 
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _words(text: str) -> set[str]:
 def _spellings(value: Message) -> list[str]:
     """Everything a message says, as text, as JSON and as Python prints it: templates use all three."""
     strings = own_strings(value)
-    decoded = [item for item in map(_decoded, strings) if isinstance(item, dict | list)]
+    decoded = [item for item in map(decode_json, strings) if isinstance(item, dict | list)]
     strings += [text for item in decoded for text in own_strings({"": item})]
     return [*strings, json.dumps(value, default=str), json.dumps(value, default=str, ensure_ascii=False), str(value)]
 
@@ -222,7 +223,7 @@ def prints(text: str, value: object) -> bool:
 
 
 def _leaves(value: object) -> list[Any]:
-    decoded = _decoded(value) if isinstance(value, str) else value
+    decoded = decode_json(value) if isinstance(value, str) else value
     return _plain_leaves(decoded if isinstance(decoded, dict | list) else value)
 
 
@@ -232,13 +233,6 @@ def _plain_leaves(value: object) -> list[Any]:
     if isinstance(value, list | tuple):
         return [leaf for item in value for leaf in _plain_leaves(item)]
     return [] if value is None else [value]
-
-
-def _decoded(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None
 
 
 def _prints(text: str, leaf: object) -> bool:

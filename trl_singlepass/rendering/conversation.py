@@ -1,13 +1,13 @@
 """A dataset example as a conversation: messages, tools and template arguments, without the keys that Arrow adds."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..images.conversation_images import ConversationImages
+from .validation import MESSAGE_COLUMNS, check_example, describe_type, expected_columns, to_list
 from .validation import RenderingError as RenderingError
-from .validation import check_example, message_columns
 from .validation import get_text as get_text
 
 
@@ -51,7 +51,7 @@ class Conversation:
         schema requires the argument, or where the arguments are a JSON string. An example that has none of these
         columns, or in which they hold something else, is refused.
         """
-        columns = message_columns(example)
+        columns = _message_columns(example)
         groups = [_chatml(example[name]) if name == "conversations" else example[name] for name in columns]
         tools, kwargs = _decoded_tools(example.get("tools")), _decoded(example, "chat_template_kwargs")
         check_example(groups, tools, kwargs, example.get("system"), takes_images=images is not None)
@@ -73,6 +73,21 @@ def get_function_calls(message: Message) -> list[dict[str, Any]]:
     """Return the functions that a message calls, each a dict with `name` and `arguments`."""
     calls = message.get("tool_calls") or []
     return [call.get("function") or call for call in calls]
+
+
+def _message_columns(example: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the columns that hold the conversation of an example: one of `MESSAGE_COLUMNS`, or it is refused."""
+    for columns in MESSAGE_COLUMNS:
+        if all(isinstance(example.get(name), list) for name in columns):
+            return columns
+    given = [columns for columns in MESSAGE_COLUMNS if set(columns) <= set(example)]
+    filled = [columns for columns in given if any(example[name] is not None for name in columns)]
+    for columns in (filled or given)[:1]:
+        name = next(name for name in columns if not isinstance(example[name], list))
+        raise RenderingError(
+            f"'{name}' is {describe_type(example[name])}, expected a list of messages. {to_list(example[name])}."
+        )
+    raise RenderingError(expected_columns(example))
 
 
 def _chatml(conversations: list[Any]) -> list[Any]:

@@ -71,8 +71,7 @@ class Prefixes:
 
     def _faster(self, length: int) -> Prefixes:
         """Return the same prefixes in the fast sandbox, if it renders the longest one identically."""
-        template = self.template
-        way = template.source, bool(template.tools), frozenset(template.kwargs)
+        template, way = self.template, self._way
         compiled = compiled_template(template.full_source) if _compared.get(way, True) else None
         if compiled is None:
             return self
@@ -86,6 +85,11 @@ class Prefixes:
         fast.known[length, False] = longest
         _compared[way] = agrees
         return fast if agrees else self
+
+    @property
+    def _way(self) -> tuple[str, bool, frozenset[str]]:
+        """The way in which the template is called."""
+        return self.template.source, bool(self.template.tools), frozenset(self.template.kwargs)
 
     def prompt(self, k: int) -> str:
         """Return the prompt of message `k`, as served."""
@@ -135,7 +139,7 @@ class Prefixes:
     def _compared(self, text: str, messages: list[Message], add_generation_prompt: bool) -> str:
         expected = self.template.render(messages, add_generation_prompt)
         if text != expected:
-            _compared[self.template.source, bool(self.template.tools), frozenset(self.template.kwargs)] = False
+            _compared[self._way] = False
         return expected
 
 

@@ -1,6 +1,5 @@
 """What an assistant message says, and the forms in which messages and templates hold its reasoning."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from .conversation import Message, get_function_calls, get_text
 from .validation import REASONING_KEYS as REASONING_KEYS
+from .validation import decode_json
 
 
 # Types of content parts that hold reasoning: Mistral's and Anthropic's, and OpenAI's.
@@ -89,10 +89,7 @@ class ParsedMessage:
 def decode_arguments(arguments: object) -> dict[str, Any] | None:
     """Return the arguments of a call as an object, `None` if they are none."""
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except json.JSONDecodeError:
-            return None
+        arguments = decode_json(arguments) if arguments.strip() else {}
     return arguments if isinstance(arguments, dict) else None
 
 

@@ -27,41 +27,37 @@ def find_shown_images(prefixes: Prefixes, turn: RenderedTurn, images: Conversati
     drops an image which no earlier turn can have shown, or images of which it is not certain which they are.
     """
     placeholders, k = images.placeholders, turn.message_index
+
+    def refused(reason: str) -> RenderingError:
+        return rendering_error(prefixes.template, k, reason)
+
     places = _places(prefixes.messages[:k])
     count = placeholders.count(turn.prompt)
     if _places([prefixes.messages[k]]) or placeholders.count(turn.completion):
-        raise rendering_error(
-            prefixes.template,
-            k,
+        raise refused(
             "it shows an image, which a model that writes text does not write. Put the image in a message of the user "
-            "or of a tool",
+            "or of a tool"
         )
     if count > len(places):
-        raise rendering_error(
-            prefixes.template,
-            k,
+        raise refused(
             f"its prompt has {count} placeholders {placeholders.text!r} for {len(places)} images. Does a text contain "
-            "the placeholder? Write it in another way",
+            "the placeholder? Write it in another way"
         )
     if count == len(places):
         return list(range(count))
     shown = _find_kept(prefixes, turn, places, images)
     if shown is None:
-        raise rendering_error(
-            prefixes.template,
-            k,
+        raise refused(
             f"the template shows {count} of the {len(places)} images before it, and which ones is not certain. Use a "
-            "template that shows all of them, or give tokenised turns with the images of each",
+            "template that shows all of them, or give tokenised turns with the images of each"
         )
     for index, (message, _) in enumerate(places):
         is_new = all(other.get("role") != "assistant" for other in prefixes.messages[message:k])
         if is_new and index not in shown:
             role = prefixes.messages[message].get("role")
-            raise rendering_error(
-                prefixes.template,
-                k,
+            raise refused(
                 f"the template drops the image of message {message} ('{role}'). Use one that shows images in messages "
-                "of this role",
+                "of this role"
             )
     return shown
 

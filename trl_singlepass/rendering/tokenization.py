@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from ..trees.shared_array import SharedArray
+from ..trees.shared_array import SharedArray, common_prefix_length
 
 
 if TYPE_CHECKING:
@@ -123,10 +123,9 @@ def tokenize_after(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
 
 def common_length(left: Any, right: Any) -> int:
     """Return the length of the longest common beginning of two strings or two arrays."""
-    limit = min(len(left), len(right))
     if isinstance(left, np.ndarray):
-        differing = np.flatnonzero(left[:limit] != right[:limit])
-        return int(differing[0]) if len(differing) else limit
+        return common_prefix_length(left, right)
+    limit = min(len(left), len(right))
     if left.startswith(right) or right.startswith(left):
         return limit
     low, high = 0, limit - 1

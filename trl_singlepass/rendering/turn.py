@@ -13,7 +13,7 @@ from .prefixes import Prefixes
 from .reasoning import KNOWN_TAGS, THINK, ParsedMessage, is_reasoning_part, without_reasoning, write_reasoning
 from .stop_tokens import end_with_stop_token
 from .template import ChatTemplate
-from .template_behaviour import TemplateBehaviour, get_behaviour
+from .template_behaviour import get_behaviour
 from .tokenization import hard_borders
 
 
@@ -67,26 +67,12 @@ def rendering_error(template: ChatTemplate, k: int, reason: str) -> RenderingErr
     return RenderingError(f"Message {k} cannot be rendered with the {name}: {reason.removesuffix('.')}.")
 
 
-@dataclass(frozen=True)
 class _TurnRenderer:
-    prefixes: Prefixes
-    k: int
-
-    @property
-    def template(self) -> ChatTemplate:
-        return self.prefixes.template
-
-    @cached_property
-    def message(self) -> Message:
-        return self.prefixes.trained.get(self.k, self.prefixes.messages[self.k])
-
-    @cached_property
-    def behaviour(self) -> TemplateBehaviour:
-        return get_behaviour(self.template)
-
-    @cached_property
-    def parsed(self) -> ParsedMessage:
-        return parse(self.message, self.template)
+    def __init__(self, prefixes: Prefixes, k: int) -> None:
+        self.prefixes, self.k, self.template = prefixes, k, prefixes.template
+        self.message: Message = prefixes.trained.get(k, prefixes.messages[k])
+        self.behaviour = get_behaviour(self.template)
+        self.parsed = parse(self.message, self.template)
 
     @cached_property
     def prompt(self) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from types import UnionType
 from typing import Any
 
 from jinja2 import UndefinedError
@@ -40,21 +41,6 @@ def expected_columns(columns: Collection[str]) -> str:
     )
 
 
-def message_columns(example: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the columns that hold the conversation of an example: one of `MESSAGE_COLUMNS`, or it is refused."""
-    for columns in MESSAGE_COLUMNS:
-        if all(isinstance(example.get(name), list) for name in columns):
-            return columns
-    given = [columns for columns in MESSAGE_COLUMNS if set(columns) <= set(example)]
-    filled = [columns for columns in given if any(example[name] is not None for name in columns)]
-    for columns in (filled or given)[:1]:
-        name = next(name for name in columns if not isinstance(example[name], list))
-        raise RenderingError(
-            f"'{name}' is {describe_type(example[name])}, expected a list of messages. {_to_list(example[name])}."
-        )
-    raise RenderingError(expected_columns(example))
-
-
 def is_image_part(part: object) -> bool:
     """Return whether a content part is an image."""
     return isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS
@@ -89,9 +75,8 @@ def check_messages(messages: Sequence[Any], *, takes_images: bool = False) -> No
         _check_is_object(index, message)
         _check_role(index, message)
         _check_content(index, message, takes_images)
-        for key in REASONING_KEYS:
-            if message["role"] == "assistant" and not isinstance(message.get(key), str | None):
-                raise RenderingError(_wrong(f"Message {index}", key, message[key], "text"))
+        for key in REASONING_KEYS if message["role"] == "assistant" else ():
+            _expect(f"Message {index}", key, message.get(key), str | None, "text")
         _check_calls(index, message.get("tool_calls"))
         given = [key for key, value in message.items() if key not in ("role", "name") and value not in (None, [])]
         if message["role"] == "assistant" and not given:
@@ -124,11 +109,8 @@ def check_tools(tools: object) -> None:
             continue
         if not isinstance(tool, Mapping):
             raise RenderingError(f"Tool {index} is {describe_type(tool)}, expected an object with its JSON schema.")
-        if not isinstance(tool.get("function"), Mapping | None):
-            raise RenderingError(_wrong(f"Tool {index}", "function", tool["function"], "an object"))
-        name = (tool.get("function") or tool).get("name")
-        if not isinstance(name, str | None):
-            raise RenderingError(_wrong(f"Tool {index}", "name", name, "text"))
+        _expect(f"Tool {index}", "function", tool.get("function"), Mapping | None, "an object")
+        _expect(f"Tool {index}", "name", (tool.get("function") or tool).get("name"), str | None, "text")
 
 
 def check_template_kwargs(kwargs: object) -> None:
@@ -199,8 +181,7 @@ def _check_role(index: int, message: Mapping[str, Any]) -> None:
         raise RenderingError(
             f"Message {index} has no 'role'; it has {keys or 'no keys'}. Give it one, such as 'user' or 'assistant'."
         )
-    if not isinstance(role, str):
-        raise RenderingError(_wrong(f"Message {index}", "role", role, "text such as 'user' or 'assistant'"))
+    _expect(f"Message {index}", "role", role, str, "text such as 'user' or 'assistant'")
     if role in _CALL_ROLES:
         raise RenderingError(
             f"Message {index} has the role '{role}', which chat templates do not know. Make it an assistant message "
@@ -214,8 +195,7 @@ def _check_content(index: int, message: Mapping[str, Any], takes_images: bool) -
         raise RenderingError(f"Message {index} ('{role}') has no 'content'. Write it, or remove the message.")
     if isinstance(content, str | None) or (role not in _TEXT_ROLES and isinstance(content, Mapping)):
         return
-    if not isinstance(content, list):
-        raise RenderingError(_wrong(f"Message {index}", "content", content, "text or a list of text parts"))
+    _expect(f"Message {index}", "content", content, list, "text or a list of text parts")
     for position, part in enumerate(content):
         _check_part(f"Part {position} of the content of message {index}", part, role, takes_images)
 
@@ -238,8 +218,7 @@ def _check_part(where: str, part: object, role: str, takes_images: bool) -> None
     text = part.get("text")
     if text is None and kind in ("text", None):
         raise RenderingError(f"{where} has no 'text'. Write it, or remove the part.")
-    if not isinstance(text, str | None):
-        raise RenderingError(_wrong(where, "text", text, "text"))
+    _expect(where, "text", text, str | None, "text")
 
 
 def _check_calls(index: int, calls: object) -> None:
@@ -247,7 +226,7 @@ def _check_calls(index: int, calls: object) -> None:
         return
     if not isinstance(calls, list):
         wrong = _wrong(f"Message {index}", "tool_calls", calls, "a list of calls")
-        raise RenderingError(f"{wrong} {_to_list(calls, 'Put the call in a list')}.")
+        raise RenderingError(f"{wrong} {to_list(calls, 'Put the call in a list')}.")
     for position, call in enumerate(calls):
         where = f"Call {position} of message {index}"
         function = (call.get("function") or call) if isinstance(call, Mapping) else call
@@ -258,22 +237,28 @@ def _check_calls(index: int, calls: object) -> None:
         name, arguments = function.get("name"), function.get("arguments")
         if not isinstance(name, str) or not name:
             raise RenderingError(f"{where} has no 'name'. Write the name of the tool that it calls.")
-        if not isinstance(arguments, Mapping | str | None):
-            raise RenderingError(_wrong(where, "arguments", arguments, "an object, or JSON of one"))
+        _expect(where, "arguments", arguments, Mapping | str | None, "an object, or JSON of one")
+
+
+def _expect(where: str, key: str, value: object, kind: type | UnionType, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise RenderingError(_wrong(where, key, value, expected))
 
 
 def _wrong(where: str, key: str, value: object, expected: str) -> str:
     return f"{where} has '{key}' that is {describe_type(value)}, expected {expected}."
 
 
-def _to_list(value: object, otherwise: str = "Repair it, or leave the row out") -> str:
-    if isinstance(value, str) and _is_json(value):
+def to_list(value: object, otherwise: str = "Repair it, or leave the row out") -> str:
+    """Return how to make a list of a value that should be one."""
+    if isinstance(value, str) and isinstance(decode_json(value), list | dict):
         return "Decode the JSON with json.loads"
     return "Decode it" if isinstance(value, bytes) else otherwise
 
 
-def _is_json(text: str) -> bool:
+def decode_json(text: str) -> Any:
+    """Return what a text says as JSON, `None` if it is none."""
     try:
-        return isinstance(json.loads(text), list | dict)
-    except ValueError:
-        return False
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None

@@ -67,13 +67,24 @@ def image_of_feature(images: Sequence[ImageReference]) -> NDArray[np.int64]:
     return np.repeat(np.arange(len(images)), [image.num_features for image in images])
 
 
+def shown_numbers(features: NDArray[np.int64], sizes: Sequence[int]) -> list[int]:
+    """
+    Return the numbers of the images that tokens show, in their order, an image that they show twice included twice.
+
+    Features `[0, 1, -1, 2, 3, 4, 0, 1]` of images with 2 and 3 features show the images 0, 1 and 0 again.
+    """
+    first_features = np.cumsum([0, *sizes[:-1]])
+    starts = features[np.isin(features, first_features)] if len(sizes) else features[:0]
+    numbers: list[int] = np.searchsorted(first_features, starts).tolist()
+    assert sum(sizes[j] for j in numbers) == np.count_nonzero(features >= 0), "a sequence shows images as a whole"
+    return numbers
+
+
 def shown_images(features: NDArray[np.int64] | None, images: Sequence[ImageReference]) -> list[ImageReference]:
-    """Return the images that tokens show, in their order, an image that they show twice included twice."""
+    """Return the images that tokens show, in the order of [`shown_numbers`]; none where images are not known."""
     if features is None or not images:
         return []
-    first_features = np.cumsum([0, *(image.num_features for image in images[:-1])])
-    first_shown = features[np.isin(features, first_features)]
-    return [images[j] for j in image_of_feature(images)[first_shown]]
+    return [images[j] for j in shown_numbers(features, [image.num_features for image in images])]
 
 
 def without_unused(

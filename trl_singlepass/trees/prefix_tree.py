@@ -36,7 +36,7 @@ class PrefixTree:
 
     Two prefixes are the same if their tokens are, and the images that these show.
 
-    At a fork, the child on the spine comes first and the branches follow, so that the history lies together at the
+    At a fork, the child on the trunk comes first and the branches follow, so that the history lies together at the
     front. A token's descendants follow it without a gap, so `subtree_end` holds the whole structure: position `j` is
     an ancestor of `i`, or `i` itself, exactly when `j <= i < subtree_end[j]`.
 
@@ -100,7 +100,7 @@ class PrefixTree:
         Args:
             samples (`Sequence[Sample]`):
                 Samples in the order of their turns, of one conversation if they have images. The order does not change
-                the loss; where equally many samples share several children, the spine follows the last sample.
+                the loss; where equally many samples share several children, the trunk follows the last sample.
 
         Returns:
             `PrefixTree`: The tree.
@@ -193,10 +193,7 @@ def _target_after(node: RadixNode) -> _Target:
 
 
 def _roll_labels(
-    nodes: list[RadixNode],
-    targets: list[_Target],
-    starts: NDArray[np.int64],
-    ends: NDArray[np.int64],
+    nodes: list[RadixNode], targets: list[_Target], starts: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
     labels = np.full(ends[-1], IGNORE_INDEX, np.int64)
     loss_weights, parts = np.zeros(ends[-1]), np.zeros(ends[-1], np.int64)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from .image_features import to_keys
 from .sample import Sample
+from .shared_array import common_prefix_length
 
 
 @dataclass(slots=True, eq=False)
@@ -106,34 +107,24 @@ class RadixNode:
         own_weights += weights
 
 
-def common_prefix_length(a: NDArray[np.integer], b: NDArray[np.integer]) -> int:
-    """Return the length of the longest common prefix of two token sequences."""
-    length = min(len(a), len(b))
-    if length == 0:
-        return 0
-    differs = a[:length] != b[:length]
-    first = int(differs.argmax())
-    return first if differs[first] else length
-
-
 def depth_first(root: RadixNode) -> Iterator[tuple[RadixNode, int]]:
     """
-    Yield every node with the index of its parent, the child on the spine before its siblings.
+    Yield every node with the index of its parent, the child on the trunk before its siblings.
 
     Where children train different targets, the node forks one token earlier; this changes the tree. The index counts
     nodes in the order of this generator; it is -1 below the root, which is not yielded itself.
     """
     count = 0
-    stack = [(node, -1) for node in _spine_last(_fork_colliding(root.children))]
+    stack = [(node, -1) for node in _trunk_last(_fork_colliding(root.children))]
     while stack:
         node, parent = stack.pop()
         node.children = _fork_colliding(node.children)
         yield node, parent
-        stack.extend((child, count) for child in _spine_last(node.children))
+        stack.extend((child, count) for child in _trunk_last(node.children))
         count += 1
 
 
-def _spine_last(children: list[RadixNode]) -> list[RadixNode]:
+def _trunk_last(children: list[RadixNode]) -> list[RadixNode]:
     return sorted(children, key=lambda child: (child.num_samples, child.latest_sample))
 
 
@@ -152,7 +143,7 @@ def _fork_one_token_earlier(node: RadixNode) -> list[RadixNode]:
     if len(targets) < 2:
         return [node]
     groups = [[child for child in node.children if child.tokens[0] == target] for target in targets]
-    groups.sort(key=lambda group: _spine_last(group)[-1].num_samples, reverse=True)
+    groups.sort(key=lambda group: _trunk_last(group)[-1].num_samples, reverse=True)
     # Children that no sample trains need no copy of their own.
     groups[0] += [child for child in node.children if child.tokens[0] not in targets]
     copies = [_copy_of_last_token(node, group, is_first=i == 0) for i, group in enumerate(groups)]

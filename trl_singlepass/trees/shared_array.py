@@ -80,7 +80,14 @@ class SharedArray:
     def common_length(self, other: SharedArray) -> int:
         """Return how many entries at the start are those of another array."""
         start = self.shared_length(other)
-        own, others = self.tail(start), other.tail(start)
-        limit = min(len(own), len(others))
-        differing = np.flatnonzero(own[:limit] != others[:limit])
-        return start + (int(differing[0]) if len(differing) else limit)
+        return start + common_prefix_length(self.tail(start), other.tail(start))
+
+
+def common_prefix_length(a: NDArray[np.integer], b: NDArray[np.integer]) -> int:
+    """Return the length of the longest common prefix of two token sequences."""
+    length = min(len(a), len(b))
+    if length == 0:
+        return 0
+    differs = a[:length] != b[:length]
+    first = int(differs.argmax())
+    return first if differs[first] else length

@@ -1,7 +1,7 @@
 """
 Split a row into waves: which of its tokens have activations at the same time, in plain integers.
 
-A row of 11 tokens has the spine `[0, 7)`, the branch `[7, 9)` after token 3 and the branch `[9, 11)` after token 1.
+A row of 11 tokens has the trunk `[0, 7)`, the branch `[7, 9)` after token 3 and the branch `[9, 11)` after token 1.
 Its history, up to the last fork, is `[0, 4)`; `[4, 7)` is a branch like the others.
 
     wave_tokens    waves                                     tokens with activations

@@ -1,7 +1,7 @@
 """
 Some tokens of a row as a row of their own, whose other ancestors are in a cache; in plain integers.
 
-A row of 11 tokens has the spine `[0, 7)`, the branch `[7, 9)` after token 3 and the branch `[9, 11)` after token 1:
+A row of 11 tokens has the trunk `[0, 7)`, the branch `[7, 9)` after token 3 and the branch `[9, 11)` after token 1:
 
     runs             [0, 7)          [7, 9) with ancestors [0, 4)     [9, 11) with ancestors [0, 2)
 
