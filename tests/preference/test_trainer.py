@@ -21,6 +21,7 @@ from support.pairs import (
 from support.tiny_causal_lms import tiny_model as tiny_model_of_type
 from support.trainers import float32_model, largest_difference, logged, overridden
 from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, render_samples
+from trl_singlepass.preference.collator import TurnWeights
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -94,6 +95,16 @@ def test_options_weigh_turns(tmp_path, tokenizer, settings, factors):
         model, turns_of(example, "chosen", tokenizer), factors
     )
     assert_close(gradients(loss, trainer.model), gradients(0.1 / 2 * difference, model))
+
+
+def test_discount_and_mean_weigh_turns():
+    assert TurnWeights().of_tokens([2, 3]).tolist() == [1] * 5
+    assert TurnWeights(discount=0.5).of_tokens([1, 2, 1]) == pytest.approx([1, 6 / 7, 6 / 7, 4 / 7])
+    assert TurnWeights(is_mean=True).of_tokens([2, 4]) == pytest.approx([1 / 2] * 2 + [1 / 4] * 4)
+    assert TurnWeights(discount=1e-9).of_tokens([1, 1]) == pytest.approx([1, 1])
+    for discount in (0, 1, 1.5):
+        with pytest.raises(ValueError, match="turn_discount"):
+            TurnWeights(discount=discount)
 
 
 def test_the_mean_of_a_turn(tmp_path, tokenizer):

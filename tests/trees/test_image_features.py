@@ -81,6 +81,7 @@ def test_rows_that_stand_side_by_side_or_merge_keep_their_images_and_store_each_
     rows = [row_of(samples) for samples in sets]
     joined, merged = Row.join(rows), merge_rows(rows)
     assert spelled_row_tokens(joined) == [token for row in rows for token in spelled_row_tokens(row)]
+    assert [token for tree in joined.split() for token in spelled_row_tokens(tree)] == spelled_row_tokens(joined)
     oracle = PrefixOracle([spelled(sample) for samples in sets for sample in samples])
     assert len(merged) == oracle.num_tokens
     assert set(prefixes(spelled_row_tokens(merged), merged.subtree_end)) == set(oracle.multiplicity)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support.prefix_tree_reference import ancestors, prefixes
 from support.sample_sets import sample_sets
 from trl_singlepass import PrefixTree, Sample
-from trl_singlepass.trees.rows import Row, Run, TreePlan
+from trl_singlepass.trees.rows import ROW_COLUMNS, Row, Run, TreePlan, tree_ends
 
 
 @given(sets=st.lists(sample_sets(max_samples=3), min_size=1, max_size=3))
@@ -18,6 +18,9 @@ def test_rows_keep_their_trees_apart(sets):
     assert prefixes(row.input_ids, row.subtree_end) == expected
     assert row.loss_weights.tolist() == np.concatenate([tree.loss_weights for tree in trees]).tolist()
     assert Row.from_columns(row.columns()).labels.tolist() == row.labels.tolist()
+    parts = row.split()
+    assert all(tree_ends(part.subtree_end) == [len(part)] for part in parts)
+    assert all(np.array_equal(getattr(Row.join(parts), name), getattr(row, name)) for name in ROW_COLUMNS)
 
 
 @given(sets=st.lists(sample_sets(max_samples=3), min_size=1, max_size=3))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+from datasets import Dataset
 from numpy.typing import NDArray
 
 from ..trees.prefix_tree import find_paths
-from ..trees.rows import Row
+from ..trees.rows import Row, tree_ends
 from ..trees.sharing import group_by_beginning, merge_to_tree
 from .arrow import length_column, position_column
 from .packing import assign
@@ -60,12 +62,7 @@ class PackedRow:
         if len(self.row) <= max_row_tokens:
             return [self]
         trees = self.row.split()
-        longest = max(map(len, trees))
-        if longest > max_row_tokens:
-            raise ValueError(
-                f"A tree of {longest} tokens does not fit into a row of max_row_tokens={max_row_tokens}: its example "
-                "was prepared for larger rows. Prepare it again, from its messages, or raise max_row_tokens."
-            )
+        _check_trees_fit(self.row.subtree_end, max_row_tokens)
         starts = np.cumsum([0, *map(len, trees)])
         tree_of = {turn: int(np.searchsorted(starts, at[0], "right")) - 1 for turn, at in self.positions.items()}
         return [
@@ -81,6 +78,22 @@ class PackedRow:
         """
         last = self.positions[turn][-1]
         return np.flatnonzero(self.row.subtree_end[: last + 1] > last)
+
+
+def check_rows_fit(rows: Dataset, max_row_tokens: int) -> None:
+    """Refuse a prepared dataset with a tree that is larger than a row, before it is trained."""
+    for batch in rows.with_format("numpy", columns=["subtree_end"]).iter(256):
+        for subtree_end in batch["subtree_end"]:
+            _check_trees_fit(subtree_end, max_row_tokens)
+
+
+def _check_trees_fit(subtree_end: NDArray[np.integer], max_row_tokens: int) -> None:
+    longest = max(end - start for start, end in pairwise([0, *tree_ends(subtree_end)]))
+    if longest > max_row_tokens:
+        raise ValueError(
+            f"A tree of {longest} tokens does not fit into a row of max_row_tokens={max_row_tokens}: its example was "
+            "prepared for larger rows. Prepare it again, from its messages, or raise max_row_tokens."
+        )
 
 
 def pack_examples(

@@ -17,6 +17,7 @@ from ..data.bad_rows import BadRows
 from ..data.collator import Batch, Collator, DataCollatorForSinglePass, check_collator
 from ..data.dataset_format import column_names
 from ..data.images import hide_image_columns
+from ..data.labelled_rows import check_rows_fit
 from ..data.pairs import PAIR_COLUMNS, REFERENCE_COLUMNS, TOKEN_COLUMNS
 from ..data.preparation import PAIR_KIND, prepare
 from ..engine.enable import check_not_compiled, enable_tree, without_adapters
@@ -171,6 +172,8 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
         check_pairs(dataset, dataset_name)
         columns = set(column_names(dataset))
         if set(PAIR_COLUMNS) <= columns:
+            if args.max_row_tokens is not None and isinstance(dataset, Dataset):
+                check_rows_fit(dataset, args.max_row_tokens)
             return dataset
         if not set(TOKEN_COLUMNS) <= columns and not isinstance(next(iter(dataset))["chosen"], list):
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)  # plain text

@@ -75,16 +75,14 @@ class Row:
 
     def split(self) -> list[Row]:
         """Return each tree of the row as a row of its own."""
-        trees, start = [], 0
-        while start < len(self):
-            end = int(self.subtree_end[start])  # of a root: the end of its tree
+        trees = []
+        for start, end in pairwise([0, *tree_ends(self.subtree_end)]):
             arrays = {name: getattr(self, name)[start:end] for name in ROW_COLUMNS}
             tree = replace(self, **{**arrays, "subtree_end": arrays["subtree_end"] - start})
             if self.image_features is not None:
                 features, images = without_unused(self.image_features[start:end], self.images)
                 tree = replace(tree, image_features=features, images=images)
             trees.append(tree)
-            start = end
         return trees
 
     def columns(self) -> dict[str, Any]:
@@ -104,6 +102,14 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+def tree_ends(subtree_end: Sequence[int] | NDArray[np.integer]) -> list[int]:
+    """Return the position just past each tree of a row: `[3, 2, 3, 5, 5]` holds trees that end at 3 and 5."""
+    ends: list[int] = []
+    while (root := ends[-1] if ends else 0) < len(subtree_end):
+        ends.append(int(subtree_end[root]))
+    return ends
 
 
 def number_images_together(rows: Sequence[Row]) -> tuple[list[NDArray[np.int64]], tuple[ImageReference, ...]]:

@@ -1,19 +1,15 @@
 """From examples to rows: turns as served, dataset forms, which turns count, what is lost and what is refused."""
 
-import logging
-import re
-
 import datasets
 import numpy as np
 import pytest
 
-from support.conversations import AGENT_TOOLS, chat, tool_chat, without_reasoning
+from support.conversations import AGENT_TOOLS, chat, tool_chat
 from support.pairs import pair, pair_with_shared_turns
 from support.preparation import pair_to_columns, prepare_pairs
 from trl_singlepass.data.bad_rows import BadRowError, BadRows
 from trl_singlepass.data.pairs import PAIR_COLUMNS, example_to_pair
 from trl_singlepass.data.settings import PairSettings
-from trl_singlepass.preference.collator import TurnWeights
 from trl_singlepass.rendering.conversation import RenderingError
 from trl_singlepass.trees.errors import DataError
 
@@ -167,16 +163,6 @@ def test_a_side_that_only_repeats_the_other_has_nothing_left_to_prefer(tokenizer
     assert len(example_to_pair(example, 0, tokenizer, PairSettings()).rejected.samples) == 1
 
 
-def test_discount_and_mean_weigh_turns():
-    assert TurnWeights().of_tokens([2, 3]).tolist() == [1] * 5
-    assert TurnWeights(discount=0.5).of_tokens([1, 2, 1]) == pytest.approx([1, 6 / 7, 6 / 7, 4 / 7])
-    assert TurnWeights(is_mean=True).of_tokens([2, 4]) == pytest.approx([1 / 2] * 2 + [1 / 4] * 4)
-    assert TurnWeights(discount=1e-9).of_tokens([1, 1]) == pytest.approx([1, 1])
-    for discount in (0, 1, 1.5):
-        with pytest.raises(ValueError, match="turn_discount"):
-            TurnWeights(discount=discount)
-
-
 def test_messages_without_weight_are_context(tokenizer):
     example = pair(2)
     example["chosen"][0] = {**example["chosen"][0], "train": False}
@@ -204,13 +190,6 @@ def test_the_summary_counts_what_cancels_and_what_is_cut(tokenizer, caplog):
     assert f"not trained: {total - kept} completion tokens past max_length, " in cut
     assert f"of {total}" in cut
     assert kept > 0
-
-
-def test_the_summary_counts_turns_that_train_an_empty_block_of_reasoning(tokenizer):
-    silent = {key: without_reasoning(messages) for key, messages in pair(2).items()}
-    summary = prepared([pair(1), silent], tokenizer).info.description
-    num_turns = sum(message["role"] == "assistant" for key in ("chosen", "rejected") for message in silent[key])
-    assert f"{num_turns} turns without reasoning" in summary
 
 
 def test_a_pair_with_an_empty_side_is_dropped_and_counted(tokenizer):
@@ -254,38 +233,6 @@ def test_a_stream_yields_the_same_rows(tokenizer):
     stream = datasets.Dataset.from_list(examples).to_iterable_dataset()
     for ours, theirs in zip(prepared(stream, tokenizer), stored, strict=True):
         assert {name: np.asarray(value).tolist() for name, value in ours.items()} == theirs
-
-
-def test_a_stream_stops_at_its_first_bad_row(tokenizer):
-    examples = [pair(1), {**pair(1), "rejected": [{"role": "user", "content": "And?"}]}]
-    stream = datasets.Dataset.from_list(examples).to_iterable_dataset()
-    with pytest.raises(BadRowError, match="in 'rejected'"):
-        list(prepared(stream, tokenizer))
-    assert len(list(prepared(stream, tokenizer, bad_rows="drop"))) == 1
-
-
-def test_what_is_lost_of_a_stream_is_logged_in_sums(tokenizer, caplog):
-    """After each batch of eight pairs, of which each loses as much as the first."""
-    settings = PairSettings(
-        max_length=max(map(len, example_to_pair(pair(2), 0, tokenizer, PairSettings()).samples)) - 1
-    )
-    lost = prepared([pair(2)], tokenizer, settings).info.description
-    stream = datasets.Dataset.from_list([pair(2)] * 16).to_iterable_dataset()
-    with caplog.at_level(logging.WARNING, logger="trl_singlepass"):
-        list(prepared(stream, tokenizer, settings))
-    logged = [record.getMessage() for record in caplog.records if "so far" in record.getMessage()]
-    texts = [text.partition(" (0 pairs dropped whole")[0] for text in (lost, *logged)]
-    numbers = [[int(number) for number in re.findall(r"\d+", text)] for text in texts]
-    assert numbers[1:] == [[8 * number for number in numbers[0]], [16 * number for number in numbers[0]]]
-
-
-def test_rows_are_prepared_once(tmp_path, tokenizer, monkeypatch):
-    datasets.Dataset.from_list([pair(2)]).save_to_disk(tmp_path)
-    examples = datasets.load_from_disk(tmp_path)
-    first = prepared(examples, tokenizer)
-    monkeypatch.setattr("trl_singlepass.data.pairs.example_to_pair", None)
-    tokenizer("used")
-    assert prepared(examples, tokenizer)[0] == first[0]
 
 
 def test_unknown_choices_are_refused():

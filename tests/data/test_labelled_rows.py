@@ -1,13 +1,19 @@
-"""Rows of a batch of pairs: prefixes stored once, pairs split between turns, every turn in exactly one row."""
+"""Rows of a batch of pairs or groups: prefixes stored once, examples split between turns, every turn in one row."""
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from support.chat_tokenizers import make_tokenizer
-from support.pairs import TRAJECTORIES, pair
+from support.pairs import TRAJECTORIES, dpo_trainer, pair
 from support.preparation import pair_to_columns
+from support.sample_sets import sample_sets, with_system
+from trl_singlepass.data.arrow import to_columns
 from trl_singlepass.data.labelled_rows import pack_examples
 from trl_singlepass.data.pairs import SIDES, example_to_pair
+from trl_singlepass.data.rows import joined_row
+from trl_singlepass.data.selection import fit_samples
 from trl_singlepass.data.settings import PairSettings
 from trl_singlepass.preference.collator import DataCollatorForSinglePassPreference
 
@@ -42,6 +48,43 @@ def expected_turns(pairs):
         for side, trajectory in enumerate(each.sides)
         for number, sample in enumerate(trajectory.samples)
     }
+
+
+def paths_to_targets(row, positions):
+    """Return, for each position that predicts a target, the tokens on its path and the target."""
+    return [(row.input_ids[: p + 1][row.subtree_end[: p + 1] > p].tolist(), int(row.labels[p + 1])) for p in positions]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    groups=st.integers(1, 3).flatmap(
+        lambda size: st.lists(
+            st.lists(sample_sets(max_samples=3), min_size=size, max_size=size), min_size=1, max_size=3
+        )
+    ),
+    spare=st.none() | st.integers(0, 40),
+)
+def test_any_group_of_lists_keeps_its_targets(groups, spare):
+    labels = [str(label) for label in range(len(groups[0]))]
+    fitted = [[fit_samples(with_system(samples), None, "truncate") for samples in group] for group in groups]
+    longest = max(len(sample) for group in fitted for each in group for sample in each.samples)
+    limit = None if spare is None else longest + spare
+    rows = [joined_row(dict(zip(labels, group, strict=True)), 0, limit) for group in fitted]
+    columns = to_columns(rows, labels, has_images=False)
+    examples = [{name: values[i] for name, values in columns.items()} for i in range(len(groups))]
+    packed = pack_examples(examples, labels, limit)
+    assert limit is None or max(len(each.row) for each in packed) <= limit
+    found = [(turn, paths_to_targets(each.row, at)) for each in packed for turn, at in each.positions.items()]
+    expected = {
+        (label, example, number): [
+            (sample.token_ids[:i].tolist(), sample.token_ids[i]) for i in np.flatnonzero(sample.loss_weights)
+        ]
+        for example, group in enumerate(fitted)
+        for label, each in enumerate(group)
+        for number, sample in enumerate(each.samples)
+    }
+    assert len(found) == len(expected)
+    assert dict(found) == expected
 
 
 # The trees have 150 to 400 tokens, the longest turn 131.
@@ -99,6 +142,13 @@ def test_a_batch_names_the_tokens_of_each_trajectory_whatever_the_rows(tokenizer
             for p in pairs
         ]
         assert [line.tolist() for line in lines] == [line.tolist() for line in expected]
+
+
+def test_a_trainer_refuses_pairs_that_were_prepared_for_larger_rows(tmp_path, tokenizer):
+    rows = dpo_trainer(tmp_path, tokenizer, TRAJECTORIES).train_dataset
+    assert dpo_trainer(tmp_path, tokenizer, rows, max_row_tokens=1000).train_dataset[:] == rows[:]
+    with pytest.raises(ValueError, match="max_row_tokens=140"):
+        dpo_trainer(tmp_path, tokenizer, rows, max_row_tokens=140)
 
 
 def test_pairs_that_were_prepared_for_larger_rows_are_refused(tokenizer):
