@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, logging
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from benchmarks.kernel_speed import KernelSpeed, attention_flops
+from benchmarks.launches import LaunchCounter
 from benchmarks.model_shapes import MODELS, get_config, make_model
 from benchmarks.report import replace_between_markers, table
 from trl_singlepass import PrefixTree, Sample
@@ -29,9 +30,8 @@ from trl_singlepass.attention import flash, registry
 from trl_singlepass.attention.varlen_kernels import TorchFlash
 from trl_singlepass.cost import Cost, ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.engine.enable import enable_tree
-from trl_singlepass.reference.launches import LaunchCounter
 from trl_singlepass.reference.random_conversations import Sizes, conversation
-from trl_singlepass.reference.steps import Schedule, make_step
+from trl_singlepass.reference.timing import Schedule, make_step
 
 
 RESULTS = Path(__file__).parent / "results" / "gpu_counts.json"

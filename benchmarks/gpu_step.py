@@ -25,6 +25,7 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.apart import run_apart
+from benchmarks.launches import LaunchCounter
 from benchmarks.machine import describe, file_name_of_device
 from benchmarks.model_shapes import get_config, make_model
 from benchmarks.modes import MODES, Step
@@ -34,10 +35,8 @@ from trl_singlepass.attention import TREE_ATTENTION
 from trl_singlepass.attention.registry import tree_attention_name
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.engine.enable import enable_tree
-from trl_singlepass.reference.launches import LaunchCounter
-from trl_singlepass.reference.peak_memory import peak, reset_peak
 from trl_singlepass.reference.random_conversations import Sizes, conversation
-from trl_singlepass.reference.steps import Schedule, make_step
+from trl_singlepass.reference.timing import Schedule, make_step, peak, reset_peak
 
 
 RESULTS = Path(__file__).parent / "results"

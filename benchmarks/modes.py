@@ -21,7 +21,7 @@ from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import row_context
-from trl_singlepass.reference.steps import Schedule, make_step
+from trl_singlepass.reference.timing import Schedule, make_step
 from trl_singlepass.trees.rows import Row
 
 

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from demo.load import SEED, load_model, load_rows, load_tokenizer
 from demo.npass import NPassTrainer, as_stock_dataset
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
-from trl_singlepass.reference.peak_memory import peak, reset_peak
+from trl_singlepass.reference.timing import peak, reset_peak
 from trl_singlepass.rendering.samples import render_example
 
 

@@ -39,15 +39,15 @@ from transformers import (
 )
 
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
-from trl_singlepass.cli.demo.write import TOKENIZER
+from trl_singlepass.cli.demo import TOKENIZER
 from trl_singlepass.data.conversations import example_to_samples
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.images.loading import ImageLoader
 from trl_singlepass.images.reading import ImageReader
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
-from trl_singlepass.reference.peak_memory import peak, reset_peak
 from trl_singlepass.reference.single_pass import RowImages
+from trl_singlepass.reference.timing import peak, reset_peak
 
 
 ROWS, COLUMNS, CELL = 2, 3, 32

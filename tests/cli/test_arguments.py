@@ -45,5 +45,5 @@ def test_values_of_the_config_file_are_checked(tmp_path):
 def test_peek_reads_flags_then_the_config_file(tmp_path):
     (tmp_path / "c.yaml").write_text("model_name_or_path: from the file\ndataset_name: d\n")
     arguments = ["--config", str(tmp_path / "c.yaml"), "--model_name_or_path", "from the flag", "--other", "3"]
-    assert peek(arguments, "model_name_or_path", "dataset_name") == ["from the flag", "d"]
-    assert peek(["--model-name-or-path", "m"], "model_name_or_path", "dataset_name") == ["m", None]
+    assert peek(arguments) == ("from the flag", "d")
+    assert peek(["--model-name-or-path", "m"]) == ("m", None)

@@ -1,6 +1,7 @@
 """`train`: what goes to the script and what to accelerate, signals, and errors of the processes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from support.trainers import own_settings
+from trl_singlepass import SinglePassDPOConfig, SinglePassSFTConfig
 from trl_singlepass.cli import launch
 from trl_singlepass.cli.errors import INTERRUPTED
 from trl_singlepass.cli.main import main
@@ -51,6 +54,15 @@ def test_train_launches_the_script_through_accelerate(monkeypatch, tmp_path):
         assert (args.num_processes, args.main_process_port) == (2, 1234)
         assert args.training_script_args[:4] == ["train", "--config", str(tmp_path / "c.yaml"), "--dataset_name"]
         assert "--main_process_port" not in args.training_script_args
+
+
+@pytest.mark.parametrize(("command", "config"), [("train", SinglePassSFTConfig), ("dpo", SinglePassDPOConfig)])
+def test_help_names_the_settings_that_the_config_adds_or_changes(run, command, config):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    flags = re.findall(r"^  --(\w+)", out, re.M)
+    assert flags[-len(own_settings(config)) :] == own_settings(config)
+    assert {"model_name_or_path", "accelerate_config", "config"} <= set(flags)
 
 
 PATIENT = """

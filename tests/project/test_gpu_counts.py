@@ -11,7 +11,7 @@ from benchmarks.kernel_speed import KernelSpeed, attention_flops
 from benchmarks.model_shapes import MODELS, get_config
 from trl_singlepass.cost import Cost, ModelShape
 from trl_singlepass.reference.random_conversations import Sizes, conversation
-from trl_singlepass.reference.steps import Schedule
+from trl_singlepass.reference.timing import Schedule
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend
 from benchmarks import gpu, gpu_step
 from benchmarks.apart import run_apart
 from benchmarks.gpu_step import LAYERS, Case, cases, measure_apart, run
-from trl_singlepass.reference.steps import Schedule
+from trl_singlepass.reference.timing import Schedule
 
 
 ROOT = Path(__file__).parents[2]

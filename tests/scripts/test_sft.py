@@ -17,7 +17,7 @@ from support.small_files import examples
 from support.unreadable_files import UNREADABLE
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.scripts import sft
-from trl_singlepass.scripts.dataset import load_splits
+from trl_singlepass.scripts.run import load_splits
 from trl_singlepass.training.checkpoints import checkpoint_to_resume
 
 

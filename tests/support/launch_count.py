@@ -1,6 +1,6 @@
 """Kernel launches and copies of code that would run on a GPU, counted on meta tensors: shapes without numbers."""
 
-from trl_singlepass.reference.launches import LaunchCounter
+from benchmarks.launches import LaunchCounter
 
 
 FLASH_BACKWARD = 3

@@ -13,7 +13,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from demo.load import load_tokenizer
 from support.trainers import float32_model
-from trl_singlepass.cli.demo import DATA, write
+from trl_singlepass.cli import demo
+from trl_singlepass.cli.demo import DATA, write_demo_pairs
 
 
 ROOT = Path(__file__).parents[2]
@@ -35,8 +36,8 @@ def make_small_repository(folder):
     (folder / "out").mkdir()
     for path in (folder / FEW_ROWS, folder / DEMO_DATA):
         path.write_text("".join(shortest))
-    with mock.patch.object(write, "DATA", folder / FEW_ROWS):
-        write.write_demo_pairs(str(folder / DEMO_PAIRS))
+    with mock.patch.object(demo, "DATA", folder / FEW_ROWS):
+        write_demo_pairs(str(folder / DEMO_PAIRS))
     tokenizer = load_tokenizer(None)
     for part in (float32_model(tokenizer), tokenizer):
         part.save_pretrained(folder / DEMO_MODEL)
@@ -48,7 +49,7 @@ def as_a_reader(folder):
     """Enter that folder with the variables that the docs ask for; undo what commands leave behind in this process."""
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.chdir(folder)
-        patch.setattr(write, "DATA", folder / FEW_ROWS)
+        patch.setattr(demo, "DATA", folder / FEW_ROWS)
         os.environ.update(MODEL=str(DEMO_MODEL), NODE_RANK="0")
         yield patch
     unset_hf_deepspeed_config()

@@ -1,50 +1,56 @@
 """
-Arguments of the commands that report on a model and data.
+Arguments of the commands, on TRL's parser.
 
-The parser works like `trl.TrlParser`, which parses those of `train`, but imports neither TRL nor PyTorch. That makes
-`--help` fast.
+A field of a dataclass is a flag, or, without `init`, a positional argument; its metadata are for `add_argument`.
 """
 
 from __future__ import annotations
 
-import os
-from argparse import (
-    Action,
-    ArgumentDefaultsHelpFormatter,
-    ArgumentParser,
-    ArgumentTypeError,
-    RawDescriptionHelpFormatter,
-)
-from collections.abc import Collection, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar
 
-import yaml
+from trl.scripts.utils import TrlParser  # without PyTorch, which takes seconds
+
+
+_ATTENTION_HELP = "Attention implementation of the model."
+_DEVICE_HELP = "Device to run on; a GPU by default if there is one."
+_JSON_HELP = "File to write the report to as JSON; '-' prints it."
 
 
 @dataclass
 class CommandArguments:
-    """Arguments of a command: each is a field with its `help` as metadata."""
+    """Arguments of a command that loads a model, or a part of it."""
 
-
-@dataclass
-class DataArguments(CommandArguments):
-    """The model's tokenizer, the conversations, and how to render them."""
-
-    model: str = field(metadata={"help": "Folder or hub id of a model; for `inspect`, its tokenizer is enough."})
-    data: str = field(metadata={"help": "A .jsonl or .parquet file, a folder, or the hub id of a dataset."})
-    split: str = field(default="train", metadata={"help": "Split of a folder or of a dataset on the Hub."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "File with a chat template to use instead of the tokenizer's own."}
-    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Whether code that comes with the model may run on this machine."}
     )
     debug: bool = field(default=False, metadata={"help": "Show the traceback of an error."})
+
+
+@dataclass
+class TokenizerArguments(CommandArguments):
+    """The model, and how its tokenizer renders."""
+
+    model: str = field(
+        init=False, metadata={"help": "Folder or hub id of a model; `inspect` reads its tokenizer only."}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "File with a chat template to use instead of the tokenizer's own."}
+    )
+
+
+@dataclass
+class DataArguments(TokenizerArguments):
+    """The conversations."""
+
+    data: str = field(
+        init=False, metadata={"help": "A .jsonl or .parquet file, a folder, or the hub id of a dataset."}
+    )
+    split: str = field(default="train", metadata={"help": "Split of a folder or of a dataset on the Hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
 
 
 @dataclass
@@ -72,7 +78,7 @@ class AuditArguments(DataArguments):
         default=None, metadata={"help": "Length in tokens to compare samples with; the model's by default."}
     )
     num_proc: int | None = field(default=None, metadata={"help": "Number of processes."})
-    json: str | None = field(default=None, metadata={"help": "File to write the report to as JSON; '-' prints it."})
+    json: str | None = field(default=None, metadata={"help": _JSON_HELP})
     html: str | None = field(default=None, metadata={"help": "File to write the report to as a page with plots."})
 
 
@@ -80,13 +86,13 @@ class AuditArguments(DataArguments):
 class ModelArguments(DataArguments):
     """How to load and run the model."""
 
-    num_rows: int = field(default=4, metadata={"flags": ["-n"], "help": "Number of conversations, from the first."})
+    num_rows: int = field(default=4, metadata={"aliases": ["-n"], "help": "Number of conversations, from the first."})
     dtype: str = field(
         default="float32",
         metadata={"help": "Data type of the weights.", "choices": ["float64", "float32", "bfloat16", "float16"]},
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation of the model."})
-    device: str | None = field(default=None, metadata={"help": "Device to run on; a GPU by default if there is one."})
+    attn_implementation: str | None = field(default=None, metadata={"help": _ATTENTION_HELP})
+    device: str | None = field(default=None, metadata={"help": _DEVICE_HELP})
 
 
 @dataclass
@@ -114,23 +120,18 @@ class DoctorArguments(CommandArguments):
     """Arguments of `doctor`."""
 
     model: str | None = field(
-        default=None, metadata={"positional": True, "help": "Folder or hub id of a model; a small one by default."}
+        init=False, metadata={"nargs": "?", "help": "Folder or hub id of a model; a small one by default."}
     )
     turns: str = field(default="2,8,16", metadata={"help": "Lengths of the conversations to time, in turns."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation of the model."})
-    device: str | None = field(default=None, metadata={"help": "Device to run on; a GPU by default if there is one."})
-    json: str | None = field(default=None, metadata={"help": "File to write the report to as JSON; '-' prints it."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Whether code that comes with the model may run on this machine."}
-    )
-    debug: bool = field(default=False, metadata={"help": "Show the traceback of an error."})
+    attn_implementation: str | None = field(default=None, metadata={"help": _ATTENTION_HELP})
+    device: str | None = field(default=None, metadata={"help": _DEVICE_HELP})
+    json: str | None = field(default=None, metadata={"help": _JSON_HELP})
 
 
 @dataclass
-class ChatArguments(CommandArguments):
+class ChatArguments(TokenizerArguments):
     """Arguments of `chat`."""
 
-    model: str = field(metadata={"help": "Folder of the trained model, or the hub id of one."})
     history: str = field(
         default="template",
         metadata={
@@ -140,14 +141,7 @@ class ChatArguments(CommandArguments):
     )
     system: str | None = field(default=None, metadata={"help": "System prompt."})
     max_new_tokens: int = field(default=1024, metadata={"help": "Largest number of tokens of a reply."})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "File with a chat template to use instead of the tokenizer's own."}
-    )
-    device: str | None = field(default=None, metadata={"help": "Device to run on; a GPU by default if there is one."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Whether code that comes with the model may run on this machine."}
-    )
-    debug: bool = field(default=False, metadata={"help": "Show the traceback of an error."})
+    device: str | None = field(default=None, metadata={"help": _DEVICE_HELP})
 
 
 Arguments = TypeVar("Arguments", bound=CommandArguments)
@@ -160,105 +154,88 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-class OneLineErrors(ArgumentParser):
-    """Parser whose errors are one line: usage and all arguments would fill the screen."""
+class Parser(TrlParser):  # type: ignore[misc]
+    """TRL's parser with positional arguments, whole flags, and errors in one line: usage would fill the screen."""
+
+    def __init__(self, dataclass_types: Iterable[type] = (), /, **about: Any) -> None:
+        types = list(dataclass_types)
+        super().__init__(types, allow_abbrev=False, formatter_class=HelpFormatter, **about)
+        for item in (item for kind in types for item in fields(kind) if not item.init):
+            self.add_argument(item.name, **{"metavar": item.name.upper(), **item.metadata})
+        self.add_argument("--config", metavar="FILE", help="YAML file with arguments; flags override it.")
 
     def error(self, message: str) -> NoReturn:
         """Raise what is wrong as a `ValueError`."""
         raise ValueError(f"{message} (--help lists the arguments)")
 
+    def parse_divided(
+        self, arguments: Sequence[str], others: Collection[str] = ()
+    ) -> tuple[list[Any], list[str], list[str]]:
+        """
+        Return what is parsed, and what is not this parser's: of the `--config` file, and of the command line.
 
-def parse_arguments(argument_type: type[Arguments], arguments: Sequence[str], **about: Any) -> Arguments:
+        An argument that is not one of the flags `others` either raises `ValueError`, with the one that it looks like.
+        """
+        given = with_config_apart(arguments)
+        *parsed, of_config, of_command_line = self.parse_args_and_config(
+            given, return_remaining_strings=True, separate_remaining_strings=True
+        )
+        known = [*self._option_string_actions, *others]
+        file = f"{given[given.index('--config') + 1]}: " if of_config else ""
+        for source, left in ((file, of_config), ("", of_command_line)):
+            names = [name for name in left if not others or name.startswith("--")]  # others may have values
+            unknown = [name for name in (name.partition("=")[0] for name in names) if name not in others]
+            if unknown:
+                close = get_close_matches(unknown[0], known, n=1)
+                hint = f"Did you mean {close[0]}?" if close else "--help lists the arguments."
+                raise ValueError(f"{source}no argument is called {unknown[0]}. {hint}")
+        return parsed, of_config, of_command_line
+
+
+class _CommandParser(Parser):
+    """Converts and checks the values of a `--config` file like those of the command line."""
+
+    def set_defaults_with_config(self, **config: object) -> list[str]:
+        """Take defaults as text."""
+        texts = {name: value if value is None else str(value) for name, value in config.items()}
+        left: list[str] = super().set_defaults_with_config(**texts)
+        return left
+
+
+def parse_arguments(argument_type: type[Arguments], arguments: Sequence[str], **about: str) -> Arguments:
     """
-    Parse the arguments of a command to an object of `argument_type`, a dataclass.
+    Parse the arguments of a command to an object of `argument_type`.
 
-    Fields without a default, or marked so, are positional. Arguments of the command line override those of a
-    `--config` file; `about` goes to `argparse.ArgumentParser`. An argument that is unknown, missing or of the wrong
-    type raises `ValueError`.
+    Arguments of the command line override those of a `--config` file; `about` goes to `argparse.ArgumentParser`. An
+    argument that is unknown, missing or of the wrong type raises `ValueError`.
     """
-    parser = _make_parser(argument_type, about)
-    refuse_dangling_config(arguments)
-    config, _ = _config_parser().parse_known_args(arguments)
-    if config.config is not None:
-        _set_defaults(parser, argument_type, config.config)
-    named, unknown = parser.parse_known_args(arguments)
-    refuse_unknown(unknown, parser._option_string_actions)
-    return argument_type(**{item.name: getattr(named, item.name) for item in fields(argument_type)})
+    (parsed, positional), *_ = _CommandParser([argument_type], **about).parse_divided(arguments)
+    for item in fields(argument_type):
+        if not item.init:
+            setattr(parsed, item.name, getattr(positional, item.name))
+    args: Arguments = parsed
+    return args
 
 
-def peek(arguments: Sequence[str], *names: str) -> list[str | None]:
-    """Return the values of a few flags, or else of a `--config` file, without parsing the others."""
-    parser = OneLineErrors(parents=[_config_parser()], add_help=False, allow_abbrev=False)
-    for name in names:
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
-    named, _ = parser.parse_known_args(arguments)
-    config = {} if named.config is None else _read_config(named.config)
-    return [config.get(name) if getattr(named, name) is None else getattr(named, name) for name in names]
+@dataclass
+class _OnHub:
+    """What a training script loads, from the Hub or elsewhere."""
+
+    model_name_or_path: str | None = None
+    dataset_name: str | None = None
 
 
-def refuse_unknown(arguments: Sequence[str], known: Collection[str], source: str = "") -> None:
-    """Raise a `ValueError` for the first argument, with the known flag that looks most like it."""
-    if arguments:
-        name = arguments[0].partition("=")[0]
-        close = get_close_matches(name, known, n=1)
-        hint = f"Did you mean {close[0]}?" if close else "--help lists the arguments."
-        raise ValueError(f"{source}no argument is called {name}. {hint}")
+def peek(arguments: Sequence[str]) -> tuple[str | None, str | None]:
+    """Return the model and the dataset of a training script, without importing it."""
+    parser = Parser([_OnHub], add_help=False)
+    named, *_ = parser.parse_args_and_config(with_config_apart(arguments), return_remaining_strings=True)
+    return named.model_name_or_path, named.dataset_name
 
 
-def refuse_dangling_config(arguments: Sequence[str]) -> None:
-    """Raise a `ValueError` if `--config` has no file."""
+def with_config_apart(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with `--config FILE` as two words, as TRL's parser reads it; no file raises `ValueError`."""
     if arguments and arguments[-1] == "--config":
         raise ValueError("--config needs a YAML file.")
-
-
-def _config_parser() -> ArgumentParser:
-    parser = OneLineErrors(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with arguments; flags override it.")
-    return parser
-
-
-def _make_parser(argument_type: type[CommandArguments], about: dict[str, Any]) -> ArgumentParser:
-    parser = OneLineErrors(parents=[_config_parser()], allow_abbrev=False, formatter_class=HelpFormatter, **about)
-    hints = get_type_hints(argument_type)
-    for item in fields(argument_type):
-        options: dict[str, Any] = {"help": item.metadata["help"]}
-        if item.default is MISSING:
-            parser.add_argument(item.name, metavar=item.name.upper(), **options)
-            continue
-        if "positional" in item.metadata:
-            parser.add_argument(item.name, metavar=item.name.upper(), nargs="?", default=item.default, **options)
-            continue
-        kind = next(kind for kind in (*get_args(hints[item.name]), hints[item.name]) if kind is not NoneType)
-        options |= {"dest": item.name, "default": item.default, "type": _to_bool if kind is bool else kind}
-        options |= {"nargs": "?", "const": True} if kind is bool else {}
-        options |= {"choices": item.metadata["choices"]} if "choices" in item.metadata else {}
-        names = dict.fromkeys([f"--{item.name}", f"--{item.name.replace('_', '-')}", *item.metadata.get("flags", [])])
-        parser.add_argument(*names, **options)
-    return parser
-
-
-def _to_bool(text: str) -> bool:
-    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in values:
-        raise ArgumentTypeError(f"expected true or false, got {text!r}")
-    return values[text.lower()]
-
-
-def _set_defaults(parser: ArgumentParser, argument_type: type[CommandArguments], path: str) -> None:
-    """Take defaults from a YAML file, and environment variables from its `env`."""
-    config = _read_config(path)
-    os.environ.update({name: str(value) for name, value in config.pop("env", {}).items()})
-    names = [item.name for item in fields(argument_type)]
-    refuse_unknown([f"--{name}" for name in config if name not in names], [f"--{name}" for name in names], f"{path}: ")
-    # As text, values are converted and checked like those of the command line.
-    parser.set_defaults(**{name: None if value is None else str(value) for name, value in config.items()})
-    for action in parser._actions:
-        action.required = action.required and action.dest not in config
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    with Path(path).open(encoding="utf-8") as file:
-        config = yaml.safe_load(file)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a YAML mapping of arguments, got {type(config).__name__}.")
-    return config
+    return [
+        word for given in arguments for word in (given.split("=", 1) if given.startswith("--config=") else [given])
+    ]

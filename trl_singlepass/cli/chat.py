@@ -29,7 +29,7 @@ def chat(args: ChatArguments, console: Console) -> int:
         args.model,
         dtype="auto",
         attn_implementation=None,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=args.device,
         trust_remote_code=args.trust_remote_code,
     ).eval()
     messages: list[Message] = [{"role": "system", "content": args.system}] if args.system else []

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from datasets.utils.tqdm import tqdm
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 from transformers import ProcessorMixin
 
@@ -22,10 +22,17 @@ from ..data.pairs import example_to_pair, is_pair
 from ..data.reader import get_tokenizer
 from ..data.settings import PairSettings, RowSettings
 from ..trees.sample import Sample
-from .arguments import AuditArguments, BenchArguments, DataArguments, InspectArguments, ModelArguments, VerifyArguments
+from .arguments import (
+    AuditArguments,
+    BenchArguments,
+    DataArguments,
+    DoctorArguments,
+    InspectArguments,
+    ModelArguments,
+    VerifyArguments,
+)
 from .chat import chat as chat
-from .doctor import doctor as doctor
-from .loading import load_config, load_model, load_processor, load_tokenizer
+from .loading import load_config, load_model, load_processor, load_slice, load_tokenizer, pick_device
 
 
 if TYPE_CHECKING:
@@ -84,18 +91,12 @@ def audit(args: AuditArguments, console: Console) -> int:
         max_length=args.max_length,
         num_proc=args.num_proc,
     )
-    exit_code = 0 if report.num_trainable else 1
-    if args.json == "-":
-        console.file.write(json.dumps(report.to_dict(), indent=2) + "\n")
-        return exit_code
-    console.print(report)
-    if args.json is not None:
-        _write(args.json, json.dumps(report.to_dict(), indent=2) + "\n", console)
-    if args.html is not None:
+    _show(report.to_dict(), report, args.json, console)
+    if args.html is not None and args.json != "-":
         from ..reports.html.audit import audit_page
 
         _write(args.html, audit_page(report, f"Audit of {Path(args.data).name} for {Path(args.model).name}"), console)
-    return exit_code
+    return 0 if report.num_trainable else 1
 
 
 def verify(args: VerifyArguments, console: Console) -> int:
@@ -129,6 +130,36 @@ def bench(args: BenchArguments, console: Console) -> int:
     return 0
 
 
+def doctor(args: DoctorArguments, console: Console) -> int:
+    """Report what is installed, which kernel runs, whether it is right and how fast; 1 if something is wrong."""
+    from ..reference.doctor import Subject, examine
+
+    parts = [part.strip() for part in args.turns.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(
+            f"--turns takes numbers of turns with commas between them, such as 2,8,16, got {args.turns!r}."
+        )
+    turns = list(map(int, parts))
+    device = pick_device(args.device)
+    if args.model is None:
+        subject = Subject.built_in(device)
+    else:
+        config = load_config(args.model, trust_remote_code=args.trust_remote_code)
+        if config is None:
+            raise ValueError(f"{args.model} has no config.json. Expected a folder with a model, or its id on the Hub.")
+        load = partial(load_slice, args.model, device, trust_remote_code=args.trust_remote_code)
+        subject = Subject(args.model, config, load)
+    with tqdm(total=3 + 3 * len(turns), desc="Doctor", unit=" parts") as bar:
+
+        def on_part(what: str) -> None:
+            bar.set_description(what)
+            bar.update()
+
+        report = examine(subject, device, attn_implementation=args.attn_implementation, turns=turns, on_part=on_part)
+    _show(report.to_dict(), report.render(), args.json, console)
+    return 0 if report.ok else 1
+
+
 def _load_both(
     args: DataArguments,
 ) -> tuple[PreTrainedTokenizerBase | ProcessorMixin, Sequence[Mapping[str, object]] | Dataset]:
@@ -156,7 +187,7 @@ def _load_model(args: ModelArguments, *, reads_images: bool = False) -> PreTrain
         reads_images=reads_images,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=args.device,
         trust_remote_code=args.trust_remote_code,
     )
 
@@ -178,6 +209,17 @@ def _at_least_one(number: int, name: str) -> int:
     if number < 1:
         raise ValueError(f"{name} must be 1 or more, got {number}.")
     return number
+
+
+def _show(found: object, rendered: RenderableType, json_file: str | None, console: Console) -> None:
+    """Print a report, and write it to a file if one is given; `-` prints it as JSON and nothing else."""
+    text = json.dumps(found, indent=2) + "\n"
+    if json_file == "-":
+        console.file.write(text)
+        return
+    console.print(rendered)
+    if json_file is not None:
+        _write(json_file, text, console)
 
 
 def _write(path: str, text: str, console: Console) -> None:

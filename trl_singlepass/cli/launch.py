@@ -8,6 +8,7 @@ import subprocess
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from importlib import import_module, resources
 from pathlib import Path
 from types import FrameType
@@ -21,21 +22,47 @@ from accelerate.utils import ComputeEnvironment, DistributedType
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import TrlParser
 
+from ..preference.config import SinglePassDPOConfig
+from ..scripts import SCRIPTS
+from ..training.base_config import SinglePassConfig
 from ..training.checkpoints import last_good_checkpoint
+from ..training.config import SinglePassSFTConfig
 from ..training.preemption import SIGNALS
-from .arguments import HelpFormatter, OneLineErrors, refuse_unknown
+from .arguments import Parser
 from .errors import EXPLAINED, INTERRUPTED
-from .training_scripts import SCRIPTS
 
 
 WORKER = "trl_singlepass.cli.worker"  # runs a script, and prints errors without a traceback
 _PATIENCE = 10.0  # seconds that processes get to end after Ctrl-C
 
 
-class Parser(OneLineErrors, TrlParser):  # type: ignore[misc]
-    """TRL's parser with errors in one line."""
+# Settings of this package are those that these classes add to TRL's, or change.
+_CONFIGS: dict[str, type[SinglePassConfig]] = {"train": SinglePassSFTConfig, "dpo": SinglePassDPOConfig}
+_FIRST_RUN = {
+    "model_name_or_path": "Folder or hub id of the model.",
+    "dataset_name": "A .jsonl or .parquet file, a folder, or the hub id of a dataset.",
+    "output_dir": "Folder for checkpoints and the trained model.",
+    "accelerate_config": "File, or name of a configuration that TRL ships, such as fsdp2 or zero3.",
+    "num_processes": "Number of processes, one per GPU.",
+    "resume_from_checkpoint": "Checkpoint to resume from; 'auto' finds the newest intact one.",
+}
+
+
+def print_help(command: str, *, epilog: str, **about: str) -> None:
+    """Print the flags of a first run, the settings of this package, and where others are."""
+    of_trl = "sft" if command == "train" else command
+    others = f"All arguments of `trl {of_trl}` (--help_all) and of `accelerate launch` (its --help) work as well."
+    parser = Parser(usage="%(prog)s [arguments]", epilog=f"{others}\n\n{epilog}", **about)
+    first = parser.add_argument_group("a first run")
+    for name, text in _FIRST_RUN.items():
+        first.add_argument(f"--{name}", help=text)
+    own = parser.add_argument_group("settings of this package")
+    config = _CONFIGS[command]
+    settings = {item.name: item for item in fields(config)}
+    for name in (*SinglePassConfig.__annotations__, *config.__annotations__):
+        own.add_argument(f"--{name}", default=settings[name].default, help=settings[name].metadata["help"])
+    parser.print_help()
 
 
 def launch(command: str, arguments: Sequence[str], *, debug: bool = False, **about: str) -> int:
@@ -53,7 +80,7 @@ def launch(command: str, arguments: Sequence[str], *, debug: bool = False, **abo
     """
     make_parser = import_module(SCRIPTS[command]).make_parser
     run, output_dir = parse_launch(
-        make_parser(parser_class=Parser, formatter_class=HelpFormatter, allow_abbrev=False, **about),
+        make_parser(parser_class=Parser, **about),
         arguments,
         [SCRIPTS[command]] if debug else [WORKER, command],
     )
@@ -78,7 +105,7 @@ def launch(command: str, arguments: Sequence[str], *, debug: bool = False, **abo
     return _explain(exit_code)
 
 
-def parse_launch(parser: TrlParser, arguments: Sequence[str], module: Sequence[str]) -> tuple[Namespace, str]:
+def parse_launch(parser: Parser, arguments: Sequence[str], module: Sequence[str]) -> tuple[Namespace, str]:
     """
     Divide the arguments between the script and `accelerate launch`, which gets what the script's parser does not know.
 
@@ -88,17 +115,11 @@ def parse_launch(parser: TrlParser, arguments: Sequence[str], module: Sequence[s
     If neither knows an argument, there is no such configuration, fewer processes would start than are asked for, or
     FSDP is asked for without a GPU, this raises `ValueError`.
     """
-    with _naming_bf16():
-        _, training_args, *_, from_config, from_command_line = parser.parse_args_and_config(
-            arguments, return_remaining_strings=True, separate_remaining_strings=True
-        )
     accelerate = launch_command_parser()
     accelerate.error = _raise_error
     flags = {*accelerate._option_string_actions, "--accelerate_config"}
-    known = [*parser._option_string_actions, *flags]
-    for source, given in (("config file: ", from_config), ("", from_command_line)):
-        names = [argument for argument in given if argument.startswith("--")]
-        refuse_unknown([name for name in names if name.partition("=")[0] not in flags], known, source)
+    with _naming_bf16():
+        (_, training_args, *_), from_config, from_command_line = parser.parse_divided(arguments, flags)
     for_accelerate = with_config_file([*from_config, *from_command_line])
     for_script = _without(arguments, from_command_line)
     run: Namespace = accelerate.parse_args([*for_accelerate, "--module", *module, *for_script])
@@ -172,12 +193,11 @@ def with_config_file(arguments: Sequence[str]) -> list[str]:
     The name is a file, or a configuration that TRL ships (`fsdp2`, `zero3`, …); if it is missing or neither, this
     raises `ValueError`. The last one counts: flags come after the config file.
     """
-    parser = OneLineErrors(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--accelerate_config")
     named, others = parser.parse_known_args(arguments)
-    if named.accelerate_config is None:
-        return others
-    return ["--config_file", _find_config(named.accelerate_config), *others]
+    file = [] if named.accelerate_config is None else ["--config_file", _find_config(named.accelerate_config)]
+    return [*file, *others]
 
 
 def _find_config(name: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub import is_offline_mode
 from transformers import (
     AutoConfig,
@@ -13,6 +16,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     ProcessorMixin,
+    logging,
 )
 
 from ..data.reader import check_renders
@@ -32,10 +36,8 @@ def load_tokenizer(
     `model` is a folder or a hub id, `chat_template` a file with a template to use instead of the tokenizer's own. If
     there is no such model, or no chat template, this raises `ValueError`.
     """
-    try:
+    with _naming(model):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the Hub client raises many kinds
-        raise ValueError(_no_model(model, error)) from error
     _set_template(tokenizer, model, chat_template, "tokenizer")
     return tokenizer
 
@@ -47,10 +49,8 @@ def load_processor(model: str, *, chat_template: str | None = None, trust_remote
     Arguments are those of [`load_tokenizer`]. If there is no such model, no processor, or no chat template, this
     raises `ValueError`.
     """
-    try:
+    with _naming(model):
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as above
-        raise ValueError(_no_model(model, error)) from error
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(f"The data has images, and {model} has no processor that reads them. Name a model that does.")
     _set_template(processor, model, chat_template, "processor")
@@ -73,10 +73,8 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     """Return the configuration of a model, or `None` for a folder with a tokenizer only."""
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         return None
-    try:
+    with _naming(model):
         return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as above
-        raise ValueError(_no_model(model, error)) from error
 
 
 def load_model(
@@ -84,7 +82,7 @@ def load_model(
     *,
     dtype: str,
     attn_implementation: str | None,
-    device: str,
+    device: str | None,
     trust_remote_code: bool = False,
     reads_images: bool = False,
 ) -> PreTrainedModel:
@@ -92,15 +90,53 @@ def load_model(
     Return a language model, in training mode, from a folder or the Hub; one that cannot be loaded raises `ValueError`.
     """
     auto_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
-    try:
+    with _naming(model):
         loaded = auto_class.from_pretrained(
             model, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # as above
-        raise ValueError(_no_model(model, error)) from error
-    return loaded.to(device).train()
+    return loaded.to(pick_device(device)).train()
 
 
-def _no_model(model: str, error: Exception) -> str:
-    reason = "the Hub cannot be reached, and it is not in the cache." if is_offline_mode() else first_line(error)
-    return f"{model} cannot be loaded: {reason} Expected a folder with a model, or the id of one on the Hub."
+def load_slice(
+    model: str,
+    device: torch.device,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    *,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """Return the first layers of a model, those that its `config` has; missing weights raise `ValueError`."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # hides the table of the weights that are not loaded: those of the other layers
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise ValueError(f"{model} has no weights for {', '.join(sorted(info['missing_keys'])[:4])}.")
+    return loaded.to(device)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device of a name; without one, a GPU if there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def _naming(model: str) -> Iterator[None]:
+    """Raise errors of loading as a `ValueError` that names the model."""
+    try:
+        yield
+    except Exception as error:  # the Hub client raises many kinds
+        reason = "the Hub cannot be reached, and it is not in the cache." if is_offline_mode() else first_line(error)
+        raise ValueError(
+            f"{model} cannot be loaded: {reason} Expected a folder with a model, or the id of one on the Hub."
+        ) from error

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentParser
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -18,18 +17,14 @@ from .arguments import (
     ChatArguments,
     CommandArguments,
     DoctorArguments,
-    HelpFormatter,
     InspectArguments,
-    OneLineErrors,
+    Parser,
     VerifyArguments,
     parse_arguments,
     peek,
-    refuse_dangling_config,
 )
 from .errors import CUT_OFF, INTERRUPTED, describe_error
 from .hub import check_hub
-from .train_help import format_train_help
-from .training_scripts import flags_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # users get no traceback, whatever goes wrong
         if "--debug" in arguments:
             raise
-        print(f"trl-singlepass {arguments[0]}: {describe_error(error, partial(flags_of, name))}", file=sys.stderr)
+        print(f"trl-singlepass {arguments[0]}: {describe_error(error, name)}", file=sys.stderr)
         return 2
 
 
@@ -171,10 +166,11 @@ def _report(name: str, arguments: Sequence[str]) -> int:
 
 def _train(name: str, arguments: list[str]) -> int:
     if any(flag in arguments for flag in ("-h", "--help")):
-        print(format_train_help(name, COMMANDS[name].summary, COMMANDS[name].example))
+        from .launch import print_help
+
+        print_help(name, **_about(name))
         return 0
-    refuse_dangling_config(arguments)
-    check_hub(*peek(arguments, "model_name_or_path", "dataset_name"))
+    check_hub(*peek(arguments))
     from .launch import launch
 
     debug, others = _split_debug(arguments)
@@ -187,7 +183,7 @@ def _recipes(name: str, arguments: list[str]) -> int:
     parser = _plain_parser(name)
     parser.add_argument("name", metavar="NAME", nargs="?", help="recipe to print; without it, they are listed")
     parser.add_argument("-o", "--output", metavar="FOLDER", help="folder to write all of them to")
-    args = parser.parse_args(arguments)
+    args = _parse(parser, arguments)
     if args.name is not None and args.output is not None:
         raise ValueError("give NAME to print a recipe, or --output to write all, not both")
     if args.output is not None:
@@ -205,7 +201,7 @@ def _demo(name: str, arguments: list[str]) -> int:
     parser.add_argument("path", metavar=kind, help=f"{kind.lower()} to write")
     if name == "demo-data":
         parser.add_argument("--pairs", action="store_true", help="write preference pairs, for `dpo`")
-    args = parser.parse_args(arguments)
+    args = _parse(parser, arguments)
     if name == "demo-data" and args.pairs:
         write = write_demo_pairs
     _quiet()
@@ -218,7 +214,7 @@ def _import(name: str, arguments: list[str]) -> int:
 
     parser = _plain_parser(name)
     add_arguments(parser)
-    print(import_logs(parser.parse_args(arguments)))
+    print(import_logs(_parse(parser, arguments)))
     return 0
 
 
@@ -233,11 +229,16 @@ RUNNERS = {
 """Commands that do more, or less, than report on a model and data."""
 
 
-def _plain_parser(name: str) -> ArgumentParser:
-    about: dict[str, Any] = dict(_about(name))
-    parser = OneLineErrors(allow_abbrev=False, formatter_class=HelpFormatter, **about)
+def _plain_parser(name: str) -> Parser:
+    parser = Parser(**_about(name))
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _parse(parser: Parser, arguments: Sequence[str]) -> Namespace:
+    (args,), *_ = parser.parse_divided(arguments)
+    named: Namespace = args
+    return named
 
 
 def _split_debug(arguments: Sequence[str]) -> tuple[bool, list[str]]:

@@ -6,12 +6,11 @@ import os
 import signal
 import sys
 import time
-from functools import partial
 from importlib import import_module
 from types import FrameType
 
+from ..scripts import SCRIPTS
 from .errors import EXPLAINED, INTERRUPTED, USER_ERRORS, describe_error
-from .training_scripts import SCRIPTS, flags_of
 
 
 _HEAD_START = 10.0  # seconds in which rank 0 prints an error that all ranks have, and the launcher stops the others
@@ -51,8 +50,7 @@ def run() -> int:
         if rank > 0:
             time.sleep(_HEAD_START)
         where = f" (rank {rank})" if rank > 0 else ""
-        text = describe_error(error, partial(flags_of, command))
-        print(f"trl-singlepass {command}{where}: {text}", file=sys.stderr, flush=True)
+        print(f"trl-singlepass {command}{where}: {describe_error(error, command)}", file=sys.stderr, flush=True)
         return EXPLAINED
     return 0
 

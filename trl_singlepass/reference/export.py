@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, logging
 
 from ..data.bad_rows import (
@@ -27,9 +27,9 @@ from ..data.settings import RowSettings
 from ..data.tokenized_turns import gather_turns, is_single_turn
 from ..rendering.conversation import Message
 from ..training.config import SinglePassSFTConfig
+from ..trees.image_features import shown_images
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.sample import Sample
-from .text_export import TEXT_FEATURES, samples_as_text
 
 
 logger = logging.get_logger(__name__)
@@ -37,6 +37,8 @@ logger = logging.get_logger(__name__)
 _FEATURES = Features(
     {"input_ids": List(Value("int64")), "labels": List(Value("int64")), "loss_weights": List(Value("float64"))}
 )
+_TEXT_FEATURES = Features({"prompt": Value("string"), "completion": Value("string"), "images": List(Image())})
+_WAY_OUT = "Export messages, with max_length=None and without weights, or train in a single pass"
 _ONE_BY_ONE: dict[str, Any] = {"batched": True, "batch_size": 1, "with_indices": True}
 _BAD_ROW = {"row": Value("int64"), "bad_row": Value("string")}
 
@@ -105,7 +107,7 @@ def to_npass(
 
 
 def _features(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> Features:
-    return TEXT_FEATURES if isinstance(tokenizer, ProcessorMixin) else _FEATURES
+    return _TEXT_FEATURES if isinstance(tokenizer, ProcessorMixin) else _FEATURES
 
 
 def _expand_rows(
@@ -184,7 +186,7 @@ def _expand(
 ) -> dict[str, list[Any]]:
     samples = example_to_samples(row, index, tokenizer, settings).samples
     if isinstance(tokenizer, ProcessorMixin):
-        return samples_as_text(samples, tokenizer)
+        return _as_text(samples, tokenizer)
     return {
         "input_ids": [sample.token_ids.tolist() for sample in samples],
         "labels": [_labels(sample) for sample in samples],
@@ -200,3 +202,39 @@ def _labels(sample: Sample) -> list[int]:
 def _has_other_weights(samples: Dataset) -> bool:
     columns = samples.with_format("numpy", columns=["loss_weights"])
     return any(not np.isin(weights, (0, 1)).all() for batch in columns.iter(256) for weights in batch["loss_weights"])
+
+
+# Samples with images -------------------------------------------------------------------------------------------------
+
+
+def _as_text(samples: Sequence[Sample], processor: ProcessorMixin) -> dict[str, list[Any]]:
+    """
+    Return samples as rendered prompts and completions with their images, in the columns of `_TEXT_FEATURES`.
+
+    The references of the samples hold their images. If a trainer that processes the text would not train the same
+    tokens with the same weights, this raises `BadRowError`.
+    """
+    return {
+        "prompt": [_text(sample, processor)[0] for sample in samples],
+        "completion": [_text(sample, processor)[1] for sample in samples],
+        "images": [
+            [
+                {"path": image.source["path"], "bytes": image.source["bytes"]}
+                for image in shown_images(sample.image_features, sample.images)
+            ]
+            for sample in samples
+        ],
+    }
+
+
+def _text(sample: Sample, processor: ProcessorMixin) -> tuple[str, str]:
+    where = f"Message {sample.message_index} cannot be written as text for a trainer that processes images"
+    if sample.text is None:
+        raise BadRowError(f"{where}: it is given as tokens, or cut by max_length. {_WAY_OUT}.")
+    start = sample.prompt_length
+    if not (np.isin(sample.loss_weights[start:], 1).all() and not sample.loss_weights[:start].any()):
+        raise BadRowError(f"{where}: its loss weights are not all 1. {_WAY_OUT}.")
+    completion = processor.tokenizer(sample.text[1], add_special_tokens=False)["input_ids"]
+    if not np.array_equal(completion, sample.token_ids[start:]):
+        raise BadRowError(f"{where}: its completion has other tokens alone than after its prompt. {_WAY_OUT}.")
+    return sample.text

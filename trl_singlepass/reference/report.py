@@ -96,9 +96,19 @@ class VerifyReport:
         """Loss in the single pass over all trained tokens of all conversations."""
         return sum(row.single_pass_loss * row.weight for row in self.rows) / sum(row.weight for row in self.rows)
 
+    @property
+    def verdict(self) -> str:
+        """Whether the single pass equals N-pass, and where it does not."""
+        verdict = f"The single pass equals N-pass within the precision of {self.dtype}."
+        if not self.ok:
+            verdict = f"The single pass does NOT equal N-pass: {'; '.join(_differences(self))}."
+        if self.turns_left_out:
+            verdict += f" {self.turns_left_out} turns beyond max_tokens were not compared."
+        return verdict
+
     def __str__(self) -> str:
         text = StringIO()
-        Console(file=text, width=110).print(_turn_table(self), _total_table(self), _verdict(self), sep="\n")
+        Console(file=text, width=110).print(_turn_table(self), _total_table(self), self.verdict, sep="\n")
         return text.getvalue()
 
 
@@ -142,16 +152,6 @@ def _total_table(report: VerifyReport) -> Table:
     )
     table.add_row("", "", "", f"{worst.gradient_max_error:.1e} at most, in {worst.worst_parameter}")
     return table
-
-
-def _verdict(report: VerifyReport) -> str:
-    if report.ok:
-        verdict = f"The single pass equals N-pass within the precision of {report.dtype}."
-    else:
-        verdict = f"The single pass does NOT equal N-pass: {'; '.join(_differences(report))}."
-    if report.turns_left_out:
-        verdict += f" {report.turns_left_out} turns beyond max_tokens were not compared."
-    return verdict
 
 
 def _differences(report: VerifyReport) -> Iterator[str]:

@@ -1,24 +1,87 @@
-"""Times N-pass and the single pass on this machine."""
+"""Training steps of a conversation, with time and memory: packed N-pass, a single pass, and a single pass in waves."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate.utils import send_to_device
 from rich.table import Table
+from torch.nn import functional as F
 
+from ..attention.context import running_on
 from ..cost.flops import Cost, get_model_shape, npass_cost, single_pass_cost
+from ..data.collator import DataCollatorForSinglePass
 from ..engine.enable import enable_tree
-from ..trees.prefix_tree import PrefixTree
+from ..engine.model_call import as_tree
+from ..recurrent.introspection import get_decoder
+from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree
+from ..trees.rows import Row, TreePlan
 from ..trees.sample import Sample
-from .npass import LossAndGradients, npass_loss_and_gradients
-from .single_pass import single_pass_loss_and_gradients
+from ..waves import WavePlan, WaveRunner, select
+from .npass import stopwatch
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+HEAD_CHUNK = 1024  # tokens
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+INPUTS = ("input_ids", "position_ids", "attention_mask")
+
+
+class Schedule(StrEnum):
+    """Ways of computing the same training step."""
+
+    NPASS_PACKED = "npass_packed"
+    """Separate samples in one row without padding, on the same kernels as a single pass."""
+    SINGLE_PASS = "single_pass"
+    """The samples' prefix tree in one row."""
+    WAVES = "waves"
+    """The same row in waves."""
+
+
+def make_step(
+    model: PreTrainedModel, samples: Sequence[Sample], schedule: Schedule, device: torch.device | str | None = None
+) -> Callable[[], torch.Tensor]:
+    """
+    Return a function that runs forward and backward of one conversation, and returns its loss.
+
+    The LM head runs on targets only, in chunks whose gradient is taken at once, so that logits cost the same in every
+    schedule. All targets have the same weight.
+
+    Takes a model under tree attention (see [`enable_tree`]). `device` is that of the inputs; the model's by default.
+    """
+    together = [samples] if schedule is not Schedule.NPASS_PACKED else [[sample] for sample in samples]
+    rows = [Row.from_tree(PrefixTree.from_samples(group)).columns() for group in together]
+    batch: dict[str, Any] = dict(DataCollatorForSinglePass(pad_token_id=0)(rows))
+    labels = batch["labels"][0]
+    shifted = F.pad(labels[1:], (0, 1), value=IGNORE_INDEX)
+    step = _Step(model, send_to_device(batch, model.device if device is None else device), shifted)
+    return step.in_waves if schedule is Schedule.WAVES else step.in_one_row
+
+
+def measure(model: PreTrainedModel, step: Callable[[], object], repeats: int) -> tuple[list[float], int]:
+    """
+    Return the seconds of a number of runs of a step after a warm-up, in which kernels are compiled and tuned, and the
+    largest number of bytes that they need above those in use before.
+    """
+    step()
+    before, times = reset_peak(), []
+    for _ in range(repeats):
+        with stopwatch(model) as seconds:
+            step()
+        times.append(seconds())
+    used = peak() - before
+    model.zero_grad()
+    return times, used
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,35 +127,115 @@ def time_both(
     on_step: Callable[[], object] = lambda: None,
 ) -> Timing:
     """
-    Time N-pass and the single pass on the same conversations. Afterwards, the model is on tree attention.
+    Time N-pass, sample by sample, and the single pass on the same conversations, on the same kernels.
 
-    Takes a model on stock attention. Each conversation is timed `repeats` times, after one warm-up run; `on_step` is
-    called after each run, `2 × conversations × (repeats + 1)` times in all, for a progress bar.
+    Takes a model on stock attention, and leaves it on tree attention. Each conversation is timed `repeats` times,
+    after one warm-up run; `on_step` is called after each run, `2 × conversations × (repeats + 1)` times in all, for a
+    progress bar.
     """
     shape = get_model_shape(model.config)
-    npass = _seconds(npass_loss_and_gradients, model, conversations, repeats, on_step)
     enable_tree(model)
-    single_pass = _seconds(single_pass_loss_and_gradients, model, conversations, repeats, on_step)
+
+    def seconds(groups: Sequence[Sequence[Sample]]) -> float:
+        steps = [make_step(model, group, Schedule.SINGLE_PASS) for group in groups]
+
+        def step() -> None:
+            for run in steps:
+                run()
+            on_step()
+
+        return median(measure(model, step, repeats)[0])
+
     return Timing(
-        npass,
-        single_pass,
+        sum(seconds([[sample] for sample in samples]) for samples in conversations),
+        sum(seconds([samples]) for samples in conversations),
         npass_cost([sample for samples in conversations for sample in samples], shape),
         single_pass_cost([PrefixTree.from_samples(samples) for samples in conversations], shape),
     )
 
 
-def _seconds(
-    run: Callable[[PreTrainedModel, Sequence[Sample]], LossAndGradients],
-    model: PreTrainedModel,
-    conversations: Sequence[Sequence[Sample]],
-    repeats: int,
-    on_step: Callable[[], object],
-) -> float:
-    total = 0.0
-    for samples in conversations:
-        runs = []
-        for _ in range(repeats + 1):
-            runs.append(run(model, samples).seconds)
-            on_step()
-        total += median(runs[1:])
-    return total
+def wave_tokens_that_keep_the_history(plan: TreePlan) -> int:
+    """Return the smallest `wave_tokens` with which a history is kept beside any branch, so that nothing runs twice."""
+    history = max((end for run in plan.runs for _, end in run.prefix), default=0)
+    return history + max(run.end - max(run.start, history) for run in plan.runs)
+
+
+class _Step:
+    """
+    Forward and backward of one row. Takes a batch of the collator, on the model's device, and the token that each
+    position predicts, of shape `(row_length,)`, on the CPU.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: dict[str, Any], targets: torch.Tensor) -> None:
+        self._decoder, self._head = get_decoder(model), model.get_output_embeddings()
+        self._inputs = {name: batch[name] for name in INPUTS}
+        self._tree = as_tree(batch["tree"])
+        self._targets = targets
+        self._num_targets = int((targets != IGNORE_INDEX).sum())
+
+    def in_one_row(self) -> torch.Tensor:
+        """Run the row at once."""
+        with running_on(self._tree):
+            hidden = self._decode(((0, self._tree.plan.length),))
+        return self._backward(hidden, 0)
+
+    def in_waves(self) -> torch.Tensor:
+        """Run the row in the smallest waves that run nothing twice."""
+        plan = WavePlan.from_tree_plan(self._tree.plan, wave_tokens_that_keep_the_history(self._tree.plan))
+        losses = [
+            self._backward(hidden, wave.start)
+            for wave, hidden in WaveRunner(plan, self._tree).train(self._decode_wave, self._decode_wave)
+        ]
+        return torch.stack(losses).sum()
+
+    def _decode_wave(self, wave: object, tokens: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        return self._decode(tokens)
+
+    def _decode(self, tokens: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        """Last hidden states of some tokens of the row, of shape `(num_tokens, hidden)`."""
+        inputs = {name: select(value, tokens) for name, value in self._inputs.items()}
+        hidden: torch.Tensor = self._decoder(**inputs, use_cache=False)[0][0]
+        return hidden
+
+    def _backward(self, hidden: torch.Tensor, start: int) -> torch.Tensor:
+        """Loss of hidden states from a position of the row on, and its gradients."""
+        targets = self._targets[start : start + len(hidden)]
+        predicting = (targets != IGNORE_INDEX).nonzero()[:, 0]
+        chosen = hidden.index_select(0, predicting.to(hidden.device))
+        leaf, total = chosen.detach().requires_grad_(), chosen.new_zeros((), dtype=torch.float32)
+        expected = targets[predicting].to(hidden.device)
+        for first in range(0, len(leaf), HEAD_CHUNK):
+            logits = self._head(leaf[first : first + HEAD_CHUNK]).float()
+            loss = F.cross_entropy(logits, expected[first : first + HEAD_CHUNK], reduction="sum") / self._num_targets
+            torch.autograd.backward(loss)
+            total = total + loss.detach()
+        torch.autograd.backward(chosen, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+        return total
+
+
+# Peak memory: of the GPU if PyTorch has one, of the process otherwise ------------------------------------------------
+
+
+def reset_peak() -> int:
+    """Forget the peak so far, and return the bytes in use now."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if _STATUS.exists():
+        _CLEAR_REFS.write_text("5")
+        return _status("VmRSS")
+    return peak()
+
+
+def peak() -> int:
+    """Return the largest number of bytes in use since `reset_peak`; since the start where no system call resets it."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if _STATUS.exists():
+        return _status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024

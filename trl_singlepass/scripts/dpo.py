@@ -11,12 +11,11 @@ accelerate launch -m trl_singlepass.scripts.dpo \
 
 from functools import partial
 
-import torch
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_quantization_config
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from ..preference.config import SinglePassDPOConfig
 from ..preference.trainer import SinglePassDPOTrainer
-from .run import make_parser_of, make_trainer, train_and_save
+from .run import make_parser_of, train
 
 
 make_parser = partial(make_parser_of, SinglePassDPOConfig)
@@ -29,14 +28,7 @@ def main(
     dataset_args: DatasetMixtureConfig,
 ) -> None:
     """Train a model, as `trl.scripts.dpo` does."""
-    quantization = get_quantization_config(model_args)
-    trainer, preemption = make_trainer(
-        SinglePassDPOTrainer, script_args, training_args, model_args, dataset_args, quantization_config=quantization
-    )
-    if script_args.ignore_bias_buffers:  # DDP cannot synchronise boolean buffers
-        ignored = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
-        trainer.model._ddp_params_and_buffers_to_ignore = ignored
-    train_and_save(trainer, preemption, script_args)
+    train(SinglePassDPOTrainer, script_args, training_args, model_args, dataset_args)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,33 @@
-"""What the training scripts have in common: their arguments, the trainer, and a run from checkpoint to model card."""
+"""The training script of both trainers: its arguments, its data, and a run from checkpoint to model card."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
 
+from ..data.files import LINES, TABLES, JsonLines, naming
+from ..preference.config import SinglePassDPOConfig
 from ..preference.trainer import SinglePassDPOTrainer
 from ..training.base_config import SinglePassConfig
 from ..training.checkpoints import checkpoint_to_resume
 from ..training.compatibility import check_before_loading
+from ..training.config import SinglePassSFTConfig
 from ..training.preemption import PreemptionCallback
 from ..training.trainer import SinglePassSFTTrainer
-from .dataset import get_split, load_splits, name_on_hub
-
-
-TrainerOf = TypeVar("TrainerOf", SinglePassSFTTrainer, SinglePassDPOTrainer)
 
 
 def make_parser_of(
@@ -26,15 +37,18 @@ def make_parser_of(
     return parser_class((ScriptArguments, config, ModelConfig, DatasetMixtureConfig), prog=prog, **kwargs)
 
 
-def make_trainer(
-    trainer_class: type[TrainerOf],
+def train(
+    trainer_class: type[SinglePassSFTTrainer] | type[SinglePassDPOTrainer],
     script_args: ScriptArguments,
-    training_args: SFTConfig | DPOConfig,
+    training_args: SinglePassSFTConfig | SinglePassDPOConfig,
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
-    **kwargs: Any,
-) -> tuple[TrainerOf, PreemptionCallback]:
-    """Return the trainer that the arguments of a script ask for, and the callback that saves it after a signal."""
+) -> None:
+    """
+    Train from the checkpoint that is asked for, if any, then write the model and its card.
+
+    After a signal, there is a checkpoint, and nothing else is written.
+    """
     training_args.model_init_kwargs = _model_kwargs(model_args, training_args)
     check_before_loading(training_args)
     dataset = load_splits(script_args, dataset_args)
@@ -45,14 +59,30 @@ def make_trainer(
         args=training_args,
         train_dataset=get_split(dataset, script_args.dataset_train_split),
         eval_dataset=get_split(dataset, script_args.dataset_test_split) if wants_evaluation else None,
+        quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         callbacks=[preemption],
-        **kwargs,
     )
-    return trainer, preemption
+    if script_args.ignore_bias_buffers:  # DDP cannot synchronise boolean buffers
+        ignored = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
+        trainer.model._ddp_params_and_buffers_to_ignore = ignored
+    trainer.train(
+        resume_from_checkpoint=checkpoint_to_resume(training_args.resume_from_checkpoint, training_args.output_dir)
+    )
+    if preemption.was_preempted:
+        trainer.accelerator.print("Stopped by a signal. --resume_from_checkpoint auto resumes the run.")
+        return
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    name, data = Path(training_args.output_dir).name, script_args.dataset_name
+    trainer.create_model_card(model_name=name, dataset_name=None if data is None or Path(data).exists() else data)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data)
 
 
-def _model_kwargs(model_args: ModelConfig, training_args: SFTConfig | DPOConfig) -> dict[str, object]:
+def _model_kwargs(
+    model_args: ModelConfig, training_args: SinglePassSFTConfig | SinglePassDPOConfig
+) -> dict[str, object]:
     """Return the arguments by which the model is loaded; `model_init_kwargs` override those of the command line."""
     owner = training_args if hasattr(training_args, "trust_remote_code") else model_args  # moved in TRL 1.12
     return {
@@ -64,23 +94,83 @@ def _model_kwargs(model_args: ModelConfig, training_args: SFTConfig | DPOConfig)
     }
 
 
-def train_and_save(
-    trainer: SinglePassSFTTrainer | SinglePassDPOTrainer, preemption: PreemptionCallback, script_args: ScriptArguments
-) -> None:
-    """
-    Train from the checkpoint that is asked for, if any, then write the model and its card.
+# Data ----------------------------------------------------------------------------------------------------------------
 
-    `preemption` is one of the trainer's callbacks: after a signal, there is a checkpoint, and nothing else is written.
+
+def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
     """
-    args = trainer.args
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir))
-    if preemption.was_preempted:
-        trainer.accelerator.print("Stopped by a signal. --resume_from_checkpoint auto resumes the run.")
-        return
-    trainer.save_model(args.output_dir)
-    trainer.accelerator.print(f"Model saved to {args.output_dir}.")
-    trainer.create_model_card(
-        model_name=Path(args.output_dir).name, dataset_name=name_on_hub(script_args.dataset_name)
-    )
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    Return the splits of a file, a folder, a dataset on the Hub, or a mixture, by name. A file has the one for
+    training.
+
+    A mixture in `dataset_args` takes precedence over the dataset that `script_args` names. If none is named, there is
+    no such file, or a setting belongs to the other of the two, this raises `ValueError`.
+    """
+    _check_belongs(script_args, dataset_args)
+    if dataset_args.datasets:
+        return get_dataset(dataset_args)
+    if not script_args.dataset_name:
+        raise ValueError(
+            "No data: pass a file, a folder or a hub id as --dataset_name, or list `datasets` in the --config file."
+        )
+    path, streaming = Path(script_args.dataset_name), script_args.dataset_streaming
+    if path.suffix in LINES and path.is_file():
+        kind, dataset_dict = (IterableDataset, IterableDatasetDict) if streaming else (Dataset, DatasetDict)
+        given = {"path": str(path), "mtime": path.stat().st_mtime}
+        with naming(path):
+            rows = kind.from_generator(_examples_for_arrow, gen_kwargs=given)
+        return dataset_dict({script_args.dataset_train_split: rows})
+    if path.suffix in TABLES and path.is_file():
+        files = {script_args.dataset_train_split: str(path)}
+        with naming(path):
+            return load_dataset(TABLES[path.suffix], data_files=files, streaming=streaming)
+    if path.suffix in (*LINES, *TABLES):
+        raise ValueError(f"There is no file {path}.")
+    return load_dataset(script_args.dataset_name, name=script_args.dataset_config, streaming=streaming)
+
+
+def _check_belongs(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> None:
+    """Refuse settings of a mixture beside a single dataset, and the other way round: nobody would read them."""
+    if dataset_args.datasets:
+        if script_args.dataset_streaming:
+            raise ValueError("dataset_streaming=True has no effect on a mixture (`datasets`). Use streaming=True.")
+    elif dataset_args.streaming:
+        raise ValueError("streaming=True is for a mixture (`datasets`). Use dataset_streaming=True for a dataset.")
+    elif dataset_args.test_split_size is not None:
+        raise ValueError(
+            f"test_split_size={dataset_args.test_split_size} is for a mixture (`datasets`). Split a dataset yourself, "
+            "and name the split with dataset_test_split."
+        )
+
+
+def _examples_for_arrow(path: str, mtime: float) -> Iterator[dict[str, Any]]:
+    """Encode values that differ in shape between examples as JSON: Arrow would refuse them or fill them up."""
+    del mtime  # an argument only for the cache, which would not notice that the file has changed
+    examples = JsonLines(Path(path))
+    # `datasets` would take the columns of the first example only.
+    absent = dict.fromkeys(name for example in examples for name in example)
+    for example in map(_with_json_arguments, examples):
+        as_json = {name: _as_json(example[name]) for name in ("tools", "chat_template_kwargs") if example.get(name)}
+        yield {**absent, **example, **as_json}
+
+
+def _with_json_arguments(value: Any) -> Any:
+    """Return a value with the arguments of all tool calls in it encoded as JSON."""
+    if isinstance(value, list):
+        return [_with_json_arguments(item) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: _as_json(item) if key == "arguments" and isinstance(item, dict) else _with_json_arguments(item)
+            for key, item in value.items()
+        }
+    return value
+
+
+def _as_json(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def get_split(dataset: DatasetDict | IterableDatasetDict, name: str) -> Dataset | IterableDataset:
+    """Return a split; raise a `ValueError` that names the others if there is none of this name."""
+    if name not in dataset:
+        raise ValueError(f"The dataset has no split '{name}', only {', '.join(dataset)}.")
+    return dataset[name]

@@ -11,11 +11,11 @@ accelerate launch -m trl_singlepass.scripts.sft \
 
 from functools import partial
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_quantization_config
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from ..training.config import SinglePassSFTConfig
 from ..training.trainer import SinglePassSFTTrainer
-from .run import make_parser_of, make_trainer, train_and_save
+from .run import make_parser_of, train
 
 
 make_parser = partial(make_parser_of, SinglePassSFTConfig)
@@ -28,11 +28,7 @@ def main(
     dataset_args: DatasetMixtureConfig,
 ) -> None:
     """Train a model, as `trl.scripts.sft` does."""
-    quantization = get_quantization_config(model_args)
-    quantized = {} if quantization is None else {"quantization_config": quantization}
-    training_args.model_init_kwargs = {**quantized, **(training_args.model_init_kwargs or {})}
-    trainer, preemption = make_trainer(SinglePassSFTTrainer, script_args, training_args, model_args, dataset_args)
-    train_and_save(trainer, preemption, script_args)
+    train(SinglePassSFTTrainer, script_args, training_args, model_args, dataset_args)
 
 
 if __name__ == "__main__":

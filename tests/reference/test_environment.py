@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_singlepass.reference.doctor.environment import PACKAGES, Environment, Gpu, faster_kernel, known_problems
+from trl_singlepass.reference.environment import PACKAGES, Environment, Gpu, faster_kernel, known_problems
 
 
 A100, H100, T4 = (Gpu(name, capability, 2**34) for name, capability in (("A", (8, 0)), ("H", (9, 0)), ("T", (7, 5))))

@@ -1,0 +1,257 @@
+"""`trl-singlepass doctor`: whether this machine trains a model right, how fast, and on which kernel."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
+
+from ..attention.registry import TREE_ATTENTION, describe_tree_attention, set_text_attention, tree_attention_name
+from ..cost.flops import ModelShape, get_model_shape, npass_cost, single_pass_cost
+from ..cost.memory import ActivationBytes
+from ..engine.enable import enable_tree
+from ..trees.prefix_tree import PrefixTree
+from ..trees.sample import Sample
+from .doctor_report import DoctorReport, Examined, Kernel, Measured, Verified
+from .environment import Environment, faster_kernel
+from .random_conversations import Sizes, conversation
+from .timing import Schedule, make_step, measure
+from .verification import verify_samples
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# A CPU would take minutes for the lengths of real turns.
+SIZES_ON_CPU = Sizes(user=(4, 8), reasoning=(20, 60), answer=(6, 12), system=5)
+FULL_PRECISION = ("sdpa", "eager", "flex_attention")
+"""Attention that computes in float32; flash kernels are for half precision only."""
+SHAPE = {"num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 65536}
+BUILT_IN_ON_GPU = {**SHAPE, "vocab_size": 32000, "hidden_size": 1024, "head_dim": 128, "intermediate_size": 3072}
+BUILT_IN_ON_CPU = {**SHAPE, "vocab_size": 1000, "hidden_size": 128, "head_dim": 16, "intermediate_size": 384}
+# `verify` in float32: the weights, a second copy of them and three sets of gradients.
+BYTES_PER_PARAMETER = 5 * 4
+SHARE_OF_FREE_MEMORY = 0.7
+MOST_LAYERS_ON_CPU = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to look at."""
+
+    name: str  # folder or hub id
+    config: PreTrainedConfig  # of the whole model
+    # returns the model for a configuration (of the first layers), a dtype and an `attn_implementation`
+    load: Callable[[PreTrainedConfig, torch.dtype, str | None], PreTrainedModel]
+
+    @classmethod
+    def built_in(cls, device: torch.device) -> Subject:
+        """Return a small Qwen3 with random weights, in a size that suits the device."""
+        config = Qwen3Config(**(BUILT_IN_ON_GPU if device.type == "cuda" else BUILT_IN_ON_CPU))
+
+        def load(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+            set_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            return model.to(device)
+
+        return cls("built-in", config, load)
+
+
+def examine(
+    subject: Subject,
+    device: torch.device,
+    *,
+    attn_implementation: str | None = None,
+    turns: Sequence[int] = (2, 8, 16),
+    on_part: Callable[[str], object] = lambda what: None,
+) -> DoctorReport:
+    """
+    Look at this machine with a model: what is installed, whether training is right, and how fast it is.
+
+    An error in one part is noted in the report, and the next part runs. As many layers of the model run as fit; if not
+    even its smallest slice does, this raises `ValueError`. `turns` are the lengths of the conversations that are
+    timed, and `on_part` is called with a description before each part.
+    """
+    sizes = Sizes() if device.type == "cuda" else SIZES_ON_CPU
+    text_config = subject.config.get_text_config()
+    vocabulary = min(int(text_config.vocab_size), 30_000)
+    conversations = [conversation(length, vocabulary, length, sizes) for length in turns]
+    num_layers = layers_that_fit(subject.config, max(sum(map(len, samples)) for samples in conversations), device)
+    config = slice_config(subject.config, num_layers)
+    verified = []
+    for dtype in (torch.bfloat16, torch.float32):
+        on_part(f"verify in {_name(dtype)}")
+        verified.append(_verify(subject, config, dtype, attn_implementation, vocabulary))
+        _collect()
+    on_part("load the model to time it")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = subject.load(config, dtype, attn_implementation).train()
+    implementation = str(model.config.get_text_config()._attn_implementation)  # before trees are enabled
+    enable_tree(model)
+    if model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    shape = get_shape(config)
+    measured = [one for samples in conversations for one in _measure(model, samples, implementation, shape, on_part)]
+    environment = Environment.detect()
+    has_choice = not getattr(model, "_compatible_flash_implementations", None)  # transformers replaces any other
+    kernel = Kernel(
+        implementation,
+        tree_attention_name(implementation),
+        describe_tree_attention(implementation, config, device, dtype),
+        faster_kernel(implementation, environment.gpus, environment.packages) if has_choice else None,
+    )
+    examined = Examined(subject.name, type(model).__name__, num_layers, text_config.num_hidden_layers, str(device))
+    return DoctorReport(environment, examined, kernel, tuple(verified), tuple(measured))
+
+
+def get_shape(config: PreTrainedConfig) -> ModelShape | None:
+    """Return the sizes that operations are counted with; `None` for a model whose operations cannot be counted."""
+    try:
+        return get_model_shape(config)
+    except ValueError:
+        return None
+
+
+def _verify(
+    subject: Subject, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, vocabulary: int
+) -> Verified:
+    if dtype is torch.float32 and attention is not None and attention not in FULL_PRECISION:
+        attention = "sdpa"
+    name = attention or "default"
+    samples = [conversation(turns, vocabulary, turns, SIZES_ON_CPU) for turns in (1, 2, 4)]
+    try:
+        model = subject.load(config, dtype, attention)
+        name = str(model.config.get_text_config()._attn_implementation)
+        report = verify_samples(model, samples)
+    except Exception as error:  # whatever a kernel raises is what the reader wants to know
+        return Verified(_name(dtype), name, ok=False, found=_line(error), check=None)
+    return Verified(_name(dtype), name, report.ok, report.verdict, report.check)
+
+
+def _measure(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    implementation: str,
+    shape: ModelShape | None,
+    on_part: Callable[[str], object],
+) -> Iterator[Measured]:
+    """Run a step of a conversation a few times in each way, and note what it took or why it failed."""
+    tree, npass_seconds = PrefixTree.from_samples(samples), None
+    for schedule in Schedule:
+        on_part(f"{schedule}, {len(samples)} turns")
+        is_npass = schedule is Schedule.NPASS_PACKED
+        seconds = used = failed = bound = None
+        with _attention_for(schedule, model, implementation) as attention:
+            try:
+                step = make_step(model, samples, schedule)
+                times, used = measure(model, step, repeats=3 if model.device.type == "cuda" else 1)
+                seconds = min(times)
+            except Exception as error:  # as above
+                failed = _line(error)
+        _collect()
+        if is_npass:
+            npass_seconds = seconds
+        if shape is not None:
+            bound = 1.0 if is_npass else npass_cost(samples, shape).flops / single_pass_cost([tree], shape).flops
+        yield Measured(
+            turns=len(samples),
+            schedule=schedule.value,
+            attn_implementation=attention,
+            tokens=sum(map(len, samples)) if is_npass else len(tree),
+            seconds=seconds,
+            peak_bytes=used,
+            speedup=npass_seconds / seconds if npass_seconds and seconds else None,
+            bound=bound,
+            failed=failed,
+        )
+
+
+@contextmanager
+def _attention_for(schedule: Schedule, model: PreTrainedModel, implementation: str) -> Iterator[str]:
+    """Waves hand keys and values from row to row, which FlexAttention cannot do."""
+    name = tree_attention_name(implementation)
+    if schedule is not Schedule.WAVES or name != TREE_ATTENTION["flex_attention"]:
+        yield implementation
+        return
+    set_text_attention(model, tree_attention_name("sdpa"))
+    try:
+        yield "sdpa"
+    finally:
+        set_text_attention(model, name)
+
+
+# The first layers of a model -----------------------------------------------------------------------------------------
+
+
+def slice_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
+    """Return the configuration of a model's first layers. Of a multimodal model, the text part is taken."""
+    text = copy.deepcopy(config.get_text_config())
+    total = text.num_hidden_layers
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == total:  # one entry per layer: layer_types and the like
+            setattr(text, name, value[:num_layers])
+    text.num_hidden_layers = num_layers
+    return text
+
+
+def layers_that_fit(config: PreTrainedConfig, num_tokens: int, device: torch.device) -> int:
+    """
+    Return how many of a model's first layers can be verified in float32 and timed on a device.
+
+    `num_tokens` is the length of the longest row that is timed. If not even the smallest slice fits, this raises
+    `ValueError`.
+    """
+    text = config.get_text_config()
+    total = int(text.num_hidden_layers)
+    smallest = _layers_of_every_kind(text)
+    most = total if device.type == "cuda" else min(total, max(smallest, MOST_LAYERS_ON_CPU))
+    free = SHARE_OF_FREE_MEMORY * _free_bytes(device)
+    for num_layers in range(most, smallest - 1, -1):
+        if _bytes_of_slice(slice_config(text, num_layers), num_tokens) <= free:
+            return num_layers
+    raise ValueError(
+        f"Not even the first {smallest} of {total} layers fit: they need "
+        f"{_bytes_of_slice(slice_config(text, smallest), num_tokens) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
+        "free. Close other programs, or name a smaller model."
+    )
+
+
+def _layers_of_every_kind(text: PreTrainedConfig) -> int:
+    """How many of the first layers hold one of each type."""
+    types = list(getattr(text, "layer_types", None) or ())
+    return max((types.index(kind) + 1 for kind in set(types)), default=1)
+
+
+def _bytes_of_slice(text: PreTrainedConfig, num_tokens: int) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    activations = ActivationBytes.from_config(text, 4, checkpointing=True).per_token
+    return int(BYTES_PER_PARAMETER * parameters + activations * num_tokens)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+
+
+def _collect() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
