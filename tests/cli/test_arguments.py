@@ -5,10 +5,16 @@ import os
 
 import pytest
 
-from trl_singlepass.cli.arguments import AuditArguments, parse_arguments, peek
+from trl_singlepass.cli.arguments import ADD_ARGUMENTS, CommandParser, peek
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+
+
+def parse_audit(*arguments):
+    parser = CommandParser()
+    ADD_ARGUMENTS["audit"](parser)
+    return parser.parse(arguments)
 
 
 def test_flags_win_over_the_config_file(run, model, data, tmp_path):
@@ -24,7 +30,7 @@ def test_flags_win_over_the_config_file(run, model, data, tmp_path):
 def test_environment_of_the_config_file(tmp_path, monkeypatch):
     monkeypatch.delenv("FROM_THE_CONFIG", raising=False)
     (tmp_path / "c.yaml").write_text("env: {FROM_THE_CONFIG: 3}\nmodel: m\ndata: d\nseed: 1\n")
-    args = parse_arguments(AuditArguments, ["--config", str(tmp_path / "c.yaml")])
+    args = parse_audit("--config", str(tmp_path / "c.yaml"))
     assert (args.model, args.data, args.seed) == ("m", "d", 1)
     assert os.environ.pop("FROM_THE_CONFIG") == "3"
 
@@ -33,13 +39,19 @@ def test_environment_of_the_config_file(tmp_path, monkeypatch):
     ("given", "expected"), [([], False), (["--debug"], True), (["--debug", "true"], True), (["--debug", "no"], False)]
 )
 def test_flags_may_have_a_value(given, expected):
-    assert parse_arguments(AuditArguments, ["m", "d", *given]).debug is expected
+    assert parse_audit("m", "d", *given).debug is expected
 
 
-def test_values_of_the_config_file_are_checked(tmp_path):
-    (tmp_path / "c.yaml").write_text("seed: many\n")
-    with pytest.raises(ValueError, match="argument --seed: invalid int value: 'many'"):
-        parse_arguments(AuditArguments, ["m", "d", "--config", str(tmp_path / "c.yaml")])
+@pytest.mark.parametrize("value", ["many", "1.5"])
+def test_values_of_the_config_file_are_checked(tmp_path, value):
+    (tmp_path / "c.yaml").write_text(f"seed: {value}\n")
+    with pytest.raises(ValueError, match="argument --seed"):
+        parse_audit("m", "d", "--config", str(tmp_path / "c.yaml"))
+
+
+def test_a_config_file_may_stand_after_an_equals_sign_and_serves_every_command(run, tmp_path):
+    (tmp_path / "c.yaml").write_text("name: cpu-smoke\ndebug: false\n")
+    assert run("recipes", f"--config={tmp_path / 'c.yaml'}") == run("recipes", "cpu-smoke")
 
 
 def test_peek_reads_flags_then_the_config_file(tmp_path):

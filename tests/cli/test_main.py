@@ -12,9 +12,9 @@ import pytest
 import trl_singlepass
 from support.chat_tokenizers import make_tokenizer
 from support.unreadable_files import UNREADABLE
-from trl_singlepass.cli.arguments import parse_arguments
+from trl_singlepass.cli.arguments import ADD_ARGUMENTS, CommandParser
 from trl_singlepass.cli.errors import CUT_OFF, INTERRUPTED
-from trl_singlepass.cli.main import ARGUMENTS, COMMANDS, main
+from trl_singlepass.cli.main import COMMANDS, main
 from trl_singlepass.scripts import SCRIPTS
 
 
@@ -56,9 +56,11 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", ADD_ARGUMENTS)
 def test_examples_parse(name):
-    args = parse_arguments(ARGUMENTS[name], COMMANDS[name].example.split()[2:])
+    parser = CommandParser()
+    ADD_ARGUMENTS[name](parser)
+    args = parser.parse(COMMANDS[name].example.split()[2:])
     assert args.model == "Qwen/Qwen3-0.6B"
     assert getattr(args, "data", "data.jsonl") == "data.jsonl"
 

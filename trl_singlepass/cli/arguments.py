@@ -1,150 +1,14 @@
-"""
-Arguments of the commands, on TRL's parser.
-
-A field of a dataclass is a flag, or, without `init`, a positional argument; its metadata are for `add_argument`.
-"""
+"""Arguments of the commands that load a model, and TRL's parser as all commands use it."""
 
 from __future__ import annotations
 
-from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from trl.scripts.utils import TrlParser  # without PyTorch, which takes seconds
-
-
-_ATTENTION_HELP = "Attention implementation of the model."
-_DEVICE_HELP = "Device to run on; a GPU by default if there is one."
-_JSON_HELP = "File to write the report to as JSON; '-' prints it."
-
-
-@dataclass
-class CommandArguments:
-    """Arguments of a command that loads a model, or a part of it."""
-
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Whether code that comes with the model may run on this machine."}
-    )
-    debug: bool = field(default=False, metadata={"help": "Show the traceback of an error."})
-
-
-@dataclass
-class TokenizerArguments(CommandArguments):
-    """The model, and how its tokenizer renders."""
-
-    model: str = field(
-        init=False, metadata={"help": "Folder or hub id of a model; `inspect` reads its tokenizer only."}
-    )
-    chat_template: str | None = field(
-        default=None, metadata={"help": "File with a chat template to use instead of the tokenizer's own."}
-    )
-
-
-@dataclass
-class DataArguments(TokenizerArguments):
-    """The conversations."""
-
-    data: str = field(
-        init=False, metadata={"help": "A .jsonl or .parquet file, a folder, or the hub id of a dataset."}
-    )
-    split: str = field(default="train", metadata={"help": "Split of a folder or of a dataset on the Hub."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-
-
-@dataclass
-class InspectArguments(DataArguments):
-    """Arguments of `inspect`."""
-
-    row: int = field(default=0, metadata={"help": "Position of the conversation, from 0."})
-    html: str | None = field(
-        default=None, metadata={"help": "File to write a page to, with tokens, tree and attention mask."}
-    )
-    png: str | None = field(
-        default=None, metadata={"help": "File to write a picture of the tree to, with one of the mask beside it."}
-    )
-
-
-@dataclass
-class AuditArguments(DataArguments):
-    """Arguments of `audit`."""
-
-    sample_size: int | None = field(
-        default=None, metadata={"help": "Number of rows to draw at random; at most 500 by default."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the draw."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Length in tokens to compare samples with; the model's by default."}
-    )
-    num_proc: int | None = field(default=None, metadata={"help": "Number of processes."})
-    json: str | None = field(default=None, metadata={"help": _JSON_HELP})
-    html: str | None = field(default=None, metadata={"help": "File to write the report to as a page with plots."})
-
-
-@dataclass
-class ModelArguments(DataArguments):
-    """How to load and run the model."""
-
-    num_rows: int = field(default=4, metadata={"aliases": ["-n"], "help": "Number of conversations, from the first."})
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Data type of the weights.", "choices": ["float64", "float32", "bfloat16", "float16"]},
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": _ATTENTION_HELP})
-    device: str | None = field(default=None, metadata={"help": _DEVICE_HELP})
-
-
-@dataclass
-class VerifyArguments(ModelArguments):
-    """Arguments of `verify`."""
-
-    max_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of separate samples to check of each conversation: only its first turns that fit are "
-            "compared."
-        },
-    )
-
-
-@dataclass
-class BenchArguments(ModelArguments):
-    """Arguments of `bench`."""
-
-    repeats: int = field(default=3, metadata={"help": "Timed runs of each conversation, after one warm-up run."})
-
-
-@dataclass
-class DoctorArguments(CommandArguments):
-    """Arguments of `doctor`."""
-
-    model: str | None = field(
-        init=False, metadata={"nargs": "?", "help": "Folder or hub id of a model; a small one by default."}
-    )
-    turns: str = field(default="2,8,16", metadata={"help": "Lengths of the conversations to time, in turns."})
-    attn_implementation: str | None = field(default=None, metadata={"help": _ATTENTION_HELP})
-    device: str | None = field(default=None, metadata={"help": _DEVICE_HELP})
-    json: str | None = field(default=None, metadata={"help": _JSON_HELP})
-
-
-@dataclass
-class ChatArguments(TokenizerArguments):
-    """Arguments of `chat`."""
-
-    history: str = field(
-        default="template",
-        metadata={
-            "help": "What contexts show of earlier turns, as in training.",
-            "choices": ["template", "keep", "strip"],
-        },
-    )
-    system: str | None = field(default=None, metadata={"help": "System prompt."})
-    max_new_tokens: int = field(default=1024, metadata={"help": "Largest number of tokens of a reply."})
-    device: str | None = field(default=None, metadata={"help": _DEVICE_HELP})
-
-
-Arguments = TypeVar("Arguments", bound=CommandArguments)
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -155,13 +19,10 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class Parser(TrlParser):  # type: ignore[misc]
-    """TRL's parser with positional arguments, whole flags, and errors in one line: usage would fill the screen."""
+    """TRL's parser, of whole flags only, with errors in one line: usage and all arguments would fill the screen."""
 
     def __init__(self, dataclass_types: Iterable[type] = (), /, **about: Any) -> None:
-        types = list(dataclass_types)
-        super().__init__(types, allow_abbrev=False, formatter_class=HelpFormatter, **about)
-        for item in (item for kind in types for item in fields(kind) if not item.init):
-            self.add_argument(item.name, **{"metavar": item.name.upper(), **item.metadata})
+        super().__init__(list(dataclass_types), allow_abbrev=False, formatter_class=HelpFormatter, **about)
         self.add_argument("--config", metavar="FILE", help="YAML file with arguments; flags override it.")
 
     def error(self, message: str) -> NoReturn:
@@ -192,29 +53,44 @@ class Parser(TrlParser):  # type: ignore[misc]
         return parsed, of_config, of_command_line
 
 
-class _CommandParser(Parser):
-    """Converts and checks the values of a `--config` file like those of the command line."""
+class CommandParser(Parser):
+    """Parser of a command's own arguments; values of a `--config` file are checked like those of the command line."""
+
+    def flag(self, name: str, help: str, kind: type = str, default: object = None, **options: Any) -> None:
+        """Add a flag, spelt with underscores or dashes; a boolean one may come without a value."""
+        if kind is bool:
+            options |= {"nargs": "?", "const": True}
+        names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}", *options.pop("aliases", ())])
+        convert = _to_bool if kind is bool else kind
+        self.add_argument(*names, dest=name, help=help, type=convert, default=default, **options)
+
+    def parse(self, arguments: Sequence[str]) -> Namespace:
+        """Return the arguments; one that is unknown, missing or of the wrong type raises `ValueError`."""
+        (args,), *_ = self.parse_divided(arguments)
+        named: Namespace = args
+        return named
 
     def set_defaults_with_config(self, **config: object) -> list[str]:
-        """Take defaults as text."""
-        texts = {name: value if value is None else str(value) for name, value in config.items()}
+        """Take numbers as text, which argparse converts to the type of their flag."""
+        texts = {name: str(value) if type(value) in (int, float) else value for name, value in config.items()}
         left: list[str] = super().set_defaults_with_config(**texts)
         return left
 
 
-def parse_arguments(argument_type: type[Arguments], arguments: Sequence[str], **about: str) -> Arguments:
-    """
-    Parse the arguments of a command to an object of `argument_type`.
+def _to_bool(text: str) -> bool:
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise ArgumentTypeError(f"expected true or false, got {text!r}")
+    return values[text.lower()]
 
-    Arguments of the command line override those of a `--config` file; `about` goes to `argparse.ArgumentParser`. An
-    argument that is unknown, missing or of the wrong type raises `ValueError`.
-    """
-    (parsed, positional), *_ = _CommandParser([argument_type], **about).parse_divided(arguments)
-    for item in fields(argument_type):
-        if not item.init:
-            setattr(parsed, item.name, getattr(positional, item.name))
-    args: Arguments = parsed
-    return args
+
+def with_config_apart(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with `--config FILE` as two words, as TRL's parser reads it; no file raises `ValueError`."""
+    if arguments and arguments[-1] == "--config":
+        raise ValueError("--config needs a YAML file.")
+    return [
+        word for given in arguments for word in (given.split("=", 1) if given.startswith("--config=") else [given])
+    ]
 
 
 @dataclass
@@ -232,10 +108,102 @@ def peek(arguments: Sequence[str]) -> tuple[str | None, str | None]:
     return named.model_name_or_path, named.dataset_name
 
 
-def with_config_apart(arguments: Sequence[str]) -> list[str]:
-    """Return arguments with `--config FILE` as two words, as TRL's parser reads it; no file raises `ValueError`."""
-    if arguments and arguments[-1] == "--config":
-        raise ValueError("--config needs a YAML file.")
-    return [
-        word for given in arguments for word in (given.split("=", 1) if given.startswith("--config=") else [given])
-    ]
+# The arguments of each command ---------------------------------------------------------------------------------------
+
+
+def _add_loading(parser: CommandParser) -> None:
+    parser.flag("trust_remote_code", "Whether code that comes with the model may run on this machine.", bool, False)
+    parser.flag("debug", "Show the traceback of an error.", bool, False)
+
+
+def _add_device(parser: CommandParser) -> None:
+    parser.flag("device", "Device to run on; a GPU by default if there is one.")
+
+
+def _add_json(parser: CommandParser) -> None:
+    parser.flag("json", "File to write the report to as JSON; '-' prints it.")
+
+
+def _add_tokenizer(parser: CommandParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="Folder or hub id of a model; `inspect` reads its tokenizer only."
+    )
+    parser.flag("chat_template", "File with a chat template to use instead of the tokenizer's own.")
+    _add_loading(parser)
+
+
+def _add_data(parser: CommandParser) -> None:
+    _add_tokenizer(parser)
+    parser.add_argument(
+        "data", metavar="DATA", help="A .jsonl or .parquet file, a folder, or the hub id of a dataset."
+    )
+    parser.flag("split", "Split of a folder or of a dataset on the Hub.", default="train")
+    parser.flag("dataset_config", "Configuration of a dataset on the Hub.")
+
+
+def _add_inspect(parser: CommandParser) -> None:
+    _add_data(parser)
+    parser.flag("row", "Position of the conversation, from 0.", int, 0)
+    parser.flag("html", "File to write a page to, with tokens, tree and attention mask.")
+    parser.flag("png", "File to write a picture of the tree to, with one of the mask beside it.")
+
+
+def _add_audit(parser: CommandParser) -> None:
+    _add_data(parser)
+    parser.flag("sample_size", "Number of rows to draw at random; at most 500 by default.", int)
+    parser.flag("seed", "Seed of the draw.", int, 0)
+    parser.flag("max_length", "Length in tokens to compare samples with; the model's by default.", int)
+    parser.flag("num_proc", "Number of processes.", int)
+    _add_json(parser)
+    parser.flag("html", "File to write the report to as a page with plots.")
+
+
+def _add_runs(parser: CommandParser) -> None:
+    _add_data(parser)
+    dtypes = ["float64", "float32", "bfloat16", "float16"]
+    parser.flag("num_rows", "Number of conversations, from the first.", int, 4, aliases=["-n"])
+    parser.flag("dtype", "Data type of the weights.", default="float32", choices=dtypes)
+    parser.flag("attn_implementation", "Attention implementation of the model.")
+    _add_device(parser)
+
+
+def _add_verify(parser: CommandParser) -> None:
+    _add_runs(parser)
+    text = "Tokens of separate samples to check of each conversation: only its first turns that fit are compared."
+    parser.flag("max_tokens", text, int)
+
+
+def _add_bench(parser: CommandParser) -> None:
+    _add_runs(parser)
+    parser.flag("repeats", "Timed runs of each conversation, after one warm-up run.", int, 3)
+
+
+def _add_doctor(parser: CommandParser) -> None:
+    text = "Folder or hub id of a model; a small one by default."
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=text)
+    parser.flag("turns", "Lengths of the conversations to time, in turns.", default="2,8,16")
+    parser.flag("attn_implementation", "Attention implementation of the model.")
+    _add_device(parser)
+    _add_json(parser)
+    _add_loading(parser)
+
+
+def _add_chat(parser: CommandParser) -> None:
+    _add_tokenizer(parser)
+    histories = ["template", "keep", "strip"]
+    text = "What contexts show of earlier turns, as in training."
+    parser.flag("history", text, default="template", choices=histories)
+    parser.flag("system", "System prompt.")
+    parser.flag("max_new_tokens", "Largest number of tokens of a reply.", int, 1024)
+    _add_device(parser)
+
+
+ADD_ARGUMENTS: dict[str, Callable[[CommandParser], None]] = {
+    "inspect": _add_inspect,
+    "audit": _add_audit,
+    "verify": _add_verify,
+    "bench": _add_bench,
+    "doctor": _add_doctor,
+    "chat": _add_chat,
+}
+"""What adds the arguments of each command that loads a model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,6 @@ from transformers import TextStreamer
 from ..rendering.conversation import Conversation, Message
 from ..rendering.history import render_with_history
 from ..rendering.reasoning import THINK, reasoning_tags
-from .arguments import ChatArguments
 from .loading import load_model, load_tokenizer
 
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def chat(args: ChatArguments, console: Console) -> int:
+def chat(args: Namespace, console: Console) -> int:
     """Answer each line of the standard input until it ends."""
     tokenizer = load_tokenizer(args.model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code)
     model = load_model(
@@ -60,13 +60,9 @@ def answer(
     max_new_tokens: int,
 ) -> Message:
     """
-    Generate the reply to a conversation, and print it as it comes.
+    Generate the reply to a conversation, print it as it comes, and return it with `reasoning_content`.
 
-    The last message is a user's; `history` says what the context shows of earlier turns, as [`SinglePassSFTConfig`]
-    takes it. The model's generation configuration says how tokens are drawn. Returns the assistant message, with its
-    reasoning under `reasoning_content`.
-
-    If the template cannot render the conversation under this policy, this raises `RenderingError`.
+    `history` is the setting of that name. If the template cannot follow it, this raises `RenderingError`.
     """
     # Training renders a turn with its completion; of this one, only the prompt is used.
     placeholder: Message = {"role": "assistant", "content": "Yes."}
@@ -95,10 +91,9 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
 
 def to_message(text: str, prompt: str, chat_template: str) -> Message:
     """
-    Return what a model wrote as a message.
+    Return what a model wrote, without its stop token, as a message; reasoning that was cut off has no answer.
 
-    `text` comes without its stop token. `prompt` is what stood before; it may end with the opening tag of the
-    reasoning. The template tells the tags around reasoning. Reasoning that was cut off has no answer.
+    The template tells the tags around reasoning, and `prompt` may end with the opening one.
     """
     tags = reasoning_tags(chat_template) or THINK
     opened = prompt.rstrip().endswith(tags.opening) or text.lstrip().startswith(tags.opening)

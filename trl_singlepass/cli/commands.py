@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -22,15 +23,6 @@ from ..data.pairs import example_to_pair, is_pair
 from ..data.reader import get_tokenizer
 from ..data.settings import PairSettings, RowSettings
 from ..trees.sample import Sample
-from .arguments import (
-    AuditArguments,
-    BenchArguments,
-    DataArguments,
-    DoctorArguments,
-    InspectArguments,
-    ModelArguments,
-    VerifyArguments,
-)
 from .chat import chat as chat
 from .loading import load_config, load_model, load_processor, load_slice, load_tokenizer, pick_device
 
@@ -40,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def inspect(args: InspectArguments, console: Console) -> int:
+def inspect(args: Namespace, console: Console) -> int:
     """Show one conversation as its tree."""
     from ..reports.inspection import Inspection, render_inspection
 
@@ -76,7 +68,7 @@ def inspect(args: InspectArguments, console: Console) -> int:
     return 0
 
 
-def audit(args: AuditArguments, console: Console) -> int:
+def audit(args: Namespace, console: Console) -> int:
     """Report what the data contains, and what training costs; the exit code is 1 if no row can be trained."""
     from ..reports.audit import audit as audit_dataset
 
@@ -99,7 +91,7 @@ def audit(args: AuditArguments, console: Console) -> int:
     return 0 if report.num_trainable else 1
 
 
-def verify(args: VerifyArguments, console: Console) -> int:
+def verify(args: Namespace, console: Console) -> int:
     """Compare the single pass with N-pass; the exit code is 1 if they differ."""
     from ..reference import verify as verify_model
 
@@ -112,7 +104,7 @@ def verify(args: VerifyArguments, console: Console) -> int:
     return 0 if report.ok else 1
 
 
-def bench(args: BenchArguments, console: Console) -> int:
+def bench(args: Namespace, console: Console) -> int:
     """Time N-pass and the single pass on this machine, next to the forecast."""
     from ..reference.timing import time_both
 
@@ -130,7 +122,7 @@ def bench(args: BenchArguments, console: Console) -> int:
     return 0
 
 
-def doctor(args: DoctorArguments, console: Console) -> int:
+def doctor(args: Namespace, console: Console) -> int:
     """Report what is installed, which kernel runs, whether it is right and how fast; 1 if something is wrong."""
     from ..reference.doctor import Subject, examine
 
@@ -161,7 +153,7 @@ def doctor(args: DoctorArguments, console: Console) -> int:
 
 
 def _load_both(
-    args: DataArguments,
+    args: Namespace,
 ) -> tuple[PreTrainedTokenizerBase | ProcessorMixin, Sequence[Mapping[str, object]] | Dataset]:
     """Return the data, and the tokenizer that reads it, or the processor if there are images."""
     examples = _load_examples(args)
@@ -173,15 +165,15 @@ def _load_both(
     )
 
 
-def _load_tokenizer(args: DataArguments) -> PreTrainedTokenizerBase:
+def _load_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
     return load_tokenizer(args.model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code)
 
 
-def _load_examples(args: DataArguments) -> Sequence[Mapping[str, object]] | Dataset:
+def _load_examples(args: Namespace) -> Sequence[Mapping[str, object]] | Dataset:
     return load_examples(args.data, split=args.split, config=args.dataset_config)
 
 
-def _load_model(args: ModelArguments, *, reads_images: bool = False) -> PreTrainedModel:
+def _load_model(args: Namespace, *, reads_images: bool = False) -> PreTrainedModel:
     return load_model(
         args.model,
         reads_images=reads_images,

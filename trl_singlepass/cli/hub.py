@@ -12,13 +12,10 @@ _MODEL_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
 
 def check_hub(model: str | None, data: str | None) -> None:
     """
-    Refuse a model that cannot be loaded, and switch the libraries to offline mode if the Hub does not answer.
+    Refuse a model that cannot be loaded with `ValueError`, and go offline if the Hub does not answer.
 
-    Left to themselves, they try again for each file of a model, for most of a minute. Processes that are started later
-    are offline too.
-
-    `model` is a folder or a hub id, `data` a file, a folder or a hub id. If the model is neither, or the Hub does not
-    answer and it is not cached, this raises `ValueError`.
+    Left to themselves, libraries try again for each file of a model, for most of a minute. Processes that are started
+    later are offline too.
     """
     on_hub = [name for name in (model, data) if name is not None and not Path(name).expanduser().exists()]
     if not on_hub:

@@ -67,16 +67,11 @@ def print_help(command: str, *, epilog: str, **about: str) -> None:
 
 def launch(command: str, arguments: Sequence[str], *, debug: bool = False, **about: str) -> int:
     """
-    Train with as many processes as `accelerate` is asked for.
+    Train with as many processes as `accelerate` is asked for, and return 0, or 2 if a process has printed its error.
 
-    `SIGTERM` and `SIGUSR1` are passed on to the processes, which save a checkpoint and stop.
-
-    `command` is one of `SCRIPTS`; `arguments` are for its script and for `accelerate launch`, and `about` is for
-    `argparse.ArgumentParser`. With `debug`, processes show the traceback of every error. Returns the exit code: 0, or
-    2 if a process has printed its error.
-
-    An unknown argument or configuration, or a process that ended without a word, raises `ValueError`; Ctrl-C raises
-    `KeyboardInterrupt`, with the way to resume as its message.
+    `SIGTERM` and `SIGUSR1` are passed on to the processes, which save a checkpoint and stop. With `debug`, they show
+    the traceback of every error. What is wrong before they start, or how one ended without a word, is a `ValueError`;
+    Ctrl-C raises `KeyboardInterrupt`, with the way to resume as its message.
     """
     make_parser = import_module(SCRIPTS[command]).make_parser
     run, output_dir = parse_launch(
@@ -107,13 +102,10 @@ def launch(command: str, arguments: Sequence[str], *, debug: bool = False, **abo
 
 def parse_launch(parser: Parser, arguments: Sequence[str], module: Sequence[str]) -> tuple[Namespace, str]:
     """
-    Divide the arguments between the script and `accelerate launch`, which gets what the script's parser does not know.
+    Return the arguments of `accelerate launch`, which gets what the script's parser does not know, and `output_dir`.
 
-    `module` is the module to run, and what it takes before the arguments of the script. Returns the arguments of
-    `accelerate launch`, and the script's `output_dir`.
-
-    If neither knows an argument, there is no such configuration, fewer processes would start than are asked for, or
-    FSDP is asked for without a GPU, this raises `ValueError`.
+    `module` is the module to run, and what it takes before the arguments of the script. What would not start as asked
+    for raises `ValueError`.
     """
     accelerate = launch_command_parser()
     accelerate.error = _raise_error
@@ -156,11 +148,7 @@ def _set_defaults(run: Namespace) -> None:
 
 
 def _check_processes(run: Namespace, *, fsdp: bool) -> None:
-    """
-    Raise if `accelerate launch` would start a single process where several are asked for, or FSDP without a GPU.
-
-    `fsdp` is whether the script's own arguments ask for it.
-    """
+    """Refuse to start one process where several are asked for, or FSDP (`fsdp`: by the script) without a GPU."""
     reads_file = run.config_file is not None or (Path(default_config_file).is_file() and not run.cpu)
     file = load_config_from_file(run.config_file) if reads_file else None
     if file is not None and file.compute_environment != ComputeEnvironment.LOCAL_MACHINE:
@@ -188,10 +176,9 @@ def _raise_error(message: str) -> NoReturn:
 
 def with_config_file(arguments: Sequence[str]) -> list[str]:
     """
-    Replace `--accelerate_config NAME` by `--config_file` with the file that it names.
+    Replace `--accelerate_config NAME` by `--config_file` with the file that it names, or the configuration of TRL's.
 
-    The name is a file, or a configuration that TRL ships (`fsdp2`, `zero3`, …); if it is missing or neither, this
-    raises `ValueError`. The last one counts: flags come after the config file.
+    The last one counts: flags come after the config file.
     """
     parser = Parser(add_help=False)
     parser.add_argument("--accelerate_config")

@@ -1,4 +1,4 @@
-"""Loads the tokenizer or processor, the configuration and the model that the command line names."""
+"""Loads what the command line names: tokenizer or processor, configuration, model. Errors are `ValueError`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,7 @@ if TYPE_CHECKING:
 def load_tokenizer(
     model: str, *, chat_template: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """
-    Return the tokenizer of a model.
-
-    `model` is a folder or a hub id, `chat_template` a file with a template to use instead of the tokenizer's own. If
-    there is no such model, or no chat template, this raises `ValueError`.
-    """
+    """Return the tokenizer of a model, with the template of the file `chat_template` if one is given."""
     with _naming(model):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     _set_template(tokenizer, model, chat_template, "tokenizer")
@@ -43,12 +38,7 @@ def load_tokenizer(
 
 
 def load_processor(model: str, *, chat_template: str | None = None, trust_remote_code: bool = False) -> ProcessorMixin:
-    """
-    Return the processor of a model that reads images.
-
-    Arguments are those of [`load_tokenizer`]. If there is no such model, no processor, or no chat template, this
-    raises `ValueError`.
-    """
+    """Return the processor of a model that reads images, with the template of the file `chat_template` likewise."""
     with _naming(model):
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
     if not isinstance(processor, ProcessorMixin):
@@ -86,9 +76,7 @@ def load_model(
     trust_remote_code: bool = False,
     reads_images: bool = False,
 ) -> PreTrainedModel:
-    """
-    Return a language model, in training mode, from a folder or the Hub; one that cannot be loaded raises `ValueError`.
-    """
+    """Return a language model, in training mode, from a folder or the Hub."""
     auto_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
     with _naming(model):
         loaded = auto_class.from_pretrained(

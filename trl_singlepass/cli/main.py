@@ -9,20 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
-from typing import Any
 
-from .arguments import (
-    AuditArguments,
-    BenchArguments,
-    ChatArguments,
-    CommandArguments,
-    DoctorArguments,
-    InspectArguments,
-    Parser,
-    VerifyArguments,
-    parse_arguments,
-    peek,
-)
+from .arguments import ADD_ARGUMENTS, CommandParser, peek
 from .errors import CUT_OFF, INTERRUPTED, describe_error
 from .hub import check_hub
 
@@ -86,14 +74,6 @@ COMMANDS = {
     ),
 }
 ALIASES = {"sft": "train"}
-ARGUMENTS: dict[str, type[CommandArguments]] = {
-    "inspect": InspectArguments,
-    "audit": AuditArguments,
-    "verify": VerifyArguments,
-    "bench": BenchArguments,
-    "doctor": DoctorArguments,
-    "chat": ChatArguments,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,8 +130,10 @@ def _help() -> str:
     )
 
 
-def _report(name: str, arguments: Sequence[str]) -> int:
-    args: Any = parse_arguments(ARGUMENTS[name], arguments, **_about(name))
+def _report(name: str, arguments: list[str]) -> int:
+    parser = CommandParser(**_about(name))
+    ADD_ARGUMENTS[name](parser)
+    args = parser.parse(arguments)
     check_hub(args.model, getattr(args, "data", None))
     from rich.console import Console
 
@@ -160,7 +142,7 @@ def _report(name: str, arguments: Sequence[str]) -> int:
     _quiet()
     # Files and pipes have no width, and tables need room.
     console = Console(width=None if sys.stdout.isatty() else 118)
-    run: Callable[[Any, Console], int] = getattr(commands, name)
+    run: Callable[[Namespace, Console], int] = getattr(commands, name)
     return run(args, console)
 
 
@@ -183,7 +165,7 @@ def _recipes(name: str, arguments: list[str]) -> int:
     parser = _plain_parser(name)
     parser.add_argument("name", metavar="NAME", nargs="?", help="recipe to print; without it, they are listed")
     parser.add_argument("-o", "--output", metavar="FOLDER", help="folder to write all of them to")
-    args = _parse(parser, arguments)
+    args = parser.parse(arguments)
     if args.name is not None and args.output is not None:
         raise ValueError("give NAME to print a recipe, or --output to write all, not both")
     if args.output is not None:
@@ -201,7 +183,7 @@ def _demo(name: str, arguments: list[str]) -> int:
     parser.add_argument("path", metavar=kind, help=f"{kind.lower()} to write")
     if name == "demo-data":
         parser.add_argument("--pairs", action="store_true", help="write preference pairs, for `dpo`")
-    args = _parse(parser, arguments)
+    args = parser.parse(arguments)
     if name == "demo-data" and args.pairs:
         write = write_demo_pairs
     _quiet()
@@ -214,7 +196,7 @@ def _import(name: str, arguments: list[str]) -> int:
 
     parser = _plain_parser(name)
     add_arguments(parser)
-    print(import_logs(_parse(parser, arguments)))
+    print(import_logs(parser.parse(arguments)))
     return 0
 
 
@@ -229,16 +211,10 @@ RUNNERS = {
 """Commands that do more, or less, than report on a model and data."""
 
 
-def _plain_parser(name: str) -> Parser:
-    parser = Parser(**_about(name))
+def _plain_parser(name: str) -> CommandParser:
+    parser = CommandParser(**_about(name))
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
-
-
-def _parse(parser: Parser, arguments: Sequence[str]) -> Namespace:
-    (args,), *_ = parser.parse_divided(arguments)
-    named: Namespace = args
-    return named
 
 
 def _split_debug(arguments: Sequence[str]) -> tuple[bool, list[str]]:

@@ -26,11 +26,7 @@ def list_recipes() -> str:
 
 
 def read_recipe(name: str) -> str:
-    """
-    Return the text of a recipe, given its name or its path in the folder of recipes.
-
-    If there is no such recipe, this raises `ValueError`.
-    """
+    """Return the text of a recipe, given its name or its path in the folder of recipes."""
     recipes = find_recipes()
     path = recipes.get(name.removesuffix(".yaml"))
     if path is None:
@@ -40,10 +36,9 @@ def read_recipe(name: str) -> str:
 
 def write_recipes(folder: str) -> str:
     """
-    Write all recipes to a folder, where the paths between them are right if it is called `recipes`. Return a line that
-    says what was written.
+    Write all recipes to a folder, where the paths between them are right if it is called `recipes`, and say so.
 
-    Files that are the same already are left alone. If one differs, nothing is written, and this raises `ValueError`.
+    If there is another file under one of the names, nothing is written, and this raises `ValueError`.
     """
     files = {Path(folder) / path.relative_to(RECIPES): path.read_bytes() for path in find_recipes().values()}
     changed = [str(file) for file, content in files.items() if file.exists() and file.read_bytes() != content]

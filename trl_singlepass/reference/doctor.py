@@ -75,9 +75,8 @@ def examine(
     """
     Look at this machine with a model: what is installed, whether training is right, and how fast it is.
 
-    An error in one part is noted in the report, and the next part runs. As many layers of the model run as fit; if not
-    even its smallest slice does, this raises `ValueError`. `turns` are the lengths of the conversations that are
-    timed, and `on_part` is called with a description before each part.
+    An error in one part is noted, and the next part runs; `on_part` is called with a description before each. If not
+    even the smallest slice of the model fits, this raises `ValueError`. `turns` are lengths of conversations.
     """
     sizes = Sizes() if device.type == "cuda" else SIZES_ON_CPU
     text_config = subject.config.get_text_config()
@@ -202,12 +201,7 @@ def slice_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
 
 
 def layers_that_fit(config: PreTrainedConfig, num_tokens: int, device: torch.device) -> int:
-    """
-    Return how many of a model's first layers can be verified in float32 and timed on a device.
-
-    `num_tokens` is the length of the longest row that is timed. If not even the smallest slice fits, this raises
-    `ValueError`.
-    """
+    """Return how many of a model's first layers can be verified in float32, and timed on a row of `num_tokens`."""
     text = config.get_text_config()
     total = int(text.num_hidden_layers)
     smallest = _layers_of_every_kind(text)

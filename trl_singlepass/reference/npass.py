@@ -48,17 +48,16 @@ def npass_loss_and_gradients(
     on_pass: Callable[[], object] = lambda: None,
 ) -> LossAndGradients:
     """
-    Compute loss and gradients with one ordinary forward and backward per sample.
+    Compute loss and gradients with one ordinary forward and backward per sample; nothing here knows about trees.
 
-    Nothing here knows about trees. The model keeps its mode (call `eval()` to turn dropout off) and runs on
-    transformers' own attention: its current `attn_implementation`, or, if that is not stock, SDPA (eager for models
-    without SDPA). `param.grad` is not touched.
+    The model keeps its mode (call `eval()` to turn dropout off) and runs on transformers' own attention: its current
+    `attn_implementation`, or, if that is not stock, SDPA (eager for models without it). `param.grad` is not touched.
 
     A mixture of experts whose config has `output_router_logits=True` adds its load-balancing loss, which is not a sum
     over samples. It is computed as by the stock `SFTTrainer` with all samples in one padded batch.
 
-    Each sample encodes its own images with `load_images`, an image as often as it stands in the sample. `on_pass` is
-    called after each sample, for a progress bar. If no token has a loss weight above 0, this raises `ValueError`.
+    Each sample encodes its own images with `load_images`; `on_pass` is called after each. If no token has a loss
+    weight above 0, this raises `ValueError`.
     """
     total_weight = sum(float(sample.loss_weights.sum()) for sample in samples)
     if total_weight <= 0:

@@ -39,10 +39,8 @@ def single_pass_loss_and_gradients(
     model: PreTrainedModel, samples: Sequence[Sample], images: RowImages | None = None
 ) -> LossAndGradients:
     """
-    Compute loss and gradients of the same samples in one pass over their prefix tree.
-
-    Takes a model under tree attention (see [`enable_tree`]), in training or evaluation mode. Returns the same
-    quantities as [`npass_loss_and_gradients`]; `num_tokens` counts the tree.
+    Compute what [`npass_loss_and_gradients`] does in one pass over the samples' prefix tree, on a model under tree
+    attention ([`enable_tree`]); `num_tokens` counts the tree.
     """
     tree = PrefixTree.from_samples(samples)
     batch = make_batch(tree, get_device(model), images)
@@ -96,10 +94,8 @@ def leak_probe(
     """
     Check with gradients that each turn sees its own history and nothing of the other turns.
 
-    No tolerance is needed: masked attention contributes exactly zero in every precision.
-
-    Takes a model under tree attention, in evaluation mode, and the samples of one row. The last outputs of
-    `num_probes` of them, evenly spread, are differentiated.
+    No tolerance is needed: masked attention contributes exactly zero in every precision. Takes a model under tree
+    attention, in evaluation mode, and the samples of one row, of which the last outputs of a few are differentiated.
     """
     tree = PrefixTree.from_samples(samples)
     paths = sample_paths(tree, samples)
