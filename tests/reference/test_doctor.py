@@ -38,7 +38,7 @@ def report():
 
 def printed(report):
     console = Console(width=118, file=StringIO())
-    console.print(report.render())
+    console.print(report)
     return console.file.getvalue()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets.utils.tqdm import tqdm
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.text import Text
 from transformers import ProcessorMixin
 
@@ -30,6 +30,9 @@ from .loading import load_config, load_model, load_processor, load_slice, load_t
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..reference.doctor_report import DoctorReport
+    from ..reports.audit import AuditReport
 
 
 def inspect(args: Namespace, console: Console) -> int:
@@ -83,7 +86,7 @@ def audit(args: Namespace, console: Console) -> int:
         max_length=args.max_length,
         num_proc=args.num_proc,
     )
-    _show(report.to_dict(), report, args.json, console)
+    _show(report, args.json, console)
     if args.html is not None and args.json != "-":
         from ..reports.html.audit import audit_page
 
@@ -148,7 +151,7 @@ def doctor(args: Namespace, console: Console) -> int:
             bar.update()
 
         report = examine(subject, device, attn_implementation=args.attn_implementation, turns=turns, on_part=on_part)
-    _show(report.to_dict(), report.render(), args.json, console)
+    _show(report, args.json, console)
     return 0 if report.ok else 1
 
 
@@ -203,13 +206,13 @@ def _at_least_one(number: int, name: str) -> int:
     return number
 
 
-def _show(found: object, rendered: RenderableType, json_file: str | None, console: Console) -> None:
+def _show(report: AuditReport | DoctorReport, json_file: str | None, console: Console) -> None:
     """Print a report, and write it to a file if one is given; `-` prints it as JSON and nothing else."""
-    text = json.dumps(found, indent=2) + "\n"
+    text = json.dumps(report.to_dict(), indent=2) + "\n"
     if json_file == "-":
         console.file.write(text)
         return
-    console.print(rendered)
+    console.print(report)
     if json_file is not None:
         _write(json_file, text, console)
 

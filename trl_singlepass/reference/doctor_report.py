@@ -91,8 +91,7 @@ class DoctorReport:
         """Return the report as JSON can hold it."""
         return {**asdict(self), "complaints": list(self.complaints), "ok": self.ok}
 
-    def render(self) -> Group:
-        """Return the report for `rich` to print: what is installed, one table, and what is wrong."""
+    def __rich__(self) -> Group:
         table = Table(title="Forward and backward, checked and measured", box=box.SIMPLE_HEAD, title_justify="left")
         for name in ("turns", "schedule", "attention", "tokens", "seconds", "peak MiB", "speed-up", "bound"):
             table.add_column(name, justify="left" if name in ("schedule", "attention") else "right", no_wrap=True)
