@@ -25,7 +25,7 @@ from trl_singlepass.data.dataset_format import EXAMPLE
 from trl_singlepass.data.preparation import prepare_dataset
 from trl_singlepass.data.report import Report
 from trl_singlepass.data.settings import RowSettings
-from trl_singlepass.training.stream_epochs import part_of_rank
+from trl_singlepass.training.epochs import part_of_rank
 from trl_singlepass.trees.rows import Row
 
 

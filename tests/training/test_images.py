@@ -16,8 +16,8 @@ from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.images.positions import UnsupportedImagesError
 from trl_singlepass.reference import npass_loss_and_gradients
+from trl_singlepass.training.epochs import blank_batch
 from trl_singlepass.training.images import read_images
-from trl_singlepass.training.stream_epochs import blank_batch
 
 
 def image_trainer(tmp_path, model, family, sample_sets, collator=None, **settings):

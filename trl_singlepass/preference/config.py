@@ -25,27 +25,12 @@ class SinglePassDPOConfig(SinglePassConfig, DPOConfig):
     **sample**: one turn with its context. Only the default of `max_length` differs. `docs/preference.md` lists what is
     refused.
 
+    The settings of [`SinglePassConfig`] are those of all trainers; these are its own:
+
     Args:
-        max_length (`int`, *optional*):
-            Longest sample, in tokens. Longer samples lose the tokens at depth `max_length` and beyond, as with TRL's
-            `truncation_mode="keep_start"`; what is lost is counted in the log. `None` keeps every sample whole.
         packing (`bool`, *optional*):
             Pairs of a batch share rows without padding, and the prefixes that they have in common: `None` and `True`
             change nothing, and `False` is refused. `max_row_tokens` bounds a row.
-        max_row_tokens (`int`, *optional*):
-            Largest row, in tokens: the setting that bounds memory. The pairs of a batch fill as many rows as they
-            need, and a pair with a larger tree is split between turns over several of them. A batch of several rows
-            costs one more forward of the policy. `None` makes one row of a batch.
-        overlong_turns (`str`, *optional*, defaults to `"truncate"`):
-            What happens to a turn that is longer than `max_length` or `max_row_tokens`: `"truncate"` takes its
-            beginning, `"drop"` leaves it out, `"error"` stops. A pair of which a side has nothing left is dropped, and
-            counted in the log.
-        bad_rows (`str`, *optional*, defaults to `"error"`):
-            What happens to examples that cannot be trained: `"error"` names all of them with their reasons and stops
-            (in a stream, at the first), `"drop"` leaves them out and counts them in the log.
-        history (`str`, *optional*, defaults to `"template"`):
-            What a turn's context holds of earlier turns: `"template"`, what the chat template renders; `"keep"`, all
-            reasoning; `"strip"`, no reasoning. A `history` column overrides it example by example.
         train_turns (`str`, *optional*, defaults to `"all"`):
             Turns that log π is taken over: `"all"` after the prompt, the `"last"` one, or those
             `"from_difference"` on, the first turn that the trajectories do not share in an equal context.
@@ -53,15 +38,6 @@ class SinglePassDPOConfig(SinglePassConfig, DPOConfig):
             Discount factor γ of DMPO (arXiv 2406.14868): later turns count less. `None` counts all alike.
         turn_mean (`bool`, *optional*, defaults to `False`):
             Whether a turn counts with the mean of its tokens' log-probabilities instead of their sum.
-        self_check (`bool`, *optional*, defaults to `True`):
-            Whether a small row is run as a tree and as separate samples before the first step, and the run stopped if
-            they differ. `False` trains a model that nobody has measured; the log says so.
-        wave_tokens (`int` or `"auto"`, *optional*):
-            Largest number of tokens of a row that have activations at the same time. A longer row runs in waves, with
-            the same loss and gradients, in the memory of one wave. It costs one more forward of the policy, as several
-            rows do. `None` runs every row at once; `"auto"` chooses what free memory allows.
-        offload_kv (`bool`, *optional*, defaults to `False`):
-            Whether to keep keys and values that wait for later waves, and their gradients, on the CPU.
 
     Raises:
         `ValueError`: If a setting cannot be honoured.
@@ -70,13 +46,6 @@ class SinglePassDPOConfig(SinglePassConfig, DPOConfig):
     packing: bool = field(  # type: ignore[assignment] # parsers take no bare flag for `bool | None`
         default=None,
         metadata={"help": "Pairs of a batch always share rows: `None` and `True` change nothing, `False` is refused."},
-    )
-    max_row_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Largest row, in tokens. The pairs of a batch fill as many rows as they need; larger pairs are "
-            "split between turns over several. `None` makes one row of a batch."
-        },
     )
     train_turns: PairTurns = field(
         default=PairTurns.ALL,

@@ -18,13 +18,55 @@ Args = TypeVar("Args", bound=TrainingArguments)
 
 @dataclass
 class SinglePassConfig:
-    """The settings that every trainer has beside TRL's, for the configurations that derive from it and from TRL's."""
+    r"""
+    The settings that every trainer has beside TRL's; a sequence of TRL is one **sample** here: one turn with its
+    context.
+
+    Args:
+        max_length (`int`, *optional*):
+            Longest sample, in tokens. Longer samples lose the tokens at depth `max_length` and beyond, as with TRL's
+            `truncation_mode="keep_start"`; what is lost is counted in the log. `None` keeps every sample whole.
+        max_row_tokens (`int`, *optional*):
+            Largest row, in tokens: the setting that bounds memory. A conversation or pair with a larger tree is split
+            between turns into several rows that repeat as little history as possible. With packing, rows of
+            conversations are filled up to it, and it defaults to `max_length`, or to TRL's length of a row if that is
+            `None`. The pairs of a batch fill as many rows as they need; a batch of several rows costs one more forward
+            of the policy. Otherwise, `None` never splits, and makes one row of a batch of pairs.
+        overlong_turns (`str`, *optional*, defaults to `"truncate"`):
+            What happens to a turn that is longer than `max_length` or `max_row_tokens`: `"truncate"` trains its
+            beginning, `"drop"` leaves it out, `"error"` stops. What is lost is counted in the log, and a pair of which
+            a side has nothing left is dropped.
+        bad_rows (`str`, *optional*, defaults to `"error"`):
+            What happens to examples that cannot be trained, such as one without an assistant message: `"error"` names
+            all of them with their reasons and stops (in a stream, at the first), `"drop"` leaves them out and counts
+            them in the log.
+        history (`str`, *optional*, defaults to `"template"`):
+            What a turn's context holds of earlier turns: `"template"`, what the chat template renders; `"keep"`, all
+            reasoning; `"strip"`, no reasoning. A `history` column overrides it example by example.
+        self_check (`bool`, *optional*, defaults to `True`):
+            Whether a small row is run as a tree and as separate samples before the first step, and the run stopped if
+            they differ. `False` trains a model that nobody has measured; the log says so.
+        wave_tokens (`int` or `"auto"`, *optional*):
+            Largest number of tokens of a row that have activations at the same time. A longer row runs in waves, with
+            the same loss and gradients, in the memory of one wave. For pairs, this costs one more forward of the
+            policy, as several rows do. `None` runs every row at once; `"auto"` chooses what free memory allows.
+        offload_kv (`bool`, *optional*, defaults to `False`):
+            Whether to keep keys and values that wait for later waves, and their gradients, on the CPU.
+    """
 
     max_length: int | None = field(
         default=None,
         metadata={
             "help": "Longest sample (one turn with its context), in tokens. Longer samples are truncated at the end, "
             "and what is lost is counted in the log. `None` keeps every sample whole."
+        },
+    )
+    max_row_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Largest row, in tokens. Larger conversations and pairs are split between turns into several "
+            "rows. With `packing`, rows of conversations are filled up to it, and it defaults to `max_length`. `None` "
+            "never splits, and makes one row of a batch of pairs."
         },
     )
     overlong_turns: OverlongTurns = field(
@@ -37,8 +79,8 @@ class SinglePassConfig:
     bad_rows: BadRows = field(
         default=BadRows.ERROR,
         metadata={
-            "help": "What happens to rows that cannot be trained: 'error' names all of them and stops, 'drop' leaves "
-            "them out and counts them in the log.",
+            "help": "What happens to examples that cannot be trained: 'error' names all of them and stops, 'drop' "
+            "leaves them out and counts them in the log.",
             "choices": list(BadRows),
         },
     )

@@ -32,28 +32,12 @@ class SinglePassSFTConfig(SinglePassConfig, SFTConfig):
     its context. Only the defaults of `max_length` and `assistant_only_loss` differ. `docs/settings.md` says which
     arguments conversations follow, which have no effect on them and which are refused.
 
+    The settings of [`SinglePassConfig`] are those of all trainers; these are its own:
+
     Args:
         assistant_only_loss (`bool`, *optional*):
             Conversations are trained on their assistant messages and nothing else: `None` and `True` change nothing,
             and `False` is refused.
-        max_length (`int`, *optional*):
-            Longest sample, in tokens. Longer samples lose the tokens at depth `max_length` and beyond, as with TRL's
-            `truncation_mode="keep_start"`; what is lost is counted in the log. `None` keeps every sample whole.
-        max_row_tokens (`int`, *optional*):
-            Largest row, in tokens: the setting that bounds memory. A conversation with a larger tree is split between
-            turns into several rows that repeat as little history as possible. With packing, rows are filled up to it,
-            and it defaults to `max_length`, or to TRL's length of a row if that is `None`. Without packing, it
-            defaults to `None`, which never splits.
-        overlong_turns (`str`, *optional*, defaults to `"truncate"`):
-            What happens to a turn that is longer than `max_length` or `max_row_tokens`: `"truncate"` trains its
-            beginning, `"drop"` leaves it out, `"error"` stops. What is lost is counted in the log.
-        bad_rows (`str`, *optional*, defaults to `"error"`):
-            What happens to examples that cannot be trained, such as one without an assistant message: `"error"` names
-            all of them with their reasons and stops (in a stream, at the first), `"drop"` leaves them out and counts
-            them in the log.
-        history (`str`, *optional*, defaults to `"template"`):
-            What a turn's context holds of earlier turns: `"template"`, what the chat template renders; `"keep"`, all
-            reasoning; `"strip"`, no reasoning. A `history` column overrides it example by example.
         train_turns (`str` or `int`, *optional*, defaults to `"all"`):
             Turns to train: `"all"`, `"last"`, `n` for the first `n` of each conversation, `"sample:n"` for `n` drawn
             at random. The others are context, and counted in the log.
@@ -63,15 +47,6 @@ class SinglePassSFTConfig(SinglePassConfig, SFTConfig):
             Weight of the loss on reasoning, relative to 1 for answers and tool calls.
         log_turn_metrics (`bool`, *optional*, defaults to `False`):
             Whether to log loss and accuracy by turn, for reasoning, for answers and for their first token.
-        self_check (`bool`, *optional*, defaults to `True`):
-            Whether a small row is run as a tree and as separate samples before the first step, and the run stopped if
-            they differ. `False` trains a model that nobody has measured; the log says so.
-        wave_tokens (`int` or `"auto"`, *optional*):
-            Largest number of tokens of a row that have activations at the same time. A longer row runs in waves, with
-            the same loss and gradients, in the memory of one wave. `None` runs every row at once; `"auto"` chooses
-            what free memory allows.
-        offload_kv (`bool`, *optional*, defaults to `False`):
-            Whether to keep keys and values that wait for later waves, and their gradients, on the CPU.
 
     Raises:
         `ValueError`: If a setting cannot be honoured in a single pass.
@@ -82,13 +57,6 @@ class SinglePassSFTConfig(SinglePassConfig, SFTConfig):
         metadata={
             "help": "Conversations are trained on their assistant messages and nothing else: `None` and `True` change "
             "nothing, `False` is refused."
-        },
-    )
-    max_row_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Largest row, in tokens. Larger conversations are split at turn borders into several rows; with "
-            "`packing`, rows are filled up to it, and it defaults to `max_length`. `None` never splits."
         },
     )
     train_turns: str = field(  # an int is fine as well, but a parser of arguments can only offer one type

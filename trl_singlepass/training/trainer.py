@@ -22,7 +22,17 @@ from ..trees.rows import IMAGE_COLUMNS, ROW_COLUMNS
 from .compatibility import check_arguments
 from .config import as_single_pass_config, default_config, with_packed_length, without_redundant_settings
 from .dataset import AnyDataset, FormattingFunction, find_turns, in_order, needs_preparation, prepare_conversations
-from .last_batch import num_repeatable_examples, scale_router_loss, without_empty_batches, without_repeated_examples
+from .epochs import (
+    StreamSteps,
+    blank_batch,
+    endless_stream,
+    num_repeatable_examples,
+    position_in_stream,
+    scale_router_loss,
+    stream_dataloader,
+    without_empty_batches,
+    without_repeated_examples,
+)
 from .loss import NumItems, get_loss_context, mean_of_means_divisor, step_weights, total_weight
 from .metrics import PooledLoss, TurnMetrics, split_by_example
 from .mixin import SinglePassTrainerMixin
@@ -31,7 +41,6 @@ from .refusals import CONVERSATIONS, ENGINES, OLDER_TRL, TENSOR_PARALLELISM, che
 from .sequence_parallel import SequenceParallel
 from .sharding import prepare_sharding
 from .situation import Situation
-from .stream_epochs import StreamSteps, blank_batch, endless_stream, position_in_stream, stream_dataloader
 from .tree_loss import Loss, TreeLoss
 
 
