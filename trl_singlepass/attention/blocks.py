@@ -132,8 +132,7 @@ def block_tree_attention(
     inputs: AttentionInputs, mask: TreeMask, kernel: BlockKernel, cache: KVCacheView | None = None
 ) -> Tensor:
     """
-    Return attention of a row of trees, shape `(1, row_length, heads, value_dim)`, block by block: block-sparse, memory
-    linear in tokens.
+    Return attention of a row of trees, `(1, row_length, heads, value_dim)`, block by block: memory linear in tokens.
 
     `cache` has the keys and values of ancestors outside the row.
     """

@@ -82,9 +82,7 @@ class Tree:
 
     def kv_cache(self, layer: torch.nn.Module, local_size: int | None = None) -> KVCacheView | None:
         """
-        Return the keys and values of ancestors that ran before this row; a whole tree has none.
-
-        The layer looks at most `local_size` tokens back, itself included.
+        Return keys and values of ancestors that ran before this row, `local_size` tokens back; a whole tree has none.
         """
         return None
 

@@ -20,11 +20,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionInputs:
-    """
-    Tensors of one attention layer, of a row of trees or of an ordinary batch.
-
-    On a row of trees, `batch` is 1, and `num_queries` and `num_keys` are the length of the row.
-    """
+    """Tensors of one attention layer; on a row of trees, `batch` is 1, and both numbers are the length of the row."""
 
     query: Tensor  # (batch, heads, num_queries, head_dim)
     key: Tensor  # (batch, kv_heads, num_keys, head_dim); `kv_heads` divides `heads`
@@ -56,11 +52,7 @@ class AttentionInputs:
         return replace(self, query=query, key=key, value=value)
 
     def to_common_dtype(self) -> AttentionInputs:
-        """
-        Return the inputs in one dtype, chosen as stock SDPA chooses it.
-
-        Under autocast, norms can leave queries in float32 while values are in half precision.
-        """
+        """Return the inputs in one dtype, as stock SDPA does: under autocast, norms leave queries in float32."""
         dtype = torch.promote_types(self.query.dtype, torch.promote_types(self.key.dtype, self.value.dtype))
         device = self.query.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -71,11 +63,7 @@ class AttentionInputs:
 def check_layer(
     module: torch.nn.Module, mask: TreeMask, query: Tensor, dropout: float, kwargs: Mapping[str, object]
 ) -> None:
-    """
-    Refuse what a tree cannot honour in a layer: a row that does not fit the tree, dropout, a position bias.
-
-    Takes queries of shape `(batch, heads, num_queries, head_dim)`.
-    """
+    """Refuse what a tree cannot honour in a layer: a row that does not fit the tree, dropout, a position bias."""
     name = type(module).__name__
     if (query.shape[0], query.shape[2]) != (1, mask.tree.plan.length):
         raise ValueError(

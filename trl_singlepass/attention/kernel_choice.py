@@ -77,9 +77,8 @@ def choose_torch_kernel(
     """
     Return the fastest kernel that computes an attention layer. Sinks do not matter: they are added afterwards.
 
-    `head_dim` is the larger one of keys and values; flash kernels get it padded to a multiple of 8. `rule` is `None`
-    for one that is neither causal nor a window nor a chunk. With `has_cache`, some ancestors are outside the row
-    (waves), which FlexAttention does not read here.
+    `head_dim` is the larger one of keys and values. `rule` is `None` for one that is neither causal nor a window nor a
+    chunk. With `has_cache`, some ancestors are outside the row (waves), which FlexAttention does not read here.
     """
     if device.type == "cpu":
         return TorchKernel.MATH if has_softcap else TorchKernel.CPU_FLASH

@@ -68,11 +68,7 @@ class KVCacheView:
     slots: LayerSlots
 
     def store(self, key: Tensor, value: Tensor) -> None:
-        """
-        Store the keys and values that later rows attend to, unless the cache holds them already.
-
-        Both have shape `(row_length, kv_heads, head_dim)`.
-        """
+        """Store the keys and values, `(row_length, kv_heads, head_dim)`, of tokens that later rows attend to."""
         cache, ranges = self.cache, self.slots.cached_for_later
         if not self.slots.stores or not ranges:
             return
@@ -115,11 +111,7 @@ class KVCacheView:
         return stored if cache.copies is None else cache.copies(fetched.kv.device).fetch_for_one_use(stored)
 
     def send_back(self, fetched: FetchedSlots, gradients: Tensor) -> None:
-        """
-        Send the gradients of fetched slots to an offloaded cache; without offloading they are there already.
-
-        Takes the tensor that [`gradients_of`] returned, after the row has added its own.
-        """
+        """Send what [`gradients_of`] returned, with the gradients of the row, to an offloaded cache."""
         cache = self.cache
         if cache.copies is not None:
             assert cache.grad is not None, "`gradients_of` made it"

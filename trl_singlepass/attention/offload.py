@@ -60,9 +60,9 @@ class HostCopies:
     """
     Copies of what the layers of a model hold on the host, for one device.
 
-    All copies share one stream, so that what was sent to the host is there before it is fetched again. A copy that is
-    fetched ahead waits on the device until it is asked for. The last one stays until the next of its kind, because a
-    recomputed layer fetches the same twice: for its forward and for its backward pass.
+    All share one stream, so that what was sent to the host is there before it is fetched again. A copy that is fetched
+    ahead waits on the device. The last one stays until the next of its kind, because a recomputed layer fetches the
+    same twice: for its forward and for its backward pass.
     """
 
     def __init__(self, device: torch.device, streams: Streams | None = None) -> None:

@@ -37,6 +37,8 @@ TREE_ATTENTION = {
 BESIDE_EAGER_LAYERS = "tree_eager"
 """`tree_torch` of a model in which some layers keep the eager attention of transformers, over whole paths: on ordinary
 batches, these read masks that are added to scores."""
+KEEPS_ATTENTION = "_keeps_attention"
+"""Attribute of the configuration of a layer that keeps its attention when that of the model changes."""
 _RULES = {"full_attention": RuleKind.CAUSAL, "sliding_attention": RuleKind.WINDOW, "chunked_attention": RuleKind.CHUNK}
 
 
@@ -114,24 +116,11 @@ def _register_varlen(implementation: str) -> None:
     _register(TREE_ATTENTION[implementation], varlen_forward(implementation), plain_mask)
 
 
-_register("tree_torch", sdpa_forward, sdpa_mask)
-_register(BESIDE_EAGER_LAYERS, sdpa_forward, eager_mask)
-_register("tree_flex", flex_forward, flex_attention_mask)
-for _implementation in ("flash_attention_2", "flash_attention_3", "torch_varlen"):
-    _register_varlen(_implementation)
-# transformers has no name for PyTorch's varlen kernel; with this one, a model loads with it.
-_register("torch_varlen", varlen_forward("torch_varlen"), sdpa_mask)
-
-
-KEEPS_ATTENTION = "_keeps_attention"
-"""Attribute of the configuration of a layer that keeps its attention when that of the model changes."""
-
-
 def set_text_attention(model: Any, implementation: str) -> None:
     """
     Change the attention implementation of a model in place, but not of its encoders for other media.
 
-    An encoder of images runs on images, not on the row: it keeps the kernel that it was loaded with.
+    These run on images, not on the row: they keep the kernel that they were loaded with.
     """
     text = model.config.get_text_config()
     model.set_attn_implementation(_down_to(text, model.config, implementation) or implementation)
@@ -150,3 +139,12 @@ def _down_to(text: Any, config: Any, implementation: str) -> str | dict[str, Any
     named = {name: _down_to(text, part, implementation) for name, part in parts.items() if part is not None}
     with_text = {name: part for name, part in named.items() if part is not None}
     return {"": implementation, **with_text} if with_text else None
+
+
+_register("tree_torch", sdpa_forward, sdpa_mask)
+_register(BESIDE_EAGER_LAYERS, sdpa_forward, eager_mask)
+_register("tree_flex", flex_forward, flex_attention_mask)
+for _implementation in ("flash_attention_2", "flash_attention_3", "torch_varlen"):
+    _register_varlen(_implementation)
+# transformers has no name for PyTorch's varlen kernel; with this one, a model loads with it.
+_register("torch_varlen", varlen_forward("torch_varlen"), sdpa_mask)

@@ -15,6 +15,7 @@ engines, which divide the sum of gradients by the number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import lcm
 from typing import Any
@@ -56,22 +57,35 @@ class RowGroup:
 
         Takes this rank's part, `(1, num_tokens, ...)`; returns `(1, size · num_tokens, ...)`.
         """
-        return _Gather.apply(x, self)  # type: ignore[no-untyped-call, no-any-return]
+
+        def all_gather(x: Tensor) -> Tensor:
+            parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+            dist.all_gather(parts, x.contiguous(), group=self.process_group)
+            return torch.cat(parts, dim=1)
+
+        def sum_of_parts(grad: Tensor) -> Tensor:
+            return self._all_to_all(grad.reshape(self.size, -1, *grad.shape[2:])).sum(0)[None]
+
+        return self._run(x, all_gather, sum_of_parts)
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of a tensor over the ranks, on every rank. Its gradients add up over the ranks."""
-        return _Sum.apply(x, self)  # type: ignore[no-untyped-call, no-any-return]
+
+        def all_reduce(x: Tensor) -> Tensor:
+            total = x.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(total, group=self.process_group)
+            return total
+
+        return self._run(x, all_reduce, all_reduce)
 
     def to_heads(self, x: Tensor, num_heads: int) -> Tensor:
         """
-        Exchange a part of the row with all heads for the whole row with a share of the heads.
+        Exchange a part of the row with all heads, `(1, num_tokens, heads, ...)`, for the whole row with a share of
+        them.
 
         Fewer heads than `num_heads` (keys, groups of a state) serve several each. They are repeated until each rank's
         share serves that rank's heads: 2 keys for 8 heads stay 2 on 2 ranks and become 4 on 4. If the ranks cannot
         share the heads evenly, heads of zeros are added: 3 heads on 2 ranks become 4.
-
-        Takes `(1, num_tokens, heads, ...)`, where `heads` divides `num_heads`; returns
-        `(1, size · num_tokens, shared_heads, ...)`.
         """
         heads, tokens = x.shape[2], x.shape[1]
         repeated = lcm(heads, self.size) if num_heads % self.size == 0 else num_heads
@@ -80,11 +94,7 @@ class RowGroup:
         return self._exchange(shares).flatten(0, 1)[None]
 
     def to_tokens(self, x: Tensor, num_heads: int) -> Tensor:
-        """
-        Exchange the whole row with a share of the heads for a part of the row with all heads.
-
-        Takes `(1, row_length, shared_heads, ...)`; returns `(1, row_length / size, num_heads, ...)`.
-        """
+        """Exchange the whole row with a share of the heads for a part of the row with all `num_heads`."""
         parts = x.reshape(self.size, -1, *x.shape[2:])
         return self._exchange(parts).transpose(0, 1).flatten(1, 2)[None, :, :num_heads].contiguous()
 
@@ -94,7 +104,16 @@ class RowGroup:
 
     def _exchange(self, x: Tensor) -> Tensor:
         """Send entry `r` of a tensor of shape `(size, ...)` to rank `r`, and return what the ranks sent, in order."""
-        return _Exchange.apply(x, self)  # type: ignore[no-untyped-call, no-any-return]
+        return self._run(x, self._all_to_all, self._all_to_all)
+
+    def _all_to_all(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        received = torch.empty_like(x)
+        dist.all_to_all_single(received, x, group=self.process_group)
+        return received
+
+    def _run(self, x: Tensor, run: Callable[[Tensor], Tensor], reverse: Callable[[Tensor], Tensor]) -> Tensor:
+        return _Collective.apply(x, run, reverse)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def pad_dim(x: Tensor, dim: int, count: int) -> Tensor:
@@ -102,50 +121,14 @@ def pad_dim(x: Tensor, dim: int, count: int) -> Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, count)) if count else x
 
 
-def _all_to_all(x: Tensor, group: RowGroup) -> Tensor:
-    x = x.contiguous()
-    received = torch.empty_like(x)
-    dist.all_to_all_single(received, x, group=group.process_group)
-    return received
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: RowGroup) -> Tensor:
-        ctx.group = group
-        return _all_to_all(x, group)
+class _Collective(torch.autograd.Function):
+    """A collective operation, and the one that computes its gradient."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_to_all(grads[0], ctx.group), None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: RowGroup) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size)]
-        dist.all_gather(parts, x.contiguous(), group=group.process_group)
-        return torch.cat(parts, dim=1)
+    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], reverse: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.reverse = reverse
+        return run(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        parts = grads[0].reshape(ctx.group.size, -1, *grads[0].shape[2:])
-        return _all_to_all(parts, ctx.group).sum(0)[None], None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: RowGroup) -> Tensor:
-        ctx.group = group
-        return _all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grads[0], ctx.group), None
-
-
-def _all_reduce(x: Tensor, group: RowGroup) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group.process_group)
-    return total
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.reverse(grads[0]), None, None

@@ -22,8 +22,7 @@ from .varlen_kernels import TorchFlash
 
 def torch_tree_attention(inputs: AttentionInputs, mask: TreeMask, cache: KVCacheView | None = None) -> Tensor:
     """
-    Return attention of a row of trees, shape `(1, row_length, heads, value_dim)`, by the fastest of PyTorch's kernels
-    that computes it.
+    Return attention of a row of trees, `(1, row_length, heads, value_dim)`, by PyTorch's fastest kernel for it.
 
     Takes inputs in one dtype; `cache` has the keys and values of ancestors outside the row.
     """

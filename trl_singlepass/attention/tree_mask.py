@@ -22,8 +22,7 @@ class TreeMask:
     Attention mask of one mask type of the model, on a tree.
 
     transformers builds one mask per type (full, sliding, chunked) and hands it to each layer of that type as
-    `attention_mask`. This object takes the same route, so that layers need no further argument and the recomputation
-    of gradient checkpointing sees what the forward saw (the other carriers of the tree: `attention/context.py`).
+    `attention_mask`. This object takes the same route (the other carriers of the tree: `attention/context.py`).
 
     A query attends to a key exactly when the key is the query itself or one of its ancestors, and the model's own
     `mask_function` allows it **at their depths**: sliding windows and chunks count depth, not index. Where the tokens
@@ -31,8 +30,8 @@ class TreeMask:
 
     Not a dataclass: FSDP looks for tensors in those, and would hand each layer a copy in another precision.
 
-    `local_size` is an upper bound of how many tokens back the rule looks (window or chunk). Raises `ValueError` for a
-    rule that is not known and looks tokens up by their position in the row.
+    `local_size` is an upper bound of how many tokens back the rule looks. Raises `ValueError` for a rule that is not
+    known and looks tokens up by their position in the row.
     """
 
     def __init__(self, tree: Tree, mask_function: MaskFunction, local_size: int | None = None) -> None:

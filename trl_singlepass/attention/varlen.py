@@ -26,8 +26,7 @@ def varlen_tree_attention(
     """
     Return attention of a row of trees by a varlen flash kernel, shape `(1, row_length, heads, value_dim)`.
 
-    A deterministic backward adds gradients up in a fixed order, which is slower. `cache` has the keys and values of
-    ancestors outside the row.
+    A deterministic backward adds in a fixed order, and is slower. `cache` has what lies outside the row.
     """
     padded = inputs.with_one_head_dim(8)  # a multiple of 8 is what flash kernels want
     tokens_first = (x.transpose(1, 2).squeeze(0) for x in (padded.query, padded.key, padded.value))

@@ -55,11 +55,7 @@ class VarlenKernel(ABC):
 
 
 class Flash2(VarlenKernel):
-    """
-    FlashAttention 2, from the package `flash-attn` or from the Hub.
-
-    `interface` holds `_flash_attn_varlen_forward` and `_flash_attn_varlen_backward`.
-    """
+    """FlashAttention 2, from the package `flash-attn` or from the Hub."""
 
     def __init__(self, interface: ModuleType) -> None:
         self._forward = interface._flash_attn_varlen_forward
@@ -81,11 +77,7 @@ class Flash2(VarlenKernel):
 
 
 class Flash3(Flash2):
-    """
-    FlashAttention 3, from the package `flash-attn-3` or from the Hub; one entry point for all layouts.
-
-    `interface` holds `_flash_attn_forward` and `_flash_attn_backward`.
-    """
+    """FlashAttention 3, from the package `flash-attn-3` or from the Hub; one entry point for all layouts."""
 
     def __init__(self, interface: ModuleType) -> None:
         self._forward = interface._flash_attn_forward
@@ -119,10 +111,9 @@ class TorchFlash(VarlenKernel):
 @cache
 def flash_kernel(implementation: str) -> VarlenKernel:
     """
-    Return the kernel of an `attn_implementation`, loaded from where transformers loads it.
+    Return the kernel of an `attn_implementation`, loaded from where transformers loads it, or `"torch_varlen"`.
 
-    It is `"flash_attention_2"`, `"flash_attention_3"`, a kernel repository of the Hub (`"owner/name"`), or
-    `"torch_varlen"`. Raises `ImportError` if it is not installed, or its release lacks what tree attention needs.
+    Raises `ImportError` if it is not installed, or its release lacks what tree attention needs.
     """
     if implementation == "torch_varlen":
         if not torch.cuda.is_available():

@@ -68,8 +68,8 @@ class ConversationImages:
         """
         Return the feature that each token of a prompt shows, counted over [`references`], -1 for text.
 
-        Takes and returns shape `(num_tokens,)`, int64; `shown` numbers the images that the tokens show, in order.
-        Raises `ValueError` if there are fewer or more placeholders than the images have features.
+        `shown` numbers the images that the tokens show, in order. Raises `ValueError` if there are fewer or more
+        placeholders than the images have features.
         """
         images = [self._reference(i, alone=len(shown) == 1) for i in shown]
         positions = np.flatnonzero(token_ids == self.placeholders.token_id)

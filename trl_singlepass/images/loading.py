@@ -135,12 +135,7 @@ GetImages = Callable[[int], Sequence[EncodedImage]]
 
 
 class ImageLoader:
-    """
-    Loads and processes images that rows refer to.
-
-    It is what a collator calls, in the worker processes of a data loader. Nothing is asked of the processor before the
-    first image.
-    """
+    """Loads and processes images that rows refer to, in the worker processes of a data loader, for a collator."""
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor

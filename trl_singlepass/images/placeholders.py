@@ -39,12 +39,10 @@ class Expansion:
 
 class ImagePlaceholders:
     """
-    What a processor writes for images.
+    What a processor writes for images, whatever its class.
 
     It is asked by processing blank images of the same size, once per size, with a tokenizer that records the text that
-    it gets. So nothing here depends on the class of a processor.
-
-    A processor without a placeholder for images (`image_token`), or one that writes prompts in a way that depends on
+    it gets. One without a placeholder for images (`image_token`), or that writes prompts in a way that depends on
     their text, is a `ValueError`.
     """
 

@@ -77,8 +77,8 @@ class PathPositions:
         """
         Return the positions of a row, `(num_dimensions, 1, row_length)`, int64.
 
-        `input_ids` and `image_features` (the feature that each token shows, -1 for text) have shape `(row_length,)`;
-        `image_inputs` is what the model reads of the distinct images.
+        `input_ids` and `image_features` have shape `(row_length,)`; `image_inputs` is what the model reads of its
+        images.
         """
         positions: Tensor | None = None
         is_set = np.zeros(plan.length, np.bool_)

@@ -43,11 +43,7 @@ class ShownFeatures:
 
     @classmethod
     def in_row(cls, image_features: Tensor, plan: TreePlan) -> ShownFeatures:
-        """
-        Return the features that a row shows, without waiting for the device.
-
-        `image_features` has shape `(1, row_length)`, int64: the feature that each token shows, -1 for text.
-        """
+        """Return the features that the tokens of a row, `(1, row_length)`, show, without waiting for the device."""
         parts = [image_features[0, start:end] for start, end in plan.images]
         return cls(torch.cat(parts) if parts else image_features[0, :0], plan.image_sizes)
 
@@ -60,7 +56,7 @@ def showing_images(image_features: Tensor | None, plan: TreePlan) -> Iterator[No
     """
     Run the model calls inside on the images of a row, if it is of a dataset with images.
 
-    `image_features` has shape `(1, row_length)`, int64: the feature that each token shows, -1 for text.
+    `image_features` has shape `(1, row_length)`, int64.
     """
     token = _shown.set(None if image_features is None else ShownFeatures.in_row(image_features, plan))
     try:
@@ -150,10 +146,7 @@ class ImageReader:
     @classmethod
     def enable(cls, model: nn.Module) -> ImageReader:
         """
-        Make a model show images on trees, or refuse it.
-
-        The model, without adapters or wrappers, is changed in place. Raises `UnsupportedImagesError` if it reads
-        images in a way that a tree cannot give it.
+        Make a model, without adapters or wrappers, show images on trees, or refuse it (see [`check_reads_images`]).
         """
         module = check_reads_images(model)
         positions = PathPositions.from_model(model)
@@ -171,8 +164,8 @@ class ImageReader:
         """
         Return what the model's forward reads of the tokens of a row besides their ids, mask and depths.
 
-        `input_ids` and `image_features` (the feature that each token shows, -1 for text) have shape `(row_length,)`,
-        int64; `images` is what the model reads of the images of the row.
+        `input_ids` and `image_features` have shape `(row_length,)`, int64; `images` is what it reads of the row's
+        images.
         """
         inputs = dict.fromkeys(self.token_types, torch.from_numpy((image_features >= 0).astype(np.int64))[None])
         if self.positions is not None and plan.images:
@@ -182,7 +175,7 @@ class ImageReader:
 
 def check_reads_images(model: nn.Module) -> nn.Module:
     """
-    Refuse a model, without adapters or wrappers, that a tree cannot give its images; return what computes them.
+    Refuse a model, without adapters or wrappers, that a tree cannot give its images; return its part for images.
 
     Raises `UnsupportedImagesError` with the reason.
     """

@@ -87,11 +87,7 @@ def find_row_kernels(layer: nn.Module, mode: ReplayMode) -> RowKernels | None:
 
 
 def path_dependent_layers(model: PreTrainedModel) -> dict[nn.Module, ReplayMode]:
-    """
-    Return the outermost layers of a model that a mask alone does not bring onto a tree, with how each runs on one.
-
-    They mix tokens outside attention, or they are attention that selects its tokens.
-    """
+    """Return the outermost layers that a mask alone does not bring onto a tree, with how each runs on one."""
     layers: dict[nn.Module, ReplayMode] = {}
     inside: set[nn.Module] = set()
     for module in decoder_modules(model):

@@ -33,11 +33,9 @@ from .tree_carrier import find_tree, pass_tree_in_masks
 
 def enable_tree_recurrence(model: PreTrainedModel) -> None:
     """
-    Make the path-dependent layers of a model run on trees. Batches without a tree run as before.
+    Make the path-dependent layers of a model run on trees, by wrapping the `forward` of each on its instance.
 
-    Each layer's `forward` is wrapped on the instance; [`disable_tree_recurrence`] restores it.
-
-    The model's attention must not have been switched to tree attention yet.
+    Batches without a tree run as before. The model's attention must not have been switched to trees yet.
     """
     layers = {layer: mode for layer, mode in path_dependent_layers(model).items() if not runs_on_trees(layer)}
     for layer, mode in layers.items():

@@ -100,10 +100,9 @@ class Layout:
 
     def gather(self, value: object) -> list[object]:
         """
-        Split an argument of a layer into one per batch.
+        Split an argument of a layer into one per batch, of shape `(num_pieces, num_tokens, ...)`.
 
-        The argument is a tensor of shape `(1, num_inputs, ...)`, one entry per token, or a tuple or dictionary of
-        such; every batch gets other values as they are. Tensors of a batch have shape `(num_pieces, num_tokens, ...)`.
+        It holds tensors of shape `(1, num_inputs, ...)`; every batch gets other values as they are.
         """
         if isinstance(value, dict):
             parts = [self.gather(part) for part in value.values()]
@@ -123,10 +122,9 @@ class Layout:
 
     def scatter(self, outputs: Sequence[Any]) -> Any:
         """
-        Put the outputs of all batches in the order of the row.
+        Put the outputs of all batches, tensors or tuples of them, in the order of the row.
 
-        A batch's output is a tensor with one entry per token, or a tuple. What has no entry per token (states,
-        attention weights) becomes `None`.
+        What has no entry per token (states, attention weights) becomes `None`.
         """
         if isinstance(outputs[0], tuple):
             return tuple(self.scatter(parts) for parts in zip(*outputs, strict=True))
@@ -164,8 +162,7 @@ class SelectRepeatedly(torch.autograd.Function):
     """
     Select tokens, some of them several times; gradients of one token add up in float32 at least.
 
-    Takes shape `(num_tokens, ...)` and an index of shape `(num_selected,)`. Indexing with `[]` would sort the index in
-    backward.
+    Indexing with `[]` would sort the index in backward.
     """
 
     @staticmethod

@@ -66,11 +66,7 @@ class RowKernels:
     scan: str | None  # name of the scan; `None` if the layer only convolves
 
     def run(self, layer: nn.Module, arguments: Mapping[str, object], tree: Tree) -> Any:
-        """
-        Run the layer on a row, with the arguments of its `forward`, without a cache or a mask.
-
-        The tree is on the device of the arguments.
-        """
+        """Run the layer on a row, with the arguments of its `forward`, but without a cache or a mask."""
         names = self.forward.__globals__
         of_packed_rows = set(arguments) - set(inspect.signature(self.forward).parameters)  # passed on to the kernels
         called: set[str] = set()
@@ -168,8 +164,8 @@ def takes_packed_sequences(kernel: Kernel) -> bool:
     """
     Whether a kernel keeps packed sequences apart.
 
-    transformers wraps its kernels and drops arguments that the installed one does not have: the wrapper's closure
-    tells which those are.
+    The wrapper that transformers puts around it drops what the installed one does not take, and its closure names
+    that.
     """
     try:
         accepted = inspect.getclosurevars(kernel).nonlocals.get("applicable_params")
@@ -180,10 +176,10 @@ def takes_packed_sequences(kernel: Kernel) -> bool:
 
 def run_scan(kernel: Kernel, names: ScanNames, layout: Layout, /, *args: object, **options: object) -> Any:
     """
-    Run a scan over the second dimension along the paths of the tree.
+    Run a scan over the second dimension, with its arguments for the row, along the paths of the tree.
 
-    Its arguments are those for the row, per-token tensors of shape `(1, row_length, ...)` among them. The layout has
-    the pieces in the order in which they run. Returns what the kernel returns if it is not asked for the final state.
+    The layout has the pieces in the order in which they run. Returns what the kernel returns if it is not asked for
+    the final state.
     """
     pieces = layout.schedule.pieces
     states: dict[int, Tensor] = {}

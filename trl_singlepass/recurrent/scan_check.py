@@ -40,10 +40,10 @@ class ScanSizes(NamedTuple):
 
 def check_scan(layer: nn.Module, scan: str, hidden: Tensor) -> None:
     """
-    Compare the scan of a layer with PyTorch's, unless that has been done for its sizes.
+    Compare the scan of a layer, a name in its module, with PyTorch's, unless that has been done for its sizes.
 
-    Layers without a gated delta rule and devices other than [`DEVICES`] are not checked. `scan` is its name in the
-    layer's module, `hidden` an input of the layer. Raises `RuntimeError` if the two differ.
+    Layers without a gated delta rule and devices other than [`DEVICES`] are not checked. `hidden` is an input of the
+    layer. Raises `RuntimeError` if the two differ.
     """
     device = hidden.device
     if device.type not in DEVICES or scan != "torch_chunk_gated_delta_rule":
@@ -57,10 +57,9 @@ def check_scan(layer: nn.Module, scan: str, hidden: Tensor) -> None:
 @cache
 def compare_scan(kernel: Scan, sizes: ScanSizes, device: torch.device, dtype: torch.dtype) -> None:
     """
-    Compare a kernel with the PyTorch code that it replaces.
+    Compare a scan of transformers with the PyTorch code that it wraps; the dtype is that of queries, keys and values.
 
-    The kernel is a scan of transformers, which wraps that code; the dtype is that of queries, keys and values. Raises
-    `RuntimeError` if a result or gradient differs by more than `MAX_DIFFERENCE` of its norm.
+    Raises `RuntimeError` if a result or gradient differs by more than `MAX_DIFFERENCE` of its norm.
     """
     reference = inspect.unwrap(kernel)
     # Checkpointing counts the tensors that its layers save; these are not among them.

@@ -184,11 +184,7 @@ class ReplayMode:
     attends: bool = False  # whether the layer is attention, which needs its own causal mask over a path
 
     def schedule(self, plan: TreePlan, state_ends: Collection[int] = ()) -> Schedule:
-        """
-        Return the pieces in which the layer runs over a row.
-
-        `state_ends` has the positions just past the tokens whose states later rows start from.
-        """
+        """Return the pieces in which the layer runs over a row; for `state_ends`, see [`fork_schedule`]."""
         if self.starts_from_state:
             return fork_schedule(plan, state_ends)
         # How many tokens attention selects depends on the length of the batch, so all paths run in one batch.

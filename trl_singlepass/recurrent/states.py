@@ -121,12 +121,10 @@ class BoundaryTensors:
 
 class AppendDetachedInputs(torch.autograd.Function):
     """
-    Append the stored inputs of tokens outside the row to the inputs of the row.
+    Append the stored inputs of tokens outside the row, to `(1, row_length + num_inputs, ...)`.
 
-    Takes the row's inputs, shape `(1, row_length, ...)`, the layer's tensors and the key of the inputs; for tokens of
-    the row that later rows replay, their `positions` in the row and their `places` among the stored inputs, both of
-    shape `(num_stored_by_row,)`, on the device of what they index. Returns shape
-    `(1, row_length + num_inputs, ...)`.
+    Tokens of the row that later rows replay have `positions` in the row and `places` among the stored inputs, both of
+    shape `(num_stored_by_row,)`, on the device of what they index.
     """
 
     @staticmethod
@@ -151,11 +149,7 @@ class AppendDetachedInputs(torch.autograd.Function):
 
 
 class LoadState(torch.autograd.Function):
-    """
-    Load the state after a token of an earlier row.
-
-    Takes any tensor that requires gradients, on the device where the state is needed, the layer's tensors and the key.
-    """
+    """Load the state after a token of an earlier row, to the device of any tensor that requires gradients."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, tensors: BoundaryTensors, key: StateKey) -> Tensor:
@@ -171,11 +165,7 @@ class LoadState(torch.autograd.Function):
 
 
 class CollectStateGradients(torch.autograd.Function):
-    """
-    Tie the states that a row stored to its output, so that one backward goes through both.
-
-    Takes the output of the layer, its tensors, and the keys and values of the states. Returns the output.
-    """
+    """Tie the states that a row stored to its layer's output, so that one backward goes through both."""
 
     @staticmethod
     def forward(

@@ -48,9 +48,9 @@ def missing_content(
     message: Message, parsed: ParsedMessage, completion: str, chat_template: str, with_call_ids: Callable[[], str]
 ) -> str | None:
     """
-    Return an error message naming what an assistant message says but its completion lacks, `None` if nothing.
+    Return what an assistant message says but its completion, given without the reasoning, lacks; `None` if nothing.
 
-    The completion comes without the reasoning; `with_call_ids` renders the message with ids that name its tools.
+    `with_call_ids` renders the message with ids that name its tools.
     """
     stray = [key for key in stray_reasoning(message) if not contains(completion, message[key])]
     if stray:
@@ -123,10 +123,8 @@ def _spellings(value: Message) -> list[str]:
 
 def template_name(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
     """
-    Return the name of a template for messages to the user.
-
-    It is that of the same template in TRL, else the tokenizer's on the Hub with a hash of the template, since neither
-    a folder nor a model's name says which template it is.
+    Return the name of a template for messages to the user: that of the same template in TRL, else the tokenizer's on
+    the Hub with a hash of the template.
     """
     name = _name_in_trl(chat_template)
     if name is None:

@@ -42,14 +42,13 @@ class Conversation:
     @classmethod
     def from_example(cls, example: dict[str, Any], images: ConversationImages | None = None) -> "Conversation":
         """
-        Read a dataset example.
+        Read a dataset example, or refuse it.
 
-        It has `messages`, or `prompt` and `completion` as lists of messages, or ShareGPT's `conversations`; optionally
-        `tools` and `chat_template_kwargs`, each as an object or as a JSON string, and the text of a system message in
-        `system`, which becomes message 0. In dicts that went through Arrow, keys whose value is `None` are dropped:
-        Arrow gives every struct the keys of all of them. A null argument of a tool call is kept where the tool's
-        schema requires the argument, or where the arguments are a JSON string. An example that has none of these
-        columns, or in which they hold something else, is refused.
+        It has `messages`, or `prompt` and `completion`, or ShareGPT's `conversations`; optionally `tools` and
+        `chat_template_kwargs`, each as an object or as a JSON string, and the text of a system message in `system`. In
+        dicts that went through Arrow, keys whose value is `None` are dropped: Arrow gives every struct the keys of all
+        of them. A null argument of a tool call is kept where the tool's schema requires the argument, or where the
+        arguments are a JSON string.
         """
         columns = _message_columns(example)
         groups = [_chatml(example[name]) if name == "conversations" else example[name] for name in columns]
@@ -176,11 +175,10 @@ def _share_keys(dicts: list[dict[str, Any]]) -> bool:
 
 def _without_added_keys(siblings: list[Any], untouched: str = "") -> list[Any]:
     """
-    Drop the keys that Arrow added to values found in the same place of an example.
+    Drop the keys that Arrow added to values found in the same place of an example, but not in those of `untouched`.
 
     Arrow gives all structs of a column the same keys and fills the absent ones with `None`. So dicts that differ in
-    their keys did not come through Arrow, and all that they hold was meant: they are returned as they are, as are the
-    values of the key `untouched`.
+    their keys did not come through Arrow, and are returned as they are.
     """
     dicts = [item for item in siblings if isinstance(item, dict)]
     if dicts and _share_keys(dicts):

@@ -34,8 +34,7 @@ def as_read(message: Message, template: ChatTemplate) -> MessageForms:
     Return a message in the forms that a template reads, however its author spelt it.
 
     A completion is the same for every spelling. In a prompt, reasoning may move to the key that the template reads,
-    but never into the content: what a prompt shows of earlier reasoning is the template's decision, and one that reads
-    no key shows none.
+    but never into the content: one that reads no key shows none of earlier turns.
     """
     behaviour = get_behaviour(template)
     message = {key: value for key, value in message.items() if value is not None}

@@ -32,14 +32,10 @@ class Prefixes:
     The prefixes of a conversation, as a chat template renders them.
 
     `apply_chat_template` copies all messages and runs the template in a slow sandbox, for each prefix anew. Here,
-    transformers prepares the messages once, and the template runs in a [`CachingSandbox`]. The text is the same:
-    renderings of the first conversation are compared with those of `apply_chat_template` (all of up to 128 messages,
-    then of those next to a power of two), and the longest one of each conversation. Where one differs, or the template
-    raises, `apply_chat_template` renders.
-
-    `messages` have the form in which the template reads context; `trained` holds those that it reads in another form
-    to write their completions; `known` the renderings made so far, by number of messages and whether a generation
-    prompt follows.
+    transformers prepares the messages once, and the template runs in a [`CachingSandbox`]. Renderings of the first
+    conversation are compared with those of `apply_chat_template` (all of up to 128 messages, then of those next to a
+    power of two), and so is the longest of each further one. Where one differs, or the template raises,
+    `apply_chat_template` renders.
     """
 
     template: ChatTemplate

@@ -160,8 +160,8 @@ def write_reasoning(prompt: str, bare: str, reasoning: str, tags: ReasoningTags,
     Put the reasoning of a turn into a completion from which the template leaves it out, as the model writes it.
 
     The prompt may end with the opening tag. `bare` is what the template writes after it for the message without
-    reasoning; it may begin with an empty block, or with the end of one. What either shows of white space takes
-    precedence over `own_lines`. Returns the completion, and the position in it at which the reasoning begins.
+    reasoning, perhaps an empty block, or the end of one. The white space that either shows takes precedence over
+    `own_lines`. Returns the completion, and where in it the reasoning begins.
     """
     opened = re.search(rf"{re.escape(tags.opening)}(\s*)\Z", prompt)
     # Templates that keep an empty block, or just its end, show how the model spaces it.

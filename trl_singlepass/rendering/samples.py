@@ -98,8 +98,7 @@ def render_conversation(
     Render the turns of a conversation that has been read from a dataset example, given its prefixes if they are at
     hand.
 
-    An assistant message that begins the conversation is context only where the template renders no prompt for it:
-    there is nothing that a model could be served.
+    An assistant message that begins the conversation is context only where the template renders no prompt for it.
     """
     if not conversation.turns:
         roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in conversation.messages)) or "none"

@@ -16,15 +16,12 @@ _MARKER = "Xqimage{}qx"
 
 def find_shown_images(prefixes: Prefixes, turn: RenderedTurn, images: ConversationImages) -> list[int]:
     """
-    Return which image of its conversation each placeholder in the prompt of a turn shows.
+    Return which image of its conversation each placeholder in the prompt of a turn shows, or refuse the turn.
 
     Where a prompt has a placeholder for each image of its messages, these are all of them, in order. Where it has
     fewer, the template drops images. Markers beside the images show which; where a template does not write them, these
     are the images without which it renders the same prompt, or, if it writes something in their place, a prompt with
     as many placeholders.
-
-    Refused are a message that has images itself, a prompt with more placeholders than images, and a template that
-    drops an image which no earlier turn can have shown, or images of which it is not certain which they are.
     """
     placeholders, k = images.placeholders, turn.message_index
 

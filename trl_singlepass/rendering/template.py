@@ -25,12 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """
-    A chat template with the tools and arguments of one conversation.
-
-    All turns of a conversation see the same time, or their prompts would differ at the start wherever a template
-    prints it.
-    """
+    """A chat template with the tools and arguments of one conversation, all turns of which see the same time."""
 
     tokenizer: PreTrainedTokenizerBase
     source: str
@@ -183,9 +178,8 @@ class CachingSandbox(ImmutableSandboxedEnvironment):
 
 def _cached(filter_: Callable[..., Any]) -> Callable[..., Any]:
     """
-    Cache a filter's results for the most recent dicts, because tools are printed in every rendering.
-
-    Templates cannot change a dict, and nothing else holds the ones that they see.
+    Cache a filter's results for the most recent dicts, because tools are printed in every rendering: templates cannot
+    change a dict, and nothing else holds the ones that they see.
     """
     made: dict[Any, tuple[Any, Any]] = {}
 
@@ -213,7 +207,7 @@ def compiled_template(source: str) -> Template | None:
     """
     Return a chat template in a [`CachingSandbox`] that is otherwise the environment of transformers.
 
-    `None` if transformers runs it in a sandbox other than the one whose verdicts are cached.
+    `None` if that is another sandbox than the one whose verdicts are cached.
     """
     try:
         from transformers.utils.chat_template_utils import _compile_jinja_template

@@ -93,8 +93,7 @@ def tokenize(borders: HardBorders, texts: Iterable[str]) -> list[SharedArray]:
     """
     Tokenise renderings of one conversation, exactly as the tokenizer does with each whole text.
 
-    Neighbours should share as much of their beginnings as possible: only what a text adds to the one before it is
-    tokenised and stored. The texts are read one at a time, and not kept.
+    Only what a text adds to the one before it is tokenised and stored. The texts are read one at a time, and not kept.
     """
     split = list(_split_all(borders, texts))
     known = borders.token_ids | borders.beginnings

@@ -39,11 +39,7 @@ class ImageReference:
 
 
 def to_keys(tokens: NDArray[np.int64], features: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """
-    Return one number per token by which trees compare tokens: `token + 2^32 · (feature + 1)`, the token for text.
-
-    Takes `tokens` and, if there are images, `features` (-1 for text) of shape `(num_tokens,)`; returns the same shape.
-    """
+    """Return one number per token by which trees compare tokens: `token + 2^32 · (feature + 1)`."""
     if features is None:
         return tokens
     keys: NDArray[np.int64] = tokens + (features + 1 << _TOKEN_BITS)
@@ -91,12 +87,10 @@ def without_unused(
     features: NDArray[np.int64], images: Sequence[ImageReference]
 ) -> tuple[NDArray[np.int64], tuple[ImageReference, ...]]:
     """
-    Number features anew, so that only images that are used own any.
+    Number features anew, so that only images that are used own any; return them, and the images used.
 
-    Of images with 2, 3 and 1 features, `[2, 3, 4, -1, 5]` uses the last two and becomes `[0, 1, 2, -1, 3]`.
-
-    `features` has shape `(num_tokens,)` and holds all features of an image, or none. `images` is empty if they are not
-    known. Returns the features by their new numbers, and the images used.
+    Of images with 2, 3 and 1 features, `[2, 3, 4, -1, 5]` uses the last two and becomes `[0, 1, 2, -1, 3]`. `images`
+    is empty if they are not known.
     """
     used = np.unique(features[features >= 0])
     numbers = np.append(np.searchsorted(used, features), NO_FEATURE)
@@ -132,9 +126,7 @@ class FeatureNumbers:
         Return the features of a set by their common numbers.
 
         Sets of the images `[a, b]` and `[b, c]`, of 2 features each, have the numbers 0 to 3 and 2 to 5 together.
-
-        Takes and returns features of shape `(num_tokens,)`, -1 for text. `images` is empty where they are not known;
-        they are then taken to differ from all others.
+        Where images are not known, they are taken to differ from all others.
         """
         if not images:
             offset, self._total = self._total, self._total + int(features.max(initial=NO_FEATURE)) + 1

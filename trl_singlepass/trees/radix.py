@@ -16,7 +16,7 @@ from .shared_array import common_prefix_length
 @dataclass(slots=True, eq=False)
 class RadixNode:
     """
-    Node of a radix tree: one or more tokens that the same samples share. Its children begin with different tokens.
+    Node of a radix tree: tokens that the same samples share. Its children begin with different ones.
 
     The root has no tokens: it precedes the first token of every sample.
     """

@@ -19,11 +19,11 @@ MIN_SHARED_TOKENS = 32
 
 def join_with_shared_prefixes(rows: Sequence[Row]) -> Row:
     """
-    Return one row that holds the trees of several rows and stores their common prefixes once.
+    Return one row that holds the trees of several rows; those with the same first `MIN_SHARED_TOKENS` tokens are
+    merged.
 
-    Rows whose first `MIN_SHARED_TOKENS` tokens are the same are merged. Multiplicities and the loss weights of shared
-    targets add up, so that loss and gradients are those of the separate rows. Merged trees stand where the first of
-    their rows stood.
+    Multiplicities and the loss weights of shared targets add up, so that loss and gradients are those of the separate
+    rows. Merged trees stand where the first of their rows stood.
     """
     return Row.join([merge_rows([rows[i] for i in group]) for group in group_by_beginning(rows)])
 
@@ -42,8 +42,7 @@ def shareable_length(labels: NDArray[np.integer], subtree_end: NDArray[np.intege
 
     These are the tokens before the first fork and before the first one with a target: where two rows train different
     targets from one position, its token is stored twice. With `labels = [-100, -100, -100, 7, 8]` in a row without
-    forks, position 2 has the first target, and 2 tokens can be shared. Both arrays have shape `(num_tokens,)`;
-    `labels` are the rolled targets.
+    forks, position 2 has the first target, and 2 tokens can be shared. Both arrays have shape `(num_tokens,)`.
     """
     if len(labels) == 0:
         return 0
