@@ -25,7 +25,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks.machine import describe
 from benchmarks.model_shapes import QWEN3
 from trl_singlepass import DataCollatorForSinglePass, enable_tree
-from trl_singlepass.engine.check import TreeCheck
+from trl_singlepass.engine.check.tree_check import TreeCheck
 
 
 RESULTS = Path(__file__).parent / "results" / "self_check.json"

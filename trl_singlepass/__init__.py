@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .data.collator import DataCollatorForSinglePass as DataCollatorForSinglePass
     from .data.preparation import prepare_dataset as prepare_dataset
     from .data.settings import RowSettings as RowSettings
-    from .engine.check import check_tree as check_tree
+    from .engine.check.tree_check import check_tree as check_tree
     from .engine.enable import enable_images as enable_images
     from .engine.enable import enable_tree as enable_tree
     from .preference.config import SinglePassDPOConfig as SinglePassDPOConfig
@@ -56,7 +56,7 @@ _HOME = {
     "SinglePassSFTConfig": "training.config",
     "SinglePassSFTTrainer": "training.trainer",
     "audit": "reports.audit",
-    "check_tree": "engine.check",
+    "check_tree": "engine.check.tree_check",
     "enable_images": "engine.enable",
     "enable_tree": "engine.enable",
     "prepare_dataset": "data.preparation",

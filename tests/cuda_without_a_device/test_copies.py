@@ -17,10 +17,10 @@ from support.launch_count import LaunchAndCopyCounter
 from support.tree_masks import chat
 from trl_singlepass.attention.context import running_on
 from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.engine.row_runner import Factors
+from trl_singlepass.engine.waves import WavePlan, WaveRunner
 from trl_singlepass.training.loss import total_weight
 from trl_singlepass.training.metrics import PooledLoss, TokenCounts, TurnMetrics
-from trl_singlepass.waves import Wave, WavePlan, WaveRunner
-from trl_singlepass.waves.loss import WaveLoss
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")
@@ -75,7 +75,7 @@ def test_metrics_stay_on_the_device():
     with LaunchAndCopyCounter() as count:
         pooled.add(loss, total_weight(batch))
         counts.add([batch], total_weight(batch))
-        turns.wrap(lambda **inputs: outputs, parts, weights)()
+        turns.wrap(lambda **inputs: outputs, parts, weights)(fused_lm_head=True)
     assert count.launches > 0
     assert count.copies_to_device == 0
 
@@ -85,6 +85,6 @@ def test_the_loss_of_a_wave_stays_on_the_device(is_dft):
     weights = torch.empty(1, 9, device="meta")
     outputs = SimpleNamespace(log_probs=weights[:, 2:7].clone().requires_grad_(), aux_loss=None)
     with LaunchAndCopyCounter() as count:
-        WaveLoss(weights, is_dft)(Wave(2, 7, ()), outputs).backward()
+        Factors(weights, is_dft=is_dft)(outputs, start=2).backward()
     assert count.launches > 0
     assert count.copies_to_device == 0

@@ -35,8 +35,8 @@ from support.trainers import float32_model, largest_difference, parameters, sing
 from support.tree_checks import TEXT, checked
 from trl_singlepass import SinglePassDPOConfig, SinglePassSFTConfig
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.engine.check import TreeCheck
-from trl_singlepass.engine.checked_model import TreeCheckError
+from trl_singlepass.engine.check.checked_model import TreeCheckError
+from trl_singlepass.engine.check.tree_check import TreeCheck
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.training import refusals

@@ -15,8 +15,8 @@ from support.tiny_families import tiny_model as family_model
 from support.tree_checks import TEXT, checked
 from trl_singlepass import check_tree, enable_tree
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.engine.check import TreeCheck
-from trl_singlepass.engine.check_row import CheckRow
+from trl_singlepass.engine.check.row import CheckRow
+from trl_singlepass.engine.check.tree_check import TreeCheck
 from trl_singlepass.engine.model_call import takes_trees
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan

@@ -8,7 +8,7 @@ import transformers
 from support.model_survey import TEXT_MODELS, read_page
 from support.tiny_causal_lms import tiny_model
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.engine.check import TreeCheck
+from trl_singlepass.engine.check.tree_check import TreeCheck
 from trl_singlepass.engine.enable import enable_tree
 
 

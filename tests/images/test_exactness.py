@@ -10,8 +10,8 @@ from support.image_chats import CHATS, image_chat
 from support.image_models import FAMILIES, image_model, loader
 from support.tree_checks import checked_on_images
 from trl_singlepass.attention import Tree
+from trl_singlepass.engine.check.separate_samples import images_of
 from trl_singlepass.engine.enable import enable_tree
-from trl_singlepass.engine.separate_samples import images_of
 from trl_singlepass.images import reading
 from trl_singlepass.images.reading import ImageReader
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients

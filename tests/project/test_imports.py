@@ -18,7 +18,6 @@ RANKS = {
     "data": 3,
     "attention": 3,
     "recurrent": 4,
-    "waves": 5,
     "engine": 6,
     "training": 7,
     "preference": 8,

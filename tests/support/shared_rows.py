@@ -11,9 +11,9 @@ from trl_singlepass.attention.context import running_on
 from trl_singlepass.data.collator import pad_batch
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree
+from trl_singlepass.engine.ulysses import register_shared_attention
+from trl_singlepass.engine.waves import WaveRunner, select
 from trl_singlepass.reference import npass_loss_and_gradients
-from trl_singlepass.training.sequence_parallel import register_shared_attention
-from trl_singlepass.waves import WaveRunner, select
 
 
 def share_rows(model):

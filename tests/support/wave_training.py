@@ -6,10 +6,10 @@ from support.float64_comparison import assert_same_loss_and_gradients, gradients
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree
+from trl_singlepass.engine.waves import WavePlan, WaveRunner, select
 from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
-from trl_singlepass.waves import WavePlan, WaveRunner, select
 
 
 def batch_of(sample_sets, pad_to_multiple_of=None):

@@ -55,8 +55,10 @@ from support.tiny_vision import tiny_vision_model
 from support.trainers import SETTINGS as COMMON
 from support.trainers import as_dataset, float32_model, logged
 from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, SinglePassSFTConfig, SinglePassSFTTrainer
-from trl_singlepass.engine.checked_model import TreeCheckError
-from trl_singlepass.training import sequence_parallel
+from trl_singlepass.engine import pieces, ulysses
+from trl_singlepass.engine.check.checked_model import TreeCheckError
+from trl_singlepass.engine.waves import runner
+from trl_singlepass.training import tree_loss
 from trl_singlepass.training.checkpoints import last_good_checkpoint
 from trl_singlepass.training.preemption import PreemptionCallback
 
@@ -288,11 +290,12 @@ class Undeletable(dict):
 def cut(wire):
     """Break one part of sequence parallelism, to see that the test notices."""
     if wire == "overcounting":
-        sequence_parallel.get_gradient_scale = lambda *_: 1
+        for module in (ulysses, pieces, tree_loss):
+            module.get_gradient_scale = lambda *_: 1
     if wire == "exchange":  # DeepSpeed's own stays
-        sequence_parallel.ALL_ATTENTION_FUNCTIONS = Undeletable(sequence_parallel.ALL_ATTENTION_FUNCTIONS)
+        ulysses.ALL_ATTENTION_FUNCTIONS = Undeletable(ulysses.ALL_ATTENTION_FUNCTIONS)
     if wire == "tree_of_attention":
-        sequence_parallel.running_on = lambda tree: nullcontext(tree)
+        runner.running_on = lambda tree: nullcontext(tree)
 
 
 def count_exchanged_bytes():

@@ -158,8 +158,11 @@ CASES = {
     ],
     WAVES: [
         ("trl 1.14.0", sft({"wave_tokens": 99}), OLD),
-        ("label_smoothing_factor", sft({"wave_tokens": 99, "label_smoothing_factor": 0.1})),
-        ("compute_loss_func", sft({"wave_tokens": 99}, compute_loss_func=a_loss)),
+        (
+            "transformers 5.14.0",
+            sft({"wave_tokens": 99, "label_smoothing_factor": 0.1}),
+            {"trl_singlepass.training.situation.transformers": SimpleNamespace(__version__="5.14.0")},
+        ),
         ("torch_compile", sft({"wave_tokens": 99, "torch_compile": True})),
         (
             "attn_implementation='flex_attention'",

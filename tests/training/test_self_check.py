@@ -13,8 +13,8 @@ from support.pairs import dpo_trainer, pair
 from support.planted_layers import PLANTED, plant
 from support.trainers import SETTINGS, float32_model, single_pass_trainer
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
-from trl_singlepass.engine.check import TreeCheck
-from trl_singlepass.engine.checked_model import TreeCheckError
+from trl_singlepass.engine.check.checked_model import TreeCheckError
+from trl_singlepass.engine.check.tree_check import TreeCheck
 from trl_singlepass.images.reading import image_module
 
 

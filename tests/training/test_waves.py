@@ -11,7 +11,7 @@ from support.paired_trainers import CONVERSATIONS, adapted, single_pass_trainer,
 from support.tiny_causal_lms import tiny_model as tiny_hybrid
 from support.tiny_families import tiny_model
 from support.trainers import float32_model, largest_difference, logged, parameters
-from trl_singlepass.training import wave_budget
+from trl_singlepass.engine import wave_budget
 from trl_singlepass.training.sharding import stop_prefetching
 
 
@@ -119,6 +119,49 @@ def test_losses_and_evaluation(tmp_path, tokenizer, settings):
         assert waves[key] == pytest.approx(stock[key], rel=1e-5)
 
 
+def square_of_log_probs(outputs, labels, num_items_in_batch=None):
+    """A loss that reads all targets: no factor is known before all have been scored."""
+    log_probs = outputs.log_probs if "log_probs" in outputs else scored(outputs.logits, labels)
+    return log_probs.sum() ** 2 / 1000 / (num_items_in_batch or 1)
+
+
+def scored(logits, labels):
+    """Log-probabilities of the targets of a row, 0 where there is none, `(1, row_length - 1)`."""
+    targets = labels[:, 1:, None]
+    chosen = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0))
+    return chosen.masked_fill(targets == -100, 0)[..., 0]
+
+
+OWN_LOSSES = [{"label_smoothing_factor": 0.3}, {"compute_loss_func": square_of_log_probs}]
+
+
+@pytest.mark.parametrize("own", OWN_LOSSES, ids=lambda own: next(iter(own)))
+def test_losses_that_read_the_logits_of_a_row_run_at_once(tmp_path, tokenizer, own):
+    model = float32_model(tokenizer)
+    settings = {"evaluation": CONVERSATIONS[:5], "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    own = {"kwargs": own} if "compute_loss_func" in own else own
+    row = single_pass_trainer(tmp_path, tokenizer, model, **settings, **own)
+    waves = single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, **settings, **own)
+    for trainer in (row, waves):
+        trainer.train()
+    assert max(logged(waves, "num_waves")) > 1
+    assert_equal(row, waves, model)
+    assert waves.evaluate()["eval_loss"] == pytest.approx(row.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_a_loss_that_reads_logits_is_told_what_waves_have(tmp_path, tokenizer):
+    trainer = single_pass_trainer(
+        tmp_path,
+        tokenizer,
+        float32_model(tokenizer),
+        wave_tokens=64,
+        per_device_train_batch_size=4,
+        kwargs={"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.sum()},
+    )
+    with pytest.raises(ValueError, match=r"compute_loss_func.*wave_tokens"):
+        trainer.train()
+
+
 def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path, tokenizer):
     model = float32_model(tokenizer, "qwen3-moe")
     both = train_both(tmp_path, tokenizer, model, 100, gradient_accumulation_steps=2, max_steps=2)
@@ -192,7 +235,7 @@ def test_rows_that_fit_run_at_once_and_the_log_says_so(tmp_path, tokenizer, capl
 
 
 def test_auto_that_finds_no_room_says_what_there_is(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("trl_singlepass.training.wave_budget.free_bytes", lambda device: 2**20)
+    monkeypatch.setattr("trl_singlepass.engine.wave_budget.free_bytes", lambda device: 2**20)
     trainer = single_pass_trainer(
         tmp_path, tokenizer, float32_model(tokenizer), wave_tokens="auto", per_device_train_batch_size=4
     )
@@ -229,8 +272,8 @@ def test_a_loss_that_trl_computes_otherwise_stops_the_first_step(tmp_path, token
     trainer = single_pass_trainer(
         tmp_path, tokenizer, float32_model(tokenizer), wave_tokens=64, per_device_train_batch_size=4
     )
-    waves = trainer._tree_loss.waves
-    waves._loss_coefficients = lambda *args: 2 * type(waves)._loss_coefficients(waves, *args)
+    divisor = trainer._tree_loss._divisor
+    trainer._tree_loss._divisor = lambda *args: (2 * divisor(*args)[0], 1)
     with pytest.raises(RuntimeError, match=r"The waves of a row have a loss of .*, but TRL .* computes "):
         trainer.train()
 
@@ -238,11 +281,9 @@ def test_a_loss_that_trl_computes_otherwise_stops_the_first_step(tmp_path, token
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor does not work with wave_tokens"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha does not work with wave_tokens"),
         ({"optim": "lomo"}, "optim='lomo' does not work with wave_tokens"),
         ({"torch_compile": True}, "torch_compile does not work with wave_tokens"),
-        ({"kwargs": {"compute_loss_func": lambda *_, **__: 0}}, "compute_loss_func does not work with wave_tokens"),
         ({"wave_tokens": 0}, "wave_tokens=0: expected a number of tokens above 0, 'auto', or None"),
         ({"wave_tokens": "all"}, "wave_tokens='all': expected a number of tokens above 0, 'auto', or None"),
         ({"wave_tokens": None, "offload_kv": True}, "offload_kv=True moves what waits between waves. Set wave_tokens"),

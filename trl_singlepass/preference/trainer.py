@@ -21,6 +21,7 @@ from ..data.labelled_rows import check_rows_fit
 from ..data.pairs import PAIR_COLUMNS, REFERENCE_COLUMNS, TOKEN_COLUMNS
 from ..data.preparation import PAIR_KIND, prepare
 from ..engine.enable import check_not_compiled, enable_tree, without_adapters
+from ..engine.pieces import Pieces
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
 from ..training.base_config import add_settings
@@ -28,15 +29,13 @@ from ..training.compatibility import check_arguments, check_pairs
 from ..training.dataset import AnyDataset
 from ..training.images import read_images, show_images
 from ..training.mixin import SinglePassTrainerMixin
-from ..training.refusals import ENGINES, PAIRS, check
-from ..training.sharding import prepare_sharding
+from ..training.refusals import ENGINES, PAIRS, check, check_parts
+from ..training.sharding import prepare_sharding, stop_prefetching
 from ..training.situation import Situation
 from ..training.tree_loss import Loss
 from ..trees.rows import IMAGE_COLUMNS
 from .collator import DataCollatorForSinglePassPreference
 from .config import SinglePassDPOConfig, default_config, pair_settings, turn_weights, without_padding_free
-from .parts import BatchParts
-from .parts_model import PairModelInParts
 
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
     precompute_ref_logps: bool
     _moved_as_they_are: ClassVar = ("tree", *REFERENCE_COLUMNS)
     _pair_collator: DataCollatorForSinglePassPreference | None = None
-    _parts: BatchParts
+    _pieces: Pieces
     _ref_model: nn.Module | None = None
 
     def __init__(
@@ -127,10 +126,25 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
             turn_weights(self.args),
             self.args.max_row_tokens,
         )
-        self._parts = BatchParts(self.model, self.args, self.accelerator, has_router_loss=self.aux_loss_enabled)
+        self._pieces = self._make_pieces()
         if show_images(self.train_dataset, self.eval_dataset):
             self._read_images(self._pair_collator.row_collator)
         self.data_collator = self._pair_collator
+
+    def _make_pieces(self) -> Pieces:
+        """Return what runs the rows of a batch: in several pieces, if a setting bounds them."""
+        bounding = [name for name in ("wave_tokens", "max_row_tokens") if getattr(self.args, name) is not None]
+        if bounding:
+            stop_prefetching(self.accelerator)
+            check_parts(Situation(self.args, self.model, self.accelerator))
+        return Pieces(
+            self.model,
+            self.args,
+            self.accelerator,
+            setting=bounding[0] if bounding else None,
+            knows_loss=False,
+            has_router_loss=self.aux_loss_enabled,
+        )
 
     def _read_images(self, collator: DataCollatorForSinglePass) -> None:
         """Let the policy, its reference and the collator of rows read images."""
@@ -212,41 +226,31 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the reference on the trees of the rows; TRL runs it on each trajectory as one sequence."""
-        return self._ref_log_probs(model, inputs, self._parts.count(inputs["tree"].rows))
-
-    def _ref_log_probs(self, model: nn.Module, inputs: Batch, num_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        runner = self._pieces.runner(model, inputs["tree"].rows, trains=False)
         inputs = {**inputs, "tree": inputs["tree"].handled()}
-        in_parts = self._in_parts(model, inputs, num_parts)
-        return super().compute_ref_log_probs(model if in_parts is None else in_parts, inputs)
+        return super().compute_ref_log_probs(model if runner is None else runner, inputs)
 
     def _compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool) -> Loss:
         """Run the policy on the trees of the rows; TRL runs it on each trajectory as one sequence."""
         rows = inputs["tree"].rows
-        num_parts = self._parts.count(rows)
         if not self.precompute_ref_logps:
             reference = self.model if self.ref_model is None else self.ref_model
-            logps = self._ref_log_probs(reference, inputs, num_parts)
+            logps = self.compute_ref_log_probs(reference, inputs)
             inputs = {**inputs, **dict(zip(REFERENCE_COLUMNS, logps, strict=True))}
+        divisor = getattr(self, "current_gradient_accumulation_steps", 1)
+        runner = self._pieces.runner(model, rows, divisor=divisor, trains=self.model.training)
         if self.model.training:
             num_tokens = self.accelerator.gather(inputs["completion_mask"].sum()[None]).sum()
             self._counts.add(rows, num_tokens)
             self._metrics["train"]["num_rows"].append(float(len(rows)))
             if self.args.wave_tokens is not None:
-                self._metrics["train"]["num_waves"].append(float(self._parts.count_own(rows)))
+                self._metrics["train"]["num_waves"].append(float(1 if runner is None else runner.num_pieces))
         inputs = {**inputs, "tree": inputs["tree"].handled()}
-        in_parts = self._in_parts(model, inputs, num_parts)
         with self._reading_reference():
-            loss: Loss = super()._compute_loss(model if in_parts is None else in_parts, inputs, return_outputs)
-        if in_parts is None or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+            loss: Loss = super()._compute_loss(model if runner is None else runner, inputs, return_outputs)
+        if runner is None or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             return loss
-        return in_parts.backward(loss)
-
-    def _in_parts(self, model: nn.Module, inputs: Batch, num_parts: int) -> PairModelInParts | None:
-        """Return the model as it runs a batch in several parts; `None` if the batch runs at once."""
-        if num_parts == 1:
-            return None
-        divisor = getattr(self, "current_gradient_accumulation_steps", 1)
-        return self._parts.model_for(inputs["tree"].rows, num_parts, model, divisor=divisor)
+        return runner.backward(loss)
 
     @contextmanager
     def _reading_reference(self) -> Iterator[None]:

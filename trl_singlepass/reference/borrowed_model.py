@@ -12,8 +12,8 @@ from torch import nn
 from ..attention.registry import set_text_attention
 from ..data.collator import LoadImages
 from ..engine.borrowed_state import in_evaluation_mode
+from ..engine.check.separate_samples import get_device
 from ..engine.enable import disable_tree, enable_tree, takes_attention_from_outside, without_adapters
-from ..engine.separate_samples import get_device
 from ..images.reading import ImageReader, image_module
 from ..recurrent.layer import runs_on_trees
 from .npass import get_text_config

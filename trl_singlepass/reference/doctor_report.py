@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..engine.check_report import TreeCheckReport
+from ..engine.check.report import TreeCheckReport
 from .environment import Environment
 
 

@@ -9,7 +9,7 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
-from ..engine.check_report import TreeCheckReport
+from ..engine.check.report import TreeCheckReport
 from .single_pass import LeakReport
 
 

@@ -16,9 +16,9 @@ from ..data.collator import LoadImages
 from ..data.pairs import example_to_pair, is_pair
 from ..data.reader import ConversationReader, as_reader, check_renders, get_tokenizer
 from ..data.settings import PairSettings
-from ..engine.check import check_tree
-from ..engine.check_report import TreeCheckReport
-from ..engine.separate_samples import get_device
+from ..engine.check.report import TreeCheckReport
+from ..engine.check.separate_samples import get_device
+from ..engine.check.tree_check import check_tree
 from ..images.loading import image_loader_of
 from ..rendering.conversation import RenderingError
 from ..rendering.samples import render_conversation, render_example

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import ModelOutput
 from trl import SFTTrainer
 
+from ..attention.row_group import RowGroup
 from ..data.collator import Batch
 from ..data.row_tree import RowTree
 from ..engine.enable import Forward
+from ..engine.row_runner import PieceLoss
 from ..trees.prefix_tree import IGNORE_INDEX
 from .metrics import TurnMetrics
 
@@ -138,3 +142,74 @@ def mean_of_means_divisor(own: torch.Tensor, everyone: torch.Tensor) -> torch.Te
     `(num_ranks,)`.
     """
     return own * ((everyone > 0).sum() / len(everyone))
+
+
+class PiecewiseSmoother:
+    """
+    A label smoother that takes a row piece by piece, since logits of a whole row are what pieces avoid.
+
+    Its loss is a sum over targets, divided by their number in the whole step, so pieces add up to the loss of the row.
+    Takes the smoother of the Trainer, and stands in its place.
+    """
+
+    def __init__(self, smoother: LabelSmoother) -> None:
+        self._smoother, self._ranks = smoother, 1
+
+    def __call__(self, outputs: ModelOutput, labels: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Return the loss of a row: of its logits, or of its pieces, which have computed it."""
+        if outputs.get("loss") is None:
+            loss: torch.Tensor = self._smoother(outputs, labels, **options)
+            return loss
+        of_pieces: torch.Tensor = outputs.loss
+        return of_pieces / self._ranks
+
+    def of_pieces(self, labels: torch.Tensor, total: torch.Tensor, ranks: int) -> PieceLoss:
+        """
+        Return what a piece contributes to the loss of a row with these rolled labels, of shape `(1, row_length)`.
+
+        The sum is divided by `total`; TRL multiplies the loss by `ranks`.
+        """
+        self._ranks = ranks
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+        def loss(outputs: ModelOutput, start: int) -> torch.Tensor:
+            own = targets[:, start : start + outputs.logits.shape[1]]
+            of_piece: torch.Tensor = self._smoother({"logits": outputs.logits}, own, num_items_in_batch=total)
+            return ranks * of_piece
+
+        return loss
+
+
+def shared_row_loss(
+    compute_loss: Callable[..., object],
+    model: Forward,
+    inputs: Batch,
+    context: LossContext,
+    group: RowGroup,
+    *,
+    ranks: int,
+    router_coef: float,
+) -> torch.Tensor:
+    """
+    Return the loss of a row that ranks share, such that the mean over ranks is its part of the loss of the step.
+
+    TRL only computes the metrics: its loss would be the mean over batches of each batch's mean, not over tokens.
+
+    `compute_loss` is TRL's; `model` runs a row, with the weight of each target; `inputs` are those of the whole row.
+    `ranks` counts the groups of ranks, and `router_coef` is the factor of the load-balancing loss.
+    """
+    losses: list[torch.Tensor] = []
+
+    def forward(*, shift_labels: torch.Tensor, **options: object) -> ModelOutput:
+        outputs = model(**options | inputs)
+        num_items = torch.as_tensor(context.num_items).clamp(min=torch.finfo(torch.float32).tiny)
+        loss = -outputs.log_probs.sum() / num_items * ranks
+        if outputs.aux_loss is not None:
+            loss = loss + router_coef * outputs.aux_loss / context.num_batches
+        losses.append(loss)
+        outputs.loss = loss.detach()
+        return outputs
+
+    own = group.part(inputs["attention_mask"])  # TRL counts tokens on all ranks
+    compute_loss(forward, {**inputs, "attention_mask": own, "shift_labels": inputs["labels"]})
+    return losses[0]

@@ -120,7 +120,7 @@ class TurnMetrics:
 
         def forward(**inputs: object) -> ModelOutput:
             outputs = model(**inputs)
-            if getattr(outputs, "log_probs", None) is not None:  # some losses ask for logits first
+            if inputs.get("fused_lm_head"):  # some losses ask for logits first
                 values = (outputs.label_mask, -outputs.log_probs, outputs.is_top1)
                 columns = torch.stack([value.detach().flatten().to(self._sums) for value in values], dim=-1)
                 weights = 1 if loss_weights is None else loss_weights[0, 1:, None].to(self._sums)

@@ -16,7 +16,7 @@ from trl import DPOConfig
 
 from ..attention.registry import TREE_ATTENTION
 from .sharding import PREFETCHED
-from .situation import Found, Situation, trl_before
+from .situation import Found, Situation, transformers_before, trl_before
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,6 @@ OLDER_TRL = Scope(
     ),
 )
 
-_READS_LOGITS = "it reads the logits of the whole row"
 
 WAVES = Scope(
     "Waves (`wave_tokens`)",
@@ -319,12 +318,11 @@ WAVES = Scope(
             "Upgrade to `trl>=1.16`",
         ),
         Refusal(
-            "`label_smoothing_factor`",
-            lambda run: bool(run.args.label_smoothing_factor),
-            _READS_LOGITS,
-            "Set it to 0",
+            "`label_smoothing_factor` before transformers 5.15",
+            lambda run: run.args.label_smoothing_factor != 0 and transformers_before("5.15"),
+            "its label smoother divides by the targets of a wave, not by those of the step",
+            "Upgrade to `transformers>=5.15`",
         ),
-        Refusal("`compute_loss_func`", lambda run: run.compute_loss_func is not None, _READS_LOGITS, "Leave it unset"),
         Refusal(
             "`torch_compile`",
             lambda run: run.args.torch_compile,

@@ -14,10 +14,10 @@ from torch import nn
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch, DataCollatorForSinglePass
 from ..data.preparation import say
-from ..engine.check import TreeCheck, tokens_of_batch
-from ..engine.check_report import TreeCheckReport
-from ..engine.check_row import ShownImage
-from ..engine.checked_model import TreeCheckError
+from ..engine.check.checked_model import TreeCheckError
+from ..engine.check.report import TreeCheckReport
+from ..engine.check.row import ShownImage
+from ..engine.check.tree_check import TreeCheck, tokens_of_batch
 
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -20,8 +20,8 @@ from trl import DPOConfig, SFTConfig
 
 from ..data.dataset_format import column_names, holds_rows
 from ..engine.enable import without_adapters
+from ..engine.wrapped_model import SHARDED
 from ..recurrent.introspection import path_dependent_layer_names, path_dependent_layers
-from ..waves.engines import SHARDED
 from .sharding import PREFETCHED
 
 
@@ -255,6 +255,11 @@ class Situation:
 def trl_before(release: str) -> Found:
     """Return the release of TRL if it is an older one."""
     return Version(trl.__version__) < Version(release) and f"trl {trl.__version__}"
+
+
+def transformers_before(release: str) -> Found:
+    """Return the release of transformers if it is an older one."""
+    return Version(transformers.__version__) < Version(release) and f"transformers {transformers.__version__}"
 
 
 def num_launched() -> int:

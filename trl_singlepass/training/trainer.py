@@ -10,6 +10,7 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl import SFTConfig, SFTTrainer
 
@@ -17,6 +18,7 @@ from ..data.collator import Batch, Collator, DataCollatorForSinglePass, TreeOrPl
 from ..data.dataset_format import holds_turns
 from ..data.images import hide_image_columns
 from ..data.sampler import make_train_sampler
+from ..engine.ulysses import SequenceParallel
 from ..images.loading import image_loader_of
 from ..trees.rows import IMAGE_COLUMNS, ROW_COLUMNS
 from .compatibility import check_arguments
@@ -33,12 +35,11 @@ from .epochs import (
     without_empty_batches,
     without_repeated_examples,
 )
-from .loss import NumItems, get_loss_context, mean_of_means_divisor, step_weights, total_weight
+from .loss import NumItems, PiecewiseSmoother, get_loss_context, mean_of_means_divisor, step_weights, total_weight
 from .metrics import PooledLoss, TurnMetrics, split_by_example
 from .mixin import SinglePassTrainerMixin
 from .model_card import PAPER, STOCK_CARD
 from .refusals import CONVERSATIONS, ENGINES, OLDER_TRL, TENSOR_PARALLELISM, check
-from .sequence_parallel import SequenceParallel
 from .sharding import prepare_sharding
 from .situation import Situation
 from .tree_loss import Loss, TreeLoss
@@ -76,6 +77,7 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
     _name = "SinglePassSFT"
     _paper: ClassVar = PAPER
     model_accepts_loss_kwargs: bool
+    label_smoother: LabelSmoother | PiecewiseSmoother | None
     _tree_loss: TreeLoss | None = None
     _sequence_parallel: SequenceParallel | None = None
     _stream_steps: StreamSteps | None = None
@@ -157,7 +159,10 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
     def _enable_tree(self) -> TreeLoss:
         if self._tree_loss is None:
             coef = getattr(self, "router_aux_loss_coef", 0.0) if self.aux_loss_enabled else None  # since TRL 1.16
-            self._tree_loss = TreeLoss(self.model, self.args, self.accelerator, self.compute_loss_func, coef)
+            smoother = None
+            if self.args.wave_tokens is not None and self.args.label_smoothing_factor and self.args.loss_type == "nll":
+                smoother = self.label_smoother = PiecewiseSmoother(LabelSmoother(self.args.label_smoothing_factor))
+            self._tree_loss = TreeLoss(self.model, self.args, self.accelerator, self.compute_loss_func, smoother, coef)
             self._sequence_parallel = self._tree_loss.sequence_parallel
             self._tree_loss.read_images(self._collator, self.get_tp_size(), self.train_dataset, self.eval_dataset)
             if self._trains_turns:  # the divisor comes from here, even if the model's class takes the mean of a batch

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, logging
 from transformers.utils import ModelOutput
 from trl import SFTConfig
 
+from ..attention.row_group import RowGroup
 from ..data.collator import Batch, DataCollatorForSinglePass
 from ..data.row_tree import RowTree
 from ..engine.enable import Forward, enable_tree, without_adapters
-from ..engine.model_call import as_tree, refuse_own_calls
-from ..waves.loss import RouterRecorder
-from .compatibility import check_weights_reach_the_loss
+from ..engine.gradient_scale import get_gradient_scale
+from ..engine.model_call import refuse_own_calls
+from ..engine.pieces import Pieces
+from ..engine.row_runner import Factors, PieceLoss, RowRunner
+from ..engine.ulysses import SequenceParallel, allowing_global_sizes
+from ..trees.prefix_tree import IGNORE_INDEX
+from .compatibility import check_sequence_parallelism, check_weights_reach_the_loss
 from .images import Rows, read_images, show_images
-from .loss import LossContext, RouterLossScale, normalized, weighted_model
-from .sequence_parallel import SequenceParallel
-from .waves import WaveTraining
+from .loss import (
+    LossContext,
+    NumItems,
+    PiecewiseSmoother,
+    RouterLossScale,
+    normalized,
+    shared_row_loss,
+    total_weight,
+    weighted_model,
+)
+from .refusals import check_parts
+from .sharding import stop_prefetching
+from .situation import Situation
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.get_logger(__name__)
 
 Loss: TypeAlias = torch.Tensor | tuple[torch.Tensor, ModelOutput]
 """What `compute_loss` returns: a scalar, with the model's outputs if they are asked for."""
@@ -35,9 +53,9 @@ class TreeLoss:
     """
     Enables trees in a model, and computes TRL's loss on them: at once, in waves, or shared among ranks.
 
-    `compute_loss_func` is the user's own; `router_loss_coef` is only given if a load-balancing loss is trained. A
-    model that a single pass would train incorrectly raises `UnsupportedModelError`, a setting that does not work with
-    waves or with shared rows `ValueError`.
+    `compute_loss_func` is the user's own; `smoother` is given if labels are smoothed, and `router_loss_coef` if a
+    load-balancing loss is trained. A model that a single pass would train incorrectly raises `UnsupportedModelError`,
+    a setting that does not work with waves or with shared rows `ValueError`.
     """
 
     def __init__(
@@ -46,29 +64,32 @@ class TreeLoss:
         args: SFTConfig,
         accelerator: Accelerator,
         compute_loss_func: Callable[..., torch.Tensor] | None = None,
+        smoother: PiecewiseSmoother | None = None,
         router_loss_coef: float | None = None,
     ) -> None:
         enable_tree(model)
-        self._model, self._args, self._compute_loss_func = model, args, compute_loss_func
-        self._accelerator = accelerator
+        self._model, self._args = model, args
+        self._compute_loss_func, self._smoother = compute_loss_func, smoother
+        self._accelerator, self._router_loss_coef = accelerator, router_loss_coef or 0.0
         self._reads_images = False
-        self.waves: WaveTraining | None = None
-        self.sequence_parallel: SequenceParallel | None = None
-        recorder, coef = None, router_loss_coef or 0.0
-        shares_rows = getattr(accelerator.parallelism_config, "sp_size", 1) > 1
-        if router_loss_coef is not None and (shares_rows or args.wave_tokens is not None):
-            recorder = RouterRecorder(without_adapters(model))
         if args.wave_tokens is not None:
-            self.waves = WaveTraining(model, args, accelerator, compute_loss_func, recorder, coef)
-        if shares_rows:
-            self.sequence_parallel = SequenceParallel(model, args, accelerator, recorder, coef)
-        for setting, is_set in (
-            ("log_turn_metrics", args.log_turn_metrics),
-            ("wave_tokens", args.wave_tokens is not None),
-            ("sp_size", shares_rows),
-        ):
-            if is_set:
-                refuse_own_calls(without_adapters(model), setting)
+            stop_prefetching(accelerator)
+            check_parts(Situation(args, model, accelerator, compute_loss_func=compute_loss_func))
+        if args.log_turn_metrics:
+            refuse_own_calls(without_adapters(model), "log_turn_metrics")
+        self.pieces = Pieces(
+            model,
+            args,
+            accelerator,
+            setting=None if args.wave_tokens is None else "wave_tokens",
+            knows_loss=compute_loss_func is None,
+            has_router_loss=router_loss_coef is not None,
+        )
+        self.sequence_parallel: SequenceParallel | None = None
+        if getattr(accelerator.parallelism_config, "sp_size", 1) > 1:
+            with allowing_global_sizes(without_adapters(model).config.get_text_config()):
+                check_sequence_parallelism(model, args, accelerator)
+            self.sequence_parallel = SequenceParallel(without_adapters(model), accelerator)
 
     def read_images(self, collator: DataCollatorForSinglePass, tp_size: int, *datasets: Rows) -> None:
         """
@@ -92,51 +113,76 @@ class TreeLoss:
         Return the loss of a batch with a `tree`, along with the model's outputs if asked for. `compute_loss` is TRL's.
         """
         row: RowTree = batch["tree"]
-        if self.sequence_parallel is not None and row.is_shared:
-            return self._shared_loss(self.sequence_parallel, compute_loss, model, batch, context)
-        forward: Forward = model
-        if self.waves is not None:
-            forward = self.waves.wrap(model, as_tree(row), batch, context)
+        group = None if self.sequence_parallel is None or not row.is_shared else self.sequence_parallel.group
+        runner = self._runner(model, batch, context, group)
         router_loss, num_items = RouterLossScale(row), context.num_items
-        forward = self._measured(router_loss.wrap(forward), row, context)
+        forward: Forward = router_loss.wrap(model if runner is None else runner)
+        if context.turn_metrics is not None:
+            forward = context.turn_metrics.wrap(forward, row.label_parts, row.loss_weights)
         if row.loss_weights is not None:
             check_weights_reach_the_loss(self._args, self._compute_loss_func)
             # Normalised here, so that TRL's guard against division by a sum below 1 changes nothing.
-            forward = weighted_model(forward, normalized(row.loss_weights, num_items))
+            weights = row.loss_weights if group is not None else normalized(row.loss_weights, num_items)
+            forward = weighted_model(forward, weights)
             num_items = None if num_items is None else 1
-        loss = compute_loss(forward, {**batch, "tree": row.handled()}, return_outputs, num_items)
-        if self.waves is not None:
-            self.waves.check_loss(loss[0] if isinstance(loss, tuple) else loss)
+        batch = {**batch, "tree": row.handled()}
+        if group is not None:
+            assert self.sequence_parallel is not None
+            self.sequence_parallel.watch_gradients(model)
+            ranks, coef = self._accelerator.num_processes // group.size, self._router_loss_coef
+            loss: Loss = shared_row_loss(compute_loss, forward, batch, context, group, ranks=ranks, router_coef=coef)
+        else:
+            loss = compute_loss(forward, batch, return_outputs, num_items)
         router_loss.log_mean(context.metrics, self._accelerator)
-        return loss
+        if runner is not None and torch.is_grad_enabled():
+            value, *outputs = loss if isinstance(loss, tuple) else (loss,)
+            loss = (runner.backward(value), *outputs) if outputs else runner.backward(value)
+        if group is None:
+            return loss
+        # The mean over ranks is their part of the loss of the step; only gradients are scaled.
+        assert isinstance(loss, torch.Tensor)
+        return loss + (1 / get_gradient_scale(model, group.size) - 1) * (loss - loss.detach())
 
-    def _shared_loss(
-        self,
-        sequence_parallel: SequenceParallel,
-        compute_loss: Callable[..., Loss],
-        model: Any,
-        batch: Batch,
-        context: LossContext,
-    ) -> torch.Tensor:
-        """Return the loss of a row that ranks share."""
-        row: RowTree = batch["tree"]
-        sequence_parallel.watch_gradients(model)
-        tree, router_loss = as_tree(row, sequence_parallel.group), RouterLossScale(row)
-        forward: Forward = (
-            sequence_parallel.wrap(model, tree) if self.waves is None else self.waves.wrap(model, tree, batch, context)
+    def _runner(
+        self, model: nn.Module, batch: Batch, context: LossContext, group: RowGroup | None
+    ) -> RowRunner | None:
+        """Return what runs the row in place of the model, `None` if it runs at once; say how it runs."""
+        if self.pieces.setting is None and group is None:
+            return None
+        if self.pieces.setting is not None:
+            plan = self.pieces.plan(batch["tree"].plan)
+            if self._model.training:
+                logger.info(f"Step {context.step}: {plan}.")
+            context.metrics["num_waves"].append(float(len(plan.waves)))
+        return self.pieces.runner(
+            model,
+            [batch],
+            divisor=context.divisor,
+            loss=None if self._compute_loss_func is not None else self._piece_loss(batch, context, group),
+            is_own_loss=self._compute_loss_func is not None,
+            trains=self._model.training,
+            group=group,
         )
-        forward = self._measured(router_loss.wrap(forward), row, context)
-        if row.loss_weights is not None:
-            forward = weighted_model(forward, row.loss_weights)
-        loss = sequence_parallel.loss(compute_loss, model, forward, batch, context)
-        if self.waves is not None:
-            self.waves.check_loss(loss)
-        router_loss.log_mean(context.metrics, self._accelerator)
-        return loss
 
-    @staticmethod
-    def _measured(forward: Forward, row: RowTree, context: LossContext) -> Forward:
-        """Return the model with its losses summed by turn, if these are logged."""
-        if context.turn_metrics is None:
-            return forward
-        return context.turn_metrics.wrap(forward, row.label_parts, row.loss_weights)
+    def _piece_loss(self, batch: Batch, context: LossContext, group: RowGroup | None) -> PieceLoss:
+        """Return what a piece contributes to the loss that TRL computes."""
+        labels, given = batch["labels"], batch["tree"].loss_weights
+        total, ranks = self._divisor(batch, context.num_items, group)
+        if self._smoother is not None and torch.is_grad_enabled():
+            return self._smoother.of_pieces(labels, total, ranks)
+        weights = (labels != IGNORE_INDEX).float() if given is None else given
+        factors = F.pad(weights[:, 1:], (0, 1)) * ranks / total
+        router_loss = batch["tree"].router_loss_scale * self._router_loss_coef / context.num_batches
+        return Factors(-factors, router_loss, is_dft=self._args.loss_type == "dft")
+
+    def _divisor(self, batch: Batch, num_items: NumItems, group: RowGroup | None) -> tuple[torch.Tensor, int]:
+        """Return what the sum over a batch is divided by, a scalar, and what TRL multiplies the loss by."""
+        total = total_weight(batch) if num_items is None else num_items
+        total = torch.as_tensor(total, device=batch["labels"].device)
+        ranks = 1
+        if group is not None:  # their loss is divided by the weights of all ranks in any case
+            ranks = self._accelerator.num_processes // group.size
+        elif self._args.average_tokens_across_devices and num_items is not None:
+            ranks = self._accelerator.num_processes
+        # TRL's guard against division by zero; weighted losses are normalised before it.
+        return (total.clamp(min=1) if batch["tree"].loss_weights is None else total), ranks

@@ -26,15 +26,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..attention.row_group import RowGroup
-from ..data.collator import Batch, DataCollatorForSinglePass
-from .borrowed_state import adapters_disabled
-from .check_report import TreeCheckReport
-from .check_row import CheckRow, ShownImage, text_beside_images
+from ...attention.row_group import RowGroup
+from ...data.collator import Batch, DataCollatorForSinglePass
+from ..borrowed_state import adapters_disabled
+from ..enable import disable_tree, enable_tree, without_adapters
+from ..model_call import takes_trees
 from .checked_model import CheckedModel, unwrapped
-from .enable import disable_tree, enable_tree, without_adapters
 from .first_difference import differing_module, mixing_module
-from .model_call import takes_trees
+from .report import TreeCheckReport
+from .row import CheckRow, ShownImage, text_beside_images
 
 
 if TYPE_CHECKING:

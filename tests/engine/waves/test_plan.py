@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from support.sample_sets import reasoning_chat, sample_sets
 from support.tree_masks import plan_of_eleven
 from support.wave_training import batch_of
+from trl_singlepass.engine.waves import Wave, WavePlan
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan
-from trl_singlepass.waves import Wave, WavePlan
 
 
 @pytest.mark.parametrize(

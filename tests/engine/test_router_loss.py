@@ -5,7 +5,7 @@ import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from support.thread_ranks import on_ranks
-from trl_singlepass.waves.loss import LoadBalancingLoss
+from trl_singlepass.engine.router_loss import LoadBalancingLoss
 
 
 @pytest.mark.parametrize("multiplicity", [[1] * 6, [2, 2, 1, 1, 3, 1]])

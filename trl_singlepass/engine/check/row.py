@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..trees.image_features import NO_FEATURE, ImageReference
-from ..trees.prefix_tree import IGNORE_INDEX
-from ..trees.rows import Row
-from ..trees.sample import Sample
+from ...trees.image_features import NO_FEATURE, ImageReference
+from ...trees.prefix_tree import IGNORE_INDEX
+from ...trees.rows import Row
+from ...trees.sample import Sample
 
 
 # Parts of the row in the order in which they stand in it, with the part that each continues and its number of tokens.

@@ -13,34 +13,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import accelerate.accelerator
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
-from trl import SFTConfig
 
-from ..attention import Tree, TreeMask
-from ..attention.context import running_on
+from ..attention import TreeMask
 from ..attention.row_group import RowGroup
-from ..data.collator import Batch
-from ..engine.enable import Forward, without_adapters
-from ..trees.prefix_tree import IGNORE_INDEX
-from ..waves.engines import SharedRowEngine
-from ..waves.loss import PER_TOKEN, RouterRecorder
-from .compatibility import check_sequence_parallelism
+from ..data.collator import Batch, pad_batch
 from .gradient_scale import GradientCheck, get_gradient_scale
-from .loss import LossContext
-from .shared_rows import SharedRows
-from .ulysses_preparation import allowing_global_sizes, allowing_recurrent_layers
 
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
-    from peft import PeftModel
+    from transformers import PreTrainedConfig
 
 Mask: TypeAlias = TreeMask | Tensor | None
 AttentionFunction: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
@@ -49,31 +40,16 @@ AttentionFunction: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
 
 class SequenceParallel:
     """
-    Trains rows that the ranks of a group share.
-
-    Takes a model with trees enabled. `recorder` holds the router logits of a mixture of experts whose load-balancing
-    loss is trained. A setting or a model that does not work with shared rows raises `ValueError` with the way out.
+    Lets the ranks of a group share rows. Takes a model with trees enabled, without adapters or wrappers.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        args: SFTConfig,
-        accelerator: Accelerator,
-        recorder: RouterRecorder | None = None,
-        router_loss_coef: float = 0.0,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, accelerator: Accelerator) -> None:
         import deepspeed
 
-        base = without_adapters(model)
-        self._config = base.config.get_text_config()
-        with allowing_global_sizes(self._config):
-            check_sequence_parallelism(model, args, accelerator)
-        self._accelerator = accelerator
-        self._recorder, self._router_loss_coef = recorder, router_loss_coef
+        self._config = model.config.get_text_config()
         self.size: int = accelerator.parallelism_config.sp_size
         self._attention = register_shared_attention(self._config._attn_implementation)
-        base.set_attn_implementation(self._attention)
+        model.set_attn_implementation(self._attention)
         # accelerate accepts stock names only; DeepSpeed takes over whatever name stands here.
         accelerator.parallelism_config.sp_handler.sp_attn_implementation = self._attention
         deepspeed.init_distributed(auto_mpi_discovery=False)  # DeepSpeed makes its groups from its own handle
@@ -115,62 +91,6 @@ class SequenceParallel:
         if self._gradient_check is None:
             self._gradient_check = GradientCheck(engine, get_gradient_scale(engine, self.size))
 
-    def wrap(self, engine: DeepSpeedEngine, tree: Tree) -> Forward:
-        """
-        Return the model as it runs a row in parts: it takes a whole row, and returns the outputs of TRL's fused head
-        for all of it. `tree` has the ranks that share the row.
-        """
-        group, recorder = self.group, self._recorder
-        shared = SharedRowEngine(engine, self._accelerator, 1.0, group)
-
-        def forward(*, labels: Tensor, attention_mask: Tensor, **inputs: Any) -> ModelOutput:
-            inputs.pop("tree")  # which the engine's parts of the row have from here
-            shift_labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)], dim=1)
-            with running_on(tree):
-                outputs = shared.forward(attention_mask=attention_mask, shift_labels=shift_labels, **inputs)
-            for name in PER_TOKEN:
-                outputs[name] = outputs[name][:, :-1]
-            if recorder is not None:
-                load_balancing, router_logits = recorder.new_row(group), recorder.pop()
-                load_balancing.count(router_logits, attention_mask)
-                outputs.aux_loss = load_balancing.share(router_logits, attention_mask)
-            return outputs
-
-        return forward
-
-    def loss(
-        self,
-        compute_loss: Callable[..., object],
-        engine: DeepSpeedEngine,
-        model: Forward,
-        inputs: Batch,
-        context: LossContext,
-    ) -> Tensor:
-        """
-        Return the loss of a row, scaled such that the mean over ranks is its part of the loss of the step.
-
-        TRL only computes the metrics: its loss would be the mean over batches of each batch's mean, not over tokens.
-
-        `compute_loss` is TRL's; `model` is the one that runs a row, with the weight of each target; `inputs` are those
-        of the whole row.
-        """
-        losses: list[Tensor] = []
-
-        def forward(*, shift_labels: Tensor, **options: object) -> ModelOutput:
-            outputs = model(**options | inputs)
-            num_items = torch.as_tensor(context.num_items).clamp(min=torch.finfo(torch.float32).tiny)
-            loss = -outputs.log_probs.sum() / num_items * (self._accelerator.num_processes // self.size)
-            if outputs.aux_loss is not None:
-                loss = loss + self._router_loss_coef * outputs.aux_loss / context.num_batches
-            losses.append(loss)
-            outputs.loss = loss.detach()
-            return outputs
-
-        own = self.group.part(inputs["attention_mask"])  # TRL counts tokens on all ranks
-        compute_loss(forward, {**inputs, "attention_mask": own, "shift_labels": inputs["labels"]})
-        scale = 1 / get_gradient_scale(engine, self.size)
-        return losses[0] + (scale - 1) * (losses[0] - losses[0].detach())
-
 
 # Attention -----------------------------------------------------------------------------------------------------------
 
@@ -207,3 +127,86 @@ def on_shared_rows(attention: AttentionFunction) -> AttentionFunction:
         return group.to_tokens(output, heads), weights
 
     return attend
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+
+class SharedRows(IterableDataset[Batch]):
+    """
+    Rows of all ranks of a group, in turn: the first row of each rank, the second row of each rank, ….
+
+    Rows are token ids and other integers, and every rank gets them whole: which tokens a rank runs depends on how the
+    row is run (at once, in waves).
+
+    `loader` has this rank's own rows, and `prepare` is called with each before other ranks get it. `pad_token_id`
+    fills rows up; `epoch` returns the number of the epoch that begins.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Batch],
+        group: RowGroup,
+        prepare: Callable[[Batch], Batch],
+        pad_token_id: int,
+        epoch: Callable[[], int],
+    ) -> None:
+        self._loader, self._group, self._prepare = loader, group, prepare
+        self._pad_token_id, self._epoch = pad_token_id, epoch
+
+    def __len__(self) -> int:
+        return len(self._loader) * self._group.size
+
+    def __iter__(self) -> Iterator[Batch]:
+        if hasattr(self._loader, "set_epoch"):
+            self._loader.set_epoch(self._epoch())
+        for batch in self._loader:
+            own = send_to_device(self._ready_to_share(self._prepare(batch)), "cpu")
+            rows: list[Batch] = [{} for _ in range(self._group.size)]
+            torch.distributed.all_gather_object(rows, own, group=self._group.process_group)
+            yield from rows
+
+    def _ready_to_share(self, batch: Batch) -> Batch:
+        """Return a batch that the ranks can divide, marked as shared."""
+        padded = pad_batch(batch, self._group.padded_length(batch["tree"].plan.length), self._pad_token_id)
+        return {**padded, "tree": padded["tree"].replace(is_shared=True)}
+
+
+# Preparation ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def allowing_global_sizes(config: PreTrainedConfig) -> Iterator[None]:
+    """
+    Let DeepSpeed read one head size from a configuration whose layers have several, as Gemma 4's does.
+
+    Only DeepSpeed's own exchange uses that size, and rows on trees do not go through it.
+    """
+    if not getattr(config, "is_heterogeneous", False):
+        yield
+        return
+    before, config.allow_global_per_layer_attribute_access = config.allow_global_per_layer_attribute_access, True
+    try:
+        yield
+    finally:
+        config.allow_global_per_layer_attribute_access = before
+
+
+@contextmanager
+def allowing_recurrent_layers() -> Iterator[None]:
+    """
+    Keep accelerate from refusing models with recurrent layers, as it does from 1.15 on.
+
+    In the code that it knows, such a layer would start anew on each rank. Here, the layer gets the whole row
+    (`recurrent/shared_rows.py`).
+    """
+    name = "_refuse_recurrent_layers_under_sequence_parallelism"
+    refuse = getattr(accelerate.accelerator, name, None)
+    if refuse is None:
+        yield
+        return
+    setattr(accelerate.accelerator, name, lambda model: None)
+    try:
+        yield
+    finally:
+        setattr(accelerate.accelerator, name, refuse)

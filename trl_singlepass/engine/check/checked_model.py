@@ -12,13 +12,13 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attention.context import running_on
-from ..attention.row_group import RowGroup
-from ..data.collator import Batch, DataCollatorForSinglePass, pad_batch
-from .borrowed_state import are_zero3, captured_embeddings, in_evaluation_mode, without_compilation, zeros_filled
-from .check_row import CheckRow
-from .enable import UnsupportedModelError, without_adapters
-from .model_call import as_tree
+from ...attention.context import running_on
+from ...attention.row_group import RowGroup
+from ...data.collator import Batch, DataCollatorForSinglePass, pad_batch
+from ..borrowed_state import are_zero3, captured_embeddings, in_evaluation_mode, without_compilation, zeros_filled
+from ..enable import UnsupportedModelError, without_adapters
+from ..model_call import as_tree
+from .row import CheckRow
 from .separate_samples import get_device, sample_inputs
 
 

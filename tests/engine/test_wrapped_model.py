@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from trl_singlepass.waves.engines import DataParallelEngine
+from trl_singlepass.engine.wrapped_model import DataParallelModel
 
 
 class Wrapper(torch.nn.Module):
@@ -27,7 +27,7 @@ class Wrapper(torch.nn.Module):
 def test_only_the_last_wave_runs_the_wrapper(is_kept):
     """Otherwise a rank whose last wave is kept waits for one whose last wave is not, forever."""
     wrapper = Wrapper()
-    engine = DataParallelEngine(wrapper, accelerator=None, scale=1.0)
+    engine = DataParallelModel(wrapper, accelerator=None, scale=1.0)
     engine.forward(input=torch.ones(1))
     assert wrapper.forwards == 0
     engine.forward_last(is_kept=is_kept, input=torch.ones(1))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..recurrent.introspection import decoder_modules
-from .check_row import CheckRow
+from ...recurrent.introspection import decoder_modules
+from .row import CheckRow
 
 
 # How many times larger than that of its input the difference of a module's output is, where the module is to blame.

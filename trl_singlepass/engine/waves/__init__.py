@@ -5,5 +5,5 @@ from __future__ import annotations
 from .plan import Wave as Wave
 from .plan import WavePlan as WavePlan
 from .runner import WaveRunner as WaveRunner
-from .state import WaveTree as WaveTree
-from .state import select as select
+from .tree import WaveTree as WaveTree
+from .tree import select as select

@@ -1,10 +1,9 @@
 """
-The loss of one wave: its share of TRL's loss for the whole row, and of the load-balancing loss.
+The load-balancing loss of a mixture of experts, piece by piece: exact, although no piece sees the whole batch.
 
-The load-balancing loss of a mixture of experts is exact although no wave sees the whole row. With `C_e` the tokens
-routed to expert `e` and `P_e` the sum of its router probabilities, over all `R` tokens and layers, it is
-`E · Σ_e C_e/R · P_e/R`. `C_e` has no gradient, so once all `C_e` are known the loss is linear in each wave's part of
-`P_e`: the share of a wave is `E · Σ_e C_e · P_e(wave) / R²`, and the shares add up to the loss.
+With `C_e` the tokens routed to expert `e` and `P_e` the sum of its router probabilities, over all `R` tokens and
+layers, it is `E · Σ_e C_e/R · P_e/R`. `C_e` has no gradient, so once all `C_e` are known the loss is linear in each
+piece's part of `P_e`: the share of a piece is `E · Σ_e C_e · P_e(piece) / R²`, and the shares add up to the loss.
 
 Source: `load_balancing_loss_func` of transformers; Switch Transformer, arXiv 2101.03961, equations 4 to 6.
 """
@@ -12,54 +11,20 @@ Source: `load_balancing_loss_func` of transformers; Switch Transformer, arXiv 21
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..attention.row_group import RowGroup
-from .plan import Wave
-from .state import select
-
-
-if TYPE_CHECKING:
-    from trl.trainer.utils import FusedCausalLMOutput  # trl>=1.16
-
-PER_TOKEN = ("log_probs", "entropy", "is_top1", "label_mask")
-"""Outputs of TRL's fused head with one entry per target."""
-
-
-@dataclass(eq=False)
-class WaveLoss:
-    """TRL's loss, wave by wave: `-Σ c · log p` (nll) or `-Σ c · sg(p) · log p` (dft, arXiv 2508.05629)."""
-
-    coefficients: torch.Tensor  # (1, row_length), float32: factor `c` of each position's target
-    is_dft: bool  # whether each token's loss is multiplied by its probability
-    load_balancing: LoadBalancingLoss | None = None  # of a mixture of experts
-    load_balancing_coefficient: float = 0.0
-    total: float | torch.Tensor = field(default=0.0, init=False)
-
-    def __call__(self, wave: Wave, outputs: FusedCausalLMOutput) -> torch.Tensor:
-        """Return the loss of a wave from the outputs of TRL's fused head, and add it to `total`."""
-        log_probs = outputs.log_probs
-        loss: torch.Tensor = -log_probs * select(self.coefficients, ((wave.start, wave.end),))
-        if self.is_dft:
-            loss = loss * log_probs.exp().detach()
-        loss = loss.sum()
-        if outputs.aux_loss is not None:
-            loss = loss + self.load_balancing_coefficient * outputs.aux_loss
-        self.total = self.total + loss.detach()
-        return loss
 
 
 class LoadBalancingLoss:
     """
-    Load-balancing loss of one row: [`count`] every wave first, then ask for the [`share`] of each.
+    Load-balancing loss of one batch: [`count`] every piece first, then ask for the [`share`] of each.
 
-    Both take the router logits of a wave, one tensor of shape `(num_tokens, num_experts)` per layer, and the
-    multiplicity of its tokens (how often N-pass runs each), shape `(1, num_tokens)`. Where ranks share the row, the
+    Both take the router logits of a piece, one tensor of shape `(num_tokens, num_experts)` per layer, and the
+    multiplicity of its tokens (how often N-pass runs each), shape `(1, num_tokens)`. Where ranks share rows, the
     logits are those of this rank's part, and counts and shares add up over the ranks.
     """
 
@@ -73,7 +38,7 @@ class LoadBalancingLoss:
         self._has_all = False
 
     def count(self, router_logits: Sequence[torch.Tensor], multiplicity: torch.Tensor) -> None:
-        """Add the tokens of a wave to the counts of the row."""
+        """Add the tokens of a piece to the counts of the batch."""
         weight = self._weight(multiplicity)
         for logits in router_logits:
             probability = logits.softmax(-1)
@@ -85,13 +50,15 @@ class LoadBalancingLoss:
             self._total = self._total + weight.sum()
 
     def value(self) -> torch.Tensor:
-        """Return the loss of all waves that were counted, without a gradient."""
-        loss = self.num_experts * self._routed * self._probability / self._total**2
-        assert isinstance(loss, torch.Tensor), "at least one wave was counted"
-        return loss.sum().detach()
+        """Return the loss of all pieces that were counted, without a gradient."""
+        self._add_up_over_ranks()
+        probability = torch.as_tensor(self._probability)
+        probability = probability if self.group is None else self.group.sum(probability)
+        loss: torch.Tensor = (self.num_experts * self._routed * probability / self._total**2).sum()
+        return loss.detach()
 
     def share(self, router_logits: Sequence[torch.Tensor], multiplicity: torch.Tensor) -> torch.Tensor:
-        """Return what a wave contributes to the loss of the row."""
+        """Return what a piece contributes to the loss of the batch."""
         weight = self._weight(multiplicity)
         probability = torch.stack([(logits.softmax(-1).float() * weight[:, None]).sum(0) for logits in router_logits])
         self._add_up_over_ranks()
@@ -133,5 +100,5 @@ class RouterRecorder:
         return logits
 
     def new_row(self, group: RowGroup | None = None) -> LoadBalancingLoss:
-        """Return the load-balancing loss of a new row, which a group of ranks may share."""
+        """Return the load-balancing loss of a new batch, whose rows a group of ranks may share."""
         return LoadBalancingLoss(self.num_experts, self.experts_per_token, group)

@@ -1,4 +1,4 @@
-"""How waves call a wrapped model: gradients of all waves but the last stay on the rank, the last backward reduces."""
+"""How pieces of a batch call a wrapped model: the engine reduces the gradients of all of them once, after the last."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..attention.row_group import RowGroup
 from ..trees.prefix_tree import IGNORE_INDEX
-from .loss import PER_TOKEN
+from .model_call import PER_TOKEN_OUTPUTS
 
 
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 """Engines whose ranks meet inside the model: every rank has to make the same calls in the same order."""
 
 
-class Engine:
+class WrappedModel:
     """
-    One process: waves call the model as it is.
+    One process: pieces call the model as it is.
 
     `model` is as the Trainer wrapped it; `scale` is what the Trainer multiplies its loss by.
     """
+
+    is_sharded = False
 
     def __init__(self, model: torch.nn.Module, accelerator: Accelerator, scale: float) -> None:
         self.model, self.accelerator, self.scale = model, accelerator, scale
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Run the backward of a wave that is not the last: the optimizer does not step after it."""
+        """Run the backward of a piece that is not the last: the optimizer does not step after it."""
         state = self.accelerator.gradient_state
         steps = state.sync_gradients
         state._set_sync_gradients(False)
@@ -40,35 +42,35 @@ class Engine:
         finally:
             state._set_sync_gradients(steps)
 
-    def padding(self, num_forwards: int, num_waves: int) -> tuple[int, int]:
-        """
-        Return how many forwards without and with a backward this rank has to add so that all ranks make as many calls.
-
-        `num_forwards` counts those of this rank without a backward, `num_waves` those with one.
-        """
-        return 0, 0
+    def largest(self, *counts: int) -> list[int]:
+        """Return the largest of some counts over all ranks, each of which must call."""
+        if self.accelerator.num_processes == 1:
+            return list(counts)
+        own = torch.tensor([counts], device=self.accelerator.device)
+        largest: list[int] = self.accelerator.gather(own).amax(0).tolist()
+        return largest
 
     def forward(self, **inputs: Any) -> Any:
-        """Run the model for a wave whose gradients stay on the rank."""
+        """Run the model for a piece whose gradients stay on the rank."""
         return self.model(**inputs)
 
     def forward_last(self, *, is_kept: bool, **inputs: Any) -> Any:
         """
-        Run the model for the wave whose backward comes last.
+        Run the model for the piece whose backward comes last.
 
-        The wave `is_kept` if backwards of other waves come between this forward and its own backward.
+        The piece `is_kept` if backwards of other pieces come between this forward and its own backward.
         """
         return self.forward(**inputs)
 
     def reduce_in_next_backward(self, outputs: torch.Tensor) -> None:
-        """Make the next backward, from these outputs of a kept wave, reduce gradients over all ranks."""
+        """Make the next backward, from these outputs of a kept piece, reduce gradients over all ranks."""
 
 
-class DataParallelEngine(Engine):
+class DataParallelModel(WrappedModel):
     """
-    `DistributedDataParallel`: its forward runs once per batch on every rank, however many waves the rank has.
+    `DistributedDataParallel`: its forward runs once per batch on every rank, however many pieces the rank has.
 
-    Its collectives (buffers, buckets) then pair up. Other waves run on the module inside, whose gradients add up as
+    Its collectives (buffers, buckets) then pair up. Other pieces run on the module inside, whose gradients add up as
     under `no_sync`.
     """
 
@@ -92,21 +94,17 @@ class DataParallelEngine(Engine):
             self.model.reducer.prepare_for_backward([outputs] if self.model.find_unused_parameters else [])
 
 
-class ShardedEngine(Engine):
+class ShardedModel(WrappedModel):
     """
-    DeepSpeed and FSDP2: to the engine, every wave is one more batch of gradient accumulation.
+    DeepSpeed and FSDP2: to the engine, every piece is one more batch of gradient accumulation.
 
-    Gradients are reduced wave by wave, so no rank holds those of all parameters.
+    Gradients are reduced piece by piece, so no rank holds those of all parameters.
     """
 
-    def padding(self, num_forwards: int, num_waves: int) -> tuple[int, int]:
-        """Compare with all ranks."""
-        own = torch.tensor([[num_forwards, num_waves]], device=self.accelerator.device)
-        most = self.accelerator.gather(own).amax(0).tolist()
-        return most[0] - num_forwards, most[1] - num_waves
+    is_sharded = True
 
 
-class SharedRowEngine(ShardedEngine):
+class SharedRowModel(ShardedModel):
     """DeepSpeed with rows that ranks share: each runs the model on its part, and gets the outputs for all tokens."""
 
     def __init__(self, model: torch.nn.Module, accelerator: Accelerator, scale: float, group: RowGroup) -> None:
@@ -125,20 +123,21 @@ class SharedRowEngine(ShardedEngine):
         outputs = self.model(**parts)
         if not inputs.get("fused_lm_head"):
             return outputs
-        values = [outputs[name] for name in PER_TOKEN]
-        own = torch.stack([value.to(outputs.log_probs.dtype) for value in values], dim=-1)
+        values = {name: outputs[name] for name in PER_TOKEN_OUTPUTS if outputs.get(name) is not None}
+        own = torch.stack([value.to(outputs.log_probs.dtype) for value in values.values()], dim=-1)
         row = self.group.gather(own)[:, :length]
-        for name, value, whole in zip(PER_TOKEN, values, row.unbind(-1), strict=True):
+        for (name, value), whole in zip(values.items(), row.unbind(-1), strict=True):
             outputs[name] = whole.to(value.dtype)
         return outputs
 
 
-def get_engine(
+def wrapped_model(
     model: torch.nn.Module, accelerator: Accelerator, scale: float, group: RowGroup | None = None
-) -> Engine:
-    """Return the engine for a model; its class and the accelerator decide, and whether ranks share the rows."""
+) -> WrappedModel:
+    """Return how to call a model; its class and the accelerator decide, and whether ranks share the rows."""
     if group is not None:
-        return SharedRowEngine(model, accelerator, scale, group)
+        return SharedRowModel(model, accelerator, scale, group)
     if accelerator.distributed_type in SHARDED:
-        return ShardedEngine(model, accelerator, scale)
-    return (DataParallelEngine if isinstance(model, DistributedDataParallel) else Engine)(model, accelerator, scale)
+        return ShardedModel(model, accelerator, scale)
+    kind = DataParallelModel if isinstance(model, DistributedDataParallel) else WrappedModel
+    return kind(model, accelerator, scale)

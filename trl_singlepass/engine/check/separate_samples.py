@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.collator import LoadImages
-from ..images.reading import TOKEN_TYPES
-from ..trees.image_features import ImageReference, shown_images
-from ..trees.sample import Sample
+from ...data.collator import LoadImages
+from ...images.reading import TOKEN_TYPES
+from ...trees.image_features import ImageReference, shown_images
+from ...trees.sample import Sample
 
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from trl_singlepass.attention.kv_cache import KVCacheView
 from trl_singlepass.attention.row_group import RowGroup
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree
-from trl_singlepass.waves import Wave, WavePlan, WaveRunner, WaveTree
-from trl_singlepass.waves.state import GroupCache
-from trl_singlepass.waves.subplan import RangeMap
+from trl_singlepass.engine.waves import Wave, WavePlan, WaveRunner, WaveTree
+from trl_singlepass.engine.waves.subplan import RangeMap
+from trl_singlepass.engine.waves.tree import GroupCache
 
 
 pytestmark = [

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from support.sample_sets import sample_sets
 from support.tree_masks import plan_of_eleven
+from trl_singlepass.engine.waves import WavePlan
+from trl_singlepass.engine.waves.subplan import RangeMap, make_subplan
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, Run, TreePlan
-from trl_singlepass.waves import WavePlan
-from trl_singlepass.waves.subplan import RangeMap, make_subplan
 
 
 def test_a_wave_of_the_documented_row():

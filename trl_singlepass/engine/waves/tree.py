@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from ..attention.context import Tree
-from ..attention.kv_cache import KVCache, KVCacheView, LayerSlots, SlotRanges, is_in_backward
-from ..attention.offload import HostCopies
-from ..recurrent.boundary import BoundarySlots, RowBoundary
-from ..recurrent.schedule import ReplayMode, last_tokens
-from ..recurrent.states import BoundaryTensors
-from ..trees.rows import Ranges, TreePlan
+from ...attention.context import Tree
+from ...attention.kv_cache import KVCache, KVCacheView, LayerSlots, SlotRanges, is_in_backward
+from ...attention.offload import HostCopies
+from ...recurrent.boundary import BoundarySlots, RowBoundary
+from ...recurrent.schedule import ReplayMode, last_tokens
+from ...recurrent.states import BoundaryTensors
+from ...trees.rows import Ranges, TreePlan
 from .plan import Wave
 from .subplan import RangeMap, make_subplan
 

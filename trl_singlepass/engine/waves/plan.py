@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..trees.rows import Ranges, Run, TreePlan
+from ...trees.rows import Ranges, Run, TreePlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from typing import TypeVar
 
 import torch
 
-from ..attention.context import Tree, running_on
-from ..trees.rows import Ranges, Run, TreePlan
+from ...attention.context import Tree, running_on
+from ...trees.rows import Ranges, Run, TreePlan
 from .plan import Wave, WavePlan
-from .state import GroupCache, WaveTree
+from .tree import GroupCache, WaveTree
 
 
 Output = TypeVar("Output")
@@ -109,7 +109,9 @@ class WaveRunner:
                     self._run(wave, wave.handed_on, cache, forward, stores=True)
 
     def _run(self, wave: Wave, tokens: Ranges, cache: GroupCache, forward: Forward[Output], *, stores: bool) -> Output:
-        with running_on(WaveTree.from_wave(wave, tokens, cache, self.tree, stores=stores)):
+        is_whole_row = len(wave) == self.plan.row.length
+        tree = self.tree if is_whole_row else WaveTree.from_wave(wave, tokens, cache, self.tree, stores=stores)
+        with running_on(tree):
             return forward(wave, tokens)
 
 

@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..trees.rows import Ranges, Run, TreePlan
+from ...trees.rows import Ranges, Run, TreePlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""The measured check: a small tree runs as one row and as separate samples, and must give the same."""
