@@ -42,9 +42,11 @@ def test_dataset_rows_with_tools_and_completions(tokenizer):
         {"messages": tool_chat(), "tools": TOOLS},
         {"prompt": tool_chat()[:3], "completion": tool_chat()[3:], "tools": TOOLS},
     ]
+    first = {"prompt": tool_chat()[:1], "completion": tool_chat()[1:2]}
+    rows.append({"requests": [rows[1], first], "tools": TOOLS})
     report = verify(model_for(tokenizer), tokenizer, rows)
     assert report.ok, str(report)
-    assert [len(row.turns) for row in report.rows] == [3, 2]
+    assert [len(row.turns) for row in report.rows] == [3, 2, 3]
     with_tools = verify(model_for(tokenizer), tokenizer, [tool_chat()], tools=TOOLS)
     assert with_tools.rows[0].npass_tokens == report.rows[0].npass_tokens
 

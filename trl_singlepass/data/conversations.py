@@ -16,8 +16,9 @@ from ..rendering.samples import render_conversation
 from ..trees.errors import DataError
 from ..trees.sample import Sample
 from .bad_rows import BadRowError, unexpected_error
-from .images import check_no_images
+from .images import check_no_images, take_images
 from .reader import ConversationReader, Reader, as_reader, get_tokenizer
+from .requests import split_requests
 from .rows import KIND_COUNTS, PreparedRow, separate_rows
 from .selection import FittedSamples, OverlongTurnError, fit_samples, select_turns
 from .settings import RowSettings
@@ -44,10 +45,11 @@ def example_to_samples(
     package.
     """
     try:
-        given, weights, num_turns = _render_turns(example, index, as_reader(tokenizer), settings, prefixes)
-        given = [sample.with_turn_index(turn) for turn, sample in enumerate(given)]
+        rendered, num_turns = _render_turns(example, index, as_reader(tokenizer), settings, prefixes)
+        given = [sample.with_turn_index(turn) for turn, (sample, _) in enumerate(rendered)]
+        weights = [weight for _, weight in rendered]
         chosen = select_turns(given, settings.train_turns, seed=settings.seed, example_index=index)
-        chosen = [sample for sample in chosen if weights[sample.message_index or 0] > 0]
+        chosen = [sample for sample in chosen if weights[sample.turn_index] > 0]
         fitted = fit_samples(chosen, settings.longest_sample, settings.overlong_turns)
     except OverlongTurnError as error:
         raise OverlongTurnError(f"Row {index}: {error}") from error
@@ -59,7 +61,7 @@ def example_to_samples(
         raise unexpected_error(error, index) from error
     weighed = weigh(
         fitted.samples,
-        [weights[sample.message_index or 0] for sample in fitted.samples],
+        [weights[sample.turn_index] for sample in fitted.samples],
         loss_reduction=settings.loss_reduction,
         reasoning_weight=settings.reasoning_weight,
     )
@@ -75,14 +77,38 @@ def _render_turns(
     reader: PreTrainedTokenizerBase | ConversationReader,
     settings: RowSettings,
     prefixes: Prefixes | None,
-) -> tuple[list[Sample], list[float], int]:
-    """Return all samples, the weight of each message (of each turn if turns are tokens), and the number of turns."""
+) -> tuple[list[tuple[Sample, float]], int]:
+    """Return all samples with the weights of their messages, or of turns that are tokens, and the number of turns."""
     tokenizer, turns = get_tokenizer(reader), get_tokenized_turns(example)
     if turns is not None:
         samples, weights = tokenized_turns_to_samples(turns, len(tokenizer)), message_weights(turns)
         if isinstance(reader, ConversationReader):
             samples = reader.add_images(samples, turns, index)
-        return samples, weights, len(turns)
+        return list(zip(samples, weights, strict=True)), len(turns)
+    requests = split_requests(example)
+    if requests is None:
+        return _render_messages(example, index, reader, settings, prefixes)
+    rendered, num_turns = [], 0
+    for number, (request, factor) in enumerate(zip(requests, message_weights(requests, "Request"), strict=True)):
+        try:
+            if isinstance(reader, ConversationReader) and take_images(request)[1]:
+                raise DataError("It has images. Store it as a row of its own, with 'prompt' and 'completion'.")
+            of_request, num_of_request = _render_messages(request, index, reader, settings, None)
+        except DataError as error:
+            raise DataError(f"Request {number}: {error}") from error
+        rendered += [(sample, factor * weight) for sample, weight in of_request]
+        num_turns += num_of_request
+    return rendered, num_turns
+
+
+def _render_messages(
+    example: Mapping[str, object],
+    index: int,
+    reader: PreTrainedTokenizerBase | ConversationReader,
+    settings: RowSettings,
+    prefixes: Prefixes | None,
+) -> tuple[list[tuple[Sample, float]], int]:
+    tokenizer = get_tokenizer(reader)
     if isinstance(reader, ConversationReader):
         conversation, chat_template = reader.read_conversation(example, index), reader.chat_template
     else:
@@ -94,7 +120,7 @@ def _render_turns(
         samples = render_conversation(conversation, tokenizer, prefixes=prefixes)
     else:
         samples = render_with_history(conversation, tokenizer, history, chat_template=chat_template)
-    return samples, weights, len(conversation.turns)
+    return [(sample, weights[sample.message_index or 0]) for sample in samples], len(conversation.turns)
 
 
 def example_to_rows(

@@ -12,6 +12,7 @@ from ..rendering.conversation import Conversation, RenderingError
 from ..rendering.validation import MESSAGE_COLUMNS, expected_columns
 from ..trees.rows import ROW_COLUMNS
 from .bad_rows import group_errors
+from .requests import split_requests
 from .tokenized_turns import get_tokenized_turns, is_single_turn
 
 
@@ -48,7 +49,7 @@ def holds_turns(dataset: object, *, text_field: str = "text", name: str = "train
         return True
     if "input_ids" in columns:
         return False
-    if columns.get("turns") == _ColumnType.LIST or is_single_turn(columns):
+    if _ColumnType.LIST in (columns.get("turns"), columns.get("requests")) or is_single_turn(columns):
         return True
     if _hold_messages(columns):
         return True
@@ -58,7 +59,7 @@ def holds_turns(dataset: object, *, text_field: str = "text", name: str = "train
         raise ValueError(
             f"The {name} dataset holds preference pairs, which SinglePassDPOTrainer trains, and `trl-singlepass dpo`."
         )
-    if not ("turns" in columns or any(set(group) <= set(columns) for group in MESSAGE_COLUMNS)):
+    if not ({"turns", "requests"} & set(columns) or any(set(group) <= set(columns) for group in MESSAGE_COLUMNS)):
         raise ValueError(f"The {name} dataset has no column to train on. {_expected(columns, first, text_field)}")
     if isinstance(dataset, IterableDataset):
         _check_some_are_conversations(first, name)
@@ -167,7 +168,8 @@ def _check_some_are_conversations(first: Sequence[Mapping[str, object]], name: s
     for index, example in enumerate(first):
         try:
             if get_tokenized_turns(example) is None:
-                Conversation.from_example(dict(example))
+                for conversation in split_requests(example) or [example]:
+                    Conversation.from_example(dict(conversation))
         except ValueError as error:
             reasons.append((index, str(error)))
     if len(reasons) == len(first):

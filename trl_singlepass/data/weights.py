@@ -21,27 +21,25 @@ class LossReduction(StrEnum):
     CONVERSATION = "conversation"
 
 
-def message_weights(messages: Sequence[Mapping[str, object]]) -> list[float]:
+def message_weights(messages: Sequence[Mapping[str, object]], what: str = "Message") -> list[float]:
     """
-    Return the loss weight of each message of a conversation.
+    Return the loss weight of each message of a conversation, or of `what` else has one.
 
     `weight` is a factor of the message's loss (0 makes it context), `train: false` means a weight of 0. A message with
     neither has weight 1. Raises `ValueError` if a weight is not a finite number of 0 or more, or `train` is not a
     boolean.
     """
-    return [_message_weight(message, index) for index, message in enumerate(messages)]
+    return [_message_weight(message, f"{what} {index}") for index, message in enumerate(messages)]
 
 
-def _message_weight(message: Mapping[str, object], index: int) -> float:
+def _message_weight(message: Mapping[str, object], name: str) -> float:
     weight, train = message.get("weight"), message.get("train")
     if train is not None and not isinstance(train, bool):
-        raise DataError(f"Message {index} has train={train!r}. Set it to true or false.")
+        raise DataError(f"{name} has train={train!r}. Set it to true or false.")
     if weight is None:
         return float(train is not False)
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < math.inf:
-        raise DataError(
-            f"Message {index} has weight={weight!r}. A weight is a number of 0 or more; 0 leaves a message untrained."
-        )
+        raise DataError(f"{name} has weight={weight!r}. A weight is a number of 0 or more; 0 leaves it untrained.")
     return float(weight) if train is not False else 0.0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ..data.bad_rows import read_all
 from ..data.collator import LoadImages
 from ..data.pairs import example_to_pair, is_pair
 from ..data.reader import ConversationReader, as_reader, check_renders, get_tokenizer
+from ..data.requests import split_requests
 from ..data.settings import PairSettings
 from ..engine.check.report import TreeCheckReport
 from ..engine.check.separate_samples import get_device
@@ -135,6 +136,9 @@ def _render(
             has_reader = isinstance(reader, ConversationReader) and chat_template is None
             given = reader if has_reader else with_template(get_tokenizer(reader), chat_template)
             return example_to_pair(row, index, given, PairSettings()).samples
+        return [sample for request in split_requests(row) or [row] for sample in render(index, dict(request))]
+
+    def render(index: int, row: dict[str, Any]) -> list[Sample]:
         if not isinstance(reader, ConversationReader):
             return render_example(row, reader, chat_template=chat_template, example_index=index)
         try:

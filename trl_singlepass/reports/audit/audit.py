@@ -27,6 +27,7 @@ from ...data.conversations import example_to_samples
 from ...data.images import holds_images
 from ...data.pairs import TOKEN_COLUMNS, example_to_pair, is_pair, split_pair
 from ...data.reader import ConversationReader, as_reader, check_renders, get_tokenizer
+from ...data.requests import split_requests
 from ...data.settings import PairSettings, RowSettings
 from ...data.tokenized_turns import get_tokenized_turns
 from ...rendering.conversation import Conversation
@@ -311,30 +312,28 @@ class Auditor:
         return audited
 
     def _audit_conversation(self, example: Mapping[str, object], audited: AuditedRow) -> None:
-        conversation: Conversation | None = None
+        conversations: list[Conversation] = []
         if get_tokenized_turns(example) is None:  # otherwise it has tokens already, and no template is involved
-            conversation = self._read(audited.index, example)
-        samples = self._to_samples(example, conversation, audited)
+            parts = split_requests(example) or [example]
+            conversations = [self._read(audited.index, part) for part in parts]
+        samples = self._to_samples(example, conversations, audited)
         if not samples:
             raise BadRowError("All its turns have the weight 0, so nothing of it is trained.")
         self._add_samples(samples, audited)
         audited.cost = count_conversation(samples, self.shape)
-        if conversation is not None:
-            audited.recipes.append(self.assistant_only.count(conversation, samples))
+        if len(conversations) == 1:
+            audited.recipes.append(self.assistant_only.count(conversations[0], samples))
 
     def _to_samples(
-        self, example: Mapping[str, object], conversation: Conversation | None, audited: AuditedRow
+        self, example: Mapping[str, object], conversations: Sequence[Conversation], audited: AuditedRow
     ) -> Sequence[Sample]:
         """Return the samples of a row, and add the facts about its turns, whether or not they can be trained."""
-        if conversation is None:
-            return example_to_samples(example, audited.index, self.reader, RowSettings()).samples
-        examiner = self._examine(conversation, audited)
+        examiners = [self._examine(conversation, audited) for conversation in conversations]
+        prefixes = examiners[0].prefixes if len(examiners) == 1 else None
         try:
-            return example_to_samples(
-                example, audited.index, self.reader, RowSettings(), prefixes=examiner.prefixes
-            ).samples
+            return example_to_samples(example, audited.index, self.reader, RowSettings(), prefixes=prefixes).samples
         finally:
-            audited.turns += examiner.finish()
+            audited.turns += [turn for examiner in examiners for turn in examiner.finish()]
 
     def _audit_pair(self, example: Mapping[str, object], audited: AuditedRow) -> None:
         """Add both trajectories of a pair, and the cost of their one tree."""
