@@ -11,14 +11,14 @@ import numpy as np
 from trl import extract_prompt
 
 from ..images.loading import EncodedImage
-from ..trees.image_features import FeatureNumbers, to_keys
+from ..trees.image_features import to_keys
 from ..trees.sample import Sample
 from .arrow import row_columns
 from .bad_rows import BadRowError, get_reason
 from .conversations import example_to_samples
 from .images import image_columns_of
 from .reader import ConversationReader, Reader, images_of_example
-from .rows import PreparedRow, joined_row
+from .rows import PreparedRow, joined_row, with_images_numbered_together
 from .selection import FittedSamples, OverlongTurnError, fit_samples
 from .settings import PairSettings, PairTurns
 
@@ -82,7 +82,7 @@ def example_to_pair(example: Mapping[str, Any], index: int, tokenizer: Reader, s
     else:
         trajectories = split_pair(example, index)
         fitted = [_render(trajectories[side], side, index, tokenizer, settings) for side in SIDES]
-    fitted = _with_images_numbered_together(fitted)
+    fitted = with_images_numbered_together(fitted)
     num_leading, num_shared = _shared_turns(*(side.samples for side in fitted))
     if settings.train_turns == PairTurns.FROM_DIFFERENCE:
         fitted = [_without_first(side, num_leading) for side in fitted]
@@ -178,22 +178,6 @@ def images_name(dataset: str, side: str) -> str:
 def images_of_trajectory(example: Mapping[str, Any], side: str) -> list[EncodedImage]:
     """Return the images of one trajectory of a pair, in the order in which its rows count them."""
     return images_of_example(split_pair(example, 0)[side])
-
-
-def _with_images_numbered_together(sides: Sequence[FittedSamples]) -> list[FittedSamples]:
-    """Return trajectories whose samples number the images of both, as the samples of one tree must."""
-    samples = [sample for side in sides for sample in side.samples]
-    if all(sample.image_features is None for sample in samples):
-        return list(sides)
-    numbers = FeatureNumbers()
-    numbers.add(sorted((image for sample in samples for image in sample.images), key=lambda image: image.in_company))
-    return [replace(side, samples=tuple(_renumbered(sample, numbers) for sample in side.samples)) for side in sides]
-
-
-def _renumbered(sample: Sample, numbers: FeatureNumbers) -> Sample:
-    assert sample.image_features is not None, "one reader reads both trajectories"
-    features = numbers.renumber(sample.image_features, sample.images)
-    return replace(sample, image_features=features, images=numbers.images)
 
 
 def _without_first(side: FittedSamples, number: int) -> FittedSamples:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..trees.image_features import shown_images
+from ..trees.image_features import FeatureNumbers, shown_images
 from ..trees.prefix_tree import PrefixTree, sample_paths
 from ..trees.rows import ROW_COLUMNS, Row
 from ..trees.sample import CompletionKind, Sample
@@ -75,7 +75,8 @@ def joined_row(
     lists: Mapping[str, FittedSamples], index: int, max_row_tokens: int | None, **further_counts: int
 ) -> PreparedRow:
     """
-    Return labelled lists of samples as one row, an empty one if nothing is left of one of them.
+    Return labelled lists of samples as one row, which is empty if nothing is left of one of them. The lists number
+    their images together ([`with_images_numbered_together`]).
 
     Where their tree is larger than `max_row_tokens`, the row holds several side by side, of which each fits. A target
     is named by the position that predicts it. Prompt `[1, 2]`, chosen `[3]`, rejected `[4, 5]`:
@@ -96,6 +97,22 @@ def joined_row(
     counts.update(further_counts)
     targets = dict(zip(lists, _targets(fitted, trees, parts), strict=True)) if parts else {}
     return PreparedRow(row, counts, _name_overlong(fitted, index), targets)
+
+
+def with_images_numbered_together(lists: Sequence[FittedSamples]) -> list[FittedSamples]:
+    """Return lists whose samples number the images of all, as the samples of one tree must."""
+    samples = [sample for fitted in lists for sample in fitted.samples]
+    if all(sample.image_features is None for sample in samples):
+        return list(lists)
+    numbers = FeatureNumbers()
+    numbers.add(sorted((image for sample in samples for image in sample.images), key=lambda image: image.in_company))
+
+    def renumbered(sample: Sample) -> Sample:
+        assert sample.image_features is not None, "one reader reads all lists"
+        features = numbers.renumber(sample.image_features, sample.images)
+        return replace(sample, image_features=features, images=numbers.images)
+
+    return [replace(fitted, samples=tuple(map(renumbered, fitted.samples))) for fitted in lists]
 
 
 def _targets(
