@@ -138,7 +138,8 @@ def test_ctrl_c_ends_quietly_with_the_way_to_resume(train_patiently, num_process
     assert code == INTERRUPTED
     assert "Traceback" not in errors
     last = errors.splitlines()[-1]
-    assert last.startswith("trl-singlepass train: Interrupted before the first checkpoint (save_steps): the same")
+    assert last.startswith("trl-singlepass train: ")
+    assert "save_steps" in last
 
 
 def test_after_ctrl_c_the_newest_checkpoint_is_named(monkeypatch, run, tmp_path):
@@ -146,10 +147,8 @@ def test_after_ctrl_c_the_newest_checkpoint_is_named(monkeypatch, run, tmp_path)
     monkeypatch.setattr(launch, "last_good_checkpoint", lambda folder: f"{folder}/checkpoint-20")
     code, out, err = run("train", "--output_dir", tmp_path, *TRAIN)
     assert (code, out) == (INTERRUPTED, "")
-    assert err.strip() == (
-        "trl-singlepass train: Interrupted. With --resume_from_checkpoint auto, the same command goes on from "
-        f"{tmp_path}/checkpoint-20."
-    )
+    assert "--resume_from_checkpoint auto" in err
+    assert f"{tmp_path}/checkpoint-20" in err
 
 
 def test_accelerate_configs_are_files_or_names(tmp_path):
@@ -180,17 +179,15 @@ def test_an_error_that_a_process_has_printed_is_not_told_again(monkeypatch, run,
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (subprocess.CalledProcessError(1, ["python"]), "ended with exit code 1; its traceback is above."),
-        (failed_child(-9), "was killed by SIGKILL. After SIGKILL, look whether memory ran out."),
-    ],
+    ("error", "how"), [(subprocess.CalledProcessError(1, ["python"]), "exit code 1"), (failed_child(-9), "SIGKILL")]
 )
-def test_other_ends_of_a_process_are_told_in_a_line(monkeypatch, run, error, message):
+def test_other_ends_of_a_process_are_told_in_a_line(monkeypatch, run, error, how):
     monkeypatch.setattr(launch, "launch_command", raising(error))
     code, out, err = run("train", "--output_dir", "x", *TRAIN)
     assert (code, out) == (2, "")
-    assert err == f"trl-singlepass train: A training process {message}\n"
+    assert err.startswith("trl-singlepass train: ")
+    assert err.count("\n") == 1
+    assert how in err
 
 
 @pytest.mark.parametrize(
@@ -218,7 +215,7 @@ def test_errors_of_processes_are_one_line(model, tmp_path, processes):
     done = subprocess.run(command, env=environment, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("trl-singlepass"))
-    assert line.startswith("trl-singlepass train: No data: pass a file, a folder or a hub id as --dataset_name")
+    assert "--dataset_name" in line
     assert "Traceback" not in done.stderr
     assert "CalledProcessError" not in done.stderr
 
@@ -276,7 +273,7 @@ def test_several_processes_that_would_be_one_are_refused(monkeypatch, tmp_path, 
     if file is not None:
         (tmp_path / "mine.yaml").write_text(file)
         arguments = [*arguments, "--accelerate_config", str(tmp_path / "mine.yaml")]
-    with pytest.raises(ValueError, match=r"--num_processes 2 would start one process here\. Add --multi_gpu"):
+    with pytest.raises(ValueError, match=r"--num_processes 2 .*--multi_gpu"):
         parse(*arguments)
 
 
@@ -301,10 +298,8 @@ def test_fsdp_without_a_gpu_says_what_to_try_before_a_process_starts(monkeypatch
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     code, out, err = run("train", *arguments, "--output_dir", "x", *TRAIN)
     assert (code, out) == (2, "")
-    assert err == (
-        "trl-singlepass train: FSDP needs a GPU, and there is none. To try two processes on a CPU, use DDP: "
-        "--num_processes 2 --multi_gpu --use_cpu true, and no FSDP configuration.\n"
-    )
+    assert "FSDP" in err
+    assert "--num_processes 2 --multi_gpu --use_cpu true" in err
 
 
 def test_one_process_may_keep_an_fsdp_configuration(monkeypatch):
