@@ -227,6 +227,12 @@ def parse(*arguments):
     return run
 
 
+def test_the_script_gets_its_config_file_as_two_words(tmp_path):
+    (tmp_path / "c.yaml").write_text("learning_rate: 1.0e-3\n")
+    run = parse(f"--config={tmp_path / 'c.yaml'}")
+    assert run.training_script_args[:3] == ["train", "--config", str(tmp_path / "c.yaml")]
+
+
 @pytest.mark.parametrize("arguments", [[], ["--num_processes", "1", "--mixed_precision", "bf16"]])
 def test_the_launcher_has_no_defaults_to_warn_about(arguments, caplog, monkeypatch):
     monkeypatch.setattr(launch, "default_config_file", "none")

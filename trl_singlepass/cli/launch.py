@@ -29,7 +29,7 @@ from ..training.base_config import SinglePassConfig
 from ..training.checkpoints import last_good_checkpoint
 from ..training.config import SinglePassSFTConfig
 from ..training.preemption import SIGNALS
-from .arguments import Parser
+from .arguments import Parser, with_config_apart
 from .errors import EXPLAINED, INTERRUPTED
 
 
@@ -113,7 +113,7 @@ def parse_launch(parser: Parser, arguments: Sequence[str], module: Sequence[str]
     with _naming_bf16():
         (_, training_args, *_), from_config, from_command_line = parser.parse_divided(arguments, flags)
     for_accelerate = with_config_file([*from_config, *from_command_line])
-    for_script = _without(arguments, from_command_line)
+    for_script = _without(with_config_apart(arguments), from_command_line)
     run: Namespace = accelerate.parse_args([*for_accelerate, "--module", *module, *for_script])
     _set_defaults(run)
     _check_processes(run, fsdp=bool(training_args.fsdp))

@@ -189,14 +189,9 @@ def _expand(
         return _as_text(samples, tokenizer)
     return {
         "input_ids": [sample.token_ids.tolist() for sample in samples],
-        "labels": [_labels(sample) for sample in samples],
+        "labels": [np.where(sample.loss_weights > 0, sample.token_ids, IGNORE_INDEX).tolist() for sample in samples],
         "loss_weights": [sample.loss_weights.tolist() for sample in samples],
     }
-
-
-def _labels(sample: Sample) -> list[int]:
-    labels: list[int] = np.where(sample.loss_weights > 0, sample.token_ids, IGNORE_INDEX).tolist()
-    return labels
 
 
 def _has_other_weights(samples: Dataset) -> bool:
@@ -214,9 +209,10 @@ def _as_text(samples: Sequence[Sample], processor: ProcessorMixin) -> dict[str, 
     The references of the samples hold their images. If a trainer that processes the text would not train the same
     tokens with the same weights, this raises `BadRowError`.
     """
+    texts = [_text(sample, processor) for sample in samples]
     return {
-        "prompt": [_text(sample, processor)[0] for sample in samples],
-        "completion": [_text(sample, processor)[1] for sample in samples],
+        "prompt": [prompt for prompt, _ in texts],
+        "completion": [completion for _, completion in texts],
         "images": [
             [
                 {"path": image.source["path"], "bytes": image.source["bytes"]}
