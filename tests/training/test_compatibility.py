@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from peft import AdaptionPromptConfig, LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from support.conversations import chat, tool_chat
 from support.pairs import SINGLE_TURNS
@@ -14,7 +14,7 @@ from support.tiny_causal_lms import tiny_model
 from support.tiny_multimodal import tiny_conditional
 from support.trainers import SETTINGS, as_dataset, float32_model, largest_difference, single_pass_trainer
 from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, SinglePassSFTConfig, SinglePassSFTTrainer
-from trl_singlepass.engine.enable import UnsupportedModelError, check_model
+from trl_singlepass.engine.enable import UnsupportedModelError, check_model, enable_tree
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -39,6 +39,19 @@ def test_models_that_do_not_train_on_text_are_refused(class_name, message):
         check_model(tiny_conditional(class_name))
 
 
+def test_models_that_do_not_take_attention_from_outside_are_refused():
+    model = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2))
+    with pytest.raises(UnsupportedModelError, match="BloomForCausalLM does not take its attention function"):
+        enable_tree(model)
+
+
+def test_models_in_8_bits_are_refused():
+    model = tiny_model("qwen3")
+    model.is_loaded_in_8bit = True  # as transformers marks it
+    with pytest.raises(UnsupportedModelError, match=r"is loaded in 8 bits \(load_in_8bit\).*Use load_in_4bit"):
+        enable_tree(model)
+
+
 def test_a_vocabulary_padded_in_the_embedding_alone_is_accepted():
     if not hasattr(transformers, "Inkling2ForCausalLM"):
         pytest.skip("transformers has no Inkling2ForCausalLM")
@@ -55,7 +68,7 @@ def test_images_are_refused(tmp_path, tokenizer):
 
 @pytest.fixture
 def no_data_is_prepared(monkeypatch):
-    for name in ("training.dataset.prepare_dataset", "preference.trainer.prepare_pairs"):
+    for name in ("training.dataset.prepare_dataset", "preference.trainer.prepare"):
         monkeypatch.setattr(f"trl_singlepass.{name}", lambda *_, **__: pytest.fail("prepared"))
 
 

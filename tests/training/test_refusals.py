@@ -161,7 +161,7 @@ CASES = {
         (
             "transformers 5.14.0",
             sft({"wave_tokens": 99, "label_smoothing_factor": 0.1}),
-            {"trl_singlepass.training.situation.transformers": SimpleNamespace(__version__="5.14.0")},
+            {"transformers.__version__": "5.14.0"},
         ),
         ("torch_compile", sft({"wave_tokens": 99, "torch_compile": True})),
         (

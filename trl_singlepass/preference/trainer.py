@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl import DPOConfig, DPOTrainer
 
 from ..data.bad_rows import BadRows
-from ..data.collator import Batch, Collator, DataCollatorForSinglePass, check_collator
+from ..data.collator import Batch, Collator, check_collator
 from ..data.dataset_format import column_names
 from ..data.images import hide_image_columns
 from ..data.labelled_rows import check_rows_fit
@@ -27,13 +27,12 @@ from ..images.reading import ImageReader
 from ..training.base_config import add_settings
 from ..training.compatibility import check_arguments, check_pairs
 from ..training.dataset import AnyDataset
-from ..training.images import read_images, show_images
+from ..training.images import read_images
 from ..training.mixin import SinglePassTrainerMixin
 from ..training.refusals import ENGINES, PAIRS, check, check_parts
 from ..training.sharding import prepare_sharding, stop_prefetching
 from ..training.situation import Situation
 from ..training.tree_loss import Loss
-from ..trees.rows import IMAGE_COLUMNS
 from .collator import DataCollatorForSinglePassPreference
 from .config import SinglePassDPOConfig, default_config, pair_settings, turn_weights, without_padding_free
 
@@ -68,6 +67,7 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
     _tag_names: ClassVar = ["trl", "dpo", "single-pass"]
     _name = "SinglePassDPO"
     precompute_ref_logps: bool
+    _row_columns: ClassVar = (*PAIR_COLUMNS, *REFERENCE_COLUMNS)
     _moved_as_they_are: ClassVar = ("tree", *REFERENCE_COLUMNS)
     _pair_collator: DataCollatorForSinglePassPreference | None = None
     _pieces: Pieces
@@ -116,7 +116,7 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
         """Run the policy and its reference on trees; TRL may need them before its constructor has ended."""
         if self._pair_collator is not None:
             return
-        check(Situation(self.args, self.model, self.accelerator, tp_size=self.get_tp_size()), ENGINES, PAIRS)
+        check(self._situation, ENGINES, PAIRS)
         prepare_sharding(self.model, self.accelerator)
         for model in (self.model,) if self.ref_model is None else (self.model, self.ref_model):
             enable_tree(self.accelerator.unwrap_model(model, keep_torch_compile=False))
@@ -127,8 +127,12 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
             self.args.max_row_tokens,
         )
         self._pieces = self._make_pieces()
-        if show_images(self.train_dataset, self.eval_dataset):
-            self._read_images(self._pair_collator.row_collator)
+        rows = self._pair_collator.row_collator
+        rows.load_images = rows.load_images or image_loader_of(self.processing_class)
+        shows_images = read_images(self._situation, rows, self.train_dataset, self.eval_dataset)
+        if shows_images and self.ref_model is not None:
+            reference = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
+            ImageReader.enable(without_adapters(reference))
         self.data_collator = self._pair_collator
 
     def _make_pieces(self) -> Pieces:
@@ -136,7 +140,7 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
         bounding = [name for name in ("wave_tokens", "max_row_tokens") if getattr(self.args, name) is not None]
         if bounding:
             stop_prefetching(self.accelerator)
-            check_parts(Situation(self.args, self.model, self.accelerator))
+            check_parts(self._situation)
         return Pieces(
             self.model,
             self.args,
@@ -145,15 +149,6 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
             knows_loss=False,
             has_router_loss=self.aux_loss_enabled,
         )
-
-    def _read_images(self, collator: DataCollatorForSinglePass) -> None:
-        """Let the policy, its reference and the collator of rows read images."""
-        collator.load_images = collator.load_images or image_loader_of(self.processing_class)
-        tp_size = self.get_tp_size()
-        read_images(self.model, self.args, self.accelerator, collator, tp_size)
-        if self.ref_model is not None:
-            reference = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
-            ImageReader.enable(without_adapters(reference))
 
     def _checked_collator(self, collator: Collator) -> Collator:
         before = self._pair_collator
@@ -202,10 +197,6 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
                 name=dataset_name,
                 is_main_process=args.process_index == 0,
             )
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns of pairs; TRL removes those that it does not know."""
-        self._signature_columns = [*PAIR_COLUMNS, *IMAGE_COLUMNS, *REFERENCE_COLUMNS]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Enable trees first; TRL computes these log-probabilities at the end of its own constructor."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from transformers import DataCollator, PreTrainedModel
@@ -26,8 +24,6 @@ from .refusals import (
     ENGINES,
     PACKAGES,
     TURNS,
-    ULYSSES,
-    WEIGHTS,
     Scope,
     check,
     check_parts,
@@ -36,7 +32,7 @@ from .situation import Situation
 
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    pass
 
 _TEMPLATE_FILES = (".jinja", ".j2")  # TRL takes any other file for a model
 
@@ -115,13 +111,3 @@ def check_pairs(dataset: Dataset | IterableDataset, name: str) -> None:
 def check_turn_settings(args: SFTConfig, dataset: Dataset | IterableDataset, packing: bool) -> None:
     """Refuse settings that the turns of conversations cannot follow; plain text follows them as in TRL."""
     check(Situation(args, dataset=dataset, packing=packing), TURNS, CONVERSATIONS)
-
-
-def check_weights_reach_the_loss(args: SFTConfig, compute_loss_func: Callable[..., object] | None) -> None:
-    """Refuse, for a batch with loss weights other than 1, losses that would not read them."""
-    check(Situation(args, compute_loss_func=compute_loss_func), WEIGHTS)
-
-
-def check_sequence_parallelism(model: PreTrainedModel | PeftModel, args: SFTConfig, accelerator: Accelerator) -> None:
-    """Refuse what rows that ranks share (`sp_size` above 1) cannot honour."""
-    check(Situation(args, model, accelerator), ULYSSES)

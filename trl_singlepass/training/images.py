@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
-from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel
-from trl import SFTConfig
 
 from ..data.collator import DataCollatorForSinglePass
 from ..data.dataset_format import column_names
@@ -17,9 +14,6 @@ from ..trees.rows import IMAGE_COLUMNS
 from .refusals import IMAGES, check
 from .situation import Situation
 
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 Rows: TypeAlias = Dataset | IterableDataset | Mapping[str, Any] | None
 
@@ -33,22 +27,18 @@ def show_images(*datasets: Rows) -> bool:
     )
 
 
-def read_images(
-    model: PreTrainedModel | PeftModel,
-    args: SFTConfig,
-    accelerator: Accelerator,
-    collator: DataCollatorForSinglePass,
-    tp_size: int,
-) -> None:
+def read_images(run: Situation, collator: DataCollatorForSinglePass, *datasets: Rows) -> bool:
     """
-    Make a model and a collator read rows with images; both are changed in place.
+    Make a model and a collator read images if any of some prepared datasets has rows with images; return whether.
 
-    `tp_size` ranks share the layers of the model. Images that a tree cannot give to the model raise
-    `UnsupportedImagesError`, settings and engines that do not go with images `ValueError`.
+    Images that a tree cannot give to the model raise `UnsupportedImagesError`, settings and engines that do not go
+    with images `ValueError`.
     """
-    check(Situation(args, model, accelerator, tp_size=tp_size), IMAGES)
-    enable_images(model, collator)
-    if accelerator.num_processes > 1:
+    if not show_images(*datasets):
+        return False
+    check(run, IMAGES)
+    enable_images(run.model, collator)
+    if run.accelerator is not None and run.accelerator.num_processes > 1:
         # Ranks reduce the gradients of the encoder together, and some shard it: all have to run it, or none.
         collator.blank_image = getattr(collator.load_images, "blank", None)
         if collator.blank_image is None:
@@ -56,3 +46,4 @@ def read_images(
                 "On several ranks, a row without images shows the model a blank one, so that all ranks run its "
                 "encoder. Give the load_images of your data_collator a method `blank`, or leave data_collator unset."
             )
+    return True

@@ -10,19 +10,23 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..data.collator import Batch, Collator
+from ..trees.rows import IMAGE_COLUMNS
 from .checkpoints import add_state_to_manifest, resume_counts, write_manifest
 from .dataset import AnyDataset
 from .metrics import TokenCounts
 from .model_card import complete_model_card
 from .self_check import SelfCheck
 from .sharding import gather_head_with_model
+from .situation import Situation
 
 
 class SinglePassTrainerMixin(Trainer):
     """What every trainer overrides alike; a trainer derives from it first, and then from TRL's."""
 
     train_dataset: AnyDataset
+    model_accepts_loss_kwargs: bool
     _signature_columns: list[str]
+    _row_columns: ClassVar[tuple[str, ...]]
     _collate: Collator
     _listed: str | None = None  # the checkpoint that is being saved, once it has a manifest
     _moved_as_they_are: ClassVar[tuple[str, ...]] = ("tree",)
@@ -31,6 +35,18 @@ class SinglePassTrainerMixin(Trainer):
         super().__init__(*args, **kwargs)
         self._counts = TokenCounts()
         self._self_check = SelfCheck(self.accelerator, is_on=self.args.self_check)
+
+    @property
+    def _situation(self) -> Situation:
+        """What is known of the run once the engine has been set up."""
+        return Situation(
+            self.args,
+            self.model,
+            self.accelerator,
+            compute_loss_func=self.compute_loss_func,
+            accepts_loss_kwargs=self.model_accepts_loss_kwargs,
+            tp_size=self.get_tp_size(),
+        )
 
     @property
     def data_collator(self) -> Collator:
@@ -45,6 +61,11 @@ class SinglePassTrainerMixin(Trainer):
     @abstractmethod
     def _checked_collator(self, collator: Collator) -> Collator:
         """Return the collator to use where another one is set, or raise `ValueError` if it makes no trees."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns of rows; TRL removes those that it does not know."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._row_columns, *IMAGE_COLUMNS]))
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         """Resume token counts, from a checkpoint that has not changed; the Trainer does not know them."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from accelerate.utils import DistributedType
+import transformers
+import trl
 from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig
 
 from ..attention.registry import TREE_ATTENTION
 from .sharding import PREFETCHED
-from .situation import Found, Situation, transformers_before, trl_before
+from .situation import Found, Situation, before
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ PAIRS = Scope(
     (
         Refusal(
             "`trl` before 1.16",
-            lambda run: trl_before("1.16"),
+            lambda run: before(trl, "1.16"),
             "its DPOTrainer has other methods",
             "Upgrade to `trl>=1.16`",
         ),
@@ -275,7 +276,7 @@ WEIGHTS = Scope(
     (
         Refusal(
             "`trl` before 1.15",
-            lambda run: trl_before("1.15"),
+            lambda run: before(trl, "1.15"),
             "its models compute the loss themselves",
             "Upgrade to `trl>=1.15`",
         ),
@@ -291,14 +292,14 @@ OLDER_TRL = Scope(
     (
         Refusal(
             "models whose class has `accepts_loss_kwargs=False`",
-            lambda run: not run.accepts_loss_kwargs and trl_before("1.15") and type(run.base).__name__,
+            lambda run: not run.accepts_loss_kwargs and before(trl, "1.15") and type(run.base).__name__,
             "it divides its loss by the tokens of each batch, so that a step would train a mean of batch means",
             "Upgrade to `trl>=1.15`, which computes the loss of each token itself",
         ),
         Refusal(
             "`log_turn_metrics=True`",
             lambda run: (
-                getattr(run.args, "log_turn_metrics", False) and trl_before("1.15") and "log_turn_metrics=True"
+                getattr(run.args, "log_turn_metrics", False) and before(trl, "1.15") and "log_turn_metrics=True"
             ),
             "it reads the loss of each token, which TRL computes since 1.15",
             "Upgrade to `trl>=1.15`",
@@ -313,13 +314,13 @@ WAVES = Scope(
     (
         Refusal(
             "`trl` before 1.16",
-            lambda run: trl_before("1.16"),
+            lambda run: before(trl, "1.16"),
             "it has no fused head that takes shifted labels",
             "Upgrade to `trl>=1.16`",
         ),
         Refusal(
             "`label_smoothing_factor` before transformers 5.15",
-            lambda run: run.args.label_smoothing_factor != 0 and transformers_before("5.15"),
+            lambda run: run.args.label_smoothing_factor != 0 and before(transformers, "5.15"),
             "its label smoother divides by the targets of a wave, not by those of the step",
             "Upgrade to `transformers>=5.15`",
         ),
@@ -392,7 +393,7 @@ PARTS = Scope(
         ),
         Refusal(
             "engines other than DDP, DeepSpeed and FSDP2",
-            Situation.accumulates_otherwise,
+            lambda run: run.engine not in ("", "NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED", "FSDP") and run.engine,
             "how it accumulates gradients is not known",
             "Train with DDP, DeepSpeed or FSDP2",
         ),
@@ -404,7 +405,7 @@ PARTS = Scope(
         ),
         Refusal(
             f"`{PREFETCHED}` of ZeRO-3 above 0",
-            Situation.prefetches,
+            lambda run: run.zero3() and run.of_deepspeed("zero_optimization", PREFETCHED) != 0,
             "it fetches parameters in the order of the first step, and the number of parts changes from row to row",
             "Set it to 0 or `'auto'`",
         ),
@@ -536,13 +537,13 @@ ULYSSES = Scope(
     (
         Refusal(
             "engines other than DeepSpeed",
-            lambda run: run.engine not in (None, DistributedType.DEEPSPEED) and run.engine_name(),
+            lambda run: run.engine not in ("", "DEEPSPEED") and run.engine,
             "accelerate shares rows on DeepSpeed only",
             "Use DeepSpeed",
         ),
         Refusal(
             "`trl` before 1.16",
-            lambda run: trl_before("1.16"),
+            lambda run: before(trl, "1.16"),
             "its fused head takes no shifted labels",
             "Upgrade to `trl>=1.16`",
         ),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeAlias
 
 import transformers
-import trl
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from torch import nn
@@ -20,9 +19,7 @@ from trl import DPOConfig, SFTConfig
 
 from ..data.dataset_format import column_names, holds_rows
 from ..engine.enable import without_adapters
-from ..engine.wrapped_model import SHARDED
 from ..recurrent.introspection import path_dependent_layer_names, path_dependent_layers
-from .sharding import PREFETCHED
 
 
 if TYPE_CHECKING:
@@ -30,8 +27,6 @@ if TYPE_CHECKING:
 
 Found: TypeAlias = str | bool | None
 """Whether a setting is refused, or the words for it with its value."""
-
-_ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, *SHARDED)
 
 
 @dataclass(frozen=True)
@@ -60,9 +55,9 @@ class Situation:
         return None if self.model is None or isinstance(self.model, str) else without_adapters(self.model)
 
     @property
-    def engine(self) -> DistributedType | None:
-        """What accelerate runs the model with."""
-        return None if self.accelerator is None else self.accelerator.distributed_type
+    def engine(self) -> str:
+        """What accelerate calls that by which it runs the model, empty before it has chosen."""
+        return "" if self.accelerator is None else str(self.accelerator.distributed_type.value)
 
     def size(self, name: str) -> int:
         """Return how many ranks share something: `cp_size`, `sp_size` or `tp_size`."""
@@ -167,14 +162,14 @@ class Situation:
 
     def deepspeed_is_off(self) -> Found:
         """The run asks for DeepSpeed and gets something else."""
-        is_off = bool(self.args.deepspeed) and self.engine not in (None, DistributedType.DEEPSPEED)
-        return is_off and f"deepspeed, of which accelerate made {self.engine_name()},"
+        is_off = bool(self.args.deepspeed) and self.engine not in ("", "DEEPSPEED")
+        return is_off and f"deepspeed, of which accelerate made {self.engine},"
 
     def fsdp_is_off(self) -> Found:
         """The run asks for FSDP, on several ranks, and gets something else."""
         is_asked_for = bool(self.args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-        is_off = is_asked_for and num_launched() > 1 and self.engine not in (None, DistributedType.FSDP)
-        return is_off and f"fsdp, of which accelerate made {self.engine_name()},"
+        is_off = is_asked_for and num_launched() > 1 and self.engine not in ("", "FSDP")
+        return is_off and f"fsdp, of which accelerate made {self.engine},"
 
     def fsdp_is_on_a_cpu(self) -> Found:
         """FSDP is off because the ranks have no GPU."""
@@ -183,16 +178,8 @@ class Situation:
 
     def trains_alone(self) -> Found:
         """Several processes do not know of each other."""
-        is_alone = self.engine == DistributedType.NO and num_launched() > 1
+        is_alone = self.engine == "NO" and num_launched() > 1
         return is_alone and f"each of {num_launched()} processes without ddp_backend"
-
-    def engine_name(self) -> str:
-        """Return what accelerate calls the engine."""
-        return "" if self.engine is None else str(self.engine.value)
-
-    def accumulates_otherwise(self) -> Found:
-        """How the engine accumulates gradients is not known."""
-        return self.engine not in (None, *_ENGINES) and self.engine_name()
 
     def of_deepspeed(self, section: str, name: str) -> object:
         """Return a setting of DeepSpeed's configuration, `None` where it has none of that name."""
@@ -206,21 +193,17 @@ class Situation:
 
     def zero3(self) -> bool:
         """Whether DeepSpeed shards the parameters."""
-        if self.accelerator is None or self.engine != DistributedType.DEEPSPEED:
+        if self.accelerator is None or self.engine != "DEEPSPEED":
             return False
         return bool(self.accelerator.state.deepspeed_plugin.zero_stage == 3)
 
-    def prefetches(self) -> Found:
-        """ZeRO-3 fetches parameters ahead."""
-        return self.zero3() and self.of_deepspeed("zero_optimization", PREFETCHED) != 0
-
     def fsdp1(self) -> Found:
         """Parameters are sharded by the first version of FSDP."""
-        return self.accelerator is not None and self.engine == DistributedType.FSDP and not self.accelerator.is_fsdp2
+        return self.accelerator is not None and self.engine == "FSDP" and not self.accelerator.is_fsdp2
 
     def shards_the_model(self) -> bool:
         """Whether a rank cannot run the model by itself."""
-        return self.zero3() or self.size("sp_size") > 1 or self.engine == DistributedType.FSDP
+        return self.zero3() or self.size("sp_size") > 1 or self.engine == "FSDP"
 
     def shared_by(self, name: str) -> Found:
         """Return a size with its value if several ranks share something."""
@@ -252,14 +235,9 @@ class Situation:
         return bool(unnamed) and f"a model without {' and '.join(unnamed)}"
 
 
-def trl_before(release: str) -> Found:
-    """Return the release of TRL if it is an older one."""
-    return Version(trl.__version__) < Version(release) and f"trl {trl.__version__}"
-
-
-def transformers_before(release: str) -> Found:
-    """Return the release of transformers if it is an older one."""
-    return Version(transformers.__version__) < Version(release) and f"transformers {transformers.__version__}"
+def before(library: ModuleType, release: str) -> Found:
+    """Return a library with its release if that is an older one."""
+    return Version(library.__version__) < Version(release) and f"{library.__name__} {library.__version__}"
 
 
 def num_launched() -> int:

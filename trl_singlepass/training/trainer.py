@@ -20,7 +20,7 @@ from ..data.images import hide_image_columns
 from ..data.sampler import make_train_sampler
 from ..engine.ulysses import SequenceParallel
 from ..images.loading import image_loader_of
-from ..trees.rows import IMAGE_COLUMNS, ROW_COLUMNS
+from ..trees.rows import ROW_COLUMNS
 from .compatibility import check_arguments
 from .config import as_single_pass_config, default_config, with_packed_length, without_redundant_settings
 from .dataset import AnyDataset, FormattingFunction, find_turns, in_order, needs_preparation, prepare_conversations
@@ -35,6 +35,7 @@ from .epochs import (
     without_empty_batches,
     without_repeated_examples,
 )
+from .images import read_images
 from .loss import NumItems, PiecewiseSmoother, get_loss_context, mean_of_means_divisor, step_weights, total_weight
 from .metrics import PooledLoss, TurnMetrics, split_by_example
 from .mixin import SinglePassTrainerMixin
@@ -76,7 +77,7 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
     _tag_names: ClassVar = ["trl", "sft", "single-pass"]
     _name = "SinglePassSFT"
     _paper: ClassVar = PAPER
-    model_accepts_loss_kwargs: bool
+    _row_columns: ClassVar = ROW_COLUMNS
     label_smoother: LabelSmoother | PiecewiseSmoother | None
     _tree_loss: TreeLoss | None = None
     _sequence_parallel: SequenceParallel | None = None
@@ -134,7 +135,7 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
                 peft_config=peft_config,
                 formatting_func=formatting_func,
             )
-        check(Situation(args, self.model, self.accelerator, tp_size=self.get_tp_size()), ENGINES, TENSOR_PARALLELISM)
+        check(self._situation, ENGINES, TENSOR_PARALLELISM)
         prepare_sharding(self.model, self.accelerator, self.get_tp_size())
         self._collate = TreeOrPlainCollator(
             collator or DataCollatorForSinglePass(self._tokenizer.pad_token_id, args.pad_to_multiple_of), self._collate
@@ -164,10 +165,9 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
                 smoother = self.label_smoother = PiecewiseSmoother(LabelSmoother(self.args.label_smoothing_factor))
             self._tree_loss = TreeLoss(self.model, self.args, self.accelerator, self.compute_loss_func, smoother, coef)
             self._sequence_parallel = self._tree_loss.sequence_parallel
-            self._tree_loss.read_images(self._collator, self.get_tp_size(), self.train_dataset, self.eval_dataset)
+            read_images(self._situation, self._collator, self.train_dataset, self.eval_dataset)
             if self._trains_turns:  # the divisor comes from here, even if the model's class takes the mean of a batch
-                accepts = self.model_accepts_loss_kwargs
-                check(Situation(self.args, self.model, accepts_loss_kwargs=accepts), OLDER_TRL)
+                check(self._situation, OLDER_TRL)
                 self.model_accepts_loss_kwargs = True
         return self._tree_loss
 
@@ -186,11 +186,6 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
             return prepare_conversations(dataset, processing_class, args, packing=packing, name=dataset_name)
         args = with_packed_length(args) if packing else args
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns of rows; TRL removes those that it does not know."""
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ROW_COLUMNS, *IMAGE_COLUMNS]))
 
     def _get_train_sampler(self, train_dataset: AnyDataset | None = None) -> Sampler[int] | None:
         """Give ranks rows of equal cost; the Trainer ignores cost, and every rank waits for the slowest."""

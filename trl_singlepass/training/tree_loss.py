@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from trl import SFTConfig
 
 from ..attention.row_group import RowGroup
-from ..data.collator import Batch, DataCollatorForSinglePass
+from ..data.collator import Batch
 from ..data.row_tree import RowTree
 from ..engine.enable import Forward, enable_tree, without_adapters
 from ..engine.gradient_scale import get_gradient_scale
@@ -23,8 +23,6 @@ from ..engine.pieces import Pieces
 from ..engine.row_runner import Factors, PieceLoss, RowRunner
 from ..engine.ulysses import SequenceParallel, allowing_global_sizes
 from ..trees.prefix_tree import IGNORE_INDEX
-from .compatibility import check_sequence_parallelism, check_weights_reach_the_loss
-from .images import Rows, read_images, show_images
 from .loss import (
     LossContext,
     NumItems,
@@ -35,7 +33,7 @@ from .loss import (
     total_weight,
     weighted_model,
 )
-from .refusals import check_parts
+from .refusals import ULYSSES, WEIGHTS, check, check_parts
 from .sharding import stop_prefetching
 from .situation import Situation
 
@@ -71,7 +69,6 @@ class TreeLoss:
         self._model, self._args = model, args
         self._compute_loss_func, self._smoother = compute_loss_func, smoother
         self._accelerator, self._router_loss_coef = accelerator, router_loss_coef or 0.0
-        self._reads_images = False
         if args.wave_tokens is not None:
             stop_prefetching(accelerator)
             check_parts(Situation(args, model, accelerator, compute_loss_func=compute_loss_func))
@@ -88,18 +85,8 @@ class TreeLoss:
         self.sequence_parallel: SequenceParallel | None = None
         if getattr(accelerator.parallelism_config, "sp_size", 1) > 1:
             with allowing_global_sizes(without_adapters(model).config.get_text_config()):
-                check_sequence_parallelism(model, args, accelerator)
+                check(Situation(args, model, accelerator), ULYSSES)
             self.sequence_parallel = SequenceParallel(without_adapters(model), accelerator)
-
-    def read_images(self, collator: DataCollatorForSinglePass, tp_size: int, *datasets: Rows) -> None:
-        """
-        Make the model and the collator read images, if any of the prepared datasets has rows with images.
-
-        The collator is changed in place; `tp_size` ranks share the layers of the model.
-        """
-        if not self._reads_images and show_images(*datasets):
-            read_images(self._model, self._args, self._accelerator, collator, tp_size)
-            self._reads_images = True
 
     def compute(
         self,
@@ -120,7 +107,7 @@ class TreeLoss:
         if context.turn_metrics is not None:
             forward = context.turn_metrics.wrap(forward, row.label_parts, row.loss_weights)
         if row.loss_weights is not None:
-            check_weights_reach_the_loss(self._args, self._compute_loss_func)
+            check(Situation(self._args, compute_loss_func=self._compute_loss_func), WEIGHTS)
             # Normalised here, so that TRL's guard against division by a sum below 1 changes nothing.
             weights = row.loss_weights if group is not None else normalized(row.loss_weights, num_items)
             forward = weighted_model(forward, weights)
