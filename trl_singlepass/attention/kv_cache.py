@@ -14,6 +14,65 @@ from torch import Tensor
 from .offload import HostCopies
 
 
+SlotRanges = tuple[tuple[int, int, int], ...]
+"""Ranges `[first, last)` of a row, each with the slot of its first token in a cache."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerSlots:
+    """Slots of the layers of one mask type while they run over one row."""
+
+    # Tokens of the row that later rows attend to in these layers, with their slots there. Slots are numbered in row
+    # order, so those of a row follow one another.
+    cached_for_later: SlotRanges
+    # For each slot of these layers, int64: its number among the slots that any layer keeps. A full layer keeps them
+    # all, a window only those it looks back to.
+    kept: NDArray[np.int64]
+    stores: bool  # whether the row runs for the first time, so that the cache does not hold these tokens yet
+
+    @classmethod
+    def from_row(cls, cached_for_later: SlotRanges, kept: NDArray[np.int64], *, stores: bool) -> LayerSlots:
+        """
+        Return the slots of layers that keep only some.
+
+        Tokens 10 to 15 of a row have the slots 4 to 9. A layer that keeps the slots 2, 6, 7 and 9 has them as its own
+        slots 0 to 3, so what it caches is `((12, 14, 1), (15, 16, 3))`: tokens 12 and 13 from its slot 1 on, token 15
+        in its slot 3.
+
+        Takes the tokens that any later row attends to, in any layer, and the slots that these layers keep, sorted.
+        """
+        own: list[tuple[int, int, int]] = []
+        for first, last, slot in cached_for_later:
+            start, end = np.searchsorted(kept, (slot, slot + last - first)).tolist()
+            borders = [start, *(np.flatnonzero(np.diff(kept[start:end]) > 1) + start + 1).tolist(), end]
+            for begin, stop in pairwise(borders if start < end else []):
+                position = first + int(kept[begin]) - slot
+                own.append((position, position + stop - begin, begin))
+        return cls(tuple(own), kept, stores)
+
+    @property
+    def stored_by_row(self) -> slice:
+        """Slots of the tokens that later rows attend to."""
+        if not self.cached_for_later:
+            return slice(0, 0)
+        first, last, slot = self.cached_for_later[-1]
+        return slice(self.cached_for_later[0][2], slot + last - first)
+
+    def locate(self, positions: NDArray[np.int64], row_length: int) -> NDArray[np.int64]:
+        """
+        Return where keys lie: positions in the row stay, those past it become slots of the layer.
+
+        In a row of 20 tokens, the positions 26 and 27 are the slots 6 and 7. The layer of the example above holds them
+        in its own slots 1 and 2, so `[26, 27, 3]` becomes `[21, 22, 3]`.
+        """
+        slots = positions[positions >= row_length] - row_length
+        places = np.searchsorted(self.kept, slots)
+        assert np.array_equal(self.kept[places], slots), "a window looks back to tokens that are kept"
+        located = positions.copy()
+        located[positions >= row_length] = row_length + places
+        return located
+
+
 class KVCache:
     """
     Keys and values of one attention layer that later rows attend to, one slot per token.
@@ -147,62 +206,3 @@ class KVCacheView:
 def is_in_backward() -> bool:
     """Whether autograd calls, for a backward or for the recomputation of a checkpointed layer."""
     return torch._C._current_graph_task_id() != -1
-
-
-SlotRanges = tuple[tuple[int, int, int], ...]
-"""Ranges `[first, last)` of a row, each with the slot of its first token in a cache."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerSlots:
-    """Slots of the layers of one mask type while they run over one row."""
-
-    # Tokens of the row that later rows attend to in these layers, with their slots there. Slots are numbered in row
-    # order, so those of a row follow one another.
-    cached_for_later: SlotRanges
-    # For each slot of these layers, int64: its number among the slots that any layer keeps. A full layer keeps them
-    # all, a window only those it looks back to.
-    kept: NDArray[np.int64]
-    stores: bool  # whether the row runs for the first time, so that the cache does not hold these tokens yet
-
-    @classmethod
-    def from_row(cls, cached_for_later: SlotRanges, kept: NDArray[np.int64], *, stores: bool) -> LayerSlots:
-        """
-        Return the slots of layers that keep only some.
-
-        Tokens 10 to 15 of a row have the slots 4 to 9. A layer that keeps the slots 2, 6, 7 and 9 has them as its own
-        slots 0 to 3, so what it caches is `((12, 14, 1), (15, 16, 3))`: tokens 12 and 13 from its slot 1 on, token 15
-        in its slot 3.
-
-        Takes the tokens that any later row attends to, in any layer, and the slots that these layers keep, sorted.
-        """
-        own: list[tuple[int, int, int]] = []
-        for first, last, slot in cached_for_later:
-            start, end = np.searchsorted(kept, (slot, slot + last - first)).tolist()
-            borders = [start, *(np.flatnonzero(np.diff(kept[start:end]) > 1) + start + 1).tolist(), end]
-            for begin, stop in pairwise(borders if start < end else []):
-                position = first + int(kept[begin]) - slot
-                own.append((position, position + stop - begin, begin))
-        return cls(tuple(own), kept, stores)
-
-    @property
-    def stored_by_row(self) -> slice:
-        """Slots of the tokens that later rows attend to."""
-        if not self.cached_for_later:
-            return slice(0, 0)
-        first, last, slot = self.cached_for_later[-1]
-        return slice(self.cached_for_later[0][2], slot + last - first)
-
-    def locate(self, positions: NDArray[np.int64], row_length: int) -> NDArray[np.int64]:
-        """
-        Return where keys lie: positions in the row stay, those past it become slots of the layer.
-
-        In a row of 20 tokens, the positions 26 and 27 are the slots 6 and 7. The layer of the example above holds them
-        in its own slots 1 and 2, so `[26, 27, 3]` becomes `[21, 22, 3]`.
-        """
-        slots = positions[positions >= row_length] - row_length
-        places = np.searchsorted(self.kept, slots)
-        assert np.array_equal(self.kept[places], slots), "a window looks back to tokens that are kept"
-        located = positions.copy()
-        located[positions >= row_length] = row_length + places
-        return located

@@ -16,6 +16,10 @@ from .varlen_kernels import VarlenInputs, VarlenKernel
 from .varlen_plan import VarlenCall, VarlenPass, VarlenPlan, varlen_plan
 
 
+KeysAndValues = Tensor | tuple[Tensor, Tensor]
+"""Keys and values, each of shape `(num_keys, kv_heads, head_dim)`."""
+
+
 def varlen_tree_attention(
     inputs: AttentionInputs,
     mask: TreeMask,
@@ -207,10 +211,6 @@ def _merge(
     own_weight, shared_weight = (parts - merged).exp_().permute(0, 3, 1, 2).unsqueeze(-1)
     out.view(length, kv_heads, groups, -1).mul_(own_weight).addcmul_(shared_out, shared_weight)
     return merged.flatten(0, 1)
-
-
-KeysAndValues = Tensor | tuple[Tensor, Tensor]
-"""Keys and values, each of shape `(num_keys, kv_heads, head_dim)`."""
 
 
 def join_with_slots(key: Tensor, value: Tensor, fetched: FetchedSlots | None) -> Tensor:

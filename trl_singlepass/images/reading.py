@@ -31,6 +31,9 @@ from .positions import PathPositions, UnsupportedImagesError
 _FEATURES = ("pooler_output", "last_hidden_state")
 # Features for several layers of the language model (Qwen3-VL), each like the ones above.
 _LAYERED_FEATURES = "deepstack_features"
+# What models call the kind of each token: 0 for text, 1 for a part of an image.
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+_WAY_OUT = "Train it on one sample per turn (N-pass) with TRL's SFTTrainer, or on text alone."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,11 +132,6 @@ def _gathered(features: Tensor | Sequence[Tensor], shown: ShownFeatures, module:
 
 def _num_features(features: Any) -> int:
     return features.numel() // features.shape[-1] if isinstance(features, Tensor) else -1
-
-
-# What models call the kind of each token: 0 for text, 1 for a part of an image.
-TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
-_WAY_OUT = "Train it on one sample per turn (N-pass) with TRL's SFTTrainer, or on text alone."
 
 
 @dataclass(frozen=True, slots=True, eq=False)

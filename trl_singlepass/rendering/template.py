@@ -52,14 +52,19 @@ class ChatTemplate:
         return cls(tokenizer, source, tools, kwargs, now or datetime.now())
 
     @property
+    def reads_clock(self) -> bool:
+        """Whether the template prints the date or the time."""
+        return "strftime_now" in self.source
+
+    @property
     def full_source(self) -> str:
         """The template, reading the frozen clock if it reads any."""
-        return with_frozen_clock(self.source)
+        return _FROZEN_CLOCK + self.source if self.reads_clock else self.source
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
         """All further arguments that the template is called with."""
-        return {"frozen_clock": freeze(self.now), **self.kwargs} if reads_clock(self.source) else self.kwargs
+        return {"frozen_clock": freeze(self.now), **self.kwargs} if self.reads_clock else self.kwargs
 
     @cached_property
     def tags(self) -> ReasoningTags | None:
@@ -108,16 +113,6 @@ _FROZEN_CLOCK = """{%- macro strftime_now(format) -%}
 {{- clock.text -}}
 {%- endmacro %}
 """
-
-
-def reads_clock(source: str) -> bool:
-    """Whether a chat template prints the date or the time."""
-    return "strftime_now" in source
-
-
-def with_frozen_clock(source: str) -> str:
-    """Return a chat template that reads the time from its variable `frozen_clock` (see [`freeze`])."""
-    return _FROZEN_CLOCK + source if reads_clock(source) else source
 
 
 def freeze(now: datetime) -> dict[str, str]:
