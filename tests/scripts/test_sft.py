@@ -1,15 +1,9 @@
 """The training script on files, with a signal, and with what is missing."""
 
-import json
-import os
-import signal
 from pathlib import Path
 
 import datasets
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat
@@ -51,38 +45,6 @@ def test_script_trains_on_a_file_with_tool_calls_of_both_forms(model, data, tmp_
     for row, original_row in zip(seen[0]["train_dataset"], examples(), strict=True):
         ours, expected = render_example(row, tokenizer), render_example(original_row, tokenizer)
         assert [sample.token_ids.tolist() for sample in ours] == [sample.token_ids.tolist() for sample in expected]
-
-
-class ToldToStop(TrainerCallback):
-    """A scheduler's signal in the second step."""
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_script_saves_when_told_to_stop_and_goes_on_from_there(model, data, tmp_path, monkeypatch, capsys):
-    original = sft.SinglePassSFTTrainer
-    more = ["--max_steps", 4, "--logging_steps", 1, "--save_strategy", "steps", "--save_steps", 100]
-
-    def run(output, *arguments):
-        given = ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", output, *TRAIN, *more]
-        sft.main(*parse([*given, *arguments]))
-
-    def stopped(callbacks, **kwargs):
-        return original(callbacks=[*callbacks, ToldToStop()], **kwargs)
-
-    run(tmp_path / "whole", "--resume_from_checkpoint", "auto")  # nothing there yet
-    monkeypatch.setattr(sft, "SinglePassSFTTrainer", stopped)
-    run(tmp_path / "out")
-    assert "--resume_from_checkpoint auto resumes the run" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "out").iterdir() if path.name != "README.md"] == ["checkpoint-2"]
-    monkeypatch.setattr(sft, "SinglePassSFTTrainer", original)
-    run(tmp_path / "out", "--resume_from_checkpoint", "true")
-    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
-    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, None), ("false", None), ("here/checkpoint-3",) * 2])
