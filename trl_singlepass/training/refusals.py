@@ -22,13 +22,17 @@ from .situation import Found, Situation, before
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something that does not work; errors name it by what `when` finds, if that says more than the page."""
+    """Something that does not work; errors name it by what `when` finds, if that says more than the page does."""
 
     what: str
-    when: Callable[[Situation], Found]
     why: str
     instead: str
+    when: Callable[[Situation], Found] | None = None  # if not given: the setting is set that `what` names
     error: type[Exception] = ValueError
+
+    def found(self, run: Situation) -> Found:
+        """Return whether a run has it, or the words for it with its value."""
+        return run.has(self.what.strip("`")) if self.when is None else self.when(run)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def check(run: Situation, *scopes: Scope) -> None:
     """Raise the error of the first refusal that applies in some scopes."""
     for scope in scopes:
         for refusal in scope.refusals:
-            if found := refusal.when(run):
+            if found := refusal.found(run):
                 raise refusal.error(scope.message(refusal, found, run))
 
 
@@ -79,16 +83,16 @@ PACKAGES = Scope(
     (
         Refusal(
             "`attn_implementation='flash_attention_2'` or `3`",
-            Situation.lacks_flash_attention,
             "neither flash-attn, flash-attn-3 for its third version, nor kernels is installed",
             "Run `pip install kernels`, or set `attn_implementation='sdpa'`",
+            Situation.lacks_flash_attention,
             ImportError,
         ),
         Refusal(
             "`use_liger_kernel=True`",
-            lambda run: run.args.use_liger_kernel and not is_liger_kernel_available(),
             "it needs liger-kernel",
             "Run `pip install liger-kernel`, or leave it out",
+            lambda run: run.args.use_liger_kernel and not is_liger_kernel_available(),
             ImportError,
         ),
     ),
@@ -107,21 +111,21 @@ TURNS = Scope(
     (
         Refusal(
             "`truncation_mode='keep_end'`",
-            Situation.cuts_beginnings,
             "it would start each turn at a different token, and turns could no longer share a prefix",
             "Use `truncation_mode='keep_start'`, or `max_length=None`",
+            Situation.cuts_beginnings,
         ),
         Refusal(
             "`accelerator_config={'dispatch_batches': True}`, but for streams of conversations",
-            Situation.dispatches_batches,
             "it splits the batches of the first process among the others, which would break up trees",
             "Leave it out: each process then reads its own rows",
+            Situation.dispatches_batches,
         ),
         Refusal(
             "`include_for_metrics=['inputs']`",
-            lambda run: "inputs" in run.args.include_for_metrics,
             "it asks for one row of tokens per example, but a batch is a single row",
             "Leave `'inputs'` out: the labels that `compute_metrics` receives are the tokens that count",
+            lambda run: "inputs" in run.args.include_for_metrics,
         ),
     ),
 )
@@ -130,28 +134,23 @@ CONVERSATIONS = Scope(
     "Conversations",
     "for conversations in a single pass",
     (
-        Refusal(
-            "`completion_only_loss=False`",
-            lambda run: run.args.completion_only_loss is False,
-            _TRAINS_USERS,
-            _TRAIN_ALL,
-        ),
-        Refusal("`assistant_only_loss=False`", Situation.trains_users, _TRAINS_USERS, _TRAIN_ALL),
+        Refusal("`completion_only_loss=False`", _TRAINS_USERS, _TRAIN_ALL),
+        Refusal("`assistant_only_loss=False`", _TRAINS_USERS, _TRAIN_ALL, Situation.trains_users),
         Refusal(
             "`packing_strategy` other than `'bfd'`",
+            "it cuts sequences at arbitrary tokens, which would break up trees",
+            "Use `packing_strategy='bfd'`, which packs whole conversations",
             lambda run: (
                 run.packing
                 and run.args.packing_strategy != "bfd"
                 and f"packing_strategy={run.args.packing_strategy!r}"
             ),
-            "it cuts sequences at arbitrary tokens, which would break up trees",
-            "Use `packing_strategy='bfd'`, which packs whole conversations",
         ),
         Refusal(
             "`dataset_kwargs={'skip_prepare_dataset': True}`",
-            Situation.skips_preparation,
             "it passes messages on unprepared, but they must become rows of tokens first",
             "Leave it out",
+            Situation.skips_preparation,
         ),
     ),
 )
@@ -162,43 +161,40 @@ PAIRS = Scope(
     (
         Refusal(
             "`trl` before 1.16",
-            lambda run: before(trl, "1.16"),
             "its DPOTrainer has other methods",
             "Upgrade to `trl>=1.16`",
+            lambda run: before(trl, "1.16"),
         ),
         Refusal(
             "`packing=False`",
-            lambda run: getattr(run.args, "packing", None) is False,
             "the pairs of a batch always share rows, with the loss and gradients of separate ones",
             "Leave it out, and set `max_row_tokens` to bound a row",
         ),
         Refusal(
             "`loss_type='ipo'`, `'sigmoid_norm'` and `'sft'` with `turn_discount` or `turn_mean`",
-            lambda run: not _PER_TOKEN_LOSSES.isdisjoint(run.args.loss_type) and run.beside_turn_weights("loss_type"),
             "it divides by the number of tokens itself, so that turns would be weighed twice",
             "Leave out one of them, or choose a loss that reads sums of log-probabilities, such as `'sigmoid'`",
+            lambda run: not _PER_TOKEN_LOSSES.isdisjoint(run.args.loss_type) and run.beside_turn_weights("loss_type"),
         ),
         Refusal(
             "`use_weighting=True` with `turn_discount` or `turn_mean`",
-            lambda run: run.args.use_weighting and run.beside_turn_weights("use_weighting"),
             "it reads the log-probability of each token, which would already be weighed",
             "Leave out one of them",
+            lambda run: run.args.use_weighting and run.beside_turn_weights("use_weighting"),
         ),
         Refusal(
             "`ld_alpha` with `turn_discount` or `turn_mean`",
-            lambda run: run.args.ld_alpha is not None and run.beside_turn_weights("ld_alpha"),
             "it weighs the tokens past the length of the shorter trajectory a second time",
             "Leave out one of them",
+            lambda run: run.args.ld_alpha is not None and run.beside_turn_weights("ld_alpha"),
         ),
         Refusal(
             "`tp_size`",
-            lambda run: run.shared_by("tp_size"),
             "ranks that share layers have not been shown to train pairs exactly",
             "Set it to 1, and shard the model with FSDP2 or ZeRO-3",
         ),
         Refusal(
             "`sp_size`",
-            lambda run: run.shared_by("sp_size"),
             "ranks that share a row do not share its pairs",
             "Set it to 1, and shard the model with FSDP2 or ZeRO-3",
         ),
@@ -213,56 +209,56 @@ ADAPTERS = Scope(
     (
         Refusal(
             "`PeftMixedModel`",
-            Situation.hides_the_model,
             "it hides the model that TRL's fused head replaces the forward of",
             "Use a `PeftModel`: `get_peft_model(model, peft_config)`, without `mixed=True`",
+            Situation.hides_the_model,
         ),
         Refusal(
             "prompt-learning adapters such as `PromptTuningConfig`",
-            lambda run: run.adapter(lambda config: getattr(config, "is_prompt_learning", False)),
             "it adds virtual tokens in front of the row, which belong to no branch of the tree",
             "Use an adapter that adds no tokens, such as `LoraConfig`",
+            lambda run: run.adapter(lambda config: getattr(config, "is_prompt_learning", False)),
         ),
         Refusal(
             "`AdaptionPromptConfig`",
-            lambda run: run.adapter(lambda config: getattr(config, "is_adaption_prompt", False)),
             "it calls the forward that the model had before TRL gave it a fused head, so TRL's trainers get no "
             "log-probabilities from it",
             _OTHER_ADAPTER,
+            lambda run: run.adapter(lambda config: getattr(config, "is_adaption_prompt", False)),
         ),
         Refusal(
             "`alora_invocation_tokens` of `LoraConfig`",
+            "the adapter acts from the last place on where a row has these tokens, and each turn of a row has them "
+            "elsewhere",
+            "Leave it out, or train one sample per turn (N-pass) with TRL's `SFTTrainer`",
             lambda run: (
                 run.adapter(lambda config: bool(getattr(config, "alora_invocation_tokens", None)))
                 and "alora_invocation_tokens"
             ),
-            "the adapter acts from the last place on where a row has these tokens, and each turn of a row has them "
-            "elsewhere",
-            "Leave it out, or train one sample per turn (N-pass) with TRL's `SFTTrainer`",
         ),
         Refusal(  # by name, because the measured check compares outputs, and here only gradients are wrong
             "`velora_config` of `LoraConfig`, but for `init_type='random'`",
+            "it computes gradients from a mean over all tokens of a row, so that those of a turn depend on what "
+            "shares its row",
+            "Set `init_type='random'` in `VeloraConfig`",
             lambda run: (
                 run.adapter(
                     lambda config: getattr(getattr(config, "velora_config", None), "init_type", "random") != "random"
                 )
                 and "velora_config"
             ),
-            "it computes gradients from a mean over all tokens of a row, so that those of a turn depend on what "
-            "shares its row",
-            "Set `init_type='random'` in `VeloraConfig`",
         ),
         Refusal(
             "`PolyConfig`",
-            lambda run: run.adapter(lambda config: getattr(config, "peft_type", None) == "POLY"),
             "it needs the task of each example (`task_ids`), which rows do not have",
             _OTHER_ADAPTER,
+            lambda run: run.adapter(lambda config: getattr(config, "peft_type", None) == "POLY"),
         ),
         Refusal(
             "`XLoraConfig`",
-            lambda run: run.adapter(lambda config: getattr(config, "peft_type", None) == "XLORA"),
             "it reads the hidden states of a first pass, which TRL's fused head does not return",
             _OTHER_ADAPTER + ", or train in a loop of your own with `enable_tree(model)`",
+            lambda run: run.adapter(lambda config: getattr(config, "peft_type", None) == "XLORA"),
         ),
     ),
 )
@@ -276,13 +272,13 @@ WEIGHTS = Scope(
     (
         Refusal(
             "`trl` before 1.15",
-            lambda run: before(trl, "1.15"),
             "its models compute the loss themselves",
             "Upgrade to `trl>=1.15`",
+            lambda run: before(trl, "1.15"),
         ),
-        Refusal("`loss_type='dft'`", lambda run: run.args.loss_type == "dft", _OWN_LOSS, _SAME_WEIGHT),
-        Refusal("`label_smoothing_factor`", lambda run: run.args.label_smoothing_factor != 0, _OWN_LOSS, _SAME_WEIGHT),
-        Refusal("`compute_loss_func`", lambda run: run.compute_loss_func is not None, _OWN_LOSS, _SAME_WEIGHT),
+        Refusal("`loss_type='dft'`", _OWN_LOSS, _SAME_WEIGHT),
+        Refusal("`label_smoothing_factor`", _OWN_LOSS, _SAME_WEIGHT),
+        Refusal("`compute_loss_func`", _OWN_LOSS, _SAME_WEIGHT),
     ),
 )
 
@@ -292,17 +288,17 @@ OLDER_TRL = Scope(
     (
         Refusal(
             "models whose class has `accepts_loss_kwargs=False`",
-            lambda run: not run.accepts_loss_kwargs and before(trl, "1.15") and type(run.base).__name__,
             "it divides its loss by the tokens of each batch, so that a step would train a mean of batch means",
             "Upgrade to `trl>=1.15`, which computes the loss of each token itself",
+            lambda run: not run.accepts_loss_kwargs and before(trl, "1.15") and type(run.base).__name__,
         ),
         Refusal(
             "`log_turn_metrics=True`",
+            "it reads the loss of each token, which TRL computes since 1.15",
+            "Upgrade to `trl>=1.15`",
             lambda run: (
                 getattr(run.args, "log_turn_metrics", False) and before(trl, "1.15") and "log_turn_metrics=True"
             ),
-            "it reads the loss of each token, which TRL computes since 1.15",
-            "Upgrade to `trl>=1.15`",
         ),
     ),
 )
@@ -314,39 +310,34 @@ WAVES = Scope(
     (
         Refusal(
             "`trl` before 1.16",
-            lambda run: before(trl, "1.16"),
             "it has no fused head that takes shifted labels",
             "Upgrade to `trl>=1.16`",
+            lambda run: before(trl, "1.16"),
         ),
         Refusal(
             "`label_smoothing_factor` before transformers 5.15",
-            lambda run: run.args.label_smoothing_factor != 0 and before(transformers, "5.15"),
             "its label smoother divides by the targets of a wave, not by those of the step",
             "Upgrade to `transformers>=5.15`",
+            lambda run: run.args.label_smoothing_factor != 0 and before(transformers, "5.15"),
         ),
-        Refusal(
-            "`torch_compile`",
-            lambda run: run.args.torch_compile,
-            "waves add up gradients where a compiled graph cannot see them",
-            "Turn it off",
-        ),
+        Refusal("`torch_compile`", "waves add up gradients where a compiled graph cannot see them", "Turn it off"),
         Refusal(
             "`attn_implementation='flex_attention'`",
-            lambda run: run.of_text_config("_attn_implementation") == TREE_ATTENTION["flex_attention"],
             "FlexAttention keeps the keys and values of the whole history for the backward pass of every layer",
             "Load the model with `'sdpa'` or a flash kernel",
+            lambda run: run.of_text_config("_attn_implementation") == TREE_ATTENTION["flex_attention"],
         ),
         Refusal(
             "`wave_tokens='auto'` with layers that run over whole paths",
-            lambda run: run.args.wave_tokens == "auto" and run.memory_is_unknown(),
             "it runs over whole paths, whose memory a wave does not bound",
             "Set a number of tokens",
+            lambda run: run.args.wave_tokens == "auto" and run.memory_is_unknown(),
         ),
         Refusal(
             "`wave_tokens='auto'` with recurrent layers of which a rank holds a shard",
-            lambda run: run.args.wave_tokens == "auto" and run.shards_the_model() and run.recurrent(),
             "its activations are measured on a whole model, not on a shard",
             "Set a number of tokens",
+            lambda run: run.args.wave_tokens == "auto" and run.shards_the_model() and run.recurrent(),
         ),
     ),
     ", or set {setting}=None",
@@ -358,56 +349,46 @@ PARTS = Scope(
     "Rows in parts (`wave_tokens`, or `max_row_tokens` of pairs)",
     "with {setting}",
     (
-        Refusal(
-            "`activation_offloading`",
-            lambda run: run.args.activation_offloading,
-            "it expects one forward before each backward",
-            "Turn it off",
-        ),
+        Refusal("`activation_offloading`", "it expects one forward before each backward", "Turn it off"),
         Refusal(
             "`optim='lomo'`, `'adalomo'` and layerwise optimizers",
-            Situation.updates_during_backward,
             "it updates parameters during backward, between the parts of a row",
             "Choose another",
+            Situation.updates_during_backward,
         ),
-        Refusal(
-            "`neftune_noise_alpha`",
-            lambda run: run.args.neftune_noise_alpha is not None,
-            _NOISE,
-            "Leave it unset",
-        ),
+        Refusal("`neftune_noise_alpha`", _NOISE, "Leave it unset"),
         Refusal(
             "`Dropout` layers",
-            Situation.dropout,
             "tokens that run twice would drop different units each time",
             "Set it to 0",
+            Situation.dropout,
         ),
         Refusal(
-            "adapters that draw random numbers", Situation.random_adapter, _NOISE, "Use an adapter that draws none"
+            "adapters that draw random numbers", _NOISE, "Use an adapter that draws none", Situation.random_adapter
         ),
         Refusal(
             "`router_jitter_noise` of a model",
-            lambda run: bool(run.of_text_config("router_jitter_noise")) and "router_jitter_noise",
             _NOISE,
             "Set it to 0",
+            lambda run: bool(run.of_text_config("router_jitter_noise")) and "router_jitter_noise",
         ),
         Refusal(
             "engines other than DDP, DeepSpeed and FSDP2",
-            lambda run: run.engine not in ("", "NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED", "FSDP") and run.engine,
             "how it accumulates gradients is not known",
             "Train with DDP, DeepSpeed or FSDP2",
+            lambda run: run.engine not in ("", "NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED", "FSDP") and run.engine,
         ),
         Refusal(
             "`fsdp_version=1`",
-            Situation.fsdp1,
             "it flattens parameters between backward passes",
             "Set `fsdp_version=2`",
+            Situation.fsdp1,
         ),
         Refusal(
             f"`{PREFETCHED}` of ZeRO-3 above 0",
-            lambda run: run.zero3() and run.of_deepspeed("zero_optimization", PREFETCHED) != 0,
             "it fetches parameters in the order of the first step, and the number of parts changes from row to row",
             "Set it to 0 or `'auto'`",
+            lambda run: run.zero3() and run.of_deepspeed("zero_optimization", PREFETCHED) != 0,
         ),
     ),
     ", or set {setting}=None",
@@ -419,19 +400,16 @@ IMAGES = Scope(
     (
         Refusal(
             "`wave_tokens`",
-            lambda run: run.args.wave_tokens is not None,
             "each wave would encode the images of its row again",
             "Set `wave_tokens=None`, and `activation_checkpointing=True` to save memory",
         ),
         Refusal(
             "`sp_size`",
-            lambda run: run.shared_by("sp_size"),
             "ranks that share a row would each have a part of its placeholders, and all of its images",
             "Set it to 1, and shard the model with ZeRO-3 or FSDP2",
         ),
         Refusal(
             "`tp_size`",
-            lambda run: run.shared_by("tp_size"),
             "it has not been shown to train the encoder of images exactly",
             "Shard the model with ZeRO-3 or FSDP2",
         ),
@@ -448,53 +426,52 @@ ENGINES = Scope(
     (
         Refusal(
             "`cp_size`",
-            lambda run: run.shared_by("cp_size"),
             "context parallelism replaces every attention mask by a causal one, so branches would see each other",
             "Set it to 1, and share rows with `sp_size` instead",
         ),
         Refusal(
             "`tp_size` with `sp_size`",
+            "both divide the heads of attention",
+            "Set one of them to 1",
             lambda run: (
                 run.size("sp_size") > 1 and run.size("tp_size") > 1 and f"{run.shared_by('tp_size')} with sp_size"
             ),
-            "both divide the heads of attention",
-            "Set one of them to 1",
         ),
         Refusal(
             "`pp_size`",
-            Situation.pipeline,
             "a pipeline passes hidden states on without the tree",
             "Leave it out, and shard the model with FSDP or ZeRO-3",
+            Situation.pipeline,
         ),
         Refusal(
             "`deepspeed` where the launch switches it off",
-            Situation.deepspeed_is_off,
             "the run would train with another engine than it asks for",
             _CHECK_THE_LAUNCH,
+            Situation.deepspeed_is_off,
         ),
         Refusal(
             "`fsdp` on CPUs",
-            Situation.fsdp_is_on_a_cpu,
             "it needs a GPU",
             "To try two processes on a CPU, use DDP: `use_cpu=True`, and no FSDP configuration",
+            Situation.fsdp_is_on_a_cpu,
         ),
         Refusal(
             "`fsdp` where the launch switches it off",
-            Situation.fsdp_is_off,
             "the run would train with another engine than it asks for",
             _CHECK_THE_LAUNCH,
+            Situation.fsdp_is_off,
         ),
         Refusal(
             "`autotp_size` of DeepSpeed",
-            Situation.divides_layers_by_deepspeed,
             "tensor parallelism by DeepSpeed has not been shown to train a tree exactly",
             "Leave `tensor_parallel` out of the DeepSpeed configuration, and shard the model with ZeRO-3",
+            Situation.divides_layers_by_deepspeed,
         ),
         Refusal(
             "several processes without `ddp_backend`",
-            Situation.trains_alone,
             "it would train alone",
             "Set `ddp_backend`, or `use_cpu=True` if there is no GPU",
+            Situation.trains_alone,
         ),
     ),
 )
@@ -505,28 +482,28 @@ TENSOR_PARALLELISM = Scope(
     (
         Refusal(
             "`save_strategy`, but for `save_only_model=True`",
-            Situation.saves_a_divided_optimizer,
             "transformers cannot save the optimizer of a model that is loaded with a `DistributedConfig`, and no run "
             "resumes without it",
             "Set `save_only_model=True` or `save_strategy='no'`, or shard with FSDP2 or ZeRO-3, which resume",
+            Situation.saves_a_divided_optimizer,
         ),
         Refusal(
             "`transformers` before 5.24",
-            lambda run: run.tp_size > 1 and run.divided_by_older_transformers(),
             "it has no `DistributedConfig` by which ranks share layers",
             "Upgrade to 5.24",
+            lambda run: run.tp_size > 1 and run.divided_by_older_transformers(),
         ),
         Refusal(
             "`wave_tokens`",
-            lambda run: run.tp_size > 1 and run.args.wave_tokens is not None,
             "it has not been shown to train a row in waves exactly",
             "Leave it out, and set `activation_checkpointing`",
+            lambda run: run.tp_size > 1 and run.args.wave_tokens is not None,
         ),
         Refusal(
             "recurrent layers",
-            lambda run: run.tp_size > 1 and run.recurrent(),
             "their states are not divided among ranks",
             "Shard with FSDP or ZeRO-3",
+            lambda run: run.tp_size > 1 and run.recurrent(),
         ),
     ),
 )
@@ -537,22 +514,22 @@ ULYSSES = Scope(
     (
         Refusal(
             "engines other than DeepSpeed",
-            lambda run: run.engine not in ("", "DEEPSPEED") and run.engine,
             "accelerate shares rows on DeepSpeed only",
             "Use DeepSpeed",
+            lambda run: run.engine not in ("", "DEEPSPEED") and run.engine,
         ),
         Refusal(
             "`trl` before 1.16",
-            lambda run: before(trl, "1.16"),
             "its fused head takes no shifted labels",
             "Upgrade to `trl>=1.16`",
+            lambda run: before(trl, "1.16"),
         ),
-        Refusal("`fp16`", lambda run: run.args.fp16, "its loss scale hides wrong gradients", "Use `bf16`"),
+        Refusal("`fp16`", "its loss scale hides wrong gradients", "Use `bf16`"),
         Refusal(
             "models whose configuration has no `num_attention_heads` or `num_key_value_heads`",
-            Situation.heads_are_unnamed,
             "DeepSpeed divides these among ranks",
             "Train without `sp_size`",
+            Situation.heads_are_unnamed,
         ),
     ),
 )

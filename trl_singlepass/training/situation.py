@@ -65,6 +65,14 @@ class Situation:
         config = self.args.parallelism_config if self.accelerator is None else self.accelerator.parallelism_config
         return getattr(config, name, None) or 1
 
+    def has(self, setting: str) -> Found:
+        """Return whether a setting, `name` or `name=value`, is set."""
+        name, _, value = setting.partition("=")
+        if name.endswith("p_size"):
+            return self.shared_by(name)
+        given = self.compute_loss_func if name == "compute_loss_func" else getattr(self.args, name, None)
+        return repr(given) == value if value else given not in (None, False, 0)
+
     # Settings --------------------------------------------------------------------------------------------------------
 
     def lacks_flash_attention(self) -> Found:
