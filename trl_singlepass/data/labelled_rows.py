@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,12 +49,8 @@ class PackedRow:
     @classmethod
     def join(cls, packed: Sequence[PackedRow]) -> PackedRow:
         """Return several rows side by side in one."""
-        starts = np.cumsum([0, *(len(each.row) for each in packed[:-1])])
-        positions = {
-            turn: start + of_turn
-            for start, each in zip(starts, packed, strict=True)
-            for turn, of_turn in each.positions.items()
-        }
+        starts = zip(np.cumsum([0, *(len(each.row) for each in packed[:-1])]), packed, strict=True)
+        positions = {turn: start + at for start, each in starts for turn, at in each.positions.items()}
         return cls(Row.join([each.row for each in packed]), positions)
 
     def split(self, max_row_tokens: int) -> list[PackedRow]:
@@ -111,6 +107,22 @@ def pack_examples(
     parts = [part for each in parts for part in each.split(max_row_tokens)]
     members = assign([part.row for part in parts], max_row_tokens)
     return [_share_prefixes([parts[i] for i in of_row]) for of_row in members]
+
+
+def positions_of_lists(
+    packed: Sequence[PackedRow], lengths: Sequence[int]
+) -> dict[tuple[int, int], NDArray[np.int64]]:
+    """
+    Return by label and example of each list of a batch the positions that predict its trained tokens, turn by turn.
+
+    Positions are counted over all rows one after the other, of which `lengths` are the tokens, padding included.
+    """
+    starts = np.cumsum([0, *lengths[:-1]])
+    found = {
+        turn: start + at for start, each in zip(starts, packed, strict=True) for turn, at in each.positions.items()
+    }
+    lists = groupby(sorted(found), key=lambda turn: (turn.label, turn.example))
+    return {key: np.concatenate([found[turn] for turn in turns]) for key, turns in lists}
 
 
 def _share_prefixes(parts: Sequence[PackedRow]) -> PackedRow:

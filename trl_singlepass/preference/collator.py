@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data.arrow import length_column
 from ..data.collator import Batch, DataCollatorForSinglePass
-from ..data.labelled_rows import PackedRow, pack_examples
+from ..data.labelled_rows import pack_examples, positions_of_lists
 from ..data.pairs import REFERENCE_COLUMNS, SIDES
 from ..data.row_tree import LineView
 
@@ -96,7 +97,8 @@ class DataCollatorForSinglePassPreference:
         packed = pack_examples(examples, SIDES, self.max_row_tokens)
         rows = [self.row_collator([each.row.columns()]) for each in packed]
         labels = torch.cat([torch.nn.functional.pad(row["labels"][0, 1:], (0, 1)) for row in rows])
-        positions = _lines(packed, [row["labels"].shape[1] for row in rows], len(examples))
+        of_lists = positions_of_lists(packed, [row["labels"].shape[1] for row in rows])
+        positions = [torch.from_numpy(of_lists[line]) for line in product(range(len(SIDES)), range(len(examples)))]
         targets = pad_sequence(positions, batch_first=True)
         mask = pad_sequence([torch.ones_like(line) for line in positions], batch_first=True)
         tokens = torch.where(mask.bool(), labels[targets], self.pad_token_id)
@@ -122,17 +124,3 @@ class DataCollatorForSinglePassPreference:
         lines = [example[length_column(side)] for side in SIDES for example in examples]
         weights = [torch.from_numpy(self.turn_weights.of_tokens(lengths)).float() for lengths in lines]
         return pad_sequence(weights, batch_first=True)
-
-
-def _lines(packed: Sequence[PackedRow], lengths: Sequence[int], num_pairs: int) -> list[torch.Tensor]:
-    """Return the positions of each trajectory's targets among the tokens of all rows, turn by turn."""
-    starts = np.cumsum([0, *lengths[:-1]])
-    positions = {
-        turn: start + of_turn
-        for start, each in zip(starts, packed, strict=True)
-        for turn, of_turn in each.positions.items()
-    }
-    lines: list[list[NDArray[np.int64]]] = [[] for _ in range(len(SIDES) * num_pairs)]
-    for turn in sorted(positions):
-        lines[turn.label * num_pairs + turn.example].append(positions[turn])
-    return [torch.from_numpy(np.concatenate(line)) for line in lines]
