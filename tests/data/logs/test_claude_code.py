@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.logs import assistant, get_error, import_entries, user
+from support.logs import assistant, get_error, import_entries, import_whole, user
 from trl_singlepass.data.bad_rows import BadRows
 from trl_singlepass.data.logs.claude_code import CLEARED
 
@@ -179,6 +179,21 @@ def test_a_side_chain_is_a_conversation_of_its_own_without_the_system_prompt_of_
         {"messages": [user("Search."), assistant("Found.")]},
     ]
     assert report.requests["no system prompt"] == 1
+
+
+def in_session(name, lines):
+    return [{**entry, "sessionId": name} for entry in lines]
+
+
+def test_a_compaction_and_a_subagent_belong_to_their_session(tmp_path):
+    compacted = [BOUNDARY, SUMMARY, said("e", "d", "Go."), part("f", "e", "m2", text("Gone."), "end_turn")]
+    side = [said("s", None, "Search.", isSidechain=True)]
+    side += [part("t", "s", "m9", text("Found."), "end_turn", isSidechain=True)]
+    lines = [*in_session("a", [*HI, *side]), *in_session("b", compacted)]
+    (example,), report = import_whole(tmp_path, "claude-code", lines)
+    assert [request["completion"][0]["content"] for request in example["requests"]] == ["Hello.", "Found.", "Gone."]
+    assert (report.requests["subagent"], report.requests["compaction"]) == (1, 1)
+    assert "By subagents: 1 request\nAfter a compaction: 1 request\n" in str(report)
 
 
 def test_a_session_that_was_copied_is_trained_once(tmp_path):

@@ -1,7 +1,11 @@
 """Transcripts of Codex."""
 
+import json
+
 from support.logs import assistant, get_error, import_entries, user
 from trl_singlepass.data.bad_rows import BadRows
+from trl_singlepass.data.logs import LogSource
+from trl_singlepass.data.logs.importer import import_logs
 
 
 META = {"type": "session_meta", "payload": {"id": "s", "base_instructions": {"text": "You are Codex."}}}
@@ -66,6 +70,20 @@ def test_compaction_begins_a_new_root(tmp_path):
     lines = [META, *TURN, compacted, said("user", "Delete it."), said("assistant", "Done.")]
     later = [SYSTEM, user("Hi."), user("Summary: a.py."), user("Delete it."), assistant("Done.")]
     assert import_entries(tmp_path, "codex", lines)[0] == [{"messages": MESSAGES}, {"messages": later}]
+
+
+def test_a_compaction_and_a_subagent_belong_to_their_session(tmp_path):
+    history = [said("user", "Summary: a.py.")["payload"]]
+    compacted = {"type": "compacted", "payload": {"message": "", "replacement_history": history}}
+    source = {"subagent": {"thread_spawn": {"parent_thread_id": "s", "depth": 1}}}
+    child = {"type": "session_meta", "payload": {"id": "c", "source": source}}
+    sessions = {"a": [META, *TURN, compacted, said("assistant", "Done.")], "b": [child, *TURN]}
+    for name, lines in sessions.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    examples, report = import_logs(LogSource.CODEX, [str(tmp_path)])
+    (example,) = examples
+    assert len(example["requests"]) == 3
+    assert (report.requests["subagent"], report.requests["compaction"]) == (2, 1)
 
 
 def test_what_follows_a_compaction_that_the_log_does_not_hold_is_refused_until_the_next_one(tmp_path):

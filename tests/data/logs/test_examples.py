@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.logs import assistant, user
+from support.logs import assistant, take_apart, user
 from trl_singlepass.data.logs.examples import MessageExamples, TokenExamples
 from trl_singlepass.data.logs.lines import Place
 from trl_singlepass.data.logs.requests import LoggedRequest, LoggedTokens
@@ -26,7 +26,7 @@ def take(examples, requests):
 
 
 def rows(*requests):
-    return list(take(MessageExamples(), requests))
+    return [part for example in take(MessageExamples(), requests) for part in take_apart(example)]
 
 
 def test_a_later_request_that_adds_to_an_earlier_one_is_the_same_conversation():
@@ -64,9 +64,35 @@ def test_where_a_conversation_branches_its_common_replies_are_trained_once():
 
 
 def test_requests_that_stand_in_the_log_twice_are_trained_once():
-    examples = take(MessageExamples(), [request(U1, A1), request(U1, A1), request(U1, A2)])
-    assert list(examples) == [{"messages": [U1, A1]}, {"messages": [U1, A2]}]
+    requests = [request(U1, A1), request(U1, A1), request(U1, A2)]
+    assert rows(*requests) == [{"messages": [U1, A1]}, {"messages": [U1, A2]}]
+    examples = take(MessageExamples(), requests)
     assert (examples.num_turns, examples.num_duplicates) == (2, 1)
+
+
+def test_requests_of_a_conversation_are_one_example():
+    requests = [request(U1, A1), request(U1, A2), request(U2, A2)]
+    examples = take(MessageExamples(), requests)
+    replies = [{"prompt": [U1], "completion": [reply]} for reply in (A1, A2)]
+    assert list(examples) == [{"requests": replies}, {"messages": [U2, A2]}]
+    assert examples.forms == {"requests": 1, "messages": 1}
+    assert examples.columns == ["requests", "messages"]
+
+
+def test_the_log_may_say_which_conversation_a_request_belongs_to():
+    requests = [request(U1, A1, conversation=name) for name in "ab"]
+    requests += [request(U1, A2, conversation="a"), request(U2, A2, conversation="a")]
+    (one,) = take(MessageExamples(), requests)
+    assert [part["completion"] for part in one["requests"]] == [[A1], [A2], [A2]]
+
+
+def test_tools_stand_with_the_example_or_else_with_the_requests_that_have_them():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    same = [request(U1, A1, tools=tools), request(U1, A2, tools=tools)]
+    assert [sorted(example) for example in take(MessageExamples(), same)] == [["requests", "tools"]]
+    (other,) = take(MessageExamples(), [request(U1, A1, tools=tools), request(U1, A2)])
+    assert [request.get("tools") for request in other["requests"]] == [tools, None]
+    assert "tools" not in other
 
 
 @pytest.mark.parametrize("key", ["tools", "chat_template_kwargs"])
@@ -87,7 +113,7 @@ REPLIES = st.sampled_from([A1, BARE, A2])
 def test_examples_train_each_request_once_and_nothing_else(pairs):
     examples = take(MessageExamples(), [request(*context, reply) for context, reply in pairs])
     trained = []
-    for row in examples:
+    for row in (part for example in examples for part in take_apart(example)):
         prompt = row.get("prompt", [])
         messages = prompt + row.get("messages", row.get("completion"))
         roles = [message["role"] for message in messages]

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from support.conversations import TOOLS
-from support.logs import assistant, get_error, import_entries, user
+from support.logs import assistant, get_error, import_entries, take_apart, user
 from support.small_repository import ROOT
 from trl_singlepass.cli.main import main
 from trl_singlepass.data.bad_rows import BadRows
@@ -92,9 +92,10 @@ def test_system_prompt_and_tools_of_a_transcript_come_from_files(tmp_path, capsy
     assert code == 0
     assert "Without a system prompt" not in out
     assert "no tools" not in out
-    first = json.loads((tmp_path / "data.jsonl").read_text("utf-8").splitlines()[0])
-    assert first["messages"][0] == {"role": "system", "content": "Be careful."}
-    assert first["tools"] == TOOLS
+    examples = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text("utf-8").splitlines()]
+    requests = [request for example in examples for request in take_apart(example)]
+    assert requests[0]["messages"][0] == {"role": "system", "content": "Be careful."}
+    assert requests[0]["tools"] == TOOLS
 
 
 @pytest.mark.parametrize(

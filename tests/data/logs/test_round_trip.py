@@ -12,9 +12,10 @@ from support.log_servers import SCRIPT, SYSTEM, AnthropicServer, OpenAIServer, R
 from support.log_streams import StreamingAnthropicServer, StreamingOpenAIServer, StreamingResponsesServer
 from support.log_transcripts import get_exchanges, write_claude_code, write_codex, write_swe_agent
 from trl_singlepass.cli.main import main
+from trl_singlepass.data.conversations import example_to_samples
 from trl_singlepass.data.dataset_format import holds_turns
+from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.data.tokenized_turns import gather_turns, tokenized_turns_to_samples
-from trl_singlepass.rendering.samples import render_example
 
 
 SERVERS = [
@@ -44,6 +45,10 @@ def imported(server, echoes_reasoning, tmp_path):
     return exchanges, [json.loads(line) for line in data.read_text("utf-8").splitlines()]
 
 
+def render(example, tokenizer):
+    return example_to_samples(example, 0, tokenizer, RowSettings()).samples
+
+
 def served(tokenizer, context, reply):
     """Prompt and completion of a request, by nothing but the chat template."""
     prompt = tokenizer.apply_chat_template(context, tools=TOOLS, add_generation_prompt=True, tokenize=False)
@@ -57,7 +62,7 @@ def served(tokenizer, context, reply):
 def test_samples_are_the_requests_of_the_log(imported, template):
     exchanges, examples = imported
     tokenizer = make_tokenizer(template)
-    samples = [sample for example in examples for sample in render_example(example, tokenizer)]
+    samples = [sample for example in examples for sample in render(example, tokenizer)]
     expected = [served(tokenizer, context, reply) for context, reply in exchanges]
     found = [split(tokenizer, sample) for sample in samples]
     assert found == expected
@@ -74,7 +79,7 @@ def test_samples_are_the_same_when_the_dataset_went_through_arrow(imported, load
     assert holds_turns(dataset)
     tokenizer = make_tokenizer("qwen3_8")
     before, after = (
-        [sample.token_ids.tolist() for row in rows for sample in render_example(dict(row), tokenizer)]
+        [sample.token_ids.tolist() for row in rows for sample in render(row, tokenizer)]
         for rows in (examples, dataset)
     )
     assert after == before
@@ -98,7 +103,7 @@ def test_samples_are_the_requests_behind_a_transcript(tmp_path, source, name, wr
     assert main(["import", source, str(tmp_path / name), "-o", str(tmp_path / "data.jsonl"), *given]) == 0
     examples = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text("utf-8").splitlines()]
     tokenizer = make_tokenizer(template)
-    samples = [sample for example in examples for sample in render_example(example, tokenizer)]
+    samples = [sample for example in examples for sample in render(example, tokenizer)]
     assert [split(tokenizer, sample) for sample in samples] == [served(tokenizer, *pair) for pair in get_exchanges()]
 
 
@@ -114,7 +119,7 @@ def test_samples_are_the_requests_behind_an_export(tmp_path, export, is_named):
     assert main(["import", source, str(tmp_path / "export.json"), "-o", str(tmp_path / "data.jsonl")]) == 0
     examples = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text("utf-8").splitlines()]
     tokenizer = make_tokenizer("qwen3")
-    samples = [sample for example in examples for sample in render_example(example, tokenizer)]
+    samples = [sample for example in examples for sample in render(example, tokenizer)]
     assert [split(tokenizer, sample) for sample in samples] == [served(tokenizer, *pair) for pair in exchanges]
 
 
@@ -155,10 +160,12 @@ def test_the_templates_differ_in_what_they_keep():
     assert [reply["reasoning_content"] in text for text in kept] == [False, True]
 
 
-def test_one_conversation_if_reasoning_is_echoed_else_requests_with_their_own_context(imported, echoes_reasoning):
-    _, examples = imported
-    forms = [sorted(column for column in example if example[column]) for example in examples]
+def test_a_conversation_is_one_example_with_requests_of_their_own_context_if_reasoning_is_not_echoed(
+    imported, echoes_reasoning
+):
+    _, (example,) = imported
     if echoes_reasoning:
-        assert forms == [["messages", "tools"]]
+        assert sorted(example) == ["messages", "tools"]
     else:  # the first reply is echoed without its reasoning, so that each later request has a context of its own
-        assert forms == [["messages", "tools"], *[["completion", "prompt", "tools"]] * (len(SCRIPT) - 1)]
+        assert sorted(example) == ["requests", "tools"]
+        assert len(example["requests"]) == len(SCRIPT)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from support.logs import assistant, import_files, user
+from support.logs import assistant, import_files, take_apart, user
 from trl_singlepass.data.bad_rows import BadRows
 from trl_singlepass.data.logs.lines import LogError
 
@@ -42,7 +42,8 @@ def config(*processors):
 def import_trajectory(folder, bad_lines=BadRows.ERROR, **trajectory):
     path = folder / "1.traj"
     path.write_text(json.dumps(trajectory, indent=2))
-    return import_files("swe-agent", folder, bad_lines=bad_lines)
+    examples, report = import_files("swe-agent", folder, bad_lines=bad_lines)
+    return [request for example in examples for request in take_apart(example)], report
 
 
 def error_of(folder, **trajectory):

@@ -13,10 +13,10 @@ from .lines import (
     Json,
     LogError,
     LogLine,
-    Place,
     append_delta,
     decode_event,
     get,
+    get_conversation,
     get_exchange,
     get_index,
     get_objects,
@@ -34,10 +34,10 @@ _ORDER = {"thinking": 0, "redacted_thinking": 0, "text": 1, "tool_use": 2}
 
 def read_line(line: LogLine) -> list[LoggedRequest]:
     """Return a response with the messages that were sent."""
-    return read_exchange(line.place, *get_exchange(line, join_events))
+    return read_exchange(line, *get_exchange(line, join_events))
 
 
-def read_exchange(place: Place, request: Json, response: Json) -> list[LoggedRequest]:
+def read_exchange(line: LogLine, request: Json, response: Json) -> list[LoggedRequest]:
     """Return a response with the messages that were sent."""
     system = join_text(request.get("system"), "the system prompt")
     context: list[Message] = [{"role": "system", "content": system}] if system else []
@@ -53,7 +53,7 @@ def read_exchange(place: Place, request: Json, response: Json) -> list[LoggedReq
     need(response, "content", list)
     reply, hidden = read_assistant(get_objects(response, "content"))
     tools = [_read_tool(tool) for tool in get_objects(request, "tools")] or None
-    return [LoggedRequest(place, context, reply, tools, has_hidden_reasoning=hidden)]
+    return [LoggedRequest(line.place, context, reply, tools, {}, hidden, get_conversation(line, request))]
 
 
 def read_message(message: Json) -> list[Message]:

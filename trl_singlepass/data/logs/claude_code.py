@@ -115,7 +115,10 @@ class _Transcript:
             context.messages,
             reply,
             has_hidden_reasoning=anthropic.read_assistant(self.get_blocks(message_id))[1],
-            is_side_chain=bool(parts[0].entry.get("isSidechain")),
+            conversation=self.get_session(parts[0]),
+            is_subagent=bool(parts[0].entry.get("isSidechain")),
+            follows_compaction=bool(path) and path[0].is_system("compact_boundary"),
+            is_completed=not parts[0].entry.get("isSidechain"),
             has_skipped_attachments=context.has_skipped_attachments,
         )
 
@@ -150,6 +153,17 @@ class _Transcript:
                     f"It is unknown whether it was sent before or after the clearing at {clearing.line.place}."
                 )
         return path[::-1]
+
+    def get_session(self, node: _Node) -> str | None:
+        """Return the session that a conversation began in, before its compactions and in whichever it went on."""
+        seen = {node.uuid}
+        while True:
+            parent = node.parent or str(node.entry.get("logicalParentUuid"))
+            if parent not in self.nodes or parent in seen:
+                session = node.entry.get("sessionId")
+                return str(session) if session else None
+            node = self.nodes[parent]
+            seen.add(parent)
 
 
 class _Context:

@@ -23,15 +23,20 @@ _NOT_SENT = ("ghost_snapshot",)
 
 def read_lines(lines: Iterable[LogLine], bad_lines: BadLines) -> Iterator[LoggedRequest]:
     """Yield each reply of each transcript with what stood before it."""
-    for _, session in groupby(lines, lambda line: line.place.path):
-        yield from _Session(bad_lines).read(session)
+    conversations: dict[str, str] = {}
+    for path, session in groupby(lines, lambda line: line.place.path):
+        yield from _Session(path, conversations, bad_lines).read(session)
 
 
 class _Session:
     """A transcript up to some line."""
 
-    def __init__(self, bad_lines: BadLines) -> None:
+    def __init__(self, path: str, conversations: dict[str, str], bad_lines: BadLines) -> None:
         self.bad_lines = bad_lines
+        self.conversation = path
+        self.conversations = conversations  # of earlier sessions, by their ids
+        self.is_subagent = False
+        self.is_compacted = False
         self.instructions: str | None = None
         self.context: list[Message] = []
         self.reply: list[Json] = []
@@ -61,7 +66,7 @@ class _Session:
         match entry.get("type"), payload.get("type"):
             case "session_meta", _:
                 if index == 0:  # a fork begins with its own, then copies that of the session it comes from
-                    self.instructions = _get_instructions(payload)
+                    self.begin(payload)
             case "response_item", kind:
                 if kind not in _NOT_SENT:
                     add_item(self.context, payload)
@@ -72,8 +77,18 @@ class _Session:
             case "event_msg", "thread_rolled_back":
                 raise LogError("The thread was rolled back here; which messages stayed is not in the log.")
 
+    def begin(self, payload: Json) -> None:
+        self.instructions = _get_instructions(payload)
+        source = payload.get("source")
+        spawned = source.get("subagent") if isinstance(source, dict) else None
+        self.is_subagent = spawned is not None
+        thread = spawned.get("thread_spawn") if isinstance(spawned, dict) else None
+        parent = thread.get("parent_thread_id") if isinstance(thread, dict) else None
+        name = str(payload.get("id") or self.conversation)
+        self.conversation = self.conversations[name] = self.conversations.get(str(parent), str(parent or name))
+
     def compact(self, payload: Json) -> None:
-        self.lost = None
+        self.lost, self.is_compacted = None, True
         if get(payload, "replacement_history", list) is None:
             raise LogError("The context was compacted here, and what replaced it is not in the log.")
         items = get_objects(payload, "replacement_history")
@@ -92,7 +107,15 @@ class _Session:
                 raise LogError(f"Its context is unknown: {self.lost}")
             if self.aborted:
                 raise LogError("The reply was interrupted.")
-            yield LoggedRequest(place, [*instructions, *self.context], reply, has_hidden_reasoning=hidden)
+            yield LoggedRequest(
+                place,
+                [*instructions, *self.context],
+                reply,
+                has_hidden_reasoning=hidden,
+                conversation=self.conversation,
+                is_subagent=self.is_subagent,
+                follows_compaction=self.is_compacted,
+            )
         self.aborted = False
         try:
             self.context += read_items(items)

@@ -9,9 +9,9 @@ conversation. Four requests with the contexts and replies (u: user, a: assistant
     3: u1 a1 u2'  → a3      the user went back and asked something else
     4: u1 a* u2   → a4      a* is a1 without its reasoning
 
-become three examples, in which each reply is trained once, after the context that was sent:
+become one example with three requests, in which each reply is trained once, after the context that was sent:
 
-    messages = u1 a1 u2 a2
+    prompt = u1, completion = a1 u2 a2
     prompt = u1 a1 u2', completion = a3
     prompt = u1 a* u2, completion = a4
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from hashlib import blake2b
 from itertools import chain
 from typing import NamedTuple
@@ -34,17 +34,29 @@ from .requests import LoggedRequest, LoggedTokens
 
 
 class _Request(NamedTuple):
+    conversation: int
     root: int  # node of its tools and template arguments
     history: int | None  # node of the last earlier reply in its context
 
 
+class _Chain(NamedTuple):
+    """Requests of which each goes on where the one before it ended, as the nodes of the first and the last reply."""
+
+    first: int
+    last: int
+
+
 class MessageExamples:
     """
-    The requests of a log, joined where it is append-only; iterating over it gives the examples.
+    The requests of a log, one example for each conversation; iterating over it gives the examples.
 
-    Requests come in the order of the log; those of one conversation need not be adjacent. A conversation of which
-    every assistant message is a logged reply has `messages`; replies whose context holds other assistant messages have
-    `prompt` and `completion`. `tools` and `chat_template_kwargs` stand where a request has them.
+    Requests come in the order of the log; those of a conversation need not be adjacent. Where the log is append-only,
+    they are one chain. A conversation of one chain has `messages` if every assistant message in it is a logged reply,
+    else `prompt` and `completion`; any other has `requests`, each with a `prompt` and a `completion`. `tools` and
+    `chat_template_kwargs` stand where a request has them, with the example if all its requests have the same.
+
+    Requests belong to the conversation that the log names. Where it names none, they do if they begin alike, up to the
+    first message of a user.
     """
 
     def __init__(self) -> None:
@@ -56,7 +68,8 @@ class MessageExamples:
         self._nodes: dict[tuple[int, int], int] = {}  # by parent and place
         self._parents, self._values = array("q"), array("q")
         self._requests: dict[int, _Request] = {}  # by the node of the reply
-        self._columns: dict[int, list[str]] = {}  # that tools and arguments need, by root
+        self._conversations: dict[str | tuple[int, ...], int] = {}  # by name, or by the places that they begin with
+        self._extras: dict[int, list[str]] = {}  # which of tools and arguments there are, by root
 
     @property
     def num_turns(self) -> int:
@@ -66,20 +79,19 @@ class MessageExamples:
     @property
     def forms(self) -> Counter[str]:
         """Number of examples by form."""
-        return Counter(" + ".join(self._get_form(first)) for first, _ in self._get_chains())
+        return Counter(" + ".join(self._get_form(chains)) for chains in self._get_conversations())
 
     @property
     def columns(self) -> list[str]:
         """Columns of the examples, in the order in which they occur."""
-        firsts = (first for first, _ in self._get_chains())
-        columns = ([*self._get_form(first), *self._columns[self._requests[first].root]] for first in firsts)
+        columns = ([*self._get_form(chains), *self._get_extras(chains)] for chains in self._get_conversations())
         return list(dict.fromkeys(chain.from_iterable(columns)))
 
     def add(self, request: LoggedRequest) -> None:
         """Take a request."""
         extra = {"tools": request.tools, "chat_template_kwargs": request.chat_template_kwargs}
         node = root = self._get_node(-1, self._keep(extra))
-        self._columns[root] = [column for column, value in extra.items() if value]
+        self._extras[root] = [column for column, value in extra.items() if value]
         places = self._locate([*request.context, request.reply])
         history = None
         for message, place in zip(request.context, places, strict=False):
@@ -87,15 +99,32 @@ class MessageExamples:
             history = node if message["role"] == "assistant" else history
         node = self._get_node(node, places[-1])
         self.num_duplicates += node in self._requests
-        self._requests.setdefault(node, _Request(root, history))
+        roles = [message["role"] for message in request.context]
+        beginning = tuple(places[: roles.index("user") + 1 if "user" in roles else len(roles)])
+        conversation = self._conversations.setdefault(request.conversation or beginning, len(self._conversations))
+        self._requests.setdefault(node, _Request(conversation, root, history))
 
     def __iter__(self) -> Iterator[Json]:
-        for first, last in self._get_chains():
-            extra, *messages = map(self._spool.read, self._get_path(last))
-            start = len(self._get_path(first)) - 2  # of the replies: before it are tools and context
-            parts = [messages] if self._requests[first].history is None else [messages[:start], messages[start:]]
-            example = dict(zip(self._get_form(first), parts, strict=True))
-            yield {**example, **{column: value for column, value in extra.items() if value}}
+        for chains in self._get_conversations():
+            common = self._get_extras(chains)
+            requests = [self._read(one, common) for one in chains]
+            extra = {
+                column: self._spool.read(self._values[self._requests[chains[0].first].root])[column]
+                for column in common
+            }
+            if len(chains) > 1:
+                yield {"requests": requests, **extra}
+            elif self._requests[chains[0].first].history is None:
+                yield {"messages": [*requests[0]["prompt"], *requests[0]["completion"]], **extra}
+            else:
+                yield {**requests[0], **extra}
+
+    def _read(self, one: _Chain, common: Collection[str]) -> Json:
+        """Return a chain as one request, without the columns that stand with the example."""
+        extra, *messages = map(self._spool.read, self._get_path(one.last))
+        start = len(self._get_path(one.first)) - 2  # of the replies: before it are tools and context
+        own = {column: value for column, value in extra.items() if value and column not in common}
+        return {"prompt": messages[:start], "completion": messages[start:], **own}
 
     def _locate(self, messages: Sequence[Message]) -> list[int]:
         """Return the places of messages, which those of a transcript's contexts share with the request before."""
@@ -119,21 +148,30 @@ class MessageExamples:
             self._values.append(place)
         return node
 
-    def _get_chains(self) -> Iterator[tuple[int, int]]:
-        """Yield the first and the last request of each example."""
+    def _get_conversations(self) -> Iterator[list[_Chain]]:
+        """Yield the chains of each conversation, in the order of their first requests."""
         following: dict[int, int] = {}  # the first request that goes on where another one ended
         for node, request in self._requests.items():
             if request.history in self._requests:
                 following.setdefault(request.history, node)
         later = set(following.values())
+        chains: dict[int, list[_Chain]] = {}
         for first in (node for node in self._requests if node not in later):
             last = first
             while last in following:
                 last = following[last]
-            yield first, last
+            chains.setdefault(self._requests[first].conversation, []).append(_Chain(first, last))
+        yield from chains.values()
 
-    def _get_form(self, first: int) -> tuple[str, ...]:
-        return ("messages",) if self._requests[first].history is None else ("prompt", "completion")
+    def _get_form(self, chains: Sequence[_Chain]) -> tuple[str, ...]:
+        if len(chains) > 1:
+            return ("requests",)
+        return ("messages",) if self._requests[chains[0].first].history is None else ("prompt", "completion")
+
+    def _get_extras(self, chains: Sequence[_Chain]) -> list[str]:
+        """Return which of tools and arguments stand with an example, since all its requests have the same."""
+        roots = {self._requests[one.first].root for one in chains}
+        return self._extras[roots.pop()] if len(roots) == 1 else []
 
     def _get_path(self, node: int) -> list[int]:
         """Return the places of tools and arguments and of all messages up to a node."""

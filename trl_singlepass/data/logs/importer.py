@@ -63,6 +63,8 @@ _SUFFIXES: Mapping[LogSource, Sequence[Sequence[str]]] = {
 _FACTS: Mapping[str, Callable[[LoggedRequest], bool]] = {
     "reasoning": lambda request: "reasoning_content" in request.reply,
     "hidden reasoning": lambda request: request.has_hidden_reasoning,
+    "subagent": lambda request: request.is_subagent,
+    "compaction": lambda request: request.follows_compaction,
     "skipped attachments": lambda request: request.has_skipped_attachments,
     "no system prompt": lambda request: request.context[0]["role"] not in ("system", "developer"),
     "no tools": lambda request: (
@@ -79,7 +81,7 @@ class ImportReport:
     num_files: int
     requests: Counter[str]  # all that have a reply, as `all`, and what `_FACTS` says about them
     num_duplicates: int  # requests that stand in the log twice, and are trained once
-    forms: Counter[str]  # examples by form: `messages`, `prompt + completion`, `tokens`
+    forms: Counter[str]  # examples by form: `messages`, `prompt + completion`, `requests`, `tokens`
     num_turns: int  # replies that the examples train
     bad_lines: tuple[str, ...]  # why lines were left out, with their numbers
     num_bad_lines: int
@@ -97,6 +99,8 @@ class ImportReport:
             lines.append(f"Reasoning: {self.requests['reasoning']} of {requests}")
         if hidden:
             lines[-1] += f"; of {hidden} more the log holds it only in encrypted form"
+        lines += self._describe("By subagents", "subagent")
+        lines += self._describe("After a compaction", "compaction")
         lines += self._describe("Without their attachments", "skipped attachments")
         lines += self._describe("Without a system prompt", "no system prompt", "--system_prompt")
         lines += self._describe("With tool calls but no tools", "no tools", "--tools")
@@ -176,8 +180,8 @@ def import_logs(
 
 
 def _complete(request: LoggedRequest, system_prompt: str | None, tools: list[Json] | None) -> LoggedRequest:
-    """Return a request with what it lacks, but for those of subagents, whose prompts and tools are others."""
-    if request.is_side_chain:
+    """Return a request with what it lacks, but for those that lack something else."""
+    if not request.is_completed:
         return request
     if system_prompt is not None and request.context[:1] and request.context[0]["role"] != "system":
         system: Message = {"role": "system", "content": system_prompt}

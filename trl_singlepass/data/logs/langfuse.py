@@ -46,8 +46,8 @@ def read_observation(line: LogLine) -> list[LoggedRequest]:
     }
     response = _read_output(entry.get("output"))
     if "stop_reason" in response:
-        return anthropic.read_exchange(line.place, request, response)
-    return openai_chat.read_exchange(line.place, request, response)
+        return anthropic.read_exchange(line, request, response)
+    return openai_chat.read_exchange(line, request, response)
 
 
 def _read_output(output: Any) -> Json:

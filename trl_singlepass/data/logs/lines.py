@@ -20,6 +20,7 @@ Logged = TypeVar("Logged")
 _KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
 _REQUEST_KEYS = ("request", "request_body", "body")
 _RESPONSE_KEYS = ("response", "response_body")
+_CONVERSATION_KEYS = ("conversation_id", "session_id", "sessionId", "gen_ai.conversation.id", "session.id")
 _SSE = ("data:", "event:", "id:", ":")
 _DONE = "[DONE]"
 _LINES_NAMED = 10
@@ -184,6 +185,12 @@ def get_exchange(line: LogLine, join_stream: Callable[[list[Json]], Json]) -> tu
     if str(response.get("object", "")).endswith(".chunk"):
         raise LogError("The response is one part of a stream. Log all of its parts, on one line.")
     return request, response
+
+
+def get_conversation(line: LogLine, request: Json) -> str | None:
+    """Return the name of the conversation that a request belongs to, if the line or the request tells."""
+    names = [parent[key] for parent in (line.entry, request) for key in _CONVERSATION_KEYS if parent.get(key)]
+    return str(names[0]) if names else None
 
 
 def _unwrap(entry: Json, keys: Sequence[str]) -> Json:

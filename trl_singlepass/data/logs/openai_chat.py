@@ -13,9 +13,9 @@ from .lines import (
     Json,
     LogError,
     LogLine,
-    Place,
     append_delta,
     get,
+    get_conversation,
     get_exchange,
     get_index,
     get_objects,
@@ -33,10 +33,10 @@ _UNTRAINABLE = ("functions", "documents", "chat_template", "continue_final_messa
 
 def read_line(line: LogLine) -> list[LoggedRequest]:
     """Return each choice of a response with the messages that were sent."""
-    return read_exchange(line.place, *get_exchange(line, join_chunks))
+    return read_exchange(line, *get_exchange(line, join_chunks))
 
 
-def read_exchange(place: Place, request: Json, response: Json) -> list[LoggedRequest]:
+def read_exchange(line: LogLine, request: Json, response: Json) -> list[LoggedRequest]:
     """Return each choice of a response with the messages that were sent."""
     untrainable = [key for key in _UNTRAINABLE if request.get(key)]
     if untrainable:
@@ -47,13 +47,13 @@ def read_exchange(place: Place, request: Json, response: Json) -> list[LoggedReq
     kwargs = dict(get(request, "chat_template_kwargs", dict) or {})
     if request.get("reasoning_effort") is not None:  # servers hand it to the template
         kwargs.setdefault("reasoning_effort", request["reasoning_effort"])
-    requests = []
+    requests, conversation = [], get_conversation(line, request)
     for choice in get_choices(response):
         check_ended(choice)
         message = need(choice, "message", dict)
         reply = read_message({**message, "role": "assistant"})
         hidden = "reasoning_content" not in reply and _has_encrypted_reasoning(message)
-        requests.append(LoggedRequest(place, context, reply, tools, kwargs, hidden))
+        requests.append(LoggedRequest(line.place, context, reply, tools, kwargs, hidden, conversation))
     return requests
 
 

@@ -13,6 +13,7 @@ Source: https://platform.openai.com/docs/api-reference/responses
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from ...rendering.conversation import Message
 from .files import Spool, dump
@@ -23,6 +24,7 @@ from .lines import (
     LogLine,
     Place,
     get,
+    get_conversation,
     get_exchange,
     get_objects,
     need,
@@ -48,17 +50,17 @@ def read_lines(lines: Iterable[LogLine], bad_lines: BadLines) -> Iterator[Logged
     for line in lines:
         with bad_lines.at(line.place):
             request, response = get_exchange(line, join_events)
-            exchanges.append((line.place, spool.add(dump([request, response]))))
+            exchanges.append((line.place, spool.add(dump([request, response, get_conversation(line, request)]))))
             if response.get("id"):
                 by_id[str(response["id"])] = exchanges[-1][1]
 
     def find(response_id: str) -> tuple[Json, Json] | None:
-        return spool.read(by_id[response_id]) if response_id in by_id else None
+        return spool.read(by_id[response_id])[:2] if response_id in by_id else None
 
     for place, exchange in exchanges:
         with bad_lines.at(place):
-            request, response = spool.read(exchange)
-            yield _read_exchange(place, request, response, find)
+            request, response, conversation = spool.read(exchange)
+            yield replace(_read_exchange(place, request, response, find), conversation=conversation)
 
 
 def _read_exchange(place: Place, request: Json, response: Json, find: _Find) -> LoggedRequest:

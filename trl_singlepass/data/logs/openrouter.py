@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import openai_chat
-from .lines import Json, LogLine, Place, get, get_objects, need
+from .lines import Json, LogLine, get, get_objects, need
 from .requests import LoggedRequest
 
 
@@ -25,14 +25,14 @@ def read_trace(line: LogLine) -> list[LoggedRequest]:
     trace = _unwrap(line.entry)
     observations = get_objects(trace, "observations") or [{}]
     reason = observations[0].get("normalizedFinishReason") or observations[0].get("finishReason")
-    return read_completion(line.place, need(trace, "input", dict), need(trace, "output", dict), reason)
+    return read_completion(line, need(trace, "input", dict), need(trace, "output", dict), reason)
 
 
 def _unwrap(entry: Json) -> Json:
     return get(entry, "trace", dict) or entry
 
 
-def read_completion(place: Place, prompt: Json, completion: Json, finish_reason: Any) -> list[LoggedRequest]:
+def read_completion(line: LogLine, prompt: Json, completion: Json, finish_reason: Any) -> list[LoggedRequest]:
     """Return a request: what was sent besides its messages is in the completion."""
     calls = completion.get("toolCalls") or None
     message = {
@@ -42,4 +42,4 @@ def read_completion(place: Place, prompt: Json, completion: Json, finish_reason:
     }
     request = {**(get(completion, "rawRequest", dict) or {}), **prompt}
     response = {"choices": [{"message": message, "finish_reason": finish_reason}]}
-    return openai_chat.read_exchange(place, request, response)
+    return openai_chat.read_exchange(line, request, response)

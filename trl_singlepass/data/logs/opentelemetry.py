@@ -14,7 +14,7 @@ from typing import Any
 
 from ...rendering.conversation import Message
 from . import anthropic, openai_chat, openrouter
-from .lines import Json, LogError, LogLine, decode, get, get_objects, need
+from .lines import Json, LogError, LogLine, decode, get, get_conversation, get_objects, need
 from .requests import LoggedRequest, function_tool, join_text
 
 
@@ -69,7 +69,7 @@ def read_record(line: LogLine) -> list[LoggedRequest]:
     if "gen_ai.completion" in attributes:  # of OpenRouter
         prompt, completion = (need(attributes, f"gen_ai.{key}", dict) for key in ("prompt", "completion"))
         reason = attributes.get("gen_ai.response.finish_reason")
-        return openrouter.read_completion(line.place, prompt, completion, reason)
+        return openrouter.read_completion(line, prompt, completion, reason)
     context: list[Message] = []
     instructions = join_text(list(map(_to_block, _read_list(attributes, "system_instructions"))), "the system prompt")
     if instructions:
@@ -87,7 +87,7 @@ def read_record(line: LogLine) -> list[LoggedRequest]:
         if reason not in _ENDED:
             raise LogError(f"The reply did not end: its finish_reason is '{reason}', expected 'stop' or 'tool_call'.")
         (message,) = _read_message({**reply, "role": "assistant"})
-        requests.append(LoggedRequest(line.place, context, message, tools))
+        requests.append(LoggedRequest(line.place, context, message, tools, conversation=get_conversation(line, {})))
     return requests
 
 

@@ -26,8 +26,11 @@ class LoggedRequest:
     tools: list[Json] | None = None  # JSON schemas of the tools that were sent
     chat_template_kwargs: Json = field(default_factory=dict)  # arguments of the chat template that were sent
     has_hidden_reasoning: bool = False  # the log holds reasoning of the reply only in encrypted form
-    # a subagent sent it, whose system prompt and tools are not those of the main conversation
-    is_side_chain: bool = False
+    conversation: str | None = None  # name of the conversation that it belongs to, where the log tells
+    is_subagent: bool = False  # a subagent sent it
+    follows_compaction: bool = False  # a summary stands in its context for what was said before
+    # its system prompt and tools, if they are missing, are those that the user gives for the main conversation
+    is_completed: bool = True
     # attachments were left out of the context, because the log does not hold how they were worded
     has_skipped_attachments: bool = False
 

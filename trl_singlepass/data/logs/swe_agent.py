@@ -30,7 +30,9 @@ def read_lines(lines: Iterable[LogLine], bad_lines: BadLines) -> Iterator[Logged
     """Yield each step of each attempt of each trajectory with the messages that were sent."""
     for line in lines:
         with bad_lines.at(line.place):
-            for attempt in [_Attempt.from_entry(entry, place) for entry, place in _get_attempts(line)]:
+            for attempt in [
+                _Attempt.from_entry(entry, line.place.path, place) for entry, place in _get_attempts(line)
+            ]:
                 yield from attempt.read(bad_lines)
 
 
@@ -43,13 +45,14 @@ def _get_attempts(line: LogLine) -> list[tuple[Json, str]]:
 
 @dataclass(frozen=True)
 class _Attempt:
+    log: str  # attempts of one file are about one task
     place: str
     steps: list[Json]
     history: list[Json]
 
     @classmethod
-    def from_entry(cls, entry: Json, place: str) -> _Attempt:
-        attempt = cls(place, get_objects(entry, "trajectory"), get_objects(entry, "history"))
+    def from_entry(cls, entry: Json, log: str, place: str) -> _Attempt:
+        attempt = cls(log, place, get_objects(entry, "trajectory"), get_objects(entry, "history"))
         if not attempt.steps and not attempt.history:
             raise LogError("'trajectory' and 'history' are missing.")
         if not any(step.get("query") for step in attempt.steps):
@@ -73,7 +76,8 @@ class _Attempt:
                 if isinstance(reply, LogError):
                     raise reply
                 if reply is not None:
-                    yield LoggedRequest(place, [_read_item(item) for item in context], _read_item(reply))
+                    messages = [_read_item(item) for item in context]
+                    yield LoggedRequest(place, messages, _read_item(reply), conversation=self.log)
 
     def from_history(self) -> Iterator[tuple[Sequence[Json], Json | None]]:
         """Yield context and reply of each step; `None` for what SWE-agent said itself."""

@@ -7,12 +7,11 @@ Sources: `return_token_ids` of vLLM's OpenAI-compatible server; `input_ids`, `ou
 
 from __future__ import annotations
 
-from .lines import Json, LogError, LogLine, get, get_exchange, need
+from .lines import Json, LogError, LogLine, get, get_conversation, get_exchange, need
 from .openai_chat import check_ended, get_choices, join_chunks
 from .requests import LoggedTokens
 
 
-_CONVERSATION_KEYS = ("conversation_id", "session_id")
 _VLLM_WAY_OUT = "Send requests with 'return_token_ids': true"
 _SGLANG_WAY_OUT = "Send requests with 'input_ids' and 'return_logprob': true"
 
@@ -60,5 +59,4 @@ def _to_turn(
     """Return a prompt and its completion; the line or the request may name their conversation."""
     if not prompt or not completion:
         raise LogError(f"The log has no tokens of the {'reply' if prompt else 'prompt'}. {way_out}.")
-    names = [parent[key] for parent in (line.entry, request) for key in _CONVERSATION_KEYS if parent.get(key)]
-    return LoggedTokens(line.place, prompt, completion, str(names[0]) if names else None)
+    return LoggedTokens(line.place, prompt, completion, get_conversation(line, request))
