@@ -1,4 +1,4 @@
-"""`audit`: look at a random sample of a dataset's rows and sum up what they contain."""
+"""`audit`: look at a random sample of a dataset's examples (rows, to the user) and sum up what they contain."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ if TYPE_CHECKING:
     from ...rendering.conversation import Message
     from ...trees.sample import Sample
 
-    Rows: TypeAlias = Dataset | Sequence[Mapping[str, object] | list[Message]]
+    Examples: TypeAlias = Dataset | Sequence[Mapping[str, object] | list[Message]]
 
 DEFAULT_SAMPLE_SIZE = 500
-_BATCH_SIZE = 32  # rows that a process audits before it reports back
+_BATCH_SIZE = 32  # examples that a process audits before it reports back
 _WIDTH = 118  # characters of a line of the report
 
 
@@ -174,7 +174,7 @@ class AuditReport:
 
 
 def audit(
-    dataset: Rows | IterableDataset,
+    dataset: Examples | IterableDataset,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     model_config: PreTrainedConfig | None = None,
     *,
@@ -230,11 +230,11 @@ def audit(
     if isinstance(tokenizer, ProcessorMixin) and not holds_images(dataset):
         tokenizer = tokenizer.tokenizer
     shape = get_model_shape(model_config)
-    rows, positions = _draw(dataset, num_rows, DEFAULT_SAMPLE_SIZE if sample_size is None else sample_size, seed)
+    examples, positions = _draw(dataset, num_rows, DEFAULT_SAMPLE_SIZE if sample_size is None else sample_size, seed)
     if not positions:
         raise ValueError("Nothing to audit: the dataset is empty.")
-    auditor = Auditor(rows, tokenizer, shape, max_length)
-    audited = _audit_rows(auditor, positions, num_proc or 1)
+    auditor = Auditor(examples, tokenizer, shape, max_length)
+    audited = _audit_examples(auditor, positions, num_proc or 1)
     return _make_report(
         list(tqdm(audited, total=len(positions), desc="Auditing conversations", unit=" rows")), auditor, num_rows
     )
@@ -256,21 +256,21 @@ def _with_template(
 
 
 def _draw(
-    dataset: Rows | IterableDataset, num_rows: int | None, sample_size: int, seed: int
-) -> tuple[Rows, list[int]]:
-    """Return rows, and the positions of those to audit."""
+    dataset: Examples | IterableDataset, num_rows: int | None, sample_size: int, seed: int
+) -> tuple[Examples, list[int]]:
+    """Return examples, and the positions of those to audit."""
     if sample_size < 1:
         raise ValueError(f"sample_size must be 1 or more, got {sample_size}.")
     if num_rows is None:
-        rows = list(islice(dataset, sample_size))
-        return rows, list(range(len(rows)))
+        first = list(islice(dataset, sample_size))
+        return first, list(range(len(first)))
     drawn = np.random.default_rng(seed).permutation(num_rows)[:sample_size]
     return dataset, np.sort(drawn).tolist()
 
 
 @dataclass(slots=True)
-class AuditedRow:
-    """What one row contains. Of its tokens, only the first prompt is kept."""
+class AuditedExample:
+    """What one example contains. Of its tokens, only the first prompt is kept."""
 
     index: int
     error: str | None = None  # why it cannot be trained
@@ -283,24 +283,24 @@ class AuditedRow:
 
 
 class Auditor:
-    """Audits rows for a tokenizer or processor, with the sizes of a model and the length to compare samples with."""
+    """Audits examples for a tokenizer or processor, the sizes of a model, and the length to compare samples with."""
 
     def __init__(
         self,
-        rows: Rows,
+        examples: Examples,
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
         shape: ModelShape,
         max_length: int | None,
     ) -> None:
-        self.rows, self.shape, self.max_length = rows, shape, max_length
+        self.examples, self.shape, self.max_length = examples, shape, max_length
         self.reader, self.tokenizer = as_reader(tokenizer), get_tokenizer(tokenizer)
         self.assistant_only, self.survey = AssistantOnlyLoss(self.tokenizer), TemplateSurvey(self.tokenizer)
 
-    def audit_row(self, index: int) -> AuditedRow:
-        """Audit one row. Anything wrong with it is recorded, so that the other rows can still be audited."""
-        row = self.rows[index]
-        example = {"messages": row} if isinstance(row, list) else dict(row)
-        audited = AuditedRow(index)
+    def audit_example(self, index: int) -> AuditedExample:
+        """Audit one example. Anything wrong with it is recorded, so that the others can still be audited."""
+        given = self.examples[index]
+        example = {"messages": given} if isinstance(given, list) else dict(given)
+        audited = AuditedExample(index)
         try:
             (self._audit_pair if is_pair(example) else self._audit_conversation)(example, audited)
         except DataError as error:
@@ -311,12 +311,17 @@ class Auditor:
             raise unexpected_error(error, index) from error
         return audited
 
-    def _audit_conversation(self, example: Mapping[str, object], audited: AuditedRow) -> None:
+    def _audit_conversation(self, example: Mapping[str, object], audited: AuditedExample) -> None:
         conversations: list[Conversation] = []
         if get_tokenized_turns(example) is None:  # otherwise it has tokens already, and no template is involved
             parts = split_requests(example) or [example]
             conversations = [self._read(audited.index, part) for part in parts]
-        samples = self._to_samples(example, conversations, audited)
+        examiners = [self._examine(conversation, audited) for conversation in conversations]
+        prefixes = examiners[0].prefixes if len(examiners) == 1 else None
+        try:
+            samples = example_to_samples(example, audited.index, self.reader, RowSettings(), prefixes=prefixes).samples
+        finally:  # turns are counted whether or not they can be trained
+            audited.turns += [turn for examiner in examiners for turn in examiner.finish()]
         if not samples:
             raise BadRowError("All its turns have the weight 0, so nothing of it is trained.")
         self._add_samples(samples, audited)
@@ -324,18 +329,7 @@ class Auditor:
         if len(conversations) == 1:
             audited.recipes.append(self.assistant_only.count(conversations[0], samples))
 
-    def _to_samples(
-        self, example: Mapping[str, object], conversations: Sequence[Conversation], audited: AuditedRow
-    ) -> Sequence[Sample]:
-        """Return the samples of a row, and add the facts about its turns, whether or not they can be trained."""
-        examiners = [self._examine(conversation, audited) for conversation in conversations]
-        prefixes = examiners[0].prefixes if len(examiners) == 1 else None
-        try:
-            return example_to_samples(example, audited.index, self.reader, RowSettings(), prefixes=prefixes).samples
-        finally:
-            audited.turns += [turn for examiner in examiners for turn in examiner.finish()]
-
-    def _audit_pair(self, example: Mapping[str, object], audited: AuditedRow) -> None:
+    def _audit_pair(self, example: Mapping[str, object], audited: AuditedExample) -> None:
         """Add both trajectories of a pair, and the cost of their one tree."""
         pair = example_to_pair(example, audited.index, self.reader, PairSettings())
         for side in () if set(TOKEN_COLUMNS) <= set(example) else split_pair(example, audited.index).values():
@@ -346,7 +340,7 @@ class Auditor:
         refusal = "it is a setting of fine-tuning, and these are preference pairs"
         audited.recipes.append(RecipeReport(name=Recipe.ASSISTANT_ONLY, refusal=refusal))
 
-    def _examine(self, conversation: Conversation, audited: AuditedRow) -> TurnExaminer:
+    def _examine(self, conversation: Conversation, audited: AuditedExample) -> TurnExaminer:
         prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
         audited.templates.append(self.survey.get_facts(conversation))
         return TurnExaminer(conversation, prefixes)
@@ -356,17 +350,17 @@ class Auditor:
             return self.reader.read_conversation(example, index)
         return Conversation.from_example(dict(example))
 
-    def _add_samples(self, samples: Sequence[Sample], audited: AuditedRow) -> None:
+    def _add_samples(self, samples: Sequence[Sample], audited: AuditedExample) -> None:
         """Add the samples of a conversation, or of one trajectory, that can be trained."""
         audited.turns += [TurnStats.from_sample(one, turn, self.max_length) for turn, one in enumerate(samples, 1)]
         audited.lengths += map(len, samples)
         audited.recipes.append(count_last_turn(samples))
 
 
-def _audit_rows(auditor: Auditor, positions: list[int], num_proc: int) -> Iterator[AuditedRow]:
-    """Audit rows in their order, so that the report does not depend on the number of processes."""
+def _audit_examples(auditor: Auditor, positions: list[int], num_proc: int) -> Iterator[AuditedExample]:
+    """Audit examples in their order, so that the report does not depend on the number of processes."""
     if num_proc == 1:
-        yield from map(auditor.audit_row, positions)
+        yield from map(auditor.audit_example, positions)
         return
     with (
         _without_tokenizer_threads(),
@@ -383,8 +377,8 @@ def _start_worker(auditor: Auditor) -> None:
     _worker[:] = [auditor]
 
 
-def _audit_in_worker(position: int) -> AuditedRow:
-    return _worker[0].audit_row(position)
+def _audit_in_worker(position: int) -> AuditedExample:
+    return _worker[0].audit_example(position)
 
 
 @contextmanager
@@ -401,19 +395,19 @@ def _without_tokenizer_threads() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _make_report(audited: Sequence[AuditedRow], auditor: Auditor, num_rows: int | None) -> AuditReport:
-    costs = [row.cost for row in audited if row.cost is not None]
-    turns = [stats for row in audited for stats in row.turns]
-    recipes = [recipe for row in audited for recipe in row.recipes]
-    lengths = [length for row in audited for length in row.lengths]
+def _make_report(audited: Sequence[AuditedExample], auditor: Auditor, num_rows: int | None) -> AuditReport:
+    costs = [one.cost for one in audited if one.cost is not None]
+    turns = [stats for one in audited for stats in one.turns]
+    recipes = [recipe for one in audited for recipe in one.recipes]
+    lengths = [length for one in audited for length in one.lengths]
     tree_lengths = [cost.by_schedule[Schedule.SINGLE_PASS].tokens for cost in costs]
     coverage = 0.0 if num_rows is None else len(audited) / num_rows
     return AuditReport(
         num_rows=num_rows,
         num_audited=len(audited),
         num_trainable=len(costs),
-        errors=group_errors((row.index, row.error) for row in audited if row.error is not None),
-        templates=tuple(Counter(facts for row in audited for facts in row.templates).most_common()),
+        errors=group_errors((one.index, one.error) for one in audited if one.error is not None),
+        templates=tuple(Counter(facts for one in audited for facts in one.templates).most_common()),
         all_turns=TurnStats.merge(turns),
         by_turn=_by_turn(turns),
         max_length=auditor.max_length,
