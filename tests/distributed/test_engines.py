@@ -24,11 +24,6 @@ CASES = {
 }
 ALONE = ["packing", "lora", "checkpointing"]
 """Cases that only say which part is at fault where all of them together fail."""
-PRECISIONS = [
-    pytest.param(({}, 1e-6), id="float32", marks=pytest.mark.slow),
-    # The worker keeps the fused head in float64, which older releases lack.
-    pytest.param(({"float64": True}, 1e-13), id="float64", marks=needs_weighted_loss),
-]
 
 
 def slow_unless(engine, *engines):
@@ -36,14 +31,22 @@ def slow_unless(engine, *engines):
     return pytest.param(engine, marks=() if engine in engines else pytest.mark.slow)
 
 
+@needs_weighted_loss  # whose fused head the worker keeps in float64
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=pytest.mark.slow if case in ALONE else ()) for case in CASES]
 )
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_six_steps(tmp_path, workers, one_process, precision, engine, case):
-    precise, tolerance = precision
-    settings = {**CASES[case], **precise}
+def test_six_steps(tmp_path, workers, one_process, engine, case):
+    assert_six_steps(tmp_path, workers, one_process, engine, {**CASES[case], "float64": True}, 1e-13)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_six_steps_in_float32(tmp_path, workers, one_process, engine):
+    assert_six_steps(tmp_path, workers, one_process, engine, CASES["all of these"], 1e-6)
+
+
+def assert_six_steps(tmp_path, workers, one_process, engine, settings, tolerance):
     alone = one_process(with_config(settings, per_device_train_batch_size=2))
     assert len(alone.loss) == 6
     settings, environment = on_engine(engine, settings)

@@ -42,7 +42,7 @@ IN_PARTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
 @pytest.mark.parametrize("case", IN_PARTS)
 def test_batches_of_several_parts(tmp_path, workers, one_process, engine, case):
     whole = {name: value for name, value in IN_PARTS[case].items() if name != "config"}

@@ -41,13 +41,13 @@ def uninterrupted(workers, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2", "ulysses"])
-def test_ten_kills(tmp_path, workers, uninterrupted, engine):
+def test_five_kills(tmp_path, workers, uninterrupted, engine):
     """SIGKILL of either rank, at a random moment of a step or while it saves; the other one goes down with it."""
     settings, environment = on_two_ranks(engine, LONG)
     environment = {**environment, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     run = partial(workers.run, tmp_path, world_size=2, environment=environment)
     chance, step = random.Random(), 0
-    for _ in range(10):
+    for _ in range(5):
         step += chance.randint(1, 2)
         accident = {"kind": "SIGKILL", "step": step, "rank": chance.randint(0, 1), "delay": chance.uniform(0, 2)}
         if chance.random() < 0.3:

@@ -8,7 +8,7 @@ from support.conversations import chat
 from support.worker_settings import in_waves, on_engine, with_config
 
 
-RUNS = 50
+RUNS = 16
 ENGINES = ["ddp", "zero2", "zero3", "fsdp2"]
 
 

@@ -23,8 +23,8 @@ from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 # The Trainer counts no tokens for these.
 UNCOUNTED = [
     "Qwen3VLForConditionalGeneration",
-    "Qwen3_5ForConditionalGeneration",
-    "Qwen3_5MoeForConditionalGeneration",
+    pytest.param("Qwen3_5ForConditionalGeneration", marks=pytest.mark.slow),
+    pytest.param("Qwen3_5MoeForConditionalGeneration", marks=pytest.mark.slow),
     "Gemma4ForConditionalGeneration",
 ]
 CLASSES = [*UNCOUNTED, "Gemma3ForConditionalGeneration", "Qwen3ForCausalLM"]
