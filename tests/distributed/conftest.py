@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -64,6 +65,13 @@ class WorkerPool:
         result = read_result(folder / "result")
         result.codes, result.log = codes, log
         return result
+
+    def assert_refused(self, folder, settings, named, environment=None):
+        """Assert that two ranks stop with an error that names something."""
+        run = self.run(folder, settings, world_size=2, environment=environment, expect_success=False)
+        assert run.codes != [0, 0]
+        errors = [line for line in run.log.splitlines() if re.match(r"[\w.]*Error: ", line)]
+        assert any(named in line for line in errors), run.log[-6000:]
 
     def close(self):
         """Stop the fork server."""

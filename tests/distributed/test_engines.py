@@ -122,21 +122,10 @@ def test_fsdp_with_parameters_in_cpu_memory(tmp_path, workers, one_process):
 
 def test_an_engine_that_falls_back_is_refused(tmp_path, workers):
     settings = on_engine("zero3", {})[0]
-    run = workers.run(
-        tmp_path, settings, world_size=2, environment={"ACCELERATE_USE_CPU": "true"}, expect_success=False
-    )
-    assert run.codes != [0, 0]
-    assert "asks for DeepSpeed, but accelerate chose MULTI_CPU" in run.log
+    workers.assert_refused(tmp_path, settings, "ACCELERATE_USE_CPU", environment={"ACCELERATE_USE_CPU": "true"})
 
 
 def test_fsdp_that_falls_back_is_refused(tmp_path, workers):
     settings, environment = on_engine("fsdp2", {})
-    run = workers.run(
-        tmp_path,
-        with_config({**settings, "fsdp_on_cpu": False}, use_cpu=True),
-        world_size=2,
-        environment=environment,
-        expect_success=False,
-    )
-    assert run.codes != [0, 0]
-    assert "asks for FSDP, but accelerate chose MULTI_CPU" in run.log
+    settings = with_config({**settings, "fsdp_on_cpu": False}, use_cpu=True)
+    workers.assert_refused(tmp_path, settings, "FSDP", environment=environment)

@@ -56,14 +56,5 @@ def test_with_fsdp(tmp_path, workers, one_process):
     assert_same_training(run, one_process(with_config(settings, per_device_train_batch_size=2)))
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        ({"wave_tokens": 32}, "wave_tokens"),
-    ],
-)
-def test_what_divided_layers_get_wrong_is_refused(tmp_path, workers, config, reason):
-    settings = in_parts({"config": config}, tp_size=2)
-    run = workers.run(tmp_path, settings, world_size=2, expect_success=False)
-    assert run.codes != [0, 0]
-    assert f"{reason} does not work with tensor parallelism (tp_size)" in run.log
+def test_waves_of_divided_layers_are_refused(tmp_path, workers):
+    workers.assert_refused(tmp_path, in_parts({"config": {"wave_tokens": 32}}, tp_size=2), "wave_tokens")
