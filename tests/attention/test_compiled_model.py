@@ -6,7 +6,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from support.float64_comparison import assert_equal_to_npass, single_pass_loss
 from support.sample_sets import reasoning_chat
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from trl_singlepass.engine.enable import enable_tree
 
 

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, example, given, settings
 
 from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass
 from support.sample_sets import nested_forks, reasoning_chat, sample_sets
-from support.tiny_families import FAMILIES, MIXTURES, tiny_model
+from support.tiny_models import FAMILIES, MIXTURES, tiny_model
 
 
 pytestmark = [

@@ -5,7 +5,7 @@ import torch
 
 from support.float64_comparison import forward
 from support.model_survey import branchy_chat
-from support.tiny_causal_lms import tiny_model
+from support.tiny_models import model_of_type
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import row_context
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
@@ -18,7 +18,7 @@ WITH_AUXILIARY_LOSS = ["qwen2_moe", "qwen3_moe", "gpt_oss", "mixtral", "granitem
 @pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss", "qwen3_next", "deepseek_v3"])
 def test_experts_computed_at_once_equal_npass_in_float32(model_type, experts):
-    model = tiny_model(model_type, initializer_range=0.05).float()
+    model = model_of_type(model_type, initializer_range=0.05).float()
     model.set_experts_implementation(experts)
     expected = npass_loss_and_gradients(model, branchy_chat())
     enable_tree(model)
@@ -31,7 +31,7 @@ def test_experts_computed_at_once_equal_npass_in_float32(model_type, experts):
 
 @pytest.mark.parametrize("model_type", WITH_AUXILIARY_LOSS)
 def test_auxiliary_loss_counts_a_shared_token_once_per_sample(model_type):
-    model = tiny_model(model_type)
+    model = model_of_type(model_type)
     enable_tree(model)
     with ForcedFloat64():
         outputs, batch = forward(model, [branchy_chat()])

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from support import fake_flash
 from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass, forward
 from support.sample_sets import reasoning_chat, sample_sets
-from support.tiny_families import FAMILIES, MIXTURES, tiny_model
+from support.tiny_models import FAMILIES, MIXTURES, tiny_model
 from support.tree_masks import mask_of, tree_of
 from support.varlen_reference import ReferenceKernel, switch
 from trl_singlepass.attention import flash, registry, varlen_plan

@@ -10,7 +10,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass, forward
 from support.gpu_stand_in import A100, B200, H100, L4, RTX5090
 from support.sample_sets import reasoning_chat, sample_sets
-from support.tiny_families import FAMILIES, MIXTURES, tiny_model
+from support.tiny_models import FAMILIES, MIXTURES, tiny_model
 from support.tree_masks import mask_of, on_meta, random_inputs, tree_of
 from trl_singlepass.attention import flex
 from trl_singlepass.attention.block_mask import build_block_mask

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, modeling_utils
 
 from benchmarks import gpu_step
 from support.gpu_stand_in import H100
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from trl_singlepass.attention.kernel_choice import DeviceTraits, choose_torch_kernel
 from trl_singlepass.attention.mask_rules import MaskRule, RuleKind
 from trl_singlepass.attention.registry import TREE_ATTENTION, describe_tree_attention, tree_attention_name

@@ -9,7 +9,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass
 from support.gpu_stand_in import H100
 from support.sample_sets import reasoning_chat
-from support.tiny_families import FAMILIES, MIXTURES, tiny_model
+from support.tiny_models import FAMILIES, MIXTURES, tiny_model
 from support.varlen_reference import ReferenceKernel
 from trl_singlepass.attention import flex, sdpa
 from trl_singlepass.attention.kernel_choice import choose_torch_kernel

@@ -5,7 +5,7 @@ import pytest
 from support.float64_comparison import CHECKPOINTING
 from support.sample_sets import nested_forks, reasoning_chat
 from support.shared_rows import assert_shared_rows_equal_npass
-from support.tiny_families import FAMILIES, tiny_model
+from support.tiny_models import FAMILIES, tiny_model
 
 
 pytestmark = [

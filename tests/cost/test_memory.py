@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen3Config
 
 from benchmarks.balance_at_scale import MODEL
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from trl_singlepass.cost.memory import ActivationBytes, exchange_bytes, exchange_share, row_bytes, smallest_group
 
 

@@ -27,7 +27,11 @@ def case_of(row, rule, head_dim, heads):
     return (*row, kind, size, *heads, head_dim, softcap, sinks)
 
 
-MATRIX = list(itertools.product(LENGTHS, RULES, HEAD_DIMS, HEADS))
+# Every rule with every size and number of heads; the lengths of rows take turns.
+MATRIX = [
+    (list(LENGTHS)[sum(place) % len(LENGTHS)], list(RULES)[place[0]], HEAD_DIMS[place[1]], HEADS[place[2]])
+    for place in itertools.product(*(range(len(values)) for values in (RULES, HEAD_DIMS, HEADS)))
+]
 KERNELS = {"forward": "flex_attention", "backward": "flex_attention_backward"}
 
 

@@ -7,7 +7,7 @@ import transformers
 from support.fast_scans import scan_without_numbers
 from support.gpu_stand_in import H100
 from support.sample_sets import reasoning_chat
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from support.trainers import needs_cached_states
 from support.tree_masks import mask_of, on_meta, random_inputs, tree_of
 from trl_singlepass.attention import flash, flex

@@ -14,7 +14,7 @@ from support.float64_comparison import assert_equal_to_npass, one_row_each
 from support.prefix_tree_reference import PrefixOracle, contents
 from support.preparation import conversations_to_rows
 from support.sample_sets import SYSTEM, reasoning_chat, sample_sets, with_system
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from support.trainers import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
 from trl_singlepass.data.packing import assign_to_rows, group_by_prefix, pack_dataset, pack_rows
 from trl_singlepass.data.report import PackingReport

@@ -13,7 +13,7 @@ from transformers import GPT2Config
 from benchmarks.balance_at_scale import ROW_TOKENS, chat_lengths, packed
 from support.conversations import chat
 from support.sample_sets import reasoning_chat
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from support.trainers import largest_difference, logged, single_pass_trainer
 from trl_singlepass import Sample
 from trl_singlepass.cost import ModelShape, single_pass_cost

@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.tiny_causal_lms import KINDS
+from support.tiny_models import KINDS
 from support.trainers import needs_weighted_loss
 from support.worker_settings import assert_same_training, in_waves, on_engine, with_config
 

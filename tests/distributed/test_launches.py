@@ -151,6 +151,7 @@ def test_two_networks(tmp_path, alone, two_networks):
     assert_same_training(run, alone)
 
 
+@pytest.mark.slow
 def test_deepspeed_launcher(tmp_path, alone):
     port, hostfile = free_port(), tmp_path / "hostfile"
     hostfile.write_text((ROOT / "recipes" / "deepspeed" / "hostfile").read_text().replace("slots=8", "slots=1"))

@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, saved, name, damage, has_
 @pytest.mark.parametrize(
     ("engine", "part"),
     [
-        ("zero3", "*/zero_pp_rank_1_*optim_states.pt"),
+        pytest.param("zero3", "*/zero_pp_rank_1_*optim_states.pt", marks=pytest.mark.slow),
         ("fsdp2", "pytorch_model_fsdp_0/__1_0.distcp"),
         pytest.param("fsdp2", "optimizer_0/.metadata", marks=pytest.mark.slow),
     ],

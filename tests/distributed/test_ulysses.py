@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from support.trainers import needs_weighted_loss
 from support.worker import training_conversations
 from support.worker_settings import assert_same_training, with_config, zero

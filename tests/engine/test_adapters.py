@@ -30,7 +30,7 @@ from support.float64_comparison import assert_same_loss_and_gradients
 from support.model_survey import branchy_chat
 from support.paired_trainers import train_both
 from support.planted_layers import plant, qwen3_model
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from support.trainers import float32_model, largest_difference, parameters, single_pass_trainer
 from support.tree_checks import TEXT, checked
 from trl_singlepass import SinglePassDPOConfig, SinglePassSFTConfig

@@ -9,9 +9,8 @@ from peft import LoraConfig, get_peft_model
 
 from support.planted_layers import PLANTED, plant, qwen3_model
 from support.sample_sets import reasoning_chat
-from support.tiny_causal_lms import HYBRIDS, tiny_model
-from support.tiny_families import FAMILIES
-from support.tiny_families import tiny_model as family_model
+from support.tiny_models import FAMILIES, HYBRIDS, model_of_type
+from support.tiny_models import tiny_model as family_model
 from support.tree_checks import TEXT, checked
 from trl_singlepass import check_tree, enable_tree
 from trl_singlepass.data.collator import DataCollatorForSinglePass
@@ -86,7 +85,7 @@ def test_right_models_pass(family, dtype):
 @pytest.mark.parametrize("family", ["qwen3_5_text", "bamba", "lfm2", "jamba", "deepseek_v32", "recurrent_gemma"])
 def test_hybrids_pass(family, dtype):
     assert family in HYBRIDS
-    report = checked(tiny_model(family).to(dtype))
+    report = checked(model_of_type(family).to(dtype))
     assert report.ok, report.reason
 
 

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from support.model_survey import TEXT_MODELS, read_page
-from support.tiny_causal_lms import tiny_model
+from support.tiny_models import model_of_type
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.check.tree_check import TreeCheck
 from trl_singlepass.engine.enable import enable_tree
@@ -30,7 +30,7 @@ def test_random_models_of_a_family_pass(family, dtype):
         pytest.skip("transformers does not run it in bfloat16")
     for seed, scale in enumerate(SCALES):
         transformers.set_seed(seed)
-        model = tiny_model(family)
+        model = model_of_type(family)
         for parameter in model.parameters():
             if scale is not None and parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=scale)

@@ -5,8 +5,7 @@ import pytest
 from support.chat_tokenizers import make_tokenizer
 from support.exact_pairs import ExactPairs, float64_head
 from support.pairs import TRAJECTORIES, pair, plain
-from support.tiny_causal_lms import tiny_model as tiny_model_of_type
-from support.tiny_families import tiny_model
+from support.tiny_models import model_of_type, tiny_model
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -18,7 +17,7 @@ FAMILIES = {
     "llama": (lambda size: tiny_model("llama", size, attn_implementation="sdpa"), "llama3"),
     "qwen3-moe": (lambda size: tiny_model("qwen3-moe", size, attn_implementation="sdpa"), "qwen3"),
     "gpt-oss": (lambda size: tiny_model("gpt-oss", size), "gptoss"),
-    "qwen3.5": (lambda size: tiny_model_of_type("qwen3_5_text", vocab_size=size), "qwen3_5_think"),
+    "qwen3.5": (lambda size: model_of_type("qwen3_5_text", vocab_size=size), "qwen3_5_think"),
 }
 LOSSES = {
     "sigmoid": {},

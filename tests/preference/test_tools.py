@@ -8,7 +8,7 @@ import pytest
 from benchmarks.preference import TINY, measure_speed, speed_table, stock_table
 from support.pairs import pair, pair_with_shared_turns
 from support.small_repository import DEMO_MODEL, as_a_reader, make_small_repository
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from trl_singlepass import audit, cli, verify
 from trl_singlepass.data.pairs import example_to_pair
 from trl_singlepass.data.settings import PairSettings

@@ -18,7 +18,7 @@ from support.pairs import (
     pair_with_shared_turns,
     stock_dpo_trainer,
 )
-from support.tiny_causal_lms import tiny_model as tiny_model_of_type
+from support.tiny_models import model_of_type
 from support.trainers import float32_model, largest_difference, logged, overridden
 from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, render_samples
 from trl_singlepass.preference.collator import TurnWeights
@@ -120,7 +120,7 @@ def test_the_mean_of_a_turn(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", pytest.param("lfm2", marks=pytest.mark.slow)])
 def test_hybrids_train_alike_stored_and_recomputed(tmp_path, tokenizer, model_type):
-    model = tiny_model_of_type(model_type, vocab_size=len(tokenizer)).float()
+    model = model_of_type(model_type, vocab_size=len(tokenizer)).float()
     losses = []
     for checkpointing in (False, True):
         trainer = dpo_trainer(

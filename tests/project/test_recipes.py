@@ -13,7 +13,7 @@ from demo.load import load_rows
 from examples import screen_agent
 from support.chat_tokenizers import make_tokenizer, template_text
 from support.small_repository import DEMO_DATA, DEMO_MODEL, DEMO_PAIRS, as_a_reader, make_small_repository, run_python
-from support.tiny_causal_lms import tiny_config
+from support.tiny_models import tiny_config
 from support.tiny_vision import save_vision_checkpoint
 from trl_singlepass import SinglePassDPOTrainer, SinglePassSFTTrainer, audit
 from trl_singlepass.cli import launch

@@ -6,7 +6,7 @@ import torch
 from support.gpu_or_cpu import DEVICE, needs_device
 from support.half_precision import assert_at_most_twice_the_error
 from support.sample_sets import reasoning_chat
-from support.tiny_causal_lms import tiny_model
+from support.tiny_models import model_of_type
 from support.trainers import needs_cached_states
 from trl_singlepass.recurrent import path_dependent_layers, scan_check
 
@@ -19,7 +19,7 @@ MODELS = {"qwen3_5_text": DELTA, "qwen3_next": DELTA, "bamba": {}, "lfm2": {}, "
 
 def check(model_type, device):
     torch.manual_seed(0)
-    model = tiny_model(model_type, **MODELS[model_type], initializer_range=0.05).bfloat16()
+    model = model_of_type(model_type, **MODELS[model_type], initializer_range=0.05).bfloat16()
     assert list(path_dependent_layers(model))
     assert_at_most_twice_the_error(model, reasoning_chat(turns=4), device)
 

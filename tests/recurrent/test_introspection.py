@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.tiny_causal_lms import tiny_model
+from support.tiny_models import model_of_type
 from trl_singlepass.recurrent import path_dependent_layers
 from trl_singlepass.recurrent.schedule import ReplayMode
 
@@ -17,8 +17,8 @@ from trl_singlepass.recurrent.schedule import ReplayMode
     ],
 )
 def test_modes(model_type, mode):
-    assert set(path_dependent_layers(tiny_model(model_type)).values()) == {mode}
+    assert set(path_dependent_layers(model_of_type(model_type)).values()) == {mode}
 
 
 def test_attention_alone_needs_no_mode():
-    assert path_dependent_layers(tiny_model("llama")) == {}
+    assert path_dependent_layers(model_of_type("llama")) == {}

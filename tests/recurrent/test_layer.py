@@ -14,7 +14,7 @@ from support.chat_tokenizers import make_tokenizer
 from support.float64_comparison import assert_equal_to_npass, checkpoint_layers, forward
 from support.model_survey import branchy_chat
 from support.sample_sets import branch_at_every_depth, reasoning_chat, sample_sets
-from support.tiny_causal_lms import FAMILIES, KINDS, tiny_model
+from support.tiny_models import HYBRIDS_AND_SLOW, KINDS, model_of_type
 from support.trainers import largest_difference, needs_cached_states, single_pass_trainer, stock_trainer
 from support.tree_checks import checked
 from support.wave_training import batch_of
@@ -39,23 +39,23 @@ pytestmark = [
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", HYBRIDS_AND_SLOW)
 def test_branches_at_every_depth_shorter_than_the_convolution(model_type):
-    assert_equal_to_npass(tiny_model(model_type), [branch_at_every_depth()])
+    assert_equal_to_npass(model_of_type(model_type), [branch_at_every_depth()])
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", HYBRIDS_AND_SLOW)
 def test_several_conversations_in_one_row_with_padding(model_type):
     chats = [reasoning_chat(2), reasoning_chat(1, seed=1), branch_at_every_depth()]
-    assert_equal_to_npass(tiny_model(model_type), chats, pad_to_multiple_of=64)
+    assert_equal_to_npass(model_of_type(model_type), chats, pad_to_multiple_of=64)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", HYBRIDS_AND_SLOW)
 def test_gradient_checkpointing(model_type, use_reentrant):
-    model = tiny_model(model_type)
+    model = model_of_type(model_type)
     if not model.supports_gradient_checkpointing:
         pytest.skip("has no gradient checkpointing")
     # Reentrant checkpointing keeps no gradient for what leaves a layer on the side, in N-pass as well.
@@ -68,13 +68,13 @@ def test_gradient_checkpointing(model_type, use_reentrant):
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(samples=sample_sets())
 def test_random_trees(model_type, samples):
-    assert_equal_to_npass(tiny_model(model_type), [samples])
+    assert_equal_to_npass(model_of_type(model_type), [samples])
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "kimi_linear", "bamba", "lfm2", "zamba2"])
 def test_the_row_at_once_and_states_at_forks_equal_whole_paths(model_type):
-    model = tiny_model(model_type)
+    model = model_of_type(model_type)
     enable_tree(model)
     at_once, _ = forward(model, [branchy_chat()])
     layers = list(path_dependent_layers(model))
@@ -93,12 +93,12 @@ def test_a_chain_of_one_sample_per_tree_is_not_taken_for_one_text():
     # Their multiplicity is 1 everywhere, which transformers takes for "nothing to mask".
     chats = [[Sample.from_prompt_and_completion(list(range(5, 12)), [40 + seed, 41])] for seed in range(3)]
     with ForcedFloat64():
-        assert_equal_to_npass(tiny_model("qwen3_5_text"), chats)
+        assert_equal_to_npass(model_of_type("qwen3_5_text"), chats)
 
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_ordinary_batches_run_as_before(model_type):
-    model = tiny_model(model_type).float().eval()
+    model = model_of_type(model_type).float().eval()
     batch = {"input_ids": torch.arange(5, 25).reshape(2, 10)}
     before = model(**batch).logits
     enable_tree(model)
@@ -113,7 +113,7 @@ def test_ordinary_batches_run_as_before(model_type):
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_a_copied_model_runs_its_own_layers(model_type):
-    model = tiny_model(model_type)
+    model = model_of_type(model_type)
     enable_tree(model)
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_a_copied_model_runs_its_own_layers(model_type):
 
 
 def test_selecting_attention_refuses_kernels_of_other_attention():
-    model = tiny_model("deepseek_v32")
+    model = model_of_type("deepseek_v32")
     for config in (model.config, *(layer.config for layer in path_dependent_layers(model))):
         config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="attn_implementation='sdpa' or 'eager', not 'flex_attention'"):
@@ -132,7 +132,7 @@ def test_selecting_attention_refuses_kernels_of_other_attention():
 
 
 def test_models_that_look_ahead_are_found():
-    report = checked(tiny_model("bert", is_decoder=False).float())
+    report = checked(model_of_type("bert", is_decoder=False).float())
     assert not report.ok
     assert "bert.encoder.layer.0.attention.self" in report.where
 
@@ -154,7 +154,7 @@ def test_trainer_on_real_conversations(tmp_path, template, model_type):
     conversations = shortest_conversations(2)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     sizes = {"vocab_size": len(tokenizer), "initializer_range": 0.05, **special}
-    models = [tiny_model(model_type, **sizes).float() for _ in range(2)]
+    models = [model_of_type(model_type, **sizes).float() for _ in range(2)]
     for model in models:
         if hasattr(model.config, "output_router_logits"):
             model.config.output_router_logits = False
@@ -178,11 +178,11 @@ def test_a_layer_that_does_not_take_its_state_from_the_cache_is_refused(monkeypa
     monkeypatch.setattr(recurrent_layer, "find_row_kernels", lambda layer, mode: None)
     monkeypatch.setattr(recurrent_layer, "_cache_arguments", lambda layer: set())
     with pytest.raises(RuntimeError, match="would be trained without their history"):
-        assert_equal_to_npass(tiny_model("qwen3_5_text"), [branch_at_every_depth()])
+        assert_equal_to_npass(model_of_type("qwen3_5_text"), [branch_at_every_depth()])
 
 
 def test_trees_are_freed_with_their_row():
-    model = tiny_model("qwen3_5_text")
+    model = model_of_type("qwen3_5_text")
     enable_tree(model)
     batch = batch_of([reasoning_chat(2)])
     tree = as_tree(batch["tree"])

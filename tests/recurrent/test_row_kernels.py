@@ -11,7 +11,7 @@ from support.fast_scans import packing
 from support.float64_comparison import assert_equal_to_npass
 from support.model_survey import branchy_chat
 from support.sample_sets import branch_at_every_depth, reasoning_chat
-from support.tiny_causal_lms import tiny_model
+from support.tiny_models import model_of_type
 from support.trainers import needs_cached_states
 from support.tree_masks import plan_of_eleven, tree_of
 from trl_singlepass.recurrent import path_dependent_layers
@@ -35,7 +35,7 @@ def modelling_module(model):
 
 @pytest.mark.parametrize("model_type", ON_THE_ROW)
 def test_families_that_run_once_over_the_row(model_type):
-    assert modelling_module(tiny_model(model_type))
+    assert modelling_module(model_of_type(model_type))
 
 
 def test_ancestors_of_the_documented_row():
@@ -50,7 +50,7 @@ def test_ancestors_of_the_documented_row():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "olmo_hybrid", "kimi_linear"])
 def test_kernels_that_pack(model_type, monkeypatch):
-    model = tiny_model(model_type)
+    model = model_of_type(model_type)
     module = modelling_module(model)
     name = next(name for name in SCANS if hasattr(module, name))
     assert not takes_packed_sequences(getattr(module, name))
@@ -64,7 +64,7 @@ def test_kernels_that_pack(model_type, monkeypatch):
 
 
 def test_a_layer_that_does_not_call_its_scan_is_refused():
-    layer = next(iter(path_dependent_layers(tiny_model("qwen3_5_text"))))
+    layer = next(iter(path_dependent_layers(model_of_type("qwen3_5_text"))))
 
     def forward(self, hidden_states, cache=None):
         return causal_conv1d_fn(hidden_states.mT, self.conv1d.weight.squeeze(1)[:32]).mT  # noqa: F821

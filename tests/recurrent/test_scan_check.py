@@ -8,7 +8,7 @@ import torch
 
 from support.float64_comparison import forward
 from support.sample_sets import reasoning_chat
-from support.tiny_causal_lms import tiny_model
+from support.tiny_models import model_of_type
 from support.trainers import needs_cached_states
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.recurrent import path_dependent_layers, scan_check
@@ -45,7 +45,7 @@ def plant(scan, factor):
 
 @pytest.fixture
 def model():
-    return tiny_model("qwen3_5_text").float()
+    return model_of_type("qwen3_5_text").float()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from support.model_survey import branchy_chat
 from support.sample_sets import branch_at_every_depth, reasoning_chat
 from support.shared_rows import assert_shared_rows_equal_npass, share_rows, train_part
 from support.thread_ranks import on_ranks
-from support.tiny_causal_lms import HYBRIDS, tiny_model
+from support.tiny_models import HYBRIDS, model_of_type
 from support.wave_training import batch_of
 
 
@@ -18,7 +18,7 @@ pytestmark = [
 
 
 def model_of(model_type, **overrides):
-    model = tiny_model(model_type, **overrides)
+    model = model_of_type(model_type, **overrides)
     if hasattr(model.config, "output_router_logits"):
         model.config.output_router_logits = False
     return model

@@ -6,7 +6,7 @@ import torch
 
 from support.float64_comparison import forward
 from support.sample_sets import reasoning_chat
-from support.tiny_causal_lms import tiny_model
+from support.tiny_models import model_of_type
 from support.trainers import needs_cached_states
 from trl_singlepass.attention.context import Tree, running_on
 from trl_singlepass.engine.enable import enable_tree
@@ -54,7 +54,7 @@ def test_a_tree_is_found_in_arguments_and_in_dictionaries_of_them(tree):
 @pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_recomputation_without_the_tree_raises(use_reentrant):
-    model = tiny_model("qwen3_5_text")
+    model = model_of_type("qwen3_5_text")
     enable_tree(model)
     for handle in model._tree_handles:
         handle.remove()

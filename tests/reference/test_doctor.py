@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from transformers import GptOssConfig, Qwen3Config
 
-from support.tiny_families import FAMILIES, tiny_model
+from support.tiny_models import tiny_model
 from trl_singlepass.reference import doctor
 from trl_singlepass.reference.doctor import Subject, examine, layers_that_fit, slice_config
 from trl_singlepass.reference.doctor_report import DoctorReport, Verified
@@ -21,14 +21,13 @@ CPU = torch.device("cpu")
 
 
 def subject_of(family):
-    config = tiny_model(family).config
+    model = tiny_model(family)
 
     def load(config, dtype, attention):
-        model_class = FAMILIES[family][0]
         torch.manual_seed(0)
-        return model_class._from_config(config, dtype=dtype, attn_implementation=attention)
+        return type(model)._from_config(config, dtype=dtype, attn_implementation=attention)
 
-    return Subject(family, config, load)
+    return Subject(family, model.config, load)
 
 
 @pytest.fixture(scope="module")

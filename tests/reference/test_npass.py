@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from support.sample_sets import reasoning_chat
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from trl_singlepass import Sample
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.reference import npass_loss_and_gradients

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from support.chat_tokenizers import make_tokenizer, template_text
 from support.float64_comparison import assert_equal_to_npass
-from support.tiny_families import FAMILIES, tiny_model
+from support.tiny_models import FAMILIES, tiny_model
 from support.trainers import float32_model, logged, single_pass_trainer
 from trl_singlepass import PrefixTree
 from trl_singlepass.rendering.samples import render_example

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from support.conversations import chat
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from trl_singlepass import verify
 
 

@@ -6,7 +6,7 @@ import torch
 from support.conversations import chat
 from support.planted_defects import branch_misses_its_history, branch_sees_its_sibling, plant_defect
 from support.sample_sets import reasoning_chat
-from support.tiny_families import FAMILIES, tiny_model
+from support.tiny_models import FAMILIES, tiny_model
 from trl_singlepass import verify
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.reference import leak_probe

@@ -5,7 +5,7 @@ import torch
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from support.trainers import float32_model
 from trl_singlepass.cost import ModelShape, npass_cost
 from trl_singlepass.engine.enable import enable_tree

@@ -6,7 +6,7 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from support.conversations import TOOLS, chat, tool_chat
 from support.planted_defects import DEFECTS, plant_defect
-from support.tiny_families import FAMILIES, tiny_model
+from support.tiny_models import FAMILIES, tiny_model
 from trl_singlepass import verify
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.recurrent.layer import runs_on_trees

@@ -11,7 +11,7 @@ import torch
 from support.float64_comparison import assert_same_loss_and_gradients
 from support.model_survey import branchy_chat
 from support.survey_pages import Outcome, counts, read_part, refused_by_check, write_part
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from support.tree_checks import checked
 from trl_singlepass.engine.enable import disable_tree, enable_tree, without_adapters
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from support.image_samples import PLACEHOLDER
-from support.tiny_model_builder import initialised
+from support.tiny_models import tiny_model_of_class
 from trl_singlepass.trees.image_features import ImageReference
 
 
@@ -229,7 +229,7 @@ def image_model(family, dtype=torch.float64):
     """Return a tiny random model of a family, in training mode, without dropout."""
     config = FAMILIES[family].config()
     config.get_text_config()._experts_implementation = "eager"  # the grouped kernels have no float64
-    return initialised(getattr(transformers, FAMILIES[family].model_class), config, dtype)
+    return tiny_model_of_class(getattr(transformers, FAMILIES[family].model_class), config, dtype)
 
 
 def references(model, family, *contents):

@@ -15,7 +15,7 @@ from support.float64_comparison import assert_same_loss_and_gradients
 from support.image_survey import with_images
 from support.sample_sets import reasoning_chat
 from support.survey_pages import Outcome, counts, read_part, refused_by_check, write_part
-from support.tiny_causal_lms import OWN, tiny_model
+from support.tiny_models import OWN, model_of_type
 from support.tiny_multimodal import classes_without_loss_arguments, tiny_conditional
 from support.tree_checks import checked
 from trl_singlepass.data.collator import DataCollatorForSinglePass
@@ -61,7 +61,7 @@ def survey(table, name):
     Raises:
         AssertionError: If the model is accepted but its gradients are wrong.
     """
-    model = tiny_model(name) if table == TEXT_MODELS else tiny_conditional(class_of(table, name))
+    model = model_of_type(name) if table == TEXT_MODELS else tiny_conditional(class_of(table, name))
     try:
         check_model(model)
         implementation = model.config.get_text_config()._attn_implementation

@@ -9,8 +9,8 @@ import torch
 import transformers
 from transformers import GenerationMixin, PreTrainedModel
 
-from support import tiny_causal_lms
-from support.tiny_model_builder import initialised
+from support import tiny_models
+from support.tiny_models import tiny_model_of_class
 
 
 # Sizes that only parts for other media have, set where a part has them.
@@ -109,7 +109,7 @@ OWN = {
     },
     "hunyuan_vl_vision": {"max_image_size": 32, "min_image_size": 16, "img_max_token_num": 16, "max_vit_seq_len": 64},
     "hy_v4_vl_text": {
-        **tiny_causal_lms.DSA,
+        **tiny_models.DSA,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
     },
     "idefics_vision": {"embed_dim": 32, "image_size": 28},
@@ -129,7 +129,7 @@ OWN = {
         "intermediate_size": 128,
     },
     "mistral4": {
-        **tiny_causal_lms.MLA,
+        **tiny_models.MLA,
         "head_dim": 16,
         "rope_parameters": {
             "rope_type": "yarn",
@@ -141,7 +141,7 @@ OWN = {
         },
     },
     "mistral_large4": {"spatial_merge_size": 1},
-    "mistral_large4_text": tiny_causal_lms.DSA,
+    "mistral_large4_text": tiny_models.DSA,
     "nemotron_h_omni": {
         "vision_config": {"video_temporal_patch_size": 2},
         "projector_hidden_size": 32,
@@ -232,7 +232,7 @@ def _generates(model_class):
     return issubclass(model_class, GenerationMixin)
 
 
-def tiny_conditional(class_name, vocab_size=tiny_causal_lms.VOCAB_SIZE, dtype=torch.float64, **overrides):
+def tiny_conditional(class_name, vocab_size=tiny_models.VOCAB_SIZE, dtype=torch.float64, **overrides):
     """
     Return a tiny random model of a class, in training mode, without dropout.
 
@@ -255,7 +255,7 @@ def tiny_conditional(class_name, vocab_size=tiny_causal_lms.VOCAB_SIZE, dtype=to
     sizes = {name: vocab_size for name in ("vocab_size", "vocab_size_per_layer_input") if hasattr(text, name)}
     config = _sized(probe, text, sizes | overrides)
     config.get_text_config()._experts_implementation = "eager"  # not every class passes it to its text model
-    return initialised(model_class, config, dtype)
+    return tiny_model_of_class(model_class, config, dtype)
 
 
 def model_for(class_name, tokenizer):
@@ -274,4 +274,4 @@ def _sized(probe, text, overrides, from_whole=None):
     }
     media = {name: size for name, size in MEDIA_SIZES.items() if name in vars(probe)}
     sizes = media | own | parts | (from_whole or {}) | (overrides if probe is text else {})
-    return tiny_causal_lms.sized(probe, probe.model_type, sizes)
+    return tiny_models.sized(probe, probe.model_type, sizes)

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from support.chat_tokenizers import make_tokenizer
-from support.tiny_model_builder import without_dropout
+from support.tiny_models import random_model
 
 
 PATCH = 4
@@ -279,13 +279,7 @@ def tiny_vision_model(family, dtype=torch.float32):
     """Return a family's tiny random model, in training mode, without dropout, and its processor."""
     config, processor = FAMILIES[family].build()
     model_class = getattr(transformers, FAMILIES[family].model_class)
-    torch.manual_seed(0)
-    model = model_class._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    for parameter in model.parameters():  # a bias or position of zero would test nothing
-        if not parameter.isfinite().all() or (parameter == 0).all():
-            torch.nn.init.normal_(parameter, std=0.2)
-    without_dropout(model)
-    return model.to(dtype).train(), processor
+    return random_model(model_class, config, dtype, attn_implementation="sdpa"), processor
 
 
 def save_vision_checkpoint(family, folder):

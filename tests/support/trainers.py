@@ -10,7 +10,7 @@ import trl
 from packaging.version import Version
 from trl import SFTConfig, SFTTrainer
 
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.data.arrow import COST_COLUMNS
 from trl_singlepass.training.base_config import SinglePassConfig

@@ -37,7 +37,6 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from support import tiny_causal_lms
 from support.adapters import adapted
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
@@ -49,7 +48,7 @@ from support.pairs import perturbed as reference_of
 from support.planted_layers import plant
 from support.screen_conversations import examples_of
 from support.screen_pairs import some_pairs
-from support.tiny_families import FAMILIES, tiny_model
+from support.tiny_models import FAMILIES, model_of_type, tiny_model
 from support.tiny_multimodal import model_for
 from support.tiny_vision import tiny_vision_model
 from support.trainers import SETTINGS as COMMON
@@ -144,7 +143,7 @@ def build_model(tokenizer, settings):
     elif family in FAMILIES:
         model = tiny_model(family, len(tokenizer), torch.float32, attn_implementation="eager", **own)
     else:
-        model = tiny_causal_lms.tiny_model(family, vocab_size=len(tokenizer), **own).float()
+        model = model_of_type(family, vocab_size=len(tokenizer), **own).float()
     if "planted" in settings:
         plant(model, settings["planted"])
     if "adapter" in settings:

@@ -10,7 +10,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 
 from support.conversations import chat, tool_chat
 from support.pairs import SINGLE_TURNS
-from support.tiny_causal_lms import tiny_model
+from support.tiny_models import model_of_type
 from support.tiny_multimodal import tiny_conditional
 from support.trainers import SETTINGS, as_dataset, float32_model, largest_difference, single_pass_trainer
 from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, SinglePassSFTConfig, SinglePassSFTTrainer
@@ -46,7 +46,7 @@ def test_models_that_do_not_take_attention_from_outside_are_refused():
 
 
 def test_models_in_8_bits_are_refused():
-    model = tiny_model("qwen3")
+    model = model_of_type("qwen3")
     model.is_loaded_in_8bit = True  # as transformers marks it
     with pytest.raises(UnsupportedModelError, match=r"is loaded in 8 bits \(load_in_8bit\).*Use load_in_4bit"):
         enable_tree(model)
@@ -55,7 +55,7 @@ def test_models_in_8_bits_are_refused():
 def test_a_vocabulary_padded_in_the_embedding_alone_is_accepted():
     if not hasattr(transformers, "Inkling2ForCausalLM"):
         pytest.skip("transformers has no Inkling2ForCausalLM")
-    model = tiny_model("inkling2_text", vocab_size=128)
+    model = model_of_type("inkling2_text", vocab_size=128)
     assert model.get_output_embeddings().out_features < model.get_input_embeddings().num_embeddings
     check_model(model)
 

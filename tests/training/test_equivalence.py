@@ -8,7 +8,7 @@ import trl
 from packaging.version import Version
 
 from support.paired_trainers import CONVERSATIONS, adapted, train_both
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from support.trainers import float32_model, largest_difference, logged, parameters
 
 

@@ -8,7 +8,7 @@ import torch
 
 from support.gpu_or_cpu import DEVICE, needs_device
 from support.paired_trainers import train_both
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from support.trainers import parameters
 
 

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from support.tiny_causal_lms import HYBRIDS
-from support.tiny_causal_lms import tiny_model as tiny_hybrid
-from support.tiny_families import tiny_model
+from support.tiny_models import HYBRIDS, model_of_type, tiny_model
 from support.wave_training import batch_of
 from trl_singlepass.attention.context import running_on
 from trl_singlepass.engine.enable import enable_tree
@@ -36,7 +34,7 @@ def saved_in_row(model, samples):
     ("model_type", "tolerance"), [("qwen3", 0.01), ("qwen3_5_text", 0.1), ("bamba", 0.1), ("lfm2", 0.1)]
 )
 def test_a_row_of_branches_saves_what_is_measured(model_type, tolerance):
-    model = tiny_hybrid(model_type).float().train() if model_type in HYBRIDS else tiny_model(model_type)
+    model = model_of_type(model_type).float().train() if model_type in HYBRIDS else tiny_model(model_type)
     enable_tree(model)
     samples = conversation(4, 90, 0, Sizes((50, 100), (200, 300), (50, 100), 50))
     measured = measure_activation_bytes(model, torch.device("cpu"), checkpointing=False)
@@ -54,7 +52,7 @@ def test_checkpointing_leaves_the_input_of_each_layer_and_all_of_one():
 
 
 def test_the_model_trains_on_as_before():
-    model = tiny_hybrid("qwen3_5_text").float().train()
+    model = model_of_type("qwen3_5_text").float().train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     measure_activation_bytes(model, torch.device("cpu"), checkpointing=True)

@@ -19,8 +19,8 @@ from support.model_survey import (
     survey,
     write_page,
 )
-from support.tiny_causal_lms import CANNOT_BE_BUILT as TYPES_THAT_CANNOT
-from support.tiny_causal_lms import KINDS
+from support.tiny_models import CANNOT_BE_BUILT as TYPES_THAT_CANNOT
+from support.tiny_models import KINDS
 from support.tiny_multimodal import CANNOT_BE_BUILT as CLASSES_THAT_CANNOT
 from support.tiny_multimodal import classes_without_loss_arguments
 

@@ -15,8 +15,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.hybrid_step import small_hybrid
-from support.tiny_causal_lms import tiny_model as tiny_hybrid
-from support.tiny_families import tiny_model
+from support.tiny_models import model_of_type, tiny_model
 from trl_singlepass import SinglePassDPOConfig, SinglePassSFTConfig
 from trl_singlepass.attention.registry import TREE_ATTENTION
 from trl_singlepass.training.refusals import (
@@ -168,7 +167,7 @@ CASES = {
             "attn_implementation='flex_attention'",
             with_model(lambda: configured(_attn_implementation=TREE_ATTENTION["flex_attention"]), {"wave_tokens": 99}),
         ),
-        ("JambaMambaMixer", with_model(lambda: tiny_hybrid("jamba"), {"wave_tokens": "auto"})),
+        ("JambaMambaMixer", with_model(lambda: model_of_type("jamba"), {"wave_tokens": "auto"})),
         (
             "Qwen3_5GatedDeltaNet",
             with_model(small_hybrid, {"wave_tokens": "auto"}, accelerator=on(DistributedType.FSDP)),
@@ -217,7 +216,7 @@ CASES = {
         ("FSDP", sft(accelerator=on(DistributedType.FSDP))),
         ("trl 1.14.0", sft(accelerator=DEEPSPEED), OLD),
         ("fp16", lambda: Situation(SimpleNamespace(fp16=True, wave_tokens=None), None, DEEPSPEED)),
-        ("num_attention_heads and num_key_value_heads", with_model(lambda: tiny_hybrid("mamba"))),
+        ("num_attention_heads and num_key_value_heads", with_model(lambda: model_of_type("mamba"))),
     ],
     PACKAGES: [
         (
@@ -298,7 +297,7 @@ def test_engines_that_run_rows_in_parts(kind, prefetched):
 
 
 def test_rows_that_ranks_share_may_have_recurrent_layers():
-    check(with_model(lambda: tiny_hybrid("qwen3_5_text"), accelerator=DEEPSPEED)(), ULYSSES)
+    check(with_model(lambda: model_of_type("qwen3_5_text"), accelerator=DEEPSPEED)(), ULYSSES)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU])

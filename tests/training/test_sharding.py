@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from support.float64_comparison import forward
 from support.sample_sets import reasoning_chat
-from support.tiny_causal_lms import tiny_model
+from support.tiny_models import model_of_type
 from support.trainers import needs_cached_states
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.training.sharding import make_leaves, prepare_sharding
@@ -39,7 +39,7 @@ def leaves(model):
     ],
 )
 def test_recurrent_layers_and_experts_are_leaves(family, expected):
-    model = tiny_model(family)
+    model = model_of_type(family)
     make_leaves(model, on_stage(2))
     assert leaves(model) == set()
     make_leaves(model, on_stage(3))
@@ -49,7 +49,7 @@ def test_recurrent_layers_and_experts_are_leaves(family, expected):
 @pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")  # PEFT reads a name that transformers deprecates
 def test_inputs_of_leaves_have_gradients_and_come_by_position():
     """DeepSpeed counts the gradients of arguments by position; a frozen embedding gives none."""
-    model = get_peft_model(tiny_model("qwen3_5_text"), LoraConfig(target_modules="all-linear"))
+    model = get_peft_model(model_of_type("qwen3_5_text"), LoraConfig(target_modules="all-linear"))
     make_leaves(model, on_stage(3))
     seen = []
     for module in model.modules():
@@ -67,7 +67,7 @@ def test_inputs_of_leaves_have_gradients_and_come_by_position():
 @pytest.mark.parametrize("family", ["zaya", "lfm2"])
 def test_a_mask_that_comes_by_position_keeps_its_tree(family):
     """DeepSpeed has a full backward hook on each leaf, for which autograd copies tensors that come by position."""
-    model = tiny_model(family)
+    model = model_of_type(family)
     enable_tree(model)
     samples = [reasoning_chat(3)]
     expected = forward(model, samples)[0].logits
@@ -93,7 +93,7 @@ def on_fsdp(plugin):
 
 
 def test_layers_that_only_another_model_of_the_family_has_are_left_out(plugin):
-    model = tiny_model("qwen3_5_text")  # which reads no images
+    model = model_of_type("qwen3_5_text")  # which reads no images
     assert "Qwen3_5VisionBlock" in model._no_split_modules
     prepare_sharding(model, on_fsdp(plugin))
     plugin.set_auto_wrap_policy(model)
@@ -101,7 +101,7 @@ def test_layers_that_only_another_model_of_the_family_has_are_left_out(plugin):
 
 
 def test_layers_that_the_user_names_are_kept(plugin):
-    model = tiny_model("qwen3_5_text")
+    model = model_of_type("qwen3_5_text")
     plugin.transformer_cls_names_to_wrap = ["Qwen3_5MLP"]
     prepare_sharding(model, on_fsdp(plugin))
     plugin.set_auto_wrap_policy(model)

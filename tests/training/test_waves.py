@@ -8,8 +8,7 @@ import torch
 
 from benchmarks.hybrid_step import small_hybrid
 from support.paired_trainers import CONVERSATIONS, adapted, single_pass_trainer, stock_trainer
-from support.tiny_causal_lms import tiny_model as tiny_hybrid
-from support.tiny_families import tiny_model
+from support.tiny_models import model_of_type, tiny_model
 from support.trainers import float32_model, largest_difference, logged, parameters
 from trl_singlepass.engine import wave_budget
 from trl_singlepass.training.sharding import stop_prefetching
@@ -179,7 +178,7 @@ def test_other_families(tmp_path, tokenizer, family):
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "lfm2", "jamba"])
 def test_hybrids(tmp_path, tokenizer, model_type, checkpointing):
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model = tiny_hybrid(model_type, vocab_size=len(tokenizer), initializer_range=0.05, **special).float()
+    model = model_of_type(model_type, vocab_size=len(tokenizer), initializer_range=0.05, **special).float()
     assert_equal(*train_both(tmp_path, tokenizer, model, 64, gradient_checkpointing=checkpointing), model)
 
 
@@ -325,7 +324,7 @@ def test_auto_measures_hybrids(tmp_path, tokenizer, caplog):
 def test_layers_that_run_over_whole_paths_are_refused_where_measuring_is_asked_for(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="JambaMambaMixer does not work with wave_tokens"):
         single_pass_trainer(
-            tmp_path, tokenizer, tiny_hybrid("jamba"), wave_tokens="auto", per_device_train_batch_size=4
+            tmp_path, tokenizer, model_of_type("jamba"), wave_tokens="auto", per_device_train_batch_size=4
         )
 
 

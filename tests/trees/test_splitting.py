@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.conversations import chat, expand, tool_chat
 from support.float64_comparison import assert_equal_to_npass, one_row_each
 from support.sample_sets import reasoning_chat, sample_sets
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from support.trainers import largest_difference, logged, single_pass_trainer, stock_trainer
 from trl_singlepass import render_samples
 from trl_singlepass.trees.prefix_tree import PrefixTree

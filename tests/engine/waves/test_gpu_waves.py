@@ -6,7 +6,7 @@ import torch
 from support.gpu_or_cpu import DEVICE, needs_device
 from support.half_precision import assert_at_most_twice_the_error
 from support.sample_sets import reasoning_chat
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from support.wave_training import batch_of, plan_of, train_in_waves
 from trl_singlepass.attention.registry import tree_attention_name
 from trl_singlepass.engine.enable import enable_tree

@@ -5,7 +5,7 @@ import torch
 
 from support.float64_comparison import checkpoint_layers
 from support.model_survey import TEXT_MODELS, branchy_chat, class_of, read_page
-from support.tiny_causal_lms import tiny_model
+from support.tiny_models import model_of_type
 from support.tiny_multimodal import tiny_conditional
 from support.wave_training import assert_waves_equal_npass
 
@@ -20,7 +20,7 @@ EXACT = [key for key, outcome in read_page()[1].items() if outcome.status == "ex
 
 
 def model_of(name, table=TEXT_MODELS):
-    model = tiny_model(name) if table == TEXT_MODELS else tiny_conditional(class_of(table, name))
+    model = model_of_type(name) if table == TEXT_MODELS else tiny_conditional(class_of(table, name))
     config = model.config.get_text_config()
     if hasattr(config, "output_router_logits"):  # that loss is no sum over tokens: tested through the trainer
         config.output_router_logits = False

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from support.float64_comparison import CHECKPOINTING
 from support.sample_sets import reasoning_chat, sample_sets
-from support.tiny_families import FAMILIES, MIXTURES, tiny_model
+from support.tiny_models import FAMILIES, MIXTURES, tiny_model
 from support.varlen_reference import ReferenceKernel, switch
 from support.wave_training import assert_waves_equal_npass
 from trl_singlepass.attention import flash, registry, varlen_plan

@@ -8,7 +8,7 @@ from support.float64_comparison import CHECKPOINTING
 from support.lazy_streams import LazyStreams
 from support.model_survey import branchy_chat
 from support.sample_sets import reasoning_chat
-from support.tiny_families import tiny_model
+from support.tiny_models import tiny_model
 from support.tree_masks import plan_of_eleven
 from support.varlen_reference import ReferenceKernel, switch
 from support.wave_training import assert_waves_equal_npass, batch_of, plan_of, train_in_waves

@@ -1,86 +1,86 @@
-"""A tiny random model of every causal language model type in transformers, with one layer of each type it can have."""
+"""Tiny random models: of the families that the project names, and of every causal model type in transformers."""
+
+import inspect
 
 import pytest
+import torch
 import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-from support.tiny_model_builder import initialised
 
 
 VOCAB_SIZE = 97
 # Shorter than the samples, so that windows, chunks and blocks cut through histories and branches.
 WINDOW = 7
+LINEAR, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"
+WITHOUT_WINDOW = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
+BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+# Model type of each family, and what it sets besides the sizes below.
+FAMILIES = {
+    "llama": ("llama", {}),
+    "qwen3": ("qwen3", WITHOUT_WINDOW),
+    "qwen2-sliding": ("qwen2", {"layer_types": [FULL, SLIDING]}),
+    "mistral-sliding": ("mistral", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3_text", {}),
+    "gpt-oss": ("gpt_oss", BALANCED),
+    "qwen3-moe": ("qwen3_moe", {**BALANCED, **WITHOUT_WINDOW, "head_dim": 8}),
+    # Temperature tuning depends on positions from `floor_scale` tokens on.
+    "llama4": (
+        "llama4_text",
+        {"num_local_experts": 2, "num_experts_per_tok": 1, "no_rope_layers": [1, 0], "floor_scale": 4},
+    ),
+}
+MIXTURES = [name for name, (_, own) in FAMILIES.items() if "output_router_logits" in own]
 
 # Models with recurrent, convolutional or selecting layers.
 HYBRIDS = [
     *("bailing_hybrid", "bamba", "deepseek_v32", "falcon_h1", "glm_moe_dsa", "granitemoehybrid", "inkling_text"),
     *("jamba", "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid"),
-    *(
-        "qwen3_5_text",
-        "qwen3_5_moe_text",
-        "qwen3_next",
-        "qwen4_exp_text",
-        "recurrent_gemma",
-        "zamba",
-        "zamba2",
-        "zaya",
-    ),
+    *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text", "recurrent_gemma"),
+    *("zamba", "zamba2", "zaya"),
 ]
 # One of each way to run: states at forks (delta rule, state space), convolution tails, whole paths, selected tokens.
 KINDS = ["qwen3_5_text", "bamba", "lfm2", "jamba", "deepseek_v32"]
 # One of each kind, and one whose layers take over what earlier ones selected; the others are tried by the slow tests.
-FAMILIES = [
+HYBRIDS_AND_SLOW = [
     name if name in (*KINDS, "glm_moe_dsa") else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS
 ]
 
 # Set where a config has the attribute.
-SIZES = dict(
-    **dict.fromkeys(
-        ("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input", "unigram_vocab_size"), VOCAB_SIZE
-    ),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "embedding_size"), 32),
-    **dict.fromkeys(("lru_width", "emb_dim"), 32),
-    **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "n_inner", "intermediate_size_mlp", "decoder_ffn_dim", "encoder_ffn_dim"), 48
-    ),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "num_blocks"), 2),
-    **dict.fromkeys(("num_decoder_layers", "encoder_layers", "depth"), 2),
-    **dict.fromkeys(
-        (
-            "num_attention_heads",
-            "n_head",
-            "n_heads",
-            "decoder_attention_heads",
-            "num_heads",
-            "encoder_attention_heads",
-        ),
-        4,
-    ),
-    **dict.fromkeys(("num_decoder_attention_heads", "linear_num_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads"), 2),
-    **dict.fromkeys(("head_dim", "global_head_dim", "linear_key_head_dim", "linear_value_head_dim", "rotary_dim"), 8),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "query_pre_attn_scalar"), 8),
-    **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank", "linear_head_dim"), 8),
-    **dict.fromkeys(("swa_head_dim", "swa_v_head_dim"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "moe_intermediate_size", "shared_intermediate_size"), 16),
-    **dict.fromkeys(("shared_expert_intermediate_size", "expert_ffn_hidden_size", "mamba_d_head"), 16),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_length_embed"), 256),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token"), 2),
-    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "mamba_n_groups"), 1),
-    **dict.fromkeys(("sliding_window", "attention_chunk_size", "attention_window_size"), WINDOW),
-    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_chunk_size"), 8),
-    **dict.fromkeys(("chunk_size", "time_step_rank", "mamba_dt_rank"), 8),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 4),
-    **dict.fromkeys(("bos_token_id",), 1),
-    **dict.fromkeys(("eos_token_id",), 2),
-    **dict.fromkeys(("pad_token_id",), VOCAB_SIZE - 1),
-    num_kv_shared_layers=0,
-    initializer_range=0.2,
-)
+SIZES = {
+    name: size
+    for names, size in (
+        ("vocab_size unpadded_vocab_size vocab_size_per_layer_input unigram_vocab_size", VOCAB_SIZE),
+        ("hidden_size d_model n_embd dim word_embed_proj_dim embedding_size lru_width emb_dim", 32),
+        ("intermediate_size ffn_dim n_inner intermediate_size_mlp decoder_ffn_dim encoder_ffn_dim", 48),
+        ("num_hidden_layers n_layer num_layers n_layers decoder_layers num_blocks", 2),
+        ("num_decoder_layers encoder_layers depth", 2),
+        ("num_attention_heads n_head n_heads decoder_attention_heads num_heads encoder_attention_heads", 4),
+        ("num_decoder_attention_heads linear_num_heads", 4),
+        ("num_key_value_heads linear_num_key_heads linear_num_value_heads", 2),
+        ("head_dim global_head_dim linear_key_head_dim linear_value_head_dim rotary_dim", 8),
+        ("qk_rope_head_dim qk_nope_head_dim v_head_dim query_pre_attn_scalar swa_head_dim swa_v_head_dim", 8),
+        ("hidden_size_per_layer_input laurel_rank linear_head_dim", 8),
+        ("q_lora_rank kv_lora_rank moe_intermediate_size shared_intermediate_size", 16),
+        ("shared_expert_intermediate_size expert_ffn_hidden_size mamba_d_head", 16),
+        ("max_position_embeddings n_positions n_ctx max_seq_len max_length_embed", 256),
+        ("num_experts num_local_experts n_routed_experts moe_num_experts", 4),
+        ("num_experts_per_tok moe_topk moe_k num_experts_per_token", 2),
+        ("n_shared_experts n_group topk_group first_k_dense_replace mamba_n_groups", 1),
+        ("sliding_window attention_chunk_size attention_window_size", WINDOW),
+        ("mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size time_step_rank mamba_dt_rank", 8),
+        ("mamba_n_heads mamba_num_heads n_mamba_heads", 4),
+        ("num_kv_shared_layers", 0),
+        ("bos_token_id", 1),
+        ("eos_token_id", 2),
+        ("pad_token_id", VOCAB_SIZE - 1),  # transformers zeroes the embedding of this token and its gradient
+        # Larger than usual: at 0.02, attention is nearly uniform, and a wrong mask or position would hardly show.
+        ("initializer_range", 0.2),
+    )
+    for name in names.split()
+}
 
-LINEAR, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"
 MLA = {"num_key_value_heads": 4, "head_dim": 8}
 HEADS = {"head_dim": 8}
 DECODER = {"is_decoder": True}
@@ -229,14 +229,78 @@ CANNOT_BE_BUILT = {
 }
 
 
-def tiny_model(model_type, **overrides):
+class CannotBuildError(Exception):
+    """No tiny model of a model type can be built; the message says why."""
+
+
+def tiny_model(family, vocab_size=VOCAB_SIZE, dtype=torch.float64, attn_implementation="eager", **overrides):
+    """Return a random two-layer model of a family, in training mode, without dropout."""
+    model_type, own = FAMILIES[family]
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": vocab_size - 1}
+    sizes = {"vocab_size": vocab_size, "max_position_embeddings": 8192}
+    config = tiny_config(model_type, **{**sizes, **ids, **own, **overrides})
+    # Sinks and biases of routers have to be as large as what they compete with.
+    return random_model(model_class_of(model_type), config, dtype, std=0.5, attn_implementation=attn_implementation)
+
+
+def model_of_type(model_type, **overrides):
     """
-    Return a tiny random model in float64 and training mode, without dropout.
+    Return a tiny random model of a model type in float64 and training mode, without dropout.
 
     Raises:
         CannotBuildError: If there is no such model here.
     """
-    return initialised(model_class_of(model_type), tiny_config(model_type, **overrides))
+    return tiny_model_of_class(model_class_of(model_type), tiny_config(model_type, **overrides))
+
+
+def tiny_model_of_class(model_class, config, dtype=torch.float64):
+    """
+    Return a random model of a tiny configuration, with a load-balancing loss if it can compute one.
+
+    Raises:
+        CannotBuildError: If the configuration is not tiny.
+    """
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in model_class(config).parameters())
+    if size > 3e6:
+        raise CannotBuildError(f"its smallest configuration has {size / 1e6:.0f} million parameters")
+    model = random_model(model_class, config, dtype)
+    if has_auxiliary_loss(model):
+        text = model.config.get_text_config()
+        text.output_router_logits, text.router_aux_loss_coef = True, 0.1
+    return model
+
+
+def random_model(model_class, config, dtype, std=0.2, **kwargs):
+    """Return a random model, in training mode, without dropout; all dtypes get the same weights."""
+    torch.manual_seed(0)
+    if model_class._can_set_experts_implementation():
+        kwargs["experts_implementation"] = "eager"  # the grouped kernels have no float64
+    model = model_class._from_config(config, dtype=torch.float32, **kwargs)
+    for parameter in model.parameters():  # a bias or position of zero would test nothing
+        if (parameter.numel() and not parameter.isfinite().all()) or (parameter == 0).all():
+            torch.nn.init.normal_(parameter, std=std)
+    without_dropout(model)
+    return model.to(dtype).train()
+
+
+def has_auxiliary_loss(model):
+    """Whether a model computes a load-balancing loss over its experts."""
+    forward = inspect.unwrap(type(model).forward)
+    is_mixture = any("router" in name or "experts" in name for name, _ in model.named_modules())
+    return is_mixture and "load_balancing_loss_func" in forward.__code__.co_names
+
+
+def without_dropout(model):
+    """Set every probability of dropout, drop path and jitter to 0, in whatever attribute modules keep it."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and any(
+                word in name for word in ("dropout", "drop_prob", "jitter", "layerdrop")
+            ):
+                setattr(module, name, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
 
 
 def tiny_config(model_type, **overrides):
