@@ -22,7 +22,7 @@ class SinglePassDPOConfig(SinglePassConfig, DPOConfig):
     Configuration class for the [`SinglePassDPOTrainer`].
 
     Every argument of [`~trl.DPOConfig`] keeps its meaning or is refused by name, where a sequence of TRL is one
-    **sample**: one turn with its context. Only the default of `max_length` differs. `docs/preference.md` lists what is
+    **sample**: one turn with its context. Only the default of `max_length` differs. `docs/limits.md` lists what is
     refused.
 
     The settings of [`SinglePassConfig`] are those of all trainers; these are its own:

@@ -272,7 +272,7 @@ WEIGHTS = Scope(
     (
         Refusal(
             "`trl` before 1.15",
-            "its models compute the loss themselves",
+            "it takes the loss from the model, which does not read weights",
             "Upgrade to `trl>=1.15`",
             lambda run: before(trl, "1.15"),
         ),
@@ -469,7 +469,7 @@ ENGINES = Scope(
         ),
         Refusal(
             "several processes without `ddp_backend`",
-            "it would train alone",
+            "each would train alone",
             "Set `ddp_backend`, or `use_cpu=True` if there is no GPU",
             Situation.trains_alone,
         ),
