@@ -77,6 +77,7 @@ def test_requests_survive_arrow_beside_other_forms(tmp_path, tokenizer, load):
 def test_audit_counts_the_turns_of_all_requests(tokenizer):
     report = audit([EXAMPLE], tokenizer)
     assert (report.all_turns.turns, report.all_turns.trainable, report.num_trainable) == (4, 4, 1)
+    assert [turn.turns for turn in report.by_turn] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -321,7 +321,8 @@ class Auditor:
         try:
             samples = example_to_samples(example, audited.index, self.reader, RowSettings(), prefixes=prefixes).samples
         finally:  # turns are counted whether or not they can be trained
-            audited.turns += [turn for examiner in examiners for turn in examiner.finish()]
+            turns = [turn for examiner in examiners for turn in examiner.finish()]
+            audited.turns += [replace(turn, turn=number) for number, turn in enumerate(turns, start=1)]
         if not samples:
             raise BadRowError("All its turns have the weight 0, so nothing of it is trained.")
         self._add_samples(samples, audited)
