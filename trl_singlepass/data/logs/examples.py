@@ -22,7 +22,8 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache
 from hashlib import blake2b
 from itertools import chain
 from typing import NamedTuple
@@ -106,22 +107,19 @@ class MessageExamples:
 
     def __iter__(self) -> Iterator[Json]:
         for chains in self._get_conversations():
+            read = cache(self._spool.read)  # requests of a conversation share most of their messages
             common = self._get_extras(chains)
-            requests = [self._read(one, common) for one in chains]
-            extra = {
-                column: self._spool.read(self._values[self._requests[chains[0].first].root])[column]
-                for column in common
-            }
-            if len(chains) > 1:
-                yield {"requests": requests, **extra}
-            elif self._requests[chains[0].first].history is None:
-                yield {"messages": [*requests[0]["prompt"], *requests[0]["completion"]], **extra}
-            else:
-                yield {**requests[0], **extra}
+            extra = read(self._values[self._requests[chains[0].first].root])
+            example: Json = {"requests": [self._to_request(one, common, read) for one in chains]}
+            if len(chains) == 1:
+                (example,) = example["requests"]
+                if self._requests[chains[0].first].history is None:
+                    example = {"messages": [*example["prompt"], *example["completion"]]}
+            yield {**example, **{column: extra[column] for column in common}}
 
-    def _read(self, one: _Chain, common: Collection[str]) -> Json:
-        """Return a chain as one request, without the columns that stand with the example."""
-        extra, *messages = map(self._spool.read, self._get_path(one.last))
+    def _to_request(self, one: _Chain, common: Collection[str], read: Callable[[int], Json]) -> Json:
+        """Return a chain as a request, without the columns that stand with the example."""
+        extra, *messages = map(read, self._get_path(one.last))
         start = len(self._get_path(one.first)) - 2  # of the replies: before it are tools and context
         own = {column: value for column, value in extra.items() if value and column not in common}
         return {"prompt": messages[:start], "completion": messages[start:], **own}
