@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from .engine.check.tree_check import check_tree as check_tree
     from .engine.enable import enable_images as enable_images
     from .engine.enable import enable_tree as enable_tree
+    from .groups.config import SinglePassGRPOConfig as SinglePassGRPOConfig
+    from .groups.config import SinglePassRLOOConfig as SinglePassRLOOConfig
+    from .groups.lines import tree_log_probs as tree_log_probs
+    from .groups.trainer import SinglePassGRPOTrainer as SinglePassGRPOTrainer
+    from .groups.trainer import SinglePassRLOOTrainer as SinglePassRLOOTrainer
     from .preference.config import SinglePassDPOConfig as SinglePassDPOConfig
     from .preference.trainer import SinglePassDPOTrainer as SinglePassDPOTrainer
     from .reference import verify as verify
@@ -33,6 +38,10 @@ __all__ = [
     "Sample",
     "SinglePassDPOConfig",
     "SinglePassDPOTrainer",
+    "SinglePassGRPOConfig",
+    "SinglePassGRPOTrainer",
+    "SinglePassRLOOConfig",
+    "SinglePassRLOOTrainer",
     "SinglePassSFTConfig",
     "SinglePassSFTTrainer",
     "audit",
@@ -42,6 +51,7 @@ __all__ = [
     "prepare_dataset",
     "render_samples",
     "to_npass",
+    "tree_log_probs",
     "verify",
 ]
 
@@ -53,6 +63,10 @@ _HOME = {
     "Sample": "trees.sample",
     "SinglePassDPOConfig": "preference.config",
     "SinglePassDPOTrainer": "preference.trainer",
+    "SinglePassGRPOConfig": "groups.config",
+    "SinglePassGRPOTrainer": "groups.trainer",
+    "SinglePassRLOOConfig": "groups.config",
+    "SinglePassRLOOTrainer": "groups.trainer",
     "SinglePassSFTConfig": "training.config",
     "SinglePassSFTTrainer": "training.trainer",
     "audit": "reports.audit",
@@ -62,6 +76,7 @@ _HOME = {
     "prepare_dataset": "data.preparation",
     "render_samples": "rendering.samples",
     "to_npass": "reference.export",
+    "tree_log_probs": "groups.lines",
     "verify": "reference",
 }
 

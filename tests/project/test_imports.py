@@ -20,6 +20,7 @@ RANKS = {
     "recurrent": 4,
     "engine": 6,
     "training": 7,
+    "groups": 8,
     "preference": 8,
     "reference": 9,
     "reports": 9,

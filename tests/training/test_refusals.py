@@ -16,12 +16,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.hybrid_step import small_hybrid
 from support.tiny_models import model_of_type, tiny_model
-from trl_singlepass import SinglePassDPOConfig, SinglePassSFTConfig
+from trl_singlepass import SinglePassDPOConfig, SinglePassGRPOConfig, SinglePassSFTConfig
 from trl_singlepass.attention.registry import TREE_ATTENTION
 from trl_singlepass.training.refusals import (
     ADAPTERS,
     CONVERSATIONS,
     ENGINES,
+    GROUPS,
     IMAGES,
     OLDER_TRL,
     PACKAGES,
@@ -53,6 +54,10 @@ NO_PACKAGES = {
         "refusals.is_liger_kernel_available",
     )
 }
+
+
+def groups(**known):
+    return lambda: Situation(SinglePassGRPOConfig("unused", use_cpu=True, bf16=False), **known)
 
 
 def sft(settings=None, **known):
@@ -130,6 +135,11 @@ CASES = {
         ("ld_alpha=0.5 with turn_mean", pairs({"ld_alpha": 0.5, "turn_mean": True})),
         ("tp_size=2", pairs(tp_size=2)),
         ("sp_size=2", pairs(accelerator=on(sizes={"sp_size": 2}))),
+    ],
+    GROUPS: [
+        ("trl 1.14.0", groups(), OLD),
+        ("tp_size=2", groups(tp_size=2)),
+        ("sp_size=2", groups(accelerator=on(sizes={"sp_size": 2}))),
     ],
     WEIGHTS: [
         ("trl 1.14.0", sft(), OLD),

@@ -48,6 +48,7 @@ class Factors:
     log_probs: torch.Tensor  # (1, num_tokens), float32: the factor of each position's target, over the rows of a batch
     router_loss: float | torch.Tensor = 0.0  # factor of the load-balancing loss
     is_dft: bool = False
+    entropy: torch.Tensor | None = None  # (1, num_tokens): the factor of the entropy at each position
 
     def __call__(self, outputs: ModelOutput, start: int) -> torch.Tensor:
         """Return what a piece contributes, a scalar: a [`PieceLoss`]."""
@@ -55,6 +56,8 @@ class Factors:
         if self.is_dft:
             terms = terms * outputs.log_probs.exp().detach()
         loss = terms.sum()
+        if self.entropy is not None:
+            loss = loss + (outputs.entropy * self.entropy[:, start : start + terms.shape[1]]).sum()
         return loss if outputs.aux_loss is None else loss + self.router_loss * outputs.aux_loss
 
 
@@ -87,7 +90,7 @@ class RowRunner:
         self._group, self._compares = group, compares
         self._others: dict[str, Any] = {}  # inputs of a call that are no part of a row
         self._rows: list[_Row] = []  # those that are being trained
-        self._leaves: list[torch.Tensor] = []  # of the graph of a loss that needs all pieces
+        self._leaves: dict[str, torch.Tensor] = {}  # of the graph of a loss that needs all pieces
         self._load_balancing: LoadBalancingLoss | None = None
         self._total: torch.Tensor | float = 0.0
         self._last: torch.Tensor | None = None  # loss of the piece whose backward comes last
@@ -138,9 +141,8 @@ class RowRunner:
             return self._laid_out(self._train_once(self._loss, run), tree, labels)
         with torch.no_grad():
             outputs = self._forward_all(rows, self._run)
-        self._leaves = [outputs.log_probs.requires_grad_()]
-        if self._load_balancing is not None:
-            self._leaves.append(outputs.aux_loss.requires_grad_())
+        names = [name for name in ("log_probs", "entropy", "aux_loss") if outputs.get(name) is not None]
+        self._leaves = {name: outputs[name].requires_grad_() for name in names}
         # Of the leaves, which stay as they are.
         return self._laid_out(_PieceOutputs(**outputs), tree, labels)
 
@@ -151,11 +153,16 @@ class RowRunner:
         Takes the loss that was computed from what a call in training returned, a scalar, and returns the same loss.
         """
         if self._loss is None:
-            factors = torch.autograd.grad(loss, self._leaves, allow_unused=True, materialize_grads=True)
-            router_loss = factors[1] if len(factors) > 1 else 0.0
-            again = self._train(Factors(factors[0], router_loss), self._run)
+            gradients: Sequence[torch.Tensor | None] = torch.autograd.grad(
+                loss, tuple(self._leaves.values()), allow_unused=True
+            )
+            read = {name: of for name, of in zip(self._leaves, gradients, strict=True) if of is not None}
+            log_probs = self._leaves["log_probs"].detach()
+            unread = torch.zeros_like(log_probs)
+            factors = Factors(read.get("log_probs", unread), read.get("aux_loss", 0.0), entropy=read.get("entropy"))
+            again = self._train(factors, self._run)
             if self._compares:
-                _check_same_outputs(self._leaves[0].detach(), torch.cat([part.log_probs for part in again], dim=1))
+                _check_same_outputs(log_probs, torch.cat([part.log_probs for part in again], dim=1))
         elif self._compares:
             _check_same_loss(float(loss.detach()), float(self._total))
         assert self._last is not None, "a call in training came before"

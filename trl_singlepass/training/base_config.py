@@ -17,10 +17,52 @@ Args = TypeVar("Args", bound=TrainingArguments)
 
 
 @dataclass
-class SinglePassConfig:
+class EngineConfig:
     r"""
-    The settings that every trainer has beside TRL's; a sequence of TRL is one **sample** here: one turn with its
-    context.
+    How the rows of a batch run: the settings that every trainer has beside TRL's.
+
+    Args:
+        max_row_tokens (`int`, *optional*):
+            Largest row, in tokens: the setting that bounds memory. The completions of a batch fill as many rows as
+            they need, which costs one more forward of the policy. `None` makes one row of a batch.
+        self_check (`bool`, *optional*, defaults to `True`):
+            Whether a small row is run as a tree and as separate samples before the first step, and the run stopped if
+            they differ. `False` trains a model that nobody has measured; the log says so.
+        wave_tokens (`int` or `"auto"`, *optional*):
+            Largest number of tokens of a row that have activations at the same time. A longer row runs in waves, with
+            the same loss and gradients, in the memory of one wave. For pairs and completions, this costs one more
+            forward of the policy, as several rows do. `None` runs every row at once; `"auto"` chooses what free memory
+            allows.
+        offload_kv (`bool`, *optional*, defaults to `False`):
+            Whether to keep keys and values that wait for later waves, and their gradients, on the CPU.
+    """
+
+    max_row_tokens: int | None = field(default=None, metadata={"help": "Largest row, in tokens. `None`: no bound."})
+    self_check: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to measure before the first step that the model computes on a tree what it computes on "
+            "separate samples, and to stop if not."
+        },
+    )
+    wave_tokens: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Largest number of tokens of a row that have activations at the same time. Longer rows run in "
+            "waves: same loss and gradients, memory of one wave. `None`: rows run at once; 'auto': as memory allows."
+        },
+    )
+    offload_kv: bool = field(
+        default=False,
+        metadata={"help": "Whether keys and values that wait for later waves are held on the CPU."},
+    )
+
+
+@dataclass
+class SinglePassConfig(EngineConfig):
+    r"""
+    The settings of trainers whose datasets become rows; a sequence of TRL is one **sample** here: one turn with its
+    context. Those of [`EngineConfig`] come with them.
 
     Args:
         max_length (`int`, *optional*):
@@ -43,15 +85,6 @@ class SinglePassConfig:
         history (`str`, *optional*, defaults to `"template"`):
             What a turn's context holds of earlier turns: `"template"`, what the chat template renders; `"keep"`, all
             reasoning; `"strip"`, no reasoning. A `history` column overrides it example by example.
-        self_check (`bool`, *optional*, defaults to `True`):
-            Whether a small row is run as a tree and as separate samples before the first step, and the run stopped if
-            they differ. `False` trains a model that nobody has measured; the log says so.
-        wave_tokens (`int` or `"auto"`, *optional*):
-            Largest number of tokens of a row that have activations at the same time. A longer row runs in waves, with
-            the same loss and gradients, in the memory of one wave. For pairs, this costs one more forward of the
-            policy, as several rows do. `None` runs every row at once; `"auto"` chooses what free memory allows.
-        offload_kv (`bool`, *optional*, defaults to `False`):
-            Whether to keep keys and values that wait for later waves, and their gradients, on the CPU.
     """
 
     max_length: int | None = field(
@@ -92,43 +125,34 @@ class SinglePassConfig:
             "choices": list(HISTORIES),
         },
     )
-    self_check: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to measure before the first step that the model computes on a tree what it computes on "
-            "separate samples, and to stop if not."
-        },
-    )
-    wave_tokens: int | str | None = field(
-        default=None,
-        metadata={
-            "help": "Largest number of tokens of a row that have activations at the same time. Longer rows run in "
-            "waves: same loss and gradients, memory of one wave. `None`: rows run at once; 'auto': as memory allows."
-        },
-    )
-    offload_kv: bool = field(
-        default=False,
-        metadata={"help": "Whether keys and values that wait for later waves are held on the CPU."},
-    )
 
 
 def check_shared_settings(args: TrainingArguments) -> None:
+    """Check the settings of trainers whose datasets become rows."""
+    check_engine_settings(args)
+    if args.max_length is not None and args.max_length < 2:
+        raise ValueError(_too_short("max_length", args.max_length))
+    if args.bad_rows not in tuple(BadRows):
+        raise ValueError(f"bad_rows={args.bad_rows!r} is not one of {', '.join(BadRows)}.")
+
+
+def check_engine_settings(args: TrainingArguments) -> None:
     """Check the settings that all trainers have; a command line brings numbers as strings, which become numbers."""
     # PyTorch cannot pin memory without an accelerator, and warns in each dataloader that it does not.
     if not torch.accelerator.is_available():
         args.dataloader_pin_memory = False
-    for name in ("max_length", "max_row_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 2:
-            raise ValueError(f"{name}={value} leaves no room for a token and its target. Set it to 2 or more.")
-    if args.bad_rows not in tuple(BadRows):
-        raise ValueError(f"bad_rows={args.bad_rows!r} is not one of {', '.join(BadRows)}.")
+    if args.max_row_tokens is not None and args.max_row_tokens < 2:
+        raise ValueError(_too_short("max_row_tokens", args.max_row_tokens))
     if isinstance(tokens := args.wave_tokens, str) and tokens.isdecimal():
         tokens = args.wave_tokens = int(tokens)
     if not (tokens is None or tokens == "auto" or (isinstance(tokens, int) and tokens > 0)):
         raise ValueError(f"wave_tokens={tokens!r}: expected a number of tokens above 0, 'auto', or None.")
     if args.offload_kv and tokens is None:
         raise ValueError("offload_kv=True moves what waits between waves. Set wave_tokens, or offload_kv=False.")
+
+
+def _too_short(name: str, value: int) -> str:
+    return f"{name}={value} leaves no room for a token and its target. Set it to 2 or more."
 
 
 def use_new_names(args: TrainingArguments) -> None:
@@ -138,7 +162,7 @@ def use_new_names(args: TrainingArguments) -> None:
         args.activation_checkpointing = default
 
 
-def add_settings(args: Args, config: type[SinglePassConfig]) -> Args:
+def add_settings(args: Args, config: type[EngineConfig]) -> Args:
     """Return arguments themselves, with the settings of a configuration that they lack at their defaults."""
     for setting in fields(config):
         if not hasattr(args, setting.name):

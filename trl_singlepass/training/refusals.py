@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import transformers
 import trl
 from transformers.utils import is_liger_kernel_available
-from trl import DPOConfig
+from trl import SFTConfig
 
 from ..attention.registry import TREE_ATTENTION
 from .sharding import PREFETCHED
@@ -63,7 +63,7 @@ def check_parts(run: Situation) -> None:
     """Refuse what does not go with `wave_tokens`, or with `max_row_tokens` of pairs, whichever is set."""
     if run.args.wave_tokens is not None:
         check(run, WAVES, PARTS)
-    elif isinstance(run.args, DPOConfig) and run.args.max_row_tokens is not None:
+    elif not isinstance(run.args, SFTConfig) and run.args.max_row_tokens is not None:
         check(run, PARTS)
 
 
@@ -534,10 +534,35 @@ ULYSSES = Scope(
     ),
 )
 
+GROUPS = Scope(
+    "Groups of completions (GRPO, RLOO)",
+    "for groups of completions",
+    (
+        Refusal(
+            "`trl` before 1.16",
+            "its trainers have other methods",
+            "Upgrade to `trl>=1.16`",
+            lambda run: before(trl, "1.16"),
+        ),
+        Refusal(
+            "`tp_size`",
+            "ranks that share layers have not been shown to train groups exactly",
+            "Set it to 1, and shard the model with FSDP2 or ZeRO-3",
+            lambda run: run.shared_by("tp_size"),
+        ),
+        Refusal(
+            "`sp_size`",
+            "ranks that share a row do not share its completions",
+            "Set it to 1, and shard the model with FSDP2 or ZeRO-3",
+            lambda run: run.shared_by("sp_size"),
+        ),
+    ),
+)
 SCOPES = (
     TURNS,
     CONVERSATIONS,
     PAIRS,
+    GROUPS,
     WEIGHTS,
     OLDER_TRL,
     ADAPTERS,

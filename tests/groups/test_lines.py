@@ -1,0 +1,119 @@
+"""Log-probabilities of padded lines on a tree, and their gradients, are those of separate forwards, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.float64_comparison import TOLERANCE, gradients_of
+from support.tiny_models import model_of_type, tiny_model
+from trl_singlepass import enable_tree, tree_log_probs
+from trl_singlepass.groups.forecast import sharing_factor
+from trl_singlepass.groups.lines import are_without_gaps
+
+
+MODELS = {
+    "qwen3": lambda: tiny_model("qwen3"),
+    "gpt-oss": lambda: tiny_model("gpt-oss", output_router_logits=False),  # sinks, and a window
+    "qwen3.5": lambda: model_of_type("qwen3_5_text"),  # recurrent layers
+    "qwen3-moe": lambda: tiny_model("qwen3-moe", output_router_logits=False),
+}
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 20]]
+GROUP = [
+    (PROMPTS[0], [21, 22, 23]),
+    (PROMPTS[0], [21, 22, 24, 25]),  # begins as the one before
+    (PROMPTS[0], [30]),
+    (PROMPTS[1], [21, 22, 23, 24, 25]),
+    (PROMPTS[1], []),
+]
+
+
+def padded(group):
+    """Lay out prompts padded on the left and completions padded on the right, as TRL does."""
+    longest = [max(len(parts[i]) for parts in group) for i in (0, 1)]
+    lines, masks, completions = [], [], []
+    for prompt, completion in group:
+        left, right = longest[0] - len(prompt), longest[1] - len(completion)
+        lines.append([0] * left + prompt + completion + [0] * right)
+        masks.append([0] * left + [1] * len(prompt + completion) + [0] * right)
+        completions.append([0] * longest[0] + [1] * len(completion) + [0] * right)
+    return torch.tensor(lines), torch.tensor(masks), torch.tensor(completions)
+
+
+def separate_log_probs(model, input_ids, attention_mask, completion_mask):
+    """Run each line by itself, without its padding."""
+    result = []
+    for ids, mask, of_completion in zip(input_ids, attention_mask.bool(), completion_mask, strict=True):
+        logits = model(input_ids=ids[mask][None], use_cache=False).logits[0, :-1]
+        chosen = logits.log_softmax(-1).gather(-1, ids[mask][1:, None])[:, 0]
+        first = int(mask.int().argmax())
+        line = F.pad(chosen, (first, len(ids) - 1 - first - len(chosen)))
+        result.append(line * of_completion[1:])
+    return torch.stack(result)
+
+
+def assert_equal(model, lines, weights, max_row_tokens=None):
+    expected = separate_log_probs(model, *lines)
+    (expected * weights).sum().backward()
+    gradients = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
+    model.zero_grad()
+    enable_tree(model)
+    found = tree_log_probs(model, *lines, max_row_tokens=max_row_tokens)
+    (found * weights).sum().backward()
+    size = float(expected.detach().abs().max())
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE * size)
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        error = float((gradients_of(model)[name] - gradient).abs().max())
+        assert error <= 10 * TOLERANCE * largest, name
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("max_row_tokens", [None, 14])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_group_equals_its_lines(name, max_row_tokens):
+    lines = padded(GROUP)
+    torch.manual_seed(0)
+    assert_equal(MODELS[name](), lines, torch.randn(lines[0][:, 1:].shape), max_row_tokens)
+
+
+@pytest.mark.usefixtures("float64")
+def test_tokens_that_are_not_asked_for_are_context():
+    input_ids, attention_mask, completion_mask = padded(GROUP)
+    completion_mask[1, 9] = 0  # what a tool has said, between two calls
+    assert_equal(tiny_model("qwen3"), (input_ids, attention_mask, completion_mask), torch.ones(len(GROUP), 11))
+
+
+token_lists = st.lists(st.integers(3, 6), min_size=1, max_size=6)
+
+
+@pytest.mark.usefixtures("float64")
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(token_lists, token_lists), min_size=1, max_size=5))
+def test_random_lines(group):
+    lines = padded(group)
+    model = tiny_model("llama", 16)
+    expected = separate_log_probs(model, *lines).detach()
+    enable_tree(model)
+    torch.testing.assert_close(tree_log_probs(model, *lines).detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gaps_are_found_and_refused():
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+    assert are_without_gaps(mask)
+    mask[0, 3] = mask[1, 3] = 1
+    assert not are_without_gaps(mask)
+    model = tiny_model("qwen3")
+    enable_tree(model)
+    with pytest.raises(ValueError, match="attention_mask"):
+        tree_log_probs(model, torch.ones(3, 4).long(), mask, mask)
+
+
+def test_a_model_without_trees_is_refused():
+    with pytest.raises(ValueError, match="enable_tree"):
+        tree_log_probs(tiny_model("qwen3"), *padded(GROUP))
+
+
+def test_the_documented_forecast():
+    assert sharing_factor([100], 4, 50) == 2.0

@@ -1,0 +1,137 @@
+"""Three steps of GRPO and RLOO on trees move parameters as TRL's trainers do, from the same completions."""
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from support.tiny_models import model_of_type, tiny_model
+from support.trainers import float32_model, logged, parameters
+from trl_singlepass import SinglePassGRPOConfig, SinglePassGRPOTrainer, SinglePassRLOOConfig, SinglePassRLOOTrainer
+
+
+SYSTEM = {"role": "system", "content": "You count pens and boxes, and you answer in a few words at most. " * 2}
+QUESTIONS = ("How many pens are in 7 boxes?", "Is it cold?", "Split 54 pens.", "Name a city.")
+PROMPTS = [[SYSTEM, {"role": "user", "content": question}] for question in QUESTIONS]
+GRPO = (GRPOTrainer, GRPOConfig), (SinglePassGRPOTrainer, SinglePassGRPOConfig)
+RLOO = (RLOOTrainer, RLOOConfig), (SinglePassRLOOTrainer, SinglePassRLOOConfig)
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+def reward(completions, **kwargs):
+    """A reward that differs within a group, whatever the model says."""
+    return [float(len(completion[0]["content"]) % 7) for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A model with its tokenizer, on disk: TRL loads the reference from there."""
+    folder = tmp_path_factory.mktemp("model")
+    float32_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def train(kind, tmp_path, model, tokenizer, **settings):
+    trainer_class, config_class = kind
+    args = config_class(
+        str(tmp_path),
+        **{
+            "max_steps": 3,
+            "num_generations": 4,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "max_completion_length": 6,
+            "learning_rate": 0.05,
+            "lr_scheduler_type": "constant",
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            **settings,
+        },
+    )
+    model = str(model) if not isinstance(model, torch.nn.Module) else model
+    dataset = Dataset.from_dict({"prompt": PROMPTS})
+    trainer = trainer_class(model, reward, args, train_dataset=dataset, processing_class=tokenizer)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    return trainer, before
+
+
+def assert_equal(both, tmp_path, model, tokenizer, own=None, **settings):
+    make = model if callable(model) and not isinstance(model, torch.nn.Module) else lambda: model
+    stock, before = train(both[0], tmp_path / "stock", make(), tokenizer, **settings)
+    ours, _ = train(both[1], tmp_path / "ours", make(), tokenizer, **settings, **(own or {}))
+    assert logged(ours, "reward") == logged(stock, "reward")
+    expected, found = parameters(stock), parameters(ours)
+    moved = max(float((expected[name] - value).abs().max()) for name, value in before.items())
+    off = max(float((found[name] - value).abs().max()) for name, value in expected.items())
+    assert moved > 1e-5
+    assert off <= 1e-4 * moved, f"off by {off:.1e}, moved by {moved:.1e}"
+    return ours
+
+
+LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
+
+
+@pytest.mark.parametrize(
+    "loss_type", ["dapo", "bnpo", *(pytest.param(name, marks=pytest.mark.slow) for name in LOSSES if "a" not in name)]
+)
+def test_losses(tmp_path, folder, tokenizer, loss_type):
+    ours = assert_equal(GRPO, tmp_path, folder, tokenizer, loss_type=loss_type)
+    assert min(logged(ours, "sharing_factor")) > 1.3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 0.04, "num_iterations": 2, "steps_per_generation": 2},
+        {"importance_sampling_level": "sequence", "beta": 0.04},
+        {"top_entropy_quantile": 0.5, "entropy_coef": 0.1},
+        {"temperature": 0.7, "steps_per_generation": 4},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings(tmp_path, folder, tokenizer, settings):
+    assert_equal(GRPO, tmp_path, folder, tokenizer, **settings)
+
+
+@pytest.mark.parametrize("own", [{"max_row_tokens": 120}, {"wave_tokens": 32}], ids=lambda own: next(iter(own)))
+def test_rows_and_waves(tmp_path, folder, tokenizer, own):
+    assert_equal(GRPO, tmp_path, folder, tokenizer, own, beta=0.04, entropy_coef=0.1)
+
+
+@pytest.mark.parametrize("own", [{}, {"wave_tokens": 32}], ids=["at once", "waves"])
+def test_rloo(tmp_path, folder, tokenizer, own):
+    assert_equal(RLOO, tmp_path, folder, tokenizer, own)
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss"])
+def test_families(tmp_path, tokenizer, family):
+    def make():
+        # TRL asks for router logits in the loss alone; generation could not compute their loss.
+        router = {"output_router_logits": False}
+        return tiny_model(family, len(tokenizer), torch.float32, initializer_range=0.05, **router)
+
+    assert_equal(GRPO, tmp_path, make, tokenizer)
+
+
+def test_hybrids(tmp_path, tokenizer):
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+    def make():
+        return model_of_type("qwen3_5_text", vocab_size=len(tokenizer), initializer_range=0.05, **special).float()
+
+    assert_equal(GRPO, tmp_path, make, tokenizer)
+
+
+def test_lines_of_a_prompt_lie_together(tmp_path, folder, tokenizer):
+    """With 8 lines of 2 prompts in a step, each batch of 4 holds one prompt, and shares all of it."""
+    ours, _ = train(GRPO[1], tmp_path, folder, tokenizer, max_steps=1, loss_type="dapo")
+    shuffled, _ = train(GRPO[1], tmp_path, folder, tokenizer, max_steps=1, loss_type="bnpo")
+    assert logged(ours, "sharing_factor")[0] > logged(shuffled, "sharing_factor")[0]

@@ -1,0 +1,35 @@
+"""Arguments of `SinglePassGRPOTrainer` and `SinglePassRLOOTrainer`: those of TRL's configurations, and their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trl import GRPOConfig, RLOOConfig
+
+from ..training.base_config import EngineConfig, check_engine_settings, use_new_names
+
+
+@dataclass
+class SinglePassGRPOConfig(EngineConfig, GRPOConfig):
+    r"""
+    Configuration class for the [`SinglePassGRPOTrainer`]: the arguments of [`~trl.GRPOConfig`], and those of
+    [`EngineConfig`].
+    """
+
+    def __post_init__(self) -> None:
+        use_new_names(self)
+        super().__post_init__()
+        check_engine_settings(self)
+
+
+@dataclass
+class SinglePassRLOOConfig(EngineConfig, RLOOConfig):
+    r"""
+    Configuration class for the [`SinglePassRLOOTrainer`]: the arguments of [`~trl.RLOOConfig`], and those of
+    [`EngineConfig`].
+    """
+
+    def __post_init__(self) -> None:
+        use_new_names(self)
+        super().__post_init__()
+        check_engine_settings(self)

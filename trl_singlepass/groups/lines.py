@@ -1,0 +1,148 @@
+"""
+Padded lines on trees: the completions of a batch, as TRL lays them out, become rows that share their prefixes.
+
+Shape letters: N lines of T tokens, padded on either side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from ..data.collator import DataCollatorForSinglePass
+from ..data.row_tree import LineView
+from ..engine.enable import without_adapters
+from ..engine.model_call import takes_trees
+from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree, find_paths
+from ..trees.rows import Row
+from ..trees.sample import Sample
+from ..trees.splitting import split_samples
+
+
+@dataclass(frozen=True, eq=False)
+class Lines:
+    """Lines of a batch, and the rows that hold them."""
+
+    view: LineView  # whose `targets`, of shape (N, T - 1), name the position that predicts token `i + 1` of each line
+    labels: torch.Tensor  # (N, T), int64: the tokens that are scored, -100 elsewhere
+    sharing_factor: float  # tokens of all lines ÷ tokens of the rows
+
+    @classmethod
+    def from_padded(
+        cls,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        is_scored: torch.Tensor,
+        collator: DataCollatorForSinglePass,
+        max_row_tokens: int | None = None,
+    ) -> Lines:
+        """
+        Merge lines on trees.
+
+        Takes three tensors of shape `(N, T)`: tokens, whether each is one (1) or padding (0), and whether its
+        log-probability is asked for. Lines fill as few rows of `max_row_tokens` as their order allows; `None` makes
+        one row of all. A line that is longer than a row raises `ValueError`.
+        """
+        is_scored = is_scored.bool() & attention_mask.bool()
+        tokens, is_token, scored = (x.cpu().numpy() for x in (input_ids, attention_mask.bool(), is_scored))
+        samples = [_sample(*line) for line in zip(tokens, is_token, scored, strict=True)]
+        targets = np.zeros((len(samples), tokens.shape[1] - 1), np.int64)
+        rows, first, start = [], 0, 0
+        for part in split_samples(samples, max_row_tokens):
+            tree = PrefixTree.from_samples(part)
+            of_part = slice(first, first + len(part))
+            _find_targets(tree, part, is_token[of_part], scored[of_part], targets[of_part], start)
+            rows.append(collator([Row.from_tree(tree).columns()]))
+            first, start = first + len(part), start + rows[-1]["labels"].shape[1]
+        num_tokens = sum(len(row["input_ids"][0]) for row in rows)
+        view = LineView(rows, torch.from_numpy(targets)).to(input_ids.device)
+        return cls(view, input_ids.masked_fill(~is_scored, IGNORE_INDEX), int(is_token.sum()) / num_tokens)
+
+
+def _sample(tokens: NDArray[np.int64], is_token: NDArray[np.bool_], is_scored: NDArray[np.bool_]) -> Sample:
+    weights = is_scored[is_token].astype(np.float64)
+    weights[0] = 0  # nothing predicts the first token
+    prompt_length = int(weights.argmax()) if weights.any() else len(weights)
+    return Sample(tokens[is_token], weights, prompt_length)
+
+
+def _find_targets(
+    tree: PrefixTree,
+    samples: Sequence[Sample],
+    is_token: NDArray[np.bool_],
+    is_scored: NDArray[np.bool_],
+    targets: NDArray[np.int64],
+    start: int,
+) -> None:
+    """Write where in the rows each scored token is predicted; `start` is the position of the tree's first token."""
+    paths = find_paths(tree, [sample.token_ids for sample in samples])
+    for path, of_line, scored, line in zip(paths, is_token, is_scored, targets, strict=True):
+        at = np.flatnonzero(of_line)[1:]  # of every token but the first, which the one before it predicts
+        line[at - 1] = np.where(scored[at], start + path[:-1], 0)
+
+
+def are_without_gaps(attention_mask: torch.Tensor) -> bool:
+    """
+    Return whether the tokens of each line follow one another, as in a mask of padding alone.
+
+    A model counts positions from the start of a line, so that a gap would move what stands behind it.
+    """
+    changes = attention_mask.bool().diff(dim=1).sum(dim=1) - (~attention_mask[:, :1].bool()).sum(dim=1)
+    return bool((changes <= 1).all())
+
+
+def tree_log_probs(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion_mask: torch.Tensor,
+    max_row_tokens: int | None = None,
+) -> torch.Tensor:
+    """
+    Return the log-probabilities of completions, computed on one prefix tree: shared prefixes run once.
+
+    They equal those of separate forwards, and so do their gradients. With TRL's `add_fused_lm_head`, called before
+    [`enable_tree`], logits are never built.
+
+    Args:
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model on which [`enable_tree`] was called.
+        input_ids (`torch.Tensor` of shape `(batch, length)`, `torch.int64`):
+            Prompts and completions, padded on either side or both.
+        attention_mask (`torch.Tensor` of shape `(batch, length)`):
+            1 for tokens, 0 for padding.
+        completion_mask (`torch.Tensor` of shape `(batch, length)`):
+            1 for the tokens whose log-probabilities are asked for. Others, such as results of tools, are context.
+        max_row_tokens (`int`, *optional*):
+            Largest row, in tokens. `None` makes one row of the batch.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, length - 1)`: The log-probability of each token but the first, given those
+        before it; 0 where `completion_mask` is 0.
+
+    Raises:
+        `ValueError`: If the model takes no trees, a mask has gaps, or a line is longer than a row.
+    """
+    base = without_adapters(model)
+    if not takes_trees(base):
+        raise ValueError("The model takes no trees, and would run each line as it is. Call enable_tree(model) first.")
+    if not are_without_gaps(attention_mask):
+        raise ValueError("attention_mask has gaps between the tokens of a line. Move its tokens together.")
+    collator = DataCollatorForSinglePass(pad_token_id=0)
+    lines = Lines.from_padded(input_ids, attention_mask, completion_mask, collator, max_row_tokens)
+    is_fused = "fused_lm_head" in base.forward.__code__.co_varnames
+    outputs = model(input_ids=input_ids, labels=lines.labels, tree=lines.view, fused_lm_head=is_fused)
+    log_probs: torch.Tensor = outputs.log_probs if is_fused else _score(outputs.logits, lines.labels)
+    return log_probs
+
+
+def _score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of each label under the logits before it, 0 where there is none, `(N, T - 1)`."""
+    labels = labels[:, 1:, None]
+    chosen = logits[:, :-1].float().log_softmax(-1).gather(-1, labels.clamp(min=0))
+    return chosen.masked_fill(labels == IGNORE_INDEX, 0)[..., 0]
