@@ -11,7 +11,7 @@ import pytest
 
 import trl_singlepass
 from support.chat_tokenizers import make_tokenizer
-from support.unreadable_files import UNREADABLE
+from support.small_files import UNREADABLE
 from trl_singlepass.cli.arguments import ADD_ARGUMENTS, CommandParser
 from trl_singlepass.cli.errors import CUT_OFF, INTERRUPTED
 from trl_singlepass.cli.main import COMMANDS, main

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from support.four_bits import NEEDS_BITSANDBYTES
+from support.trainers import NEEDS_BITSANDBYTES
 from support.worker_settings import assert_same_training, on_engine, with_config, zero
 
 

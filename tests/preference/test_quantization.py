@@ -5,9 +5,8 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from support.four_bits import NEEDS_BITSANDBYTES
 from support.pairs import SINGLE_TURNS, dpo_trainer, stock_dpo_trainer
-from support.trainers import float32_model, logged, parameters
+from support.trainers import NEEDS_BITSANDBYTES, float32_model, logged, parameters
 
 
 pytestmark = [

@@ -7,8 +7,7 @@ import pytest
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat
-from support.small_files import examples
-from support.unreadable_files import UNREADABLE
+from support.small_files import UNREADABLE, examples
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.scripts import sft
 from trl_singlepass.scripts.run import load_splits

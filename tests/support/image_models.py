@@ -13,6 +13,7 @@ from trl_singlepass.trees.image_features import ImageReference
 
 START, END, VIDEO, VOCAB_SIZE = 91, 92, 93, 97
 PATCH = 4
+"""Side of a patch in pixels; towers that merge 2 × 2 patches show one token per 8 × 8 pixels."""
 TEXT = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -143,23 +144,19 @@ class ImageFamily:
     """How to build a tiny model, and what it reads of images."""
 
     model_class: str
-    config: Callable[[], transformers.PreTrainedConfig]
+    config: Callable[..., transformers.PreTrainedConfig]
+    """Takes changes of the text model's configuration and of the whole."""
     load: Callable[[list[ImageReference]], dict[str, torch.Tensor]]
 
 
 def _qwen(name, text, tower, tokens=QWEN_TOKENS):
-    def config():
-        return getattr(transformers, f"{name}Config")(
-            text_config=TEXT | text, vision_config=QWEN_TOWER | tower, tie_word_embeddings=False, **tokens
-        )
-
-    return ImageFamily(f"{name}ForConditionalGeneration", config, patches)
+    return _tower_and_text(name, TEXT | text, QWEN_TOWER | tower, patches, **tokens)
 
 
 def _tower_and_text(name, text, tower, load, **own):
-    def config():
+    def config(text_changes=(), **changes):
         return getattr(transformers, f"{name}Config")(
-            text_config=text, vision_config=tower, tie_word_embeddings=False, **own
+            text_config=text | dict(text_changes), vision_config=tower, tie_word_embeddings=False, **own | changes
         )
 
     return ImageFamily(f"{name}ForConditionalGeneration", config, load)

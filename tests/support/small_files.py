@@ -1,4 +1,4 @@
-"""A tiny model and a file of four conversations, on disk."""
+"""A tiny model and a file of four conversations, on disk, and files that nothing reads."""
 
 import json
 
@@ -7,6 +7,17 @@ import pytest
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS, chat, tool_chat
 from support.trainers import float32_model
+
+
+# By name; all are encoded in Latin-1.
+_EXAMPLE = '{"messages": [{"role": "user", "content": "Où ?"}, {"role": "assistant", "content": "Là."}]}'
+
+UNREADABLE = {
+    "latin.jsonl": f"{_EXAMPLE}\n",
+    "latin.json": f"[{_EXAMPLE}]",
+    "latin.csv": "messages\nOù ?\n",
+    "uneven.csv": "messages\na\nb,c,d\n",
+}
 
 
 def examples():

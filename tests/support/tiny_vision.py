@@ -9,44 +9,11 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from support.chat_tokenizers import make_tokenizer
+from support.image_models import FAMILIES as IMAGE_FAMILIES
+from support.image_models import PATCH, TEXT, TOWER
 from support.tiny_models import random_model
 
 
-PATCH = 4
-"""Side of a patch in pixels; towers that merge 2 × 2 patches show one token per 8 × 8 pixels."""
-
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-    # Larger than usual: at 0.02, attention is nearly uniform, and a wrong mask or position would hardly show.
-    "initializer_range": 0.2,
-}
-TOWER = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "patch_size": PATCH,
-    "attention_dropout": 0.0,
-}
-QWEN_TOWER = {
-    "depth": 2,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_heads": 2,
-    "out_hidden_size": 32,
-    "patch_size": PATCH,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "num_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
 QWEN_TOKENS = {
     "image_token": "<|image_pad|>",
     "video_token": "<|video_pad|>",
@@ -116,53 +83,35 @@ def _qwen_processor(chat_template):
     )
 
 
-def _qwen_config(config_class, processor, text, tower):
-    tokenizer = processor.tokenizer
+def _text(tokenizer):
+    """Return what the tokenizer says of a text model."""
+    return {"vocab_size": len(tokenizer), "tie_word_embeddings": False} | _ids(tokenizer)
+
+
+def _qwen(family, chat_template):
+    processor = _qwen_processor(chat_template)
     ids = _ids(
-        tokenizer,
+        processor.tokenizer,
         image_token_id="<|image_pad|>",
         video_token_id="<|video_pad|>",
         vision_start_token_id="<|vision_start|>",
         vision_end_token_id="<|vision_end|>",
     )
-    return config_class(
-        text_config=TEXT | {"vocab_size": len(tokenizer)} | _ids(tokenizer) | text,
-        vision_config=QWEN_TOWER | tower,
-        tie_word_embeddings=False,
-        **ids,
-    )
+    return IMAGE_FAMILIES[family].config(_text(processor.tokenizer), **ids), processor
 
 
 def _qwen3_vl():
-    processor = _qwen_processor("qwen3_vl")
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-    deepstack = {"deepstack_visual_indexes": [0, 1]}
-    return _qwen_config(transformers.Qwen3VLConfig, processor, {"rope_parameters": rope}, deepstack), processor
+    return _qwen("qwen3_vl", "qwen3_vl")
 
 
 def _qwen3_5():
-    processor = _qwen_processor("qwen3_5_think")
-    text = {
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "mrope_section": [2, 1, 1],
-            "partial_rotary_factor": 1.0,
-        },
-    }
-    return _qwen_config(transformers.Qwen3_5Config, processor, text, {}), processor
+    return _qwen("qwen3_5", "qwen3_5_think")
 
 
 def _gemma3():
     tokenizer = vision_tokenizer("gemma3", GEMMA_TOKENS)
-    image_processor = transformers.Gemma3ImageProcessor(size={"height": 16, "width": 16})
     processor = transformers.Gemma3Processor(
-        image_processor=image_processor,
+        image_processor=transformers.Gemma3ImageProcessor(size={"height": 16, "width": 16}),
         tokenizer=tokenizer,
         chat_template=tokenizer.chat_template,
         image_seq_length=4,
@@ -174,20 +123,7 @@ def _gemma3():
         boi_token_index="<start_of_image>",
         eoi_token_index="<end_of_image>",
     )
-    text = {
-        "vocab_size": len(tokenizer),
-        "query_pre_attn_scalar": 8,
-        "sliding_window": 7,
-        "layer_types": ["sliding_attention", "full_attention"],
-    }
-    config = transformers.Gemma3Config(
-        text_config=TEXT | _ids(tokenizer) | text,
-        vision_config=TOWER | {"image_size": 16, "vision_use_head": False},
-        mm_tokens_per_image=4,
-        tie_word_embeddings=False,
-        **ids,
-    )
-    return config, processor
+    return IMAGE_FAMILIES["gemma3"].config(_text(tokenizer), **ids), processor
 
 
 def _idefics3():
@@ -198,14 +134,8 @@ def _idefics3():
     processor = transformers.Idefics3Processor(
         image_processor=image_processor, tokenizer=tokenizer, image_seq_len=1, chat_template=tokenizer.chat_template
     )
-    config = transformers.Idefics3Config(
-        text_config={"model_type": "llama", "vocab_size": len(tokenizer)} | TEXT | _ids(tokenizer),
-        vision_config=TOWER | {"image_size": 8},
-        scale_factor=2,
-        tie_word_embeddings=False,
-        **_ids(tokenizer, image_token_id="<image>"),
-    )
-    return config, processor
+    ids = _ids(tokenizer, image_token_id="<image>")
+    return IMAGE_FAMILIES["idefics3"].config(_text(tokenizer), **ids), processor
 
 
 def _llava():
@@ -220,7 +150,7 @@ def _llava():
         chat_template=tokenizer.chat_template,
     )
     config = transformers.LlavaConfig(
-        text_config={"model_type": "llama", "vocab_size": len(tokenizer)} | TEXT | _ids(tokenizer),
+        text_config={"model_type": "llama"} | TEXT | _text(tokenizer),
         vision_config={"model_type": "clip_vision_model", "image_size": 16, "projection_dim": 16} | TOWER,
         image_seq_length=16,
         tie_word_embeddings=False,
@@ -243,7 +173,7 @@ def _llava_onevision():
         chat_template=tokenizer.chat_template,
     )
     config = transformers.LlavaOnevisionConfig(
-        text_config={"model_type": "qwen2", "vocab_size": len(tokenizer)} | TEXT | _ids(tokenizer),
+        text_config={"model_type": "qwen2"} | TEXT | _text(tokenizer),
         vision_config={"model_type": "siglip_vision_model", "image_size": 16, "vision_use_head": False} | TOWER,
         image_grid_pinpoints=grid,
         tie_word_embeddings=False,

@@ -1,6 +1,7 @@
 """Trainers on tiny models, stock and single-pass, and what tests read off them."""
 
 import inspect
+from importlib.util import find_spec
 
 import datasets
 import pytest
@@ -20,6 +21,12 @@ from trl_singlepass.trees.rows import ROW_COLUMNS
 needs_weighted_loss = pytest.mark.skipif(
     Version(trl.__version__) < Version("1.15"), reason="loss weights reach the loss through the fused head of TRL 1.15"
 )
+NEEDS_BITSANDBYTES = [
+    pytest.mark.slow,  # `make test-slow` installs it
+    pytest.mark.skipif(
+        find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install trl-singlepass[quantization]"
+    ),
+]
 needs_cached_states = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
     reason="recurrent layers keep their states in the cache since 5.23",
