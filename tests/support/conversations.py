@@ -56,7 +56,7 @@ def expand(messages):
 
 def plain_chat(turns):
     """A chat without reasoning."""
-    return [{key: value for key, value in message.items() if key != "reasoning_content"} for message in chat(turns)]
+    return without_reasoning(chat(turns))
 
 
 def agentic_chat():
@@ -78,11 +78,15 @@ def call(name, /, **arguments):
     return {"id": f"call_{name[:4]}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+def tool_with(name, properties, required=()):
+    """Return the schema of a tool with given parameters."""
+    parameters = {"type": "object", "properties": properties, "required": list(required)}
+    return {"type": "function", "function": {"name": name, "description": f"{name} it", "parameters": parameters}}
+
+
 def tool(name, parameter):
     """Return the schema of a tool with one parameter."""
-    schema = {"type": "object", "properties": {parameter: {"type": "string", "description": parameter}}}
-    parameters = schema | {"required": [parameter]}
-    return {"type": "function", "function": {"name": name, "description": f"{name} it", "parameters": parameters}}
+    return tool_with(name, {parameter: {"type": "string", "description": parameter}}, [parameter])
 
 
 AGENT_TOOLS = [tool("find_city", "city"), tool("read_user", "user_id")]
@@ -139,12 +143,6 @@ def text_or_error(render, *args, **kwargs):
         return render(*args, **kwargs)
     except Exception as error:
         return repr(error)
-
-
-def tool_with(name, properties, required=()):
-    """Return the schema of a tool with given parameters."""
-    parameters = {"type": "object", "properties": properties, "required": list(required)}
-    return {"type": "function", "function": {"name": name, "description": f"{name} it", "parameters": parameters}}
 
 
 BOOKING_TOOLS = [
