@@ -34,7 +34,8 @@ def reply(message=None, reason="stop"):
 def test_an_export_is_recognised(tmp_path, export):
     rows, report = import_entries(tmp_path, "auto", [export(REQUEST, reply())])
     assert rows == [EXAMPLE]
-    assert report.source == SOURCES[export]
+    assert report.detected == SOURCES[export]
+    assert str(report).startswith(f"Format: {SOURCES[export]}\n")
 
 
 def test_bad_lines_do_not_hide_the_format(tmp_path):

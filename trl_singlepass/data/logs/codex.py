@@ -79,13 +79,14 @@ class _Session:
 
     def begin(self, payload: Json) -> None:
         self.instructions = _get_instructions(payload)
-        source = payload.get("source")
-        spawned = source.get("subagent") if isinstance(source, dict) else None
-        self.is_subagent = spawned is not None
-        thread = spawned.get("thread_spawn") if isinstance(spawned, dict) else None
-        parent = thread.get("parent_thread_id") if isinstance(thread, dict) else None
-        name = str(payload.get("id") or self.conversation)
-        self.conversation = self.conversations[name] = self.conversations.get(str(parent), str(parent or name))
+        name, source = str(payload.get("id") or self.conversation), payload.get("source")
+        self.is_subagent = isinstance(source, dict) and "subagent" in source
+        match source:
+            case {"subagent": {"thread_spawn": {"parent_thread_id": str(parent)}}}:
+                self.conversation = self.conversations.get(parent, parent)
+            case _:
+                self.conversation = name
+        self.conversations[name] = self.conversation
 
     def compact(self, payload: Json) -> None:
         self.lost, self.is_compacted = None, True

@@ -46,7 +46,7 @@ def _recognise(line: LogLine) -> LogSource | None:
         return LogSource.CLAUDE_CODE
     if "payload" in entry and entry.get("type") in _CODEX:
         return LogSource.CODEX
-    if any(key in entry for key in ("trajectory", "history", "attempts")):
+    if any(key in entry for key in ("trajectory", "attempts", "replay_config")):
         return LogSource.SWE_AGENT
     try:
         if find_records(entry):

@@ -77,7 +77,7 @@ _FACTS: Mapping[str, Callable[[LoggedRequest], bool]] = {
 class ImportReport:
     """Counts of what an import read, wrote and left out; as text, a few lines."""
 
-    source: LogSource
+    detected: LogSource | None  # format, where it had to be found
     num_files: int
     requests: Counter[str]  # all that have a reply, as `all`, and what `_FACTS` says about them
     num_duplicates: int  # requests that stand in the log twice, and are trained once
@@ -92,6 +92,7 @@ class ImportReport:
         repeated = f", {_count(self.num_duplicates, 'repetition')} among them" if self.num_duplicates else ""
         forms = ", ".join(f"{number} as {form}" for form, number in sorted(self.forms.items()))
         lines = [
+            *([f"Format: {self.detected}"] if self.detected else []),
             f"{requests} in {_count(self.num_files, 'file')}{repeated}",
             f"{_count(self.forms.total(), 'example')} ({forms}) with {_count(self.num_turns, 'turn')}",
         ]
@@ -139,8 +140,8 @@ def import_logs(
     system prompt or tools are given for logs of tokens.
     """
     files, bad = find_files(names, _SUFFIXES.get(source, (LINES, DOCUMENTS))), BadLines()
-    if source == LogSource.AUTO:
-        source = detect_source(files)
+    detected = detect_source(files) if source == LogSource.AUTO else None
+    source = detected or source
     flags = [flag for flag, value in (("--system_prompt", system_prompt), ("--tools", tools)) if value is None]
     if source in TOKENS and len(flags) < 2:
         raise ValueError(f"--system_prompt and --tools are for messages; {source} logs hold the tokens of a prompt.")
@@ -167,7 +168,7 @@ def import_logs(
         raise LogError(f"There is no {source} request with a reply in {', '.join(names)}.{reasons}")
     examples: Examples = tokens if source in TOKENS else messages
     return examples, ImportReport(
-        source=source,
+        detected=detected,
         num_files=len(files),
         requests=counts,
         num_duplicates=examples.num_duplicates,
