@@ -51,7 +51,7 @@ def test_what_the_table_calls_refused_is_refused_by_name(tmp_path, tokenizer, na
         item.arg: ast.literal_eval(item.value) for item in ast.parse(f"f({REFUSED[name]})").body[0].value.keywords
     }
     assert name in settings
-    with pytest.raises(ValueError, match=f"^{name}=.* does not work for conversations"):
+    with pytest.raises(ValueError, match=name):
         single_pass_trainer(tmp_path, tokenizer, CHATS, **settings)
 
 
@@ -62,10 +62,17 @@ def test_an_evaluation_set_of_conversations_is_refused_as_well(tmp_path, tokeniz
     }
     if name == "dataset_kwargs":
         pytest.skip("unprepared text is TRL's matter, and so is what is evaluated beside it")
-    with pytest.raises(ValueError, match=f"^{name}=.* does not work for conversations"):
+    with pytest.raises(ValueError, match=name):
         single_pass_trainer(
             tmp_path, tokenizer, [{"text": "plain"}], kwargs={"eval_dataset": as_dataset(CHATS)}, **settings
         )
+
+
+@pytest.fixture(scope="module")
+def plain_loss(tmp_path_factory, tokenizer):
+    trainer = single_pass_trainer(tmp_path_factory.mktemp("plain"), tokenizer, CHATS, per_device_train_batch_size=3)
+    trainer.train()
+    return logged(trainer, "loss")
 
 
 @pytest.mark.parametrize(
@@ -86,12 +93,10 @@ def test_an_evaluation_set_of_conversations_is_refused_as_well(tmp_path, tokeniz
     ],
     ids=lambda settings: next(iter(settings.items()))[0],
 )
-def test_settings_that_should_not_change_the_loss_do_not(tmp_path, tokenizer, settings):
+def test_settings_that_should_not_change_the_loss_do_not(tmp_path, tokenizer, plain_loss, settings):
     trainer = single_pass_trainer(tmp_path, tokenizer, CHATS, per_device_train_batch_size=3, **settings)
     trainer.train()
-    plain = single_pass_trainer(tmp_path, tokenizer, CHATS, per_device_train_batch_size=3)
-    plain.train()
-    assert logged(trainer, "loss") == pytest.approx(logged(plain, "loss"), abs=1e-6)
+    assert logged(trainer, "loss") == pytest.approx(plain_loss, abs=1e-6)
 
 
 def test_trls_default_of_assistant_only_loss_counts_as_not_set(tmp_path, tokenizer):
