@@ -1,5 +1,5 @@
 """
-What a GPU has to do for one training step, counted without one, and what speed-up that allows; writes docs/gpu.md.
+What a GPU has to do for one training step, and what speed-up that allows, counted; writes into docs/performance.md.
 
     python -m benchmarks.gpu_counts            count, and write the tables into the page
     python -m benchmarks.gpu_counts --tables   the tables only, from the counts as they are
@@ -35,7 +35,7 @@ from trl_singlepass.reference.timing import Schedule, make_step
 
 
 RESULTS = Path(__file__).parent / "results" / "gpu_counts.json"
-PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 AGENT = Sizes(user=(100, 600), reasoning=(100, 400), answer=(30, 100), system=2000)
 CODING = Sizes(user=(300, 1000), reasoning=(100, 400), answer=(50, 150), system=3000)
 WORKLOADS = {
@@ -46,7 +46,7 @@ WORKLOADS = {
 }
 # Shares of an H100's peak, the lower end of each. FlashAttention-3, arXiv 2407.08608: FlashAttention-2 reaches 35 %,
 # matrix products 80 to 90 %, FlashAttention-3 is 1.5 to 2 times as fast as FlashAttention-2. PyTorch's post on
-# FlexAttention (2024): 85 to 90 % of FlashAttention-2, on an A100. docs/gpu.md lists them.
+# FlexAttention (2024): 85 to 90 % of FlashAttention-2, on an A100. docs/performance.md lists them.
 MATRICES = 0.8
 ATTENTION = {"FA2": 0.35, "FA3": 0.525, "Triton": 0.2975}
 VOCABULARY = 30_000
@@ -144,28 +144,23 @@ def scan(
 
 
 def tables(result: dict[str, Any]) -> str:
-    """One table per model."""
-    header = [
-        "", "tokens, N-pass", "tokens, row", "TFLOP, N-pass", "TFLOP, row", "attention, N-pass", "attention, row",
-        "launches, N-pass", "launches, row", *(f"**bound, {name}**" for name in ATTENTION),
-    ]  # fmt: skip
-    parts = []
-    for model in MODELS:
-        rows = [_row(one) for one in result["counted"] if one["model"] == model]
-        parts.append(f"### {model}\n\n" + table(header, rows))
-    return "\n\n".join(parts)
-
-
-def _row(one: dict[str, Any]) -> list[str]:
-    both = (one["npass"], one["single_pass"])
-    return [
-        one["workload"],
-        *(f"{cost['tokens']:,}" for cost in both),
-        *(f"{cost['flops'] / 1e12:,.0f}" for cost in both),
-        *(f"{cost['attention_share']:.0%}" for cost in both),
-        *(f"{number:,}" for number in one["launches"].values()),
-        *(f"**{bound:.2f}**" for bound in one["bounds"].values()),
-    ]
+    """Two tables with a row for each conversation: bounds of the speed-up, and launches, of every model."""
+    counted = {(one["model"], one["workload"]): one for one in result["counted"]}
+    bounds, launched = [], []
+    for workload in WORKLOADS:
+        ones = [counted[model, workload] for model in MODELS]
+        tokens = [f"{ones[0][schedule]['tokens']:,}" for schedule in ("npass", "single_pass")]
+        ranges = [f"{min(one['bounds'].values()):.2f}–{max(one['bounds'].values()):.2f}" for one in ones]
+        bounds.append([workload, *tokens, *ranges])
+        launched.append(
+            [workload, *(" / ".join(f"{number:,}" for number in one["launches"].values()) for one in ones)]
+        )
+    return "\n\n".join(
+        [
+            table(["bound", "tokens, N-pass", "tokens, row", *MODELS], bounds),
+            table(["launches, N-pass / row", *MODELS], launched),
+        ]
+    )
 
 
 def main() -> None:
@@ -180,7 +175,7 @@ def main() -> None:
                 print(json.dumps(counted[-1]), flush=True)
         result = {"kind": "gpu_counts", "matrices": MATRICES, "attention": ATTENTION, "counted": counted}
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    replace_between_markers(PAGE, tables(json.loads(RESULTS.read_text())))
+    replace_between_markers(PAGE, tables(json.loads(RESULTS.read_text())), "gpu counts")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Write the measured tables into README.md and three pages of docs/, from the files under benchmarks/results/ alone.
+Write the measured tables into README.md and two pages of docs/, from the files under benchmarks/results/ alone.
 
     python -m benchmarks.report
 """
@@ -14,15 +14,13 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-MEMORY = Path(__file__).parents[1] / "docs" / "memory.md"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 CHECK = Path(__file__).parents[1] / "docs" / "own_loops.md"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 Section = Callable[[dict[str, Any], str], str]
 MEMORY_MODES = ("single_pass", "causal_row")
 OTHERS = ("last_turn", "keep_reasoning")
 PROFILED = {"single_pass": "single pass", "npass_sequential": "N-pass, one by one"}
-NAMES = {"npass_sequential": "one by one", "npass_padded": "padded batch", "npass_packed": "packed"}
+NPASS = ("npass_sequential", "npass_padded", "npass_packed")
 OTHERS_HEADER = [
     "turns",
     "single pass",
@@ -38,12 +36,10 @@ SPEED_HEADER = [
     "turns",
     "tokens, N-pass",
     "tokens, row",
-    "fastest N-pass",
     "N-pass",
     "single pass",
     "**speed-up**",
     "predicted",
-    "speed-up ÷ predicted",
     "peak memory, N-pass",
     "peak memory, single pass",
 ]
@@ -110,20 +106,17 @@ def speed_rows(result: dict[str, Any]) -> list[list[str]]:
     rows = []
     for count, best in by_conversation(result):
         single = best["single_pass"]
-        npasses = {mode: one for mode, one in best.items() if mode in NAMES}
-        mode, npass = min(npasses.items(), key=lambda item: item[1]["seconds"])
+        npass = min((one for mode, one in best.items() if mode in NPASS), key=lambda one: one["seconds"])
         speedup, predicted = npass["seconds"] / single["seconds"], count["predicted_speedup"]
         rows.append(
             [
                 str(count["turns"]),
                 f"{count['npass_tokens']:,}",
                 f"{count['row_tokens']:,}",
-                NAMES[mode],
                 seconds(npass["seconds"]),
                 seconds(single["seconds"]),
                 f"**{speedup:.2f}**",
                 f"{predicted:.2f}",
-                f"{speedup / predicted:.2f}",
                 mebibytes(npass["bytes"]),
                 mebibytes(single["bytes"]),
             ]
@@ -144,7 +137,7 @@ def others_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def summary_row(name: str, best: dict[str, dict[str, Any]], waves: dict[str, Any] | None) -> list[str]:
-    npass = min((one for mode, one in best.items() if mode in NAMES), key=lambda one: one["seconds"])
+    npass = min((one for mode, one in best.items() if mode in NPASS), key=lambda one: one["seconds"])
     single = best["single_pass"]
     return [
         name,
@@ -215,7 +208,8 @@ def waves_section(result: dict[str, Any], name: str) -> str:
                 mebibytes(waves["bytes"]),
             ]
         )
-    return table(WAVES_HEADER, rows) + "\n\n" + provenance(result, name)
+    title = "The same conversations in the smallest waves that keep the history next to any branch:\n\n"
+    return title + table(WAVES_HEADER, rows) + "\n\n" + provenance(result, name)
 
 
 def memory_section(result: dict[str, Any], name: str) -> str:
@@ -256,53 +250,39 @@ def self_check_section(result: dict[str, Any], name: str) -> str:
 
 
 def profile_section(result: dict[str, Any], name: str) -> str:
-    """Two tables of one step: which operations take its time, and what Linux spends on its memory."""
+    """Which operations take the time of one step, and what Linux spends on its memory."""
     rows, memory = [], []
     for mode, seconds_of in result["operations"].items():
         whole = sum(seconds_of.values())
         rows.append([PROFILED[mode], *(f"{part / whole:.0%}" for part in seconds_of.values())])
+        parts = []
         for kept, used in result["memory"][mode].items():
             system = used["system_seconds"]
-            memory.append(
-                [
-                    PROFILED[mode],
-                    kept,
-                    seconds(used["user_seconds"] + system),
-                    seconds(system),
-                    f"{used['page_faults']:,}",
-                ]
-            )
+            whole_step = seconds(used["user_seconds"] + system)
+            parts.append(f"{seconds(system)} of {whole_step} where freed memory is {kept}")
+        memory.append(f"- {PROFILED[mode]}: {', '.join(parts)}.")
     kinds = list(next(iter(result["operations"].values())))
     title = f"Where a step of {result['turns']} turns spends its time, by PyTorch's profiler:\n\n"
-    between = "What Linux spends of it on clearing and mapping memory:\n\n"
-    return "\n\n".join(
-        [
-            title + table(["step", *kinds], rows),
-            between + table(["step", "freed memory is", "time", "of it in Linux", "pages mapped"], memory),
-            provenance(result, name),
-        ]
-    )
+    between = "What Linux spends on clearing and mapping memory:\n\n"
+    return "\n\n".join([title + table(["step", *kinds], rows), between + "\n".join(memory), provenance(result, name)])
 
 
 def provenance(result: dict[str, Any], name: str) -> str:
-    machine, versions, model = result["machine"], result["versions"], result["model"]
+    machine = result["machine"]
     return (
         f"<sub>`benchmarks/results/{name}`, {result['date']}, commit {result['commit'][:7]}: {machine['processor']}, "
-        f"{machine['device']}, {result['dtype']}; "
-        + ", ".join(f"{package} {number}" for package, number in versions.items())
-        + f"; Qwen3 architecture, {model['num_hidden_layers']} layers, hidden size {model['hidden_size']}, "
-        f"vocabulary {model['vocab_size']:,}.</sub>"
+        f"{machine['device']}, {result['dtype']}.</sub>"
     )
 
 
-# What each kind of results becomes, on docs/benchmarks.md, docs/memory.md and docs/own_loops.md.
+# What each kind of results becomes, on docs/performance.md and docs/own_loops.md.
 PAGE_SECTIONS: dict[str, Section] = {
     "step_time": speed_section,
     "step_time_shapes": shapes_section,
+    "step_time_waves": waves_section,
     "step_profile": profile_section,
     "row_memory": memory_section,
 }
-MEMORY_SECTIONS: dict[str, Section] = {"step_time_waves": waves_section}
 CHECK_SECTIONS: dict[str, Section] = {"self_check": self_check_section}
 
 
@@ -317,19 +297,20 @@ def report(sections: dict[str, Section] = PAGE_SECTIONS) -> str:
     return "\n\n".join(section(result, name) for kind, section in sections.items() for name, result in read(kind))
 
 
-def replace_between_markers(path: Path, text: str) -> None:
-    head, begin, rest = path.read_text().partition(BEGIN)
-    _, end, tail = rest.partition(END)
+def replace_between_markers(path: Path, text: str, name: str = "benchmarks") -> None:
+    """Write a text between the lines that mark the beginning and the end of a part of a page."""
+    first, last = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    head, begin, rest = path.read_text().partition(first)
+    _, end, tail = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"Expected the lines {BEGIN} and {END} in {path}: the tables go between them.")
-    path.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")
+        raise ValueError(f"Expected the lines {first} and {last} in {path}: the tables go between them.")
+    path.write_text(f"{head}{first}\n\n{text}\n\n{last}{tail}")
 
 
 def main() -> None:
     latest = [read(kind)[-1][1] for kind in ("step_time", "step_time_shapes", "waves")]
     replace_between_markers(README, summary(*latest))
     replace_between_markers(PAGE, report())
-    replace_between_markers(MEMORY, report(MEMORY_SECTIONS))
     replace_between_markers(CHECK, report(CHECK_SECTIONS))
 
 

@@ -3,9 +3,9 @@ Measure time and peak memory of one training step on one conversation: single pa
 
 There are three kinds of N-pass. The alternatives train the last turn only, or keep all reasoning in one pass.
 
-    python -m benchmarks.step_time                     speed: the tables of the README and of docs/benchmarks.md
+    python -m benchmarks.step_time                     speed: the tables of the README and of docs/performance.md
     python -m benchmarks.step_time --shapes            conversations in the shape of real ones (benchmarks/shapes/)
-    python -m benchmarks.step_time --waves             the latter in waves: the table of docs/memory.md
+    python -m benchmarks.step_time --waves             the latter in waves: the table of docs/performance.md
     python -m benchmarks.step_time --memory            memory of a 16k-token row against a plain causal row
 
 Memory of each mode is measured in a process of its own. Times are measured in one process that takes a step of each

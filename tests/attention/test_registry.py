@@ -56,12 +56,12 @@ def test_the_saved_config_holds_no_trace_of_tree_attention(tmp_path):
     ],
 )
 def test_transformers_chooses_the_flash_kernel_of_gpt_oss(asked_for, loaded, monkeypatch):
-    """And `tree_varlen_2`, not a flash kernel to its eyes, gets past that: what docs/kernels.md and the recipe say."""
+    """And `tree_varlen_2`, not a flash kernel to its eyes, gets past that: what the docs and the recipe say."""
     monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda name, **options: None)
     model = tiny_model("gpt-oss")
     model.set_attn_implementation(asked_for)
     assert model.config._attn_implementation == loaded
-    assert loaded in (ROOT / "docs/kernels.md").read_text()
+    assert loaded in (ROOT / "docs/performance.md").read_text()
     assert loaded == "tree_varlen_2" or loaded in gpu_step.KERNELS
 
 

@@ -43,7 +43,7 @@ def launches(layer, length):
 
 @pytest.mark.parametrize(("turns", "ahead", "back"), [(2, 37, 82), (16, 37, 96), (64, 37, 144)])
 def test_launches_beside_the_scan(module, turns, ahead, back):
-    """At most four times those of a plain row, and as `docs/kernels.md` states them."""
+    """At most four times those of a plain row, and as `docs/performance.md` states them."""
     with torch.device("meta"):
         layer = module.Qwen3_5GatedDeltaNet(transformers.Qwen3_5TextConfig(), 0).to(torch.bfloat16).train()
     tree = on_meta(tree_of([conversation(turns, 30_000, seed=turns)]))

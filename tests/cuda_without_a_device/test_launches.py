@@ -17,7 +17,7 @@ from trl_singlepass.engine.waves.tree import GroupCache
 
 MOST_LAUNCHES = 60
 """Of a layer in a step: forward, recomputation and backward."""
-AS_STATED = {  # in `docs/kernels.md`, without sinks and with them
+AS_STATED = {  # in `docs/performance.md`, without sinks and with them
     "few branches": (18, 33),
     "many branches": (44, 53),
     "many branches, long window": (38, 53),
@@ -70,7 +70,7 @@ def test_launches_of_sdpa_in_half_precision(shape, turns, kind, size, sinks):
 @pytest.mark.usefixtures("_h100")
 @pytest.mark.parametrize(("kind", "size", "stated"), [("causal", 0, 9_200), ("window", 512, 8_900)])
 def test_launches_of_the_block_path_are_as_stated(kind, size, stated):
-    """Float32, which no flash kernel takes: `docs/kernels.md` says what that costs."""
+    """Float32, which no flash kernel takes: `docs/performance.md` says what that costs."""
     mask = mask_of(chat(16), kind, size)
     launches = launches_of_a_step(lambda: torch_tree_attention(inputs_of(mask.tree, torch.float32), mask))
     assert 0.9 * stated <= launches <= stated

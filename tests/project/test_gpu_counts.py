@@ -1,4 +1,4 @@
-"""docs/gpu.md says what is counted, and the counts are those of this code."""
+"""docs/performance.md says what is counted, and the counts are those of this code."""
 
 import json
 import shutil
@@ -57,11 +57,11 @@ def test_a_slower_attention_lowers_the_bound():
 
 def test_the_page_says_what_the_results_say(tmp_path, monkeypatch):
     page = shutil.copy(gpu_counts.PAGE, tmp_path)
-    monkeypatch.setattr(gpu_counts, "PAGE", tmp_path / "gpu.md")
+    monkeypatch.setattr(gpu_counts, "PAGE", tmp_path / "performance.md")
     monkeypatch.setattr("sys.argv", ["gpu_counts", "--tables"])
     before = gpu_counts.PAGE.read_text()
     gpu_counts.main()
-    assert (tmp_path / "gpu.md").read_text() == before, f"{page}: {AGAIN}"
+    assert (tmp_path / "performance.md").read_text() == before, f"{page}: {AGAIN}"
 
 
 SHAPE = ModelShape(matrix_parameters=0, attention_width=1, head_parameters=0, windows=(None,))
