@@ -72,7 +72,8 @@ class DataCollatorForSinglePass:
         rows = [Row.from_columns(example) for example in examples]
         if self.pad_to_multiple_of:
             rows += _padding_rows(-sum(map(len, rows)) % self.pad_to_multiple_of, self.pad_token_id)
-        row, plan = Row.join(rows), TreePlan.from_rows(rows)
+        row = Row.join(rows)
+        plan = TreePlan.from_rows(rows, row)
         depth, has_weights = _as_batch(plan.depths()), (row.loss_weights[row.labels != IGNORE_INDEX] != 1).any()
         tree = RowTree(
             plan,

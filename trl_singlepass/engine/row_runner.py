@@ -101,6 +101,8 @@ class RowRunner:
         counts = self.num_pieces, repeated
         most = model.largest(*counts) if model.is_sharded or loss is None else list(counts)
         self.most_pieces = most[0]  # of any rank that meets this one
+        # Then nothing has to run before it, on any rank.
+        self._is_one_piece = loss is not None and self.most_pieces == 1
         missing = (most[0] - counts[0], most[1] - counts[1]) if model.is_sharded else (0, 0)
         self._missing_pieces, self._missing_repeated = missing
 
@@ -184,7 +186,7 @@ class RowRunner:
 
     def _train_once(self, loss: PieceLoss, run: _Run) -> ModelOutput:
         """Run each piece forward and backward, as its contribution to the loss is known."""
-        if self._load_balancing is not None:
+        if self._load_balancing is not None and not self._is_one_piece:
             for row in self._rows:
                 for wave, _ in row.waves.forward_all(partial(self._run_layers, row)):
                     self._count(row, wave)
@@ -272,7 +274,10 @@ class RowRunner:
         """Return what a piece contributes to the load-balancing loss of the batch."""
         if self._load_balancing is None:
             return None
-        return self._load_balancing.share(self._router_logits(), row.multiplicity(wave))
+        router_logits, multiplicity = self._router_logits(), row.multiplicity(wave)
+        if self._is_one_piece:
+            self._load_balancing.count(router_logits, multiplicity)
+        return self._load_balancing.share(router_logits, multiplicity)
 
     def _router_logits(self) -> Sequence[torch.Tensor]:
         assert self._recorder is not None

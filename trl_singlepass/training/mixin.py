@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar
 
+from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..data.collator import Batch, Collator
+from ..data.dataset_format import column_names
 from ..trees.rows import IMAGE_COLUMNS
 from .checkpoints import add_state_to_manifest, resume_counts, write_manifest
 from .dataset import AnyDataset
@@ -26,7 +28,7 @@ class SinglePassTrainerMixin(Trainer):
     train_dataset: AnyDataset
     model_accepts_loss_kwargs: bool
     _signature_columns: list[str]
-    _row_columns: ClassVar[tuple[str, ...]]
+    _row_columns: ClassVar[tuple[str, ...]] = ()
     _collate: Collator
     _listed: str | None = None  # the checkpoint that is being saved, once it has a manifest
     _moved_as_they_are: ClassVar[tuple[str, ...]] = ("tree",)
@@ -66,6 +68,14 @@ class SinglePassTrainerMixin(Trainer):
         """Keep the columns of rows; TRL removes those that it does not know."""
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._row_columns, *IMAGE_COLUMNS]))
+
+    def _remove_unused_columns(self, dataset: AnyDataset, description: str | None = None) -> AnyDataset:
+        """Read the numbers of rows as arrays; the Trainer reads lists, which take most of the time of a batch."""
+        dataset = super()._remove_unused_columns(dataset, description)
+        columns = [name for name in self._row_columns if name in column_names(dataset)]
+        if not isinstance(dataset, Dataset) or dataset.format["type"] is not None or not columns:
+            return dataset
+        return dataset.with_format("numpy", columns=columns, output_all_columns=True)
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         """Resume token counts, from a checkpoint that has not changed; the Trainer does not know them."""

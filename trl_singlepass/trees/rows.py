@@ -156,9 +156,9 @@ class TreePlan:
     image_sizes: tuple[int, ...] = ()  # number of features of each distinct image
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Row]) -> TreePlan:
-        """Return the plan of several rows of a dataset side by side in one row."""
-        row = Row.join(rows)
+    def from_rows(cls, rows: Sequence[Row], joined: Row | None = None) -> TreePlan:
+        """Return the plan of several rows of a dataset side by side in one row, which is `joined` if it is there."""
+        row = Row.join(rows) if joined is None else joined
         return replace(
             cls.from_subtree_end(row.subtree_end).with_images(row.all_image_features() >= 0),
             example_ends=tuple(np.cumsum([len(row) for row in rows]).tolist()),
