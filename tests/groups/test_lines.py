@@ -10,7 +10,7 @@ from support.float64_comparison import TOLERANCE, gradients_of
 from support.tiny_models import model_of_type, tiny_model
 from trl_singlepass import enable_tree, tree_log_probs
 from trl_singlepass.groups.forecast import sharing_factor
-from trl_singlepass.groups.lines import are_without_gaps
+from trl_singlepass.groups.lines import are_without_gaps, sharing_factor_of
 
 
 MODELS = {
@@ -83,6 +83,12 @@ def test_tokens_that_are_not_asked_for_are_context():
     input_ids, attention_mask, completion_mask = padded(GROUP)
     completion_mask[1, 9] = 0  # what a tool has said, between two calls
     assert_equal(tiny_model("qwen3"), (input_ids, attention_mask, completion_mask), torch.ones(len(GROUP), 11))
+
+
+def test_what_is_saved_is_known_before_there_is_a_tree():
+    input_ids, attention_mask, _ = padded(GROUP)
+    # 10 + 11 + 8 + 9 + 4 tokens; 7 + 3 + 2 + 1 of the first prompt, and 1 + 5 where the second one differs.
+    assert sharing_factor_of(input_ids, attention_mask) == 42 / 19
 
 
 token_lists = st.lists(st.integers(3, 6), min_size=1, max_size=6)

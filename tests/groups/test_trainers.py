@@ -2,25 +2,17 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from support.groups import as_prompts, reward
 from support.tiny_models import model_of_type, tiny_model
 from support.trainers import float32_model, logged, parameters
 from trl_singlepass import SinglePassGRPOConfig, SinglePassGRPOTrainer, SinglePassRLOOConfig, SinglePassRLOOTrainer
 
 
-SYSTEM = {"role": "system", "content": "You count pens and boxes, and you answer in a few words at most. " * 2}
-QUESTIONS = ("How many pens are in 7 boxes?", "Is it cold?", "Split 54 pens.", "Name a city.")
-PROMPTS = [[SYSTEM, {"role": "user", "content": question}] for question in QUESTIONS]
 GRPO = (GRPOTrainer, GRPOConfig), (SinglePassGRPOTrainer, SinglePassGRPOConfig)
 RLOO = (RLOOTrainer, RLOOConfig), (SinglePassRLOOTrainer, SinglePassRLOOConfig)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
-
-def reward(completions, **kwargs):
-    """A reward that differs within a group, whatever the model says."""
-    return [float(len(completion[0]["content"]) % 7) for completion in completions]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +48,7 @@ def train(kind, tmp_path, model, tokenizer, **settings):
         },
     )
     model = str(model) if not isinstance(model, torch.nn.Module) else model
-    dataset = Dataset.from_dict({"prompt": PROMPTS})
-    trainer = trainer_class(model, reward, args, train_dataset=dataset, processing_class=tokenizer)
+    trainer = trainer_class(model, reward, args, train_dataset=as_prompts(), processing_class=tokenizer)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
     return trainer, before

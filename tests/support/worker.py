@@ -35,12 +35,13 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from support.adapters import adapted
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
 from support.float64_comparison import in_float64, recompute_in_float64
+from support.groups import as_prompts, reward
 from support.image_models import image_model
 from support.image_rows import image_collator, image_rows, image_sample_sets
 from support.pairs import pair
@@ -53,7 +54,16 @@ from support.tiny_multimodal import model_for
 from support.tiny_vision import tiny_vision_model
 from support.trainers import SETTINGS as COMMON
 from support.trainers import as_dataset, float32_model, logged
-from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, SinglePassSFTConfig, SinglePassSFTTrainer
+from trl_singlepass import (
+    SinglePassDPOConfig,
+    SinglePassDPOTrainer,
+    SinglePassGRPOConfig,
+    SinglePassGRPOTrainer,
+    SinglePassRLOOConfig,
+    SinglePassRLOOTrainer,
+    SinglePassSFTConfig,
+    SinglePassSFTTrainer,
+)
 from trl_singlepass.engine import pieces, ulysses
 from trl_singlepass.engine.check.checked_model import TreeCheckError
 from trl_singlepass.engine.waves import runner
@@ -193,6 +203,10 @@ class Counting(SinglePassSFTTrainer):
 
 
 TRAINERS = {"own loss": OwnLoss, "counting": Counting}
+GROUPS = {  # stock, then those of this project
+    "grpo": ((GRPOTrainer, GRPOConfig), (SinglePassGRPOTrainer, SinglePassGRPOConfig)),
+    "rloo": ((RLOOTrainer, RLOOConfig), (SinglePassRLOOTrainer, SinglePassRLOOConfig)),
+}
 
 
 def model_and_data(settings):
@@ -211,6 +225,11 @@ def model_and_data(settings):
     model = build_model(tokenizer, settings)
     if settings.get("pairs"):
         return model, tokenizer, {"train_dataset": pairs_of(settings)}
+    if "groups" in settings:  # TRL loads the reference from where the policy comes from
+        folder = f"{folder_of(settings)}/model{os.environ.get('RANK')}"
+        model.save_pretrained(folder)
+        model = type(model).from_pretrained(folder)
+        return model, tokenizer, {"train_dataset": as_prompts(), "reward_funcs": reward}
     dataset = as_dataset(settings.get("rows") or training_conversations()[: settings.get("num_rows")])
     if "num_shards" in settings:
         dataset = dataset.to_iterable_dataset(settings["num_shards"])
@@ -261,6 +280,13 @@ def build_trainer(settings):
         if settings.get("stock"):
             trainer_class, config_class = DPOTrainer, DPOConfig
         return trainer_class(model, reference, config_class(folder, **config), **common)
+    if "groups" in settings:
+        del config["log_turn_metrics"]
+        trainer_class, config_class = GROUPS[settings["groups"]][not settings.get("stock")]
+        args = config_class(folder, **config)
+        if "deepspeed" in config:  # on a CPU, accelerate leaves that until after the reference has been divided
+            importlib.import_module("deepspeed").init_distributed("gloo")
+        return trainer_class(model, args=args, **common)
     trainer_class = TRAINERS.get(settings.get("trainer"), SinglePassSFTTrainer)
     return trainer_class(model, SinglePassSFTConfig(folder, **config), **common)
 
@@ -362,7 +388,7 @@ class Accident(TrainerCallback):
 def summary(trainer):
     """Return metrics of the run and the engine that trained it."""
     history = trainer.state.log_history
-    keys = ("loss", "grad_norm", "num_tokens", "num_trained_tokens", "num_waves", "eval_loss", "aux_loss")
+    keys = ("loss", "grad_norm", "num_tokens", "num_trained_tokens", "num_waves", "eval_loss", "aux_loss", "reward")
     return {
         "world_size": trainer.accelerator.num_processes,
         "distributed_type": trainer.accelerator.distributed_type.value,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise, starmap
 
 import numpy as np
 import torch
@@ -30,7 +31,6 @@ class Lines:
 
     view: LineView  # whose `targets`, of shape (N, T - 1), name the position that predicts token `i + 1` of each line
     labels: torch.Tensor  # (N, T), int64: the tokens that are scored, -100 elsewhere
-    sharing_factor: float  # tokens of all lines ÷ tokens of the rows
 
     @classmethod
     def from_padded(
@@ -59,9 +59,8 @@ class Lines:
             _find_targets(tree, part, is_token[of_part], scored[of_part], targets[of_part], start)
             rows.append(collator([Row.from_tree(tree).columns()]))
             first, start = first + len(part), start + rows[-1]["labels"].shape[1]
-        num_tokens = sum(len(row["input_ids"][0]) for row in rows)
         view = LineView(rows, torch.from_numpy(targets)).to(input_ids.device)
-        return cls(view, input_ids.masked_fill(~is_scored, IGNORE_INDEX), int(is_token.sum()) / num_tokens)
+        return cls(view, input_ids.masked_fill(~is_scored, IGNORE_INDEX))
 
 
 def _sample(tokens: NDArray[np.int64], is_token: NDArray[np.bool_], is_scored: NDArray[np.bool_]) -> Sample:
@@ -84,6 +83,25 @@ def _find_targets(
     for path, of_line, scored, line in zip(paths, is_token, is_scored, targets, strict=True):
         at = np.flatnonzero(of_line)[1:]  # of every token but the first, which the one before it predicts
         line[at - 1] = np.where(scored[at], start + path[:-1], 0)
+
+
+def sharing_factor_of(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> float:
+    """
+    Return tokens of all lines ÷ tokens of their tree, without building it; the tensors have the shape `(N, T)`.
+
+    In the order of their tokens, a line shares with the lines before it what it shares with the one right before it.
+    """
+    tokens, is_token = input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy()
+    lines = [line[of_line] for line, of_line in zip(tokens, is_token, strict=True)]
+    lines.sort(key=lambda line: line.astype(">i8").tobytes())  # bytes compare as the numbers do
+    num_tokens = sum(map(len, lines))
+    return num_tokens / (num_tokens - sum(starmap(_num_common, pairwise(lines))))
+
+
+def _num_common(line: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+    length = min(len(line), len(other))
+    differs = line[:length] != other[:length]
+    return int(differs.argmax()) if differs.any() else length
 
 
 def are_without_gaps(attention_mask: torch.Tensor) -> bool:

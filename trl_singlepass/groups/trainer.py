@@ -16,17 +16,14 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from ..data.collator import Batch, Collator, DataCollatorForSinglePass
 from ..data.preparation import say
-from ..engine.enable import enable_tree
 from ..engine.pieces import Pieces
 from ..engine.row_runner import RowRunner
 from ..training.base_config import add_settings, short_name
-from ..training.mixin import SinglePassTrainerMixin
-from ..training.refusals import ENGINES, GROUPS, check, check_parts
-from ..training.sharding import prepare_sharding, stop_prefetching
-from ..training.situation import Situation
+from ..training.mixin import ReferenceMixin
+from ..training.refusals import ENGINES, GROUPS, check
 from .config import SinglePassGRPOConfig, SinglePassRLOOConfig
 from .forecast import forecast_sharing
-from .lines import Lines, are_without_gaps
+from .lines import Lines, are_without_gaps, sharing_factor_of
 
 
 # Below this, rows save less than building them costs, and lines run as TRL runs them.
@@ -38,7 +35,7 @@ Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 """Log-probabilities and entropies, of shape `(num_lines, completion_length)`, and the load-balancing loss."""
 
 
-class GroupsMixin(SinglePassTrainerMixin):
+class GroupsMixin(ReferenceMixin):
     """What both trainers override; it stands before TRL's."""
 
     _pieces: Pieces
@@ -47,23 +44,9 @@ class GroupsMixin(SinglePassTrainerMixin):
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        run = Situation(self.args, self.model, self.accelerator, tp_size=self.get_tp_size())
-        check(run, ENGINES, GROUPS)
-        bounding = [name for name in ("wave_tokens", "max_row_tokens") if getattr(self.args, name) is not None]
-        if bounding:
-            stop_prefetching(self.accelerator)
-            check_parts(run)
-        prepare_sharding(self.model, self.accelerator)
-        for each in (self.model,) if self.ref_model is None else (self.model, self.ref_model):
-            enable_tree(self.accelerator.unwrap_model(each, keep_torch_compile=False))
-        self._pieces = Pieces(
-            self.model,
-            self.args,
-            self.accelerator,
-            setting=bounding[0] if bounding else None,
-            knows_loss=False,
-            has_router_loss=self.aux_loss_enabled,
-        )
+        check(self._situation, ENGINES, GROUPS)
+        self._run_on_trees()
+        self._pieces = self._make_pieces()
         self._row_collator = DataCollatorForSinglePass(self._tokenizer.pad_token_id)
         if self.accelerator.is_main_process:
             say(*forecast_sharing(self.train_dataset, self.processing_class, self.args))
@@ -107,22 +90,36 @@ class GroupsMixin(SinglePassTrainerMixin):
     ) -> Scores:
         """Score completions on trees; TRL runs each line with its whole prompt."""
         options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
-        if images.get("pixel_values") is not None or not are_without_gaps(attention_mask):
+        size = batch_size or len(input_ids)
+        batches = list(zip(torch.split(input_ids, size), torch.split(attention_mask, size), strict=True))
+        runs_on_trees = self._runs_on_trees(batches, has_images=images.get("pixel_values") is not None)
+        if not runs_on_trees and torch.is_grad_enabled():
+            self._count([], attention_mask[:, -logits_to_keep:], int(attention_mask.sum()))
+        if not runs_on_trees:
             stock: Scores = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **options, **images
             )
             return stock
-        size = batch_size or len(input_ids)
-        parts = [
-            self._score(model, ids, mask, logits_to_keep, **options)
-            for ids, mask in zip(torch.split(input_ids, size), torch.split(attention_mask, size), strict=True)
-        ]
+        parts = [self._score(model, ids, mask, logits_to_keep, **options) for ids, mask in batches]
         log_probs, entropies, aux_losses = zip(*parts, strict=True)
         return (
             torch.cat(log_probs),
             torch.cat(entropies) if compute_entropy else None,
             torch.stack(aux_losses).mean() if compute_aux_loss else None,
         )
+
+    def _runs_on_trees(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], *, has_images: bool) -> bool:
+        """Return whether trees can hold these lines, and save something; all ranks decide alike, as they meet."""
+        fits = not has_images and all(are_without_gaps(mask) for _, mask in batches)
+        # In several pieces, rows bound memory too.
+        saves = fits and (
+            self._pieces.setting is not None or max(sharing_factor_of(*batch) for batch in batches) >= _LEAST_SHARING
+        )
+        votes = self.accelerator.gather(torch.tensor([[fits, saves]], device=self.accelerator.device))
+        return bool(votes[:, 0].all() and votes[:, 1].any())
+
+    def _count(self, rows: Sequence[Batch], is_scored: torch.Tensor, num_unshared: int = 0) -> None:
+        self._counts.add(rows, self.accelerator.gather(is_scored.sum()[None]).sum(), num_unshared)
 
     def _score(
         self,
@@ -140,17 +137,7 @@ class GroupsMixin(SinglePassTrainerMixin):
         lines = Lines.from_padded(input_ids, attention_mask, is_scored, self._row_collator, self.args.max_row_tokens)
         trains = torch.is_grad_enabled()
         if trains:
-            self._counts.add(lines.view.rows, attention_mask[:, -logits_to_keep:].sum())
-        if self._shares_too_little(lines):
-            stock: Scores = super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                compute_entropy=compute_entropy,
-                compute_aux_loss=compute_aux_loss,
-            )
-            return stock
+            self._count(lines.view.rows, attention_mask[:, -logits_to_keep:])
         self._self_check.check(model, lines.view.rows, self._row_collator)
         divisor = 1 if self.loss_is_scaled_for_ga else getattr(self, "current_gradient_accumulation_steps", 1)
         runner = self._pieces.runner(model, lines.view.rows, divisor=divisor, trains=trains)
@@ -162,13 +149,6 @@ class GroupsMixin(SinglePassTrainerMixin):
             )
         entropies = outputs.entropy[:, -logits_to_keep:] if compute_entropy else None
         return outputs.log_probs[:, -logits_to_keep:], entropies, outputs.aux_loss if compute_aux_loss else None
-
-    def _shares_too_little(self, lines: Lines) -> bool:
-        """Return whether lines run as TRL runs them; on every rank, as some meet inside the model."""
-        if self._pieces.setting is not None:
-            return False  # which bounds memory
-        own = torch.tensor([lines.sharing_factor], device=self.accelerator.device)
-        return bool(self.accelerator.gather(own).max() < _LEAST_SHARING)
 
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
         """Run the backward of all pieces but the last, where a batch runs in several."""

@@ -20,7 +20,7 @@ from ..data.images import hide_image_columns
 from ..data.labelled_rows import check_rows_fit
 from ..data.pairs import PAIR_COLUMNS, REFERENCE_COLUMNS, TOKEN_COLUMNS
 from ..data.preparation import PAIR_KIND, prepare
-from ..engine.enable import check_not_compiled, enable_tree, without_adapters
+from ..engine.enable import check_not_compiled, without_adapters
 from ..engine.pieces import Pieces
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
@@ -28,9 +28,8 @@ from ..training.base_config import add_settings
 from ..training.compatibility import check_arguments, check_pairs
 from ..training.dataset import AnyDataset
 from ..training.images import read_images
-from ..training.mixin import SinglePassTrainerMixin
-from ..training.refusals import ENGINES, PAIRS, check, check_parts
-from ..training.sharding import prepare_sharding, stop_prefetching
+from ..training.mixin import ReferenceMixin
+from ..training.refusals import ENGINES, PAIRS, check
 from ..training.situation import Situation
 from ..training.tree_loss import Loss
 from .collator import DataCollatorForSinglePassPreference
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, DataCollator
 
 
-class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
+class SinglePassDPOTrainer(ReferenceMixin, DPOTrainer):
     """
     Trainer that prefers trajectories by their turns, each in the context that the model sees at inference.
 
@@ -71,7 +70,6 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
     _moved_as_they_are: ClassVar = ("tree", *REFERENCE_COLUMNS)
     _pair_collator: DataCollatorForSinglePassPreference | None = None
     _pieces: Pieces
-    _ref_model: nn.Module | None = None
 
     def __init__(
         self,
@@ -117,9 +115,7 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
         if self._pair_collator is not None:
             return
         check(self._situation, ENGINES, PAIRS)
-        prepare_sharding(self.model, self.accelerator)
-        for model in (self.model,) if self.ref_model is None else (self.model, self.ref_model):
-            enable_tree(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        self._run_on_trees()
         self._pair_collator = self._given_collator or DataCollatorForSinglePassPreference(
             self._tokenizer.pad_token_id,
             self.args.pad_to_multiple_of,
@@ -135,21 +131,6 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
             ImageReader.enable(without_adapters(reference))
         self.data_collator = self._pair_collator
 
-    def _make_pieces(self) -> Pieces:
-        """Return what runs the rows of a batch: in several pieces, if a setting bounds them."""
-        bounding = [name for name in ("wave_tokens", "max_row_tokens") if getattr(self.args, name) is not None]
-        if bounding:
-            stop_prefetching(self.accelerator)
-            check_parts(self._situation)
-        return Pieces(
-            self.model,
-            self.args,
-            self.accelerator,
-            setting=bounding[0] if bounding else None,
-            knows_loss=False,
-            has_router_loss=self.aux_loss_enabled,
-        )
-
     def _checked_collator(self, collator: Collator) -> Collator:
         before = self._pair_collator
         if before is not None and collator is not before:
@@ -157,18 +138,6 @@ class SinglePassDPOTrainer(SinglePassTrainerMixin, DPOTrainer):
             assert isinstance(collator, DataCollatorForSinglePassPreference)
             self._pair_collator = collator.reading_images_as(before)
         return self._pair_collator or collator
-
-    @property
-    def ref_model(self) -> nn.Module | None:
-        """The reference, as the engine wrapped it; `None` where adapters or stored log-probabilities serve as one."""
-        return self._ref_model
-
-    @ref_model.setter
-    def ref_model(self, model: nn.Module | None) -> None:
-        # TRL loads the model and hands it to DeepSpeed in its own constructor, one after the other.
-        if isinstance(model, PreTrainedModel):
-            prepare_sharding(model, self.accelerator)
-        self._ref_model = model
 
     def _prepare_dataset(
         self,

@@ -57,15 +57,17 @@ class TokenCounts:
         self._sample_tokens = 0
         self._row_tokens = 0
 
-    def add(self, batches: Sequence[Batch], num_items: torch.Tensor) -> None:
+    def add(self, batches: Sequence[Batch], num_items: torch.Tensor, num_unshared: int = 0) -> None:
         """
         Count this process's batches of one step. `num_items` is the sum of the step's loss weights over all ranks, a
-        scalar.
+        scalar; `num_unshared` are tokens of samples that run one by one.
         """
         self._trained = self._trained + num_items.to(_widest_float(num_items.device))
         for plan in (batch["tree"].plan for batch in batches if "tree" in batch):
             self._sample_tokens += plan.num_sample_tokens
             self._row_tokens += plan.example_ends[-1]
+        self._sample_tokens += num_unshared
+        self._row_tokens += num_unshared
 
     def pop(self) -> dict[str, float]:
         """Return the sharing factor since the last call, and the tokens trained since the start of the run."""

@@ -8,17 +8,20 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from ..data.collator import Batch, Collator
 from ..data.dataset_format import column_names
+from ..engine.enable import enable_tree
+from ..engine.pieces import Pieces
 from ..trees.rows import IMAGE_COLUMNS
 from .checkpoints import add_state_to_manifest, resume_counts, write_manifest
 from .dataset import AnyDataset
 from .metrics import TokenCounts
 from .model_card import complete_model_card
+from .refusals import check_parts
 from .self_check import SelfCheck
-from .sharding import gather_head_with_model
+from .sharding import gather_head_with_model, prepare_sharding, stop_prefetching
 from .situation import Situation
 
 
@@ -124,3 +127,43 @@ class SinglePassTrainerMixin(Trainer):
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
             complete_model_card(self.args.output_dir, self.model, self.train_dataset, self.state.log_history)
+
+
+class ReferenceMixin(SinglePassTrainerMixin):
+    """What trainers override whose loss compares the policy with a reference."""
+
+    aux_loss_enabled: bool
+    _ref_model: nn.Module | None = None
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference, as the engine wrapped it; `None` where the policy without its adapters serves as one."""
+        return self._ref_model
+
+    @ref_model.setter
+    def ref_model(self, model: nn.Module | None) -> None:
+        # TRL loads the model and hands it to DeepSpeed in its own constructor, one after the other.
+        if isinstance(model, PreTrainedModel):
+            prepare_sharding(model, self.accelerator)
+        self._ref_model = model
+
+    def _run_on_trees(self) -> None:
+        """Let the policy and its reference take trees, before the engine takes the policy."""
+        prepare_sharding(self.model, self.accelerator)
+        for model in (self.model,) if self.ref_model is None else (self.model, self.ref_model):
+            enable_tree(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+
+    def _make_pieces(self) -> Pieces:
+        """Return what runs the rows of a batch: in several pieces, if a setting bounds them."""
+        bounding = [name for name in ("wave_tokens", "max_row_tokens") if getattr(self.args, name) is not None]
+        if bounding:
+            stop_prefetching(self.accelerator)
+            check_parts(self._situation)
+        return Pieces(
+            self.model,
+            self.args,
+            self.accelerator,
+            setting=bounding[0] if bounding else None,
+            knows_loss=False,
+            has_router_loss=self.aux_loss_enabled,
+        )

@@ -1,0 +1,56 @@
+"""GRPO and RLOO on trees train on two processes what TRL's trainers train there, from the same completions."""
+
+import pytest
+
+from support.worker_settings import assert_engine, on_engine, with_config
+
+
+STEPS = {
+    "max_steps": 3,
+    "num_generations": 4,
+    "gradient_accumulation_steps": 2,
+    "max_completion_length": 5,
+    "learning_rate": 0.05,
+    "max_grad_norm": 0.0,
+    "gradient_checkpointing": False,
+}
+CASES = {  # settings of both trainers, and of ours alone
+    "policy": ({}, {}),
+    "reference": ({"beta": 0.04, "num_iterations": 2, "steps_per_generation": 2}, {}),
+    "rows": ({"beta": 0.04}, {"max_row_tokens": 160}),
+    "waves": ({"beta": 0.04}, {"wave_tokens": 40}),
+}
+FEW = {("ddp", "rows"), ("fsdp2", "reference"), ("zero3", "rows")}
+
+
+def assert_same(run, stock):
+    """Assert that two runs drew the same completions, and moved parameters to the same place."""
+    assert run.reward == stock.reward
+    assert run.grad_norm == pytest.approx(stock.grad_norm, rel=1e-4)
+    assert run.parameters.keys() == stock.parameters.keys()
+    off = max(float((value - run.parameters[name]).abs().max()) for name, value in stock.parameters.items())
+    assert off <= 1e-4 * STEPS["learning_rate"] * min(stock.grad_norm)
+
+
+def train(workers, folder, engine, settings, **config):
+    folder.mkdir()
+    settings, environment = on_engine(engine, settings)
+    settings = with_config(settings, **{**STEPS, "per_device_train_batch_size": 4, **config})
+    run = workers.run(folder, settings, world_size=2, environment=environment)
+    assert_engine(run, engine)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("engine", "case"),
+    [
+        pytest.param(engine, case, marks=() if (engine, case) in FEW else pytest.mark.slow)
+        for engine in ("ddp", "zero2", "zero3", "fsdp2")
+        for case in CASES
+    ],
+)
+def test_three_steps(tmp_path, workers, engine, case):
+    both, own = CASES[case]
+    stock = train(workers, tmp_path / "stock", engine, {"groups": "grpo", "stock": True}, **both)
+    run = train(workers, tmp_path / "ours", engine, {"groups": "grpo"}, **both, **own)
+    assert_same(run, stock)
