@@ -14,7 +14,7 @@ from accelerate.commands.launch import _validate_launch_command
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from support.trainers import own_settings
-from trl_singlepass import SinglePassDPOConfig, SinglePassSFTConfig
+from trl_singlepass import SinglePassDPOConfig, SinglePassGRPOConfig, SinglePassRLOOConfig, SinglePassSFTConfig
 from trl_singlepass.cli import launch
 from trl_singlepass.cli.errors import INTERRUPTED
 from trl_singlepass.cli.main import main
@@ -56,7 +56,15 @@ def test_train_launches_the_script_through_accelerate(monkeypatch, tmp_path):
         assert "--main_process_port" not in args.training_script_args
 
 
-@pytest.mark.parametrize(("command", "config"), [("train", SinglePassSFTConfig), ("dpo", SinglePassDPOConfig)])
+@pytest.mark.parametrize(
+    ("command", "config"),
+    [
+        ("train", SinglePassSFTConfig),
+        ("dpo", SinglePassDPOConfig),
+        ("grpo", SinglePassGRPOConfig),
+        ("rloo", SinglePassRLOOConfig),
+    ],
+)
 def test_help_names_the_settings_that_the_config_adds_or_changes(run, command, config):
     code, out, _ = run(command, "--help")
     assert code == 0

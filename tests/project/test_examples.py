@@ -55,6 +55,11 @@ def test_pairs_of_several_turns_are_trained(folder):
     assert (folder / "out" / "preference" / "model.safetensors").is_file()
 
 
+def test_completions_are_rewarded_in_groups(folder):
+    run(folder, "grpo", "--max_steps", "1")
+    assert (folder / "out" / "grpo" / "model.safetensors").is_file()
+
+
 def test_agent_turns_are_logged_and_trained(folder):
     run(folder, "agent_turns", "--max_steps", "1")
     lines = (folder / "out" / "agent-turns.jsonl").read_text().splitlines()

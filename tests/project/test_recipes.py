@@ -15,10 +15,10 @@ from support.chat_tokenizers import make_tokenizer, template_text
 from support.small_repository import DEMO_DATA, DEMO_MODEL, DEMO_PAIRS, as_a_reader, make_small_repository, run_python
 from support.tiny_models import tiny_config
 from support.tiny_vision import save_vision_checkpoint
-from trl_singlepass import SinglePassDPOTrainer, SinglePassSFTTrainer, audit
+from trl_singlepass import SinglePassDPOTrainer, SinglePassGRPOTrainer, SinglePassSFTTrainer, audit
 from trl_singlepass.cli import launch
 from trl_singlepass.cli.demo import DATA, as_pairs, write_demo_data, write_demo_model, write_demo_pairs
-from trl_singlepass.scripts import dpo, sft
+from trl_singlepass.scripts import dpo, grpo, sft
 
 
 ROOT = Path(__file__).parents[2]
@@ -41,11 +41,11 @@ def name_of(path):
 
 
 def command_of(name):
-    return "dpo" if "-dpo" in name else "train"
+    return next((command for command in ("dpo", "grpo") if f"-{command}" in name), "train")
 
 
 def script_of(name):
-    return {"dpo": dpo, "train": sft}[command_of(name)]
+    return {"dpo": dpo, "grpo": grpo, "train": sft}[command_of(name)]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,8 @@ def test_recipe_trains_a_step(path, folder):
     local = Path("out") / (path.stem if path.stem in (*FAMILIES, "qwen3-vl-8b") else "demo-model")
     with as_a_reader(folder):
         arguments = ["--config", str(path), "--model_name_or_path", str(local), *ONE_STEP]
+        if command_of(path.stem) == "grpo":  # a batch holds whole groups
+            arguments += ["--per_device_train_batch_size", "2", "--num_generations", "2"]
         if settings.get("load_in_4bit"):
             pytest.importorskip("bitsandbytes")
         if "model_init_kwargs" in settings:
@@ -154,22 +156,23 @@ def test_predictions_are_what_audit_counts(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cpu-smoke", "cpu-smoke-dpo", "tokenized-turns"])
+@pytest.mark.parametrize("name", ["cpu-smoke", "cpu-smoke-dpo", "cpu-smoke-grpo", "tokenized-turns"])
 def test_measured_numbers_are_reached(name, tmp_path):
     """With the demo's model and all of its data, as in the recipe."""
     for path in ROOT.iterdir():
         if path.name not in ("out", ".git"):
             (tmp_path / path.name).symlink_to(path)
-    promised = float(re.search(r"loss below ([\d.]+)", rows_of_the_table()[name][-1])[1])
+    key, which, promised = re.match(r"(loss|reward) (below|above) ([\d.]+)", rows_of_the_table()[name][-1]).groups()
     write_demo_model(str(tmp_path / DEMO_MODEL))
     write_demo_data(str(tmp_path / DEMO_DATA))
     write_demo_pairs(str(tmp_path / DEMO_PAIRS))
     with as_a_reader(tmp_path) as patch:
         run_python(["examples/agent_turns.py", "--max_steps", "1"], patch)
-        for trainer in (SinglePassSFTTrainer, SinglePassDPOTrainer):
+        for trainer in (SinglePassSFTTrainer, SinglePassDPOTrainer, SinglePassGRPOTrainer):
             patch.setattr(trainer, "save_model", lambda self, folder: logged.extend(self.state.log_history))
         logged = []
         arguments = ["--config", f"recipes/{name}.yaml"]
         script = script_of(name)
         script.main(*script.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False))
-    assert [entry["loss"] for entry in logged if "loss" in entry][-1] < promised
+    reached = [entry[key] for entry in logged if key in entry][-1]
+    assert reached < float(promised) if which == "below" else reached > float(promised)

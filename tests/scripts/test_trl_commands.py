@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 from transformers import Trainer
 from trl.scripts import dpo as stock_dpo
+from trl.scripts import grpo as stock_grpo
+from trl.scripts import rloo as stock_rloo
 from trl.scripts import sft as stock_script
 
 from support.conversations import chat
 from support.trainers import as_dataset, float32_model, logged
 from trl_singlepass import SinglePassSFTTrainer
-from trl_singlepass.scripts import dpo
+from trl_singlepass.scripts import dpo, grpo, rloo
 from trl_singlepass.scripts import sft as our_script
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+PAIRS = [(our_script, stock_script), (dpo, stock_dpo), (grpo, stock_grpo), (rloo, stock_rloo)]
 COMMANDS = re.findall(r"^python trl/scripts/sft\.py(.*?)^```", stock_script.__doc__, re.M | re.S)
 # What a machine without GPU and network needs besides.
 HERE = ["--bf16", "false", "--use_cpu", "--max_steps", "2", "--report_to", "none", "--logging_steps", "1"]
@@ -53,7 +56,7 @@ def test_the_docstring_still_shows_two_commands():
     assert ["--use_peft" in command for command in COMMANDS] == [False, True]
 
 
-@pytest.mark.parametrize(("ours", "stock"), [(our_script, stock_script), (dpo, stock_dpo)], ids=["sft", "dpo"])
+@pytest.mark.parametrize(("ours", "stock"), PAIRS, ids=["sft", "dpo", "grpo", "rloo"])
 def test_every_flag_of_trl_is_written_as_in_trl(ours, stock):
     """Bare flags, those with a value and those with several."""
     parsers = ours.make_parser(), stock.make_parser()

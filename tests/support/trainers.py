@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from support.tiny_models import tiny_model
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.data.arrow import COST_COLUMNS
-from trl_singlepass.training.base_config import SinglePassConfig
+from trl_singlepass.training.base_config import EngineConfig, SinglePassConfig
 from trl_singlepass.trees.rows import ROW_COLUMNS
 
 
@@ -66,7 +66,8 @@ def float32_model(tokenizer, family="qwen3", **overrides):
 
 def own_settings(config):
     """Names of the settings that a configuration adds to TRL's, or whose defaults it changes: shared ones first."""
-    return [*SinglePassConfig.__annotations__, *config.__annotations__]
+    shared = [cls for cls in (EngineConfig, SinglePassConfig) if issubclass(config, cls)]
+    return list(dict.fromkeys(name for cls in (*shared, config) for name in cls.__annotations__))
 
 
 def own_classes(trainer):

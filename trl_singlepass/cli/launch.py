@@ -1,4 +1,4 @@
-"""`trl-singlepass train` and `dpo`: run a training script through `accelerate launch`, as TRL's commands do."""
+"""The commands that train: they run a training script through `accelerate launch`, as TRL's commands do."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers.utils import is_torch_bf16_gpu_available
 
+from ..groups.config import SinglePassGRPOConfig, SinglePassRLOOConfig
 from ..preference.config import SinglePassDPOConfig
 from ..scripts import SCRIPTS
-from ..training.base_config import SinglePassConfig
+from ..training.base_config import EngineConfig, own_settings
 from ..training.checkpoints import last_good_checkpoint
 from ..training.config import SinglePassSFTConfig
 from ..training.preemption import SIGNALS
@@ -38,7 +39,12 @@ _PATIENCE = 10.0  # seconds that processes get to end after Ctrl-C
 
 
 # Settings of this package are those that these classes add to TRL's, or change.
-_CONFIGS: dict[str, type[SinglePassConfig]] = {"train": SinglePassSFTConfig, "dpo": SinglePassDPOConfig}
+_CONFIGS: dict[str, type[EngineConfig]] = {
+    "train": SinglePassSFTConfig,
+    "dpo": SinglePassDPOConfig,
+    "grpo": SinglePassGRPOConfig,
+    "rloo": SinglePassRLOOConfig,
+}
 _FIRST_RUN = {
     "model_name_or_path": "Folder or hub id of the model.",
     "dataset_name": "A .jsonl or .parquet file, a folder, or the hub id of a dataset.",
@@ -60,7 +66,7 @@ def print_help(command: str, *, epilog: str, **about: str) -> None:
     own = parser.add_argument_group("settings of this package")
     config = _CONFIGS[command]
     settings = {item.name: item for item in fields(config)}
-    for name in (*SinglePassConfig.__annotations__, *config.__annotations__):
+    for name in own_settings(config):
         own.add_argument(f"--{name}", default=settings[name].default, help=settings[name].metadata["help"])
     parser.print_help()
 

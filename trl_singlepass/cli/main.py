@@ -32,6 +32,16 @@ COMMANDS = {
         "prefer one trajectory to another as `trl dpo` does, with every turn exact in one pass",
         "trl-singlepass dpo --model_name_or_path Qwen/Qwen3-0.6B --dataset_name pairs.jsonl --output_dir out",
     ),
+    "grpo": Command(
+        "reward completions in groups as `trl grpo` does, with their shared prefixes computed once",
+        "trl-singlepass grpo --model_name_or_path Qwen/Qwen3-0.6B --dataset_name prompts.jsonl --output_dir out "
+        "--reward_funcs rewards.mine",
+    ),
+    "rloo": Command(
+        "the same as `trl rloo` does: each completion is compared with the others of its group",
+        "trl-singlepass rloo --model_name_or_path Qwen/Qwen3-0.6B --dataset_name prompts.jsonl --output_dir out "
+        "--reward_funcs rewards.mine",
+    ),
     "inspect": Command(
         "show one conversation as a tree: what is trained, with what weight, and what is shared",
         "trl-singlepass inspect Qwen/Qwen3-0.6B data.jsonl --row 3 --html row3.html",
@@ -203,6 +213,8 @@ def _import(name: str, arguments: list[str]) -> int:
 RUNNERS = {
     "train": _train,
     "dpo": _train,
+    "grpo": _train,
+    "rloo": _train,
     "recipes": _recipes,
     "demo-model": _demo,
     "demo-data": _demo,

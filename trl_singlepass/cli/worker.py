@@ -1,4 +1,4 @@
-"""A process that `trl-singlepass train` or `dpo` starts: its script, and its errors without a traceback."""
+"""A process that a command that trains starts: its script, and its errors without a traceback."""
 
 from __future__ import annotations
 

@@ -1,14 +1,17 @@
-"""The training script of both trainers: its arguments, its data, and a run from checkpoint to model card."""
+"""The training script of all trainers: its arguments, its data, and a run from checkpoint to model card."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from transformers import TrainingArguments
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -18,36 +21,47 @@ from trl import (
     get_peft_config,
     get_quantization_config,
 )
+from trl.rewards import get_soft_overlong_punishment
 
 from ..data.files import LINES, TABLES, JsonLines, naming
-from ..preference.config import SinglePassDPOConfig
+from ..groups.trainer import SinglePassGRPOTrainer, SinglePassRLOOTrainer
 from ..preference.trainer import SinglePassDPOTrainer
-from ..training.base_config import SinglePassConfig
+from ..training.base_config import EngineConfig
 from ..training.checkpoints import checkpoint_to_resume
 from ..training.compatibility import check_before_loading
-from ..training.config import SinglePassSFTConfig
 from ..training.preemption import PreemptionCallback
 from ..training.trainer import SinglePassSFTTrainer
 
 
+TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+AnyTrainer: TypeAlias = (
+    type[SinglePassSFTTrainer] | type[SinglePassDPOTrainer] | type[SinglePassGRPOTrainer] | type[SinglePassRLOOTrainer]
+)
+
+
 def make_parser_of(
-    config: type[SinglePassConfig], prog: str | None = None, parser_class: type[TrlParser] = TrlParser, **kwargs: Any
+    config: type[EngineConfig],
+    prog: str | None = None,
+    parser_class: type[TrlParser] = TrlParser,
+    script_arguments: type[ScriptArguments] = ScriptArguments,
+    **kwargs: Any,
 ) -> TrlParser:
     """Return the parser of the arguments of the script whose trainer has this configuration."""
-    return parser_class((ScriptArguments, config, ModelConfig, DatasetMixtureConfig), prog=prog, **kwargs)
+    return parser_class((script_arguments, config, ModelConfig, DatasetMixtureConfig), prog=prog, **kwargs)
 
 
 def train(
-    trainer_class: type[SinglePassSFTTrainer] | type[SinglePassDPOTrainer],
+    trainer_class: AnyTrainer,
     script_args: ScriptArguments,
-    training_args: SinglePassSFTConfig | SinglePassDPOConfig,
+    training_args: TrainingArguments,
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
+    **others: Any,
 ) -> None:
     """
     Train from the checkpoint that is asked for, if any, then write the model and its card.
 
-    After a signal, there is a checkpoint, and nothing else is written.
+    `others` are further arguments of the trainer. After a signal, there is a checkpoint, and nothing else is written.
     """
     training_args.model_init_kwargs = _model_kwargs(model_args, training_args)
     check_before_loading(training_args)
@@ -62,6 +76,7 @@ def train(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
         callbacks=[preemption],
+        **others,
     )
     if script_args.ignore_bias_buffers:  # DDP cannot synchronise boolean buffers
         ignored = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
@@ -80,9 +95,7 @@ def train(
         trainer.push_to_hub(dataset_name=data)
 
 
-def _model_kwargs(
-    model_args: ModelConfig, training_args: SinglePassSFTConfig | SinglePassDPOConfig
-) -> dict[str, object]:
+def _model_kwargs(model_args: ModelConfig, training_args: TrainingArguments) -> dict[str, object]:
     """Return the arguments by which the model is loaded; `model_init_kwargs` override those of the command line."""
     owner = training_args if hasattr(training_args, "trust_remote_code") else model_args  # moved in TRL 1.12
     return {
@@ -92,6 +105,41 @@ def _model_kwargs(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+
+
+# Rewards -------------------------------------------------------------------------------------------------------------
+
+
+def load_rewards(model: str | None, names: Sequence[str] | None) -> list[str | Callable[..., object]]:
+    """
+    Return a reward model, if there is one, and reward functions by their names, as TRL's scripts take them.
+
+    A name is that of one of TRL's rewards, or where it is imported from, the working directory included. If there is
+    no such function, or nothing is given, this raises `ValueError`.
+    """
+    rewards: list[str | Callable[..., object]] = [] if model is None else [model]
+    rewards += [_load_reward(name) for name in names or ()]
+    if not rewards:
+        raise ValueError("No reward: pass --reward_funcs or --reward_model_name_or_path.")
+    return rewards
+
+
+def _load_reward(name: str) -> Callable[..., object]:
+    module_name, _, function = name.rpartition(".")
+    if name == "get_soft_overlong_punishment":
+        punishment: Callable[..., object] = get_soft_overlong_punishment(
+            max_completion_len=1280, soft_punish_cache=256
+        )
+        return punishment
+    if not module_name and name not in TRL_REWARDS:
+        known = ", ".join((*TRL_REWARDS, "get_soft_overlong_punishment"))
+        raise ValueError(f"--reward_funcs {name}: expected one of {known}, or where to import it from.")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    reward: Callable[..., object] | None = getattr(import_module(module_name or "trl.rewards"), function, None)
+    if reward is None:
+        raise ValueError(f"--reward_funcs {name}: the module {module_name} has no {function}.")
+    return reward
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

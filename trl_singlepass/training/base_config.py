@@ -171,6 +171,12 @@ def add_settings(args: Args, config: type[EngineConfig]) -> Args:
     return args
 
 
+def own_settings(config: type[EngineConfig]) -> list[str]:
+    """Return the names of the settings that a configuration adds to TRL's, or whose defaults it changes."""
+    own = [cls for cls in reversed(config.__mro__) if issubclass(cls, EngineConfig)]
+    return list(dict.fromkeys(name for cls in own for name in cls.__annotations__))
+
+
 def short_name(model: str | PreTrainedModel) -> str:
     """Return the name of a model without the folder or the organisation that it is in."""
     name: str = model if isinstance(model, str) else model.config._name_or_path

@@ -83,5 +83,12 @@ def as_pairs(conversations: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, A
         yield {**columns, **{name: value for name, value in conversation.items() if name != "messages"}}
 
 
+def share_of_vowels(completions: Sequence[Sequence[Mapping[str, Any]]], **_: object) -> list[float]:
+    """Return a reward that a model with random weights can learn: how many of the letters are vowels."""
+    texts = [completion[0]["content"].lower() for completion in completions]
+    letters = [[letter for letter in text if letter.isalpha()] for text in texts]
+    return [sum(letter in "aeiou" for letter in some) / max(1, len(some)) for some in letters]
+
+
 def _is_answer(message: Mapping[str, Any]) -> bool:
     return message["role"] == "assistant" and not message.get("tool_calls")
