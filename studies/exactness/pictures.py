@@ -1,4 +1,4 @@
-"""The pictures of docs/study.md."""
+"""The pictures of the README."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,5 +1,5 @@
 """
-Write tables and pictures into docs/study.md, from the files under results/ alone.
+Write tables and pictures into README.md of this folder, from the files under results/ alone.
 
     python -m studies.exactness.report
 """
@@ -14,7 +14,7 @@ from studies.exactness.runs import RESULTS, SEEDS, SETTINGS, list_runs
 from studies.exactness.summary import Interval, Record, differences, later_turns, load, loss_differences, runs_by_seed
 
 
-DOCS = Path(__file__).parents[2] / "docs"
+FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 HISTORIES = {"given": "right answers", "own": "own answers", "kept": "right answers, reasoning kept"}
 HEADER = ["arm", "seeds", "steps", "conversations", "trained tokens", "GFLOP", "turn 1", "turns 2–8", "against exact"]
@@ -114,12 +114,12 @@ def section(records: Sequence[Record], folder: Path) -> str:
     return "\n\n".join(part for part in (*parts, machine_line(records), missing_line(folder)) if part)
 
 
-def write(results: Path = RESULTS, docs: Path = DOCS) -> None:
+def write(results: Path = RESULTS, folder: Path = FOLDER) -> None:
     """Rewrite the generated part of the page and the pictures."""
-    records, page = load(results / "qwen3"), docs / "study.md"
+    records, page = load(results / "qwen3"), folder / "README.md"
     before, rest = page.read_text().split(BEGIN)
     page.write_text(f"{before}{BEGIN}\n\n{section(records, results)}\n\n{END}{rest.split(END)[1]}")
-    draw(records, docs / "images")
+    draw(records, folder / "images")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Write the table of the study into docs/preference.md, from the files under results/ alone.
+Write the table of the study into README.md of this folder, from the files under results/ alone.
 
     python -m studies.preference.report
 """
@@ -16,7 +16,7 @@ from studies.preference.arms import ARMS
 from studies.preference.runs import RESULTS
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "preference.md"
+PAGE = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 HISTORIES = {"given": "behind right answers", "own": "behind its own answers"}
 

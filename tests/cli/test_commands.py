@@ -86,7 +86,7 @@ def test_bench_times_both_with_the_forecast_beside(run, model, data):
     assert "2 conversations, 5 turns" in out
 
 
-@pytest.mark.slow  # the block of docs/command_line.md runs by default
+@pytest.mark.slow  # the block of docs/commands.md runs by default
 def test_doctor_checks_and_measures_a_model(run, tmp_path):
     """On the demo's model, in under a minute of processor time."""
     model, file = tmp_path / "model", tmp_path / "out" / "doctor.json"

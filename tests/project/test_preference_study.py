@@ -102,9 +102,9 @@ def test_differences_are_within_a_seed(tmp_path):
 
 
 def test_the_page_is_what_the_committed_results_say(tmp_path):
-    shutil.copy(report.PAGE, tmp_path / "preference.md")
-    report.write(RESULTS, tmp_path / "preference.md")
-    assert (tmp_path / "preference.md").read_text() == report.PAGE.read_text()
+    shutil.copy(report.PAGE, tmp_path / "README.md")
+    report.write(RESULTS, tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == report.PAGE.read_text()
 
 
 def test_all_committed_seeds_have_the_sizes_of_the_code():

@@ -187,13 +187,13 @@ def test_intervals_follow_students_t():
 
 
 def test_the_page_is_what_the_committed_results_say(tmp_path):
-    page = report.DOCS / "study.md"
-    shutil.copy(page, tmp_path / "study.md")
+    page = report.FOLDER / "README.md"
+    shutil.copy(page, tmp_path)
     report.write(RESULTS, tmp_path)
-    assert (tmp_path / "study.md").read_text() == page.read_text()
+    assert (tmp_path / "README.md").read_text() == page.read_text()
     names = {path.name for path in (tmp_path / "images").iterdir()}
     assert names == set(re.findall(r"images/(study_\w+\.png)", page.read_text()))
-    assert all((report.DOCS / "images" / name).exists() for name in names)
+    assert all((report.FOLDER / "images" / name).exists() for name in names)
 
 
 def test_the_committed_control_agrees():

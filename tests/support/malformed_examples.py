@@ -43,7 +43,7 @@ MALFORMED = {
     "role of a list": (asked(role=["user"]), "Message 0 has 'role' that is a list"),
     "a call of LLaMA-Factory": (
         {"conversations": [SHAREGPT[0], {"from": "function_call", "value": "{}"}, SHAREGPT[1]]},
-        "Message 1 has the role 'function_call', .* docs/integrations.md",
+        "Message 1 has the role 'function_call', .* docs/migrating.md",
     ),
     "a call of ms-swift": (
         {"messages": [HI, {"role": "tool_call", "content": "{}"}, HELLO]},

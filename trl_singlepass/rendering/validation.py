@@ -185,7 +185,7 @@ def _check_role(index: int, message: Mapping[str, Any]) -> None:
     if role in _CALL_ROLES:
         raise RenderingError(
             f"Message {index} has the role '{role}', which chat templates do not know. Make it an assistant message "
-            "with 'tool_calls'; docs/integrations.md has a script."
+            "with 'tool_calls'; docs/migrating.md has a script."
         )
 
 

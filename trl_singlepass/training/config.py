@@ -29,7 +29,7 @@ class SinglePassSFTConfig(SinglePassConfig, SFTConfig):
     Configuration class for the [`SinglePassSFTTrainer`].
 
     Every argument of [`~trl.SFTConfig`] keeps its meaning, where a sequence of TRL is one **sample**: one turn with
-    its context. Only the defaults of `max_length` and `assistant_only_loss` differ. `docs/settings.md` says which
+    its context. Only the defaults of `max_length` and `assistant_only_loss` differ. `docs/training.md` says which
     arguments conversations follow, which have no effect on them and which are refused.
 
     The settings of [`SinglePassConfig`] are those of all trainers; these are its own:

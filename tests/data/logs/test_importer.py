@@ -151,7 +151,7 @@ def test_an_import_loads_no_torch(tmp_path):
 def test_the_page_shows_the_report_of_its_first_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    page = (ROOT / "docs" / "logs.md").read_text("utf-8")
+    page = (ROOT / "docs" / "datasets.md").read_text("utf-8")
     command, report = re.search(r"```bash\n(.*?)\n```\n\n```text\n(.*?)```", page, re.S).groups()
     assert main(shlex.split(command)[1:]) == 0
     assert capsys.readouterr().out == report
