@@ -43,17 +43,6 @@ SPEED_HEADER = [
     "peak memory, N-pass",
     "peak memory, single pass",
 ]
-WAVES_HEADER = [
-    "like",
-    "turns",
-    "tokens",
-    "waves",
-    "row",
-    "in waves",
-    "**waves ÷ row**",
-    "peak memory, row",
-    "peak memory, waves",
-]
 SUMMARY_HEADER = [
     "one conversation",
     "N-pass",
@@ -191,25 +180,14 @@ def shapes_section(result: dict[str, Any], name: str) -> str:
 
 
 def waves_section(result: dict[str, Any], name: str) -> str:
-    """The table of rows in waves."""
-    rows = []
+    """How long rows take in waves, relative to rows at once, by kind of conversation."""
+    ratios: dict[str, list[str]] = {}
     for count, best in by_conversation(result):
-        row, waves = best["single_pass"], best["waves"]
-        rows.append(
-            [
-                f"`{count['shape']}`",
-                str(count["turns"]),
-                f"{count['row_tokens']:,}",
-                str(count["waves"]),
-                seconds(row["seconds"]),
-                seconds(waves["seconds"]),
-                f"**{waves['seconds'] / row['seconds']:.2f}**",
-                mebibytes(row["bytes"]),
-                mebibytes(waves["bytes"]),
-            ]
-        )
-    title = "The same conversations in the smallest waves that keep the history next to any branch:\n\n"
-    return title + table(WAVES_HEADER, rows) + "\n\n" + provenance(result, name)
+        ratio = best["waves"]["seconds"] / best["single_pass"]["seconds"]
+        ratios.setdefault(count["shape"], []).append(f"{ratio:.2f} ({count['row_tokens']:,} tokens)")
+    title = "In the smallest waves that keep the history next to any branch, time ÷ that of the row:\n\n"
+    lines = (f"- `{shape}`: {', '.join(of_shape)}." for shape, of_shape in ratios.items())
+    return title + "\n".join(lines) + "\n\n" + provenance(result, name)
 
 
 def memory_section(result: dict[str, Any], name: str) -> str:

@@ -98,15 +98,14 @@ def write_results(differences):
 
 
 def table(columns):
-    """Return the matrix as the page prints it."""
+    """Return the matrix as the page prints it: of each model and engine, the largest difference of all ways."""
     found = {(engine, cell["model"], cell["way"]): cell for engine in columns for cell in columns[engine]["cells"]}
 
-    def shown(*name):
-        return f"{found[name]['difference']:.0e}".replace("0e+00", "0")
+    def largest(engine, model):
+        return f"{max(found[engine, model, way]['difference'] for way in WAYS):.0e}".replace("0e+00", "0")
 
-    rows = [["model", "", *(ENGINES[engine] for engine in columns)], ["---"] * (len(columns) + 2)]
-    for model, way in product(MODELS, WAYS):
-        rows.append([model, way, *(shown(engine, model, way) for engine in columns)])
+    rows = [["model", *(ENGINES[engine] for engine in columns)], ["---"] * (len(columns) + 1)]
+    rows += [[model, *(largest(engine, model) for engine in columns)] for model in MODELS]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     versions = {", ".join(map(" ".join, column["versions"].items())) for column in columns.values()}
     tested = f"With {'; '.join(sorted(versions))}."

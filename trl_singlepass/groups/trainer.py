@@ -199,7 +199,7 @@ class SinglePassGRPOTrainer(GroupsMixin, GRPOTrainer):
     settings that it lacks, at their defaults.
 
     Raises:
-        `ValueError`: If a setting or model cannot be trained on trees; it names it, and the way out.
+        `ValueError`: If a setting or model cannot be trained on trees; the error names the cause and a fix.
 
     Example: `SinglePassGRPOTrainer("Qwen/Qwen3-0.6B", reward_funcs=reward, train_dataset=dataset).train()`.
     """

@@ -84,7 +84,7 @@ class ImagePlaceholders:
 
     @cached_property
     def depends_on_company(self) -> bool:
-        """Whether an image that stands alone in a prompt is written in another way than one among others."""
+        """Whether an image that stands alone in a prompt is expanded differently from one among others."""
         together = self._write(_PROBED_SIZES)
         return any(self._write([size]) != [text] for size, text in zip(_PROBED_SIZES, together, strict=True))
 

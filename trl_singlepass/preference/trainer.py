@@ -56,7 +56,7 @@ class SinglePassDPOTrainer(ReferenceMixin, DPOTrainer):
     - `compute_metrics`: gets one row per trajectory, the chosen ones of a batch first: the tokens that count.
 
     Raises:
-        `ValueError`: If a setting, model or dataset cannot be trained in one pass; it names it, and the way out.
+        `ValueError`: If a setting, model or dataset cannot be trained in one pass; the error names a fix.
         `TypeError`: If a dataset is a dictionary of splits or a list, as in TRL.
 
     Example: `SinglePassDPOTrainer("Qwen/Qwen3-0.6B", train_dataset=dataset).train()`, with the columns "prompt",

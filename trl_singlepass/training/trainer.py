@@ -68,7 +68,7 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
     - `formatting_func`: conversations are trained as the text it returns, not turn by turn; the log says so.
 
     Raises:
-        `ValueError`: If a setting, model or dataset cannot be trained in one pass; it names it, and the way out.
+        `ValueError`: If a setting, model or dataset cannot be trained in one pass; the error names a fix.
         `TypeError`: If a dataset is a dictionary of splits or a list, as in TRL.
 
     Example: `SinglePassSFTTrainer("Qwen/Qwen3-0.6B", train_dataset=dataset).train()`, with a "messages" column.

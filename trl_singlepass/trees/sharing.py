@@ -38,7 +38,7 @@ def group_by_beginning(rows: Sequence[Row]) -> list[list[int]]:
 
 def shareable_length(labels: NDArray[np.integer], subtree_end: NDArray[np.integer]) -> int:
     """
-    Return how many tokens at the start of a row are certain to cost nothing in a row that begins with the same tokens.
+    Return how many tokens at the start of a row are guaranteed shareable with a row that begins with the same tokens.
 
     These are the tokens before the first fork and before the first one with a target: where two rows train different
     targets from one position, its token is stored twice. With `labels = [-100, -100, -100, 7, 8]` in a row without
