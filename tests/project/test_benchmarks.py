@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
-from benchmarks import report, screen_agent, step_profile
+from benchmarks import groups, report, screen_agent, step_profile
 from benchmarks.modes import MODES, Step
 from benchmarks.shapes import SHAPES, get_shape, make_samples, read_shapes
 from benchmarks.step_time import TINY_MODEL, TINY_SIZES, Case, counted
@@ -179,3 +179,21 @@ def test_the_table_of_screens_is_the_measurement():
     for figures in results["cases"].values():
         assert figures["single_pass"]["encodings"] == results["turns"]
         assert figures["largest_gradient_difference"] < 2e-6
+
+
+def test_groups_are_the_same_step_on_lines_and_on_trees():
+    losses, gradients = [], []
+    for mode in groups.MODES:
+        model = groups.make_model(mode == "tree", groups.TINY)
+        losses.append(groups.step(mode, model, (20, 5, 3), groups.TINY["vocab_size"]))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert float(losses[1]) == pytest.approx(float(losses[0]), abs=1e-6)
+    assert (gradients[1] - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
+
+
+def test_groups_are_counted_as_their_file_says():
+    result = json.loads(groups.RESULTS.read_text())
+    sizes = [(row["prompt"], row["completion"], row["group"]) for row in result["rows"]]
+    assert sizes == list(groups.product(groups.PROMPTS, groups.COMPLETIONS, groups.GROUPS))
+    for size, row in zip(sizes[:3], result["rows"], strict=False):
+        assert groups.count(size, result["model"]) == {name: row[name] for name in ("tokens", "flops")}

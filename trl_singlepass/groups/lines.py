@@ -87,9 +87,10 @@ def _find_targets(
 
 def sharing_factor_of(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> float:
     """
-    Return tokens of all lines ÷ tokens of their tree, without building it; the tensors have the shape `(N, T)`.
+    Return tokens of all lines ÷ tokens that differ, without building a tree; the tensors have the shape `(N, T)`.
 
     In the order of their tokens, a line shares with the lines before it what it shares with the one right before it.
+    A tree has a few more tokens: it repeats the one before a branch, which predicts something else in each line.
     """
     tokens, is_token = input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy()
     lines = [line[of_line] for line, of_line in zip(tokens, is_token, strict=True)]

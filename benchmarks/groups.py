@@ -1,0 +1,166 @@
+"""
+Measure the loss of a group of completions: on one tree next to TRL's padded lines.
+
+    python -m benchmarks.groups --repeats 3
+
+A step is a forward and backward pass of the policy for one group; nothing is generated. Operations are counted for all
+sizes, time is measured where TRL's lines take less than `--max_tflops`, in CPU time of one thread. Both alternate, and
+a speed-up is the median of the ratios within a round. That of trees includes building them; `deciding` is what is
+added where lines share nothing and run as TRL runs them.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Qwen3Config
+
+from benchmarks.machine import describe
+from benchmarks.preference import MODEL, TINY, make_model
+from trl_singlepass import PrefixTree, Sample, tree_log_probs
+from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
+from trl_singlepass.groups.lines import are_without_gaps, sharing_factor_of
+
+
+RESULTS = Path(__file__).parent / "results" / "groups.json"
+PROMPTS, COMPLETIONS, GROUPS = (200, 2000, 8000), (100, 500, 2000), (4, 8, 16)
+Size = tuple[int, int, int]
+"""Tokens of the prompt, tokens of each completion, completions."""
+
+
+def make_group(size: Size, vocab_size: int) -> torch.Tensor:
+    """Return lines of random tokens that share a prompt, `(num_completions, num_tokens)`."""
+    prompt_tokens, completion_tokens, number = size
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(vocab_size, (prompt_tokens,), generator=generator)
+    completions = torch.randint(vocab_size, (number, completion_tokens), generator=generator)
+    return torch.cat([prompt.expand(number, -1), completions], dim=1)
+
+
+def count(size: Size, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Return tokens and operations of a step, of lines and of their tree."""
+    lines, shape = make_group(size, sizes["vocab_size"]).numpy(), ModelShape.from_config(Qwen3Config(**sizes))
+    samples = [Sample.from_prompt_and_completion(line[: size[0]], line[size[0] :]) for line in lines]
+    tree = PrefixTree.from_samples(samples)
+    return {
+        "tokens": {"stock": lines.size, "tree": len(tree)},
+        "flops": {"stock": npass_cost(samples, shape).flops, "tree": single_pass_cost([tree], shape).flops},
+    }
+
+
+# Two ways to the log-probabilities of a group ------------------------------------------------------------------------
+
+
+def stock(model: PreTrainedModel, lines: torch.Tensor, is_scored: torch.Tensor) -> torch.Tensor:
+    labels = lines.masked_fill(~is_scored, -100)
+    log_probs: torch.Tensor = model(
+        input_ids=lines, attention_mask=torch.ones_like(lines), labels=labels, fused_lm_head=True
+    ).log_probs
+    return log_probs
+
+
+def tree(model: PreTrainedModel, lines: torch.Tensor, is_scored: torch.Tensor) -> torch.Tensor:
+    decide(lines)
+    return tree_log_probs(model, lines, torch.ones_like(lines), is_scored)
+
+
+def decide(lines: torch.Tensor) -> bool:
+    """Return what the trainers ask for each batch: whether a tree saves something."""
+    mask = torch.ones_like(lines)
+    return are_without_gaps(mask) and sharing_factor_of(lines, mask) >= 1.03
+
+
+MODES: dict[str, Callable[[PreTrainedModel, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "stock": stock,
+    "tree": tree,
+}
+
+
+def step(mode: str, model: PreTrainedModel, size: Size, vocab_size: int) -> torch.Tensor:
+    """Run forward and backward, and return the loss, as GRPO has it in its first iteration."""
+    lines = make_group(size, vocab_size)
+    is_scored = torch.zeros_like(lines, dtype=torch.bool)
+    is_scored[:, size[0] :] = True
+    log_probs = MODES[mode](model, lines, is_scored)
+    advantages = torch.linspace(-1, 1, size[2])[:, None]
+    loss = -(torch.exp(log_probs - log_probs.detach()) * advantages * is_scored[:, 1:]).sum() / is_scored.sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def cpu_time(function: Callable[[], object]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def measure(sizes: dict[str, Any], groups: Sequence[Size], repeats: int, max_tflops: float) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    models = {mode: make_model(mode == "tree", sizes) for mode in MODES}
+    vocab_size = sizes["vocab_size"]
+    for mode, model in models.items():
+        step(mode, model, (50, 10, 2), vocab_size)
+    rows = []
+    for size in groups:
+        row = {"prompt": size[0], "completion": size[1], "group": size[2], **count(size, sizes)}
+        rows.append(row)
+        if row["flops"]["stock"] > max_tflops * 1e12:
+            continue
+        row["seconds"] = {mode: [] for mode in (*MODES, "deciding")}
+        for _ in range(repeats):
+            for mode, model in models.items():
+                row["seconds"][mode].append(cpu_time(partial(step, mode, model, size, vocab_size)))
+                model.zero_grad()
+            row["seconds"]["deciding"].append(cpu_time(partial(decide, make_group(size, vocab_size))))
+        print(json.dumps({**row, "speed_up": speed_up(row), "counted": counted(row)}), flush=True)
+    return rows
+
+
+# Table of docs/groups.md ---------------------------------------------------------------------------------------------
+
+
+def counted(row: dict[str, Any]) -> float:
+    ratio: float = row["flops"]["stock"] / row["flops"]["tree"]
+    return ratio
+
+
+def speed_up(row: dict[str, Any]) -> float:
+    """Return the median of the ratios of times within a round."""
+    rounds = zip(row["seconds"]["stock"], row["seconds"]["tree"], strict=True)
+    return statistics.median(stock / tree for stock, tree in rounds)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return lines of Markdown: tokens, operations and time of TRL's lines ÷ those of the tree."""
+    lines = ["| prompt | completion | group | tokens | counted | measured |", "|---:|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        sizes = [f"{row[name]:,}" for name in ("prompt", "completion", "group")]
+        measured = f"{speed_up(row):.2f}" if "seconds" in row else ""
+        tokens = row["tokens"]["stock"] / row["tokens"]["tree"]
+        lines.append(f"| {' | '.join([*sizes, f'{tokens:.1f}', f'{counted(row):.2f}', measured])} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max_tflops", type=float, default=0.8)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    sizes, groups = (TINY, [(50, 5, 2)]) if options.tiny else (MODEL, list(product(PROMPTS, COMPLETIONS, GROUPS)))
+    rows = measure(sizes, groups, options.repeats, options.max_tflops)
+    result = {"model": sizes, **describe("cpu"), "rows": rows}
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    main()
