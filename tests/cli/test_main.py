@@ -67,7 +67,7 @@ def test_examples_parse(name):
 
 CPU = ["--output_dir", "x", "--use_cpu", "--bf16", "false"]
 ERRORS = [
-    (["frobnicate"], "There is no command 'frobnicate', only train, dpo, inspect"),
+    (["frobnicate"], "There is no command 'frobnicate', only train, dpo, grpo"),
     (["tran"], "Did you mean train?"),
     (["inspct", "{model}"], "Did you mean inspect?"),
     (["inspect", "{model}"], "the following arguments are required: DATA"),

@@ -28,7 +28,7 @@ CASES = {
     "checkpointing": {"gradient_checkpointing": True},
     "checkpointed waves": {"wave_tokens": 32, "gradient_checkpointing": True},
 }
-DEFAULT = [("moe with auxiliary loss", "waves")]
+DEFAULT = [("moe with auxiliary loss", "rows"), ("moe with auxiliary loss", "waves")]
 
 
 def assert_equal_under_ulysses(folder, workers, one_process, family, case, world_size=2, stage=3):
