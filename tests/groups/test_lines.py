@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trl.trainer.utils import add_fused_lm_head
 
 from support.float64_comparison import TOLERANCE, gradients_of
 from support.tiny_models import model_of_type, tiny_model
@@ -89,6 +90,18 @@ def test_what_is_saved_is_known_before_there_is_a_tree():
     input_ids, attention_mask, _ = padded(GROUP)
     # 10 + 11 + 8 + 9 + 4 tokens; 7 + 3 + 2 + 1 of the first prompt, and 1 + 5 where the second one differs.
     assert sharing_factor_of(input_ids, attention_mask) == 42 / 19
+
+
+@pytest.mark.parametrize("is_added_first", [True, False])
+def test_with_trls_fused_head_logits_are_not_built(is_added_first, monkeypatch):
+    """Added before trees are enabled, or after: the head itself, which builds logits, is never called."""
+    model, lines = tiny_model("qwen3", dtype=torch.float32), padded(GROUP)
+    expected = separate_log_probs(model, *lines).detach()
+    steps = [lambda: add_fused_lm_head(model), lambda: enable_tree(model)]
+    for step in steps if is_added_first else [*steps[::-1], steps[1]]:
+        step()
+    monkeypatch.setattr(model.lm_head, "forward", None)
+    torch.testing.assert_close(tree_log_probs(model, *lines).detach(), expected, rtol=1e-4, atol=1e-4)
 
 
 token_lists = st.lists(st.integers(3, 6), min_size=1, max_size=6)

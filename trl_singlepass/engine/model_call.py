@@ -72,6 +72,12 @@ def takes_trees(model: PreTrainedModel) -> bool:
     return bool(vars(model).get("_forwards_without_trees"))
 
 
+def has_fused_head(model: PreTrainedModel) -> bool:
+    """Return whether TRL's fused head was added to a model that takes trees, before or after it did."""
+    forwards = (model.forward, *vars(model).get("_forwards_without_trees", ()))
+    return any("fused_lm_head" in forward.__code__.co_varnames for forward in forwards if hasattr(forward, "__code__"))
+
+
 def _is_outermost(model: PreTrainedModel) -> bool:
     return getattr(model.forward, "_takes_trees", False)
 

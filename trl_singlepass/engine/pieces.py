@@ -89,6 +89,7 @@ class Pieces:
         self,
         model: nn.Module,
         rows: Sequence[Batch],
+        plans: Sequence[WavePlan] | None = None,
         *,
         divisor: int = 1,
         loss: PieceLoss | None = None,
@@ -99,10 +100,10 @@ class Pieces:
         """
         Return what runs the rows of a batch in place of a model, `None` if they run at once.
 
-        `model` is as the Trainer wrapped it, and `divisor` what the Trainer divides its loss by. `loss` is what each
-        piece contributes, if it is known; a loss of the user's own gets log-probabilities, which pieces alone return,
-        be it one. `trains` says whether a backward follows; `group` are the ranks that share the rows. Where ranks
-        meet in the loss or in the model, every rank must call.
+        `model` is as the Trainer wrapped it, `plans` are those of the rows, if they are known, and `divisor` is what
+        the Trainer divides its loss by. `loss` is what each piece contributes, if it is known; a loss of the user's
+        own gets log-probabilities, which pieces alone return, be it one. `trains` says whether a backward follows;
+        `group` are the ranks that share the rows. Where ranks meet in the loss or in the model, every rank must call.
         """
         if self.setting is None and group is None:
             return None
@@ -110,7 +111,7 @@ class Pieces:
         runner = RowRunner(
             wrapped_model(model, self._accelerator, scale, group),
             rows,
-            [self.plan(row["tree"].plan) for row in rows],
+            [self.plan(row["tree"].plan) for row in rows] if plans is None else plans,
             loss=loss,
             is_own_loss=is_own_loss,
             recorder=self._recorder,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..data.collator import DataCollatorForSinglePass
 from ..data.row_tree import LineView
 from ..engine.enable import without_adapters
-from ..engine.model_call import takes_trees
+from ..engine.model_call import has_fused_head, takes_trees
 from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree, find_paths
 from ..trees.rows import Row
 from ..trees.sample import Sample
@@ -154,9 +154,11 @@ def tree_log_probs(
         raise ValueError("attention_mask has gaps between the tokens of a line. Move its tokens together.")
     collator = DataCollatorForSinglePass(pad_token_id=0)
     lines = Lines.from_padded(input_ids, attention_mask, completion_mask, collator, max_row_tokens)
-    is_fused = "fused_lm_head" in base.forward.__code__.co_varnames
-    outputs = model(input_ids=input_ids, labels=lines.labels, tree=lines.view, fused_lm_head=is_fused)
-    log_probs: torch.Tensor = outputs.log_probs if is_fused else _score(outputs.logits, lines.labels)
+    if not has_fused_head(base):
+        return _score(model(input_ids=input_ids, tree=lines.view).logits, lines.labels)
+    log_probs: torch.Tensor = model(
+        input_ids=input_ids, labels=lines.labels, tree=lines.view, fused_lm_head=True
+    ).log_probs
     return log_probs
 
 

@@ -164,9 +164,9 @@ def _grouped(step: Sequence[Batch]) -> list[Batch]:
     size = len(step[0]["prompt_ids"])
     lines = [_tokens(batch, i) for batch in step for i in range(size)]
     order = sorted(range(len(lines)), key=lines.__getitem__)
-    whole = {name: _join([batch[name] for batch in step], size) for name in step[0]}
+    whole = {name: _join([batch[name] for batch in step]) for name in step[0]}
     return [
-        {name: _take(values, order[start : start + size], len(lines)) for name, values in whole.items()}
+        {name: _take(values, order[start : start + size]) for name, values in whole.items()}
         for start in range(0, len(lines), size)
     ]
 
@@ -176,7 +176,7 @@ def _tokens(batch: Batch, line: int) -> list[int]:
     return [token for ids, mask in parts for token in ids[mask].tolist()]
 
 
-def _join(values: list[Any], size: int) -> Any:
+def _join(values: list[Any]) -> Any:
     """Return what the batches of a step have under one name, line by line; what is not by line stays as it is."""
     first = values[0]
     if isinstance(first, torch.Tensor) and first.ndim:
@@ -184,7 +184,7 @@ def _join(values: list[Any], size: int) -> Any:
     return [value for of_batch in values for value in of_batch] if isinstance(first, list) else first
 
 
-def _take(values: Any, lines: list[int], num_lines: int) -> Any:
+def _take(values: Any, lines: list[int]) -> Any:
     if isinstance(values, torch.Tensor) and values.ndim:
         return values[lines]
     return [values[i] for i in lines] if isinstance(values, list) else values

@@ -136,14 +136,15 @@ class TreeLoss:
         """Return what runs the row in place of the model, `None` if it runs at once; say how it runs."""
         if self.pieces.setting is None and group is None:
             return None
+        plan = self.pieces.plan(batch["tree"].plan)
         if self.pieces.setting is not None:
-            plan = self.pieces.plan(batch["tree"].plan)
             if self._model.training:
                 logger.info(f"Step {context.step}: {plan}.")
             context.metrics["num_waves"].append(float(len(plan.waves)))
         return self.pieces.runner(
             model,
             [batch],
+            [plan],
             divisor=context.divisor,
             loss=None if self._compute_loss_func is not None else self._piece_loss(batch, context, group),
             is_own_loss=self._compute_loss_func is not None,
