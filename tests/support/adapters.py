@@ -10,7 +10,7 @@ import torch
 
 from support.float64_comparison import assert_same_loss_and_gradients
 from support.model_survey import branchy_chat
-from support.survey_pages import Outcome, counts, read_part, refused_by_check, write_part
+from support.survey_pages import Outcome, counts, grouped, read_grouped, refused_by_check, write_part
 from support.tiny_models import tiny_model
 from support.tree_checks import checked
 from trl_singlepass.engine.enable import disable_tree, enable_tree, without_adapters
@@ -296,7 +296,7 @@ def survey(label):
     try:
         refusals.check(Situation(SimpleNamespace(wave_tokens=None), model), refusals.ADAPTERS)
     except ValueError as error:
-        return Outcome(label, "refused", str(error).rstrip("."))
+        return Outcome(label, "refused", re.search(r"single pass: (.+?)\. ", str(error)).group(1))
     implementation = without_adapters(model).config._attn_implementation
     report = checked(model)
     if not report.ok:
@@ -325,15 +325,13 @@ def compare_in_float64(model):
 
 def read_page():
     """Return the PEFT version of the page and its outcomes by label."""
-    text = read_part(PAGE, "adapters")
-    rows = re.findall(r"^\| `(.+?)` \| ([^|]+?) \| ?(.*?) ?\|$", text, re.M)
-    return text.split()[2].rstrip(":"), {label: Outcome(label, status, remark) for label, status, remark in rows}
+    version = re.search(r"^With PEFT (\S+):", PAGE.read_text(encoding="utf-8"), re.M).group(1)
+    return version, read_grouped(PAGE, "adapters")
 
 
 def write_page(outcomes):
     """Write the table of the page from its outcomes by label."""
-    ordered = sorted(outcomes.values(), key=lambda outcome: STATUSES.index(outcome.status))
-    found = counts([outcome.status for outcome in ordered], STATUSES)
+    found = counts([outcome.status for outcome in outcomes.values()], STATUSES)
     summary = f"With PEFT {peft.__version__}: {len(surveyed_types())} tuner types in several forms, {found}."
-    header = ["| adapter | | remark, or reason |", "|---|---|---|"]
-    write_part(PAGE, "adapters", "\n".join([summary, "", *header, *map(str, ordered), ""]))
+    header = ["| | remark, or reason | adapter |", "|---|---|---|"]
+    write_part(PAGE, "adapters", "\n".join([summary, "", *header, *grouped(outcomes.values()), ""]))

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 from support.float64_comparison import assert_same_loss_and_gradients
 from support.image_survey import with_images
 from support.sample_sets import reasoning_chat
-from support.survey_pages import Outcome, counts, read_part, refused_by_check, write_part
+from support.survey_pages import STATUSES, Outcome, counts, grouped, read_grouped, refused_by_check, write_part
 from support.tiny_models import OWN, model_of_type
 from support.tiny_multimodal import classes_without_loss_arguments, tiny_conditional
 from support.tree_checks import checked
@@ -37,9 +37,9 @@ from trl_singlepass.trees.sample import Sample
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 TEXT_MODELS, IMAGE_MODELS, OTHER_CLASSES = "text", "images", "other"
 TABLES = {
-    TEXT_MODELS: "| `model_type` | | layers of the tiny model, or reason |",
-    IMAGE_MODELS: "| `model_type` | | layers of the tiny model, or reason | with images |",
-    OTHER_CLASSES: "| class | | layers of the tiny model, or reason |",
+    TEXT_MODELS: "| | layers of the tiny model, or reason | `model_type` |",
+    IMAGE_MODELS: "| | layers of the tiny model, or reason | with images | `model_type` |",
+    OTHER_CLASSES: "| | layers of the tiny model, or reason | class |",
 }
 
 
@@ -157,24 +157,19 @@ def read_page():
     version = re.search(r"^With transformers (\S+):", PAGE.read_text(encoding="utf-8"), re.M).group(1)
     outcomes = {}
     for table in TABLES:
-        for row in re.findall(r"^\| `(.+?)` \| ([^|]+?) \| (.*?) \|(?: (.*?) \|)?$", read_part(PAGE, table), re.M):
-            outcomes[table, row[0]] = Outcome(*row[:3], row[3] or None)
+        outcomes |= {(table, name): outcome for name, outcome in read_grouped(PAGE, table).items()}
     return version, outcomes
 
 
 def write_page(outcomes):
     """Write the tables of the page from outcomes by table and name."""
     for table, header in TABLES.items():
-        own = [outcome for (where, _), outcome in outcomes.items() if where == table]
-        own.sort(key=lambda outcome: (STATUSES.index(outcome.status), outcome.name))
+        own = [outcome for (where, _), outcome in sorted(outcomes.items()) if where == table]
         summary = f"With transformers {transformers.__version__}: {counts([o.status for o in own], STATUSES)}."
         if table == IMAGE_MODELS:
             summary += f" With images: {counts([str(o.images) for o in own], ('exact', 'refused'))}."
         columns = "|---" * (header.count("|") - 1)
-        write_part(PAGE, table, "\n".join([summary, "", header, f"{columns}|", *map(str, own), ""]))
+        write_part(PAGE, table, "\n".join([summary, "", header, f"{columns}|", *grouped(own), ""]))
     classes = set(classes_without_loss_arguments())
     types = [f"`{name}`" for name, of in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items() if of in classes]
     write_part(PAGE, "uncounted", f"{textwrap.fill(', '.join(types), 118)}.\n")
-
-
-STATUSES = ["exact", "refused", "cannot be built here"]

@@ -1,4 +1,4 @@
-"""Tables of the docs that tests write, each between two marks of its page, and a row of a survey."""
+"""Tables of the docs that tests write, each between two marks of its page, and what a survey finds."""
 
 import re
 from dataclasses import dataclass
@@ -8,18 +8,38 @@ from dataclasses import dataclass
 _NUMBERS = r" (?:by )?[(\d][^;]*(?=;|$)"
 
 
+_ROW = r"^\| ([^|`]+?) \| (.*?) \|(?: ([^|`]*?) \|)? (`[^|]+`) \|$"
+STATUSES = ["exact", "refused", "cannot be built here"]
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a survey found of a model or adapter: a row of its table."""
+    """What a survey found of a model or adapter."""
 
     name: str
     status: str
     remark: str = ""
     images: str | None = None
 
-    def __str__(self):
-        cells = [f"`{self.name}`", self.status, self.remark, *([] if self.images is None else [self.images])]
-        return f"| {' | '.join(cells)} |"
+
+def grouped(outcomes):
+    """Return a line for all names of the same outcome; those of most names come first."""
+    groups = {}
+    for one in outcomes:
+        cells = (one.status, one.remark, *([] if one.images is None else [one.images]))
+        groups.setdefault(cells, []).append(f"`{one.name}`")
+    order = sorted(groups, key=lambda cells: (STATUSES.index(cells[0]), -len(groups[cells])))
+    return [f"| {' | '.join((*cells, ', '.join(groups[cells])))} |" for cells in order]
+
+
+def read_grouped(page, name):
+    """Return the outcomes of a table by their name."""
+    rows = re.findall(_ROW, read_part(page, name), re.M)
+    return {
+        one: Outcome(one, status, remark, images or None)
+        for status, remark, images, names in rows
+        for one in re.findall("`(.+?)`", names)
+    }
 
 
 def refused_by_check(report):

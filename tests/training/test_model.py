@@ -10,7 +10,6 @@ from support.image_survey import SURVEYED
 from support.model_survey import (
     IMAGE_MODELS,
     PAGE,
-    STATUSES,
     TEXT_MODELS,
     class_of,
     not_exact,
@@ -19,6 +18,7 @@ from support.model_survey import (
     survey,
     write_page,
 )
+from support.survey_pages import STATUSES
 from support.tiny_models import CANNOT_BE_BUILT as TYPES_THAT_CANNOT
 from support.tiny_models import KINDS
 from support.tiny_multimodal import CANNOT_BE_BUILT as CLASSES_THAT_CANNOT
