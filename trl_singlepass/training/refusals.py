@@ -68,11 +68,10 @@ def check_parts(run: Situation) -> None:
 
 
 def as_markdown() -> str:
-    """Return the tables of the page that lists what is refused."""
-    head = "| what | why | instead |\n|---|---|---|\n"
+    """Return the lists of the page that says what is refused."""
     return "\n\n".join(
-        f"### {scope.title}\n\n{head}"
-        + "\n".join(f"| {refusal.what} | {refusal.why} | {refusal.instead} |" for refusal in scope.refusals)
+        f"### {scope.title}\n\n"
+        + "\n".join(f"- {refusal.what}: {refusal.why}. *{refusal.instead}.*" for refusal in scope.refusals)
         for scope in SCOPES
     )
 
