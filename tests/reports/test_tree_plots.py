@@ -39,18 +39,33 @@ def rendered(figure):
     return imread(buffer)
 
 
-def turn_labels(figure):
-    """Position (depth) of every label `turn k`, in the order of k."""
-    (axes,) = figure.axes
+def labels_and_marks(axes):
+    """Every label `turn k`, in the order of k, and the mark at the end of that turn."""
     labels = [text for text in axes.texts if text.get_text().startswith("turn ")]
-    return [text.xy[0] for text in sorted(labels, key=lambda text: int(text.get_text().split()[1]))]
+    marks = [line for line in axes.lines if line.get_linewidth() > 1]
+    pairs = zip(labels, marks, strict=True)
+    return sorted(pairs, key=lambda pair: int(pair[0].get_text().split()[1]))
 
 
 @pytest.mark.parametrize("samples", [STRIPPED, KEPT, TOOLS, SHORT_LAST], ids=["stripped", "kept", "tools", "short"])
-def test_tree_labels_every_turn_where_it_ends(samples):
+def test_tree_labels_every_turn_in_its_lane_and_marks_where_it_ends(samples):
     figure = plot_tree(PrefixTree.from_samples(samples), Words())
-    assert turn_labels(figure) == [len(sample) for sample in samples]
+    found = labels_and_marks(figure.axes[0])
+    assert [mark.get_xdata()[0] for _, mark in found] == [len(sample) for sample in samples]
+    assert all(label.xy[1] == sum(mark.get_ydata()) / 2 for label, mark in found)
     assert rendered(figure).std() > 0.01
+
+
+def test_no_line_between_lanes_crosses_a_label():
+    turns = [[*range(40 * k, 40 * k + 20)] for k in range(30)]
+    samples = [turn([token for past in turns[:k] for token in past[:9]], turns[k][10:]) for k in range(1, 30)]
+    figure = plot_tree(PrefixTree.from_samples(samples), Words())
+    rendered(figure)
+    (axes,) = figure.axes
+    lines = [line.get_window_extent() for line in axes.lines if line.get_linewidth() < 1]
+    labels = [label.get_window_extent() for label, _ in labels_and_marks(axes)]
+    assert len(lines) == len(labels) - 1 == 28
+    assert not [(label, line) for label in labels for line in lines if label.overlaps(line)]
 
 
 @pytest.mark.parametrize("samples", [STRIPPED, KEPT, TOOLS], ids=["stripped", "kept", "tools"])

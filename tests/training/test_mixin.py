@@ -1,12 +1,14 @@
 """What both trainers override alike, where a CPU alone would not show that it is left out."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
 from support.conversations import chat
 from support.pairs import TRAJECTORIES, batch_of, dpo_trainer
-from support.trainers import single_pass_trainer
+from support.trainers import as_dataset, single_pass_trainer
 from trl_singlepass.data.row_tree import RowTree
 
 
@@ -45,3 +47,16 @@ def test_log_probabilities_of_a_reference_are_not_rounded_with_the_other_inputs(
     for name in ("ref_chosen_logps", "ref_rejected_logps"):
         assert batch[name].dtype == torch.float32
         assert batch[name].tolist() == list(trainer.train_dataset[name])
+
+
+@pytest.mark.parametrize(
+    ("make", "examples"), [(single_pass_trainer, [chat(2), chat(1)]), (dpo_trainer, TRAJECTORIES)]
+)
+def test_a_run_warns_of_nothing_that_trl_does_itself(tmp_path, tokenizer, make, examples):
+    given = {"eval_dataset": as_dataset(examples), "compute_metrics": lambda prediction: {}}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make(tmp_path, tokenizer, examples, kwargs=given)
+        trainer.train()
+        trainer.evaluate()
+    assert not [str(warning.message) for warning in caught if issubclass(warning.category, FutureWarning)]

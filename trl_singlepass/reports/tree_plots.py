@@ -58,6 +58,13 @@ class _Lanes:
         order = sorted(range(len(self.runs)), key=lambda lane: (lane > 0, first_turn[lane]))
         return [order.index(lane) for lane in range(len(self.runs))]
 
+    def ends_inside(self, lane: int) -> list[int]:
+        """Depths of the turns that are labelled inside a lane: those that it continues, and all of several."""
+        depths = [end.depth for end in self.ends if end.lane == lane]
+        run = self.runs[lane]
+        is_whole = len(depths) == 1 or lane == 0
+        return [depth for depth in depths if not is_whole or depth < run.depth + run.end - run.start]
+
 
 def _sample_ends(tree: PrefixTree, runs: Sequence[Run], trained: NDArray[np.bool_]) -> list[_SampleEnd]:
     continued = np.zeros(len(tree.segments), np.int64)
@@ -109,7 +116,7 @@ def plot_tree(
             parent = places[_lane_of(lanes.runs, run.prefix[-1][0])]
             axes.plot([run.depth, run.depth], [parent, place], color=INK, linewidth=0.7, zorder=0.5)
     for end in lanes.ends:
-        _label_sample(axes, end, places[end.lane], lanes.runs[end.lane])
+        _label_sample(axes, lanes, end, places[end.lane])
     if thumbnails is not None:
         _draw_thumbnails(axes, lanes, thumbnails)
     _finish_tree(axes, lanes)
@@ -146,14 +153,13 @@ def plot_mask(tree: PrefixTree, tokenizer: PreTrainedTokenizerBase) -> Figure:
 def _draw_lane(axes: Axes, lanes: _Lanes, tokenizer: PreTrainedTokenizerBase, lane: int, place: int) -> None:
     """One bar per range of trained or context tokens, with as much of its text as fits."""
     tree, run = lanes.tree, lanes.runs[lane]
-    trained, ends = lanes.trained[run.start : run.end], {end.depth for end in lanes.ends if end.lane == lane}
+    trained, labelled = lanes.trained[run.start : run.end], lanes.ends_inside(lane)
     characters_per_token = (WIDTH - 1.2) / INCHES_PER_CHARACTER / (tree.position_ids.max() + 1)
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
     for start, end in pairwise(borders):
         colour, left = TRAINED if trained[start] else CONTEXT, run.depth + start
         axes.barh(place, end - start, left=left, height=0.72, color=colour, edgecolor="white", linewidth=0.8)
-        has_label = end < len(trained) and run.depth + end in ends
-        room = int((end - start) * characters_per_token) - (9 if has_label else 1)
+        room = int((end - start) * characters_per_token) - (9 if run.depth + end in labelled else 1)
         text = _clip(tokenizer.decode(tree.input_ids[run.start + start : run.start + end].tolist()), room)
         axes.annotate(
             text, (left, place), xytext=(2, 0), textcoords="offset points",
@@ -161,14 +167,16 @@ def _draw_lane(axes: Axes, lanes: _Lanes, tokenizer: PreTrainedTokenizerBase, la
         )  # fmt: skip
 
 
-def _label_sample(axes: Axes, end: _SampleEnd, place: int, run: Run) -> None:
-    """Right of the lane's end, or inside the lane if it continues."""
+def _label_sample(axes: Axes, lanes: _Lanes, end: _SampleEnd, place: int) -> None:
+    """Inside a lane with several turns; right of the trunk; left of a branch, where no line to a later one passes."""
     axes.plot([end.depth, end.depth], [place - 0.42, place + 0.42], color=INK, linewidth=1.4)
-    continues = end.depth < run.depth + run.end - run.start
+    is_inside = end.depth in lanes.ends_inside(end.lane)
+    is_left = end.lane > 0 and not is_inside
     axes.annotate(
-        f"turn {end.turn}", (end.depth, place), xytext=(-3 if continues else 3, 0), textcoords="offset points",
-        ha="right" if continues else "left", va="center", fontsize=8, weight="bold", color=INK,
-        bbox=None if continues else {"facecolor": "white", "edgecolor": "none", "pad": 1},
+        f"turn {end.turn}", (lanes.runs[end.lane].depth if is_left else end.depth, place),
+        xytext=(-3 if is_left or is_inside else 3, 0), textcoords="offset points",
+        ha="right" if is_left or is_inside else "left", va="center", fontsize=8, weight="bold", color=INK,
+        bbox=None if is_inside else {"facecolor": "white", "edgecolor": "none", "pad": 1},
     )  # fmt: skip
 
 

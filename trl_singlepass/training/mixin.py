@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -25,6 +26,13 @@ from .sharding import gather_head_with_model, prepare_sharding, stop_prefetching
 from .situation import Situation
 
 
+# Deprecations that TRL's own code causes and no user can act on: the module that each names, and how it begins.
+_OF_TRL = {
+    r"transformers\.modeling_utils": "`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated",
+    r"trl_singlepass\.": "`return_outputs=True`, and the logits it passes to `compute_metrics`",
+}
+
+
 class SinglePassTrainerMixin(Trainer):
     """What every trainer overrides alike; a trainer derives from it first, and then from TRL's."""
 
@@ -37,6 +45,8 @@ class SinglePassTrainerMixin(Trainer):
     _moved_as_they_are: ClassVar[tuple[str, ...]] = ("tree",)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for module, message in _OF_TRL.items():
+            warnings.filterwarnings("ignore", message, FutureWarning, module)
         super().__init__(*args, **kwargs)
         self._counts = TokenCounts()
         self._self_check = SelfCheck(self.accelerator, is_on=self.args.self_check)
