@@ -26,7 +26,7 @@ from benchmarks.machine import describe
 from benchmarks.preference import MODEL, TINY, make_model
 from trl_singlepass import PrefixTree, Sample, tree_log_probs
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
-from trl_singlepass.groups.lines import are_without_gaps, sharing_factor_of
+from trl_singlepass.groups.lines import PaddedLines
 
 
 RESULTS = Path(__file__).parent / "results" / "groups.json"
@@ -73,8 +73,8 @@ def tree(model: PreTrainedModel, lines: torch.Tensor, is_scored: torch.Tensor) -
 
 def decide(lines: torch.Tensor) -> bool:
     """Return what the trainers ask for each batch: whether a tree saves something."""
-    mask = torch.ones_like(lines)
-    return are_without_gaps(mask) and sharing_factor_of(lines, mask) >= 1.03
+    padded = PaddedLines(lines, torch.ones_like(lines))
+    return padded.are_without_gaps and padded.sharing_factor >= 1.03
 
 
 MODES: dict[str, Callable[[PreTrainedModel, torch.Tensor, torch.Tensor], torch.Tensor]] = {

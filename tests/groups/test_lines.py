@@ -11,7 +11,7 @@ from support.float64_comparison import TOLERANCE, gradients_of
 from support.tiny_models import model_of_type, tiny_model
 from trl_singlepass import enable_tree, tree_log_probs
 from trl_singlepass.groups.forecast import sharing_factor
-from trl_singlepass.groups.lines import are_without_gaps, sharing_factor_of
+from trl_singlepass.groups.lines import PaddedLines
 
 
 MODELS = {
@@ -89,7 +89,7 @@ def test_tokens_that_are_not_asked_for_are_context():
 def test_what_is_saved_is_known_before_there_is_a_tree():
     input_ids, attention_mask, _ = padded(GROUP)
     # 10 + 11 + 8 + 9 + 4 tokens; 7 + 3 + 2 + 1 of the first prompt, and 1 + 5 where the second one differs.
-    assert sharing_factor_of(input_ids, attention_mask) == 42 / 19
+    assert PaddedLines(input_ids, attention_mask).sharing_factor == 42 / 19
 
 
 @pytest.mark.parametrize("is_added_first", [True, False])
@@ -120,9 +120,9 @@ def test_random_lines(group):
 
 def test_gaps_are_found_and_refused():
     mask = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
-    assert are_without_gaps(mask)
+    assert PaddedLines(mask, mask).are_without_gaps
     mask[0, 3] = mask[1, 3] = 1
-    assert not are_without_gaps(mask)
+    assert not PaddedLines(mask, mask).are_without_gaps
     model = tiny_model("qwen3")
     enable_tree(model)
     with pytest.raises(ValueError, match="attention_mask"):

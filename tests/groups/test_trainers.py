@@ -4,10 +4,13 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from support.groups import as_prompts, reward
+from support.groups import as_prompts, image_prompts, reward
 from support.tiny_models import model_of_type, tiny_model
+from support.tiny_vision import save_vision_checkpoint, tiny_processor
 from support.trainers import float32_model, logged, parameters
 from trl_singlepass import SinglePassGRPOConfig, SinglePassGRPOTrainer, SinglePassRLOOConfig, SinglePassRLOOTrainer
+from trl_singlepass.images.positions import UnsupportedImagesError
+from trl_singlepass.images.reading import ImageReader
 
 
 GRPO = (GRPOTrainer, GRPOConfig), (SinglePassGRPOTrainer, SinglePassGRPOConfig)
@@ -24,7 +27,7 @@ def folder(tmp_path_factory, tokenizer):
     return folder
 
 
-def train(kind, tmp_path, model, tokenizer, **settings):
+def train(kind, tmp_path, model, tokenizer, dataset=None, **settings):
     trainer_class, config_class = kind
     args = config_class(
         str(tmp_path),
@@ -48,7 +51,8 @@ def train(kind, tmp_path, model, tokenizer, **settings):
         },
     )
     model = str(model) if not isinstance(model, torch.nn.Module) else model
-    trainer = trainer_class(model, reward, args, train_dataset=as_prompts(), processing_class=tokenizer)
+    dataset = dataset or as_prompts()
+    trainer = trainer_class(model, reward, args, train_dataset=dataset, processing_class=tokenizer)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
     return trainer, before
@@ -67,6 +71,7 @@ def assert_equal(both, tmp_path, model, tokenizer, own=None, **settings):
     return ours
 
 
+MORE = [(RLOO, "qwen3_vl"), (GRPO, "qwen3_5"), (GRPO, "gemma3"), (GRPO, "idefics3"), (GRPO, "llava")]
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
 
 
@@ -126,3 +131,35 @@ def test_lines_of_a_prompt_lie_together(tmp_path, folder, tokenizer):
     ours, _ = train(GRPO[1], tmp_path, folder, tokenizer, max_steps=1, loss_type="dapo")
     shuffled, _ = train(GRPO[1], tmp_path, folder, tokenizer, max_steps=1, loss_type="bnpo")
     assert logged(ours, "sharing_factor")[0] > logged(shuffled, "sharing_factor")[0]
+
+
+@pytest.mark.parametrize(
+    ("both", "family"),
+    [(GRPO, "qwen3_vl"), (RLOO, "gemma3"), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
+)
+def test_prompts_with_images(tmp_path, both, family):
+    """The reference too reads images on trees; no completion shows one, which TRL would not find."""
+    processor = tiny_processor(family)
+    processor.tokenizer.padding_side = "left"
+    folder = save_vision_checkpoint(family, tmp_path / "model")
+    never = {"suppress_tokens": processor.tokenizer.all_special_ids}
+    settings = {"dataset": image_prompts(), "beta": 0.04, "generation_kwargs": never}
+    ours = assert_equal(both, tmp_path, folder, processor, **settings)
+    assert min(logged(ours, "sharing_factor")) > 1.5
+
+
+def test_images_that_a_tree_cannot_show_run_as_trl_runs_them(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ImageReader, "enable", refuse)
+    processor = tiny_processor("qwen3_vl")
+    processor.tokenizer.padding_side = "left"
+    folder = save_vision_checkpoint("qwen3_vl", tmp_path / "model")
+    never = {"suppress_tokens": processor.tokenizer.all_special_ids}
+    settings = {"dataset": image_prompts(), "max_steps": 2, "generation_kwargs": never}
+    ours = assert_equal(GRPO, tmp_path, folder, processor, **settings)
+    assert logged(ours, "sharing_factor") == [1, 1]
+    (line,) = [record.message for record in caplog.records if "as TRL runs them" in record.message]
+    assert "no way to show it" in line
+
+
+def refuse(model):
+    raise UnsupportedImagesError("no way to show it")

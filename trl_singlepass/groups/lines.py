@@ -7,7 +7,7 @@ Shape letters: N lines of T tokens, padded on either side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, starmap
 
 import numpy as np
@@ -19,10 +19,12 @@ from ..data.collator import DataCollatorForSinglePass
 from ..data.row_tree import LineView
 from ..engine.enable import without_adapters
 from ..engine.model_call import has_fused_head, takes_trees
-from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree, find_paths
+from ..trees.image_features import to_keys
+from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree, sample_paths
 from ..trees.rows import Row
 from ..trees.sample import Sample
 from ..trees.splitting import split_samples
+from .images import LineImages
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,25 +34,69 @@ class Lines:
     view: LineView  # whose `targets`, of shape (N, T - 1), name the position that predicts token `i + 1` of each line
     labels: torch.Tensor  # (N, T), int64: the tokens that are scored, -100 elsewhere
 
-    @classmethod
-    def from_padded(
-        cls,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        is_scored: torch.Tensor,
-        collator: DataCollatorForSinglePass,
-        max_row_tokens: int | None = None,
+
+@dataclass(frozen=True, eq=False)
+class PaddedLines:
+    """Lines as TRL lays them out: prompts padded on the left, completions on the right."""
+
+    input_ids: torch.Tensor  # (N, T), int64
+    attention_mask: torch.Tensor  # (N, T): 1 for tokens, 0 for padding
+    images: LineImages | None = None
+
+    def split(self, size: int) -> list[PaddedLines]:
+        """Return batches of `size` lines."""
+        starts = range(0, len(self.input_ids), size)
+        parts = zip(torch.split(self.input_ids, size), torch.split(self.attention_mask, size), starts, strict=True)
+        shown = self.images
+        return [
+            PaddedLines(ids, mask, None if shown is None else shown.of_lines(start, start + size))
+            for ids, mask, start in parts
+        ]
+
+    @property
+    def are_without_gaps(self) -> bool:
+        """
+        Whether the tokens of each line follow one another, as in a mask of padding alone.
+
+        A model counts positions from the start of a line, so that a gap would move what stands behind it.
+        """
+        mask = self.attention_mask.bool()
+        return bool((mask.diff(dim=1).sum(dim=1) - (~mask[:, :1]).sum(dim=1) <= 1).all())
+
+    @property
+    def sharing_factor(self) -> float:
+        """
+        Tokens of all lines ÷ tokens that differ, without building a tree.
+
+        In the order of their tokens, a line shares with the lines before it what it shares with the one right before
+        it. A tree has a few more tokens: it repeats the one before a branch, which predicts something else in each
+        line.
+        """
+        keys = to_keys(self.input_ids.cpu().numpy(), None if self.images is None else self.images.features)
+        lines = list(map(np.compress, self.attention_mask.bool().cpu().numpy(), keys))
+        lines.sort(key=lambda line: line.astype(">i8").tobytes())  # bytes compare as the numbers do
+        num_tokens = sum(map(len, lines))
+        return num_tokens / (num_tokens - sum(starmap(_num_common, pairwise(lines))))
+
+    def collator(self, collator: DataCollatorForSinglePass) -> DataCollatorForSinglePass:
+        """Return a collator of their rows: the one given, loading their images."""
+        return collator if self.images is None else replace(collator, load_images=self.images.load)
+
+    def merge(
+        self, is_scored: torch.Tensor, collator: DataCollatorForSinglePass, max_row_tokens: int | None = None
     ) -> Lines:
         """
-        Merge lines on trees.
+        Merge the lines on trees.
 
-        Takes three tensors of shape `(N, T)`: tokens, whether each is one (1) or padding (0), and whether its
-        log-probability is asked for. Lines fill as few rows of `max_row_tokens` as their order allows; `None` makes
-        one row of all. A line that is longer than a row raises `ValueError`.
+        `is_scored`, `(N, T)`, marks the tokens whose log-probabilities are asked for; those of padding and images are
+        not computed. Lines fill as few rows of `max_row_tokens` as their order allows; `None` makes one row of all. A
+        line that is longer than a row raises `ValueError`.
         """
-        is_scored = is_scored.bool() & attention_mask.bool()
-        tokens, is_token, scored = (x.cpu().numpy() for x in (input_ids, attention_mask.bool(), is_scored))
-        samples = [_sample(*line) for line in zip(tokens, is_token, scored, strict=True)]
+        is_scored = is_scored.bool() & self.attention_mask.bool()
+        if self.images is not None:
+            is_scored &= torch.from_numpy(self.images.features < 0).to(is_scored.device)
+        tokens, is_token, scored = (x.cpu().numpy() for x in (self.input_ids, self.attention_mask.bool(), is_scored))
+        samples = self._with_images(list(map(_sample, tokens, is_token, scored)), is_token)
         targets = np.zeros((len(samples), tokens.shape[1] - 1), np.int64)
         rows, first, start = [], 0, 0
         for part in split_samples(samples, max_row_tokens):
@@ -59,8 +105,15 @@ class Lines:
             _find_targets(tree, part, is_token[of_part], scored[of_part], targets[of_part], start)
             rows.append(collator([Row.from_tree(tree).columns()]))
             first, start = first + len(part), start + rows[-1]["labels"].shape[1]
-        view = LineView(rows, torch.from_numpy(targets)).to(input_ids.device)
-        return cls(view, input_ids.masked_fill(~is_scored, IGNORE_INDEX))
+        view = LineView(rows, torch.from_numpy(targets)).to(self.input_ids.device)
+        return Lines(view, self.input_ids.masked_fill(~is_scored, IGNORE_INDEX))
+
+    def _with_images(self, samples: list[Sample], is_token: NDArray[np.bool_]) -> list[Sample]:
+        if self.images is None:
+            return samples
+        features = map(np.compress, is_token, self.images.features)
+        shown = self.images.references
+        return [replace(each, image_features=own, images=shown) for each, own in zip(samples, features, strict=True)]
 
 
 def _sample(tokens: NDArray[np.int64], is_token: NDArray[np.bool_], is_scored: NDArray[np.bool_]) -> Sample:
@@ -79,40 +132,16 @@ def _find_targets(
     start: int,
 ) -> None:
     """Write where in the rows each scored token is predicted; `start` is the position of the tree's first token."""
-    paths = find_paths(tree, [sample.token_ids for sample in samples])
+    paths = sample_paths(tree, samples)
     for path, of_line, scored, line in zip(paths, is_token, is_scored, targets, strict=True):
         at = np.flatnonzero(of_line)[1:]  # of every token but the first, which the one before it predicts
         line[at - 1] = np.where(scored[at], start + path[:-1], 0)
-
-
-def sharing_factor_of(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> float:
-    """
-    Return tokens of all lines ÷ tokens that differ, without building a tree; the tensors have the shape `(N, T)`.
-
-    In the order of their tokens, a line shares with the lines before it what it shares with the one right before it.
-    A tree has a few more tokens: it repeats the one before a branch, which predicts something else in each line.
-    """
-    tokens, is_token = input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy()
-    lines = [line[of_line] for line, of_line in zip(tokens, is_token, strict=True)]
-    lines.sort(key=lambda line: line.astype(">i8").tobytes())  # bytes compare as the numbers do
-    num_tokens = sum(map(len, lines))
-    return num_tokens / (num_tokens - sum(starmap(_num_common, pairwise(lines))))
 
 
 def _num_common(line: NDArray[np.int64], other: NDArray[np.int64]) -> int:
     length = min(len(line), len(other))
     differs = line[:length] != other[:length]
     return int(differs.argmax()) if differs.any() else length
-
-
-def are_without_gaps(attention_mask: torch.Tensor) -> bool:
-    """
-    Return whether the tokens of each line follow one another, as in a mask of padding alone.
-
-    A model counts positions from the start of a line, so that a gap would move what stands behind it.
-    """
-    changes = attention_mask.bool().diff(dim=1).sum(dim=1) - (~attention_mask[:, :1].bool()).sum(dim=1)
-    return bool((changes <= 1).all())
 
 
 def tree_log_probs(
@@ -150,10 +179,10 @@ def tree_log_probs(
     base = without_adapters(model)
     if not takes_trees(base):
         raise ValueError("The model takes no trees, and would run each line as it is. Call enable_tree(model) first.")
-    if not are_without_gaps(attention_mask):
+    padded = PaddedLines(input_ids, attention_mask)
+    if not padded.are_without_gaps:
         raise ValueError("attention_mask has gaps between the tokens of a line. Move its tokens together.")
-    collator = DataCollatorForSinglePass(pad_token_id=0)
-    lines = Lines.from_padded(input_ids, attention_mask, completion_mask, collator, max_row_tokens)
+    lines = padded.merge(completion_mask, DataCollatorForSinglePass(pad_token_id=0), max_row_tokens)
     if not has_fused_head(base):
         return _score(model(input_ids=input_ids, tree=lines.view).logits, lines.labels)
     log_probs: torch.Tensor = model(

@@ -7,23 +7,30 @@ that begin alike share what they have in common, of the policy, the old policy a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import nn
+from transformers import ProcessorMixin
 from trl import GRPOTrainer, RLOOTrainer
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from ..data.collator import Batch, Collator, DataCollatorForSinglePass
 from ..data.preparation import say
+from ..engine.enable import enable_images
 from ..engine.pieces import Pieces
 from ..engine.row_runner import RowRunner
+from ..images.loading import ImageLoader
+from ..images.placeholders import placeholders_of
 from ..training.base_config import add_settings, short_name
 from ..training.mixin import ReferenceMixin
-from ..training.refusals import ENGINES, GROUPS, check
+from ..training.refusals import ENGINES, GROUPS, IMAGES, check
 from .config import SinglePassGRPOConfig, SinglePassRLOOConfig
 from .forecast import forecast_sharing
-from .lines import Lines, are_without_gaps, sharing_factor_of
+from .images import LineImages, number_images
+from .lines import PaddedLines
 
 
 # Below this, rows save less than building them costs, and lines run as TRL runs them.
@@ -48,8 +55,24 @@ class GroupsMixin(ReferenceMixin):
         self._run_on_trees()
         self._pieces = self._make_pieces()
         self._row_collator = DataCollatorForSinglePass(self._tokenizer.pad_token_id)
+        self._why_no_images = self._read_images()
         if self.accelerator.is_main_process:
             say(*forecast_sharing(self.train_dataset, self.processing_class, self.args))
+
+    def _read_images(self) -> str | None:
+        """Make the policy and its reference read images on trees; return why not, if they cannot."""
+        if not isinstance(self.processing_class, ProcessorMixin):
+            return None  # nothing gives them images
+        try:
+            check(self._situation, IMAGES)
+            for model in (self.model,) if self.ref_model is None else (self.model, self.ref_model):
+                enable_images(self.accelerator.unwrap_model(model, keep_torch_compile=False), self._row_collator)
+            self._placeholder = placeholders_of(self.processing_class).token_id
+        except ValueError as error:
+            return str(error)
+        if self.accelerator.num_processes > 1:  # all ranks run the encoder for each row, or none
+            self._row_collator.blank_image = ImageLoader(self.processing_class).blank
+        return None
 
     def _checked_collator(self, collator: Collator) -> Collator:
         return collator  # which makes no rows
@@ -59,14 +82,14 @@ class GroupsMixin(ReferenceMixin):
         before = self._buffered_inputs
         inputs: Batch = super()._prepare_inputs(generation_batch)
         buffered = self._buffered_inputs
-        if not self.model.training or buffered is None or buffered is before or not self._may_be_ordered(inputs):
+        if not self.model.training or buffered is None or buffered is before or not self._may_be_ordered():
             return inputs
         num_batches = self.args.gradient_accumulation_steps
         steps = [buffered[start : start + num_batches] for start in range(0, len(buffered), num_batches)]
         self._buffered_inputs = [batch for step in steps for batch in _grouped(step)]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
-    def _may_be_ordered(self, inputs: Batch) -> bool:
+    def _may_be_ordered(self) -> bool:
         """Return whether the loss of a step is the same in any order of its lines; means over tokens are not."""
         args = self.args
         return (
@@ -74,7 +97,6 @@ class GroupsMixin(ReferenceMixin):
             and getattr(args, "top_entropy_quantile", 1.0) == 1.0
             and not getattr(self, "_entropy_bonus_enabled", False)
             and not self.aux_loss_enabled
-            and inputs.get("pixel_values") is None
         )
 
     def _get_per_token_logps_and_entropies(
@@ -90,17 +112,15 @@ class GroupsMixin(ReferenceMixin):
     ) -> Scores:
         """Score completions on trees; TRL runs each line with its whole prompt."""
         options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
-        size = batch_size or len(input_ids)
-        batches = list(zip(torch.split(input_ids, size), torch.split(attention_mask, size), strict=True))
-        runs_on_trees = self._runs_on_trees(batches, has_images=images.get("pixel_values") is not None)
-        if not runs_on_trees and torch.is_grad_enabled():
-            self._count([], attention_mask[:, -logits_to_keep:], int(attention_mask.sum()))
-        if not runs_on_trees:
+        padded = self._divided(input_ids, attention_mask, batch_size or len(input_ids), images)
+        if not self._runs_on_trees(padded):
+            if torch.is_grad_enabled():
+                self._count([], attention_mask[:, -logits_to_keep:], int(attention_mask.sum()))
             stock: Scores = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **options, **images
             )
             return stock
-        parts = [self._score(model, ids, mask, logits_to_keep, **options) for ids, mask in batches]
+        parts = [self._score(model, lines, logits_to_keep, **options) for lines in padded]
         log_probs, entropies, aux_losses = zip(*parts, strict=True)
         return (
             torch.cat(log_probs),
@@ -108,14 +128,34 @@ class GroupsMixin(ReferenceMixin):
             torch.stack(aux_losses).mean() if compute_aux_loss else None,
         )
 
-    def _runs_on_trees(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], *, has_images: bool) -> bool:
+    def _divided(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, size: int, images: Batch
+    ) -> list[PaddedLines] | None:
+        """Return lines in batches of `size`; `None` if trees cannot hold them as the model reads them."""
+        shown = None
+        if images.get("pixel_values") is not None:
+            shown = self._find_images(input_ids, attention_mask, images)
+            if shown is None:
+                return None
+        whole = PaddedLines(input_ids, attention_mask, shown)
+        return whole.split(size) if whole.are_without_gaps else None
+
+    def _find_images(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, images: Batch) -> LineImages | None:
+        if self._why_no_images is not None:
+            if self._why_no_images and self.accelerator.is_main_process:
+                say(f"Prompts with images run as TRL runs them: {self._why_no_images}", logging.WARNING)
+            self._why_no_images = ""  # it has been said
+            return None
+        is_placeholder = (input_ids == self._placeholder) & attention_mask.bool()
+        return LineImages.find(is_placeholder.cpu().numpy(), images)
+
+    def _runs_on_trees(self, padded: Sequence[PaddedLines] | None) -> TypeGuard[Sequence[PaddedLines]]:
         """Return whether trees can hold these lines, and save something; all ranks decide alike, as they meet."""
-        fits = not has_images and all(are_without_gaps(mask) for _, mask in batches)
         # In several pieces, rows bound memory too.
-        saves = fits and (
-            self._pieces.setting is not None or max(sharing_factor_of(*batch) for batch in batches) >= _LEAST_SHARING
+        saves = padded is not None and (
+            self._pieces.setting is not None or max(lines.sharing_factor for lines in padded) >= _LEAST_SHARING
         )
-        votes = self.accelerator.gather(torch.tensor([[fits, saves]], device=self.accelerator.device))
+        votes = self.accelerator.gather(torch.tensor([[padded is not None, saves]], device=self.accelerator.device))
         return bool(votes[:, 0].all() and votes[:, 1].any())
 
     def _count(self, rows: Sequence[Batch], is_scored: torch.Tensor, num_unshared: int = 0) -> None:
@@ -124,28 +164,32 @@ class GroupsMixin(ReferenceMixin):
     def _score(
         self,
         model: nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        padded: PaddedLines,
         logits_to_keep: int,
         *,
         compute_entropy: bool,
         compute_aux_loss: bool,
     ) -> Scores:
         """Score lines that run together."""
-        is_scored = torch.zeros_like(attention_mask)
+        is_scored = torch.zeros_like(padded.attention_mask)
         is_scored[:, -logits_to_keep:] = 1
-        lines = Lines.from_padded(input_ids, attention_mask, is_scored, self._row_collator, self.args.max_row_tokens)
+        collator = padded.collator(self._row_collator)
+        lines = padded.merge(is_scored, collator, self.args.max_row_tokens)
         trains = torch.is_grad_enabled()
         if trains:
-            self._count(lines.view.rows, attention_mask[:, -logits_to_keep:])
-        self._self_check.check(model, lines.view.rows, self._row_collator)
+            self._count(lines.view.rows, padded.attention_mask[:, -logits_to_keep:])
+        self._self_check.check(model, lines.view.rows, collator)
         divisor = 1 if self.loss_is_scaled_for_ga else getattr(self, "current_gradient_accumulation_steps", 1)
         runner = self._pieces.runner(model, lines.view.rows, divisor=divisor, trains=trains)
         self._runner = runner if trains else self._runner
         router = {"output_router_logits": True} if compute_aux_loss else {}
         with self.accelerator.autocast():
             outputs = (model if runner is None else runner)(
-                input_ids=input_ids, labels=lines.labels, tree=lines.view.handled(), fused_lm_head=True, **router
+                input_ids=padded.input_ids,
+                labels=lines.labels,
+                tree=lines.view.handled(),
+                fused_lm_head=True,
+                **router,
             )
         entropies = outputs.entropy[:, -logits_to_keep:] if compute_entropy else None
         return outputs.log_probs[:, -logits_to_keep:], entropies, outputs.aux_loss if compute_aux_loss else None
@@ -162,18 +206,24 @@ class GroupsMixin(ReferenceMixin):
 def _grouped(step: Sequence[Batch]) -> list[Batch]:
     """Return the batches of a step with its lines in the order of their tokens: equal beginnings lie together."""
     size = len(step[0]["prompt_ids"])
-    lines = [_tokens(batch, i) for batch in step for i in range(size)]
-    order = sorted(range(len(lines)), key=lines.__getitem__)
-    whole = {name: _join([batch[name] for batch in step]) for name in step[0]}
+    batches = list(map(split_pixel_values_by_grid, step))
+    whole = {name: _join([batch[name] for batch in batches]) for name in step[0]}
+    number = len(step) * size
+    images = number_images(unsplit_pixel_values_by_grid(whole))[0] if "pixel_values" in whole else [[]] * number
+    order = sorted(
+        range(number), key=lambda i: (_tokens(whole, "prompt", i), images[i], _tokens(whole, "completion", i))
+    )
     return [
-        {name: _take(values, order[start : start + size]) for name, values in whole.items()}
-        for start in range(0, len(lines), size)
+        unsplit_pixel_values_by_grid(
+            {name: _take(values, order[start : start + size]) for name, values in whole.items()}
+        )
+        for start in range(0, number, size)
     ]
 
 
-def _tokens(batch: Batch, line: int) -> list[int]:
-    parts = ((batch[f"{name}_ids"][line], batch[f"{name}_mask"][line].bool()) for name in ("prompt", "completion"))
-    return [token for ids, mask in parts for token in ids[mask].tolist()]
+def _tokens(batch: Batch, part: str, line: int) -> list[int]:
+    tokens: list[int] = batch[f"{part}_ids"][line][batch[f"{part}_mask"][line].bool()].tolist()
+    return tokens
 
 
 def _join(values: list[Any]) -> Any:

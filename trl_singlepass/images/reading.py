@@ -8,6 +8,7 @@ many samples. So that method runs on the distinct images of the row, and returns
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,12 +83,19 @@ def enable_image_features(module: nn.Module) -> None:
     Make a model return one feature per placeholder where a row shows images; other calls are not changed. Changes the
     module, which [`image_module`] returned, in place.
     """
+    function: Any = type(module).get_image_features  # type: ignore[attr-defined]
+
+    @functools.wraps(function)  # `generate` reads the signature
+    def get_image_features(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _one_feature_per_placeholder(module, function(module, *args, **kwargs))
+
+    # Compiled models leave this function, which reads a context variable, and compile the encoder that it calls.
+    showing: Any = torch.compiler.disable(get_image_features, recursive=False)  # type: ignore[no-untyped-call]
     # Bound to the module, so that a copy of the model gets a method of its own.
-    module.get_image_features = MethodType(_show_on_trees, module)  # type: ignore[assignment]
+    module.get_image_features = MethodType(showing, module)  # type: ignore[assignment]
 
 
-def _one_feature_per_placeholder(module: Any, *args: Any, **kwargs: Any) -> Any:
-    outputs = type(module).get_image_features(module, *args, **kwargs)
+def _one_feature_per_placeholder(module: nn.Module, outputs: Any) -> Any:
     shown = _shown.get()
     if shown is None:
         return outputs
@@ -101,10 +109,6 @@ def _one_feature_per_placeholder(module: Any, *args: Any, **kwargs: Any) -> Any:
     if layered is not None:
         outputs[_LAYERED_FEATURES] = type(layered)(_gathered_layer(layer, shown, module) for layer in layered)
     return outputs
-
-
-# Compiled models leave this function, which reads a context variable, and compile the encoder that it calls.
-_show_on_trees: Any = torch.compiler.disable(_one_feature_per_placeholder, recursive=False)  # type: ignore[no-untyped-call]
 
 
 def _gathered_layer(layer: Any, shown: ShownFeatures, module: nn.Module) -> Any:
