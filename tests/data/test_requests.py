@@ -5,13 +5,14 @@ import pytest
 from datasets import Dataset, load_dataset
 
 from support.chat_tokenizers import make_tokenizer
-from support.conversations import TOOLS, tool
+from support.conversations import TOOLS, call, tool
 from support.logs import assistant, user
 from trl_singlepass.data.bad_rows import BadRowError
 from trl_singlepass.data.conversations import example_to_rows, example_to_samples
 from trl_singlepass.data.dataset_format import holds_turns
 from trl_singlepass.data.preparation import prepare_dataset
 from trl_singlepass.data.settings import RowSettings
+from trl_singlepass.rendering.tokenization import HardBorders
 from trl_singlepass.reports.audit import audit
 
 
@@ -31,6 +32,10 @@ def tokenizer():
     return make_tokenizer("qwen3")
 
 
+def calling(x):
+    return assistant("", tool_calls=[call("f", x=x)])
+
+
 def samples_of(example, tokenizer, **settings):
     return example_to_samples(example, 0, tokenizer, RowSettings(**settings)).samples
 
@@ -42,6 +47,19 @@ def test_each_request_is_trained_as_an_example_of_its_own(tokenizer):
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_array_equal(one.token_ids, other.token_ids)
         np.testing.assert_array_equal(one.loss_weights, other.loss_weights)
+
+
+def test_requests_that_begin_alike_are_tokenized_once_and_stay_what_they_are(tokenizer, monkeypatch):
+    """Each in the context that it was sent, of a retry and of an argument that only Python takes for the same."""
+    sent = [START, *([*START, calling(x), {"role": "tool", "content": "ok"}, user("And?")] for x in (1, True, 1))]
+    replies = [calling(1), assistant("One."), assistant("Two."), assistant("Three.", reasoning_content="Hm.")]
+    requests = [{"prompt": prompt, "completion": [reply]} for prompt, reply in zip(sent, replies, strict=True)]
+    alone = [sample for request in requests for sample in samples_of(request, tokenizer)]
+    calls, encode = [], HardBorders.encode
+    monkeypatch.setattr(HardBorders, "encode", lambda self, pieces: calls.append(pieces) or encode(self, pieces))
+    together = samples_of({"requests": requests}, tokenizer)
+    assert len(calls) == 1
+    assert [one.token_ids.tolist() for one in together] == [other.token_ids.tolist() for other in alone]
 
 
 def test_requests_share_one_row(tokenizer):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..rendering.conversation import Conversation
 from ..rendering.history import render_with_history
 from ..rendering.prefixes import Prefixes
-from ..rendering.samples import render_conversation
+from ..rendering.samples import render_conversation, render_requests
 from ..trees.errors import DataError
 from ..trees.sample import Sample
 from .bad_rows import BadRowError, unexpected_error
@@ -88,17 +89,36 @@ def _render_turns(
     requests = split_requests(example)
     if requests is None:
         return _render_messages(example, index, reader, settings, prefixes)
-    rendered, num_turns = [], 0
+    conversations: list[Conversation] = []
+    factors: list[list[float]] = []
     for number, (request, factor) in enumerate(zip(requests, message_weights(requests, "Request"), strict=True)):
-        try:
+        with _naming_request(number):
             if isinstance(reader, ConversationReader) and take_images(request)[1]:
                 raise DataError("It has images. Store it as a row of its own, with 'prompt' and 'completion'.")
-            of_request, num_of_request = _render_messages(request, index, reader, settings, None)
-        except DataError as error:
-            raise DataError(f"Request {number}: {error}") from error
-        rendered += [(sample, factor * weight) for sample, weight in of_request]
-        num_turns += num_of_request
-    return rendered, num_turns
+            conversations.append(_read_conversation(request, index, reader))
+            factors.append([factor * weight for weight in message_weights(conversations[-1].messages)])
+    histories = [_get_history(request, settings) for request in requests]
+    if set(histories) == {"template"}:
+        of_requests = render_requests(conversations, tokenizer, _get_chat_template(reader))
+    else:
+        of_requests = []
+        for number, (conversation, history) in enumerate(zip(conversations, histories, strict=True)):
+            with _naming_request(number):
+                of_requests.append(_render(conversation, history, reader))
+    rendered = [
+        (sample, of_messages[sample.message_index or 0])
+        for samples, of_messages in zip(of_requests, factors, strict=True)
+        for sample in samples
+    ]
+    return rendered, sum(len(conversation.turns) for conversation in conversations)
+
+
+@contextmanager
+def _naming_request(number: int) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"Request {number}: {error}") from error
 
 
 def _render_messages(
@@ -108,19 +128,37 @@ def _render_messages(
     settings: RowSettings,
     prefixes: Prefixes | None,
 ) -> tuple[list[tuple[Sample, float]], int]:
-    tokenizer = get_tokenizer(reader)
-    if isinstance(reader, ConversationReader):
-        conversation, chat_template = reader.read_conversation(example, index), reader.chat_template
-    else:
-        check_no_images(example)
-        conversation, chat_template = Conversation.from_example(dict(example)), None
-    history: Any = example.get("history") or settings.history  # a column may hold anything
+    history = _get_history(example, settings)
+    conversation = _read_conversation(example, index, reader)
     weights = message_weights(conversation.messages)
     if prefixes is not None and history == "template":
-        samples = render_conversation(conversation, tokenizer, prefixes=prefixes)
+        samples = render_conversation(conversation, get_tokenizer(reader), prefixes=prefixes)
     else:
-        samples = render_with_history(conversation, tokenizer, history, chat_template=chat_template)
+        samples = _render(conversation, history, reader)
     return [(sample, weights[sample.message_index or 0]) for sample in samples], len(conversation.turns)
+
+
+def _read_conversation(
+    example: Mapping[str, object], index: int, reader: PreTrainedTokenizerBase | ConversationReader
+) -> Conversation:
+    if isinstance(reader, ConversationReader):
+        return reader.read_conversation(example, index)
+    check_no_images(example)
+    return Conversation.from_example(dict(example))
+
+
+def _render(
+    conversation: Conversation, history: Any, reader: PreTrainedTokenizerBase | ConversationReader
+) -> list[Sample]:
+    return render_with_history(conversation, get_tokenizer(reader), history, chat_template=_get_chat_template(reader))
+
+
+def _get_chat_template(reader: PreTrainedTokenizerBase | ConversationReader) -> str | None:
+    return reader.chat_template if isinstance(reader, ConversationReader) else None
+
+
+def _get_history(example: Mapping[str, object], settings: RowSettings) -> Any:
+    return example.get("history") or settings.history  # a column may hold anything
 
 
 def example_to_rows(

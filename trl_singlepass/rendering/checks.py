@@ -88,7 +88,7 @@ def foreign_words(prefixes: Prefixes, k: int, completion: str) -> list[str]:
     A last line of defence: whatever a template does, its prompts are not trained. Words that the template or the tools
     write themselves do not count, and neither do words of one or two characters.
     """
-    template, own = prefixes.template, prefixes.messages[k]
+    template, own = prefixes.template, prefixes.trained.get(k, prefixes.messages[k])
     # What explains most words for the least work comes first.
     unexplained = _words(completion) - _words_of_template(template.source) - _words(" ".join(own_strings(own)))
     if unexplained:

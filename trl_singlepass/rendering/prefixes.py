@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
@@ -53,8 +54,14 @@ class Prefixes:
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
         now: datetime | None = None,
+        *,
+        num_turns: int | None = None,
     ) -> Prefixes:
-        """Prepare a conversation as it was read from a dataset example; the template sees the time `now`."""
+        """
+        Prepare a conversation as it was read from a dataset example; the template sees the time `now`.
+
+        `num_turns` is the number of turns to render, if it is not that of the conversation.
+        """
         template = ChatTemplate.for_conversation(
             tokenizer, chat_template, conversation.tools, conversation.template_kwargs, now
         )
@@ -63,7 +70,28 @@ class Prefixes:
         trained = {k: message.trained for k, message in enumerate(forms) if message.trained != message.context}
         slow = cls(template, messages, trained)
         last = max(conversation.turns, default=0)
-        return slow._faster(last + 1) if len(conversation.turns) > 1 and _is_stock(template) else slow
+        is_worthwhile = (len(conversation.turns) if num_turns is None else num_turns) > 1
+        return slow._faster(last + 1) if is_worthwhile and _is_stock(template) else slow
+
+    @classmethod
+    def from_requests(
+        cls, conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, chat_template: str | None
+    ) -> list[Prefixes]:
+        """
+        Prepare the requests of one example, each as a conversation of its own.
+
+        One whose contexts are beginnings of a longer one's shares what that one prepares, whatever its turns reply.
+        """
+        now = datetime.now()
+        found: list[Prefixes | None] = [None] * len(conversations)
+        for members in _with_shared_contexts(conversations):
+            turns = sum(len(conversations[index].turns) for index in members)
+            longest = cls.from_conversation(conversations[members[0]], tokenizer, chat_template, now, num_turns=turns)
+            for index in members:
+                one = conversations[index]
+                replies = {k: as_read(one.messages[k], longest.template).trained for k in one.turns}
+                found[index] = longest if len(members) == 1 else replace(longest, trained=replies)
+        return [one for one in found if one is not None]
 
     def _faster(self, length: int) -> Prefixes:
         """Return the same prefixes in the fast sandbox, if it renders the longest one identically."""
@@ -137,6 +165,23 @@ class Prefixes:
         if text != expected:
             _compared[self._way] = False
         return expected
+
+
+def _with_shared_contexts(conversations: Sequence[Conversation]) -> list[list[int]]:
+    """Group conversations, by index, with one that begins with the contexts of the others: it stands first."""
+    numbers: dict[str, int] = {}  # of equal messages; `1 == True`, but a template prints them differently
+    said = [
+        [numbers.setdefault(repr(part), len(numbers)) for part in (one.tools, one.template_kwargs, *one.messages)]
+        for one in conversations
+    ]
+    contexts = [said[index][: 2 + max(one.turns, default=0)] for index, one in enumerate(conversations)]
+    groups: list[list[int]] = []
+    for index in sorted(range(len(conversations)), key=lambda index: -len(contexts[index])):
+        length = len(contexts[index])
+        group = next((group for group in groups if contexts[group[0]][:length] == contexts[index]), [])
+        groups += [] if group else [group]
+        group.append(index)
+    return groups
 
 
 def _is_compared(num_messages: int) -> bool:

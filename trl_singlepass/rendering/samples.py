@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ..images.conversation_images import ConversationImages
@@ -100,17 +101,46 @@ def render_conversation(
 
     An assistant message that begins the conversation is context only where the template renders no prompt for it.
     """
+    _check_has_turns(conversation)
+    given, prefixes = prefixes, prefixes or Prefixes.from_conversation(conversation, tokenizer, chat_template)
+    turns = _render_turns(conversation, prefixes, keep=given is not None or conversation.images is not None)
+    if conversation.images is None:
+        return _tokenize(turns, prefixes.template)
+    return _tokenize_with_images(list(turns), prefixes, conversation.images)
+
+
+def render_requests(
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+) -> list[list[Sample]]:
+    """
+    Render the turns of all requests of an example, each request as [`render_conversation`] does, with one clock.
+
+    What requests begin alike with is prepared, and tokenized, once. A `RenderingError` names the request.
+    """
+    lengths: list[int] = []
+
+    def turns() -> Iterator[RenderedTurn]:
+        for conversation, of_request in zip(conversations, prefixes, strict=True):
+            _check_has_turns(conversation)
+            rendered = list(_render_turns(conversation, of_request, keep=False))
+            lengths.append(len(rendered))
+            yield from rendered
+
+    try:
+        prefixes = Prefixes.from_requests(conversations, tokenizer, chat_template)
+        samples = iter(_tokenize(turns(), prefixes[0].template))
+    except RenderingError as error:
+        raise RenderingError(f"Request {len(lengths)}: {error}") from error
+    return [list(islice(samples, length)) for length in lengths]
+
+
+def _check_has_turns(conversation: Conversation) -> None:
     if not conversation.turns:
         roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in conversation.messages)) or "none"
         raise RenderingError(
             f"Expected at least one assistant message to train, got messages with the roles: {roles}. Name the role "
             "of the model's messages 'assistant', or leave the row out."
         )
-    given, prefixes = prefixes, prefixes or Prefixes.from_conversation(conversation, tokenizer, chat_template)
-    turns = _render_turns(conversation, prefixes, keep=given is not None or conversation.images is not None)
-    if conversation.images is None:
-        return _tokenize(turns, prefixes.template)
-    return _tokenize_with_images(list(turns), prefixes, conversation.images)
 
 
 def _render_turns(conversation: Conversation, prefixes: Prefixes, *, keep: bool) -> Iterator[RenderedTurn]:
