@@ -13,6 +13,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from support.slow import slow_but_for
 from support.trainers import own_settings
 from trl_singlepass import SinglePassDPOConfig, SinglePassGRPOConfig, SinglePassRLOOConfig, SinglePassSFTConfig
 from trl_singlepass.cli import launch
@@ -127,7 +128,7 @@ def train_patiently(tmp_path):
     return train_patiently
 
 
-@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_processes", slow_but_for([1], [1, 2]))
 def test_train_hands_on_that_it_should_stop_and_ends_well(train_patiently, tmp_path, num_processes):
     code, _ = train_patiently(num_processes, lambda pid: os.kill(pid, signal.SIGTERM))
     assert code == 0

@@ -11,9 +11,8 @@ pytest.importorskip("peft", minversion="0.21")
 CASES = {engine: "ShadowConfig" if engine == "fsdp2" else "LilyConfig" for engine in ENGINES}
 
 
-@pytest.mark.parametrize(
-    "engine", [pytest.param(engine, marks=() if engine == "fsdp2" else pytest.mark.slow) for engine in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", CASES)
 def test_an_adapter_that_mixes_tokens_stops_all_ranks(tmp_path, workers, engine):
     settings, environment = on_engine(engine, {"adapter": CASES[engine]})
     run = workers.run(tmp_path, settings, world_size=2, environment=environment)

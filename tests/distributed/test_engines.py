@@ -1,7 +1,10 @@
 """Every engine trains on two processes what one process trains."""
 
+import itertools
+
 import pytest
 
+from support.slow import slow_but_for
 from support.trainers import needs_weighted_loss
 from support.worker_settings import ENGINES, assert_engine, assert_same_training, on_engine, with_config, zero
 
@@ -20,40 +23,31 @@ CASES = {
             "gradient_accumulation_steps": 2,
         },
         "lora": True,
+        "evaluate": True,
     },
 }
-ALONE = ["packing", "lora", "checkpointing"]
-"""Cases that only say which part is at fault where all of them together fail."""
-LIKE_ZERO3 = [("zero1", "plain"), ("zero2", "plain")]
-
-
-def slow_unless(engine, *engines):
-    """Return a parameter that is slow for engines other than those named."""
-    return pytest.param(engine, marks=() if engine in engines else pytest.mark.slow)
+TOGETHER = "all of these"
+"""The other cases only say which part is at fault where this one fails."""
 
 
 @needs_weighted_loss  # whose fused head the worker keeps in float64
 @pytest.mark.parametrize(
     ("engine", "case"),
-    [
-        pytest.param(engine, case, marks=pytest.mark.slow if case in ALONE or (engine, case) in LIKE_ZERO3 else ())
-        for engine in ENGINES
-        for case in CASES
-    ],
+    slow_but_for([(engine, TOGETHER) for engine in ENGINES], itertools.product(ENGINES, CASES)),
 )
-def test_six_steps(tmp_path, workers, one_process, engine, case):
-    assert_six_steps(tmp_path, workers, one_process, engine, {**CASES[case], "float64": True}, 1e-13)
+def test_steps(tmp_path, workers, one_process, engine, case):
+    assert_steps(tmp_path, workers, one_process, engine, {**CASES[case], "float64": True}, 1e-13)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_six_steps_in_float32(tmp_path, workers, one_process, engine):
-    assert_six_steps(tmp_path, workers, one_process, engine, CASES["all of these"], 1e-6)
+def test_steps_in_float32(tmp_path, workers, one_process, engine):
+    assert_steps(tmp_path, workers, one_process, engine, CASES[TOGETHER], 1e-6)
 
 
-def assert_six_steps(tmp_path, workers, one_process, engine, settings, tolerance):
+def assert_steps(tmp_path, workers, one_process, engine, settings, tolerance):
     alone = one_process(with_config(settings, per_device_train_batch_size=2))
-    assert len(alone.loss) == 6
+    assert len(alone.loss) == 4
     settings, environment = on_engine(engine, settings)
     run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert_engine(run, engine)
@@ -63,12 +57,12 @@ def assert_six_steps(tmp_path, workers, one_process, engine, settings, tolerance
         assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("engine", [slow_unless(engine, "ddp", "zero3", "fsdp2") for engine in ENGINES])
-@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("engine", slow_but_for(["ddp", "zero3", "fsdp2"], ENGINES))
+@pytest.mark.parametrize("accumulation", slow_but_for([3], [1, 3]))
 def test_every_row_is_trained_once_in_an_epoch(tmp_path, workers, one_process, engine, accumulation):
     """Seven rows, two of them without targets: in the last step of an epoch, the second rank has no row left."""
     config = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": accumulation}
-    settings = {"num_rows": 7, "silent_rows": [1, 4], "config": config}
+    settings = {"num_rows": 7, "silent_rows": [1, 4], "config": {**config, "gradient_checkpointing": False}}
     alone = one_process(with_config(settings, per_device_train_batch_size=2))
     settings, environment = on_engine(engine, settings)
     run = workers.run(tmp_path, settings, world_size=2, environment=environment)
@@ -89,7 +83,7 @@ def test_loss_weights_where_a_rank_has_no_row_left(tmp_path, workers, one_proces
     assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("engine", [slow_unless(engine, "zero3", "fsdp2") for engine in ENGINES])
+@pytest.mark.parametrize("engine", slow_but_for(["zero3"], ENGINES))
 def test_bf16(tmp_path, workers, one_process, engine):
     """FSDP keeps more in bf16 than autocast does, the logits too."""
     settings = {"config": {"bf16": True}}

@@ -34,7 +34,7 @@ def on_gpus(engine, settings):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_six_steps(tmp_path, workers, one_process, engine, case):
+def test_steps(tmp_path, workers, one_process, engine, case):
     if DEVICE == "cpu" and (engine, case) == ("fsdp2", "bf16"):
         pytest.skip("what stands in for a GPU here has no bf16")
     settings = CASES[case]

@@ -2,9 +2,10 @@
 
 import pytest
 
+from support.slow import slow_but_for
 from support.tiny_models import KINDS
 from support.trainers import needs_weighted_loss
-from support.worker_settings import assert_same_training, in_waves, on_engine, with_config
+from support.worker_settings import assert_same_training, on_engine, with_config
 
 
 pytestmark = needs_weighted_loss  # whose fused head the worker keeps in float64
@@ -43,7 +44,7 @@ def assert_equal_on_zero3(folder, workers, one_process, settings, wave_tokens=No
     alone = one_process(with_config(settings, gradient_accumulation_steps=2, **one_row))
     settings, environment = on_engine("zero3", with_config(settings, **one_row))
     if wave_tokens is not None:
-        settings = in_waves(settings, wave_tokens=wave_tokens)
+        settings = with_config(settings, wave_tokens=wave_tokens)
     run = workers.run(folder, settings, world_size=2, environment=environment)
     assert (run.world_size, run.zero_stage, len(run.loss)) == (2, 3, 2)
     assert_same_training(run, alone, tolerance=1e-13)
@@ -51,10 +52,7 @@ def assert_equal_on_zero3(folder, workers, one_process, settings, wave_tokens=No
 
 @pytest.mark.parametrize(
     ("family", "case"),
-    [
-        pytest.param(family, case, marks=() if (family, case) in DEFAULT else pytest.mark.slow)
-        for family, case in TRIED
-    ],
+    slow_but_for(DEFAULT, TRIED),
 )
 def test_a_layer_is_gathered_as_a_whole(tmp_path, workers, one_process, family, case):
     config = {**CASES[case], **OWN.get(family, {})}

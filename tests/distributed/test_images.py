@@ -2,6 +2,7 @@
 
 import pytest
 
+from support.slow import slow_but_for
 from support.worker_settings import TOLERANCE, assert_same_training, on_engine, with_config
 
 
@@ -17,17 +18,20 @@ CASES = {
     "checkpointing": {"config": {**IMAGES["config"], "activation_checkpointing": True}},
     "gemma": {"image_family": "gemma3"},
 }
-DEFAULT = {("ddp", "plain"), ("zero3", "plain"), ("fsdp2", "plain")}
+DEFAULT = {("ddp", "plain"), ("zero3", "plain")}
 
 
 @pytest.mark.parametrize(
     ("engine", "case"),
-    [
-        pytest.param(engine, case, marks=() if (engine, case) in DEFAULT else pytest.mark.slow)
-        for engine in ENGINES
-        for case in CASES
-        if engine in ("zero3", "fsdp2") or case in ("plain", "lora everywhere")
-    ],
+    slow_but_for(
+        DEFAULT,
+        [
+            (engine, case)
+            for engine in ENGINES
+            for case in CASES
+            if engine in ("zero3", "fsdp2") or case in ("plain", "lora everywhere")
+        ],
+    ),
 )
 def test_only_one_rank_has_images(tmp_path, workers, one_process, engine, case):
     settings = {**IMAGES, "float64": True, **CASES[case]}

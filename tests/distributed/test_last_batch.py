@@ -2,6 +2,7 @@
 
 import pytest
 
+from support.slow import slow_but_for
 from support.trainers import needs_weighted_loss
 from support.worker_settings import assert_same_training, on_engine, with_config, zero
 
@@ -13,7 +14,6 @@ SETTINGS = {"family": "qwen3-moe", "float64": True, "config": EPOCH}
 # Rows, rows per batch, and batches of a rank per step. One rank of the last step repeats nothing but rows, or has new
 # ones before them.
 CASES = {"a row": (3, 1, 1), "part of a batch": (7, 3, 1), "a batch and a part": (5, 2, 1), "accumulation": (5, 1, 2)}
-SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("a batch and a part", "accumulation")]
 
 
 def settings_of(num_rows, batch_size, **config):
@@ -27,7 +27,7 @@ def assert_equal_to_one_process(run, alone, num_steps):
     assert run.aux_loss == pytest.approx(alone.aux_loss, rel=1e-6)  # computed in float32 by transformers
 
 
-@pytest.mark.parametrize("case", ["a row", "part of a batch", *SLOW])
+@pytest.mark.parametrize("case", slow_but_for(["part of a batch"], CASES))
 def test_two_ranks(tmp_path, workers, one_process, case):
     num_rows, batch_size, accumulated = CASES[case]
     alone = one_process(settings_of(num_rows, batch_size, gradient_accumulation_steps=2 * accumulated))

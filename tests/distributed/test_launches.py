@@ -84,6 +84,7 @@ def test_accelerate_ddp(tmp_path, alone):
     assert_same_training(run, alone)
 
 
+@pytest.mark.slow
 def test_accelerate_fsdp2(tmp_path, alone):
     port = free_port()
     settings = {**with_config(SETTINGS, use_cpu=False, ddp_backend="gloo"), "fsdp_on_cpu": True}
@@ -169,6 +170,7 @@ SLURM = {
 """Stand-ins for SLURM's commands, for one task."""
 
 
+@pytest.mark.slow
 def test_slurm_script_saves_and_is_queued_again(tmp_path):
     """A signal to the script becomes a checkpoint, exit code 0 and a place in the queue."""
     commands = tmp_path / "bin"

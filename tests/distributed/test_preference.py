@@ -8,7 +8,7 @@ import json
 import pytest
 
 from support.pairs import SINGLE_TURNS
-from support.worker_settings import TOLERANCE, in_waves, on_engine, with_config
+from support.worker_settings import TOLERANCE, on_engine, with_config
 
 
 CASES = {
@@ -49,17 +49,17 @@ def test_batches_of_several_parts(tmp_path, workers, one_process, engine, case):
     settings = with_config(IN_PARTS[case], activation_checkpointing=False)
     alone = one_process(with_config(whole, activation_checkpointing=False, per_device_train_batch_size=2))
     settings, environment = on_engine(engine, settings)
-    run = workers.run(tmp_path, in_waves(settings), world_size=2, environment=environment)
+    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert_same(run, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
 @pytest.mark.parametrize("case", CASES)
-def test_six_steps(tmp_path, workers, one_process, engine, case):
+def test_steps(tmp_path, workers, one_process, engine, case):
     settings = with_config(CASES[case], activation_checkpointing=False)
     alone = one_process(with_config(settings, per_device_train_batch_size=2))
-    assert len(set(alone.loss)) == 6
+    assert len(set(alone.loss)) == 4
     settings, environment = on_engine(engine, settings)
     run = workers.run(tmp_path, settings, world_size=2, environment=environment)
     assert_same(run, alone)

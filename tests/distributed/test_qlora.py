@@ -19,7 +19,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_six_steps(tmp_path, workers, one_process, engine, case):
+def test_steps(tmp_path, workers, one_process, engine, case):
     settings = {"four_bits": True, "lora": True, "same_adapter": True, **CASES[case]}
     alone = one_process(with_config(settings, per_device_train_batch_size=2))
     settings, environment = on_engine(engine, settings)

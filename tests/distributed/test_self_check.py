@@ -7,16 +7,14 @@ import pytest
 import torch
 
 from support.planted_layers import PLANTED
+from support.slow import slow_but_for
 from support.worker_settings import ENGINES, assert_engine, assert_same_training, on_engine, with_config
 
 
-def slow_unless(is_fast, *values):
-    return pytest.param(*values, marks=() if is_fast else pytest.mark.slow)
-
-
+DEFAULT = [("zero3", "TokenShift"), ("fsdp2", "NGramEmbedding")]
 # Every layer where the engine shards the model; elsewhere, one that a gradient finds and one that it does not.
 CASES = [
-    slow_unless(engine in ("zero3", "fsdp2") and name in ("TokenShift", "NGramEmbedding", "ZeroGate"), engine, name)
+    (engine, name)
     for engine in ENGINES
     for name in (PLANTED if engine in ("zero3", "fsdp2") else ("TokenShift", "NGramEmbedding"))
 ]
@@ -30,7 +28,7 @@ def assert_refused(run, alone, name):
         assert torch.equal(value, alone.parameters[key]), key
 
 
-@pytest.mark.parametrize(("engine", "name"), CASES)
+@pytest.mark.parametrize(("engine", "name"), slow_but_for(DEFAULT, CASES))
 def test_a_planted_layer_stops_all_ranks(tmp_path, workers, one_process, engine, name):
     alone = one_process(with_config({"planted": name}, per_device_train_batch_size=2))
     settings, environment = on_engine(engine, {"planted": name})
@@ -39,7 +37,7 @@ def test_a_planted_layer_stops_all_ranks(tmp_path, workers, one_process, engine,
     assert_refused(run, alone, name)
 
 
-@pytest.mark.parametrize("engine", [slow_unless(engine in ("zero3", "fsdp2"), engine) for engine in ENGINES])
+@pytest.mark.parametrize("engine", slow_but_for(["zero3"], ENGINES))
 def test_an_adapter_that_starts_at_zero_is_measured_and_trained_as_alone(tmp_path, workers, one_process, engine):
     """The check fills its zeros on every rank, and takes the numbers out again."""
     alone = one_process(with_config({"lora": True}, per_device_train_batch_size=2, self_check=False))
@@ -49,7 +47,7 @@ def test_an_adapter_that_starts_at_zero_is_measured_and_trained_as_alone(tmp_pat
     assert run.loss == pytest.approx(alone.loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("engine", [slow_unless(engine in ("zero3", "fsdp2"), engine) for engine in ENGINES])
+@pytest.mark.parametrize("engine", slow_but_for(["fsdp2"], ENGINES))
 def test_a_loss_of_ones_own_runs_on_the_tree(tmp_path, workers, one_process, engine):
     """With gradient checkpointing, which is TRL's default."""
     own = {"config": {"log_turn_metrics": False}}

@@ -1,9 +1,12 @@
 """On ranks, every step is the mean over all tokens, for models that the Trainer counts no tokens for as well."""
 
+import itertools
+
 import pytest
 import torch
 
 from support.chat_tokenizers import make_tokenizer
+from support.slow import slow_but_for
 from support.tiny_multimodal import model_for
 from support.token_mean_reference import (
     after_steps,
@@ -20,6 +23,7 @@ from support.worker_settings import on_engine, zero
 LEARNING_RATE = 0.02
 UNCOUNTED = ["Qwen3VLForConditionalGeneration", "Qwen3_5ForConditionalGeneration", "Gemma4ForConditionalGeneration"]
 CLASSES = [*UNCOUNTED, "Gemma3ForConditionalGeneration", "Qwen3ForCausalLM"]
+DEFAULT = ["Gemma4ForConditionalGeneration", "Qwen3ForCausalLM"]
 ENGINES = ["ddp", "zero1", "zero2", "fsdp2"]
 pytestmark = needs_weighted_loss
 
@@ -47,7 +51,7 @@ def assert_token_mean(run, class_name, *steps):
     assert run.loss == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("class_name", CLASSES)
+@pytest.mark.parametrize("class_name", slow_but_for(DEFAULT, CLASSES))
 def test_two_ranks(tmp_path, workers, vocab_size, class_name):
     rows = conversations(vocab_size, (3, 1, 2, 1))
     settings, environment = on_engine("ddp", settings_of(class_name, rows, gradient_accumulation_steps=2))
@@ -56,8 +60,10 @@ def test_two_ranks(tmp_path, workers, vocab_size, class_name):
     assert run.num_trained_tokens == [sum(sum(weights) for _, weights in samples_of(rows))]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("class_name", [UNCOUNTED[0], pytest.param(UNCOUNTED[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("class_name", "engine"),
+    slow_but_for([(UNCOUNTED[0], "zero2"), (UNCOUNTED[0], "fsdp2")], itertools.product(UNCOUNTED[:2], ENGINES)),
+)
 def test_a_rank_that_only_repeats_a_row_adds_nothing(tmp_path, workers, vocab_size, class_name, engine):
     """Three rows: in the second step, the second rank has one that was trained in the first."""
     rows = conversations(vocab_size, (3, 1, 2))
@@ -76,7 +82,7 @@ def test_a_rank_that_only_repeats_a_row_does_not_count_where_ranks_are_averaged(
     assert_token_mean(run, class_name, samples_of(rows[2:]))
 
 
-@pytest.mark.parametrize("class_name", UNCOUNTED)
+@pytest.mark.parametrize("class_name", slow_but_for(UNCOUNTED[:1], UNCOUNTED))
 def test_weights_and_waves(tmp_path, workers, vocab_size, class_name):
     rows = with_weights(conversations(vocab_size, (3, 1, 2, 1)))
     settings = settings_of(class_name, rows, gradient_accumulation_steps=2, wave_tokens=24)

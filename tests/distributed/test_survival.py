@@ -12,15 +12,21 @@ from trl import SFTConfig, SFTTrainer
 
 from support.chat_tokenizers import make_tokenizer
 from support.engine_matrix import on_two_ranks
+from support.slow import slow_but_for
 from support.trainers import SETTINGS, as_dataset, needs_weighted_loss
 from support.worker import training_conversations
-from support.worker_settings import assert_same_training, on_engine, with_config, zero
+from support.worker_settings import ENGINES, assert_same_training, on_engine, with_config, zero
 from trl_singlepass.training.checkpoints import find_damage, last_good_checkpoint
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3, "optim": "adamw_torch"}
 LONG = {"config": {**SAVING, "max_steps": 44, "learning_rate": 1e-3, "packing": True, "max_length": 256}}
-OTHERS = ["zero1", "zero2", "zero3", "fsdp2"]
+# Files of which each rank writes one.
+PARTS = [
+    ("fsdp2", "pytorch_model_fsdp_0/__1_0.distcp"),
+    ("fsdp2", "optimizer_0/.metadata"),
+    ("zero3", "*/zero_pp_rank_1_*optim_states.pt"),
+]
 SHORT = {"config": {**SAVING, "max_steps": 6, "learning_rate": 1e-3}}
 
 
@@ -87,7 +93,7 @@ def test_killed_before_the_last_file_of_a_rank(tmp_path, workers):
     assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-2")
 
 
-@pytest.mark.parametrize("engine", ["ddp", *(pytest.param(engine, marks=pytest.mark.slow) for engine in OTHERS)])
+@pytest.mark.parametrize("engine", slow_but_for(["ddp"], ENGINES))
 def test_told_to_stop(tmp_path, workers, uninterrupted, engine):
     """The signal reaches one rank only; all save after the same step and end well."""
     settings, environment = on_engine(engine, with_config(SHORT, save_steps=100))
@@ -113,8 +119,8 @@ def test_a_resumed_epoch_trains_every_row_once(tmp_path, workers, one_process):
 @needs_weighted_loss
 def test_shared_rows_resume(tmp_path, workers, one_process):
     """Three rows per step: the checkpoint lies within what the ranks exchange at a time."""
-    settings = with_config(SHORT, per_device_train_batch_size=1, gradient_accumulation_steps=3, save_steps=2)
-    settings = {**settings, "float64": True}
+    steps = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "save_steps": 2, "max_steps": 4}
+    settings = {**with_config(SHORT, **steps), "float64": True}
     whole = one_process(with_config(settings, save_strategy="no"))
     settings = {**with_config(settings, deepspeed=zero(3)), "sp_size": 2}
     killed = {**settings, "accident": {"kind": "SIGKILL", "step": 3}}
@@ -168,14 +174,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, saved, name, damage, has_
     assert last_good_checkpoint(tmp_path / "out").endswith("checkpoint-2")
 
 
-@pytest.mark.parametrize(
-    ("engine", "part"),
-    [
-        pytest.param("zero3", "*/zero_pp_rank_1_*optim_states.pt", marks=pytest.mark.slow),
-        ("fsdp2", "pytorch_model_fsdp_0/__1_0.distcp"),
-        pytest.param("fsdp2", "optimizer_0/.metadata", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "part"), PARTS)
 def test_a_damaged_part_of_a_rank_is_passed_over(tmp_path, workers, uninterrupted, engine, part):
     settings, environment = on_engine(engine, SHORT)
     environment = {**environment, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}

@@ -2,6 +2,7 @@
 
 import pytest
 
+from support.slow import slow_but_for
 from support.worker_settings import assert_same_training, with_config
 
 
@@ -10,17 +11,24 @@ pytest.importorskip("transformers.distributed.configuration_utils", reason="need
 CASES = {
     "plain": {"evaluate": True},
     "checkpointing": {"config": {"gradient_checkpointing": True}},
-    "packing and weights": {
-        "config": {"packing": True, "max_length": 256, "loss_reduction": "turn", "reasoning_weight": 0.3},
+    "all of these": {
+        "config": {
+            "packing": True,
+            "max_length": 256,
+            "loss_reduction": "turn",
+            "reasoning_weight": 0.3,
+            "gradient_accumulation_steps": 2,
+            "gradient_checkpointing": True,
+            "max_steps": 3,
+        },
         "evaluate": True,
     },
     "lora": {"lora": True, "same_adapter": True},
     "accumulation": {"config": {"gradient_accumulation_steps": 3, "max_steps": 3}},
-    "accumulation, checkpointing": {"config": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}},
     "experts and sinks": {"family": "gpt-oss", "config": {"router_aux_loss_coef": 0.0}},
     "load-balancing loss": {"family": "qwen3-moe"},
 }
-SIMPLE = ["plain", "checkpointing"]
+DEFAULT = ["all of these", "lora", "experts and sinks"]
 
 
 def in_parts(settings, batch_size=2, **sizes):
@@ -29,10 +37,8 @@ def in_parts(settings, batch_size=2, **sizes):
     return {**settings, "fsdp_on_cpu": True, "divided": sizes}
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if case in SIMPLE else ()) for case in CASES]
-)
-def test_six_steps(tmp_path, workers, one_process, case):
+@pytest.mark.parametrize("case", slow_but_for(DEFAULT, CASES))
+def test_steps(tmp_path, workers, one_process, case):
     alone = one_process(with_config(CASES[case], per_device_train_batch_size=2))
     run = workers.run(tmp_path, in_parts(CASES[case], tp_size=2), world_size=2)
     assert (run.world_size, run.tp_size, len(run.loss)) == (2, 2, len(alone.loss))
@@ -50,7 +56,7 @@ def test_divided_experts(tmp_path, workers, one_process):
 
 def test_with_fsdp(tmp_path, workers, one_process):
     """Two groups of two ranks, one row per group, and an epoch whose last row has no partner."""
-    settings = {"num_rows": 7, "config": {"max_steps": -1, "num_train_epochs": 2}}
+    settings = {"num_rows": 7, "config": {"max_steps": -1, "num_train_epochs": 1}}
     run = workers.run(tmp_path, in_parts(settings, batch_size=1, tp_size=2, fsdp_size=2), world_size=4)
     assert (run.world_size, run.tp_size, run.engine) == (4, 2, "FSDPQwen3ForCausalLM")
     assert_same_training(run, one_process(with_config(settings, per_device_train_batch_size=2)))

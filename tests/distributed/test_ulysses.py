@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from support.slow import slow_but_for
 from support.tiny_models import tiny_model
 from support.trainers import needs_weighted_loss
 from support.worker import training_conversations
@@ -26,29 +27,30 @@ def one_row_per_batch(accumulation=1, **settings):
 
 CASES = {
     "one row per step": one_row_per_batch(),
-    "two rows per step": one_row_per_batch(2, evaluate=True),
+    "two rows per step": one_row_per_batch(2, evaluate=True, config={"gradient_checkpointing": False}),
     "checkpointing": one_row_per_batch(2, config={"gradient_checkpointing": True}),
     "packing": one_row_per_batch(2, config={"packing": True, "max_length": 256}),
-    "lora": one_row_per_batch(3, lora=True),
+    "lora": one_row_per_batch(2, lora=True),
     "two epochs in random order": one_row_per_batch(
         5, config={"max_steps": -1, "num_train_epochs": 2, "train_sampling_strategy": "random"}
     ),
-    "weights": one_row_per_batch(2, config={"loss_reduction": "turn", "reasoning_weight": 0.3}),
+    "weights": one_row_per_batch(
+        2, config={"loss_reduction": "turn", "reasoning_weight": 0.3, "gradient_checkpointing": True}
+    ),
     "one key-value head": one_row_per_batch(2, model={"num_key_value_heads": 1}),
     "sliding windows": one_row_per_batch(2, family="gemma2"),
     "sinks": one_row_per_batch(2, family="gpt-oss", config={"router_aux_loss_coef": 0.0}),
 }
 IN_FLOAT64 = ["packing", "lora", "sinks"]
+DEFAULT = ["two rows per step", "weights", "one key-value head", "sliding windows"]
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if case in IN_FLOAT64 else ()) for case in CASES]
-)
-def test_six_steps(tmp_path, workers, one_process, case):
+@pytest.mark.parametrize("case", slow_but_for(DEFAULT, CASES))
+def test_steps(tmp_path, workers, one_process, case):
     alone = one_process(CASES[case])
     run = workers.run(tmp_path, shared(CASES[case]), world_size=2)
     assert (run.world_size, run.engine, run.zero_stage) == (2, "DeepSpeedEngine", 3)
-    assert len(run.loss) == 6
+    assert len(run.loss) == 4
     assert_same_training(run, alone)
     assert run.num_trained_tokens == alone.num_trained_tokens
     if "evaluate" in CASES[case]:
@@ -57,16 +59,18 @@ def test_six_steps(tmp_path, workers, one_process, case):
 
 @needs_weighted_loss  # whose fused head the worker keeps in float64
 @pytest.mark.parametrize("case", IN_FLOAT64)
-def test_six_steps_in_float64(tmp_path, workers, one_process, case):
+def test_steps_in_float64(tmp_path, workers, one_process, case):
     settings = {**CASES[case], "float64": True}
     run = workers.run(tmp_path, shared(settings), world_size=2)
     assert_same_training(run, one_process(settings), tolerance=1e-13)
 
 
-@pytest.mark.parametrize(("num_rows", "world_size", "accumulation"), [(7, 2, 1), (5, 4, 1), (7, 4, 2)])
+@pytest.mark.parametrize(
+    ("num_rows", "world_size", "accumulation"), slow_but_for([(7, 4, 2)], [(7, 2, 1), (5, 4, 1), (7, 4, 2)])
+)
 def test_every_row_is_trained_once_in_an_epoch(tmp_path, workers, one_process, num_rows, world_size, accumulation):
     """Rows that are no multiple of the ranks; with four ranks, two groups of two share rows."""
-    epochs = {"num_rows": num_rows, "config": {"max_steps": -1, "num_train_epochs": 2}}
+    epochs = {"num_rows": num_rows, "config": {"max_steps": -1, "num_train_epochs": 1}}
     run = workers.run(tmp_path, shared(one_row_per_batch(accumulation, **epochs)), world_size=world_size)
     assert run.world_size == world_size
     groups = world_size // 2
@@ -77,27 +81,26 @@ def test_every_row_is_trained_once_in_an_epoch(tmp_path, workers, one_process, n
     assert_same_training(run, one_process(one_row_per_batch(groups * accumulation, **epochs, rows=rows)))
 
 
-@pytest.mark.parametrize(
-    "engine", [(1, {}), (2, {}), (3, {"reduce_scatter": False})], ids=["zero1", "zero2", "zero3 without scatter"]
-)
-def test_gradients_that_deepspeed_doubles_are_corrected(tmp_path, workers, one_process, engine):
-    settings = one_row_per_batch(2)
-    run = workers.run(tmp_path, shared(settings, engine[0], **engine[1]), world_size=2)
-    assert run.zero_stage == engine[0]
-    assert_same_training(run, one_process(one_row_per_batch(2, evaluate=True)))
+@pytest.mark.parametrize("stage", slow_but_for([2], [1, 2, 3]))
+def test_gradients_that_deepspeed_doubles_are_corrected(tmp_path, workers, one_process, stage):
+    scatters = {"reduce_scatter": False} if stage == 3 else {}
+    run = workers.run(tmp_path, shared(one_row_per_batch(2), stage, **scatters), world_size=2)
+    assert run.zero_stage == stage
+    assert_same_training(run, one_process(CASES["two rows per step"]))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", slow_but_for([True], [False, True]))
 def test_what_is_sent_is_what_is_counted(tmp_path, workers, checkpointing):
-    """Six steps of one conversation; in float32, numbers take twice the bytes."""
-    config = {"gradient_checkpointing": checkpointing, "self_check": False}
+    """Two steps of one conversation; in float32, numbers take twice the bytes."""
+    config = {"gradient_checkpointing": checkpointing, "self_check": False, "max_steps": 2}
     settings = {"config": config, "rows": [{"messages": training_conversations()[3]}], "count_exchange": True}
     run = workers.run(tmp_path, shared(one_row_per_batch(**settings)), world_size=2)
     config = tiny_model("qwen3", num_attention_heads=4, num_key_value_heads=2).config
     counted = exchange_bytes(config, run.row_tokens, 2, passes=3 if checkpointing else 2)
-    assert run.exchanged == 6 * 2 * counted
+    assert run.exchanged == 2 * 2 * counted
 
 
+@pytest.mark.slow
 def test_bf16(tmp_path, workers, one_process):
     settings = one_row_per_batch(2, config={"bf16": True})
     run = workers.run(tmp_path, shared(settings), world_size=2)
@@ -106,11 +109,12 @@ def test_bf16(tmp_path, workers, one_process):
     assert run.grad_norm == pytest.approx(alone.grad_norm, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_parameters_in_cpu_memory(tmp_path, workers, one_process):
     device = {"device": "cpu"}
     settings = shared(one_row_per_batch(2), offload_optimizer=device, offload_param=device)
     run = workers.run(tmp_path, settings, world_size=2)
-    assert_same_training(run, one_process(one_row_per_batch(2, evaluate=True)))
+    assert_same_training(run, one_process(CASES["two rows per step"]))
 
 
 def test_doubled_gradients_are_noticed(tmp_path, workers):
@@ -129,6 +133,7 @@ def test_a_tree_is_never_trained_as_one_text(tmp_path, workers, wire):
     workers.assert_refused(tmp_path, {**settings, "break": wire}, "received no tree")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the conversations in ../shared")
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_real_conversations(tmp_path, workers, one_process, accumulation):
@@ -141,7 +146,7 @@ def test_real_conversations(tmp_path, workers, one_process, accumulation):
 
 @pytest.mark.parametrize(
     ("num_rows", "accumulation"),
-    [(7, 1), pytest.param(12, 1, marks=pytest.mark.slow), pytest.param(9, 2, marks=pytest.mark.slow)],
+    slow_but_for([(7, 1)], [(7, 1), (12, 1), (9, 2)]),
 )
 def test_batches_of_two_conversations(tmp_path, workers, one_process, num_rows, accumulation):
     """Each rank's batch is one row of two conversations; at the end of an epoch, some have one or none that is new."""

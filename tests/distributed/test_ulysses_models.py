@@ -6,10 +6,13 @@ threads, for many more models and sizes of groups: `tests/attention/test_shared_
 `tests/recurrent/test_shared_rows.py`.
 """
 
+import itertools
+
 import pytest
 
+from support.slow import slow_but_for
 from support.trainers import needs_weighted_loss
-from support.worker_settings import assert_same_training, in_waves, with_config, zero
+from support.worker_settings import assert_same_training, with_config, zero
 
 
 pytestmark = needs_weighted_loss  # whose fused head the worker keeps in float64
@@ -40,7 +43,7 @@ def assert_equal_under_ulysses(folder, workers, one_process, family, case, world
     alone = one_process(with_config(settings, gradient_accumulation_steps=world_size))
     settings = with_config(settings, gradient_accumulation_steps=2, deepspeed=zero(stage))
     if wave_tokens is not None:
-        settings = in_waves(settings, wave_tokens=wave_tokens)
+        settings = with_config(settings, wave_tokens=wave_tokens)
     run = workers.run(folder, {**settings, "sp_size": 2}, world_size=world_size)
     assert (run.world_size, run.zero_stage, len(run.loss)) == (world_size, stage, 2)
     assert run.num_trained_tokens == alone.num_trained_tokens
@@ -50,11 +53,7 @@ def assert_equal_under_ulysses(folder, workers, one_process, family, case, world
 
 @pytest.mark.parametrize(
     ("model", "case"),
-    [
-        pytest.param(model, case, marks=() if (model, case) in DEFAULT else pytest.mark.slow)
-        for model in MODELS
-        for case in CASES
-    ],
+    slow_but_for(DEFAULT, itertools.product(MODELS, CASES)),
 )
 def test_two_ranks(tmp_path, workers, one_process, model, case):
     assert_equal_under_ulysses(tmp_path, workers, one_process, MODELS[model], CASES[case])

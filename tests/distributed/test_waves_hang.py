@@ -5,7 +5,7 @@ import random
 import pytest
 
 from support.conversations import chat
-from support.worker_settings import in_waves, on_engine, with_config
+from support.worker_settings import on_engine, with_config
 
 
 RUNS = 16
@@ -20,7 +20,7 @@ def test_unequal_numbers_of_waves_end(tmp_path, workers, seed):
     size, checkpointing = draw.choice([1, 7, 16, 33, 64, 100]), draw.random() < 0.5
     settings = with_config({"rows": rows}, max_steps=2, gradient_checkpointing=checkpointing)
     settings, environment = on_engine(ENGINES[seed % len(ENGINES)], settings)
-    settings = in_waves(settings, wave_tokens=size)
+    settings = with_config(settings, wave_tokens=size)
     run = workers.run(tmp_path, settings, world_size=2, environment=environment, timeout=300)
     assert run.world_size == 2
     assert len(run.loss) == 2

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 
 from support.survey_pages import write_part
-from support.worker_settings import in_waves, on_engine, with_config, zero
+from support.worker_settings import on_engine, with_config, zero
 
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def on_two_ranks(engine, settings):
         settings, environment = {**with_config(settings, **config), "sp_size": 2}, {}
     else:
         settings, environment = on_engine(engine, settings)
-    return (in_waves(settings) if "wave_tokens" in settings["config"] else settings), environment
+    return settings, environment
 
 
 def largest_difference(ours, theirs):

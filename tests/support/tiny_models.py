@@ -2,11 +2,12 @@
 
 import inspect
 
-import pytest
 import torch
 import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from support.slow import slow_but_for
 
 
 VOCAB_SIZE = 97
@@ -43,9 +44,7 @@ HYBRIDS = [
 # One of each way to run: states at forks (delta rule, state space), convolution tails, whole paths, selected tokens.
 KINDS = ["qwen3_5_text", "bamba", "lfm2", "jamba", "deepseek_v32"]
 # One of each kind, and one whose layers take over what earlier ones selected; the others are tried by the slow tests.
-HYBRIDS_AND_SLOW = [
-    name if name in (*KINDS, "glm_moe_dsa") else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS
-]
+HYBRIDS_AND_SLOW = slow_but_for([*KINDS, "glm_moe_dsa"], HYBRIDS)
 
 # Set where a config has the attribute.
 SIZES = {

@@ -260,7 +260,7 @@ def build_trainer(settings):
         model = divided(model, folder_of(settings), settings["divided"])
     config = {
         **COMMON,
-        "max_steps": 6,
+        "max_steps": 4,
         "train_sampling_strategy": "sequential",
         "max_grad_norm": 1.0,
         "dataloader_pin_memory": False,

@@ -54,11 +54,6 @@ def on_engine(name, settings):
     return with_config(settings, deepspeed=zero(int(name[-1]))), {}
 
 
-def in_waves(settings, **config):
-    """Return settings that run rows in waves."""
-    return with_config(settings, **config)
-
-
 def assert_engine(run, engine, world_size=2):
     """Assert that no launch silently fell back to another engine, or to fewer processes."""
     wrapped, kind, stage = ENGINES[engine]
