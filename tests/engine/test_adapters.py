@@ -30,6 +30,7 @@ from support.float64_comparison import assert_same_loss_and_gradients
 from support.model_survey import branchy_chat
 from support.paired_trainers import train_both
 from support.planted_layers import plant, qwen3_model
+from support.slow import slow_but_for
 from support.tiny_models import tiny_model
 from support.trainers import float32_model, largest_difference, parameters, single_pass_trainer
 from support.tree_checks import TEXT, checked
@@ -48,6 +49,7 @@ TOLERANCE = 1e-6
 IS_OF_PAGE = Version(peft.__version__).release[:2] == Version(read_page()[0]).release[:2]
 # Those that most people train with, and one of each kind of layer.
 COMMON = ["LoraConfig", "LoraConfig(use_dora=True)", "IA3Config", "VeraConfig", "OFTConfig"]
+REFUSED = ["LoraConfig(alora_invocation_tokens=…)", "PromptTuningConfig", "ShadowConfig"]
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of adapters that start in unusual ways
     pytest.mark.skipif(not IS_OF_PAGE, reason="other releases of PEFT have other adapters and options"),
@@ -72,7 +74,7 @@ def test_every_tuner_type_is_in_the_table():
     assert surveyed_types() == set(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)
 
 
-@pytest.mark.parametrize("label", ADAPTERS)
+@pytest.mark.parametrize("label", slow_but_for([*COMMON, *REFUSED], ADAPTERS))
 def test_adapter_is_what_the_page_says(label, found):
     skip_without_packages(label)
     found[label] = survey(label)
@@ -94,7 +96,7 @@ def test_page_has_known_statuses_and_a_reason_for_each_refusal():
 
 @pytest.mark.parametrize(
     "label",
-    [label if label in COMMON else pytest.param(label, marks=pytest.mark.slow) for label in ADAPTERS],
+    slow_but_for(COMMON, ADAPTERS),
 )
 def test_trainers_move_an_adapter_as_stock_or_refuse_it(tmp_path, tokenizer, label):
     skip_without_packages(label)

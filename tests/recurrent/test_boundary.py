@@ -5,27 +5,7 @@ import pytest
 import torch
 
 from trl_singlepass.recurrent.boundary import BoundarySlots, RowBoundary
-from trl_singlepass.recurrent.schedule import ReplayMode
 from trl_singlepass.recurrent.states import BoundaryTensors
-from trl_singlepass.trees.rows import Run, TreePlan
-
-
-# Two tokens after slots 0 to 3 of an earlier row, which are positions 2 to 5.
-PLAN = TreePlan(2, (Run(0, 2, 4, ((2, 6),)),))
-
-
-def test_slots_that_each_mode_needs():
-    needed = {
-        mode: BoundarySlots.from_plans([PLAN], mode.schedule)
-        for mode in (ReplayMode(True), ReplayMode(False, reach=3), ReplayMode(False))
-    }
-    assert [slots.inputs.tolist() for slots in needed.values()] == [[3], [1, 2, 3], [0, 1, 2, 3]]
-    assert [sorted(slots.states) for slots in needed.values()] == [[2], [], []]
-
-
-def test_inputs_of_other_rows_follow_those_of_the_row():
-    boundary = RowBoundary(4, {}, BoundarySlots(np.array([2, 5]), frozenset()), {}, stores=True)
-    assert boundary.locate(np.array([1, 6, 9])).tolist() == [1, 4, 5]
 
 
 def test_gradients_of_stored_inputs_return_to_the_row_that_made_them():

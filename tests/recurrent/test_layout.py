@@ -10,22 +10,6 @@ from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.trees.sample import Sample
 
 
-def test_the_documented_row():
-    plan = plan_of_eleven()
-    layout = Layout(plan.length, path_schedule(plan), torch.device("cpu"))
-    assert layout.shapes == [(2, 7), (1, 4)]
-    assert layout.gather_index.tolist() == [*range(7), 0, 1, 2, 3, 7, 8, 8, 0, 1, 9, 10]
-    assert layout.scatter_index.tolist() == [*range(7), 11, 12, 16, 17]
-
-
-def test_packed_batches_of_the_documented_row():
-    plan = plan_of_eleven()
-    layout = Layout(plan.length, fork_schedule(plan, packed=True), torch.device("cpu"), packed=True)
-    assert layout.shapes == [(1, 2), (1, 2), (1, 7)]
-    assert layout.boundaries[-1].tolist() == [0, 3, 5, 7]
-    assert layout.gather_index.tolist() == list(range(11))
-
-
 def test_gradients_of_replayed_tokens_add_up_in_float32():
     tokens = torch.ones(2, 1, dtype=torch.bfloat16, requires_grad=True)
     SelectRepeatedly.apply(tokens, torch.zeros(1001, dtype=torch.long)).backward(torch.ones(1001, 1).bfloat16())

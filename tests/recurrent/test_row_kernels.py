@@ -3,7 +3,6 @@
 import sys
 from types import FunctionType
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,10 +12,10 @@ from support.model_survey import branchy_chat
 from support.sample_sets import branch_at_every_depth, reasoning_chat
 from support.tiny_models import model_of_type
 from support.trainers import needs_cached_states
-from support.tree_masks import plan_of_eleven, tree_of
+from support.tree_masks import tree_of
 from trl_singlepass.recurrent import path_dependent_layers
 from trl_singlepass.recurrent.introspection import find_row_kernels
-from trl_singlepass.recurrent.row_kernels import SCANS, RowKernels, insert_ancestors, takes_packed_sequences
+from trl_singlepass.recurrent.row_kernels import SCANS, RowKernels, takes_packed_sequences
 
 
 pytestmark = needs_cached_states
@@ -36,15 +35,6 @@ def modelling_module(model):
 @pytest.mark.parametrize("model_type", ON_THE_ROW)
 def test_families_that_run_once_over_the_row(model_type):
     assert modelling_module(model_of_type(model_type))
-
-
-def test_ancestors_of_the_documented_row():
-    gathered, kept = insert_ancestors(plan_of_eleven(), 2)
-    assert gathered.tolist() == [*range(7), 2, 3, 7, 8, 0, 1, 9, 10]
-    assert gathered[kept].tolist() == list(range(11))
-    gathered, kept = insert_ancestors(plan_of_eleven(), 3)
-    assert gathered.tolist() == [*range(7), 1, 2, 3, 7, 8, 11, 0, 1, 9, 10]
-    assert np.array_equal(gathered[kept], range(11))
 
 
 @pytest.mark.usefixtures("float64")

@@ -4,18 +4,9 @@ from hypothesis import given, settings
 
 from support.sample_sets import reasoning_chat, sample_sets
 from support.tree_masks import plan_of_eleven
-from trl_singlepass.recurrent.schedule import Piece, fork_schedule, last_tokens, path_schedule
+from trl_singlepass.recurrent.schedule import fork_schedule, path_schedule
 from trl_singlepass.trees.prefix_tree import PrefixTree
-from trl_singlepass.trees.rows import Row, Run, TreePlan
-
-
-def test_paths_of_the_documented_row():
-    schedule = path_schedule(plan_of_eleven())
-    assert [piece.ranges for piece in schedule.pieces] == [((0, 7),), ((0, 4), (7, 9)), ((0, 2), (9, 11))]
-    assert schedule.batches == ((0, 1), (2,))
-    schedule = path_schedule(plan_of_eleven(), reach=2)
-    assert [piece.ranges for piece in schedule.pieces] == [((0, 7),), ((2, 4), (7, 9)), ((0, 2), (9, 11))]
-    assert schedule.batches == ((0,), (1, 2))
+from trl_singlepass.trees.rows import Row, TreePlan
 
 
 def test_forks_of_the_documented_row():
@@ -25,27 +16,6 @@ def test_forks_of_the_documented_row():
     assert [piece.source for piece in schedule.pieces] == [-1, 0, 1, 1, 0]
     assert schedule.batches == ((0,), (1,), (2,), (3, 4))
     assert fork_schedule(plan_of_eleven(), packed=True).batches == ((0,), (1,), (2, 3, 4))
-
-
-def test_packed_pieces_of_several_trees_run_level_by_level():
-    rows = [Row.from_tree(PrefixTree.from_samples(reasoning_chat(3, seed=seed))) for seed in range(2)]
-    schedule = fork_schedule(TreePlan.from_rows(rows), packed=True)
-    *levels, branches = schedule.batches
-    assert [len(level) for level in levels] == [2] * len(levels)
-    assert all(schedule.pieces[index].is_source for level in levels for index in level)
-    assert not any(schedule.pieces[index].is_source for index in branches)
-
-
-def test_a_branch_of_an_earlier_row_replays_one_token_from_the_state_before_it():
-    # Two tokens after slots 0 to 3 of an earlier row: positions 2 to 5.
-    plan = TreePlan(2, (Run(0, 2, 4, ((2, 6),)),))
-    assert fork_schedule(plan).pieces == (Piece(((5, 6), (0, 2)), 1, source_token=4),)
-
-
-def test_the_last_tokens_of_a_path():
-    assert last_tokens(((0, 4), (7, 9)), 3) == ((3, 4), (7, 9))
-    assert last_tokens(((0, 4), (7, 9)), 9) == ((0, 4), (7, 9))
-    assert last_tokens(((0, 4), (7, 9)), 0) == ()
 
 
 def plan_of(samples):

@@ -6,6 +6,7 @@ from support.float64_comparison import CHECKPOINTING, in_float64
 from support.model_survey import branchy_chat
 from support.sample_sets import branch_at_every_depth, reasoning_chat
 from support.shared_rows import assert_shared_rows_equal_npass, share_rows, train_part
+from support.slow import slow_but_for
 from support.thread_ranks import on_ranks
 from support.tiny_models import HYBRIDS, model_of_type
 from support.wave_training import batch_of
@@ -26,7 +27,7 @@ def model_of(model_type, **overrides):
 
 def families(quick):
     """Return all model types, those that are not quick for the slow tests."""
-    return [name if name == quick else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS]
+    return slow_but_for([quick], HYBRIDS)
 
 
 @pytest.mark.parametrize("wave_tokens", [None, 20], ids=["row", "waves"])

@@ -8,9 +8,9 @@ from support.float64_comparison import forward
 from support.sample_sets import reasoning_chat
 from support.tiny_models import model_of_type
 from support.trainers import needs_cached_states
-from trl_singlepass.attention.context import Tree, running_on
+from trl_singlepass.attention.context import Tree
 from trl_singlepass.engine.enable import enable_tree
-from trl_singlepass.recurrent.tree_carrier import TreePaddingMask, find_tree
+from trl_singlepass.recurrent.tree_carrier import TreePaddingMask
 from trl_singlepass.trees.rows import TreePlan
 
 
@@ -39,15 +39,6 @@ def test_the_mask_is_taken_neither_for_padding_nor_for_all_ones(tree):
     assert mask.shape == (1, 3)
     assert not ((mask == 0) | (mask == 1)).any()
     assert not hasattr(mask == 0, "tree")
-
-
-def test_a_tree_is_found_in_arguments_and_in_dictionaries_of_them(tree):
-    mask = TreePaddingMask.from_tree(tree)
-    assert find_tree([torch.ones(1, 3), mask]) is tree
-    assert find_tree([None, {"full_attention": None, "linear_attention": mask}]) is tree
-    assert find_tree([None]) is None
-    with running_on(tree):
-        assert find_tree([None]) is tree
 
 
 @needs_cached_states

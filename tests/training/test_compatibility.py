@@ -5,12 +5,11 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from peft import AdaptionPromptConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from support.conversations import chat, tool_chat
 from support.pairs import SINGLE_TURNS
-from support.tiny_models import model_of_type
 from support.tiny_multimodal import tiny_conditional
 from support.trainers import SETTINGS, as_dataset, float32_model, largest_difference, single_pass_trainer
 from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, SinglePassSFTConfig, SinglePassSFTTrainer
@@ -21,7 +20,6 @@ pytestmark = pytest.mark.filterwarnings(
     # Deprecations of TRL and transformers that a user who sets these arguments sees in stock training as well.
     "ignore:.*(is|are) deprecated.*:FutureWarning",
 )
-TINY = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 16}
 CHATS = [chat(3), chat(2, seed=1), tool_chat()]
 
 
@@ -43,21 +41,6 @@ def test_models_that_do_not_take_attention_from_outside_are_refused():
     model = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2))
     with pytest.raises(UnsupportedModelError, match="BloomForCausalLM does not take its attention function"):
         enable_tree(model)
-
-
-def test_models_in_8_bits_are_refused():
-    model = model_of_type("qwen3")
-    model.is_loaded_in_8bit = True  # as transformers marks it
-    with pytest.raises(UnsupportedModelError, match=r"is loaded in 8 bits \(load_in_8bit\).*Use load_in_4bit"):
-        enable_tree(model)
-
-
-def test_a_vocabulary_padded_in_the_embedding_alone_is_accepted():
-    if not hasattr(transformers, "Inkling2ForCausalLM"):
-        pytest.skip("transformers has no Inkling2ForCausalLM")
-    model = model_of_type("inkling2_text", vocab_size=128)
-    assert model.get_output_embeddings().out_features < model.get_input_embeddings().num_embeddings
-    check_model(model)
 
 
 def test_images_are_refused(tmp_path, tokenizer):
@@ -118,38 +101,9 @@ def test_a_model_that_is_compiled_in_place_trains_as_one_that_is_not(tmp_path, t
     assert largest_difference(*both) <= 1e-6
 
 
-def test_prompt_learning_is_refused(tmp_path, tokenizer):
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    with pytest.raises(ValueError, match="PromptTuningConfig"):
-        single_pass_trainer(tmp_path, tokenizer, CHATS, kwargs={"peft_config": config})
-    with pytest.raises(ValueError, match="PromptTuningConfig"):
-        single_pass_trainer(tmp_path, tokenizer, CHATS, get_peft_model(float32_model(tokenizer), config))
-
-
 def test_a_collator_that_would_lose_the_tree_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="data_collator=function would drop the tree"):
         single_pass_trainer(tmp_path, tokenizer, CHATS, kwargs={"data_collator": lambda rows: rows})
-
-
-@pytest.mark.parametrize(
-    ("config", "refused"),
-    [({"save_strategy": "epoch"}, True), ({"save_strategy": "steps", "save_only_model": True}, False), ({}, False)],
-)
-def test_an_optimizer_that_cannot_be_saved_is_refused_before_the_data_is_prepared(
-    tmp_path, tokenizer, monkeypatch, config, refused
-):
-    class PreparesDataError(Exception):
-        pass
-
-    def prepare(*args):
-        raise PreparesDataError
-
-    monkeypatch.setattr(SinglePassSFTTrainer, "_prepare_dataset", prepare)
-    model = float32_model(tokenizer)
-    model._is_distributed_loading_by_transformers = True  # as `from_pretrained(distributed_config=…)` does
-    expected = pytest.raises(ValueError, match=r"save_strategy='epoch'.*save_only_model=True.*FSDP2 or ZeRO-3")
-    with expected if refused else pytest.raises(PreparesDataError):
-        single_pass_trainer(tmp_path, tokenizer, CHATS, model, **config)
 
 
 def test_a_refused_model_is_named_before_the_dataset_is_prepared(tmp_path, tokenizer, monkeypatch):
@@ -166,10 +120,3 @@ def test_attention_dropout_stops_the_first_step(tmp_path, tokenizer):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match=r"GPT2Attention asks for attention dropout 0\.1"):
         single_pass_trainer(tmp_path, tokenizer, CHATS, model).train()
-
-
-def test_liger_without_its_package_is_refused_before_the_data_is_prepared(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("trl_singlepass.training.refusals.is_liger_kernel_available", lambda: False)
-    monkeypatch.setattr(SinglePassSFTTrainer, "_prepare_dataset", lambda *_: pytest.fail("prepared the data"))
-    with pytest.raises(ImportError, match="use_liger_kernel=True"):
-        single_pass_trainer(tmp_path, tokenizer, CHATS, use_liger_kernel=True)

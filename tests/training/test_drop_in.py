@@ -1,23 +1,23 @@
 """In the place of TRL's trainer: its signature, its arguments, and every kind of dataset that its own tests train."""
 
 import inspect
+import itertools
 import json
 import logging
 from dataclasses import dataclass
 
 import datasets
-import numpy as np
 import pytest
 import torch
 import transformers
 import trl
 from packaging.version import Version
-from peft import LoraConfig, PromptTuningConfig
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS, chat, expand, tool_chat
+from support.slow import slow_but_for
 from support.trainers import (
     SETTINGS,
     as_dataset,
@@ -160,15 +160,6 @@ def test_formatting_func_trains_text_and_says_so(tmp_path, tokenizer, log):
     assert ours.evaluate()["eval_loss"] == stock.evaluate()["eval_loss"]
 
 
-def test_formatted_text_takes_collators_and_prompt_tuning(tmp_path, tokenizer):
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    collator = stock_trainer(tmp_path, tokenizer, TEXT).data_collator
-    for kwargs in ({"peft_config": config}, {"data_collator": lambda rows: collator(rows)}):
-        trainer = single_pass_trainer(tmp_path, tokenizer, CHATS, kwargs={"formatting_func": as_lines, **kwargs})
-        trainer.train()
-        assert logged(trainer, "loss")
-
-
 def test_formatting_func_has_to_return_text(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"formatting_func returned list, and text \(str\) was expected"):
         single_pass_trainer(
@@ -184,15 +175,12 @@ FORMATS = {
     "tokenised": [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 3,
     "tokenised, with a mask": [{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 1, 1, 0]}] * 3,
 }
+DEFAULT = [(name, None) for name in FORMATS] + [("tokenised", "bfd")]
 
 
 @pytest.mark.parametrize(
     ("format_of_rows", "packing"),
-    [
-        pytest.param(name, packing, marks=() if packing is None or name == "tokenised" else pytest.mark.slow)
-        for name in FORMATS
-        for packing in (None, "bfd", "wrapped")
-    ],
+    slow_but_for(DEFAULT, itertools.product(FORMATS, (None, "bfd", "wrapped"))),
 )
 @pytest.mark.parametrize("is_stream", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["stored", "stream"])
 def test_what_has_one_turn_trains_as_in_stock(tmp_path, tokenizer, format_of_rows, is_stream, packing):
@@ -239,8 +227,7 @@ def predictions(trainer, rows):
 
 
 @needs_weighted_loss  # older releases hand no logits on
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-@pytest.mark.parametrize("multiple", [None, 64])
+@pytest.mark.parametrize(("batch_size", "multiple"), [(1, 64), (2, None), (3, 64)])
 def test_predictions_have_one_row_per_example(tmp_path, tokenizer, batch_size, multiple):
     rows = [expand(chat(1, seed=seed))[0] for seed in (0, 2, 1)]
     settings = {"per_device_eval_batch_size": batch_size, "pad_to_multiple_of": multiple}
@@ -313,16 +300,6 @@ def test_tools_reach_the_prompt(tmp_path, tokenizer, tools):
     rows = [{"messages": tool_chat(), "tools": tools}]
     trainer = single_pass_trainer(tmp_path, tokenizer, rows)
     assert "Add two numbers." in tokenizer.decode(trainer.train_dataset[0]["input_ids"])
-
-
-def test_lora_may_come_with_gradient_checkpointing(tmp_path, tokenizer):
-    kwargs = {"peft_config": LoraConfig(r=4)}
-    trainer = single_pass_trainer(tmp_path, tokenizer, CHATS, kwargs=kwargs, gradient_checkpointing=True)
-    trainer.train()
-    without = single_pass_trainer(tmp_path, tokenizer, CHATS, kwargs=kwargs, gradient_checkpointing=False)
-    without.train()
-    assert logged(trainer, "loss") == pytest.approx(logged(without, "loss"), abs=1e-6)
-    assert all(np.isfinite(logged(trainer, "grad_norm")))
 
 
 def test_a_training_set_is_required(tmp_path, tokenizer):

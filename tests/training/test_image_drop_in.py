@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from support.slow import slow_but_for
 from support.tiny_vision import screen, tiny_vision_model
 from support.trainers import as_dataset, single_pass_trainer
 
@@ -37,9 +38,7 @@ CASES = {
 QUICK = ("language modeling", "text only", "packing")
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("case", slow_but_for(QUICK, CASES))
 def test_every_form_trains(tmp_path, case):
     row, settings = CASES[case]
     model, processor = tiny_vision_model("qwen3_vl")

@@ -1,5 +1,6 @@
 """Training on rows with images: what the trainer gives the model, and what it refuses."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from support.conversations import chat
 from support.image_models import FAMILIES, image_model
 from support.image_rows import HandMadeImages, image_collator, image_rows, image_sample_sets
 from support.sample_sets import reasoning_chat
+from support.slow import slow_but_for
 from support.trainers import SETTINGS, as_dataset, float32_model
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.data.collator import DataCollatorForSinglePass
@@ -34,11 +36,7 @@ def image_trainer(tmp_path, model, family, sample_sets, collator=None, **setting
 
 @pytest.mark.parametrize(
     ("family", "batch_size"),
-    [
-        ("qwen3_vl", 1),
-        ("gemma3", 4),
-        *(pytest.param(family, size, marks=pytest.mark.slow) for family in FAMILIES for size in (1, 2, 4)),
-    ],
+    slow_but_for([("qwen3_vl", 1), ("gemma3", 4)], itertools.product(FAMILIES, (1, 2, 4))),
 )
 def test_one_step_equals_npass(tmp_path, family, batch_size):
     model = image_model(family, torch.float32)

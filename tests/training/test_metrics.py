@@ -101,12 +101,14 @@ def npass_metrics(model, tokenizer, conversations, **settings):
 
 
 CASES = {
-    "one row each": {},
     "accumulation": {"gradient_accumulation_steps": 2},
-    "packing": {"packing": True, "max_row_tokens": 400},
-    "splitting": {"max_row_tokens": 180},
-    "waves": {"wave_tokens": 40},
-    "weights": {"loss_reduction": "turn", "reasoning_weight": 0.25},
+    "packing, weights": {
+        "packing": True,
+        "max_row_tokens": 400,
+        "loss_reduction": "turn",
+        "reasoning_weight": 0.25,
+    },
+    "splitting, waves": {"max_row_tokens": 180, "wave_tokens": 40},
     "last turn": {"train_turns": "last"},
 }
 

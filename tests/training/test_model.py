@@ -18,6 +18,7 @@ from support.model_survey import (
     survey,
     write_page,
 )
+from support.slow import slow_but_for
 from support.survey_pages import STATUSES
 from support.tiny_models import CANNOT_BE_BUILT as TYPES_THAT_CANNOT
 from support.tiny_models import KINDS
@@ -50,7 +51,7 @@ def why_not_built(table, name):
 
 @pytest.mark.parametrize(
     ("table", "name"),
-    [row if row in FAST else pytest.param(*row, marks=pytest.mark.slow) for row in rows()],
+    slow_but_for(FAST, rows()),
 )
 def test_model_is_what_the_page_says(table, name, found):
     if (why := why_not_built(table, name)) is not None:

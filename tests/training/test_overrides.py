@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from trl import SFTTrainer
 
-from support.trainers import overridden, own_classes, own_methods
+from support.trainers import overridden, own_classes
 from trl_singlepass import SinglePassSFTTrainer
 
 
@@ -20,17 +20,6 @@ def test_the_page_lists_each_overridden_method_once():
     assert sorted(row[0].strip("`") for row in TABLE) == sorted(overridden(SinglePassSFTTrainer))
 
 
-def test_other_methods_have_names_that_no_base_uses():
-    own = {"_check_model", "_checked_collator", "_enable_tree", "_epoch", "_pop_training_metrics", "_without_repeats"}
-    assert own_methods(SinglePassSFTTrainer) - overridden(SinglePassSFTTrainer) == own
-
-
-@pytest.mark.parametrize(("method", "library"), [(row[0].strip("`"), row[1]) for row in TABLE])
-def test_the_page_names_the_library_whose_method_runs_without_ours(method, library):
-    owner = next(cls for cls in SFTTrainer.__mro__ if method in vars(cls))
-    assert owner.__module__.split(".")[0] == library.lower()
-
-
 @pytest.mark.parametrize("method", [row[0].strip("`") for row in TABLE if row[0] != "`__init__`"])
 def test_an_override_takes_the_arguments_of_the_method_and_says_why_it_is_there(method):
     inherited = inspect.signature(getattr(SFTTrainer, method)).parameters.values()
@@ -41,12 +30,3 @@ def test_an_override_takes_the_arguments_of_the_method_and_says_why_it_is_there(
         lines = inspect.getdoc(ours).splitlines()
         assert len(lines) == 1
         assert re.fullmatch(r"[A-Z][^;]+; [^;]+\.", lines[0]), "what it changes; why the original is not enough"
-
-
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0].strip("`"))
-def test_every_row_gives_a_difference_a_reason_and_helpers_that_exist(row):
-    _, _, difference, reason, helpers = row
-    assert len(difference.split()) >= 3
-    assert len(reason.split()) >= 4
-    for helper in re.findall(r"`([\w./]+)`", helpers):
-        assert (ROOT / "trl_singlepass" / "training" / helper).is_file()

@@ -7,6 +7,7 @@ import trl
 from packaging.version import Version
 from torch.utils.data import SequentialSampler
 
+from support.slow import slow_but_for
 from support.tiny_multimodal import model_for
 from support.token_mean_reference import (
     after_steps,
@@ -21,13 +22,11 @@ from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 
 
 # The Trainer counts no tokens for these.
-UNCOUNTED = [
-    "Qwen3VLForConditionalGeneration",
-    pytest.param("Qwen3_5ForConditionalGeneration", marks=pytest.mark.slow),
-    pytest.param("Qwen3_5MoeForConditionalGeneration", marks=pytest.mark.slow),
-    "Gemma4ForConditionalGeneration",
-]
-CLASSES = [*UNCOUNTED, "Gemma3ForConditionalGeneration", "Qwen3ForCausalLM"]
+UNCOUNTED = slow_but_for(
+    ["Qwen3VLForConditionalGeneration"],
+    [f"{name}ForConditionalGeneration" for name in ("Qwen3VL", "Qwen3_5", "Qwen3_5Moe", "Gemma4")],
+)
+CLASSES = [*UNCOUNTED, *slow_but_for(["Qwen3ForCausalLM"], ["Gemma3ForConditionalGeneration", "Qwen3ForCausalLM"])]
 ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "learning_rate": 0.02}
 pytestmark = [
     needs_weighted_loss,  # older releases of TRL are refused
@@ -66,7 +65,7 @@ def assert_token_mean(trainer, model, *steps):
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 2), (1, 4)])
+@pytest.mark.parametrize(("batch_size", "accumulation"), slow_but_for([(2, 2)], [(2, 2), (1, 4)]))
 def test_accumulated_batches_of_unequal_length(tmp_path, tokenizer, class_name, batch_size, accumulation):
     model, rows = model_for(class_name, tokenizer), conversations(len(tokenizer))
     settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}

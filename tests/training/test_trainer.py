@@ -5,7 +5,6 @@ import logging
 import warnings
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -115,27 +114,6 @@ def test_what_max_length_takes_is_counted_in_the_log(tmp_path, tokenizer, caplog
         single_pass_trainer(tmp_path, tokenizer, CHATS[:1], max_length=max_length)
     assert f"3 turns of 1 conversations; not trained: {lost} completion tokens past max_length" in caplog.text
     assert "in 1 turns that are trained in part and 1 turns dropped whole (0 conversations" in caplog.text
-
-
-@pytest.mark.parametrize(("settings", "bound"), [((None, 40), "max_row_tokens"), ((40, 41), "max_length")])
-def test_the_log_names_the_setting_that_turns_are_longer_than(tmp_path, tokenizer, caplog, settings, bound):
-    stream = as_dataset(CHATS[:1]).to_iterable_dataset()
-    for dataset in (CHATS[:1], stream):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING), transformers_logs_propagate():
-            trainer = single_pass_trainer(
-                tmp_path, tokenizer, dataset, max_length=settings[0], max_row_tokens=settings[1]
-            )
-            next(iter(trainer.train_dataset), None)
-        assert f"completion tokens past {bound}, in" in caplog.text
-
-
-def test_what_max_length_takes_of_a_stream_is_counted_as_it_comes(tmp_path, tokenizer, caplog):
-    stream = as_dataset(CHATS[:1]).to_iterable_dataset()
-    trainer = single_pass_trainer(tmp_path, tokenizer, stream, max_length=40)
-    with caplog.at_level(logging.WARNING), transformers_logs_propagate():
-        assert len(list(trainer.train_dataset)) <= 1
-    assert "Stream of the train dataset so far: 3 turns of 1 conversations; not trained: " in caplog.text
 
 
 def test_a_dataset_of_which_nothing_is_left_is_refused(tmp_path, tokenizer):
@@ -253,19 +231,6 @@ def test_loss_weights_reach_loss_and_gradients(tmp_path, tokenizer, accumulation
     )
 
 
-@needs_weighted_loss
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [({"loss_type": "dft"}, "loss_type='dft'"), ({"label_smoothing_factor": 0.1}, "label_smoothing_factor")],
-)
-def test_losses_that_cannot_read_weights_refuse_them(tmp_path, tokenizer, settings, name):
-    row = Row.from_tree(PrefixTree.from_samples(weighted_samples())).columns()
-    dataset = datasets.Dataset.from_list([{name: column.tolist() for name, column in row.items()}])
-    trainer = single_pass_trainer(tmp_path, tokenizer, dataset, **settings)
-    with pytest.raises(ValueError, match=f"{name} does not work with loss weights"):
-        trainer.train()
-
-
 @pytest.mark.parametrize(
     ("saved", "settings"),
     [(2, {"max_steps": 4}), (len(CHATS), {"num_train_epochs": 2, "max_steps": -1, "ignore_data_skip": True})],
@@ -359,18 +324,6 @@ def test_training_arguments_and_no_arguments_are_taken(tmp_path, tokenizer, monk
     assert SinglePassSFTTrainer(model, **kwargs).args.output_dir == "tiny-SinglePassSFT"
 
 
-def test_settings_that_a_single_pass_makes_redundant_change_nothing(tmp_path, tokenizer):
-    plain = single_pass_trainer(tmp_path, tokenizer, CHATS)
-    redundant = single_pass_trainer(tmp_path, tokenizer, CHATS, assistant_only_loss=True, padding_free=True)
-    assert plain.train_dataset[:] == redundant.train_dataset[:]
-
-
-def test_the_users_config_is_not_changed(tmp_path, tokenizer):
-    config = SinglePassSFTConfig(str(tmp_path), assistant_only_loss=True, **SETTINGS)
-    SinglePassSFTTrainer(float32_model(tokenizer), config, train_dataset=as_dataset(CHATS), processing_class=tokenizer)
-    assert config.assistant_only_loss
-
-
 def test_padding_to_a_multiple_trains_the_same(tmp_path, tokenizer):
     plain = single_pass_trainer(tmp_path, tokenizer, CHATS)
     padded = single_pass_trainer(tmp_path, tokenizer, CHATS, pad_to_multiple_of=64)
@@ -379,17 +332,6 @@ def test_padding_to_a_multiple_trains_the_same(tmp_path, tokenizer):
     plain.train()
     padded.train()
     assert largest_difference(plain, padded) < 1e-6
-
-
-def test_the_collator_needs_no_device_to_know_the_tree(tmp_path, tokenizer):
-    trainer = single_pass_trainer(tmp_path, tokenizer, CHATS)
-    batch = trainer.data_collator(list(trainer.train_dataset))
-    plan = batch["tree"].plan
-    assert plan.length == batch["input_ids"].shape[1]
-    assert np.array_equal(plan.depths(), batch["position_ids"][0].numpy())
-    assert plan.num_sample_tokens == int(batch["attention_mask"].sum())
-    assert len(plan.example_ends) == len(CHATS)
-    assert batch["tree"].loss_weights is None
 
 
 @pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": False}])

@@ -102,15 +102,6 @@ def test_a_history_that_fits_beside_a_branch_is_kept():
         assert cut.num_repeated == history
 
 
-def test_no_size_lets_more_tokens_of_a_chat_be_alive():
-    tree_plan = batch_of([reasoning_chat(turns=6)])["tree"].plan
-    plans = [(size, WavePlan.from_tree_plan(tree_plan, size)) for size in range(1, tree_plan.length + 1)]
-    assert {plan.waves[0].is_kept for _, plan in plans} == {False, True}
-    for size, plan in plans:
-        assert plan.peak_tokens <= size
-        assert all(len(wave) + (plan.waves[0].is_kept and len(plan.waves[0])) <= size for wave in plan.waves[1:])
-
-
 @pytest.mark.parametrize("turns", [4, 16])
 def test_long_chains_run_all_but_their_last_piece_twice(turns):
     plan = WavePlan.from_tree_plan(TreePlan.from_subtree_end(np.full(10 * turns, 10 * turns)), 10)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from support.float64_comparison import checkpoint_layers
 from support.model_survey import branchy_chat
 from support.sample_sets import branch_at_every_depth, nested_forks, reasoning_chat, sample_sets
+from support.slow import slow_but_for
 from support.tiny_models import HYBRIDS, HYBRIDS_AND_SLOW, KINDS, model_of_type
 from support.wave_training import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
 from trl_singlepass.engine.enable import enable_tree
@@ -27,11 +28,6 @@ def model_of(model_type, **overrides):
 
 
 @pytest.mark.parametrize("model_type", HYBRIDS_AND_SLOW)
-def test_branches_at_every_depth_shorter_than_the_convolution(model_type):
-    assert_waves_equal_npass(model_of(model_type), [branch_at_every_depth()], [10])
-
-
-@pytest.mark.parametrize("model_type", HYBRIDS_AND_SLOW)
 def test_chat_with_short_branches(model_type):
     assert_waves_equal_npass(model_of(model_type), [branchy_chat()], [4, 40])
 
@@ -39,7 +35,7 @@ def test_chat_with_short_branches(model_type):
 @pytest.mark.parametrize("model_type", KINDS)
 def test_sizes_from_one_token_to_the_row(model_type):
     length = batch_of([branch_at_every_depth()])["input_ids"].shape[1]
-    assert_waves_equal_npass(model_of(model_type), [branch_at_every_depth()], [1, 2, 3, 7, 20, length])
+    assert_waves_equal_npass(model_of(model_type), [branch_at_every_depth()], [1, 7, length])
 
 
 @pytest.mark.slow
@@ -52,13 +48,13 @@ def test_every_size(model_type):
         assert_waves_equal_npass(model_of(model_type), [samples], sizes)
 
 
-@pytest.mark.parametrize("keep_history", [True, False])
 @pytest.mark.parametrize("model_type", KINDS)
-def test_nested_forks(model_type, keep_history):
-    assert_waves_equal_npass(model_of(model_type), [nested_forks(3, 2)], [4, 30], keep_history=keep_history)
+def test_nested_forks(model_type):
+    assert_waves_equal_npass(model_of(model_type), [nested_forks(2, 2)], [4], keep_history=True)
+    assert_waves_equal_npass(model_of(model_type), [nested_forks(2, 2)], [4], keep_history=False)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("use_reentrant", slow_but_for([False], [False, True]))
 @pytest.mark.parametrize("model_type", HYBRIDS_AND_SLOW)
 def test_gradient_checkpointing(model_type, use_reentrant):
     model = model_of(model_type)
@@ -76,7 +72,7 @@ def test_several_conversations_in_one_row_with_padding(model_type):
 
 
 @pytest.mark.parametrize("model_type", KINDS)
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(samples=sample_sets(), size=st.integers(1, 50), keep=st.booleans())
 def test_random_trees(model_type, samples, size, keep):
     assert_waves_equal_npass(model_of(model_type), [samples], [size], keep_history=keep)
@@ -94,7 +90,7 @@ def test_many_random_trees(model_type, samples, size, keep):
 def test_frozen_embeddings(model_type):
     model = model_of(model_type)
     model.get_input_embeddings().requires_grad_(False)  # the inputs of the first layer then have no gradients
-    assert_waves_equal_npass(model, [branch_at_every_depth()], [1, 9])
+    assert_waves_equal_npass(model, [branch_at_every_depth()], [9])
 
 
 @pytest.mark.parametrize("model_type", KINDS)

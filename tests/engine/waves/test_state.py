@@ -9,18 +9,13 @@ from support.lazy_streams import LazyStreams
 from support.model_survey import branchy_chat
 from support.sample_sets import reasoning_chat
 from support.tiny_models import tiny_model
-from support.tree_masks import plan_of_eleven
 from support.varlen_reference import ReferenceKernel, switch
 from support.wave_training import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
 from trl_singlepass.attention import blocks, flash, offload, registry
-from trl_singlepass.attention.context import Tree
 from trl_singlepass.attention.kv_cache import KVCacheView
-from trl_singlepass.attention.row_group import RowGroup
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree
-from trl_singlepass.engine.waves import Wave, WavePlan, WaveRunner, WaveTree
-from trl_singlepass.engine.waves.subplan import RangeMap
-from trl_singlepass.engine.waves.tree import GroupCache
+from trl_singlepass.engine.waves import WaveRunner
 
 
 pytestmark = [
@@ -123,29 +118,3 @@ def test_keys_and_values_of_the_next_layer_are_fetched_ahead(monkeypatch):
     monkeypatch.setattr(offload.HostCopies, "fetch", record)
     train_in_waves(model, batch, plan_of(batch, 30), offload=True)
     assert sum(ahead) == len(ahead) * 7 / 8  # all but the first of four layers, forward: its backward comes last
-
-
-def test_slots_of_a_window_in_the_documented_row():
-    plan = plan_of_eleven()
-    group = WavePlan.from_tree_plan(plan, 5).groups[0]
-    cache = GroupCache(plan, group)
-    slots = {local_size: cache.get_window_slots(local_size).tolist() for local_size in (None, 1, 2, 3)}
-    assert slots == {None: [0, 1, 2, 3], 1: [], 2: [1, 3], 3: [0, 1, 2, 3]}
-    assert cache.get_handed_on(RangeMap.consecutive([(0, 4)]), group[0]) == ((0, 4, 0),)
-
-
-def test_a_wave_that_ranks_share_is_padded_with_a_chain():
-    """Tokens 7 to 10 of the row of eleven, on three ranks with two tokens each."""
-    row = plan_of_eleven()
-    ends = torch.tensor([[11, 11, 9, 9, 7, 7, 7, 9, 9, 11, 11]])
-    tree = Tree(row, ends, torch.from_numpy(row.depths())[None], group=RowGroup(None, size=3, rank=0))
-    (group,) = WavePlan.from_tree_plan(row, 5, keep_history=False).groups
-    cache = GroupCache(row, group)
-    wave = Wave(7, 11, ())
-    padded = WaveTree.from_wave(wave, ((7, 11),), cache, tree, stores=False)
-    assert padded.group is tree.group
-    assert padded.subtree_end.tolist() == [[2, 2, 4, 4, 6, 6]]
-    assert padded.depth.tolist() == [[4, 5, 2, 3, 0, 1]]
-    # Ancestors are slots, which follow the padding: token 3 is slot 3, at position 9.
-    runs = [(run.start, run.end, run.depth, run.prefix) for run in padded.plan.runs]
-    assert runs == [(0, 2, 4, ((6, 10),)), (2, 4, 2, ((6, 8),)), (4, 6, 0, ())]

@@ -1,6 +1,5 @@
 """Some tokens of a row as a row of their own: each sees the ancestors that it has in the row."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,15 +15,6 @@ def test_a_wave_of_the_documented_row():
     row = plan_of_eleven()
     wave, slots = RangeMap.consecutive([(7, 11)]), RangeMap.consecutive([(0, 4)])
     assert make_subplan(row, wave, slots) == TreePlan(4, (Run(0, 2, 4, ((4, 8),)), Run(2, 4, 2, ((4, 6),))))
-
-
-def test_ranges_one_after_the_other():
-    ranges = RangeMap.consecutive([(0, 4), (9, 11)])
-    assert len(ranges) == 6
-    assert list(ranges.locate(10, 11)) == [(5, 6)]
-    assert list(RangeMap.consecutive([(0, 4), (4, 6)]).locate(2, 6)) == [(2, 4), (4, 6)]
-    with pytest.raises(AssertionError, match=r"tokens \[4, 5\) are not all in"):
-        list(ranges.locate(4, 5))
 
 
 def plan_of(sample_sets):
