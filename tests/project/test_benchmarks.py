@@ -62,12 +62,6 @@ def test_samples_that_leave_one_at_the_same_place_share_nothing_more():
     assert get_shape(make_samples(shape, vocabulary=1000)) == shape
 
 
-def test_causal_row_is_as_long_as_the_tree_and_not_the_same_step(reference):
-    loss, gradient = loss_and_gradient("causal_row")
-    assert loss != pytest.approx(reference[0], rel=1e-4)
-    assert gradient.isfinite().all()
-
-
 def measured(mode, seconds, **changes):
     return {"mode": mode, "turns": 2, "seconds": seconds, "bytes": 2**20, "loss": 1.0, "norm": 2.0, **changes}
 
@@ -106,22 +100,6 @@ def test_report_compares_the_fastest_of_each(tmp_path, monkeypatch):
     assert "| 2 | 2.00 s | 1.50 s | 1.00 s |" in text
 
 
-def test_summary_has_the_chats_in_waves_too_and_the_longest_agent_conversation(monkeypatch):
-    monkeypatch.setattr(report, "SUMMARY_TURNS", (2,))
-    agents = result(
-        *(
-            measured(mode, seconds * turns, turns=turns, shape=report.SUMMARY_SHAPE)
-            for turns in (2, 3)
-            for mode, seconds in (("single_pass", 1), ("npass_sequential", 5))
-        )
-    )
-    agents["counted"] = [{**agents["counted"][0], "turns": turns, "shape": report.SUMMARY_SHAPE} for turns in (2, 3)]
-    text = report.summary(SPEED, agents, result(measured("waves", 1.0, bytes=2**31)))
-    chat, agent = text.splitlines()[2:]
-    assert chat == "| chat, 2 turns | 4.0 s | 2.0 s | **2.00×** | 0.0 GiB | 0.0 GiB | 2.0 GiB |"
-    assert agent == "| agent (τ-bench), 3 turns | 15.0 s | 3.0 s | **5.00×** | 0.0 GiB | 0.0 GiB | not measured |"
-
-
 def test_pages_say_what_the_committed_results_say(tmp_path, monkeypatch):
     for name in ("README", "PAGE", "CHECK"):
         page = getattr(report, name)
@@ -146,30 +124,11 @@ def test_report_refuses_measurements_of_different_steps():
         report.speed_rows(wrong)
 
 
-def test_report_gives_the_ratio_of_peak_memory():
-    memory = result(
-        measured("single_pass", 1.0, bytes=3 * 2**20), measured("causal_row", 1.0, bytes=2**21), kind="row_memory"
-    )
-    assert "3 MiB as a tree, 2 MiB as a plain causal row (ratio 1.50)" in report.memory_section(memory, "memory.json")
-
-
 @pytest.mark.parametrize("mode", step_profile.MODES)
 def test_the_profile_finds_matrix_products_and_attention(mode):
     seconds = step_profile.seconds_by_kind(Case(mode, 2, 0, True, "cpu", "float32"))
     assert list(seconds) == ["matrix products", "attention", "everything else"]
     assert min(seconds.values()) > 0
-
-
-def test_report_gives_shares_of_operations_and_what_memory_costs():
-    used = {"user_seconds": 3.0, "system_seconds": 1.0, "page_faults": 1000}
-    profiled = result(kind="step_profile") | {
-        "turns": 2,
-        "operations": {"single_pass": {"matrix products": 3.0, "attention": 0.5, "everything else": 0.5}},
-        "memory": {"single_pass": {"returned": used}},
-    }
-    text = report.profile_section(profiled, "profile.json")
-    assert "| single pass | 75% | 12% | 12% |" in text
-    assert "- single pass: 1.00 s of 4.00 s where freed memory is returned." in text
 
 
 def test_the_table_of_screens_is_the_measurement():

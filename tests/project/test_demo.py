@@ -13,8 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from demo import make_data
 from demo.load import load_rows, load_tokenizer
-from demo.npass import _parts_of_similar_length, as_stock_dataset
-from trl_singlepass import Sample
+from demo.npass import _parts_of_similar_length
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,15 +31,6 @@ def test_data_is_what_its_generator_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(make_data, "DATA", tmp_path / "conversations.jsonl")
     make_data.main()
     assert make_data.DATA.read_bytes() == shipped
-
-
-def test_data_holds_what_the_demo_promises():
-    rows = load_rows(None, 10**6)
-    turns = [sum(message["role"] == "assistant" for message in row["messages"]) for row in rows]
-    assert len(rows) >= 200
-    assert (min(turns), max(turns)) == (3, 12)
-    assert all(m["reasoning_content"] for row in rows for m in row["messages"] if m["role"] == "assistant")
-    assert sum(any("tool_calls" in m for m in row["messages"]) for row in rows) > len(rows) / 2
 
 
 def without_tool_list(text):
@@ -88,14 +78,6 @@ def test_template_shows_history_as_qwen3_does(tokenizer, row):
             assert ours == rendered(tokenizer, messages, QWEN3, tools=row.get("tools"), **options)
 
 
-def test_tokenizer_round_trips_every_text(tokenizer):
-    for text in [
-        "Any text, even Ünïcode ∑ and\ttabs.",
-        tokenizer.apply_chat_template(ROWS[0]["messages"], tokenize=False),
-    ]:
-        assert tokenizer.decode(tokenizer(text).input_ids) == text
-
-
 def test_npass_forwards_hold_every_sample_without_wasted_padding(monkeypatch):
     monkeypatch.setattr("demo.npass.MAX_TOKENS_PER_FORWARD", 8)
     lengths = torch.tensor([2, 7, 4, 3])
@@ -103,11 +85,6 @@ def test_npass_forwards_hold_every_sample_without_wasted_padding(monkeypatch):
     parts = list(_parts_of_similar_length({"attention_mask": mask, "input_ids": mask * lengths[:, None]}))
     assert [part["input_ids"][:, 0].tolist() for part in parts] == [[7], [4, 3], [2]]
     assert [part["attention_mask"].shape[1] for part in parts] == [7, 4, 2]
-
-
-def test_stock_dataset_trains_the_completion():
-    (row,) = as_stock_dataset([Sample.from_prompt_and_completion([5, 6], [7, 8, 9])])
-    assert row == {"input_ids": [5, 6, 7, 8, 9], "completion_mask": [0, 0, 1, 1, 1]}
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from demo.load import load_tokenizer
 from support.small_repository import DEMO_MODEL, as_a_reader, make_small_repository, run_python
 from trl_singlepass import cli
 from trl_singlepass.cli import launch
+from trl_singlepass.reference import doctor
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.scripts import sft
 
@@ -124,6 +126,11 @@ CHECKS = {
 }
 
 
+def short_examination(examine, *args, turns, **kwargs):
+    """Stand in for the doctor's examination: with one short conversation."""
+    return examine(*args, turns=(2,), **kwargs)
+
+
 def in_this_process(args):
     """Stand in for `accelerate launch`: run the first step of what it would start, in this process."""
     command, *arguments = [*args.training_script_args, "--max_steps", "1"]
@@ -186,6 +193,7 @@ def test_block(example, folder):
     example.namespace.clear()  # every block runs pasted alone
     with as_a_reader(folder) as patch:
         patch.setattr(launch, "launch_command", in_this_process)
+        patch.setattr(doctor, "examine", partial(short_examination, doctor.examine))
         example.namespace["patch"] = patch
         example.evaluate()
 

@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks import gpu_counts
 from benchmarks.gpu_counts import RESULTS, WORKLOADS, count_step, launches, operations
-from benchmarks.kernel_speed import KernelSpeed, attention_flops
+from benchmarks.kernel_speed import KernelSpeed
 from benchmarks.model_shapes import MODELS, get_config
+from support.slow import slow_but_for
 from trl_singlepass.cost import Cost, ModelShape
 from trl_singlepass.reference.random_conversations import Sizes, conversation
 from trl_singlepass.reference.timing import Schedule
@@ -33,17 +34,13 @@ def test_operations_are_those_of_this_code(model):
 
 @pytest.mark.parametrize(
     "model",  # one of each architecture
-    [
-        "Qwen3-0.6B",
-        pytest.param("gpt-oss-20b", marks=pytest.mark.slow),
-        pytest.param("Qwen3.5-4B", marks=pytest.mark.slow),
-    ],
+    slow_but_for(["Qwen3-0.6B"], ["Qwen3-0.6B", "gpt-oss-20b", "Qwen3.5-4B"]),
 )
 def test_launches_are_those_of_this_code(model):
     assert launches(model, "chat, 16 turns") == COUNTED[model, "chat, 16 turns"]["launches"], AGAIN
 
 
-@pytest.mark.parametrize("model", ["Qwen3-0.6B", "gpt-oss-20b", "Qwen3.5-4B"])
+@pytest.mark.parametrize("model", slow_but_for(["Qwen3-0.6B"], ["Qwen3-0.6B", "gpt-oss-20b", "Qwen3.5-4B"]))
 def test_launches_grow_by_the_same_number_with_every_period_of_layers(model):
     period = MODELS[model][2]
     counts = [count_step(get_config(model, period * n), SHORT, Schedule.SINGLE_PASS) for n in (1, 2, 3)]
@@ -74,19 +71,6 @@ def cost(flops, attention):
 NPASS, SINGLE = cost(120, 48), cost(60, 36)
 
 
-def test_attention_is_counted_by_its_pairs():
-    assert (attention_flops(NPASS, SHAPE), attention_flops(SINGLE, SHAPE)) == (48, 36)
-
-
 @pytest.mark.parametrize(("attention", "expected"), [(0.8, 1.94), (0.4, 1.70)])
 def test_the_example(attention, expected):
     assert KernelSpeed(attention, 0.8).bound(NPASS, SINGLE, SHAPE) == pytest.approx(expected, abs=0.005)
-
-
-def test_without_recomputation_and_at_one_speed_it_is_the_ratio_of_operations():
-    assert KernelSpeed(7 / 6, 1.0).bound(NPASS, SINGLE, SHAPE) == pytest.approx(NPASS.flops / SINGLE.flops)
-
-
-def test_only_the_ratio_of_the_speeds_matters():
-    bounds = [KernelSpeed(0.2 * peak, 0.4 * peak).bound(NPASS, SINGLE, SHAPE) for peak in (1.0, 2.0)]
-    assert bounds[0] == pytest.approx(bounds[1])

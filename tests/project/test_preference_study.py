@@ -1,18 +1,16 @@
 """The study of pairs: they are ranked by right answers, arms differ in contexts, the page is its results."""
 
-import json
 import shutil
 from dataclasses import replace
 
 import pytest
 
-from studies.exactness.models import word_tokenizer
 from studies.exactness.task import answers, conversations
 from studies.preference import report
 from studies.preference.__main__ import main
 from studies.preference.arms import ARMS
-from studies.preference.pairs import best_and_worst, is_well_formed, num_right, sample
-from studies.preference.runs import RESULTS, SEEDS, Sizes
+from studies.preference.pairs import best_and_worst, is_well_formed, num_right
+from studies.preference.runs import RESULTS, Sizes
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -43,27 +41,6 @@ def test_the_sample_with_most_right_answers_is_chosen():
     malformed = answered(row, wrong, reasoning=None)
     assert not is_well_formed(malformed)
     assert best_and_worst([samples[1], malformed], row) is None
-
-
-def test_a_sample_has_the_model_s_own_answers_as_history():
-    asked = []
-
-    def sampler(histories):
-        asked.append(histories)
-        return [[{"role": "assistant", "reasoning_content": "x", "content": str(len(h))}] for h in histories]
-
-    rows = [*conversations(1, 1, range(3, 4)), *conversations(2, 1, range(4, 5))]
-    samples = sample(sampler, rows, seed=0)
-    assert [answers(each) for each in samples] == [["1", "3", "5"], ["1", "3", "5", "7"]]
-    assert [len(histories) for histories in asked] == [2, 2, 2, 1]
-    assert asked[1][0][1]["content"] == "1"
-
-
-def test_one_template_keeps_the_reasoning_and_one_is_served():
-    tokenizer, row = word_tokenizer(), conversations(4, 1)[0]
-    for arm in ARMS.values():
-        text = tokenizer.apply_chat_template(row["messages"], chat_template=arm.template(tokenizer), tokenize=False)
-        assert text.count("<think>") == (len(answers(row)) if arm.keeps_reasoning else 1)
 
 
 @pytest.mark.slow
@@ -105,10 +82,3 @@ def test_the_page_is_what_the_committed_results_say(tmp_path):
     shutil.copy(report.PAGE, tmp_path / "README.md")
     report.write(RESULTS, tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text() == report.PAGE.read_text()
-
-
-def test_all_committed_seeds_have_the_sizes_of_the_code():
-    records = report.load(RESULTS)
-    assert [record["seed"] for record in records] in ([], list(SEEDS))
-    sizes = json.loads(json.dumps(Sizes().__dict__))
-    assert all(record["sizes"] == sizes for record in records)

@@ -39,18 +39,9 @@ def test_every_field_of_the_installed_releases_is_decided_once():
         assert counts.keys() - installed == set()
 
 
-def test_there_are_three_kinds_and_reasons_for_two_of_them():
-    for name, status, remark in ROWS:
-        kind = status.split(":")[0].strip()
-        assert kind in ("followed", "no effect", "refused"), name
-        assert kind == "followed" or len(remark.split()) > 3, name
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_table_calls_refused_is_refused_by_name(tmp_path, tokenizer, name):
-    settings = {
-        item.arg: ast.literal_eval(item.value) for item in ast.parse(f"f({REFUSED[name]})").body[0].value.keywords
-    }
+    settings = refused_values(name)
     assert name in settings
     with pytest.raises(ValueError, match=name):
         single_pass_trainer(tmp_path, tokenizer, CHATS, **settings)
@@ -58,9 +49,7 @@ def test_what_the_table_calls_refused_is_refused_by_name(tmp_path, tokenizer, na
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_evaluation_set_of_conversations_is_refused_as_well(tmp_path, tokenizer, name):
-    settings = {
-        item.arg: ast.literal_eval(item.value) for item in ast.parse(f"f({REFUSED[name]})").body[0].value.keywords
-    }
+    settings = refused_values(name)
     if name == "dataset_kwargs":
         pytest.skip("unprepared text is TRL's matter, and so is what is evaluated beside it")
     with pytest.raises(ValueError, match=name):

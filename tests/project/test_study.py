@@ -8,14 +8,13 @@ from importlib.util import find_spec
 from itertools import islice
 
 import pytest
-from transformers import set_seed
 
 from studies.exactness import report, runs
 from studies.exactness.__main__ import main
 from studies.exactness.arms import ARMS, ordered_steps
 from studies.exactness.evaluate import Answerer, given_history, own_history
 from studies.exactness.models import STUDY_MODELS, tiny_qwen3, word_tokenizer
-from studies.exactness.runs import RESULTS, Experiment, Run, execute, is_finished, list_runs
+from studies.exactness.runs import RESULTS, Experiment, Run, execute
 from studies.exactness.summary import Interval, load, loss_differences, runs_by_seed
 from studies.exactness.task import TURNS, answers, conversations
 
@@ -42,21 +41,6 @@ def test_every_answer_follows_from_the_table_and_earlier_answers():
             values["last"] = assistant["content"]
 
 
-def test_conversations_depend_on_the_seed_alone():
-    assert conversations(1, 5) == conversations(1, 5)
-    assert conversations(1, 5) != conversations(2, 5)
-    assert conversations(1, 5) == conversations(1, 9)[:5]
-
-
-def test_words_survive_the_tokenizer_and_earlier_reasoning_does_not_survive_the_template():
-    tokenizer, row = word_tokenizer(), conversations(4, 1)[0]
-    text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.unk_token_id not in tokenizer.encode(text)
-    assert text.count("<think>") == 1
-    assert text.endswith(f"{answers(row)[-1]}<|im_end|>\n")
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """What every arm trains on the same conversations."""
@@ -69,12 +53,6 @@ def test_arms_train_the_same_tokens_of_a_conversation(prepared):
     assert trained["single_pass"] == trained["npass"] == trained["keep_reasoning"] == trained["assistant_only_loss"]
     turns = [len(answers(row)) for row in conversations(0, TINY.conversations)]
     assert [last * n for last, n in zip(trained["last_turn"], turns, strict=True)] == trained["single_pass"]
-
-
-def test_arms_differ_in_work(prepared):
-    flops = {arm: sum(what.flops) for arm, what in prepared.items()}
-    assert flops["npass"] > flops["single_pass"] > flops["last_turn"]
-    assert flops["keep_reasoning"] == flops["assistant_only_loss"]
 
 
 def test_steps_hold_as_many_trained_tokens_in_every_arm(prepared):
@@ -126,18 +104,6 @@ def test_a_run_works_end_to_end_and_is_not_repeated(tiny, tmp_path, capsys):
         main(arguments)
 
 
-def test_a_run_that_stops_leaves_no_result(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "measure", lambda *args: {}["stopped"])
-    with pytest.raises(KeyError):
-        main(["--arms", "last_turn", "--seeds", "0", "--setting", "tokens", "--output", str(tmp_path)])
-    assert not list(tmp_path.rglob("*.json"))
-    assert not is_finished(Run("qwen3", "tokens", "last_turn", 0), tmp_path)
-
-
-def test_all_arms_settings_and_seeds_are_run():
-    assert len(list(list_runs("qwen3", ["tokens", "flops", "control"], list(ARMS), [0, 1]))) == 2 * (2 * len(ARMS) + 1)
-
-
 class Scripted(Answerer):
     """A model that returns given answers, one batch per call."""
 
@@ -157,17 +123,6 @@ def test_accuracy_is_counted_by_turn():
     own = Scripted(*said)
     assert own_history(own, rows) == [1, 0.5, 0]
     assert own.asked[2][1][3]["content"] == "?"  # its own wrong answer is its history
-
-
-def test_a_generated_message_is_read_as_a_server_reads_it():
-    set_seed(0)
-    tokenizer = word_tokenizer()
-    answerer = Answerer(tiny_qwen3(0, tokenizer), tokenizer, 3, 24)
-    texts = iter(["<think>\n1+2=03\n</think>\n\n3", "3", "<think>\n1", "</think>\n\n3"])
-    answerer._generate = lambda prompts: [next(texts) for _ in prompts]
-    messages = [message for [message] in answerer([[{"role": "user", "content": "cup+2"}]] * 4)]
-    assert [message["content"] for message in messages] == ["3", "3", "<think>\n1", "3"]
-    assert messages[0]["reasoning_content"] == "1+2=03"
 
 
 def test_generation_in_batches_is_generation_one_by_one():

@@ -7,7 +7,7 @@ from io import StringIO
 import pytest
 import torch
 from rich.console import Console
-from transformers import GptOssConfig, Qwen3Config
+from transformers import GptOssConfig
 
 from support.tiny_models import tiny_model
 from trl_singlepass.reference import doctor
@@ -32,7 +32,7 @@ def subject_of(family):
 
 @pytest.fixture(scope="module")
 def report():
-    return examine(subject_of("qwen3"), CPU, turns=(2, 3))
+    return examine(subject_of("qwen3"), CPU, turns=(2,))
 
 
 def printed(report):
@@ -46,7 +46,7 @@ def test_every_field_is_filled(report):
     assert found.keys() == {*(field.name for field in fields(DoctorReport)), "complaints", "ok"}
     assert [one["dtype"] for one in found["verified"]] == ["bfloat16", "float32"]
     pairs = [(one["turns"], one["schedule"]) for one in found["measured"]]
-    assert pairs == [(turns, schedule) for turns in (2, 3) for schedule in Schedule]
+    assert pairs == [(2, schedule) for schedule in Schedule]
     for record in found["measured"]:
         assert [name for name, value in record.items() if value is None] == ["failed"], record
     assert all(one["check"]["leak"] == 0 for one in found["verified"])
@@ -63,22 +63,6 @@ def test_times_are_compared_with_packed_npass(report):
     assert npass.tokens > single.tokens == waves.tokens
 
 
-def test_the_table_has_a_row_for_everything(report):
-    text = printed(report)
-    for expected in (
-        "verify, bfloat16: agrees",
-        "N-pass, packed",
-        "single pass in waves",
-        "Nothing is wrong",
-        "tree_",
-    ):
-        assert expected in text
-
-
-def test_what_is_faster_is_printed(report):
-    assert "install another" in printed(replace(report, kernel=replace(report.kernel, faster="install another")))
-
-
 @pytest.mark.slow
 def test_windows_sinks_and_experts_are_a_model_like_others():
     report = examine(subject_of("gpt-oss"), CPU, attn_implementation="eager", turns=(2,))
@@ -86,7 +70,12 @@ def test_windows_sinks_and_experts_are_a_model_like_others():
     assert report.kernel.attn_implementation == "eager"
 
 
-def test_an_error_is_noted_and_the_rest_runs():
+def out_of_memory(*args):
+    raise RuntimeError("out of memory\nand a page of advice")
+
+
+def test_errors_are_noted_and_the_rest_runs(monkeypatch):
+    monkeypatch.setattr("trl_singlepass.reference.timing.wave_tokens_that_keep_the_history", out_of_memory)
     subject = subject_of("qwen3")
 
     def load(config, dtype, attention):
@@ -97,21 +86,12 @@ def test_an_error_is_noted_and_the_rest_runs():
     report = examine(replace(subject, load=load), CPU, turns=(2,))
     assert report.verified[0].found == "RuntimeError: no kernel image"
     assert report.verified[1].ok
-    assert report.complaints == ("verify in bfloat16 on default: RuntimeError: no kernel image",)
-    assert "verify, bfloat16: failed" in printed(report)
-
-
-def test_a_step_that_fails_has_no_time(monkeypatch):
-    monkeypatch.setattr("trl_singlepass.reference.timing.wave_tokens_that_keep_the_history", out_of_memory)
-    report = examine(subject_of("qwen3"), CPU, turns=(2,))
     *others, waves = report.measured
     assert all(one.failed is None for one in others)
     assert (waves.seconds, waves.failed) == (None, "RuntimeError: out of memory")
-    assert "waves, 2 turns: RuntimeError: out of memory" in printed(report)
-
-
-def out_of_memory(*args):
-    raise RuntimeError("out of memory\nand a page of advice")
+    text = printed(report)
+    assert "verify, bfloat16: failed" in text
+    assert "waves, 2 turns: RuntimeError: out of memory" in text
 
 
 def test_disagreement_is_a_complaint(report):
@@ -123,28 +103,11 @@ def test_disagreement_is_a_complaint(report):
     assert "verify, float32: DIFFERS" in printed(wrong)
 
 
-def test_a_model_that_cannot_be_counted_is_timed_without_a_bound(report):
-    unknown = replace(report.measured[0], bound=None)
-    assert "N-pass, packed" in printed(replace(report, measured=(unknown,)))
-
-
 # The first layers of a model -----------------------------------------------------------------------------------------
 
 
 SMALL = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
-DENSE = Qwen3Config(**SMALL, num_key_value_heads=2, num_hidden_layers=12)
 MIXED = GptOssConfig(**SMALL, num_key_value_heads=2, num_hidden_layers=12, num_local_experts=4)
-
-
-def test_lists_with_an_entry_per_layer_are_cut_with_the_layers():
-    config = slice_config(MIXED, 3)
-    assert config.num_hidden_layers == 3
-    assert config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
-    assert (MIXED.num_hidden_layers, len(MIXED.layer_types)) == (12, 12)
-
-
-def test_a_cpu_runs_a_few_layers():
-    assert layers_that_fit(DENSE, 100, CPU) == doctor.MOST_LAYERS_ON_CPU
 
 
 def test_as_many_layers_run_as_fit(monkeypatch):

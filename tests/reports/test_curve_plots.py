@@ -8,7 +8,7 @@ from matplotlib.image import imread
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat
 from trl_singlepass import audit
-from trl_singlepass.reports.curve_plots import plot_loss_by_turn, plot_sharing, plot_speedup
+from trl_singlepass.reports.curve_plots import plot_loss_by_turn, plot_sharing
 
 
 METRICS = {
@@ -55,14 +55,3 @@ def test_sharing_is_that_of_the_report():
     assert [tuple(place) for place in places] == [(e.num_turns, e.sharing_factor) for e in report.sharing_by_turns]
     assert places[0][1] == 1
     assert rendered(figure).std() > 0.01
-
-
-def test_sharing_needs_a_conversation():
-    with pytest.raises(ValueError, match="no conversation of this dataset can be trained"):
-        plot_sharing(audit([[{"role": "user", "content": "?"}]], make_tokenizer()))
-
-
-def test_speedup_is_drawn_with_its_bound():
-    drawn = lines(plot_speedup([2, 4], [1.0, 1.1], [1.04, 1.2]))
-    assert drawn["measured"] == ([2, 4], [1.0, 1.1])
-    assert drawn["bound: counted work"] == ([2, 4], [1.04, 1.2])

@@ -14,7 +14,6 @@ from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.html import frame
 from trl_singlepass.reports.html.inspection import inspection_page
 from trl_singlepass.reports.inspection import Inspection, render_inspection
-from trl_singlepass.trees.sample import Sample
 
 
 def inspected(messages, template="qwen3", **row):
@@ -86,15 +85,6 @@ def test_terminal_names_what_is_shared_and_trained():
     assert f"sharing factor {inspection.tree.sharing_factor:.2f}" in shown
 
 
-def test_terminal_names_uneven_weights():
-    tokenizer = make_tokenizer()
-    weights = [0, 0, 0.5, 2]
-    inspection = Inspection.from_samples(
-        [Sample([5, 6, 7, 8], weights, 2), Sample([5, 6, 9, 8], weights, 2)], tokenizer
-    )
-    assert "2 trained, weight 0.5 to 2" in printed(inspection)
-
-
 def test_get_text_the_conversation_is_shown_literally():
     messages = [
         {"role": "user", "content": "[red]</script><b>[/nope]"},
@@ -130,11 +120,3 @@ def test_page_holds_every_turn_and_needs_nothing_else():
     assert data["weight"] == inspection.weights.tolist()
     assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)|@import|url\(", page)
     assert "default-src 'none'" in page
-
-
-def test_lanes_fork_where_their_branch_leaves():
-    inspection = inspected(chat(3))
-    data = data_of(inspection_page(inspection, "page"))
-    for lane in data["lanes"][1:]:
-        assert data["depth"][lane["fork"]] + 1 == lane["depth"]
-        assert lane["fork"] < lane["start"] < data["end"][lane["fork"]]

@@ -68,16 +68,6 @@ def test_no_line_between_lanes_crosses_a_label():
     assert not [(label, line) for label in labels for line in lines if label.overlaps(line)]
 
 
-@pytest.mark.parametrize("samples", [STRIPPED, KEPT, TOOLS], ids=["stripped", "kept", "tools"])
-def test_mask_names_every_turn(samples):
-    figure = plot_mask(PrefixTree.from_samples(samples), Words())
-    (axes,) = figure.axes
-    titles = [label.get_text().splitlines()[0] for label in axes.get_yticklabels()]
-    named = [number for title in titles for number in title.removeprefix("turns").removeprefix("turn").split(",")]
-    assert sorted(map(int, named)) == list(range(1, len(samples) + 1))
-    assert rendered(figure).std() > 0.01
-
-
 def test_mask_shows_exactly_what_the_tree_allows():
     tree = PrefixTree.from_samples(STRIPPED)
     (axes,) = plot_mask(tree, Words()).axes

@@ -4,18 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
 import pytest
 from transformers import Qwen3Config
 
-import trl_singlepass
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
-from support.malformed_examples import MALFORMED
-from trl_singlepass.data.bad_rows import RowErrors
 from trl_singlepass.rendering.prefixes import Prefixes
 from trl_singlepass.reports.audit import audit, wording
 from trl_singlepass.reports.audit.forecast import Schedule
@@ -24,11 +21,6 @@ from trl_singlepass.trees.sample import CompletionKind
 
 
 CONFIG = Qwen3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-
-
-def test_it_is_public():
-    assert trl_singlepass.audit is audit
-    assert trl_singlepass.AuditReport is type(audit([chat(1)], make_tokenizer()))
 
 
 def test_bad_rows_are_counted_with_their_reason():
@@ -163,21 +155,6 @@ def test_each_prefix_of_a_conversation_is_rendered_once(monkeypatch):
     assert sorted(rendered) == sorted([(k, True) for k in turns] + [(k + 1, False) for k in turns])
 
 
-def test_renderings_are_not_kept(monkeypatch):
-    tokenizer, kept = make_tokenizer(), []
-    render = Prefixes._fast
-
-    def counted(prefixes, messages, add_generation_prompt):
-        kept.append(len(prefixes.known))
-        return render(prefixes, messages, add_generation_prompt)
-
-    monkeypatch.setattr(Prefixes, "_fast", counted)
-    audit([chat(5)], tokenizer)
-    most_of_few = max(kept)
-    audit([chat(30)], tokenizer)
-    assert max(kept) <= most_of_few
-
-
 def test_text_of_the_data_is_shown_literally():
     report = audit([{"messages": [{"role": "[red]x[/red]", "content": "x"}]}], make_tokenizer())
     assert "[red]x[/red]" in str(report)
@@ -194,42 +171,9 @@ def test_report_is_json_and_a_table():
     assert "sharing factor" in str(report)
 
 
-def test_columns_of_zeros_are_left_out_and_others_explained():
-    report = str(audit([chat(3)], make_tokenizer(), max_length=10_000))
-    assert "put" not in report
-    assert "too long" not in report
-    assert "followed: another turn follows" in report
-    restored = " ".join(str(audit([chat(3)], make_tokenizer("deepseek_r1_distill"), max_length=1)).split())
-    assert "too long: longer than max_length; followed: another turn follows" in restored
-    assert "put back: reasoning that the template leaves out" in restored
-
-
-def test_turns_after_the_twelfth_are_one_line():
-    report = audit([chat(15), chat(13, 1)], make_tokenizer())
-    rows = [line.split("│") for line in str(report).splitlines() if line.startswith("│ 1")]
-    later = next(cells for cells in rows if cells[1].strip() == "13–15")
-    assert int(later[2]) == sum(stats.turns for stats in report.by_turn[12:]) == 4
-    assert max(int(cells[1]) for cells in rows if cells[1].strip().isdecimal()) == 12
-
-
 def test_merged_counts_are_those_of_all_turns():
     report = audit([chat(4), tool_chat(), chat(2, 1)], make_tokenizer(), CONFIG)
     assert TurnStats.merge(report.by_turn) == report.all_turns
-
-
-@pytest.mark.parametrize("config", [CONFIG, None], ids=["model", "no model"])
-def test_every_heading_is_explained_where_it_stands(config):
-    conversations = [MALFORMED["no assistant"][0], chat(3), chat(2, 1), tool_chat()]
-    report = audit(conversations, make_tokenizer("deepseek_r1_distill"), config, max_length=1)
-    tables = {table.title: table for table in report.tables}
-    del tables["Rows that cannot be trained"]  # rows, first rows, reason
-    for title, table in tables.items():
-        _, *headings = (str(column.header).replace("\n", " ") for column in table.columns)
-        explained = f"{title} {table.caption}".lower()
-        plain = {"turns", "of all turns", "conversations", "tokens", "tokens trained"}
-        assert [
-            heading for heading in headings if heading not in plain and f"{heading.lower()}:" not in explained
-        ] == []
 
 
 def test_whatever_is_counted_has_its_wording():
@@ -240,15 +184,3 @@ def test_whatever_is_counted_has_its_wording():
     assert set(wording._POLICIES) == set(ReasoningPolicy) - {ReasoningPolicy.KEPT, ReasoningPolicy.REFUSED}
     counts = {one.name for one in fields(TurnStats)}
     assert {*wording._ABOUT_COUNTS, *wording._OUT_OF, *wording._OUT_OF.values()} < counts
-
-
-def test_ten_reasons_are_shown_and_all_are_told():
-    errors = tuple(RowErrors(1, (row,), f"reason {row}") for row in range(12))
-    report = replace(audit([chat(1)], make_tokenizer()), errors=errors)
-    assert report.tables[0].row_count == 10
-    assert len(report.to_dict()["errors"]) == 12
-
-
-@pytest.mark.parametrize(("part", "whole", "share"), [(1, 2, "50%"), (1, 1000, "less than 1%"), (3, 3, "100%")])
-def test_small_shares_are_not_rounded_to_nothing(part, whole, share):
-    assert wording._share(part, whole) == share

@@ -3,7 +3,6 @@
 import pytest
 from transformers import Qwen3Config
 
-from support.chat_templates import HARD_TEMPLATES
 from support.chat_tokenizers import make_tokenizer, template_text
 from support.conversations import TOOLS, agentic_chat, chat, plain_chat, tool_chat
 from trl_singlepass.rendering.samples import render_example
@@ -84,24 +83,6 @@ def test_prompts_that_the_answer_changes():
     assert report.all_turns.prompt_changed == 3  # at each final answer, the analysis before its tool calls disappears
     assert report.all_turns.kinds == {"as served": 6, "history rewritten": 3}
     assert "In 3 of 9 turns, the template rewrites earlier messages once the answer is there." in str(report)
-
-
-def test_turns_that_train_an_empty_block_of_reasoning_are_a_finding():
-    report = audit([chat(2), plain_chat(3)], make_tokenizer())
-    assert report.all_turns.empty_blocks == 3
-    assert any("3 of 5 turns" in finding for finding in report.findings)
-    report = audit([plain_chat(3)], make_tokenizer("qwen3_instruct_2507"))
-    assert report.all_turns.empty_blocks == 0
-    assert not any("no reasoning" in finding for finding in report.findings)
-
-
-def test_turns_are_counted_by_how_they_were_rendered():
-    lost = [plain_chat(1)[0], {"role": "assistant", "cot": "?", "content": "!"}]
-    kinds = audit([chat(2), lost], make_tokenizer()).all_turns.kinds
-    assert kinds == {"as served": 2, "refused": 1}
-    assert audit([chat(2)], make_tokenizer("deepseek_r1_distill")).all_turns.kinds == {"reasoning restored": 2}
-    closed = make_tokenizer(None, HARD_TEMPLATES["closed prompt"].source)
-    assert audit([plain_chat(2)], closed).all_turns.kinds == {"opening continued": 2}
 
 
 def test_token_counts_and_turns_over_max_length():

@@ -76,36 +76,6 @@ def test_the_whole_tree_is_in_sight(visit, size):
         assert box["x"] + box["width"] <= size["width"]
 
 
-def test_the_tree_fits_again_when_the_window_is_resized(visit):
-    page = visit("chat.html", anchor="#turn-3")
-    page.set_viewport_size(NARROW)
-    page.wait_for_function("byId('tree').firstChild.viewBox.baseVal.width < 400")
-    assert page.locator("#tree .on-path").count() > 0
-    assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
-
-
-def test_in_a_narrow_window_the_token_covers_nothing_until_one_is_chosen(visit):
-    page = visit("chat.html", NARROW)
-    panel, tokens = page.locator(".token-panel"), page.locator("section.tokens")
-    assert panel.bounding_box()["y"] >= tokens.bounding_box()["y"] + tokens.bounding_box()["height"]
-    page.locator("#tokens").focus()
-    page.keyboard.press("ArrowRight")
-    assert panel.bounding_box()["y"] + panel.bounding_box()["height"] <= NARROW["height"]
-
-
-@pytest.mark.parametrize(("name", "area"), [("audit.html", ".scroll"), ("chat.html", "#tokens")])
-def test_what_scrolls_has_a_shadow_where_more_follows(visit, name, area):
-    page = visit(name, NARROW)
-    attachment = page.evaluate(
-        """(area) => {
-            const scrolls = (e) => e.scrollWidth > e.clientWidth || e.scrollHeight > e.clientHeight;
-            return getComputedStyle([...document.querySelectorAll(area)].find(scrolls)).backgroundAttachment;
-        }""",
-        area,
-    )
-    assert attachment == "local, local, scroll, scroll"
-
-
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_arrow_keys_go_from_token_to_token(visit, size):
     page = visit("chat.html", size)
@@ -146,11 +116,6 @@ def test_turns_open_and_close_with_keys(visit):
     page.keyboard.press("Escape")
     assert not page.locator("#sample").is_visible()
     assert page.evaluate("document.activeElement.textContent") == "Turn 2"
-
-
-def test_a_turn_opens_from_the_address(visit):
-    page = visit("chat.html", anchor="#turn-3")
-    assert page.locator("#sample-title").inner_text().startswith("Turn 3:")
 
 
 def test_the_mask_is_painted_with_what_the_tree_allows(visit):
