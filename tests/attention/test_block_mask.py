@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from support.dense_reference import dense_mask
 from support.sample_sets import reasoning_chat
-from support.tree_masks import mask_of, row_of_ten, tree_masks, tree_of
+from support.tree_masks import mask_of, tree_masks, tree_of
 from trl_singlepass.attention.block_mask import build_block_mask, build_mask_mod
 
 
@@ -55,11 +55,3 @@ def test_block_mask_equals_the_dense_mask(mask, block_size):
 def test_block_mask_skips_other_branches():
     mask = mask_of(tree_of([reasoning_chat(16)]), "causal", 0)
     assert build_block_mask(mask, (16, 16)).sparsity() > 65
-
-
-def test_block_mask_of_the_row_of_ten():
-    result = build_block_mask(mask_of(row_of_ten(), "causal", 0), (2, 2))
-    full = listed(result.full_kv_num_blocks, result.full_kv_indices).int()
-    kinds = (listed(result.kv_num_blocks, result.kv_indices) + 2 * full).tolist()
-    drawn = ["".join(" pf"[kind] for kind in row) for row in kinds]
-    assert drawn == ["p    ", "fp   ", "ffp  ", "fppp ", "fp pp"]

@@ -6,26 +6,7 @@ from hypothesis import strategies as st
 
 from support.dense_reference import dense_mask
 from support.tree_masks import tree_masks
-from trl_singlepass.attention.blocks import Block, causal_blocks, masked_blocks, tree_blocks
-from trl_singlepass.trees.rows import Run
-
-
-BRANCH = Run(7, 10, depth=3, prefix=((0, 3),))
-
-
-def test_blocks_of_a_branch():
-    assert list(causal_blocks(BRANCH, None)) == [
-        Block(7, 10, ((0, 3),), 0, "full"),
-        Block(7, 10, ((7, 10),), 3, "causal"),
-    ]
-    assert list(causal_blocks(BRANCH, 2)) == [
-        Block(7, 9, ((0, 3),), 0, "full"),
-        Block(7, 9, ((7, 9),), 3, "causal"),
-        Block(9, 10, ((0, 3),), 0, "full"),
-        Block(9, 10, ((7, 9),), 3, "full"),
-        Block(9, 10, ((9, 10),), 5, "causal"),
-    ]
-    assert list(masked_blocks(BRANCH, 2)) == [Block(7, 10, ((2, 3), (7, 10)), 2, "masked")]
+from trl_singlepass.attention.blocks import tree_blocks
 
 
 @given(mask=tree_masks(("causal", "window", "chunk", "unbounded")), query_block=st.sampled_from([None, 3]))

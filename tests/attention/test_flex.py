@@ -203,14 +203,6 @@ def test_verify_probes_leaks_of_captured_flex_attention():
     assert leak_probe(model, reasoning_chat()).ok
 
 
-def test_ordinary_batches_run_the_stock_function(monkeypatch):
-    called = []
-    monkeypatch.setattr(flex, "flex_attention_forward", lambda *args, **kwargs: called.append(kwargs) or ("out", None))
-    model, x = flex_model("qwen3"), torch.zeros(1, 2, 3, 8)
-    assert flex.flex_forward(model.model.layers[0].self_attn, x, x, x, None, sliding_window=5) == ("out", None)
-    assert called[0]["sliding_window"] == 5
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_ordinary_batches_are_exact():

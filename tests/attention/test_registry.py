@@ -3,15 +3,11 @@
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, modeling_utils
 
 from benchmarks import gpu_step
-from support.gpu_stand_in import H100
 from support.tiny_models import tiny_model
-from trl_singlepass.attention.kernel_choice import DeviceTraits, choose_torch_kernel
-from trl_singlepass.attention.mask_rules import MaskRule, RuleKind
-from trl_singlepass.attention.registry import TREE_ATTENTION, describe_tree_attention, tree_attention_name
+from trl_singlepass.attention.registry import tree_attention_name
 from trl_singlepass.engine.enable import enable_tree
 
 
@@ -63,37 +59,3 @@ def test_transformers_chooses_the_flash_kernel_of_gpt_oss(asked_for, loaded, mon
     assert model.config._attn_implementation == loaded
     assert loaded in (ROOT / "docs/performance.md").read_text()
     assert loaded == "tree_varlen_2" or loaded in gpu_step.KERNELS
-
-
-def test_the_recipe_of_gpt_oss_says_which_kernel_runs():
-    recipe = (ROOT / "recipes/gpt-oss-20b.yaml").read_text()
-    assert "attn_implementation:" not in recipe
-    assert tiny_model("gpt-oss", attn_implementation=None).config._attn_implementation == "eager"
-    assert choose_torch_kernel(H100, torch.bfloat16, 64, MaskRule(RuleKind.WINDOW, 128)) == "varlen"
-    assert "PyTorch's varlen flash kernel" in recipe
-
-
-@pytest.mark.parametrize("implementation", [*TREE_ATTENTION, "kernels-community/flash-attn3"])
-def test_every_attention_is_described(implementation):
-    text = describe_tree_attention(implementation, tiny_model("qwen3").config, torch.device("cpu"), torch.float32)
-    assert ("half precision only" in text) == (implementation not in ("sdpa", "eager", "flex_attention"))
-
-
-@pytest.mark.parametrize(
-    ("family", "expected"),
-    [
-        ("qwen3", "varlen for full_attention"),
-        ("gpt-oss", "varlen for sliding_attention and full_attention"),
-        ("llama4", "varlen for chunked_attention and full_attention"),
-        ("gemma2", "flex for sliding_attention and full_attention"),
-    ],
-)
-def test_the_description_follows_the_choice_of_kernel(family, expected, monkeypatch):
-    monkeypatch.setattr(DeviceTraits, "from_device", lambda device: H100)
-    config = tiny_model(family, head_dim=16).config
-    half = describe_tree_attention("sdpa", config, torch.device("cuda"), torch.bfloat16)
-    assert half.endswith(f"in torch.bfloat16: {expected}")
-    assert "math for" in describe_tree_attention("eager", config, torch.device("cuda"), torch.float32)
-    old = DeviceTraits("cuda", (7, 5), has_flash=True, has_packed_lse=True)
-    monkeypatch.setattr(DeviceTraits, "from_device", lambda device: old)
-    assert "7.5, not 8.0" in describe_tree_attention("sdpa", config, torch.device("cuda"), torch.bfloat16)

@@ -5,6 +5,7 @@ import pytest
 from support.float64_comparison import CHECKPOINTING
 from support.sample_sets import nested_forks, reasoning_chat
 from support.shared_rows import assert_shared_rows_equal_npass
+from support.slow import slow_but_for
 from support.tiny_models import FAMILIES, tiny_model
 
 
@@ -24,9 +25,7 @@ def model_of(family, **overrides):
 
 
 @pytest.mark.parametrize("wave_tokens", [None, 20], ids=["row", "waves"])
-@pytest.mark.parametrize(
-    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize("family", slow_but_for(QUICK, FAMILIES))
 def test_two_ranks(family, wave_tokens):
     assert_shared_rows_equal_npass(model_of(family), [reasoning_chat(3), nested_forks(2, 2)], 2, wave_tokens)
 

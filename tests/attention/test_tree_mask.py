@@ -14,13 +14,6 @@ def test_a_window_longer_than_every_path_needs_no_mask(window, is_causal):
     assert TreeMask(tree, sliding_window_causal_mask_function(window), window).is_causal is is_causal
 
 
-def test_a_window_as_long_as_the_longest_path_needs_no_mask():
-    tree = tree_of([reasoning_chat()])
-    longest = tree.max_depth + 1
-    assert mask_of(tree, "window", longest).is_causal
-    assert not mask_of(tree, "window", longest - 1).is_causal
-
-
 def test_a_window_joined_with_another_rule_is_not_taken_for_a_plain_window():
     tree = tree_of([reasoning_chat()])
     rule = and_masks(sliding_window_causal_mask_function(10_000), odd_depths_see_even_depths)

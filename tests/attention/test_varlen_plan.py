@@ -85,12 +85,6 @@ def test_local_layers_gather_no_more_than_they_can_see(mask):
         assert len(keys) <= len(queries) + size - 1
 
 
-@pytest.mark.parametrize("turns", [1, 3, 9])
-def test_few_branches_take_one_call(turns):
-    (part,) = varlen_plan(mask_of(tree_of([reasoning_chat(turns)]), "causal", 0)).passes
-    assert part.shared is None
-
-
 @pytest.mark.parametrize(("turns", "heads_per_key"), [(80, 1), (80, 4), (200, 4)])
 def test_many_branches_take_two_calls_that_share_most_of_the_history(turns, heads_per_key):
     mask = mask_of(tree_of([reasoning_chat(turns)]), "causal", 0)
@@ -109,32 +103,9 @@ def test_windows_are_gathered_in_parts():
     assert max(keys) <= 4 * length
 
 
-def test_plain_text_is_not_gathered():
-    mask = mask_of(tree_of([reasoning_chat(1), reasoning_chat(1, seed=1)]), "causal", 0)
-    (part,) = varlen_plan(mask).passes
-    assert part.key_index is None
-
-
 def test_a_rule_that_flash_kernels_do_not_know_is_refused():
     with pytest.raises(ValueError, match="neither causal nor a sliding window nor a chunk"):
         varlen_plan(mask_of(tree_of([reasoning_chat()]), "other", 4))
-
-
-@pytest.mark.parametrize(
-    ("kind", "size", "cu_seqlens_q", "cu_seqlens_k", "key_index", "window"),
-    [
-        ("causal", 0, [0, 7, 10], [0, 7, 13], [*range(7), 0, 1, 2, 7, 8, 9], None),
-        ("window", 3, [0, 7, 10], [0, 7, 12], [*range(7), 1, 2, 7, 8, 9], 3),
-        ("chunk", 4, [0, 4, 7, 8, 10], [0, 4, 7, 11, 13], [*range(7), 0, 1, 2, 7, 8, 9], None),
-    ],
-)
-def test_calls_of_the_row_of_ten(kind, size, cu_seqlens_q, cu_seqlens_k, key_index, window):
-    (part,) = varlen_plan(mask_of(row_of_ten(), kind, size)).passes
-    call = part.path
-    assert call.cu_seqlens_q.tolist() == cu_seqlens_q
-    assert call.cu_seqlens_k.tolist() == cu_seqlens_k
-    assert part.key_index.tolist() == key_index
-    assert call.window == window
 
 
 def test_the_row_of_ten_with_shared_beginnings():

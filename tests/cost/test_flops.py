@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -65,11 +64,6 @@ def test_a_single_pass_never_costs_more_than_npass_where_nothing_forks_early(seq
     samples = [Sample.from_prompt_and_completion(ids, []) for ids in sequences]
     tree = single_pass_cost([PrefixTree.from_samples(samples)], SHAPE)
     assert tree.flops <= npass_cost(samples, SHAPE).flops
-
-
-def test_the_cost_of_the_docstring():
-    shape = ModelShape(matrix_parameters=7, attention_width=3, head_parameters=5, windows=(None, None))
-    assert npass_cost([sample([1, 2, 3])], shape).flops == 618
 
 
 def test_flops_are_three_times_the_forward_pass():
@@ -152,23 +146,6 @@ def test_a_gated_delta_rule_costs_what_pytorch_counts():
     assert shape.windows == (None,)
 
 
-@pytest.mark.parametrize("turns", [2, 8, 32])
-def test_sharing_pays_more_the_longer_a_conversation_gets(turns):
-    """u_k then t_k a_k, history without t: the token counts of a conversation with equal turns, in closed form."""
-    user, thought, reply = 5, 20, 10
-    tokens = iter(range(10**6))
-    history, samples = [], []
-    for _ in range(turns):
-        history = [*history, *(next(tokens) for _ in range(user))]
-        samples.append(Sample.from_prompt_and_completion(history, [next(tokens) for _ in range(thought + reply)]))
-        history = [*history, *samples[-1].token_ids[-reply:]]
-    tree = PrefixTree.from_samples(samples)
-    row = turns * (user + thought + 2 * reply) - reply
-    total = turns * (thought + user + reply) + (user + reply) * turns * (turns - 1) // 2
-    assert (single_pass_cost([tree], SHAPE).tokens, npass_cost(samples, SHAPE).tokens) == (row, total)
-    assert np.isclose(tree.sharing_factor, total / row)
-
-
 DOCS = (Path(__file__).parents[2] / "docs" / "how_it_works.md").read_text()
 ROWS = re.findall(r"^\| \w[\w ]*: `u` (\d+).*?`t` (\d+), `a` (\d+) \|(.*)\|$", DOCS, re.MULTILINE)
 
@@ -188,10 +165,3 @@ def test_the_docs_tell_the_sharing_factors_of_trees(row):
         assert npass.tokens == turns * (user + reasoning + answer) + (user + answer) * turns * (turns - 1) // 2
         assert told == round(npass.tokens / single.tokens, 2)
     assert len(ROWS) == 3
-
-
-def test_pairs_share_two_thirds_of_what_tokens_do_in_the_end():
-    npass, single = costs_of(400, 3, 2, 1)
-    pairs, tokens = npass.attention_pairs / single.attention_pairs, npass.tokens / single.tokens
-    assert pairs / tokens == pytest.approx(2 / 3, rel=0.02)
-    assert tokens == pytest.approx(400 * 4 / (2 * 7), rel=0.02)

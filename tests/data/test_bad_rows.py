@@ -2,16 +2,14 @@
 
 import copy
 import json
-import logging
 import random
-import re
 
 import datasets
 import pytest
 from torch.utils.data import DataLoader
 
 from support.conversations import TOOLS, chat, tool_chat
-from support.malformed_examples import HELLO, HI, LOG, MALFORMED, SHAREGPT, TURN
+from support.malformed_examples import HELLO, HI, MALFORMED, SHAREGPT, TURN
 from support.preparation import conversations_to_rows
 from support.trainers import as_dataset, columns_of_rows, single_pass_trainer
 from trl_singlepass import SinglePassSFTConfig, audit, to_npass, verify
@@ -54,14 +52,6 @@ def stream(rows):
 
 def ids(rows):
     return [list(row["input_ids"]) for row in rows]
-
-
-@pytest.fixture
-def propagated(monkeypatch):
-    """Let what is logged reach pytest: transformers keeps it from the root logger."""
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("trl_singlepass"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("trl_singlepass"), "level", logging.WARNING)
 
 
 @pytest.mark.parametrize("shape", MALFORMED)
@@ -110,18 +100,6 @@ def test_dropped_rows_are_counted(tokenizer):
         "15 bad rows dropped (13 rows (1, 2, 3, 4, 5, 6, 7, 9, 10, 11 and 3 more), the first"
     )
     assert str(report).endswith(str(alone))
-
-
-def test_the_log_counts_what_is_dropped(tmp_path, tokenizer, caplog, propagated):
-    single_pass_trainer(tmp_path, tokenizer, MIXED, bad_rows="drop")
-    (line,) = [record.getMessage() for record in caplog.records if "bad rows" in record.getMessage()]
-    assert line.startswith("train dataset: 15 bad rows dropped (13 rows (1, 2")
-
-
-def test_dropping_is_not_offered_where_no_row_would_be_left(tmp_path, tokenizer):
-    with pytest.raises(RenderingError, match="15 of 15 rows") as caught:
-        single_pass_trainer(tmp_path, tokenizer, BAD)
-    assert "bad_rows" not in str(caught.value)
 
 
 def test_a_dataset_of_bad_rows_alone_is_refused(tmp_path, tokenizer):
@@ -195,12 +173,6 @@ def test_a_stream_trains_without_bad_rows(tokenizer, num_workers):
     assert ids(given) == ids(conversations_to_rows(as_dataset(GOOD), tokenizer, RowSettings())[0])
 
 
-def test_bad_rows_of_a_stream_are_logged_each_time_they_have_doubled(tokenizer, caplog, propagated):
-    list(prepare_dataset(as_dataset(MIXED).to_iterable_dataset(), tokenizer, RowSettings(), bad_rows="drop"))
-    counts = [re.search(r"so far: (\d+) bad rows? dropped", record.getMessage()) for record in caplog.records]
-    assert [int(count[1]) for count in counts if count] == [1, 2, 4, 8]
-
-
 def test_a_trainer_on_a_stream_drops_its_bad_rows(tmp_path, tokenizer):
     rows = [MALFORMED[shape][0] for shape in ("no messages at all", "JSON", "a null message")]
     dataset = stream([*rows, *({"messages": messages} for messages in GOOD)])
@@ -223,20 +195,6 @@ def test_the_export_deals_with_bad_rows_as_the_trainer_does(tokenizer, num_proc)
     assert exported[:] == to_npass(GOOD, tokenizer)[:]
 
 
-def test_the_export_of_a_stream_drops_them_too(tokenizer):
-    def source():
-        return as_dataset(MIXED).to_iterable_dataset()
-
-    with pytest.raises(RenderingError, match="Row 1: Expected at least one assistant"):
-        list(to_npass(source(), tokenizer))
-    assert ids(to_npass(source(), tokenizer, config(bad_rows="drop"))) == ids(to_npass(GOOD, tokenizer))
-
-
-def test_the_export_takes_logs_of_single_turns(tokenizer):
-    exported = to_npass(as_dataset(LOG), tokenizer, config(bad_rows="drop"))
-    assert exported["input_ids"][:] == [[5, 6, 7], [5, 6, 7, 9, 7], [5, 6, 8]]
-
-
 def test_verify_names_all_of_them(tokenizer):
     """Weights are none of its business."""
     with pytest.raises(RenderingError, match=r"(?s)14 of 18 rows of the given .*- 13 rows \(1, 2, .*- Row 15: Mess"):
@@ -246,11 +204,6 @@ def test_verify_names_all_of_them(tokenizer):
 def test_the_audit_tells_the_same_rows_and_reasons(tokenizer):
     _, report = conversations_to_rows(as_dataset(MIXED), tokenizer, RowSettings(), bad_rows="drop")
     assert audit(as_dataset(MIXED), tokenizer).errors == report.bad_rows
-
-
-def test_the_setting_is_checked(tmp_path):
-    with pytest.raises(ValueError, match="bad_rows='skip' is not one of error, drop"):
-        SinglePassSFTConfig(str(tmp_path), use_cpu=True, bad_rows="skip")
 
 
 JUNK = [None, 3, 2.5, True, "x", "", b"a", [], {}, [1], [None], ["x"], {"a": 1}, [[HI]], "[1]", "[{", {"role": "user"}]

@@ -154,18 +154,6 @@ def test_what_stock_trains_is_left_to_it(tmp_path, tokenizer, case, kind):
     assert [row["input_ids"] for row in ours.train_dataset] == [row["input_ids"] for row in stock.train_dataset]
 
 
-def test_another_text_field_is_text(tmp_path, tokenizer):
-    trainer = single_pass_trainer(tmp_path, tokenizer, [{"story": "Once."}], dataset_text_field="story")
-    assert "labels" in trainer.train_dataset.column_names
-
-
-def test_a_formatting_function_may_take_any_columns(tmp_path, tokenizer):
-    rows = [{"instruction": "Hi.", "output": "Hello."}]
-    kwargs = {"formatting_func": lambda row: row["instruction"] + row["output"]}
-    trainer = single_pass_trainer(tmp_path, tokenizer, rows, kwargs=kwargs)
-    assert tokenizer.decode(trainer.train_dataset[0]["input_ids"]).startswith("Hi.Hello.")
-
-
 @pytest.mark.parametrize("beside", [{"prompt": "What is 0"}, {"turns": 2}, {"text": "x"}, {"completion": "y"}])
 def test_columns_beside_the_messages_change_nothing(tmp_path, tokenizer, beside):
     ours = single_pass_trainer(tmp_path, tokenizer, [{**GOOD, **beside}])
@@ -191,13 +179,3 @@ def test_a_transformed_dataset_is_known_by_what_comes_out_of_it(tmp_path, tokeni
     assert not holds_turns(dataset)
     with pytest.raises(ValueError, match="with_transform"):
         single_pass_trainer(tmp_path, tokenizer, as_dataset([GOOD]).with_transform(lambda batch: batch))
-
-
-def test_a_column_that_comes_later_in_a_stream_is_no_row(tmp_path, tokenizer):
-    rows = [GOOD] * 30 + [{**GOOD, "tools": None, "note": "late"}]
-    for settings in ({}, {"packing": True, "max_row_tokens": 400}):
-        trainer = single_pass_trainer(tmp_path, tokenizer, stream(rows), **settings)
-        alone = single_pass_trainer(tmp_path, tokenizer, stream([GOOD] * 31), **settings)
-        rows_of = [[list(row["input_ids"]) for row in t.train_dataset] for t in (trainer, alone)]
-        assert rows_of[0] == rows_of[1]
-        assert set(next(iter(trainer.train_dataset))) == set(next(iter(alone.train_dataset)))

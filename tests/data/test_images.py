@@ -1,7 +1,6 @@
 """Conversations with images become the tokens that a processor serves, and rows that refer to their images."""
 
 import copy
-import logging
 
 import datasets
 import PIL.Image
@@ -30,7 +29,6 @@ from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.images.loading import image_loader_of
 from trl_singlepass.images.placeholders import placeholders_of
 from trl_singlepass.images.reading import ImageReader
-from trl_singlepass.rendering.samples import RenderingError
 from trl_singlepass.trees.image_features import shown_images
 
 
@@ -158,17 +156,6 @@ def test_images_that_cannot_be_read_name_their_rows(processor, tmp_path):
     assert len(prepare_dataset(dataset, processor, RowSettings(), bad_rows="drop")) == 1
 
 
-def test_whatever_a_decoder_raises_makes_the_row_bad(processor, tmp_path, monkeypatch):
-    dataset = forms(CHAT, tmp_path)["parts of paths"]
-
-    def too_large(*_):
-        raise PIL.Image.DecompressionBombError("too many pixels")
-
-    monkeypatch.setattr(PIL.Image, "open", too_large)
-    with pytest.raises(RenderingError, match=r"rows?(.|\n)*An image cannot be read \(.*too many pixels"):
-        prepare_dataset(dataset, processor, RowSettings())
-
-
 def test_an_image_that_changes_after_preparation_names_its_row(processor, tmp_path):
     dataset = forms(CHAT, tmp_path)["parts of paths"]
     rows = prepare_dataset(dataset, processor, RowSettings())
@@ -186,13 +173,6 @@ def test_rows_need_the_dataset_that_they_refer_to(tmp_path):
     elsewhere = image_collator(image_loader_of(tiny_processor("qwen3_vl")))
     with pytest.raises(ValueError, match="refer to images of a dataset that is not at hand"):
         elsewhere([rows[0]])
-
-
-def test_the_log_says_how_many_encodings_are_saved(processor, caplog):
-    with caplog.at_level(logging.INFO, "trl_singlepass"):
-        rows = prepare_dataset(in_column([CHAT, CHAT[:2]]), processor, RowSettings())
-    # N-pass encodes 1 + 3 + 3 images and 1, the rows 2 and 1.
-    assert "3 image encodings instead of 8 (2.7 times fewer)" in rows.info.description
 
 
 def test_packing_shares_images_between_conversations(processor):
@@ -307,16 +287,6 @@ def test_streams_hold_images_encoded_and_give_the_same_batches(processor):
         assert torch.equal(one["pixel_values"], other["pixel_values"])
 
 
-def test_the_columns_of_a_stream_that_tells_none_are_hidden_as_well(processor):
-    rows = [{"images": [png(image) for image in CHAT_IMAGES], "messages": without_images(CHAT)}]
-    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
-    assert stream.column_names is None
-    hidden = hide_image_columns(stream)
-    assert set(next(iter(hidden))) == {"messages", "singlepass_images"}
-    (row,) = prepare_dataset(hidden, processor, RowSettings())
-    assert len(row["image_references"]) == 2
-
-
 def test_several_processes_give_the_same_rows_and_a_second_time_nothing_is_prepared(processor, tmp_path, monkeypatch):
     in_column([CHAT, CHAT[:2], CHAT[:4]]).save_to_disk(tmp_path / "stored")
     stored = datasets.load_from_disk(str(tmp_path / "stored"))
@@ -330,16 +300,6 @@ def test_several_processes_give_the_same_rows_and_a_second_time_nothing_is_prepa
     again = prepare_dataset(datasets.load_from_disk(str(tmp_path / "stored")), processor, RowSettings())
     batch = image_collator(image_loader_of(processor))([again[0]])
     assert len(batch["image_grid_thw"]) == 2
-
-
-def test_each_example_is_read_once_per_batch(processor):
-    loader, read = image_loader_of(processor), []
-    rows = prepare_dataset(in_column([CHAT]), processor, RowSettings())
-    (name,) = {image["source"]["dataset"] for image in rows[0]["image_references"]}
-    find = loader._datasets[name]
-    loader.add_dataset(name, lambda row: read.append(row) or find(row))
-    image_collator(loader)([rows[0]])
-    assert read == [0]
 
 
 def test_tokenised_turns_show_their_images(processor):
@@ -385,22 +345,6 @@ def test_a_log_of_single_turns_with_images_is_gathered(processor):
     assert len(batch["image_grid_thw"]) == 2
 
 
-def test_text_with_a_processor_has_the_rows_of_its_tokenizer(processor):
-    messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
-    dataset = datasets.Dataset.from_list([{"messages": messages}])
-    assert not holds_images(dataset)
-    rows = prepare_dataset(dataset, processor, RowSettings())
-    assert rows.column_names == prepare_dataset(dataset, processor.tokenizer, RowSettings()).column_names
-    assert not {"image_features", "image_references"} & set(rows.column_names)
-
-
-def test_a_long_conversation_without_images_is_cut_among_others_with_images(processor):
-    text = {"messages": [user("What? " * 50), answer("That.")]}
-    (whole,) = samples_of(text, processor)
-    (cut,) = samples_of(text, processor, max_length=len(whole) - 2)
-    assert cut.token_ids.tolist() == whole.token_ids[:-2].tolist()
-
-
 def test_a_tokenizer_alone_reads_no_images(processor):
     """Each error offers both: the processor for a model that reads images, and text alone for one that does not."""
     text = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
@@ -427,7 +371,6 @@ def test_sizes_follow_the_orientation_of_a_photo(tmp_path):
 
 
 def test_pixels_are_not_decoded_to_prepare(processor, monkeypatch):
-    import PIL.Image
 
     monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     dataset = datasets.Dataset.from_list(

@@ -91,12 +91,6 @@ def test_nothing_is_copied_where_each_conversation_is_a_row(tmp_path, tokenizer,
     assert all("source" not in datasets.Dataset.from_file(file).column_names for file in written)
 
 
-def test_the_prepared_dataset_has_the_same_fingerprint_the_next_time(tmp_path, tokenizer):
-    datasets.Dataset.from_list(CONVERSATIONS).save_to_disk(tmp_path / "rows")
-    first, second = (prepare(datasets.load_from_disk(str(tmp_path / "rows")), tokenizer) for _ in range(2))
-    assert first._fingerprint == second._fingerprint
-
-
 @pytest.mark.parametrize("streamed", [False, True], ids=["stored", "streamed"])
 def test_a_column_with_the_name_of_one_of_rows_gives_way_and_is_named(tokenizer, streamed, caplog):
     logging.Logger.warning_once.cache_clear()
@@ -111,12 +105,6 @@ def test_a_column_with_the_name_of_one_of_rows_gives_way_and_is_named(tokenizer,
     assert all(name in message for name in ("labels", "num_tokens", "image_features"))
 
 
-def test_pairs_of_plain_text_have_those_that_trl_makes_of_them(tmp_path, tokenizer):
-    text = [{"prompt": "Hi", "chosen": " there", "rejected": " you"}]
-    ours, stock = (make(tmp_path, tokenizer, text).train_dataset[0] for make in (dpo_trainer, stock_dpo_trainer))
-    assert {name: ours[name] for name in stock} == stock
-
-
 def test_stored_log_probabilities_of_a_reference_are_not_taken_for_those_of_this_one(tokenizer):
     given = datasets.Dataset.from_list([{**PAIRS[0], "ref_chosen_logps": -1.0}])
     (row,) = prepare_pairs(given, tokenizer, PairSettings())
@@ -126,19 +114,6 @@ def test_stored_log_probabilities_of_a_reference_are_not_taken_for_those_of_this
 def test_images_are_there_under_their_own_name():
     rows = prepare_dataset(hide_image_columns(in_column([CHAT])), tiny_processor("qwen3_vl"), RowSettings())
     assert [image.size for image in rows[0]["images"]] == [image.size for image in in_column([CHAT])[0]["images"]]
-
-
-def test_packed_rows_have_none_as_in_stock(tmp_path, tokenizer):
-    rows = prompts_and_completions()
-    for streamed in (False, True):
-        given = datasets.Dataset.from_list(rows)
-        given = given.to_iterable_dataset() if streamed else given
-        settings = {"packing": True, "max_length": 4096}
-        ours, stock = (
-            next(iter(make(tmp_path, tokenizer, given, **settings).train_dataset))
-            for make in (single_pass_trainer, stock_trainer)
-        )
-        assert not {"prompt", "completion", "id"} & (set(ours) | set(stock))
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["stored", "streamed"])

@@ -117,12 +117,6 @@ def test_pairs_with_one_prompt_share_it(tokenizer):
     assert turns_by_reading_paths(row) == expected_turns(pairs)
 
 
-def test_different_pairs_stand_side_by_side(tokenizer):
-    columns = [pair_to_columns(each) for each in rendered([pair(1, 0), pair(1, 7)], tokenizer)]
-    (row,) = pack_examples(columns, SIDES)
-    assert row.row.input_ids.tolist() == [*columns[0]["input_ids"], *columns[1]["input_ids"]]
-
-
 def test_a_batch_names_the_tokens_of_each_trajectory_whatever_the_rows(tokenizer):
     pairs = rendered(TRAJECTORIES, tokenizer)
     whole, in_rows = (
@@ -149,9 +143,3 @@ def test_a_trainer_refuses_pairs_that_were_prepared_for_larger_rows(tmp_path, to
     assert dpo_trainer(tmp_path, tokenizer, rows, max_row_tokens=1000).train_dataset[:] == rows[:]
     with pytest.raises(ValueError, match="max_row_tokens=140"):
         dpo_trainer(tmp_path, tokenizer, rows, max_row_tokens=140)
-
-
-def test_pairs_that_were_prepared_for_larger_rows_are_refused(tokenizer):
-    columns = [pair_to_columns(each) for each in rendered([pair(1)], tokenizer)]
-    with pytest.raises(ValueError, match="does not fit into a row of max_row_tokens=20"):
-        pack_examples(columns, SIDES, 20)

@@ -16,7 +16,7 @@ from support.preparation import conversations_to_rows
 from support.sample_sets import SYSTEM, reasoning_chat, sample_sets, with_system
 from support.tiny_models import tiny_model
 from support.trainers import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
-from trl_singlepass.data.packing import assign_to_rows, group_by_prefix, pack_dataset, pack_rows
+from trl_singlepass.data.packing import assign_to_rows, pack_dataset, pack_rows
 from trl_singlepass.data.report import PackingReport
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.trees.sample import Sample
@@ -73,17 +73,6 @@ def test_a_group_that_fits_nowhere_whole_is_not_scattered():
     rows = assign_to_rows([140] * large + [60] * members, lambda i: beginnings[i], 200)
     assert len(rows) == large + 1
     assert sorted(rows[-1]) == list(range(large, large + members))
-
-
-def test_rows_are_those_of_the_docstring():
-    prefixes = [np.empty(0)] * 3 + [np.full(50, 1)] * 5
-    assert assign_to_rows([140] * 3 + [60] * 5, lambda i: prefixes[i], 200) == [[2], [1], [0], [3, 4, 5, 6, 7]]
-
-
-def test_the_order_is_that_of_the_docstring():
-    prefixes = [np.full(40, 1), np.full(40, 2), np.full(40, 1), np.empty(0), np.full(40, 2)]
-    order = group_by_prefix(np.array([90, 70, 80, 60, 50]), lambda i: prefixes[i])
-    assert [(group.depth, index) for group, index in order] == [(40, 0), (40, 2), (40, 1), (40, 4), (0, 3)]
 
 
 def test_room_is_kept_for_the_token_that_two_targets_fork():
@@ -153,27 +142,6 @@ def test_packed_training_equals_stock_on_the_samples(tmp_path, tokenizer, accumu
     assert logged(packed, "loss") == pytest.approx(logged(stock, "loss"), abs=1e-6)
     assert logged(packed, "num_tokens") == logged(stock, "num_tokens")
     assert largest_difference(packed, stock) < 1e-6
-
-
-def test_packing_says_how_full_rows_are_and_what_they_share(tokenizer, caplog):
-    rows, report = conversations_to_rows(as_dataset(chats_with_system()), tokenizer, RowSettings(max_row_tokens=450))
-    packed = pack_dataset(rows, 450)
-    packing = PackingReport.from_rows(packed, 450, report)
-    lengths = [len(row["input_ids"]) for row in packed]
-    assert packing.num_rows == len(lengths)
-    assert packing.fill_rate == pytest.approx(sum(lengths) / (450 * len(lengths)))
-    assert packing.sharing_across == pytest.approx(sum(rows["num_tokens"]) / sum(lengths))
-    assert packing.sharing_across > 1.2
-    multiplicities = [sum(row["multiplicity"]) for row in packed]
-    assert packing.sharing_within * packing.sharing_across == pytest.approx(sum(multiplicities) / sum(lengths))
-    assert f"packed into {len(lengths)} rows of at most 450 tokens, " in str(packing)
-    assert report["num_sample_tokens"] == sum(multiplicities)
-
-
-def test_max_row_tokens_defaults_to_max_length_when_packing(tmp_path, tokenizer):
-    trainer = single_pass_trainer(tmp_path, tokenizer, chats_with_system(), packing=True, max_length=400)
-    assert len(trainer.train_dataset) > 1
-    assert max(len(row["input_ids"]) for row in trainer.train_dataset) <= 400
 
 
 def test_several_processes_pack_the_same_rows(tokenizer):

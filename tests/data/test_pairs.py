@@ -75,18 +75,6 @@ def test_tools_and_template_arguments_reach_the_template(tokenizer):
     assert "find_city" in expected[0][0]
 
 
-def test_a_tool_call_is_a_turn_and_its_result_is_not(tokenizer):
-    messages = tool_chat()
-    example = {
-        "prompt": messages[:1],
-        "chosen": messages[1:4],
-        "rejected": [{"role": "assistant", "reasoning_content": "No.", "content": "5."}],
-    }
-    rendered = example_to_pair(example, 0, tokenizer, PairSettings())
-    assert len(rendered.chosen.samples) == 2
-    assert as_texts(rendered.chosen, tokenizer) == turns_by_hand(example, "chosen", tokenizer)
-
-
 def test_the_row_holds_the_targets_of_each_trajectory_in_order(tokenizer):
     rendered = example_to_pair(pair(3), 0, tokenizer, PairSettings())
     row = pair_to_columns(rendered)
@@ -115,17 +103,6 @@ def test_sides_without_a_prompt_that_do_not_begin_alike_are_a_bad_row(tokenizer,
     alike = {"chosen": chosen, "rejected": rejected, **prompt}
     rows = prepared([alike, apart, alike], tokenizer, bad_rows=BadRows.DROP)
     assert columns_of_pairs(rows) == columns_of_pairs(prepared([alike, alike], tokenizer))
-
-
-def test_keys_that_arrow_adds_to_one_side_do_not_hide_the_prompt(tokenizer):
-    explicit = pair(1)
-    chosen = explicit["prompt"] + explicit["chosen"]
-    rejected = explicit["prompt"] + [{"role": "assistant", "content": "No.", "reasoning_content": "Why?", "name": "a"}]
-    rows = prepared([{"chosen": chosen, "rejected": rejected}], tokenizer)
-    stored = datasets.Dataset.from_list([{"chosen": chosen, "rejected": rejected}])[0]
-    assert stored["chosen"][0].keys() != stored["rejected"][0].keys()
-    expected = prepared([{"prompt": explicit["prompt"], "chosen": chosen[2:], "rejected": rejected[2:]}], tokenizer)
-    assert columns_of_pairs(rows) == columns_of_pairs(expected)
 
 
 def test_token_ids_are_pairs_of_one_turn(tokenizer):
@@ -174,24 +151,6 @@ def test_messages_without_weight_are_context(tokenizer):
         example_to_pair(example, 0, tokenizer, PairSettings())
 
 
-def test_the_summary_counts_what_cancels_and_what_is_cut(tokenizer, caplog):
-    equal = pair(1, seed=3)
-    examples = [pair_with_shared_turns(1, 2), {**equal, "rejected": equal["chosen"]}]
-    summary = prepared(examples, tokenizer).info.description
-    assert "6 turns of 2 pairs" in summary
-    assert "2 in an equal context on both sides, where they cancel" in summary
-    assert "1 pairs whose trajectories are equal" in summary
-    assert "completion tokens count; sharing factor" in summary
-    rendered = example_to_pair(pair(2), 0, tokenizer, PairSettings())
-    longest = len(rendered.chosen.samples[0]) - 2
-    cut = prepared([pair(2)], tokenizer, PairSettings(max_length=longest)).info.description
-    total = sum(len(s) - s.prompt_length for s in rendered.samples)
-    kept = sum(max(min(len(s), longest) - s.prompt_length, 0) for s in rendered.samples)
-    assert f"not trained: {total - kept} completion tokens past max_length, " in cut
-    assert f"of {total}" in cut
-    assert kept > 0
-
-
 def test_a_pair_with_an_empty_side_is_dropped_and_counted(tokenizer):
     short = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]}
     long = {"prompt_ids": [5] * 9, "chosen_ids": [7], "rejected_ids": [8]}
@@ -233,10 +192,3 @@ def test_a_stream_yields_the_same_rows(tokenizer):
     stream = datasets.Dataset.from_list(examples).to_iterable_dataset()
     for ours, theirs in zip(prepared(stream, tokenizer), stored, strict=True):
         assert {name: np.asarray(value).tolist() for name, value in ours.items()} == theirs
-
-
-def test_unknown_choices_are_refused():
-    with pytest.raises(ValueError, match="train_turns='first' is not one of all, last, from_difference"):
-        PairSettings(train_turns="first")
-    with pytest.raises(ValueError, match="overlong_turns='keep'"):
-        PairSettings(overlong_turns="keep")

@@ -12,7 +12,6 @@ from trl_singlepass.data import conversations
 from trl_singlepass.data.preparation import tokenizer_fingerprint
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.rendering.samples import RenderingError
-from trl_singlepass.trees.sample import CompletionKind
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -72,12 +71,6 @@ def test_using_a_tokenizer_does_not_change_its_fingerprint(stored, tokenizer, pr
     assert len(prepared) == 4
 
 
-def test_another_vocabulary_changes_the_fingerprint(tokenizer):
-    before = tokenizer_fingerprint(tokenizer)
-    tokenizer.add_tokens(["<new>"])
-    assert tokenizer_fingerprint(tokenizer) != before
-
-
 def test_several_processes_prepare_the_same_rows(tokenizer):
     (one, report), (several, report_of_several) = (
         conversations_to_rows(as_dataset(CHATS), tokenizer, RowSettings(max_row_tokens=200), num_proc=n)
@@ -85,12 +78,6 @@ def test_several_processes_prepare_the_same_rows(tokenizer):
     )
     assert one[:] == several[:]
     assert report == report_of_several
-
-
-def test_columns_are_as_narrow_as_they_can_be(tokenizer):
-    rows, _ = conversations_to_rows(as_dataset(CHATS), tokenizer, RowSettings())
-    kinds = {name: rows.features[name].feature.dtype for name in ("input_ids", "labels", "loss_weights")}
-    assert kinds == {"input_ids": "int32", "labels": "int32", "loss_weights": "float32"}
 
 
 def test_costs_are_counted(tokenizer):
@@ -114,28 +101,6 @@ def test_errors_of_workers_reach_the_main_process_with_row_and_reason(tokenizer,
     dataset = as_dataset([*CHATS, messages])
     with pytest.raises(RenderingError, match=f"Row 4: .*{reason}"):
         conversations_to_rows(dataset, tokenizer, RowSettings(), num_proc=num_proc)
-
-
-def test_a_template_that_raises_is_named_with_the_row(tokenizer):
-    tokenizer.chat_template = "{% if messages|length > 6 %}{{ raise_exception('too many') }}{% endif %}" + (
-        tokenizer.chat_template
-    )
-    with pytest.raises(RenderingError, match=r"Row 0: .*too many"):
-        conversations_to_rows(as_dataset([chat(4)]), tokenizer, RowSettings(), num_proc=None)
-
-
-def test_the_report_counts_turns_by_how_they_were_rendered():
-    opened_by_the_model = [{"role": "assistant", "content": "Hello."}, *chat(1)]
-    dataset = datasets.Dataset.from_list([{"messages": messages} for messages in (chat(2), opened_by_the_model)])
-    _, report = conversations_to_rows(dataset, make_tokenizer("deepseek_r1_distill"), RowSettings())
-    assert report.kinds == {CompletionKind.REASONING_RESTORED: 3}
-    assert report["num_turns_without_prompt"] == 1
-    assert not report.is_complete
-    assert str(report).startswith(
-        "3 turns of 2 conversations (3 reasoning restored); 1 assistant messages before any prompt, which are context"
-    )
-    _, report = conversations_to_rows(dataset.select([0]), make_tokenizer("qwen3"), RowSettings())
-    assert str(report).startswith("2 turns of 1 conversations; all ")
 
 
 def test_turns_that_train_an_empty_block_of_reasoning_are_counted_in_the_summary():

@@ -8,7 +8,7 @@ from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS, call, tool
 from support.logs import assistant, user
 from trl_singlepass.data.bad_rows import BadRowError
-from trl_singlepass.data.conversations import example_to_rows, example_to_samples
+from trl_singlepass.data.conversations import example_to_samples
 from trl_singlepass.data.dataset_format import holds_turns
 from trl_singlepass.data.preparation import prepare_dataset
 from trl_singlepass.data.settings import RowSettings
@@ -60,13 +60,6 @@ def test_requests_that_begin_alike_are_tokenized_once_and_stay_what_they_are(tok
     together = samples_of({"requests": requests}, tokenizer)
     assert len(calls) == 1
     assert [one.token_ids.tolist() for one in together] == [other.token_ids.tolist() for other in alone]
-
-
-def test_requests_share_one_row(tokenizer):
-    (row,) = example_to_rows(EXAMPLE, 0, tokenizer, RowSettings())
-    alone = [example_to_rows({"tools": TOOLS} | one, 0, tokenizer, RowSettings())[0] for one in REQUESTS]
-    assert len(row) < sum(map(len, alone))
-    assert row.counts["num_sample_tokens"] == sum(one.counts["num_sample_tokens"] for one in alone)
 
 
 def test_weights_of_a_request_and_of_its_messages_are_factors(tokenizer):

@@ -8,17 +8,14 @@ from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
-from transformers import GPT2Config
 
-from benchmarks.balance_at_scale import ROW_TOKENS, chat_lengths, packed
 from support.conversations import chat
 from support.sample_sets import reasoning_chat
 from support.tiny_models import tiny_model
 from support.trainers import largest_difference, logged, single_pass_trainer
-from trl_singlepass import Sample
 from trl_singlepass.cost import ModelShape, single_pass_cost
 from trl_singlepass.data.arrow import num_attention_pairs
-from trl_singlepass.data.sampler import BalancedSampler, even_parts, predicted_imbalance, row_costs
+from trl_singlepass.data.sampler import BalancedSampler, even_parts, row_costs
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 
@@ -86,22 +83,6 @@ def test_ranks_get_the_batches_that_were_composed_for_them(num_ranks):
     assert one.predicted_imbalance() == pytest.approx(slowest)
 
 
-def test_epochs_and_seeds_shuffle_differently_and_runs_the_same():
-    costs = np.arange(50.0)
-    orders = {tuple(sampler(costs, seed=seed, epoch=epoch)) for seed, epoch in ((0, 0), (0, 1), (7, 0))}
-    assert len(orders) == 3
-    assert list(sampler(costs)) == list(sampler(costs))
-
-
-def test_every_row_is_as_likely_anywhere():
-    """Shuffled: over many epochs, no row prefers a place in the epoch."""
-    costs = np.arange(1.0, 17.0)
-    one = sampler(costs, num_accumulated=2)
-    steps = np.array([np.argsort(one.order(epoch)) // 4 for epoch in range(400)])
-    for row in steps.T:
-        assert (np.abs(np.bincount(row, minlength=4) - 100) < 5 * np.sqrt(100 * 0.75)).all()
-
-
 def test_parts_are_even():
     costs = np.array([10.0, 9.0, 8.0, 3.0, 2.0, 1.0])
     parts = even_parts(range(6), costs, 2)
@@ -122,45 +103,6 @@ def test_costs_are_those_of_counted_operations():
     counted = [single_pass_cost([tree], shape) for tree in trees]
     body = np.array([cost.flops - 3 * 2 * shape.head_parameters * cost.targets for cost in counted])
     assert costs / costs[0] == pytest.approx(body / body[0])
-
-
-def test_the_simulation_counts_rows_as_they_are():
-    """Lengths of a chat without tokens, and of the tree of the same chat with tokens."""
-    random = np.random.default_rng(0)
-    user, reasoning, answer = (random.integers(3, 30, size=5) for _ in range(3))
-    history, samples = np.empty(0, np.int64), []
-    for turn, sizes in enumerate(zip(user, reasoning, answer, strict=True)):
-        asked, thought, said = (random.integers(1000, size=size) for size in sizes)
-        history = np.concatenate([history, asked])
-        samples.append(Sample.from_prompt_and_completion(history, np.concatenate([thought, said]), turn))
-        history = np.concatenate([history, said])
-    row = Row.from_tree(PrefixTree.from_samples(samples))
-    expected = (len(row), num_attention_pairs(row), [len(sample) for sample in samples])
-    assert chat_lengths(user, reasoning, answer) == expected
-
-
-def test_packs_hold_every_row_once():
-    lengths = np.random.default_rng(0).integers(100, 3000, size=2500)
-    rows = list(packed(lengths))
-    assert sorted(row for pack in rows for row in pack) == list(range(2500))
-    assert max(lengths[pack].sum() for pack in rows) <= ROW_TOKENS
-
-
-def test_models_of_unknown_sizes_have_costs():
-    costs = row_costs(np.array([10, 20]), np.array([55, 210]), GPT2Config(n_embd=4))
-    assert costs == pytest.approx([10 + 55 / 24, 20 + 210 / 24])
-
-
-def test_nothing_to_balance():
-    assert predicted_imbalance([], np.empty(0), batch_size=1, num_ranks=2) == 0
-
-
-def test_the_numbers_of_the_docstrings():
-    costs = np.array([5.0, 1, 2, 2])
-    for num_accumulated in (1, 2):
-        imbalance = predicted_imbalance(range(4), costs, batch_size=1, num_ranks=2, num_accumulated=num_accumulated)
-        assert imbalance == pytest.approx(0.4)
-    assert even_parts(range(6), np.array([10.0, 9, 8, 3, 2, 1]), 2) == [[0, 3, 4], [1, 2, 5]]
 
 
 def test_grouping_by_length_goes_by_the_cost_of_rows_and_resumes(tmp_path, tokenizer):

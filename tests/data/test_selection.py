@@ -84,13 +84,6 @@ def test_a_dataset_loses_no_token_that_its_report_does_not_count(tokenizer, boun
         assert tokens == sum(len(PrefixTree.from_samples(render_samples(messages, tokenizer))) for messages in CHATS)
 
 
-def test_overlong_turns_are_named(tokenizer):
-    _, report = conversations_to_rows(as_dataset(CHATS), tokenizer, RowSettings(max_length=110))
-    longer = [s for s in render_samples(CHATS[0], tokenizer) if len(s) > 110]
-    assert f"row 0, message {longer[0].message_index}: {len(longer[0])} tokens" in str(report)
-    assert f"and {report['num_cut_turns'] + report['num_dropped_turns'] - 2} more" in str(report)
-
-
 def test_overlong_turns_are_refused_where_that_is_asked_for(tmp_path, tokenizer):
     with pytest.raises(RenderingError, match=r"Row 0: The turn at message \d+ has \d+ tokens.*150 are allowed"):
         single_pass_trainer(tmp_path, tokenizer, CHATS, max_length=150, overlong_turns="error")

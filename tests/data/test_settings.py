@@ -25,9 +25,3 @@ def test_a_string_and_its_member_are_cached_under_one_name():
 def test_the_smaller_length_bounds_a_sample(lengths, bound, longest):
     settings = RowSettings(**lengths)
     assert (settings.bound, settings.longest_sample) == (bound, longest)
-
-
-@pytest.mark.parametrize("weight", [-1, float("inf"), float("nan")])
-def test_a_wrong_reasoning_weight_is_named(weight):
-    with pytest.raises(ValueError, match=r"reasoning_weight=.*: expected a number of 0 or more"):
-        RowSettings(reasoning_weight=weight)

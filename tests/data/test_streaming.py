@@ -1,7 +1,6 @@
 """Streams: every conversation once per pass over workers, ranks and resumed runs; packed in a bounded buffer."""
 
 import json
-import pickle
 from collections import Counter
 
 import datasets
@@ -21,7 +20,6 @@ from support.trainers import (
 )
 from trl_singlepass.data import preparation
 from trl_singlepass.data.conversations import example_to_rows
-from trl_singlepass.data.dataset_format import EXAMPLE
 from trl_singlepass.data.preparation import prepare_dataset
 from trl_singlepass.data.report import Report
 from trl_singlepass.data.settings import RowSettings
@@ -90,18 +88,6 @@ def test_the_buffer_is_bounded(tokenizer):
     read.clear()  # the columns were looked up
     next(rows)
     assert max(read) < len(CHATS) - 1
-
-
-def test_what_a_stream_holds_does_not_grow(tokenizer):
-    """Neither by what it counts of rows that are cut, nor by what it says of bad ones."""
-    examples = [{"messages": CHATS[1]}, {"messages": [{"role": "user", "content": "Alone"}]}]
-    source = as_dataset([example["messages"] for example in examples]).to_iterable_dataset()
-    prepare = prepare_dataset(source, tokenizer, RowSettings(max_length=160), bad_rows="drop")._ex_iterable.function
-    sizes = []
-    for index in range(64):
-        assert len(prepare({EXAMPLE: examples}, [2 * index, 2 * index + 1])["input_ids"]) == 1
-        sizes.append(len(pickle.dumps(prepare)))
-    assert sizes[-1] - sizes[31] < 16  # digits of sums
 
 
 def test_what_is_lost_adds_up_over_a_stream(tokenizer):
@@ -228,16 +214,3 @@ def test_a_finite_stream_counts_the_tokens_that_stock_counts(tmp_path, tokenizer
     assert logged(trainers[0], "num_tokens") == logged(trainers[1], "num_tokens")
     assert logged(trainers[0], "loss") == pytest.approx(logged(trainers[1], "loss"), abs=1e-6)
     assert largest_difference(*trainers) < 1e-6
-
-
-def test_the_last_step_of_an_epoch_is_taken_where_it_is_not_full(tmp_path, tokenizer):
-    """Five rows, two accumulated: the third step trains the fifth row alone, and leaves the next epoch no gradient."""
-    rows = CHATS[:5]
-    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 6}
-    streamed = single_pass_trainer(tmp_path, tokenizer, as_dataset(rows).to_iterable_dataset(), **settings)
-    stored = single_pass_trainer(tmp_path, tokenizer, rows, train_sampling_strategy="sequential", **settings)
-    for trainer in (streamed, stored):
-        trainer.train()
-    assert logged(streamed, "loss") == pytest.approx(logged(stored, "loss"), abs=1e-6)
-    assert logged(streamed, "num_trained_tokens") == logged(stored, "num_trained_tokens")
-    assert largest_difference(streamed, stored) < 1e-6

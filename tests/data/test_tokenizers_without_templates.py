@@ -13,7 +13,6 @@ from support.conversations import chat
 from support.pairs import pair
 from support.preparation import prepare_pairs
 from trl_singlepass import audit, render_samples, to_npass, verify
-from trl_singlepass.cli.loading import load_tokenizer
 from trl_singlepass.data.bad_rows import BadRows
 from trl_singlepass.data.preparation import prepare_dataset
 from trl_singlepass.data.settings import PairSettings, RowSettings
@@ -85,13 +84,6 @@ def test_a_tokenizer_without_a_template_is_no_fault_of_the_rows(kind, streamed):
     assert not {"bad_rows", "turns"} & set(re.findall(r"\w+", str(caught.value)))
 
 
-def test_turns_that_are_tokens_need_none_at_all():
-    bare = copy.copy(make_tokenizer("qwen3"))
-    bare.chat_template = None
-    given = datasets.Dataset.from_list([{"turns": as_turns(chat(2), make_tokenizer("qwen3"))}])
-    assert len(prepare_dataset(given, bare, RowSettings())) == 1
-
-
 def test_the_tokenizer_of_mistral_common(tmp_path):
     common = pytest.importorskip("mistral_common")
     from transformers import MistralCommonBackend
@@ -112,9 +104,3 @@ def test_the_tokenizer_of_mistral_common(tmp_path):
 def test_reports_name_it_as_well(tokenizer, reads):
     with pytest.raises(ValueError, match=WAY_OUT):
         reads([{"messages": chat(2)}], tokenizer)
-
-
-def test_commands_name_it_as_well(tokenizer, monkeypatch):
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: tokenizer)
-    with pytest.raises(ValueError, match=WAY_OUT):
-        load_tokenizer("model")

@@ -35,17 +35,6 @@ def split(values, samples):
     return [part[sample.prompt_length :] for part, sample in zip(np.split(values, ends[:-1]), samples, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("loss_reduction", "weights"), [("token", [1, 1]), ("turn", [1 / 2, 1 / 4]), ("conversation", [1 / 6] * 2)]
-)
-def test_the_weights_of_the_docstring(loss_reduction, weights):
-    weighed = weigh(samples_of([(1, 2), (1, 4)]), [1.0, 1.0], loss_reduction=loss_reduction)
-    assert [sample.loss_weights[1:].tolist() for sample in weighed] == [
-        pytest.approx([weights[0]] * 2),
-        pytest.approx([weights[1]] * 4),
-    ]
-
-
 @given(LENGTHS)
 def test_token_reduction_is_the_mean_over_tokens(lengths):
     samples = samples_of(lengths)
@@ -89,12 +78,6 @@ def test_reasoning_weight_scales_reasoning_within_a_turn(loss_reduction):
     weighed = weigh(samples, [1.0], loss_reduction=loss_reduction, reasoning_weight=0.25)
     (part,) = split(nll, samples)
     assert mean_loss(weighed, nll) == pytest.approx(np.average(part, weights=[0.25] * 4 + [1] * 2))
-
-
-@pytest.mark.parametrize("loss_reduction", list(LossReduction))
-def test_a_conversation_of_weight_zero_stays_untrained(loss_reduction):
-    (sample,) = weigh(samples_of([(2, 3)]), [0.0], loss_reduction=loss_reduction)
-    assert not sample.is_trained
 
 
 def test_message_weights_read_weight_and_train():

@@ -131,15 +131,6 @@ def test_raw_datasets_are_evaluated(tmp_path, tokenizer, kind, precomputed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", EVALUATIONS)
-def test_evaluation_sets_are_prepared_with_the_trainer(tmp_path, tokenizer, kind):
-    rows = datasets.Dataset.from_list(TRAJECTORIES)
-    trainer = dpo_trainer(tmp_path, tokenizer, rows, kwargs={"eval_dataset": EVALUATIONS[kind](rows)})
-    losses = [value for name, value in trainer.evaluate().items() if name.endswith("loss")]
-    assert len(losses) == (2 if "dict" in kind else 1)
-
-
-@pytest.mark.slow
 def test_there_is_no_reference_for_new_pairs_once_the_policy_has_moved(tmp_path, tokenizer):
     rows, model = datasets.Dataset.from_list(TRAJECTORIES), float32_model(tokenizer)
     model.save_pretrained(tmp_path / "model")

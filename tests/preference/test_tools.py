@@ -5,15 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.preference import TINY, measure_speed, speed_table, stock_table
+from benchmarks.preference import speed_table, stock_table
 from support.pairs import pair, pair_with_shared_turns
 from support.small_repository import DEMO_MODEL, as_a_reader, make_small_repository
 from support.tiny_models import tiny_model
 from trl_singlepass import audit, cli, verify
 from trl_singlepass.data.pairs import example_to_pair
 from trl_singlepass.data.settings import PairSettings
-from trl_singlepass.reports.html.inspection import inspection_page
-from trl_singlepass.reports.inspection import Inspection
 from trl_singlepass.trees.prefix_tree import PrefixTree
 
 
@@ -35,19 +33,6 @@ def test_verify_checks_the_turns_of_both_trajectories(tokenizer, rendered):
     assert row.single_pass_tokens == len(PrefixTree.from_samples(rendered.samples))
     assert row.turns[0].single_pass_loss == pytest.approx(row.turns[2].single_pass_loss, abs=1e-15)  # shared
     assert row.turns[1].single_pass_loss != pytest.approx(row.turns[3].single_pass_loss, abs=1e-6)
-
-
-def test_the_page_shows_which_turns_are_chosen(tokenizer, rendered):
-    inspection = Inspection.from_samples(rendered.samples, tokenizer, num_chosen=2)
-    assert [inspection.side(turn) for turn in (1, 2, 3, 4)] == ["chosen", "chosen", "rejected", "rejected"]
-    assert inspection.summary.startswith("2 chosen and 2 rejected turns, ")
-    page = inspection_page(inspection, "A pair")
-    assert '<span class="side chosen">chosen</span>' in page
-    assert "Green is trained in the chosen trajectory, red in the rejected one, orange in both" in page
-    assert page.count('"side": "rejected"') + page.count('"side":"rejected"') == 2
-    single = inspection_page(Inspection.from_samples(rendered.samples, tokenizer), "A conversation")
-    assert '<span class="side chosen">' not in single
-    assert "Orange is trained;" in single
 
 
 def test_audit_counts_turns_of_both_and_the_tree_of_the_pair(tokenizer, rendered):
@@ -81,9 +66,3 @@ def test_the_page_says_what_the_committed_results_say():
     assert "\n".join(speed_table(result["speed"]["rows"])) in page
     if "stock" in result:
         assert "\n".join(stock_table(result["stock"]["rows"])) in page
-
-
-def test_the_benchmark_compares_equal_work():
-    (one, several) = measure_speed(TINY, (20,), repeats=1)
-    assert one["flops"]["npass"] == one["flops"]["stock"] > one["flops"]["single_pass"]
-    assert several["flops"]["npass"] > several["flops"]["single_pass"] > several["flops"]["stock"]

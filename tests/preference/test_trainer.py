@@ -7,7 +7,6 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
-from trl import DPOConfig
 
 from support.pairs import (
     SINGLE_TURNS,
@@ -16,11 +15,10 @@ from support.pairs import (
     dpo_trainer,
     pair,
     pair_with_shared_turns,
-    stock_dpo_trainer,
 )
 from support.tiny_models import model_of_type
 from support.trainers import float32_model, largest_difference, logged, overridden
-from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, render_samples
+from trl_singlepass import SinglePassDPOTrainer, render_samples
 from trl_singlepass.preference.collator import TurnWeights
 
 
@@ -65,17 +63,6 @@ def test_the_first_step_follows_the_definition(tmp_path, tokenizer):
     )
     expected = gradients(0.3 / 2 * expected / len(TRAJECTORIES), model)
     assert_close(gradients(loss, trainer.model), expected)
-
-
-def test_stock_computes_something_else_for_several_turns(tmp_path, tokenizer):
-    model = float32_model(tokenizer)
-    ours, theirs = (
-        make(tmp_path, tokenizer, TRAJECTORIES, model, float32_model(tokenizer), per_device_train_batch_size=3)
-        for make in (dpo_trainer, stock_dpo_trainer)
-    )
-    for trainer in (ours, theirs):
-        trainer.train()
-    assert logged(ours, "logps/chosen") != pytest.approx(logged(theirs, "logps/chosen"), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -132,14 +119,6 @@ def test_hybrids_train_alike_stored_and_recomputed(tmp_path, tokenizer, model_ty
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_pairs_of_a_batch_do_not_see_each_other(tmp_path, tokenizer):
-    trainer = dpo_trainer(tmp_path, tokenizer, TRAJECTORIES)
-    together = trainer.compute_ref_log_probs(trainer.ref_model, batch_of(trainer))
-    apart = [trainer.compute_ref_log_probs(trainer.ref_model, batch_of(trainer, slice(i, i + 1))) for i in range(3)]
-    for side in (0, 1):
-        assert torch.allclose(together[side], torch.cat([each[side] for each in apart]), atol=1e-3)
-
-
 def test_a_stream_trains_as_stored_pairs(tmp_path, tokenizer):
     both = []
     for stored in (True, False):
@@ -174,13 +153,6 @@ def test_compute_metrics_gets_one_row_per_trajectory(tmp_path, tokenizer):
     assert torch.allclose(logits[0, : len(completion)], expected, atol=1e-4)
 
 
-def test_trls_config_is_enough_and_stays_the_users(tmp_path, tokenizer):
-    trainer = dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS[:2], config=DPOConfig, padding_free=True)
-    assert type(trainer.args) is DPOConfig
-    assert trainer.args.padding_free
-    assert trainer.args.max_length == 1024
-
-
 def test_the_log_has_what_is_shared(tmp_path, tokenizer):
     trainer = dpo_trainer(tmp_path, tokenizer, TRAJECTORIES, per_device_train_batch_size=3)
     trainer.train()
@@ -193,19 +165,13 @@ def test_the_log_has_what_is_shared(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"truncation_mode": "keep_end", "max_length": 9},
-            r"truncation_mode='keep_end' does not work for conversations and pairs",
-        ),
         ({"turn_mean": True, "loss_type": "ipo"}, r"loss_type=\['ipo'\] with turn_mean"),
         ({"turn_discount": 2.0}, "turn_discount=2.0"),
         ({"train_turns": "first"}, "train_turns='first'"),
         ({"bad_rows": "skip"}, "bad_rows='skip'"),
         ({"max_length": 1}, "max_length=1 leaves no room"),
-        ({"packing": False}, "packing=False does not work for pairs"),
         ({"wave_tokens": 0}, "wave_tokens=0: expected a number"),
         ({"offload_kv": True}, "offload_kv=True moves what waits between waves"),
-        ({"max_row_tokens": 99, "neftune_noise_alpha": 5.0}, "neftune_noise_alpha does not work with max_row_tokens"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -213,14 +179,6 @@ def test_the_log_has_what_is_shared(tmp_path, tokenizer):
 def test_settings_that_are_refused(tmp_path, tokenizer, settings, message):
     with pytest.raises(ValueError, match=message):
         dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS[:1], **settings)
-
-
-def test_dropout_is_refused_where_a_row_runs_twice(tmp_path, tokenizer):
-    model = float32_model(tokenizer)
-    model.model.layers[0].mlp.act_fn = torch.nn.Sequential(model.model.layers[0].mlp.act_fn, torch.nn.Dropout(0.1))
-    dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS[:1], model, max_row_tokens=99)  # TRL turns it off
-    with pytest.raises(ValueError, match=r"Dropout \(model.layers.0.mlp.act_fn.1\) does not work with max_row_tokens"):
-        dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS[:1], model, max_row_tokens=99, disable_dropout=False)
 
 
 def test_a_layer_that_computes_something_else_the_second_time_is_found(tmp_path, tokenizer):
@@ -254,13 +212,6 @@ def test_datasets_that_are_refused(tmp_path, tokenizer, rows, message):
 def test_arguments_that_are_refused(tmp_path, tokenizer, kwargs, message):
     with pytest.raises(ValueError, match=message):
         dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS[:1], kwargs=kwargs, ref_model=None)
-
-
-def test_the_defaults_are_trls_but_for_max_length():
-    ours, theirs = SinglePassDPOConfig("out", bf16=False), DPOConfig("out", bf16=False)
-    assert ours.max_length is None
-    for name in ("beta", "loss_type", "learning_rate", "precompute_ref_log_probs", "disable_dropout"):
-        assert getattr(ours, name) == getattr(theirs, name)
 
 
 def test_internals_lists_what_the_trainer_overrides():

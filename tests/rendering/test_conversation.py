@@ -7,7 +7,7 @@ from datasets import Dataset
 from trl import maybe_convert_to_chatml
 
 from support.chat_tokenizers import make_tokenizer
-from support.conversations import BOOKING_TOOLS, as_blocks, call, tool_with
+from support.conversations import BOOKING_TOOLS, call, tool_with
 from trl_singlepass.rendering.conversation import Conversation
 from trl_singlepass.rendering.samples import RenderingError, render_example, render_samples
 
@@ -143,23 +143,6 @@ def test_a_system_prompt_in_its_own_column_is_the_first_message(columns, tokeniz
             assert ids(render_example({**columns, "system": nothing}, tokenizer)) == ids(
                 render_samples(PLAIN, tokenizer)
             )
-
-
-def test_rendering_works_in_worker_processes(tokenizer):
-    dataset = Dataset.from_list([{"messages": PLAIN}] * 4)
-    mapped = dataset.map(example_to_ids, fn_kwargs={"tokenizer": tokenizer}, with_indices=True, num_proc=2)
-    assert mapped["ids"] == ids(render_samples(PLAIN, tokenizer)) * 4
-
-
-def example_to_ids(row, index, tokenizer):
-    return {"ids": render_example(row, tokenizer, example_index=index)[0].token_ids}
-
-
-def test_content_in_blocks_is_checked_like_text():
-    vlm = make_tokenizer("smolvlm")
-    (row,) = through_arrow({"messages": as_blocks(PLAIN)})
-    (sample,) = render_example(row, vlm)
-    assert vlm.decode(sample.token_ids[sample.prompt_length :]) == " Hello.<end_of_utterance>\n"
 
 
 def assistant(**fields):

@@ -21,7 +21,7 @@ from trl_singlepass.rendering.samples import render_conversation, render_example
 
 
 # Answers that begin like markup, reasoning that is found within markup, and both in one another.
-TRICKY = ("of", "end", "think", "assistant", "user", "H", "<b>", "a", "final", "message")
+TRICKY = ("end", "think", "assistant", "H", "<b>", "final")
 
 
 def as_parts(messages: list[dict]) -> list[dict]:
@@ -96,7 +96,7 @@ def check_template(name, source, stops, parts, tokens, seeds) -> Counter:
 
 @pytest.mark.parametrize(("name", "source", "stops", "parts", "tokens"), TEMPLATES)
 def test_prompts_are_served_and_completions_hold_the_turn_alone(name, source, stops, parts, tokens):
-    outcomes = check_template(name, source, stops, parts, tokens, range(6))
+    outcomes = check_template(name, source, stops, parts, tokens, range(4))
     assert outcomes["rendered"], "refusing everything is no way to be right"
 
 

@@ -5,7 +5,6 @@ import pytest
 
 from support.chat_tokenizers import make_tokenizer, template_names
 from support.conversations import AGENT, AGENT_TOOLS, CHAT, as_blocks, completion, inline, without_reasoning
-from trl_singlepass.rendering.reasoning import THINK, reasoning_tags
 from trl_singlepass.rendering.samples import RenderingError, render_samples
 
 
@@ -110,14 +109,6 @@ COMPLETIONS = {
 }
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
-def test_white_space_around_reasoning_is_the_templates_affair(key):
-    tokenizer = make_tokenizer("qwen3")
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", key: " spaced \n\nx \n", "content": " a "}]
-    (sample,) = render_samples(messages, tokenizer)
-    assert sample.token_ids.tolist() == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-
-
 @pytest.mark.parametrize("name", COMPLETIONS)
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
 def test_completion_is_what_the_model_generates(name, key):
@@ -207,16 +198,3 @@ def test_history_is_what_the_template_makes_of_the_messages_as_they_are():
     assert second.token_ids[: second.prompt_length].tolist() == served
     in_content = render_samples(inline(CHAT), tokenizer)
     assert np.array_equal(in_content[1].token_ids[: len(in_content[0])], in_content[0].token_ids)
-
-
-def test_comments_of_a_template_do_not_count():
-    assert reasoning_tags("{#- drops <think> -#}{{ m.content }}") is None
-    assert reasoning_tags("{#- drops [THINK] -#}{{ '<think>' }}") == THINK
-
-
-@pytest.mark.parametrize("name", ["qwen3", "glm4moe", "deepseek_r1_distill", "lfm2_2_5", "nemotron_3_nano", "phi3"])
-def test_prompts_with_inline_reasoning_are_as_served(name):
-    tokenizer, messages = make_tokenizer(name), inline(CHAT)
-    sample = render_samples(messages, tokenizer)[1]
-    served = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True, return_dict=False)
-    assert sample.token_ids[: sample.prompt_length].tolist() == served

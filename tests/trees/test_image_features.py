@@ -1,6 +1,5 @@
 """Trees tell images apart by content: what is shared, what is not, and how features are numbered in each row."""
 
-import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -20,7 +19,7 @@ from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.data.packing import pack_rows
 from trl_singlepass.images.reading import ImageReader
-from trl_singlepass.trees.image_features import ImageReference, features_of, to_keys, tokens_of
+from trl_singlepass.trees.image_features import ImageReference
 from trl_singlepass.trees.prefix_tree import sample_paths
 from trl_singlepass.trees.rows import Row
 from trl_singlepass.trees.sharing import merge_rows
@@ -39,12 +38,6 @@ def row_of(samples):
     return Row.from_tree(PrefixTree.from_samples(samples))
 
 
-def test_the_features_of_the_docstring():
-    (sample,) = conversation_of([([A, 5, C, A], [7])])
-    assert sample.token_ids.tolist() == [*[PLACEHOLDER] * 2, 5, *[PLACEHOLDER] * 5, 7]
-    assert sample.image_features.tolist() == [0, 1, -1, 2, 3, 4, 0, 1, -1]
-
-
 def test_two_images_of_one_size_in_sibling_branches_stay_apart():
     tree = PrefixTree.from_samples(SIBLINGS)
     assert tree.input_ids.tolist() == [1, 2, *[PLACEHOLDER] * 2, 3, 8, *[PLACEHOLDER] * 2, 3, 7]
@@ -52,12 +45,6 @@ def test_two_images_of_one_size_in_sibling_branches_stay_apart():
     # By tokens alone, the two screens would be one, and one of the answers trained on the wrong screen.
     by_tokens = [Sample(sample.token_ids, sample.loss_weights, sample.prompt_length) for sample in SIBLINGS]
     assert len(PrefixTree.from_samples(by_tokens)) < len(tree)
-
-
-def test_an_image_that_moves_is_numbered_once():
-    row = row_of(WINDOW)
-    assert row.images == (A, B, C)
-    assert spelled_row_tokens(row) == [1, *[110, 111], 2, *[120, 121, 122], 3, 8, *[100, 101], 2, *[110, 111], 3, 7]
 
 
 @given(samples=image_conversations())
@@ -115,14 +102,6 @@ def test_truncation_leaves_no_part_of_an_image(length, kept):
     assert cut.image_features.tolist() == sample.image_features.tolist()[:kept]
 
 
-def test_truncation_leaves_no_part_of_an_image_with_markup_between_its_rows():
-    images = (A, C)
-    sample = Sample(
-        [1, 9, 9, 1, 9, 5, 9, 9, 4], [0] * 9, 9, image_features=[-1, 0, 1, -1, 2, -1, 3, 4, -1], images=images
-    )
-    assert [len(sample.truncated(length)) for length in (4, 5, 6, 7, 8, 9)] == [4, 4, 4, 4, 8, 9]
-
-
 def test_images_in_completions_are_refused():
     with pytest.raises(ValueError, match="A completion shows an image, which a model that writes text cannot learn"):
         Sample([1, 9, 9, 3], [0, 1, 1, 1], 1, image_features=[-1, 0, 1, -1], images=(A,))
@@ -138,14 +117,6 @@ def test_images_in_completions_are_refused():
 def test_features_that_do_not_fit_are_named(features, message):
     with pytest.raises(ValueError, match=message):
         Sample([1, 9, 9, 3], [0, 0, 0, 1], 3, image_features=features, images=(A,))
-
-
-def test_keys_hold_token_and_feature():
-    tokens, features = np.array([0, 5, 2**31]), np.array([-1, 0, 2**30])
-    keys = to_keys(tokens, features)
-    assert tokens_of(keys).tolist() == tokens.tolist()
-    assert features_of(keys).tolist() == features.tolist()
-    assert to_keys(tokens, np.full(3, -1)).tolist() == to_keys(tokens, None).tolist() == tokens.tolist()
 
 
 def test_packing_shares_an_image_between_conversations_and_counts_another_one_in_full():

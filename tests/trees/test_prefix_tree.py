@@ -35,15 +35,6 @@ def targets_of(tree):
     return found
 
 
-def test_the_tree_of_the_docstring():
-    tree = PrefixTree.from_samples([Sample([1, 2, 3], [0, 0, 1], 2), Sample([1, 2, 4, 5], [0, 0, 1, 1], 2)])
-    assert tree.input_ids.tolist() == [1, 2, 4, 5, 2, 3]
-    assert tree.position_ids.tolist() == [0, 1, 2, 3, 1, 2]
-    assert tree.subtree_end.tolist() == [6, 4, 4, 4, 6, 6]
-    assert tree.labels.tolist() == [-100, -100, 4, 5, -100, 3]
-    assert tree.multiplicity.tolist() == [2, 1, 1, 1, 1, 1]
-
-
 @given(samples=sample_sets())
 @example(samples=COLLIDING)
 @example(samples=NESTED)
@@ -73,15 +64,6 @@ def test_multiplicity_counts_the_samples_through_each_prefix(samples):
     assert counted == dict(oracle.multiplicity)
     assert tree.num_sample_tokens == sum(map(len, samples))
     assert tree.sharing_factor == sum(map(len, samples)) / len(tree)
-
-
-@given(samples=sample_sets())
-def test_labels_and_weights_are_rolled(samples):
-    tree = PrefixTree.from_samples(samples)
-    assert tree.labels[0] == -100
-    assert tree.loss_weights[0] == 0
-    assert ((tree.labels == -100) == (tree.loss_weights == 0)).all()
-    assert tree.loss_weights.sum() == sum(sample.loss_weights.sum() for sample in samples)
 
 
 @given(samples=sample_sets())
@@ -144,29 +126,6 @@ def test_duplicates_add_weight_and_no_tokens(samples, copies):
     assert len(once) == len(often)
     assert targets_of(often) == {key: copies * weight for key, weight in targets_of(once).items()}
     assert often.num_sample_tokens == copies * once.num_sample_tokens
-
-
-def test_a_template_that_keeps_history_gives_a_chain():
-    tokens, weights = np.arange(1, 21), np.zeros(20)
-    weights[[4, 5, 9, 10, 18, 19]] = 1
-    samples = [
-        Sample(tokens[:n], np.where(np.arange(n) < start, 0, weights[:n]), start)
-        for n, start in ((6, 4), (11, 9), (20, 18))
-    ]
-    tree = PrefixTree.from_samples(samples)
-    assert tree.input_ids.tolist() == tokens.tolist()
-    assert tree.position_ids.tolist() == list(range(20))
-    assert (tree.subtree_end == 20).all()
-    assert tree.loss_weights.tolist() == weights.tolist()
-
-
-def test_history_comes_before_branches():
-    tree = PrefixTree.from_samples(reasoning_chat(turns=4))
-    trunk = np.flatnonzero(tree.subtree_end[:-1] != np.arange(1, len(tree)))
-    assert tree.position_ids[: len(trunk)].max() <= len(tree)
-    history = reasoning_chat(turns=4)[-1].token_ids
-    # The prompt of the last turn is one stretch at the front of the row.
-    assert tree.input_ids[: len(history)].tolist() == history.tolist()
 
 
 def test_no_sample_is_an_error():

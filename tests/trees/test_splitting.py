@@ -15,7 +15,6 @@ from support.trainers import largest_difference, logged, single_pass_trainer, st
 from trl_singlepass import render_samples
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.sample import Sample
-from trl_singlepass.trees.shared_array import common_prefix_length
 from trl_singlepass.trees.splitting import split_samples
 
 
@@ -63,92 +62,12 @@ def test_no_cut_repeats_fewer_tokens(samples, spare):
     assert num_tokens(parts) == fewest
 
 
-def partitions(items):
-    """All ways to put items in parts, neighbours or not."""
-    if not items:
-        yield []
-        return
-    for rest in partitions(items[1:]):
-        yield [[items[0]], *rest]
-        for i, part in enumerate(rest):
-            yield [*rest[:i], [items[0], *part], *rest[i + 1 :]]
-
-
-def fewest_tokens_possible(samples, max_row_tokens):
-    """
-    A number of tokens below which no splitting can go, whichever samples share a row.
-
-    Let `u_k` be the tokens of sample `k` that no other sample shares and `h_k` the others, made monotone from below
-    (`h_k = min over m >= k of len(m) - u_m`). A row whose latest sample is `e` holds `h_e` shared tokens and
-    has room for `max_row_tokens - h_e` unshared ones. All samples after `e` must stand in rows that end after `e`, so
-    the ends that filling rows from the last turn backwards gives, a sample cut anywhere if need be, are the earliest
-    that any splitting can have, one by one; and earlier ends share less. Hence
-
-        tokens >= max(tokens of the tree, Σ u_k + Σ h_e over those ends)
-    """
-    shared = np.array([shared_length(sample, [*samples[:k], *samples[k + 1 :]]) for k, sample in enumerate(samples)])
-    unshared = np.array([len(sample) for sample in samples]) - shared
-    history = np.minimum.accumulate(shared[::-1])[::-1]
-    total, last, left = int(unshared.sum()), len(samples) - 1, unshared.astype(np.int64)
-    while last >= 0:
-        total += int(history[last])
-        room = max_row_tokens - int(history[last])
-        while last >= 0 and room >= left[last]:
-            room -= int(left[last])
-            last -= 1
-        if last >= 0:
-            left[last] -= room
-    return max(total, len(PrefixTree.from_samples(samples)))
-
-
-def shared_length(sample, others):
-    return max((common_prefix_length(sample.token_ids, other.token_ids) for other in others), default=0)
-
-
-@settings(max_examples=60)
-@given(sample_sets(max_samples=5, max_length=12), st.integers(0, 20))
-def test_no_splitting_whatsoever_goes_below_the_bound(samples, spare):
-    max_row_tokens = max(map(len, samples)) + spare
-    fitting = [
-        num_tokens(parts)
-        for parts in partitions(samples)
-        if all(len(PrefixTree.from_samples(part)) <= max_row_tokens for part in parts)
-    ]
-    assert fewest_tokens_possible(samples, max_row_tokens) <= min(fitting)
-
-
-def test_a_conversation_of_64_turns_repeats_little_more_than_it_must():
-    samples = long_chat(64, (550, 950))
-    tree = len(PrefixTree.from_samples(samples))
-    assert 55_000 < tree < 65_000
-    assert 7_000 < max(map(len, samples)) < 9_000
-    parts = split_samples(samples, 16384)
-    assert max(num_tokens([part]) for part in parts) <= 16384
-    repeated, bound = num_tokens(parts) - tree, fewest_tokens_possible(samples, 16384) - tree
-    assert 0 < bound <= repeated <= 1.15 * bound
-
-
-def test_the_split_of_the_docstring():
-    turns = [([1, 2], [8, 8, 8]), ([1, 2, 3, 4], [8, 8, 8]), ([1, 2, 3, 4, 5], [6])]
-    samples = [Sample.from_prompt_and_completion(*turn) for turn in turns]
-    sizes = [[num_tokens([samples[i : j + 1]]) for j in range(i, 3)] for i in range(3)]
-    assert sizes == [[5, 10, 12], [7, 9], [6]]
-    assert split_samples(samples, 10) == [samples[:1], samples[1:]]
-
-
 def test_what_fits_is_not_split():
     samples = reasoning_chat(3)
     size = len(PrefixTree.from_samples(samples))
     assert split_samples(samples, size) == [samples]
     assert split_samples(samples, None) == [samples]
     assert len(split_samples(samples, size - 1)) == 2
-
-
-def test_the_token_that_two_targets_fork_counts_twice():
-    """One turn trains 8 and the other 9 after the same four tokens, the last of which is stored for each."""
-    samples = [Sample.from_prompt_and_completion([4, 5, 6, 7], [target]) for target in (8, 9)]
-    assert split_samples(samples, 7) == [samples]
-    assert split_samples(samples, 6) == [samples[:1], samples[1:]]
 
 
 def test_a_sample_longer_than_a_row_cannot_be_split():
