@@ -1,12 +1,12 @@
 """
 Measure the loss of a group of completions: on one tree next to TRL's padded lines.
 
-    python -m benchmarks.groups --repeats 3
+    python -m benchmarks.groups --minutes 15
 
 A step is a forward and backward pass of the policy for one group; nothing is generated. Operations are counted for all
-sizes, time is measured where TRL's lines take less than `--max_tflops`, in CPU time of one thread. Both alternate, and
-a speed-up is the median of the ratios within a round. That of trees includes building them; `deciding` is what is
-added where lines share nothing and run as TRL runs them.
+sizes. Time is measured in rounds, the smallest sizes first, as long as they fit into what is left of `--minutes`, in
+CPU time of one thread. Both ways alternate, and a speed-up is the median of the ratios within a round. The time of
+trees includes building them; `deciding` is what is added where lines share nothing and run as TRL runs them.
 """
 
 import argparse
@@ -101,26 +101,33 @@ def cpu_time(function: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def measure(sizes: dict[str, Any], groups: Sequence[Size], repeats: int, max_tflops: float) -> list[dict[str, Any]]:
+def measure(sizes: dict[str, Any], groups: Sequence[Size], repeats: int, minutes: float) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     models = {mode: make_model(mode == "tree", sizes) for mode in MODES}
-    vocab_size = sizes["vocab_size"]
     for mode, model in models.items():
-        step(mode, model, (50, 10, 2), vocab_size)
-    rows = []
-    for size in groups:
-        row = {"prompt": size[0], "completion": size[1], "group": size[2], **count(size, sizes)}
-        rows.append(row)
-        if row["flops"]["stock"] > max_tflops * 1e12:
-            continue
-        row["seconds"] = {mode: [] for mode in (*MODES, "deciding")}
-        for _ in range(repeats):
-            for mode, model in models.items():
-                row["seconds"][mode].append(cpu_time(partial(step, mode, model, size, vocab_size)))
-                model.zero_grad()
-            row["seconds"]["deciding"].append(cpu_time(partial(decide, make_group(size, vocab_size))))
-        print(json.dumps({**row, "speed_up": speed_up(row), "counted": counted(row)}), flush=True)
+        step(mode, model, (50, 10, 2), sizes["vocab_size"])
+    names = ("prompt", "completion", "group")
+    rows = [{**dict(zip(names, size, strict=True)), **count(size, sizes)} for size in groups]
+    start, measured_flops = time.monotonic(), 0.0
+    for _ in range(repeats):
+        for row in sorted(rows, key=lambda row: row["flops"]["stock"]):
+            flops, spent = sum(row["flops"].values()), time.monotonic() - start
+            if measured_flops and spent + spent * flops / measured_flops > 60 * minutes:
+                break  # all others take longer
+            add_round(row, models, sizes["vocab_size"])
+            measured_flops += flops
+            print(json.dumps({**row, "speed_up": speed_up(row), "counted": counted(row)}), flush=True)
     return rows
+
+
+def add_round(row: dict[str, Any], models: dict[str, PreTrainedModel], vocab_size: int) -> None:
+    """Measure both ways once more."""
+    size = (row["prompt"], row["completion"], row["group"])
+    seconds = row.setdefault("seconds", {mode: [] for mode in (*MODES, "deciding")})
+    for mode, model in models.items():
+        seconds[mode].append(cpu_time(partial(step, mode, model, size, vocab_size)))
+        model.zero_grad()
+    seconds["deciding"].append(cpu_time(partial(decide, make_group(size, vocab_size))))
 
 
 # Table of docs/groups.md ---------------------------------------------------------------------------------------------
@@ -152,11 +159,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--max_tflops", type=float, default=0.8)
+    parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     sizes, groups = (TINY, [(50, 5, 2)]) if options.tiny else (MODEL, list(product(PROMPTS, COMPLETIONS, GROUPS)))
-    rows = measure(sizes, groups, options.repeats, options.max_tflops)
+    rows = measure(sizes, groups, options.repeats, options.minutes)
     result = {"model": sizes, **describe("cpu"), "rows": rows}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print("\n".join(table(rows)))

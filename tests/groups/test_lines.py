@@ -9,7 +9,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from support.float64_comparison import TOLERANCE, gradients_of
 from support.tiny_models import model_of_type, tiny_model
-from trl_singlepass import enable_tree, tree_log_probs
+from trl_singlepass import DataCollatorForSinglePass, enable_tree, tree_log_probs
 from trl_singlepass.groups.forecast import sharing_factor
 from trl_singlepass.groups.lines import PaddedLines
 
@@ -84,6 +84,24 @@ def test_tokens_that_are_not_asked_for_are_context():
     input_ids, attention_mask, completion_mask = padded(GROUP)
     completion_mask[1, 9] = 0  # what a tool has said, between two calls
     assert_equal(tiny_model("qwen3"), (input_ids, attention_mask, completion_mask), torch.ones(len(GROUP), 11))
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_load_of_a_mixture_is_that_of_its_lines():
+    """TRL adds the load-balancing loss of the padded lines to its own; padding is no part of the mean."""
+    model, (input_ids, attention_mask, _) = tiny_model("qwen3-moe"), padded(GROUP)
+    expected = model(input_ids=input_ids, attention_mask=attention_mask, output_router_logits=True)
+    expected.aux_loss.backward()
+    gradients = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
+    model.zero_grad()
+    enable_tree(model)
+    lines = PaddedLines(input_ids, attention_mask).merge(attention_mask, DataCollatorForSinglePass(0))
+    found = model(input_ids=input_ids, tree=lines.view.handled(), output_router_logits=True)
+    found.aux_loss.backward()
+    torch.testing.assert_close(found.aux_loss, expected.aux_loss, rtol=TOLERANCE, atol=0)
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert float((gradients_of(model)[name] - gradient).abs().max()) <= 10 * TOLERANCE * largest, name
 
 
 def test_what_is_saved_is_known_before_there_is_a_tree():

@@ -41,7 +41,7 @@ from support.adapters import adapted
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
 from support.float64_comparison import in_float64, recompute_in_float64
-from support.groups import as_prompts, reward
+from support.groups import as_prompts, image_prompts, reward
 from support.image_models import image_model
 from support.image_rows import image_collator, image_rows, image_sample_sets
 from support.pairs import pair
@@ -218,6 +218,8 @@ def model_and_data(settings):
         freeze_encoder(model, settings.get("frozen_encoder"))
         rows = image_rows(image_sample_sets(model, family))
         return model, tokenizer, {"data_collator": image_collator(model, family), "train_dataset": rows}
+    if "groups" in settings:
+        return group_parts(tokenizer, settings)
     if "screens" in settings:
         model, processor = tiny_vision_model(settings["screens"])
         rows = some_pairs(folder_of(settings)) if "pairs" in settings else examples_of(settings["screens"])
@@ -225,16 +227,23 @@ def model_and_data(settings):
     model = build_model(tokenizer, settings)
     if settings.get("pairs"):
         return model, tokenizer, {"train_dataset": pairs_of(settings)}
-    if "groups" in settings:  # TRL loads the reference from where the policy comes from
-        folder = f"{folder_of(settings)}/model{os.environ.get('RANK')}"
-        model.save_pretrained(folder)
-        model = type(model).from_pretrained(folder)
-        return model, tokenizer, {"train_dataset": as_prompts(), "reward_funcs": reward}
     dataset = as_dataset(settings.get("rows") or training_conversations()[: settings.get("num_rows")])
     if "num_shards" in settings:
         dataset = dataset.to_iterable_dataset(settings["num_shards"])
     evaluation = as_dataset(evaluation_conversations()) if settings.get("evaluate") else None
     return model, tokenizer, {"train_dataset": dataset, "eval_dataset": evaluation}
+
+
+def group_parts(tokenizer, settings):
+    """Return a model that has a folder, from which TRL loads the reference, and prompts; with images if asked for."""
+    model, dataset = None, as_prompts()
+    if "screens" in settings:
+        (model, tokenizer), dataset = tiny_vision_model(settings["screens"]), image_prompts()
+        tokenizer.tokenizer.padding_side = "left"
+    model = model or build_model(tokenizer, settings)
+    folder = f"{folder_of(settings)}/model{os.environ.get('RANK')}"
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder), tokenizer, {"train_dataset": dataset, "reward_funcs": reward}
 
 
 def pairs_of(settings):
