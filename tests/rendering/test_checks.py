@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import BOOKING_TOOLS, call
+from trl_singlepass.rendering.checks import without_whole, words_in
 from trl_singlepass.rendering.samples import RenderingError, render_samples
 
 
@@ -76,3 +79,33 @@ def test_arguments_of_every_type_are_recognised(name, value):
     messages = assistant(content="", tool_calls=[call("find", name=value)])
     (sample,) = render_samples(messages, make_tokenizer(name), tools=BOOKING_TOOLS)
     assert np.any(sample.loss_weights)
+
+
+WITH_PLANTED_WORDS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.role == 'assistant' and loop.last %}"
+    "PLANTED{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "planted", [" {{ messages[0].content }}", "{{ messages[1].content }}", " {{ messages | tojson }}"]
+)
+def test_words_of_other_messages_in_a_completion_are_refused(planted):
+    tokenizer = make_tokenizer(chat_template=WITH_PLANTED_WORDS.replace("PLANTED", planted))
+    messages = [
+        {"role": "user", "content": "Where does Rowan live?"},
+        {"role": "assistant", "content": "In Oslo"},
+        {"role": "user", "content": "And Mia?"},
+        {"role": "assistant", "content": "There\nas well"},
+    ]
+    with pytest.raises(RenderingError, match="its completion holds words of other messages"):
+        render_samples(messages, tokenizer)
+    render_samples(messages, make_tokenizer(chat_template=WITH_PLANTED_WORDS.replace("PLANTED", "")))
+
+
+@given(st.lists(st.sampled_from(["ab", "abab", "c", "_", " ", "\n", "é", "7"]), max_size=12).map("".join), st.data())
+def test_words_are_explained_by_parts_of_a_text_as_by_all_of_them(text, data):
+    start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(text))] * 2)))
+    parts = [text[start:end], "ab", "c "]
+    own = words_in(" ".join(parts))
+    assert words_in(without_whole(text, parts)) - own == words_in(text) - own

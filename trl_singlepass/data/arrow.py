@@ -74,12 +74,17 @@ def to_columns(rows: Sequence[PreparedRow], labels: Sequence[str] = (), *, has_i
 def to_table(rows: Sequence[PreparedRow], features: Features, labels: Sequence[str] = (), **further: Any) -> pa.Table:
     """Return rows, some of which may be empty, as an Arrow table of `features`; `further` are other columns of it."""
     columns = to_columns(rows, labels, has_images="image_references" in features)
-    for name in row_columns(labels):  # Arrow itself would narrow them value by value
-        columns[name] = [values.astype(features[name].feature.dtype) for values in columns[name]]
+    further |= {name: _to_lists(columns[name], features[name].feature.dtype) for name in row_columns(labels)}
     if not labels:
         columns["num_tokens"] = list(map(len, rows))
         columns["num_pairs"] = [num_attention_pairs(each.row) for each in rows]
     return pa.table(columns | further, schema=features.arrow_schema)
+
+
+def _to_lists(arrays: Sequence[NDArray[Any]], dtype: str) -> pa.ListArray:
+    """Return arrays as Arrow lists of narrower values; Arrow itself would narrow and copy them value by value."""
+    values = np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype, casting="unsafe")
+    return pa.ListArray.from_arrays(np.cumsum([0, *map(len, arrays)], dtype=np.int32), values)
 
 
 def num_attention_pairs(row: Row) -> int:

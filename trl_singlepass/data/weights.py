@@ -66,6 +66,8 @@ def weigh(
 
     Samples are truncated as they are trained; `weights` are those of their messages.
     """
+    if loss_reduction == LossReduction.TOKEN and reasoning_weight == 1 and set(weights) <= {1.0}:
+        return list(samples)
     own = [
         sample.weights.own * weight * _part_weights(sample, reasoning_weight)
         for sample, weight in zip(samples, weights, strict=True)

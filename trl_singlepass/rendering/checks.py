@@ -90,27 +90,40 @@ def foreign_words(prefixes: Prefixes, k: int, completion: str) -> list[str]:
     """
     template, own = prefixes.template, prefixes.trained.get(k, prefixes.messages[k])
     # What explains most words for the least work comes first.
-    unexplained = _words(completion) - _words_of_template(template.source) - _words(" ".join(own_strings(own)))
+    words = words_in(without_whole(completion, own_strings(own))) - _words_of_template(template.markup)
+    unexplained = {word for word in words if len(word) > 2}
     if unexplained:
-        unexplained -= _words(" ".join(_spellings(own)))
+        unexplained -= words_in(" ".join(_spellings(own)))
     if unexplained:
-        unexplained -= _words(
-            " ".join([*template.tokenizer.get_added_vocab(), *_spellings({"tools": template.tools})])
-        )
+        unexplained -= words_in(" ".join(_spellings({"tools": template.tools})))
     if not unexplained:
         return []
     said = ({key: value for key, value in message.items() if key != "role"} for message in prefixes.messages[:k])
-    others = (text for message in said for text in _spellings(message))
-    return sorted(word for word in unexplained & _words(" ".join(others)) if len(word) > 2)
+    return sorted(unexplained & words_in(" ".join(text for message in said for text in _spellings(message))))
 
 
 @lru_cache
-def _words_of_template(source: str) -> frozenset[str]:
-    return frozenset(_words(source))
+def _words_of_template(markup: str) -> frozenset[str]:
+    return frozenset(words_in(markup))
 
 
-def _words(text: str) -> set[str]:
+def words_in(text: str) -> set[str]:
+    """Return the words of a text: its longest runs of letters and digits."""
     return set(re.findall(r"[^\W_]+", text))
+
+
+def without_whole(text: str, parts: list[str]) -> str:
+    """Return a text without those of some parts that begin and end with its words: all other words stay in it."""
+    for part in map(str.strip, parts):
+        start = text.find(part)
+        end = start + len(part)
+        if start >= 0 and not _is_inside_word(text, start) and not _is_inside_word(text, end):
+            text = f"{text[:start]} {text[end:]}"
+    return text
+
+
+def _is_inside_word(text: str, position: int) -> bool:
+    return 0 < position < len(text) and text[position - 1].isalnum() and text[position].isalnum()
 
 
 def _spellings(value: Message) -> list[str]:

@@ -16,7 +16,7 @@ from .conversation import RenderingError as RenderingError
 from .prefixes import Prefixes
 from .shown_images import find_shown_images, without_image_parts
 from .template import ChatTemplate
-from .tokenization import Ids, common_length, hard_borders, tokenize, tokenize_after
+from .tokenization import Ids, common_length, tokenize, tokenize_after
 from .turn import RenderedTurn, render_turn, rendering_error
 
 
@@ -220,7 +220,7 @@ def _tokenize(turns: Iterable[RenderedTurn], template: ChatTemplate) -> list[Sam
             yield turn.prompt + turn.completion[: turn.reasoning_end]
             yield turn.prompt + turn.completion
 
-    ids = iter(tokenize(hard_borders(template.tokenizer, template.source), texts()))
+    ids = iter(tokenize(template.borders, texts()))
     return [_sample(turn, prompt, next(ids), next(ids), template) for turn, prompt in zip(facts, ids, strict=False)]
 
 
@@ -248,8 +248,8 @@ def _count_tokens_of(text: str, alone: Ids, whole: Ids, tokenizer: PreTrainedTok
     end of the text: "so $." is "so", " $.", and "so $.\\nYes" is "so", " $", ".\\n", "Yes".
     """
     shared = common_length(alone, whole)
-    covered = "".join(text.split())
     if shared < len(alone):
+        covered = "".join(text.split())
         for count in range(shared + 1, len(whole) + 1):
             if "".join(tokenizer.decode(whole[:count]).split()).startswith(covered):
                 return count

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
 from types import BuiltinMethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jinja2 import Environment, Template
 from jinja2.runtime import Context, LoopContext, Undefined
@@ -16,11 +17,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .conversation import Message, RenderingError, Tools
 from .reasoning import ReasoningTags, reasoning_tags
+from .tokenization import HardBorders, hard_borders
 from .validation import missing_parts
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+TemplateKey: TypeAlias = tuple[str, str, int, str | None]
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,23 @@ class ChatTemplate:
     def tags(self) -> ReasoningTags | None:
         """Tags that the template knows around reasoning."""
         return reasoning_tags(self.source)
+
+    @cached_property
+    def key(self) -> TemplateKey:
+        """What the template's behaviour depends on, beside the rules of the tokenizer."""
+        # Some templates keep more reasoning when there are tools.
+        arguments = json.dumps([self.kwargs, bool(self.tools)], sort_keys=True, default=repr)
+        return self.source, arguments, len(self.tokenizer), self.tokenizer.eos_token
+
+    @cached_property
+    def borders(self) -> HardBorders:
+        """Tokens of the template at which texts are cut before they are tokenised."""
+        return hard_borders(self.tokenizer, self.source)
+
+    @cached_property
+    def markup(self) -> str:
+        """The template's source, and all tokens that were added to the tokenizer's vocabulary."""
+        return "\0".join([self.source, *self.tokenizer.get_added_vocab()])
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """

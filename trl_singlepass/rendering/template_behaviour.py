@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from .conversation import Message
 from .probes import ANSWER, REASONING, TOOL, USER, VALUE, Probe, part, prints_object
 from .reasoning import REASONING_KEYS, THINK, ReasoningTags
 from .stop_tokens import Ending, find_ending, find_stops
-from .template import ChatTemplate
+from .template import ChatTemplate, TemplateKey
 from .tokenization import common_length, split_markup
 
 
@@ -20,9 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_known: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, str, int, str | None], TemplateBehaviour]] = (
-    WeakKeyDictionary()
-)
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, dict[TemplateKey, TemplateBehaviour]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +69,9 @@ class TemplateBehaviour:
 def get_behaviour(template: ChatTemplate) -> TemplateBehaviour:
     """Return how a chat template behaves under its arguments, cached per tokenizer."""
     known = _known.setdefault(template.tokenizer, {})
-    # Some templates keep more reasoning when there are tools.
-    arguments = json.dumps([template.kwargs, bool(template.tools)], sort_keys=True, default=repr)
-    key = template.source, arguments, len(template.tokenizer), template.tokenizer.eos_token
-    if key not in known:
-        known[key] = _measure(Probe(replace(template, tools=[TOOL] if template.tools else None)))
-    return known[key]
+    if template.key not in known:
+        known[template.key] = _measure(Probe(replace(template, tools=[TOOL] if template.tools else None)))
+    return known[template.key]
 
 
 def _measure(probe: Probe) -> TemplateBehaviour:

@@ -14,7 +14,6 @@ from .reasoning import KNOWN_TAGS, THINK, ParsedMessage, is_reasoning_part, with
 from .stop_tokens import end_with_stop_token
 from .template import ChatTemplate
 from .template_behaviour import get_behaviour
-from .tokenization import hard_borders
 
 
 _NO_PLACE = (
@@ -153,9 +152,8 @@ class _TurnRenderer:
     def is_ambiguous(self, part: str) -> bool:
         others = [text for text in own_strings(self.message) if text.strip() != part]
         return (
-            part in self.template.source
-            or any(part in token for token in self.template.tokenizer.get_added_vocab())
-            or sum(part in text for text in (self.parsed.reasoning, self.parsed.answer)) > 1
+            part in self.template.markup
+            or (part in self.parsed.reasoning and part in self.parsed.answer)
             or any(part in text for text in others if text not in (self.parsed.reasoning, self.message.get("content")))
         )
 
@@ -229,7 +227,7 @@ class _TurnRenderer:
         tag = len(completion) - len(completion[end:].lstrip())
         # gpt-oss closes reasoning by a special token that closes other parts as well: it has no tag of its own.
         tags = [self.template.tags.closing] if self.template.tags else []
-        closing = [*tags, *hard_borders(self.template.tokenizer, self.template.source).tokens]
+        closing = [*tags, *self.template.borders.tokens]
         tag_end = next((tag + len(text) for text in closing if completion.startswith(text, tag)), end)
         other = re.compile(_OTHER_CLOSING).match(completion, tag)
         return other.end() if other and tag_end == end else tag_end

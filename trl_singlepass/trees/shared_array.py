@@ -36,7 +36,7 @@ class SharedArray:
     @classmethod
     def zeros(cls, length: int, dtype: Any) -> SharedArray:
         """Return that many zeros, which take no memory."""
-        return cls(None, 0, np.broadcast_to(np.zeros((), dtype), length))
+        return cls(None, 0, np.ndarray(length, dtype, bytes(np.dtype(dtype).itemsize), strides=(0,)))
 
     def __len__(self) -> int:
         return self.kept + len(self.own)
@@ -80,6 +80,8 @@ class SharedArray:
     def common_length(self, other: SharedArray) -> int:
         """Return how many entries at the start are those of another array."""
         start = self.shared_length(other)
+        if start == min(len(self), len(other)):
+            return start
         return start + common_prefix_length(self.tail(start), other.tail(start))
 
 

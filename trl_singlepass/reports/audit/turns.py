@@ -18,7 +18,7 @@ from ...rendering.prefixes import Prefixes
 from ...rendering.reasoning import ParsedMessage
 from ...rendering.template import ChatTemplate
 from ...rendering.template_behaviour import get_behaviour
-from ...rendering.tokenization import HardBorders, common_length, hard_borders, tokenize
+from ...rendering.tokenization import HardBorders, common_length, tokenize
 from ...rendering.turn import RenderedTurn, render_turn
 from ...trees.sample import CompletionKind, Sample
 
@@ -161,7 +161,7 @@ class TurnExaminer:
         self._left = conversation.turns[::-1]
         self._last: tuple[int, _TurnText] | None = None
         self._stats: list[TurnStats] = []
-        self._borders = hard_borders(prefixes.template.tokenizer, prefixes.template.source)
+        self._borders = prefixes.template.borders
         self._prompt_ends: list[tuple[str, str] | None] = []
 
     def finish(self) -> list[TurnStats]:
