@@ -137,8 +137,8 @@ def test_images_read_in_order_are_wrong_where_they_see_themselves(family, monkey
 def test_features_in_the_order_of_first_use_are_wrong(monkeypatch):
     in_row = reading.ShownFeatures.in_row.__func__
 
-    def in_order(cls, image_features, plan):
-        shown = in_row(cls, image_features, plan)
+    def in_order(cls, *row):
+        shown = in_row(cls, *row)
         return cls(shown.index.sort().values, shown.sizes)
 
     monkeypatch.setattr(reading.ShownFeatures, "in_row", classmethod(in_order))

@@ -38,7 +38,9 @@ def log_probs(model, processor, pair, images, side):
 FAMILIES = ["qwen3_vl", pytest.param("gemma3", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_row_tokens": 110}], ids=["one row", "rows"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_row_tokens": 110, "wave_tokens": 40}], ids=["one row", "rows in waves"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_step_follows_the_definition(tmp_path, family, settings):
     """With the policy as reference, the gradient is β/2 · (∇ log π(rejected) - ∇ log π(chosen)), a mean over pairs."""
@@ -137,12 +139,6 @@ def test_a_stream_and_stored_pairs_train_alike(tmp_path):
         both.append(trainer)
     assert largest_difference(*both) == 0
     assert len(set(logged(both[0], "loss"))) > 1
-
-
-def test_waves_are_refused_by_name(tmp_path):
-    model, processor = tiny_vision_model("qwen3_vl")
-    with pytest.raises(ValueError, match="wave_tokens does not work on rows with images"):
-        pair_trainer(tmp_path, model, processor, [screen_pair(tmp_path, 0)[0]], perturbed(model), wave_tokens=50)
 
 
 def test_verify_and_audit_read_them(tmp_path):

@@ -60,7 +60,7 @@ def test_one_step_equals_npass(tmp_path, family, batch_size):
 
 @pytest.mark.parametrize(
     ("settings", "refused"),
-    [({"wave_tokens": 64}, "wave_tokens does not work on rows with images")],
+    [({"wave_tokens": "auto"}, "wave_tokens='auto' does not work on rows with images")],
 )
 def test_settings_that_do_not_go_with_images(tmp_path, settings, refused):
     model = image_model("qwen3_vl", torch.float32)

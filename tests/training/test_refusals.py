@@ -15,6 +15,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.hybrid_step import small_hybrid
+from support.image_models import image_model
 from support.tiny_models import model_of_type, tiny_model
 from trl_singlepass import SinglePassDPOConfig, SinglePassGRPOConfig, SinglePassSFTConfig
 from trl_singlepass.attention.registry import TREE_ATTENTION
@@ -161,7 +162,9 @@ CASES = {
         ("XLoraConfig", sft(peft_config=XLoraConfig(hidden_size=8, adapters={"0": "a"}))),
     ],
     IMAGES: [
-        ("wave_tokens", sft({"wave_tokens": 99})),
+        ("wave_tokens", sft({"wave_tokens": "auto"})),
+        ("ZeRO-3", with_model(lambda: image_model("qwen3_vl"), {"wave_tokens": 99}, accelerator=DEEPSPEED)),
+        ("wave_tokens", pairs({"wave_tokens": 99}, accelerator=on(DistributedType.FSDP))),
         ("sp_size=2", sft(accelerator=on(sizes={"sp_size": 2}))),
         ("tp_size=2", sft(tp_size=2)),
     ],

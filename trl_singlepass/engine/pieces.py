@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments, logging
 
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch
+from ..images.reading import images_see_themselves
 from ..recurrent.introspection import path_dependent_layers
 from ..trees.rows import TreePlan
 from .enable import without_adapters
@@ -60,6 +61,7 @@ class Pieces:
             refuse_own_calls(self._base, setting or "sp_size")
         # Models take a lone token for a step of generation, and drop the mask that carries the tree to recomputation.
         self._is_hybrid = bool(path_dependent_layers(self._base))
+        self._shows_images_whole = images_see_themselves(self._base)
         self._wave_tokens: int | None = None if args.wave_tokens == "auto" else args.wave_tokens
         self._is_compared = False
 
@@ -83,6 +85,7 @@ class Pieces:
             keep_history=self._knows_loss and self._recorder is None and not is_sharded,
             smallest_wave=1 if self._args.device.type == "cpu" else SMALLEST_WAVE,
             allow_single_tokens=not self._is_hybrid,
+            cut_images=not self._shows_images_whole,
         )
 
     def runner(

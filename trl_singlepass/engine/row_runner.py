@@ -28,7 +28,7 @@ from ..attention.context import running_on
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch
 from ..data.row_tree import LineView
-from ..images.reading import showing_images
+from ..images.reading import TOKEN_TYPES, EncodedImages, showing_images
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import Ranges
 from .model_call import PER_TOKEN_OUTPUTS, as_tree, in_lines, join_rows, logits_in_lines, row_inputs
@@ -37,6 +37,8 @@ from .waves import Wave, WavePlan, WaveRunner, select
 from .wrapped_model import WrappedModel
 
 
+# Inputs of a row with images that have an entry for each token; the others are its images.
+_PER_TOKEN = frozenset({"input_ids", "position_ids", "attention_mask", "shift_labels", *TOKEN_TYPES})
 PieceLoss: TypeAlias = Callable[[ModelOutput, int], torch.Tensor]
 """What a piece contributes to the loss, from its outputs and the position of its first token among all tokens."""
 
@@ -98,9 +100,9 @@ class RowRunner:
         self.num_pieces = len(waves)
         repeated = self.num_pieces if recorder is not None else sum(bool(wave.handed_on) for wave in waves)
         # Where the loss needs all pieces, ranks meet in it; elsewhere only those of a sharded model meet.
-        counts = self.num_pieces, repeated
+        counts = self.num_pieces, repeated, len(rows)
         most = model.largest(*counts) if model.is_sharded or loss is None else list(counts)
-        self.most_pieces = most[0]  # of any rank that meets this one
+        self.most_pieces, _, self._most_rows = most  # of any rank that meets this one
         # Then nothing has to run before it, on any rank.
         self._is_one_piece = loss is not None and self.most_pieces == 1
         missing = (most[0] - counts[0], most[1] - counts[1]) if model.is_sharded else (0, 0)
@@ -180,6 +182,7 @@ class RowRunner:
             for wave, outputs in row.waves.forward_all(partial(run, row)):
                 self._count(row, wave)
                 parts.append(outputs)
+            row.encoded = EncodedImages(trains=True)  # if it runs again
         outputs = join_rows(parts)
         outputs["aux_loss"] = None if self._load_balancing is None else self._load_balancing.value()
         return outputs
@@ -225,10 +228,13 @@ class RowRunner:
         """Run the first tokens again, without effect: the ranks of a sharded model meet inside it."""
         if number == 0:
             return
-        # The whole row if it needs its images.
-        tokens, tree = row.waves.first_tokens() if row.images is None else (row.whole, row.waves.tree)
-        wave = Wave(0, tokens[-1][1], ())
+        is_row = self._most_rows > 1 and row.images is not None  # a piece is a row, and runs the encoder
+        tokens, tree = (row.whole, row.waves.tree) if is_row else row.waves.first_tokens()
+        wave = row.waves.last if is_row else Wave(0, tokens[-1][1], ())
         for _ in range(number):
+            if is_row:
+                row = self._new_rows()[0]
+                row.encoded.trains = trains
             with torch.set_grad_enabled(trains), running_on(tree):
                 outputs = run(row, wave, tokens)
             if not trains:
@@ -243,22 +249,24 @@ class RowRunner:
 
     def _run(self, row: _Row, wave: Wave, tokens: Ranges) -> ModelOutput:
         """Run TRL's fused head on some tokens."""
-        return self._call(row, wave, {**row.select(tokens), "fused_lm_head": True})
+        return self._call(row, wave, tokens, fused_lm_head=True)
 
     def _run_for_logits(self, row: _Row, wave: Wave, tokens: Ranges) -> ModelOutput:
-        return self._call(row, wave, _without_targets(row.select(tokens)))
+        return self._call(row, wave, tokens)
 
     def _run_layers(self, row: _Row, wave: Wave, tokens: Ranges) -> ModelOutput:
         """Run the layers for what they store, and the LM head on one token only."""
-        return self._call(row, wave, {**_without_targets(row.select(tokens)), "logits_to_keep": 1})
+        return self._call(row, wave, tokens, logits_to_keep=1)
 
-    def _call(self, row: _Row, wave: Wave, inputs: dict[str, Any]) -> ModelOutput:
+    def _call(self, row: _Row, wave: Wave, tokens: Ranges, **options: Any) -> ModelOutput:
         outputs: ModelOutput
-        with showing_images(row.images, row.waves.plan.row):
+        inputs = {**row.select(tokens, has_labels="fused_lm_head" in options), **options, **self._others}
+        row.encoded.is_last = wave is row.waves.last
+        with showing_images(row.images, row.waves.plan.row, tokens, row.encoded):
             if torch.is_grad_enabled() and self._is_last(row, wave):
-                outputs = self._model.forward_last(is_kept=wave.is_kept, **inputs, **self._others)
+                outputs = self._model.forward_last(is_kept=wave.is_kept, **inputs)
             else:
-                outputs = self._model.forward(**inputs, **self._others)
+                outputs = self._model.forward(**inputs)
         return outputs
 
     def _is_last(self, row: _Row, wave: Wave) -> bool:
@@ -289,6 +297,7 @@ class RowRunner:
         rows, start = [], 0
         for batch, plan in zip(self._batches, self._plans, strict=True):
             rows.append(_Row(batch, plan, start, self._offload, self._group))
+            rows[-1].encoded.trains = self._loss is not None and torch.is_grad_enabled()
             start += plan.row.length
         return rows
 
@@ -311,16 +320,18 @@ class _Row:
 
     def __init__(self, batch: Batch, plan: WavePlan, start: int, offload: bool, group: RowGroup | None) -> None:
         self.images, self.start = batch["tree"].image_features, start
+        self.encoded = EncodedImages()
         self.waves = WaveRunner(plan, as_tree(batch["tree"], group), offload)
         self.whole: Ranges = ((0, plan.row.length),)
         self._inputs = row_inputs(batch, has_labels=True)
 
-    def select(self, tokens: Ranges) -> dict[str, torch.Tensor]:
-        """Return the inputs of the model for some tokens of the row."""
+    def select(self, tokens: Ranges, *, has_labels: bool) -> dict[str, torch.Tensor]:
+        """Return the inputs of the model for some tokens of the row, and for all its images."""
+        inputs = {name: value for name, value in self._inputs.items() if has_labels or name != "shift_labels"}
         if tokens == self.whole:
-            return self._inputs
-        assert self.images is None, "rows with images do not run in waves"
-        return {name: select(value, tokens) for name, value in self._inputs.items()}
+            return inputs
+        per_token = inputs if self.images is None else _PER_TOKEN
+        return {name: select(value, tokens) if name in per_token else value for name, value in inputs.items()}
 
     def multiplicity(self, wave: Wave) -> torch.Tensor:
         """Return how often N-pass runs each token of a wave, `(1, num_tokens)`: the model's `attention_mask`."""
@@ -352,10 +363,6 @@ class _PieceOutputs(ModelOutput):  # type: ignore[misc]
             "Read `outputs.log_probs`, of shape (1, row_length - 1) and aligned with labels[:, 1:], or set "
             "wave_tokens=None."
         )
-
-
-def _without_targets(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in inputs.items() if name != "shift_labels"}
 
 
 def _detached(outputs: ModelOutput) -> ModelOutput:

@@ -8,10 +8,11 @@ many samples. So that method runs on the distinct images of the row, and returns
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..trees.rows import TreePlan
+from ..trees.rows import Ranges, TreePlan, overlaps
 from .positions import PathPositions, UnsupportedImagesError
 
 
@@ -34,35 +35,90 @@ _FEATURES = ("pooler_output", "last_hidden_state")
 _LAYERED_FEATURES = "deepstack_features"
 # What models call the kind of each token: 0 for text, 1 for a part of an image.
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+# By what a model lets the tokens of an image see each other.
+_BLOCKS = frozenset({"block_sequence_ids", "get_block_sequence_ids_for_mask"})
 _WAY_OUT = "Train it on one sample per turn (N-pass) with TRL's SFTTrainer, or on text alone."
+
+
+class EncodedImages:
+    """
+    What the encoder computes of the images of a row, which wait for its pieces as keys and values do.
+
+    The encoder runs in the first call. The gradients of pieces add up, in float32 at least, until the piece whose
+    backward comes last takes them, together with its own, through the encoder.
+    """
+
+    def __init__(self, *, trains: bool = False) -> None:
+        self.trains = trains  # whether a backward follows
+        self.is_last = False  # whether the backward of the piece that runs comes last, of those of the row
+        self._outputs: Any = None
+        self._waiting: dict[int, Tensor] = {}
+
+    def outputs(self, encode: Callable[[], Any]) -> Any:
+        """Return what the encoder computes."""
+        if self._outputs is None:
+            with torch.set_grad_enabled(self.trains):
+                self._outputs = encode()
+        return copy.copy(self._outputs) if isinstance(self._outputs, ModelOutput) else self._outputs
+
+    def for_piece(self, features: Tensor) -> Tensor:
+        """Return features for the piece that runs: a copy whose gradients wait, or for the last piece, their taker."""
+        if not features.requires_grad:
+            return features
+        if id(features) not in self._waiting:
+            wide = features.detach().to(torch.promote_types(features.dtype, torch.float32))
+            self._waiting[id(features)] = wide.requires_grad_()
+        waiting = self._waiting[id(features)]
+        if not (self.is_last and torch.is_grad_enabled()):
+            return waiting.to(features.dtype)
+
+        def with_others(own: Tensor) -> Tensor:
+            others, waiting.grad = waiting.grad, None
+            return own if others is None else (own + others).to(own.dtype)
+
+        with_hook: Any = features.view_as(features)
+        with_hook.register_hook(with_others)
+        taker: Tensor = with_hook
+        return taker
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShownFeatures:
-    """Which feature each placeholder of a row shows."""
+    """Which feature each placeholder of a row, or of some of its tokens, shows."""
 
     # (num_placeholders,), int64: features, counted over the row's distinct images, in placeholder order
     index: Tensor
     sizes: tuple[int, ...]  # number of features of each distinct image; empty if the row shows no image
+    encoded: EncodedImages | None = None  # of a row that runs in pieces
 
     @classmethod
-    def in_row(cls, image_features: Tensor, plan: TreePlan) -> ShownFeatures:
+    def in_row(
+        cls,
+        image_features: Tensor,
+        plan: TreePlan,
+        tokens: Ranges | None = None,
+        encoded: EncodedImages | None = None,
+    ) -> ShownFeatures:
         """Return the features that the tokens of a row, `(1, row_length)`, show, without waiting for the device."""
-        parts = [image_features[0, start:end] for start, end in plan.images]
-        return cls(torch.cat(parts) if parts else image_features[0, :0], plan.image_sizes)
+        images = plan.images if tokens is None else overlaps(plan.images, tokens)
+        parts = [image_features[0, start:end] for start, end in images]
+        return cls(torch.cat(parts) if parts else image_features[0, :0], plan.image_sizes, encoded)
 
 
 _shown: ContextVar[ShownFeatures | None] = ContextVar("trl_singlepass_shown_features", default=None)
 
 
 @contextmanager
-def showing_images(image_features: Tensor | None, plan: TreePlan) -> Iterator[None]:
+def showing_images(
+    image_features: Tensor | None, plan: TreePlan, tokens: Ranges | None = None, encoded: EncodedImages | None = None
+) -> Iterator[None]:
     """
     Run the model calls inside on the images of a row, if it is of a dataset with images.
 
-    `image_features` has shape `(1, row_length)`, int64.
+    `image_features` has shape `(1, row_length)`, int64. Calls on some tokens of the row share what is `encoded`.
     """
-    token = _shown.set(None if image_features is None else ShownFeatures.in_row(image_features, plan))
+    shown = None if image_features is None else ShownFeatures.in_row(image_features, plan, tokens, encoded)
+    token = _shown.set(shown)
     try:
         yield
     finally:
@@ -78,6 +134,12 @@ def image_module(model: nn.Module) -> nn.Module | None:
     return found[-1] if found else None
 
 
+def images_see_themselves(model: nn.Module) -> bool:
+    """Return whether a model lets the tokens of an image see each other in both directions (Gemma 3)."""
+    module = image_module(model)
+    return module is not None and not _BLOCKS.isdisjoint(_names(type(module).forward))
+
+
 def enable_image_features(module: nn.Module) -> None:
     """
     Make a model return one feature per placeholder where a row shows images; other calls are not changed. Changes the
@@ -87,7 +149,7 @@ def enable_image_features(module: nn.Module) -> None:
 
     @functools.wraps(function)  # `generate` reads the signature
     def get_image_features(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _one_feature_per_placeholder(module, function(module, *args, **kwargs))
+        return _one_feature_per_placeholder(module, functools.partial(function, module, *args, **kwargs))
 
     # Compiled models leave this function, which reads a context variable, and compile the encoder that it calls.
     showing: Any = torch.compiler.disable(get_image_features, recursive=False)  # type: ignore[no-untyped-call]
@@ -95,10 +157,11 @@ def enable_image_features(module: nn.Module) -> None:
     module.get_image_features = MethodType(showing, module)  # type: ignore[assignment]
 
 
-def _one_feature_per_placeholder(module: nn.Module, outputs: Any) -> Any:
+def _one_feature_per_placeholder(module: nn.Module, encode: Callable[[], Any]) -> Any:
     shown = _shown.get()
     if shown is None:
-        return outputs
+        return encode()
+    outputs = encode() if shown.encoded is None else shown.encoded.outputs(encode)
     if not isinstance(outputs, ModelOutput):  # transformers before 5.14
         return _gathered(outputs, shown, module)
     for name in _FEATURES:
@@ -128,6 +191,8 @@ def _gathered(features: Tensor | Sequence[Tensor], shown: ShownFeatures, module:
             f"{type(module).__name__} computes {counts} features of the images of a row, and its tokens stand for "
             f"{list(shown.sizes)}. Load the processor that belongs to the model."
         )
+    if shown.encoded is not None:
+        parts = [shown.encoded.for_piece(part) for part in parts]
     flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
     by_placeholder = flat.index_select(0, shown.index.to(flat.device))
     by_placeholder = by_placeholder.view(*[1] * (parts[0].dim() - 2), *by_placeholder.shape)
@@ -202,7 +267,7 @@ def _faults(model: nn.Module, module: nn.Module) -> Iterator[str]:
     for name in inspect.signature(type(model).forward).parameters:
         if name.endswith("token_type_ids") and name not in TOKEN_TYPES:
             yield f"reads {name}, which say more about a token than whether it belongs to an image"
-    if names & {"block_sequence_ids", "get_block_sequence_ids_for_mask"} and not _keeps_images_apart(module):
+    if names & _BLOCKS and not _keeps_images_apart(module):
         yield (
             "lets the tokens of images see more than their own image in both directions, so that what turns share is "
             "not the same in all of them"

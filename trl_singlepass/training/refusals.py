@@ -398,9 +398,26 @@ IMAGES = Scope(
     "on rows with images",
     (
         Refusal(
-            "`wave_tokens`",
-            "each wave would encode the images of its row again",
-            "Set `wave_tokens=None`, and `activation_checkpointing=True` to save memory",
+            "`wave_tokens='auto'`",
+            "it does not count what the encoder of images holds",
+            "Set a number of tokens",
+        ),
+        Refusal(
+            "`wave_tokens` with an encoder that is trained, under ZeRO-3 or with `offload_optimizer`",
+            "the encoder gets gradients from the last wave, and DeepSpeed adds what comes after the first one to the "
+            "gradients of the step before",
+            "Freeze the encoder, or shard with FSDP2 or ZeRO-2",
+            lambda run: run.args.wave_tokens is not None and run.adds_to_older_gradients() and run.trains_an_encoder(),
+        ),
+        Refusal(
+            "`wave_tokens` of pairs and groups, under DeepSpeed and FSDP2",
+            "ranks meet in the encoder, which runs once per row, and have different numbers of rows",
+            "Leave it out and set `max_row_tokens`, or train with DDP",
+            lambda run: (
+                run.args.wave_tokens is not None
+                and not isinstance(run.args, SFTConfig)
+                and run.engine in ("DEEPSPEED", "FSDP")
+            ),
         ),
         Refusal(
             "`sp_size`",

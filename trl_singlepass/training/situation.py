@@ -19,7 +19,8 @@ from trl import DPOConfig, SFTConfig
 
 from ..data.dataset_format import column_names, holds_rows
 from ..engine.enable import without_adapters
-from ..recurrent.introspection import path_dependent_layer_names, path_dependent_layers
+from ..images.reading import image_module
+from ..recurrent.introspection import get_decoder, path_dependent_layer_names, path_dependent_layers
 
 
 if TYPE_CHECKING:
@@ -140,6 +141,14 @@ class Situation:
         unbounded = (layer for layer, mode in layers.items() if not mode.starts_from_state and mode.reach is None)
         return next((type(layer).__name__ for layer in unbounded), None)
 
+    def trains_an_encoder(self) -> bool:
+        """Whether a part of the model that reads images is trained."""
+        module = None if self.base is None else image_module(self.base)
+        if self.base is None or module is None:
+            return False
+        of_text = {id(parameter) for parameter in get_decoder(self.base).parameters()}
+        return any(parameter.requires_grad and id(parameter) not in of_text for parameter in module.parameters())
+
     def adapter(self, is_refused: Callable[[PeftConfig], bool]) -> Found:
         """Return an adapter that is refused, of those that the model has or gets."""
         given = [] if self.peft_config is None else [self.peft_config]
@@ -204,6 +213,11 @@ class Situation:
         if self.accelerator is None or self.engine != "DEEPSPEED":
             return False
         return bool(self.accelerator.state.deepspeed_plugin.zero_stage == 3)
+
+    def adds_to_older_gradients(self) -> bool:
+        """Whether DeepSpeed adds what comes after the first backward of a step to gradients of the step before."""
+        offload = self.of_deepspeed("zero_optimization", "offload_optimizer")
+        return self.zero3() or (isinstance(offload, dict) and offload.get("device", "none") != "none")
 
     def fsdp1(self) -> Found:
         """Parameters are sharded by the first version of FSDP."""

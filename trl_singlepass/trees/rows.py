@@ -104,6 +104,12 @@ class Row:
         return len(self.input_ids)
 
 
+def overlaps(ranges: Ranges, others: Ranges) -> Ranges:
+    """Return the parts of some ranges that lie in others, both in ascending order."""
+    both = ((max(first, start), min(last, end)) for start, end in others for first, last in ranges)
+    return tuple((first, last) for first, last in both if first < last)
+
+
 def tree_ends(subtree_end: Sequence[int] | NDArray[np.integer]) -> list[int]:
     """Return the position just past each tree of a row: `[3, 2, 3, 5, 5]` holds trees that end at 3 and 5."""
     ends: list[int] = []

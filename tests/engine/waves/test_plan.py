@@ -1,5 +1,7 @@
 """Waves of a row: every token once, ancestors first, never too many alive."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -23,6 +25,12 @@ from trl_singlepass.trees.rows import Row, TreePlan
 )
 def test_waves_of_the_documented_row(wave_tokens, waves):
     assert WavePlan.from_tree_plan(plan_of_eleven(), wave_tokens).waves == waves
+
+
+@pytest.mark.parametrize(("wave_tokens", "ends"), [(3, [2, 5, 8]), (2, [2, 5, 7, 8]), (1, [1, 2, 5, 6, 7, 8])])
+def test_an_image_whose_tokens_see_each_other_is_not_cut(wave_tokens, ends):
+    row = replace(TreePlan.from_subtree_end(np.full(8, 8)), images=((2, 5),))
+    assert [wave.end for wave in WavePlan.from_tree_plan(row, wave_tokens, cut_images=False).waves] == ends
 
 
 def row_of(sample_sets):

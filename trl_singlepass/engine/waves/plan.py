@@ -64,6 +64,7 @@ class WavePlan:
         keep_history: bool = True,
         smallest_wave: int = 1,
         allow_single_tokens: bool = True,
+        cut_images: bool = True,
     ) -> WavePlan:
         """
         Split a row into waves.
@@ -75,7 +76,8 @@ class WavePlan:
         `wave_tokens` is the largest number of tokens that have activations at the same time. With `keep_history`, a
         history that fits may be kept instead of run twice, but only where it leaves room for waves of `smallest_wave`
         tokens. Unless `allow_single_tokens`, a wave of a single token joins a neighbour, which then has up to two
-        tokens more than `wave_tokens`.
+        tokens more than `wave_tokens`. Unless `cut_images`, a wave ends before an image that it would cut; one that is
+        longer than a wave has a wave of its own.
         """
         groups: list[tuple[Wave, ...]] = []
         together: list[tuple[int, int]] = []  # trees that fit into one wave so far
@@ -87,7 +89,8 @@ class WavePlan:
             if end - start <= wave_tokens:
                 together.append((start, end))
                 continue
-            groups.append(tuple(_waves_of_tree(row, runs, wave_tokens, keep_history, smallest_wave)))
+            whole = () if cut_images else row.images
+            groups.append(tuple(_waves_of_tree(row, runs, wave_tokens, keep_history, smallest_wave, whole)))
         if together:
             groups.append((_make_wave(row, together[0][0], together[-1][1]),))
         return cls(row, tuple(groups) if allow_single_tokens else tuple(_without_single_tokens(row, groups)))
@@ -141,7 +144,7 @@ def _trees(row: TreePlan) -> Iterator[list[Run]]:
 
 
 def _waves_of_tree(
-    row: TreePlan, runs: Sequence[Run], wave_tokens: int, keep_history: bool, smallest_wave: int
+    row: TreePlan, runs: Sequence[Run], wave_tokens: int, keep_history: bool, smallest_wave: int, whole: Ranges
 ) -> Iterator[Wave]:
     parts = _split_at_forks(runs)
     history, branches = parts[0], parts[1:]
@@ -150,7 +153,7 @@ def _waves_of_tree(
     if keep_history and branches and room >= max(longest, smallest_wave):
         yield _make_wave(row, *history, is_kept=True)
         parts, wave_tokens = branches, room
-    for start, end in _pack(parts, wave_tokens):
+    for start, end in _pack(parts, wave_tokens, whole):
         yield _make_wave(row, start, end)
 
 
@@ -176,9 +179,9 @@ def _split_at_forks(runs: Sequence[Run]) -> list[tuple[int, int]]:
     return parts
 
 
-def _pack(parts: Sequence[tuple[int, int]], limit: int) -> Iterator[tuple[int, int]]:
+def _pack(parts: Sequence[tuple[int, int]], limit: int, whole: Ranges = ()) -> Iterator[tuple[int, int]]:
     """
-    Yield ranges of at most `limit` tokens. A part that fits into one range is not split.
+    Yield ranges of at most `limit` tokens. A part that fits into one range is not split, and a range of `whole` never.
 
     With a limit of 4, the parts `[4, 7)`, `[7, 9)` and `[9, 11)` become `[4, 7)` and `[7, 11)`.
     """
@@ -188,8 +191,12 @@ def _pack(parts: Sequence[tuple[int, int]], limit: int) -> Iterator[tuple[int, i
             yield first, start
             first = start
         while end - first > limit:
-            yield first, first + limit
-            first += limit
+            border = first + limit
+            for begin, stop in whole:
+                if begin < border < stop:
+                    border = begin if begin > first else stop
+            yield first, border
+            first = border
     if first < parts[-1][1]:
         yield first, parts[-1][1]
 

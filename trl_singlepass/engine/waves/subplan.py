@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ...trees.rows import Ranges, Run, TreePlan
+from ...trees.rows import Ranges, Run, TreePlan, overlaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,14 @@ def make_subplan(row: TreePlan, running: RangeMap, slots: RangeMap, length: int 
     for (first, last), start in zip(running.ranges, running.starts, strict=True):
         for run in _overlapping(row.runs, first, last):
             begin, end = max(run.start, first), min(run.end, last)
+            assert not run.is_image or end - begin == run.end - run.start, "an image that sees itself is not cut"
             prefix = _join(locate((*run.prefix, (run.start, begin))))
             position, depth = start + begin - first, run.depth + begin - run.start
-            _append(runs, Run(position, position + end - begin, depth, prefix))
+            _append(runs, Run(position, position + end - begin, depth, prefix, run.is_image))
     if length > num_running:
         runs.append(Run(num_running, length, 0, ()))
-    return TreePlan(length, tuple(runs))
+    images = (place for image in overlaps(row.images, running.ranges) for place in running.locate(*image))
+    return TreePlan(length, tuple(runs), images=tuple(images))
 
 
 def _overlapping(runs: Sequence[Run], first: int, last: int) -> Iterator[Run]:
@@ -103,8 +105,12 @@ def _join(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def _append(runs: list[Run], run: Run) -> None:
-    """Append a run, or extend the last one if the new one continues its path."""
-    if runs and run.prefix == _join((*runs[-1].prefix, (runs[-1].start, runs[-1].end))):
+    """Append a run, or extend the last one if the new one continues its path and neither is an image."""
+    if (
+        runs
+        and not (run.is_image or runs[-1].is_image)
+        and run.prefix == _join((*runs[-1].prefix, (runs[-1].start, runs[-1].end)))
+    ):
         runs[-1] = replace(runs[-1], end=run.end)
     else:
         runs.append(run)

@@ -129,6 +129,8 @@ class WaveTree(Tree):
     """
 
     cache: GroupCache | None = None  # what the layers have stored of ancestors that do not run
+    row: Tree | None = None  # the tree of the whole row
+    running: RangeMap | None = None  # the tokens that run
     handed_on: SlotRanges = ()  # tokens that later waves descend from
     stores: bool = False  # whether these tokens run for the first time
     _layer_slots: dict[int | None, LayerSlots] = field(default_factory=dict, init=False, repr=False)
@@ -154,7 +156,15 @@ class WaveTree(Tree):
             end = F.pad(end, (0, padding), value=length)
             depth = torch.cat([depth, torch.arange(padding, device=depth.device)[None]], dim=1)
         handed_on = cache.get_handed_on(running, wave)
-        return cls(plan, end, depth, row.group, cache, handed_on, stores)
+        return cls(plan, end, depth, row.group, cache, row, running, handed_on, stores)
+
+    @cached_property
+    def image_plan(self) -> TreePlan:
+        """The plan whose images are runs of their own: part of that of the row, which is checked as a whole."""
+        assert self.cache is not None
+        assert self.row is not None
+        assert self.running is not None
+        return make_subplan(self.row.image_plan, self.running, self.cache.slots, self.plan.length)
 
     def kv_cache(self, layer: torch.nn.Module, local_size: int | None = None) -> KVCacheView | None:
         """
@@ -205,6 +215,6 @@ class WaveTree(Tree):
 
 
 def select(x: torch.Tensor, tokens: Ranges) -> torch.Tensor:
-    """Return the entries of some tokens, `(1, num_tokens, ...)`, of a tensor of shape `(1, row_length, ...)`."""
-    parts = [x[:, start:end] for start, end in tokens]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    """Return the entries of some tokens, `(..., num_tokens)`, of a tensor of shape `(..., row_length)`."""
+    parts = [x[..., start:end] for start, end in tokens]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
