@@ -114,10 +114,16 @@ DOTS3 = {
     "swa_v_head_dim": 8,
 }
 
+# Made decoders.
+ENCODERS = [
+    *("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert"),
+    *("roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl"),
+]
 # What a family needs besides: sizes that depend on one another, and the layer types that its default does not show.
 OWN = {
-    "axk1": MLA,
-    "axk2": DSA,
+    **dict.fromkeys(ENCODERS, DECODER),
+    **dict.fromkeys(["axk1", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "minicpm3", "sarvam_mla", "youtu"], MLA),
+    **dict.fromkeys(["axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"], DSA),
     "bailing_hybrid": {
         **MLA,
         "num_local_experts": 8,
@@ -128,36 +134,23 @@ OWN = {
         "num_mtp_layers": 0,
     },
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 3},
-    "bert": DECODER,
-    "bert-generation": DECODER,
     "big_bird": {**DECODER, "attention_type": "original_full"},
-    "camembert": DECODER,
-    "data2vec-text": DECODER,
     "deepseek_v2": {**MLA, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "deepseek_v3": MLA,
-    "deepseek_v32": DSA,
     "dbrx": {"ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}},
     "dots3_note": DOTS3,
     "dots3_note_text": DOTS3,
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "electra": DECODER,
-    "ernie": DECODER,
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
-    "glm4_moe_lite": MLA,
-    "glm_moe_dsa": DSA,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "granitemoehybrid": {"layer_types": [LINEAR, FULL, LINEAR]},
-    "hy_v4": DSA,
     "hunyuan_v1_dense": HEADS,
     "hunyuan_v1_moe": HEADS,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 3},
-    "kimi_linear": MLA,
     "lfm2": {"layer_types": ["conv", FULL, "conv"]},
     "longcat_flash": {**MLA, "ffn_hidden_size": 48, "qk_head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", FULL], "num_dense_layers": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
-    "megatron-bert": DECODER,
     "minimax_m3_vl_text": {
         "layer_types": [FULL, "minimax_m3_sparse"],
         "index_n_heads": 2,
@@ -166,7 +159,6 @@ OWN = {
         "index_topk_blocks": 2,
         "index_local_blocks": 1,
     },
-    "minicpm3": MLA,
     "ministral": {**HEADS, "layer_types": [SLIDING, FULL]},
     "nemotron": {**HEADS, "num_key_value_heads": 2},
     "nemotron_h": {
@@ -182,9 +174,6 @@ OWN = {
     "qwen4_exp_text": QWEN4,
     "reformer": {**DECODER, "axial_pos_embds_dim": [8, 24], "axial_pos_shape": [16, 16], "attn_layers": ["local"]},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_hidden_layers": 3},
-    "rembert": DECODER,
-    "roberta": DECODER,
-    "roberta-prelayernorm": DECODER,
     "roc_bert": {
         **DECODER,
         "pad_token_id": 0,
@@ -193,13 +182,8 @@ OWN = {
         "pronunciation_vocab_size": 97,
         "pronunciation_embed_dim": 8,
     },
-    "roformer": DECODER,
     "whisper": {"decoder_attention_heads": 4},
-    "xlm-roberta": DECODER,
-    "xlm-roberta-xl": DECODER,
     "xmod": {**DECODER, "default_language": "en_XX"},
-    "sarvam_mla": MLA,
-    "youtu": MLA,
     "zamba": {
         "layers_block_type": ["mamba", "hybrid", "hybrid"],
         "num_hidden_layers": 3,

@@ -184,41 +184,22 @@ def test_hybrids(tmp_path, tokenizer, model_type, checkpointing):
     assert_equal(*train_both(tmp_path, tokenizer, model, 64, gradient_checkpointing=checkpointing), model)
 
 
-def test_weights_reach_waves(tmp_path, tokenizer):
-
+@pytest.mark.parametrize(("reasoning_weight", "is_scaled"), [(0.5, None), (1.0, False)])
+def test_weights_and_scaled_losses_reach_waves(tmp_path, tokenizer, reasoning_weight, is_scaled):
+    """Where `loss_is_scaled_for_ga` is false, the Trainer divides each batch's loss by their number."""
     model = float32_model(tokenizer)
-    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "reasoning_weight": 0.5}
-    row = single_pass_trainer(tmp_path, tokenizer, model, **settings)
-    waves = single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=100, **settings)
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    row, waves = (
+        single_pass_trainer(
+            tmp_path, tokenizer, model, reasoning_weight=reasoning_weight, wave_tokens=size, **settings
+        )
+        for size in (None, 64)
+    )
     for trainer in (row, waves):
+        trainer.loss_is_scaled_for_ga = is_scaled
         trainer.train()
     assert max(logged(waves, "num_waves")) > 1
-    assert largest_difference(row, waves) <= TOLERANCE
-    assert logged(waves, "loss") == pytest.approx(logged(row, "loss"), rel=1e-5)
-
-
-def test_losses_that_the_trainer_is_told_to_scale_are_scaled_as_it_does(tmp_path, tokenizer):
-    model = float32_model(tokenizer)
-    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    row = single_pass_trainer(tmp_path, tokenizer, model, **settings)
-    waves = single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, **settings)
-    for trainer in (row, waves):
-        trainer.loss_is_scaled_for_ga = False  # the Trainer then divides each batch's loss by their number
-        trainer.train()
-    assert largest_difference(row, waves) <= TOLERANCE
-    assert logged(waves, "grad_norm") == pytest.approx(logged(row, "grad_norm"), rel=1e-5)
-
-
-def test_the_log_names_the_schedule(tmp_path, tokenizer, caplog):
-    logger = logging.getLogger("trl_singlepass")
-    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    with caplog.at_level(logging.INFO, logger="trl_singlepass"):
-        logger.setLevel(logging.INFO)
-        trainer = single_pass_trainer(tmp_path, tokenizer, float32_model(tokenizer), wave_tokens=64, **settings)
-        trainer.train()
-    steps = [record.message for record in caplog.records if record.message.startswith("Step 1: ")]
-    assert len(steps) == 2
-    assert all(" waves for " in step and " of them alive; history of " in step for step in steps)
+    assert_equal(row, waves, model)
 
 
 def test_rows_that_fit_run_at_once_and_the_log_says_so(tmp_path, tokenizer, caplog):
