@@ -78,9 +78,3 @@ def test_what_was_sent_is_there_before_it_is_fetched_again(copies):
     copies.send(on_host(6), host)
     copies.start_for_one_use(host)
     assert torch.equal(copies.fetch_for_one_use(host), on_host(6))
-
-
-def test_a_sent_tensor_is_protected_from_reuse(copies, log):
-    tensor = on_host(1)
-    copies.send(tensor, torch.zeros(2, 3, 1, 4))
-    assert log == [("protect", id(tensor))]

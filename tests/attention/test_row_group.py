@@ -23,13 +23,6 @@ def test_every_head_sees_the_whole_row_once(size, heads):
     assert not together[:, :, heads:].any()
 
 
-@pytest.mark.parametrize(("size", "heads"), SIZES)
-def test_there_and_back(size, heads):
-    row = random(1, 2 * size, heads)
-    parts = on_ranks(size, lambda group: group.to_tokens(group.to_heads(group.part(row), heads), heads))
-    assert torch.equal(torch.cat(parts, dim=1), row)
-
-
 @pytest.mark.parametrize(
     ("size", "heads", "groups", "per_rank"),
     [(2, 8, 2, 1), (4, 8, 2, 1), (4, 12, 6, 3), (2, 4, 1, 1), (2, 8, 4, 2), (4, 6, 3, 2), (3, 4, 2, 2)],

@@ -1,7 +1,5 @@
 """Balance: ranks of a step get the same work, and training sees the same rows in the same steps as plain shuffling."""
 
-from itertools import combinations
-
 import numpy as np
 import pytest
 from accelerate.data_loader import BatchSamplerShard
@@ -15,7 +13,7 @@ from support.tiny_models import tiny_model
 from support.trainers import largest_difference, logged, single_pass_trainer
 from trl_singlepass.cost import ModelShape, single_pass_cost
 from trl_singlepass.data.arrow import num_attention_pairs
-from trl_singlepass.data.sampler import BalancedSampler, even_parts, row_costs
+from trl_singlepass.data.sampler import BalancedSampler, row_costs
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 
@@ -81,14 +79,6 @@ def test_ranks_get_the_batches_that_were_composed_for_them(num_ranks):
     )
     slowest = steps.max(axis=1).sum() / steps.mean(axis=1).sum() - 1
     assert one.predicted_imbalance() == pytest.approx(slowest)
-
-
-def test_parts_are_even():
-    costs = np.array([10.0, 9.0, 8.0, 3.0, 2.0, 1.0])
-    parts = even_parts(range(6), costs, 2)
-    assert [len(part) for part in parts] == [3, 3]
-    best = min(abs(33 - 2 * costs[list(part)].sum()) for part in combinations(range(6), 3))
-    assert abs(costs[parts[0]].sum() - costs[parts[1]].sum()) == best
 
 
 def test_costs_are_those_of_counted_operations():

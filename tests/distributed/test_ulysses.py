@@ -50,7 +50,7 @@ def test_steps(tmp_path, workers, one_process, case):
     alone = one_process(CASES[case])
     run = workers.run(tmp_path, shared(CASES[case]), world_size=2)
     assert (run.world_size, run.engine, run.zero_stage) == (2, "DeepSpeedEngine", 3)
-    assert len(run.loss) == 4
+    assert len(run.loss) == len(alone.loss) >= 4
     assert_same_training(run, alone)
     assert run.num_trained_tokens == alone.num_trained_tokens
     if "evaluate" in CASES[case]:

@@ -18,7 +18,7 @@ from support.worker_settings import assert_same_training, with_config, zero
 pytestmark = needs_weighted_loss  # whose fused head the worker keeps in float64
 
 MODELS = {
-    "plain": None,
+    "plain": "qwen3",
     "hybrid dense": "qwen3_5_text",
     "hybrid moe": "qwen3_5_moe_text",
     "moe with auxiliary loss": "qwen3-moe",

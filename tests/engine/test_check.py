@@ -63,12 +63,6 @@ def test_branches_exchange_their_places_among_other_tokens():
     assert all((ids[path[12:]] != others[path[12:]]).any() for path in row.paths[1:])
 
 
-def test_few_tokens_make_a_row_as_well():
-    row = CheckRow.from_tokens(np.array([5, 6, 7]))
-    assert set(row.row.input_ids) == {5, 6, 7}
-    assert not np.array_equal(*row.row.input_ids[row.exchanged])
-
-
 # Right models --------------------------------------------------------------------------------------------------------
 
 

@@ -35,8 +35,6 @@ from trl_singlepass import (
     enable_tree,
     prepare_dataset,
 )
-from trl_singlepass.engine.enable import disable_tree
-from trl_singlepass.engine.model_call import takes_trees
 from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
@@ -104,17 +102,6 @@ def test_a_batch_without_a_tree_runs_as_before():
     enable_tree(model)
     ids = torch.randint(3, 97, (2, 9))
     assert torch.equal(model(ids).logits, stock(ids).logits)
-
-
-def test_a_model_is_taken_off_trees_again():
-    model = qwen3_model(vocab_size=97)
-    implementation = enable_tree(model)
-    enable_tree(model)
-    assert takes_trees(model)
-    disable_tree(model, implementation)
-    assert not takes_trees(model)
-    assert "forward" not in vars(model)
-    assert model.config._attn_implementation == implementation
 
 
 def test_weights_that_a_caller_would_not_read_are_refused():

@@ -5,15 +5,14 @@ import re
 import shutil
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import islice
 
 import pytest
 
 from studies.exactness import report, runs
 from studies.exactness.__main__ import main
-from studies.exactness.arms import ARMS, ordered_steps
+from studies.exactness.arms import ARMS
 from studies.exactness.evaluate import Answerer, given_history, own_history
-from studies.exactness.models import STUDY_MODELS, tiny_qwen3, word_tokenizer
+from studies.exactness.models import STUDY_MODELS
 from studies.exactness.runs import RESULTS, Experiment, Run, execute
 from studies.exactness.summary import Interval, load, loss_differences, runs_by_seed
 from studies.exactness.task import TURNS, answers, conversations
@@ -55,16 +54,6 @@ def test_arms_train_the_same_tokens_of_a_conversation(prepared):
     assert [last * n for last, n in zip(trained["last_turn"], turns, strict=True)] == trained["single_pass"]
 
 
-def test_steps_hold_as_many_trained_tokens_in_every_arm(prepared):
-    for what in prepared.values():
-        steps = list(islice(ordered_steps(0, what, 200), 12))
-        tokens = [sum(what.trained_tokens[conversation] for conversation in step) for step in steps]
-        assert all(200 <= count < 200 + max(what.trained_tokens) for count in tokens)
-        assert len({conversation for step in steps for conversation in step}) == TINY.conversations
-    assert steps == list(islice(ordered_steps(0, what, 200), 12))
-    assert steps != list(islice(ordered_steps(1, what, 200), 12))
-
-
 @pytest.mark.parametrize(
     ("setting", "precision"), [pytest.param("tokens", 1e-6, marks=pytest.mark.slow), ("control", 1e-10)]
 )
@@ -76,17 +65,6 @@ def test_npass_and_single_pass_agree_step_by_step(tiny, monkeypatch, setting, pr
     assert len(differences) == 3
     assert max(differences) < precision
     assert pair[0]["losses"][0] > pair[0]["losses"][-1]
-
-
-def test_equal_work_gives_an_arm_the_steps_that_it_can_afford(tiny, prepared):
-    experiment = Experiment(TINY, 0)
-    budget = experiment.budget()
-    for what in prepared.values():
-        steps = experiment.steps("flops", what)
-        spent = [sum(what.flops[conversation] for conversation in step) for step in steps]
-        further = next(islice(ordered_steps(0, what, 200), len(steps), None))
-        assert sum(spent) <= budget < sum(spent) + sum(what.flops[conversation] for conversation in further)
-    assert len(experiment.steps("flops", prepared["single_pass"])) == TINY.steps
 
 
 def test_a_run_works_end_to_end_and_is_not_repeated(tiny, tmp_path, capsys):
@@ -123,14 +101,6 @@ def test_accuracy_is_counted_by_turn():
     own = Scripted(*said)
     assert own_history(own, rows) == [1, 0.5, 0]
     assert own.asked[2][1][3]["content"] == "?"  # its own wrong answer is its history
-
-
-def test_generation_in_batches_is_generation_one_by_one():
-    tokenizer = word_tokenizer()
-    model = tiny_qwen3(0, tokenizer)
-    histories = [row["messages"][: 2 * turn + 1] for turn, row in enumerate(conversations(5, 3))]
-    single = Answerer(model, tokenizer, 1, 24)(histories)
-    assert Answerer(model, tokenizer, 3, 24)(histories) == single
 
 
 def test_intervals_follow_students_t():

@@ -284,20 +284,6 @@ def test_the_model_card_says_what_was_trained_on_what(tmp_path, tokenizer, sourc
     assert f"- Sharing factor: {logged(trainer, 'sharing_factor')[-1]:.10g}\n" in card
 
 
-def test_the_model_card_of_plain_text_is_trls(tmp_path, tokenizer):
-    """No paper, no tag and no trainer of this project: the run was TRL's own."""
-    text = [{"text": "plain text"}, {"text": "more of it"}]
-    cards = []
-    for make in (stock_trainer, single_pass_trainer):
-        trainer = make(tmp_path, tokenizer, text)
-        trainer.train()
-        trainer.create_model_card(model_name="demo", dataset_name="org/text")
-        cards.append((tmp_path / "README.md").read_text())
-    named = cards[0].replace("[None](https://huggingface.co/None)", "`Qwen3ForCausalLM`")
-    assert sorted(cards[1].splitlines()) == sorted(named.replace('="None"', f'="{tmp_path}"').splitlines())
-    assert "single-pass" not in trainer.model.model_tags
-
-
 def test_preparation_prints_its_summary_once(tmp_path, tokenizer, capsys, monkeypatch):
     monkeypatch.setattr("trl_singlepass.data.preparation.logger.isEnabledFor", lambda level: False)
     single_pass_trainer(tmp_path, tokenizer, CHATS, packing=True, max_length=4096)
