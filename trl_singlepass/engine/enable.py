@@ -38,17 +38,9 @@ class UnsupportedModelError(ValueError):
 
 def check_model(model: PreTrainedModel) -> None:
     """
-    Refuse a model that no tree can reach, or that does not train on rows of text.
+    Refuse a model, without adapters or wrappers, that no tree can reach, or that does not train on rows of text.
 
     Whether a model is exact is not asked here: the measured check shows it before the first step.
-
-    Args:
-        model (`transformers.PreTrainedModel`):
-            Model without adapters or wrappers.
-
-    Raises:
-        `UnsupportedModelError`: If the model has an encoder of its own for the prompt, has no layer to which the tree
-            could be passed, does not train on text, or is loaded in 8 bits.
     """
     if getattr(model, "is_loaded_in_8bit", False):
         raise UnsupportedModelError(
@@ -86,10 +78,6 @@ def takes_attention_from_outside(model: PreTrainedModel) -> bool:
     Return whether the layers that read tokens take their attention function from transformers' AttentionInterface.
 
     The encoder of images may have attention of its own (GOT-OCR 2).
-
-    Args:
-        model (`transformers.PreTrainedModel`):
-            Model.
     """
     decoder = get_decoder(model)
     reader = decoder if isinstance(decoder, PreTrainedModel) else model
@@ -173,15 +161,7 @@ def enable_images(
 
 
 def disable_tree(model: PreTrainedModel | PeftModel, implementation: str) -> None:
-    """
-    Undo [`enable_tree`].
-
-    Args:
-        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
-            Model, changed in place.
-        implementation (`str`):
-            The `attn_implementation` that it gets back.
-    """
+    """Undo [`enable_tree`]; the model gets back the `attn_implementation` that it had."""
     base = without_adapters(model)
     leave_trees(base)
     disable_tree_recurrence(base)
@@ -190,14 +170,5 @@ def disable_tree(model: PreTrainedModel | PeftModel, implementation: str) -> Non
 
 
 def without_adapters(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """
-    Return the model inside a PEFT wrapper, or the model itself if it has no adapters.
-
-    Args:
-        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
-            Model.
-
-    Returns:
-        `transformers.PreTrainedModel`: The base model.
-    """
+    """Return the model inside a PEFT wrapper, or the model itself if it has no adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

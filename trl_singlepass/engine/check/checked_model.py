@@ -31,14 +31,6 @@ class CheckedModel:
     Runs a model, as an engine wrapped it, on the row of the check.
 
     Shape letters: T tokens of the row, N samples of S tokens, V size of the vocabulary.
-
-    Args:
-        model (`torch.nn.Module`):
-            Model that takes trees.
-        collator (`DataCollatorForSinglePass`):
-            Makes the batch of the row; loads its images.
-        group (`RowGroup`, *optional*):
-            Ranks that share rows.
     """
 
     def __init__(self, model: nn.Module, collator: DataCollatorForSinglePass, group: RowGroup | None = None) -> None:
@@ -48,13 +40,7 @@ class CheckedModel:
         self.gives_gradients = group is None and not are_zero3(model.parameters())
 
     def rounding_error(self, precision: torch.dtype | None = None) -> float:
-        """
-        Return the largest relative rounding error of what the model computes.
-
-        Args:
-            precision (`torch.dtype`, *optional*):
-                Dtype that the model computes in, if it is narrower than its parameters (autocast).
-        """
+        """Return the largest relative rounding error of what the model computes, in `precision` if that is given."""
         dtypes = {parameter.dtype for parameter in self.base.parameters() if parameter.dtype.is_floating_point}
         # Models compute norms and rotations in float32 even where they are in float64.
         dtypes |= {precision or torch.float32, torch.float32}
@@ -187,16 +173,9 @@ def _rounding_of_products(device: torch.device) -> float:
 
 def effect_of_tokens(outputs: Tensor, embeddings: Tensor) -> np.ndarray[Any, Any]:
     """
-    Return the largest absolute gradient of outputs with respect to each token.
+    Return the largest absolute gradient of outputs with respect to each token, `(T,)`, float64.
 
-    Args:
-        outputs (`torch.Tensor` of shape `(num_outputs, V)`):
-            Outputs, of which one sum is differentiated.
-        embeddings (`torch.Tensor` of shape `(1, T, hidden)`):
-            What the layers read of the tokens.
-
-    Returns:
-        `numpy.ndarray` of shape `(T,)`, `numpy.float64`.
+    Takes `(num_outputs, V)`, of which one sum is differentiated, and what the layers read, `(1, T, hidden)`.
     """
     direction = torch.cos(torch.arange(outputs.shape[-1], device=outputs.device)).to(outputs.dtype)
     (gradient,) = torch.autograd.grad((outputs @ direction).sum(), embeddings)

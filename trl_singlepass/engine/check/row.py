@@ -43,34 +43,21 @@ class CheckRow:
     Its samples have one length, so that they fill a batch without padding. Those that end with `b`, `d` and `e` are
     compared: other branches stand before and behind them. `a` and `b` have one shape: exchanged, each must compute
     what it computed in the other's place.
-
-    Args:
-        row (`Row`):
-            The row.
-        paths (`numpy.ndarray` of shape `(3, sample_length)`, `numpy.int64`):
-            For each sample that is compared, the positions of its tokens in the row.
-        exchanged (`numpy.ndarray` of shape `(2, sample_length)`, `numpy.int64`):
-            The same for the samples that end with `a` and `b`.
     """
 
     row: Row
-    paths: NDArray[np.int64]
-    exchanged: NDArray[np.int64]
+    paths: NDArray[np.int64]  # (3, sample_length): where the tokens of each sample that is compared are in the row
+    exchanged: NDArray[np.int64]  # (2, sample_length): the same for the samples that end with `a` and `b`
 
     @classmethod
     def from_tokens(
         cls, text: NDArray[np.int64], shown: Sequence[ShownImage] = (), *, is_exchanged: bool = False
     ) -> CheckRow:
         """
-        Return a row that is made of given tokens.
+        Return a row that is made of tokens of the data, `(num_tokens,)`, without those of images.
 
-        Args:
-            text (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
-                Tokens of the data, without those of images; fewer than the row has are drawn from more than once.
-            shown (`Sequence[ShownImage]`, *optional*):
-                One or two images of the data, which take the place of the stems.
-            is_exchanged (`bool`, *optional*, defaults to `False`):
-                Whether `a` and `b` stand in each other's place, and the parts beside them hold other tokens.
+        Fewer than the row has are drawn from more than once. One or two images take the place of the stems. If
+        `is_exchanged`, `a` and `b` stand in each other's place, and the parts beside them hold other tokens.
         """
         if len(text) < _NUM_TEXT_TOKENS:
             text = np.random.default_rng(0).choice(text, _NUM_TEXT_TOKENS)
@@ -146,21 +133,11 @@ class CheckRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShownImage:
-    """
-    An image of the data with the tokens around it.
+    """An image of the data with the tokens around it."""
 
-    Args:
-        token_ids (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
-            Its placeholders and a few tokens of text on both sides.
-        features (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
-            Feature of the image that each token shows, counted from 0; -1 for text.
-        image (`ImageReference`):
-            Where its pixels are.
-    """
-
-    token_ids: NDArray[np.int64]
-    features: NDArray[np.int64]
-    image: ImageReference
+    token_ids: NDArray[np.int64]  # (num_tokens,): its placeholders and a few tokens of text on both sides
+    features: NDArray[np.int64]  # (num_tokens,): the feature that each token shows, counted from 0; -1 for text
+    image: ImageReference  # where its pixels are
 
     @classmethod
     def smallest(

@@ -33,13 +33,7 @@ def sample_inputs(
     """
     Return the inputs of an ordinary forward over samples side by side, padded to the longest.
 
-    Args:
-        model (`torch.nn.Module`):
-            Model.
-        samples (`Sequence[Sample]`):
-            Samples.
-        load_images (`Callable`, *optional*):
-            Returns what the model reads of some images.
+    `load_images` returns what the model reads of some images.
     """
     device = get_device(model)
 

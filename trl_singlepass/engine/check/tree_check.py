@@ -106,17 +106,10 @@ def _tokens_of(
 
 class TreeCheck:
     """
-    Runs the check on one model.
+    Runs the check on one model that takes trees, as an engine wrapped it.
 
-    Args:
-        model (`torch.nn.Module`):
-            Model that takes trees, as an engine wrapped it.
-        collator (`DataCollatorForSinglePass`):
-            Makes the batch of the row; loads its images.
-        group (`RowGroup`, *optional*):
-            Ranks that share rows.
-        precision (`torch.dtype`, *optional*):
-            Dtype that the model computes in, if it is narrower than its parameters (autocast).
+    `collator` makes the batch of the row and loads its images; `group` are the ranks that share rows; `precision` is
+    what the model computes in, if it is narrower than its parameters (autocast).
     """
 
     def __init__(
@@ -130,15 +123,7 @@ class TreeCheck:
         self.epsilon = self.model.rounding_error(precision)
 
     def run(self, text: np.ndarray[Any, Any], shown: Sequence[ShownImage] = ()) -> TreeCheckReport:
-        """
-        Measure.
-
-        Args:
-            text (`numpy.ndarray` of shape `(num_tokens,)`, `numpy.int64`):
-                Tokens of the data.
-            shown (`Sequence[ShownImage]`, *optional*):
-                One or two images of the data.
-        """
+        """Measure, on tokens of the data, `(num_tokens,)`, int64, and on one or two of its images, if it has any."""
         start = time.perf_counter()
         row = CheckRow.from_tokens(text, shown)
         exchanged = CheckRow.from_tokens(text, shown, is_exchanged=True)
