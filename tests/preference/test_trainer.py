@@ -165,13 +165,10 @@ def test_the_log_has_what_is_shared(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"turn_mean": True, "loss_type": "ipo"}, r"loss_type=\['ipo'\] with turn_mean"),
         ({"turn_discount": 2.0}, "turn_discount=2.0"),
         ({"train_turns": "first"}, "train_turns='first'"),
         ({"bad_rows": "skip"}, "bad_rows='skip'"),
         ({"max_length": 1}, "max_length=1 leaves no room"),
-        ({"wave_tokens": 0}, "wave_tokens=0: expected a number"),
-        ({"offload_kv": True}, "offload_kv=True moves what waits between waves"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

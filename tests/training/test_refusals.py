@@ -15,8 +15,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.hybrid_step import small_hybrid
+from support.conversations import chat
 from support.image_models import image_model
+from support.pairs import dpo_trainer, pair
 from support.tiny_models import model_of_type, tiny_model
+from support.trainers import single_pass_trainer
 from trl_singlepass import SinglePassDPOConfig, SinglePassGRPOConfig, SinglePassSFTConfig
 from trl_singlepass.attention.registry import TREE_ATTENTION
 from trl_singlepass.training.refusals import (
@@ -35,6 +38,7 @@ from trl_singlepass.training.refusals import (
     ULYSSES,
     WAVES,
     WEIGHTS,
+    Refusal,
     as_markdown,
     check,
     check_parts,
@@ -273,6 +277,30 @@ def test_nothing_is_refused_by_default(make):
     run = make(accelerator=on(), dataset=Dataset.from_dict({"messages": []}))()
     others = (PAIRS if make is sft else CONVERSATIONS, ULYSSES)
     check(run, *(scope for scope in SCOPES if scope not in others))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "rows", "settings", "others"),
+    [
+        (single_pass_trainer, [chat(2)], {"reasoning_weight": 0.5}, (PAIRS, GROUPS, IMAGES, ULYSSES)),
+        (
+            dpo_trainer,
+            [pair(2)],
+            {"max_row_tokens": 300},
+            # Pairs refuse all of tensor parallelism, and TRL before 1.15.
+            (CONVERSATIONS, GROUPS, IMAGES, OLDER_TRL, TENSOR_PARALLELISM, ULYSSES, WEIGHTS),
+        ),
+    ],
+    ids=["conversations", "pairs"],
+)
+def test_a_run_in_waves_meets_every_refusal_of_its_kind(
+    tmp_path, tokenizer, monkeypatch, make, rows, settings, others
+):
+    met, found = set(), Refusal.found
+    monkeypatch.setattr(Refusal, "found", lambda refusal, run: met.add(refusal) or found(refusal, run))
+    make(tmp_path, tokenizer, rows, wave_tokens=64, **settings).train()
+    assert {scope.title for scope in SCOPES if not met.issuperset(scope.refusals)} == {s.title for s in others}
 
 
 def test_the_page_lists_what_is_refused():

@@ -263,7 +263,6 @@ def test_a_loss_that_trl_computes_otherwise_stops_the_first_step(tmp_path, token
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha does not work with wave_tokens"),
         ({"wave_tokens": 0}, "wave_tokens=0: expected a number of tokens above 0, 'auto', or None"),
         ({"wave_tokens": "all"}, "wave_tokens='all': expected a number of tokens above 0, 'auto', or None"),
         ({"wave_tokens": None, "offload_kv": True}, "offload_kv=True moves what waits between waves. Set wave_tokens"),
