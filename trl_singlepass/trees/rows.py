@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -165,8 +164,9 @@ class TreePlan:
     def from_rows(cls, rows: Sequence[Row], joined: Row | None = None) -> TreePlan:
         """Return the plan of several rows of a dataset side by side in one row, which is `joined` if it is there."""
         row = Row.join(rows) if joined is None else joined
+        plan = cls.from_subtree_end(row.subtree_end)
         return replace(
-            cls.from_subtree_end(row.subtree_end).with_images(row.all_image_features() >= 0),
+            plan if row.image_features is None else plan.with_images(row.image_features >= 0),
             example_ends=tuple(np.cumsum([len(row) for row in rows]).tolist()),
             num_sample_tokens=sum(int(row.multiplicity.sum()) for row in rows),
             image_sizes=tuple(image.num_features for image in row.images),
@@ -181,16 +181,36 @@ class TreePlan:
         and 5: the runs are `[0, 4)`, with no ancestors, and `[4, 6)` at depth 1, whose ancestors are `[0, 1)`.
         """
         length = len(subtree_end)
-        positions = np.arange(1, length)
-        starts = [0, *positions[subtree_end[:-1] <= positions].tolist()] if length else []
-        runs: list[Run] = []
-        path: list[tuple[int, int]] = []  # parts of earlier runs that can still hold ancestors
-        for start, end in zip(starts, [*starts[1:], length], strict=True):
-            path = [(first, _end_of_ancestors(subtree_end, first, last, start)) for first, last in path]
-            path = [(first, last) for first, last in path if first < last]
-            runs.append(Run(start, end, sum(last - first for first, last in path), tuple(path)))
-            path.append((start, end))
-        return cls(length, tuple(runs))
+        if not length:
+            return cls(0, ())
+        before, position = subtree_end[:-1], np.arange(1, length)
+        begins_run = before <= position
+        borders = np.flatnonzero(begins_run | (before != subtree_end[1:]))
+        starts = [0, *position[borders].tolist()]
+        found: list[tuple[int, int, Ranges]] = []  # start, depth and prefix of each run
+        path: list[tuple[int, int]] = []  # ranges that hold the path to the token before
+        stack: list[tuple[int, int]] = []  # of the parts of that path with one `subtree_end`: start and that end
+        depth = 0
+        for start, end, of_run, last_descendant in zip(
+            starts,
+            [*starts[1:], length],
+            [True, *begins_run[borders].tolist()],
+            subtree_end[starts].tolist(),
+            strict=True,
+        ):
+            while stack and stack[-1][1] <= start:  # no ancestors of this run
+                (first, last), (cut, _) = path.pop(), stack.pop()
+                depth -= last - cut
+                path += [(first, cut)] if first < cut else []
+            if of_run:
+                found.append((start, depth, tuple(path)))
+                path.append((start, end))
+            else:
+                path[-1] = path[-1][0], end
+            stack.append((start, last_descendant))
+            depth += end - start
+        ends = [*(start for start, _, _ in found[1:]), length]
+        return cls(length, tuple(Run(start, end, *rest) for (start, *rest), end in zip(found, ends, strict=True)))
 
     def with_images(self, shows_image: NDArray[np.bool_]) -> TreePlan:
         """Return the plan of a row with images; `shows_image`, `(num_tokens,)`, marks the tokens that show one."""
@@ -240,8 +260,3 @@ class TreePlan:
         if not self.runs:
             return np.empty(0, np.int64)
         return np.concatenate([np.arange(run.depth, run.depth + run.end - run.start) for run in self.runs])
-
-
-def _end_of_ancestors(subtree_end: NDArray[np.int64], first: int, last: int, position: int) -> int:
-    """Return the position past the last ancestor of `position` in a run, along which `subtree_end` never increases."""
-    return bisect_left(range(last), -position, lo=first, key=lambda j: -subtree_end[j])
