@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS
 from support.pairs import SINGLE_TURNS, TRAJECTORIES, dpo_trainer, plain, stock_dpo_trainer
+from support.slow import slow_but_for
 from support.trainers import SETTINGS, float32_model, logged, parameters
 from trl_singlepass import SinglePassDPOTrainer
 
@@ -79,7 +80,7 @@ def test_the_signature_is_trls():
 
 @pytest.mark.parametrize(
     "form",
-    [pytest.param(form, marks=() if form == "chat_template_kwargs" else pytest.mark.slow) for form in FORMS],
+    slow_but_for(["chat_template_kwargs"], FORMS),
 )
 def test_every_form_of_a_pair_trains_as_in_trl(tmp_path, tokenizer, form):
     """One turn each: losses are those of stock DPO, and all parameters move."""
@@ -110,10 +111,10 @@ EVALUATIONS = {
 }
 
 
-@pytest.mark.parametrize("precomputed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precomputed", slow_but_for([False], [False, True]))
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=() if kind == "dict_of_iterable_dataset" else pytest.mark.slow) for kind in EVALUATIONS],
+    slow_but_for(["dict_of_iterable_dataset"], EVALUATIONS),
 )
 def test_raw_datasets_are_evaluated(tmp_path, tokenizer, kind, precomputed):
     make = EVALUATIONS[kind]

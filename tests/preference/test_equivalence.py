@@ -1,6 +1,7 @@
 """Pairs of a single turn move parameters as stock `DPOTrainer` does; several turns, as the served contexts say."""
 
 import copy
+import itertools
 
 import datasets
 import pytest
@@ -15,6 +16,7 @@ from support.pairs import (
     plain,
     stock_dpo_trainer,
 )
+from support.slow import slow_but_for
 from support.trainers import float32_model, largest_difference, logged, parameters
 
 
@@ -68,12 +70,7 @@ def start_of(model):
 
 @pytest.mark.parametrize(
     ("batch_size", "accumulation", "precomputed"),
-    [
-        (1, 2, True),
-        *(pytest.param(size, 1, False, marks=pytest.mark.slow) for size in (1, 4)),
-        *(pytest.param(size, 2, False, marks=pytest.mark.slow) for size in (1, 4)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 1, True), (4, 1, True), (4, 2, True)]),
-    ],
+    slow_but_for([(1, 2, True)], itertools.product((1, 4), (1, 2), (False, True))),
 )
 def test_twenty_steps(tmp_path, tokenizer, batch_size, accumulation, precomputed):
     model = float32_model(tokenizer)
@@ -121,26 +118,21 @@ def test_a_new_adapter_is_trained_against_the_model_without_it(tmp_path, tokeniz
     assert logged(both[1], "rewards/margins") == pytest.approx(logged(both[0], "rewards/margins"), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param(
-            {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5}, marks=pytest.mark.slow
-        ),
-        pytest.param({"use_weighting": True, "learning_rate": 1.0}, marks=pytest.mark.slow),
-        {"ld_alpha": 0.5},
-        {"sync_ref_model": True, "ref_model_sync_steps": 2},
-        pytest.param({"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4}, marks=pytest.mark.slow),
-        {"max_length": 60},
-    ],
-    ids=["mixture", "alpha_divergence", "use_weighting", "ld_alpha", "sync_ref_model", "adamw", "max_length"],
-)
-def test_settings_keep_their_meaning(tmp_path, tokenizer, settings):
+KEPT = {
+    "mixture": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "alpha_divergence": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
+    "use_weighting": {"use_weighting": True, "learning_rate": 1.0},
+    "ld_alpha": {"ld_alpha": 0.5},
+    "sync_ref_model": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "adamw": {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4},
+    "max_length": {"max_length": 60},
+}
+
+
+@pytest.mark.parametrize("name", slow_but_for(["ld_alpha", "sync_ref_model", "max_length"], KEPT))
+def test_settings_keep_their_meaning(tmp_path, tokenizer, name):
     model = float32_model(tokenizer)
-    settings = {"per_device_train_batch_size": 2, "max_steps": 4, **settings}
+    settings = {"per_device_train_batch_size": 2, "max_steps": 4, **KEPT[name]}
     assert_equal(*train_both(tmp_path, tokenizer, model, **settings), start_of(model))
 
 

@@ -29,7 +29,7 @@ def model_of(model_type, **overrides):
 
 @pytest.mark.parametrize("model_type", HYBRIDS_AND_SLOW)
 def test_chat_with_short_branches(model_type):
-    assert_waves_equal_npass(model_of(model_type), [branchy_chat()], [4, 40])
+    assert_waves_equal_npass(model_of(model_type), [branchy_chat()], [4])
 
 
 @pytest.mark.parametrize("model_type", KINDS)
