@@ -37,6 +37,21 @@ def test_pairs_prefer_a_conversation_to_one_with_other_answers(run, tmp_path):
         assert all(message["role"] == "assistant" and "tool_calls" not in message for message in changed)
 
 
+def test_logs_are_written_for_an_import(run, tmp_path):
+    code, out, _ = run("demo-data", tmp_path / "logs", "--logs")
+    assert (code, out.count(".json")) == (0, 3)
+    for name in ("chat_completions.jsonl", "claude_code.jsonl"):
+        arguments = [
+            "-o",
+            tmp_path / "data.jsonl",
+            "--tools",
+            tmp_path / "logs" / "bash_tool.json",
+            "--bad_lines=drop",
+        ]
+        assert run("import", "auto", tmp_path / "logs" / name, *arguments)[0] == 0
+    assert run("demo-data", tmp_path / "data", "--logs", "--pairs")[0] == 2
+
+
 def test_the_model_is_the_same_every_time(run, tmp_path):
     for name in ("first", "second"):
         run("demo-model", tmp_path / name)

@@ -156,7 +156,7 @@ def test_a_pair_with_an_empty_side_is_dropped_and_counted(tokenizer):
     long = {"prompt_ids": [5] * 9, "chosen_ids": [7], "rejected_ids": [8]}
     rows = prepared([short, long], tokenizer, PairSettings(max_length=5))
     assert len(rows) == 1
-    assert "(1 pairs dropped whole; row 1: 10 tokens and 1 more)" in rows.info.description
+    assert "(1 pair dropped whole; row 1: 10 tokens and 1 more)" in rows.info.description
     assert "equal" not in rows.info.description
     with pytest.raises(ValueError, match=r"No turn of the train dataset is trained: .*Raise max_length"):
         prepared([long], tokenizer, PairSettings(max_length=5))
@@ -175,7 +175,7 @@ def test_a_pair_larger_than_a_row_is_split_and_a_turn_is_cut(tokenizer):
     whole = example_to_pair(pair(2), 0, tokenizer, PairSettings())
     longest = max(map(len, whole.samples))
     summary = prepared([pair(2)], tokenizer, PairSettings(max_row_tokens=longest)).info.description
-    assert "1 pairs longer than max_row_tokens split over several rows" in summary
+    assert "1 pair longer than max_row_tokens split over several rows" in summary
     assert f"all {sum(side.counts['num_trained_tokens'] for side in whole.sides)} completion tokens" in summary
     cut = prepared([pair(2)], tokenizer, PairSettings(max_row_tokens=longest - 1)).info.description
     assert "not trained: 1 completion tokens past max_row_tokens" in cut

@@ -112,8 +112,8 @@ def test_what_max_length_takes_is_counted_in_the_log(tmp_path, tokenizer, caplog
     lost = len(samples[1]) - max_length + len(samples[2]) - samples[2].prompt_length
     with caplog.at_level(logging.WARNING), transformers_logs_propagate():
         single_pass_trainer(tmp_path, tokenizer, CHATS[:1], max_length=max_length)
-    assert f"3 turns of 1 conversations; not trained: {lost} completion tokens past max_length" in caplog.text
-    assert "in 1 turns that are trained in part and 1 turns dropped whole (0 conversations" in caplog.text
+    assert f"3 turns of 1 conversation; not trained: {lost} completion tokens past max_length" in caplog.text
+    assert "in 1 turn trained in part and 1 turn dropped whole (0 conversations" in caplog.text
 
 
 def test_a_dataset_of_which_nothing_is_left_is_refused(tmp_path, tokenizer):
@@ -290,7 +290,7 @@ def test_preparation_prints_its_summary_once(tmp_path, tokenizer, capsys, monkey
     printed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train dataset: ")]
     assert len(printed) == 1
     assert "8 turns of 3 conversations; all " in printed[0]
-    assert "packed into 1 rows of at most 4096 tokens" in printed[0]
+    assert "packed into 1 row of at most 4096 tokens" in printed[0]
     monkeypatch.setattr(SinglePassSFTConfig, "process_index", 1)
     single_pass_trainer(tmp_path, tokenizer, CHATS)
     assert "train dataset: " not in capsys.readouterr().err

@@ -75,7 +75,7 @@ COMMANDS = {
         "trl-singlepass demo-model out/demo-model",
     ),
     "demo-data": Command(
-        "write 240 conversations with reasoning and tool calls, or preference pairs, to try everything on",
+        "write 240 conversations with reasoning and tool calls, preference pairs, or logs, to try everything on",
         "trl-singlepass demo-data out/demo-data.jsonl",
     ),
     "import": Command(
@@ -186,18 +186,22 @@ def _recipes(name: str, arguments: list[str]) -> int:
 
 
 def _demo(name: str, arguments: list[str]) -> int:
-    from .demo import write_demo_data, write_demo_model, write_demo_pairs
+    from .demo import write_demo_data, write_demo_logs, write_demo_model, write_demo_pairs
 
-    kind, write = ("FILE", write_demo_data) if name == "demo-data" else ("FOLDER", write_demo_model)
     parser = _plain_parser(name)
-    parser.add_argument("path", metavar=kind, help=f"{kind.lower()} to write")
+    write = write_demo_data if name == "demo-data" else write_demo_model
     if name == "demo-data":
-        parser.add_argument("--pairs", action="store_true", help="write preference pairs, for `dpo`")
+        parser.add_argument("path", metavar="PATH", help="file to write; with --logs, a folder")
+        other = parser.add_mutually_exclusive_group()
+        pairs, logs = "write preference pairs, for `dpo`", "write logs of agents, for `import`"
+        other.add_argument("--pairs", dest="write", action="store_const", const=write_demo_pairs, help=pairs)
+        other.add_argument("--logs", dest="write", action="store_const", const=write_demo_logs, help=logs)
+    else:
+        parser.add_argument("path", metavar="FOLDER", help="folder to write")
+    parser.set_defaults(write=write)
     args = parser.parse(arguments)
-    if name == "demo-data" and args.pairs:
-        write = write_demo_pairs
     _quiet()
-    print(write(args.path))
+    print(args.write(args.path))
     return 0
 
 

@@ -40,6 +40,11 @@ class BadRowError(RenderingError):
     """A row that cannot be trained and may be left out."""
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 turn", "1,000 turns"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True, slots=True)
 class RowErrors:
     """Rows that cannot be trained for the same reason."""
@@ -157,7 +162,7 @@ def describe_dropped(errors: Sequence[RowErrors]) -> str:
     """Return what the log says about bad rows that were left out."""
     count = sum(error.count for error in errors)
     reasons = "; ".join(str(error).rstrip(".") for error in errors)
-    return f"{count} bad {'row' if count == 1 else 'rows'} dropped ({reasons})"
+    return f"{count_of(count, 'bad row')} dropped ({reasons})"
 
 
 def mask_details(reason: str) -> str:

@@ -102,9 +102,9 @@ class ExampleKind(Generic[Settings]):
     reserved: tuple[str, ...] = ()  # columns that are added to rows later
 
 
-CONVERSATION_KIND: ExampleKind[RowSettings] = ExampleKind("conversations", example_to_rows, {"": images_of_example})
+CONVERSATION_KIND: ExampleKind[RowSettings] = ExampleKind("conversation", example_to_rows, {"": images_of_example})
 PAIR_KIND: ExampleKind[PairSettings] = ExampleKind(
-    "pairs",
+    "pair",
     pair_to_rows,
     {images_name("", side): partial(images_of_trajectory, side=side) for side in SIDES},
     labels=SIDES,

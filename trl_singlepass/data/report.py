@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..trees.sample import CompletionKind
-from .bad_rows import RowErrors, describe_dropped
+from .bad_rows import RowErrors, count_of, describe_dropped
 from .rows import COUNTS, KIND_COUNTS, PreparedRow
 
 
@@ -22,18 +22,18 @@ _NUM_NAMED = 3  # overlong turns that a report names
 class Report:
     """What a dataset held, and what is not trained."""
 
-    examples: str  # what an example is: "conversations" or "pairs"
+    example: str  # what an example is: "conversation" or "pair"
     bound: str | None  # the setting that bounds a sample
     counts: Mapping[str, int] = field(default_factory=Counter)  # sums of `COUNTS`
     overlong: tuple[str, ...] = ()  # the first few turns that are too long, by name
     bad_rows: tuple[RowErrors, ...] = ()  # dropped because they cannot be trained, by reason
 
     @classmethod
-    def from_table(cls, examples: str, bound: str | None, table: pa.Table, bad_rows: tuple[RowErrors, ...]) -> Report:
+    def from_table(cls, example: str, bound: str | None, table: pa.Table, bad_rows: tuple[RowErrors, ...]) -> Report:
         """Return the report on rows beside which their `counts`, in the order of `COUNTS`, and `overlong` stand."""
         sums = pc.list_flatten(table["counts"]).to_numpy().reshape(-1, len(COUNTS)).sum(axis=0)
         overlong = table["overlong"].drop_null()[:_NUM_NAMED].to_pylist()
-        return cls(examples, bound, Counter(dict(zip(COUNTS, sums.tolist(), strict=True))), tuple(overlong), bad_rows)
+        return cls(example, bound, Counter(dict(zip(COUNTS, sums.tolist(), strict=True))), tuple(overlong), bad_rows)
 
     def with_rows(self, rows: Iterable[PreparedRow]) -> Report:
         """Return the report on more rows of the same dataset."""
@@ -70,19 +70,21 @@ class Report:
         """Yield what there is to say about the examples."""
         if self.bad_rows:
             yield describe_dropped(self.bad_rows)
-        yield f"{self['num_turns']} turns of {self['num_examples']} {self.examples}{self._rendered()}"
+        turns, examples = count_of(self["num_turns"], "turn"), count_of(self["num_examples"], self.example)
+        yield f"{turns} of {examples}{self._rendered()}"
         if encoded := self["num_row_images"]:
             fewer = self["num_sample_images"] / encoded
-            yield f"{encoded} image encodings instead of {self['num_sample_images']} ({fewer:.1f} times fewer)"
-        for name, text in (
-            ("num_turns_without_prompt", "assistant messages before any prompt, which are context only"),
-            ("num_unselected_turns", "of them context only, by weight or train_turns"),
-            ("num_empty_blocks", "turns without reasoning, which train an empty block of it"),
-            ("num_shared_turns", "in an equal context on both sides, where they cancel"),
-            ("num_equal_examples", "pairs whose trajectories are equal, so they prefer nothing"),
+            encodings = count_of(encoded, "image encoding")
+            yield f"{encodings} instead of {self['num_sample_images']} ({fewer:.1f} times fewer)"
+        for name, noun, text in (
+            ("num_turns_without_prompt", "assistant message", "before any prompt, context only"),
+            ("num_unselected_turns", "", "of them context only, by weight or train_turns"),
+            ("num_empty_blocks", "turn", "without reasoning, trained to write an empty block of it"),
+            ("num_shared_turns", "", "in an equal context on both sides, cancelling out"),
+            ("num_equal_examples", "pair", "of equal trajectories, without effect"),
         ):
             if self[name]:
-                yield f"{self[name]} {text}"
+                yield f"{count_of(self[name], noun) if noun else self[name]} {text}"
 
     def _rendered(self) -> str:
         """How the turns were rendered, where there is something to say about it."""
@@ -92,28 +94,30 @@ class Report:
 
     def _trained(self) -> str:
         if not self["num_cut_tokens"]:
-            trained = "trained" if self.examples == "conversations" else "count"  # log π is taken over those of pairs
-            return f"all {self['num_trained_tokens']} completion tokens {trained}"
+            trained = "trained" if self.example == "conversation" else "count"  # log π is taken over those of pairs
+            return f"all {self['num_trained_tokens']:,} completion tokens {trained}"
         num_others = self["num_cut_turns"] + self["num_dropped_turns"] - len(self.overlong)
         more = f" and {num_others} more" if num_others else ""
         return (
-            f"not trained: {self['num_cut_tokens']} completion tokens past {self.bound}, in {self['num_cut_turns']} "
-            f"turns that are trained in part and {self['num_dropped_turns']} turns dropped whole "
-            f"({self['num_dropped_examples']} {self.examples} dropped whole; {', '.join(self.overlong)}{more}), "
-            f"of {self['num_trained_tokens'] + self['num_cut_tokens']}"
+            f"not trained: {self['num_cut_tokens']:,} completion tokens past {self.bound}, in "
+            f"{count_of(self['num_cut_turns'], 'turn')} trained in part and "
+            f"{count_of(self['num_dropped_turns'], 'turn')} dropped whole "
+            f"({count_of(self['num_dropped_examples'], self.example)} dropped whole; "
+            f"{', '.join(self.overlong)}{more}), "
+            f"of {self['num_trained_tokens'] + self['num_cut_tokens']:,}"
         )
 
     def _split(self) -> str:
         if not self["num_split_examples"]:
             return ""
         return (
-            f"{self['num_split_examples']} {self.examples} longer than max_row_tokens split over several rows, "
-            f"which repeat {self['num_repeated_tokens']} of {self['num_row_tokens']} tokens"
+            f"{count_of(self['num_split_examples'], self.example)} longer than max_row_tokens split over several "
+            f"rows, which repeat {self['num_repeated_tokens']:,} of {self['num_row_tokens']:,} tokens"
         )
 
     def _sharing(self) -> str:
         # Packing says it of conversations; pairs are packed when a batch is made.
-        if self.examples == "conversations" or not self["num_row_tokens"]:
+        if self.example == "conversation" or not self["num_row_tokens"]:
             return ""
         return f"sharing factor {self['num_sample_tokens'] / self['num_row_tokens']:.2f}"
 
@@ -151,7 +155,8 @@ class PackingReport:
 
     def __str__(self) -> str:
         return (
-            f"packed into {self.num_rows} rows of at most {self.max_row_tokens} tokens, {self.fill_rate:.1%} full; "
+            f"packed into {count_of(self.num_rows, 'row')} of at most {self.max_row_tokens} tokens, "
+            f"{self.fill_rate:.1%} full; "
             f"sharing factor {self.sharing_within:.2f} within conversations × {self.sharing_across:.2f} across them = "
             f"{self.sharing_within * self.sharing_across:.2f}"
         )

@@ -15,11 +15,11 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
+from ..data.bad_rows import count_of
 from ..trees.image_features import image_of_feature
 from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree, sample_paths
 from ..trees.rows import TreePlan
 from ..trees.sample import Sample
-from . import count_of
 
 
 if TYPE_CHECKING:

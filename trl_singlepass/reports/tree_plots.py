@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.bad_rows import count_of
 from ..trees.prefix_tree import PrefixTree
 from ..trees.rows import Run, TreePlan
-from . import count_of
 from .inspection import incoming_weights
 
 

@@ -1,4 +1,4 @@
-"""A tiny model and conversations, to try everything without a network: `demo-model` and `demo-data`."""
+"""A tiny model, conversations and logs, to try everything without a network: `demo-model` and `demo-data`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ DATA = Path(__file__).with_name("conversations.jsonl")
 """240 conversations of 3 to 12 turns, which `demo/make_data.py` of the repository generates."""
 TOKENIZER = Path(__file__).with_name("tokenizer")
 """A tokenizer of 2,048 tokens, trained on `DATA`, with a chat template that renders history as Qwen3's does."""
+LOGS = Path(__file__).with_name("logs")
+"""Logs of agents, one with a compaction and one with requests of a proxy, and the schema of their tool."""
 SEED = 0
 
 
@@ -70,6 +72,12 @@ def write_demo_pairs(file: str) -> str:
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text("".join(f"{json.dumps(pair, ensure_ascii=False)}\n" for pair in pairs), "utf-8")
     return f"Wrote {len(pairs)} preference pairs to {file}"
+
+
+def write_demo_logs(folder: str) -> str:
+    """Write logs of agents to a folder, for `import`, and return a line that says so."""
+    shutil.copytree(LOGS, folder, dirs_exist_ok=True)
+    return f"Wrote logs of agents to {folder}: {', '.join(sorted(path.name for path in LOGS.iterdir()))}"
 
 
 def as_pairs(conversations: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

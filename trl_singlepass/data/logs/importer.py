@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 from ...rendering.conversation import Message
-from ..bad_rows import BadRows
+from ..bad_rows import BadRows, count_of
 from . import (
     TOKENS,
     LogSource,
@@ -88,13 +88,13 @@ class ImportReport:
     flags: tuple[str, ...]  # which would give requests what they lack
 
     def __str__(self) -> str:
-        requests, hidden = _count(self.requests["all"], "request"), self.requests["hidden reasoning"]
-        repeated = f", {_count(self.num_duplicates, 'repetition')} among them" if self.num_duplicates else ""
+        requests, hidden = count_of(self.requests["all"], "request"), self.requests["hidden reasoning"]
+        repeated = f", {count_of(self.num_duplicates, 'repetition')} among them" if self.num_duplicates else ""
         forms = ", ".join(f"{number} as {form}" for form, number in sorted(self.forms.items()))
         lines = [
             *([f"Format: {self.detected}"] if self.detected else []),
-            f"{requests} in {_count(self.num_files, 'file')}{repeated}",
-            f"{_count(self.forms.total(), 'example')} ({forms}) with {_count(self.num_turns, 'turn')}",
+            f"{requests} in {count_of(self.num_files, 'file')}{repeated}",
+            f"{count_of(self.forms.total(), 'example')} ({forms}) with {count_of(self.num_turns, 'turn')}",
         ]
         if self.requests["reasoning"] or hidden:
             lines.append(f"Reasoning: {self.requests['reasoning']} of {requests}")
@@ -106,18 +106,14 @@ class ImportReport:
         lines += self._describe("Without a system prompt", "no system prompt", "--system_prompt")
         lines += self._describe("With tool calls but no tools", "no tools", "--tools")
         if self.num_bad_lines:
-            lines.append(f"Left out: {_count(self.num_bad_lines, 'bad line')}")
+            lines.append(f"Left out: {count_of(self.num_bad_lines, 'bad line')}")
             lines += [f"- {reason}" for reason in self.bad_lines]
         return "\n".join(lines)
 
     def _describe(self, what: str, fact: str, flag: str | None = None) -> list[str]:
         number = self.requests[fact]
         way_out = f" ({flag} FILE adds what is missing)" if flag in self.flags else ""
-        return [f"{what}: {_count(number, 'request')}{way_out}"] if number else []
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+        return [f"{what}: {count_of(number, 'request')}{way_out}"] if number else []
 
 
 def import_logs(

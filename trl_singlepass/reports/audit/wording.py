@@ -9,9 +9,8 @@ from math import isnan, nan
 from rich.table import Table
 from rich.text import Text
 
-from ...data.bad_rows import RowErrors
+from ...data.bad_rows import RowErrors, count_of
 from ...trees.sample import CompletionKind
-from .. import count_of
 from .forecast import Forecast, Recipe, RecipeReport, Schedule
 from .turns import BranchCause, ReasoningPolicy, TemplateFacts, TurnStats
 
