@@ -1,5 +1,8 @@
 """Preparation: cached under what decides its result, in several processes, with errors that name row and reason."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pytest
@@ -9,9 +12,14 @@ from support.conversations import chat, plain_chat, tool_chat
 from support.preparation import conversations_to_rows
 from support.trainers import as_dataset, single_pass_trainer
 from trl_singlepass.data import conversations
+from trl_singlepass.data.arrow import row_features, to_table
 from trl_singlepass.data.preparation import tokenizer_fingerprint
+from trl_singlepass.data.rows import PreparedRow
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.rendering.samples import RenderingError
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row
+from trl_singlepass.trees.sample import Sample
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -86,6 +94,14 @@ def test_costs_are_counted(tokenizer):
         ends = np.array(row["subtree_end"])
         assert row["num_tokens"] == len(ends)
         assert row["num_pairs"] == sum(sum(j <= i < ends[j] for j in range(len(ends))) for i in range(len(ends)))
+
+
+def test_numbers_that_outgrow_their_column_are_refused():
+    row = Row.from_tree(PrefixTree.from_samples([Sample([5, 6], [0, 1], 1)]))
+    for multiplicity, fits in ((65_535, True), (65_536, False)):
+        rows = [PreparedRow(replace(row, multiplicity=np.array([multiplicity, 1])))]
+        with nullcontext() if fits else pytest.raises(ValueError, match="begin alike: split it"):
+            assert to_table(rows, row_features())["multiplicity"].to_pylist() == [[multiplicity, 1]]
 
 
 BAD_ROWS = {
