@@ -6,14 +6,13 @@ import datasets
 import numpy as np
 import pytest
 
-import trl_singlepass
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS, chat, tool_chat
 from support.trainers import as_dataset, float32_model, largest_difference, logged, single_pass_trainer, stock_trainer
 from trl_singlepass import SinglePassSFTConfig
 from trl_singlepass.data.conversations import example_to_samples
 from trl_singlepass.reference.export import to_npass
-from trl_singlepass.rendering.samples import RenderingError, render_example
+from trl_singlepass.rendering.samples import render_example
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
@@ -25,10 +24,6 @@ def rows():
 
 def expected(tokenizer):
     return [sample for row in rows() for sample in render_example(row, tokenizer)]
-
-
-def test_it_is_public():
-    assert trl_singlepass.to_npass is to_npass
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
@@ -81,18 +76,6 @@ def test_weights_and_choices_of_the_run_hold(settings):
         assert row["input_ids"] == sample.token_ids.tolist()
         weights = row.get("loss_weights", np.array(row["labels"]) != -100)
         np.testing.assert_array_equal(weights, sample.loss_weights)
-
-
-def test_turns_that_are_tokens_already():
-    turns = [{"prompt_ids": [5, 6], "completion_ids": [7], "completion_weights": [0.5]}]
-    exported = to_npass([{"turns": turns}], make_tokenizer())
-    assert exported[0] == {"input_ids": [5, 6, 7], "labels": [-100, -100, 7], "loss_weights": [0.0, 0.0, 0.5]}
-
-
-def test_rows_that_cannot_be_rendered_are_named():
-    bad = [*rows(), {"messages": [{"role": "user", "content": "Hi"}]}]
-    with pytest.raises(RenderingError, match="Row 3: Expected at least one assistant message"):
-        to_npass(bad, make_tokenizer())
 
 
 def test_stock_trainer_on_the_export_equals_the_single_pass(tmp_path):

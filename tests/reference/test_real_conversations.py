@@ -10,7 +10,6 @@ from support.chat_tokenizers import make_tokenizer, template_text
 from support.float64_comparison import assert_equal_to_npass
 from support.tiny_models import FAMILIES, tiny_model
 from support.trainers import float32_model, logged, single_pass_trainer
-from trl_singlepass import PrefixTree
 from trl_singlepass.rendering.samples import render_example
 
 
@@ -88,17 +87,6 @@ def qwen3_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "qwen3")
     tokenizer.chat_template = template_text("qwen3")
     return tokenizer
-
-
-@pytest.mark.parametrize(("name", "sharing_factor", "num_samples"), DATASETS)
-def test_sharing_factors_under_qwen3(qwen3_tokenizer, name, sharing_factor, num_samples):
-    tokenizer = qwen3_tokenizer
-    samples = [render_example(row, tokenizer) for row in conversations(name)]
-    trees = [PrefixTree.from_samples(turns) for turns in samples]
-    assert sum(map(len, samples)) == num_samples
-    assert sum(tree.num_sample_tokens for tree in trees) == sum(len(turn) for turns in samples for turn in turns)
-    factor = sum(tree.num_sample_tokens for tree in trees) / sum(map(len, trees))
-    assert factor == pytest.approx(sharing_factor, abs=0.01)
 
 
 @pytest.mark.slow

@@ -74,11 +74,6 @@ def test_a_template_that_cannot_keep_reasoning_is_refused():
         render(chat(2), "glm4moe", "keep")
 
 
-def test_an_unknown_policy_is_named():
-    with pytest.raises(RenderingError, match="history='drop' is not one of 'template', 'keep', 'strip'"):
-        render(chat(2), "qwen3", "drop")
-
-
 def test_a_conversation_without_a_turn_says_so():
     with pytest.raises(RenderingError, match="at least one assistant message"):
         render([{"role": "user", "content": "Hello?"}], "qwen3", "strip")

@@ -36,11 +36,6 @@ def test_a_plan_lists_the_ancestors_of_each_run(sets):
     assert plan.depths().tolist() == [len(item) - 1 for item in above]
 
 
-def test_the_plan_of_the_docstring():
-    plan = TreePlan.from_subtree_end(np.array([6, 4, 4, 4, 6, 6]))
-    assert plan.runs == (Run(0, 4, 0, ()), Run(4, 6, 1, ((0, 1),)))
-
-
 def test_the_tree_of_the_glossary():
     tree = PrefixTree.from_samples([Sample([1, 2, 3], [0] * 3, 2), Sample([1, 2, 4, 5], [0] * 4, 2)])
     assert tree.input_ids.tolist() == [1, 2, 4, 5, 3]

@@ -5,11 +5,6 @@ import pytest
 from trl_singlepass import Sample
 
 
-def test_the_parts_of_the_docstring():
-    sample = Sample([5, 6, 7, 8, 9, 10, 11], [0, 0, 1, 1, 1, 1, 1], 2, reasoning_length=2, turn_index=1)
-    assert sample.token_parts.tolist() == [0, 0, 4, 4, 5, 6, 6]
-
-
 def test_truncation_cuts_reasoning_as_well():
     sample = Sample([5, 6, 7, 8, 9], [0, 0, 1, 1, 1], 2, message_index=3, reasoning_length=2, turn_index=1)
     cut = sample.truncated(3)

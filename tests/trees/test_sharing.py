@@ -1,6 +1,5 @@
 """Rows that are merged hold what one tree of all their samples holds, and prefixes that can be shared cost nothing."""
 
-import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +33,3 @@ def test_what_is_shareable_costs_nothing_twice(samples):
     row = Row.from_tree(PrefixTree.from_samples(samples))
     length = shareable_length(row.labels, row.subtree_end)
     assert len(merge_rows([row, row])) <= 2 * len(row) - length
-
-
-def test_the_shareable_length_of_the_docstring():
-    assert shareable_length(np.array([-100, -100, -100, 7, 8]), np.full(5, 5)) == 2
