@@ -54,6 +54,8 @@ def train(workers, folder, engine, settings, **config):
 )
 def test_three_steps(tmp_path, workers, engine, case):
     settings, both, own = CASES[case]
-    stock = train(workers, tmp_path / "stock", engine, {**settings, "stock": True}, **both)
+    # With images on FSDP2, the gradient of TRL's own trainer is off by 0.5 % from the one that it has on DDP.
+    reference = "ddp" if (engine, case) == ("fsdp2", "images") else engine
+    stock = train(workers, tmp_path / "stock", reference, {**settings, "stock": True}, **both)
     run = train(workers, tmp_path / "ours", engine, settings, **both, **own)
     assert_same(run, stock)

@@ -16,27 +16,31 @@ from trl_singlepass.images.reading import TOKEN_TYPES
 from trl_singlepass.trees.image_features import ImageReference
 
 
-# Images of a prompt by name, the tokens behind each, and the completion.
+# Images of a prompt by name, the tokens behind each, and the completion, in which a tool may show another one.
 GROUP = [
     (["small", "wide"], [5, 6, 7], [20, 21, 22]),
     (["small", "wide"], [5, 6, 7], [20, 23]),
     (["small", "other"], [5, 6, 7], [20, 21]),
     (["other"], [5, 6, 7], [20, 21, 24]),
     (["other"], [5, 6, 7], []),
+    (["other"], [5, 6, 7], [20, "small", 21]),
 ]
+SHOWN = [images + [item for item in completion if isinstance(item, str)] for images, _, completion in GROUP]
 ONE_BY_ONE = ("qwen3_vl", "qwen2_5_vl", "qwen3_5", "glm46v")
 """Families whose images are divided by their grids; others have the images of a line as one."""
 
 
 def lines_of(sizes):
-    """Return the tokens of each line, and which of them are of its completion."""
-    lines = []
-    for images, behind, completion in GROUP:
-        prompt = [3]
-        for image in images:
-            prompt += [START, *[PLACEHOLDER] * sizes[image], END, *behind]
-        lines.append((prompt, completion))
-    return lines
+    """Return the tokens of the prompt and of the completion of each line."""
+
+    def written(items):
+        spans = [[START, *[PLACEHOLDER] * sizes[item], END] if isinstance(item, str) else [item] for item in items]
+        return [token for span in spans for token in span]
+
+    return [
+        (written([3, *(item for image in images for item in (image, *behind))]), written(completion))
+        for images, behind, completion in GROUP
+    ]
 
 
 def padded(lines):
@@ -52,14 +56,14 @@ def padded(lines):
 
 def trl_inputs(family):
     """Return the images of all lines one after the other, as processors and TRL lay them out."""
-    names = [name for images, _, _ in GROUP for name in images]
-    batch = {"num_images": [len(images) for images, _, _ in GROUP]}
+    names = [name for images in SHOWN for name in images]
+    batch = {"num_images": [len(images) for images in SHOWN]}
     if family in ("idefics3", "smolvlm"):  # one row per line, padded with empty tiles
-        rows = [loaded(family, images)["pixel_values"][0] for images, _, _ in GROUP]
+        rows = [loaded(family, images)["pixel_values"][0] for images in SHOWN]
         most = max(map(len, rows))
         return {**batch, "pixel_values": torch.stack([F.pad(x, (0,) * 7 + (most - len(x),)) for x in rows])}
     if family == "internvl":
-        batch["num_tiles"] = [len(loaded(family, images)["pixel_values"]) for images, _, _ in GROUP]
+        batch["num_tiles"] = [len(loaded(family, images)["pixel_values"]) for images in SHOWN]
     return {**batch, **loaded(family, names)}
 
 
@@ -71,13 +75,14 @@ def separate_log_probs(model, family, lines):
     """Run each line by itself, with its own images."""
     types = [name for name in TOKEN_TYPES if name in inspect.signature(type(model).forward).parameters]
     found = []
-    for (images, _, _), (prompt, completion) in zip(GROUP, lines, strict=True):
+    for images, (prompt, completion) in zip(SHOWN, lines, strict=True):
         ids = torch.tensor([prompt + completion])
         kinds = dict.fromkeys(types, (ids == PLACEHOLDER).long())
         inputs = loaded(family, images)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **kinds, **inputs).logits
         log_probs = logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-        found.append(log_probs[len(prompt) - 1 :])
+        of_image = ids[0, 1:] == PLACEHOLDER
+        found.append(log_probs.masked_fill(of_image, 0)[len(prompt) - 1 :])
     return torch.cat(found)
 
 
@@ -101,13 +106,14 @@ def test_lines_with_images(family, in_rows):
 
     ids, mask, scored = padded(lines)
     shown = LineImages.find((ids == PLACEHOLDER).numpy(), trl_inputs(family))
-    assert len(shown.inputs) == 3  # "small", "wide" and "other", or the three lists of them
+    assert len(shown.inputs) == (3 if family in ONE_BY_ONE else 4)  # lists of images are different ones
     batch, collator = PaddedLines(ids, mask, shown), DataCollatorForSinglePass(0)
     enable_tree(model)
     enable_images(model, collator)
     merged = batch.merge(scored, batch.collator(collator), ids.shape[1] if in_rows else None)
-    logits = model(input_ids=ids, tree=merged.view).logits
-    log_probs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0][scored[:, 1:].bool()]
+    logits = model(input_ids=ids, tree=merged.view).logits[:, :-1]
+    log_probs = logits.log_softmax(-1).gather(-1, merged.labels[:, 1:, None].clamp(min=0))[..., 0]
+    log_probs = log_probs.masked_fill(merged.labels[:, 1:] < 0, 0)[scored[:, 1:].bool()]
     (log_probs * weights).sum().backward()
     torch.testing.assert_close(
         log_probs, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.detach().abs().max())

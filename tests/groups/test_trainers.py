@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from support.groups import as_prompts, image_prompts, reward
@@ -27,7 +28,7 @@ def folder(tmp_path_factory, tokenizer):
     return folder
 
 
-def train(kind, tmp_path, model, tokenizer, dataset=None, **settings):
+def train(kind, tmp_path, model, tokenizer, dataset=None, peft_config=None, **settings):
     trainer_class, config_class = kind
     args = config_class(
         str(tmp_path),
@@ -52,7 +53,9 @@ def train(kind, tmp_path, model, tokenizer, dataset=None, **settings):
     )
     model = str(model) if not isinstance(model, torch.nn.Module) else model
     dataset = dataset or as_prompts()
-    trainer = trainer_class(model, reward, args, train_dataset=dataset, processing_class=tokenizer)
+    torch.manual_seed(0)  # of new adapters
+    parts = {"train_dataset": dataset, "processing_class": tokenizer, "peft_config": peft_config}
+    trainer = trainer_class(model, reward, args, **parts)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
     return trainer, before
@@ -104,6 +107,13 @@ def test_all_of_them(tmp_path, folder, tokenizer, both, loss_type, beta, iterati
     ids=lambda settings: next(iter(settings)),
 )
 def test_settings(tmp_path, folder, tokenizer, settings):
+    assert_equal(GRPO, tmp_path, folder, tokenizer, **settings)
+
+
+def test_adapters_and_checkpointing(tmp_path, folder, tokenizer):
+    """The policy without its adapters is the reference; layers run again in the backward."""
+    adapters = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    settings = {"peft_config": adapters, "beta": 0.04, "gradient_checkpointing": True}
     assert_equal(GRPO, tmp_path, folder, tokenizer, **settings)
 
 
