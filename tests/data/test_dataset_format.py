@@ -124,7 +124,7 @@ def test_a_list_is_refused_with_the_way_out():
 def test_evaluation_sets_are_looked_at_as_well(tmp_path, tokenizer):
     for dataset, reason in (
         (Dataset.from_dict({"dialogue": [[HI, HELLO]]}), "The eval dataset has no column to train on"),
-        (Dataset.from_dict({"messages": [None]}), "1 of 1 rows of the eval dataset"),
+        (Dataset.from_dict({"messages": [None]}), "1 of 1 row of the eval dataset"),
         (stream([]), "The eval dataset is empty"),
         ({"more": [GOOD]}, "`more_dataset` must be a `Dataset`"),
     ):

@@ -59,7 +59,7 @@ def test_max_tokens_leaves_out_turns_and_says_so(tokenizer):
     assert report.ok, str(report)
     assert [turn.turn for turn in report.rows[0].turns] == [1, 2]
     assert report.rows[0].npass_tokens == sum(lengths[:2])
-    assert "1 turns beyond max_tokens were not compared" in str(report)
+    assert "Not compared, beyond max_tokens: 1 turn." in str(report)
     assert len(verify(model, tokenizer, [chat(3)], max_tokens=1).rows[0].turns) == 1
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import ProcessorMixin
 
-from ..data.bad_rows import read_all
+from ..data.bad_rows import count_of, read_all
 from ..data.conversations import example_to_samples
 from ..data.files import load_examples
 from ..data.images import holds_images
@@ -41,7 +41,7 @@ def inspect(args: Namespace, console: Console) -> int:
 
     tokenizer, examples = _load_both(args)
     if not 0 <= args.row < len(examples):
-        raise ValueError(f"--row {args.row}: {args.data} has {len(examples)} rows, counted from 0.")
+        raise ValueError(f"--row {args.row}: {args.data} has {count_of(len(examples), 'row')}, counted from 0.")
     example = dict(examples[args.row])
     num_chosen: int | None = None
     samples: Sequence[Sample]
@@ -119,7 +119,8 @@ def bench(args: Namespace, console: Console) -> int:
         timing = time_both(model, conversations, repeats=repeats, on_step=bar.update)
     console.print(timing.table())
     console.print(
-        f"{len(conversations)} conversations, {sum(map(len, conversations))} turns, {args.dtype} on {model.device}. "
+        f"{count_of(len(conversations), 'conversation')}, {count_of(sum(map(len, conversations)), 'turn')}, "
+        f"{args.dtype} on {model.device}. "
         f"Speed-up: {timing.forecast:.2f} by counted work, {timing.speedup:.2f} measured."
     )
     return 0

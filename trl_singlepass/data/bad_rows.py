@@ -101,7 +101,9 @@ def bad_rows_error(errors: Sequence[RowErrors], num_rows: int, name: str) -> Ren
     lines = "".join(f"\n- {error}" for error in errors)
     count = sum(error.count for error in errors)
     way_out = _WAY_OUT if count < num_rows else "No other row is left to train. Repair the dataset."
-    return RenderingError(f"{count} of {num_rows} rows of the {name} dataset cannot be trained:{lines}\n{way_out}")
+    return RenderingError(
+        f"{count} of {count_of(num_rows, 'row')} of the {name} dataset cannot be trained:{lines}\n{way_out}"
+    )
 
 
 def read_all(rows: Sequence[Example], read: Callable[[int, Example], Value], name: str) -> list[Value]:

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 from ..rendering.conversation import Conversation, RenderingError
 from ..rendering.validation import MESSAGE_COLUMNS, expected_columns
 from ..trees.rows import ROW_COLUMNS
-from .bad_rows import group_errors
+from .bad_rows import count_of, group_errors
 from .requests import split_requests
 from .tokenized_turns import get_tokenized_turns, is_single_turn
 
@@ -174,4 +174,6 @@ def _check_some_are_conversations(first: Sequence[Mapping[str, object]], name: s
             reasons.append((index, str(error)))
     if len(reasons) == len(first):
         lines = "".join(f"\n- {error}" for error in group_errors(reasons))
-        raise RenderingError(f"None of the first {len(first)} rows of the {name} dataset is a conversation:{lines}")
+        raise RenderingError(
+            f"None of the first {count_of(len(first), 'row')} of the {name} dataset is a conversation:{lines}"
+        )

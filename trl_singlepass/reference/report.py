@@ -9,6 +9,7 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
+from ..data.bad_rows import count_of
 from ..engine.check.report import TreeCheckReport
 from .single_pass import LeakReport
 
@@ -103,7 +104,7 @@ class VerifyReport:
         if not self.ok:
             verdict = f"The single pass does NOT equal N-pass: {'; '.join(_differences(self))}."
         if self.turns_left_out:
-            verdict += f" {self.turns_left_out} turns beyond max_tokens were not compared."
+            verdict += f" Not compared, beyond max_tokens: {count_of(self.turns_left_out, 'turn')}."
         return verdict
 
     def __str__(self) -> str:
