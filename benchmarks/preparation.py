@@ -1,5 +1,6 @@
 """
-Measure how many conversations per second are prepared, next to TRL preparing their N samples, in one process each.
+Measure how many conversations per second are prepared, in one process, next to TRL preparing their N samples, and next
+to TRL preparing each as one sequence.
 
     python -m benchmarks.preparation --tokenizer Qwen/Qwen3-0.6B
 """
@@ -75,12 +76,12 @@ def seconds_to_prepare(trainer_class: Any, config_class: Any, rows: list[dict[st
 
 def measure(turns: int, num_conversations: int, rounds: int, tokenizer: Any) -> dict[str, Any]:
     chats = [conversation(turns, seed) for seed in range(num_conversations)]
-    ours, theirs = [], []
+    whole = [{"messages": chat} for chat in chats]
+    ours, theirs, plain = [], [], []
     for _ in range(rounds):
-        seconds, rows = seconds_to_prepare(
-            SinglePassSFTTrainer, SinglePassSFTConfig, [{"messages": chat} for chat in chats], tokenizer
-        )
+        seconds, rows = seconds_to_prepare(SinglePassSFTTrainer, SinglePassSFTConfig, whole, tokenizer)
         ours.append(seconds / num_conversations)
+        plain.append(seconds_to_prepare(SFTTrainer, SFTConfig, whole, tokenizer)[0] / num_conversations)
         samples = [row for chat in chats for row in expanded(chat)]
         seconds, stock = seconds_to_prepare(SFTTrainer, SFTConfig, samples, tokenizer)
         theirs.append(seconds / num_conversations)
@@ -93,6 +94,7 @@ def measure(turns: int, num_conversations: int, rounds: int, tokenizer: Any) -> 
         "sample_tokens": sample_tokens / num_conversations,
         "milliseconds": 1000 * min(ours),
         "trl_milliseconds": 1000 * min(theirs),
+        "trl_one_sequence_milliseconds": 1000 * min(plain),
         "conversations_per_second": 1 / min(ours),
         "trl_conversations_per_second": 1 / min(theirs),
         "speedup": min(theirs) / min(ours),
