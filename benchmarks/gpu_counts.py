@@ -118,15 +118,17 @@ class Scan(torch.autograd.Function):
     """The shapes of a gated delta rule; the clones count as its two operators."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, value: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        ctx: Any, num_sequences: int, query: torch.Tensor, value: torch.Tensor, *others: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(query, value, *others)
-        batch, _, heads, value_dim = value.shape
-        return value.clone(), value.new_empty(batch, heads, query.shape[-1], value_dim, dtype=torch.float32)
+        state = (num_sequences, value.shape[2], query.shape[-1], value.shape[-1])
+        return value.clone(), value.new_empty(state, dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, *others = ctx.saved_tensors
-        return query.clone(), *(None if x is None else torch.empty_like(x) for x in others)
+        return None, query.clone(), *(None if x is None else torch.empty_like(x) for x in others)
 
 
 def scan(
@@ -137,9 +139,11 @@ def scan(
     beta: torch.Tensor,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    out, state = Scan.apply(query, value, key, g, beta, initial_state)
+    num_sequences = len(query) if cu_seqlens is None else len(cu_seqlens) - 1
+    out, state = Scan.apply(num_sequences, query, value, key, g, beta, initial_state)
     return out, state if output_final_state else None
 
 

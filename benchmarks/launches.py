@@ -36,6 +36,7 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operators: Counter[str] = Counter()
+        self.dispatched = 0  # all operators, views and what reserves memory included
 
     def __torch_dispatch__(
         self,
@@ -46,6 +47,7 @@ class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operator, and count it if it computes something."""
         result = func(*args, **(kwargs or {}))
+        self.dispatched += 1
         schema = getattr(func, "_schema", None)
         name = func.name() if schema is None else schema.name
         returns = () if schema is None else schema.returns

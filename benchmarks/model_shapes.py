@@ -53,11 +53,13 @@ def get_config(name: str, num_layers: int | None = None, **sizes: Any) -> PreTra
     return config_class(**{**released, **layers, **sizes})
 
 
-def make_model(config: PreTrainedConfig, attention: str | None, device: str) -> Any:
-    """Return a model with random weights in bfloat16, in training mode with gradient checkpointing."""
+def make_model(config: PreTrainedConfig, attention: str | None, device: str, checkpointing: bool = True) -> Any:
+    """Return a model with random weights in bfloat16, in training mode."""
     torch.manual_seed(0)
     model_class = getattr(transformers, type(config).__name__.replace("TextConfig", "Config")[:-6] + "ForCausalLM")
     with torch.device(device):
         model = model_class._from_config(config, attn_implementation=attention, dtype=torch.bfloat16)
-    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -29,9 +29,10 @@ def sequences_of(mask, heads_per_key=1):
     """Positions of the queries and the keys of every sequence that a kernel is given."""
     row = torch.arange(mask.tree.plan.length)
     for part in varlen_plan(mask, heads_per_key).passes:
-        gathered = row if part.key_index is None else part.key_index.long()
+        gathered, first = row if part.key_index is None else part.key_index.long(), 0
         for call in filter(None, (part.path, part.shared)):
-            keys, queries = gathered[call.keys], row[call.start : call.end]
+            keys, queries = gathered[first : first + call.num_keys], row[call.start : call.end]
+            first += call.num_keys
             if call is part.shared:
                 queries = queries.repeat_interleave(heads_per_key)
             for i in range(len(call.cu_seqlens_q) - 1):
@@ -90,8 +91,7 @@ def test_many_branches_take_two_calls_that_share_most_of_the_history(turns, head
     mask = mask_of(tree_of([reasoning_chat(turns)]), "causal", 0)
     (part,) = varlen_plan(mask, heads_per_key).passes
     whole_paths = sum(run.depth + run.end - run.start for run in mask.tree.plan.runs)
-    num_own, num_shared = part.path.keys.stop, len(part.key_index) - part.path.keys.stop
-    assert num_own + num_shared / heads_per_key < whole_paths / 4
+    assert part.path.num_keys + part.shared.num_keys / heads_per_key < whole_paths / 4
 
 
 def test_windows_are_gathered_in_parts():

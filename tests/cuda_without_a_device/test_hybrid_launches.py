@@ -1,10 +1,10 @@
-"""Kernel launches of a gated delta net beside its scan, counted on meta tensors in the place of a GPU."""
+"""Kernel launches of a gated delta net, whose scan counts as one, counted on meta tensors in the place of a GPU."""
 
 import pytest
 import torch
 import transformers
 
-from support.fast_scans import scan_without_numbers
+from benchmarks.gpu_counts import scan
 from support.launch_count import LaunchAndCopyCounter
 from support.trainers import needs_cached_states
 from support.tree_masks import on_meta, tree_of
@@ -16,7 +16,7 @@ from trl_singlepass.reference.random_conversations import conversation
 
 pytestmark = needs_cached_states
 
-PLAIN = (28, 51)
+PLAIN = (29, 52)
 """Launches of a row of one sample, forward and backward."""
 
 
@@ -24,7 +24,7 @@ PLAIN = (28, 51)
 def module(monkeypatch):
     """transformers' Qwen3.5, whose scan is a kernel that packs."""
     module = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
-    monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", scan_without_numbers)
+    monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", scan)
     return module
 
 
@@ -41,9 +41,9 @@ def launches(layer, length):
     return ahead.launches, back.launches
 
 
-@pytest.mark.parametrize(("turns", "ahead", "back"), [(2, 37, 82), (16, 37, 96), (64, 37, 144)])
-def test_launches_beside_the_scan(module, turns, ahead, back):
-    """At most four times those of a plain row, and as `docs/performance.md` states them."""
+@pytest.mark.parametrize(("turns", "ahead", "back"), [(2, 37, 83), (16, 58, 101), (64, 68, 109)])
+def test_launches_grow_with_the_logarithm_of_the_depth_of_forks(module, turns, ahead, back):
+    """At most three times those of a plain row, and as `docs/performance.md` states them."""
     with torch.device("meta"):
         layer = module.Qwen3_5GatedDeltaNet(transformers.Qwen3_5TextConfig(), 0).to(torch.bfloat16).train()
     tree = on_meta(tree_of([conversation(turns, 30_000, seed=turns)]))
@@ -53,4 +53,4 @@ def test_launches_beside_the_scan(module, turns, ahead, back):
         ours = launches(layer, tree.plan.length)
     assert plain == PLAIN
     assert ours == (ahead, back)
-    assert all(own <= 4 * stock for own, stock in zip(ours, plain, strict=True))
+    assert all(own <= 3 * stock for own, stock in zip(ours, plain, strict=True))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from support.fast_scans import scan_without_numbers
+from benchmarks.gpu_counts import scan
 from support.gpu_stand_in import H100
 from support.sample_sets import reasoning_chat
 from support.tiny_models import tiny_model
@@ -53,7 +53,7 @@ def test_attention_reads_nothing_of_another_device(forward, kind):
 @needs_cached_states
 def test_recurrent_layers_read_nothing_of_another_device(monkeypatch):
     module = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
-    monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", scan_without_numbers)
+    monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", scan)
     with torch.device("meta"):
         layer = module.Qwen3_5GatedDeltaNet(transformers.Qwen3_5TextConfig(), 0).train()
     _wrap(layer, get_replay_mode(layer))

@@ -15,7 +15,6 @@ def test_forks_of_the_documented_row():
     assert own == [((0, 2),), ((2, 4),), ((4, 7),), ((7, 9),), ((9, 11),)]
     assert [piece.source for piece in schedule.pieces] == [-1, 0, 1, 1, 0]
     assert schedule.batches == ((0,), (1,), (2,), (3, 4))
-    assert fork_schedule(plan_of_eleven(), packed=True).batches == ((0,), (1,), (2, 3, 4))
 
 
 def plan_of(samples):

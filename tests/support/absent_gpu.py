@@ -59,7 +59,7 @@ def answer_for_torch(card):
         "_exchange_device": 0, "_maybe_exchange_device": 0, "set_device": None, "get_device_capability": capability,
         "_lazy_init": None, "synchronize": None, "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": None, "is_bf16_supported": True, "get_compute_capability": 10 * card.major + card.minor,
-        "is_triton_capable": True, "raise_if_triton_unavailable": None,
+        "is_triton_capable": True, "raise_if_triton_unavailable": None, "is_current_stream_capturing": False,
     }  # fmt: skip
     interface = interfaces.get_interface_for_device("cuda")
     for name, answer in answers.items():

@@ -1,35 +1,8 @@
-"""Kernels in the place of fla's, which need a GPU: the same arguments, on any device."""
+"""A scan in the place of fla's, which needs a GPU: the same arguments, on any device."""
 
 from itertools import pairwise
 
 import torch
-
-
-class ScanWithoutNumbers(torch.autograd.Function):
-    """Outputs and gradients of the right shapes without a launch, so that a count has everything but the scan."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, g, beta, state, num_sequences):
-        """Return the output and the final states."""
-        ctx.save_for_backward(query, key, value, g, beta)
-        ctx.has_state = state is not None
-        return torch.empty_like(value), value.new_empty(
-            num_sequences, value.shape[2], query.shape[-1], value.shape[-1]
-        )
-
-    @staticmethod
-    def backward(ctx, grad, grad_state):
-        """Return the gradients."""
-        inputs = tuple(map(torch.empty_like, ctx.saved_tensors))
-        return *inputs, torch.empty_like(grad_state) if ctx.has_state else None, None
-
-
-def scan_without_numbers(
-    query, key, value, g, beta, initial_state=None, output_final_state=False, cu_seqlens=None, **options
-):
-    """Take the place of `fla.ops.gated_delta_rule.chunk_gated_delta_rule` on meta tensors."""
-    num_sequences = len(query) if cu_seqlens is None else len(cu_seqlens) - 1
-    return ScanWithoutNumbers.apply(query, key, value, g, beta, initial_state, num_sequences)
 
 
 def packing(scan):
@@ -49,7 +22,7 @@ def packing(scan):
             outputs.append(output)
             states.append(state)
         packed_scan.num_packed_calls += 1
-        return torch.cat(outputs, dim=1), torch.cat(states)
+        return torch.cat(outputs, dim=1), None if state is None else torch.cat(states)
 
     packed_scan.num_packed_calls = 0
     return packed_scan

@@ -12,7 +12,7 @@ from support.paired_trainers import CONVERSATIONS, adapted, single_pass_trainer,
 from support.slow import slow_but_for
 from support.tiny_models import model_of_type, tiny_model
 from support.trainers import float32_model, largest_difference, logged, parameters
-from trl_singlepass.engine import wave_budget
+from trl_singlepass.engine import pieces, wave_budget
 from trl_singlepass.training.sharding import stop_prefetching
 
 
@@ -214,6 +214,21 @@ def test_rows_that_fit_run_at_once_and_the_log_says_so(tmp_path, tokenizer, capl
     assert "wave_tokens='auto' is " in caplog.text
     assert "a token needs " in caplog.text
     assert "Step 1: one wave of " in caplog.text
+
+
+@pytest.mark.parametrize(("device", "says_so"), [("cuda", True), ("cpu", False)])
+def test_auto_says_when_waves_make_a_gpu_wait(device, says_so, caplog, monkeypatch):
+    model = tiny_model("qwen3")
+    weights = sum(x.numel() for x in model.model.layers.parameters()) / len(model.model.layers)
+    most = wave_budget.tokens_that_hide_launches(model)
+    assert most == pytest.approx(250 * 5e-6 * 5e14 / 8 / weights, rel=0.01)
+    monkeypatch.setattr(pieces, "wave_tokens_that_fit", lambda model, args: (most - 1, "so much fits"))
+    args = SimpleNamespace(wave_tokens="auto", device=torch.device(device))
+    accelerator = SimpleNamespace(parallelism_config=None)
+    made = pieces.Pieces(model, args, accelerator, setting="wave_tokens", knows_loss=True, has_router_loss=False)
+    with caplog.at_level(logging.INFO, logger="trl_singlepass"):
+        assert made.wave_tokens == most - 1
+    assert ("than the host takes to launch it" in caplog.text) == says_so
 
 
 def test_auto_that_finds_no_room_says_what_there_is(tmp_path, tokenizer, monkeypatch):

@@ -16,7 +16,7 @@ from .varlen_kernels import VarlenInputs, VarlenKernel
 from .varlen_plan import VarlenCall, VarlenPass, VarlenPlan, varlen_plan
 
 
-KeysAndValues = Tensor | tuple[Tensor, Tensor]
+KeysAndValues = tuple[Tensor, Tensor]
 """Keys and values, each of shape `(num_keys, kv_heads, head_dim)`."""
 
 
@@ -60,12 +60,15 @@ class _Run:
         return self.cache.fetch(*self.plan.slots, device)
 
     def sources(self, key: Tensor, value: Tensor, fetched: FetchedSlots | None) -> KeysAndValues:
-        """Return what the passes gather from."""
-        return (key, value) if self.plan.gathers_nothing else join_with_slots(key, value, fetched)
+        """Return what the passes gather from: the row, followed by ancestors outside it."""
+        if fetched is None:
+            return key, value
+        keys, values = fetched.kv.unbind()
+        return torch.cat([key, keys]), torch.cat([value, values])
 
     def inputs(self, query: Tensor, kv: KeysAndValues, call: VarlenCall) -> VarlenInputs:
-        """Return the inputs of a call, from its queries and from the keys and values of its pass."""
-        return VarlenInputs(query, kv[0][call.keys], kv[1][call.keys], call, self.scale, self.softcap)
+        """Return the inputs of a call, from its queries and from its keys and values."""
+        return VarlenInputs(query, *kv, call, self.scale, self.softcap)
 
 
 class VarlenAttention(torch.autograd.Function):
@@ -88,13 +91,12 @@ class VarlenAttention(torch.autograd.Function):
         sources = run.sources(key, value, run.fetch(key.device))
         own, shared = [], []
         for part in run.plan.passes:
-            kv = _gather(sources, part)
+            path_kv, shared_kv = _gather(sources, part)
             if part.path is not None:
-                queries = query[part.path.start : part.path.end]
-                own.append(run.kernel.forward(run.inputs(queries, kv, part.path)))
+                own.append(run.kernel.forward(run.inputs(_of_call(query, part.path), path_kv, part.path)))
             if part.shared is not None:
-                packed = _pack(query[part.shared.start : part.shared.end], key.shape[1])
-                shared.append(run.kernel.forward(run.inputs(packed, kv, part.shared)))
+                packed = _pack(_of_call(query, part.shared), key.shape[1])
+                shared.append(run.kernel.forward(run.inputs(packed, shared_kv, part.shared)))
         out, lse = _join(own)
         if shared:
             lse = _merge(out, lse, _join(shared), run.plan.without_shared, sinks)
@@ -117,17 +119,17 @@ class VarlenAttention(torch.autograd.Function):
         own: list[Tensor] = []
         shared: list[tuple[VarlenCall, Tensor]] = []
         for part in run.plan.passes:
-            kv, found = _gather(sources, part), []
+            (path_kv, shared_kv), found = _gather(sources, part), []
             if part.path is not None:
-                found.append(row.path(part.path, kv))
+                found.append(row.path(part.path, path_kv))
                 own.append(found[-1][0])
             if part.shared is not None:
-                found.append(row.shared(part.shared, kv))
+                found.append(row.shared(part.shared, shared_kv))
                 shared.append((part.shared, found[-1][0]))
             total.add([dk for _, dk, _ in found], [dv for _, _, dv in found], part.key_index)
         grad_query = own[0] if len(own) == 1 else torch.cat(own)
         for call, dq in shared:
-            grad_query[call.start : call.end].view(dq.shape).add_(dq)
+            _of_call(grad_query, call).view(dq.shape).add_(dq)
         grad_sinks = None
         if sinks is not None:
             grad_sinks = sink_gradient(grad.transpose(0, 1), out.transpose(0, 1), lse, sinks)
@@ -147,14 +149,14 @@ class _Backward:
 
     def path(self, call: VarlenCall, kv: KeysAndValues) -> Gradients:
         """Return the gradients of a call of paths."""
-        here = slice(call.start, call.end)
-        return self._call(call, kv, self.query[here], self.grad[here], self.out[here], self.lse[:, here].contiguous())
+        query, grad, out = (_of_call(x, call) for x in (self.query, self.grad, self.out))
+        return self._call(call, kv, query, grad, out, _of_call(self.lse, call, dim=1).contiguous())
 
     def shared(self, call: VarlenCall, kv: KeysAndValues) -> Gradients:
         """Return the gradients of a call of shared beginnings; that of queries as the row has them."""
-        here, kv_heads = slice(call.start, call.end), kv[0].shape[1]
-        query, grad, out = (_pack(x[here], kv_heads) for x in (self.query, self.grad, self.out))
-        lse = self.lse[:, here].view(kv_heads, -1, call.end - call.start).transpose(1, 2).flatten(1)
+        kv_heads = kv[0].shape[1]
+        query, grad, out = (_pack(_of_call(x, call), kv_heads) for x in (self.query, self.grad, self.out))
+        lse = _of_call(self.lse, call, dim=1).view(kv_heads, -1, call.end - call.start).transpose(1, 2).flatten(1)
         dq, dk, dv = self._call(call, kv, query, grad, out, lse)
         return _unpack(dq, call.end - call.start), dk, dv
 
@@ -164,12 +166,22 @@ class _Backward:
         return self.run.kernel.backward(grad, inputs, out, lse, deterministic=self.run.deterministic)
 
 
-def _gather(sources: KeysAndValues, part: VarlenPass) -> KeysAndValues:
-    """Keys and values of the calls of a pass."""
-    if part.key_index is None:
-        return sources
-    assert isinstance(sources, Tensor), "only keys that are the row are not joined"
-    return sources.index_select(1, part.key_index)
+def _gather(sources: KeysAndValues, part: VarlenPass) -> tuple[KeysAndValues, KeysAndValues]:
+    """Keys and values of the calls of a pass: of its paths, and of the beginnings that they share."""
+    keys, values = sources
+    if part.key_index is not None:
+        keys, values = keys.index_select(0, part.key_index), values.index_select(0, part.key_index)
+    if part.path is None or part.shared is None:
+        return (keys, values), (keys, values)
+    sizes = [part.path.num_keys, part.shared.num_keys]
+    (own_keys, shared_keys), (own_values, shared_values) = torch.split(keys, sizes), torch.split(values, sizes)
+    return (own_keys, own_values), (shared_keys, shared_values)
+
+
+def _of_call(x: Tensor, call: VarlenCall, dim: int = 0) -> Tensor:
+    """The queries of a call; the same tensor where these are the whole row."""
+    num_queries = call.end - call.start
+    return x if num_queries == x.shape[dim] else x.narrow(dim, call.start, num_queries)
 
 
 def _pack(x: Tensor, kv_heads: int) -> Tensor:
@@ -203,28 +215,15 @@ def _merge(
     kv_heads, groups = shared_out.shape[1:3]
     if without_shared is not None:  # kernels return infinity for queries without keys, of either sign
         shared_lse = shared_lse.masked_fill(without_shared, -torch.inf)
-    parts = torch.stack([lse.view(kv_heads, groups, length), shared_lse])
-    merged = torch.logaddexp(parts[0], parts[1])
+    own_lse = lse.view(kv_heads, groups, length)
+    merged = torch.logaddexp(own_lse, shared_lse)
     if sinks is not None:
         merged = torch.logaddexp(merged, sinks.view(kv_heads, groups, 1))
     # From `(kv_heads, groups, num_queries)` to the order of outputs.
-    own_weight, shared_weight = (parts - merged).exp_().permute(0, 3, 1, 2).unsqueeze(-1)
+    weights = (torch.stack([own_lse, shared_lse]) - merged).exp_()
+    own_weight, shared_weight = weights.permute(0, 3, 1, 2).unsqueeze(-1)
     out.view(length, kv_heads, groups, -1).mul_(own_weight).addcmul_(shared_out, shared_weight)
     return merged.flatten(0, 1)
-
-
-def join_with_slots(key: Tensor, value: Tensor, fetched: FetchedSlots | None) -> Tensor:
-    """
-    Return the keys and values of a row, followed by those of ancestors outside it.
-
-    Takes shape `(row_length, kv_heads, head_dim)`, returns `(2, row_length + num_fetched, kv_heads, head_dim)`.
-    """
-    if fetched is None:
-        return torch.stack([key, value])
-    length = len(key)
-    joined = key.new_empty(2, length + fetched.kv.shape[1], *key.shape[1:])
-    joined[0, :length], joined[1, :length], joined[:, length:] = key, value, fetched.kv
-    return joined
 
 
 class PathGradients:
@@ -237,7 +236,7 @@ class PathGradients:
 
     def __init__(self, key: Tensor, num_slots: int, deterministic: bool) -> None:
         self.length = len(key)
-        self.dtype, self.deterministic = torch.promote_types(key.dtype, torch.float32), deterministic
+        self.dtype, self.deterministic = max(key.dtype, torch.float32, key=lambda dtype: dtype.itemsize), deterministic
         self._shape = (2, len(key) + num_slots, *key.shape[1:])
         self._total: Tensor | None = None
 
@@ -268,9 +267,10 @@ class PathGradients:
         to, if these do not lie together. Returns shape `(2, row_length, kv_heads, head_dim)`.
         """
         assert self._total is not None, "a row has at least one call"
-        own, outside = self._total[:, : self.length], self._total[:, self.length :]
+        own = self._total
         if cache is not None:
             if fetched is not None:
+                own, outside = torch.split(own, [self.length, fetched.kv.shape[1]], dim=1)
                 cache.add_gradients(fetched, outside)
             cache.add_gradients_from_later_rows(own, cached_for_later)
         return own

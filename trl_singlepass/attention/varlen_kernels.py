@@ -99,13 +99,17 @@ class TorchFlash(VarlenKernel):
 
     def backward(self, grad: Tensor, x: VarlenInputs, out: Tensor, lse: Tensor, *, deterministic: bool) -> Gradients:
         """Return the gradients of queries, keys and values; `torch.use_deterministic_algorithms` fixes their order."""
-        random_state = torch.empty(2, dtype=torch.uint64, device=x.query.device)  # of dropout, and there is none
-        unused = torch.empty(0, device=x.query.device)
         grads: Gradients = aten._flash_attention_backward(
-            grad, x.query, x.key, x.value, out, lse, *_borders(x.call), 0.0, _is_causal(x.call), random_state,
-            unused, scale=x.scale, **_window(x.call),
+            grad, x.query, x.key, x.value, out, lse, *_borders(x.call), 0.0, _is_causal(x.call),
+            *_without_dropout(x.query.device), scale=x.scale, **_window(x.call),
         )  # fmt: skip
         return grads
+
+
+@cache
+def _without_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The state of the random numbers that no dropout draws, made once per device."""
+    return torch.empty(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
 
 
 @cache

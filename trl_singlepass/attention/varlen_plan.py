@@ -31,7 +31,7 @@ class VarlenCall:
     cu_seqlens_k: Tensor  # the same among the keys of the call
     max_seqlen_q: int  # length of the longest query sequence
     max_seqlen_k: int  # length of the longest key sequence
-    keys: slice  # those of the call among those that its pass gathers
+    num_keys: int  # that its pass gathers for it: first those of `path`, then those of `shared`
     window: int | None  # size of the sliding window in tokens, the query itself included
     is_causal: bool = True  # if not, queries see all of their sequence
 
@@ -60,11 +60,6 @@ class VarlenPlan:
     slots: tuple[int, int] | None = None
     # (num_cached,), int32: positions of tokens that later rows attend to; `None` where they lie together.
     cached_for_later: Tensor | None = None
-
-    @property
-    def gathers_nothing(self) -> bool:
-        """Whether the keys of the only call are the row as it is."""
-        return self.passes[0].key_index is None
 
 
 # Most keys that one call gathers, as a multiple of the row's tokens: bounds memory where many branches share a long
@@ -232,9 +227,9 @@ def _make_pass(
     path: _Sequences | None, group: _Sequences | None, heads_per_key: int, window: int | None, moved: Iterator[Tensor]
 ) -> VarlenPass:
     """Return a pass from its sequences and from the next tensors on the device."""
-    index, num_own = next(moved), 0 if path is None else len(path.key_index)
+    index = next(moved)
 
-    def make_call(sequences: _Sequences, heads: int, keys: slice, window: int | None, is_causal: bool) -> VarlenCall:
+    def make_call(sequences: _Sequences, heads: int, window: int | None, is_causal: bool) -> VarlenCall:
         return VarlenCall(
             start=int(sequences.start[0]),
             end=int(sequences.start[-1]),
@@ -242,14 +237,13 @@ def _make_pass(
             cu_seqlens_k=next(moved),
             max_seqlen_q=int(np.diff(sequences.start).max()) * heads,
             max_seqlen_k=int(np.diff(sequences.key_borders).max()),
-            keys=keys,
+            num_keys=len(sequences.key_index),
             window=window,
             is_causal=is_causal,
         )
 
-    own = None if path is None else make_call(path, 1, slice(0, num_own), window, is_causal=True)
-    keys = slice(num_own, num_own + (0 if group is None else len(group.key_index)))
-    shared = None if group is None else make_call(group, heads_per_key, keys, None, is_causal=False)
+    own = None if path is None else make_call(path, 1, window, is_causal=True)
+    shared = None if group is None else make_call(group, heads_per_key, None, is_causal=False)
     return VarlenPass(index if len(index) else None, own, shared)
 
 

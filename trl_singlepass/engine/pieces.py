@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
@@ -19,7 +20,7 @@ from .gradient_scale import get_gradient_scale
 from .model_call import refuse_own_calls
 from .router_loss import RouterRecorder
 from .row_runner import PieceLoss, RowRunner
-from .wave_budget import on_shared_rows, wave_tokens_that_fit
+from .wave_budget import on_shared_rows, tokens_that_hide_launches, wave_tokens_that_fit
 from .waves import WavePlan
 from .wrapped_model import SHARDED, wrapped_model
 
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.get_logger(__name__)
-
-# On an accelerator, waves of fewer tokens leave it idle, and running the history twice costs less.
-SMALLEST_WAVE = 1024
 
 
 class Pieces:
@@ -72,7 +70,18 @@ class Pieces:
             tokens, reason = wave_tokens_that_fit(self._model, self._args)
             self._wave_tokens = on_shared_rows(tokens, self._accelerator, divides_layers=not self._is_hybrid)
             logger.info(f"wave_tokens='auto' is {self._wave_tokens}: {reason}.")
+            if self._wave_tokens < self._smallest_wave:
+                logger.warning(
+                    f"wave_tokens='auto' is {self._wave_tokens}, and below about {self._smallest_wave} tokens a fast "
+                    "GPU computes a wave of this model in less time than the host takes to launch it, and waits. More "
+                    "tokens fit with gradient_checkpointing=True, offload_kv=True or more GPUs."
+                )
         return self._wave_tokens
+
+    @cached_property
+    def _smallest_wave(self) -> int:
+        """Number of tokens from which on a wave keeps the device busy."""
+        return 1 if self._args.device.type == "cpu" else tokens_that_hide_launches(self._base)
 
     def plan(self, row: TreePlan) -> WavePlan:
         """Return the waves of a row: one, if it runs whole."""
@@ -83,7 +92,7 @@ class Pieces:
             row,
             self.wave_tokens or row.length,
             keep_history=self._knows_loss and self._recorder is None and not is_sharded,
-            smallest_wave=1 if self._args.device.type == "cpu" else SMALLEST_WAVE,
+            smallest_wave=self._smallest_wave,
             allow_single_tokens=not self._is_hybrid,
             cut_images=not self._shows_images_whole,
         )

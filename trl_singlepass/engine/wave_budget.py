@@ -22,6 +22,8 @@ from .enable import without_adapters
 # The rest is for what is not counted: fragmentation, temporary buffers, keys and values that wait for later waves.
 _USABLE_SHARE = 0.8
 _MULTIPLE = 256
+# About 250 launches of 5 µs (`benchmarks/host_time.py` counts them), and half of an H100's peak in bfloat16.
+SECONDS_PER_LAYER, OPERATIONS_PER_SECOND = 250 * 5e-6, 5e14
 # Lengths of the two passes whose difference counts: multiples of the chunks in which scans run.
 _SHORT, _LONG = 128, 384
 
@@ -62,6 +64,26 @@ def on_shared_rows(tokens: int, accelerator: Accelerator, *, divides_layers: boo
         return tokens
     least = int(accelerator.gather(torch.tensor([tokens], device=accelerator.device)).min())
     return least * size if divides_layers else least
+
+
+def tokens_that_hide_launches(model: PreTrainedModel) -> int:
+    """
+    Return from how many tokens on an H100 computes a wave for longer than the host takes to launch it.
+
+    With gradient checkpointing, a token takes eight operations per weight of a layer; of experts, those that it visits
+    count.
+    """
+    layers = [module for module in get_decoder(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+    experts_per_token = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+
+    def num_visited(weight: nn.Parameter) -> int:
+        is_of_experts = weight.dim() == 3 and isinstance(experts_per_token, int)
+        return weight[:experts_per_token].numel() if is_of_experts else weight.numel()
+
+    weights = sum(num_visited(weight) for layer in layers for weight in layer.parameters())
+    if not weights:  # other ranks hold them
+        return 1
+    return int(len(layers) * SECONDS_PER_LAYER * OPERATIONS_PER_SECOND / (8 * weights))
 
 
 def _activation_bytes(model: PreTrainedModel, args: TrainingArguments, itemsize: int) -> int:

@@ -32,37 +32,23 @@ class Layout:
     Where each token of a row goes when a layer runs over the row in pieces.
 
     Batches are padded on the right with the last token of each piece, as what follows a token does not change its
-    output, or packed: pieces follow one another in one sequence.
+    output.
     """
 
     length: int  # number of tokens of the row
     schedule: Schedule
     device: torch.device  # device of the layer's inputs
     boundary: RowBoundary | None = None  # what the layers take from other rows and leave for them
-    packed: bool = False
 
     @cached_property
-    def lengths(self) -> list[list[int]]:
-        """Number of tokens of each piece of each batch, padding included."""
+    def shapes(self) -> list[tuple[int, int]]:
+        """Shape `(num_pieces, num_tokens)` of each batch, padding included."""
         pieces = self.schedule.pieces
-        if self.packed:
-            return [[pieces[index].length for index in batch] for batch in self.schedule.batches]
-        return [[self._padded_length(pieces[batch[0]])] * len(batch) for batch in self.schedule.batches]
+        return [(len(batch), self._padded_length(pieces[batch[0]])) for batch in self.schedule.batches]
 
     def _padded_length(self, longest: Piece) -> int:
         # A layer takes a single token after a state for a generation step, which has no gradients.
         return max(longest.length, 2) if longest.starts_from_state else longest.length
-
-    @cached_property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Shape `(num_sequences, num_tokens)` of each batch."""
-        return [(1, sum(lengths)) if self.packed else (len(lengths), lengths[0]) for lengths in self.lengths]
-
-    @cached_property
-    def boundaries(self) -> list[Tensor]:
-        """Where the pieces of each packed batch begin, and where the last one ends, shape `(num_pieces + 1,)`."""
-        ends = [np.cumsum([0, *lengths], dtype=np.int64) for lengths in self.lengths]
-        return [torch.from_numpy(batch).to(self.device) for batch in ends]
 
     @property
     def num_inputs(self) -> int:
@@ -85,8 +71,8 @@ class Layout:
         positions: list[NDArray[np.int64]] = []
         scatter = np.empty(self.length, np.int64)
         offset = 0
-        for batch, lengths in zip(self.schedule.batches, self.lengths, strict=True):
-            for index, length in zip(batch, lengths, strict=True):
+        for batch, (_, length) in zip(self.schedule.batches, self.shapes, strict=True):
+            for index in batch:
                 piece = self.schedule.pieces[index]
                 positions.append(_pad(piece, length))
                 start, end = piece.ranges[-1]

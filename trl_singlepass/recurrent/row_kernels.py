@@ -7,7 +7,7 @@ to the versions here:
 
 - The convolution runs once, over the row with the last `kernel_size - 1` ancestors inserted before each branch.
 - The scan runs over the pieces of [`fork_schedule`], each from the state of the piece before it. A kernel that keeps
-  packed sequences apart takes all pieces that are ready at the same time in one call.
+  packed sequences apart takes them in two calls ([`packed_scan`]).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..attention.context import Tree
 from ..attention.row_group import RowGroup
 from ..trees.rows import TreePlan
 from .layout import Layout
+from .packed_scan import PackedScan
 from .schedule import fork_schedule, last_tokens
 
 
@@ -106,13 +107,15 @@ def _convolve(
 
 
 def _scan(tree: Tree, kernel: Kernel, names: ScanNames, /, *args: object, **options: object) -> Any:
-    packed = names.packs and takes_packed_sequences(kernel)
+    if names.packs and takes_packed_sequences(kernel):
+        run = partial(tree.make_once(PackedScan, lambda: PackedScan(tree)).run, kernel)
+    else:
 
-    def make() -> Layout:
-        return Layout(tree.plan.length, fork_schedule(tree.plan, packed=packed), tree.depth.device, packed=packed)
+        def make() -> Layout:
+            return Layout(tree.plan.length, fork_schedule(tree.plan), tree.depth.device)
 
-    layout = tree.make_once(("scan", packed), make)
-    return on_share_of_heads(partial(run_scan, kernel, names, layout), tree.group, tree.plan.length)(*args, **options)
+        run = partial(run_scan, kernel, names, tree.make_once("scan", make))
+    return on_share_of_heads(run, tree.group, tree.plan.length)(*args, **options)
 
 
 class ConvolutionLayout:
@@ -190,12 +193,10 @@ def run_scan(kernel: Kernel, names: ScanNames, layout: Layout, /, *args: object,
         sources = [states[pieces[index].source] for index in batch if pieces[index].starts_from_state]
         call[names.initial_state] = torch.cat(sources) if len(sources) > 1 else next(iter(sources), None)
         call[names.returns_state] = True
-        if layout.packed and len(batch) > 1:
-            call["cu_seqlens"] = layout.boundaries[step]
         output, state = kernel(*tensors, **call)
         outputs.append(output)
         if pieces[batch[0]].is_source:
-            states.update(zip(batch, state.split(1) if len(batch) > 1 else [state], strict=True))
+            states[batch[0]] = state
     output = layout.scatter(outputs)
     return (output, None) if names.returns_pair else output
 

@@ -75,36 +75,21 @@ def path_schedule(plan: TreePlan, reach: int | None = None, min_length_ratio: fl
     return Schedule(tuple(pieces), tuple(_batches(pieces, range(len(pieces)), min_length_ratio)))
 
 
-def fork_schedule(plan: TreePlan, state_ends: Collection[int] = (), *, packed: bool = False) -> Schedule:
+def fork_schedule(plan: TreePlan, state_ends: Collection[int] = ()) -> Schedule:
     """
     Run the history once, cut where branches leave it, and start every branch from the state at its fork.
 
     Pieces that others start from run one at a time, because the state after padding is not the state at the fork. A
     piece that continues tokens outside the row replays the last of them, so that it is never a single token.
 
-    `state_ends` has the positions just past the tokens whose states later rows start from. Packed batches need no
-    padding: pieces that others start from then run together where none of them starts from another, and all branches
-    in one batch.
+    `state_ends` has the positions just past the tokens whose states later rows start from.
     """
     pieces = _fork_pieces(plan, state_ends)
-    sources = _levels(pieces) if packed else [(index,) for index, piece in enumerate(pieces) if piece.is_source]
+    sources = [(index,) for index, piece in enumerate(pieces) if piece.is_source]
     ends = [index for index, piece in enumerate(pieces) if not piece.is_source]
     starts = [index for index in ends if not pieces[index].starts_from_state]
     continued = [index for index in ends if pieces[index].starts_from_state]
-    ratio = 0.0 if packed else MIN_LENGTH_RATIO
-    return Schedule(tuple(pieces), (*sources, *_batches(pieces, starts, ratio), *_batches(pieces, continued, ratio)))
-
-
-def _levels(pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
-    """Group the pieces that others start from by the number of pieces that have to run before them."""
-    levels: list[list[int]] = []
-    level_of: dict[int, int] = {}
-    for index, piece in enumerate(pieces):
-        if piece.is_source:
-            level = level_of[index] = level_of.get(piece.source, -1) + 1
-            levels += [[]] * (level == len(levels))
-            levels[level] = [*levels[level], index]
-    return [tuple(level) for level in levels]
+    return Schedule(tuple(pieces), (*sources, *_batches(pieces, starts), *_batches(pieces, continued)))
 
 
 def _fork_pieces(plan: TreePlan, state_ends: Collection[int]) -> list[Piece]:
