@@ -70,6 +70,12 @@ def test_weights_of_a_request_and_of_its_messages_are_factors(tokenizer):
     assert set(sample.loss_weights[sample.prompt_length :]) == {1.5}
 
 
+def test_images_beside_requests_are_refused(tokenizer):
+    with pytest.raises(BadRowError, match="'requests' stand beside images"):
+        samples_of(EXAMPLE | {"images": [{"path": "a.png", "bytes": None}]}, tokenizer)
+    assert samples_of(EXAMPLE | {"images": []}, tokenizer)
+
+
 @pytest.mark.parametrize("load", ["from_list", "json"])
 def test_requests_survive_arrow_beside_other_forms(tmp_path, tokenizer, load):
     rows = [EXAMPLE | {"messages": None}, {"requests": None, "tools": None, "messages": [*START, REPLY]}]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..rendering.validation import RenderingError, describe_type
+from .images import image_columns_of
 
 
 # What an example may hold for those of its requests that have none of their own.
@@ -25,6 +26,8 @@ def split_requests(example: Mapping[str, Any]) -> list[Mapping[str, Any]] | None
     if not isinstance(requests, list) or not requests:
         what = "an empty list" if requests == [] else describe_type(requests)
         raise RenderingError(f"'requests' is {what}, expected a list of requests, each {_FORM}. Leave the row out.")
+    if any(image_columns_of(example).values()):
+        raise RenderingError("'requests' stand beside images. Store each as a row with 'prompt' and 'completion'.")
     common = {key: example[key] for key in _COMMON if example.get(key) is not None}
     for index, request in enumerate(requests):
         columns = request if isinstance(request, Mapping) else {}
