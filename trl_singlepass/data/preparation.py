@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -72,8 +70,6 @@ _RECORD = {
 }
 # A serialised tokenizer begins with its version and with the truncation and padding of its last call.
 _AFTER_LAST_CALL = '"added_tokens"'
-_OF_MODELS = ("dropout", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges", "max_input_chars_per_word")
-_known_rules: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, str]] = WeakKeyDictionary()
 
 
 class BoundedSamples(Protocol):
@@ -316,36 +312,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -
     if isinstance(tokenizer, ProcessorMixin):
         of_tokenizer = tokenizer_fingerprint(tokenizer.tokenizer)
         return str(Hasher.hash((of_tokenizer, tokenizer.to_json_string(), tokenizer.chat_template)))
-    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    return str(Hasher.hash((type(tokenizer).__name__, _rules_of(tokenizer), special, tokenizer.chat_template)))
-
-
-def _rules_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """
-    Return a hash of what decides on the tokens of a text.
-
-    Writing down a large vocabulary takes as long as preparing a hundred turns, so that is done once, and again when
-    anything changes that can be changed in place.
-    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return str(Hasher.hash(sorted(tokenizer.get_vocab().items())))
-    size, model = backend.get_vocab_size(), backend.model
-    parts = backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder
-    state = (
-        id(backend),
-        size,
-        [backend.id_to_token(i) for i in range(0, size, size // 64 + 1)],
-        repr(sorted(backend.get_added_tokens_decoder().items())),
-        pickle.dumps(parts),
-        [getattr(model, name, None) for name in _OF_MODELS],
-    )
-    known = _known_rules.get(tokenizer)
-    if known is None or known[0] != state:
+        rules: object = sorted(tokenizer.get_vocab().items())
+    else:
         serialised: str = backend.to_str()
-        rules = str(Hasher.hash(serialised[max(serialised.find(_AFTER_LAST_CALL), 0) :]))
-        known = _known_rules[tokenizer] = state, rules
-    return known[1]
+        rules = serialised[max(serialised.find(_AFTER_LAST_CALL), 0) :]
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    return str(Hasher.hash((type(tokenizer).__name__, rules, special, tokenizer.chat_template)))
 
 
 # Streams -------------------------------------------------------------------------------------------------------------
