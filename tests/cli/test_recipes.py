@@ -66,3 +66,7 @@ def test_errors(run, arguments, message):
     code, out, err = run("recipes", *arguments)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_every_recipe_says_what_it_is_for():
+    assert not [line for line in recipes.list_recipes().splitlines() if len(line.split()) < 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -52,6 +53,10 @@ def write_recipes(folder: str) -> str:
 
 
 def _first_sentence(path: Path) -> str:
-    """Return the first sentence of a file's comments; nothing for formats without comments."""
+    """Return the first sentence of a file's comments; of DeepSpeed's settings, which have none, their stage."""
+    if path.suffix == ".json":
+        zero = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
+        offloads = any(name.startswith("offload_") for name in zero)
+        return f"DeepSpeed's ZeRO, stage {zero['stage']}{', with offload to the CPU' if offloads else ''}"
     comments = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
     return re.split(r"(?<=\w[.?]) ", " ".join(comments), maxsplit=1)[0].rstrip(".")
