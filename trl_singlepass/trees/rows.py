@@ -210,7 +210,8 @@ class TreePlan:
             stack.append((start, last_descendant))
             depth += end - start
         ends = [*(start for start, _, _ in found[1:]), length]
-        return cls(length, tuple(Run(start, end, *rest) for (start, *rest), end in zip(found, ends, strict=True)))
+        runs = (Run(start, end, depth, path) for (start, depth, path), end in zip(found, ends, strict=True))
+        return cls(length, tuple(runs))
 
     def with_images(self, shows_image: NDArray[np.bool_]) -> TreePlan:
         """Return the plan of a row with images; `shows_image`, `(num_tokens,)`, marks the tokens that show one."""
