@@ -1,5 +1,6 @@
 """What both trainers override alike, where a CPU alone would not show that it is left out."""
 
+import pickle
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 from support.conversations import chat
 from support.pairs import TRAJECTORIES, batch_of, dpo_trainer
 from support.trainers import as_dataset, single_pass_trainer
+from trl_singlepass import SinglePassDPOConfig, SinglePassGRPOConfig, SinglePassSFTConfig
 from trl_singlepass.data.row_tree import RowTree
 
 
@@ -60,3 +62,11 @@ def test_a_run_warns_of_nothing_that_trl_does_itself(tmp_path, tokenizer, make, 
         trainer.train()
         trainer.evaluate()
     assert not [str(warning.message) for warning in caught if issubclass(warning.category, FutureWarning)]
+
+
+@pytest.mark.parametrize("config", [SinglePassSFTConfig, SinglePassDPOConfig, SinglePassGRPOConfig])
+def test_a_misspelt_setting_is_answered_with_the_one_that_it_looks_like(config, tmp_path):
+    with pytest.raises(TypeError, match="max_row_tokens"):
+        config(str(tmp_path), max_row_token=64)
+    copied = pickle.loads(pickle.dumps(config(str(tmp_path), max_row_tokens=64, bf16=False, use_cpu=True)))
+    assert copied.max_row_tokens == 64

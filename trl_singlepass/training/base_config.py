@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TypeVar
+from difflib import get_close_matches
+from typing import Self, TypeVar
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
@@ -56,6 +57,15 @@ class EngineConfig:
         default=False,
         metadata={"help": "Whether keys and values that wait for later waves are held on the CPU."},
     )
+
+    def __new__(cls, *_: object, **settings: object) -> Self:
+        """Suggest the setting that a misspelt one looks like; the constructor of a dataclass does not."""
+        for name in settings:
+            if name not in cls.__dataclass_fields__:
+                close = get_close_matches(name, cls.__dataclass_fields__, n=1)
+                hint = f" Did you mean {close[0]}?" if close else ""
+                raise TypeError(f"{cls.__name__} has no setting called {name}.{hint}")
+        return super().__new__(cls)
 
 
 @dataclass
