@@ -96,7 +96,7 @@ def test_what_is_lost_adds_up_over_a_stream(tokenizer):
     _, stored = conversations_to_rows(as_dataset(CHATS), tokenizer, settings)
     assert stored["num_cut_turns"] > 0
     assert stored["num_dropped_turns"] > 0
-    streamed = Report("conversations", settings.bound)
+    streamed = Report("conversation", settings.bound)
     for index, messages in enumerate(CHATS):
         streamed = streamed.with_rows(example_to_rows({"messages": messages}, index, tokenizer, settings))
     assert streamed == stored
