@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="Qwen/Qwen3-0.6B", help="path or Hub id of a tokenizer")
     parser.add_argument("--chat-template", help="file with a chat template to use instead of the tokenizer's own")
     parser.add_argument("--turns", type=int, nargs="+", default=[4, 16, 64])
-    parser.add_argument("--turns-in-all", type=int, default=512, help="per measurement, over all conversations")
+    parser.add_argument("--turns-in-all", type=int, default=2048, help="per measurement, over all conversations")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dry-run", action="store_true", help="print the result instead of writing it")
     arguments = parser.parse_args()
