@@ -26,6 +26,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 
 from benchmarks.gpu_counts import AGENT, VOCABULARY, on_meta_tensors
 from benchmarks.launches import LaunchCounter
+from benchmarks.machine import describe
 from benchmarks.model_shapes import MODELS, get_config, make_model
 from benchmarks.report import replace_between_markers, table
 from trl_singlepass.attention.tree_mask import TreeMask
@@ -182,7 +183,7 @@ def main() -> None:
         return
     if not arguments.tables:
         counted = [count(model, checkpointing) for model in BUDGETS for checkpointing in (True, False)]
-        RESULTS.write_text(json.dumps({"kind": "host_time", "counted": counted}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({"kind": "host_time", **describe("cpu"), "counted": counted}, indent=1) + "\n")
     replace_between_markers(PAGE, tables(json.loads(RESULTS.read_text())), "host time")
 
 

@@ -77,7 +77,7 @@ def _digest_in(source: str, qualified: list[str]) -> str | None:
         if not found:
             return None
         nodes = [statement for node in found for statement in node.body]
-    text = "\n".join(ast.unparse(_without_docstrings(node)) for node in found)
+    text = "\n".join(ast.unparse(_PlainFStrings().visit(_without_docstrings(node))) for node in found)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -101,3 +101,16 @@ def _without_docstrings(tree: ast.stmt) -> ast.stmt:
         if isinstance(node, Definition) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return tree
+
+
+class _PlainFStrings(ast.NodeTransformer):
+    """Writes f-strings as calls of `f`: their quotes depend on the release of Python that unparses them."""
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.Call:
+        self.generic_visit(node)
+        return ast.Call(ast.Name("f"), node.values, [])
+
+    def visit_FormattedValue(self, node: ast.FormattedValue) -> ast.Call:
+        self.generic_visit(node)
+        form = [] if node.format_spec is None else [node.format_spec]
+        return ast.Call(ast.Name("value"), [node.value, ast.Constant(node.conversion), *form], [])

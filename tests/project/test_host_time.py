@@ -8,10 +8,12 @@ import pytest
 
 from benchmarks import host_time
 from benchmarks.host_time import BUDGETS, RESULTS, WORKLOADS, budget, count_row, per_layer, stock_step
+from benchmarks.machine import describe
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")
 AGAIN = "run `python -m benchmarks.host_time`"
+RECORDED = json.loads(RESULTS.read_text())["versions"]
 COUNTED = defaultdict(dict)
 for one in json.loads(RESULTS.read_text())["counted"]:
     COUNTED[one["model"]][one["checkpointing"]] = one
@@ -26,9 +28,11 @@ ALL = [
 
 @pytest.mark.parametrize(("model", "workload"), ALL)
 def test_counts_are_those_of_this_code_and_within_the_budget(model, workload):
-    stored = COUNTED[model][True]
-    assert stored["stock"] == per_layer(model, lambda config: stock_step(config, True)), AGAIN
-    assert stored["row"][workload] == count_row(model, workload), AGAIN
+    stored, stock = COUNTED[model][True], per_layer(model, lambda config: stock_step(config, True))
+    row = count_row(model, workload)
+    assert row["operators"] <= budget(model, workload) * stock["operators"]
+    if RECORDED.items() <= describe("cpu")["versions"].items():  # other releases count a few operators more or less
+        assert (stored["stock"], stored["row"][workload]) == (stock, row), AGAIN
     for checkpointing in (True, False):
         stored = COUNTED[model][checkpointing]
         assert stored["row"][workload]["operators"] <= budget(model, workload) * stored["stock"]["operators"]
