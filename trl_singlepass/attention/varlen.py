@@ -236,6 +236,7 @@ class PathGradients:
 
     def __init__(self, key: Tensor, num_slots: int, deterministic: bool) -> None:
         self.length = len(key)
+        # `torch.promote_types` would dispatch one more operator in every layer.
         self.dtype, self.deterministic = max(key.dtype, torch.float32, key=lambda dtype: dtype.itemsize), deterministic
         self._shape = (2, len(key) + num_slots, *key.shape[1:])
         self._total: Tensor | None = None

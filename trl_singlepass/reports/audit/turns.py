@@ -16,7 +16,7 @@ from ...rendering.conversation import Conversation, Message, RenderingError
 from ...rendering.message_format import as_read, parse
 from ...rendering.prefixes import Prefixes
 from ...rendering.reasoning import ParsedMessage
-from ...rendering.template import ChatTemplate
+from ...rendering.template import ChatTemplate, TemplateKey
 from ...rendering.template_behaviour import get_behaviour
 from ...rendering.tokenization import HardBorders, common_length, tokenize
 from ...rendering.turn import RenderedTurn, render_turn
@@ -333,17 +333,16 @@ class TemplateSurvey:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._known: dict[str, TemplateFacts] = {}
+        self._known: dict[TemplateKey, TemplateFacts] = {}
 
     def get_facts(self, conversation: Conversation) -> TemplateFacts:
         """Return what the template does under the arguments of a conversation."""
-        # Some templates keep more reasoning when there are tools; which tools does not matter.
-        key = repr([sorted(conversation.template_kwargs.items(), key=str), bool(conversation.tools)])
-        if key not in self._known:
-            self._known[key] = _measure(
-                ChatTemplate.for_conversation(self.tokenizer, None, conversation.tools, conversation.template_kwargs)
-            )
-        return self._known[key]
+        template = ChatTemplate.for_conversation(
+            self.tokenizer, None, conversation.tools, conversation.template_kwargs
+        )
+        if template.key not in self._known:
+            self._known[template.key] = _measure(template)
+        return self._known[template.key]
 
 
 def _measure(template: ChatTemplate) -> TemplateFacts:
