@@ -12,19 +12,24 @@ from ...rendering.conversation import Message
 from .lines import (
     Json,
     LogError,
+    LoggedRequest,
     LogLine,
     append_delta,
+    assistant_message,
     decode_event,
+    function_tool,
     get,
     get_conversation,
     get_exchange,
     get_index,
     get_objects,
+    given,
+    join_text,
     need,
     require,
+    tool_call,
     unknown_stream,
 )
-from .requests import LoggedRequest, assistant_message, function_tool, given, join_text, tool_call
 
 
 _ENDED = ("end_turn", "tool_use")
@@ -67,7 +72,9 @@ def read_message(message: Json) -> list[Message]:
     messages: list[Message] = []
     for is_result, group in groupby(get_objects(message, "content"), lambda block: block.get("type") == "tool_result"):
         if is_result:
-            messages += map(_read_result, group)
+            for block in group:
+                text = join_text(block.get("content"), "the result of a tool")
+                messages.append(given(role="tool", content=text or "", tool_call_id=block.get("tool_use_id")))
         else:
             messages.append({"role": role, "content": join_text(list(group), f"a '{role}' message")})
     return messages
@@ -102,11 +109,6 @@ def read_assistant(blocks: list[Json]) -> tuple[Message, bool]:
     # Thinking that the API withholds is a block with a signature and no text, or a redacted one.
     hidden = 0 in places and not thoughts
     return assistant_message(content, thoughts[0] if thoughts else None, calls), hidden
-
-
-def _read_result(block: Json) -> Message:
-    content = join_text(block.get("content"), "the result of a tool")
-    return given(role="tool", content=content or "", tool_call_id=block.get("tool_use_id"))
 
 
 def _read_tool(tool: Json) -> Json:

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 
 from ...rendering.conversation import Message
 from . import anthropic
-from .lines import BadLines, Json, LogError, LogLine, get, get_objects, need
-from .requests import LoggedRequest
+from .lines import BadLines, Json, LogError, LoggedRequest, LogLine, get, get_objects, need
 
 
 CLEARED = "[Old tool result content cleared]"

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from ...rendering.conversation import Message
-from .lines import BadLines, Json, LogError, LogLine, Place, get, get_objects, need
+from .lines import BadLines, Json, LogError, LoggedRequest, LogLine, Place, get, get_objects, need
 from .openai_responses import add_item, is_reply_item, read_items, read_reply
-from .requests import LoggedRequest
 
 
 _NOT_SENT = ("ghost_snapshot",)
@@ -78,7 +77,9 @@ class _Session:
                 raise LogError("The thread was rolled back here; which messages stayed is not in the log.")
 
     def begin(self, payload: Json) -> None:
-        self.instructions = _get_instructions(payload)
+        base = payload.get("base_instructions")
+        holder, key = (base, "text") if isinstance(base, dict) else (payload, "base_instructions")
+        self.instructions = get(holder, key, str)
         name, source = str(payload.get("id") or self.conversation), payload.get("source")
         self.is_subagent = isinstance(source, dict) and "subagent" in source
         match source:
@@ -122,8 +123,3 @@ class _Session:
             self.context += read_items(items)
         except LogError as error:
             self.lost = str(error)
-
-
-def _get_instructions(payload: Json) -> str | None:
-    base = payload.get("base_instructions")
-    return get(base, "text", str) if isinstance(base, dict) else get(payload, "base_instructions", str)

@@ -30,8 +30,7 @@ from typing import NamedTuple
 
 from ...rendering.conversation import Message
 from .files import Spool, dump
-from .lines import Json
-from .requests import LoggedRequest, LoggedTokens
+from .lines import Json, LoggedRequest, LoggedTokens
 
 
 class _Request(NamedTuple):

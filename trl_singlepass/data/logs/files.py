@@ -38,19 +38,15 @@ def find_files(names: Sequence[str], suffixes: Sequence[Sequence[str]]) -> list[
     """
     files: list[Path] = []
     for path in (Path(name).expanduser() for name in names):
-        found = [path] if path.is_file() else _search(path, suffixes)
+        paths = sorted(path.rglob("*"))
+        groups = ([inner for inner in paths if _get_suffix(inner) in group] for group in suffixes)
+        found = [path] if path.is_file() else next(filter(None, groups), [])
         if not found:
             known = " or ".join(suffix for group in suffixes for suffix in group)
             what = f"The folder {path} has no {known} files" if path.is_dir() else f"There is no {path}"
             raise ValueError(f"{what}. Give files, or folders that hold them.")
         files += found
     return files
-
-
-def _search(folder: Path, suffixes: Sequence[Sequence[str]]) -> list[Path]:
-    paths = sorted(folder.rglob("*"))
-    groups = ([path for path in paths if _get_suffix(path) in group] for group in suffixes)
-    return next(filter(None, groups), [])
 
 
 def _get_suffix(path: Path) -> str:
@@ -63,7 +59,8 @@ def read_log(path: Path, bad_lines: BadLines) -> Iterator[LogLine]:
     try:
         is_document = _is_document(path)
         with _open(path) as file:
-            for number, value in _read_document(file) if is_document else _read_lines(file):
+            lines = ((number, _parse(text)) for number, text in enumerate(file, start=1) if text.strip())
+            for number, value in _read_document(file) if is_document else lines:
                 place = Place(str(path), number)
                 if isinstance(value, dict):
                     yield LogLine(place, value)
@@ -93,11 +90,6 @@ def _parse(text: bytes) -> Any:
         return json.loads(text)
     except ValueError as error:
         return error
-
-
-def _read_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """Yield the number and the value of each line that is not empty, or the error in its place."""
-    return ((number, _parse(text)) for number, text in enumerate(file, start=1) if text.strip())
 
 
 def _read_document(file: BinaryIO) -> Iterator[tuple[int, Any]]:

@@ -1,4 +1,4 @@
-"""Import logs: read their lines, collect the bad ones, make examples, report."""
+"""Import logs: find their format, read their lines, collect the bad ones, make examples, report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from ...rendering.conversation import Message
@@ -21,16 +21,22 @@ from . import (
     langfuse,
     openai_chat,
     openai_responses,
-    openrouter,
     opentelemetry,
     swe_agent,
-    token_ids,
 )
-from .detection import detect_source
 from .examples import MessageExamples, TokenExamples
 from .files import DOCUMENTS, LINES, TRAJECTORIES, find_files, read_log
-from .lines import BadLines, Json, LogError, LogLine, read_parts
-from .requests import LoggedRequest, LoggedTokens, check_request
+from .lines import (
+    BadLines,
+    Json,
+    LogError,
+    LoggedRequest,
+    LoggedTokens,
+    LogLine,
+    check_request,
+    get_exchange,
+    read_parts,
+)
 
 
 Request = LoggedRequest | LoggedTokens
@@ -42,15 +48,15 @@ _READERS: Mapping[LogSource, Reader] = {
     LogSource.OPENAI_RESPONSES: openai_responses.read_lines,
     LogSource.ANTHROPIC: partial(read_parts, read=anthropic.read_line),
     LogSource.LANGFUSE: partial(read_parts, read=langfuse.read_observation, find_parts=langfuse.find_observations),
-    LogSource.OPENROUTER: partial(read_parts, read=openrouter.read_trace),
+    LogSource.OPENROUTER: partial(read_parts, read=opentelemetry.read_trace),
     LogSource.OPENTELEMETRY: partial(
         read_parts, read=opentelemetry.read_record, find_parts=opentelemetry.find_records
     ),
     LogSource.CLAUDE_CODE: claude_code.read_lines,
     LogSource.CODEX: codex.read_lines,
     LogSource.SWE_AGENT: swe_agent.read_lines,
-    LogSource.VLLM: partial(read_parts, read=token_ids.read_vllm_line),
-    LogSource.SGLANG: partial(read_parts, read=token_ids.read_sglang_line),
+    LogSource.VLLM: partial(read_parts, read=openai_chat.read_vllm_line),
+    LogSource.SGLANG: partial(read_parts, read=openai_chat.read_sglang_line),
 }
 # What is searched for in a folder.
 _SUFFIXES: Mapping[LogSource, Sequence[Sequence[str]]] = {
@@ -58,6 +64,17 @@ _SUFFIXES: Mapping[LogSource, Sequence[Sequence[str]]] = {
     LogSource.CLAUDE_CODE: (LINES,),
     LogSource.CODEX: (LINES,),
     LogSource.SWE_AGENT: (TRAJECTORIES,),
+}
+_LINES_READ = 100  # to find a format
+_CODEX = ("session_meta", "response_item", "event_msg", "turn_context", "compacted")
+# By what lines are recognised that are no exchange.
+_MARKS: Mapping[LogSource, Callable[[Json], object]] = {
+    LogSource.CLAUDE_CODE: lambda entry: "uuid" in entry and "parentUuid" in entry,
+    LogSource.CODEX: lambda entry: "payload" in entry and entry.get("type") in _CODEX,
+    LogSource.SWE_AGENT: lambda entry: any(key in entry for key in ("trajectory", "attempts", "replay_config")),
+    LogSource.OPENTELEMETRY: opentelemetry.find_records,
+    LogSource.OPENROUTER: opentelemetry.is_trace,
+    LogSource.LANGFUSE: langfuse.is_observation,
 }
 # What is counted of requests.
 _FACTS: Mapping[str, Callable[[LoggedRequest], bool]] = {
@@ -136,7 +153,7 @@ def import_logs(
     system prompt or tools are given for logs of tokens.
     """
     files, bad = find_files(names, _SUFFIXES.get(source, (LINES, DOCUMENTS))), BadLines()
-    detected = detect_source(files) if source == LogSource.AUTO else None
+    detected = _detect_source(files) if source == LogSource.AUTO else None
     source = detected or source
     flags = [flag for flag, value in (("--system_prompt", system_prompt), ("--tools", tools)) if value is None]
     if source in TOKENS and len(flags) < 2:
@@ -203,3 +220,47 @@ def write_examples(examples: Examples, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({**columns, **row}, ensure_ascii=False) + "\n" for row in examples)
+
+
+# Which format a log is written in, by the keys of its first lines ----------------------------------------------------
+
+
+def _detect_source(files: Iterable[Path]) -> LogSource:
+    """
+    Return the format of log files.
+
+    Raises `ValueError` if they have several, or none that is known.
+    """
+    found: dict[LogSource, Path] = {}
+    for path in files:
+        lines = islice(read_log(path, BadLines()), _LINES_READ)
+        source = next(filter(None, map(_recognise, lines)), None)
+        if source is not None:
+            found.setdefault(source, path)
+    if len(found) > 1:
+        kinds = ", ".join(f"{source} ({path})" for source, path in found.items())
+        raise ValueError(f"The files have several formats: {kinds}. Import those of each format by themselves.")
+    if not found:
+        sources = ", ".join(source for source in LogSource if source != LogSource.AUTO)
+        raise ValueError(f"The format of the log is not recognised. Name it in the place of 'auto': {sources}.")
+    return next(iter(found))
+
+
+def _recognise(line: LogLine) -> LogSource | None:
+    """Return the format of a line; `None` if it could be of several, or of none."""
+    try:
+        for source, holds in _MARKS.items():
+            if holds(line.entry):
+                return source
+        request, response = get_exchange(line, lambda events: {**events[0], "object": None})
+    except LogError:
+        return None
+    kind = str(response.get("type"))
+    if "meta_info" in response:
+        return LogSource.SGLANG
+    if "choices" in response:
+        has_tokens = request.get("return_token_ids") or response.get("prompt_token_ids")
+        return LogSource.VLLM if has_tokens else LogSource.OPENAI_CHAT
+    if "output" in response or kind.startswith("response."):
+        return LogSource.OPENAI_RESPONSES
+    return LogSource.ANTHROPIC if "stop_reason" in response or kind == "message_start" else None

@@ -12,8 +12,7 @@ import json
 from typing import Any
 
 from . import anthropic, openai_chat
-from .lines import Json, LogError, LogLine, get, get_objects
-from .requests import LoggedRequest, function_tool
+from .lines import Json, LogError, LoggedRequest, LogLine, function_tool, get, get_objects
 
 
 _PARAMETERS = ("modelParameters", "model_parameters")

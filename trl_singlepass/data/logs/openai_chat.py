@@ -2,7 +2,8 @@
 Logs of OpenAI's Chat Completions API, as proxies and OpenAI-compatible servers write them.
 
 Source: https://platform.openai.com/docs/api-reference/chat and, for `chat_template_kwargs`, `reasoning_effort`,
-`reasoning` and `stop_reason`, vLLM's and SGLang's OpenAI-compatible servers.
+`reasoning` and `stop_reason`, vLLM's and SGLang's OpenAI-compatible servers. Tokens come from `return_token_ids` of
+vLLM's, and from `input_ids`, `output_ids` and `meta_info` of SGLang's `/generate`.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ from ...rendering.validation import REASONING_KEYS
 from .lines import (
     Json,
     LogError,
+    LoggedRequest,
+    LoggedTokens,
     LogLine,
     append_delta,
+    assistant_message,
     get,
     get_conversation,
     get_exchange,
     get_index,
     get_objects,
+    given,
+    join_text,
     need,
     require,
+    tool_call,
     unknown_stream,
 )
-from .requests import LoggedRequest, assistant_message, given, join_text, tool_call
 
 
 _ENDED = ("stop", "tool_calls")
@@ -48,16 +54,17 @@ def read_exchange(line: LogLine, request: Json, response: Json) -> list[LoggedRe
     if request.get("reasoning_effort") is not None:  # servers hand it to the template
         kwargs.setdefault("reasoning_effort", request["reasoning_effort"])
     requests, conversation = [], get_conversation(line, request)
-    for choice in get_choices(response):
-        check_ended(choice)
+    for choice in _get_choices(response):
+        _check_ended(choice)
         message = need(choice, "message", dict)
         reply = read_message({**message, "role": "assistant"})
-        hidden = "reasoning_content" not in reply and _has_encrypted_reasoning(message)
+        details = get_objects(message, "reasoning_details")
+        hidden = "reasoning_content" not in reply and any(one.get("type") == "reasoning.encrypted" for one in details)
         requests.append(LoggedRequest(line.place, context, reply, tools, kwargs, hidden, conversation))
     return requests
 
 
-def get_choices(response: Json) -> list[Json]:
+def _get_choices(response: Json) -> list[Json]:
     """Return the choices of a response, at least one."""
     choices = get_objects(response, "choices")
     if not choices:
@@ -65,7 +72,7 @@ def get_choices(response: Json) -> list[Json]:
     return choices
 
 
-def check_ended(choice: Json) -> None:
+def _check_ended(choice: Json) -> None:
     """Refuse a reply that did not end by itself: it would be trained as if the model had meant to stop there."""
     reason, stop = choice.get("finish_reason"), choice.get("stop_reason")
     if reason not in _ENDED:
@@ -104,10 +111,6 @@ def _read_call(call: Json) -> Json:
     if function is None:
         raise LogError(f"A tool call has the type '{call.get('type')}', expected 'function'.")
     return tool_call(function.get("name"), function.get("arguments"), call.get("id"))
-
-
-def _has_encrypted_reasoning(message: Json) -> bool:
-    return any(detail.get("type") == "reasoning.encrypted" for detail in get_objects(message, "reasoning_details"))
 
 
 def join_chunks(chunks: list[Json]) -> Json:
@@ -151,3 +154,56 @@ def _add_delta(message: Json, delta: Json) -> None:
         function.setdefault("name", more.get("name"))
         append_delta(function, {"arguments": more.get("arguments")})
     append_delta(message, {key: value for key, value in delta.items() if key not in ("role", "tool_calls")})
+
+
+# Tokens that vLLM and SGLang read and wrote, without a chat template in between --------------------------------------
+
+
+_VLLM_WAY_OUT = "Send requests with 'return_token_ids': true"
+_SGLANG_WAY_OUT = "Send requests with 'input_ids' and 'return_logprob': true"
+
+
+def read_vllm_line(line: LogLine) -> list[LoggedTokens]:
+    """Return the tokens of each choice of a response of vLLM."""
+    request, response = get_exchange(line, join_chunks)
+    turns = []
+    for choice in _get_choices(response):
+        _check_ended(choice)
+        prompt = _get_token_ids(choice, "prompt_token_ids") or _get_token_ids(response, "prompt_token_ids")
+        turns.append(_to_turn(line, request, prompt, _get_token_ids(choice, "token_ids"), _VLLM_WAY_OUT))
+    return turns
+
+
+def read_sglang_line(line: LogLine) -> list[LoggedTokens]:
+    """Return the tokens of a response of SGLang."""
+    request, response = get_exchange(line, join_chunks)
+    info = need(response, "meta_info", dict)
+    reason = get(info, "finish_reason", dict) or {}
+    _check_ended({"finish_reason": reason.get("type"), "stop_reason": reason.get("matched")})
+    prompt, completion = _get_token_ids(request, "input_ids"), _get_token_ids(response, "output_ids")
+    if completion is None and "output_token_logprobs" in info:
+        # Each entry is a log probability, a token id, and the token's text.
+        entries = get(info, "output_token_logprobs", list) or []
+        completion = _get_token_ids(
+            {"output_token_logprobs": [entry[1] for entry in entries]}, "output_token_logprobs"
+        )
+    for tokens, key in ((prompt, "prompt_tokens"), (completion, "completion_tokens")):
+        if tokens is not None and info.get(key) not in (None, len(tokens)):
+            raise LogError(f"The log has {len(tokens)} token ids, but '{key}' is {info[key]}.")
+    return [_to_turn(line, request, prompt, completion, _SGLANG_WAY_OUT)]
+
+
+def _get_token_ids(parent: Json, key: str) -> list[int] | None:
+    ids = get(parent, key, list)
+    if ids is not None and not all(type(token) is int for token in ids):
+        raise LogError(f"'{key}' must hold whole numbers only.")
+    return ids
+
+
+def _to_turn(
+    line: LogLine, request: Json, prompt: list[int] | None, completion: list[int] | None, way_out: str
+) -> LoggedTokens:
+    """Return a prompt and its completion; the line or the request may name their conversation."""
+    if not prompt or not completion:
+        raise LogError(f"The log has no tokens of the {'reply' if prompt else 'prompt'}. {way_out}.")
+    return LoggedTokens(line.place, prompt, completion, get_conversation(line, request))

@@ -21,17 +21,22 @@ from .lines import (
     BadLines,
     Json,
     LogError,
+    LoggedRequest,
     LogLine,
     Place,
+    assistant_message,
+    function_tool,
     get,
     get_conversation,
     get_exchange,
     get_objects,
+    given,
+    join_text,
     need,
     require,
+    tool_call,
     unknown_stream,
 )
-from .requests import LoggedRequest, assistant_message, function_tool, given, join_text, tool_call
 
 
 # What the server adds to the context, and the log lacks.

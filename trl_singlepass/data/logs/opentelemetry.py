@@ -1,9 +1,10 @@
 """
-Spans and events of OpenTelemetry's GenAI conventions: OTLP as JSON, and lines that have attributes.
+Spans and events of OpenTelemetry's GenAI conventions (OTLP as JSON, and lines that have attributes), and the traces
+that OpenRouter's Broadcast sends in such spans, or writes to S3.
 
 Sources: https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/ (`gen_ai.input.messages`,
 `gen_ai.output.messages`, `gen_ai.system_instructions`, `gen_ai.tool.definitions`) and, for the JSON around them,
-https://opentelemetry.io/docs/specs/otlp/#json-protobuf-encoding
+https://opentelemetry.io/docs/specs/otlp/#json-protobuf-encoding; https://openrouter.ai/docs/guides/features/broadcast
 """
 
 from __future__ import annotations
@@ -13,9 +14,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...rendering.conversation import Message
-from . import anthropic, openai_chat, openrouter
-from .lines import Json, LogError, LogLine, decode, get, get_conversation, get_objects, need
-from .requests import LoggedRequest, function_tool, join_text
+from . import anthropic, openai_chat
+from .lines import (
+    Json,
+    LogError,
+    LoggedRequest,
+    LogLine,
+    decode,
+    function_tool,
+    get,
+    get_conversation,
+    get_objects,
+    join_text,
+    need,
+)
 
 
 # Operations that are one request to a model; the messages of others (`invoke_agent`, …) are those of several.
@@ -69,7 +81,7 @@ def read_record(line: LogLine) -> list[LoggedRequest]:
     if "gen_ai.completion" in attributes:  # of OpenRouter
         prompt, completion = (need(attributes, f"gen_ai.{key}", dict) for key in ("prompt", "completion"))
         reason = attributes.get("gen_ai.response.finish_reason")
-        return openrouter.read_completion(line, prompt, completion, reason)
+        return _read_completion(line, prompt, completion, reason)
     context: list[Message] = []
     instructions = join_text(list(map(_to_block, _read_list(attributes, "system_instructions"))), "the system prompt")
     if instructions:
@@ -125,3 +137,38 @@ def _read_tool(tool: Json) -> Json:
     if tool.get("type") != "function":
         raise LogError(f"A tool has the type '{tool.get('type')}', and its schema is not in the log.")
     return function_tool(function.get("name"), function.get("description"), get(function, "parameters", dict))
+
+
+# OpenRouter's Broadcast ----------------------------------------------------------------------------------------------
+
+
+def is_trace(entry: Json) -> bool:
+    """Return whether an object is a trace."""
+    trace = _unwrap_trace(entry)
+    prompt, completion = trace.get("input"), trace.get("output")
+    return isinstance(prompt, dict) and isinstance(completion, dict) and "completion" in completion
+
+
+def read_trace(line: LogLine) -> list[LoggedRequest]:
+    """Return the request of a trace."""
+    trace = _unwrap_trace(line.entry)
+    observations = get_objects(trace, "observations") or [{}]
+    reason = observations[0].get("normalizedFinishReason") or observations[0].get("finishReason")
+    return _read_completion(line, need(trace, "input", dict), need(trace, "output", dict), reason)
+
+
+def _unwrap_trace(entry: Json) -> Json:
+    return get(entry, "trace", dict) or entry
+
+
+def _read_completion(line: LogLine, prompt: Json, completion: Json, finish_reason: Any) -> list[LoggedRequest]:
+    """Return a request: what was sent besides its messages is in the completion."""
+    calls = completion.get("toolCalls") or None
+    message = {
+        "content": completion.get("completion") or (None if calls else ""),
+        "reasoning": completion.get("reasoning"),
+        "tool_calls": calls,
+    }
+    request = {**(get(completion, "rawRequest", dict) or {}), **prompt}
+    response = {"choices": [{"message": message, "finish_reason": finish_reason}]}
+    return openai_chat.read_exchange(line, request, response)

@@ -15,9 +15,20 @@ from dataclasses import dataclass
 
 from ...rendering.conversation import Message
 from .anthropic import read_assistant
-from .lines import BadLines, Json, LogError, LogLine, Place, get, get_objects
+from .lines import (
+    BadLines,
+    Json,
+    LogError,
+    LoggedRequest,
+    LogLine,
+    Place,
+    assistant_message,
+    get,
+    get_objects,
+    given,
+    join_text,
+)
 from .openai_chat import read_message
-from .requests import LoggedRequest, assistant_message, given, join_text
 
 
 # History processors that leave the text of messages alone.
@@ -30,17 +41,11 @@ def read_lines(lines: Iterable[LogLine], bad_lines: BadLines) -> Iterator[Logged
     """Yield each step of each attempt of each trajectory with the messages that were sent."""
     for line in lines:
         with bad_lines.at(line.place):
-            for attempt in [
-                _Attempt.from_entry(entry, line.place.path, place) for entry, place in _get_attempts(line)
-            ]:
+            attempts, path = get_objects(line.entry, "attempts"), line.place.path
+            named = {f"{path}, attempt {number}": entry for number, entry in enumerate(attempts, start=1)}
+            read = [_Attempt.from_entry(entry, path, place) for place, entry in (named or {path: line.entry}).items()]
+            for attempt in read:
                 yield from attempt.read(bad_lines)
-
-
-def _get_attempts(line: LogLine) -> list[tuple[Json, str]]:
-    attempts, path = get_objects(line.entry, "attempts"), line.place.path
-    if not attempts:
-        return [(line.entry, path)]
-    return [(attempt, f"{path}, attempt {number}") for number, attempt in enumerate(attempts, start=1)]
 
 
 @dataclass(frozen=True)
