@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from support.chat_tokenizers import make_tokenizer
-from trl_singlepass.cli import chat
+from trl_singlepass.cli import commands
 from trl_singlepass.rendering.conversation import Conversation
 from trl_singlepass.rendering.history import render_with_history
 
@@ -64,8 +64,8 @@ def test_contexts_are_those_of_training(run, monkeypatch, tmp_path, template, hi
     completions = [sample.token_ids[sample.prompt_length :].tolist() for sample in samples]
     completions = [ids[: len(ids) - ids[::-1].index(stop)] for ids in completions]  # a model ends with its stop token
     model = ScriptedModel(completions)
-    monkeypatch.setattr(chat, "load_tokenizer", lambda *args, **kwargs: tokenizer)
-    monkeypatch.setattr(chat, "load_model", lambda *args, **kwargs: model)
+    monkeypatch.setattr(commands, "load_tokenizer", lambda *args, **kwargs: tokenizer)
+    monkeypatch.setattr(commands, "load_model", lambda *args, **kwargs: model)
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([SAID[0], "", *SAID[1:]]) + "\n"))
     code, out, _ = run("chat", tmp_path, "--history", history, *(["--system", system] if system else []))
     assert code == 0
@@ -86,7 +86,7 @@ def test_contexts_are_those_of_training(run, monkeypatch, tmp_path, template, hi
     ],
 )
 def test_replies_become_messages(prompt, text, reasoning, content):
-    message = chat.to_message(text, prompt, "{% if '</think>' in content %}")
+    message = commands.to_message(text, prompt, "{% if '</think>' in content %}")
     assert message.get("reasoning_content") == reasoning
     assert message["content"] == content
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from trl_singlepass.cli import hub
+from trl_singlepass.cli.main import check_hub
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def endpoint(monkeypatch):
 def test_a_wrong_model_fails_fast_without_a_network():
     start = time.monotonic()
     with pytest.raises(ValueError, match="no-such/model cannot be loaded: it is neither a folder nor in the cache"):
-        hub.check_hub("no-such/model", None)
+        check_hub("no-such/model", None)
     assert time.monotonic() - start < 5
     assert constants.HF_HUB_OFFLINE
     assert os.environ["HF_HUB_OFFLINE"] == "1"  # for processes that are started later
@@ -47,22 +47,27 @@ sys.exit(f"imported {heavy}" if heavy or code != 2 else 0)
 @pytest.mark.usefixtures("endpoint")
 def test_the_hub_is_asked_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(hub, "_answers", lambda endpoint: asked.append(endpoint))
+
+    def ask():
+        asked.append(True)
+        raise OSError
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", ask)
     for _ in range(2):
         with pytest.raises(ValueError, match="cannot be loaded"):
-            hub.check_hub("no-such/model", "no-such/data")
+            check_hub("no-such/model", "no-such/data")
     assert len(asked) == 1
 
 
 @pytest.mark.usefixtures("endpoint")
 def test_cached_models_and_local_files_are_fine(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda model, file: f"/cache/{file}")
-    hub.check_hub("some/model", "some/data")
-    monkeypatch.setattr(hub, "_answers", lambda endpoint: pytest.fail("asked the Hub for local files"))
-    hub.check_hub(str(tmp_path), None)
+    check_hub("some/model", "some/data")
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("asked the Hub for local files"))
+    check_hub(str(tmp_path), None)
 
 
 def test_a_path_that_is_no_hub_id_is_refused_at_once(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="neither a folder nor the id of a model"):
-        hub.check_hub("out/demo/model", None)
+        check_hub("out/demo/model", None)

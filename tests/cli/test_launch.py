@@ -17,7 +17,7 @@ from support.slow import slow_but_for
 from support.trainers import own_settings
 from trl_singlepass import SinglePassDPOConfig, SinglePassGRPOConfig, SinglePassRLOOConfig, SinglePassSFTConfig
 from trl_singlepass.cli import launch
-from trl_singlepass.cli.errors import INTERRUPTED
+from trl_singlepass.cli.arguments import INTERRUPTED
 from trl_singlepass.cli.main import main
 from trl_singlepass.scripts import sft
 

@@ -12,8 +12,7 @@ import pytest
 import trl_singlepass
 from support.chat_tokenizers import make_tokenizer
 from support.small_files import UNREADABLE
-from trl_singlepass.cli.arguments import ADD_ARGUMENTS, CommandParser
-from trl_singlepass.cli.errors import CUT_OFF, INTERRUPTED
+from trl_singlepass.cli.arguments import ADD_ARGUMENTS, CUT_OFF, INTERRUPTED, CommandParser
 from trl_singlepass.cli.main import COMMANDS, main
 from trl_singlepass.scripts import SCRIPTS
 
@@ -60,8 +59,8 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
 def test_examples_parse(name):
     parser = CommandParser()
     ADD_ARGUMENTS[name](parser)
-    args = parser.parse(COMMANDS[name].example.split()[2:])
-    assert args.model == "Qwen/Qwen3-0.6B"
+    args = parser.parse(COMMANDS[name].example.partition(" > ")[0].split()[2:])
+    assert getattr(args, "model", "Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     assert getattr(args, "data", "data.jsonl") == "data.jsonl"
 
 
@@ -168,5 +167,5 @@ def test_ctrl_c_is_a_line(monkeypatch, run):
     def interrupt(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trl_singlepass.cli.recipes.find_recipes", lambda: interrupt("recipes"))
+    monkeypatch.setattr("trl_singlepass.cli.file_commands.find_recipes", lambda: interrupt("recipes"))
     assert run("recipes") == (INTERRUPTED, "", "\ntrl-singlepass recipes: Interrupted.\n")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_singlepass.cli import recipes
+from trl_singlepass.cli import file_commands
 
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -50,8 +50,8 @@ def test_a_changed_file_stops_it_before_anything_is_written(run, tmp_path):
 
 
 def test_files_that_are_the_same_stay(tmp_path):
-    recipes.write_recipes(str(tmp_path))
-    assert recipes.write_recipes(str(tmp_path)).startswith("Wrote 0 files")
+    file_commands.write_recipes(str(tmp_path))
+    assert file_commands.write_recipes(str(tmp_path)).startswith("Wrote 0 files")
 
 
 @pytest.mark.parametrize(
@@ -69,4 +69,4 @@ def test_errors(run, arguments, message):
 
 
 def test_every_recipe_says_what_it_is_for():
-    assert not [line for line in recipes.list_recipes().splitlines() if len(line.split()) < 3]
+    assert not [line for line in file_commands.list_recipes().splitlines() if len(line.split()) < 3]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_singlepass.cli import worker
-from trl_singlepass.cli.errors import EXPLAINED, INTERRUPTED
+from trl_singlepass.cli.arguments import EXPLAINED, INTERRUPTED
 from trl_singlepass.data.bad_rows import BadRowError
 from trl_singlepass.scripts import dpo, run, sft
 from trl_singlepass.training import compatibility, situation

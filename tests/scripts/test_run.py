@@ -41,11 +41,14 @@ def test_a_run_saves_when_told_to_stop_and_goes_on_from_there(
 ):
     more = ["--max_steps", 4, "--logging_steps", 1, "--save_strategy", "steps", "--save_steps", 100]
     given = ["--model_name_or_path", model, "--dataset_name", request.getfixturevalue(file), *more]
-    original = getattr(script, trainer)
+    trainer = getattr(script, trainer)
+    original = trainer.__init__
     train(script, *given, "--output_dir", tmp_path / "whole", "--resume_from_checkpoint", "auto")  # nothing there yet
     with monkeypatch.context() as patch:
         patch.setattr(
-            script, trainer, lambda callbacks, **kwargs: original(callbacks=[*callbacks, ToldToStop()], **kwargs)
+            trainer,
+            "__init__",
+            lambda self, callbacks, **kwargs: original(self, callbacks=[*callbacks, ToldToStop()], **kwargs),
         )
         train(script, *given, "--output_dir", tmp_path / "out")
     assert "--resume_from_checkpoint auto" in capsys.readouterr().out
@@ -68,17 +71,19 @@ def test_boolean_buffers_are_ignored_as_trls_script_does(
     model, script, trainer, file, tmp_path, monkeypatch, request, setting, ignored
 ):
     seen = []
+    trainer = getattr(script, trainer)
+    original = trainer.__init__
 
-    class WithBuffer(getattr(script, trainer)):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.model.register_buffer("flag", torch.tensor(True))
+    def with_buffer(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.model.register_buffer("flag", torch.tensor(True))
 
-        def train(self, **kwargs):
-            seen.append(getattr(self.model, "_ddp_params_and_buffers_to_ignore", None))
-            raise KeyboardInterrupt
+    def stop(self, **kwargs):
+        seen.append(getattr(self.model, "_ddp_params_and_buffers_to_ignore", None))
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, trainer, WithBuffer)
+    monkeypatch.setattr(trainer, "__init__", with_buffer)
+    monkeypatch.setattr(trainer, "train", stop)
     given = ["--model_name_or_path", model, "--dataset_name", request.getfixturevalue(file), "--max_steps", 1]
     with pytest.raises(KeyboardInterrupt):
         train(script, *given, "--output_dir", tmp_path / "out", "--ignore_bias_buffers", setting)

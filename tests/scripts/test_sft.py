@@ -8,6 +8,7 @@ import pytest
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat
 from support.small_files import UNREADABLE, examples
+from trl_singlepass import SinglePassSFTTrainer
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.scripts import sft
 from trl_singlepass.scripts.run import load_splits
@@ -30,13 +31,13 @@ def parse(arguments):
 
 def test_script_trains_on_a_file_with_tool_calls_of_both_forms(model, data, tmp_path, monkeypatch):
     seen = []
-    original = sft.SinglePassSFTTrainer
+    original = SinglePassSFTTrainer.__init__
 
-    def remember(**kwargs):
+    def remember(self, **kwargs):
         seen.append(kwargs)
-        return original(**kwargs)
+        original(self, **kwargs)
 
-    monkeypatch.setattr(sft, "SinglePassSFTTrainer", remember)
+    monkeypatch.setattr(SinglePassSFTTrainer, "__init__", remember)
     arguments = ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", tmp_path / "out", *TRAIN]
     sft.main(*parse([*arguments, "--dtype", "float32"]))
     assert trained(tmp_path / "out")

@@ -1,14 +1,33 @@
-"""Arguments of the commands that load a model, and TRL's parser as all commands use it."""
+"""Arguments of the commands, TRL's parser as all of them use it, and errors as they show them."""
 
 from __future__ import annotations
 
+import re
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache, partial
+from importlib import import_module
 from typing import Any, NoReturn
 
 from trl.scripts.utils import TrlParser  # without PyTorch, which takes seconds
+
+from ..data.logs import LogSource
+from ..scripts import SCRIPTS
+from ..trees.errors import DataError, as_sentence
+
+
+EXPLAINED = 2
+"""Exit code of a process that has printed its error."""
+INTERRUPTED = 130
+"""Exit code of a process that Ctrl-C has ended, as shells have it."""
+CUT_OFF = 141
+"""Exit code of a process whose output nobody reads any more, as in `trl-singlepass recipes | head`."""
+# What users can act on: wrong arguments, files, rows and models, and packages that are not installed.
+USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError)
+# A setting as Python has it, with a value that can be typed: `bad_rows='drop'`.
+_SETTING = re.compile(r"(?<![\w.'\"-])(\w+)=(?:'([\w./-]+)'|(True|False|-?\d+(?:\.\d+)?(?:e-?\d+)?))(?![\w(])")
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -198,6 +217,59 @@ def _add_chat(parser: CommandParser) -> None:
     _add_device(parser)
 
 
+def _add_debug(parser: CommandParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_recipes(parser: CommandParser) -> None:
+    _add_debug(parser)
+    parser.add_argument("name", metavar="NAME", nargs="?", help="recipe to print; without it, they are listed")
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="folder to write all of them to")
+
+
+def _add_demo_model(parser: CommandParser) -> None:
+    _add_debug(parser)
+    parser.add_argument("path", metavar="FOLDER", help="folder to write")
+    parser.set_defaults(kind="model")
+
+
+def _add_demo_data(parser: CommandParser) -> None:
+    _add_debug(parser)
+    parser.add_argument("path", metavar="PATH", help="file to write; with --logs, a folder")
+    other = parser.add_mutually_exclusive_group()
+    pairs, logs = "write preference pairs, for `dpo`", "write logs of agents, for `import`"
+    other.add_argument("--pairs", dest="kind", action="store_const", const="pairs", help=pairs)
+    other.add_argument("--logs", dest="kind", action="store_const", const="logs", help=logs)
+
+
+def _add_import(parser: CommandParser) -> None:
+    _add_debug(parser)
+    sources = list(map(str, LogSource))
+    parser.add_argument("source", metavar="SOURCE", choices=sources, help=f"format of the logs: {', '.join(sources)}")
+    parser.add_argument("files", metavar="FILES", nargs="+", help="files of the log, or folders that hold them")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="JSON Lines file to write")
+    parser.add_argument(
+        "--bad_lines",
+        choices=["error", "drop"],
+        default="error",
+        help="what happens to lines that cannot be trained as they were sent: one error names them all, or they are "
+        "left out and counted",
+    )
+    parser.add_argument(
+        "--system_prompt",
+        metavar="FILE",
+        help="text file with the system prompt of requests that have none, as in a transcript",
+    )
+    parser.add_argument(
+        "--tools", metavar="FILE", help="JSON file with the tools of requests that have none, as in a transcript"
+    )
+    parser.add_argument(
+        "--skip_attachments",
+        action="store_true",
+        help="leave attachments in transcripts of Claude Code out of contexts: how they were worded is not in there",
+    )
+
+
 ADD_ARGUMENTS: dict[str, Callable[[CommandParser], None]] = {
     "inspect": _add_inspect,
     "audit": _add_audit,
@@ -205,5 +277,41 @@ ADD_ARGUMENTS: dict[str, Callable[[CommandParser], None]] = {
     "bench": _add_bench,
     "doctor": _add_doctor,
     "chat": _add_chat,
+    "recipes": _add_recipes,
+    "demo-model": _add_demo_model,
+    "demo-data": _add_demo_data,
+    "import": _add_import,
 }
-"""What adds the arguments of each command that loads a model."""
+"""What adds the arguments of each command that does not train."""
+
+
+# Errors as the command line shows them -------------------------------------------------------------------------------
+
+
+def describe_error(error: BaseException, command: str) -> str:
+    """
+    Return the whole text of an error, with its type unless it is a `ValueError`.
+
+    A `DataError` keeps its lines, every other error is one. Settings that it names are spelt like the flags of the
+    command, if that trains (`--bad_rows drop`).
+    """
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    # A worker of a DataLoader puts its traceback first.
+    text = str(error).rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")[2]
+    lines = text.splitlines() if isinstance(error, DataError) else [text]
+    whole = "\n".join(line for line in (" ".join(line.split()) for line in lines) if line) or type(error).__name__
+    return kind + as_sentence(_SETTING.sub(partial(_as_typed, command), whole))
+
+
+def _as_typed(command: str, setting: re.Match[str]) -> str:
+    name, word, value = setting.groups()
+    return f"--{name} {word or value.lower()}" if f"--{name}" in _flags_of(command) else setting[0]
+
+
+@cache
+def _flags_of(command: str) -> Collection[str]:
+    """Return the flags of the script of a command: none if it has no script, which takes seconds to import."""
+    if command not in SCRIPTS:
+        return ()
+    flags: Collection[str] = import_module(SCRIPTS[command]).make_parser()._option_string_actions
+    return flags

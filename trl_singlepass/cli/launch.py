@@ -30,8 +30,7 @@ from ..training.base_config import EngineConfig, own_settings
 from ..training.checkpoints import last_good_checkpoint
 from ..training.config import SinglePassSFTConfig
 from ..training.preemption import SIGNALS
-from .arguments import Parser, with_config_apart
-from .errors import EXPLAINED, INTERRUPTED
+from .arguments import EXPLAINED, INTERRUPTED, Parser, with_config_apart
 
 
 WORKER = "trl_singlepass.cli.worker"  # runs a script, and prints errors without a traceback

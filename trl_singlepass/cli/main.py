@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
+from pathlib import Path
 
-from .arguments import ADD_ARGUMENTS, CommandParser, peek
-from .errors import CUT_OFF, INTERRUPTED, describe_error
-from .hub import check_hub
+from ..scripts import SCRIPTS
+from .arguments import ADD_ARGUMENTS, CUT_OFF, INTERRUPTED, CommandParser, describe_error, peek
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,8 @@ COMMANDS = {
     ),
 }
 ALIASES = {"sft": "train"}
+_TIMEOUT = 2.0  # seconds
+_MODEL_FILES = ("config.json", "tokenizer_config.json", "adapter_config.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,9 +143,7 @@ def _help() -> str:
 
 
 def _report(name: str, arguments: list[str]) -> int:
-    parser = CommandParser(**_about(name))
-    ADD_ARGUMENTS[name](parser)
-    args = parser.parse(arguments)
+    args = _parse(name, arguments)
     check_hub(args.model, getattr(args, "data", None))
     from rich.console import Console
 
@@ -154,6 +154,23 @@ def _report(name: str, arguments: list[str]) -> int:
     console = Console(width=None if sys.stdout.isatty() else 118)
     run: Callable[[Namespace, Console], int] = getattr(commands, name)
     return run(args, console)
+
+
+def _write(name: str, arguments: list[str]) -> int:
+    args = _parse(name, arguments)
+    from . import file_commands
+
+    if name == "demo-model":
+        _quiet()
+    write = {"recipes": file_commands.recipes, "import": file_commands.import_logs}.get(name, file_commands.write_demo)
+    print(write(args))
+    return 0
+
+
+def _parse(name: str, arguments: list[str]) -> Namespace:
+    parser = CommandParser(**_about(name))
+    ADD_ARGUMENTS[name](parser)
+    return parser.parse(arguments)
 
 
 def _train(name: str, arguments: list[str]) -> int:
@@ -169,68 +186,11 @@ def _train(name: str, arguments: list[str]) -> int:
     return launch(name, ["--help" if flag == "--help_all" else flag for flag in others], debug=debug, **_about(name))
 
 
-def _recipes(name: str, arguments: list[str]) -> int:
-    from .recipes import list_recipes, read_recipe, write_recipes
-
-    parser = _plain_parser(name)
-    parser.add_argument("name", metavar="NAME", nargs="?", help="recipe to print; without it, they are listed")
-    parser.add_argument("-o", "--output", metavar="FOLDER", help="folder to write all of them to")
-    args = parser.parse(arguments)
-    if args.name is not None and args.output is not None:
-        raise ValueError("give NAME to print a recipe, or --output to write all, not both")
-    if args.output is not None:
-        print(write_recipes(args.output))
-    else:
-        print(list_recipes() if args.name is None else read_recipe(args.name).rstrip("\n"))
-    return 0
-
-
-def _demo(name: str, arguments: list[str]) -> int:
-    from .demo import write_demo_data, write_demo_logs, write_demo_model, write_demo_pairs
-
-    parser = _plain_parser(name)
-    write = write_demo_data if name == "demo-data" else write_demo_model
-    if name == "demo-data":
-        parser.add_argument("path", metavar="PATH", help="file to write; with --logs, a folder")
-        other = parser.add_mutually_exclusive_group()
-        pairs, logs = "write preference pairs, for `dpo`", "write logs of agents, for `import`"
-        other.add_argument("--pairs", dest="write", action="store_const", const=write_demo_pairs, help=pairs)
-        other.add_argument("--logs", dest="write", action="store_const", const=write_demo_logs, help=logs)
-    else:
-        parser.add_argument("path", metavar="FOLDER", help="folder to write")
-    parser.set_defaults(write=write)
-    args = parser.parse(arguments)
-    _quiet()
-    print(args.write(args.path))
-    return 0
-
-
-def _import(name: str, arguments: list[str]) -> int:
-    from .import_logs import add_arguments, import_logs
-
-    parser = _plain_parser(name)
-    add_arguments(parser)
-    print(import_logs(parser.parse(arguments)))
-    return 0
-
-
 RUNNERS = {
-    "train": _train,
-    "dpo": _train,
-    "grpo": _train,
-    "rloo": _train,
-    "recipes": _recipes,
-    "demo-model": _demo,
-    "demo-data": _demo,
-    "import": _import,
+    **dict.fromkeys(SCRIPTS, _train),
+    **dict.fromkeys(("recipes", "demo-model", "demo-data", "import"), _write),
 }
-"""Commands that do more, or less, than report on a model and data."""
-
-
-def _plain_parser(name: str) -> CommandParser:
-    parser = CommandParser(**_about(name))
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+"""What runs commands that do more, or less, than report on a model and data."""
 
 
 def _split_debug(arguments: Sequence[str]) -> tuple[bool, list[str]]:
@@ -261,3 +221,49 @@ def _quiet() -> None:
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+# Without a network, only cached models and datasets can be loaded ----------------------------------------------------
+
+
+def check_hub(model: str | None, data: str | None) -> None:
+    """
+    Refuse a model that cannot be loaded with `ValueError`, and go offline if the Hub does not answer.
+
+    Left to themselves, libraries try again for each file of a model, for most of a minute. Processes that are started
+    later are offline too.
+    """
+    on_hub = [name for name in (model, data) if name is not None and not Path(name).expanduser().exists()]
+    if not on_hub:
+        return
+    # Imported only now: neither `--help` nor local files need it.
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
+    if model not in on_hub:
+        return
+    try:
+        validate_repo_id(model)
+    except HFValidationError as error:
+        raise ValueError(f"{model} cannot be loaded: it is neither a folder nor the id of a model.") from error
+    if constants.HF_HUB_OFFLINE and not any(
+        isinstance(try_to_load_from_cache(model, file), str) for file in _MODEL_FILES
+    ):
+        raise ValueError(
+            f"{model} cannot be loaded: it is neither a folder nor in the cache, and the Hub does not answer or "
+            "HF_HUB_OFFLINE is set."
+        )
+
+
+def _answers(endpoint: str) -> bool:
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(endpoint, timeout=_TIMEOUT)
+    except Exception:  # the HTTP library of huggingface_hub, and so the type of the exception, depends on its version
+        return False
+    return True

@@ -10,7 +10,7 @@ from importlib import import_module
 from types import FrameType
 
 from ..scripts import SCRIPTS
-from .errors import EXPLAINED, INTERRUPTED, USER_ERRORS, describe_error
+from .arguments import EXPLAINED, INTERRUPTED, USER_ERRORS, describe_error
 
 
 _HEAD_START = 10.0  # seconds in which rank 0 prints an error that all ranks have, and the launcher stops the others

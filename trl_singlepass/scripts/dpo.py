@@ -11,24 +11,13 @@ accelerate launch -m trl_singlepass.scripts.dpo \
 
 from functools import partial
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
-
 from ..preference.config import SinglePassDPOConfig
 from ..preference.trainer import SinglePassDPOTrainer
 from .run import make_parser_of, train
 
 
 make_parser = partial(make_parser_of, SinglePassDPOConfig)
-
-
-def main(
-    script_args: ScriptArguments,
-    training_args: SinglePassDPOConfig,
-    model_args: ModelConfig,
-    dataset_args: DatasetMixtureConfig,
-) -> None:
-    """Train a model, as `trl.scripts.dpo` does."""
-    train(SinglePassDPOTrainer, script_args, training_args, model_args, dataset_args)
+main = partial(train, SinglePassDPOTrainer)
 
 
 if __name__ == "__main__":

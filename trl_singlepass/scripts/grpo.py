@@ -12,26 +12,15 @@ accelerate launch -m trl_singlepass.scripts.grpo \
 
 from functools import partial
 
-from trl import DatasetMixtureConfig, ModelConfig
 from trl.scripts.grpo import GRPOScriptArguments
 
 from ..groups.config import SinglePassGRPOConfig
 from ..groups.trainer import SinglePassGRPOTrainer
-from .run import load_rewards, make_parser_of, train
+from .run import make_parser_of, train
 
 
 make_parser = partial(make_parser_of, SinglePassGRPOConfig, script_arguments=GRPOScriptArguments)
-
-
-def main(
-    script_args: GRPOScriptArguments,
-    training_args: SinglePassGRPOConfig,
-    model_args: ModelConfig,
-    dataset_args: DatasetMixtureConfig,
-) -> None:
-    """Train a model, as `trl.scripts.grpo` does."""
-    rewards = load_rewards(script_args.reward_model_name_or_path, script_args.reward_funcs)
-    train(SinglePassGRPOTrainer, script_args, training_args, model_args, dataset_args, reward_funcs=rewards)
+main = partial(train, SinglePassGRPOTrainer)
 
 
 if __name__ == "__main__":

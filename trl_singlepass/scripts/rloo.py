@@ -12,26 +12,15 @@ accelerate launch -m trl_singlepass.scripts.rloo \
 
 from functools import partial
 
-from trl import DatasetMixtureConfig, ModelConfig
 from trl.scripts.rloo import RLOOScriptArguments
 
 from ..groups.config import SinglePassRLOOConfig
 from ..groups.trainer import SinglePassRLOOTrainer
-from .run import load_rewards, make_parser_of, train
+from .run import make_parser_of, train
 
 
 make_parser = partial(make_parser_of, SinglePassRLOOConfig, script_arguments=RLOOScriptArguments)
-
-
-def main(
-    script_args: RLOOScriptArguments,
-    training_args: SinglePassRLOOConfig,
-    model_args: ModelConfig,
-    dataset_args: DatasetMixtureConfig,
-) -> None:
-    """Train a model, as `trl.scripts.rloo` does."""
-    rewards = load_rewards(script_args.reward_model_name_or_path, script_args.reward_funcs)
-    train(SinglePassRLOOTrainer, script_args, training_args, model_args, dataset_args, reward_funcs=rewards)
+main = partial(train, SinglePassRLOOTrainer)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from trl import (
     get_quantization_config,
 )
 from trl.rewards import get_soft_overlong_punishment
+from trl.scripts.grpo import GRPOScriptArguments
+from trl.scripts.rloo import RLOOScriptArguments
 
 from ..data.files import LINES, TABLES, JsonLines, naming
 from ..groups.trainer import SinglePassGRPOTrainer, SinglePassRLOOTrainer
@@ -56,13 +58,15 @@ def train(
     training_args: TrainingArguments,
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
-    **others: Any,
 ) -> None:
     """
     Train from the checkpoint that is asked for, if any, then write the model and its card.
 
-    `others` are further arguments of the trainer. After a signal, there is a checkpoint, and nothing else is written.
+    After a signal, there is a checkpoint, and nothing else is written.
     """
+    others: dict[str, Any] = {}
+    if isinstance(script_args, GRPOScriptArguments | RLOOScriptArguments):
+        others["reward_funcs"] = load_rewards(script_args.reward_model_name_or_path, script_args.reward_funcs)
     training_args.model_init_kwargs = _model_kwargs(model_args, training_args)
     check_before_loading(training_args)
     dataset = load_splits(script_args, dataset_args)

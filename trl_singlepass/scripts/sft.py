@@ -11,24 +11,13 @@ accelerate launch -m trl_singlepass.scripts.sft \
 
 from functools import partial
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
-
 from ..training.config import SinglePassSFTConfig
 from ..training.trainer import SinglePassSFTTrainer
 from .run import make_parser_of, train
 
 
 make_parser = partial(make_parser_of, SinglePassSFTConfig)
-
-
-def main(
-    script_args: ScriptArguments,
-    training_args: SinglePassSFTConfig,
-    model_args: ModelConfig,
-    dataset_args: DatasetMixtureConfig,
-) -> None:
-    """Train a model, as `trl.scripts.sft` does."""
-    train(SinglePassSFTTrainer, script_args, training_args, model_args, dataset_args)
+main = partial(train, SinglePassSFTTrainer)
 
 
 if __name__ == "__main__":

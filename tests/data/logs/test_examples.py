@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 
 from support.logs import assistant, take_apart, user
 from trl_singlepass.data.logs.examples import MessageExamples, TokenExamples
-from trl_singlepass.data.logs.lines import Place
-from trl_singlepass.data.logs.lines import LoggedRequest, LoggedTokens
+from trl_singlepass.data.logs.lines import LoggedRequest, LoggedTokens, Place
 
 
 def request(*messages, **keys):

@@ -1,15 +1,25 @@
-"""`trl-singlepass recipes`: training runs that come with the package, as files to start from."""
+"""The commands that write files, and load no model: `recipes`, `demo-model`, `demo-data` and `import`."""
 
 from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 
-INSTALLED = Path(__file__).with_name("recipes")
+_INSTALLED = Path(__file__).with_name("recipes")
 # The wheel has a copy of the repository's folder; an editable installation reads the folder itself.
-RECIPES = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[2] / "recipes"
+RECIPES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def recipes(args: Namespace) -> str:
+    """List the recipes, or return the text of one, or write all to a folder and say so."""
+    if args.name is not None and args.output is not None:
+        raise ValueError("give NAME to print a recipe, or --output to write all, not both")
+    if args.output is not None:
+        return write_recipes(args.output)
+    return list_recipes() if args.name is None else read_recipe(args.name).rstrip("\n")
 
 
 def find_recipes() -> dict[str, Path]:
@@ -60,3 +70,35 @@ def _first_sentence(path: Path) -> str:
         return f"DeepSpeed's ZeRO, stage {zero['stage']}{', with offload to the CPU' if offloads else ''}"
     comments = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
     return re.split(r"(?<=\w[.?]) ", " ".join(comments), maxsplit=1)[0].rstrip(".")
+
+
+def write_demo(args: Namespace) -> str:
+    """Write the demo's model, conversations, pairs or logs, and say so."""
+    from . import demo
+
+    write = {"model": demo.write_demo_model, "pairs": demo.write_demo_pairs, "logs": demo.write_demo_logs}
+    return write.get(args.kind, demo.write_demo_data)(args.path)
+
+
+def import_logs(args: Namespace) -> str:
+    """Write the dataset of a log and return the report."""
+    from ..data.bad_rows import BadRows  # imports transformers, which `--help` does not need
+    from ..data.logs import LogSource, importer
+
+    examples, report = importer.import_logs(
+        LogSource(args.source),
+        args.files,
+        bad_lines=BadRows(args.bad_lines),
+        system_prompt=None if args.system_prompt is None else _existing(args.system_prompt).read_text("utf-8"),
+        tools=None if args.tools is None else importer.read_tools(_existing(args.tools)),
+        skip_attachments=args.skip_attachments,
+    )
+    importer.write_examples(examples, Path(args.output))
+    return f"{report}\nWrote {args.output}"
+
+
+def _existing(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"There is no file {name}.")
+    return path
