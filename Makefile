@@ -7,7 +7,7 @@ SLOW := $(VENV)/.slow
 # Files in the order of their folders: sorted by their number of tests, the longest ones would come last.
 ON_TWO_CORES := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install test test-slow lint demo demo-model bench gpu docs pictures clean
+.PHONY: help install test test-slow lint demo demo-model bench results gpu docs pictures clean
 
 help:
 	@echo "make install      everything into .venv"
@@ -19,6 +19,7 @@ help:
 	@echo "make docs         build the site from docs/ into out/site"
 	@echo "make pictures     draw the pictures of the docs"
 	@echo "make bench        measure the step time of every mode and write it to benchmarks/results/"
+	@echo "make results      measure again what is older than its code (ARGS=\"--data FOLDER --tokenizer PATH\")"
 	@echo "make gpu          on a GPU: doctor, the tests that need one, and step times, in 25 minutes (run it again to go on)"
 
 install: $(INSTALLED)
@@ -66,6 +67,9 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.step_time $(ARGS)
 	$(BIN)/python -m benchmarks.step_time --memory
 	$(BIN)/python -m benchmarks.report
+
+results: $(INSTALLED)
+	$(BIN)/python -m benchmarks.freshness --run $(ARGS)
 
 gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -34,7 +34,6 @@ from trl_singlepass.trees.rows import Row
 
 RESULTS = Path(__file__).parent / "results" / "balance_at_scale.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "balance_at_scale.svg"
-SHARED = Path(__file__).parents[2] / "shared"
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 ROW_TOKENS, ROWS_PER_STEP = 32768, 2
 MODEL = Qwen3Config(  # Qwen3-8B
@@ -235,8 +234,8 @@ def draw(datasets_measured: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, nargs="*", default=sorted((SHARED / "data").glob("*.jsonl")))
-    parser.add_argument("--tokenizer", default=str(SHARED / "tokenizers" / "qwen3"))
+    parser.add_argument("--data", type=Path, nargs="*", default=[], help="files of conversations")
+    parser.add_argument("--tokenizer", default="Qwen/Qwen3-0.6B", help="path or Hub id of a tokenizer")
     parser.add_argument("--rank-steps", type=int, default=2 * RANKS[-1], help="ranks × steps of every simulation")
     parser.add_argument("--redraw", action="store_true", help="only redraw the picture from the results")
     arguments = parser.parse_args()
@@ -251,7 +250,10 @@ def main() -> None:
     few = [by_rows_per_step(lengths["log-normal reasoning"], ranks, random) for ranks in (8, 64, 512)]
     setting = {"row_tokens": ROW_TOKENS, "packed_rows_per_step": ROWS_PER_STEP, "rank_steps": arguments.rank_steps}
     RESULTS.write_text(
-        json.dumps({**describe("cpu"), **setting, "datasets": measured, "by_rows_per_step": few}, indent=1) + "\n"
+        json.dumps(
+            {**describe("cpu", "balance_at_scale"), **setting, "datasets": measured, "by_rows_per_step": few}, indent=1
+        )
+        + "\n"
     )
     draw(measured, PICTURE)
 

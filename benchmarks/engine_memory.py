@@ -127,7 +127,9 @@ def main() -> None:
     if arguments.engine is not None:
         train_one(arguments.engine, arguments.bf16, arguments.folder)
     measured = [measure(engine, bf16) for bf16 in (False, True) for engine in ENGINES]
-    RESULTS.write_text(json.dumps({**describe("cpu"), "ranks": 2, "measured": measured}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps({**describe("cpu", "engine_memory"), "ranks": 2, "measured": measured}, indent=1) + "\n"
+    )
     for one in measured:
         numbers = f"{one['bytes_per_parameter']:.2f} {one['resident_per_parameter']:.2f}"
         print(f"{one['engine']:6} {'bf16' if one['bf16'] else 'float32':8} {numbers}")

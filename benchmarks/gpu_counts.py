@@ -23,6 +23,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from benchmarks.kernel_speed import KernelSpeed, attention_flops
 from benchmarks.launches import LaunchCounter
+from benchmarks.machine import describe
 from benchmarks.model_shapes import MODELS, get_config, make_model
 from benchmarks.report import replace_between_markers, table
 from trl_singlepass import PrefixTree, Sample
@@ -177,7 +178,7 @@ def main() -> None:
             for workload in WORKLOADS:
                 counted.append(count(model, workload))
                 print(json.dumps(counted[-1]), flush=True)
-        result = {"kind": "gpu_counts", "matrices": MATRICES, "attention": ATTENTION, "counted": counted}
+        result = {**describe("cpu", "gpu_counts"), "matrices": MATRICES, "attention": ATTENTION, "counted": counted}
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     replace_between_markers(PAGE, tables(json.loads(RESULTS.read_text())), "gpu counts")
 

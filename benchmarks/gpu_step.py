@@ -25,6 +25,7 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.apart import run_apart
+from benchmarks.freshness import code_of
 from benchmarks.launches import LaunchCounter
 from benchmarks.machine import describe, file_name_of_device
 from benchmarks.model_shapes import get_config, make_model
@@ -200,12 +201,13 @@ def run(path: Path, result: dict[str, Any], todo: list[Case], seconds: float) ->
 
 
 def load_result(path: Path, device: str, kernels: list[str], missing: dict[str, str]) -> dict[str, Any]:
-    """What was measured before, or an empty result."""
+    """What was measured of this code before, or an empty result."""
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
-        return {**found, "kernels": kernels, "not_available": missing}
+        if found.get("code") == code_of("gpu_step"):
+            return {**found, "kernels": kernels, "not_available": missing}
     return {
-        "kind": "gpu_step", **describe(device), "packages": versions(), "dtype": "bfloat16", "kernels": kernels,
+        **describe(device, "gpu_step"), "packages": versions(), "dtype": "bfloat16", "kernels": kernels,
         "not_available": missing, "measured": [],
     }  # fmt: skip
 

@@ -23,13 +23,15 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config
 
 from benchmarks.machine import describe
-from benchmarks.preference import MODEL, TINY, make_model
+from benchmarks.preference import MODEL as TWO_LAYERS
+from benchmarks.preference import TINY, make_model
 from trl_singlepass import PrefixTree, Sample, tree_log_probs
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.groups.lines import PaddedLines
 
 
 RESULTS = Path(__file__).parent / "results" / "groups.json"
+MODEL = {**TWO_LAYERS, "num_hidden_layers": 1}
 PROMPTS, COMPLETIONS, GROUPS = (200, 2000, 8000), (100, 500, 2000), (4, 8, 16)
 Size = tuple[int, int, int]
 """Tokens of the prompt, tokens of each completion, completions."""
@@ -164,7 +166,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes, groups = (TINY, [(50, 5, 2)]) if options.tiny else (MODEL, list(product(PROMPTS, COMPLETIONS, GROUPS)))
     rows = measure(sizes, groups, options.repeats, options.minutes)
-    result = {"model": sizes, **describe("cpu"), "rows": rows}
+    result = {**describe("cpu", "groups"), "model": sizes, "rows": rows}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print("\n".join(table(rows)))
 

@@ -183,7 +183,7 @@ def main() -> None:
         return
     if not arguments.tables:
         counted = [count(model, checkpointing) for model in BUDGETS for checkpointing in (True, False)]
-        RESULTS.write_text(json.dumps({"kind": "host_time", **describe("cpu"), "counted": counted}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({**describe("cpu", "host_time"), "counted": counted}, indent=1) + "\n")
     replace_between_markers(PAGE, tables(json.loads(RESULTS.read_text())), "host time")
 
 

@@ -139,7 +139,7 @@ def main() -> None:
     for result in results:
         print(json.dumps(result))
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**describe("cpu"), "results": results}, indent=2) + "\n")
+    RESULTS.write_text(json.dumps({**describe("cpu", "hybrid_step"), "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

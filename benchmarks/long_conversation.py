@@ -245,7 +245,7 @@ def main() -> None:
         print(json.dumps({**asdict(case), **(measure_step(case) if case.step else measure_preparation(case))}))
         return
     kind = "long_conversation_steps" if arguments.steps else "long_conversation"
-    result = {"kind": kind, **describe("cpu"), "wave_tokens": WAVE_TOKENS}
+    result = {**describe("cpu", kind), "wave_tokens": WAVE_TOKENS}
     result |= {"model": MODEL, "window": WINDOW} if arguments.steps else {}
     result["results"] = [
         {name: value for name, value in measure_apart(case).items() if name != "tokenizer"}

@@ -1,4 +1,4 @@
-"""Describe where a measurement ran: machine, versions, commit."""
+"""Describe where a measurement ran, and what it measured: machine, versions, commit, code."""
 
 import datetime
 import os
@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.freshness import code_of
+
 
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def describe(device: str) -> dict[str, Any]:
+def describe(device: str, kind: str = "") -> dict[str, Any]:
+    """Return where and when something is measured; for results of a kind, also which code."""
     return {
+        **({"kind": kind, "code": code_of(kind)} if kind else {}),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _git("rev-parse", "HEAD"),
         "has_uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "trl_singlepass")),

@@ -125,7 +125,7 @@ def main() -> None:
     print(json.dumps(result, indent=2))
     if not arguments.dry_run:
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({"kind": "packing", **describe("cpu"), "results": [result]}, indent=2) + "\n")
+        RESULTS.write_text(json.dumps({**describe("cpu", "packing"), "results": [result]}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@ Draw the pictures of the docs into docs/images/, from the demo's conversations a
 
     python -m benchmarks.pictures
 
-The loss by turn comes from training a small model, which takes minutes on a CPU. Its numbers are stored in
-results/loss_by_turn.json and reused until that file is deleted.
+The loss by turn comes from training a small model, which takes minutes on a CPU. With `--train`, its numbers are
+measured again and stored in results/loss_by_turn.json.
 """
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,9 @@ def speedup() -> Figure:
     return plot_speedup(turns, measured, bound)
 
 
-def losses_by_turn(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the losses on held-out conversations after training on the others."""
-    if not LOSSES.exists():
+def losses_by_turn(tokenizer: PreTrainedTokenizerBase, trains: bool) -> dict[str, Any]:
+    """Return the losses on held-out conversations after training on the others: now, or as they are stored."""
+    if trains:
         data = load_dataset("json", data_files=str(DATA), split="train").train_test_split(test_size=20, seed=0)
         trainer = SinglePassSFTTrainer(
             model=load_model(None, tokenizer),
@@ -81,12 +82,15 @@ def losses_by_turn(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             processing_class=tokenizer,
         )
         trainer.train()
-        kept = {"kind": "loss_by_turn", **describe("cpu"), "steps": STEPS, "metrics": trainer.evaluate()}
+        kept = {**describe("cpu", "loss_by_turn"), "steps": STEPS, "metrics": trainer.evaluate()}
         LOSSES.write_text(json.dumps(kept, indent=1) + "\n")
     return json.loads(LOSSES.read_text())["metrics"]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.pictures", description=__doc__.splitlines()[1])
+    parser.add_argument("--train", action="store_true", help="train the small model again")
+    trains = parser.parse_args().train
     tokenizer, rows = load_tokenizer(None), load_rows(None, 10**6)
     tree = smallest_of_four_turns(tokenizer)
     pictures = {
@@ -95,7 +99,7 @@ def main() -> None:
         "sharing": plot_sharing(audit(rows, tokenizer, sample_size=len(rows))),
         "speedup": speedup(),
         "screens": screens(),
-        "loss_by_turn": plot_loss_by_turn(losses_by_turn(tokenizer)),
+        "loss_by_turn": plot_loss_by_turn(losses_by_turn(tokenizer, trains)),
     }
     IMAGES.mkdir(exist_ok=True)
     for name, figure in pictures.items():

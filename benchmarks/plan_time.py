@@ -133,7 +133,7 @@ def main():
         shares = f"share of forward: flex {row['share_flex']:.2%}, varlen {row['share_varlen']:.2%}"
         print(f"{row['tokens']} tokens: {times}  forward {row['forward_seconds']:.2f} s  {shares}")
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"kind": "plan_time", **describe("cpu"), "results": results}, indent=2) + "\n")
+    RESULTS.write_text(json.dumps({**describe("cpu", "plan_time"), "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

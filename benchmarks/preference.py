@@ -1,13 +1,13 @@
 """
 Measure DPO on trajectories of several turns: a single pass next to stock DPO and to separate passes for each turn.
 
-    python -m benchmarks.preference --repeats 7         counted operations and time of a step
-    python -m benchmarks.preference --data FILE...      what stock DPO leaves out and adds on conversations of your own
+    python -m benchmarks.preference                     counted operations and time of a step
+    python -m benchmarks.preference --data FILE...      also what stock DPO leaves out and adds on your conversations
 
 A step is a forward and backward pass of the policy and a forward pass of the reference, for one pair. Separate passes
 run one after the other. Time is the CPU time of one thread, on a CPU. Modes alternate, and a speed-up is the median of
 the ratios within a round, since the load of a shared machine changes between rounds. Separate passes of several turns
-take longest by far and run in the first round only. `--prompts` measures some lengths again, and keeps other rows.
+take longest by far and run in the first round only.
 
 With `--data`, each conversation becomes a pair: its answers are preferred to those of the next one in the file, which
 stand in their places. The first step's gradient is that of a small Qwen3 with random weights.
@@ -278,21 +278,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    result = json.loads(options.output.read_text()) if options.output.exists() else {}
+    sizes, prompts = (TINY, [50]) if options.tiny else (MODEL, options.prompts)
+    result = describe("cpu", "preference")
+    result["speed"] = {"model": sizes, "rows": measure_speed(sizes, prompts, options.repeats)}
     if options.data:
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-        rows = [
-            compare_with_stock(path, tokenizer, options.conversations, options.pairs, max_tokens=8000)
-            for path in options.data
-        ]
-        result["stock"] = {**describe("cpu"), "rows": rows}
-    else:
-        sizes, prompts = (TINY, [50]) if options.tiny else (MODEL, options.prompts)
-        machine = describe("cpu")
-        rows = [{**row, **machine} for row in measure_speed(sizes, prompts, options.repeats)]
-        kept = [row for row in result.get("speed", {}).get("rows", []) if row["prompt"] not in prompts]
-        in_order = sorted([*kept, *rows], key=lambda row: (row["prompt"], row["turns"]))
-        result["speed"] = {"model": sizes, "rows": in_order}
+        result["stock"] = {
+            "rows": [
+                compare_with_stock(path, tokenizer, options.conversations, options.pairs, max_tokens=8000)
+                for path in options.data
+            ]
+        }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -124,7 +124,7 @@ def main() -> None:
     growth = results[-1]["microseconds_per_tree_token"] / results[0]["microseconds_per_tree_token"]
     print(f"Time grows {growth:.2f} times as fast as tree tokens.")
     if not arguments.dry_run:
-        result = {"kind": "preparation", **describe("cpu"), "results": results, "growth_over_tree_tokens": growth}
+        result = {**describe("cpu", "preparation"), "results": results, "growth_over_tree_tokens": growth}
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -6,6 +6,7 @@ A step on an agent that looks at screens: images encoded, tokens, time and memor
 It writes `benchmarks/results/screen_agent.json` and the table of `docs/images.md`.
 """
 
+import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -53,7 +54,12 @@ def write_table(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    results = {**describe("cpu"), "turns": TURNS, "cases": {case: measure(window) for case, window in CASES.items()}}
+    argparse.ArgumentParser(prog="benchmarks.screen_agent", description=__doc__.splitlines()[1]).parse_args()
+    results = {
+        **describe("cpu", "screen_agent"),
+        "turns": TURNS,
+        "cases": {case: measure(window) for case, window in CASES.items()},
+    }
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     write_table(results)
 

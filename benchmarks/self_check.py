@@ -119,7 +119,7 @@ def main() -> None:
         results.append(measure_on_two_ranks(arguments.sizes[-1], "float32", engine, arguments.repeats))
     print(json.dumps(results, indent=2))
     if not arguments.dry_run:
-        RESULTS.write_text(json.dumps({"kind": "self_check", **describe("cpu"), "results": results}, indent=2) + "\n")
+        RESULTS.write_text(json.dumps({**describe("cpu", "self_check"), "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def main() -> None:
     if arguments.folder is not None:
         train(arguments.workers, arguments.steps, arguments.folder)
     measured = [rank for workers in WORKERS for rank in run(workers, arguments.steps)]
-    RESULTS.write_text(json.dumps({**describe("cpu"), "measured": measured}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({**describe("cpu", "soak"), "measured": measured}, indent=1) + "\n")
     print(json.dumps(measured, indent=1))
     sys.exit("\n".join(complaint for rank in measured for complaint in complaints(rank)) or None)
 

@@ -86,8 +86,7 @@ def main() -> None:
         print(json.dumps(MEASUREMENTS[what["measurement"]](Case(**what["case"]))))
         return
     result: dict[str, Any] = {
-        "kind": "step_profile",
-        **describe("cpu"),
+        **describe("cpu", "step_profile"),
         "model": TINY_MODEL if args.tiny else MODEL,
         "dtype": "float32",
         "turns": args.turns,

@@ -240,8 +240,7 @@ def main() -> None:
     kind, modes = kind_of(args)
     cases = cases_of(args)
     result: dict[str, Any] = {
-        "kind": kind,
-        **describe(args.device),
+        **describe(args.device, kind),
         "model": TINY_MODEL if args.tiny else MODEL,
         "dtype": args.dtype,
         "environment": KEPT_MEMORY,

@@ -180,8 +180,7 @@ def main() -> None:
         return
     chosen = cases(args)
     result = {
-        "kind": "waves_long" if args.long else "waves",
-        **describe("cpu"),
+        **describe("cpu", "waves_long" if args.long else "waves"),
         "model": chosen[0].model,
         "dtype": "float32",
         "counted": [counted(case) for case in dict.fromkeys(replace(c, mode="", wave_tokens=0) for c in chosen)],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -77,7 +77,17 @@ def _digest_in(source: str, qualified: list[str]) -> str | None:
         if not found:
             return None
         nodes = [statement for node in found for statement in node.body]
-    text = "\n".join(ast.unparse(_PlainFStrings().visit(_without_docstrings(node))) for node in found)
+    return _digest_of(found)
+
+
+@cache
+def module_digest(source: str) -> str:
+    """Return a hash of the code of a module, likewise."""
+    return _digest_of([ast.parse(source)])
+
+
+def _digest_of(nodes: Sequence[ast.stmt | ast.Module]) -> str:
+    text = "\n".join(ast.unparse(_PlainFStrings().visit(_without_docstrings(node))) for node in nodes)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -96,9 +106,9 @@ def _definitions(nodes: list[ast.stmt]) -> list[Definition]:
     return [node for node in nodes if isinstance(node, Definition)] + (_definitions(nested) if nested else [])
 
 
-def _without_docstrings(tree: ast.stmt) -> ast.stmt:
+def _without_docstrings(tree: ast.stmt | ast.Module) -> ast.stmt | ast.Module:
     for node in ast.walk(tree):
-        if isinstance(node, Definition) and ast.get_docstring(node, clean=False) is not None:
+        if isinstance(node, Definition | ast.Module) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return tree
 
