@@ -31,8 +31,7 @@ from trl_singlepass.attention import flash, registry
 from trl_singlepass.attention.varlen_kernels import TorchFlash
 from trl_singlepass.cost import Cost, ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.engine.enable import enable_tree
-from trl_singlepass.reference.random_conversations import Sizes, conversation
-from trl_singlepass.reference.timing import Schedule, make_step
+from trl_singlepass.reference.timing import Schedule, Sizes, conversation, make_step
 
 
 RESULTS = Path(__file__).parent / "results" / "gpu_counts.json"

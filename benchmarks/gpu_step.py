@@ -36,8 +36,7 @@ from trl_singlepass.attention import TREE_ATTENTION
 from trl_singlepass.attention.registry import tree_attention_name
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.engine.enable import enable_tree
-from trl_singlepass.reference.random_conversations import Sizes, conversation
-from trl_singlepass.reference.timing import Schedule, make_step, peak, reset_peak
+from trl_singlepass.reference.timing import Schedule, Sizes, conversation, make_step, peak, reset_peak
 
 
 RESULTS = Path(__file__).parent / "results"

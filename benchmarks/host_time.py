@@ -34,8 +34,7 @@ from trl_singlepass.attention.varlen_plan import varlen_plan
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree
-from trl_singlepass.reference.random_conversations import Sizes, conversation
-from trl_singlepass.reference.timing import Schedule, make_step
+from trl_singlepass.reference.timing import Schedule, Sizes, conversation, make_step
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 

@@ -26,7 +26,7 @@ from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import row_context
 from trl_singlepass.recurrent import path_dependent_layers
 from trl_singlepass.recurrent.schedule import ReplayMode
-from trl_singlepass.reference.random_conversations import Sizes, conversation
+from trl_singlepass.reference.timing import Sizes, conversation
 from trl_singlepass.trees.rows import Row
 
 

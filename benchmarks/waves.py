@@ -32,8 +32,7 @@ from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree
 from trl_singlepass.engine.waves import WavePlan, WaveRunner, select
-from trl_singlepass.reference.random_conversations import Sizes, conversation
-from trl_singlepass.reference.timing import peak, reset_peak, wave_tokens_that_keep_the_history
+from trl_singlepass.reference.timing import Sizes, conversation, peak, reset_peak, wave_tokens_that_keep_the_history
 from trl_singlepass.trees.rows import Row, TreePlan
 
 

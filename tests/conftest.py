@@ -16,7 +16,7 @@ import transformers
 from hypothesis import settings
 
 from support.chat_tokenizers import make_tokenizer
-from trl_singlepass.reference.float64 import ForcedFloat64
+from trl_singlepass.reference.verification import ForcedFloat64
 
 
 # Hypothesis draws the same examples in every run, so a commit that breaks one fails in its own run.

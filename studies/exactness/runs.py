@@ -18,7 +18,7 @@ from studies.exactness.arms import ARMS, Prepared, ordered_steps
 from studies.exactness.evaluate import Answerer, accuracy
 from studies.exactness.models import STUDY_MODELS, StudyModel
 from studies.exactness.task import TURNS, answers, conversations
-from trl_singlepass.reference.float64 import ForcedFloat64
+from trl_singlepass.reference.verification import ForcedFloat64
 
 
 RESULTS = Path(__file__).parent / "results"

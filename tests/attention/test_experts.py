@@ -9,7 +9,7 @@ from support.tiny_models import model_of_type
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import row_context
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
-from trl_singlepass.reference.float64 import ForcedFloat64
+from trl_singlepass.reference.verification import ForcedFloat64
 
 
 WITH_AUXILIARY_LOSS = ["qwen2_moe", "qwen3_moe", "gpt_oss", "mixtral", "granitemoehybrid", "jamba", "qwen3_next"]

@@ -21,7 +21,7 @@ from transformers import (
 
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.cost.flops import GATED_DELTA_CHUNK
-from trl_singlepass.reference.random_conversations import Sizes, conversation
+from trl_singlepass.reference.timing import Sizes, conversation
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.sample import Sample
 

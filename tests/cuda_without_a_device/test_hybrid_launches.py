@@ -11,7 +11,7 @@ from support.tree_masks import on_meta, tree_of
 from trl_singlepass.attention.context import running_on
 from trl_singlepass.recurrent.introspection import get_replay_mode
 from trl_singlepass.recurrent.layer import _wrap
-from trl_singlepass.reference.random_conversations import conversation
+from trl_singlepass.reference.timing import conversation
 
 
 pytestmark = needs_cached_states

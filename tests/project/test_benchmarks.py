@@ -13,7 +13,7 @@ from benchmarks.modes import MODES, Step
 from benchmarks.shapes import SHAPES, get_shape, make_samples, read_shapes
 from benchmarks.step_time import TINY_MODEL, TINY_SIZES, Case, counted
 from trl_singlepass import PrefixTree
-from trl_singlepass.reference.random_conversations import conversation
+from trl_singlepass.reference.timing import conversation
 
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,7 @@ from benchmarks.kernel_speed import KernelSpeed
 from benchmarks.model_shapes import MODELS, get_config
 from support.slow import slow_but_for
 from trl_singlepass.cost import Cost, ModelShape
-from trl_singlepass.reference.random_conversations import Sizes, conversation
-from trl_singlepass.reference.timing import Schedule
+from trl_singlepass.reference.timing import Schedule, Sizes, conversation
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")

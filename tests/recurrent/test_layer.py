@@ -25,7 +25,7 @@ from trl_singlepass.recurrent import disable_tree_recurrence, path_dependent_lay
 from trl_singlepass.recurrent import layer as recurrent_layer
 from trl_singlepass.recurrent.layer import runs_on_trees
 from trl_singlepass.recurrent.schedule import ReplayMode
-from trl_singlepass.reference.float64 import ForcedFloat64
+from trl_singlepass.reference.verification import ForcedFloat64
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.trees.sample import Sample
 

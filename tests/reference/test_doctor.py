@@ -11,8 +11,7 @@ from transformers import GptOssConfig
 
 from support.tiny_models import tiny_model
 from trl_singlepass.reference import doctor
-from trl_singlepass.reference.doctor import Subject, examine, layers_that_fit, slice_config
-from trl_singlepass.reference.doctor_report import DoctorReport, Verified
+from trl_singlepass.reference.doctor import DoctorReport, Subject, Verified, examine, layers_that_fit, slice_config
 from trl_singlepass.reference.timing import Schedule
 
 

@@ -11,8 +11,14 @@ from trl_singlepass.cost import ModelShape, npass_cost
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.waves import WavePlan
 from trl_singlepass.reference.npass import npass_loss_and_gradients
-from trl_singlepass.reference.random_conversations import Sizes, conversation
-from trl_singlepass.reference.timing import Schedule, make_step, time_both, wave_tokens_that_keep_the_history
+from trl_singlepass.reference.timing import (
+    Schedule,
+    Sizes,
+    conversation,
+    make_step,
+    time_both,
+    wave_tokens_that_keep_the_history,
+)
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.audit import audit
 from trl_singlepass.trees.prefix_tree import PrefixTree

@@ -15,7 +15,7 @@ from support.tiny_models import tiny_model
 from support.tree_checks import checked
 from trl_singlepass.engine.enable import disable_tree, enable_tree, without_adapters
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
-from trl_singlepass.reference.float64 import ForcedFloat64
+from trl_singlepass.reference.verification import ForcedFloat64
 from trl_singlepass.training import refusals
 from trl_singlepass.training.situation import Situation
 

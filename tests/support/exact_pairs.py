@@ -10,7 +10,7 @@ from trl.kernels import ChunkedLogProbFunction
 from support.float64_comparison import TOLERANCE, gradients_of
 from support.pairs import SeparateForwards, batch_of, dpo_trainer, perturbed
 from trl_singlepass import render_samples
-from trl_singlepass.reference.float64 import ForcedFloat64
+from trl_singlepass.reference.verification import ForcedFloat64
 
 
 class Float64LogProbs(ChunkedLogProbFunction):

@@ -21,7 +21,7 @@ from support.tree_masks import mask_of, random_inputs, tree_of
 from trl_singlepass.attention import Tree, flex
 from trl_singlepass.attention.interface import AttentionInputs
 from trl_singlepass.attention.kernel_choice import DeviceTraits
-from trl_singlepass.reference.random_conversations import Sizes, conversation
+from trl_singlepass.reference.timing import Sizes, conversation
 
 
 def row_of(turns, sizes):

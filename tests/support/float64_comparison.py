@@ -9,7 +9,7 @@ from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import row_context
 from trl_singlepass.reference import npass_loss_and_gradients
-from trl_singlepass.reference.float64 import ForcedFloat64
+from trl_singlepass.reference.verification import ForcedFloat64
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 

@@ -6,8 +6,8 @@ import torch
 
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.reference import npass_loss_and_gradients
-from trl_singlepass.reference.float64 import ForcedFloat64
 from trl_singlepass.reference.single_pass import single_pass_loss_and_gradients
+from trl_singlepass.reference.verification import ForcedFloat64
 
 
 def flat(gradients):

@@ -10,7 +10,7 @@ from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree
 from trl_singlepass.engine.wave_budget import measure_activation_bytes
 from trl_singlepass.recurrent.introspection import get_decoder
-from trl_singlepass.reference.random_conversations import Sizes, conversation
+from trl_singlepass.reference.timing import Sizes, conversation
 
 
 def saved_in_row(model, samples):

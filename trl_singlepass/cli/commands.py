@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..reference.doctor_report import DoctorReport
+    from ..reference.doctor import DoctorReport
     from ..reports.audit import AuditReport
 
 

@@ -6,23 +6,26 @@ import copy
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
 from ..attention.registry import TREE_ATTENTION, describe_tree_attention, set_text_attention, tree_attention_name
 from ..cost.flops import ModelShape, get_model_shape, npass_cost, single_pass_cost
 from ..cost.memory import ActivationBytes
+from ..engine.check.report import TreeCheckReport
 from ..engine.enable import enable_tree
 from ..trees.prefix_tree import PrefixTree
 from ..trees.sample import Sample
-from .doctor_report import DoctorReport, Examined, Kernel, Measured, Verified
 from .environment import Environment, faster_kernel
-from .random_conversations import Sizes, conversation
-from .timing import Schedule, make_step, measure
+from .timing import Schedule, Sizes, conversation, make_step, measure
 from .verification import verify_samples
 
 
@@ -40,6 +43,7 @@ BUILT_IN_ON_CPU = {**SHAPE, "vocab_size": 1000, "hidden_size": 128, "head_dim": 
 BYTES_PER_PARAMETER = 5 * 4
 SHARE_OF_FREE_MEMORY = 0.7
 MOST_LAYERS_ON_CPU = 4
+NAMES = {"npass_packed": "N-pass, packed", "single_pass": "single pass", "waves": "single pass in waves"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,10 @@ def examine(
     enable_tree(model)
     if model.supports_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    shape = get_shape(config)
+    try:
+        shape = get_model_shape(config)
+    except ValueError:  # its operations cannot be counted
+        shape = None
     measured = [one for samples in conversations for one in _measure(model, samples, implementation, shape, on_part)]
     environment = Environment.detect()
     has_choice = not getattr(model, "_compatible_flash_implementations", None)  # transformers replaces any other
@@ -108,14 +115,6 @@ def examine(
     )
     examined = Examined(subject.name, type(model).__name__, num_layers, text_config.num_hidden_layers, str(device))
     return DoctorReport(environment, examined, kernel, tuple(verified), tuple(measured))
-
-
-def get_shape(config: PreTrainedConfig) -> ModelShape | None:
-    """Return the sizes that operations are counted with; `None` for a model whose operations cannot be counted."""
-    try:
-        return get_model_shape(config)
-    except ValueError:
-        return None
 
 
 def _verify(
@@ -204,7 +203,8 @@ def layers_that_fit(config: PreTrainedConfig, num_tokens: int, device: torch.dev
     """Return how many of a model's first layers can be verified in float32, and timed on a row of `num_tokens`."""
     text = config.get_text_config()
     total = int(text.num_hidden_layers)
-    smallest = _layers_of_every_kind(text)
+    types = list(getattr(text, "layer_types", None) or ())
+    smallest = max((types.index(kind) + 1 for kind in set(types)), default=1)  # layers with one of each type
     most = total if device.type == "cuda" else min(total, max(smallest, MOST_LAYERS_ON_CPU))
     free = SHARE_OF_FREE_MEMORY * _free_bytes(device)
     for num_layers in range(most, smallest - 1, -1):
@@ -215,12 +215,6 @@ def layers_that_fit(config: PreTrainedConfig, num_tokens: int, device: torch.dev
         f"{_bytes_of_slice(slice_config(text, smallest), num_tokens) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
         "free. Close other programs, or name a smaller model."
     )
-
-
-def _layers_of_every_kind(text: PreTrainedConfig) -> int:
-    """How many of the first layers hold one of each type."""
-    types = list(getattr(text, "layer_types", None) or ())
-    return max((types.index(kind) + 1 for kind in set(types)), default=1)
 
 
 def _bytes_of_slice(text: PreTrainedConfig, num_tokens: int) -> int:
@@ -249,3 +243,129 @@ def _collect() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+# What was found: records that become JSON as they are, and a table ---------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """The model that was looked at."""
+
+    name: str  # folder or hub id; "built-in" without one
+    architecture: str  # class of the model
+    num_layers: int  # layers that ran, the first of the model
+    total_layers: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """The attention kernel that the model runs on."""
+
+    attn_implementation: str  # the model's choice
+    tree_attention: str  # registered name of its tree attention
+    reason: str
+    faster: str | None  # how attention gets faster on this machine, and by how much
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """N-pass and the single pass compared in one precision."""
+
+    dtype: str  # of the weights
+    attn_implementation: str
+    ok: bool
+    found: str  # the verdict, or the error if it did not run
+    check: TreeCheckReport | None  # the measured check; `None` if it did not run
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One training step, forward and backward with gradient checkpointing."""
+
+    turns: int  # of the conversation
+    schedule: str  # a name of [`Schedule`]
+    attn_implementation: str
+    tokens: int  # of the row
+    seconds: float | None  # the best of a few
+    peak_bytes: int | None  # above what was in use before the step
+    speedup: float | None  # seconds of packed N-pass ÷ these
+    bound: float | None  # counted operations of N-pass ÷ those of this schedule, if the model's can be counted
+    failed: str | None  # error, if it did not run
+
+    @property
+    def cells(self) -> list[str]:
+        """A row of the report's table."""
+        mebibytes = None if self.peak_bytes is None else self.peak_bytes / 2**20
+        numbers = ((self.seconds, ".3f"), (mebibytes, ",.0f"), (self.speedup, ".2f"), (self.bound, ".2f"))
+        return [
+            str(self.turns),
+            NAMES[self.schedule] + (": failed" if self.failed else ""),
+            self.attn_implementation,
+            f"{self.tokens:,}",
+            *("" if value is None else f"{value:{form}}" for value, form in numbers),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorReport:
+    """What the doctor found."""
+
+    environment: Environment
+    model: Examined
+    kernel: Kernel
+    verified: tuple[Verified, ...]  # by precision
+    measured: tuple[Measured, ...]  # by conversation and schedule
+
+    @property
+    def complaints(self) -> tuple[str, ...]:
+        """What is wrong: known problems, disagreement with N-pass, and steps that did not run."""
+        differing = (
+            f"verify in {one.dtype} on {one.attn_implementation}: {one.found}" for one in self.verified if not one.ok
+        )
+        failed = (f"{one.schedule}, {one.turns} turns: {one.failed}" for one in self.measured if one.failed)
+        return (*self.environment.problems, *differing, *failed)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.complaints
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the report as JSON can hold it."""
+        return {**asdict(self), "complaints": list(self.complaints), "ok": self.ok}
+
+    def __rich__(self) -> Group:
+        table = Table(title="Forward and backward, checked and measured", box=box.SIMPLE_HEAD, title_justify="left")
+        for name in ("turns", "schedule", "attention", "tokens", "seconds", "peak MiB", "speed-up", "bound"):
+            table.add_column(name, justify="left" if name in ("schedule", "attention") else "right", no_wrap=True)
+        for check in self.verified:
+            outcome = "agrees" if check.ok else "failed" if check.check is None else "DIFFERS"
+            cells = ("", f"verify, {check.dtype}: {outcome}", check.attn_implementation)
+            table.add_row(*cells, end_section=check is self.verified[-1])
+        for one in self.measured:
+            table.add_row(*one.cells)
+        complaints = [Text(f"- {complaint}") for complaint in self.complaints]
+        verdict = Text("Nothing is wrong." if self.ok else f"{len(complaints)} to look at:", style="bold")
+        return Group(_facts(self), table, verdict, *complaints)
+
+
+def _facts(report: DoctorReport) -> Table:
+    found, model, kernel = report.environment, report.model, report.kernel
+    gpus = ", ".join(f"{gpu.name} (sm_{gpu.capability[0]}{gpu.capability[1]})" for gpu in found.gpus) or "no GPU"
+    installed = ", ".join(f"{name} {number}" for name, number in found.packages.items() if number)
+    missing = ", ".join(name for name, number in found.packages.items() if not number)
+    part = "all" if model.num_layers == model.total_layers else f"the first {model.num_layers} of"
+    rows = {
+        "machine": f"{found.system}, {gpus}, driver {found.driver or 'none'}, CUDA {found.cuda or 'none'}",
+        "installed": f"Python {found.python}, {installed}",
+        "missing": missing or "nothing",
+        "model": f"{model.name}: {model.architecture}, {part} {model.total_layers} layers, on {model.device}",
+        "kernel": f"{kernel.attn_implementation} as {kernel.tree_attention}: {kernel.reason}",
+        **({"faster": kernel.faster} if kernel.faster else {}),
+    }
+    facts = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        facts.add_row(Text(name, style="bold"), Text(text))
+    return facts

@@ -60,7 +60,8 @@ class Environment:
     def detect(cls) -> Environment:
         """Read what is installed on this machine."""
         packages = {name: _version(name) for name in PACKAGES}
-        gpus = tuple(_gpu(index) for index in range(torch.cuda.device_count()))
+        found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        gpus = tuple(Gpu(gpu.name, (gpu.major, gpu.minor), gpu.total_memory) for gpu in found)
         driver = _driver()
         return cls(
             system=f"{platform.system()} {platform.machine()}",
@@ -131,11 +132,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _gpu(index: int) -> Gpu:
-    properties = torch.cuda.get_device_properties(index)
-    return Gpu(properties.name, (properties.major, properties.minor), properties.total_memory)
 
 
 def _driver() -> str | None:

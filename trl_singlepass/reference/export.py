@@ -89,7 +89,10 @@ def to_npass(
     ```
     """
     if isinstance(dataset, Sequence):
-        dataset = _as_dataset(dataset)
+        rows = [{"messages": row} if isinstance(row, list) else row for row in dataset]
+        # `Dataset.from_list` would take the columns of the first row only.
+        columns = dict.fromkeys(name for row in rows for name in row)
+        dataset = Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
     check_is_dataset(dataset, "train")
     settings = RowSettings() if args is None else args.row_settings()
     bad_rows: BadRows = BadRows.ERROR if args is None else args.bad_rows
@@ -100,20 +103,7 @@ def to_npass(
     if isinstance(dataset, IterableDataset):
         expand, features = _StreamExpansion(tokenizer, settings, bad_rows), _features(tokenizer)
         return in_one_column(dataset).map(expand, remove_columns=[EXAMPLE], features=features, **_ONE_BY_ONE)
-    samples = _without_bad_rows(_expand_rows(dataset, tokenizer, settings, num_proc), len(dataset), bad_rows)
-    if "loss_weights" not in samples.column_names or _has_other_weights(samples):
-        return samples
-    return samples.remove_columns("loss_weights")
-
-
-def _features(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> Features:
-    return _TEXT_FEATURES if isinstance(tokenizer, ProcessorMixin) else _FEATURES
-
-
-def _expand_rows(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, settings: RowSettings, num_proc: int | None
-) -> Dataset:
-    return (undecoded(dataset) if isinstance(tokenizer, ProcessorMixin) else dataset).map(
+    samples = (undecoded(dataset) if isinstance(tokenizer, ProcessorMixin) else dataset).map(
         _expand_or_explain,
         remove_columns=dataset.column_names,
         num_proc=num_proc,
@@ -122,6 +112,17 @@ def _expand_rows(
         desc="Expanding conversations into samples",
         **_ONE_BY_ONE,
     )
+    samples = _without_bad_rows(samples, len(dataset), bad_rows)
+    if "loss_weights" not in samples.column_names:
+        return samples
+    weights = samples.with_format("numpy", columns=["loss_weights"])
+    if any(not np.isin(some, (0, 1)).all() for batch in weights.iter(256) for some in batch["loss_weights"]):
+        return samples
+    return samples.remove_columns("loss_weights")
+
+
+def _features(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> Features:
+    return _TEXT_FEATURES if isinstance(tokenizer, ProcessorMixin) else _FEATURES
 
 
 def _without_bad_rows(samples: Dataset, num_rows: int, bad_rows: BadRows) -> Dataset:
@@ -137,13 +138,6 @@ def _without_bad_rows(samples: Dataset, num_rows: int, bad_rows: BadRows) -> Dat
 def _log_dropped(errors: Sequence[RowErrors]) -> None:
     if errors:
         logger.warning(f"N-pass export: {describe_dropped(errors)}.")
-
-
-def _as_dataset(conversations: Sequence[Mapping[str, object] | list[Message]]) -> Dataset:
-    rows = [{"messages": row} if isinstance(row, list) else row for row in conversations]
-    # `Dataset.from_list` would take the columns of the first row only.
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
 
 
 def _expand_or_explain(
@@ -192,11 +186,6 @@ def _expand(
         "labels": [np.where(sample.loss_weights > 0, sample.token_ids, IGNORE_INDEX).tolist() for sample in samples],
         "loss_weights": [sample.loss_weights.tolist() for sample in samples],
     }
-
-
-def _has_other_weights(samples: Dataset) -> bool:
-    columns = samples.with_format("numpy", columns=["loss_weights"])
-    return any(not np.isin(weights, (0, 1)).all() for batch in columns.iter(256) for weights in batch["loss_weights"])
 
 
 # Samples with images -------------------------------------------------------------------------------------------------

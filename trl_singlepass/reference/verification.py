@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from datasets.utils.tqdm import tqdm
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from ..attention.registry import set_text_attention
 from ..data.bad_rows import read_all
 from ..data.collator import LoadImages
 from ..data.pairs import example_to_pair, is_pair
 from ..data.reader import ConversationReader, as_reader, check_renders, get_tokenizer
 from ..data.requests import split_requests
 from ..data.settings import PairSettings
-from ..engine.check.report import TreeCheckReport
+from ..engine.borrowed_state import in_evaluation_mode
 from ..engine.check.separate_samples import get_device
 from ..engine.check.tree_check import check_tree
+from ..engine.enable import disable_tree, enable_tree, takes_attention_from_outside, without_adapters
 from ..images.loading import image_loader_of
+from ..images.reading import ImageReader, image_module
+from ..recurrent.layer import runs_on_trees
 from ..rendering.conversation import RenderingError
 from ..rendering.samples import render_conversation, render_example
 from ..rendering.template import with_template
 from ..trees.prefix_tree import PrefixTree
 from ..trees.sample import Sample
-from .borrowed_model import left_as_found, on_trees, reading_images, weights_moved_by_one_rounding
-from .float64 import ForcedFloat64
-from .npass import LossAndGradients, npass_loss_and_gradients
+from .npass import LossAndGradients, get_text_config, npass_loss_and_gradients
 from .report import RowComparison, TurnComparison, VerifyReport
 from .single_pass import RowImages, collator_of, leak_probe, make_batch, single_pass_loss_and_gradients
 
@@ -96,7 +100,10 @@ def verify(
     ```
     """
     rendered = _render(list(islice(conversations, max_rows)), tokenizer, tools, chat_template)
-    rows = [_first_turns(samples, max_tokens) for samples in rendered]
+    rows = rendered
+    if max_tokens is not None:
+        fitting = [int((np.cumsum(list(map(len, samples))) <= max_tokens).sum()) for samples in rendered]
+        rows = [samples[: max(number, 1)] for samples, number in zip(rendered, fitting, strict=True)]
     num_left_out = sum(map(len, rendered)) - sum(map(len, rows))
     return verify_samples(model, rows, num_left_out=num_left_out, load_images=image_loader_of(tokenizer))
 
@@ -115,7 +122,18 @@ def verify_samples(
     if all(sample.image_features is None for samples in rows for sample in samples):
         load_images = None
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    compared, check = _compare_rows(model, rows, dtype, load_images)
+    with (
+        tqdm(total=sum(2 * len(samples) + 3 for samples in rows), desc="Verifying", unit=" passes") as bar,
+        left_as_found(model) as attention,
+        reading_images(model, load_images) as images,
+        ForcedFloat64() if dtype is torch.float64 else nullcontext(),
+    ):
+        compared = tuple(
+            _compare(model, index, samples, dtype, attention, images, bar.update) for index, samples in enumerate(rows)
+        )
+        with on_trees(model, attention):
+            batch = make_batch(PrefixTree.from_samples(rows[0]), get_device(model), images)
+            check = check_tree(model, batch, collator=collator_of(images))
     return VerifyReport(compared, check, str(dtype).removeprefix("torch."), num_left_out)
 
 
@@ -150,32 +168,6 @@ def _render(
     if not conversations:
         raise ValueError("Nothing to verify: `conversations` is empty. Pass at least one conversation.")
     return read_all(conversations, read, "given")
-
-
-def _first_turns(samples: list[Sample], max_tokens: int | None) -> list[Sample]:
-    if max_tokens is None:
-        return samples
-    num_fitting = int((np.cumsum([len(sample) for sample in samples]) <= max_tokens).sum())
-    return samples[: max(num_fitting, 1)]
-
-
-def _compare_rows(
-    model: PreTrainedModel, rows: Sequence[Sequence[Sample]], dtype: torch.dtype, load_images: LoadImages | None
-) -> tuple[tuple[RowComparison, ...], TreeCheckReport]:
-    num_passes = sum(2 * len(samples) + 3 for samples in rows)
-    with (
-        tqdm(total=num_passes, desc="Verifying", unit=" passes") as bar,
-        left_as_found(model) as attention,
-        reading_images(model, load_images) as images,
-        ForcedFloat64() if dtype is torch.float64 else nullcontext(),
-    ):
-        compared = tuple(
-            _compare(model, index, samples, dtype, attention, images, bar.update) for index, samples in enumerate(rows)
-        )
-        with on_trees(model, attention):
-            batch = make_batch(PrefixTree.from_samples(rows[0]), get_device(model), images)
-            check = check_tree(model, batch, collator=collator_of(images))
-        return compared, check
 
 
 def _compare(
@@ -260,3 +252,91 @@ def _norm(gradients: dict[str, torch.Tensor]) -> float:
 
 def _largest(values: torch.Tensor) -> float:
     return float(values.abs().max())
+
+
+# The model: borrowed for the comparison, and given back as it was ----------------------------------------------------
+
+
+@contextmanager
+def left_as_found(model: PreTrainedModel) -> Iterator[str | None]:
+    """Put the model on stock layers in evaluation mode; yield the tree attention it came with, if any."""
+    base = without_adapters(model)
+    attention = get_text_config(base)._attn_implementation
+    was_on_trees = attention.startswith("tree_") or any(map(runs_on_trees, base.modules()))
+    devices = [get_device(model)] if get_device(model).type == "cuda" else []
+    if was_on_trees:
+        disable_tree(base, "sdpa" if base._supports_sdpa else "eager")
+    try:
+        with in_evaluation_mode(model), torch.random.fork_rng(devices), torch.enable_grad():
+            yield attention if was_on_trees else None
+    finally:
+        if was_on_trees:
+            enable_tree(base)
+            _set_attention(base, attention)
+
+
+@contextmanager
+def on_trees(model: PreTrainedModel, tree_attention: str | None) -> Iterator[None]:
+    """Run a model on trees, with the tree attention that it came with, if any; then on stock layers again."""
+    base = without_adapters(model)
+    before = enable_tree(base)
+    try:
+        if tree_attention is not None:
+            _set_attention(base, tree_attention)
+        yield
+    finally:
+        disable_tree(base, before)
+
+
+def _set_attention(base: PreTrainedModel, implementation: str) -> None:
+    if takes_attention_from_outside(base):  # models with recurrent layers only cannot
+        set_text_attention(base, implementation)
+
+
+@contextmanager
+def reading_images(model: PreTrainedModel, load_images: LoadImages | None) -> Iterator[RowImages | None]:
+    """Make the model read images on trees; yield how, `None` if there are no images to load."""
+    base = without_adapters(model)
+    if load_images is None:
+        yield None
+        return
+    reader = ImageReader.enable(base)
+    try:
+        yield RowImages(reader, load_images)
+    finally:
+        del image_module(base).get_image_features  # type: ignore[union-attr]
+
+
+@contextmanager
+def weights_moved_by_one_rounding(model: nn.Module) -> Iterator[None]:
+    """Multiply each weight by 1 + eps or 1 - eps at random, then restore the original tensors."""
+    kept = {parameter: parameter.data for parameter in model.parameters() if parameter.is_floating_point()}
+    try:
+        for seed, (parameter, data) in enumerate(kept.items()):
+            generator = torch.Generator(data.device).manual_seed(seed)
+            signs = torch.randint(0, 2, data.shape, generator=generator, device=data.device, dtype=torch.int8) * 2 - 1
+            parameter.data = data * (1 + torch.finfo(data.dtype).eps * signs).to(data.dtype)
+        yield
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data
+
+
+class ForcedFloat64(TorchFunctionMode):
+    """
+    Context manager that turns every request for float32 into float64, for a model after `model.double()`.
+
+    In transformers, RMSNorm, rotary embeddings, softmax and routers ask for float32 by name and round to it. Autograd
+    runs the backward pass outside the context, so a checkpointed function must enter it itself to be recomputed.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].double()
+
+        def widen(value: object) -> object:
+            return torch.float64 if value is torch.float32 else value
+
+        return func(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
