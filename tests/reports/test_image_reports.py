@@ -11,8 +11,8 @@ from trl_singlepass import audit
 from trl_singlepass.cli.main import main
 from trl_singlepass.data.conversations import example_to_samples
 from trl_singlepass.data.settings import RowSettings
-from trl_singlepass.reports.html.inspection import inspection_page
 from trl_singlepass.reports.inspection import Inspection, render_inspection
+from trl_singlepass.reports.pages import inspection_page
 
 
 @pytest.fixture(scope="module")

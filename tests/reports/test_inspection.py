@@ -11,9 +11,8 @@ from rich.console import Console
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS, chat, tool_chat
 from trl_singlepass.rendering.samples import render_example
-from trl_singlepass.reports.html import frame
-from trl_singlepass.reports.html.inspection import inspection_page
 from trl_singlepass.reports.inspection import Inspection, render_inspection
+from trl_singlepass.reports.pages import frame, inspection_page
 
 
 def inspected(messages, template="qwen3", **row):

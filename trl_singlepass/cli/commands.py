@@ -60,7 +60,7 @@ def inspect(args: Namespace, console: Console) -> int:
     inspection = Inspection.from_samples(samples, tokenizer, num_chosen)
     console.print(render_inspection(inspection))
     if args.html is not None:
-        from ..reports.html.inspection import inspection_page
+        from ..reports.pages import inspection_page
 
         title = f"{Path(args.data).name}, row {args.row}, {Path(args.model).name}"
         _write(args.html, inspection_page(inspection, title), console)
@@ -92,7 +92,7 @@ def audit(args: Namespace, console: Console) -> int:
     )
     _show(report, args.json, console)
     if args.html is not None and args.json != "-":
-        from ..reports.html.audit import audit_page
+        from ..reports.pages import audit_page
 
         _write(args.html, audit_page(report, f"Audit of {Path(args.data).name} for {Path(args.model).name}"), console)
     return 0 if report.num_trainable else 1

@@ -185,7 +185,8 @@ def _segment(inspection: Inspection, start: int, end: int, depth: int) -> Render
     shared = f"shared by turns {_format_numbers(turns)}" if len(turns) > 1 else f"turn {turns[0]} only"
     trained = inspection.weights[start:end] > 0
     weights = sorted(set(inspection.weights[start:end][trained].tolist()))
-    content = f"{int(trained.sum())} trained, weight {_format_weights(weights)}" if weights else "context"
+    shown = " to ".join(f"{weight:g}" for weight in dict.fromkeys((*weights[:1], *weights[-1:])))
+    content = f"{int(trained.sum())} trained, weight {shown}" if weights else "context"
     ends = [turn for turn in turns if inspection.paths[turn - 1][-1] == end - 1]
     length = count_of(end - start, "token")
     title = Text(f"{length} at depth {depth}, {shared}: {content}", style="bold" if weights else "")
@@ -194,15 +195,11 @@ def _segment(inspection: Inspection, start: int, end: int, depth: int) -> Render
         title.append(f" [{side}]", style=f"bold {_SIDE_STYLES[side]}")
     if ends:
         title.append(f"; turn {_format_numbers(ends)} ends here", style="bold green")
-    return Group(title, _segment_text(inspection, start, end))
-
-
-def _segment_text(inspection: Inspection, start: int, end: int) -> Text:
     text = Text(overflow="fold")
     for position, piece in _visible_tokens(inspection, start, end):
         role = _STYLES[inspection.roles[position]]
         text.append(piece, style=f"{role} underline" if inspection.weights[position] > 0 else role)
-    return text
+    return Group(title, text)
 
 
 def _visible_tokens(inspection: Inspection, start: int, end: int) -> Iterator[tuple[int, str]]:
@@ -224,7 +221,3 @@ def _format_numbers(numbers: Sequence[int]) -> str:
     borders = [0, *(i for i, (a, b) in enumerate(pairwise(numbers), start=1) if b != a + 1), len(numbers)]
     groups = [numbers[start:end] for start, end in pairwise(borders)]
     return ", ".join(str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups)
-
-
-def _format_weights(weights: Sequence[float]) -> str:
-    return f"{weights[0]:g}" if len(weights) == 1 else f"{weights[0]:g} to {weights[-1]:g}"

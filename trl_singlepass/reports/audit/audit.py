@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
-from itertools import islice
+from itertools import groupby, islice
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from accelerate.utils import patch_environment
 from datasets.utils.tqdm import tqdm
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -32,7 +32,7 @@ from ...data.settings import PairSettings, RowSettings
 from ...data.tokenized_turns import get_tokenized_turns
 from ...rendering.conversation import Conversation
 from ...rendering.prefixes import Prefixes
-from ...rendering.template import with_template
+from ...rendering.template import TemplateKey, with_template
 from ...trees.errors import DataError
 from . import wording
 from .forecast import (
@@ -48,7 +48,7 @@ from .forecast import (
     make_forecast,
     sharing_by_turns,
 )
-from .turns import Lengths, TemplateFacts, TemplateSurvey, TurnExaminer, TurnStats
+from .turns import Lengths, TemplateFacts, TurnExaminer, TurnStats, survey_template
 
 
 if TYPE_CHECKING:
@@ -294,7 +294,8 @@ class Auditor:
     ) -> None:
         self.examples, self.shape, self.max_length = examples, shape, max_length
         self.reader, self.tokenizer = as_reader(tokenizer), get_tokenizer(tokenizer)
-        self.assistant_only, self.survey = AssistantOnlyLoss(self.tokenizer), TemplateSurvey(self.tokenizer)
+        self.assistant_only = AssistantOnlyLoss(self.tokenizer)
+        self.templates: dict[TemplateKey, TemplateFacts] = {}
 
     def audit_example(self, index: int) -> AuditedExample:
         """Audit one example. Anything wrong with it is recorded, so that the others can still be audited."""
@@ -343,7 +344,9 @@ class Auditor:
 
     def _examine(self, conversation: Conversation, audited: AuditedExample) -> TurnExaminer:
         prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
-        audited.templates.append(self.survey.get_facts(conversation))
+        if (key := prefixes.template.key) not in self.templates:
+            self.templates[key] = survey_template(prefixes.template)
+        audited.templates.append(self.templates[key])
         return TurnExaminer(conversation, prefixes)
 
     def _read(self, index: int, example: Mapping[str, Any]) -> Conversation:
@@ -364,8 +367,9 @@ def _audit_examples(auditor: Auditor, positions: list[int], num_proc: int) -> It
         yield from map(auditor.audit_example, positions)
         return
     with (
-        _without_tokenizer_threads(),
-        ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(auditor,)) as pool,
+        # Tokenizers that have used threads would warn in every process forked from theirs.
+        patch_environment(tokenizers_parallelism="false"),
+        ProcessPoolExecutor(num_proc, initializer=_worker.append, initargs=(auditor,)) as pool,
     ):
         yield from pool.map(_audit_in_worker, positions, chunksize=_BATCH_SIZE)
 
@@ -374,26 +378,8 @@ def _audit_examples(auditor: Auditor, positions: list[int], num_proc: int) -> It
 _worker: list[Auditor] = []
 
 
-def _start_worker(auditor: Auditor) -> None:
-    _worker[:] = [auditor]
-
-
 def _audit_in_worker(position: int) -> AuditedExample:
     return _worker[0].audit_example(position)
-
-
-@contextmanager
-def _without_tokenizer_threads() -> Iterator[None]:
-    """Tokenizers that have used threads warn in every process forked from theirs, unless told not to use any."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _make_report(audited: Sequence[AuditedExample], auditor: Auditor, num_rows: int | None) -> AuditReport:
@@ -403,6 +389,7 @@ def _make_report(audited: Sequence[AuditedExample], auditor: Auditor, num_rows: 
     lengths = [length for one in audited for length in one.lengths]
     tree_lengths = [cost.by_schedule[Schedule.SINGLE_PASS].tokens for cost in costs]
     coverage = 0.0 if num_rows is None else len(audited) / num_rows
+    turn_of = attrgetter("turn")
     return AuditReport(
         num_rows=num_rows,
         num_audited=len(audited),
@@ -410,7 +397,7 @@ def _make_report(audited: Sequence[AuditedExample], auditor: Auditor, num_rows: 
         errors=group_errors((one.index, one.error) for one in audited if one.error is not None),
         templates=tuple(Counter(facts for one in audited for facts in one.templates).most_common()),
         all_turns=TurnStats.merge(turns),
-        by_turn=_by_turn(turns),
+        by_turn=tuple(TurnStats.merge(group, turn) for turn, group in groupby(sorted(turns, key=turn_of), turn_of)),
         max_length=auditor.max_length,
         sample_lengths=Lengths.from_values(lengths) if costs else None,
         tree_lengths=Lengths.from_values(tree_lengths) if costs else None,
@@ -422,10 +409,3 @@ def _make_report(audited: Sequence[AuditedExample], auditor: Auditor, num_rows: 
         ),
         forecast=make_forecast(costs, auditor.shape, coverage) if costs else None,
     )
-
-
-def _by_turn(turns: Iterable[TurnStats]) -> tuple[TurnStats, ...]:
-    groups: dict[int | None, list[TurnStats]] = {}
-    for stats in turns:
-        groups.setdefault(stats.turn, []).append(stats)
-    return tuple(TurnStats.merge(groups[turn], turn) for turn in range(1, len(groups) + 1))

@@ -372,7 +372,9 @@ class AssistantOnlyLoss:
         if conversation.first_trained:  # TRL masks the prompt of a prompt-completion example
             prompt, _ = self._tokenize(conversation, conversation.first_trained)
             trained[: common_length(token_ids, prompt)] = False
-        parsed = [self._parse(conversation, sample) for sample in samples]
+        tags = reasoning_tags(self.tokenizer.chat_template)
+        indices = [sample.message_index for sample in samples if sample.message_index is not None]
+        parsed = [ParsedMessage.from_message(conversation.messages[index], tags) for index in indices]
         return RecipeReport.from_samples(
             Recipe.ASSISTANT_ONLY,
             samples,
@@ -393,11 +395,6 @@ class AssistantOnlyLoss:
             **conversation.template_kwargs,
         )
         return np.asarray(encoded["input_ids"], np.int64), np.asarray(encoded["assistant_masks"], bool)
-
-    def _parse(self, conversation: Conversation, sample: Sample) -> ParsedMessage:
-        assert sample.message_index is not None
-        message = conversation.messages[sample.message_index]
-        return ParsedMessage.from_message(message, reasoning_tags(self.tokenizer.chat_template))
 
     def _decode(self, token_ids: NDArray[np.int64], trained: NDArray[np.bool_]) -> str:
         """Text of all contiguous trained ranges, one per line."""

@@ -16,7 +16,7 @@ from ...rendering.conversation import Conversation, Message, RenderingError
 from ...rendering.message_format import as_read, parse
 from ...rendering.prefixes import Prefixes
 from ...rendering.reasoning import ParsedMessage
-from ...rendering.template import ChatTemplate, TemplateKey
+from ...rendering.template import ChatTemplate
 from ...rendering.template_behaviour import get_behaviour
 from ...rendering.tokenization import HardBorders, common_length, tokenize
 from ...rendering.turn import RenderedTurn, render_turn
@@ -24,7 +24,7 @@ from ...trees.sample import CompletionKind, Sample
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 _TAG_ROOM = 256  # characters at the end of a prompt that are searched for reasoning tags
 _TAIL = 4096  # characters at the end of a prompt that are searched first for its last added token
@@ -184,8 +184,12 @@ class TurnExaminer:
             prompt, own = prefixes.prompt(k), prefixes.through(k)
         except RenderingError:  # the report lists the row with its reason
             return
+        try:
+            turn = render_turn(prefixes, k)
+        except RenderingError:
+            turn = None
         parsed = parse(prefixes.trained.get(k, prefixes.messages[k]), prefixes.template)
-        text = _TurnText(self._conversation.messages[k], parsed, prompt, own, _render_turn(prefixes, k))
+        text = _TurnText(self._conversation.messages[k], parsed, prompt, own, turn)
         self._prompt_ends.append(_pieces_at_prompt_end(text, self._borders))
         self._count_last(text)
         self._last = k, text
@@ -206,13 +210,6 @@ class _WatchedPrefixes(Prefixes):
     def prompt(self, k: int) -> str:
         self.before_prompt(k)
         return Prefixes.prompt(self, k)
-
-
-def _render_turn(prefixes: Prefixes, k: int) -> RenderedTurn | None:
-    try:
-        return render_turn(prefixes, k)
-    except RenderingError:  # the report lists the row with its reason
-        return None
 
 
 def _count(text: _TurnText, then: _TurnText | None, template: ChatTemplate) -> TurnStats:
@@ -328,40 +325,28 @@ class TemplateFacts:
     added_stop: str  # stop token added to a last answer because the template writes none
 
 
-class TemplateSurvey:
-    """Measures a chat template once for each set of arguments with which a dataset calls it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self._known: dict[TemplateKey, TemplateFacts] = {}
-
-    def get_facts(self, conversation: Conversation) -> TemplateFacts:
-        """Return what the template does under the arguments of a conversation."""
-        template = ChatTemplate.for_conversation(
-            self.tokenizer, None, conversation.tools, conversation.template_kwargs
-        )
-        if template.key not in self._known:
-            self._known[template.key] = _measure(template)
-        return self._known[template.key]
-
-
-def _measure(template: ChatTemplate) -> TemplateFacts:
+def survey_template(template: ChatTemplate) -> TemplateFacts:
+    """Return what a template does with small chats."""
     name = template_name(template.tokenizer, template.source)
     try:
-        last, history = _endings(template)
-        return TemplateFacts(name, _reasoning_policy(template), last, history, _added_stop(template))
+        ending = get_behaviour(template).answers.ending
+        added_stop = (ending.trained or "").removeprefix(ending.written).strip()
+        last, history = _endings(template, added_stop)
+        return TemplateFacts(name, _reasoning_policy(template), last, history, added_stop)
     except RenderingError:  # some do not render a plain chat
         return TemplateFacts(name, ReasoningPolicy.REFUSED, "", "", "")
 
 
 def _reasoning_policy(template: ChatTemplate) -> ReasoningPolicy:
     """Find the policy in two chats, with reasoning under its key and between tags: templates may read only one."""
-    policies = [
-        _policy_in_chat(template, [answer_with(reasoning) for reasoning in _REASONINGS])
-        for answer_with in (_under_key, _inline)
-    ]
-    known = (policy for policy in policies if policy != ReasoningPolicy.STRIPPED_EVERYWHERE)
-    return next(known, ReasoningPolicy.STRIPPED_EVERYWHERE)
+    under_key, inline = (
+        _policy_in_chat(template, [{"role": "assistant", **answer_with(reasoning)} for reasoning in _REASONINGS])
+        for answer_with in (
+            lambda reasoning: {"reasoning_content": reasoning, "content": _ANSWER},
+            lambda reasoning: {"content": f"<think>\n{reasoning}\n</think>\n\n{_ANSWER}"},
+        )
+    )
+    return inline if under_key == ReasoningPolicy.STRIPPED_EVERYWHERE else under_key
 
 
 def _policy_in_chat(template: ChatTemplate, answers: list[Message]) -> ReasoningPolicy:
@@ -385,28 +370,11 @@ def _user(content: str) -> Message:
     return {"role": "user", "content": content}
 
 
-def _under_key(reasoning: str) -> Message:
-    return {"role": "assistant", "reasoning_content": reasoning, "content": _ANSWER}
-
-
-def _inline(reasoning: str) -> Message:
-    return {"role": "assistant", "content": f"<think>\n{reasoning}\n</think>\n\n{_ANSWER}"}
-
-
-def _endings(template: ChatTemplate) -> tuple[str, str]:
+def _endings(template: ChatTemplate, added_stop: str) -> tuple[str, str]:
+    """Return what ends an answer at the end of a chat, and what ends it in history."""
     messages = [_user(_QUESTIONS[0]), {"role": "assistant", "content": _ANSWER}]
     last = template.render(messages).rpartition(_ANSWER)[2].strip()
     history = template.render([*messages, _user(_LAST_QUESTION)]).rpartition(_ANSWER)[2].partition(_LAST_QUESTION)[0]
-    token = _added_stop(template) or last
     # Of the text after the answer in history, only what ends the answer: the rest begins the next message.
-    return last, token if history.lstrip().startswith(token) else _first_token(template, history.lstrip())
-
-
-def _added_stop(template: ChatTemplate) -> str:
-    ending = get_behaviour(template).answers.ending
-    return (ending.trained or "").removeprefix(ending.written).strip()
-
-
-def _first_token(template: ChatTemplate, text: str) -> str:
-    tokens = sorted(template.tokenizer.get_added_vocab(), key=len, reverse=True)
-    return next((token for token in tokens if text.startswith(token)), "")
+    tokens = [added_stop or last, *sorted(template.tokenizer.get_added_vocab(), key=len, reverse=True)]
+    return last, next((token for token in tokens if history.lstrip().startswith(token)), "")

@@ -8,9 +8,8 @@ from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS, chat, tool_chat
 from trl_singlepass import audit
 from trl_singlepass.rendering.samples import render_example
-from trl_singlepass.reports.html.audit import audit_page
-from trl_singlepass.reports.html.inspection import inspection_page
 from trl_singlepass.reports.inspection import Inspection
+from trl_singlepass.reports.pages import audit_page, inspection_page
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
