@@ -290,10 +290,9 @@ ADD_ARGUMENTS: dict[str, Callable[[CommandParser], None]] = {
 
 def describe_error(error: BaseException, command: str) -> str:
     """
-    Return the whole text of an error, with its type unless it is a `ValueError`.
+    Return the text of an error: one line, or those of a `DataError`.
 
-    A `DataError` keeps its lines, every other error is one. Settings that it names are spelt like the flags of the
-    command, if that trains (`--bad_rows drop`).
+    It has its type unless it is a `ValueError`; settings are spelt like the flags of a command that trains.
     """
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     # A worker of a DataLoader puts its traceback first.

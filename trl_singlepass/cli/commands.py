@@ -268,11 +268,7 @@ def answer(
     history: str,
     max_new_tokens: int,
 ) -> Message:
-    """
-    Generate the reply to a conversation, print it as it comes, and return it with `reasoning_content`.
-
-    `history` is the setting of that name. If the template cannot follow it, this raises `RenderingError`.
-    """
+    """Generate the reply to a conversation under a setting of `history`, print it as it comes, and return it."""
     # Training renders a turn with its completion; of this one, only the prompt is used.
     placeholder: Message = {"role": "assistant", "content": "Yes."}
     conversation = Conversation([*messages, placeholder], first_trained=len(messages))
@@ -299,11 +295,7 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def to_message(text: str, prompt: str, chat_template: str) -> Message:
-    """
-    Return what a model wrote, without its stop token, as a message; reasoning that was cut off has no answer.
-
-    The template tells the tags around reasoning, and `prompt` may end with the opening one.
-    """
+    """Return what a model wrote after `prompt`, without its stop token, as a message; cut reasoning has no answer."""
     tags = reasoning_tags(chat_template) or THINK
     opened = prompt.rstrip().endswith(tags.opening) or text.lstrip().startswith(tags.opening)
     reasoning, closed, content = text.partition(tags.closing)

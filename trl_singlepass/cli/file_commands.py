@@ -46,11 +46,7 @@ def read_recipe(name: str) -> str:
 
 
 def write_recipes(folder: str) -> str:
-    """
-    Write all recipes to a folder, where the paths between them are right if it is called `recipes`, and say so.
-
-    If there is another file under one of the names, nothing is written, and this raises `ValueError`.
-    """
+    """Write all recipes to a folder, and say so; a file there that differs is a `ValueError`, before any is written."""
     files = {Path(folder) / path.relative_to(RECIPES): path.read_bytes() for path in find_recipes().values()}
     changed = [str(file) for file, content in files.items() if file.exists() and file.read_bytes() != content]
     if changed:

@@ -72,11 +72,11 @@ def print_help(command: str, *, epilog: str, **about: str) -> None:
 
 def launch(command: str, arguments: Sequence[str], *, debug: bool = False, **about: str) -> int:
     """
-    Train with as many processes as `accelerate` is asked for, and return 0, or 2 if a process has printed its error.
+    Train with as many processes as `accelerate` is asked for; return 0, or 2 if a process has printed its error.
 
-    `SIGTERM` and `SIGUSR1` are passed on to the processes, which save a checkpoint and stop. With `debug`, they show
-    the traceback of every error. What is wrong before they start, or how one ended without a word, is a `ValueError`;
-    Ctrl-C raises `KeyboardInterrupt`, with the way to resume as its message.
+    `SIGTERM` and `SIGUSR1` are passed on to the processes, which save a checkpoint and stop. With `debug`, errors show
+    their traceback. What is wrong before they start, or how one ended without a word, is a `ValueError`; Ctrl-C raises
+    `KeyboardInterrupt`, with the way to resume.
     """
     make_parser = import_module(SCRIPTS[command]).make_parser
     run, output_dir = parse_launch(
@@ -107,10 +107,10 @@ def launch(command: str, arguments: Sequence[str], *, debug: bool = False, **abo
 
 def parse_launch(parser: Parser, arguments: Sequence[str], module: Sequence[str]) -> tuple[Namespace, str]:
     """
-    Return the arguments of `accelerate launch`, which gets what the script's parser does not know, and `output_dir`.
+    Return the arguments of `accelerate launch`, which gets what the script does not know, and `output_dir`.
 
-    `module` is the module to run, and what it takes before the arguments of the script. What would not start as asked
-    for raises `ValueError`.
+    `module` is what to run, with what it takes before the script's arguments. What would not start as asked for raises
+    `ValueError`.
     """
     accelerate = launch_command_parser()
     accelerate.error = _raise_error
@@ -180,11 +180,7 @@ def _raise_error(message: str) -> NoReturn:
 
 
 def with_config_file(arguments: Sequence[str]) -> list[str]:
-    """
-    Replace `--accelerate_config NAME` by `--config_file` with the file that it names, or the configuration of TRL's.
-
-    The last one counts: flags come after the config file.
-    """
+    """Replace `--accelerate_config NAME` by `--config_file` with the file that it names; the last one counts."""
     parser = Parser(add_help=False)
     parser.add_argument("--accelerate_config")
     named, others = parser.parse_known_args(arguments)

@@ -88,13 +88,12 @@ class ActivationBytes:
     @classmethod
     def from_config(cls, config: PreTrainedConfig, itemsize: int, *, checkpointing: bool) -> ActivationBytes:
         """
-        Count the bytes of a decoder with gated MLPs.
+        Count the bytes of a decoder with gated MLPs, with numbers of `itemsize` bytes.
 
-        Per token, a layer saves: for each of its two norms the input, its float32 copy and the normalised output; the
-        inputs of its four kinds of matrices; queries and keys before and after rotation, values, the attention output
-        and its log-sum-exp; and in the MLP the gate, the activated gate, up and the product. Query and key norms
-        (Qwen3) save what the other norms do. With `checkpointing`, layers save only their input and are recomputed one
-        by one in backward. `itemsize` is in bytes.
+        Per token, a layer saves: for each norm the input, its float32 copy and the output; the inputs of its four
+        kinds of matrices; queries and keys before and after rotation, values, the attention output and its
+        log-sum-exp; in the MLP the gate, the activated gate, up and the product. With `checkpointing`, layers save
+        only their input and are recomputed one by one.
         """
         config = config.get_text_config()
         hidden, heads = config.hidden_size, config.num_attention_heads

@@ -79,8 +79,8 @@ def examine(
     """
     Look at this machine with a model: what is installed, whether training is right, and how fast it is.
 
-    An error in one part is noted, and the next part runs; `on_part` is called with a description before each. If not
-    even the smallest slice of the model fits, this raises `ValueError`. `turns` are lengths of conversations.
+    An error in one part is noted, and the next part runs. If not even a slice of the model fits, this raises
+    `ValueError`. `turns` are lengths of conversations.
     """
     sizes = Sizes() if device.type == "cuda" else SIZES_ON_CPU
     text_config = subject.config.get_text_config()

@@ -77,11 +77,7 @@ class Environment:
 def known_problems(
     packages: Mapping[str, str | None], gpus: Sequence[Gpu], driver: str | None, cuda: str | None
 ) -> Iterator[str]:
-    """
-    Yield what is known to go wrong with these versions and devices, with the way out.
-
-    Takes the version of each package, of the NVIDIA driver, and of the CUDA that PyTorch was built for.
-    """
+    """Yield what is known to go wrong with these versions and devices, with the way out; `cuda` is PyTorch's."""
     has_hopper = any(gpu.capability[0] == HOPPER for gpu in gpus)
     if has_hopper and packages.get("flash-linear-attention") and _within(packages.get("triton"), "3.4", "3.7.1"):
         yield (
@@ -110,10 +106,7 @@ def known_problems(
 
 
 def faster_kernel(implementation: str, gpus: Sequence[Gpu], packages: Mapping[str, str | None]) -> str | None:
-    """
-    Return how attention gets faster on these GPUs, and by how much; `None` where nothing faster is known.
-    `implementation` is the `attn_implementation` of the model.
-    """
+    """Return how attention gets faster on these GPUs, and by how much; `None` where nothing faster is known."""
     if implementation not in FLASH_2 or not gpus or any(gpu.capability[0] != HOPPER for gpu in gpus):
         return None
     way = "load" if packages.get("flash-attn-3") else "install flash-attn-3 and load"

@@ -192,12 +192,7 @@ def _expand(
 
 
 def _as_text(samples: Sequence[Sample], processor: ProcessorMixin) -> dict[str, list[Any]]:
-    """
-    Return samples as rendered prompts and completions with their images, in the columns of `_TEXT_FEATURES`.
-
-    The references of the samples hold their images. If a trainer that processes the text would not train the same
-    tokens with the same weights, this raises `BadRowError`.
-    """
+    """Return samples as prompts, completions and images; `BadRowError` for what would not train the same as text."""
     texts = [_text(sample, processor) for sample in samples]
     return {
         "prompt": [prompt for prompt, _ in texts],

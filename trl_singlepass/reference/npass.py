@@ -48,16 +48,13 @@ def npass_loss_and_gradients(
     on_pass: Callable[[], object] = lambda: None,
 ) -> LossAndGradients:
     """
-    Compute loss and gradients with one ordinary forward and backward per sample; nothing here knows about trees.
+    Compute loss and gradients with one ordinary forward and backward per sample, without trees.
 
-    The model keeps its mode (call `eval()` to turn dropout off) and runs on transformers' own attention: its current
-    `attn_implementation`, or, if that is not stock, SDPA (eager for models without it). `param.grad` is not touched.
-
-    A mixture of experts whose config has `output_router_logits=True` adds its load-balancing loss, which is not a sum
-    over samples. It is computed as by the stock `SFTTrainer` with all samples in one padded batch.
-
-    Each sample encodes its own images with `load_images`; `on_pass` is called after each. If no token has a loss
-    weight above 0, this raises `ValueError`.
+    The model keeps its mode (call `eval()` to turn dropout off) and runs on its `attn_implementation` if that is
+    transformers' own, else on SDPA (eager for models without it). `param.grad` is not touched. A mixture of experts
+    with `output_router_logits=True` adds its load-balancing loss over all samples in one padded batch, as the stock
+    `SFTTrainer` does. Each sample encodes its own images; `on_pass` is called after each. Without a token of positive
+    weight, this raises `ValueError`.
     """
     total_weight = sum(float(sample.loss_weights.sum()) for sample in samples)
     if total_weight <= 0:

@@ -39,8 +39,9 @@ def single_pass_loss_and_gradients(
     model: PreTrainedModel, samples: Sequence[Sample], images: RowImages | None = None
 ) -> LossAndGradients:
     """
-    Compute what [`npass_loss_and_gradients`] does in one pass over the samples' prefix tree, on a model under tree
-    attention ([`enable_tree`]); `num_tokens` counts the tree.
+    Compute what [`npass_loss_and_gradients`] does in one pass over the samples' tree, on a model under tree attention.
+
+    `num_tokens` counts the tree.
     """
     tree = PrefixTree.from_samples(samples)
     batch = make_batch(tree, get_device(model), images)
@@ -92,10 +93,10 @@ def leak_probe(
     model: PreTrainedModel, samples: Sequence[Sample], num_probes: int = 4, images: RowImages | None = None
 ) -> LeakReport:
     """
-    Check with gradients that each turn sees its own history and nothing of the other turns.
+    Check with gradients that the last outputs of some turns depend on their own history and on no other turn.
 
     No tolerance is needed: masked attention contributes exactly zero in every precision. Takes a model under tree
-    attention, in evaluation mode, and the samples of one row, of which the last outputs of a few are differentiated.
+    attention, in evaluation mode.
     """
     tree = PrefixTree.from_samples(samples)
     paths = sample_paths(tree, samples)

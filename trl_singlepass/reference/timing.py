@@ -53,12 +53,10 @@ def make_step(
     model: PreTrainedModel, samples: Sequence[Sample], schedule: Schedule, device: torch.device | str | None = None
 ) -> Callable[[], torch.Tensor]:
     """
-    Return a function that runs forward and backward of one conversation, and returns its loss.
+    Return a function that runs forward and backward of one conversation, and returns its loss; targets weigh the same.
 
     The LM head runs on targets only, in chunks whose gradient is taken at once, so that logits cost the same in every
-    schedule. All targets have the same weight.
-
-    Takes a model under tree attention (see [`enable_tree`]). `device` is that of the inputs; the model's by default.
+    schedule. Takes a model under tree attention; `device` is that of the inputs, the model's by default.
     """
     together = [samples] if schedule is not Schedule.NPASS_PACKED else [[sample] for sample in samples]
     rows = [Row.from_tree(PrefixTree.from_samples(group)).columns() for group in together]
@@ -70,10 +68,7 @@ def make_step(
 
 
 def measure(model: PreTrainedModel, step: Callable[[], object], repeats: int) -> tuple[list[float], int]:
-    """
-    Return the seconds of a number of runs of a step after a warm-up, in which kernels are compiled and tuned, and the
-    largest number of bytes that they need above those in use before.
-    """
+    """Return the seconds of some runs of a step after a warm-up, and the bytes that they need beyond those in use."""
     step()
     before, times = reset_peak(), []
     for _ in range(repeats):
@@ -128,11 +123,9 @@ def time_both(
     on_step: Callable[[], object] = lambda: None,
 ) -> Timing:
     """
-    Time N-pass, sample by sample, and the single pass on the same conversations, on the same kernels.
+    Time N-pass, sample by sample, and the single pass on the same conversations and kernels; trees stay enabled.
 
-    Takes a model on stock attention, and leaves it on tree attention. Each conversation is timed `repeats` times,
-    after one warm-up run; `on_step` is called after each run, `2 × conversations × (repeats + 1)` times in all, for a
-    progress bar.
+    Each conversation is timed `repeats` times after one warm-up run; `on_step` is called after each run.
     """
     shape = get_model_shape(model.config)
     enable_tree(model)
@@ -162,10 +155,7 @@ def wave_tokens_that_keep_the_history(plan: TreePlan) -> int:
 
 
 class _Step:
-    """
-    Forward and backward of one row. Takes a batch of the collator, on the model's device, and the token that each
-    position predicts, of shape `(row_length,)`, on the CPU.
-    """
+    """Forward and backward of one row: a batch on the model's device, and on the CPU the target of each position."""
 
     def __init__(self, model: PreTrainedModel, batch: dict[str, Any], targets: torch.Tensor) -> None:
         self._decoder, self._head = get_decoder(model), model.get_output_embeddings()
@@ -258,12 +248,7 @@ class Sizes:
 def conversation(
     turns: int, vocabulary: int, seed: int, sizes: Sizes = Sizes(), *, keep: bool = False
 ) -> list[Sample]:
-    """
-    Return the samples of one conversation, with token ids below `vocabulary`.
-
-    The seed determines lengths and tokens. With `keep`, the history keeps the reasoning of earlier turns instead of
-    dropping it.
-    """
+    """Return the samples of one conversation of random tokens; with `keep`, history keeps earlier reasoning."""
     random = np.random.default_rng(seed)
     history, samples = random.integers(vocabulary, size=sizes.system), []
     for index in range(turns):

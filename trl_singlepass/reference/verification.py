@@ -115,10 +115,7 @@ def verify_samples(
     num_left_out: int = 0,
     load_images: LoadImages | None = None,
 ) -> VerifyReport:
-    """
-    Do what [`verify`] does with conversations that are samples already. `num_left_out` turns are not checked, which
-    the report says. Samples with images need `load_images`.
-    """
+    """Do what [`verify`] does with samples; those with images need `load_images`. `num_left_out` is for the report."""
     if all(sample.image_features is None for samples in rows for sample in samples):
         load_images = None
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())

@@ -28,10 +28,9 @@ _CHARACTER = 8.5  # pixels: in a narrow window, where a chart shrinks, its label
 
 def frame(title: str, body: str, *, script: str | None = None, data: object = None) -> str:
     """
-    Return a complete page that needs no other file. Its content security policy forbids loading any.
+    Return a complete page around `body` (HTML); its content security policy forbids loading any other file.
 
-    `body` is HTML, in which text from the data must be escaped already. `script` names a JavaScript file in this
-    folder, which reads `data` (anything that `json.dumps` takes) from the element with the id `data`.
+    `script` names a JavaScript file beside this one, which reads `data` as JSON from the element with the id `data`.
     """
     scripts = ""
     if script is not None:

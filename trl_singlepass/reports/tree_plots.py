@@ -81,10 +81,7 @@ def _sample_ends(tree: PrefixTree, runs: Sequence[Run], trained: NDArray[np.bool
 
 
 def _trained_starts(trained: NDArray[np.bool_], run: Run, end: int) -> list[int]:
-    """
-    Depths at which the trained ranges of a path begin. They put turns in order: a later turn has a longer history, or
-    continues where an earlier one ended.
-    """
+    """Depths at which a path's trained ranges begin, which put turns in order: later ones have more history."""
     on_path = np.concatenate([trained[first:last] for first, last in (*run.prefix, (run.start, end))])
     starts: list[int] = np.flatnonzero(on_path & ~np.append(False, on_path[:-1])).tolist()
     return starts

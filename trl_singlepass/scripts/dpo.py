@@ -1,13 +1,4 @@
-"""
-Train as `trl dpo` does, on preference pairs of several turns, each turn exact in one pass.
-
-```bash
-accelerate launch -m trl_singlepass.scripts.dpo \
-    --model_name_or_path Qwen/Qwen3-0.6B \
-    --dataset_name pairs.jsonl \
-    --output_dir out
-```
-"""
+"""Train as `trl dpo` does, every turn exact in one pass: `accelerate launch -m trl_singlepass.scripts.dpo …`."""
 
 from functools import partial
 

@@ -1,14 +1,4 @@
-"""
-Train as `trl grpo` does, with the prefixes that completions share computed once.
-
-```bash
-accelerate launch -m trl_singlepass.scripts.grpo \
-    --model_name_or_path Qwen/Qwen3-0.6B \
-    --dataset_name prompts.jsonl \
-    --reward_funcs rewards.mine \
-    --output_dir out
-```
-"""
+"""Train as `trl grpo` does, shared prefixes computed once: `accelerate launch -m trl_singlepass.scripts.grpo …`."""
 
 from functools import partial
 

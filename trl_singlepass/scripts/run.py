@@ -59,11 +59,7 @@ def train(
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
 ) -> None:
-    """
-    Train from the checkpoint that is asked for, if any, then write the model and its card.
-
-    After a signal, there is a checkpoint, and nothing else is written.
-    """
+    """Train from the checkpoint that is asked for; write the model and its card, unless a signal stopped the run."""
     others: dict[str, Any] = {}
     if isinstance(script_args, GRPOScriptArguments | RLOOScriptArguments):
         others["reward_funcs"] = load_rewards(script_args.reward_model_name_or_path, script_args.reward_funcs)
@@ -115,12 +111,7 @@ def _model_kwargs(model_args: ModelConfig, training_args: TrainingArguments) -> 
 
 
 def load_rewards(model: str | None, names: Sequence[str] | None) -> list[str | Callable[..., object]]:
-    """
-    Return a reward model, if there is one, and reward functions by their names, as TRL's scripts take them.
-
-    A name is that of one of TRL's rewards, or where it is imported from, the working directory included. If there is
-    no such function, or nothing is given, this raises `ValueError`.
-    """
+    """Return a reward model, if given, and reward functions by name, as TRL's scripts take them, or `ValueError`."""
     rewards: list[str | Callable[..., object]] = [] if model is None else [model]
     rewards += [_load_reward(name) for name in names or ()]
     if not rewards:
@@ -151,11 +142,9 @@ def _load_reward(name: str) -> Callable[..., object]:
 
 def load_splits(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
     """
-    Return the splits of a file, a folder, a dataset on the Hub, or a mixture, by name. A file has the one for
-    training.
+    Return the splits of a file (only one for training), a folder, a dataset on the Hub, or a mixture, by name.
 
-    A mixture in `dataset_args` takes precedence over the dataset that `script_args` names. If none is named, there is
-    no such file, or a setting belongs to the other of the two, this raises `ValueError`.
+    No data, no such file, or a setting that belongs to the other of the two kinds of data raises `ValueError`.
     """
     _check_belongs(script_args, dataset_args)
     if dataset_args.datasets:

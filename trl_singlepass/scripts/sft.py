@@ -1,13 +1,4 @@
-"""
-Train as `trl sft` does, with every turn of a conversation exact in one pass.
-
-```bash
-accelerate launch -m trl_singlepass.scripts.sft \
-    --model_name_or_path Qwen/Qwen3-0.6B \
-    --dataset_name data.jsonl \
-    --output_dir out
-```
-"""
+"""Train as `trl sft` does, every turn exact in one pass: `accelerate launch -m trl_singlepass.scripts.sft …`."""
 
 from functools import partial
 

@@ -1,7 +1,7 @@
 """
 Logs of Anthropic's Messages API.
 
-Source: https://docs.anthropic.com/en/api/messages
+Source: https://docs.anthropic.com/en/api/messages and, for streams, `…/docs/build-with-claude/streaming`
 """
 
 from __future__ import annotations
@@ -81,11 +81,7 @@ def read_message(message: Json) -> list[Message]:
 
 
 def read_assistant(blocks: list[Json]) -> tuple[Message, bool]:
-    """
-    Return an assistant's content blocks as one message, and whether it has reasoning in encrypted form only.
-
-    Blocks are thinking, text and tool use, in the order in which chat templates render them.
-    """
+    """Return an assistant's content blocks as one message, and whether it has reasoning in encrypted form only."""
     kinds = [need(block, "type", str) for block in blocks]
     unknown = [kind for kind in kinds if kind not in _ORDER]
     if unknown:
@@ -118,11 +114,7 @@ def _read_tool(tool: Json) -> Json:
 
 
 def join_events(events: list[Json]) -> Json:
-    """
-    Return the response that the events of a stream add up to.
-
-    Source: https://docs.anthropic.com/en/docs/build-with-claude/streaming
-    """
+    """Return the response that the events of a stream add up to."""
     if events[0].get("type") != "message_start":
         raise unknown_stream(events)
     message: Json = {}

@@ -31,11 +31,10 @@ def read_lines(
     lines: Iterable[LogLine], bad_lines: BadLines, *, skip_attachments: bool = False
 ) -> Iterator[LoggedRequest]:
     """
-    Yield each reply of each transcript with what stood before it.
+    Yield each reply of each transcript with what stood before it, or note why that is not known.
 
-    `bad_lines` takes the replies whose context is not in the transcript. How attachments (reminders, lists of skills,
-    changed files) were worded for the model is not in it, so that replies after them are bad, unless
-    `skip_attachments` leaves attachments out of contexts.
+    A transcript does not hold how attachments (reminders, lists of skills, changed files) were worded for the model:
+    replies after them are bad, unless `skip_attachments` leaves attachments out of contexts.
     """
     transcript = _Transcript(skip_attachments)
     for line in lines:

@@ -50,13 +50,10 @@ class MessageExamples:
     """
     The requests of a log, one example for each conversation; iterating over it gives the examples.
 
-    Requests come in the order of the log; those of a conversation need not be adjacent. Where the log is append-only,
-    they are one chain. A conversation of one chain has `messages` if every assistant message in it is a logged reply,
-    else `prompt` and `completion`; any other has `requests`, each with a `prompt` and a `completion`. `tools` and
-    `chat_template_kwargs` stand where a request has them, with the example if all its requests have the same.
-
-    Requests belong to the conversation that the log names. Where it names none, they do if they begin alike, up to the
-    first message of a user.
+    Requests come in the order of the log. Where it is append-only, those of a conversation are one chain. An example
+    of one chain has `messages` if every assistant message in it is a logged reply, else `prompt` and `completion`; any
+    other has `requests`, each with both. Where the log names no conversation, requests that begin alike, up to the
+    first message of a user, are one.
     """
 
     def __init__(self) -> None:
@@ -183,9 +180,8 @@ class TokenExamples:
     """
     Logged tokens as rows with one turn each; iterating over it gives the rows.
 
-    Turns come in the order of the log. Rows have `prompt_ids`, `completion_ids` and `conversation_id`. Where the log
-    does not tell the conversation, a turn belongs to that of the turn whose prompt and completion its prompt begins
-    with.
+    Where the log names no conversation, a turn belongs to that of the turn whose prompt and completion its prompt
+    begins with.
     """
 
     columns = ("prompt_ids", "completion_ids", "conversation_id")

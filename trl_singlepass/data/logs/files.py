@@ -31,11 +31,7 @@ _BETWEEN = " \t\r\n,[]"
 
 
 def find_files(names: Sequence[str], suffixes: Sequence[Sequence[str]]) -> list[Path]:
-    """
-    Return the files that were named, and from folders those with suffixes, in alphabetical order.
-
-    Of several groups of suffixes, the first one counts that any file of a folder has.
-    """
+    """Return the files that were named, and of folders those with the first group of suffixes that they have."""
     files: list[Path] = []
     for path in (Path(name).expanduser() for name in names):
         paths = sorted(path.rglob("*"))
@@ -93,11 +89,7 @@ def _parse(text: bytes) -> Any:
 
 
 def _read_document(file: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """
-    Yield values that follow each other, and those of arrays one by one, each with its number.
-
-    The file is read in pieces, which grow until they hold the next value. After an error, nothing is read.
-    """
+    """Yield values, those of arrays one by one, each with its number; pieces grow until they hold the next value."""
     decode, parse = getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder().raw_decode
     text, start, number, size, depth, at_end = "", 0, 0, _PIECE, 0, False
     while True:

@@ -143,14 +143,10 @@ def import_logs(
     skip_attachments: bool = False,
 ) -> tuple[Examples, ImportReport]:
     """
-    Turn logs into examples of a dataset, and tell what was read and left out.
+    Turn logs (files, or folders of files) into examples of a dataset, and tell what was read and left out.
 
-    `names` are files, and folders of files; `bad_lines` is what happens to lines that cannot be trained as they were
-    sent. `system_prompt` and `tools` are for requests that have none; `skip_attachments` leaves attachments in
-    transcripts of Claude Code out of contexts.
-
-    Raises `ValueError` if a file does not exist, a line is bad and may not be left out, nothing can be trained, or a
-    system prompt or tools are given for logs of tokens.
+    `system_prompt` and `tools` are for requests that have none. Raises `ValueError` if a file does not exist, a line
+    is bad and may not be left out, nothing can be trained, or a setting does not go with the format.
     """
     files, bad = find_files(names, _SUFFIXES.get(source, (LINES, DOCUMENTS))), BadLines()
     detected = _detect_source(files) if source == LogSource.AUTO else None
@@ -226,11 +222,7 @@ def write_examples(examples: Examples, path: Path) -> None:
 
 
 def _detect_source(files: Iterable[Path]) -> LogSource:
-    """
-    Return the format of log files.
-
-    Raises `ValueError` if they have several, or none that is known.
-    """
+    """Return the format of log files; several, or none that is known, raise `ValueError`."""
     found: dict[LogSource, Path] = {}
     for path in files:
         lines = islice(read_log(path, BadLines()), _LINES_READ)

@@ -52,11 +52,7 @@ class LogLine:
 
 @dataclass(frozen=True, slots=True)
 class LoggedRequest:
-    """
-    A request to a model and one reply to it.
-
-    Content of messages is text, reasoning is under `reasoning_content`, and arguments of tool calls are JSON.
-    """
+    """A request to a model and one reply to it: content is text, arguments of tool calls are JSON."""
 
     place: Place  # where the reply is in the log
     context: list[Message]  # the messages that were sent
@@ -197,11 +193,10 @@ def _check(value: object, key: str, kind: type[Kind]) -> Kind | None:
 
 def get_exchange(line: LogLine, join_stream: Callable[[list[Json]], Json]) -> tuple[Json, Json]:
     """
-    Return what was sent and what came back: request and response.
+    Return request and response, each under one of its keys (`request`, `body`, …) or on the line itself.
 
-    The request stands under `request`, `request_body` or `body` or on the line itself, the response under `response`,
-    `response_body` or on the line itself. Either may be wrapped once more, in `body`, and may be JSON text. The
-    response may be a stream, as a list of events or as their text: `join_stream` puts its events together.
+    Either may be wrapped once more, in `body`, and may be JSON text. A response may be a stream, as a list of events
+    or as their text: `join_stream` puts its events together.
     """
     entry = line.entry
     request, response = _unwrap(entry, _REQUEST_KEYS), _find_stream(entry, join_stream)
@@ -247,12 +242,9 @@ def _find_stream(entry: Json, join_stream: Callable[[list[Json]], Json]) -> Json
     return None
 
 
+# Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
 def read_events(stream: str | Sequence[object]) -> list[Json]:
-    """
-    Return the events of a stream, at least one. They are objects or text: server-sent events, or JSON.
-
-    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
-    """
+    """Return the events of a stream, at least one: objects or text, which is server-sent events or JSON."""
     events = (
         _read_text(stream) if isinstance(stream, str) else [event for item in stream for event in _read_item(item)]
     )
@@ -356,8 +348,7 @@ def join_text(content: object, where: str, types: Collection[str] = ("text",)) -
     """
     Return the text of a message's content, `None` if there is no content.
 
-    Parts of text are joined as chat templates print them, one after the other. Parts of `types` hold text under
-    `text`; any other, such as an image, is a [`LogError`]. `where` names what the content belongs to.
+    Parts with `text`, all of one of the `types`, are joined as chat templates print them; `where` names their owner.
     """
     if content is None or isinstance(content, str):
         return content
@@ -379,8 +370,8 @@ def check_request(request: LoggedRequest, checked: Mapping[int, Message]) -> dic
     """
     Refuse a request that no chat template could render.
 
-    Contexts of a transcript share their messages, and a message is checked once: `checked` holds those of the request
-    before by `id`; those of this request are returned.
+    Contexts of a transcript share messages, which are checked once: `checked` are those of the request before by `id`;
+    those of this one are returned.
     """
     if not request.context:
         raise LogError("The request has no messages.")

@@ -1,8 +1,8 @@
 """
 Logs of OpenAI's Chat Completions API, as proxies and OpenAI-compatible servers write them.
 
-Source: https://platform.openai.com/docs/api-reference/chat and, for `chat_template_kwargs`, `reasoning_effort`,
-`reasoning` and `stop_reason`, vLLM's and SGLang's OpenAI-compatible servers. Tokens come from `return_token_ids` of
+Source: https://platform.openai.com/docs/api-reference/chat and `…/chat-streaming`; for `chat_template_kwargs`,
+`reasoning_effort`, `reasoning` and `stop_reason`, vLLM's and SGLang's OpenAI-compatible servers. Tokens come from `return_token_ids` of
 vLLM's, and from `input_ids`, `output_ids` and `meta_info` of SGLang's `/generate`.
 """
 
@@ -114,11 +114,7 @@ def _read_call(call: Json) -> Json:
 
 
 def join_chunks(chunks: list[Json]) -> Json:
-    """
-    Return the response that the chunks of a stream add up to.
-
-    Source: https://platform.openai.com/docs/api-reference/chat-streaming
-    """
+    """Return the response that the chunks of a stream add up to."""
     if "choices" not in chunks[0]:
         raise unknown_stream(chunks)
     response: Json = {}

@@ -7,7 +7,7 @@ one assistant message:
     reasoning, message, function_call, function_call, function_call_output, function_call_output
     → assistant (reasoning, content, two calls), tool, tool
 
-Source: https://platform.openai.com/docs/api-reference/responses
+Source: https://platform.openai.com/docs/api-reference/responses and `…/responses-streaming`
 """
 
 from __future__ import annotations
@@ -112,11 +112,7 @@ def _read_tool(tool: Json) -> Json:
 
 
 def join_events(events: list[Json]) -> Json:
-    """
-    Return the response of a stream, which its last event holds.
-
-    Source: https://platform.openai.com/docs/api-reference/responses-streaming
-    """
+    """Return the response of a stream, which its last event holds."""
     ends = ("response.completed", "response.incomplete", "response.failed")
     whole = [event for event in events if event.get("type") in ends]
     if not whole:
@@ -128,11 +124,7 @@ def join_events(events: list[Json]) -> Json:
 
 
 def read_items(items: Iterable[Json]) -> list[Message]:
-    """
-    Return items of a request's input or of a response's output as messages.
-
-    Reasoning that is there in encrypted form only leaves no trace in them.
-    """
+    """Return items of a request or a response as messages; encrypted reasoning leaves no trace in them."""
     messages: list[Message] = []
     for item in items:
         add_item(messages, item)

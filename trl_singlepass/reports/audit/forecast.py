@@ -32,11 +32,7 @@ Z_95 = 1.96
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """
-    An estimate with its 95 % confidence interval.
-
-    The interval is the value itself if every conversation was audited, and `None` if only one of many was.
-    """
+    """A value with its 95 % confidence interval: the value itself for a whole dataset, `None` for a sample of one."""
 
     value: float
     low: float | None
@@ -171,11 +167,9 @@ def maximal_chains(samples: Sequence[Sample], root: RadixNode) -> Iterator[Sampl
     """
     Merge every sample that begins another one into it, so that one sequence trains several turns.
 
-    Nothing saves more without a tree, and it is as exact as separate samples: under causal attention, later tokens
-    have no effect on earlier ones. Samples `[1, 2]` and `[1, 2, 3, 4]` become `[1, 2, 3, 4]` with the loss weights of
-    both; `[1, 2, 5]` stays on its own. A sample that begins several others is merged into the longest of them.
-
-    `root` is that of the samples' radix tree, of which each chain ends in a leaf. The longest chains come first.
+    Nothing saves more without a tree, and under causal attention it is as exact. Samples `[1, 2]` and `[1, 2, 3, 4]`
+    become `[1, 2, 3, 4]` with the loss weights of both; `[1, 2, 5]` stays on its own. A sample that begins several
+    others is merged into the longest. `root` is that of the samples' radix tree. The longest chains come first.
     """
     ends, parents = _find_ends(samples, root)
     chains: list[list[Sample]] = []

@@ -149,8 +149,8 @@ class TurnExaminer:
     """
     Examines every turn of a conversation, whether or not it can be trained.
 
-    The renderings of all turns together outgrow the conversation, so each turn is examined when its prompt is first
-    asked for, and its renderings are forgotten when the next one is there.
+    The renderings of all turns outgrow the conversation: a turn is examined when its prompt is first asked for, and
+    forgotten after the next one.
     """
 
     def __init__(self, conversation: Conversation, prefixes: Prefixes) -> None:
@@ -271,12 +271,7 @@ def _branch_cause(template: ChatTemplate, text: _TurnText, next_prompt: str) -> 
 
 
 def _match_prompts(pieces: list[tuple[str, str] | None], borders: HardBorders) -> list[bool | None]:
-    """
-    Return, for each turn, whether the tokens of its prompt begin those of the rendering with the answer; `None` if
-    not even its text does.
-
-    Tokens are compared only around the end of the prompt: everything before it is tokenized alike.
-    """
+    """Return for each turn whether its prompt's tokens begin those with the answer; `None` if its text does not."""
     ids = iter(tokenize(borders, [piece for pair in pieces for piece in pair or ()]))
     matches: list[bool | None] = []
     for pair in pieces:
