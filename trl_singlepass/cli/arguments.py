@@ -213,6 +213,7 @@ def _add_chat(parser: CommandParser) -> None:
     text = "What contexts show of earlier turns, as in training."
     parser.flag("history", text, default="template", choices=histories)
     parser.flag("system", "System prompt.")
+    parser.set_defaults(dtype="auto", attn_implementation=None)
     parser.flag("max_new_tokens", "Largest number of tokens of a reply.", int, 1024)
     _add_device(parser)
 

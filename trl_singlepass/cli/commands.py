@@ -162,14 +162,7 @@ def doctor(args: Namespace, console: Console) -> int:
 
 def chat(args: Namespace, console: Console) -> int:
     """Answer each line of the standard input until it ends."""
-    tokenizer = load_tokenizer(args.model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code)
-    model = load_model(
-        args.model,
-        dtype="auto",
-        attn_implementation=None,
-        device=args.device,
-        trust_remote_code=args.trust_remote_code,
-    ).eval()
+    tokenizer, model = _load_tokenizer(args), _load_model(args).eval()
     messages: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
     for said in _read_lines(console):
         messages.append({"role": "user", "content": said})
@@ -182,12 +175,8 @@ def _load_both(
 ) -> tuple[PreTrainedTokenizerBase | ProcessorMixin, Sequence[Mapping[str, object]] | Dataset]:
     """Return the data, and the tokenizer that reads it, or the processor if there are images."""
     examples = _load_examples(args)
-    if not holds_images(examples):
-        return _load_tokenizer(args), examples
-    return (
-        load_processor(args.model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code),
-        examples,
-    )
+    load = load_processor if holds_images(examples) else load_tokenizer
+    return load(args.model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code), examples
 
 
 def _load_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:

@@ -46,7 +46,7 @@ def read_recipe(name: str) -> str:
 
 
 def write_recipes(folder: str) -> str:
-    """Write all recipes to a folder, and say so; a file there that differs is a `ValueError`, before any is written."""
+    """Write all recipes to a folder, and say so; if a file there differs, raise `ValueError` and write none."""
     files = {Path(folder) / path.relative_to(RECIPES): path.read_bytes() for path in find_recipes().values()}
     changed = [str(file) for file, content in files.items() if file.exists() and file.read_bytes() != content]
     if changed:

@@ -6,21 +6,20 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from ..scripts import SCRIPTS
 from .arguments import ADD_ARGUMENTS, CUT_OFF, INTERRUPTED, CommandParser, describe_error, peek
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """What the help says about a command."""
+class Command(NamedTuple):
+    """What the help says about a command: what it does, in a line, and how to call it."""
 
-    summary: str  # what it does, in a line
-    example: str  # how to call it
+    summary: str
+    example: str
 
 
 COMMANDS = {

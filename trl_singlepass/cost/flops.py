@@ -51,7 +51,10 @@ class ModelShape:
         heads, kv_heads, head_dim = head_sizes(config)
         gates = heads if config.model_type in GATED_ATTENTION else 0
         attention = config.hidden_size * head_dim * (2 * heads + 2 * kv_heads + gates)
-        num_scans = _num_gated_delta_layers(config)
+        types = list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
+        num_scans = types.count("linear_attention") if hasattr(config, "linear_num_value_heads") else 0
+        attending = [kind for kind in types if not (num_scans and kind == "linear_attention")]
+        window = getattr(config, "sliding_window", None)
         scan = gated_delta_cost(config) if num_scans else (0, 0)
         num_layers = config.num_hidden_layers
         return cls(
@@ -60,7 +63,7 @@ class ModelShape:
             + num_layers * _mlp_parameters(config),
             attention_width=heads * head_dim,
             head_parameters=config.hidden_size * config.vocab_size,
-            windows=_windows(config),
+            windows=tuple(window if kind == "sliding_attention" else None for kind in attending),
             scan_flops=num_scans * scan[1],
         )
 
@@ -151,21 +154,6 @@ def _mlp_parameters(config: PreTrainedConfig) -> int:
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     shared = getattr(config, "shared_expert_intermediate_size", None) or 0
     return int(config.hidden_size * (3 * (config.num_experts_per_tok * width + shared) + experts))
-
-
-def _windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    attending = [kind for kind in types if not (kind == "linear_attention" and _has_gated_delta(config))]
-    return tuple(window if kind == "sliding_attention" else None for kind in attending)
-
-
-def _has_gated_delta(config: PreTrainedConfig) -> bool:
-    return hasattr(config, "linear_num_value_heads")
-
-
-def _num_gated_delta_layers(config: PreTrainedConfig) -> int:
-    return list(config.layer_types).count("linear_attention") if _has_gated_delta(config) else 0
 
 
 def gated_delta_cost(config: PreTrainedConfig) -> tuple[int, int]:

@@ -7,7 +7,6 @@ tell the smallest `sp_size` with which rows fit, and what its communication cost
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,8 +72,10 @@ def smallest_group(config: PreTrainedConfig, num_tokens: int, free_bytes: float)
     `free_bytes` are what the model and its optimizer leave free on each rank. More ranks than needed only exchange
     more: with rows of their own, they train as many tokens in the same time.
     """
-    fitting = (size for size in _sizes(config) if row_bytes(config, num_tokens, size) <= free_bytes)
-    return next(fitting, None)
+    heads, kv_heads, _ = head_sizes(config.get_text_config())
+    sizes = (size for size in range(1, heads + 1) if heads % size == 0)
+    shared = (size for size in sizes if kv_heads % size == 0 or size % kv_heads == 0)  # as DeepSpeed can divide heads
+    return next((size for size in shared if row_bytes(config, num_tokens, size) <= free_bytes), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +107,6 @@ class ActivationBytes:
         layers = config.num_hidden_layers
         per_token = layers * hidden * itemsize + layer if checkpointing else layers * layer
         return cls(per_token, layers * 2 * keys * itemsize)
-
-
-def _sizes(config: PreTrainedConfig) -> Iterator[int]:
-    """Yield the numbers of ranks among which DeepSpeed can divide a model's heads."""
-    heads, kv_heads, _ = head_sizes(config.get_text_config())
-    for size in range(1, heads + 1):
-        if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0):
-            yield size
 
 
 def _widths(config: PreTrainedConfig, sp_size: int) -> tuple[int, int]:

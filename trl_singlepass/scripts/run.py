@@ -63,7 +63,14 @@ def train(
     others: dict[str, Any] = {}
     if isinstance(script_args, GRPOScriptArguments | RLOOScriptArguments):
         others["reward_funcs"] = load_rewards(script_args.reward_model_name_or_path, script_args.reward_funcs)
-    training_args.model_init_kwargs = _model_kwargs(model_args, training_args)
+    owner = training_args if hasattr(training_args, "trust_remote_code") else model_args  # moved in TRL 1.12
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": owner.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),  # overrides the command line
+    }
     check_before_loading(training_args)
     dataset = load_splits(script_args, dataset_args)
     wants_evaluation = training_args.eval_strategy != "no"
@@ -93,18 +100,6 @@ def train(
     trainer.create_model_card(model_name=name, dataset_name=None if data is None or Path(data).exists() else data)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=data)
-
-
-def _model_kwargs(model_args: ModelConfig, training_args: TrainingArguments) -> dict[str, object]:
-    """Return the arguments by which the model is loaded; `model_init_kwargs` override those of the command line."""
-    owner = training_args if hasattr(training_args, "trust_remote_code") else model_args  # moved in TRL 1.12
-    return {
-        "revision": model_args.model_revision,
-        "trust_remote_code": owner.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
 
 
 # Rewards -------------------------------------------------------------------------------------------------------------

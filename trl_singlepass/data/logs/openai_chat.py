@@ -2,8 +2,8 @@
 Logs of OpenAI's Chat Completions API, as proxies and OpenAI-compatible servers write them.
 
 Source: https://platform.openai.com/docs/api-reference/chat and `…/chat-streaming`; for `chat_template_kwargs`,
-`reasoning_effort`, `reasoning` and `stop_reason`, vLLM's and SGLang's OpenAI-compatible servers. Tokens come from `return_token_ids` of
-vLLM's, and from `input_ids`, `output_ids` and `meta_info` of SGLang's `/generate`.
+`reasoning_effort`, `reasoning` and `stop_reason`, vLLM's and SGLang's OpenAI-compatible servers. Tokens come from
+`return_token_ids` of vLLM's, and from `input_ids`, `output_ids` and `meta_info` of SGLang's `/generate`.
 """
 
 from __future__ import annotations
