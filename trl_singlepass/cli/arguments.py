@@ -130,17 +130,13 @@ def peek(arguments: Sequence[str]) -> tuple[str | None, str | None]:
 # The arguments of each command ---------------------------------------------------------------------------------------
 
 
+_DEVICE = ("device", "Device to run on; a GPU by default if there is one.")
+_JSON = ("json", "File to write the report to as JSON; '-' prints it.")
+
+
 def _add_loading(parser: CommandParser) -> None:
     parser.flag("trust_remote_code", "Whether code that comes with the model may run on this machine.", bool, False)
     parser.flag("debug", "Show the traceback of an error.", bool, False)
-
-
-def _add_device(parser: CommandParser) -> None:
-    parser.flag("device", "Device to run on; a GPU by default if there is one.")
-
-
-def _add_json(parser: CommandParser) -> None:
-    parser.flag("json", "File to write the report to as JSON; '-' prints it.")
 
 
 def _add_tokenizer(parser: CommandParser) -> None:
@@ -173,7 +169,7 @@ def _add_audit(parser: CommandParser) -> None:
     parser.flag("seed", "Seed of the draw.", int, 0)
     parser.flag("max_length", "Length in tokens to compare samples with; the model's by default.", int)
     parser.flag("num_proc", "Number of processes.", int)
-    _add_json(parser)
+    parser.flag(*_JSON)
     parser.flag("html", "File to write the report to as a page with plots.")
 
 
@@ -183,7 +179,7 @@ def _add_runs(parser: CommandParser) -> None:
     parser.flag("num_rows", "Number of conversations, from the first.", int, 4, aliases=["-n"])
     parser.flag("dtype", "Data type of the weights.", default="float32", choices=dtypes)
     parser.flag("attn_implementation", "Attention implementation of the model.")
-    _add_device(parser)
+    parser.flag(*_DEVICE)
 
 
 def _add_verify(parser: CommandParser) -> None:
@@ -202,8 +198,8 @@ def _add_doctor(parser: CommandParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help=text)
     parser.flag("turns", "Lengths of the conversations to time, in turns.", default="2,8,16")
     parser.flag("attn_implementation", "Attention implementation of the model.")
-    _add_device(parser)
-    _add_json(parser)
+    parser.flag(*_DEVICE)
+    parser.flag(*_JSON)
     _add_loading(parser)
 
 
@@ -215,27 +211,20 @@ def _add_chat(parser: CommandParser) -> None:
     parser.flag("system", "System prompt.")
     parser.set_defaults(dtype="auto", attn_implementation=None)
     parser.flag("max_new_tokens", "Largest number of tokens of a reply.", int, 1024)
-    _add_device(parser)
-
-
-def _add_debug(parser: CommandParser) -> None:
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.flag(*_DEVICE)
 
 
 def _add_recipes(parser: CommandParser) -> None:
-    _add_debug(parser)
     parser.add_argument("name", metavar="NAME", nargs="?", help="recipe to print; without it, they are listed")
     parser.add_argument("-o", "--output", metavar="FOLDER", help="folder to write all of them to")
 
 
 def _add_demo_model(parser: CommandParser) -> None:
-    _add_debug(parser)
     parser.add_argument("path", metavar="FOLDER", help="folder to write")
     parser.set_defaults(kind="model")
 
 
 def _add_demo_data(parser: CommandParser) -> None:
-    _add_debug(parser)
     parser.add_argument("path", metavar="PATH", help="file to write; with --logs, a folder")
     other = parser.add_mutually_exclusive_group()
     pairs, logs = "write preference pairs, for `dpo`", "write logs of agents, for `import`"
@@ -244,7 +233,6 @@ def _add_demo_data(parser: CommandParser) -> None:
 
 
 def _add_import(parser: CommandParser) -> None:
-    _add_debug(parser)
     sources = list(map(str, LogSource))
     parser.add_argument("source", metavar="SOURCE", choices=sources, help=f"format of the logs: {', '.join(sources)}")
     parser.add_argument("files", metavar="FILES", nargs="+", help="files of the log, or folders that hold them")

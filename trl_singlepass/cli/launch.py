@@ -184,17 +184,15 @@ def with_config_file(arguments: Sequence[str]) -> list[str]:
     parser = Parser(add_help=False)
     parser.add_argument("--accelerate_config")
     named, others = parser.parse_known_args(arguments)
-    file = [] if named.accelerate_config is None else ["--config_file", _find_config(named.accelerate_config)]
-    return [*file, *others]
-
-
-def _find_config(name: str) -> str:
+    name: str | None = named.accelerate_config
+    if name is None:
+        return list(others)
     files = resources.files("trl.accelerate_configs").iterdir()
     shipped = {file.name.removesuffix(".yaml"): str(file) for file in files if file.name.endswith(".yaml")}
     path = name if Path(name).is_file() else shipped.get(name)
     if path is None:
         raise ValueError(f"--accelerate_config {name} is neither a file nor one of {', '.join(sorted(shipped))}.")
-    return path
+    return ["--config_file", path, *others]
 
 
 def _without(arguments: Sequence[str], taken: Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -216,8 +215,11 @@ def _visible_tokens(inspection: Inspection, start: int, end: int) -> Iterator[tu
             yield start + offset, " … "
 
 
+def consecutive(numbers: Sequence[int] | NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Return `[1, 2, 3]` and `[5]` for `[1, 2, 3, 5]`."""
+    return np.split(np.asarray(numbers), np.flatnonzero(np.diff(numbers) != 1) + 1)
+
+
 def _format_numbers(numbers: Sequence[int]) -> str:
     """Return `"1-3, 5"` for `[1, 2, 3, 5]`."""
-    borders = [0, *(i for i, (a, b) in enumerate(pairwise(numbers), start=1) if b != a + 1), len(numbers)]
-    groups = [numbers[start:end] for start, end in pairwise(borders)]
-    return ", ".join(str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups)
+    return ", ".join("-".join(map(str, dict.fromkeys((part[0], part[-1])))) for part in consecutive(numbers))

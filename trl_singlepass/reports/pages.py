@@ -18,7 +18,7 @@ from ..trees.image_features import ImageReference, image_of_feature
 from ..trees.prefix_tree import PrefixTree
 from .audit import AuditReport
 from .audit.turns import Lengths
-from .inspection import Inspection, TokenRole
+from .inspection import Inspection, TokenRole, consecutive
 
 
 _THUMBNAIL = 160  # pixels of a side, at most
@@ -108,7 +108,7 @@ def _data(inspection: Inspection) -> dict[str, object]:
             "side": inspection.side(turn),
             "prompt": sample.prompt_length,
             "reasoning": sample.reasoning_length,
-            "path": _to_ranges(path.tolist()),
+            "path": [[int(part[0]), int(part[-1]) + 1] for part in consecutive(path)],
         }
         for turn, (sample, path) in enumerate(zip(inspection.samples, inspection.paths, strict=True), start=1)
     ]
@@ -152,17 +152,6 @@ def _thumbnail(image: ImageReference) -> str:
     file = BytesIO()
     loaded.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _to_ranges(positions: list[int]) -> list[list[int]]:
-    """Return `[[0, 3], [7, 9]]` for `[0, 1, 2, 7, 8]`."""
-    ranges: list[list[int]] = []
-    for position in positions:
-        if ranges and ranges[-1][1] == position:
-            ranges[-1][1] += 1
-        else:
-            ranges.append([position, position + 1])
-    return ranges
 
 
 # An audit: findings, plots and tables --------------------------------------------------------------------------------

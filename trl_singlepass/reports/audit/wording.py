@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from math import isnan, nan
+from typing import NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -160,12 +160,12 @@ def error_table(errors: Sequence[RowErrors]) -> Table:
     for name in ("rows", "first rows", "reason"):
         table.add_column(name, overflow="fold")
     for error in errors[:_MAX_ERRORS_SHOWN]:
-        table.add_row(str(error.count), ", ".join(map(str, error.rows)), Text(_clip(error.reason, 400)))
+        reason = error.reason if len(error.reason) <= 400 else f"{error.reason[:399]}…"
+        table.add_row(str(error.count), ", ".join(map(str, error.rows)), Text(reason))
     return table
 
 
-@dataclass(frozen=True, slots=True)
-class _Column:
+class _Column(NamedTuple):
     """A column of a table by turn: what it says of a turn, and what its heading means."""
 
     heading: str
@@ -310,7 +310,3 @@ def _number(value: int | float) -> str:
 
 def _percent(part: int, whole: int) -> str:
     return f"{part / whole:.0%}" if whole else "–"
-
-
-def _clip(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
