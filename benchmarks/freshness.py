@@ -56,23 +56,16 @@ ROW = "trees attention engine data/collator.py"
 WAVES = f"{ROW} engine/waves"
 TRAINER = f"{WAVES} data training recurrent"
 RENDERING = "trees rendering data"
-STEPS = f"{WAVES} cost/flops.py reference/timing.py reference/random_conversations.py"
+STEPS = f"{WAVES} cost reference/timing.py"
 CONVERSATIONS = "benchmarks/modes.py benchmarks/shapes.py benchmarks/shapes"
 TRIED_BY_A_TEST = "A slow test measures the same on the code as it is, and fails where it no longer holds: "
 # By kind, in the order in which they are measured: what pages show first comes first.
 FIGURES = {
-    "step_time": Figures("benchmarks.step_time", STEPS, CONVERSATIONS, 3600),
+    "step_time": Figures("benchmarks.step_time", STEPS, CONVERSATIONS, 1500),
     "preparation": Figures(
         "benchmarks.preparation --rounds 2 --tokenizer {tokenizer}", f"{RENDERING} training/dataset.py", seconds=220
     ),
-    "step_time_shapes": Figures("benchmarks.step_time --shapes", STEPS, CONVERSATIONS, 1000),
-    "step_time_waves": Figures("benchmarks.step_time --waves", STEPS, CONVERSATIONS, 400),
-    "waves": Figures(
-        "benchmarks.waves", f"{STEPS} cost/memory.py", "benchmarks/step_time.py benchmarks/modes.py", 1500
-    ),
-    "waves_long": Figures(
-        "benchmarks.waves --long", f"{STEPS} cost/memory.py", "benchmarks/step_time.py benchmarks/modes.py", 2500
-    ),
+    "step_time_shapes": Figures("benchmarks.step_time --shapes", STEPS, CONVERSATIONS, 650),
     "row_memory": Figures("benchmarks.step_time --memory", STEPS, CONVERSATIONS, 80),
     "step_profile": Figures(
         "benchmarks.step_profile --turns 4", STEPS, f"benchmarks/step_time.py {CONVERSATIONS}", 100
@@ -89,30 +82,30 @@ FIGURES = {
         "benchmarks/kernel_speed.py benchmarks/launches.py benchmarks/model_shapes.py",
         150,
     ),
-    "hybrid_step": Figures("benchmarks.hybrid_step", f"{ROW} recurrent reference/random_conversations.py", "", 75),
+    "hybrid_step": Figures("benchmarks.hybrid_step", f"{ROW} recurrent reference/timing.py", "", 75),
     "groups": Figures(
         "benchmarks.groups --repeats 1",
         f"{ROW} cost/flops.py groups/lines.py",
         "benchmarks/preference.py",
-        360,
+        300,
     ),
     "preference": Figures(
-        "benchmarks.preference --tokenizer {tokenizer} --pairs 1 --data {data}/mathchat_follow_up_300.jsonl",
+        "benchmarks.preference --repeats 2 --pairs 1 --tokenizer {tokenizer} --data {data}/" + DATA[1],
         f"{ROW} rendering data/arrow.py data/pairs.py data/selection.py data/settings.py cost preference/collator.py",
-        seconds=180,
+        seconds=140,
     ),
     "self_check": Figures("benchmarks.self_check", f"{ROW} engine/check", "benchmarks/model_shapes.py", 80),
     "long_conversation": Figures(
-        "benchmarks.long_conversation --tokenizer {tokenizer}",
+        "benchmarks.long_conversation --tokens 131072 1048576 --by-turns 1000 --tokenizer {tokenizer}",
         f"{RENDERING} engine/waves attention reference/timing.py",
         "benchmarks/preparation.py",
-        150,
+        60,
     ),
     "long_conversation_steps": Figures(
-        "benchmarks.long_conversation --steps --tokenizer {tokenizer}",
+        "benchmarks.long_conversation --steps --step-tokens 262144 --window-tokens 1048576 --tokenizer {tokenizer}",
         f"{WAVES} data cost reference/timing.py",
         "benchmarks/preparation.py",
-        250,
+        180,
     ),
     "plan_time": Figures("benchmarks.plan_time", "trees attention engine/enable.py", "", 40),
     "balance_at_scale": Figures(

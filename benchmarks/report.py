@@ -52,6 +52,15 @@ SUMMARY_HEADER = [
     "single pass",
     "single pass in waves",
 ]
+WAVES_HEADER = [
+    "turns",
+    "one row, counted",
+    "measured",
+    "waves, counted",
+    "measured",
+    "time of N-pass ÷ row",
+    "÷ waves",
+]
 SUMMARY_TURNS = (8, 16, 32)
 SUMMARY_SHAPE = "taubench_gpt4o_airline"
 
@@ -95,7 +104,7 @@ def speed_rows(result: dict[str, Any]) -> list[list[str]]:
     rows = []
     for count, best in by_conversation(result):
         single = best["single_pass"]
-        npass = min((one for mode, one in best.items() if mode in NPASS), key=lambda one: one["seconds"])
+        npass = fastest_npass(best)
         speedup, predicted = npass["seconds"] / single["seconds"], count["predicted_speedup"]
         rows.append(
             [
@@ -125,9 +134,12 @@ def others_rows(result: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def summary_row(name: str, best: dict[str, dict[str, Any]], waves: dict[str, Any] | None) -> list[str]:
-    npass = min((one for mode, one in best.items() if mode in NPASS), key=lambda one: one["seconds"])
-    single = best["single_pass"]
+def fastest_npass(best: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return min((one for mode, one in best.items() if mode in NPASS), key=lambda one: one["seconds"])
+
+
+def summary_row(name: str, best: dict[str, dict[str, Any]]) -> list[str]:
+    npass, single, waves = fastest_npass(best), best["single_pass"], best.get("waves")
     return [
         name,
         f"{npass['seconds']:.1f} s",
@@ -139,14 +151,13 @@ def summary_row(name: str, best: dict[str, dict[str, Any]], waves: dict[str, Any
     ]
 
 
-def summary(speed: dict[str, Any], shapes: dict[str, Any], waves: dict[str, Any]) -> str:
+def summary(speed: dict[str, Any], shapes: dict[str, Any]) -> str:
     """The README's table: chats of several lengths, and the longest agent conversation."""
     by_turns = {count["turns"]: best for count, best in by_conversation(speed)}
-    in_waves = {one["turns"]: one for one in waves["measured"] if one["mode"] == "waves"}
-    rows = [summary_row(f"chat, {turns} turns", by_turns[turns], in_waves[turns]) for turns in SUMMARY_TURNS]
+    rows = [summary_row(f"chat, {turns} turns", by_turns[turns]) for turns in SUMMARY_TURNS]
     agents = [(count, best) for count, best in by_conversation(shapes) if count["shape"] == SUMMARY_SHAPE]
     count, best = max(agents, key=lambda pair: pair[0]["turns"])
-    return table(SUMMARY_HEADER, [*rows, summary_row(f"agent (τ-bench), {count['turns']} turns", best, None)])
+    return table(SUMMARY_HEADER, [*rows, summary_row(f"agent (τ-bench), {count['turns']} turns", best)])
 
 
 def seconds(value: float) -> str:
@@ -176,18 +187,31 @@ def shapes_section(result: dict[str, Any], name: str) -> str:
     files = [count["shape"] for count, _ in by_conversation(result)]
     rows = [[f"`{file}`", *row] for file, row in zip(files, speed_rows(result), strict=True)]
     title = "The same for conversations in the shape of public ones (lengths and what turns share; random tokens):\n\n"
-    return title + table(["like", *SPEED_HEADER], rows) + "\n\n" + provenance(result, name)
+    return "\n\n".join([title + table(["like", *SPEED_HEADER], rows), waves_ratios(result), provenance(result, name)])
 
 
-def waves_section(result: dict[str, Any], name: str) -> str:
+def waves_ratios(result: dict[str, Any]) -> str:
     """How long rows take in waves, relative to rows at once, by kind of conversation."""
     ratios: dict[str, list[str]] = {}
     for count, best in by_conversation(result):
-        ratio = best["waves"]["seconds"] / best["single_pass"]["seconds"]
-        ratios.setdefault(count["shape"], []).append(f"{ratio:.2f} ({count['row_tokens']:,} tokens)")
+        if "waves" in best:
+            ratio = best["waves"]["seconds"] / best["single_pass"]["seconds"]
+            ratios.setdefault(count["shape"], []).append(f"{ratio:.2f} ({count['row_tokens']:,} tokens)")
     title = "In the smallest waves that keep the history next to any branch, time ÷ that of the row:\n\n"
-    lines = (f"- `{shape}`: {', '.join(of_shape)}." for shape, of_shape in ratios.items())
-    return title + "\n".join(lines) + "\n\n" + provenance(result, name)
+    return title + "\n".join(f"- `{shape}`: {', '.join(of_shape)}." for shape, of_shape in ratios.items())
+
+
+def waves_table(speed: dict[str, Any]) -> str:
+    """Memory of rows and of waves, counted and measured, and the time of N-pass over that of both."""
+    rows = []
+    for count, best in by_conversation(speed):
+        if count["turns"] in SUMMARY_TURNS and "waves" in best:
+            cells = [str(count["turns"])]
+            for mode, name in (("single_pass", "row_bytes"), ("waves", "waves_bytes")):
+                cells += [mebibytes(count[name]), mebibytes(best[mode]["bytes"])]
+            npass = fastest_npass(best)["seconds"]
+            rows.append([*cells, *(f"{npass / best[mode]['seconds']:.2f}" for mode in ("single_pass", "waves"))])
+    return table(WAVES_HEADER, rows)
 
 
 def memory_section(result: dict[str, Any], name: str) -> str:
@@ -257,7 +281,6 @@ def provenance(result: dict[str, Any], name: str) -> str:
 PAGE_SECTIONS: dict[str, Section] = {
     "step_time": speed_section,
     "step_time_shapes": shapes_section,
-    "step_time_waves": waves_section,
     "step_profile": profile_section,
     "row_memory": memory_section,
 }
@@ -286,8 +309,9 @@ def replace_between_markers(path: Path, text: str, name: str = "benchmarks") -> 
 
 
 def main() -> None:
-    latest = [read(kind)[-1][1] for kind in ("step_time", "step_time_shapes", "waves")]
-    replace_between_markers(README, summary(*latest))
+    speed, shapes = (read(kind)[-1][1] for kind in ("step_time", "step_time_shapes"))
+    replace_between_markers(README, summary(speed, shapes))
+    replace_between_markers(PAGE, waves_table(speed), "waves")
     replace_between_markers(PAGE, report())
     replace_between_markers(CHECK, report(CHECK_SECTIONS))
 

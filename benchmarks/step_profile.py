@@ -35,7 +35,7 @@ def kind_of(operation: str) -> str:
 
 def seconds_by_kind(case: Case) -> dict[str, float]:
     """Take one step under PyTorch's profiler; return the seconds of each kind of operation, without those it calls."""
-    _, step = prepare(case)
+    _, step = prepare(case, case.samples())
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
     seconds = dict.fromkeys(KINDS, 0.0)
@@ -46,7 +46,7 @@ def seconds_by_kind(case: Case) -> dict[str, float]:
 
 def use_of_system(case: Case) -> dict[str, float]:
     """Take two steps; return the seconds of the second in the program and in Linux, and how many pages it mapped."""
-    model, step = prepare(case)
+    model, step = prepare(case, case.samples())
     step()
     model.zero_grad()
     before = resource.getrusage(resource.RUSAGE_SELF)
@@ -64,7 +64,9 @@ MEASUREMENTS = {"operations": seconds_by_kind, "memory": use_of_system}
 
 def measure_apart(measurement: str, case: Case, environment: dict[str, str]) -> dict[str, float]:
     """Run one measurement in a fresh process, and print its result."""
-    result = run_apart({"measurement": measurement, "case": vars(case)}, environment, module="step_profile")
+    result: dict[str, float] = run_apart(
+        {"measurement": measurement, "case": vars(case)}, environment, module="step_profile"
+    )
     print(case.mode, measurement, json.dumps(result), flush=True)
     return result
 

@@ -1,16 +1,15 @@
 """
-Measure time and peak memory of one training step on one conversation: single pass, N-pass, and the alternatives.
+Measure time and peak memory of a training step on one conversation: single pass, waves, N-pass, the alternatives.
 
 There are three kinds of N-pass. The alternatives train the last turn only, or keep all reasoning in one pass.
 
     python -m benchmarks.step_time                     speed: the tables of the README and of docs/performance.md
     python -m benchmarks.step_time --shapes            conversations in the shape of real ones (benchmarks/shapes/)
-    python -m benchmarks.step_time --waves             the latter in waves: the table of docs/performance.md
     python -m benchmarks.step_time --memory            memory of a 16k-token row against a plain causal row
 
-Memory of each mode is measured in a process of its own. Times are measured in one process that takes a step of each
-mode in turn, so that a slow minute of the machine affects all of them. On a CPU, time is the CPU time of one thread,
-which other programs hardly disturb; on a GPU, it is wall time.
+Times are measured in one process that takes a step of each mode in turn, so that a slow minute of the machine affects
+all of them. On a CPU, time is the CPU time of one thread, which other programs hardly disturb; on a GPU, it is wall
+time. Memory is measured in a process of its own, of the single pass, of waves and of the fastest N-pass.
 """
 
 import argparse
@@ -29,10 +28,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, set_seed
 
 from benchmarks.machine import describe
-from benchmarks.modes import MODES, Step
+from benchmarks.modes import HEAD_CHUNK, MODES, Step
 from benchmarks.shapes import SHAPES, make_samples, read_shapes
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
+from trl_singlepass.cost.memory import ActivationBytes
 from trl_singlepass.engine.waves import WavePlan
 from trl_singlepass.reference.timing import Sizes, conversation, peak, reset_peak, wave_tokens_that_keep_the_history
 from trl_singlepass.trees.rows import TreePlan
@@ -45,13 +45,13 @@ MOST_TOKENS_AT_ONCE = 10_000
 # anew for the next tensor, which costs a row more than a sample, since its tensors are larger.
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 # The median of so many steps counts, and of fewer if they have more N-pass tokens than this: long steps scatter less.
-MOST_STEPS = 9
-TOKENS_OF_STEPS = 130_000
+MOST_STEPS = 3
+TOKENS_OF_STEPS = 60_000
+MOST_TURNS_OF_OTHERS = 16
 NPASS_MODES = ("npass_sequential", "npass_padded", "npass_packed")
-EXACT_MODES = ("single_pass", *NPASS_MODES)
-SPEED_MODES = (*EXACT_MODES, "last_turn", "keep_reasoning")
+EXACT_MODES = ("single_pass", "waves", *NPASS_MODES)
+OTHERS = ("last_turn", "keep_reasoning")
 MEMORY_MODES = ("single_pass", "causal_row")
-WAVE_MODES = ("single_pass", "waves")
 MODEL = {
     "num_hidden_layers": 6,
     "hidden_size": 512,
@@ -92,6 +92,14 @@ class Case:
         return conversation(self.turns, self.model["vocab_size"], self.seed, sizes, keep=keep)
 
     @property
+    def row_tokens(self) -> int:
+        return len(PrefixTree.from_samples(self.samples()))
+
+    @property
+    def activations(self) -> ActivationBytes:
+        return ActivationBytes.from_config(Qwen3Config(**self.model), 4, checkpointing=False)
+
+    @property
     def num_steps(self) -> int:
         """Number of steps whose time is measured."""
         return min(MOST_STEPS, max(1, TOKENS_OF_STEPS // sum(map(len, self.samples()))))
@@ -103,48 +111,53 @@ class Case:
         return {
             "npass_padded": len(samples) * max(map(len, samples), default=0) <= MOST_TOKENS_AT_ONCE,
             "npass_packed": sum(map(len, samples)) <= MOST_TOKENS_AT_ONCE,
+            **dict.fromkeys(OTHERS, self.turns <= MOST_TURNS_OF_OTHERS),
         }.get(self.mode, True)
 
 
-def prepare(case: Case) -> tuple[PreTrainedModel, Callable[[], float]]:
-    """Return a model and a step of it."""
+def prepare(case: Case, samples: Sequence[Sample]) -> tuple[PreTrainedModel, Callable[[], float]]:
+    """Return a model and a step of it on samples."""
     set_seed(0)
     config = Qwen3Config(**case.model)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype)).to(case.device)
-    return model, MODES[case.mode](Step(model, case.samples(), case.samples(keep=True)))
+    return model, MODES[case.mode](Step(model, samples, case.samples(keep=True)))
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Take one step in this process; return its peak memory, its loss and the norm of its gradients."""
-    model, step = prepare(case)
+def measure_memory(case: Case) -> int:
+    """Take one step in this process, and return its peak memory."""
+    samples = case.samples()
+    if case.mode == "npass_sequential":  # its peak is in the longest sample, beside the gradients of another one
+        samples = [samples[0], max(samples, key=len)]
+    _, step = prepare(case, samples)
     before = reset_peak()
-    loss = step()
-    used = peak() - before
-    norm = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).norm()
-    return {
-        "mode": case.mode,
-        "turns": case.turns,
-        **({"shape": case.shape, "index": case.seed} if case.shape else {}),
-        "bytes": used,
-        "loss": loss,
-        "norm": float(norm),
-    }
+    step()
+    return peak() - before
 
 
-def measure_times(case: Case, modes: Sequence[str], most_bytes: int) -> dict[str, float]:
-    """Take steps of all modes in this process, one after another; return the median seconds of each mode."""
-    steps = {mode: prepare(replace(case, mode=mode)) for mode in modes}
+def measure_times(case: Case, modes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Take steps of all modes in this process in turn: the median seconds of each, its loss and norm of gradients."""
+    steps = {mode: prepare(replace(case, mode=mode), case.samples()) for mode in modes}
     if case.device == "cpu":
-        torch.ones(most_bytes // 4)  # mapped once, and kept
+        torch.ones(
+            max(case.row_tokens, MOST_TOKENS_AT_ONCE) * case.activations.per_token // 4
+        )  # mapped once, and kept
     seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+    losses = {}
     # A GPU selects and compiles kernels in a first step of each shape.
     for _ in range(case.num_steps + (case.device != "cpu")):
         for mode, (model, step) in steps.items():
             model.zero_grad()
             start = now()
-            step()
+            losses[mode] = step()
             seconds[mode].append(now() - start)
-    return {mode: median(times) for mode, times in seconds.items()}
+    return {
+        mode: {"seconds": median(seconds[mode]), "loss": losses[mode], "norm": gradient_norm(model)}
+        for mode, (model, _) in steps.items()
+    }
+
+
+def gradient_norm(model: PreTrainedModel) -> float:
+    return float(torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).norm())
 
 
 def now() -> float:
@@ -155,35 +168,36 @@ def now() -> float:
 
 
 def measure_apart(case: Case, modes: Sequence[str]) -> list[dict[str, Any]]:
-    """Measure memory of each mode in a process of its own, and the times of all of them in one process."""
+    """Measure the times of all modes in one process, and the memory of those in the tables in a process of its own."""
     modes = [mode for mode in modes if replace(case, mode=mode).fits]
-    measured = [run_apart({"case": vars(replace(case, mode=mode))}, {}) for mode in modes]
-    most_bytes = max(one["bytes"] for one in measured)
-    times = run_apart({"case": vars(case), "modes": modes, "most_bytes": most_bytes}, KEPT_MEMORY)
+    times: dict[str, dict[str, float]] = {mode: {} for mode in modes}
+    if modes != list(MEMORY_MODES):
+        times = run_apart({"case": vars(case), "modes": modes}, KEPT_MEMORY)
+        fastest = min((mode for mode in modes if mode in NPASS_MODES), key=lambda mode: times[mode]["seconds"])
+        modes = ["single_pass", "waves", fastest]
+    for mode in modes:
+        times[mode]["bytes"] = run_apart({"case": vars(replace(case, mode=mode))}, {})
+    common = {"turns": case.turns, **({"shape": case.shape, "index": case.seed} if case.shape else {})}
+    measured = [{"mode": mode, **common, **found} for mode, found in times.items()]
     for one in measured:
-        one["seconds"] = times[one["mode"]]
-        print(
-            f"{case.turns:3} turns  {one['mode']:17} {one['seconds']:8.2f} s {one['bytes'] / 2**20:8.0f} MiB",
-            flush=True,
-        )
+        print(json.dumps(one), flush=True)
     return measured
 
 
-def run_apart(what: dict[str, Any], environment: dict[str, str], module: str = "step_time") -> dict[str, Any]:
+def run_apart(what: dict[str, Any], environment: dict[str, str], module: str = "step_time") -> Any:
     """Run one measurement of a module in a fresh process."""
     command = [sys.executable, "-m", f"benchmarks.{module}", "--apart", json.dumps(what)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if done.returncode != 0:
         raise SystemExit(f"{what} failed:\n{done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(what: dict[str, Any]) -> dict[str, Any]:
+def run(what: dict[str, Any]) -> Any:
     """Run one measurement in this process."""
     torch.set_num_threads(1)
     case = Case(**what["case"])
-    return measure_times(case, what["modes"], what["most_bytes"]) if "modes" in what else measure(case)
+    return measure_times(case, what["modes"]) if "modes" in what else measure_memory(case)
 
 
 def counted(case: Case) -> dict[str, Any]:
@@ -191,6 +205,10 @@ def counted(case: Case) -> dict[str, Any]:
     samples = case.samples()
     tree, shape = PrefixTree.from_samples(samples), ModelShape.from_config(Qwen3Config(**case.model))
     npass, single = npass_cost(samples, shape), single_pass_cost([tree], shape)
+    plan = TreePlan.from_subtree_end(tree.subtree_end)
+    waves = WavePlan.from_tree_plan(plan, wave_tokens_that_keep_the_history(plan))
+    head = 3 * 4 * HEAD_CHUNK * case.model["vocab_size"]  # logits of a chunk, their float32 copy and their gradient
+    history = 2 * waves.cached_tokens * case.activations.key_value  # keys and values, and their gradients
     return {
         "turns": case.turns,
         **({"shape": case.shape, "index": case.seed} if case.shape else {}),
@@ -201,13 +219,10 @@ def counted(case: Case) -> dict[str, Any]:
         "npass_flops": npass.flops,
         "single_pass_flops": single.flops,
         "predicted_speedup": npass.flops / single.flops,
+        "row_bytes": len(tree) * case.activations.per_token + head,
+        "waves": len(waves.waves),
+        "waves_bytes": waves.peak_tokens * case.activations.per_token + history + head,
     }
-
-
-def count_waves(case: Case) -> int:
-    """Return the number of waves of the mode `waves`."""
-    plan = TreePlan.from_subtree_end(PrefixTree.from_samples(case.samples()).subtree_end)
-    return len(WavePlan.from_tree_plan(plan, wave_tokens_that_keep_the_history(plan)).waves)
 
 
 def seed_of_length(turns: int, tokens: int, tiny: bool) -> int:
@@ -221,7 +236,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--memory", action="store_true", help="measure a 16k-token row against a plain causal one")
     parser.add_argument("--shapes", action="store_true", help="measure conversations in the shape of real ones")
-    parser.add_argument("--waves", action="store_true", help="measure the latter in one row and in waves")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--name", help="name of the file under benchmarks/results/")
@@ -243,7 +257,7 @@ def main() -> None:
         "model": TINY_MODEL if args.tiny else MODEL,
         "dtype": args.dtype,
         "environment": KEPT_MEMORY,
-        "counted": [{**counted(case), **({"waves": count_waves(case)} if args.waves else {})} for case in cases],
+        "counted": [counted(case) for case in cases],
         "measured": [],
     }
     args.output.mkdir(parents=True, exist_ok=True)
@@ -258,15 +272,13 @@ def kind_of(args: argparse.Namespace) -> tuple[str, Sequence[str]]:
     """Return the kind of the results, and the modes that it compares."""
     if args.memory:
         return "row_memory", MEMORY_MODES
-    if args.waves:
-        return "step_time_waves", WAVE_MODES
-    return ("step_time_shapes", EXACT_MODES) if args.shapes else ("step_time", SPEED_MODES)
+    return ("step_time_shapes", EXACT_MODES) if args.shapes else ("step_time", (*EXACT_MODES, *OTHERS))
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
     """Return the cases to measure, in every mode."""
     common = {"mode": "", "tiny": args.tiny, "device": args.device, "dtype": args.dtype}
-    if args.shapes or args.waves:
+    if args.shapes:
         names = sorted(path.stem for path in SHAPES.glob("*.json"))
         return [
             Case(turns=len(shape["template"]), seed=index, shape=name, **common)

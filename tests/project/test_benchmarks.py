@@ -87,6 +87,15 @@ def test_report_compares_the_fastest_of_each(tmp_path, monkeypatch):
     assert "| 2 | 2.00 s | 1.50 s | 1.00 s |" in text
 
 
+def test_the_table_of_waves_compares_memory_and_time(monkeypatch):
+    monkeypatch.setattr(report, "SUMMARY_TURNS", (2,))
+    modes = {"single_pass": 2.0, "waves": 3.0, "npass_sequential": 6.0}
+    speed = result(*(measured(mode, seconds) for mode, seconds in modes.items()))
+    (line,) = report.waves_table(speed).splitlines()[2:]
+    assert line.startswith("| 2 | ")
+    assert line.endswith(" | 1 MiB | 3.00 | 2.00 |")
+
+
 def test_pages_say_what_the_committed_results_say(tmp_path, monkeypatch):
     for name in ("README", "PAGE", "CHECK"):
         page = getattr(report, name)
