@@ -53,7 +53,7 @@ class Figures:
 
 
 ROW = "trees attention engine data/collator.py"
-WAVES = f"{ROW} engine/waves"
+WAVES = f"{ROW} engine/wave_plan.py engine/waves.py"
 TRAINER = f"{WAVES} data training recurrent"
 RENDERING = "trees rendering data"
 STEPS = f"{WAVES} cost reference/timing.py"
@@ -97,7 +97,7 @@ FIGURES = {
     "self_check": Figures("benchmarks.self_check", f"{ROW} engine/check", "benchmarks/model_shapes.py", 80),
     "long_conversation": Figures(
         "benchmarks.long_conversation --tokens 131072 1048576 --by-turns 1000 --tokenizer {tokenizer}",
-        f"{RENDERING} engine/waves attention reference/timing.py",
+        f"{RENDERING} engine/wave_plan.py engine/waves.py attention reference/timing.py",
         "benchmarks/preparation.py",
         60,
     ),

@@ -32,7 +32,8 @@ from trl_singlepass.data.packing import pack_rows
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree
-from trl_singlepass.engine.waves import WavePlan, WaveRunner, select
+from trl_singlepass.engine.wave_plan import WavePlan
+from trl_singlepass.engine.waves import WaveRunner, select
 from trl_singlepass.reference.timing import peak, reset_peak
 from trl_singlepass.rendering.prefixes import Prefixes
 from trl_singlepass.trees.rows import Row, TreePlan

@@ -33,7 +33,7 @@ from benchmarks.shapes import SHAPES, make_samples, read_shapes
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.cost.memory import ActivationBytes
-from trl_singlepass.engine.waves import WavePlan
+from trl_singlepass.engine.wave_plan import WavePlan
 from trl_singlepass.reference.timing import Sizes, conversation, peak, reset_peak, wave_tokens_that_keep_the_history
 from trl_singlepass.trees.rows import TreePlan
 

@@ -18,7 +18,8 @@ from support.tree_masks import chat
 from trl_singlepass.attention.context import running_on
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.row_runner import Factors
-from trl_singlepass.engine.waves import WavePlan, WaveRunner
+from trl_singlepass.engine.wave_plan import WavePlan
+from trl_singlepass.engine.waves import WaveRunner
 from trl_singlepass.training.loss import total_weight
 from trl_singlepass.training.metrics import PooledLoss, TokenCounts, TurnMetrics
 

@@ -11,8 +11,8 @@ from trl_singlepass.attention.interface import AttentionInputs
 from trl_singlepass.attention.kernel_choice import DeviceTraits
 from trl_singlepass.attention.sdpa import torch_tree_attention
 from trl_singlepass.attention.varlen_plan import varlen_plan
-from trl_singlepass.engine.waves import WavePlan, WaveTree
-from trl_singlepass.engine.waves.tree import GroupCache
+from trl_singlepass.engine.wave_plan import WavePlan
+from trl_singlepass.engine.waves import GroupCache, WaveTree
 
 
 MOST_LAUNCHES = 60

@@ -13,7 +13,7 @@ from support.image_models import FAMILIES, image_model, loader
 from support.image_rows import image_collator
 from trl_singlepass.engine.enable import enable_images, enable_tree
 from trl_singlepass.engine.row_runner import Factors, RowRunner
-from trl_singlepass.engine.waves import WavePlan
+from trl_singlepass.engine.wave_plan import WavePlan
 from trl_singlepass.engine.wrapped_model import WrappedModel
 from trl_singlepass.images.reading import image_module, images_see_themselves
 from trl_singlepass.reference import npass_loss_and_gradients

@@ -10,13 +10,13 @@ from support.image_chats import CHATS, image_chat
 from support.image_models import FAMILIES, image_model, loader
 from support.tree_checks import checked_on_images
 from trl_singlepass.attention import Tree
-from trl_singlepass.engine.check.separate_samples import images_of
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.images import reading
 from trl_singlepass.images.reading import ImageReader
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.single_pass import RowImages, leak_probe
 from trl_singlepass.trees import prefix_tree, radix
+from trl_singlepass.trees.image_features import shown_images
 
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -93,7 +93,9 @@ def test_other_histories_of_all_families(family, kind):
 )
 def test_each_sample_of_npass_encodes_the_images_of_its_prompt(kind, shown):
     samples = image_chat(image_model("qwen3_vl"), "qwen3_vl", kind)
-    found = [" ".join(image.content for image in images_of(sample)) for sample in samples]
+    found = [
+        " ".join(image.content for image in shown_images(sample.image_features, sample.images)) for sample in samples
+    ]
     assert found == shown
 
 

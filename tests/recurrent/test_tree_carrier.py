@@ -10,7 +10,7 @@ from support.tiny_models import model_of_type
 from support.trainers import needs_cached_states
 from trl_singlepass.attention.context import Tree
 from trl_singlepass.engine.enable import enable_tree
-from trl_singlepass.recurrent.tree_carrier import TreePaddingMask
+from trl_singlepass.recurrent.layer import TreePaddingMask
 from trl_singlepass.trees.rows import TreePlan
 
 

@@ -9,7 +9,7 @@ from support.tiny_models import tiny_model
 from support.trainers import float32_model
 from trl_singlepass.cost import ModelShape, npass_cost
 from trl_singlepass.engine.enable import enable_tree
-from trl_singlepass.engine.waves import WavePlan
+from trl_singlepass.engine.wave_plan import WavePlan
 from trl_singlepass.reference.npass import npass_loss_and_gradients
 from trl_singlepass.reference.timing import (
     Schedule,

@@ -3,7 +3,7 @@
 import numpy as np
 
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.engine.check.separate_samples import get_device
+from trl_singlepass.engine.check.checked_model import get_device
 from trl_singlepass.engine.check.tree_check import TreeCheck, check_tree, tokens_of_batch
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.reference.single_pass import collator_of, make_batch

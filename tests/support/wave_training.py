@@ -6,7 +6,8 @@ from support.float64_comparison import assert_same_loss_and_gradients, gradients
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree
-from trl_singlepass.engine.waves import WavePlan, WaveRunner, select
+from trl_singlepass.engine.wave_plan import WavePlan
+from trl_singlepass.engine.waves import WaveRunner, select
 from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row

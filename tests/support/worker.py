@@ -64,9 +64,8 @@ from trl_singlepass import (
     SinglePassSFTConfig,
     SinglePassSFTTrainer,
 )
-from trl_singlepass.engine import pieces, ulysses
+from trl_singlepass.engine import pieces, ulysses, waves
 from trl_singlepass.engine.check.checked_model import TreeCheckError
-from trl_singlepass.engine.waves import runner
 from trl_singlepass.training import tree_loss
 from trl_singlepass.training.checkpoints import last_good_checkpoint
 from trl_singlepass.training.preemption import PreemptionCallback
@@ -329,7 +328,7 @@ def cut(wire):
     if wire == "exchange":  # DeepSpeed's own stays
         ulysses.ALL_ATTENTION_FUNCTIONS = Undeletable(ulysses.ALL_ATTENTION_FUNCTIONS)
     if wire == "tree_of_attention":
-        runner.running_on = lambda tree: nullcontext(tree)
+        waves.running_on = lambda tree: nullcontext(tree)
 
 
 def count_exchanged_bytes():

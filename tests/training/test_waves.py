@@ -12,7 +12,7 @@ from support.paired_trainers import CONVERSATIONS, adapted, single_pass_trainer,
 from support.slow import slow_but_for
 from support.tiny_models import model_of_type, tiny_model
 from support.trainers import float32_model, largest_difference, logged, parameters
-from trl_singlepass.engine import pieces, wave_budget
+from trl_singlepass.engine import pieces
 from trl_singlepass.training.sharding import stop_prefetching
 
 
@@ -220,7 +220,7 @@ def test_rows_that_fit_run_at_once_and_the_log_says_so(tmp_path, tokenizer, capl
 def test_auto_says_when_waves_make_a_gpu_wait(device, says_so, caplog, monkeypatch):
     model = tiny_model("qwen3")
     weights = sum(x.numel() for x in model.model.layers.parameters()) / len(model.model.layers)
-    most = wave_budget.tokens_that_hide_launches(model)
+    most = pieces.tokens_that_hide_launches(model)
     assert most == pytest.approx(250 * 5e-6 * 5e14 / 8 / weights, rel=0.01)
     monkeypatch.setattr(pieces, "wave_tokens_that_fit", lambda model, args: (most - 1, "so much fits"))
     args = SimpleNamespace(wave_tokens="auto", device=torch.device(device))
@@ -232,7 +232,7 @@ def test_auto_says_when_waves_make_a_gpu_wait(device, says_so, caplog, monkeypat
 
 
 def test_auto_that_finds_no_room_says_what_there_is(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("trl_singlepass.engine.wave_budget.free_bytes", lambda device: 2**20)
+    monkeypatch.setattr("trl_singlepass.engine.pieces.free_bytes", lambda device: 2**20)
     trainer = single_pass_trainer(
         tmp_path, tokenizer, float32_model(tokenizer), wave_tokens="auto", per_device_train_batch_size=4
     )
@@ -248,21 +248,21 @@ def test_auto_on_shared_rows_is_what_fits_on_every_rank(divides_layers, tokens):
         device=torch.device("cpu"),
         gather=lambda own: torch.cat([own, torch.tensor([1024, 512, 2048])]),
     )
-    assert wave_budget.on_shared_rows(768, accelerator, divides_layers=divides_layers) == tokens
+    assert pieces.on_shared_rows(768, accelerator, divides_layers=divides_layers) == tokens
     accelerator.parallelism_config.sp_size = 1
-    assert wave_budget.on_shared_rows(768, accelerator, divides_layers=divides_layers) == 768
+    assert pieces.on_shared_rows(768, accelerator, divides_layers=divides_layers) == 768
 
 
 def test_auto_counts_what_a_varlen_kernel_gathers():
     model = tiny_model("qwen3", dtype=torch.bfloat16)
     heads, head_dim = model.config.num_attention_heads, model.config.head_dim
     device = torch.device("cpu")
-    assert wave_budget._gathered_bytes(model, device, 2) == 0
-    assert wave_budget._gathered_bytes(model, torch.device("cuda"), 4) == 0
+    assert pieces._gathered_bytes(model, device, 2) == 0
+    assert pieces._gathered_bytes(model, torch.device("cuda"), 4) == 0
     expected = 8 * heads * head_dim * 2  # keys and values of four rows, for every query head
-    assert wave_budget._gathered_bytes(model, torch.device("cuda"), 2) == expected
+    assert pieces._gathered_bytes(model, torch.device("cuda"), 2) == expected
     model.config._attn_implementation_internal = "tree_varlen_2"
-    assert wave_budget._gathered_bytes(model, device, 2) == expected
+    assert pieces._gathered_bytes(model, device, 2) == expected
 
 
 def test_a_loss_that_trl_computes_otherwise_stops_the_first_step(tmp_path, tokenizer, monkeypatch):

@@ -7,7 +7,7 @@ tree travels in those arguments. There are three carriers, each for a reader tha
 
 | carrier | who reads it | why |
 |---|---|---|
-| [`current_tree`], a context variable around the model call | mask functions registered with transformers, and the pre-forward hook of the inner model (`recurrent/tree_carrier.py`) | both run once per forward, outside of checkpointed layers, and no argument reaches them |
+| [`current_tree`], a context variable around the model call | mask functions registered with transformers, and the pre-forward hook of the inner model (`recurrent/layer.py`) | both run once per forward, outside of checkpointed layers, and no argument reaches them |
 | [`TreeMask`], passed as `attention_mask` | attention layers | transformers builds one mask per layer type and passes it to every layer of that type |
 | `TreePaddingMask`, passed as the two-dimensional `attention_mask` | recurrent and convolutional layers | they get the padding mask, not the mask of attention |
 """  # noqa: E501

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,12 +29,6 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def without_compilation() -> AbstractContextManager[Any]:
-    """Run compiled modules as they were written: compiling them for a row of the check's size takes minutes."""
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
 @contextmanager
 def adapters_disabled(model: Any) -> Iterator[None]:
     """Run a `PeftModel` without its adapters, and leave frozen what was frozen of them: PEFT would train it."""
@@ -55,7 +49,9 @@ def zeros_filled(model: nn.Module) -> Iterator[None]:
     An adapter or a gate that starts at zero has no effect yet, and hides what it will do from the second step on.
     """
     trained = [x for x in model.parameters() if x.requires_grad and x.dtype.is_floating_point]
-    is_zero = torch.tensor([_is_zero(_own_part(parameter)) for parameter in trained])
+    flat = [_own_part(parameter).flatten() for parameter in trained]
+    # Few parameters begin with zeros, and large ones take time.
+    is_zero = torch.tensor([not values[:64].any() and not values.any() for values in flat])
     zeros = [parameter for parameter, zero in zip(trained, _on_all_ranks(is_zero), strict=True) if zero]
     generator = torch.Generator().manual_seed(0)
     _write(zeros, lambda x: x.copy_(_ZERO_FILL * torch.randn(x.shape, generator=generator)))
@@ -75,11 +71,6 @@ def _own_part(parameter: Tensor) -> Tensor:
         first = torch.distributed.get_rank(parameter.ds_process_group) * shard.numel()  # type: ignore[attr-defined]
         return shard.flatten()[: max(parameter.ds_numel - first, 0)]  # type: ignore[attr-defined]
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter.data
-
-
-def _is_zero(values: Tensor) -> bool:
-    flat = values.flatten()
-    return not flat[:64].any() and not flat.any()  # few parameters begin with zeros, and large ones take time
 
 
 def _on_all_ranks(flags: Tensor) -> list[bool]:

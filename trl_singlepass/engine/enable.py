@@ -29,7 +29,6 @@ Forward: TypeAlias = Callable[..., ModelOutput]
 
 # What transformers' errors say where an input is missing without which a model does not train.
 _DEMANDS = ("is required as a model input when training", "has to be not-None")
-_WAY_OUT = "Train this model on one sample per turn (N-pass) with TRL's SFTTrainer."
 
 
 class UnsupportedModelError(ValueError):
@@ -49,8 +48,18 @@ def check_model(model: PreTrainedModel) -> None:
         )
     if reason := _trains_on_other_media(model):
         raise UnsupportedModelError(f"{type(model).__name__} {reason}. Load another model.")
-    if reason := _is_out_of_reach(model):
-        raise UnsupportedModelError(f"{type(model).__name__} {reason}. {_WAY_OUT}")
+    reason = None
+    if model.config.is_encoder_decoder:
+        reason = "is an encoder-decoder: a prompt and its answer are not one sequence that branches could share"
+    elif not takes_attention_from_outside(model) and not path_dependent_layers(model):
+        reason = (
+            "does not take its attention function from transformers' AttentionInterface, so the tree cannot reach its "
+            "layers"
+        )
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} {reason}. Train this model on one sample per turn (N-pass) with TRL's SFTTrainer."
+        )
 
 
 def check_not_compiled(model: object) -> None:
@@ -62,23 +71,8 @@ def check_not_compiled(model: object) -> None:
         )
 
 
-def _is_out_of_reach(model: PreTrainedModel) -> str | None:
-    if model.config.is_encoder_decoder:
-        return "is an encoder-decoder: a prompt and its answer are not one sequence that branches could share"
-    if not takes_attention_from_outside(model) and not path_dependent_layers(model):
-        return (
-            "does not take its attention function from transformers' AttentionInterface, so the tree cannot reach its "
-            "layers"
-        )
-    return None
-
-
 def takes_attention_from_outside(model: PreTrainedModel) -> bool:
-    """
-    Return whether the layers that read tokens take their attention function from transformers' AttentionInterface.
-
-    The encoder of images may have attention of its own (GOT-OCR 2).
-    """
+    """Return whether layers that read tokens (not the encoder of images) take attention from AttentionInterface."""
     decoder = get_decoder(model)
     reader = decoder if isinstance(decoder, PreTrainedModel) else model
     return bool(reader._can_set_attn_implementation())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -37,11 +37,7 @@ PER_TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", 
 
 
 def take_trees(model: PreTrainedModel) -> None:
-    """
-    Make a model, without adapters or wrappers, take the entry `tree` of a batch. Calls without it are not changed.
-
-    A fused head that TRL adds later is wrapped when this is called again.
-    """
+    """Make a model, without adapters, take the entry `tree` of a batch; called again after TRL adds a fused head."""
     if _is_outermost(model):
         return
     # A fused head may have been put around an earlier one of these: each calls the forward that it found.
@@ -116,18 +112,14 @@ def _run_row(
 ) -> ModelOutput:
     _check_call(model, tree)
     given: torch.Tensor = args[0] if args else inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
-    _fit_to_forward(model, inputs)
-    with row_context(tree, given.device):
-        return forward(*args, **inputs)
-
-
-def _fit_to_forward(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
     parameters = inspect.signature(type(model).forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if "use_cache" in parameters or takes_any:
         inputs.setdefault("use_cache", False)  # of generation; a row is not continued
     if "position_ids" not in parameters and not takes_any:
         inputs.pop("position_ids", None)  # of a model whose layers do not read any
+    with row_context(tree, given.device):
+        return forward(*args, **inputs)
 
 
 def _check_call(model: PreTrainedModel, tree: RowTree) -> None:
@@ -166,17 +158,16 @@ def _run_lines(
     model: PreTrainedModel, forward: Callable[..., ModelOutput], view: LineView, inputs: dict[str, Any]
 ) -> ModelOutput:
     """
-    Run the rows of a view, and return the outputs in lines.
+    Run the rows of a view, and return the outputs in lines: those of TRL's fused head, `(N, M)`, if it is asked for.
 
-    With `fused_lm_head=True`, these are the outputs of TRL's fused head, each of shape `(N, M)`. Otherwise they are
-    `logits` of shape `(N, M + 1, vocabulary)`, of which `[:, i]` predicts `input_ids[:, i + 1]`, and with labels the
-    model's own `loss`.
+    Otherwise these are `logits`, of which `[:, i]` predicts `input_ids[:, i + 1]`, and with labels the model's `loss`.
     """
     if not view.is_handled:
         _check_settings_are_followed(model)
     labels, is_fused = inputs.get("labels"), bool(inputs.get("fused_lm_head"))
     view = view.to(inputs["input_ids"].device)
-    others, given = shared_inputs(inputs), {"has_labels": is_fused}
+    of_lines = ("input_ids", "attention_mask", "completion_mask", "labels")
+    others, given = {name: x for name, x in inputs.items() if name not in of_lines}, {"has_labels": is_fused}
     if inputs.get("output_router_logits") and len(view.rows) > 1:
         raise ValueError(
             "output_router_logits: the load-balancing loss of several rows is a mean over the tokens of all of them, "
@@ -201,15 +192,6 @@ def _run_lines(
     return outputs
 
 
-def shared_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a call with lines passes to the model for each row: all but what it says of the lines."""
-    return {
-        name: value
-        for name, value in inputs.items()
-        if name not in ("input_ids", "attention_mask", "completion_mask", "labels", "tree")
-    }
-
-
 def row_inputs(row: Batch, *, has_labels: bool) -> dict[str, torch.Tensor]:
     """Return what the model reads of a row: with its targets, shifted already, if it is to score them."""
     inputs = {name: value for name, value in row.items() if name not in ("labels", "tree")}
@@ -227,11 +209,7 @@ def join_rows(parts: Sequence[ModelOutput]) -> ModelOutput:
 
 
 def in_lines(outputs: ModelOutput, view: LineView, is_padding: torch.Tensor) -> ModelOutput:
-    """
-    Return per-token outputs of rows at the targets of each line, each log-probability with its weight.
-
-    The outputs of TRL's fused head have shape `(1, L)`, the results `(N, M)`, and 0 where `is_padding`, `(N, M)`.
-    """
+    """Return per-token outputs, `(1, L)`, at the targets of each line, `(N, M)`, with weights; 0 for padding."""
     for name in PER_TOKEN_OUTPUTS:
         if outputs.get(name) is not None:
             outputs[name] = outputs[name][0][view.targets].masked_fill(is_padding, 0)

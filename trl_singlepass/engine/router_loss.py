@@ -23,9 +23,8 @@ class LoadBalancingLoss:
     """
     Load-balancing loss of one batch: [`count`] every piece first, then ask for the [`share`] of each.
 
-    Both take the router logits of a piece, one tensor of shape `(num_tokens, num_experts)` per layer, and the
-    multiplicity of its tokens (how often N-pass runs each), shape `(1, num_tokens)`. Where ranks share rows, the
-    logits are those of this rank's part, and counts and shares add up over the ranks.
+    Both take router logits of a piece, `(num_tokens, num_experts)` per layer, and the multiplicity of its tokens,
+    `(1, num_tokens)`. Where ranks share rows, logits are of this rank's part, and results add up over the ranks.
     """
 
     def __init__(self, num_experts: int, experts_per_token: int, group: RowGroup | None = None) -> None:
@@ -78,11 +77,7 @@ class LoadBalancingLoss:
 
 
 class RouterRecorder:
-    """
-    Records the router logits that a model's decoder returns: TRL's fused head does not pass them on.
-
-    Takes a mixture-of-experts model without adapters or wrappers.
-    """
+    """Records the router logits that a model's decoder returns: TRL's fused head does not pass them on."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()

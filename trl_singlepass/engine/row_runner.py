@@ -33,7 +33,8 @@ from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import Ranges
 from .model_call import PER_TOKEN_OUTPUTS, as_tree, in_lines, join_rows, logits_in_lines, row_inputs
 from .router_loss import LoadBalancingLoss, RouterRecorder
-from .waves import Wave, WavePlan, WaveRunner, select
+from .wave_plan import Wave, WavePlan
+from .waves import WaveRunner, select
 from .wrapped_model import WrappedModel
 
 
@@ -119,10 +120,9 @@ class RowRunner:
         """
         Run the rows, on inputs for the whole batch.
 
-        With `fused_lm_head`, this returns the outputs of TRL's fused head: of shape `(1, row_length - 1)` for a row,
-        and `(N, M)` for the lines of a [`LineView`], whose `labels` are `(N, M + 1)`. Without, it returns `logits`
-        where no gradients are computed; where they are, the outputs of the fused head for a loss of the user's own, or
-        the `loss` of all pieces if each knows its own.
+        With `fused_lm_head`, this returns the outputs of TRL's fused head: `(1, row_length - 1)` for a row, `(N, M)`
+        for the lines of a [`LineView`] with `labels` `(N, M + 1)`. Without, it returns `logits`; where gradients are
+        computed, the fused head's outputs for a loss of the user's own, or the `loss` of pieces that know theirs.
         """
         self._others = {
             name: value
@@ -215,7 +215,8 @@ class RowRunner:
                 outputs["aux_loss"] = self._share(row, wave)
                 own, is_last = loss(outputs, row.start + wave.start), self._is_last(row, wave)
                 self._total = self._total + own.detach()
-                parts[row.start + wave.start] = _detached(outputs)
+                names = [name for name in (*PER_TOKEN_OUTPUTS, "aux_loss") if outputs.get(name) is not None]
+                parts[row.start + wave.start] = type(outputs)(**{name: outputs[name].detach() for name in names})
                 if not is_last:
                     self._model.backward(own)
                     continue
@@ -363,11 +364,6 @@ class _PieceOutputs(ModelOutput):  # type: ignore[misc]
             "Read `outputs.log_probs`, of shape (1, row_length - 1) and aligned with labels[:, 1:], or set "
             "wave_tokens=None."
         )
-
-
-def _detached(outputs: ModelOutput) -> ModelOutput:
-    names = [name for name in (*PER_TOKEN_OUTPUTS, "aux_loss") if outputs.get(name) is not None]
-    return type(outputs)(**{name: outputs[name].detach() for name in names})
 
 
 def _check_same_loss(expected: float, pieces: float) -> None:

@@ -25,7 +25,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention import TreeMask
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch, pad_batch
-from .gradient_scale import GradientCheck, get_gradient_scale
 
 
 if TYPE_CHECKING:
@@ -39,9 +38,7 @@ AttentionFunction: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class SequenceParallel:
-    """
-    Lets the ranks of a group share rows. Takes a model with trees enabled, without adapters or wrappers.
-    """
+    """Lets the ranks of a group share rows. Takes a model with trees enabled, without adapters or wrappers."""
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator) -> None:
         import deepspeed
@@ -72,9 +69,7 @@ class SequenceParallel:
         """
         Pass the tree to attention, and rows to the ranks that share them, once DeepSpeed has taken over the model.
 
-        Takes DeepSpeed's loader of row parts, as the Trainer prepared it; returns a loader of the rows of all ranks of
-        the group, in turn. `prepare` is called with each row of this rank before other ranks get it, `pad_token_id`
-        fills rows up to a length that the ranks can share, and `epoch` returns the number of the epoch that begins.
+        Takes DeepSpeed's loader of row parts, as the Trainer prepared it; returns [`SharedRows`].
         """
         del ALL_ATTENTION_FUNCTIONS[self._attention]  # DeepSpeed's exchange, which drops the tree
         self._group = RowGroup(loader.sp_group, loader.sp_world_size, loader.sp_rank)
@@ -96,9 +91,7 @@ class SequenceParallel:
 
 
 def register_shared_attention(name: str) -> str:
-    """
-    Register tree attention on rows that ranks share, under a name that DeepSpeed may take over; return that name.
-    """
+    """Register tree attention on rows that ranks share, under a name that DeepSpeed may take over; return the name."""
     shared = f"{name}_ulysses"
     AttentionInterface.register(shared, on_shared_rows(ALL_ATTENTION_FUNCTIONS[name]))
     AttentionMaskInterface.register(shared, AttentionMaskInterface._global_mapping[name])
@@ -134,10 +127,7 @@ def on_shared_rows(attention: AttentionFunction) -> AttentionFunction:
 
 class SharedRows(IterableDataset[Batch]):
     """
-    Rows of all ranks of a group, in turn: the first row of each rank, the second row of each rank, ….
-
-    Rows are token ids and other integers, and every rank gets them whole: which tokens a rank runs depends on how the
-    row is run (at once, in waves).
+    Rows of all ranks of a group, in turn, each whole: which tokens a rank runs depends on how the row is run.
 
     `loader` has this rank's own rows, and `prepare` is called with each before other ranks get it. `pad_token_id`
     fills rows up; `epoch` returns the number of the epoch that begins.
@@ -161,15 +151,12 @@ class SharedRows(IterableDataset[Batch]):
         if hasattr(self._loader, "set_epoch"):
             self._loader.set_epoch(self._epoch())
         for batch in self._loader:
-            own = send_to_device(self._ready_to_share(self._prepare(batch)), "cpu")
+            own = self._prepare(batch)
+            own = pad_batch(own, self._group.padded_length(own["tree"].plan.length), self._pad_token_id)
+            own = send_to_device({**own, "tree": own["tree"].replace(is_shared=True)}, "cpu")
             rows: list[Batch] = [{} for _ in range(self._group.size)]
             torch.distributed.all_gather_object(rows, own, group=self._group.process_group)
             yield from rows
-
-    def _ready_to_share(self, batch: Batch) -> Batch:
-        """Return a batch that the ranks can divide, marked as shared."""
-        padded = pad_batch(batch, self._group.padded_length(batch["tree"].plan.length), self._pad_token_id)
-        return {**padded, "tree": padded["tree"].replace(is_shared=True)}
 
 
 # Preparation ---------------------------------------------------------------------------------------------------------
@@ -177,11 +164,7 @@ class SharedRows(IterableDataset[Batch]):
 
 @contextmanager
 def allowing_global_sizes(config: PreTrainedConfig) -> Iterator[None]:
-    """
-    Let DeepSpeed read one head size from a configuration whose layers have several, as Gemma 4's does.
-
-    Only DeepSpeed's own exchange uses that size, and rows on trees do not go through it.
-    """
+    """Let DeepSpeed read one head size from a configuration whose layers have several (Gemma 4); trees need none."""
     if not getattr(config, "is_heterogeneous", False):
         yield
         return
@@ -197,8 +180,7 @@ def allowing_recurrent_layers() -> Iterator[None]:
     """
     Keep accelerate from refusing models with recurrent layers, as it does from 1.15 on.
 
-    In the code that it knows, such a layer would start anew on each rank. Here, the layer gets the whole row
-    (`recurrent/shared_rows.py`).
+    In the code that it knows, such a layer would start anew on each rank. Here, the layer gets the whole row.
     """
     name = "_refuse_recurrent_layers_under_sequence_parallelism"
     refuse = getattr(accelerate.accelerator, name, None)
@@ -210,3 +192,63 @@ def allowing_recurrent_layers() -> Iterator[None]:
         yield
     finally:
         setattr(accelerate.accelerator, name, refuse)
+
+
+# Gradients -----------------------------------------------------------------------------------------------------------
+
+
+def get_gradient_scale(engine: DeepSpeedEngine, sp_size: int) -> int:
+    """
+    Return how many times too large DeepSpeed makes gradients where `sp_size` ranks share rows.
+
+    It divides their sum by the number of ranks with ZeRO-3's reduce-scatter, but by the number of groups elsewhere
+    (DeepSpeed issue 5248). Adam hides the difference; gradient clipping, SGD and the logged norm do not.
+    """
+    scatters = engine.zero_optimization_stage() == 3 and engine.zero_reduce_scatter()
+    return 1 if scatters else sp_size
+
+
+class GradientCheck:
+    """Compares one gradient after DeepSpeed's reduction with `scale` times its mean over ranks, in the first step."""
+
+    def __init__(self, engine: DeepSpeedEngine, scale: int) -> None:
+        self.engine, self.scale = engine, scale
+        trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+        # The last one: the first factor of an adapter has no gradient yet.
+        self.parameter = trainable[-1]
+        self.local: torch.Tensor | None = None
+        self._hook = self.parameter.register_hook(self._add)
+        self._step = engine.step
+        engine.step = self._checked_step
+
+    def _add(self, gradient: torch.Tensor) -> None:
+        gradient = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
+        self.local = gradient.clone() if self.local is None else self.local + gradient
+
+    def _checked_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._compare():
+            self._hook.remove()
+            self.engine.step = self._step
+        return self._step(*args, **kwargs)
+
+    def _compare(self) -> bool:
+        """Return whether there was a gradient to compare; raise if its scale is not the expected one."""
+        from deepspeed.utils import safe_get_full_grad
+
+        reduced = safe_get_full_grad(self.parameter)
+        if self.local is None or reduced is None:
+            return False
+        expected, self.local = self.local, None
+        torch.distributed.all_reduce(expected)
+        expected = expected * (self.scale / torch.distributed.get_world_size())
+        norm = float(expected.norm())
+        if norm == 0:
+            return False
+        ratio = float((reduced.to(expected.dtype).flatten() @ expected.flatten()) / norm**2)
+        if abs(ratio - 1) > 0.1:
+            raise RuntimeError(
+                f"DeepSpeed returned gradients {ratio:.3g} times as large as their mean over ranks under sequence "
+                "parallelism: clipping, SGD and the logged norm would be wrong by that factor. Use ZeRO-3 with its "
+                "default reduce_scatter, without fp16."
+            )
+        return True

@@ -19,11 +19,7 @@ SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
 class WrappedModel:
-    """
-    One process: pieces call the model as it is.
-
-    `model` is as the Trainer wrapped it; `scale` is what the Trainer multiplies its loss by.
-    """
+    """One process: pieces call the model, as the Trainer wrapped it; `scale` is what it multiplies its loss by."""
 
     is_sharded = False
 
@@ -55,11 +51,7 @@ class WrappedModel:
         return self.model(**inputs)
 
     def forward_last(self, *, is_kept: bool, **inputs: Any) -> Any:
-        """
-        Run the model for the piece whose backward comes last.
-
-        The piece `is_kept` if backwards of other pieces come between this forward and its own backward.
-        """
+        """Run the model for the piece whose backward comes last; it `is_kept` if those of others come in between."""
         return self.forward(**inputs)
 
     def reduce_in_next_backward(self, outputs: torch.Tensor) -> None:
@@ -95,11 +87,7 @@ class DataParallelModel(WrappedModel):
 
 
 class ShardedModel(WrappedModel):
-    """
-    DeepSpeed and FSDP2: to the engine, every piece is one more batch of gradient accumulation.
-
-    Gradients are reduced piece by piece, so no rank holds those of all parameters.
-    """
+    """DeepSpeed and FSDP2: every piece is one more batch of gradient accumulation, whose gradients are reduced."""
 
     is_sharded = True
 

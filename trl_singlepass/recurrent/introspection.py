@@ -31,9 +31,8 @@ def get_replay_mode(layer: nn.Module) -> ReplayMode | None:
     """
     Return how a layer runs on a tree, `None` if it is neither recurrent nor attention that needs a whole path.
 
-    The calls that a layer's `forward` makes to transformers' cache tell what kind of layer it is. One that passes the
-    cached state to its kernel as an initial state can start anywhere. One that caches only a convolution's inputs
-    looks a few tokens back. Any other runs over whole paths.
+    The calls that its `forward` makes to transformers' cache tell: one that passes the cached state to its kernel can
+    start anywhere, one that caches only a convolution's inputs looks a few tokens back, others run over whole paths.
     """
     code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
     if code is None:
@@ -47,7 +46,9 @@ def get_replay_mode(layer: nn.Module) -> ReplayMode | None:
     if "get_conv_state" not in names:
         return None
     if "get_recurrent_state" not in names:
-        return ReplayMode(starts_from_state=False, reach=_reach(layer))
+        convolutions = (module for module in layer.modules() if isinstance(module, nn.Conv1d))
+        reach = sum((module.kernel_size[0] - 1) * module.dilation[0] for module in convolutions)
+        return ReplayMode(starts_from_state=False, reach=reach)
     return ReplayMode(starts_from_state=bool(keywords & {"initial_state", "initial_states"}))
 
 
@@ -60,18 +61,12 @@ def _needs_whole_path(layer: nn.Module, keywords: set[object]) -> bool:
     return selects or SELECTION in inspect.signature(type(layer).forward).parameters
 
 
-def _reach(layer: nn.Module) -> int:
-    convolutions = [module for module in layer.modules() if isinstance(module, nn.Conv1d)]
-    return sum((module.kernel_size[0] - 1) * module.dilation[0] for module in convolutions)
-
-
 def find_row_kernels(layer: nn.Module, mode: ReplayMode) -> RowKernels | None:
     """
-    Return the kernels of a layer that can run on a whole row.
+    Return the kernels of a layer that can run on a whole row and does not run on trees yet.
 
-    The layer does not run on trees yet; `mode` is how it would run piece by piece. Returns `None` for a layer that has
-    to run piece by piece: one with another kernel, or whose `forward` or convolution a library has replaced or hooked
-    (CPU offload, `kernelize`).
+    `None` if it has to run piece by piece: with another kernel, or with a `forward` or convolution that a library has
+    replaced or hooked (CPU offload, `kernelize`).
     """
     forward = inspect.unwrap(type(layer).forward)
     if not isinstance(forward, FunctionType) or mode.attends:

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
-from ..attention.context import Tree
+from ..attention.context import Tree, current_tree
 from ..attention.kv_cache import is_in_backward
 from ..attention.registry import KEEPS_ATTENTION
 from ..attention.row_group import RowGroup
 from ..attention.tree_mask import TreeMask
-from .boundary import HasBoundary, RowBoundary, map_tensors
 from .introspection import DISTANCE, SELECTION, find_row_kernels, path_dependent_layers
 from .layout import Layout
 from .scan_check import check_scan
 from .schedule import Piece, ReplayMode
-from .states import ForkStates, InputKey
-from .tree_carrier import find_tree, pass_tree_in_masks
+from .states import ForkStates, HasBoundary, InputKey, RowBoundary, map_tensors
 
 
 def enable_tree_recurrence(model: PreTrainedModel) -> None:
@@ -46,24 +45,18 @@ def enable_tree_recurrence(model: PreTrainedModel) -> None:
 
 def _wrap(layer: Any, mode: ReplayMode) -> None:
     if mode.attends:
-        layer.config = _with_stock_attention(layer)
+        implementation = layer.config._attn_implementation
+        if implementation not in ("eager", "sdpa"):
+            raise ValueError(
+                f"{type(layer).__name__} selects the tokens that it attends to, which on a tree works with "
+                f"attn_implementation='sdpa' or 'eager', not {implementation!r}. Load the model with one of these."
+            )
+        layer.config = copy.copy(layer.config)  # the layer keeps its attention when the model switches to another
+        setattr(layer.config, KEEPS_ATTENTION, True)
     layer._replay_mode, layer._row_kernels = mode, find_row_kernels(layer, mode)
     layer._stock_forward = layer.forward
     layer._had_own_forward = "forward" in vars(layer)
     layer.forward = MethodType(_forward, layer)
-
-
-def _with_stock_attention(layer: Any) -> PreTrainedConfig:
-    """Return a copy of a layer's config, so that the layer keeps its attention when the model switches to another."""
-    implementation = layer.config._attn_implementation
-    if implementation not in ("eager", "sdpa"):
-        raise ValueError(
-            f"{type(layer).__name__} selects the tokens that it attends to, which on a tree works with "
-            f"attn_implementation='sdpa' or 'eager', not {implementation!r}. Load the model with one of these."
-        )
-    config: PreTrainedConfig = copy.copy(layer.config)
-    setattr(config, KEEPS_ATTENTION, True)
-    return config
 
 
 def disable_tree_recurrence(model: PreTrainedModel) -> None:
@@ -87,7 +80,12 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     """Replace the `forward` of a layer."""
     tree = find_tree([*args, *kwargs.values()])
     if tree is None:
-        _check_not_lost(layer)
+        if getattr(layer, "_ran_on_tree", False) and is_in_backward():
+            raise RuntimeError(
+                f"{type(layer).__name__} is recomputed in backward, but the tree of its forward was not passed to it. "
+                "Turn gradient checkpointing off for this model."
+            )
+        layer._ran_on_tree = False
         return layer._stock_forward(*args, **kwargs)
     layer._ran_on_tree = True
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
@@ -96,16 +94,6 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     if layer._row_kernels is not None and layer._row_kernels.scan is not None:
         check_scan(layer, layer._row_kernels.scan, hidden)
     return _run(layer, arguments, tree.on(hidden.device))
-
-
-def _check_not_lost(layer: Any) -> None:
-    """Refuse to recompute a layer without the tree that its forward had."""
-    if getattr(layer, "_ran_on_tree", False) and is_in_backward():
-        raise RuntimeError(
-            f"{type(layer).__name__} is recomputed in backward, but the tree of its forward was not passed to it. "
-            "Turn gradient checkpointing off for this model."
-        )
-    layer._ran_on_tree = False
 
 
 def _run(layer: Any, arguments: Mapping[str, object], tree: Tree) -> Any:
@@ -212,3 +200,90 @@ def _get_layout(tree: Tree, mode: ReplayMode) -> Layout:
 def _cache_arguments(layer: nn.Module) -> set[str]:
     """Return the names under which a layer takes its cache: `cache` since transformers 5.24, the others before."""
     return {"cache", "cache_params", "past_key_values"} & set(inspect.signature(type(layer).forward).parameters)
+
+
+# How the tree reaches a layer: inside the padding mask that it gets anyway -------------------------------------------
+
+
+class TreePaddingMask(torch.Tensor):
+    """
+    Padding mask of shape `(1, row_length)` that carries the tree of the row.
+
+    Gradient checkpointing recomputes a layer after the forward's context has ended, with the arguments that the layer
+    had. Attention layers have their `TreeMask`. Recurrent layers get the model's two-dimensional `attention_mask`,
+    trimmed and moved, so the tree travels in that tensor.
+
+    The mask is filled with twos: transformers drops a mask of ones and takes zeros for padding. The multiplicity of
+    tokens, which the model got as its mask, would scale hidden states.
+    """
+
+    tree: Tree
+
+    @classmethod
+    def from_tree(cls, tree: Tree) -> TreePaddingMask:
+        """Return the mask of a row, of this rank's part of it if ranks share it."""
+        tokens = tree.subtree_end if tree.group is None else tree.group.part(tree.subtree_end)
+        mask = torch.full_like(tokens, 2).as_subclass(cls)
+        mask.tree = tree
+        return mask
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            if func in _KEEP_THE_TREE:
+                result = result.as_subclass(cls)
+                result.tree = args[0].tree
+        return result
+
+
+_KEEP_THE_TREE = (
+    torch.Tensor.__getitem__,
+    torch.Tensor.clone,
+    torch.Tensor.contiguous,
+    torch.Tensor.detach,  # by reentrant checkpointing, where a model passes the mask by position
+    torch.Tensor.to,
+)
+
+
+def pass_tree_in_masks(model: PreTrainedModel, layers: Iterable[nn.Module]) -> list[RemovableHandle]:
+    """
+    Pass the tree of the row to the inner models that build the masks of some layers; return handles of the hooks.
+
+    The `attention_mask` of the model with its head stays as it is: mixture-of-experts losses read it.
+    """
+    wanted = set(layers)
+    return [
+        module.register_forward_pre_hook(_replace_mask, with_kwargs=True)
+        for module in model.modules()
+        if module is not model and isinstance(module, PreTrainedModel) and wanted & set(module.modules())
+    ]
+
+
+def _replace_mask(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    tree = current_tree()
+    if tree is None:
+        return None
+    mask = TreePaddingMask.from_tree(tree)
+    names = list(inspect.signature(module.forward).parameters)[: len(args)]
+    if "attention_mask" in names:
+        index = names.index("attention_mask")
+        return (*args[:index], mask, *args[index + 1 :]), kwargs
+    return args, {**kwargs, "attention_mask": mask}
+
+
+def find_tree(arguments: Iterable[object]) -> Tree | None:
+    """Return the tree that one of a layer's arguments carries, or else the current one."""
+    for value in arguments:
+        tree = getattr(value, "tree", None)
+        if isinstance(tree, Tree):
+            return tree
+        if isinstance(value, dict):
+            inner = find_tree(value.values())
+            if inner is not None:
+                return inner
+    return current_tree()

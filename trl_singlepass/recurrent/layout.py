@@ -22,18 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..attention.tree_mask import TreeMask
-from .boundary import RowBoundary
-from .schedule import Piece, Schedule
+from .schedule import Schedule
+from .states import RowBoundary
 
 
 @dataclass(eq=False)
 class Layout:
-    """
-    Where each token of a row goes when a layer runs over the row in pieces.
-
-    Batches are padded on the right with the last token of each piece, as what follows a token does not change its
-    output.
-    """
+    """Where each token of a row goes when a layer runs over it in pieces, padded with the last token of each."""
 
     length: int  # number of tokens of the row
     schedule: Schedule
@@ -43,12 +38,10 @@ class Layout:
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
         """Shape `(num_pieces, num_tokens)` of each batch, padding included."""
-        pieces = self.schedule.pieces
-        return [(len(batch), self._padded_length(pieces[batch[0]])) for batch in self.schedule.batches]
-
-    def _padded_length(self, longest: Piece) -> int:
+        longest = [self.schedule.pieces[batch[0]] for batch in self.schedule.batches]
         # A layer takes a single token after a state for a generation step, which has no gradients.
-        return max(longest.length, 2) if longest.starts_from_state else longest.length
+        lengths = [max(piece.length, 2) if piece.starts_from_state else piece.length for piece in longest]
+        return list(zip(map(len, self.schedule.batches), lengths, strict=True))
 
     @property
     def num_inputs(self) -> int:
@@ -74,7 +67,8 @@ class Layout:
         for batch, (_, length) in zip(self.schedule.batches, self.shapes, strict=True):
             for index in batch:
                 piece = self.schedule.pieces[index]
-                positions.append(_pad(piece, length))
+                own = np.concatenate([np.arange(first, last) for first, last in piece.ranges])
+                positions.append(np.pad(own, (0, length - len(own)), mode="edge"))
                 start, end = piece.ranges[-1]
                 scatter[start:end] = np.arange(offset + piece.num_replayed, offset + piece.length)
                 offset += length
@@ -85,11 +79,7 @@ class Layout:
         return torch.split(both, [len(gather), len(scatter)])
 
     def gather(self, value: object) -> list[object]:
-        """
-        Split an argument of a layer into one per batch, of shape `(num_pieces, num_tokens, ...)`.
-
-        It holds tensors of shape `(1, num_inputs, ...)`; every batch gets other values as they are.
-        """
+        """Split an argument, tensors `(1, num_inputs, ...)`, into one per batch, `(num_pieces, num_tokens, ...)`."""
         if isinstance(value, dict):
             parts = [self.gather(part) for part in value.values()]
             return [dict(zip(value, step, strict=True)) for step in zip(*parts, strict=True)]
@@ -97,21 +87,16 @@ class Layout:
             return list(zip(*(self.gather(part) for part in value), strict=True))
         if not isinstance(value, Tensor) or value.shape[:2] != (1, self.num_inputs):
             return [value] * len(self.shapes)
-        tokens = self._select(value.squeeze(0))
+        tokens: Tensor = value.squeeze(0)
+        if any(piece.num_replayed for piece in self.schedule.pieces):
+            tokens = SelectRepeatedly.apply(tokens, self.gather_index)  # type: ignore[no-untyped-call]
+        else:
+            tokens = tokens.index_select(0, self.gather_index)
         batches = torch.split(tokens, [sequences * length for sequences, length in self.shapes])
         return [batch.reshape(*shape, *batch.shape[1:]) for batch, shape in zip(batches, self.shapes, strict=True)]
 
-    def _select(self, tokens: Tensor) -> Tensor:
-        if any(piece.num_replayed for piece in self.schedule.pieces):
-            return SelectRepeatedly.apply(tokens, self.gather_index)  # type: ignore[no-untyped-call, no-any-return]
-        return tokens.index_select(0, self.gather_index)
-
     def scatter(self, outputs: Sequence[Any]) -> Any:
-        """
-        Put the outputs of all batches, tensors or tuples of them, in the order of the row.
-
-        What has no entry per token (states, attention weights) becomes `None`.
-        """
+        """Put outputs of all batches in the order of the row; what has no entry per token (states) becomes `None`."""
         if isinstance(outputs[0], tuple):
             return tuple(self.scatter(parts) for parts in zip(*outputs, strict=True))
         if not all(
@@ -127,12 +112,7 @@ class Layout:
         return [position[:, None] - position[None, :] for position in positions]
 
     def masks(self, mask: TreeMask, dtype: torch.dtype | None) -> list[Tensor]:
-        """
-        Return the masks of a layer that attends over whole paths, one per batch,
-        `(num_pieces, 1, num_tokens, num_tokens)`.
-
-        With a dtype, masks are added to scores of this dtype, as in eager attention; otherwise they are boolean.
-        """
+        """Return a mask `(num_pieces, 1, num_tokens, num_tokens)` per batch: boolean, or to be added in a dtype."""
         masks = []
         for pieces, length in self.shapes:
             depth = torch.arange(length, device=self.device)
@@ -145,11 +125,7 @@ class Layout:
 
 
 class SelectRepeatedly(torch.autograd.Function):
-    """
-    Select tokens, some of them several times; gradients of one token add up in float32 at least.
-
-    Indexing with `[]` would sort the index in backward.
-    """
+    """Select tokens, some several times; gradients of one add up in float32, without the sort of indexing by `[]`."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, index: Tensor) -> Tensor:
@@ -164,9 +140,3 @@ class SelectRepeatedly(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         grad = grads[0].to(torch.promote_types(grads[0].dtype, torch.float32))
         return grad.new_zeros(ctx.shape).index_add_(0, index, grad).to(grads[0].dtype), None
-
-
-def _pad(piece: Piece, length: int) -> NDArray[np.int64]:
-    """Positions of a piece, padded to a length with the last one."""
-    positions = np.concatenate([np.arange(start, end) for start, end in piece.ranges])
-    return np.pad(positions, (0, length - len(positions)), mode="edge")

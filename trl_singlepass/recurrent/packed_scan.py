@@ -102,8 +102,7 @@ def cut_at_forks(plan: TreePlan) -> tuple[Ints, Ints]:
 
 def ancestors(parent: Ints) -> list[Ints]:
     """
-    Return the ancestor 1, 2, 4, … steps up, as long as any but the last has one: the last is its own parent, and that
-    of roots.
+    Return the ancestor 1, 2, 4, … steps up, as long as any has one; the last entry stands for none.
 
     The chain 0, 1, 2 with the parents `3 0 1 3` has `3 0 1 3` and, two steps up, `3 3 0 3`.
     """

@@ -134,9 +134,7 @@ class ConvolutionLayout:
         self.gather_index, self.keep_index = torch.split(both, [len(gathered), len(kept)])
 
     def run(self, kernel: Kernel, hidden_states: Tensor, *args: object, **options: object) -> Tensor:
-        """
-        Run a causal convolution over the last dimension, `(1, channels, row_length)`, along the paths of the tree.
-        """
+        """Run a causal convolution over `(1, channels, row_length)` along the paths of the tree."""
         tokens = hidden_states.squeeze(0).t()  # the channels of a token side by side, as the projection wrote them
         if self.needs_zero:
             tokens = F.pad(tokens, (0, 0, 0, 1))
@@ -146,10 +144,9 @@ class ConvolutionLayout:
 
 def insert_ancestors(plan: TreePlan, count: int) -> tuple[np.ndarray[Any, np.dtype[np.int64]], ...]:
     """
-    Insert the last `count` ancestors of each run before it.
+    Insert the last `count` ancestors of each run before it; `row_length` stands for zeros before a sample.
 
-    Returns positions with the inserted ones, and where among them the tokens of the row are, both int64. Zeros, as
-    position `row_length`, take the place of ancestors before a sample's first token.
+    Returns positions with the inserted ones, and where among them the tokens of the row are, both int64.
     """
     parts, kept, total = [], [], 0
     for run in plan.runs:
@@ -164,12 +161,7 @@ def insert_ancestors(plan: TreePlan, count: int) -> tuple[np.ndarray[Any, np.dty
 
 @cache
 def takes_packed_sequences(kernel: Kernel) -> bool:
-    """
-    Whether a kernel keeps packed sequences apart.
-
-    The wrapper that transformers puts around it drops what the installed one does not take, and its closure names
-    that.
-    """
+    """Whether a kernel keeps packed sequences apart: the closure of transformers' wrapper names what it takes."""
     try:
         accepted = inspect.getclosurevars(kernel).nonlocals.get("applicable_params")
     except TypeError:  # not a Python function
@@ -178,12 +170,7 @@ def takes_packed_sequences(kernel: Kernel) -> bool:
 
 
 def run_scan(kernel: Kernel, names: ScanNames, layout: Layout, /, *args: object, **options: object) -> Any:
-    """
-    Run a scan over the second dimension, with its arguments for the row, along the paths of the tree.
-
-    The layout has the pieces in the order in which they run. Returns what the kernel returns if it is not asked for
-    the final state.
-    """
+    """Run a scan with its arguments for the row, piece by piece; return what it does without a final state."""
     pieces = layout.schedule.pieces
     states: dict[int, Tensor] = {}
     outputs: list[Tensor] = []
@@ -205,8 +192,7 @@ def on_share_of_channels(run: Kernel, group: RowGroup | None) -> Kernel:
     """
     Return a convolution that takes this rank's part of a row; `run` itself if no ranks share the row.
 
-    `run` convolves a whole row, `(1, channels, row_length)`, by channel. It also takes the weight,
-    `(channels, kernel_size)`, and further arguments, such as a bias of shape `(channels,)`.
+    `run` convolves a whole row, `(1, channels, row_length)`, with a weight and other arguments by channel.
     """
     if group is None:
         return run
@@ -230,9 +216,8 @@ def on_share_of_heads(run: Kernel, group: RowGroup | None, length: int) -> Kerne
     """
     Return a scan that takes this rank's part of a row; `run` itself if no ranks share the row.
 
-    `run` scans a whole row head by head. It takes per-token tensors of shape `(1, row_length, heads, ...)`, where
-    groups of heads may share one (`num_groups` of Mamba-2), parameters of shape `(heads, ...)` and others. It returns
-    its output, shape `(1, row_length, heads, ...)`, or a tuple that begins with it.
+    `run` scans a whole row, `(1, row_length, heads, ...)`, where groups of heads may share one (`num_groups` of
+    Mamba-2), with parameters of shape `(heads, ...)`, and returns its output, or a tuple that begins with it.
     """
     if group is None:
         return run

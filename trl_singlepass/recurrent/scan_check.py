@@ -40,10 +40,8 @@ class ScanSizes(NamedTuple):
 
 def check_scan(layer: nn.Module, scan: str, hidden: Tensor) -> None:
     """
-    Compare the scan of a layer, a name in its module, with PyTorch's, unless that has been done for its sizes.
-
-    Layers without a gated delta rule and devices other than [`DEVICES`] are not checked. `hidden` is an input of the
-    layer. Raises `RuntimeError` if the two differ.
+    Compare the gated delta rule of a layer, a name in its module, with PyTorch's, once for its sizes and only on
+    [`DEVICES`]; `hidden` is an input of the layer. Raises `RuntimeError` if the two differ.
     """
     device = hidden.device
     if device.type not in DEVICES or scan != "torch_chunk_gated_delta_rule":
@@ -56,11 +54,7 @@ def check_scan(layer: nn.Module, scan: str, hidden: Tensor) -> None:
 
 @cache
 def compare_scan(kernel: Scan, sizes: ScanSizes, device: torch.device, dtype: torch.dtype) -> None:
-    """
-    Compare a scan of transformers with the PyTorch code that it wraps; the dtype is that of queries, keys and values.
-
-    Raises `RuntimeError` if a result or gradient differs by more than `MAX_DIFFERENCE` of its norm.
-    """
+    """Compare a scan with the PyTorch code that it wraps; a difference above `MAX_DIFFERENCE` is a `RuntimeError`."""
     reference = inspect.unwrap(kernel)
     # Checkpointing counts the tensors that its layers save; these are not among them.
     hooks = saved_tensors_hooks(lambda x: x, lambda x: x)
@@ -68,19 +62,15 @@ def compare_scan(kernel: Scan, sizes: ScanSizes, device: torch.device, dtype: to
         theirs = _results(reference, sizes, device, torch.promote_types(dtype, torch.float32), dtype)
         ours = _results(kernel, sizes, device, dtype, dtype)
     for name, expected in theirs.items():
-        _refuse_difference(name, ours[name].to(expected.dtype), expected)
-
-
-def _refuse_difference(name: str, got: Tensor, expected: Tensor) -> None:
-    difference = float((got - expected).norm() / expected.norm())
-    if difference <= MAX_DIFFERENCE:
-        return
-    raise RuntimeError(  # for NaN too
-        f"The gated delta rule's kernel is wrong on this machine: its {name} has norm {float(got.norm()):.4g} where "
-        f"PyTorch's own code gives {float(expected.norm()):.4g}, and they differ by {difference:.2g} of it (at most "
-        f"{MAX_DIFFERENCE} was expected; {_versions()}). Triton 3.4 to 3.7.0 compiles the backward pass wrongly on "
-        "Hopper GPUs: install triton>=3.7.1, or uninstall flash-linear-attention."
-    )
+        got = ours[name].to(expected.dtype)
+        difference = float((got - expected).norm() / expected.norm())
+        if not difference <= MAX_DIFFERENCE:  # nor NaN
+            raise RuntimeError(
+                f"The gated delta rule's kernel is wrong on this machine: its {name} has norm {float(got.norm()):.4g} "
+                f"where PyTorch's own code gives {float(expected.norm()):.4g}, and they differ by {difference:.2g} of "
+                f"it (at most {MAX_DIFFERENCE} was expected; {_versions()}). Triton 3.4 to 3.7.0 compiles the "
+                "backward pass wrongly on Hopper GPUs: install triton>=3.7.1, or uninstall flash-linear-attention."
+            )
 
 
 def _results(

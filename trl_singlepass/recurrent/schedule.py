@@ -61,12 +61,7 @@ class Schedule:
 
 
 def path_schedule(plan: TreePlan, reach: int | None = None, min_length_ratio: float = MIN_LENGTH_RATIO) -> Schedule:
-    """
-    Run every branch together with its history, one piece per run of the plan.
-
-    Only as much history is replayed as an output of the layer depends on, `reach` tokens back; all of it if not given.
-    The shortest piece of a batch has at least `min_length_ratio` of the length of its longest.
-    """
+    """Run every branch together with its history, `reach` tokens of it or all, in batches of similar length."""
     pieces = []
     for run in plan.runs:
         history = run.prefix if reach is None else last_tokens(run.prefix, reach)
@@ -104,38 +99,25 @@ def _fork_pieces(plan: TreePlan, state_ends: Collection[int]) -> list[Piece]:
             if start > run.start:
                 piece = replace(piece, source=piece_ending_at[start])
             elif run.prefix and run.prefix[-1][0] >= plan.length:
-                piece = _after_tokens_outside(piece, run.prefix)
+                # It replays the last token of its history, from the state before that token.
+                last = run.prefix[-1][1] - 1
+                before = [stop - 1 for begin, stop in (*run.prefix[:-1], (run.prefix[-1][0], last)) if begin < stop]
+                ranges, source_token = ((last, last + 1), *piece.ranges), before[-1] if before else -1
+                piece = replace(piece, ranges=ranges, num_replayed=1, source_token=source_token)
             elif run.prefix:
                 piece = replace(piece, source=piece_ending_at[run.prefix[-1][1]])
             if piece.is_source and piece.length == 1 and piece.source >= 0:
-                piece = _replay_source(piece, pieces[piece.source])
+                # Layers take a single token after a state for a generation step, whose kernels have no gradients, and
+                # padding would change the state that others start from: it replays the piece that it starts from.
+                source = pieces[piece.source]
+                piece = replace(source, ranges=source.ranges + piece.ranges, num_replayed=source.length)
             piece_ending_at[end] = len(pieces)
             pieces.append(piece)
     return pieces
 
 
-def _after_tokens_outside(piece: Piece, prefix: Ranges) -> Piece:
-    """Let a piece replay the last token of its history, from the state before that token."""
-    last = prefix[-1][1] - 1
-    before = [end - 1 for start, end in (*prefix[:-1], (prefix[-1][0], last)) if start < end]
-    source_token = before[-1] if before else -1
-    return replace(piece, ranges=((last, last + 1), *piece.ranges), num_replayed=1, source_token=source_token)
-
-
-def _replay_source(piece: Piece, source: Piece) -> Piece:
-    """
-    Let a single token replay the piece that it starts from.
-
-    Layers take a single token after a state for a generation step, whose kernels have no gradients. Padding it to two
-    would change the state that other pieces start from.
-    """
-    return replace(source, ranges=source.ranges + piece.ranges, num_replayed=source.length)
-
-
 def last_tokens(path: Ranges, count: int) -> Ranges:
-    """
-    Return the last `count` tokens of a path, half-open ranges in the order of their depth; all of a shorter path.
-    """
+    """Return the last `count` tokens of a path, in the order of their depth; all of a shorter path."""
     kept: list[tuple[int, int]] = []
     for start, end in reversed(path):
         if count <= 0:

@@ -1,21 +1,31 @@
 """
-States of recurrent layers at the forks of a tree, and what of a layer crosses from row to row.
+States of recurrent layers at the forks of a tree, and what of a layer crosses from row to row (waves).
 
 Inside a row, autograd follows a state from fork to branch ([`ForkStates`]). Between rows, tensors are detached from
 the graph of the row that made them. Gradients cross this cut by hand: later rows add theirs to [`BoundaryTensors`],
 and the backward of the row that made the tensors collects them. Rows therefore run backward from the last to the
-first. The functions below are the places where a layer's graph meets the cut.
+first.
+
+Tokens with descendants in later rows have a **slot** each; in the plan of a row that continues them, slot `s` is
+position `row_length + s`. Later rows replay the inputs of some of these tokens and start from the states after others,
+depending on how a layer runs ([`ReplayMode`]). Only those are stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..attention.kv_cache import is_in_backward
+from ..trees.rows import TreePlan
+from .schedule import ReplayMode, Schedule
 
 
 StateName = tuple[str, int]
@@ -24,16 +34,16 @@ StateName = tuple[str, int]
 
 class ForkStates:
     """
-    Stands in for a layer's cache while the layer runs over one batch of pieces.
+    Stands in for a layer's cache while the layer runs over one batch of pieces, each from the states of a source.
 
     It answers the calls that transformers' layers make to `Cache`, but keeps states as they are computed. A cache
     copies them into its own buffers, which cuts off their gradients.
-
-    `sources` are the states that each piece of the batch starts from; none at the start of a sample.
     """
 
     def __init__(self, sources: Sequence[ForkStates] = ()) -> None:
-        self.initial = _concatenate(sources)
+        final = [source.final for source in sources]
+        names = final[0] if final else {}
+        self.initial = final[0] if len(final) == 1 else {name: torch.cat([x[name] for x in final]) for name in names}
         self.final: dict[StateName, Tensor] = {}
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
@@ -67,14 +77,6 @@ class ForkStates:
     def is_recording_past(self, layer_idx: int) -> bool:
         """Whether the cache can be rolled back: no."""
         return False
-
-
-def _concatenate(sources: Sequence[ForkStates]) -> dict[StateName, Tensor]:
-    if not sources:
-        return {}
-    if len(sources) == 1:
-        return sources[0].final
-    return {name: torch.cat([source.final[name] for source in sources]) for name in sources[0].final}
 
 
 class StateKey(NamedTuple):
@@ -120,12 +122,7 @@ class BoundaryTensors:
 
 
 class AppendDetachedInputs(torch.autograd.Function):
-    """
-    Append the stored inputs of tokens outside the row, to `(1, row_length + num_inputs, ...)`.
-
-    Tokens of the row that later rows replay have `positions` in the row and `places` among the stored inputs, both of
-    shape `(num_stored_by_row,)`, on the device of what they index.
-    """
+    """Append stored inputs of tokens outside the row; its own `positions` are at `places` of them, for later rows."""
 
     @staticmethod
     def forward(
@@ -182,3 +179,140 @@ class CollectStateGradients(torch.autograd.Function):
         dtypes = [ctx.tensors.values[key].dtype for key in ctx.keys]
         own = [None if x is None else x.to(grads[0].device, d) for x, d in zip(sent, dtypes, strict=True)]
         return grads[0], None, None, *own
+
+
+# Rows that continue others -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BoundarySlots:
+    """Slots of which layers that run alike need anything."""
+
+    inputs: NDArray[np.int64]  # slots of the tokens whose inputs are replayed, sorted
+    states: frozenset[int]  # slots of the tokens whose states pieces start from
+
+    @classmethod
+    def from_plans(cls, plans: Iterable[TreePlan], schedule: Callable[[TreePlan], Schedule]) -> BoundarySlots:
+        """Collect the slots that rows need; `schedule` returns the pieces in which a layer runs over a row."""
+        inputs: set[int] = set()
+        states: set[int] = set()
+        for plan in plans:
+            for piece in schedule(plan).pieces:
+                for start, end in piece.ranges:
+                    inputs.update(range(start - plan.length, end - plan.length) if start >= plan.length else ())
+                if piece.source_token >= 0:
+                    states.add(piece.source_token - plan.length)
+        return cls(np.array(sorted(inputs), np.int64), frozenset(states))
+
+
+class RowBoundary:
+    """
+    What layers that run alike take from other rows and leave for them while they run over one row.
+
+    `positions` has the position of each slot that is a token of the row; a row that runs for the first time `stores`.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        positions: Mapping[int, int],
+        needed: BoundarySlots,
+        tensors: Mapping[nn.Module, BoundaryTensors],
+        stores: bool,
+    ) -> None:
+        self.length, self.needed, self.tensors, self.stores = length, needed, tensors, stores
+        own = [(place, positions[slot]) for place, slot in enumerate(needed.inputs.tolist()) if slot in positions]
+        self._own = {torch.device("cpu"): torch.tensor(own, dtype=torch.long).reshape(-1, 2).T.contiguous()}
+        self.state_ends = {positions[slot] + 1: slot for slot in sorted(needed.states) if slot in positions}
+        self._layers: set[nn.Module] = set()
+
+    @property
+    def num_outside(self) -> int:
+        """Number of tokens outside the row whose inputs are appended to those of the row."""
+        return len(self.needed.inputs)
+
+    def locate(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where the inputs of tokens are once those of `needed` slots are appended to the row's."""
+        outside = self.length + np.searchsorted(self.needed.inputs, positions - self.length)
+        return np.where(positions < self.length, positions, outside)
+
+    def begin(self, layer: nn.Module) -> None:
+        """Note that a layer runs; a second time raises `NotImplementedError`, as both would share what is stored."""
+        if is_in_backward():  # a checkpointed layer runs again
+            return
+        if layer in self._layers:
+            raise NotImplementedError(
+                f"Waves (wave_tokens) do not work with this model: {type(layer).__name__} runs several times in a "
+                "forward. Leave out wave_tokens."
+            )
+        self._layers.add(layer)
+
+    def extend(self, layer: nn.Module, name: str, value: object) -> object:
+        """Append to an argument, `(1, row_length, ...)`, what is stored of tokens outside; store what they need."""
+        return map_tensors(value, lambda x, key: self._extend(self.tensors[layer], x, key), (name,))
+
+    def _extend(self, tensors: BoundaryTensors, value: Tensor, key: InputKey) -> Tensor:
+        if value.shape[:2] != (1, self.length):
+            return value
+        if key not in tensors.values:
+            tensors.store(key, value.new_zeros(1, self.num_outside, *value.shape[2:]))
+        stored = tensors.values[key]
+        places, positions = self._own_on(stored.device)[0], self._own_on(value.device)[1]
+        if self.stores:
+            stored[:, places] = value.detach()[:, positions].to(stored.device)
+        if not value.requires_grad:
+            return torch.cat([value, stored.to(value.device)], dim=1)
+        return AppendDetachedInputs.apply(value, tensors, key, positions, places)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _own_on(self, device: torch.device) -> Tensor:
+        """Places among the stored inputs and positions in the row of the row's own, copied to a device once."""
+        if device not in self._own:
+            self._own[device] = self._own[torch.device("cpu")].to(device, non_blocking=True)
+        return self._own[device]
+
+    def load_states(self, layer: nn.Module, slot: int, device: torch.device) -> ForkStates:
+        """Return the states of a layer after the token of a slot, on the device of the layer's inputs."""
+        tensors, states = self.tensors[layer], ForkStates()
+        anchor = torch.zeros((), device=device, requires_grad=True)
+        keys = [key for key in tensors.values if isinstance(key, StateKey) and key.slot == slot]
+        states.final = {key.name: LoadState.apply(anchor, tensors, key) for key in keys}  # type: ignore[no-untyped-call]
+        assert states.final, "a state is stored before a row starts from it"
+        return states
+
+    def store_states(self, layer: nn.Module, output: Any, states: Mapping[int, ForkStates]) -> Any:
+        """
+        Store the states that later rows start from, and return the output, whose backward goes through them too.
+
+        States are given by the position just past the token after which they hold.
+        """
+        if isinstance(output, tuple):
+            return (self.store_states(layer, output[0], states), *output[1:])
+        tensors = self.tensors[layer]
+        own = {
+            StateKey(slot, name): state
+            for end, slot in self.state_ends.items()
+            for name, state in states[end].final.items()
+        }
+        if self.stores:
+            for key, state in own.items():
+                tensors.store(key, state)
+        if not own or not torch.is_grad_enabled():
+            return output
+        return CollectStateGradients.apply(output, tensors, list(own), *own.values())  # type: ignore[no-untyped-call]
+
+
+@runtime_checkable
+class HasBoundary(Protocol):
+    """Tree of a row some of whose tokens have ancestors or descendants in other rows, as waves do."""
+
+    def get_boundary(self, mode: ReplayMode) -> RowBoundary | None:
+        """Return what layers that run this way take from other rows and leave for them; `None` if nothing."""
+
+
+def map_tensors(value: Any, change: Callable[[Tensor, InputKey], Any], path: InputKey = ()) -> Any:
+    """Return what a layer takes or returns with its tensors changed, also those in tuples and dictionaries."""
+    if isinstance(value, dict):
+        return {name: map_tensors(part, change, (*path, name)) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map_tensors(part, change, (*path, index)) for index, part in enumerate(value))
+    return change(value, path) if isinstance(value, Tensor) else value

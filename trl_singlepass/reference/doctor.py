@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 from ..attention.registry import TREE_ATTENTION, describe_tree_attention, set_text_attention, tree_attention_name
 from ..cost.flops import ModelShape, get_model_shape, npass_cost, single_pass_cost
 from ..cost.memory import ActivationBytes
-from ..engine.check.report import TreeCheckReport
+from ..engine.check.tree_check import TreeCheckReport
 from ..engine.enable import enable_tree
 from ..trees.prefix_tree import PrefixTree
 from ..trees.sample import Sample

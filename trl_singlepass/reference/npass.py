@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..attention.registry import set_text_attention
 from ..data.collator import LoadImages
-from ..engine.check.separate_samples import get_device, sample_inputs
+from ..engine.check.checked_model import get_device, sample_inputs
 from ..trees.sample import Sample
 
 

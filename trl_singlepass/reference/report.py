@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data.bad_rows import count_of
-from ..engine.check.report import TreeCheckReport
+from ..engine.check.tree_check import TreeCheckReport
 from .single_pass import LeakReport
 
 

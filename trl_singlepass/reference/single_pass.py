@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from ..data.collator import DataCollatorForSinglePass, LoadImages
 from ..engine.borrowed_state import captured_embeddings
-from ..engine.check.checked_model import effect_of_tokens
-from ..engine.check.separate_samples import get_device, sample_inputs
+from ..engine.check.checked_model import effect_of_tokens, get_device, sample_inputs
 from ..images.reading import ImageReader
 from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree, sample_paths
 from ..trees.rows import Row

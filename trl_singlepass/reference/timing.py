@@ -22,7 +22,8 @@ from ..cost.flops import Cost, get_model_shape, npass_cost, single_pass_cost
 from ..data.collator import DataCollatorForSinglePass
 from ..engine.enable import enable_tree
 from ..engine.model_call import as_tree
-from ..engine.waves import WavePlan, WaveRunner, select
+from ..engine.wave_plan import WavePlan
+from ..engine.waves import WaveRunner, select
 from ..recurrent.introspection import get_decoder
 from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree
 from ..trees.rows import Row, TreePlan

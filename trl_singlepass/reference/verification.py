@@ -21,7 +21,7 @@ from ..data.reader import ConversationReader, as_reader, check_renders, get_toke
 from ..data.requests import split_requests
 from ..data.settings import PairSettings
 from ..engine.borrowed_state import in_evaluation_mode
-from ..engine.check.separate_samples import get_device
+from ..engine.check.checked_model import get_device
 from ..engine.check.tree_check import check_tree
 from ..engine.enable import disable_tree, enable_tree, takes_attention_from_outside, without_adapters
 from ..images.loading import image_loader_of

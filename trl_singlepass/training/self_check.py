@@ -15,9 +15,8 @@ from ..attention.row_group import RowGroup
 from ..data.collator import Batch, DataCollatorForSinglePass
 from ..data.preparation import say
 from ..engine.check.checked_model import TreeCheckError
-from ..engine.check.report import TreeCheckReport
 from ..engine.check.row import ShownImage
-from ..engine.check.tree_check import TreeCheck, tokens_of_batch
+from ..engine.check.tree_check import TreeCheck, TreeCheckReport, tokens_of_batch
 
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}

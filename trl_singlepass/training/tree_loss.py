@@ -17,11 +17,10 @@ from ..attention.row_group import RowGroup
 from ..data.collator import Batch
 from ..data.row_tree import RowTree
 from ..engine.enable import Forward, enable_tree, without_adapters
-from ..engine.gradient_scale import get_gradient_scale
 from ..engine.model_call import refuse_own_calls
 from ..engine.pieces import Pieces
 from ..engine.row_runner import Factors, PieceLoss, RowRunner
-from ..engine.ulysses import SequenceParallel, allowing_global_sizes
+from ..engine.ulysses import SequenceParallel, allowing_global_sizes, get_gradient_scale
 from ..trees.prefix_tree import IGNORE_INDEX
 from .loss import (
     LossContext,

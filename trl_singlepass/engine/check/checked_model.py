@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from ...attention.context import running_on
 from ...attention.row_group import RowGroup
-from ...data.collator import Batch, DataCollatorForSinglePass, pad_batch
-from ..borrowed_state import are_zero3, captured_embeddings, in_evaluation_mode, without_compilation, zeros_filled
+from ...data.collator import Batch, DataCollatorForSinglePass, LoadImages, pad_batch
+from ...images.reading import TOKEN_TYPES
+from ...trees.image_features import shown_images
+from ...trees.sample import Sample
+from ..borrowed_state import are_zero3, captured_embeddings, in_evaluation_mode, zeros_filled
 from ..enable import UnsupportedModelError, without_adapters
 from ..model_call import as_tree
 from .row import CheckRow
-from .separate_samples import get_device, sample_inputs
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TreeCheckError(UnsupportedModelError):
@@ -27,11 +36,7 @@ class TreeCheckError(UnsupportedModelError):
 
 
 class CheckedModel:
-    """
-    Runs a model, as an engine wrapped it, on the row of the check.
-
-    Shape letters: T tokens of the row, N samples of S tokens, V size of the vocabulary.
-    """
+    """Runs a model, as an engine wrapped it, on a row of T tokens and N samples of S tokens (V: vocabulary)."""
 
     def __init__(self, model: nn.Module, collator: DataCollatorForSinglePass, group: RowGroup | None = None) -> None:
         self.module: Any = unwrapped(model)
@@ -81,11 +86,7 @@ class CheckedModel:
         return self.group.gather(own)[0, : len(row.row)].float()
 
     def sample_logits(self, row: CheckRow, factors: Tensor | None = None) -> Tensor:
-        """
-        Return the outputs of the separate samples, `(N, S, V)`: side by side in a batch, with images one by one.
-
-        With factors of the embeddings of the row's tokens, `(T,)`, each sample has those of its own tokens.
-        """
+        """Return the outputs of the separate samples, `(N, S, V)`: side by side in a batch, with images one by one."""
         one_by_one = row.row.image_features is not None
         outputs = []
         for chosen in [[i] for i in range(len(row.paths))] if one_by_one else [list(range(len(row.paths)))]:
@@ -129,7 +130,7 @@ class CheckedModel:
         with (
             in_evaluation_mode(self.module),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            without_compilation(),
+            torch.compiler.set_stance("force_eager"),  # compiling modules for a row of this size takes minutes
             zeros_filled(self.module),
         ):
             yield
@@ -172,12 +173,46 @@ def _rounding_of_products(device: torch.device) -> float:
 
 
 def effect_of_tokens(outputs: Tensor, embeddings: Tensor) -> np.ndarray[Any, Any]:
-    """
-    Return the largest absolute gradient of outputs with respect to each token, `(T,)`, float64.
-
-    Takes `(num_outputs, V)`, of which one sum is differentiated, and what the layers read, `(1, T, hidden)`.
-    """
+    """Return the largest absolute gradient of outputs, `(…, V)`, with respect to each token, `(T,)`, float64."""
     direction = torch.cos(torch.arange(outputs.shape[-1], device=outputs.device)).to(outputs.dtype)
     (gradient,) = torch.autograd.grad((outputs @ direction).sum(), embeddings)
     effect: np.ndarray[Any, Any] = gradient.reshape(-1, gradient.shape[-1]).abs().amax(-1).double().cpu().numpy()
     return effect
+
+
+# Separate samples as a model reads them without a tree ------------------------------------------------------------
+
+
+def get_device(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter, where inputs go."""
+    return next(model.parameters()).device
+
+
+def sample_inputs(
+    model: PreTrainedModel, samples: Sequence[Sample], load_images: LoadImages | None
+) -> dict[str, torch.Tensor]:
+    """Return the inputs of an ordinary forward over samples side by side, padded to the longest."""
+    device = get_device(model)
+
+    def padded(arrays: Iterable[NDArray[np.int64]]) -> torch.Tensor:
+        return pad_sequence([torch.tensor(array, device=device) for array in arrays], batch_first=True)
+
+    inputs = {"input_ids": padded(sample.token_ids for sample in samples)}
+    if len(samples) > 1:
+        inputs["attention_mask"] = padded(np.ones_like(sample.token_ids) for sample in samples)
+    if all(sample.image_features is None for sample in samples):
+        return inputs
+    inputs["attention_mask"] = padded(np.ones_like(sample.token_ids) for sample in samples)
+    # A sample of text alone stands beside those with images where all share a batch (`_auxiliary_loss`).
+    is_image = padded(
+        np.zeros_like(sample.token_ids) if own is None else (own >= 0).astype(np.int64)
+        for sample in samples
+        for own in [sample.image_features]
+    )
+    taken = inspect.signature(model.forward).parameters
+    inputs |= {name: is_image for name in TOKEN_TYPES if name in taken}
+    shown = [image for sample in samples for image in shown_images(sample.image_features, sample.images)]
+    if shown:
+        assert load_images is not None, "samples with images need a loader"
+        inputs |= {name: value.to(device) for name, value in load_images(shown).items()}
+    return inputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,13 +33,10 @@ class _Call:
 @torch.enable_grad()  # also where an evaluation has turned gradients off
 def mixing_module(model: Any, run: Callable[[CheckRow], Tensor], row: CheckRow) -> str | None:
     """
-    Return the first module that lets branches depend on tokens that are not their ancestors.
+    Return the first module that lets branches depend on tokens that are not their ancestors, and one such token.
 
     The gradient of what it returns for a probe, with respect to what it was given for a foreign token, is zero in all
-    modules that run before it, and in all that it is made of.
-
-    Takes the model without adapters or wrappers, and what runs it on a row as a tree. Returns the name and class of
-    the module and the token that branches depend on; `None` if none is found.
+    modules that run before it, and in all that it is made of. Takes the model without adapters or wrappers.
     """
     length = len(row.row)
     with _recorded(model, lambda x: _by_token(x, (1, length)), keeps_graph=True) as calls:
@@ -59,7 +57,7 @@ def mixing_module(model: Any, run: Callable[[CheckRow], Tensor], row: CheckRow) 
         effect = tokens.flatten(1).abs().amax(-1)[foreign.to(tokens.device)]
         if float(effect.max()) > 0:
             token = int(row.foreign[int(effect.argmax())])
-            return f"{_named(call)} lets the tokens of a branch depend on {_token(row, token)}"
+            return _sentence(call, "lets the tokens of a branch depend on", token, row)
     return None
 
 
@@ -67,21 +65,18 @@ def mixing_module(model: Any, run: Callable[[CheckRow], Tensor], row: CheckRow) 
 def differing_module(
     model: Any, run: Callable[[CheckRow], Tensor], run_separately: Callable[[CheckRow], Tensor], row: CheckRow
 ) -> str | None:
-    """
-    Return the first module whose outputs differ between a tree and separate samples though its inputs do not.
-
-    Takes the model without adapters or wrappers, and what runs it on a row as a tree and on the samples of the row.
-    Returns the name and class of the module and the first token at which it differs; `None` if none is found.
-    """
+    """Return the first module whose outputs differ on a tree though its inputs do not, and the first such token."""
     paths = torch.as_tensor(row.paths)
     with _recorded(model, lambda x: _by_token(x, (1, len(row.row)))) as on_tree:
         run(row)
     with _recorded(model, lambda x: _by_token(x, tuple(paths.shape))) as separately:
         run_separately(row)
-    expected = {(call.name, number): call for number, call in _numbered(separately)}
+    expected: defaultdict[str, list[_Call]] = defaultdict(list)  # of each module, in their order
+    for call in separately:
+        expected[call.name].append(call)
     worst, found = _LEAST_RATIO, None
-    for number, call in _numbered(on_tree):
-        other = expected.get((call.name, number))
+    for call in on_tree:
+        other = expected[call.name].pop(0) if expected[call.name] else None
         errors = None if other is None else _errors(call.returned, other.returned, paths)
         if other is None or errors is None:
             continue
@@ -90,18 +85,10 @@ def differing_module(
         ratio = float(errors.max()) / max(epsilon, 0.0 if given is None else float(given.max()))
         if ratio > worst:
             token = int(row.paths.flatten()[int((errors > errors.max() / 4).nonzero()[0, 0])])
-            worst, found = ratio, f"{_named(call)} returns something else for {_token(row, token)}"
+            worst, found = ratio, _sentence(call, "returns something else for", token, row)
         if ratio > _CLEAR_RATIO:
             break
     return found
-
-
-def _numbered(calls: list[_Call]) -> Iterator[tuple[int, _Call]]:
-    """Number the calls of each module."""
-    counts: dict[str, int] = {}
-    for call in calls:
-        counts[call.name] = counts.get(call.name, 0) + 1
-        yield counts[call.name], call
 
 
 @contextmanager
@@ -113,6 +100,10 @@ def _recorded(
     names = {module: name for name, module in model.named_modules()}
     inputs: dict[nn.Module, list[Tensor | None]] = {}
 
+    def copied(x: Tensor | None) -> Tensor | None:  # some adapters add to outputs in place
+        own = None if x is None else by_token(x)
+        return None if own is None else own.clone()
+
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
         given = next((x for x in (*args, *kwargs.values()) if _is_of_tokens(x, by_token)), None)
         if given is not None and keeps_graph:  # a tensor of its own, which the module alone reads
@@ -122,7 +113,7 @@ def _recorded(
                 tuple(own if x is given else x for x in args),
                 {name: own if x is given else x for name, x in kwargs.items()},
             )
-        inputs.setdefault(module, []).append(None if given is None else _copied(by_token(given)))
+        inputs.setdefault(module, []).append(copied(given))
         return None
 
     def after(module: nn.Module, args: object, kwargs: object, output: Any) -> None:
@@ -130,7 +121,7 @@ def _recorded(
         values = output if isinstance(output, tuple | list) else [output]
         returned = next((x for x in values if _is_of_tokens(x, by_token)), None)
         if returned is not None:
-            kept = returned if keeps_graph else _copied(by_token(returned))
+            kept = returned if keeps_graph else copied(returned)
             assert kept is not None
             calls.append(_Call(names.get(module, type(module).__name__), module, given, kept))
 
@@ -147,11 +138,6 @@ def _recorded(
 
 def _is_of_tokens(x: object, by_token: Callable[[Tensor], Tensor | None]) -> bool:
     return isinstance(x, Tensor) and x.dtype.is_floating_point and x.dim() > 1 and by_token(x) is not None
-
-
-def _copied(x: Tensor | None) -> Tensor | None:
-    """Return a copy, which what writes to the tensor later does not change: some adapters add to outputs in place."""
-    return None if x is None else x.clone()
 
 
 def _by_token(x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
@@ -171,9 +157,6 @@ def _errors(on_tree: Tensor, separately: Tensor, paths: Tensor) -> Tensor | None
     return errors
 
 
-def _named(call: _Call) -> str:
-    return f"{call.name or 'the model'} ({type(call.module).__name__})"
-
-
-def _token(row: CheckRow, token: int) -> str:
-    return f"token {token} of {len(row.row)} in the row of the check"
+def _sentence(call: _Call, what: str, token: int, row: CheckRow) -> str:
+    name = f"{call.name or 'the model'} ({type(call.module).__name__})"
+    return f"{name} {what} token {token} of {len(row.row)} in the row of the check"

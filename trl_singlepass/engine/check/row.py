@@ -54,10 +54,9 @@ class CheckRow:
         cls, text: NDArray[np.int64], shown: Sequence[ShownImage] = (), *, is_exchanged: bool = False
     ) -> CheckRow:
         """
-        Return a row that is made of tokens of the data, `(num_tokens,)`, without those of images.
+        Return a row of tokens of the data, `(num_tokens,)`, with one or two images in the place of the stems.
 
-        Fewer than the row has are drawn from more than once. One or two images take the place of the stems. If
-        `is_exchanged`, `a` and `b` stand in each other's place, and the parts beside them hold other tokens.
+        Too few tokens are drawn several times. If `is_exchanged`, `a` and `b` change places, beside other tokens.
         """
         if len(text) < _NUM_TEXT_TOKENS:
             text = np.random.default_rng(0).choice(text, _NUM_TEXT_TOKENS)
@@ -143,11 +142,7 @@ class ShownImage:
     def smallest(
         cls, token_ids: NDArray[np.int64], features: NDArray[np.int64], images: tuple[ImageReference, ...]
     ) -> tuple[ShownImage, ...]:
-        """
-        Return the image of a row with the fewest features, and another of its size if there is one.
-
-        Images that are read in another way among others than alone are not chosen.
-        """
+        """Return the image of a row with the fewest features, and another of its size; none that needs company."""
         firsts = np.cumsum([0, *(image.num_features for image in images)])
         there = [j for j, image in enumerate(images) if firsts[j] in features and not image.in_company]
         fewest = min((images[j].num_features for j in there), default=0)
@@ -182,5 +177,5 @@ def text_beside_images(token_ids: NDArray[np.int64], features: NDArray[np.int64]
 
 
 def _line(part: str | None) -> list[str]:
-    """Return a part and all that it continues, from the root: `fork` → `stem`, `fork`."""
+    """Return a part behind all that it continues."""
     return [] if part is None else [*_line(_PARTS[part][0]), part]

@@ -14,9 +14,8 @@ Shape letters: T tokens of the row, N samples of S tokens, V size of the vocabul
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +32,6 @@ from ..enable import disable_tree, enable_tree, without_adapters
 from ..model_call import takes_trees
 from .checked_model import CheckedModel, unwrapped
 from .first_difference import differing_module, mixing_module
-from .report import TreeCheckReport
 from .row import CheckRow, ShownImage, text_beside_images
 
 
@@ -79,9 +77,17 @@ def check_tree(
     """
     base = without_adapters(unwrapped(model))
     collator = collator or DataCollatorForSinglePass(pad_token_id=0)
-    text, shown = _tokens_of(tokenizer_or_row, base.config.get_text_config().vocab_size)
-    with nullcontext() if takes_trees(base) else _on_trees_for_a_while(base):
+    if isinstance(tokenizer_or_row, Mapping):
+        text, shown = tokens_of_batch(dict(tokenizer_or_row))
+    else:
+        size = min(len(tokenizer_or_row), base.config.get_text_config().vocab_size)
+        text, shown = np.linspace(0, size - 1, 100).astype(np.int64), ()
+    before = None if takes_trees(base) else enable_tree(base)
+    try:
         return TreeCheck(model, collator).run(text, shown)
+    finally:
+        if before is not None:
+            disable_tree(base, before)
 
 
 def tokens_of_batch(batch: Batch) -> tuple[np.ndarray[Any, Any], tuple[ShownImage, ...]]:
@@ -96,21 +102,8 @@ def tokens_of_batch(batch: Batch) -> tuple[np.ndarray[Any, Any], tuple[ShownImag
     return text, ShownImage.smallest(ids, features, tree.images)
 
 
-def _tokens_of(
-    source: PreTrainedTokenizerBase | Batch, vocab_size: int
-) -> tuple[np.ndarray[Any, Any], tuple[ShownImage, ...]]:
-    if isinstance(source, Mapping):
-        return tokens_of_batch(dict(source))
-    return np.linspace(0, min(len(source), vocab_size) - 1, 100).astype(np.int64), ()
-
-
 class TreeCheck:
-    """
-    Runs the check on one model that takes trees, as an engine wrapped it.
-
-    `collator` makes the batch of the row and loads its images; `group` are the ranks that share rows; `precision` is
-    what the model computes in, if it is narrower than its parameters (autocast).
-    """
+    """Runs the check on one model that takes trees, as an engine wrapped it; under autocast, with its `precision`."""
 
     def __init__(
         self,
@@ -162,11 +155,11 @@ class TreeCheck:
         """
         Measure with the rounding errors of other runs: both ways again, with embeddings moved by one rounding.
 
-        Rounding errors are others then, and a router that has two experts at rounding distance picks others. What is
-        wrong stays what it was. So the noise is what the samples themselves change by, or by padding. The systematic
-        part of the difference is what the differences of both runs have in common.
+        Routers with two experts at rounding distance pick others then, and what is wrong stays what it was: noise is
+        what the samples themselves change by, or by padding, and systematic what both differences have in common.
         """
-        factors = _rounding(self.epsilon, len(row.row))
+        signs = torch.randint(0, 2, (len(row.row),), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        factors = 1 + self.epsilon * signs.double()
         with torch.no_grad():
             tree, rounded = self.model.tree_logits(row, factors), self.model.sample_logits(row, factors)
             padded = _rms(_errors(self.model.padded_logits(row), alone[1]))
@@ -217,21 +210,6 @@ class TreeCheck:
         return [None if value is None else float(most) for value, most in zip(values, whole.max(0), strict=True)]
 
 
-@contextmanager
-def _on_trees_for_a_while(base: PreTrainedModel) -> Iterator[None]:
-    before = enable_tree(base)
-    try:
-        yield
-    finally:
-        disable_tree(base, before)
-
-
-def _rounding(epsilon: float, length: int) -> Tensor:
-    """Return factors that move what is multiplied with them by one rounding, `(T,)`."""
-    signs = torch.randint(0, 2, (length,), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return 1 + epsilon * signs.double()
-
-
 def _errors(found: Tensor, expected: Tensor) -> Tensor:
     """Return the norm of the difference of each token's outputs, relative to the outputs; `(…, V)` → `(…,)`."""
     norm = expected.norm(dim=-1).clamp(min=torch.finfo(expected.dtype).tiny)
@@ -241,3 +219,85 @@ def _errors(found: Tensor, expected: Tensor) -> Tensor:
 
 def _rms(errors: Tensor) -> float:
     return float(errors.square().mean().sqrt())
+
+
+MOST_SYSTEMATIC = 0.3
+"""Mean cosine along a sample of two differences with other rounding errors: noise has at most 0.13 in half of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TreeCheckReport:
+    """
+    What the measured check found; `str()` of it is one line.
+
+    Args:
+        difference (`float`):
+            Norm of the difference between the outputs of tree and separate samples, relative to the outputs.
+        allowed (`float`):
+            Largest difference that rounding explains.
+        leak (`float`, *optional*):
+            Largest gradient of a branch's output with respect to a token that is not its ancestor; `None` where the
+            engine gives no such gradient.
+        moved (`float`, *optional*):
+            Largest difference between the outputs of a branch and those in another place, among other tokens; only
+            where there is no gradient.
+        moved_allowed (`float`, *optional*):
+            Largest such difference that rounding explains.
+        noise (`float`, *optional*):
+            Difference between two ways to run the separate samples: alone and padded, or with embeddings that are
+            moved by one rounding; only in half precision, or if outputs differ.
+        systematic (`float`, *optional*):
+            How much two differences with other rounding errors have in common: the mean cosine along a sample, 0 for
+            noise and 1 for what is wrong in the same way; where noise is measured.
+        seconds (`float`):
+            Time that the check took.
+        where (`str`, *optional*):
+            If it failed: the first module whose outputs differ, and a token at which they do.
+        adapters (`str`, *optional*):
+            If it failed: the configurations of the adapters without which the model is right.
+    """
+
+    difference: float
+    allowed: float
+    leak: float | None = None
+    moved: float | None = None
+    moved_allowed: float = 0.0
+    noise: float | None = None
+    systematic: float | None = None
+    seconds: float = 0.0
+    where: str | None = None
+    adapters: str | None = None
+
+    @property
+    def is_isolated(self) -> bool:
+        """Whether each branch depends on its ancestors only."""
+        return (self.leak is None or self.leak == 0) and (self.moved is None or self.moved <= self.moved_allowed)
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether outputs are those of separate samples."""
+        return self.difference <= self.allowed and (self.systematic is None or self.systematic <= MOST_SYSTEMATIC)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the model computes on a tree what it computes on separate samples."""
+        return self.is_isolated and self.is_equal
+
+    def __str__(self) -> str:
+        verdict = "tree equals separate samples" if self.ok else "tree does NOT equal separate samples"
+        noise = "" if self.noise is None else f", noise {self.noise:.1g}"
+        return f"{verdict} ({self.difference:.1g}{noise}), in {self.seconds:.1f} s"
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, as a sentence without its end."""
+        parts = []
+        if self.leak is not None and self.leak != 0:
+            parts.append(f"a branch depends on tokens that are not its ancestors (gradient {self.leak:.1e})")
+        if self.moved is not None and not self.moved <= self.moved_allowed:
+            parts.append(f"a branch differs by {self.moved:.1e} among other tokens (allowed {self.moved_allowed:.1e})")
+        if not self.difference <= self.allowed:
+            parts.append(f"outputs differ by {self.difference:.1e} (allowed {self.allowed:.1e})")
+        elif not self.is_equal:
+            parts.append(f"outputs differ by {self.difference:.1e}, in the same way whenever they are rounded")
+        return "; ".join(parts)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trl_singlepass.recurrent.boundary import BoundarySlots, RowBoundary
-from trl_singlepass.recurrent.states import BoundaryTensors
+from trl_singlepass.recurrent.states import BoundarySlots, BoundaryTensors, RowBoundary
 
 
 def test_gradients_of_stored_inputs_return_to_the_row_that_made_them():

@@ -1,26 +1,127 @@
-"""A wave as the tree that layers receive, and what its layers store for later waves."""
+"""Waves: run a row part by part, with the loss and gradients of the whole row and the memory of one part."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from ...attention.context import Tree
-from ...attention.kv_cache import KVCache, KVCacheView, LayerSlots, SlotRanges, is_in_backward
-from ...attention.offload import HostCopies
-from ...recurrent.boundary import BoundarySlots, RowBoundary
-from ...recurrent.schedule import ReplayMode, last_tokens
-from ...recurrent.states import BoundaryTensors
-from ...trees.rows import Ranges, TreePlan
-from .plan import Wave
-from .subplan import RangeMap, make_subplan
+from ..attention.context import Tree, running_on
+from ..attention.kv_cache import KVCache, KVCacheView, LayerSlots, SlotRanges, is_in_backward
+from ..attention.offload import HostCopies
+from ..recurrent.schedule import ReplayMode, last_tokens
+from ..recurrent.states import BoundarySlots, BoundaryTensors, RowBoundary
+from ..trees.rows import Ranges, Run, TreePlan
+from .wave_plan import RangeMap, Wave, WavePlan, make_subplan
+
+
+Output = TypeVar("Output")
+Forward = Callable[[Wave, Ranges], Output]
+"""Runs the model on some tokens of a wave, given as row ranges, and returns its outputs."""
+
+
+class WaveRunner:
+    """
+    Runs a row wave by wave.
+
+    A wave needs the keys and values of its ancestors, and for these the gradients of their descendants. So tokens with
+    descendants in later waves run forward first, in row order, and only keys, values and what else layers need of them
+    are stored. Then each wave runs forward and backward, from the last to the first.
+    """
+
+    def __init__(self, plan: WavePlan, tree: Tree, offload: bool = False) -> None:
+        self.plan = plan
+        self.tree = tree
+        self.caches = [GroupCache(plan.row, group, offload) for group in plan.groups]
+        self.peak_cache_bytes = 0
+        self._history_is_stored = False
+
+    @property
+    def last(self) -> Wave:
+        """The wave whose backward comes last."""
+        return self.plan.groups[-1][0]
+
+    def first_tokens(self) -> tuple[Ranges, Tree]:
+        """Return the first two tokens (of each rank), and their tree: a model takes one for a step of generation."""
+        group = self.tree.group
+        num_tokens = min(2, self.plan.row.length) if group is None else group.padded_length(1)
+        depth = torch.arange(num_tokens, device=self.tree.depth.device)[None]
+        plan = TreePlan(num_tokens, (Run(0, num_tokens, 0, ()),))
+        return ((0, num_tokens),), Tree(plan, torch.full_like(depth, num_tokens), depth, group=group)
+
+    def forward_all(self, forward: Forward[Output]) -> Iterator[tuple[Wave, Output]]:
+        """Run the row forward without gradients, and store what later waves need; yield waves with their outputs."""
+        for group, cache in zip(self.plan.groups, self.caches, strict=True):
+            for wave in group:
+                with _forward_only():
+                    outputs = self._run(wave, ((wave.start, wave.end),), cache, forward, stores=True)
+                yield wave, outputs
+        self._history_is_stored = True
+
+    def store_history(self, forward: Forward[object]) -> None:
+        """Run the tokens that later waves descend from, for all groups before the first wave trains."""
+        for group, cache in zip(self.plan.groups, self.caches, strict=True):
+            self._store_group(group, cache, forward)
+        self._history_is_stored = True
+
+    def train(self, forward: Forward[Output], forward_history: Forward[object]) -> Iterator[tuple[Wave, Output]]:
+        """
+        Run the row forward and backward; yield each wave with its outputs, [`last`] last.
+
+        The caller runs the backward of a wave before it asks for the next one, and reads nothing of `forward_history`.
+        """
+        for index, group in enumerate(self.plan.groups):
+            cache = self.caches[index]
+            yield from self._train_group(group, cache, forward, forward_history)
+            self.peak_cache_bytes = max(self.peak_cache_bytes, cache.num_bytes)
+            if group[0] is not self.last:  # the last backward is still to come
+                self.caches[index] = GroupCache(self.plan.row, group)
+
+    def _train_group(
+        self, group: tuple[Wave, ...], cache: GroupCache, forward: Forward[Output], forward_history: Forward[object]
+    ) -> Iterator[tuple[Wave, Output]]:
+        assert not (group[0].is_kept and self._history_is_stored), "a history that is kept runs once"
+        first = group[0]
+        kept = [self._run(first, ((first.start, first.end),), cache, forward, stores=True)] if first.is_kept else []
+        if not self._history_is_stored:
+            self._store_group(group, cache, forward_history)
+        for wave in reversed(group):
+            if wave.is_kept:
+                yield wave, kept.pop()
+            else:
+                yield wave, self._run(wave, ((wave.start, wave.end),), cache, forward, stores=False)
+
+    def _store_group(self, group: tuple[Wave, ...], cache: GroupCache, forward: Forward[object]) -> None:
+        for wave in group:
+            if wave.handed_on and not wave.is_kept:
+                with _forward_only():
+                    self._run(wave, wave.handed_on, cache, forward, stores=True)
+
+    def _run(self, wave: Wave, tokens: Ranges, cache: GroupCache, forward: Forward[Output], *, stores: bool) -> Output:
+        is_whole_row = len(wave) == self.plan.row.length
+        tree = self.tree if is_whole_row else WaveTree.from_wave(wave, tokens, cache, self.tree, stores=stores)
+        with running_on(tree):
+            return forward(wave, tokens)
+
+
+@contextmanager
+def _forward_only() -> Iterator[None]:
+    """Run without gradients. Reentrant checkpointing warns that there are none, which is intended here."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
+        yield
+
+
+# A wave as the tree that layers receive, and what they store for later waves ----------------------------------------
 
 
 class GroupCache:
@@ -28,9 +129,7 @@ class GroupCache:
     What the waves of a group store for one another, by layer, with the gradients that come back.
 
     Every token with descendants in later waves has a slot: slots count these tokens in row order. Of the slots, each
-    layer stores what it needs.
-
-    Takes the waves of the group in row order. With `offload`, the cache is on the CPU.
+    layer stores what it needs; with `offload`, on the CPU.
     """
 
     def __init__(self, row: TreePlan, waves: Sequence[Wave], offload: bool = False) -> None:
@@ -55,10 +154,9 @@ class GroupCache:
 
     def get_kv_cache(self, layer: torch.nn.Module, call: int, slots: NDArray[np.int64]) -> KVCache:
         """
-        Return the keys and values of one call of an attention layer.
+        Return the keys and values that one call of an attention layer stores in slots.
 
-        `call` is how often the layer attended before in the same forward: most do once, but DiffLlama's do twice, with
-        other values, and looped models run a layer again. `slots` are those that it stores, from [`get_window_slots`].
+        Most layers attend once in a forward, but DiffLlama's do twice, with other values, and looped models run again.
         """
         if (layer, call) not in self.kv_caches:
             copies = self._copies_for if self.offload else None
@@ -74,8 +172,8 @@ class GroupCache:
         """
         Return the slots that an attention layer looks back to, sorted; `local_size` as in [`Tree.kv_cache`].
 
-        In the example of `plan.py` with `wave_tokens=5`, branches start after tokens 3 and 1. A layer that sees only a
-        token and the one before it needs slots 1 and 3 of the four.
+        In the example of `wave_plan.py` with `wave_tokens=5`, branches start after tokens 3 and 1. A layer that sees
+        only a token and the one before it needs slots 1 and 3 of the four.
         """
         if local_size not in self._window_slots:
             assert local_size is not None
@@ -97,11 +195,7 @@ class GroupCache:
         return self._boundary_slots[mode]
 
     def get_handed_on(self, tokens: RangeMap, wave: Wave) -> SlotRanges:
-        """
-        Return the slots of the tokens that a wave hands on.
-
-        `tokens` says where the tokens that run are in the sequence that runs.
-        """
+        """Return the slots of the tokens that a wave hands on, and where they are among the tokens that run."""
         return tuple(
             (*own, slot[0])
             for first, last in wave.handed_on
@@ -119,13 +213,10 @@ class GroupCache:
 @dataclass(eq=False)
 class WaveTree(Tree):
     """
-    Tree of a forward over some tokens of a row, whose other ancestors are in a cache.
+    Tree of a forward over some tokens of a row, whose other ancestors are in slots of a cache (see [`make_subplan`]).
 
-    Positions of its plan from `plan.length` on are slots of the cache (see [`make_subplan`]). Its tensors have shape
-    `(1, num_tokens)`, with an entry for each token that runs.
-
-    Depths are those in the row; for `subtree_end`, only descendants that run as well count. If ranks share the row,
-    the tokens that run are padded with one more chain.
+    Its tensors, `(1, num_tokens)`, have an entry for each token that runs, with its depth in the row; for
+    `subtree_end`, only descendants that run as well count. If ranks share the row, one more chain pads the tokens.
     """
 
     cache: GroupCache | None = None  # what the layers have stored of ancestors that do not run
@@ -138,12 +229,7 @@ class WaveTree(Tree):
 
     @classmethod
     def from_wave(cls, wave: Wave, tokens: Ranges, cache: GroupCache, row: Tree, *, stores: bool) -> WaveTree:
-        """
-        Return the tree of a forward over some tokens of a wave: all of them, or those that it hands on.
-
-        `cache` is that of the wave's group, `row` the tree of the whole row. Tokens that run for the first time are
-        stored.
-        """
+        """Return the tree of a forward over some tokens of a wave of `row`: all of them, or those that it hands on."""
         running = RangeMap.consecutive(tokens)
         num_tokens = len(running)
         length = num_tokens if row.group is None else row.group.padded_length(num_tokens)
@@ -167,15 +253,14 @@ class WaveTree(Tree):
         return make_subplan(self.row.image_plan, self.running, self.cache.slots, self.plan.length)
 
     def kv_cache(self, layer: torch.nn.Module, local_size: int | None = None) -> KVCacheView | None:
-        """
-        Return the keys and values of ancestors that ran before, as far back as the layer looks.
-
-        Raises `NotImplementedError` if a checkpointed layer attends several times: which time runs again is not known.
-        """
+        """Return the keys and values of ancestors that ran before, as far back as the layer looks."""
         assert self.cache is not None
         if not len(self.cache.slots):
             return None
-        slots = self._get_layer_slots(local_size)
+        if local_size not in self._layer_slots:  # the same object for all layers that look so many tokens back
+            kept = self.cache.get_window_slots(local_size)
+            self._layer_slots[local_size] = LayerSlots.from_row(self.handed_on, kept, stores=self.stores)
+        slots = self._layer_slots[local_size]
         return KVCacheView(self.cache.get_kv_cache(layer, self._count_call(layer), slots.kept), slots)
 
     def _count_call(self, layer: torch.nn.Module) -> int:
@@ -190,14 +275,6 @@ class WaveTree(Tree):
                 "leave out wave_tokens."
             )
         return 0
-
-    def _get_layer_slots(self, local_size: int | None) -> LayerSlots:
-        """Return the slots of layers that look so many tokens back, the same object each time."""
-        assert self.cache is not None
-        if local_size not in self._layer_slots:
-            kept = self.cache.get_window_slots(local_size)
-            self._layer_slots[local_size] = LayerSlots.from_row(self.handed_on, kept, stores=self.stores)
-        return self._layer_slots[local_size]
 
     def get_boundary(self, mode: ReplayMode) -> RowBoundary | None:
         """Return what layers that run this way take from other waves and leave for them."""

@@ -5,8 +5,7 @@ from hypothesis import strategies as st
 
 from support.sample_sets import sample_sets
 from support.tree_masks import plan_of_eleven
-from trl_singlepass.engine.waves import WavePlan
-from trl_singlepass.engine.waves.subplan import RangeMap, make_subplan
+from trl_singlepass.engine.wave_plan import RangeMap, WavePlan, make_subplan
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, Run, TreePlan
 
