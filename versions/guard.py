@@ -29,10 +29,9 @@ from .sources import Reader, digest, in_wheel, installed
 ROOT = Path(__file__).parents[1]
 RECORD = Path(__file__).parent / "results" / "digests.json"
 TRAINERS = {
-    "SinglePassSFTTrainer": ROOT / "trl_singlepass" / "training" / "trainer.py",
-    "SinglePassDPOTrainer": ROOT / "trl_singlepass" / "preference" / "trainer.py",
+    "SinglePassSFTTrainer": ("training/mixin.py", "training/epochs.py", "training/trainer.py"),
+    "SinglePassDPOTrainer": ("training/mixin.py", "preference/trainer.py"),
 }
-MIXIN = ROOT / "trl_singlepass" / "training" / "mixin.py"
 PACKAGES = ("accelerate", "deepspeed", "transformers", "trl")
 
 Digests = dict[str, str | None]
@@ -41,8 +40,8 @@ Digests = dict[str, str | None]
 def overridden() -> list[str]:
     """Return the names of the methods above the trainers that those override, in every class that may define them."""
     names = []
-    for trainer, path in TRAINERS.items():
-        trees = (ast.parse(file.read_text()) for file in (MIXIN, path))
+    for trainer, files in TRAINERS.items():
+        trees = (ast.parse((ROOT / "trl_singlepass" / file).read_text()) for file in files)
         classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
         methods = dict.fromkeys(node.name for cls in classes for node in cls.body if isinstance(node, ast.FunctionDef))
         names += [f"{base}.{method}" for base in BASES[trainer] for method in methods]

@@ -10,8 +10,8 @@ from trl.trainer.utils import add_fused_lm_head
 from support.float64_comparison import TOLERANCE, gradients_of
 from support.tiny_models import model_of_type, tiny_model
 from trl_singlepass import DataCollatorForSinglePass, enable_tree, tree_log_probs
-from trl_singlepass.groups.forecast import sharing_factor
 from trl_singlepass.groups.lines import PaddedLines
+from trl_singlepass.groups.trainer import sharing_factor
 
 
 MODELS = {

@@ -11,7 +11,7 @@ import pytest
 import trl_singlepass
 from support.trainers import own_settings
 from trl_singlepass import SinglePassDPOConfig, SinglePassSFTConfig
-from trl_singlepass.training.base_config import EngineConfig, SinglePassConfig
+from trl_singlepass.training.config import EngineConfig, SinglePassConfig
 
 
 ROOT = Path(__file__).parents[2]

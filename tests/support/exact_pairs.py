@@ -10,6 +10,7 @@ from trl.kernels import ChunkedLogProbFunction
 from support.float64_comparison import TOLERANCE, gradients_of
 from support.pairs import SeparateForwards, batch_of, dpo_trainer, perturbed
 from trl_singlepass import render_samples
+from trl_singlepass.engine.borrowed_state import attributes
 from trl_singlepass.reference.verification import ForcedFloat64
 
 
@@ -83,7 +84,7 @@ class ExactPairs:
         with torch.no_grad():
             logps = DPOTrainer.compute_ref_log_probs(self.trainer, self.reference, batch)
         batch |= dict(zip(("ref_chosen_logps", "ref_rejected_logps"), logps, strict=True))
-        with self.trainer._reading_reference():
+        with attributes(self.trainer, precompute_ref_logps=True):
             return DPOTrainer._compute_loss(self.trainer, self.policy, batch, return_outputs=False)
 
 

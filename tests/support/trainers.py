@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from support.tiny_models import tiny_model
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.data.arrow import COST_COLUMNS
-from trl_singlepass.training.base_config import EngineConfig, SinglePassConfig
+from trl_singlepass.training.config import EngineConfig, SinglePassConfig
 from trl_singlepass.trees.rows import ROW_COLUMNS
 
 

@@ -66,7 +66,7 @@ from trl_singlepass import (
 )
 from trl_singlepass.engine import pieces, ulysses, waves
 from trl_singlepass.engine.check.checked_model import TreeCheckError
-from trl_singlepass.training import tree_loss
+from trl_singlepass.training import loss as training_loss
 from trl_singlepass.training.checkpoints import last_good_checkpoint
 from trl_singlepass.training.preemption import PreemptionCallback
 
@@ -323,7 +323,7 @@ class Undeletable(dict):
 def cut(wire):
     """Break one part of sequence parallelism, to see that the test notices."""
     if wire == "overcounting":
-        for module in (ulysses, pieces, tree_loss):
+        for module in (ulysses, pieces, training_loss):
             module.get_gradient_scale = lambda *_: 1
     if wire == "exchange":  # DeepSpeed's own stays
         ulysses.ALL_ATTENTION_FUNCTIONS = Undeletable(ulysses.ALL_ATTENTION_FUNCTIONS)

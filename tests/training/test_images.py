@@ -18,8 +18,8 @@ from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.images.positions import UnsupportedImagesError
 from trl_singlepass.reference import npass_loss_and_gradients
+from trl_singlepass.training.compatibility import read_images
 from trl_singlepass.training.epochs import blank_batch
-from trl_singlepass.training.images import read_images
 from trl_singlepass.training.situation import Situation
 
 
@@ -72,9 +72,8 @@ def test_several_ranks_need_a_blank_image():
     model = image_model("qwen3_vl", torch.float32)
     args, accelerator = SimpleNamespace(wave_tokens=None), SimpleNamespace(parallelism_config=None, num_processes=2)
     collator = DataCollatorForSinglePass(0, load_images=lambda images: {})
-    rows = image_rows(image_sample_sets(model, "qwen3_vl")[:1])
     with pytest.raises(ValueError, match="a method `blank`"):
-        read_images(Situation(args, model, accelerator), collator, rows)
+        read_images(Situation(args, model, accelerator), collator, model)
 
 
 def test_a_blank_image_stands_in_for_the_images_of_a_row_of_text():

@@ -304,6 +304,7 @@ def test_training_arguments_and_no_arguments_are_taken(tmp_path, tokenizer, monk
     monkeypatch.chdir(tmp_path)
     # TRL's default of bf16 needs to be told when there is no GPU.
     on_cpu = functools.partial(SinglePassSFTConfig, use_cpu=True, report_to="none")
+    functools.update_wrapper(on_cpu, SinglePassSFTConfig, updated=())
     monkeypatch.setattr("trl_singlepass.training.config.SinglePassSFTConfig", on_cpu)
     model = float32_model(tokenizer)
     model.config._name_or_path = "somewhere/tiny"

@@ -26,9 +26,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 from ..groups.config import SinglePassGRPOConfig, SinglePassRLOOConfig
 from ..preference.config import SinglePassDPOConfig
 from ..scripts import SCRIPTS
-from ..training.base_config import EngineConfig, own_settings
 from ..training.checkpoints import last_good_checkpoint
-from ..training.config import SinglePassSFTConfig
+from ..training.config import EngineConfig, SinglePassSFTConfig, own_settings
 from ..training.preemption import SIGNALS
 from .arguments import EXPLAINED, INTERRUPTED, Parser, with_config_apart
 

@@ -132,3 +132,16 @@ def captured_embeddings(model: Any) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def attributes(target: object, **values: object) -> Iterator[None]:
+    """Give attributes of an object other values within a block, and then back those that they had."""
+    before = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)

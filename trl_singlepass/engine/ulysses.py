@@ -10,7 +10,7 @@ which would train a tree as plain text, and expects the same heads in every laye
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import accelerate.accelerator
@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention import TreeMask
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch, pad_batch
+from .borrowed_state import attributes
 
 
 if TYPE_CHECKING:
@@ -162,36 +163,21 @@ class SharedRows(IterableDataset[Batch]):
 # Preparation ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def allowing_global_sizes(config: PreTrainedConfig) -> Iterator[None]:
+def allowing_global_sizes(config: PreTrainedConfig) -> AbstractContextManager[None]:
     """Let DeepSpeed read one head size from a configuration whose layers have several (Gemma 4); trees need none."""
-    if not getattr(config, "is_heterogeneous", False):
-        yield
-        return
-    before, config.allow_global_per_layer_attribute_access = config.allow_global_per_layer_attribute_access, True
-    try:
-        yield
-    finally:
-        config.allow_global_per_layer_attribute_access = before
+    is_heterogeneous = getattr(config, "is_heterogeneous", False)
+    return attributes(config, **({"allow_global_per_layer_attribute_access": True} if is_heterogeneous else {}))
 
 
-@contextmanager
-def allowing_recurrent_layers() -> Iterator[None]:
+def allowing_recurrent_layers() -> AbstractContextManager[None]:
     """
     Keep accelerate from refusing models with recurrent layers, as it does from 1.15 on.
 
     In the code that it knows, such a layer would start anew on each rank. Here, the layer gets the whole row.
     """
     name = "_refuse_recurrent_layers_under_sequence_parallelism"
-    refuse = getattr(accelerate.accelerator, name, None)
-    if refuse is None:
-        yield
-        return
-    setattr(accelerate.accelerator, name, lambda model: None)
-    try:
-        yield
-    finally:
-        setattr(accelerate.accelerator, name, refuse)
+    refuses = hasattr(accelerate.accelerator, name)
+    return attributes(accelerate.accelerator, **({name: lambda model: None} if refuses else {}))
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------

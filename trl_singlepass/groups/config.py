@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from trl import GRPOConfig, RLOOConfig
 
-from ..training.base_config import EngineConfig, check_engine_settings, use_new_names
+from ..training.config import EngineConfig, check_engine_settings, use_new_names
 
 
 @dataclass

@@ -9,32 +9,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import nn
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer, RLOOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from ..data.collator import Batch, Collator, DataCollatorForSinglePass
 from ..data.preparation import say
-from ..engine.enable import enable_images
 from ..engine.pieces import Pieces
 from ..engine.row_runner import RowRunner
-from ..images.loading import ImageLoader
+from ..images.loading import image_loader_of
 from ..images.placeholders import placeholders_of
-from ..training.base_config import add_settings, short_name
+from ..training.compatibility import read_images
+from ..training.config import complete_config
 from ..training.mixin import ReferenceMixin
-from ..training.refusals import ENGINES, GROUPS, IMAGES, check
+from ..training.refusals import ENGINES, GROUPS, check
 from .config import SinglePassGRPOConfig, SinglePassRLOOConfig
-from .forecast import forecast_sharing
 from .images import LineImages, number_images
 from .lines import PaddedLines
 
 
 # Below this, rows save less than building them costs, and lines run as TRL runs them.
 _LEAST_SHARING = 1.03
+_NUM_PROMPTS = 64  # of the forecast
 # Losses whose mean over a step is the same however its samples are divided among its batches.
 _ANY_ORDER = frozenset({"grpo", "dr_grpo", "dapo", "cispo", "vespo", "sapo", "luspo"})
 
@@ -57,21 +58,18 @@ class GroupsMixin(ReferenceMixin):
         self._row_collator = DataCollatorForSinglePass(self._tokenizer.pad_token_id)
         self._why_no_images = self._read_images()
         if self.accelerator.is_main_process:
-            say(*forecast_sharing(self.train_dataset, self.processing_class, self.args))
+            say(forecast_sharing(self.train_dataset, self.processing_class, self.args), logging.INFO)
 
     def _read_images(self) -> str | None:
         """Make the policy and its reference read images on trees; return why not, if they cannot."""
         if not isinstance(self.processing_class, ProcessorMixin):
             return None  # nothing gives them images
+        self._row_collator.load_images = image_loader_of(self.processing_class)
         try:
-            check(self._situation, IMAGES)
-            for model in (self.model,) if self.ref_model is None else (self.model, self.ref_model):
-                enable_images(self.accelerator.unwrap_model(model, keep_torch_compile=False), self._row_collator)
+            read_images(self._situation, self._row_collator, *self._models)
             self._placeholder = placeholders_of(self.processing_class).token_id
         except ValueError as error:
             return str(error)
-        if self.accelerator.num_processes > 1:  # all ranks run the encoder for each row, or none
-            self._row_collator.blank_image = ImageLoader(self.processing_class).blank
         return None
 
     def _checked_collator(self, collator: Collator) -> Collator:
@@ -240,6 +238,37 @@ def _take(values: Any, lines: list[int]) -> Any:
     return [values[i] for i in lines] if isinstance(values, list) else values
 
 
+def forecast_sharing(dataset: Any, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, args: Any) -> str:
+    """Return a line for the log, from the first prompts and completions at full length: shorter ones share more."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    options = getattr(args, "chat_template_kwargs", None) or {}
+    lengths = []
+    for prompt in (example["prompt"] for example in islice(iter(dataset), _NUM_PROMPTS)):
+        if not isinstance(prompt, str):
+            prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **options)
+        lengths.append(len(tokenizer(prompt, add_special_tokens=False)["input_ids"]))
+    together = min(args.num_generations, args.per_device_train_batch_size)
+    factor = sharing_factor(lengths, together, args.max_completion_length)
+    median = sorted(lengths)[len(lengths) // 2]
+    line = (
+        f"prompts of about {median} tokens, {together} completions of at most {args.max_completion_length} in a batch"
+    )
+    if factor < 1.1:
+        return f"Trees save little here ({line}): at least a sharing factor of {factor:.2f}."
+    return f"Sharing factor of at least {factor:.2f}, by {line}."
+
+
+def sharing_factor(prompt_lengths: Sequence[int], num_together: int, completion_length: int) -> float:
+    """
+    Return tokens of lines ÷ tokens of trees.
+
+    Prompts of 100 tokens with 4 completions of 50 make 4 · 150 = 600 tokens in lines and 100 + 4 · 50 = 300 in trees.
+    """
+    lines = sum(num_together * (length + completion_length) for length in prompt_lengths)
+    trees = sum(length + num_together * completion_length for length in prompt_lengths)
+    return lines / trees
+
+
 class SinglePassGRPOTrainer(GroupsMixin, GRPOTrainer):
     """
     Trainer that computes GRPO's loss with the shared prefixes of completions run once.
@@ -258,9 +287,7 @@ class SinglePassGRPOTrainer(GroupsMixin, GRPOTrainer):
     _name = "SinglePassGRPO"
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **kwargs: Any) -> None:
-        args = SinglePassGRPOConfig(f"{short_name(model)}-{self._name}") if args is None else args
-        args = add_settings(args, SinglePassGRPOConfig)
-        super().__init__(model, reward_funcs, args, *others, **kwargs)
+        super().__init__(model, reward_funcs, complete_config(args, SinglePassGRPOConfig, model), *others, **kwargs)
 
 
 class SinglePassRLOOTrainer(GroupsMixin, RLOOTrainer):
@@ -274,6 +301,4 @@ class SinglePassRLOOTrainer(GroupsMixin, RLOOTrainer):
     _name = "SinglePassRLOO"
 
     def __init__(self, model: Any, reward_funcs: Any, args: Any = None, *others: Any, **kwargs: Any) -> None:
-        args = SinglePassRLOOConfig(f"{short_name(model)}-{self._name}") if args is None else args
-        args = add_settings(args, SinglePassRLOOConfig)
-        super().__init__(model, reward_funcs, args, *others, **kwargs)
+        super().__init__(model, reward_funcs, complete_config(args, SinglePassRLOOConfig, model), *others, **kwargs)

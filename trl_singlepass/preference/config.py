@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
-from transformers import PreTrainedModel
 from trl import DPOConfig
 
 from ..data.settings import PairSettings, PairTurns
-from ..training.base_config import SinglePassConfig, check_shared_settings, short_name, use_new_names
+from ..training.config import SinglePassConfig, check_shared_settings, use_new_names
 from ..training.refusals import PAIRS, check
 from ..training.situation import Situation
 from .collator import TurnWeights
@@ -80,18 +77,3 @@ def pair_settings(args: DPOConfig) -> PairSettings:
 def turn_weights(args: DPOConfig) -> TurnWeights:
     """Return the arguments that weigh the turns of a trajectory."""
     return TurnWeights(args.turn_discount, args.turn_mean)
-
-
-def default_config(model: str | PreTrainedModel) -> SinglePassDPOConfig:
-    """Return the arguments of a trainer that gets none: all defaults, with an output folder named after the model."""
-    return SinglePassDPOConfig(f"{short_name(model)}-SinglePassDPO")
-
-
-@contextmanager
-def without_padding_free(args: DPOConfig) -> Iterator[None]:
-    """Turn `padding_free` off within a block: rows have no padding, but TRL would say that it is ignored."""
-    given, args.padding_free = args.padding_free, False
-    try:
-        yield
-    finally:
-        args.padding_free = given

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,20 +19,19 @@ from ..data.images import hide_image_columns
 from ..data.labelled_rows import check_rows_fit
 from ..data.pairs import PAIR_COLUMNS, REFERENCE_COLUMNS, TOKEN_COLUMNS
 from ..data.preparation import PAIR_KIND, prepare
-from ..engine.enable import check_not_compiled, without_adapters
+from ..engine.borrowed_state import attributes
+from ..engine.enable import check_not_compiled
 from ..engine.pieces import Pieces
 from ..images.loading import image_loader_of
-from ..images.reading import ImageReader
-from ..training.base_config import add_settings
-from ..training.compatibility import check_arguments, check_pairs
+from ..training.compatibility import check_arguments, check_pairs, read_images, show_images
+from ..training.config import complete_config
 from ..training.dataset import AnyDataset
-from ..training.images import read_images
+from ..training.loss import Loss
 from ..training.mixin import ReferenceMixin
 from ..training.refusals import ENGINES, PAIRS, check
 from ..training.situation import Situation
-from ..training.tree_loss import Loss
 from .collator import DataCollatorForSinglePassPreference
-from .config import SinglePassDPOConfig, default_config, pair_settings, turn_weights, without_padding_free
+from .config import SinglePassDPOConfig, pair_settings, turn_weights
 
 
 if TYPE_CHECKING:
@@ -86,14 +84,14 @@ class SinglePassDPOTrainer(ReferenceMixin, DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ) -> None:
-        args = default_config(model) if args is None else add_settings(args, SinglePassDPOConfig)
+        args = complete_config(args, SinglePassDPOConfig, model)
         if train_dataset is not None:
             check_pairs(train_dataset, "train")
         check_not_compiled(ref_model)
         run = Situation(args, model, dataset=train_dataset, peft_config=peft_config)
         check_arguments(run, data_collator, DataCollatorForSinglePassPreference, PAIRS)
         self._given_collator = data_collator
-        with without_padding_free(args):
+        with attributes(args, padding_free=False):  # rows have no padding, but TRL would say that it is ignored
             super().__init__(
                 model,
                 ref_model,
@@ -125,10 +123,8 @@ class SinglePassDPOTrainer(ReferenceMixin, DPOTrainer):
         self._pieces = self._make_pieces()
         rows = self._pair_collator.row_collator
         rows.load_images = rows.load_images or image_loader_of(self.processing_class)
-        shows_images = read_images(self._situation, rows, self.train_dataset, self.eval_dataset)
-        if shows_images and self.ref_model is not None:
-            reference = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
-            ImageReader.enable(without_adapters(reference))
+        if show_images(self.train_dataset, self.eval_dataset):
+            read_images(self._situation, rows, *self._models)
         self.data_collator = self._pair_collator
 
     def _checked_collator(self, collator: Collator) -> Collator:
@@ -206,17 +202,8 @@ class SinglePassDPOTrainer(ReferenceMixin, DPOTrainer):
             if self.args.wave_tokens is not None:
                 self._metrics["train"]["num_waves"].append(float(1 if runner is None else runner.num_pieces))
         inputs = {**inputs, "tree": inputs["tree"].handled()}
-        with self._reading_reference():
+        with attributes(self, precompute_ref_logps=True):  # the reference's log-probabilities are in the batch
             loss: Loss = super()._compute_loss(model if runner is None else runner, inputs, return_outputs)
         if runner is None or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             return loss
         return runner.backward(loss)
-
-    @contextmanager
-    def _reading_reference(self) -> Iterator[None]:
-        """Let TRL read the reference's log-probabilities from the batch, where they have just been put."""
-        given, self.precompute_ref_logps = self.precompute_ref_logps, True
-        try:
-            yield
-        finally:
-            self.precompute_ref_logps = given

@@ -28,9 +28,9 @@ from trl.scripts.rloo import RLOOScriptArguments
 from ..data.files import LINES, TABLES, JsonLines, naming
 from ..groups.trainer import SinglePassGRPOTrainer, SinglePassRLOOTrainer
 from ..preference.trainer import SinglePassDPOTrainer
-from ..training.base_config import EngineConfig
 from ..training.checkpoints import checkpoint_to_resume
 from ..training.compatibility import check_before_loading
+from ..training.config import EngineConfig
 from ..training.preemption import PreemptionCallback
 from ..training.trainer import SinglePassSFTTrainer
 

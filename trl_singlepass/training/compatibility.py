@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from transformers import DataCollator, PreTrainedModel
 from trl import DPOConfig, SFTConfig
 
-from ..data.collator import check_collator
+from ..data.collator import DataCollatorForSinglePass, check_collator
 from ..data.dataset_format import check_is_dataset, column_names
 from ..data.images import holds_images
 from ..data.pairs import PAIR_COLUMNS, SIDES, TOKEN_COLUMNS
-from ..engine.enable import check_model, check_not_compiled
+from ..engine.enable import check_model, check_not_compiled, enable_images
 from ..images.reading import check_reads_images
 from ..trees.rows import IMAGE_COLUMNS
 from .checkpoints import check_state
-from .refusals import (
-    ADAPTERS,
-    CONVERSATIONS,
-    ENGINES,
-    PACKAGES,
-    TURNS,
-    Scope,
-    check,
-    check_parts,
-)
+from .refusals import ADAPTERS, ENGINES, IMAGES, PACKAGES, TURNS, Scope, check, check_parts
 from .situation import Situation
 
-
-if TYPE_CHECKING:
-    pass
 
 _TEMPLATE_FILES = (".jinja", ".j2")  # TRL takes any other file for a model
 
@@ -45,16 +34,12 @@ def check_before_loading(args: SFTConfig | DPOConfig) -> None:
     """
     if isinstance(args.resume_from_checkpoint, str):
         check_state(args.resume_from_checkpoint)
-    _check_output_dir(args.output_dir)
-    _check_chat_template_path(getattr(args, "chat_template_path", None))
-    check(Situation(args), PACKAGES)
-
-
-def _check_output_dir(output_dir: str) -> None:
-    folder = Path(output_dir)
+    folder = Path(args.output_dir)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not nearest.is_dir():
-        raise ValueError(f"output_dir={output_dir!r} cannot be made: {nearest} is a file. Choose another folder.")
+        raise ValueError(f"output_dir={args.output_dir!r} cannot be made: {nearest} is a file. Choose another folder.")
+    _check_chat_template_path(getattr(args, "chat_template_path", None))
+    check(Situation(args), PACKAGES)
 
 
 def _check_chat_template_path(given: str | None) -> None:
@@ -91,9 +76,7 @@ def check_arguments(
     check(run, ADAPTERS, ENGINES)
     if isinstance(run.model, PreTrainedModel):
         check_model(run.model)
-        if run.dataset is not None and (
-            holds_images(run.dataset) or set(IMAGE_COLUMNS) <= set(column_names(run.dataset))
-        ):
+        if run.dataset is not None and (holds_images(run.dataset) or show_images(run.dataset)):
             check_reads_images(run.model)
 
 
@@ -108,6 +91,30 @@ def check_pairs(dataset: Dataset | IterableDataset, name: str) -> None:
         )
 
 
-def check_turn_settings(args: SFTConfig, dataset: Dataset | IterableDataset, packing: bool) -> None:
-    """Refuse settings that the turns of conversations cannot follow; plain text follows them as in TRL."""
-    check(Situation(args, dataset=dataset, packing=packing), TURNS, CONVERSATIONS)
+def show_images(*datasets: Dataset | IterableDataset | Mapping[str, Any] | None) -> bool:
+    """Return whether any of some prepared datasets, or dictionaries of them, has rows with images."""
+    return any(
+        show_images(*rows.values()) if isinstance(rows, Mapping) else set(IMAGE_COLUMNS) <= set(column_names(rows))
+        for rows in datasets
+        if rows is not None
+    )
+
+
+def read_images(run: Situation, collator: DataCollatorForSinglePass, *models: PreTrainedModel) -> None:
+    """
+    Make models and a collator read rows with images.
+
+    Images that a tree cannot give to a model raise `UnsupportedImagesError`, settings and engines that do not go with
+    images `ValueError`.
+    """
+    check(run, IMAGES)
+    for model in models:
+        enable_images(model, collator)
+    if run.accelerator is not None and run.accelerator.num_processes > 1:
+        # Ranks reduce the gradients of the encoder together, and some shard it: all have to run it, or none.
+        collator.blank_image = getattr(collator.load_images, "blank", None)
+        if collator.blank_image is None:
+            raise ValueError(
+                "On several ranks, a row without images shows the model a blank one, so that all ranks run its "
+                "encoder. Give the load_images of your data_collator a method `blank`, or leave data_collator unset."
+            )

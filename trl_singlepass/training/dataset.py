@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -13,8 +12,9 @@ from trl.data_utils import get_dataset_column_names
 
 from ..data.dataset_format import check_is_dataset, column_names, holds_messages, holds_rows, holds_turns
 from ..data.preparation import prepare_dataset
-from .compatibility import check_turn_settings
 from .config import SinglePassSFTConfig
+from .refusals import CONVERSATIONS, TURNS, check
+from .situation import Situation
 
 
 logger = logging.get_logger(__name__)
@@ -40,27 +40,12 @@ def find_turns(
     if formatting_func is not None and not is_transformed and holds_messages(dataset):
         dataset, formatting_func = _format_as_text(dataset, formatting_func, args, name), None
     is_text = formatting_func is not None or is_transformed
-    return (
-        dataset,
-        formatting_func,
-        not is_text and holds_turns(dataset, text_field=args.dataset_text_field, name=name),
-    )
+    has_turns = not is_text and holds_turns(dataset, text_field=args.dataset_text_field, name=name)
+    return dataset, formatting_func, has_turns
 
 
-def _format_as_text(
-    dataset: Dataset | IterableDataset,
-    formatting_func: Callable[[dict[str, object]], object],
-    args: SFTConfig,
-    name: str,
-) -> Dataset | IterableDataset:
-    """
-    Return conversations as plain text, which TRL then tokenises and trains.
-
-    TRL itself would add the text beside the messages and go on to train the messages.
-
-    `args` tells the name of the text column and the number of processes. Raises `ValueError` if `formatting_func`
-    returns anything but text.
-    """
+def _format_as_text(dataset: AnyDataset, to_text: FormattingFunction, args: SFTConfig, name: str) -> AnyDataset:
+    """Return conversations as plain text for TRL; a `formatting_func` that returns none raises `ValueError`."""
     logger.warning(
         f"formatting_func makes plain text of the conversations of the {name} dataset. They are trained as SFTTrainer "
         "trains text, on all of their tokens: a single pass over their turns needs the messages themselves, without "
@@ -68,7 +53,7 @@ def _format_as_text(
     )
 
     def format_example(example: dict[str, object]) -> dict[str, str]:
-        text = formatting_func(example)
+        text = to_text(example)
         if not isinstance(text, str):
             raise ValueError(
                 f"formatting_func returned {type(text).__name__}, and text (str) was expected. To change messages, "
@@ -90,13 +75,10 @@ def prepare_conversations(
     packing: bool,
     name: str,
 ) -> AnyDataset:
-    """
-    Return a dataset of conversations as rows, shuffled if `shuffle_dataset` is set; rows stay as they are. With
-    `packing`, several conversations share a row.
-    """
+    """Return a dataset of conversations as rows, shuffled and packed if that is set; rows stay as they are."""
     if holds_rows(column_names(dataset)):
         return dataset
-    check_turn_settings(args, dataset, packing)
+    check(Situation(args, dataset=dataset, packing=packing), TURNS, CONVERSATIONS)  # plain text follows all as in TRL
     if isinstance(dataset, IterableDataset) and args.shuffle_dataset:
         dataset = dataset.shuffle(seed=args.seed)  # conversations take less memory in its buffer than rows
     with args.main_process_first(desc=f"preparing the {name} dataset"):
@@ -119,10 +101,3 @@ def needs_preparation(dataset: object) -> bool:
         return False
     columns = column_names(dataset)
     return not holds_rows(columns) and "input_ids" not in columns
-
-
-def in_order(args: SFTConfig) -> SFTConfig:
-    """Return arguments that leave the examples of a dataset in their order."""
-    args = copy.copy(args)
-    args.shuffle_dataset = False
-    return args

@@ -8,8 +8,8 @@ of stored datasets lose their targets here, and streams have a loader of their o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,20 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import send_to_device
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader
-from transformers import TrainerState, TrainingArguments
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.collator import Batch, DataCollatorForSinglePass
 from ..data.row_tree import RowTree
+from ..data.sampler import make_train_sampler
+from ..engine.borrowed_state import attributes
+from ..engine.ulysses import SequenceParallel
 from ..trees.image_features import NO_FEATURE
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import Row
+from .dataset import AnyDataset
+from .loss import NumItems
 
 
 # torch's settings that the Trainer has with a "dataloader_" prefix; older releases of transformers lack the last two.
@@ -42,6 +47,103 @@ _LOADER_SETTINGS = (
     "multiprocessing_context",
     "in_order",
 )
+
+
+class EpochsMixin(Trainer):
+    """What a trainer overrides so that an epoch trains each example once."""
+
+    train_dataset: AnyDataset
+    _trains_turns: bool
+    _sequence_parallel: SequenceParallel | None = None
+    _stream_steps: StreamSteps | None = None
+
+    @property
+    @abstractmethod
+    def _collator(self) -> DataCollatorForSinglePass:
+        """Makes batches of rows."""
+
+    def _epoch(self) -> int:
+        return int(self.state.epoch or 0)
+
+    def _get_train_sampler(self, train_dataset: AnyDataset | None = None) -> Sampler[int] | None:
+        """Give ranks rows of equal cost; the Trainer ignores cost, and every rank waits for the slowest."""
+        sampler = make_train_sampler(
+            self.train_dataset, self.args, self.accelerator, self.model.config, self._train_batch_size, self._epoch
+        )
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """Train each row of a stream once per epoch; accelerate completes the last batches with rows of its start."""
+        stream, self._stream_steps = self.train_dataset, None
+        if isinstance(stream, Sized) or not self._trains_turns:
+            return super().get_train_dataloader()
+        if self._sequence_parallel is not None:
+            with attributes(self, train_dataset=stream.repeat(None)):  # a rank without a row would wait forever
+                return super().get_train_dataloader()
+        # A rank's own batches, prepared as accelerate does it for a single process: they end where the stream ends.
+        self._stream_steps = StreamSteps(self.accelerator, blank_batch(self._collator))
+        num_ranks, rank = data_ranks(self.accelerator)
+        given = {name: f"dataloader_{name}" for name in _LOADER_SETTINGS}
+        settings = {name: getattr(self.args, key) for name, key in given.items() if hasattr(self.args, key)}
+        loader: DataLoader[Batch] = DataLoader(
+            part_of_rank(stream, num_ranks, rank),
+            batch_size=self._train_batch_size // (num_ranks if self.accelerator.split_batches else 1),
+            collate_fn=self.data_collator,
+            **settings,
+        )
+        options = {"num_processes": 1, "process_index": 0, "put_on_device": True, "dispatch_batches": False}
+        return prepare_data_loader(loader, self.accelerator.device, **options)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader[Batch]) -> tuple[int, ...]:
+        """Leave out steps in which ranks that share rows only repeat some; the Trainer does not know of them."""
+        values = super().set_initial_training_values(args, dataloader)
+        if self._sequence_parallel is None:
+            return values
+        # They train each other's rows in turn: of 9 rows on 8 ranks in groups of 4, the last 3 of 8 turns repeat some.
+        epochs, _, *others, batches, max_steps = values
+        batch_size = args.per_device_train_batch_size
+        num_last = self._num_repeatable_examples() % (self.accelerator.num_processes * batch_size)
+        num_new = math.ceil(num_last / batch_size)  # ranks with new examples
+        batches -= max(self._sequence_parallel.size - num_new, 0) if num_new else 0
+        steps = math.ceil(batches / args.gradient_accumulation_steps)
+        if args.max_steps > 0:
+            epochs = math.ceil(max_steps / steps)
+        else:
+            max_steps = math.ceil(args.num_train_epochs * steps)
+        return epochs, steps, *others, batches, max_steps
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        """Resume a stream in its epoch, at its row; for the Trainer, it is one endless epoch."""
+        position: tuple[int, int] = super()._init_training_state(*args)
+        checkpoint = args[3]
+        if self._stream_steps is None or checkpoint is None:
+            return position
+        if not (saved := Path(checkpoint, TRAINER_STATE_NAME)).is_file():
+            return position
+        # The saved `epoch` is the number of whole epochs, and a fraction that counts batches in units of all batches
+        # of the run: with `max_steps=10` and 2 batches per step, 2.35 is 2 epochs and 0.35 · 20 = 7 batches.
+        state = TrainerState.load_from_json(str(saved))
+        epochs, fraction = divmod(state.epoch or 0, 1)
+        batches = round(fraction * state.max_steps * self.args.gradient_accumulation_steps)
+        return int(epochs), 0 if self.args.ignore_data_skip else batches
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], NumItems]:
+        """Complete a stream's steps, and train no example twice; accelerate repeats some in an epoch's last batch."""
+        if self._stream_steps is not None:
+            epoch_iterator = self._stream_steps.complete(epoch_iterator, num_batches)
+        return super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
+
+    def _without_repeats(self, batch: Batch) -> Batch:
+        num_examples = self._num_repeatable_examples()
+        return without_repeated_examples(batch, self.accelerator, self._train_batch_size, num_examples)
+
+    def _num_repeatable_examples(self) -> int:
+        """Return the number of examples of a training set that accelerate may complete with repetitions, else 0."""
+        if self.args.dataloader_drop_last or self.args.train_sampling_strategy == "batch_rebalance":
+            return 0
+        return len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 0
 
 
 def data_ranks(accelerator: Accelerator) -> tuple[int, int]:
@@ -58,24 +160,16 @@ def data_ranks(accelerator: Accelerator) -> tuple[int, int]:
 # Stored datasets -----------------------------------------------------------------------------------------------------
 
 
-def num_repeatable_examples(dataset: object, args: TrainingArguments) -> int:
-    """Return the number of examples of a training set that accelerate may complete with repetitions, else 0."""
-    if args.dataloader_drop_last or args.train_sampling_strategy == "batch_rebalance":
-        return 0
-    return len(dataset) if isinstance(dataset, Sized) else 0
-
-
 def without_repeated_examples(
     batch: Batch, accelerator: Accelerator, batch_size: int, num_examples: int | None = None
 ) -> Batch:
     """
     Return a batch without targets in the examples that accelerate repeated, so that none is trained or counted twice.
 
-    The load-balancing loss of a mixture of experts is a mean over tokens with or without a target. So repeated tokens
-    get a multiplicity of 0. A batch of nothing but repetitions, over which there is no mean, is marked `is_blank`.
+    A load-balancing loss is a mean over tokens with or without a target, so repeated tokens get a multiplicity of 0. A
+    batch of nothing but repetitions, over which there is no mean, is marked `is_blank`.
 
-    Takes the batch that the accelerator's data loader has just returned, and the batch size of the loader that was
-    prepared. The accelerator knows `num_examples`, except from a loader that skips some when a run resumes.
+    The accelerator's data loader has just returned the batch. It knows `num_examples`, unless a run resumes.
     """
     state, (num_ranks, rank) = accelerator.gradient_state, data_ranks(accelerator)
     is_own_row = "tree" in batch and not batch["tree"].is_shared  # its rank saw to a shared one
@@ -100,13 +194,10 @@ def without_repeated_examples(
 
 def scale_router_loss(batches: Sequence[Batch], accelerator: Accelerator, is_trained: bool) -> None:
     """
-    Let the load-balancing loss of a step be the mean over its batches that are not blank.
+    Let the load-balancing loss of a step, if one is trained, be the mean over its batches that are not blank.
 
-    It is the mean over all batches of all ranks; each batch gets a factor, its `router_loss_scale`. In a step of 2
-    ranks with 2 batches each, of which one is blank, that one has a factor of 0, the others of 4/3.
-
-    Every rank must call; its batches are changed in place. `is_trained` says whether the model has such a loss; if
-    not, nothing happens.
+    It is the mean over all batches of all ranks, each with a factor, its `router_loss_scale`. In a step of 2 ranks
+    with 2 batches each, of which one is blank, that one has a factor of 0, the others of 4/3. Every rank must call.
     """
     if not is_trained:
         return
@@ -118,72 +209,7 @@ def scale_router_loss(batches: Sequence[Batch], accelerator: Accelerator, is_tra
         batch["tree"] = tree.replace(router_loss_scale=0.0 if tree.is_blank else scale)
 
 
-def without_empty_batches(
-    values: tuple[int, ...], args: TrainingArguments, num_examples: int, num_ranks: int, group_size: int
-) -> tuple[int, ...]:
-    """
-    Return the numbers of steps of a run without those that would only train repetitions.
-
-    Ranks that share rows train each other's rows in turn. Where an epoch ends with fewer new rows than ranks that
-    share them, the last turns only repeat rows: of 9 rows on 8 ranks in groups of 4, the last 3 of 8 turns.
-
-    `values` are what [`~transformers.Trainer.set_initial_training_values`] returns: epochs, steps per epoch, …,
-    batches per epoch and steps of the run. `num_examples` comes from [`num_repeatable_examples`]; `group_size` ranks
-    share rows.
-    """
-    epochs, _, *others, batches, max_steps = values
-    batch_size = args.per_device_train_batch_size
-    num_new = math.ceil(num_examples % (num_ranks * batch_size) / batch_size)  # ranks with new examples
-    batches -= max(group_size - num_new, 0) if num_new else 0
-    steps = math.ceil(batches / args.gradient_accumulation_steps)
-    if args.max_steps > 0:
-        epochs = math.ceil(max_steps / steps)
-    else:
-        max_steps = math.ceil(args.num_train_epochs * steps)
-    return epochs, steps, *others, batches, max_steps
-
-
 # Streams -------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def endless_stream(trainer: Any) -> Iterator[None]:
-    """Let the stream of a trainer start again where it ends."""
-    stream = trainer.train_dataset
-    trainer.train_dataset = stream.repeat(None)
-    try:
-        yield
-    finally:
-        trainer.train_dataset = stream
-
-
-def stream_dataloader(
-    stream: IterableDataset,
-    collate: Callable[..., Batch],
-    args: TrainingArguments,
-    accelerator: Accelerator,
-    batch_size: int,
-) -> DataLoader[Batch]:
-    """
-    Return the batches of a stream that this rank trains in an epoch.
-
-    accelerate would complete the last batches of all ranks with rows from the start of the stream. Here they end where
-    the stream ends, and [`StreamSteps`] keeps the ranks in step.
-
-    `batch_size` counts the rows of a batch; with `split_batches`, those of all ranks together. The loader is prepared
-    as accelerate does it for a single process.
-    """
-    num_ranks, rank = data_ranks(accelerator)
-    settings = {name: getattr(args, key) for name in _LOADER_SETTINGS if hasattr(args, key := f"dataloader_{name}")}
-    loader: DataLoader[Batch] = DataLoader(
-        part_of_rank(stream, num_ranks, rank),
-        batch_size=batch_size // (num_ranks if accelerator.split_batches else 1),
-        collate_fn=collate,
-        **settings,
-    )
-    return prepare_data_loader(  # type: ignore[no-any-return]
-        loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
-    )
 
 
 def part_of_rank(stream: IterableDataset, num_ranks: int, rank: int) -> IterableDataset:
@@ -199,8 +225,8 @@ class StreamSteps:
     """
     Completes the steps of a stream, where ranks run out of batches at different times, or in an accumulated step.
 
-    A rank that has no batch left while another has one, or in a step that it cannot complete, receives a batch of two
-    tokens without a target. The epoch ends when no rank has a batch left. `blank` is the batch without a target.
+    A rank that has no batch left while another has one, or in a step that it cannot complete, receives `blank`, two
+    tokens without a target. The epoch ends when no rank has a batch left.
     """
 
     def __init__(self, accelerator: Accelerator, blank: Batch) -> None:
@@ -208,28 +234,18 @@ class StreamSteps:
         self._ended: Iterator[Batch] | None = None
 
     def complete(self, epoch: Iterator[Batch], num_batches: int) -> Iterator[Batch]:
-        """
-        Return the batches of the next step: `num_batches`, or none at the end of the epoch. `epoch` is the same
-        iterator for all steps of an epoch.
-        """
+        """Return the batches of the next step, or none at the end of the epoch, whose iterator stays the same."""
         if epoch is self._ended:  # the Trainer goes on asking, for as many steps as the run has
             return iter(())
         batches = list(islice(epoch, num_batches))
-        if not self._any_rank_has(batches):
+        counts = [len(batches)]
+        if self._accelerator.num_processes > 1:
+            counts = self._accelerator.gather(torch.tensor(counts, device=self._accelerator.device)).tolist()
+        if not any(counts):
             self._ended = epoch
             return iter(())
-        num_missing = num_batches - len(batches)
-        return iter([*batches, *(self._new_blank() for _ in range(num_missing))])
-
-    def _any_rank_has(self, batches: list[Batch]) -> bool:
-        if self._accelerator.num_processes == 1:
-            return bool(batches)
-        counts = self._accelerator.gather(torch.tensor([len(batches)], device=self._accelerator.device))
-        return bool(counts.any())
-
-    def _new_blank(self) -> Batch:
-        batch: Batch = send_to_device(dict(self._blank), self._accelerator.device)
-        return batch
+        missing = range(num_batches - len(batches))
+        return iter([*batches, *(send_to_device(dict(self._blank), self._accelerator.device) for _ in missing)])
 
 
 def blank_batch(collator: DataCollatorForSinglePass) -> Batch:
@@ -247,20 +263,3 @@ def blank_batch(collator: DataCollatorForSinglePass) -> Batch:
     )
     batch = collator([row.columns()])
     return {**batch, "tree": batch["tree"].replace(is_blank=True)}
-
-
-def position_in_stream(checkpoint: str | None, args: TrainingArguments) -> tuple[int, int] | None:
-    """
-    Return where in a stream a saved run stood. The Trainer takes a stream to be endless, with all steps in one epoch.
-
-    The `epoch` of the saved state is the number of whole epochs, and a fraction that counts batches in units of all
-    batches of the run: with `max_steps=10` and 2 batches per step, 2.35 is 2 epochs and 0.35 · 20 = 7 batches.
-
-    Returns whole epochs, and batches to skip in the current one; `None` without a checkpoint that says so.
-    """
-    if checkpoint is None or not (saved := Path(checkpoint, TRAINER_STATE_NAME)).is_file():
-        return None
-    state = TrainerState.load_from_json(str(saved))
-    epochs, fraction = divmod(state.epoch or 0, 1)
-    batches = round(fraction * state.max_steps * args.gradient_accumulation_steps)
-    return int(epochs), 0 if args.ignore_data_skip else batches

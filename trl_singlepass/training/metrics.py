@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import ModelOutput
 
 from ..data.collator import Batch
-from ..engine.enable import Forward
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.sample import PARTS
 
@@ -28,11 +27,7 @@ def _widest_float(device: torch.device) -> torch.dtype:
 
 
 class PooledLoss:
-    """
-    Mean loss of a dataset, over all its trained tokens, whatever the batch size and the number of processes.
-
-    The sums stay on the device until the end.
-    """
+    """Mean loss of a dataset over all its trained tokens, whatever the batch size; sums stay on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(2, dtype=_widest_float(device), device=device)
@@ -58,10 +53,7 @@ class TokenCounts:
         self._row_tokens = 0
 
     def add(self, batches: Sequence[Batch], num_items: torch.Tensor, num_unshared: int = 0) -> None:
-        """
-        Count this process's batches of one step. `num_items` is the sum of the step's loss weights over all ranks, a
-        scalar; `num_unshared` are tokens of samples that run one by one.
-        """
+        """Count this process's batches of a step, the loss weights of all ranks, and tokens that run unshared."""
         self._trained = self._trained + num_items.to(_widest_float(num_items.device))
         for plan in (batch["tree"].plan for batch in batches if "tree" in batch):
             self._sample_tokens += plan.num_sample_tokens
@@ -95,48 +87,32 @@ class TokenCounts:
 
 
 class TurnMetrics:
-    """
-    Loss and accuracy by turn and part of a turn, for `log_turn_metrics`; the sums stay on the device until the log
-    asks for them.
-    """
+    """Loss and accuracy by turn and part of a turn, for `log_turn_metrics`; sums stay on the device until asked."""
 
     def __init__(self, device: torch.device) -> None:
         # Weight, loss and correct predictions: first of what is not a target, then turn by turn, all late turns last.
         shape = 1 + (NUM_TURNS + 1) * len(PARTS), 3
         self._sums = torch.zeros(shape, dtype=_widest_float(device), device=device)
 
-    def wrap(self, model: Forward, label_parts: torch.Tensor, loss_weights: torch.Tensor | None) -> Forward:
+    def add(self, outputs: ModelOutput, label_parts: torch.Tensor, loss_weights: torch.Tensor | None) -> None:
         """
-        Return the model, its losses summed by turn whenever it computes them.
+        Add the losses of a row, from what TRL's fused head returns.
 
         With three parts to a turn, label part `1 + 3·turn + part` goes to row `1 + 3·min(turn, 16) + part` of the
-        sums: part 2 of turn 1 is 6, and stays 6; part 0 of turn 20 is 61, and becomes 49.
-
-        Takes a model whose fused head returns per-token outputs (TRL 1.15 and later) and two tensors of shape
-        `(1, row_length)`: what each rolled label is part of ([`Sample.token_parts`]), int64, and its weight, float32,
-        1 if not given.
+        sums: part 2 of turn 1 is 6, and stays 6; part 0 of turn 20 is 61, and becomes 49. What each rolled label is
+        part of ([`Sample.token_parts`]), and its weight, 1 if not given, have shape `(1, row_length)`.
         """
         code = label_parts[0, 1:] - 1
         turn = torch.div(code, len(PARTS), rounding_mode="floor").clamp(max=NUM_TURNS)
-        parts = 1 + turn * len(PARTS) + code % len(PARTS)
-
-        def forward(**inputs: object) -> ModelOutput:
-            outputs = model(**inputs)
-            if inputs.get("fused_lm_head"):  # some losses ask for logits first
-                values = (outputs.label_mask, -outputs.log_probs, outputs.is_top1)
-                columns = torch.stack([value.detach().flatten().to(self._sums) for value in values], dim=-1)
-                weights = 1 if loss_weights is None else loss_weights[0, 1:, None].to(self._sums)
-                self._sums.index_add_(0, parts, columns * weights)
-            return outputs
-
-        return forward
+        values = (outputs.label_mask, -outputs.log_probs, outputs.is_top1)
+        columns = torch.stack([value.detach().flatten().to(self._sums) for value in values], dim=-1)
+        weights = 1 if loss_weights is None else loss_weights[0, 1:, None].to(self._sums)
+        self._sums.index_add_(0, 1 + turn * len(PARTS) + code % len(PARTS), columns * weights)
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """
-        Return the means since the last call, over all processes, each of which must call this.
-
-        They are `turn_1/loss`, `turn_1/accuracy`, the same with `reasoning_`, `answer_` and `first_answer_token_`
-        before the last word, for each trained turn and for `all_turns`.
+        Return the means since the last call over all processes, each of which must call: for each trained turn and
+        `all_turns`, `turn_1/loss` and `turn_1/accuracy`, also with `_GROUPS` before the last word.
         """
         sums = accelerator.reduce(self._sums, reduction="sum")[1:].reshape(NUM_TURNS + 1, len(PARTS), 3).cpu()
         self._sums.zero_()
@@ -153,10 +129,9 @@ class TurnMetrics:
 
 def split_by_example(tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
     """
-    Return a row of several examples as one row per example, which is what `compute_metrics` receives in TRL.
+    Return logits or rolled labels, `(1, row_length, …)`, with one row per example, `(num_examples, longest, …)`.
 
-    Takes logits or rolled labels of shape `(1, row_length, …)`, and returns `(num_examples, longest, …)`, padded with
-    -100 as the Trainer pads. In each row, the target beside `[:, i + 1]` is that of the prediction at `[:, i]`.
+    Padded with -100 as the Trainer pads. In each row, the target of the prediction at `[:, i]` is at `[:, i + 1]`.
     """
     ends = batch["tree"].plan.example_ends
     starts = (0, *ends[:-1])

@@ -157,11 +157,17 @@ class ReferenceMixin(SinglePassTrainerMixin):
             prepare_sharding(model, self.accelerator)
         self._ref_model = model
 
+    @property
+    def _models(self) -> list[PreTrainedModel]:
+        """The reference, if it is a model of its own, and the policy, without what an engine has put around them."""
+        models = (self.model,) if self.ref_model is None else (self.ref_model, self.model)
+        return [self.accelerator.unwrap_model(model, keep_torch_compile=False) for model in models]
+
     def _run_on_trees(self) -> None:
         """Let the policy and its reference take trees, before the engine takes the policy."""
         prepare_sharding(self.model, self.accelerator)
-        for model in (self.model,) if self.ref_model is None else (self.model, self.ref_model):
-            enable_tree(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        for model in self._models:
+            enable_tree(model)
 
     def _make_pieces(self) -> Pieces:
         """Return what runs the rows of a batch: in several pieces, if a setting bounds them."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn, optim
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
@@ -17,33 +17,20 @@ from trl import SFTConfig, SFTTrainer
 from ..data.collator import Batch, Collator, DataCollatorForSinglePass, TreeOrPlainCollator
 from ..data.dataset_format import holds_turns
 from ..data.images import hide_image_columns
-from ..data.sampler import make_train_sampler
-from ..engine.ulysses import SequenceParallel
+from ..engine.borrowed_state import attributes
 from ..images.loading import image_loader_of
 from ..trees.rows import ROW_COLUMNS
-from .compatibility import check_arguments
-from .config import as_single_pass_config, default_config, with_packed_length, without_redundant_settings
-from .dataset import AnyDataset, FormattingFunction, find_turns, in_order, needs_preparation, prepare_conversations
-from .epochs import (
-    StreamSteps,
-    blank_batch,
-    endless_stream,
-    num_repeatable_examples,
-    position_in_stream,
-    scale_router_loss,
-    stream_dataloader,
-    without_empty_batches,
-    without_repeated_examples,
-)
-from .images import read_images
-from .loss import NumItems, PiecewiseSmoother, get_loss_context, mean_of_means_divisor, step_weights, total_weight
+from .compatibility import check_arguments, read_images, show_images
+from .config import complete_sft_config, packed_length
+from .dataset import AnyDataset, FormattingFunction, find_turns, needs_preparation, prepare_conversations
+from .epochs import EpochsMixin, scale_router_loss, without_repeated_examples
+from .loss import Loss, NumItems, PiecewiseSmoother, TreeLoss, mean_of_means_divisor, step_weights, total_weight
 from .metrics import PooledLoss, TurnMetrics, split_by_example
 from .mixin import SinglePassTrainerMixin
 from .model_card import PAPER, STOCK_CARD
 from .refusals import CONVERSATIONS, ENGINES, OLDER_TRL, TENSOR_PARALLELISM, check
 from .sharding import prepare_sharding
 from .situation import Situation
-from .tree_loss import Loss, TreeLoss
 
 
 if TYPE_CHECKING:
@@ -51,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, DataCollator
 
 
-class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
+class SinglePassSFTTrainer(EpochsMixin, SinglePassTrainerMixin, SFTTrainer):
     """
     Trainer that trains every turn of a conversation exactly as one sample per turn would, in one pass.
 
@@ -80,8 +67,6 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
     _row_columns: ClassVar = ROW_COLUMNS
     label_smoother: LabelSmoother | PiecewiseSmoother | None
     _tree_loss: TreeLoss | None = None
-    _sequence_parallel: SequenceParallel | None = None
-    _stream_steps: StreamSteps | None = None
     _pooled_loss: PooledLoss | None = None  # of the evaluation in progress
 
     def __init__(
@@ -102,7 +87,7 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
         peft_config: PeftConfig | None = None,
         formatting_func: FormattingFunction | None = None,
     ) -> None:
-        args = default_config(model) if args is None else as_single_pass_config(args)
+        args = complete_sft_config(args, model)
         has_turns = train_dataset is not None and formatting_func is None
         self._trains_turns = has_turns and holds_turns(train_dataset, text_field=args.dataset_text_field)
         if self._trains_turns:
@@ -117,7 +102,9 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
             check_arguments(run, data_collator, DataCollatorForSinglePass, CONVERSATIONS, TENSOR_PARALLELISM)
         self.__dict__.update({} if self._trains_turns else STOCK_CARD)
         collator = data_collator if isinstance(data_collator, DataCollatorForSinglePass) else None
-        with without_redundant_settings(args) if self._trains_turns else nullcontext():
+        # Rows have no padding and train assistant messages alone: TRL would change the template to do as much.
+        fulfilled = {"assistant_only_loss": None, "padding_free": None} if self._trains_turns else {}
+        with attributes(args, **fulfilled):
             super().__init__(
                 model,
                 args,
@@ -154,18 +141,13 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
         assert isinstance(self._collate, TreeOrPlainCollator)
         return self._collate.tree
 
-    def _epoch(self) -> int:
-        return int(self.state.epoch or 0)
-
     def _enable_tree(self) -> TreeLoss:
         if self._tree_loss is None:
-            coef = getattr(self, "router_aux_loss_coef", 0.0) if self.aux_loss_enabled else None  # since TRL 1.16
-            smoother = None
-            if self.args.wave_tokens is not None and self.args.label_smoothing_factor and self.args.loss_type == "nll":
-                smoother = self.label_smoother = PiecewiseSmoother(LabelSmoother(self.args.label_smoothing_factor))
-            self._tree_loss = TreeLoss(self.model, self.args, self.accelerator, self.compute_loss_func, smoother, coef)
+            self._tree_loss = TreeLoss(self)
+            self.label_smoother = self._tree_loss.smoother or self.label_smoother
             self._sequence_parallel = self._tree_loss.sequence_parallel
-            read_images(self._situation, self._collator, self.train_dataset, self.eval_dataset)
+            if show_images(self.train_dataset, self.eval_dataset):
+                read_images(self._situation, self._collator, self.model)
             if self._trains_turns:  # the divisor comes from here, even if the model's class takes the mean of a batch
                 check(self._situation, OLDER_TRL)
                 self.model_accepts_loss_kwargs = True
@@ -184,47 +166,18 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
         dataset, formatting_func, has_turns = find_turns(dataset, formatting_func, args, dataset_name)
         if has_turns:
             return prepare_conversations(dataset, processing_class, args, packing=packing, name=dataset_name)
-        args = with_packed_length(args) if packing else args
-        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-
-    def _get_train_sampler(self, train_dataset: AnyDataset | None = None) -> Sampler[int] | None:
-        """Give ranks rows of equal cost; the Trainer ignores cost, and every rank waits for the slowest."""
-        sampler = make_train_sampler(
-            self.train_dataset, self.args, self.accelerator, self.model.config, self._train_batch_size, self._epoch
-        )
-        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
-
-    def get_train_dataloader(self) -> DataLoader[Batch]:
-        """Train each row of a stream once per epoch; accelerate completes the last batches with rows of its start."""
-        stream, self._stream_steps = self.train_dataset, None
-        if isinstance(stream, Sized) or not self._trains_turns:
-            return super().get_train_dataloader()
-        if self._sequence_parallel is None:
-            self._stream_steps = StreamSteps(self.accelerator, blank_batch(self._collator))
-            return stream_dataloader(stream, self.data_collator, self.args, self.accelerator, self._train_batch_size)
-        with endless_stream(self):  # a rank that waits for a row to share would wait forever
-            return super().get_train_dataloader()
+        max_length = packed_length(args) if packing and args.max_length is None else args.max_length
+        with attributes(args, max_length=max_length):  # where TRL reads the length of a packed row
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def get_test_dataloader(self, test_dataset: AnyDataset) -> DataLoader[Batch]:
         """Prepare a raw dataset, in its order; the Trainer takes only what is prepared."""
         if needs_preparation(test_dataset):
-            tokenizer, args = self.processing_class, in_order(self.args)
-            test_dataset = self._prepare_dataset(test_dataset, tokenizer, args, False, None, "test")
+            with attributes(self.args, shuffle_dataset=False):
+                test_dataset = self._prepare_dataset(
+                    test_dataset, self.processing_class, self.args, False, None, "test"
+                )
         return super().get_test_dataloader(test_dataset)
-
-    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader[Batch]) -> tuple[int, ...]:
-        """Leave out steps in which ranks that share rows only repeat some; the Trainer does not know of them."""
-        values = super().set_initial_training_values(args, dataloader)
-        if self._sequence_parallel is None:
-            return values
-        num_examples, num_ranks = num_repeatable_examples(self.train_dataset, args), self.accelerator.num_processes
-        return without_empty_batches(values, args, num_examples, num_ranks, self._sequence_parallel.size)
-
-    def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        """Resume a stream in its epoch, at its row; for the Trainer, it is one endless epoch."""
-        position = super()._init_training_state(*args)
-        saved = None if self._stream_steps is None else position_in_stream(args[3], self.args)
-        return saved or position
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader[Batch]]:
         """Share rows with their trees; DeepSpeed drops masks, and accelerate refuses recurrent layers."""
@@ -238,21 +191,14 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], NumItems]:
-        """Complete a stream's steps, and train no example twice; accelerate repeats some in an epoch's last batch."""
-        if self._stream_steps is not None:
-            epoch_iterator = self._stream_steps.complete(epoch_iterator, num_batches)
-        batches, num_items = super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
+        """Measure the model before it runs on its first rows; TRL trains whatever it gets."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._check_model(self.model_wrapped, batches)
         return batches, num_items
 
     def _check_model(self, model: nn.Module, batches: list[Batch]) -> None:
-        """Measure the model before it runs on its first rows, whoever computes their loss."""
         group = None if self._sequence_parallel is None else self._sequence_parallel.group
         self._self_check.check(model, [batch for batch in batches if "tree" in batch], self._collator, group)
-
-    def _without_repeats(self, batch: Batch) -> Batch:
-        num_examples = num_repeatable_examples(self.train_dataset, self.args)
-        return without_repeated_examples(batch, self.accelerator, self._train_batch_size, num_examples)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> NumItems:
         """Sum the loss weights of a step over all ranks; the Trainer counts labels, and each of them once."""
@@ -273,10 +219,11 @@ class SinglePassSFTTrainer(SinglePassTrainerMixin, SFTTrainer):
         """Compute TRL's loss on the tree of a row, each target with its weight; TRL has no trees and no weights."""
         if "tree" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        context, tree_loss = get_loss_context(self, num_items_in_batch, self._turn_metrics), self._enable_tree()
+        tree_loss = self._enable_tree()
         if self._pooled_loss is not None:  # an evaluation, which may come before any training
             self._check_model(model, [inputs])
-        return tree_loss.compute(super().compute_loss, model, inputs, return_outputs, context)
+        loss, turn_metrics = super().compute_loss, self._turn_metrics
+        return tree_loss.compute(loss, model, inputs, return_outputs, num_items_in_batch, turn_metrics)
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
