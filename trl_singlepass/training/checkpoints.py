@@ -62,7 +62,18 @@ def last_good_checkpoint(output_dir: str | Path) -> str | None:
     Returns:
         `str` or `None`: Path of the checkpoint, `None` if there is none to resume from.
     """
-    return _on_first_rank(lambda: _newest_intact(Path(output_dir)))
+
+    def newest_intact() -> str | None:
+        paths = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        folders = [path for path in paths if path.name[11:].isdecimal()]
+        for folder in sorted(folders, key=lambda path: int(path.name[11:]), reverse=True):
+            damage = next(find_damage(folder), None)
+            if damage is None:
+                return str(folder)
+            logger.warning(f"Skipping {folder}: {damage}.")
+        return None
+
+    return _on_first_rank(newest_intact)
 
 
 def _on_first_rank(search: Callable[[], str | None]) -> str | None:
@@ -74,10 +85,7 @@ def _on_first_rank(search: Callable[[], str | None]) -> str | None:
 
 
 def resume_counts(trainer: SFTTrainer | DPOTrainer, counts: TokenCounts, checkpoint: str | None) -> None:
-    """
-    Continue the counts of tokens of a checkpoint, whose files must be those that were written. A missing or changed
-    file raises `ValueError`. A checkpoint without a manifest, from another trainer, is not checked.
-    """
+    """Continue the counts of tokens of a checkpoint; a file that is not as its manifest says raises `ValueError`."""
     if checkpoint is None:
         return
     damage = _on_first_rank(lambda: next(iter(find_changes(Path(checkpoint))), None))
@@ -87,10 +95,7 @@ def resume_counts(trainer: SFTTrainer | DPOTrainer, counts: TokenCounts, checkpo
 
 
 def check_state(checkpoint: str) -> None:
-    """
-    Raise `ValueError` if the state of a checkpoint is no JSON; the Trainer, which reads it first, does not name the
-    file. A folder without one is left to the Trainer.
-    """
+    """Raise `ValueError` if the state of a checkpoint is no JSON; the Trainer, which reads it, names no file."""
     path = Path(checkpoint) / "trainer_state.json"
     damage = _check_json(path) if path.is_file() else None
     if damage is not None:
@@ -105,39 +110,23 @@ def _not_resumable(checkpoint: str, damage: str) -> ValueError:
 
 
 def checkpoint_to_resume(setting: str | bool | None, output_dir: str | Path) -> str | None:
-    """
-    Return the checkpoint that a configuration's `resume_from_checkpoint` names.
-
-    The setting is a path, or `"auto"` or `"true"` for [`last_good_checkpoint`]. `None` means to start from scratch.
-    """
+    """Return the checkpoint that a setting names: a path, or `"auto"` or `"true"` for [`last_good_checkpoint`]."""
     word = str(setting).lower()
     if word in ("auto", "true"):
         return last_good_checkpoint(output_dir)
     return None if word in ("none", "false", "") else str(setting)
 
 
-def _newest_intact(output_dir: Path) -> str | None:
-    folders = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name[11:].isdecimal()]
-    for folder in sorted(folders, key=lambda path: int(path.name[11:]), reverse=True):
-        damage = next(find_damage(folder), None)
-        if damage is None:
-            return str(folder)
-        logger.warning(f"Skipping {folder}: {damage}.")
-    return None
-
-
 # What is damaged -----------------------------------------------------------------------------------------------------
 
 
 def find_damage(checkpoint: Path) -> Iterator[str]:
-    """
-    Yield each problem that would keep a checkpoint from loading, worded as the end of a sentence about the checkpoint.
-    """
+    """Yield each problem that would keep a checkpoint from loading, as the end of a sentence about it."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     if checkpoint / TRAINER_STATE_NAME not in files:
         yield f"saving did not finish, {TRAINER_STATE_NAME} is missing"
     yield from find_changes(checkpoint)
-    hashed = {name for _, name, entry in _listed(checkpoint) if "sha256" in entry}
+    hashed = {name for _, name, entry in _read_manifest(checkpoint)[1] if "sha256" in entry}
     for path in files:
         name = path.relative_to(checkpoint).as_posix()
         damage = None if name in hashed or path.suffix not in _FILE_CHECKS else _FILE_CHECKS[path.suffix](path)
@@ -147,17 +136,15 @@ def find_damage(checkpoint: Path) -> Iterator[str]:
         if not any((checkpoint / tag.read_text().strip()).glob("*.pt")):
             yield f"{tag.read_text().strip()}, DeepSpeed's state, is missing"
     for folder in sorted({path.parent for path in files if path.suffix == ".distcp"}):
-        damage = _check_shards(folder)
-        if damage:
+        if damage := _check_shards(folder):
             yield f"{folder.name} {damage}"
-    if not _any_match(_WEIGHTS, files):
+    has_weights, has_optimizer = (
+        any(path.match(pattern) for path in files for pattern in patterns) for patterns in (_WEIGHTS, _OPTIMIZER)
+    )
+    if not has_weights:
         yield "it has no weights"
-    if checkpoint / "scheduler.pt" in files and not _any_match(_OPTIMIZER, files):
+    if checkpoint / "scheduler.pt" in files and not has_optimizer:
         yield "it has a learning rate schedule, but no optimizer"
-
-
-def _any_match(patterns: Sequence[str], files: Sequence[Path]) -> bool:
-    return any(path.match(pattern) for path in files for pattern in patterns)
 
 
 def _check_json(path: Path) -> str | None:
@@ -256,12 +243,7 @@ def _entries(folder: Path, names: Sequence[str]) -> dict[str, dict[str, int | st
 
 
 def find_changes(checkpoint: Path) -> tuple[str, ...]:
-    """
-    Return all differences between a checkpoint and its manifest; none for a checkpoint that has no manifest.
-
-    Files that have not been touched since the last call are not read again. Each difference is worded as the end of a
-    sentence about the checkpoint.
-    """
+    """Return all differences between a checkpoint and its manifest, if it has one; untouched files are read once."""
     if not (checkpoint / _MANIFEST).is_dir():
         return ()
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
@@ -270,58 +252,46 @@ def find_changes(checkpoint: Path) -> tuple[str, ...]:
 
 @cache
 def _find_changes(checkpoint: Path, files: tuple[tuple[Path, int, int], ...]) -> tuple[str, ...]:
-    return (*_changes_of_steps(checkpoint), *_changes_of_files(checkpoint))
-
-
-def _changes_of_steps(checkpoint: Path) -> Iterator[str]:
-    index = _read(checkpoint / _RANKS)
-    if index is None:
-        yield f"{_RANKS} is missing or damaged"
-        return
-    state = checkpoint / TRAINER_STATE_NAME
-    saved = (
-        json.loads(state.read_text("utf-8")).get("global_step") if state.is_file() and not _check_json(state) else None
-    )
-    if saved not in (None, index["step"]):
-        yield f"it mixes steps: {TRAINER_STATE_NAME} is of step {saved}, other files of {index['step']}"
-    for rank in index["ranks"]:
-        own = _read(checkpoint / _of_rank(rank))
-        if own is None:
-            yield f"{_of_rank(rank)} is missing or damaged"
-        elif own["step"] != index["step"]:
-            yield f"it mixes steps: the files of rank {rank} are of step {own['step']}, others of {index['step']}"
-
-
-def _changes_of_files(checkpoint: Path) -> Iterator[str]:
+    changes, listed = _read_manifest(checkpoint)
+    sizes = {path: size for path, size, _ in files}
     hashed: list[tuple[int, str, str]] = []
-    for rank, name, entry in _listed(checkpoint):
-        if change := _change_of_size(checkpoint / name, entry["size"]):
-            yield f"{name}, which rank {rank} wrote, {change}"
-        elif "sha256" in entry:  # up to 0.1.0, hashes were written after a checkpoint was complete
-            hashed.append((rank, name, entry["sha256"]))
+    for rank, name, entry in listed:
+        size, expected = sizes.get(checkpoint / name), entry["size"]
+        if size == expected:
+            if "sha256" in entry:  # up to 0.1.0, hashes were written after a checkpoint was complete
+                hashed.append((rank, name, entry["sha256"]))
+            continue
+        change = f"has {size} bytes instead of {expected}"
+        if size is None or size < expected:
+            change = "is missing" if size is None else f"is cut off at {size} of {expected} bytes"
+        changes.append(f"{name}, which rank {rank} wrote, {change}")
     found = _hashes(checkpoint / name for _, name, _ in hashed)
     for (rank, name, expected), digest in zip(hashed, found, strict=True):
         if digest != expected:
-            yield f"{name} has other bytes than rank {rank} wrote"
+            changes.append(f"{name} has other bytes than rank {rank} wrote")
+    return tuple(changes)
 
 
-def _listed(checkpoint: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yield what the manifest of a checkpoint lists: ranks, names of files, and their sizes and hashes."""
-    index = _read(checkpoint / _RANKS) or {"ranks": []}
+def _read_manifest(checkpoint: Path) -> tuple[list[str], list[tuple[int, str, dict[str, Any]]]]:
+    """Return what is wrong with the manifest of a checkpoint, and the rank, name, size and hash of each file in it."""
+    index = _read(checkpoint / _RANKS)
+    if index is None:
+        return [f"{_RANKS} is missing or damaged"], []
+    changes, listed, step = [], [], index["step"]
+    state = checkpoint / TRAINER_STATE_NAME
+    is_readable = state.is_file() and not _check_json(state)
+    saved = json.loads(state.read_text("utf-8")).get("global_step") if is_readable else None
+    if saved not in (None, step):
+        changes.append(f"it mixes steps: {TRAINER_STATE_NAME} is of step {saved}, other files of {step}")
     for rank in index["ranks"]:
-        own = _read(checkpoint / _of_rank(rank)) or {"files": {}}
-        yield from ((rank, name, entry) for name, entry in own["files"].items())
-
-
-def _change_of_size(path: Path, expected: int) -> str | None:
-    if not path.exists():
-        return "is missing"
-    size = path.stat().st_size
-    if size == expected:
-        return None
-    return (
-        f"is cut off at {size} of {expected} bytes" if size < expected else f"has {size} bytes instead of {expected}"
-    )
+        own = _read(checkpoint / _of_rank(rank))
+        if own is None:
+            changes.append(f"{_of_rank(rank)} is missing or damaged")
+            continue
+        if own["step"] != step:
+            changes.append(f"it mixes steps: the files of rank {rank} are of step {own['step']}, others of {step}")
+        listed += [(rank, name, entry) for name, entry in own["files"].items()]
+    return changes, listed
 
 
 def _of_rank(rank: int) -> str:
@@ -329,13 +299,12 @@ def _of_rank(rank: int) -> str:
 
 
 def _hashes(paths: Iterable[Path]) -> list[str]:
+    def sha256(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     with ThreadPoolExecutor(_READERS) as threads:
-        return list(threads.map(_sha256, paths))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return list(threads.map(sha256, paths))
 
 
 def _read(path: Path) -> Any:

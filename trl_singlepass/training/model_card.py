@@ -46,12 +46,7 @@ def complete_model_card(
     dataset: Dataset | IterableDataset | None,
     log_history: Sequence[Mapping[str, object]],
 ) -> None:
-    """
-    Name the base model in a card that TRL has written, and add what was trained and with what.
-
-    The folder holds the card, `README.md`. The description of the prepared dataset is the summary of its preparation;
-    for plain text, only the base model is named.
-    """
+    """Name the base model in the card that TRL has written; for conversations, add what was trained and with what."""
     base = without_adapters(model)
     source = Path(str(base.config._name_or_path)).name
     path = Path(folder) / "README.md"

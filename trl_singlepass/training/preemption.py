@@ -58,19 +58,17 @@ class PreemptionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Save and stop if any rank received a signal."""
-        if not self._any_rank_received(args.device):
+        received = self._received
+        if torch.distributed.is_initialized():
+            votes = torch.tensor(int(received), device=args.device)
+            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
+            received = bool(votes)
+        if not received:
             return
         self.was_preempted = True
         control.should_save = control.should_training_stop = True
         if state.is_world_process_zero:
             logger.warning(f"Received a signal to stop: saving a checkpoint after step {state.global_step}.")
-
-    def _any_rank_received(self, device: torch.device) -> bool:
-        if not torch.distributed.is_initialized():
-            return self._received
-        received = torch.tensor(int(self._received), device=device)
-        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        return bool(received)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -76,6 +76,20 @@ def as_markdown() -> str:
     )
 
 
+def _needs_trl(release: str, why: str) -> Refusal:
+    """Refuse older releases of TRL."""
+    return Refusal(f"`trl` before {release}", why, f"Upgrade to `trl>={release}`", lambda run: before(trl, release))
+
+
+def _not_shared(these: str, of_a_row: str) -> tuple[Refusal, Refusal]:
+    """Refuse ranks that share layers or rows."""
+    instead = "Set it to 1, and shard the model with FSDP2 or ZeRO-3"
+    return (
+        Refusal("`tp_size`", f"ranks that share layers have not been shown to train {these} exactly", instead),
+        Refusal("`sp_size`", f"ranks that share a row do not share its {of_a_row}", instead),
+    )
+
+
 PACKAGES = Scope(
     "Packages",
     "without its package",
@@ -112,7 +126,7 @@ TURNS = Scope(
             "`truncation_mode='keep_end'`",
             "it would start each turn at a different token, and turns could no longer share a prefix",
             "Use `truncation_mode='keep_start'`, or `max_length=None`",
-            Situation.cuts_beginnings,
+            lambda run: run.args.max_length is not None and run.differs("truncation_mode", "keep_start"),
         ),
         Refusal(
             "`accelerator_config={'dispatch_batches': True}`, but for streams of conversations",
@@ -139,11 +153,7 @@ CONVERSATIONS = Scope(
             "`packing_strategy` other than `'bfd'`",
             "it cuts sequences at arbitrary tokens, which would break up trees",
             "Use `packing_strategy='bfd'`, which packs whole conversations",
-            lambda run: (
-                run.packing
-                and run.args.packing_strategy != "bfd"
-                and f"packing_strategy={run.args.packing_strategy!r}"
-            ),
+            lambda run: run.packing and run.differs("packing_strategy", "bfd"),
         ),
         Refusal(
             "`dataset_kwargs={'skip_prepare_dataset': True}`",
@@ -158,12 +168,7 @@ PAIRS = Scope(
     "Pairs",
     "for pairs in a single pass",
     (
-        Refusal(
-            "`trl` before 1.16",
-            "its DPOTrainer has other methods",
-            "Upgrade to `trl>=1.16`",
-            lambda run: before(trl, "1.16"),
-        ),
+        _needs_trl("1.16", "its DPOTrainer has other methods"),
         Refusal(
             "`packing=False`",
             "the pairs of a batch always share rows, with the loss and gradients of separate ones",
@@ -187,16 +192,7 @@ PAIRS = Scope(
             "Leave out one of them",
             lambda run: run.args.ld_alpha is not None and run.beside_turn_weights("ld_alpha"),
         ),
-        Refusal(
-            "`tp_size`",
-            "ranks that share layers have not been shown to train pairs exactly",
-            "Set it to 1, and shard the model with FSDP2 or ZeRO-3",
-        ),
-        Refusal(
-            "`sp_size`",
-            "ranks that share a row do not share its pairs",
-            "Set it to 1, and shard the model with FSDP2 or ZeRO-3",
-        ),
+        *_not_shared("pairs", "pairs"),
     ),
 )
 
@@ -269,12 +265,7 @@ WEIGHTS = Scope(
     "Loss weights other than 1",
     "with loss weights other than 1",
     (
-        Refusal(
-            "`trl` before 1.15",
-            "it takes the loss from the model, which does not read weights",
-            "Upgrade to `trl>=1.15`",
-            lambda run: before(trl, "1.15"),
-        ),
+        _needs_trl("1.15", "it takes the loss from the model, which does not read weights"),
         Refusal("`loss_type='dft'`", _OWN_LOSS, _SAME_WEIGHT),
         Refusal("`label_smoothing_factor`", _OWN_LOSS, _SAME_WEIGHT),
         Refusal("`compute_loss_func`", _OWN_LOSS, _SAME_WEIGHT),
@@ -307,12 +298,7 @@ WAVES = Scope(
     "Waves (`wave_tokens`)",
     "with {setting}",
     (
-        Refusal(
-            "`trl` before 1.16",
-            "it has no fused head that takes shifted labels",
-            "Upgrade to `trl>=1.16`",
-            lambda run: before(trl, "1.16"),
-        ),
+        _needs_trl("1.16", "it has no fused head that takes shifted labels"),
         Refusal(
             "`label_smoothing_factor` before transformers 5.15",
             "its label smoother divides by the targets of a wave, not by those of the step",
@@ -381,7 +367,7 @@ PARTS = Scope(
             "`fsdp_version=1`",
             "it flattens parameters between backward passes",
             "Set `fsdp_version=2`",
-            Situation.fsdp1,
+            lambda run: run.engine == "FSDP" and run.accelerator is not None and not run.accelerator.is_fsdp2,
         ),
         Refusal(
             f"`{PREFETCHED}` of ZeRO-3 above 0",
@@ -534,12 +520,7 @@ ULYSSES = Scope(
             "Use DeepSpeed",
             lambda run: run.engine not in ("", "DEEPSPEED") and run.engine,
         ),
-        Refusal(
-            "`trl` before 1.16",
-            "its fused head takes no shifted labels",
-            "Upgrade to `trl>=1.16`",
-            lambda run: before(trl, "1.16"),
-        ),
+        _needs_trl("1.16", "its fused head takes no shifted labels"),
         Refusal("`fp16`", "its loss scale hides wrong gradients", "Use `bf16`"),
         Refusal(
             "models whose configuration has no `num_attention_heads` or `num_key_value_heads`",
@@ -554,24 +535,8 @@ GROUPS = Scope(
     "Groups of completions (GRPO, RLOO)",
     "for groups of completions",
     (
-        Refusal(
-            "`trl` before 1.16",
-            "its trainers have other methods",
-            "Upgrade to `trl>=1.16`",
-            lambda run: before(trl, "1.16"),
-        ),
-        Refusal(
-            "`tp_size`",
-            "ranks that share layers have not been shown to train groups exactly",
-            "Set it to 1, and shard the model with FSDP2 or ZeRO-3",
-            lambda run: run.shared_by("tp_size"),
-        ),
-        Refusal(
-            "`sp_size`",
-            "ranks that share a row do not share its completions",
-            "Set it to 1, and shard the model with FSDP2 or ZeRO-3",
-            lambda run: run.shared_by("sp_size"),
-        ),
+        _needs_trl("1.16", "its trainers have other methods"),
+        *_not_shared("groups", "completions"),
     ),
 )
 SCOPES = (

@@ -34,11 +34,7 @@ _ADDED_UP = "replicated_with_grad_allreduce"  # of transformers' plans for tenso
 
 
 def prepare_sharding(model: PreTrainedModel | PeftModel, accelerator: Accelerator, tp_size: int = 1) -> None:
-    """
-    Choose the layers that ZeRO-3 gathers and that FSDP2 shards as a whole, and correct tensor parallelism.
-
-    Other engines are left alone. Takes the model before the engine does; `tp_size` ranks share its layers.
-    """
+    """Choose what ZeRO-3 gathers and FSDP2 shards as a whole, before the engine takes the model; correct tp_size."""
     make_leaves(model, accelerator)
     _leave_out_absent_layers(without_adapters(model), accelerator)
     if tp_size > 1:
@@ -49,11 +45,7 @@ def prepare_sharding(model: PreTrainedModel | PeftModel, accelerator: Accelerato
 
 
 def make_leaves(model: PreTrainedModel | PeftModel, accelerator: Accelerator) -> None:
-    """
-    Let ZeRO-3 gather recurrent layers and experts as a whole. Other engines are left alone.
-
-    Takes the model before DeepSpeed does.
-    """
+    """Let ZeRO-3 gather recurrent layers and experts as a whole."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage < 3:
         return
@@ -95,11 +87,7 @@ def _pass_differentiable_input(
 
 
 def stop_prefetching(accelerator: Accelerator) -> None:
-    """
-    Turn off prefetching by ZeRO-3 for rows that run in parts, unless the configuration asks for it by a number.
-
-    DeepSpeed prefetches by default. It then frees parameters that a backward in another order still needs (0.19).
-    """
+    """Turn off ZeRO-3's default of prefetching: it frees parameters that a backward in another order needs (0.19)."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3:
         return
@@ -116,8 +104,7 @@ def _leave_out_absent_layers(model: PreTrainedModel, accelerator: Accelerator) -
     """
     Let FSDP2 shard the layers that the model has, where nobody has named others.
 
-    transformers 5.24 names the blocks of the encoder of images for text models as well (Qwen3.5), and accelerate 1.15
-    stops if a named layer is not in the model.
+    transformers 5.24 also names those of an encoder that is not there (Qwen3.5), at which accelerate 1.15 stops.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.transformer_cls_names_to_wrap is not None:
@@ -134,10 +121,7 @@ def gather_head_with_model(model: PreTrainedModel | PeftModel) -> None:
 
     FSDP2 gathers a module when it is called, but TRL's fused head reads the weight without calling the head, and the
     copy that TRL gathers instead only collects the gradient of the rank's own tokens. accelerate avoids this where it
-    finds the last normalisation, which is called, and shards the head together with it; in models with encoders of
-    other media it finds none.
-
-    Takes the model as accelerate has prepared it.
+    finds the last normalisation, and shards the head together with it; in models with encoders it finds none.
     """
     head = without_adapters(model).get_output_embeddings()
     if not hasattr(head, "unshard"):

@@ -83,10 +83,10 @@ class Situation:
         is_there = implementation not in checks or checks[implementation]() or is_kernels_available()
         return not is_there and f"attn_implementation={implementation!r}"
 
-    def cuts_beginnings(self) -> Found:
-        """Overlong turns lose their first tokens."""
-        is_cut = self.args.max_length is not None and self.args.truncation_mode != "keep_start"
-        return is_cut and f"truncation_mode={self.args.truncation_mode!r}"
+    def differs(self, setting: str, expected: object) -> Found:
+        """Return a setting with its value if that is not the expected one."""
+        given = getattr(self.args, setting)
+        return given != expected and f"{setting}={given!r}"
 
     def dispatches_batches(self) -> Found:
         """The first process reads the batches of all; streams of conversations have a loader of their own."""
@@ -218,10 +218,6 @@ class Situation:
         """Whether DeepSpeed adds what comes after the first backward of a step to gradients of the step before."""
         offload = self.of_deepspeed("zero_optimization", "offload_optimizer")
         return self.zero3() or (isinstance(offload, dict) and offload.get("device", "none") != "none")
-
-    def fsdp1(self) -> Found:
-        """Parameters are sharded by the first version of FSDP."""
-        return self.accelerator is not None and self.engine == "FSDP" and not self.accelerator.is_fsdp2
 
     def shards_the_model(self) -> bool:
         """Whether a rank cannot run the model by itself."""
