@@ -110,10 +110,10 @@ def test_lines_with_images(family, in_rows):
     batch, collator = PaddedLines(ids, mask, shown), DataCollatorForSinglePass(0)
     enable_tree(model)
     enable_images(model, collator)
-    merged = batch.merge(scored, batch.collator(collator), ids.shape[1] if in_rows else None)
-    logits = model(input_ids=ids, tree=merged.view).logits[:, :-1]
-    log_probs = logits.log_softmax(-1).gather(-1, merged.labels[:, 1:, None].clamp(min=0))[..., 0]
-    log_probs = log_probs.masked_fill(merged.labels[:, 1:] < 0, 0)[scored[:, 1:].bool()]
+    view, labels = batch.merge(scored, batch.collator(collator), ids.shape[1] if in_rows else None)
+    logits = model(input_ids=ids, tree=view).logits[:, :-1]
+    log_probs = logits.log_softmax(-1).gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
+    log_probs = log_probs.masked_fill(labels[:, 1:] < 0, 0)[scored[:, 1:].bool()]
     (log_probs * weights).sum().backward()
     torch.testing.assert_close(
         log_probs, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.detach().abs().max())

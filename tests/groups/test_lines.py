@@ -95,8 +95,8 @@ def test_the_load_of_a_mixture_is_that_of_its_lines():
     gradients = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
     model.zero_grad()
     enable_tree(model)
-    lines = PaddedLines(input_ids, attention_mask).merge(attention_mask, DataCollatorForSinglePass(0))
-    found = model(input_ids=input_ids, tree=lines.view.handled(), output_router_logits=True)
+    view, _ = PaddedLines(input_ids, attention_mask).merge(attention_mask, DataCollatorForSinglePass(0))
+    found = model(input_ids=input_ids, tree=view.handled(), output_router_logits=True)
     found.aux_loss.backward()
     torch.testing.assert_close(found.aux_loss, expected.aux_loss, rtol=TOLERANCE, atol=0)
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())

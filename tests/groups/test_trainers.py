@@ -10,8 +10,7 @@ from support.tiny_models import model_of_type, tiny_model
 from support.tiny_vision import save_vision_checkpoint, tiny_processor
 from support.trainers import float32_model, logged, parameters
 from trl_singlepass import SinglePassGRPOConfig, SinglePassGRPOTrainer, SinglePassRLOOConfig, SinglePassRLOOTrainer
-from trl_singlepass.images.positions import UnsupportedImagesError
-from trl_singlepass.images.reading import ImageReader
+from trl_singlepass.images.reading import ImageReader, UnsupportedImagesError
 
 
 GRPO = (GRPOTrainer, GRPOConfig), (SinglePassGRPOTrainer, SinglePassGRPOConfig)

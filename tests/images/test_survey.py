@@ -14,8 +14,7 @@ from support.tiny_multimodal import tiny_conditional
 from support.tree_checks import checked_on_images
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.images import reading
-from trl_singlepass.images.positions import UnsupportedImagesError
-from trl_singlepass.images.reading import ImageReader, image_module
+from trl_singlepass.images.reading import ImageReader, UnsupportedImagesError, image_module
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.single_pass import RowImages
 from trl_singlepass.trees.image_features import ImageReference

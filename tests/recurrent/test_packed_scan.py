@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from support.sample_sets import sample_sets
 from support.tree_masks import plan_of_eleven, tree_of
-from trl_singlepass.recurrent.packed_scan import ComposeStates, ancestors, cut_at_forks
+from trl_singlepass.recurrent.row_kernels import ComposeStates, ancestors, cut_at_forks
 
 
 def test_the_documented_row():

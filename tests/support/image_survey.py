@@ -6,8 +6,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from support.image_models import FAMILIES, pixels
-from trl_singlepass.images.positions import UnsupportedImagesError
-from trl_singlepass.images.reading import check_reads_images
+from trl_singlepass.images.reading import UnsupportedImagesError, check_reads_images
 
 
 def with_images(model):

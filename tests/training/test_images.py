@@ -16,7 +16,7 @@ from support.slow import slow_but_for
 from support.trainers import SETTINGS, as_dataset, float32_model
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.images.positions import UnsupportedImagesError
+from trl_singlepass.images.reading import UnsupportedImagesError
 from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.training.compatibility import read_images
 from trl_singlepass.training.epochs import blank_batch

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import TypeVar
 
@@ -219,9 +219,10 @@ class WaveTree(Tree):
     `subtree_end`, only descendants that run as well count. If ranks share the row, one more chain pads the tokens.
     """
 
-    cache: GroupCache | None = None  # what the layers have stored of ancestors that do not run
-    row: Tree | None = None  # the tree of the whole row
-    running: RangeMap | None = None  # the tokens that run
+    _: KW_ONLY
+    cache: GroupCache  # what the layers have stored of ancestors that do not run
+    row: Tree  # the tree of the whole row
+    running: RangeMap  # the tokens that run
     handed_on: SlotRanges = ()  # tokens that later waves descend from
     stores: bool = False  # whether these tokens run for the first time
     _layer_slots: dict[int | None, LayerSlots] = field(default_factory=dict, init=False, repr=False)
@@ -241,20 +242,16 @@ class WaveTree(Tree):
         if padding := length - num_tokens:
             end = F.pad(end, (0, padding), value=length)
             depth = torch.cat([depth, torch.arange(padding, device=depth.device)[None]], dim=1)
-        handed_on = cache.get_handed_on(running, wave)
-        return cls(plan, end, depth, row.group, cache, row, running, handed_on, stores)
+        own = cache.get_handed_on(running, wave)
+        return cls(plan, end, depth, row.group, cache=cache, row=row, running=running, handed_on=own, stores=stores)
 
     @cached_property
     def image_plan(self) -> TreePlan:
         """The plan whose images are runs of their own: part of that of the row, which is checked as a whole."""
-        assert self.cache is not None
-        assert self.row is not None
-        assert self.running is not None
         return make_subplan(self.row.image_plan, self.running, self.cache.slots, self.plan.length)
 
     def kv_cache(self, layer: torch.nn.Module, local_size: int | None = None) -> KVCacheView | None:
         """Return the keys and values of ancestors that ran before, as far back as the layer looks."""
-        assert self.cache is not None
         if not len(self.cache.slots):
             return None
         if local_size not in self._layer_slots:  # the same object for all layers that look so many tokens back
@@ -278,7 +275,6 @@ class WaveTree(Tree):
 
     def get_boundary(self, mode: ReplayMode) -> RowBoundary | None:
         """Return what layers that run this way take from other waves and leave for them."""
-        assert self.cache is not None
         if not len(self.cache.slots):
             return None
         positions = {slot + i: first + i for first, last, slot in self.handed_on for i in range(last - first)}

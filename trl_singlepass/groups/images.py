@@ -78,21 +78,14 @@ def number_images(batch: Mapping[str, Any]) -> tuple[list[list[int]], list[Image
     distinct: list[ImageInputs] = []
     lines: list[list[int]] = []
     for line, number in enumerate(by_line["num_images"]):
-        values = {name: _of_line(by_line[name], line) for name in names} if number else {}
-        lines.append([_number(image, distinct) for image in _divided(values)])
+        values = {name: by_line[name] for name in names} if number else {}
+        own = {name: x[line : line + 1] if isinstance(x, torch.Tensor) else x[line] for name, x in values.items()}
+        shown = [own] if own else []
+        if _GRID in own:
+            pixels = torch.split(own["pixel_values"], own[_GRID].prod(dim=-1).tolist())
+            shown = [{"pixel_values": part, _GRID: grid[None]} for part, grid in zip(pixels, own[_GRID], strict=True)]
+        lines.append([_number(image, distinct) for image in shown])
     return lines, distinct
-
-
-def _of_line(values: Sequence[torch.Tensor] | torch.Tensor, line: int) -> torch.Tensor:
-    return values[line : line + 1] if isinstance(values, torch.Tensor) else values[line]
-
-
-def _divided(inputs: ImageInputs) -> list[ImageInputs]:
-    """Return what the model reads of each image of a line."""
-    if _GRID not in inputs:
-        return [inputs] if inputs else []
-    pixels = torch.split(inputs["pixel_values"], inputs[_GRID].prod(dim=-1).tolist())
-    return [{"pixel_values": part, _GRID: grid[None]} for part, grid in zip(pixels, inputs[_GRID], strict=True)]
 
 
 def _number(image: ImageInputs, distinct: list[ImageInputs]) -> int:

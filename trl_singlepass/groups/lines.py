@@ -28,14 +28,6 @@ from .images import LineImages
 
 
 @dataclass(frozen=True, eq=False)
-class Lines:
-    """Lines of a batch, and the rows that hold them."""
-
-    view: LineView  # whose `targets`, of shape (N, T - 1), name the position that predicts token `i + 1` of each line
-    labels: torch.Tensor  # (N, T), int64: the tokens that are scored, -100 elsewhere
-
-
-@dataclass(frozen=True, eq=False)
 class PaddedLines:
     """Lines as TRL lays them out: prompts padded on the left, completions on the right."""
 
@@ -55,11 +47,7 @@ class PaddedLines:
 
     @property
     def are_without_gaps(self) -> bool:
-        """
-        Whether the tokens of each line follow one another, as in a mask of padding alone.
-
-        A model counts positions from the start of a line, so that a gap would move what stands behind it.
-        """
+        """Whether tokens of each line follow one another: models count positions, which a gap would move."""
         mask = self.attention_mask.bool()
         return bool((mask.diff(dim=1).sum(dim=1) - (~mask[:, :1]).sum(dim=1) <= 1).all())
 
@@ -69,8 +57,7 @@ class PaddedLines:
         Tokens of all lines ÷ tokens that differ, without building a tree.
 
         In the order of their tokens, a line shares with the lines before it what it shares with the one right before
-        it. A tree has a few more tokens: it repeats the one before a branch, which predicts something else in each
-        line.
+        it. A tree has a few more tokens: it repeats the one before a branch, whose target differs.
         """
         keys = to_keys(self.input_ids.cpu().numpy(), None if self.images is None else self.images.features)
         lines = list(map(np.compress, self.attention_mask.bool().cpu().numpy(), keys))
@@ -84,19 +71,22 @@ class PaddedLines:
 
     def merge(
         self, is_scored: torch.Tensor, collator: DataCollatorForSinglePass, max_row_tokens: int | None = None
-    ) -> Lines:
+    ) -> tuple[LineView, torch.Tensor]:
         """
-        Merge the lines on trees.
+        Merge the lines on trees; a line that is longer than a row raises `ValueError`.
 
-        `is_scored`, `(N, T)`, marks the tokens whose log-probabilities are asked for; those of padding and images are
-        not computed. Lines fill as few rows of `max_row_tokens` as their order allows; `None` makes one row of all. A
-        line that is longer than a row raises `ValueError`.
+        Returns a view, whose `targets`, `(N, T - 1)`, name the position that predicts token `i + 1` of each line, and
+        labels, `(N, T)`: the tokens that `is_scored` marks, but for padding and images, and -100 elsewhere.
         """
         is_scored = is_scored.bool() & self.attention_mask.bool()
         if self.images is not None:
             is_scored &= torch.from_numpy(self.images.features < 0).to(is_scored.device)
         tokens, is_token, scored = (x.cpu().numpy() for x in (self.input_ids, self.attention_mask.bool(), is_scored))
-        samples = self._with_images(list(map(_sample, tokens, is_token, scored)), is_token)
+        samples = list(map(_sample, tokens, is_token, scored))
+        if self.images is not None:
+            shown, features = self.images.references, map(np.compress, is_token, self.images.features)
+            both = zip(samples, features, strict=True)
+            samples = [replace(sample, image_features=own, images=shown) for sample, own in both]
         targets = np.zeros((len(samples), tokens.shape[1] - 1), np.int64)
         rows, first, start = [], 0, 0
         for part in split_samples(samples, max_row_tokens):
@@ -106,14 +96,7 @@ class PaddedLines:
             rows.append(collator([Row.from_tree(tree).columns()]))
             first, start = first + len(part), start + rows[-1]["labels"].shape[1]
         view = LineView(rows, torch.from_numpy(targets)).to(self.input_ids.device)
-        return Lines(view, self.input_ids.masked_fill(~is_scored, IGNORE_INDEX))
-
-    def _with_images(self, samples: list[Sample], is_token: NDArray[np.bool_]) -> list[Sample]:
-        if self.images is None:
-            return samples
-        features = map(np.compress, is_token, self.images.features)
-        shown = self.images.references
-        return [replace(each, image_features=own, images=shown) for each, own in zip(samples, features, strict=True)]
+        return view, self.input_ids.masked_fill(~is_scored, IGNORE_INDEX)
 
 
 def _sample(tokens: NDArray[np.int64], is_token: NDArray[np.bool_], is_scored: NDArray[np.bool_]) -> Sample:
@@ -132,8 +115,7 @@ def _find_targets(
     start: int,
 ) -> None:
     """Write where in the rows each scored token is predicted; `start` is the position of the tree's first token."""
-    paths = sample_paths(tree, samples)
-    for path, of_line, scored, line in zip(paths, is_token, is_scored, targets, strict=True):
+    for path, of_line, scored, line in zip(sample_paths(tree, samples), is_token, is_scored, targets, strict=True):
         at = np.flatnonzero(of_line)[1:]  # of every token but the first, which the one before it predicts
         line[at - 1] = np.where(scored[at], start + path[:-1], 0)
 
@@ -182,17 +164,11 @@ def tree_log_probs(
     padded = PaddedLines(input_ids, attention_mask)
     if not padded.are_without_gaps:
         raise ValueError("attention_mask has gaps between the tokens of a line. Move its tokens together.")
-    lines = padded.merge(completion_mask, DataCollatorForSinglePass(pad_token_id=0), max_row_tokens)
-    if not has_fused_head(base):
-        return _score(model(input_ids=input_ids, tree=lines.view).logits, lines.labels)
-    log_probs: torch.Tensor = model(
-        input_ids=input_ids, labels=lines.labels, tree=lines.view, fused_lm_head=True
-    ).log_probs
-    return log_probs
-
-
-def _score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the log-probability of each label under the logits before it, 0 where there is none, `(N, T - 1)`."""
-    labels = labels[:, 1:, None]
-    chosen = logits[:, :-1].float().log_softmax(-1).gather(-1, labels.clamp(min=0))
-    return chosen.masked_fill(labels == IGNORE_INDEX, 0)[..., 0]
+    view, labels = padded.merge(completion_mask, DataCollatorForSinglePass(pad_token_id=0), max_row_tokens)
+    if has_fused_head(base):
+        log_probs: torch.Tensor = model(input_ids=input_ids, labels=labels, tree=view, fused_lm_head=True).log_probs
+        return log_probs
+    logits: torch.Tensor = model(input_ids=input_ids, tree=view).logits
+    targets = labels[:, 1:, None]
+    chosen = logits[:, :-1].float().log_softmax(-1).gather(-1, targets.clamp(min=0))
+    return chosen.masked_fill(targets == IGNORE_INDEX, 0)[..., 0]

@@ -172,22 +172,18 @@ class GroupsMixin(ReferenceMixin):
         is_scored = torch.zeros_like(padded.attention_mask)
         is_scored[:, -logits_to_keep:] = 1
         collator = padded.collator(self._row_collator)
-        lines = padded.merge(is_scored, collator, self.args.max_row_tokens)
+        view, labels = padded.merge(is_scored, collator, self.args.max_row_tokens)
         trains = torch.is_grad_enabled()
         if trains:
-            self._count(lines.view.rows, padded.attention_mask[:, -logits_to_keep:])
-        self._self_check.check(model, lines.view.rows, collator)
+            self._count(view.rows, padded.attention_mask[:, -logits_to_keep:])
+        self._self_check.check(model, view.rows, collator)
         divisor = 1 if self.loss_is_scaled_for_ga else getattr(self, "current_gradient_accumulation_steps", 1)
-        runner = self._pieces.runner(model, lines.view.rows, divisor=divisor, trains=trains)
+        runner = self._pieces.runner(model, view.rows, divisor=divisor, trains=trains)
         self._runner = runner if trains else self._runner
         router = {"output_router_logits": True} if compute_aux_loss else {}
         with self.accelerator.autocast():
             outputs = (model if runner is None else runner)(
-                input_ids=padded.input_ids,
-                labels=lines.labels,
-                tree=lines.view.handled(),
-                fused_lm_head=True,
-                **router,
+                input_ids=padded.input_ids, labels=labels, tree=view.handled(), fused_lm_head=True, **router
             )
         entropies = outputs.entropy[:, -logits_to_keep:] if compute_entropy else None
         return outputs.log_probs[:, -logits_to_keep:], entropies, outputs.aux_loss if compute_aux_loss else None
@@ -208,20 +204,19 @@ def _grouped(step: Sequence[Batch]) -> list[Batch]:
     whole = {name: _join([batch[name] for batch in batches]) for name in step[0]}
     number = len(step) * size
     images = number_images(unsplit_pixel_values_by_grid(whole))[0] if "pixel_values" in whole else [[]] * number
-    order = sorted(
-        range(number), key=lambda i: (_tokens(whole, "prompt", i), images[i], _tokens(whole, "completion", i))
-    )
-    return [
-        unsplit_pixel_values_by_grid(
-            {name: _take(values, order[start : start + size]) for name, values in whole.items()}
-        )
-        for start in range(0, number, size)
-    ]
 
+    def tokens(part: str, line: int) -> list[int]:
+        return whole[f"{part}_ids"][line][whole[f"{part}_mask"][line].bool()].tolist()
 
-def _tokens(batch: Batch, part: str, line: int) -> list[int]:
-    tokens: list[int] = batch[f"{part}_ids"][line][batch[f"{part}_mask"][line].bool()].tolist()
-    return tokens
+    order = sorted(range(number), key=lambda i: (tokens("prompt", i), images[i], tokens("completion", i)))
+
+    def take(values: Any, lines: list[int]) -> Any:
+        if isinstance(values, torch.Tensor) and values.ndim:
+            return values[lines]
+        return [values[i] for i in lines] if isinstance(values, list) else values
+
+    chosen = (order[start : start + size] for start in range(0, number, size))
+    return [unsplit_pixel_values_by_grid({name: take(x, lines) for name, x in whole.items()}) for lines in chosen]
 
 
 def _join(values: list[Any]) -> Any:
@@ -230,12 +225,6 @@ def _join(values: list[Any]) -> Any:
     if isinstance(first, torch.Tensor) and first.ndim:
         return torch.cat(values)
     return [value for of_batch in values for value in of_batch] if isinstance(first, list) else first
-
-
-def _take(values: Any, lines: list[int]) -> Any:
-    if isinstance(values, torch.Tensor) and values.ndim:
-        return values[lines]
-    return [values[i] for i in lines] if isinstance(values, list) else values
 
 
 def forecast_sharing(dataset: Any, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, args: Any) -> str:

@@ -32,11 +32,7 @@ class ConversationImages:
         placeholders: ImagePlaceholders,
         sources: Sequence[Mapping[str, Any]] | None = None,
     ) -> ConversationImages:
-        """
-        Read sizes and contents of images, in the order in which the messages show them, but not their pixels.
-
-        By default, the sources hold the images themselves. If an image cannot be read, a `ValueError` says which.
-        """
+        """Read sizes and contents of images, not pixels; by default, sources hold them. `ValueError` if bad."""
         sizes, contents = [], []
         for number, image in enumerate(images, start=1):
             try:
@@ -57,10 +53,7 @@ class ConversationImages:
         return tuple(dict.fromkeys(self._reference(i, alone=way) for way in ways for i in range(len(self))))
 
     def write(self, text: str, shown: Sequence[int]) -> str:
-        """
-        Return a rendering in which each placeholder is replaced by what the processor writes for its image. `shown`
-        holds the number of the image that each placeholder shows.
-        """
+        """Replace each placeholder by what the processor writes for its image, whose number `shown` holds."""
         alone = len(shown) == 1
         return self.placeholders.write(text, [self.placeholders.expand(self.sizes[i], alone=alone) for i in shown])
 
@@ -68,8 +61,7 @@ class ConversationImages:
         """
         Return the feature that each token of a prompt shows, counted over [`references`], -1 for text.
 
-        `shown` numbers the images that the tokens show, in order. Raises `ValueError` if there are fewer or more
-        placeholders than the images have features.
+        `ValueError` if there are fewer or more placeholders than the images that are `shown` have features.
         """
         images = [self._reference(i, alone=len(shown) == 1) for i in shown]
         positions = np.flatnonzero(token_ids == self.placeholders.token_id)

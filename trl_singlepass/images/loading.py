@@ -39,11 +39,10 @@ class EncodedImage:
     @classmethod
     def from_value(cls, value: Any) -> EncodedImage:
         """
-        Read an image in any of the forms in which datasets and messages hold one.
+        Read an image in any of the forms in which datasets and messages hold one; others are a `ValueError`.
 
         These are a `PIL.Image.Image`, an array, bytes, a path or URL, base64 with or without the head of a data URL,
-        and what [`~datasets.Image`] makes of one: a mapping with `bytes` or `path`. An image without a file is encoded
-        without loss. Anything else is a `ValueError`.
+        and a mapping with `bytes` or `path`, as of [`~datasets.Image`]. An image without a file is encoded losslessly.
         """
         if isinstance(value, str):
             data = _from_base64(value)
@@ -68,10 +67,7 @@ class EncodedImage:
         return sha256(f"{self.path} {stamp}".encode()).hexdigest()[:32]
 
     def read_size(self) -> tuple[int, int]:
-        """
-        Return width and height in pixels, as the image is shown, from the head of its file. A file that cannot be
-        read, or is no image, is a `ValueError`.
-        """
+        """Return width and height in pixels, as shown, from the head of the file; `ValueError` if it is no image."""
         from PIL import Image
 
         try:
@@ -83,9 +79,7 @@ class EncodedImage:
         return (height, width) if turned else (width, height)
 
     def load(self) -> Image:
-        """
-        Return the image, decoded and turned upright. A file that cannot be read, or is no image, is a `ValueError`.
-        """
+        """Return the image, decoded and turned upright; a file that is no image is a `ValueError`."""
         from datasets import Image as ImageFeature
 
         try:
@@ -156,10 +150,9 @@ class ImageLoader:
 
     def __call__(self, images: Sequence[ImageReference]) -> dict[str, torch.Tensor]:
         """
-        Return what a model reads of images, such as `pixel_values`, in their order.
+        Return what a model reads of images, such as `pixel_values`; those that stand among others come last.
 
-        Those that stand among others in their prompts come last. If an image cannot be read, or has changed since its
-        row was prepared, a `ValueError` names the row.
+        If an image cannot be read, or has changed since its row was prepared, a `ValueError` names the row.
         """
         loaded: list[Image] = []
         examples: dict[tuple[str, int], Sequence[EncodedImage]] = {}

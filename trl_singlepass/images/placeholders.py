@@ -41,9 +41,8 @@ class ImagePlaceholders:
     """
     What a processor writes for images, whatever its class.
 
-    It is asked by processing blank images of the same size, once per size, with a tokenizer that records the text that
-    it gets. One without a placeholder for images (`image_token`), or that writes prompts in a way that depends on
-    their text, is a `ValueError`.
+    It processes blank images, once per size, with a tokenizer that records the text that it gets. One without a
+    placeholder (`image_token`), or that writes prompts in a way that depends on their text, is a `ValueError`.
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
@@ -89,12 +88,7 @@ class ImagePlaceholders:
         return any(self._write([size]) != [text] for size, text in zip(_PROBED_SIZES, together, strict=True))
 
     def expand(self, size: Size, *, alone: bool = True) -> Expansion:
-        """
-        Return what stands in a prompt for an image of some width and height in pixels.
-
-        `alone`, whether it is the only image of the prompt, matters where [`depends_on_company`] is true. A size that
-        the processor refuses is a `ValueError`.
-        """
+        """Return what stands in a prompt for an image, `alone` or not; a size that is refused is a `ValueError`."""
         key = size, alone or not self.depends_on_company
         if key not in self._known:
             text = self._write([size] if key[1] else [size, size])[0]
@@ -108,9 +102,8 @@ class ImagePlaceholders:
         """
         Return what a model reads of images, in their order, such as `pixel_values` and `image_grid_thw`.
 
-        The first `num_alone` are processed as the only image of a prompt where that makes a difference
-        ([`depends_on_company`]). The others are processed as those of one prompt; a single one gets a copy of itself
-        for company. Inputs made from text are left out.
+        Where it makes a difference ([`depends_on_company`]), the first `num_alone` are alone in a prompt each, and the
+        others share one, a single one with a copy of itself for company.
         """
         prompts = [list(images)]
         if self.depends_on_company and num_alone:
@@ -118,7 +111,9 @@ class ImagePlaceholders:
             prompts = [[image] for image in images[:num_alone]]
             prompts += [others * 2 if len(others) == 1 else others] if others else []
         texts = [self.text * len(prompt) for prompt in prompts]
-        outputs = self._call(self.processor, prompts, texts, padding=True)
+        outputs: Mapping[str, Any] = self.processor(
+            images=prompts, text=texts, return_tensors="pt", add_special_tokens=False, padding=True
+        )
         of_text = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
         num_with_copy = sum(map(len, prompts))
         return {
@@ -135,7 +130,8 @@ class ImagePlaceholders:
         processor = copy.copy(self.processor)
         processor.tokenizer = recorder
         text = "".join(f"{_MARKER}{self.text}" for _ in sizes) + _MARKER
-        self._call(processor, [[Image.new("RGB", size) for size in sizes]], [text])
+        blank = [[Image.new("RGB", size) for size in sizes]]
+        processor(images=blank, text=[text], return_tensors="pt", add_special_tokens=False)
         parts = recorder.text.split(_MARKER)
         if len(parts) != len(sizes) + 2 or parts[0] or parts[-1]:
             raise DataError(
@@ -143,14 +139,6 @@ class ImagePlaceholders:
                 "rendered one by one. Use TRL's SFTTrainer."
             )
         return parts[1:-1]
-
-    def _call(
-        self, processor: ProcessorMixin, images: list[list[Image]], text: list[str], **kwargs: Any
-    ) -> Mapping[str, Any]:
-        outputs: Mapping[str, Any] = processor(
-            images=images, text=text, return_tensors="pt", add_special_tokens=False, **kwargs
-        )
-        return outputs
 
     def _encode(self, text: str) -> NDArray[np.int64]:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)

@@ -25,10 +25,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from ..trees.image_features import shown_numbers
 from ..trees.rows import Ranges, TreePlan, overlaps
-from .positions import PathPositions, UnsupportedImagesError
 
 
+_GRID = "image_grid_thw"
+# What `get_rope_index` may ask for besides; videos and sound are not given.
+_KNOWN = frozenset(
+    {
+        "input_ids", "mm_token_type_ids", _GRID, "attention_mask", "video_grid_thw", "second_per_grid_ts",
+        "second_per_grids", "audio_seqlens", "use_audio_in_video", "kwargs",
+    }
+)  # fmt: skip
 # What models scatter over their tokens; some project the hidden states of their tower afterwards (Llama 4).
 _FEATURES = ("pooler_output", "last_hidden_state")
 # Features for several layers of the language model (Qwen3-VL), each like the ones above.
@@ -112,11 +120,7 @@ _shown: ContextVar[ShownFeatures | None] = ContextVar("trl_singlepass_shown_feat
 def showing_images(
     image_features: Tensor | None, plan: TreePlan, tokens: Ranges | None = None, encoded: EncodedImages | None = None
 ) -> Iterator[None]:
-    """
-    Run the model calls inside on the images of a row, if it is of a dataset with images.
-
-    `image_features` has shape `(1, row_length)`, int64. Calls on some tokens of the row share what is `encoded`.
-    """
+    """Run the model calls inside on the images of a row, if it has some; calls on parts of it share the `encoded`."""
     shown = None if image_features is None else ShownFeatures.in_row(image_features, plan, tokens, encoded)
     token = _shown.set(shown)
     try:
@@ -126,10 +130,7 @@ def showing_images(
 
 
 def image_module(model: nn.Module) -> nn.Module | None:
-    """
-    Return the part of a model whose `get_image_features` computes them, `None` if there is none. Outer classes pass
-    the call on to the innermost.
-    """
+    """Return the part of a model whose `get_image_features` computes them, the innermost, if there is any."""
     found = [module for module in model.modules() if hasattr(type(module), "get_image_features")]
     return found[-1] if found else None
 
@@ -141,10 +142,7 @@ def images_see_themselves(model: nn.Module) -> bool:
 
 
 def enable_image_features(module: nn.Module) -> None:
-    """
-    Make a model return one feature per placeholder where a row shows images; other calls are not changed. Changes the
-    module, which [`image_module`] returned, in place.
-    """
+    """Make the [`image_module`] of a model return one feature per placeholder where a row shows images."""
     function: Any = type(module).get_image_features  # type: ignore[attr-defined]
 
     @functools.wraps(function)  # `generate` reads the signature
@@ -170,15 +168,14 @@ def _one_feature_per_placeholder(module: nn.Module, encode: Callable[[], Any]) -
             outputs[name] = _gathered(features, shown, module)
     layered = outputs.get(_LAYERED_FEATURES)
     if layered is not None:
-        outputs[_LAYERED_FEATURES] = type(layered)(_gathered_layer(layer, shown, module) for layer in layered)
+        outputs[_LAYERED_FEATURES] = type(layered)(
+            # Some models store features beside the number of their layer.
+            (layer[0], _gathered(layer[1], shown, module))
+            if isinstance(layer, tuple) and isinstance(layer[0], int)
+            else _gathered(layer, shown, module)
+            for layer in layered
+        )
     return outputs
-
-
-def _gathered_layer(layer: Any, shown: ShownFeatures, module: nn.Module) -> Any:
-    """Features of one layer, which some models store beside the number of the layer."""
-    if isinstance(layer, tuple) and isinstance(layer[0], int):
-        return (layer[0], _gathered(layer[1], shown, module))
-    return _gathered(layer, shown, module)
 
 
 def _gathered(features: Tensor | Sequence[Tensor], shown: ShownFeatures, module: nn.Module) -> Any:
@@ -212,9 +209,7 @@ class ImageReader:
 
     @classmethod
     def enable(cls, model: nn.Module) -> ImageReader:
-        """
-        Make a model, without adapters or wrappers, show images on trees, or refuse it (see [`check_reads_images`]).
-        """
+        """Make a model, without adapters, show images on trees, or refuse it (see [`check_reads_images`])."""
         module = check_reads_images(model)
         positions = PathPositions.from_model(model)
         enable_image_features(module)
@@ -228,12 +223,7 @@ class ImageReader:
         plan: TreePlan,
         images: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """
-        Return what the model's forward reads of the tokens of a row besides their ids, mask and depths.
-
-        `input_ids` and `image_features` have shape `(row_length,)`, int64; `images` is what it reads of the row's
-        images.
-        """
+        """Return what the model reads of tokens, `(row_length,)`, besides ids, mask and depths, given its `images`."""
         inputs = dict.fromkeys(self.token_types, torch.from_numpy((image_features >= 0).astype(np.int64))[None])
         if self.positions is not None and plan.images:
             inputs["position_ids"] = self.positions.in_row(input_ids, image_features, plan, images)
@@ -241,11 +231,7 @@ class ImageReader:
 
 
 def check_reads_images(model: nn.Module) -> nn.Module:
-    """
-    Refuse a model, without adapters or wrappers, that a tree cannot give its images; return its part for images.
-
-    Raises `UnsupportedImagesError` with the reason.
-    """
+    """Return a model's part for images; one that a tree cannot give its images raises `UnsupportedImagesError`."""
     module = image_module(model)
     if module is None:
         raise UnsupportedImagesError(
@@ -291,3 +277,83 @@ def _names(function: Any) -> set[str]:
     texts = {text for text in code.co_consts if isinstance(text, str)}
     keywords = {name for part in code.co_consts if isinstance(part, tuple) for name in part if isinstance(name, str)}
     return {*code.co_names, *code.co_varnames, *texts, *keywords}
+
+
+# Positions of several dimensions -------------------------------------------------------------------------------------
+
+
+class UnsupportedImagesError(ValueError):
+    """A model that reads images in a way that a tree cannot give it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PathPositions:
+    """Positions of a row's tokens in all dimensions, computed from integers in the workers that load batches."""
+
+    module: Any  # instance of the class that defines `get_rope_index`, with a configuration and nothing else
+    parameters: frozenset[str]  # names of the parameters of that method
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> PathPositions | None:
+        """
+        Return the positions of a model, `None` if a token's position is its depth.
+
+        Raises `UnsupportedImagesError` if the method that computes positions reads what the rows do not have.
+        """
+        found: list[Any] = [module for module in model.modules() if hasattr(module, "get_rope_index")]
+        if not found:
+            return None
+        parameters = frozenset(inspect.signature(found[-1].get_rope_index).parameters)
+        if _GRID not in parameters or (unknown := parameters - _KNOWN):
+            what = ", ".join(sorted(unknown)) if _GRID in parameters else f"no {_GRID}"
+            raise UnsupportedImagesError(
+                f"{type(found[-1]).__name__} computes the positions of image tokens from {what}, which rows of a "
+                "single pass do not have. Train it on one sample per turn (N-pass) with TRL's SFTTrainer."
+            )
+        return cls(_without_parameters(found[-1]), parameters)
+
+    def in_row(
+        self,
+        input_ids: NDArray[np.int64],
+        image_features: NDArray[np.int64],
+        plan: TreePlan,
+        image_inputs: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Return the positions of a row, `(num_dimensions, 1, row_length)`, from its tokens and `image_inputs`."""
+        positions: Tensor | None = None
+        is_set = np.zeros(plan.length, np.bool_)
+        for run in plan.runs:
+            path = run.path_positions
+            images = shown_numbers(image_features[path], plan.image_sizes)
+            own = self._on_path(input_ids[path], image_features[path] >= 0, image_inputs[_GRID][images])
+            if positions is None:
+                positions = own.new_zeros(own.shape[0], plan.length)
+            shared = torch.from_numpy(is_set[path])
+            assert torch.equal(positions[:, path[is_set[path]]], own[:, shared]), "samples disagree on shared tokens"
+            positions[:, path] = own
+            is_set[path] = True
+        assert positions is not None, "a row has at least one token"
+        return positions[:, None]
+
+    def _on_path(self, tokens: NDArray[np.int64], is_image: NDArray[np.bool_], grid: Tensor) -> Tensor:
+        """Positions along one path, shape `(num_dimensions, path_length)`."""
+        input_ids = torch.from_numpy(tokens)[None]
+        given = {
+            "input_ids": input_ids,
+            "mm_token_type_ids": torch.from_numpy(is_image.astype(np.int64))[None],
+            _GRID: grid if len(grid) else None,
+            "attention_mask": torch.ones_like(input_ids),
+        }
+        positions, _ = self.module.get_rope_index(**{name: x for name, x in given.items() if name in self.parameters})
+        own: Tensor = positions[:, 0].long()
+        return own
+
+
+def _without_parameters(module: nn.Module) -> nn.Module:
+    """A module of the same class with its configuration and plain settings, but without parameters and submodules."""
+    bare = type(module).__new__(type(module))
+    nn.Module.__init__(bare)
+    plain = (bool, int, float, str, type(None))
+    bare.__dict__.update({name: value for name, value in vars(module).items() if isinstance(value, plain)})
+    bare.config = module.config
+    return bare
