@@ -119,7 +119,7 @@ FIGURES = {
     ),
     "engine_memory": Figures("benchmarks.engine_memory", TRAINER, "recipes/deepspeed", 250),
     "screen_agent": Figures(
-        "benchmarks.screen_agent", f"{ROW} images training/images.py", "examples/screen_agent.py", 40
+        "benchmarks.screen_agent", f"{ROW} images training/compatibility.py", "examples/screen_agent.py", 40
     ),
     # Last: it draws the step times.
     "loss_by_turn": Figures("benchmarks.pictures --train", f"{TRAINER} rendering", "demo", 300),
