@@ -14,7 +14,7 @@ from transformers import Qwen3Config
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
 from trl_singlepass.rendering.prefixes import Prefixes
-from trl_singlepass.reports.audit import audit, wording
+from trl_singlepass.reports.audit import audit, report
 from trl_singlepass.reports.audit.forecast import Schedule
 from trl_singlepass.reports.audit.turns import BranchCause, ReasoningPolicy, TurnStats
 from trl_singlepass.trees.sample import CompletionKind
@@ -178,9 +178,9 @@ def test_merged_counts_are_those_of_all_turns():
 
 def test_whatever_is_counted_has_its_wording():
     kinds = {*CompletionKind, "refused"}
-    assert set(wording._KINDS) == kinds > set(wording._ABOUT_KINDS)
-    assert set(wording._SCHEDULES) == set(Schedule)
-    assert set(wording._CAUSES) == set(BranchCause)
-    assert set(wording._POLICIES) == set(ReasoningPolicy) - {ReasoningPolicy.KEPT, ReasoningPolicy.REFUSED}
+    assert set(report._KINDS) == kinds > set(report._ABOUT_KINDS)
+    assert set(report._SCHEDULES) == set(Schedule)
+    assert set(report._CAUSES) == set(BranchCause)
+    assert set(report._POLICIES) == set(ReasoningPolicy) - {ReasoningPolicy.KEPT, ReasoningPolicy.REFUSED}
     counts = {one.name for one in fields(TurnStats)}
-    assert {*wording._ABOUT_COUNTS, *wording._OUT_OF, *wording._OUT_OF.values()} < counts
+    assert {*report._ABOUT_COUNTS, *report._OUT_OF, *report._OUT_OF.values()} < counts

@@ -6,8 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from io import StringIO
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,14 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from accelerate.utils import patch_environment
 from datasets.utils.tqdm import tqdm
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 from transformers import ProcessorMixin
 
 from ...cost.flops import ModelShape, get_model_shape
-from ...data.bad_rows import BadRowError, RowErrors, UnexpectedError, get_reason, group_errors, unexpected_error
+from ...data.bad_rows import BadRowError, UnexpectedError, get_reason, group_errors, unexpected_error
 from ...data.conversations import example_to_samples
 from ...data.images import holds_images
 from ...data.pairs import TOKEN_COLUMNS, example_to_pair, is_pair, split_pair
@@ -34,20 +29,18 @@ from ...rendering.conversation import Conversation
 from ...rendering.prefixes import Prefixes
 from ...rendering.template import TemplateKey, with_template
 from ...trees.errors import DataError
-from . import wording
 from .forecast import (
     AssistantOnlyLoss,
     ConversationCost,
-    Forecast,
     Recipe,
     RecipeReport,
     Schedule,
-    SharingByTurns,
     count_conversation,
     count_last_turn,
     make_forecast,
     sharing_by_turns,
 )
+from .report import AuditReport as AuditReport
 from .turns import Lengths, TemplateFacts, TurnExaminer, TurnStats, survey_template
 
 
@@ -62,115 +55,6 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLE_SIZE = 500
 _BATCH_SIZE = 32  # examples that a process audits before it reports back
-_WIDTH = 118  # characters of a line of the report
-
-
-@dataclass(frozen=True, slots=True)
-class AuditReport:
-    """
-    What a dataset contains, what its template makes of it, and what training on it costs; `str()` is a table.
-
-    Args:
-        num_rows (`int`, *optional*):
-            Rows of the dataset; `None` for a stream.
-        num_audited (`int`):
-            Rows that were audited: all, a random sample, or the first ones of a stream.
-        num_trainable (`int`):
-            Audited rows that can be trained.
-        errors (`tuple[RowErrors, ...]`):
-            Why the others cannot, the most frequent reason first.
-        templates (`tuple[tuple[TemplateFacts, int], ...]`):
-            What the template does, and in how many conversations. Several entries if template arguments change what
-            it does.
-        all_turns (`TurnStats`):
-            Counts over all turns.
-        by_turn (`tuple[TurnStats, ...]`):
-            Counts by the turn's position in its conversation.
-        max_length (`int`, *optional*):
-            Length in tokens that samples are compared with.
-        sample_lengths (`Lengths`, *optional*):
-            Tokens per sample; `None`, like `tree_lengths` and `forecast`, if no row can be trained.
-        tree_lengths (`Lengths`, *optional*):
-            Tokens per tree.
-        num_chains (`int`):
-            Samples with which no other sample begins: the leaves of the trees.
-        sharing_by_turns (`tuple[SharingByTurns, ...]`):
-            Token sharing by the number of turns of a conversation.
-        recipes (`tuple[RecipeReport, ...]`):
-            What other recipes would train of the same conversations.
-        forecast (`Forecast`, *optional*):
-            What training costs.
-    """
-
-    num_rows: int | None
-    num_audited: int
-    num_trainable: int
-    errors: tuple[RowErrors, ...]
-    templates: tuple[tuple[TemplateFacts, int], ...]
-    all_turns: TurnStats
-    by_turn: tuple[TurnStats, ...]
-    max_length: int | None
-    sample_lengths: Lengths | None
-    tree_lengths: Lengths | None
-    num_chains: int
-    sharing_by_turns: tuple[SharingByTurns, ...]
-    recipes: tuple[RecipeReport, ...]
-    forecast: Forecast | None
-
-    @property
-    def headline(self) -> str:
-        """What was audited, in one line."""
-        return wording.headline(self.num_rows, self.num_audited, self.templates, self.all_turns)
-
-    @property
-    def findings(self) -> list[str]:
-        """What deserves attention, in plain sentences."""
-        return [
-            *wording.about_rows(self.num_audited, self.num_trainable),
-            *wording.about_templates(self.templates),
-            *wording.about_turns(self.all_turns, self.max_length),
-            *(finding for recipe in self.recipes for finding in wording.about_recipe(recipe)),
-        ]
-
-    @property
-    def tables(self) -> list[Table]:
-        """The tables that have something to show."""
-        turns, shown = self.all_turns, []
-        if self.errors:
-            shown.append(wording.error_table(self.errors))
-        if turns.turns or turns.trainable:
-            shown.append(wording.size_table(self.by_turn, turns))
-        if turns.turns:
-            shown += [wording.template_table(self.by_turn, turns), wording.kind_table(turns)]
-        if self.forecast is not None:
-            scale = self.num_rows / self.num_audited if self.num_rows else 1.0
-            shown += [wording.recipe_table(self.recipes), wording.forecast_table(self.forecast, scale)]
-        return shown
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as a dictionary for `json.dumps`."""
-        report = asdict(self)
-        report["templates"] = [{**asdict(facts), "conversations": count} for facts, count in self.templates]
-        report["findings"] = self.findings
-        if self.forecast is not None:
-            report["forecast"]["verdict"] = self.forecast.verdict
-        return report
-
-    def __str__(self) -> str:
-        printed = StringIO()
-        Console(file=printed, width=_WIDTH).print(self)
-        return "\n".join(line.rstrip() for line in printed.getvalue().splitlines()).strip() + "\n"
-
-    def __rich__(self) -> RenderableType:  # text from the dataset appears literally
-        parts: list[RenderableType] = [Text(self.headline, style="bold")]
-        if self.forecast is not None:
-            parts.append(Text(self.forecast.verdict))
-        lines = Text("\n".join(f"• {finding}" for finding in self.findings))
-        parts += [Text("\nFindings", style="bold"), Padding(lines, (0, 0, 1, 2))]
-        for table in self.tables:
-            caption, table.caption = table.caption, None  # which rich would wrap to the width of the table
-            parts += [table, Text(f"{caption}\n", style="dim")] if caption else [table]
-        return Group(*parts)
 
 
 def audit(

@@ -1,21 +1,26 @@
-"""The wording of an audit: its numbers in plain sentences and in tables."""
+"""The report of an audit: its numbers, in plain sentences and in tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from io import StringIO
 from math import isnan, nan
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from ...data.bad_rows import RowErrors, count_of
 from ...trees.sample import CompletionKind
-from .forecast import Forecast, Recipe, RecipeReport, Schedule
-from .turns import BranchCause, ReasoningPolicy, TemplateFacts, TurnStats
+from .forecast import Forecast, Recipe, RecipeReport, Schedule, SharingByTurns
+from .turns import BranchCause, Lengths, ReasoningPolicy, TemplateFacts, TurnStats
 
 
-MAX_TURNS_SHOWN, _MAX_ERRORS_SHOWN = 12, 10
+_MAX_TURNS_SHOWN, _MAX_ERRORS_SHOWN = 12, 10
+_WIDTH = 118  # characters of a line
 _POLICIES = {
     ReasoningPolicy.STRIPPED: "renders reasoning in the last turn and removes it from history",
     ReasoningPolicy.STRIPPED_EVERYWHERE: "leaves reasoning out of every turn, even the last one",
@@ -78,29 +83,127 @@ _SCHEDULES: dict[str, str] = {
 }
 
 
-def headline(
-    num_rows: int | None, num_audited: int, templates: Iterable[tuple[TemplateFacts, int]], turns: TurnStats
-) -> str:
-    """Say what was audited, in one line; `num_rows` is `None` for a stream."""
-    if num_rows is None:
-        audited = f"the first {count_of(num_audited, 'row')} of a stream"
-    elif num_audited < num_rows:
-        audited = f"{count_of(num_audited, 'row')} drawn at random from {num_rows:,}"
-    else:
-        audited = count_of(num_rows, "row")
-    facts = [one for one, _ in templates]
-    policies = ", ".join(dict.fromkeys(one.kind for one in facts)) or "not rendered"
-    names = ", ".join(dict.fromkeys(one.name for one in facts)) or "chat template"
-    return f"{audited}, {count_of(_num_turns(turns), 'turn')}; {names}: reasoning {policies}"
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """
+    What a dataset contains, what its template makes of it, and what training on it costs; `str()` is a table.
+
+    Args:
+        num_rows (`int`, *optional*):
+            Rows of the dataset; `None` for a stream.
+        num_audited (`int`):
+            Rows that were audited: all, a random sample, or the first ones of a stream.
+        num_trainable (`int`):
+            Audited rows that can be trained.
+        errors (`tuple[RowErrors, ...]`):
+            Why the others cannot, the most frequent reason first.
+        templates (`tuple[tuple[TemplateFacts, int], ...]`):
+            What the template does, and in how many conversations. Several entries if template arguments change what
+            it does.
+        all_turns (`TurnStats`):
+            Counts over all turns.
+        by_turn (`tuple[TurnStats, ...]`):
+            Counts by the turn's position in its conversation.
+        max_length (`int`, *optional*):
+            Length in tokens that samples are compared with.
+        sample_lengths (`Lengths`, *optional*):
+            Tokens per sample; `None`, like `tree_lengths` and `forecast`, if no row can be trained.
+        tree_lengths (`Lengths`, *optional*):
+            Tokens per tree.
+        num_chains (`int`):
+            Samples with which no other sample begins: the leaves of the trees.
+        sharing_by_turns (`tuple[SharingByTurns, ...]`):
+            Token sharing by the number of turns of a conversation.
+        recipes (`tuple[RecipeReport, ...]`):
+            What other recipes would train of the same conversations.
+        forecast (`Forecast`, *optional*):
+            What training costs.
+    """
+
+    num_rows: int | None
+    num_audited: int
+    num_trainable: int
+    errors: tuple[RowErrors, ...]
+    templates: tuple[tuple[TemplateFacts, int], ...]
+    all_turns: TurnStats
+    by_turn: tuple[TurnStats, ...]
+    max_length: int | None
+    sample_lengths: Lengths | None
+    tree_lengths: Lengths | None
+    num_chains: int
+    sharing_by_turns: tuple[SharingByTurns, ...]
+    recipes: tuple[RecipeReport, ...]
+    forecast: Forecast | None
+
+    @property
+    def headline(self) -> str:
+        """What was audited, in one line."""
+        if self.num_rows is None:
+            audited = f"the first {count_of(self.num_audited, 'row')} of a stream"
+        elif self.num_audited < self.num_rows:
+            audited = f"{count_of(self.num_audited, 'row')} drawn at random from {self.num_rows:,}"
+        else:
+            audited = count_of(self.num_rows, "row")
+        facts = [one for one, _ in self.templates]
+        policies = ", ".join(dict.fromkeys(one.kind for one in facts)) or "not rendered"
+        names = ", ".join(dict.fromkeys(one.name for one in facts)) or "chat template"
+        return f"{audited}, {count_of(_num_turns(self.all_turns), 'turn')}; {names}: reasoning {policies}"
+
+    @property
+    def findings(self) -> list[str]:
+        """What deserves attention, in plain sentences."""
+        lost = f"{self.num_audited - self.num_trainable:,} of {count_of(self.num_audited, 'row')}"
+        return [
+            *([f"{lost} cannot be trained without changes. {_REASONS}"] if self.errors else []),
+            *_about_templates(self.templates),
+            *_about_turns(self.all_turns, self.max_length),
+            *(finding for recipe in self.recipes for finding in _about_recipe(recipe)),
+        ]
+
+    @property
+    def tables(self) -> list[Table]:
+        """The tables that have something to show."""
+        turns, shown = self.all_turns, []
+        if self.errors:
+            shown.append(_error_table(self.errors))
+        if turns.turns or turns.trainable:
+            title = "Turns, with the mean number of tokens of each part"
+            shown.append(_table_by_turn(title, _SIZES, self.by_turn, turns))
+        if turns.turns:
+            title = "What the template does to turns"
+            shown += [_table_by_turn(title, _TEMPLATE_EFFECTS, self.by_turn, turns), _kind_table(turns)]
+        if self.forecast is not None:
+            scale = self.num_rows / self.num_audited if self.num_rows else 1.0
+            shown += [_recipe_table(self.recipes), _forecast_table(self.forecast, scale)]
+        return shown
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as a dictionary for `json.dumps`."""
+        report = asdict(self)
+        report["templates"] = [{**asdict(facts), "conversations": count} for facts, count in self.templates]
+        report["findings"] = self.findings
+        if self.forecast is not None:
+            report["forecast"]["verdict"] = self.forecast.verdict
+        return report
+
+    def __str__(self) -> str:
+        printed = StringIO()
+        Console(file=printed, width=_WIDTH).print(self)
+        return "\n".join(line.rstrip() for line in printed.getvalue().splitlines()).strip() + "\n"
+
+    def __rich__(self) -> RenderableType:  # text from the dataset appears literally
+        parts: list[RenderableType] = [Text(self.headline, style="bold")]
+        if self.forecast is not None:
+            parts.append(Text(self.forecast.verdict))
+        lines = Text("\n".join(f"• {finding}" for finding in self.findings))
+        parts += [Text("\nFindings", style="bold"), Padding(lines, (0, 0, 1, 2))]
+        for table in self.tables:
+            caption, table.caption = table.caption, None  # which rich would wrap to the width of the table
+            parts += [table, Text(f"{caption}\n", style="dim")] if caption else [table]
+        return Group(*parts)
 
 
-def about_rows(num_audited: int, num_trainable: int) -> Iterator[str]:
-    """Say how many rows are lost."""
-    if lost := num_audited - num_trainable:
-        yield f"{lost:,} of {count_of(num_audited, 'row')} cannot be trained without changes. {_REASONS}"
-
-
-def about_templates(templates: Sequence[tuple[TemplateFacts, int]]) -> Iterator[str]:
+def _about_templates(templates: Sequence[tuple[TemplateFacts, int]]) -> Iterator[str]:
     """Say what the template does, in how many conversations if it depends on its arguments."""
     for facts, conversations in templates:
         where = "" if len(templates) == 1 else f" (in {count_of(conversations, 'conversation')})"
@@ -113,7 +216,7 @@ def about_templates(templates: Sequence[tuple[TemplateFacts, int]]) -> Iterator[
             yield f"A last answer ends with {last}, but the same answer in history with {history}{where}."
 
 
-def about_turns(turns: TurnStats, max_length: int | None) -> Iterator[str]:
+def _about_turns(turns: TurnStats, max_length: int | None) -> Iterator[str]:
     """Say what the template loses or changes, and why the tree forks."""
     limit = "" if max_length is None else count_of(max_length, "token")
     for name, sentence in _ABOUT_COUNTS.items():
@@ -127,7 +230,7 @@ def about_turns(turns: TurnStats, max_length: int | None) -> Iterator[str]:
         yield f"The tree forks after {_of(count, turns.followed)} with a successor, because {reason}."
 
 
-def about_recipe(recipe: RecipeReport) -> Iterator[str]:
+def _about_recipe(recipe: RecipeReport) -> Iterator[str]:
     """Say what another recipe would miss."""
     name = f"{recipe.name[0].upper()}{recipe.name[1:]}"
     if recipe.conversations == 0:
@@ -154,7 +257,7 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.0%}" if part / whole >= 0.01 else "less than 1%"
 
 
-def error_table(errors: Sequence[RowErrors]) -> Table:
+def _error_table(errors: Sequence[RowErrors]) -> Table:
     """List rows that cannot be trained, by reason."""
     table = Table(title="Rows that cannot be trained", title_justify="left", title_style="bold")
     for name in ("rows", "first rows", "reason"):
@@ -204,23 +307,13 @@ _TEMPLATE_EFFECTS = (
 )
 
 
-def size_table(by_turn: Sequence[TurnStats], total: TurnStats) -> Table:
-    """Show how many tokens the parts of turns have."""
-    return _table_by_turn("Turns, with the mean number of tokens of each part", _SIZES, by_turn, total)
-
-
-def template_table(by_turn: Sequence[TurnStats], total: TurnStats) -> Table:
-    """Show what the template does to turns."""
-    return _table_by_turn("What the template does to turns", _TEMPLATE_EFFECTS, by_turn, total)
-
-
 def _table_by_turn(title: str, columns: Sequence[_Column], by_turn: Sequence[TurnStats], total: TurnStats) -> Table:
     """A row for each of the first turns, one for the others and one for all; columns of zeros are left out."""
     columns = [column for column in columns if column.value(total)]
     table = _table(title, "turn", *(column.heading for column in columns))
     table.caption = "; ".join(f"{column.heading.replace(chr(10), ' ')}: {column.meaning}" for column in columns)
-    named = [(str(stats.turn), stats) for stats in by_turn[:MAX_TURNS_SHOWN]]
-    if others := by_turn[MAX_TURNS_SHOWN:]:
+    named = [(str(stats.turn), stats) for stats in by_turn[:_MAX_TURNS_SHOWN]]
+    if others := by_turn[_MAX_TURNS_SHOWN:]:
         named.append((f"{others[0].turn}–{others[-1].turn}", TurnStats.merge(others)))
     for name, stats in named:
         table.add_row(name, *(_number(column.value(stats)) for column in columns))
@@ -229,7 +322,7 @@ def _table_by_turn(title: str, columns: Sequence[_Column], by_turn: Sequence[Tur
     return table
 
 
-def kind_table(turns: TurnStats) -> Table:
+def _kind_table(turns: TurnStats) -> Table:
     """Show how completions came about."""
     table = _table("Turns by kind of completion", "completion", "turns", "of all turns")
     for kind, count in turns.kinds.items():
@@ -238,7 +331,7 @@ def kind_table(turns: TurnStats) -> Table:
     return table
 
 
-def recipe_table(recipes: Iterable[RecipeReport]) -> Table:
+def _recipe_table(recipes: Iterable[RecipeReport]) -> Table:
     """Show what other recipes would train."""
     table = _table(
         "What other recipes would train of the same conversations",
@@ -268,7 +361,7 @@ def recipe_table(recipes: Iterable[RecipeReport]) -> Table:
     return table
 
 
-def forecast_table(forecast: Forecast, scale: float) -> Table:
+def _forecast_table(forecast: Forecast, scale: float) -> Table:
     """Show what training costs, as `scale` times the cost of the audited rows."""
     about = "≈ " if scale > 1 else ""
     table = _table(
