@@ -8,7 +8,7 @@ from support.log_servers import SCRIPT
 from support.log_streams import StreamingAnthropicServer, StreamingOpenAIServer, StreamingResponsesServer
 from support.logs import get_error, import_entries, user
 from trl_singlepass.data.logs import anthropic, openai_chat, openai_responses
-from trl_singlepass.data.logs.lines import LogError, LogLine, Place, get_exchange
+from trl_singlepass.data.logs.lines import LogError, LogLine, Place
 
 
 JOIN = {
@@ -34,7 +34,7 @@ def test_a_stream_adds_up_to_the_response(server, form):
     whole = server.server.reply({}, REPLY)
     text, events = server.reply({}, REPLY), list(server.events(whole))
     line = LogLine(Place("log", 1), {"response": FORMS[form](text, events)})
-    _, response = get_exchange(line, JOIN[server])
+    _, response = line.get_exchange(JOIN[server])
     assert _trained(response) == _trained(whole)
 
 

@@ -19,8 +19,6 @@ from .lines import (
     decode_event,
     function_tool,
     get,
-    get_conversation,
-    get_exchange,
     get_index,
     get_objects,
     given,
@@ -39,7 +37,7 @@ _ORDER = {"thinking": 0, "redacted_thinking": 0, "text": 1, "tool_use": 2}
 
 def read_line(line: LogLine) -> list[LoggedRequest]:
     """Return a response with the messages that were sent."""
-    return read_exchange(line, *get_exchange(line, join_events))
+    return read_exchange(line, *line.get_exchange(join_events))
 
 
 def read_exchange(line: LogLine, request: Json, response: Json) -> list[LoggedRequest]:
@@ -58,7 +56,7 @@ def read_exchange(line: LogLine, request: Json, response: Json) -> list[LoggedRe
     need(response, "content", list)
     reply, hidden = read_assistant(get_objects(response, "content"))
     tools = [_read_tool(tool) for tool in get_objects(request, "tools")] or None
-    return [LoggedRequest(line.place, context, reply, tools, {}, hidden, get_conversation(line, request))]
+    return [LoggedRequest(line.place, context, reply, tools, {}, hidden, line.get_conversation(request))]
 
 
 def read_message(message: Json) -> list[Message]:

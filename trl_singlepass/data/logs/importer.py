@@ -34,7 +34,6 @@ from .lines import (
     LoggedTokens,
     LogLine,
     check_request,
-    get_exchange,
     read_parts,
 )
 
@@ -244,7 +243,7 @@ def _recognise(line: LogLine) -> LogSource | None:
         for source, holds in _MARKS.items():
             if holds(line.entry):
                 return source
-        request, response = get_exchange(line, lambda events: {**events[0], "object": None})
+        request, response = line.get_exchange(lambda events: {**events[0], "object": None})
     except LogError:
         return None
     kind = str(response.get("type"))

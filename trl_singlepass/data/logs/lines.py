@@ -49,6 +49,35 @@ class LogLine:
     place: Place
     entry: Json  # the JSON object on it
 
+    def get_exchange(self, join_stream: Callable[[list[Json]], Json]) -> tuple[Json, Json]:
+        """
+        Return request and response, each under one of its keys (`request`, `body`, …) or on the line itself.
+
+        Either may be wrapped once more, in `body`, and may be JSON text. A response may be a stream, as a list of
+        events or as their text: `join_stream` puts its events together.
+        """
+        entry = self.entry
+        request, response = _unwrap(entry, _REQUEST_KEYS), _find_stream(entry, join_stream)
+        if response is None:
+            response = _unwrap(entry, _RESPONSE_KEYS)
+        request = {**(get(request, "model_parameters", dict) or {}), **request}  # of LiteLLM: tools, and the like
+        # of OpenAI's Python client, which merges it into the request
+        request = {**request, **(get(request, "extra_body", dict) or {})}
+        error = response.get("error") or entry.get("error_str")  # of LiteLLM
+        if response is entry and any(key in entry for key in _RESPONSE_KEYS) and not error:
+            raise LogError("There is no response: the request failed or was not answered.")
+        if error:
+            message = get(error, "message", str) if isinstance(error, dict) else str(error)
+            raise LogError(f"The response is an error: '{message}'.")
+        if str(response.get("object", "")).endswith(".chunk"):
+            raise LogError("The response is one part of a stream. Log all of its parts, on one line.")
+        return request, response
+
+    def get_conversation(self, request: Json) -> str | None:
+        """Return the name of the conversation that a request belongs to, if the line or the request tells."""
+        names = [parent[key] for parent in (self.entry, request) for key in _CONVERSATION_KEYS if parent.get(key)]
+        return str(names[0]) if names else None
+
 
 @dataclass(frozen=True, slots=True)
 class LoggedRequest:
@@ -189,37 +218,6 @@ def _check(value: object, key: str, kind: type[Kind]) -> Kind | None:
 
 
 # Request and response ------------------------------------------------------------------------------------------------
-
-
-def get_exchange(line: LogLine, join_stream: Callable[[list[Json]], Json]) -> tuple[Json, Json]:
-    """
-    Return request and response, each under one of its keys (`request`, `body`, …) or on the line itself.
-
-    Either may be wrapped once more, in `body`, and may be JSON text. A response may be a stream, as a list of events
-    or as their text: `join_stream` puts its events together.
-    """
-    entry = line.entry
-    request, response = _unwrap(entry, _REQUEST_KEYS), _find_stream(entry, join_stream)
-    if response is None:
-        response = _unwrap(entry, _RESPONSE_KEYS)
-    request = {**(get(request, "model_parameters", dict) or {}), **request}  # of LiteLLM: tools, and the like
-    # of OpenAI's Python client, which merges it into the request
-    request = {**request, **(get(request, "extra_body", dict) or {})}
-    error = response.get("error") or entry.get("error_str")  # of LiteLLM
-    if response is entry and any(key in entry for key in _RESPONSE_KEYS) and not error:
-        raise LogError("There is no response: the request failed or was not answered.")
-    if error:
-        message = get(error, "message", str) if isinstance(error, dict) else str(error)
-        raise LogError(f"The response is an error: '{message}'.")
-    if str(response.get("object", "")).endswith(".chunk"):
-        raise LogError("The response is one part of a stream. Log all of its parts, on one line.")
-    return request, response
-
-
-def get_conversation(line: LogLine, request: Json) -> str | None:
-    """Return the name of the conversation that a request belongs to, if the line or the request tells."""
-    names = [parent[key] for parent in (line.entry, request) for key in _CONVERSATION_KEYS if parent.get(key)]
-    return str(names[0]) if names else None
 
 
 def _unwrap(entry: Json, keys: Sequence[str]) -> Json:

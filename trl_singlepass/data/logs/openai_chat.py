@@ -19,8 +19,6 @@ from .lines import (
     append_delta,
     assistant_message,
     get,
-    get_conversation,
-    get_exchange,
     get_index,
     get_objects,
     given,
@@ -39,7 +37,7 @@ _UNTRAINABLE = ("functions", "documents", "chat_template", "continue_final_messa
 
 def read_line(line: LogLine) -> list[LoggedRequest]:
     """Return each choice of a response with the messages that were sent."""
-    return read_exchange(line, *get_exchange(line, join_chunks))
+    return read_exchange(line, *line.get_exchange(join_chunks))
 
 
 def read_exchange(line: LogLine, request: Json, response: Json) -> list[LoggedRequest]:
@@ -53,7 +51,7 @@ def read_exchange(line: LogLine, request: Json, response: Json) -> list[LoggedRe
     kwargs = dict(get(request, "chat_template_kwargs", dict) or {})
     if request.get("reasoning_effort") is not None:  # servers hand it to the template
         kwargs.setdefault("reasoning_effort", request["reasoning_effort"])
-    requests, conversation = [], get_conversation(line, request)
+    requests, conversation = [], line.get_conversation(request)
     for choice in _get_choices(response):
         _check_ended(choice)
         message = need(choice, "message", dict)
@@ -161,7 +159,7 @@ _SGLANG_WAY_OUT = "Send requests with 'input_ids' and 'return_logprob': true"
 
 def read_vllm_line(line: LogLine) -> list[LoggedTokens]:
     """Return the tokens of each choice of a response of vLLM."""
-    request, response = get_exchange(line, join_chunks)
+    request, response = line.get_exchange(join_chunks)
     turns = []
     for choice in _get_choices(response):
         _check_ended(choice)
@@ -172,7 +170,7 @@ def read_vllm_line(line: LogLine) -> list[LoggedTokens]:
 
 def read_sglang_line(line: LogLine) -> list[LoggedTokens]:
     """Return the tokens of a response of SGLang."""
-    request, response = get_exchange(line, join_chunks)
+    request, response = line.get_exchange(join_chunks)
     info = need(response, "meta_info", dict)
     reason = get(info, "finish_reason", dict) or {}
     _check_ended({"finish_reason": reason.get("type"), "stop_reason": reason.get("matched")})
@@ -202,4 +200,4 @@ def _to_turn(
     """Return a prompt and its completion; the line or the request may name their conversation."""
     if not prompt or not completion:
         raise LogError(f"The log has no tokens of the {'reply' if prompt else 'prompt'}. {way_out}.")
-    return LoggedTokens(line.place, prompt, completion, get_conversation(line, request))
+    return LoggedTokens(line.place, prompt, completion, line.get_conversation(request))

@@ -27,8 +27,6 @@ from .lines import (
     assistant_message,
     function_tool,
     get,
-    get_conversation,
-    get_exchange,
     get_objects,
     given,
     join_text,
@@ -54,8 +52,8 @@ def read_lines(lines: Iterable[LogLine], bad_lines: BadLines) -> Iterator[Logged
     by_id: dict[str, int] = {}
     for line in lines:
         with bad_lines.at(line.place):
-            request, response = get_exchange(line, join_events)
-            exchanges.append((line.place, spool.add(dump([request, response, get_conversation(line, request)]))))
+            request, response = line.get_exchange(join_events)
+            exchanges.append((line.place, spool.add(dump([request, response, line.get_conversation(request)]))))
             if response.get("id"):
                 by_id[str(response["id"])] = exchanges[-1][1]
 

@@ -23,7 +23,6 @@ from .lines import (
     decode,
     function_tool,
     get,
-    get_conversation,
     get_objects,
     join_text,
     need,
@@ -99,7 +98,7 @@ def read_record(line: LogLine) -> list[LoggedRequest]:
         if reason not in _ENDED:
             raise LogError(f"The reply did not end: its finish_reason is '{reason}', expected 'stop' or 'tool_call'.")
         (message,) = _read_message({**reply, "role": "assistant"})
-        requests.append(LoggedRequest(line.place, context, message, tools, conversation=get_conversation(line, {})))
+        requests.append(LoggedRequest(line.place, context, message, tools, conversation=line.get_conversation({})))
     return requests
 
 
