@@ -7,7 +7,7 @@ from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentTypeError, N
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -288,12 +288,12 @@ def describe_error(error: BaseException, command: str) -> str:
     text = str(error).rpartition(f"\n{type(error).__module__}.{type(error).__qualname__}: ")[2]
     lines = text.splitlines() if isinstance(error, DataError) else [text]
     whole = "\n".join(line for line in (" ".join(line.split()) for line in lines) if line) or type(error).__name__
-    return kind + as_sentence(_SETTING.sub(partial(_as_typed, command), whole))
 
+    def as_typed(setting: re.Match[str]) -> str:
+        name, word, value = setting.groups()
+        return f"--{name} {word or value.lower()}" if f"--{name}" in _flags_of(command) else setting[0]
 
-def _as_typed(command: str, setting: re.Match[str]) -> str:
-    name, word, value = setting.groups()
-    return f"--{name} {word or value.lower()}" if f"--{name}" in _flags_of(command) else setting[0]
+    return kind + as_sentence(_SETTING.sub(as_typed, whole))
 
 
 @cache

@@ -264,23 +264,19 @@ def answer(
     (sample,) = render_with_history(conversation, tokenizer, history)
     prompt, completion = sample.token_ids[: sample.prompt_length].tolist(), sample.token_ids[sample.prompt_length :]
     stops = {*completion.tolist()[-2:]} & {*tokenizer.all_special_ids}  # white space may follow the stop token
+    given = model.generation_config.eos_token_id
+    ends = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id} - {None}
     ids_BL = torch.tensor([prompt], device=model.device)
     generated = model.generate(
         ids_BL,
         attention_mask=torch.ones_like(ids_BL),
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stops | _end_tokens(model, tokenizer)) or None,
+        eos_token_id=sorted(stops | ends) or None,
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )[0, len(prompt) :].tolist()
     written = generated[:-1] if generated and generated[-1] in stops else generated
     return to_message(tokenizer.decode(written), tokenizer.decode(prompt), tokenizer.get_chat_template())
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    given = model.generation_config.eos_token_id
-    ends = given if isinstance(given, list) else [given]
-    return {token for token in (*ends, tokenizer.eos_token_id) if token is not None}
 
 
 def to_message(text: str, prompt: str, chat_template: str) -> Message:

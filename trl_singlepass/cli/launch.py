@@ -101,7 +101,12 @@ def launch(command: str, arguments: Sequence[str], *, debug: bool = False, **abo
     if exit_code == INTERRUPTED:
         _stop_processes()
         raise KeyboardInterrupt(_how_to_resume(output_dir))
-    return _explain(exit_code)
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        raise ValueError(f"A training process was killed by {name}. After SIGKILL, look whether memory ran out.")
+    if exit_code != EXPLAINED:
+        raise ValueError(f"A training process ended with exit code {exit_code}; its traceback is above.")
+    return EXPLAINED
 
 
 def parse_launch(parser: Parser, arguments: Sequence[str], module: Sequence[str]) -> tuple[Namespace, str]:
@@ -248,12 +253,3 @@ def _quiet_launcher(debug: bool) -> Iterator[None]:
     finally:
         for logger, level in before.items():
             logger.setLevel(level)
-
-
-def _explain(exit_code: int) -> int:
-    if exit_code == EXPLAINED:
-        return EXPLAINED
-    if exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        raise ValueError(f"A training process was killed by {name}. After SIGKILL, look whether memory ran out.")
-    raise ValueError(f"A training process ended with exit code {exit_code}; its traceback is above.")

@@ -131,9 +131,7 @@ def join_events(events: list[Json]) -> Json:
                 )
             case "message_delta":
                 message = {**message, **(get(event, "delta", dict) or {})}
-    return {**message, "content": [_end_block(blocks[index]) for index in sorted(blocks)]}
-
-
-def _end_block(block: Json) -> Json:
-    text = block.pop("partial_json", "")
-    return {**block, "input": decode_event(text)} if text else block
+    for block in blocks.values():
+        if text := block.pop("partial_json", ""):
+            block["input"] = decode_event(text)
+    return {**message, "content": [blocks[index] for index in sorted(blocks)]}
