@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -63,42 +64,44 @@ def tiny_model(tokenizer: Any) -> Qwen3ForCausalLM:
 
 
 def seconds_to_prepare(trainer_class: Any, config_class: Any, rows: list[dict[str, Any]], tokenizer: Any) -> Any:
-    """Return the CPU seconds from rows to a prepared dataset on disk, and the dataset."""
+    """Return the seconds from rows to a prepared dataset on disk, of the CPU and of the clock, and the dataset."""
     with tempfile.TemporaryDirectory() as folder:
         args = config_class(folder, report_to="none", use_cpu=True, bf16=False, max_length=None)
         one_row = datasets.Dataset.from_list(rows[:1])
         trainer = trainer_class(tiny_model(tokenizer), args, train_dataset=one_row, processing_class=tokenizer)
         dataset = datasets.Dataset.from_list(rows)
-        start = time.process_time()
+        start = np.array([time.process_time(), time.perf_counter()])
         prepared = trainer._prepare_dataset(dataset, tokenizer, args, False, None, "train")
-        return time.process_time() - start, prepared
+        return np.array([time.process_time(), time.perf_counter()]) - start, prepared
 
 
 def measure(turns: int, num_conversations: int, rounds: int, tokenizer: Any) -> dict[str, Any]:
     chats = [conversation(turns, seed) for seed in range(num_conversations)]
     whole = [{"messages": chat} for chat in chats]
-    ours, theirs, plain = [], [], []
+    samples = [row for chat in chats for row in expanded(chat)]
+    ways = {
+        "single_pass": (SinglePassSFTTrainer, SinglePassSFTConfig, whole),
+        "trl_samples": (SFTTrainer, SFTConfig, samples),
+        "trl_one_sequence": (SFTTrainer, SFTConfig, whole),
+    }
+    seconds: dict[str, list[Any]] = {name: [] for name in ways}
+    prepared = {}
     for _ in range(rounds):
-        seconds, rows = seconds_to_prepare(SinglePassSFTTrainer, SinglePassSFTConfig, whole, tokenizer)
-        ours.append(seconds / num_conversations)
-        plain.append(seconds_to_prepare(SFTTrainer, SFTConfig, whole, tokenizer)[0] / num_conversations)
-        samples = [row for chat in chats for row in expanded(chat)]
-        seconds, stock = seconds_to_prepare(SFTTrainer, SFTConfig, samples, tokenizer)
-        theirs.append(seconds / num_conversations)
-    sample_tokens = sum(map(len, stock["input_ids"]))
-    assert sample_tokens == sum(map(sum, rows["multiplicity"])), "both prepare the same tokens"
-    tree_tokens = sum(rows["num_tokens"]) / num_conversations
+        for name, way in ways.items():
+            of_way, prepared[name] = seconds_to_prepare(*way, tokenizer)
+            seconds[name].append(of_way)
+    tokens = {name: sum(map(len, rows["input_ids"])) / num_conversations for name, rows in prepared.items()}
+    of_samples = sum(map(sum, prepared["single_pass"]["multiplicity"]))
+    assert of_samples == sum(map(len, prepared["trl_samples"]["input_ids"])), "both prepare the same tokens"
+    cpu, clock = zip(*(1000 * np.min(each, axis=0) / num_conversations for each in seconds.values()), strict=True)
     return {
         "turns": turns,
-        "tree_tokens": tree_tokens,
-        "sample_tokens": sample_tokens / num_conversations,
-        "milliseconds": 1000 * min(ours),
-        "trl_milliseconds": 1000 * min(theirs),
-        "trl_one_sequence_milliseconds": 1000 * min(plain),
-        "conversations_per_second": 1 / min(ours),
-        "trl_conversations_per_second": 1 / min(theirs),
-        "speedup": min(theirs) / min(ours),
-        "microseconds_per_tree_token": 1e6 * min(ours) / tree_tokens,
+        "tokens": tokens,
+        "milliseconds": dict(zip(ways, cpu, strict=True)),
+        "clock_milliseconds": dict(zip(ways, clock, strict=True)),
+        "speedup": cpu[1] / cpu[0],
+        "clock_speedup": clock[1] / clock[0],
+        "microseconds_per_tree_token": 1000 * cpu[0] / tokens["single_pass"],
     }
 
 

@@ -54,7 +54,7 @@ def test_renderings_that_no_later_turn_needs_are_forgotten():
     prefixes = Prefixes.from_conversation(Conversation(chat(4)), tokenizer)
     texts = [prefixes.prompt(k) for k in (2, 4, 6)]
     prefixes.forget(4)
-    assert {length for length, _ in prefixes.known} == {6, len(chat(4))}
+    assert min(length for length, _ in prefixes.known) == 6
     assert [prefixes.prompt(k) for k in (2, 4, 6)] == texts
 
 

@@ -70,7 +70,19 @@ def test_transformers_renders_as_often_for_many_turns_as_for_few(name, public_re
         public_renderings.clear()
         render_samples(chat(turns), tokenizer)
         calls.append(len(public_renderings))
-    assert calls == [2, 2], "one to see the messages, one to compare the longest rendering"
+    assert calls == [1, 1], "one to see the messages"
+
+
+def test_the_first_messages_of_a_shape_are_compared(monkeypatch):
+    tokenizer = make_tokenizer("qwen3")
+    expected = render_samples(AGENT, tokenizer)
+    monkeypatch.setattr(rendering_prefixes, "_compared", {})
+    # Wrong where a tool is called, which the first conversation does not do.
+    wrong = "{% if messages | selectattr('tool_calls', 'defined') | list %}wrong{% endif %}" + tokenizer.chat_template
+    monkeypatch.setattr(rendering_prefixes, "compiled_template", lambda _: compiled_template(wrong))
+    render_samples(chat(3), tokenizer)
+    samples = render_samples(AGENT, tokenizer)
+    assert [sample.token_ids.tolist() for sample in samples] == [sample.token_ids.tolist() for sample in expected]
 
 
 def test_another_text_is_never_taken(monkeypatch, public_renderings):

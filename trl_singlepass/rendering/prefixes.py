@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jinja2 import Template, TemplateError
 
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Ways of calling templates, and whether all renderings of one conversation agreed with `apply_chat_template`.
-_compared: dict[tuple[str, bool, frozenset[str]], bool] = {}
+_Way: TypeAlias = tuple[str, bool, frozenset[str]]
+_Shape: TypeAlias = Any  # nested tuples of keys and types
+# Ways of calling templates, and the shapes of the messages in renderings that agreed with `apply_chat_template`, or
+# `None` once one did not.
+_compared: dict[_Way, set[_Shape] | None] = {}
+_SHAPES_KEPT = 4096
 # Comparing every rendering of a conversation of a thousand turns would take minutes.
 _ALL_COMPARED_UP_TO = 128
 _ALWAYS_SEEN = ("messages", "tools", "documents", "add_generation_prompt")
@@ -35,7 +39,8 @@ class Prefixes:
     `apply_chat_template` copies all messages and runs the template in a slow sandbox, for each prefix anew. Here,
     transformers prepares the messages once, and the template runs in a [`CachingSandbox`]. Renderings of the first
     conversation are compared with those of `apply_chat_template` (all of up to 128 messages, then of those next to a
-    power of two), and so is the longest of each further one. Where one differs, or the template raises,
+    power of two), and so is the longest of each further one with a message of a new shape: which role, keys and types
+    it has decides how the sandbox answers the template. Where one differs, or the template raises,
     `apply_chat_template` renders.
     """
 
@@ -96,22 +101,29 @@ class Prefixes:
     def _faster(self, length: int) -> Prefixes:
         """Return the same prefixes in the fast sandbox, if it renders the longest one identically."""
         template, way = self.template, self._way
-        compiled = compiled_template(template.full_source) if _compared.get(way, True) else None
-        if compiled is None:
+        known = _compared.get(way, set())
+        compiled = None if known is None else compiled_template(template.full_source)
+        if known is None or compiled is None:
             return self
+        shapes = set(map(_shape_of_message, self.messages[:length]))
         try:
-            variables = _get_variables(template, self.messages)
-            longest = template.render(self.messages[:length])
+            variables = {**compiled.globals, **_get_variables(template, self.messages)}
             fast = replace(self, compiled=compiled, variables=variables, compares=way not in _compared)
+            if shapes <= known:
+                return fast
+            longest = template.render(self.messages[:length])
             agrees = fast._fast(variables["messages"][:length], False) == longest
         except Exception:  # templates may raise any exception; it is raised again when that rendering is needed
             return self
         fast.known[length, False] = longest
-        _compared[way] = agrees
-        return fast if agrees else self
+        if not agrees:
+            _compared[way] = None
+            return self
+        _compared[way] = known | shapes if len(known) < _SHAPES_KEPT else known
+        return fast
 
     @property
-    def _way(self) -> tuple[str, bool, frozenset[str]]:
+    def _way(self) -> _Way:
         """The way in which the template is called."""
         return self.template.source, bool(self.template.tools), frozenset(self.template.kwargs)
 
@@ -156,15 +168,28 @@ class Prefixes:
 
     def _fast(self, messages: list[Message], add_generation_prompt: bool) -> str:
         assert self.compiled is not None
-        return self.compiled.render(
-            {**self.variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
-        )
+        variables = {**self.variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        context = self.compiled.new_context(variables, shared=True)  # jinja's globals are among the variables
+        return "".join(self.compiled.root_render_func(context))
 
     def _compared(self, text: str, messages: list[Message], add_generation_prompt: bool) -> str:
         expected = self.template.render(messages, add_generation_prompt)
         if text != expected:
-            _compared[self._way] = False
+            _compared[self._way] = None
         return expected
+
+
+def _shape_of_message(message: Message) -> _Shape:
+    return message.get("role"), _shape(message)
+
+
+def _shape(value: Any) -> _Shape:
+    """Return the keys and types of a value."""
+    if isinstance(value, dict):
+        return tuple([(key, _shape(item)) for key, item in value.items()])
+    if isinstance(value, list | tuple):
+        return type(value), frozenset(map(_shape, value))
+    return type(value)
 
 
 def _with_shared_contexts(conversations: Sequence[Conversation]) -> list[list[int]]:

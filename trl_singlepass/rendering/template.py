@@ -91,7 +91,7 @@ class ChatTemplate:
     @cached_property
     def markup(self) -> str:
         """The template's source, and all tokens that were added to the tokenizer's vocabulary."""
-        return "\0".join([self.source, *self.tokenizer.get_added_vocab()])
+        return "\0".join([self.source, *self.borders.added_tokens])
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """

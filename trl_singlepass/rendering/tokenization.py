@@ -55,6 +55,11 @@ class HardBorders:
         self.pattern = re.compile("(" + "|".join(map(re.escape, self.tokens)) + ")")
 
     @cached_property
+    def added_tokens(self) -> list[str]:
+        """All tokens that were added to the tokenizer's vocabulary."""
+        return list(self.tokenizer.get_added_vocab())
+
+    @cached_property
     def token_ids(self) -> dict[str, Ids]:
         """The id of each border token, as an array of one element."""
         ids = self.tokenizer.convert_tokens_to_ids(self.tokens)

@@ -143,6 +143,10 @@ class _TurnRenderer:
         content = str(content).removesuffix(parsed.answer) + _NO_ANSWER if parsed.inline else _NO_ANSWER
         return with_content_as_read({**message, "content": content}, self.behaviour)
 
+    @cached_property
+    def own_strings(self) -> list[str]:
+        return own_strings(self.message)
+
     def shows(self, text: str, part: str, marker: str) -> bool:
         """Whether a text holds this part of the message, rather than markup or another part with the same words."""
         if part.strip() not in text:
@@ -150,7 +154,7 @@ class _TurnRenderer:
         return not self.is_ambiguous(part.strip()) or marker in self.marked_own.text
 
     def is_ambiguous(self, part: str) -> bool:
-        others = [text for text in own_strings(self.message) if text.strip() != part]
+        others = [text for text in self.own_strings if text.strip() != part]
         return (
             part in self.template.markup
             or (part in self.parsed.reasoning and part in self.parsed.answer)

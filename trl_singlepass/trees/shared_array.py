@@ -53,14 +53,14 @@ class SharedArray:
 
     def tail(self, start: int) -> NDArray[Any]:
         """Return the entries from position `start` on."""
-        parts: list[NDArray[Any]] = []
         array, end = self, len(self)
-        while end > start or not parts:
-            parts.append(array.own[max(start - array.kept, 0) : max(end - array.kept, 0)])
-            if array.base is None:
-                break
+        parts: list[NDArray[Any]] = []
+        while start < array.kept and array.base is not None:
+            parts.append(array.own[: max(end - array.kept, 0)])
             array, end = array.base, min(end, array.kept)
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts[::-1])
+        joined = array.own[start - array.kept : max(end - array.kept, 0)]
+        if parts:
+            joined = np.concatenate([joined, *parts[::-1]])
         joined.setflags(write=False)
         return joined
 
