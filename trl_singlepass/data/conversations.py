@@ -95,11 +95,11 @@ def _render_turns(
         with _naming_request(number):
             if isinstance(reader, ConversationReader) and take_images(request)[1]:
                 raise DataError("It has images. Store it as a row of its own, with 'prompt' and 'completion'.")
-            conversations.append(_read_conversation(request, index, reader))
+            conversations.append(read_conversation(request, index, reader))
             factors.append([factor * weight for weight in message_weights(conversations[-1].messages)])
     histories = [_get_history(request, settings) for request in requests]
     if set(histories) == {"template"}:
-        of_requests = render_requests(conversations, tokenizer, _get_chat_template(reader))
+        of_requests = render_requests(conversations, tokenizer, get_chat_template(reader))
     else:
         of_requests = []
         for number, (conversation, history) in enumerate(zip(conversations, histories, strict=True)):
@@ -129,7 +129,7 @@ def _render_messages(
     prefixes: Prefixes | None,
 ) -> tuple[list[tuple[Sample, float]], int]:
     history = _get_history(example, settings)
-    conversation = _read_conversation(example, index, reader)
+    conversation = read_conversation(example, index, reader)
     weights = message_weights(conversation.messages)
     if prefixes is not None and history == "template":
         samples = render_conversation(conversation, get_tokenizer(reader), prefixes=prefixes)
@@ -138,9 +138,10 @@ def _render_messages(
     return [(sample, weights[sample.message_index or 0]) for sample in samples], len(conversation.turns)
 
 
-def _read_conversation(
+def read_conversation(
     example: Mapping[str, object], index: int, reader: PreTrainedTokenizerBase | ConversationReader
 ) -> Conversation:
+    """Return an example as a conversation, with its images if the reader reads any."""
     if isinstance(reader, ConversationReader):
         return reader.read_conversation(example, index)
     check_no_images(example)
@@ -150,10 +151,11 @@ def _read_conversation(
 def _render(
     conversation: Conversation, history: Any, reader: PreTrainedTokenizerBase | ConversationReader
 ) -> list[Sample]:
-    return render_with_history(conversation, get_tokenizer(reader), history, chat_template=_get_chat_template(reader))
+    return render_with_history(conversation, get_tokenizer(reader), history, chat_template=get_chat_template(reader))
 
 
-def _get_chat_template(reader: PreTrainedTokenizerBase | ConversationReader) -> str | None:
+def get_chat_template(reader: PreTrainedTokenizerBase | ConversationReader) -> str | None:
+    """Return the chat template of a processor; `None` for a tokenizer, which has its own."""
     return reader.chat_template if isinstance(reader, ConversationReader) else None
 
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ..attention.registry import set_text_attention
 from ..data.bad_rows import read_all
 from ..data.collator import LoadImages
+from ..data.conversations import get_chat_template, read_conversation
 from ..data.pairs import example_to_pair, is_pair
 from ..data.reader import ConversationReader, as_reader, check_renders, get_tokenizer
 from ..data.requests import split_requests
@@ -28,7 +29,7 @@ from ..images.loading import image_loader_of
 from ..images.reading import ImageReader, image_module
 from ..recurrent.layer import runs_on_trees
 from ..rendering.conversation import RenderingError
-from ..rendering.samples import render_conversation, render_example
+from ..rendering.samples import render_conversation
 from ..rendering.template import with_template
 from ..trees.prefix_tree import PrefixTree
 from ..trees.sample import Sample
@@ -154,11 +155,9 @@ def _render(
         return [sample for request in split_requests(row) or [row] for sample in render(index, dict(request))]
 
     def render(index: int, row: dict[str, Any]) -> list[Sample]:
-        if not isinstance(reader, ConversationReader):
-            return render_example(row, reader, chat_template=chat_template, example_index=index)
         try:
-            shown = reader.read_conversation(row, index)
-            return render_conversation(shown, reader.tokenizer, chat_template or reader.chat_template)
+            conversation = read_conversation(row, index, reader)
+            return render_conversation(conversation, get_tokenizer(reader), chat_template or get_chat_template(reader))
         except ValueError as error:
             raise RenderingError(f"Row {index}: {error}") from error
 

@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from accelerate.utils import patch_environment
@@ -18,10 +18,10 @@ from transformers import ProcessorMixin
 
 from ...cost.flops import ModelShape, get_model_shape
 from ...data.bad_rows import BadRowError, UnexpectedError, get_reason, group_errors, unexpected_error
-from ...data.conversations import example_to_samples
+from ...data.conversations import example_to_samples, read_conversation
 from ...data.images import holds_images
 from ...data.pairs import TOKEN_COLUMNS, example_to_pair, is_pair, split_pair
-from ...data.reader import ConversationReader, as_reader, check_renders, get_tokenizer
+from ...data.reader import as_reader, check_renders, get_tokenizer
 from ...data.requests import split_requests
 from ...data.settings import PairSettings, RowSettings
 from ...data.tokenized_turns import get_tokenized_turns
@@ -200,7 +200,7 @@ class Auditor:
         conversations: list[Conversation] = []
         if get_tokenized_turns(example) is None:  # otherwise it has tokens already, and no template is involved
             parts = split_requests(example) or [example]
-            conversations = [self._read(audited.index, part) for part in parts]
+            conversations = [read_conversation(part, audited.index, self.reader) for part in parts]
         examiners = [self._examine(conversation, audited) for conversation in conversations]
         prefixes = examiners[0].prefixes if len(examiners) == 1 else None
         try:
@@ -219,7 +219,8 @@ class Auditor:
         """Add both trajectories of a pair, and the cost of their one tree."""
         pair = example_to_pair(example, audited.index, self.reader, PairSettings())
         for side in () if set(TOKEN_COLUMNS) <= set(example) else split_pair(example, audited.index).values():
-            audited.turns += self._examine(self._read(audited.index, side), audited).finish()
+            conversation = read_conversation(side, audited.index, self.reader)
+            audited.turns += self._examine(conversation, audited).finish()
         for fitted in pair.sides:
             self._add_samples(fitted.samples, audited)
         audited.cost = count_conversation(pair.samples, self.shape)
@@ -232,11 +233,6 @@ class Auditor:
             self.templates[key] = survey_template(prefixes.template)
         audited.templates.append(self.templates[key])
         return TurnExaminer(conversation, prefixes)
-
-    def _read(self, index: int, example: Mapping[str, Any]) -> Conversation:
-        if isinstance(self.reader, ConversationReader):
-            return self.reader.read_conversation(example, index)
-        return Conversation.from_example(dict(example))
 
     def _add_samples(self, samples: Sequence[Sample], audited: AuditedExample) -> None:
         """Add the samples of a conversation, or of one trajectory, that can be trained."""
