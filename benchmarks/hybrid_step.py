@@ -24,7 +24,7 @@ from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import row_context
-from trl_singlepass.recurrent import path_dependent_layers
+from trl_singlepass.recurrent.introspection import path_dependent_layers
 from trl_singlepass.recurrent.schedule import ReplayMode
 from trl_singlepass.reference.timing import Sizes, conversation
 from trl_singlepass.trees.rows import Row

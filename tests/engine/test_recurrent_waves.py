@@ -11,7 +11,7 @@ from support.slow import slow_but_for
 from support.tiny_models import HYBRIDS, HYBRIDS_AND_SLOW, KINDS, model_of_type
 from support.wave_training import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
 from trl_singlepass.engine.enable import enable_tree
-from trl_singlepass.recurrent import path_dependent_layers
+from trl_singlepass.recurrent.introspection import path_dependent_layers
 
 
 pytestmark = [

@@ -8,7 +8,8 @@ from support.half_precision import assert_at_most_twice_the_error
 from support.sample_sets import reasoning_chat
 from support.tiny_models import model_of_type
 from support.trainers import needs_cached_states
-from trl_singlepass.recurrent import path_dependent_layers, scan_check
+from trl_singlepass.recurrent import scan_check
+from trl_singlepass.recurrent.introspection import path_dependent_layers
 
 
 pytestmark = [needs_cached_states, pytest.mark.filterwarnings("ignore")]

@@ -3,7 +3,7 @@
 import pytest
 
 from support.tiny_models import model_of_type
-from trl_singlepass.recurrent import path_dependent_layers
+from trl_singlepass.recurrent.introspection import path_dependent_layers
 from trl_singlepass.recurrent.schedule import ReplayMode
 
 

@@ -21,9 +21,9 @@ from support.wave_training import batch_of
 from trl_singlepass.attention.context import running_on
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree
-from trl_singlepass.recurrent import disable_tree_recurrence, path_dependent_layers
 from trl_singlepass.recurrent import layer as recurrent_layer
-from trl_singlepass.recurrent.layer import runs_on_trees
+from trl_singlepass.recurrent.introspection import path_dependent_layers
+from trl_singlepass.recurrent.layer import disable_tree_recurrence, runs_on_trees
 from trl_singlepass.recurrent.schedule import ReplayMode
 from trl_singlepass.reference.verification import ForcedFloat64
 from trl_singlepass.rendering.samples import render_example

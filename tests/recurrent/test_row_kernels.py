@@ -13,8 +13,7 @@ from support.sample_sets import branch_at_every_depth, reasoning_chat
 from support.tiny_models import model_of_type
 from support.trainers import needs_cached_states
 from support.tree_masks import tree_of
-from trl_singlepass.recurrent import path_dependent_layers
-from trl_singlepass.recurrent.introspection import find_row_kernels
+from trl_singlepass.recurrent.introspection import find_row_kernels, path_dependent_layers
 from trl_singlepass.recurrent.row_kernels import SCANS, RowKernels, takes_packed_sequences
 
 

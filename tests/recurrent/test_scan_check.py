@@ -11,7 +11,8 @@ from support.sample_sets import reasoning_chat
 from support.tiny_models import model_of_type
 from support.trainers import needs_cached_states
 from trl_singlepass.engine.enable import enable_tree
-from trl_singlepass.recurrent import path_dependent_layers, scan_check
+from trl_singlepass.recurrent import scan_check
+from trl_singlepass.recurrent.introspection import path_dependent_layers
 from trl_singlepass.recurrent.scan_check import ScanSizes, compare_scan
 
 

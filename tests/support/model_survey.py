@@ -26,7 +26,7 @@ from trl_singlepass.engine.enable import (
     enable_tree,
 )
 from trl_singlepass.engine.model_call import row_context
-from trl_singlepass.recurrent import path_dependent_layers
+from trl_singlepass.recurrent.introspection import path_dependent_layers
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.verification import ForcedFloat64
 from trl_singlepass.trees.prefix_tree import PrefixTree, sample_paths

@@ -43,11 +43,7 @@ def adapters_disabled(model: Any) -> Iterator[None]:
 
 @contextmanager
 def zeros_filled(model: nn.Module) -> Iterator[None]:
-    """
-    Put small random numbers in the place of trained parameters that are all zero, and zeros back afterwards.
-
-    An adapter or a gate that starts at zero has no effect yet, and hides what it will do from the second step on.
-    """
+    """Put small random numbers in the place of trained zeros, which hide what they do from the second step on."""
     trained = [x for x in model.parameters() if x.requires_grad and x.dtype.is_floating_point]
     flat = [_own_part(parameter).flatten() for parameter in trained]
     # Few parameters begin with zeros, and large ones take time.
@@ -104,11 +100,7 @@ def _write(parameters: Sequence[Tensor], fill: Callable[[Tensor], object]) -> No
 
 @contextmanager
 def captured_embeddings(model: Any) -> Iterator[list[Tensor]]:
-    """
-    Collect what the language model reads of each token as leaves, so that they have gradients even if it is frozen.
-
-    That is the output of the embedding layer, or, where a model puts features of images into it, what comes of that.
-    """
+    """Collect what the language model reads of each token, with features of images, as leaves that have gradients."""
     captured: list[Tensor] = []
 
     def hook(module: nn.Module, args: object, output: Tensor) -> Tensor:

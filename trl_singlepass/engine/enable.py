@@ -36,11 +36,7 @@ class UnsupportedModelError(ValueError):
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """
-    Refuse a model, without adapters or wrappers, that no tree can reach, or that does not train on rows of text.
-
-    Whether a model is exact is not asked here: the measured check shows it before the first step.
-    """
+    """Refuse a model that no tree can reach, or that does not train on text; whether one is exact, is measured."""
     if getattr(model, "is_loaded_in_8bit", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} is loaded in 8 bits (load_in_8bit): LLM.int8() looks for outliers over all "
@@ -88,16 +84,12 @@ def _trains_on_other_media(model: PreTrainedModel) -> str | None:
     # Not the size of its weight, which is empty under ZeRO-3.
     if getattr(head, "out_features", vocab_size) < vocab_size:
         return "has no head over the tokens that it reads, so it does not generate text"
-    if demand := next(filter(None, map(_demand_in_training, model.modules())), None):
-        return f"does not train on text alone: {demand!r}"
+    for module in model.modules():
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        for text in () if code is None else code.co_consts:
+            if isinstance(text, str) and any(demand in text for demand in _DEMANDS):
+                return f"does not train on text alone: {text!r}"
     return None
-
-
-def _demand_in_training(module: nn.Module) -> str | None:
-    """Return the error that a module raises in training without an input that rows of text do not have."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    texts = [text for text in code.co_consts if isinstance(text, str)] if code is not None else []
-    return next((text for text in texts if any(demand in text for demand in _DEMANDS)), None)
 
 
 def enable_tree(model: PreTrainedModel | PeftModel) -> str:

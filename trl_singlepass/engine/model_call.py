@@ -157,11 +157,7 @@ def _check_settings_are_followed(model: PreTrainedModel) -> None:
 def _run_lines(
     model: PreTrainedModel, forward: Callable[..., ModelOutput], view: LineView, inputs: dict[str, Any]
 ) -> ModelOutput:
-    """
-    Run the rows of a view, and return the outputs in lines: those of TRL's fused head, `(N, M)`, if it is asked for.
-
-    Otherwise these are `logits`, of which `[:, i]` predicts `input_ids[:, i + 1]`, and with labels the model's `loss`.
-    """
+    """Run the rows of a view; return the fused head's outputs, `(N, M)`, or `logits` and `loss`, in lines."""
     if not view.is_handled:
         _check_settings_are_followed(model)
     labels, is_fused = inputs.get("labels"), bool(inputs.get("fused_lm_head"))

@@ -124,12 +124,10 @@ class Pieces:
         group: RowGroup | None = None,
     ) -> RowRunner | None:
         """
-        Return what runs the rows of a batch in place of a model, `None` if they run at once.
+        Return what runs the rows of a batch in place of a model, `None` if they run at once; all ranks must call.
 
-        `model` is as the Trainer wrapped it, `plans` are those of the rows, if they are known, and `divisor` is what
-        the Trainer divides its loss by. `loss` is what each piece contributes, if it is known; a loss of the user's
-        own gets log-probabilities, which pieces alone return, be it one. `trains` says whether a backward follows;
-        `group` are the ranks that share the rows. Where ranks meet in the loss or in the model, every rank must call.
+        `model` is as the Trainer wrapped it, and `divisor` is what the Trainer divides its loss by. A loss of the
+        user's own gets log-probabilities, which pieces alone return, be it one. `trains` says if a backward follows.
         """
         if self.setting is None and group is None:
             return None
@@ -174,12 +172,7 @@ def wave_tokens_that_fit(model: PreTrainedModel, args: TrainingArguments) -> tup
 
 
 def on_shared_rows(tokens: int, accelerator: Accelerator, *, divides_layers: bool) -> int:
-    """
-    Return how many tokens a wave may have, given how many fit on this rank; ranks that share rows must all call.
-
-    They cut rows alike, so the one with the least memory decides. Each has its part of a wave if they divide the work
-    of every layer.
-    """
+    """Return how many tokens a wave may have: of ranks that share rows, which must all call, the smallest decides."""
     size: int = getattr(accelerator.parallelism_config, "sp_size", 1)
     if size == 1:
         return tokens

@@ -93,7 +93,3 @@ class RouterRecorder:
         logits, self._logits = self._logits, None
         assert logits is not None, "the model was asked for router logits"
         return logits
-
-    def new_row(self, group: RowGroup | None = None) -> LoadBalancingLoss:
-        """Return the load-balancing loss of a new batch, whose rows a group of ranks may share."""
-        return LoadBalancingLoss(self.num_experts, self.experts_per_token, group)

@@ -68,11 +68,10 @@ class RowRunner:
     """
     Stands in for a model in the call of a loss, and runs the rows of one batch in pieces.
 
-    `rows` are batches of [`DataCollatorForSinglePass`], one per row, and `plans` their waves; a row that runs whole
-    has one. `loss` is what each piece contributes, if that is known before all pieces have run; a loss of the user's
-    own reads log-probabilities where TRL passes logits. `recorder` gives the router logits of a mixture of experts
-    whose load-balancing loss is trained. With `offload`, what waits between waves is held on the CPU. `group` are the
-    ranks that share the rows. With `compares`, the call and the backward of this batch are compared with each other.
+    `plans` are the waves of rows; a row that runs whole has one. `loss` is what each piece contributes, if that is
+    known before all pieces have run; a loss of the user's own reads log-probabilities where TRL passes logits.
+    `recorder` gives the router logits of experts whose load-balancing loss is trained. With `compares`, the call and
+    the backward of this batch are compared with each other.
     """
 
     def __init__(
@@ -129,8 +128,10 @@ class RowRunner:
             for name, value in inputs.items()
             if name not in self._batches[0] and name not in ("completion_mask", "shift_labels")
         }
-        asks_for_router = self._recorder is not None and inputs.get("output_router_logits")
-        self._load_balancing = self._recorder.new_row(self._group) if self._recorder and asks_for_router else None
+        self._load_balancing = None
+        if self._recorder is not None and inputs.get("output_router_logits"):
+            sizes = self._recorder.num_experts, self._recorder.experts_per_token
+            self._load_balancing = LoadBalancingLoss(*sizes, self._group)
         rows, run = self._new_rows(), self._run if fused_lm_head else self._run_for_logits
         if not torch.is_grad_enabled():
             outputs = self._forward_all(rows, run)

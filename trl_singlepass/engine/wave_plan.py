@@ -71,17 +71,13 @@ class WavePlan:
         cut_images: bool = True,
     ) -> WavePlan:
         """
-        Split a row into waves.
+        Split a row into waves, so that at most `wave_tokens` have activations at the same time.
 
-        Trees that fit run whole, several together. If a tree does not fit, its history is kept where it fits beside
-        any single branch, and branches run in waves of what is left. Otherwise both are split into waves of
-        `wave_tokens`.
-
-        `wave_tokens` is the largest number of tokens that have activations at the same time. With `keep_history`, a
-        history that fits may be kept instead of run twice, but only where it leaves room for waves of `smallest_wave`
-        tokens. Unless `allow_single_tokens`, a wave of a single token joins a neighbour, which then has up to two
-        tokens more than `wave_tokens`. Unless `cut_images`, a wave ends before an image that it would cut; one that is
-        longer than a wave has a wave of its own.
+        Trees that fit run whole, several together. If a tree does not fit, with `keep_history`, its history is kept
+        where it fits beside any single branch and leaves room for `smallest_wave` tokens, and branches run in waves of
+        what is left. Otherwise both are split. Unless `allow_single_tokens`, a wave of a single token joins a
+        neighbour, which then has up to two tokens more. Unless `cut_images`, a wave ends before an image that it would
+        cut; one that is longer than a wave has a wave of its own.
         """
         groups: list[tuple[Wave, ...]] = []
         together: list[tuple[int, int]] = []  # trees that fit into one wave so far
@@ -203,12 +199,7 @@ def _pack(parts: Sequence[tuple[int, int]], limit: int, whole: Ranges = ()) -> I
 
 
 def _without_single_tokens(row: TreePlan, groups: Sequence[tuple[Wave, ...]]) -> Iterator[tuple[Wave, ...]]:
-    """
-    Yield groups whose waves have at least two tokens, if the row has.
-
-    A wave of one token joins the next wave of its group, the last one the wave before. A group of one token joins the
-    group before, the first one the next group.
-    """
+    """Yield groups in which a wave of one token has joined the next one, or the last one before."""
     joined: list[list[Wave]] = []
     for group in groups:
         if joined and 1 in (sum(map(len, group)), sum(map(len, joined[-1]))):
@@ -260,11 +251,7 @@ class RangeMap:
         return self.starts[-1] + self.ranges[-1][1] - self.ranges[-1][0] if self.ranges else 0
 
     def locate(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """
-        Yield where the range `[first, last)` of the row is, as half-open ranges of the other sequence.
-
-        With `[0, 4)` and `[9, 11)` one after the other, `[10, 11)` is at `[5, 6)`.
-        """
+        """Yield where the range `[first, last)` of the row is, as half-open ranges of the other sequence."""
         index = bisect_right(self.ranges, first, key=lambda held: held[0]) - 1
         while first < last:
             start, end = self.ranges[index]

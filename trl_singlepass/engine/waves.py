@@ -74,11 +74,7 @@ class WaveRunner:
         self._history_is_stored = True
 
     def train(self, forward: Forward[Output], forward_history: Forward[object]) -> Iterator[tuple[Wave, Output]]:
-        """
-        Run the row forward and backward; yield each wave with its outputs, [`last`] last.
-
-        The caller runs the backward of a wave before it asks for the next one, and reads nothing of `forward_history`.
-        """
+        """Run the row forward and backward; yield each wave, [`last`] last, whose backward runs before the next."""
         for index, group in enumerate(self.plan.groups):
             cache = self.caches[index]
             yield from self._train_group(group, cache, forward, forward_history)
@@ -153,11 +149,7 @@ class GroupCache:
         return [make_subplan(self.row, tokens, self.slots) for tokens in whole]
 
     def get_kv_cache(self, layer: torch.nn.Module, call: int, slots: NDArray[np.int64]) -> KVCache:
-        """
-        Return the keys and values that one call of an attention layer stores in slots.
-
-        Most layers attend once in a forward, but DiffLlama's do twice, with other values, and looped models run again.
-        """
+        """Return what one call of an attention layer stores in slots; DiffLlama's layers attend twice in a forward."""
         if (layer, call) not in self.kv_caches:
             copies = self._copies_for if self.offload else None
             self.kv_caches[layer, call] = KVCache(len(slots), copies, self._alike[id(slots)])

@@ -60,10 +60,9 @@ class WrappedModel:
 
 class DataParallelModel(WrappedModel):
     """
-    `DistributedDataParallel`: its forward runs once per batch on every rank, however many pieces the rank has.
+    `DistributedDataParallel`: its forward runs once per batch on every rank, so that its collectives pair up.
 
-    Its collectives (buffers, buckets) then pair up. Other pieces run on the module inside, whose gradients add up as
-    under `no_sync`.
+    Other pieces run on the module inside, whose gradients add up as under `no_sync`.
     """
 
     model: DistributedDataParallel

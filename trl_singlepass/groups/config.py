@@ -11,10 +11,7 @@ from ..training.config import EngineConfig, check_engine_settings, use_new_names
 
 @dataclass
 class SinglePassGRPOConfig(EngineConfig, GRPOConfig):
-    r"""
-    Configuration class for the [`SinglePassGRPOTrainer`]: the arguments of [`~trl.GRPOConfig`], and those of
-    [`EngineConfig`].
-    """
+    """Configuration class for the [`SinglePassGRPOTrainer`]: arguments of [`~trl.GRPOConfig`] and [`EngineConfig`]."""
 
     def __post_init__(self) -> None:
         use_new_names(self)
@@ -24,10 +21,7 @@ class SinglePassGRPOConfig(EngineConfig, GRPOConfig):
 
 @dataclass
 class SinglePassRLOOConfig(EngineConfig, RLOOConfig):
-    r"""
-    Configuration class for the [`SinglePassRLOOTrainer`]: the arguments of [`~trl.RLOOConfig`], and those of
-    [`EngineConfig`].
-    """
+    """Configuration class for the [`SinglePassRLOOTrainer`]: arguments of [`~trl.RLOOConfig`] and [`EngineConfig`]."""
 
     def __post_init__(self) -> None:
         use_new_names(self)

@@ -37,11 +37,7 @@ class LineImages:
 
     @classmethod
     def find(cls, is_placeholder: NDArray[np.bool_], batch: Mapping[str, Any]) -> LineImages | None:
-        """
-        Return the images of a batch, of which `is_placeholder`, `(N, T)`, marks the tokens that show some.
-
-        `None` if the tokens do not have one placeholder for each feature, as where a completion was cut in an image.
-        """
+        """Return the images that tokens, `(N, T)`, show; `None` if they do not have one placeholder per feature."""
         lines, inputs = number_images(batch)
         counts = is_placeholder.sum(axis=1)
         sizes: dict[int, int] = {}

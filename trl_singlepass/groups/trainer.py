@@ -132,20 +132,17 @@ class GroupsMixin(ReferenceMixin):
         """Return lines in batches of `size`; `None` if trees cannot hold them as the model reads them."""
         shown = None
         if images.get("pixel_values") is not None:
-            shown = self._find_images(input_ids, attention_mask, images)
+            if self._why_no_images is not None:
+                if self._why_no_images and self.accelerator.is_main_process:
+                    say(f"Prompts with images run as TRL runs them: {self._why_no_images}", logging.WARNING)
+                self._why_no_images = ""  # it has been said
+                return None
+            is_placeholder = (input_ids == self._placeholder) & attention_mask.bool()
+            shown = LineImages.find(is_placeholder.cpu().numpy(), images)
             if shown is None:
                 return None
         whole = PaddedLines(input_ids, attention_mask, shown)
         return whole.split(size) if whole.are_without_gaps else None
-
-    def _find_images(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, images: Batch) -> LineImages | None:
-        if self._why_no_images is not None:
-            if self._why_no_images and self.accelerator.is_main_process:
-                say(f"Prompts with images run as TRL runs them: {self._why_no_images}", logging.WARNING)
-            self._why_no_images = ""  # it has been said
-            return None
-        is_placeholder = (input_ids == self._placeholder) & attention_mask.bool()
-        return LineImages.find(is_placeholder.cpu().numpy(), images)
 
     def _runs_on_trees(self, padded: Sequence[PaddedLines] | None) -> TypeGuard[Sequence[PaddedLines]]:
         """Return whether trees can hold these lines, and save something; all ranks decide alike, as they meet."""

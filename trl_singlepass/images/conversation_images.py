@@ -58,11 +58,7 @@ class ConversationImages:
         return self.placeholders.write(text, [self.placeholders.expand(self.sizes[i], alone=alone) for i in shown])
 
     def features_in(self, token_ids: NDArray[np.int64], shown: Sequence[int]) -> NDArray[np.int64]:
-        """
-        Return the feature that each token of a prompt shows, counted over [`references`], -1 for text.
-
-        `ValueError` if there are fewer or more placeholders than the images that are `shown` have features.
-        """
+        """Return the feature that each token of a prompt shows, counted over [`references`], -1 for text."""
         images = [self._reference(i, alone=len(shown) == 1) for i in shown]
         positions = np.flatnonzero(token_ids == self.placeholders.token_id)
         counts = [image.num_features for image in images]

@@ -172,7 +172,9 @@ class ImageLoader:
                     )
                 loaded.append(encoded.load())
             except ValueError as error:
-                raise ValueError(f"{_name(image.source)}{error}") from error
+                source = image.source
+                place = f"Row {source['row']}, image {source['index'] + 1}: " if source.get("dataset") else ""
+                raise ValueError(f"{place}{error}") from error
         return self.placeholders.process(loaded, num_alone=sum(not image.in_company for image in images))
 
     def blank(self) -> dict[str, torch.Tensor]:
@@ -200,8 +202,3 @@ def image_loader_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) 
     from transformers import ProcessorMixin  # here, because it takes a while
 
     return ImageLoader(processing_class) if isinstance(processing_class, ProcessorMixin) else None
-
-
-def _name(source: Mapping[str, Any]) -> str:
-    """How an error names an image that a dataset holds."""
-    return f"Row {source['row']}, image {source['index'] + 1}: " if source.get("dataset") else ""

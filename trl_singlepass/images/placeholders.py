@@ -46,7 +46,7 @@ class ImagePlaceholders:
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
-        self.processor = processor
+        self.processor, self._name = processor, type(processor).__name__
         token = getattr(processor, "image_token", None)
         if not isinstance(token, str) or getattr(processor, "image_processor", None) is None:
             raise ValueError(
@@ -60,10 +60,6 @@ class ImagePlaceholders:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the processor."""
         return self.processor.tokenizer
-
-    @property
-    def _name(self) -> str:
-        return type(self.processor).__name__
 
     @cached_property
     def token_id(self) -> int:

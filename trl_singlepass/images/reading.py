@@ -141,20 +141,6 @@ def images_see_themselves(model: nn.Module) -> bool:
     return module is not None and not _BLOCKS.isdisjoint(_names(type(module).forward))
 
 
-def enable_image_features(module: nn.Module) -> None:
-    """Make the [`image_module`] of a model return one feature per placeholder where a row shows images."""
-    function: Any = type(module).get_image_features  # type: ignore[attr-defined]
-
-    @functools.wraps(function)  # `generate` reads the signature
-    def get_image_features(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _one_feature_per_placeholder(module, functools.partial(function, module, *args, **kwargs))
-
-    # Compiled models leave this function, which reads a context variable, and compile the encoder that it calls.
-    showing: Any = torch.compiler.disable(get_image_features, recursive=False)  # type: ignore[no-untyped-call]
-    # Bound to the module, so that a copy of the model gets a method of its own.
-    module.get_image_features = MethodType(showing, module)  # type: ignore[assignment]
-
-
 def _one_feature_per_placeholder(module: nn.Module, encode: Callable[[], Any]) -> Any:
     shown = _shown.get()
     if shown is None:
@@ -210,9 +196,18 @@ class ImageReader:
     @classmethod
     def enable(cls, model: nn.Module) -> ImageReader:
         """Make a model, without adapters, show images on trees, or refuse it (see [`check_reads_images`])."""
-        module = check_reads_images(model)
+        module: Any = check_reads_images(model)
         positions = PathPositions.from_model(model)
-        enable_image_features(module)
+        function: Any = type(module).get_image_features
+
+        @functools.wraps(function)  # `generate` reads the signature
+        def get_image_features(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return _one_feature_per_placeholder(module, functools.partial(function, module, *args, **kwargs))
+
+        # Compiled models leave this function, which reads a context variable, and compile the encoder that it calls.
+        showing: Any = torch.compiler.disable(get_image_features, recursive=False)  # type: ignore[no-untyped-call]
+        # Bound to the module, so that a copy of the model gets a method of its own.
+        module.get_image_features = MethodType(showing, module)
         parameters = inspect.signature(type(model).forward).parameters
         return cls(tuple(name for name in TOKEN_TYPES if name in parameters), positions)
 
@@ -295,11 +290,7 @@ class PathPositions:
 
     @classmethod
     def from_model(cls, model: nn.Module) -> PathPositions | None:
-        """
-        Return the positions of a model, `None` if a token's position is its depth.
-
-        Raises `UnsupportedImagesError` if the method that computes positions reads what the rows do not have.
-        """
+        """Return the positions of a model, `None` if they are depths; what rows do not have is refused."""
         found: list[Any] = [module for module in model.modules() if hasattr(module, "get_rope_index")]
         if not found:
             return None

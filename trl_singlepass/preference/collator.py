@@ -45,16 +45,8 @@ class TurnWeights:
         if self.discount is not None and not 0 < self.discount < 1:
             raise ValueError(f"turn_discount={self.discount}: expected a number between 0 and 1, without either.")
 
-    @property
-    def are_all_one(self) -> bool:
-        """Whether every token has the factor 1."""
-        return self.discount is None and not self.is_mean
-
     def of_tokens(self, turn_lengths: ArrayLike | Sequence[int]) -> NDArray[np.float64]:
-        """
-        Return the factor of each token of a trajectory, of shape `(num_tokens,)`, given the number of tokens of each
-        turn.
-        """
+        """Return the factor of each token of a trajectory, `(num_tokens,)`, given the lengths of its turns."""
         lengths = np.asarray(turn_lengths, np.int64)
         factors: NDArray[np.float64] = np.ones(len(lengths))
         if self.discount is not None:
@@ -87,12 +79,10 @@ class DataCollatorForSinglePassPreference:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         """
-        Collate pairs: examples with `PAIR_COLUMNS`, and `REFERENCE_COLUMNS` if they have been computed.
+        Collate examples with `PAIR_COLUMNS`, and with `REFERENCE_COLUMNS` if they have been computed.
 
-        Returns `input_ids` and `completion_mask`, int64 of shape `(2B, M + 1)`; `attention_mask` of shape `(1, L)`,
-        the multiplicity of each token of the rows one after the other; `tree`, a [`LineView`] with one line per
-        trajectory, and with the weights of its tokens where turns have weights; `REFERENCE_COLUMNS`, if the examples
-        have them.
+        Returns `input_ids` and `completion_mask`, `(2B, M + 1)`; `attention_mask`, `(1, L)`, the multiplicity of each
+        token of the rows; `tree`, a [`LineView`] with one line per trajectory; and `REFERENCE_COLUMNS`.
         """
         packed = pack_examples(examples, SIDES, self.max_row_tokens)
         rows = [self.row_collator([each.row.columns()]) for each in packed]
@@ -119,7 +109,7 @@ class DataCollatorForSinglePassPreference:
         return self
 
     def _token_weights(self, examples: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
-        if self.turn_weights.are_all_one:
+        if self.turn_weights == TurnWeights():
             return None
         lines = [example[length_column(side)] for side in SIDES for example in examples]
         weights = [torch.from_numpy(self.turn_weights.of_tokens(lengths)).float() for lengths in lines]

@@ -31,11 +31,7 @@ from .states import ForkStates, HasBoundary, InputKey, RowBoundary, map_tensors
 
 
 def enable_tree_recurrence(model: PreTrainedModel) -> None:
-    """
-    Make the path-dependent layers of a model run on trees, by wrapping the `forward` of each on its instance.
-
-    Batches without a tree run as before. The model's attention must not have been switched to trees yet.
-    """
+    """Wrap the `forward` of path-dependent layers, before the model's attention is switched to trees."""
     layers = {layer: mode for layer, mode in path_dependent_layers(model).items() if not runs_on_trees(layer)}
     for layer, mode in layers.items():
         _wrap(layer, mode)

@@ -192,11 +192,7 @@ def run_scan(kernel: Kernel, names: ScanNames, layout: Layout, /, *args: object,
 
 
 def on_share_of_channels(run: Kernel, group: RowGroup | None) -> Kernel:
-    """
-    Return a convolution that takes this rank's part of a row; `run` itself if no ranks share the row.
-
-    `run` convolves a whole row, `(1, channels, row_length)`, with a weight and other arguments by channel.
-    """
+    """Return a convolution by channel, `(1, channels, row_length)`, that takes this rank's part of a row."""
     if group is None:
         return run
 

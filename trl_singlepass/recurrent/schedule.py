@@ -72,12 +72,10 @@ def path_schedule(plan: TreePlan, reach: int | None = None, min_length_ratio: fl
 
 def fork_schedule(plan: TreePlan, state_ends: Collection[int] = ()) -> Schedule:
     """
-    Run the history once, cut where branches leave it, and start every branch from the state at its fork.
+    Run the history once, cut where branches leave it and at `state_ends`, and start every branch from a state.
 
     Pieces that others start from run one at a time, because the state after padding is not the state at the fork. A
     piece that continues tokens outside the row replays the last of them, so that it is never a single token.
-
-    `state_ends` has the positions just past the tokens whose states later rows start from.
     """
     pieces = _fork_pieces(plan, state_ends)
     sources = [(index,) for index, piece in enumerate(pieces) if piece.is_source]

@@ -206,11 +206,7 @@ class BoundarySlots:
 
 
 class RowBoundary:
-    """
-    What layers that run alike take from other rows and leave for them while they run over one row.
-
-    `positions` has the position of each slot that is a token of the row; a row that runs for the first time `stores`.
-    """
+    """What layers that run alike take from other rows and leave for them; `positions` are those of its slots."""
 
     def __init__(
         self,
@@ -280,11 +276,7 @@ class RowBoundary:
         return states
 
     def store_states(self, layer: nn.Module, output: Any, states: Mapping[int, ForkStates]) -> Any:
-        """
-        Store the states that later rows start from, and return the output, whose backward goes through them too.
-
-        States are given by the position just past the token after which they hold.
-        """
+        """Store the states at `state_ends` for later rows; return the output, whose backward goes through them too."""
         if isinstance(output, tuple):
             return (self.store_states(layer, output[0], states), *output[1:])
         tensors = self.tensors[layer]

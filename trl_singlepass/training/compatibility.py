@@ -27,11 +27,7 @@ _TEMPLATE_FILES = (".jinja", ".j2")  # TRL takes any other file for a model
 
 
 def check_before_loading(args: SFTConfig | DPOConfig) -> None:
-    """
-    Refuse files that do not exist and packages that are not installed, of which TRL would tell only after loading the
-    model, and the Trainer after the first step; and a checkpoint without a readable state. A file raises `ValueError`,
-    a package `ImportError`.
-    """
+    """Refuse bad or missing files (`ValueError`) and missing packages (`ImportError`) before a model is loaded."""
     if isinstance(args.resume_from_checkpoint, str):
         check_state(args.resume_from_checkpoint)
     folder = Path(args.output_dir)
@@ -61,12 +57,7 @@ def _check_chat_template_path(given: str | None) -> None:
 def check_arguments(
     run: Situation, data_collator: DataCollator | None, expected_collator: type, *scopes: Scope
 ) -> None:
-    """
-    Check what the user passed to a trainer, before anything expensive starts; `scopes` are those of the trainer.
-
-    What a single pass cannot honour raises `ValueError`, a missing package `ImportError`, a model that it would train
-    incorrectly `UnsupportedModelError`, and images that a tree cannot give to the model `UnsupportedImagesError`.
-    """
+    """Check what the user passed to a trainer, before anything expensive starts, in some scopes of refusals."""
     check_before_loading(run.args)
     check(run, TURNS, *scopes)
     check_parts(Situation(run.args, compute_loss_func=run.compute_loss_func))  # layers may change until they run
@@ -101,12 +92,7 @@ def show_images(*datasets: Dataset | IterableDataset | Mapping[str, Any] | None)
 
 
 def read_images(run: Situation, collator: DataCollatorForSinglePass, *models: PreTrainedModel) -> None:
-    """
-    Make models and a collator read rows with images.
-
-    Images that a tree cannot give to a model raise `UnsupportedImagesError`, settings and engines that do not go with
-    images `ValueError`.
-    """
+    """Make models and a collator read rows with images; what does not go with them is a `ValueError`."""
     check(run, IMAGES)
     for model in models:
         enable_images(model, collator)

@@ -181,11 +181,7 @@ def use_new_names(args: TrainingArguments) -> None:
 
 
 def complete_config(args: Args | None, config: type[Args], model: str | PreTrainedModel) -> Args:
-    """
-    Return arguments themselves, with the settings of a configuration that they lack at their defaults.
-
-    Without arguments, all are at their defaults, and the output folder is named after the model.
-    """
+    """Return arguments, or all defaults, with the settings of a configuration that they lack at their defaults."""
     source: str = model if isinstance(model, str) else model.config._name_or_path
     folder = f"{source.split('/')[-1]}-{config.__name__.removesuffix('Config')}"
     completed: Args = config(folder) if args is None else args

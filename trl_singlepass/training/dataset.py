@@ -97,7 +97,5 @@ def prepare_conversations(
 
 def needs_preparation(dataset: object) -> bool:
     """Whether a dataset is raw: neither rows of trees nor token ids, nor of a kind that only the user knows."""
-    if not isinstance(dataset, Dataset | IterableDataset):
-        return False
-    columns = column_names(dataset)
-    return not holds_rows(columns) and "input_ids" not in columns
+    is_known = isinstance(dataset, Dataset | IterableDataset)
+    return is_known and not holds_rows(column_names(dataset)) and "input_ids" not in column_names(dataset)

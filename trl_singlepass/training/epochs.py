@@ -147,12 +147,7 @@ class EpochsMixin(Trainer):
 
 
 def data_ranks(accelerator: Accelerator) -> tuple[int, int]:
-    """
-    Return how many ranks receive batches of their own, and which of them this one is.
-
-    Ranks that share the layers of a model (tensor parallelism) share batches: of 8 ranks with `tp_size=2`, 4 do, and
-    rank 5 is number 2 of them.
-    """
+    """Return how many ranks receive batches of their own, and which this one is; those of a `tp_size` share theirs."""
     size = getattr(accelerator.parallelism_config, "tp_size", None) or 1
     return accelerator.num_processes // size, accelerator.process_index // size
 
@@ -167,9 +162,7 @@ def without_repeated_examples(
     Return a batch without targets in the examples that accelerate repeated, so that none is trained or counted twice.
 
     A load-balancing loss is a mean over tokens with or without a target, so repeated tokens get a multiplicity of 0. A
-    batch of nothing but repetitions, over which there is no mean, is marked `is_blank`.
-
-    The accelerator's data loader has just returned the batch. It knows `num_examples`, unless a run resumes.
+    batch of nothing but repetitions is marked `is_blank`. The accelerator knows `num_examples` unless a run resumes.
     """
     state, (num_ranks, rank) = accelerator.gradient_state, data_ranks(accelerator)
     is_own_row = "tree" in batch and not batch["tree"].is_shared  # its rank saw to a shared one
@@ -222,12 +215,7 @@ def part_of_rank(stream: IterableDataset, num_ranks: int, rank: int) -> Iterable
 
 
 class StreamSteps:
-    """
-    Completes the steps of a stream, where ranks run out of batches at different times, or in an accumulated step.
-
-    A rank that has no batch left while another has one, or in a step that it cannot complete, receives `blank`, two
-    tokens without a target. The epoch ends when no rank has a batch left.
-    """
+    """Completes steps of a stream with `blank`, two tokens without a target, where a rank runs out of batches."""
 
     def __init__(self, accelerator: Accelerator, blank: Batch) -> None:
         self._accelerator, self._blank = accelerator, blank

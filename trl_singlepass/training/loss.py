@@ -89,8 +89,9 @@ class TreeLoss:
         weights, divisor = row.loss_weights, num_items
         if weights is not None:
             check(self._trainer._situation, WEIGHTS)
-            # Normalised here, so that TRL's guard against division by a sum below 1 changes nothing.
-            weights = weights if group is not None else normalized(weights, num_items)
+            if group is None:  # normalised here, so that TRL's guard against division by a sum below 1 changes nothing
+                total = weights.sum() if num_items is None else torch.as_tensor(num_items)
+                weights = weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
             divisor = None if num_items is None else 1
         router_losses: list[torch.Tensor] = []
         forward = _on_outputs(model if runner is None else runner, row, weights, turn_metrics, router_losses)
@@ -235,12 +236,6 @@ def _on_outputs(
         return outputs
 
     return forward
-
-
-def normalized(loss_weights: torch.Tensor, total: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Return loss weights, `(1, row_length)`, divided by the sum of a step, by default their own; zeros stay zeros."""
-    total = loss_weights.sum() if total is None else torch.as_tensor(total)
-    return loss_weights / total.clamp(min=torch.finfo(loss_weights.dtype).tiny)
 
 
 def total_weight(batch: Batch) -> torch.Tensor:

@@ -128,11 +128,7 @@ class TurnMetrics:
 
 
 def split_by_example(tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """
-    Return logits or rolled labels, `(1, row_length, …)`, with one row per example, `(num_examples, longest, …)`.
-
-    Padded with -100 as the Trainer pads. In each row, the target of the prediction at `[:, i]` is at `[:, i + 1]`.
-    """
+    """Return logits or rolled labels, `(1, row_length, …)`, with a row per example, padded as the Trainer pads."""
     ends = batch["tree"].plan.example_ends
     starts = (0, *ends[:-1])
     counts = batch["attention_mask"][0]

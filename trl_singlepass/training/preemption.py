@@ -45,9 +45,7 @@ class PreemptionCallback(TrainerCallback):
         self._received = False
         self._previous_handlers: dict[signal.Signals, _Handler] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, *args: object, **kwargs: object) -> None:
         """Start listening to the signals."""
         self._previous_handlers = {number: signal.signal(number, self._receive) for number in self.signals}
 
@@ -70,9 +68,7 @@ class PreemptionCallback(TrainerCallback):
         if state.is_world_process_zero:
             logger.warning(f"Received a signal to stop: saving a checkpoint after step {state.global_step}.")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, *args: object, **kwargs: object) -> None:
         """Restore the previous signal handlers."""
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)

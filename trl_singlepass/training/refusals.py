@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from ..attention.registry import TREE_ATTENTION
 from .sharding import PREFETCHED
-from .situation import Found, Situation, before
+from .situation import Found, Situation, before, num_launched
 
 
 @dataclass(frozen=True)
@@ -473,7 +473,9 @@ ENGINES = Scope(
             "several processes without `ddp_backend`",
             "each would train alone",
             "Set `ddp_backend`, or `use_cpu=True` if there is no GPU",
-            Situation.trains_alone,
+            lambda run: (
+                run.engine == "NO" and num_launched() > 1 and f"each of {num_launched()} processes without ddp_backend"
+            ),
         ),
     ),
 )

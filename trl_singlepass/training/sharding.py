@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,20 +50,16 @@ def make_leaves(model: PreTrainedModel | PeftModel, accelerator: Accelerator) ->
         return
     from deepspeed.utils import set_z3_leaf_module
 
-    for layer in _leaves(without_adapters(model)):
-        set_z3_leaf_module(layer, True)
-        layer.register_forward_pre_hook(_pass_differentiable_input, with_kwargs=True)
-
-
-def _leaves(model: PreTrainedModel) -> Iterator[nn.Module]:
-    yield from path_dependent_layers(model)
-    for module in model.modules():
+    leaves = list(path_dependent_layers(without_adapters(model)))
+    for module in without_adapters(model).modules():
         code = getattr(type(module).forward, "__code__", None)
         names = set() if code is None else set(code.co_names)
         # A forward that transformers wraps to choose an implementation, or a loop over the experts that got a token.
         is_loop = "nonzero" in names and next(module.parameters(recurse=False), None) is not None
-        if "_experts_implementation" in names or is_loop:
-            yield module
+        leaves += [module] if "_experts_implementation" in names or is_loop else []
+    for layer in leaves:
+        set_z3_leaf_module(layer, True)
+        layer.register_forward_pre_hook(_pass_differentiable_input, with_kwargs=True)
 
 
 def _pass_differentiable_input(

@@ -193,11 +193,6 @@ class Situation:
         is_cpu = self.accelerator is not None and self.accelerator.device.type == "cpu"
         return is_cpu and self.fsdp_is_off() and "fsdp on a CPU"
 
-    def trains_alone(self) -> Found:
-        """Several processes do not know of each other."""
-        is_alone = self.engine == "NO" and num_launched() > 1
-        return is_alone and f"each of {num_launched()} processes without ddp_backend"
-
     def of_deepspeed(self, section: str, name: str) -> object:
         """Return a setting of DeepSpeed's configuration, `None` where it has none of that name."""
         plugin = None if self.accelerator is None else self.accelerator.state.deepspeed_plugin

@@ -49,7 +49,10 @@ class CheckedModel:
         dtypes = {parameter.dtype for parameter in self.base.parameters() if parameter.dtype.is_floating_point}
         # Models compute norms and rotations in float32 even where they are in float64.
         dtypes |= {precision or torch.float32, torch.float32}
-        return max(*(torch.finfo(dtype).eps for dtype in dtypes), _rounding_of_products(get_device(self.base)))
+        # Products of float32, which TF32 and bfloat16 may stand in for.
+        products = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
+        is_tf32 = get_device(self.base).type == "cuda" and torch.backends.cudnn.allow_tf32
+        return max(*(torch.finfo(dtype).eps for dtype in dtypes), products, 2.0**-10 if is_tf32 else 0.0)
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
@@ -163,13 +166,6 @@ def unwrapped(model: Any) -> Any:
             model = model.module
         else:
             return model
-
-
-def _rounding_of_products(device: torch.device) -> float:
-    """Return the rounding error of products of float32, which TF32 and bfloat16 may stand in for."""
-    rounding = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
-    convolutions = 2.0**-10 if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else 0.0
-    return max(rounding, convolutions)
 
 
 def effect_of_tokens(outputs: Tensor, embeddings: Tensor) -> np.ndarray[Any, Any]:

@@ -182,12 +182,11 @@ class TreeCheck:
         )
 
     def _find_module(self, row: CheckRow, measured: TreeCheckReport) -> str | None:
+        model, found = self.model, None
         # FSDP2 frees the parameters of a layer after one backward through it, and this search needs many.
-        is_sharded = any(isinstance(module, FSDPModule) for module in self.model.module.modules())
-        found = (
-            mixing_module(self.model.base, self.model.tree_logits, row) if measured.leak and not is_sharded else None
-        )
-        return found or differing_module(self.model.base, self.model.tree_logits, self.model.sample_logits, row)
+        if measured.leak and not any(isinstance(module, FSDPModule) for module in model.module.modules()):
+            found = mixing_module(model.base, model.tree_logits, row)
+        return found or differing_module(model.base, model.tree_logits, model.sample_logits, row)
 
     def _find_adapters(self, row: CheckRow, exchanged: CheckRow) -> str | None:
         """Return the configurations of the adapters of a model that is right without them."""
