@@ -158,7 +158,7 @@ def lay_out(root: RadixNode, images: tuple[ImageReference, ...] | None = None) -
     counts = np.array([node.num_samples for node in nodes])
     keys = np.concatenate([node.tokens for node in nodes])
     input_ids = tokens_of(keys)
-    labels, loss_weights, label_parts = _roll_labels(nodes, targets, starts, ends)
+    labels, loss_weights, label_parts = _roll_labels(nodes, targets, input_ids, starts, ends)
     return PrefixTree(
         input_ids=input_ids,
         position_ids=np.arange(len(input_ids)) + np.repeat(depths - starts, lengths),
@@ -193,15 +193,18 @@ def _target_after(node: RadixNode) -> _Target:
 
 
 def _roll_labels(
-    nodes: list[RadixNode], targets: list[_Target], starts: NDArray[np.int64], ends: NDArray[np.int64]
+    nodes: list[RadixNode],
+    targets: list[_Target],
+    input_ids: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    labels = np.full(ends[-1], IGNORE_INDEX, np.int64)
-    loss_weights, parts = np.zeros(ends[-1]), np.zeros(ends[-1], np.int64)
-    for node, target, start, end in zip(nodes, targets, starts, ends, strict=True):
-        inside = node.weights[1:]
-        labels[start + 1 : end] = np.where(inside > 0, tokens_of(node.tokens[1:]), IGNORE_INDEX)
-        parts[start + 1 : end] = np.where(inside > 0, node.parts[1:], 0)
-        loss_weights[start + 1 : end] = inside
+    loss_weights = np.concatenate([node.weights for node in nodes])
+    labels = np.where(loss_weights > 0, input_ids, IGNORE_INDEX)
+    parts = np.where(loss_weights > 0, np.concatenate([node.parts for node in nodes]), 0)
+    # What predicts the first token of a node is the node before it, whose children may be several.
+    labels[starts], loss_weights[starts], parts[starts] = _NO_TARGET
+    for target, end in zip(targets, ends, strict=True):
         if target.weight > 0:  # a node with a trained child is never the last one, so `end` is a valid position
             labels[end], loss_weights[end], parts[end] = target
     return labels, loss_weights, parts
