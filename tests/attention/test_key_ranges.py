@@ -1,16 +1,9 @@
 """Pieces of a row and the ranges of keys on their paths: the examples of the docstrings."""
 
 import numpy as np
-import pytest
 
-from support.tree_masks import row_of_ten
 from trl_singlepass.attention.key_ranges import Pieces, group_pieces, key_ranges
 from trl_singlepass.trees.rows import Run, TreePlan
-
-
-@pytest.fixture
-def plan():
-    return row_of_ten().plan
 
 
 def groups_of(forks, history, cost_of_shared, branch=50):
@@ -23,19 +16,6 @@ def groups_of(forks, history, cost_of_shared, branch=50):
     ranges = key_ranges(plan, pieces, pieces.depth * 0, before=pieces.end)
     num_keys = np.bincount(ranges.piece, ranges.end - ranges.start).astype(np.int64)
     return group_pieces(pieces, ranges, num_keys, cost_of_shared)
-
-
-def test_the_documented_history():
-    groups = groups_of(range(800, 0, -100), 900, 1.0)
-    assert groups.first.tolist() == [0, 1, 5, 8]
-    assert groups.num_shared.tolist() == [0, 500, 200, 100]
-    assert groups.of_pieces(9).tolist() == [0, 500, 500, 500, 500, 200, 200, 200, 100]
-
-
-def test_all_branches_of_one_fork_share_all_of_it():
-    groups = groups_of([300] * 10, 400, 1.0)
-    assert groups.first.tolist() == [0, 1]
-    assert groups.num_shared.tolist() == [0, 300]
 
 
 def test_cheaper_shared_keys_make_smaller_groups():

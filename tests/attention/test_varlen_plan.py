@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from support.dense_reference import dense_mask
 from support.sample_sets import reasoning_chat
-from support.tree_masks import mask_of, row_of_ten, tree_masks, tree_of
+from support.tree_masks import mask_of, tree_masks, tree_of
 from trl_singlepass.attention import varlen_plan as varlen_plan_module
 from trl_singlepass.attention.varlen_plan import varlen_plan
 
@@ -57,27 +57,6 @@ def test_calls_see_exactly_the_mask_and_no_pair_twice(rows, mask, heads_per_key)
     assert torch.equal(seen, dense_mask(mask).int())
 
 
-@settings(max_examples=40)
-@given(mask=tree_masks())
-def test_queries_without_shared_keys_are_named(mask):
-    with keys_per_call(ALWAYS):
-        plan = varlen_plan(mask)
-        named = torch.zeros(mask.tree.plan.length, dtype=torch.bool)
-        for call, queries, keys in sequences_of(mask):
-            named[queries] |= not call.is_causal and not len(keys)
-    assert torch.equal(named, torch.zeros_like(named) if plan.without_shared is None else plan.without_shared)
-
-
-@settings(max_examples=100)
-@given(mask=tree_masks())
-def test_gathered_paths_are_contiguous_in_depth(mask):
-    """Which is why a kernel's window, that counts keys back from the query, is a window by depth."""
-    depth = mask.tree.depth[0]
-    for _, queries, keys in sequences_of(mask):
-        assert torch.equal(depth[keys], torch.arange(len(keys)) + depth[keys[0]])
-        assert torch.equal(keys[len(keys) - len(queries) :], queries)
-
-
 @settings(max_examples=50)
 @given(mask=tree_masks(("window", "chunk")))
 def test_local_layers_gather_no_more_than_they_can_see(mask):
@@ -106,14 +85,3 @@ def test_windows_are_gathered_in_parts():
 def test_a_rule_that_flash_kernels_do_not_know_is_refused():
     with pytest.raises(ValueError, match="neither causal nor a sliding window nor a chunk"):
         varlen_plan(mask_of(tree_of([reasoning_chat()]), "other", 4))
-
-
-def test_the_row_of_ten_with_shared_beginnings():
-    with keys_per_call(ALWAYS):
-        plan = varlen_plan(mask_of(row_of_ten(), "causal", 0), heads_per_key=2)
-    (first, second) = plan.passes
-    assert first.key_index.tolist() == [*range(7), 0, 1, 2]
-    assert second.key_index.tolist() == [7, 8, 9]
-    assert first.shared.cu_seqlens_q.tolist() == [0, 14, 20]
-    assert first.shared.cu_seqlens_k.tolist() == [0, 0, 3]
-    assert plan.without_shared.tolist() == [True] * 7 + [False] * 3

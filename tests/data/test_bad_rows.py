@@ -61,16 +61,12 @@ def test_every_shape_has_one_clear_error_with_its_row(tokenizer, shape):
         example_to_samples(row, 7, tokenizer, RowSettings())
 
 
-@pytest.mark.parametrize("shape", MALFORMED)
-def test_every_shape_is_left_out_of_a_stream_when_told_to(tokenizer, shape):
+def test_every_shape_is_left_out_of_a_stream_when_told_to(tokenizer):
     good = [{"messages": messages} for messages in GOOD]
-    rows = prepare_dataset(
-        stream([MALFORMED[shape][0], good[0], MALFORMED[shape][0], *good[1:]]),
-        tokenizer,
-        RowSettings(),
-        bad_rows="drop",
-    )
-    assert ids(rows) == ids(conversations_to_rows(as_dataset(GOOD), tokenizer, RowSettings())[0])
+    malformed = [row for row, _ in MALFORMED.values()]
+    rows = stream([malformed[0], good[0], *malformed[1:], *good[1:]])
+    kept = prepare_dataset(rows, tokenizer, RowSettings(), bad_rows="drop")
+    assert ids(kept) == ids(conversations_to_rows(as_dataset(GOOD), tokenizer, RowSettings())[0])
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
@@ -174,7 +170,7 @@ def test_a_stream_trains_without_bad_rows(tokenizer, num_workers):
 
 
 def test_a_trainer_on_a_stream_drops_its_bad_rows(tmp_path, tokenizer):
-    rows = [MALFORMED[shape][0] for shape in ("no messages at all", "JSON", "a null message")]
+    rows = [MALFORMED[shape][0] for shape in ("no messages at all", "calls as JSON", "a null message")]
     dataset = stream([*rows, *({"messages": messages} for messages in GOOD)])
     with pytest.raises(RenderingError, match="Row 0: 'messages' is null"):
         single_pass_trainer(tmp_path, tokenizer, dataset).train()

@@ -175,14 +175,6 @@ def test_rows_need_the_dataset_that_they_refer_to(tmp_path):
         elsewhere([rows[0]])
 
 
-def test_packing_shares_images_between_conversations(processor):
-    dataset = in_column([CHAT, [*CHAT[:1], answer("A picture.")]])
-    (row,) = prepare_dataset(dataset, processor, RowSettings(max_row_tokens=1000), packing=True)
-    assert [image["num_features"] for image in row["image_references"]] == [4, 8]
-    batch = image_collator(image_loader_of(processor))([row])
-    assert len(batch["image_grid_thw"]) == 2
-
-
 def test_long_conversations_split_and_keep_the_images_of_each_part():
     processor = tiny_processor("qwen3_5")  # its template drops the reasoning of earlier turns, so that turns branch
     chat = [{**m, "reasoning_content": "So. " * 20} if m["role"] == "assistant" else m for m in CHAT]

@@ -10,10 +10,10 @@ from trl import LogCompletionsCallback
 
 from support.conversations import chat
 from support.image_forms import CHAT, in_column
-from support.pairs import SINGLE_TURNS, TRAJECTORIES, dpo_trainer, pair, stock_dpo_trainer
+from support.pairs import SINGLE_TURNS, TRAJECTORIES, pair
 from support.preparation import prepare_pairs
 from support.tiny_vision import tiny_processor
-from support.trainers import largest_difference, single_pass_trainer, stock_trainer
+from support.trainers import dpo_trainer, largest_difference, single_pass_trainer, stock_dpo_trainer, stock_trainer
 from trl_singlepass.data.bad_rows import BadRows
 from trl_singlepass.data.images import hide_image_columns
 from trl_singlepass.data.preparation import prepare_dataset

@@ -6,9 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.chat_tokenizers import make_tokenizer
-from support.pairs import TRAJECTORIES, dpo_trainer, pair
+from support.pairs import TRAJECTORIES, pair
 from support.preparation import pair_to_columns
 from support.sample_sets import sample_sets, with_system
+from support.trainers import dpo_trainer
 from trl_singlepass.data.arrow import to_columns
 from trl_singlepass.data.labelled_rows import pack_examples
 from trl_singlepass.data.pairs import SIDES, example_to_pair

@@ -1,23 +1,18 @@
 """Packing: rows that are full, hold each conversation once, share what they can, and train what N-pass trains."""
 
-import logging
-from pathlib import Path
-
-import datasets
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.conversations import chat, expand, tool_chat
+from support.conversations import chat, tool_chat
 from support.float64_comparison import assert_equal_to_npass, one_row_each
 from support.prefix_tree_reference import PrefixOracle, contents
 from support.preparation import conversations_to_rows
 from support.sample_sets import SYSTEM, reasoning_chat, sample_sets, with_system
 from support.tiny_models import tiny_model
-from support.trainers import as_dataset, largest_difference, logged, single_pass_trainer, stock_trainer
+from support.trainers import as_dataset
 from trl_singlepass.data.packing import assign_to_rows, pack_dataset, pack_rows
-from trl_singlepass.data.report import PackingReport
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.trees.sample import Sample
 from trl_singlepass.trees.sharing import MIN_SHARED_TOKENS
@@ -121,29 +116,6 @@ def chats_with_system():
     return [*chats, tool_chat()]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_packed_training_equals_stock_on_the_samples(tmp_path, tokenizer, accumulation, caplog):
-    chats = chats_with_system()
-    expanded = [row for messages in chats for row in expand(messages)]
-    packed = single_pass_trainer(
-        tmp_path,
-        tokenizer,
-        chats,
-        packing=True,
-        max_row_tokens=450,
-        per_device_train_batch_size=4 // accumulation,
-        gradient_accumulation_steps=accumulation,
-    )
-    assert 1 < len(packed.train_dataset) <= 4 < len(chats)
-    assert max(len(row["input_ids"]) for row in packed.train_dataset) <= 450
-    stock = stock_trainer(tmp_path, tokenizer, expanded, per_device_train_batch_size=len(expanded))
-    packed.train()
-    stock.train()
-    assert logged(packed, "loss") == pytest.approx(logged(stock, "loss"), abs=1e-6)
-    assert logged(packed, "num_tokens") == logged(stock, "num_tokens")
-    assert largest_difference(packed, stock) < 1e-6
-
-
 def test_several_processes_pack_the_same_rows(tokenizer):
     dataset = as_dataset(chats_with_system())
     one, several = (
@@ -153,23 +125,3 @@ def test_several_processes_pack_the_same_rows(tokenizer):
         for n in (None, 2)
     )
     assert one[:] == several[:]
-
-
-DATA = Path(__file__).parents[3] / "shared"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not DATA.exists(), reason="needs public conversations")
-def test_agent_logs_with_one_system_prompt_fill_rows_and_share_it():
-    from transformers import AutoTokenizer
-    from trl.chat_template_utils import qwen3_chat_template
-
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizers" / "qwen3")
-    tokenizer.chat_template = qwen3_chat_template
-    dataset = datasets.Dataset.from_json(str(DATA / "data" / "taubench_gpt4o_airline.jsonl"))
-    rows, report = conversations_to_rows(dataset, tokenizer, RowSettings(max_row_tokens=32768))
-    packing = PackingReport.from_rows(pack_dataset(rows, 32768), 32768, report)
-    logging.getLogger(__name__).info("%s", packing)
-    assert packing.fill_rate >= 0.95
-    assert packing.sharing_within > 7
-    assert packing.sharing_across > 1.25

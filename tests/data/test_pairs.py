@@ -184,11 +184,3 @@ def test_a_pair_larger_than_a_row_is_split_and_a_turn_is_cut(tokenizer):
 def test_overlong_turns_can_be_an_error(tokenizer):
     with pytest.raises(RenderingError, match=r"Row 0: in 'chosen': The turn at message 2 has \d+ tokens"):
         prepared([pair(1)], tokenizer, PairSettings(max_length=20, overlong_turns="error"))
-
-
-def test_a_stream_yields_the_same_rows(tokenizer):
-    examples = [pair(2, seed) for seed in range(3)]
-    stored = prepared(examples, tokenizer)
-    stream = datasets.Dataset.from_list(examples).to_iterable_dataset()
-    for ours, theirs in zip(prepared(stream, tokenizer), stored, strict=True):
-        assert {name: np.asarray(value).tolist() for name, value in ours.items()} == theirs

@@ -16,7 +16,6 @@ from trl_singlepass.data.arrow import row_features, to_table
 from trl_singlepass.data.preparation import tokenizer_fingerprint
 from trl_singlepass.data.rows import PreparedRow
 from trl_singlepass.data.settings import RowSettings
-from trl_singlepass.rendering.samples import RenderingError
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 from trl_singlepass.trees.sample import Sample
@@ -102,21 +101,6 @@ def test_numbers_that_outgrow_their_column_are_refused():
         rows = [PreparedRow(replace(row, multiplicity=np.array([multiplicity, 1])))]
         with nullcontext() if fits else pytest.raises(ValueError, match="begin alike: split it"):
             assert to_table(rows, row_features())["multiplicity"].to_pylist() == [[multiplicity, 1]]
-
-
-BAD_ROWS = {
-    "no assistant message": ([{"role": "user", "content": "Hi."}], "at least one assistant message"),
-    "nothing before the answer": ([{"role": "assistant", "content": "Hi."}], "it begins the conversation"),
-}
-
-
-@pytest.mark.parametrize("num_proc", [None, 2])
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_errors_of_workers_reach_the_main_process_with_row_and_reason(tokenizer, name, num_proc):
-    messages, reason = BAD_ROWS[name]
-    dataset = as_dataset([*CHATS, messages])
-    with pytest.raises(RenderingError, match=f"Row 4: .*{reason}"):
-        conversations_to_rows(dataset, tokenizer, RowSettings(), num_proc=num_proc)
 
 
 def test_turns_that_train_an_empty_block_of_reasoning_are_counted_in_the_summary():

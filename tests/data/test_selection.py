@@ -7,11 +7,10 @@ from hypothesis import strategies as st
 from support.conversations import chat, tool_chat
 from support.preparation import conversations_to_rows
 from support.sample_sets import sample_sets
-from support.trainers import as_dataset, single_pass_trainer
+from support.trainers import as_dataset
 from trl_singlepass import render_samples
 from trl_singlepass.data.selection import fit_samples, parse_train_turns, select_turns
 from trl_singlepass.data.settings import RowSettings
-from trl_singlepass.rendering.samples import RenderingError
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.sample import Sample
 
@@ -82,20 +81,3 @@ def test_a_dataset_loses_no_token_that_its_report_does_not_count(tokenizer, boun
     if "max_row_tokens" in bounds and not long:
         assert report["num_repeated_tokens"] > 0
         assert tokens == sum(len(PrefixTree.from_samples(render_samples(messages, tokenizer))) for messages in CHATS)
-
-
-def test_overlong_turns_are_refused_where_that_is_asked_for(tmp_path, tokenizer):
-    with pytest.raises(RenderingError, match=r"Row 0: The turn at message \d+ has \d+ tokens.*150 are allowed"):
-        single_pass_trainer(tmp_path, tokenizer, CHATS, max_length=150, overlong_turns="error")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"overlong_turns": "keep"}, "overlong_turns='keep' is not one of truncate, drop, error"),
-        ({"max_row_tokens": 1}, "max_row_tokens=1 leaves no room"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(tmp_path, tokenizer, settings, message):
-    with pytest.raises(ValueError, match=message):
-        single_pass_trainer(tmp_path, tokenizer, CHATS, **settings)

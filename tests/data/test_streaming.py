@@ -131,27 +131,6 @@ def test_a_stream_goes_on_where_its_state_was_saved(tokenizer):
         assert got == [list(row["input_ids"]) for row in everything]
 
 
-def test_packed_streams_train_as_stock_does_on_the_samples(tmp_path, tokenizer):
-    settings = {"max_steps": 2, "shuffle_dataset": False}
-    num_rows = len(list(packed_stream(tokenizer)))
-    streamed = single_pass_trainer(
-        tmp_path,
-        tokenizer,
-        stream(),
-        packing=True,
-        max_row_tokens=CAPACITY,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=num_rows,
-        **settings,
-    )
-    expanded = [row for messages in CHATS for row in expand(messages)]
-    stock = stock_trainer(tmp_path, tokenizer, expanded, per_device_train_batch_size=len(expanded), **settings)
-    streamed.train()
-    stock.train()
-    assert logged(streamed, "loss") == pytest.approx(logged(stock, "loss"), abs=1e-6)
-    assert largest_difference(streamed, stock) < 1e-6
-
-
 def test_a_run_over_several_passes_resumes_where_it_was(tmp_path, tokenizer):
     num_rows = len(list(packed_stream(tokenizer)))
     shuffled = stream(2).shuffle(seed=0, buffer_size=4)  # in another order each epoch

@@ -29,6 +29,8 @@ def test_tokenised_turns_are_samples():
     ("turns", "message"),
     [
         ([], "at least one turn"),
+        (["x"], "Turn 0 is text, expected an object"),
+        ([{"prompt_ids": [1], "completion_ids": [1], "completion_weights": "x"}], "not a list of numbers"),
         ([{"prompt_ids": [1]}], "Turn 0 has no 'completion_ids'; got the keys"),
         ([{"prompt_ids": [1], "completion_ids": []}], "Turn 0 has empty 'completion_ids'"),
         ([{"prompt_ids": [], "completion_ids": [1]}], "Turn 0 has empty 'prompt_ids'"),

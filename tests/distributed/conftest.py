@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.worker_settings import read_result
+from support.worker_settings import (
+    TOLERANCE,
+    assert_engine,
+    assert_same_training,
+    on_engine,
+    read_result,
+    with_config,
+)
 
 
 HERE = Path(__file__).parent
@@ -99,3 +106,28 @@ def one_process(workers, tmp_path_factory):
         return results[key]
 
     return train
+
+
+@pytest.fixture
+def assert_as_alone(workers, one_process, tmp_path):
+    """
+    Return a function that asserts that two ranks train on an engine what one process trains, and returns the run.
+
+    `own` are settings of the ranks alone, `alone` those of the process, whose run is an attribute of the result.
+    """
+
+    def check(engine, settings, tolerance=TOLERANCE, own=None, rel=None, **alone):
+        expected = one_process(with_config(settings, **{"per_device_train_batch_size": 2, **alone}))
+        settings, environment = on_engine(engine, settings)
+        run = workers.run(tmp_path, with_config(settings, **(own or {})), world_size=2, environment=environment)
+        assert_engine(run, engine)
+        assert len(run.loss) == len(expected.loss) > 0
+        assert_same_training(run, expected, tolerance, rel)
+        assert run.num_trained_tokens == expected.num_trained_tokens
+        assert run.num_tokens == expected.num_tokens
+        if settings.get("evaluate"):
+            assert run.evaluation["eval_loss"] == pytest.approx(expected.evaluation["eval_loss"], rel=1e-5)
+        run.alone = expected
+        return run
+
+    return check

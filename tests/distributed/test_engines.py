@@ -35,52 +35,31 @@ TOGETHER = "all of these"
     ("engine", "case"),
     slow_but_for([(engine, TOGETHER) for engine in ENGINES], itertools.product(ENGINES, CASES)),
 )
-def test_steps(tmp_path, workers, one_process, engine, case):
-    assert_steps(tmp_path, workers, one_process, engine, {**CASES[case], "float64": True}, 1e-13)
+def test_steps(assert_as_alone, engine, case):
+    assert len(assert_as_alone(engine, {**CASES[case], "float64": True}, 1e-13).loss) == 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_steps_in_float32(tmp_path, workers, one_process, engine):
-    assert_steps(tmp_path, workers, one_process, engine, CASES[TOGETHER], 1e-6)
-
-
-def assert_steps(tmp_path, workers, one_process, engine, settings, tolerance):
-    alone = one_process(with_config(settings, per_device_train_batch_size=2))
-    assert len(alone.loss) == 4
-    settings, environment = on_engine(engine, settings)
-    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
-    assert_engine(run, engine)
-    assert_same_training(run, alone, tolerance)
-    assert run.num_trained_tokens == alone.num_trained_tokens
-    if settings.get("evaluate"):
-        assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
+def test_steps_in_float32(assert_as_alone, engine):
+    assert_as_alone(engine, CASES[TOGETHER])
 
 
 @pytest.mark.parametrize("engine", slow_but_for(["ddp", "zero3", "fsdp2"], ENGINES))
 @pytest.mark.parametrize("accumulation", slow_but_for([3], [1, 3]))
-def test_every_row_is_trained_once_in_an_epoch(tmp_path, workers, one_process, engine, accumulation):
+def test_every_row_is_trained_once_in_an_epoch(assert_as_alone, engine, accumulation):
     """Seven rows, two of them without targets: in the last step of an epoch, the second rank has no row left."""
     config = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": accumulation}
     settings = {"num_rows": 7, "silent_rows": [1, 4], "config": {**config, "gradient_checkpointing": False}}
-    alone = one_process(with_config(settings, per_device_train_batch_size=2))
-    settings, environment = on_engine(engine, settings)
-    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
-    assert_engine(run, engine)
-    assert len(run.loss) == len(alone.loss) == (8 if accumulation == 1 else 4)
-    assert_same_training(run, alone)
-    assert run.num_trained_tokens == alone.num_trained_tokens
+    assert len(assert_as_alone(engine, settings).loss) == (8 if accumulation == 1 else 4)
 
 
-def test_loss_weights_where_a_rank_has_no_row_left(tmp_path, workers, one_process):
+def test_loss_weights_where_a_rank_has_no_row_left(assert_as_alone):
     """Four rows per step, of five: the second rank has repeated rows only, in training and in evaluation."""
     weights = {"loss_reduction": "turn", "reasoning_weight": 0.3}
     config = {"max_steps": -1, "num_train_epochs": 2, "per_device_eval_batch_size": 4, **weights}
     settings = {"num_rows": 5, "evaluate": True, "config": config}
-    alone = one_process(with_config(settings, per_device_train_batch_size=4))
-    run = workers.run(tmp_path, with_config(settings, per_device_train_batch_size=2), world_size=2)
-    assert_same_training(run, alone)
-    assert run.evaluation["eval_loss"] == pytest.approx(alone.evaluation["eval_loss"], rel=1e-6)
+    assert_as_alone("ddp", settings, own={"per_device_train_batch_size": 2}, per_device_train_batch_size=4)
 
 
 @pytest.mark.parametrize("engine", slow_but_for(["zero3"], ENGINES))

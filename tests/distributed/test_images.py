@@ -3,7 +3,7 @@
 import pytest
 
 from support.slow import slow_but_for
-from support.worker_settings import TOLERANCE, assert_same_training, on_engine, with_config
+from support.worker_settings import FSDP2
 
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -37,18 +37,14 @@ DEFAULT = {("ddp", "waves"), ("zero3", "plain")}
         ],
     ),
 )
-def test_only_one_rank_has_images(tmp_path, workers, one_process, engine, case):
+def test_only_one_rank_has_images(assert_as_alone, monkeypatch, engine, case):
     settings = {**IMAGES, "float64": True, **CASES[case]}
-    alone = one_process(with_config(settings, per_device_train_batch_size=2))
-    assert len(alone.loss) == 4
-    settings, environment = on_engine(engine, settings)
-    settings = with_config(settings, wave_tokens=12) if "waves" in case else settings
+    own = {"wave_tokens": 12} if "waves" in case else {}
     if (engine, case) == ("fsdp2", "gemma"):  # accelerate looks for a pooling head that Gemma 3's encoder lacks
-        environment = {**environment, "FSDP_TRANSFORMER_CLS_TO_WRAP": "Gemma3DecoderLayer,SiglipEncoderLayer"}
-    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
-    assert run.world_size == 2
+        monkeypatch.setitem(FSDP2, "FSDP_TRANSFORMER_CLS_TO_WRAP", "Gemma3DecoderLayer,SiglipEncoderLayer")
+    run = assert_as_alone(engine, settings, 1e-13, own)
+    assert len(run.loss) == 4
     assert ("waves" in case) == (max(run.num_waves, default=1) > 1)
-    assert_same_training(run, alone, 1e-13)
 
 
 @pytest.mark.slow
@@ -57,29 +53,22 @@ def test_only_one_rank_has_images(tmp_path, workers, one_process, engine, case):
     [("qwen3_vl", 1, 1), ("qwen3_vl", 1, 2), ("gemma3", 4, 1)],
     ids=["one each", "accumulated", "text on one process"],
 )
-def test_images_of_a_processor(tmp_path, workers, one_process, family, batch_size, accumulation):
-    settings = {"screens": family, "config": {"max_steps": 1, "max_length": None}}
-    settings = with_config(settings, gradient_accumulation_steps=accumulation)
-    alone = one_process(with_config(settings, per_device_train_batch_size=2 * batch_size))
-    run = workers.run(tmp_path, with_config(settings, per_device_train_batch_size=batch_size), world_size=2)
-    assert_same_training(run, alone)
+def test_images_of_a_processor(assert_as_alone, family, batch_size, accumulation):
+    config = {"max_steps": 1, "max_length": None, "gradient_accumulation_steps": accumulation}
+    own = {"per_device_train_batch_size": batch_size}
+    assert_as_alone("ddp", {"screens": family, "config": config}, own=own, per_device_train_batch_size=2 * batch_size)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("engine", "case"),
+    ("engine", "own"),
     [
         ("ddp", {}),
         *((engine, {"max_row_tokens": 110}) for engine in ("ddp", "zero3", "fsdp2")),
         ("ddp", {"max_row_tokens": 110, "wave_tokens": 40}),
     ],
 )
-def test_pairs_with_images(tmp_path, workers, one_process, engine, case):
+def test_pairs_with_images(assert_as_alone, engine, own):
     """Also where one rank has a pair without an image, or more rows than the other."""
-    settings = {"screens": "qwen3_vl", "pairs": True, "config": {"max_steps": 4, "max_length": None}}
-    settings = with_config(settings, learning_rate=0.02, max_grad_norm=0.0)
-    alone = one_process(with_config(settings, per_device_train_batch_size=2))
-    settings, environment = on_engine(engine, with_config(settings, **case))
-    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
-    for name, value in alone.parameters.items():
-        assert float((run.parameters[name] - value).abs().max()) <= TOLERANCE, name
+    config = {"max_steps": 4, "max_length": None, "learning_rate": 0.02, "max_grad_norm": 0.0}
+    assert_as_alone(engine, {"screens": "qwen3_vl", "pairs": True, "config": config}, own=own, rel=1e-3)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def accelerate_on_node(rank, port, recipe, *options):
+def accelerate_on_node(recipe, options, rank, port, folder):
     return [
         *("accelerate", "launch", "--config_file", f"recipes/accelerate/{recipe}.yaml"),
         *("--num_machines", "2", "--machine_rank", rank, "--num_processes", "2"),
@@ -35,14 +36,16 @@ def accelerate_on_node(rank, port, recipe, *options):
     ]
 
 
-def torchrun_on_node(rank, port, address="127.0.0.1"):
+def torchrun_on_node(rank, port, folder, address="127.0.0.1"):
     return [
         *("torchrun", "--nnodes", "2", "--node_rank", rank, "--nproc_per_node", "1"),
         *("--master_addr", address, "--master_port", port),
     ]
 
 
-def deepspeed_on_node(rank, port, hostfile):
+def deepspeed_on_node(rank, port, folder):
+    hostfile = folder / "hostfile"
+    hostfile.write_text((ROOT / "recipes" / "deepspeed" / "hostfile").read_text().replace("slots=8", "slots=1"))
     return [
         *("deepspeed", "--hostfile", hostfile, "--no_ssh", "--node_rank", rank, "--no_local_rank"),
         *("--master_addr", "127.0.0.1", "--master_port", port),
@@ -74,51 +77,33 @@ def alone(one_process):
     return one_process(with_config(SETTINGS, per_device_train_batch_size=2))
 
 
-@pytest.mark.slow
-def test_accelerate_ddp(tmp_path, alone):
-    port = free_port()
-    run = launch(
-        [accelerate_on_node(rank, port, "ddp", "--mixed_precision", "no") for rank in (0, 1)], tmp_path, SETTINGS
-    )
-    assert (run.engine, run.world_size) == ("DistributedDataParallel", 2)
-    assert_same_training(run, alone)
+def recipe(name):
+    return with_config(SETTINGS, deepspeed=f"recipes/deepspeed/{name}.json")
+
+
+ULYSSES = ("--parallelism_config_sp_size", "2", "--parallelism_config_dp_shard_size", "1")
+FSDP2 = {**with_config(SETTINGS, use_cpu=False, ddp_backend="gloo"), "fsdp_on_cpu": True}
+FULL_PRECISION = ("--mixed_precision", "no")
+# How a node is launched, the settings, and how the model is wrapped.
+LAUNCHES = {
+    "accelerate, DDP": (partial(accelerate_on_node, "ddp", FULL_PRECISION), SETTINGS, "DistributedDataParallel", None),
+    "accelerate, FSDP2": (partial(accelerate_on_node, "fsdp2", FULL_PRECISION), FSDP2, "FSDPQwen3ForCausalLM", None),
+    "accelerate, ZeRO-3": (partial(accelerate_on_node, "zero3", ()), SETTINGS, "DeepSpeedEngine", 3),
+    "accelerate, Ulysses": (partial(accelerate_on_node, "ulysses", ULYSSES), SETTINGS, "DeepSpeedEngine", 3),
+    "torchrun, ZeRO-3": (torchrun_on_node, recipe("zero3"), "DeepSpeedEngine", 3),
+    "deepspeed, ZeRO-2": (deepspeed_on_node, recipe("zero2"), "DeepSpeedEngine", 2),
+}
 
 
 @pytest.mark.slow
-def test_accelerate_fsdp2(tmp_path, alone):
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_two_nodes(tmp_path, one_process, name):
+    make, settings, engine, stage = LAUNCHES[name]
     port = free_port()
-    settings = {**with_config(SETTINGS, use_cpu=False, ddp_backend="gloo"), "fsdp_on_cpu": True}
-    run = launch(
-        [accelerate_on_node(rank, port, "fsdp2", "--mixed_precision", "no") for rank in (0, 1)], tmp_path, settings
-    )
-    assert (run.engine, run.world_size) == ("FSDPQwen3ForCausalLM", 2)
-    assert_same_training(run, alone)
-
-
-@pytest.mark.slow
-def test_accelerate_zero3(tmp_path, alone):
-    port = free_port()
-    run = launch([accelerate_on_node(rank, port, "zero3") for rank in (0, 1)], tmp_path, SETTINGS)
-    assert (run.engine, run.zero_stage, run.world_size) == ("DeepSpeedEngine", 3, 2)
-    assert_same_training(run, alone)
-
-
-@pytest.mark.slow
-def test_accelerate_ulysses(tmp_path, one_process):
-    port = free_port()
-    sizes = ("--parallelism_config_sp_size", "2", "--parallelism_config_dp_shard_size", "1")
-    run = launch([accelerate_on_node(rank, port, "ulysses", *sizes) for rank in (0, 1)], tmp_path, SETTINGS)
-    assert (run.engine, run.zero_stage, run.world_size) == ("DeepSpeedEngine", 3, 2)
-    assert_same_training(run, one_process(with_config(SETTINGS, gradient_accumulation_steps=1)))
-
-
-@pytest.mark.slow
-def test_torchrun_zero3(tmp_path, alone):
-    port = free_port()
-    settings = with_config(SETTINGS, deepspeed="recipes/deepspeed/zero3.json")
-    run = launch([torchrun_on_node(rank, port) for rank in (0, 1)], tmp_path, settings)
-    assert (run.engine, run.zero_stage, run.world_size) == ("DeepSpeedEngine", 3, 2)
-    assert_same_training(run, alone)
+    run = launch([make(rank, port, tmp_path) for rank in (0, 1)], tmp_path, settings)
+    assert (run.engine, run.zero_stage, run.world_size) == (engine, stage, 2)
+    rows_per_step = 1 if "Ulysses" in name else 2
+    assert_same_training(run, one_process(with_config(SETTINGS, per_device_train_batch_size=rows_per_step)))
 
 
 @pytest.fixture
@@ -145,20 +130,10 @@ def two_networks():
 @pytest.mark.slow
 def test_two_networks(tmp_path, alone, two_networks):
     """Two nodes that reach each other over a network only."""
-    settings = with_config(SETTINGS, deepspeed="recipes/deepspeed/zero3.json")
     inside = [["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=cable"] for name in two_networks]
-    run = launch([[*inside[rank], *torchrun_on_node(rank, 29500, "10.77.0.1")] for rank in (0, 1)], tmp_path, settings)
+    commands = [[*inside[rank], *torchrun_on_node(rank, 29500, tmp_path, "10.77.0.1")] for rank in (0, 1)]
+    run = launch(commands, tmp_path, recipe("zero3"))
     assert (run.engine, run.zero_stage, run.world_size) == ("DeepSpeedEngine", 3, 2)
-    assert_same_training(run, alone)
-
-
-@pytest.mark.slow
-def test_deepspeed_launcher(tmp_path, alone):
-    port, hostfile = free_port(), tmp_path / "hostfile"
-    hostfile.write_text((ROOT / "recipes" / "deepspeed" / "hostfile").read_text().replace("slots=8", "slots=1"))
-    settings = with_config(SETTINGS, deepspeed="recipes/deepspeed/zero2.json")
-    run = launch([deepspeed_on_node(rank, port, hostfile) for rank in (0, 1)], tmp_path, settings)
-    assert (run.engine, run.zero_stage, run.world_size) == ("DeepSpeedEngine", 2, 2)
     assert_same_training(run, alone)
 
 

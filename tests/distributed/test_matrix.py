@@ -11,12 +11,11 @@ from support.engine_matrix import (
     TOLERANCE,
     WAYS,
     largest_difference,
-    on_two_ranks,
     settings_of,
     write_results,
 )
 from support.trainers import needs_weighted_loss
-from support.worker_settings import assert_engine, with_config
+from support.worker_settings import assert_engine, on_engine, with_config
 
 
 WRITES = os.environ.get("WRITE_ENGINES_PAGE") == "1"
@@ -43,9 +42,9 @@ def test_two_ranks_train_what_one_process_trains(tmp_path, workers, one_process,
     settings = settings_of(model, way)
     alone = one_process(with_config(settings, gradient_accumulation_steps=2))
     assert len(alone.loss) == 2
-    settings, environment = on_two_ranks(engine, settings)
+    settings, environment = on_engine(engine, settings)
     run = workers.run(tmp_path, settings, world_size=2, environment=environment)
-    assert_engine(run, "zero3" if engine == "ulysses" else engine)
+    assert_engine(run, engine)
     assert ("wave_tokens" in settings["config"]) == (max(run.num_waves, default=1) > 1)
     difference = largest_difference(run, alone)
     found[engine, model, way] = difference

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from support.pairs import SINGLE_TURNS
-from support.worker_settings import TOLERANCE, on_engine, with_config
+from support.worker_settings import assert_same_training, with_config
 
 
 CASES = {
@@ -20,49 +20,33 @@ CASES = {
 }
 
 
-def assert_same(run, alone):
-    """Assert that two processes trained what one trained."""
-    assert run.world_size == 2
-    # Log-probabilities of a trajectory are in the hundreds: in float32, their differences have six digits.
-    assert run.loss == pytest.approx(alone.loss, rel=1e-5)
-    assert run.grad_norm == pytest.approx(alone.grad_norm, rel=1e-5)
-    assert run.parameters.keys() == alone.parameters.keys()
-    for name, value in alone.parameters.items():
-        assert float((value - run.parameters[name]).abs().max()) <= TOLERANCE, name
-    assert run.num_trained_tokens == alone.num_trained_tokens
-
-
 # The ranks have different numbers of rows and waves.
 IN_PARTS = {
-    "rows": {**CASES["reference"], "config": {"max_row_tokens": 170}},
-    "rows, adapter": {**CASES["adapter"], "config": {"max_row_tokens": 170}},
-    "waves": {**CASES["reference"], "config": {"wave_tokens": 80}},
-    "waves of rows, adapter": {**CASES["adapter"], "config": {"max_row_tokens": 170, "wave_tokens": 80}},
+    "rows": (CASES["reference"], {"max_row_tokens": 170}),
+    "rows, adapter": (CASES["adapter"], {"max_row_tokens": 170}),
+    "waves": (CASES["reference"], {"wave_tokens": 80}),
+    "waves of rows, adapter": (CASES["adapter"], {"max_row_tokens": 170, "wave_tokens": 80}),
 }
+
+
+# Log-probabilities of a trajectory are in the hundreds: in float32, their differences have six digits.
+REL = 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
 @pytest.mark.parametrize("case", IN_PARTS)
-def test_batches_of_several_parts(tmp_path, workers, one_process, engine, case):
-    whole = {name: value for name, value in IN_PARTS[case].items() if name != "config"}
-    settings = with_config(IN_PARTS[case], activation_checkpointing=False)
-    alone = one_process(with_config(whole, activation_checkpointing=False, per_device_train_batch_size=2))
-    settings, environment = on_engine(engine, settings)
-    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
-    assert_same(run, alone)
+def test_batches_of_several_parts(assert_as_alone, engine, case):
+    settings, own = IN_PARTS[case]
+    assert_as_alone(engine, with_config(settings, activation_checkpointing=False), own=own, rel=REL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
 @pytest.mark.parametrize("case", CASES)
-def test_steps(tmp_path, workers, one_process, engine, case):
-    settings = with_config(CASES[case], activation_checkpointing=False)
-    alone = one_process(with_config(settings, per_device_train_batch_size=2))
-    assert len(set(alone.loss)) == 4
-    settings, environment = on_engine(engine, settings)
-    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
-    assert_same(run, alone)
+def test_steps(assert_as_alone, engine, case):
+    run = assert_as_alone(engine, with_config(CASES[case], activation_checkpointing=False), rel=REL)
+    assert len(set(run.loss)) == 4
 
 
 # Model, batch size, batches per step, and whether the reference runs first.
@@ -89,9 +73,5 @@ def test_single_turns_train_as_stock(tmp_path, workers, case):
         folder = tmp_path / f"stock {is_stock}"
         folder.mkdir()
         runs.append(workers.run(folder, {**settings, "stock": is_stock}, world_size=2))
-    stock, run = runs
-    assert run.loss == pytest.approx(stock.loss, rel=1e-3)
-    assert len(set(stock.loss)) > 1
-    assert run.parameters.keys() == stock.parameters.keys()
-    for name, value in stock.parameters.items():
-        assert float((value - run.parameters[name]).abs().max()) <= TOLERANCE, name
+    assert_same_training(*runs[::-1], rel=1e-3)
+    assert len(set(runs[0].loss)) > 1

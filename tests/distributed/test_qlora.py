@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from support.trainers import NEEDS_BITSANDBYTES
+from support.trainers import needs_bitsandbytes
 from support.worker_settings import assert_same_training, on_engine, with_config, zero
 
 
-pytestmark = NEEDS_BITSANDBYTES
 ENGINES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
 NUM_ADAPTED = 4  # queries and values of two layers
 CASES = {
@@ -17,6 +16,7 @@ CASES = {
 }
 
 
+@needs_bitsandbytes
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_steps(tmp_path, workers, one_process, engine, case):
@@ -28,6 +28,7 @@ def test_steps(tmp_path, workers, one_process, engine, case):
     assert_same_training(adapters(run), adapters(alone), 1e-5)
 
 
+@needs_bitsandbytes
 def test_two_ranks_that_share_each_row(tmp_path, workers, one_process):
     settings = {"four_bits": True, "lora": True, "same_adapter": True}
     settings = with_config(settings, per_device_train_batch_size=1, gradient_accumulation_steps=2)

@@ -1,8 +1,5 @@
 """Two ranks that share each row (DeepSpeed Ulysses) train what one process trains, and never a tree as one text."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from support.slow import slow_but_for
@@ -11,9 +8,6 @@ from support.trainers import needs_weighted_loss
 from support.worker import training_conversations
 from support.worker_settings import assert_same_training, with_config, zero
 from trl_singlepass.cost.memory import exchange_bytes
-
-
-SHARED = Path(__file__).parents[3] / "shared"
 
 
 def shared(settings, stage=3, **zero_settings):
@@ -131,17 +125,6 @@ def test_a_tree_is_never_trained_as_one_text(tmp_path, workers, wire):
     """
     settings = shared(one_row_per_batch(config={"self_check": False}))
     workers.assert_refused(tmp_path, {**settings, "break": wire}, "received no tree")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the conversations in ../shared")
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_real_conversations(tmp_path, workers, one_process, accumulation):
-    lines = (SHARED / "data" / "mathchat_follow_up_300.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [{"messages": json.loads(line)["messages"]} for line in sorted(lines, key=len)[: 6 * accumulation]]
-    settings = one_row_per_batch(accumulation, rows=rows)
-    run = workers.run(tmp_path, shared(settings), world_size=2)
-    assert_same_training(run, one_process(settings))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from support.slow import slow_but_for
-from support.worker_settings import assert_same_training, on_engine, with_config, zero
+from support.worker_settings import with_config, zero
 
 
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
@@ -33,27 +33,17 @@ ON_DDP = {
         [(engine, "accumulated") for engine in ENGINES if engine != "zero1"], itertools.product(ENGINES, CASES)
     ),
 )
-def test_two_processes_in_waves(tmp_path, workers, one_process, engine, case):
-    expected = one_process(with_config(CASES[case], per_device_train_batch_size=2))
-    settings, environment = on_engine(engine, CASES[case])
+def test_two_processes_in_waves(assert_as_alone, engine, case):
+    own = {"wave_tokens": 32}
     if engine == "zero3":  # parameters as small as these would be kept on all ranks, and never fetched
-        settings = with_config(settings, deepspeed=zero(3, stage3_param_persistence_threshold=0))
-    settings = with_config(settings, wave_tokens=32)
-    run = workers.run(tmp_path, settings, world_size=2, environment=environment)
-    assert run.world_size == 2
-    assert_same_training(run, expected)
-    if "evaluate" in CASES[case]:
-        assert run.evaluation["eval_loss"] == pytest.approx(expected.evaluation["eval_loss"], rel=1e-5)
-        assert run.evaluation["eval_num_waves"] > 1
+        own["deepspeed"] = zero(3, stage3_param_persistence_threshold=0)
+    run = assert_as_alone(engine, CASES[case], own=own)
+    assert "evaluate" not in CASES[case] or run.evaluation["eval_num_waves"] > 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ON_DDP)
-def test_two_processes_on_ddp(tmp_path, workers, one_process, case):
+def test_two_processes_on_ddp(assert_as_alone, case):
     wave_tokens, settings = ON_DDP[case]
-    settings = with_config(settings, max_steps=3)
-    expected = one_process(with_config(settings, per_device_train_batch_size=2))
-    settings = with_config(on_engine("ddp", settings)[0], wave_tokens=wave_tokens)
-    run = workers.run(tmp_path, settings, world_size=2)
+    run = assert_as_alone("ddp", with_config(settings, max_steps=3), own={"wave_tokens": wave_tokens})
     assert run.waves_by_rank[0] != run.waves_by_rank[1]
-    assert_same_training(run, expected)

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,11 +13,10 @@ from support.tiny_models import tiny_model as family_model
 from support.tree_checks import TEXT, checked
 from trl_singlepass import check_tree, enable_tree
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.engine.check.row import CheckRow
 from trl_singlepass.engine.check.tree_check import TreeCheck
 from trl_singlepass.engine.model_call import takes_trees
 from trl_singlepass.trees.prefix_tree import PrefixTree
-from trl_singlepass.trees.rows import Row, TreePlan
+from trl_singlepass.trees.rows import Row
 
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -27,40 +25,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 def state_of(model):
     parameters = {name: (tensor, tensor.clone(), tensor.grad) for name, tensor in model.named_parameters()}
     return parameters, [module.training for module in model.modules()], torch.get_rng_state()
-
-
-# The row -------------------------------------------------------------------------------------------------------------
-
-
-def ancestors(plan, position):
-    """Return the path to a token by the runs of its row, itself included."""
-    run = next(run for run in plan.runs if run.start <= position < run.end)
-    return [j for start, end in run.prefix for j in range(start, end)] + list(range(run.start, position + 1))
-
-
-def test_the_row_is_what_its_picture_shows():
-    row = CheckRow.from_tokens(TEXT)
-    plan = TreePlan.from_rows([row.row])
-    assert len(row.row) == 84
-    assert {run.depth for run in plan.runs} == {0, 8, 12, 16}
-    for path, sample in zip(row.paths, row.samples, strict=True):
-        assert ancestors(plan, int(path[-1])) == path.tolist()
-        assert sample.token_ids.tolist() == row.row.input_ids[path].tolist()
-    reached = {j for probe in row.probes for j in ancestors(plan, int(probe))}
-    assert sorted(reached | set(row.foreign.tolist())) == list(range(84))
-    assert not reached & set(row.foreign.tolist())
-    assert min(row.foreign) < min(row.probes)
-    assert max(row.foreign) > max(row.probes)
-
-
-def test_branches_exchange_their_places_among_other_tokens():
-    row, exchanged = CheckRow.from_tokens(TEXT), CheckRow.from_tokens(TEXT, is_exchanged=True)
-    ids, others = row.row.input_ids, exchanged.row.input_ids
-    a, b = row.exchanged
-    assert np.array_equal(ids[a], others[b])
-    assert np.array_equal(ids[b], others[a])
-    assert np.array_equal(b, row.paths[0])
-    assert all((ids[path[12:]] != others[path[12:]]).any() for path in row.paths[1:])
 
 
 # Right models --------------------------------------------------------------------------------------------------------

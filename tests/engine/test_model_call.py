@@ -14,12 +14,13 @@ from trl.trainer.utils import add_fused_lm_head
 from support.conversations import chat
 from support.image_models import image_model
 from support.image_rows import image_collator, image_rows, image_sample_sets
-from support.pairs import batch_of, dpo_trainer, pair
+from support.pairs import batch_of, pair
 from support.planted_layers import qwen3_model
 from support.sample_sets import reasoning_chat
 from support.trainers import (
     SETTINGS,
     as_dataset,
+    dpo_trainer,
     float32_model,
     largest_difference,
     logged,
@@ -198,36 +199,6 @@ def test_a_loss_of_ones_own_does_not_undo_a_setting_in_silence(tmp_path, tokeniz
 
 
 # Collators -----------------------------------------------------------------------------------------------------------
-
-
-class Counting(DataCollatorForSinglePass):
-    calls = 0
-
-    def __call__(self, examples):
-        Counting.calls += 1
-        return super().__call__(examples)
-
-
-def test_a_collator_set_after_construction_is_checked(tmp_path, tokenizer):
-    trainer = single_pass_trainer(tmp_path, tokenizer, CHATS)
-    with pytest.raises(ValueError, match="data_collator"):
-        trainer.data_collator = lambda examples: {}
-    trainer.data_collator = Counting(tokenizer.pad_token_id)
-    trainer.train()
-    assert Counting.calls > 0
-    other = single_pass_trainer(tmp_path, tokenizer, CHATS)
-    other.train()
-    assert largest_difference(trainer, other) == 0
-
-
-@pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed:FutureWarning")
-def test_a_collator_of_pairs_set_after_construction_is_checked(tmp_path, tokenizer):
-    trainer = dpo_trainer(tmp_path, tokenizer, [pair(2), pair(1, 1)])
-    for collator in (lambda examples: {}, DataCollatorForSinglePass(0)):
-        with pytest.raises(ValueError, match="data_collator"):
-            trainer.data_collator = collator
-    trainer.data_collator = copy.deepcopy(trainer.data_collator)
-    trainer.train()
 
 
 def test_a_collator_of_plain_text_may_be_anything(tmp_path, tokenizer):

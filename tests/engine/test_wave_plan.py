@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.row_training import batch_of
 from support.sample_sets import reasoning_chat, sample_sets
 from support.tree_masks import plan_of_eleven
-from support.wave_training import batch_of
 from trl_singlepass.engine.wave_plan import Wave, WavePlan
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row, TreePlan

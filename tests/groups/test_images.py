@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support.float64_comparison import TOLERANCE, gradients_of
+from support.float64_comparison import TOLERANCE, assert_same_gradients, gradients_of, pop_gradients
+from support.groups import padded
 from support.image_models import END, START, image_model, loader, references
 from support.image_samples import PLACEHOLDER
 from trl_singlepass import DataCollatorForSinglePass, enable_images, enable_tree
@@ -41,17 +42,6 @@ def lines_of(sizes):
         (written([3, *(item for image in images for item in (image, *behind))]), written(completion))
         for images, behind, completion in GROUP
     ]
-
-
-def padded(lines):
-    longest = [max(len(line[part]) for line in lines) for part in (0, 1)]
-    ids, mask, scored = [], [], []
-    for prompt, completion in lines:
-        left, right = longest[0] - len(prompt), longest[1] - len(completion)
-        ids.append([0] * left + prompt + completion + [0] * right)
-        mask.append([0] * left + [1] * len(prompt + completion) + [0] * right)
-        scored.append([0] * longest[0] + [1] * len(completion) + [0] * right)
-    return torch.tensor(ids), torch.tensor(mask), torch.tensor(scored)
 
 
 def trl_inputs(family):
@@ -101,8 +91,7 @@ def test_lines_with_images(family, in_rows):
     torch.manual_seed(0)
     weights = torch.randn(expected.shape)
     (expected * weights).sum().backward()
-    gradients = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
-    model.zero_grad()
+    gradients = pop_gradients(model)
 
     ids, mask, scored = padded(lines)
     shown = LineImages.find((ids == PLACEHOLDER).numpy(), trl_inputs(family))
@@ -118,6 +107,4 @@ def test_lines_with_images(family, in_rows):
     torch.testing.assert_close(
         log_probs, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.detach().abs().max())
     )
-    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
-    for name, gradient in gradients.items():
-        assert float((gradients_of(model)[name] - gradient).abs().max()) <= 10 * TOLERANCE * largest, name
+    assert_same_gradients(gradients_of(model), gradients, 10 * TOLERANCE)

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trl.trainer.utils import add_fused_lm_head
 
-from support.float64_comparison import TOLERANCE, gradients_of
+from support.float64_comparison import TOLERANCE, assert_same_gradients, gradients_of, pop_gradients
+from support.groups import padded
 from support.tiny_models import model_of_type, tiny_model
 from trl_singlepass import DataCollatorForSinglePass, enable_tree, tree_log_probs
 from trl_singlepass.groups.lines import PaddedLines
@@ -30,18 +31,6 @@ GROUP = [
 ]
 
 
-def padded(group):
-    """Lay out prompts padded on the left and completions padded on the right, as TRL does."""
-    longest = [max(len(parts[i]) for parts in group) for i in (0, 1)]
-    lines, masks, completions = [], [], []
-    for prompt, completion in group:
-        left, right = longest[0] - len(prompt), longest[1] - len(completion)
-        lines.append([0] * left + prompt + completion + [0] * right)
-        masks.append([0] * left + [1] * len(prompt + completion) + [0] * right)
-        completions.append([0] * longest[0] + [1] * len(completion) + [0] * right)
-    return torch.tensor(lines), torch.tensor(masks), torch.tensor(completions)
-
-
 def separate_log_probs(model, input_ids, attention_mask, completion_mask):
     """Run each line by itself, without its padding."""
     result = []
@@ -57,17 +46,13 @@ def separate_log_probs(model, input_ids, attention_mask, completion_mask):
 def assert_equal(model, lines, weights, max_row_tokens=None):
     expected = separate_log_probs(model, *lines)
     (expected * weights).sum().backward()
-    gradients = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
-    model.zero_grad()
+    gradients = pop_gradients(model)
     enable_tree(model)
     found = tree_log_probs(model, *lines, max_row_tokens=max_row_tokens)
     (found * weights).sum().backward()
     size = float(expected.detach().abs().max())
     torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE * size)
-    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
-    for name, gradient in gradients.items():
-        error = float((gradients_of(model)[name] - gradient).abs().max())
-        assert error <= 10 * TOLERANCE * largest, name
+    assert_same_gradients(gradients_of(model), gradients, 10 * TOLERANCE)
 
 
 @pytest.mark.usefixtures("float64")
@@ -92,16 +77,13 @@ def test_the_load_of_a_mixture_is_that_of_its_lines():
     model, (input_ids, attention_mask, _) = tiny_model("qwen3-moe"), padded(GROUP)
     expected = model(input_ids=input_ids, attention_mask=attention_mask, output_router_logits=True)
     expected.aux_loss.backward()
-    gradients = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
-    model.zero_grad()
+    gradients = pop_gradients(model)
     enable_tree(model)
     view, _ = PaddedLines(input_ids, attention_mask).merge(attention_mask, DataCollatorForSinglePass(0))
     found = model(input_ids=input_ids, tree=view.handled(), output_router_logits=True)
     found.aux_loss.backward()
     torch.testing.assert_close(found.aux_loss, expected.aux_loss, rtol=TOLERANCE, atol=0)
-    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
-    for name, gradient in gradients.items():
-        assert float((gradients_of(model)[name] - gradient).abs().max()) <= 10 * TOLERANCE * largest, name
+    assert_same_gradients(gradients_of(model), gradients, 10 * TOLERANCE)
 
 
 def test_what_is_saved_is_known_before_there_is_a_tree():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.float64_comparison import TOLERANCE, gradients_of
+from support.float64_comparison import TOLERANCE, assert_same_gradients, gradients_of, pop_gradients
 from support.tiny_models import model_of_type, tiny_model
 from trl_singlepass import enable_tree
 from trl_singlepass.groups.packed import tree_of_depths
@@ -47,17 +47,14 @@ def test_packed_rows(name):
         expected.append(log_probs(logits[len(prompt) - 1 : -1], torch.tensor(completion)))
     weights = torch.linspace(-1, 1, len(row["token_index"]))
     (torch.cat(expected) * weights).sum().backward()
-    gradients = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
-    model.zero_grad()
+    gradients = pop_gradients(model)
     enable_tree(model)
     depths = row["position_ids"]
     logits = model(input_ids=row["input_ids"][None], position_ids=depths[None], tree=tree_of_depths(depths)).logits[0]
     found = log_probs(logits, row["shift_labels"].clamp(min=0))[row["token_index"]]
     (found * weights).sum().backward()
     torch.testing.assert_close(found, torch.cat(expected), rtol=TOLERANCE, atol=10 * TOLERANCE)
-    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
-    for name, gradient in gradients.items():
-        assert float((gradients_of(model)[name] - gradient).abs().max()) <= 10 * TOLERANCE * largest, name
+    assert_same_gradients(gradients_of(model), gradients, 10 * TOLERANCE)
 
 
 def test_what_is_no_walk_is_refused():

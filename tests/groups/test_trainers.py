@@ -6,9 +6,8 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from support.groups import as_prompts, image_prompts, reward
-from support.tiny_models import model_of_type, tiny_model
 from support.tiny_vision import save_vision_checkpoint, tiny_processor
-from support.trainers import float32_model, logged, parameters
+from support.trainers import SETTINGS, float32_model, logged, parameters
 from trl_singlepass import SinglePassGRPOConfig, SinglePassGRPOTrainer, SinglePassRLOOConfig, SinglePassRLOOTrainer
 from trl_singlepass.images.reading import ImageReader, UnsupportedImagesError
 
@@ -27,35 +26,25 @@ def folder(tmp_path_factory, tokenizer):
     return folder
 
 
+STEPS = {
+    "max_steps": 3,
+    "num_generations": 4,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_completion_length": 6,
+    "learning_rate": 0.05,
+    "gradient_checkpointing": False,
+}
+
+
 def train(kind, tmp_path, model, tokenizer, dataset=None, peft_config=None, **settings):
     trainer_class, config_class = kind
-    args = config_class(
-        str(tmp_path),
-        **{
-            "max_steps": 3,
-            "num_generations": 4,
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "max_completion_length": 6,
-            "learning_rate": 0.05,
-            "lr_scheduler_type": "constant",
-            "optim": "sgd",
-            "max_grad_norm": 0.0,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            **settings,
-        },
-    )
+    args = config_class(str(tmp_path), **{**SETTINGS, **STEPS, **settings})
     model = str(model) if not isinstance(model, torch.nn.Module) else model
-    dataset = dataset or as_prompts()
     torch.manual_seed(0)  # of new adapters
-    parts = {"train_dataset": dataset, "processing_class": tokenizer, "peft_config": peft_config}
+    parts = {"train_dataset": dataset or as_prompts(), "processing_class": tokenizer, "peft_config": peft_config}
     trainer = trainer_class(model, reward, args, **parts)
-    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    before = parameters(trainer)
     trainer.train()
     return trainer, before
 
@@ -151,23 +140,11 @@ def test_rloo(tmp_path, folder, tokenizer, own):
     assert_equal(RLOO, tmp_path, folder, tokenizer, own)
 
 
-@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss", "qwen3_5_text"])
 def test_families(tmp_path, tokenizer, family):
-    def make():
-        # TRL asks for router logits in the loss alone; generation could not compute their loss.
-        router = {"output_router_logits": False}
-        return tiny_model(family, len(tokenizer), torch.float32, initializer_range=0.05, **router)
-
-    assert_equal(GRPO, tmp_path, make, tokenizer)
-
-
-def test_hybrids(tmp_path, tokenizer):
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-
-    def make():
-        return model_of_type("qwen3_5_text", vocab_size=len(tokenizer), initializer_range=0.05, **special).float()
-
-    assert_equal(GRPO, tmp_path, make, tokenizer)
+    # TRL asks for router logits in the loss alone; generation could not compute their loss.
+    router = {} if family == "qwen3_5_text" else {"output_router_logits": False}
+    assert_equal(GRPO, tmp_path, lambda: float32_model(tokenizer, family, "eager", **router), tokenizer)
 
 
 def test_lines_of_a_prompt_lie_together(tmp_path, folder, tokenizer):
@@ -177,34 +154,34 @@ def test_lines_of_a_prompt_lie_together(tmp_path, folder, tokenizer):
     assert logged(ours, "sharing_factor")[0] > logged(shuffled, "sharing_factor")[0]
 
 
+def with_images(tmp_path, family):
+    """Return a model on disk, its processor, and settings; no completion shows an image, which TRL would not find."""
+    processor = tiny_processor(family)
+    processor.tokenizer.padding_side = "left"
+    never = {"suppress_tokens": processor.tokenizer.all_special_ids}
+    settings = {"dataset": image_prompts(), "generation_kwargs": never}
+    return save_vision_checkpoint(family, tmp_path / "model"), processor, settings
+
+
 @pytest.mark.parametrize(
     ("both", "family"),
     [(GRPO, "qwen3_vl"), (RLOO, "gemma3"), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
 )
 def test_prompts_with_images(tmp_path, both, family):
-    """The reference too reads images on trees; no completion shows one, which TRL would not find."""
-    processor = tiny_processor(family)
-    processor.tokenizer.padding_side = "left"
-    folder = save_vision_checkpoint(family, tmp_path / "model")
-    never = {"suppress_tokens": processor.tokenizer.all_special_ids}
-    settings = {"dataset": image_prompts(), "beta": 0.04, "generation_kwargs": never}
+    """The reference too reads images on trees."""
+    folder, processor, settings = with_images(tmp_path, family)
     own = {"wave_tokens": 40} if both is GRPO else {}
-    ours = assert_equal(both, tmp_path, folder, processor, own, **settings)
+    ours = assert_equal(both, tmp_path, folder, processor, own, beta=0.04, **settings)
     assert min(logged(ours, "sharing_factor")) > 1.5
 
 
 def test_images_that_a_tree_cannot_show_run_as_trl_runs_them(tmp_path, monkeypatch, caplog):
+    def refuse(model):
+        raise UnsupportedImagesError("no way to show it")
+
     monkeypatch.setattr(ImageReader, "enable", refuse)
-    processor = tiny_processor("qwen3_vl")
-    processor.tokenizer.padding_side = "left"
-    folder = save_vision_checkpoint("qwen3_vl", tmp_path / "model")
-    never = {"suppress_tokens": processor.tokenizer.all_special_ids}
-    settings = {"dataset": image_prompts(), "max_steps": 2, "generation_kwargs": never}
-    ours = assert_equal(GRPO, tmp_path, folder, processor, **settings)
+    folder, processor, settings = with_images(tmp_path, "qwen3_vl")
+    ours = assert_equal(GRPO, tmp_path, folder, processor, max_steps=2, **settings)
     assert logged(ours, "sharing_factor") == [1, 1]
     (line,) = [record.message for record in caplog.records if "as TRL runs them" in record.message]
     assert "no way to show it" in line
-
-
-def refuse(model):
-    raise UnsupportedImagesError("no way to show it")

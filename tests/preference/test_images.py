@@ -3,14 +3,12 @@
 import datasets
 import pytest
 import torch
-from trl import DPOConfig, DPOTrainer
 
-from support.pairs import perturbed
 from support.preparation import prepare_pairs
-from support.screen_pairs import pair_trainer, screen_pair, text_pair
+from support.screens import screen_pair, text_pair
 from support.tiny_vision import tiny_processor, tiny_vision_model
-from support.trainers import SETTINGS, largest_difference, logged
-from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, audit, verify
+from support.trainers import dpo_trainer, largest_difference, logged
+from trl_singlepass import audit, verify
 from trl_singlepass.data.bad_rows import BadRows
 from trl_singlepass.data.pairs import PAIR_COLUMNS
 from trl_singlepass.data.settings import PairSettings
@@ -55,16 +53,15 @@ def test_the_first_step_follows_the_definition(tmp_path, family, settings):
         0.05 * (sides["rejected"] - sides["chosen"]) / 2, named.values(), allow_unused=True, materialize_grads=True
     )
     pairs = [pair for pair, _ in examples]
-    trainer = pair_trainer(
-        tmp_path, model, processor, pairs, perturbed(model, scale=0.0), per_device_train_batch_size=2, **settings
-    )
+    settings = {"per_device_train_batch_size": 2, **settings}
+    trainer = dpo_trainer(tmp_path / "out", processor, pairs, model, model, max_length=None, **settings)
     batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
-    assert (len(batch["tree"].rows) > 1) == bool(settings)
+    assert (len(batch["tree"].rows) > 1) == ("max_row_tokens" in settings)
     loss = trainer._compute_loss(trainer.model, batch, return_outputs=False)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0.6931472, abs=1e-4)
     largest = max(float(gradient.abs().max()) for gradient in expected)
-    for (name, parameter), gradient in zip(named.items(), expected, strict=True):
+    for (name, parameter), gradient in zip(trainer.model.named_parameters(), expected, strict=True):
         own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         assert float((own - gradient).abs().max()) <= 1e-5 * largest, name
     assert any(
@@ -74,7 +71,7 @@ def test_the_first_step_follows_the_definition(tmp_path, family, settings):
 
 def test_an_image_of_both_trajectories_is_encoded_once(tmp_path):
     model, processor = tiny_vision_model("qwen3_vl")
-    trainer = pair_trainer(tmp_path, model, processor, [screen_pair(tmp_path, 0)[0]], perturbed(model))
+    trainer = dpo_trainer(tmp_path / "out", processor, [screen_pair(tmp_path, 0)[0]], model, max_length=None)
     (row,) = trainer.data_collator(list(trainer.train_dataset))["tree"].rows
     assert len(row["image_grid_thw"]) == 4
 
@@ -98,43 +95,14 @@ def test_a_pair_that_is_left_out_leaves_the_others_as_they_are(tmp_path, left_ou
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"max_row_tokens": 110}], ids=["one row", "rows"])
-def test_pairs_of_a_single_turn_train_as_stock(tmp_path, settings):
-    pairs = []
-    for seed in range(4):
-        pair, _ = screen_pair(tmp_path, seed)
-        pairs.append({**pair, "chosen": pair["chosen"][:1], "rejected": pair["rejected"][:1]})
-    steps = {**SETTINGS, "max_length": None, "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.02}
-    both = []
-    for trainer_class, config_class, own in (
-        (DPOTrainer, DPOConfig, {}),
-        (SinglePassDPOTrainer, SinglePassDPOConfig, settings),
-    ):
-        model, processor = tiny_vision_model("qwen3_vl")
-        trainer = trainer_class(
-            model,
-            perturbed(model),
-            config_class(str(tmp_path / "out"), **steps, **own),
-            train_dataset=datasets.Dataset.from_list(pairs),
-            processing_class=processor,
-        )
-        start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        trainer.train()
-        both.append(trainer)
-    assert largest_difference(*both) <= 1e-6
-    assert max(float((p.detach() - start[name]).abs().max()) for name, p in model.named_parameters()) > 1e-3
-
-
-@pytest.mark.slow
 def test_a_stream_and_stored_pairs_train_alike(tmp_path):
     both = []
     for stored in (True, False):
         model, processor = tiny_vision_model("qwen3_vl")
         rows = datasets.Dataset.from_list([screen_pair(tmp_path, seed)[0] for seed in range(3)])
-        trainer = pair_trainer(
-            tmp_path, model, processor, rows if stored else rows.to_iterable_dataset(), perturbed(model),
-            train_sampling_strategy="sequential", max_steps=3, per_device_train_batch_size=1, learning_rate=1e-3,
-        )  # fmt: skip
+        settings = {"train_sampling_strategy": "sequential", "max_steps": 3, "per_device_train_batch_size": 1}
+        rows = rows if stored else rows.to_iterable_dataset()
+        trainer = dpo_trainer(tmp_path / "out", processor, rows, model, max_length=None, **settings)
         trainer.train()
         both.append(trainer)
     assert largest_difference(*both) == 0

@@ -2,22 +2,18 @@
 
 import copy
 import gc
-import json
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from support.chat_tokenizers import make_tokenizer
 from support.float64_comparison import assert_equal_to_npass, checkpoint_layers, forward
-from support.model_survey import branchy_chat
-from support.sample_sets import branch_at_every_depth, reasoning_chat, sample_sets
+from support.row_training import batch_of
+from support.sample_sets import branch_at_every_depth, branchy_chat, reasoning_chat, sample_sets
 from support.tiny_models import HYBRIDS_AND_SLOW, KINDS, model_of_type
-from support.trainers import largest_difference, needs_cached_states, single_pass_trainer, stock_trainer
+from support.trainers import needs_cached_states
 from support.tree_checks import checked
-from support.wave_training import batch_of
 from trl_singlepass.attention.context import running_on
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree
@@ -26,11 +22,9 @@ from trl_singlepass.recurrent.introspection import path_dependent_layers
 from trl_singlepass.recurrent.layer import disable_tree_recurrence, runs_on_trees
 from trl_singlepass.recurrent.schedule import ReplayMode
 from trl_singlepass.reference.verification import ForcedFloat64
-from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.trees.sample import Sample
 
 
-SHARED = Path(__file__).parents[3] / "shared"
 pytestmark = [
     needs_cached_states,
     # The reference kernels of transformers say that they are slow.
@@ -129,43 +123,6 @@ def test_models_that_look_ahead_are_found():
     report = checked(model_of_type("bert", is_decoder=False).float())
     assert not report.ok
     assert "bert.encoder.layer.0.attention.self" in report.where
-
-
-def shortest_conversations(count):
-    with (SHARED / "data" / "mathchat_follow_up_300.jsonl").open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    rows = [row for row in rows if sum(message["role"] == "assistant" for message in row["messages"]) >= 3]
-    return sorted(rows, key=lambda row: len(json.dumps(row)))[:count]
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the conversations in ../shared")
-@pytest.mark.parametrize(
-    ("template", "model_type"),
-    [("qwen3_5_think", "qwen3_5_text"), ("nemotron_3_nano", "nemotron_h"), ("lfm2_2_5", "lfm2")],
-)
-def test_trainer_on_real_conversations(tmp_path, template, model_type):
-    tokenizer = make_tokenizer(template)
-    conversations = shortest_conversations(2)
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    sizes = {"vocab_size": len(tokenizer), "initializer_range": 0.05, **special}
-    models = [model_of_type(model_type, **sizes).float() for _ in range(2)]
-    for model in models:
-        if hasattr(model.config, "output_router_logits"):
-            model.config.output_router_logits = False
-    ours = single_pass_trainer(
-        tmp_path, tokenizer, conversations, models[0], per_device_train_batch_size=len(conversations)
-    )
-    samples = [sample for row in conversations for sample in render_example(row, tokenizer)]
-    rows = [
-        {"input_ids": sample.token_ids.tolist(), "completion_mask": (sample.loss_weights > 0).astype(int).tolist()}
-        for sample in samples
-    ]
-    theirs = stock_trainer(
-        tmp_path, tokenizer, rows, models[1], per_device_train_batch_size=len(rows), completion_only_loss=True
-    )
-    ours.train()
-    theirs.train()
-    assert largest_difference(ours, theirs) < 1e-6
 
 
 def test_a_layer_that_does_not_take_its_state_from_the_cache_is_refused(monkeypatch):

@@ -1,15 +1,14 @@
 """Layers that run once over a row: exact with kernels that pad and kernels that pack."""
 
 import sys
+from itertools import pairwise
 from types import FunctionType
 
 import pytest
 import torch
 
-from support.fast_scans import packing
 from support.float64_comparison import assert_equal_to_npass
-from support.model_survey import branchy_chat
-from support.sample_sets import branch_at_every_depth, reasoning_chat
+from support.sample_sets import branch_at_every_depth, branchy_chat, reasoning_chat
 from support.tiny_models import model_of_type
 from support.trainers import needs_cached_states
 from support.tree_masks import tree_of
@@ -24,6 +23,29 @@ ON_THE_ROW = [
     *("lfm3", "mamba2", "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
     *("qwen4_exp_text", "zamba2"),
 ]
+
+
+def packing(scan):
+    """Let one of transformers' scans keep packed sequences apart as fla's do, which needs a GPU: one by one."""
+
+    def packed_scan(query, key, value, g, beta, initial_state=None, cu_seqlens=None, **options):
+        if cu_seqlens is None:
+            return scan(query, key, value, g=g, beta=beta, initial_state=initial_state, **options)
+        assert len(query) == 1
+        ends = cu_seqlens.tolist()
+        assert initial_state is None or len(initial_state) == len(ends) - 1
+        outputs, states = [], []
+        for index, (start, end) in enumerate(pairwise(ends)):
+            state = None if initial_state is None else initial_state[index : index + 1]
+            parts = (x[:, start:end] for x in (query, key, value))
+            output, state = scan(*parts, g=g[:, start:end], beta=beta[:, start:end], initial_state=state, **options)
+            outputs.append(output)
+            states.append(state)
+        packed_scan.num_packed_calls += 1
+        return torch.cat(outputs, dim=1), None if state is None else torch.cat(states)
+
+    packed_scan.num_packed_calls = 0
+    return packed_scan
 
 
 def modelling_module(model):

@@ -9,7 +9,7 @@ import peft
 import torch
 
 from support.float64_comparison import assert_same_loss_and_gradients
-from support.model_survey import branchy_chat
+from support.sample_sets import branchy_chat
 from support.survey_pages import Outcome, counts, grouped, read_grouped, refused_by_check, write_part
 from support.tiny_models import tiny_model
 from support.tree_checks import checked

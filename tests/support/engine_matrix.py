@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 
 from support.survey_pages import write_part
-from support.worker_settings import on_engine, with_config, zero
+from support.worker_settings import with_config
 
 
 ROOT = Path(__file__).parents[2]
@@ -51,16 +51,6 @@ def settings_of(model, way):
     settings = {**MODELS[model], **WAYS[way], "float64": True}
     config = {"max_steps": 2, "gradient_checkpointing": False, "per_device_train_batch_size": 1}
     return with_config(settings, **config, **MODELS[model].get("config", {}), **WAYS[way].get("config", {}))
-
-
-def on_two_ranks(engine, settings):
-    """Return settings and environment of a step of two rows: one per rank, or both shared under Ulysses."""
-    if engine == "ulysses":
-        config = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "deepspeed": zero(3)}
-        settings, environment = {**with_config(settings, **config), "sp_size": 2}, {}
-    else:
-        settings, environment = on_engine(engine, settings)
-    return settings, environment
 
 
 def largest_difference(ours, theirs):

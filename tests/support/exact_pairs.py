@@ -7,8 +7,9 @@ import torch
 from trl import DPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 
-from support.float64_comparison import TOLERANCE, gradients_of
-from support.pairs import SeparateForwards, batch_of, dpo_trainer, perturbed
+from support.float64_comparison import TOLERANCE, assert_same_gradients, gradients_of
+from support.pairs import SeparateForwards, batch_of
+from support.trainers import dpo_trainer, perturbed
 from trl_singlepass import render_samples
 from trl_singlepass.engine.borrowed_state import attributes
 from trl_singlepass.reference.verification import ForcedFloat64
@@ -76,7 +77,7 @@ class ExactPairs:
             loss.backward()
         assert loss.dtype == torch.float64
         assert abs(float(loss.detach() - expected.detach())) <= TOLERANCE * abs(float(expected.detach()))
-        assert_gradients_equal(gradients_of(self.trainer.model), gradients_of(self.policy.model))
+        assert_same_gradients(gradients_of(self.trainer.model), gradients_of(self.policy.model))
 
     def _expected_loss(self):
         """TRL's own loss of N separate forwards; the reference's outputs are read from the batch."""
@@ -96,13 +97,3 @@ def samples_of(pairs, tokenizer):
             turns = render_samples(each["prompt"] + each[side], tokenizer)
             trajectories.append([turn for turn in turns if turn.message_index >= len(each["prompt"])])
     return trajectories
-
-
-def assert_gradients_equal(gradients, expected):
-    largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    assert largest > 1e-6
-    for name, gradient in expected.items():
-        # A gradient that is itself only rounding error of the others is compared with their size instead.
-        scale = max(float(gradient.abs().max()), 1e-3 * largest)
-        error = float((gradients[name] - gradient).abs().max())
-        assert error <= TOLERANCE * scale, f"{name}: gradient is off by {error:.1e}, of {scale:.1e}"

@@ -113,12 +113,25 @@ def gradients_of(model):
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
 
 
+def pop_gradients(model):
+    """Return the accumulated gradients, and begin again."""
+    gradients = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
+    model.zero_grad()
+    return gradients
+
+
 def assert_same_loss_and_gradients(loss, gradients, expected, tolerance=TOLERANCE):
     """Assert that the loss and every gradient equal those of N-pass, each relative to its own size."""
     assert abs(loss - expected.loss) <= tolerance * abs(expected.loss)
-    assert gradients.keys() == expected.gradients.keys()
-    largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
-    for name, gradient in expected.gradients.items():
+    assert_same_gradients(gradients, expected.gradients, tolerance)
+
+
+def assert_same_gradients(gradients, expected, tolerance=TOLERANCE):
+    """Assert that gradients are equal, each relative to its own size."""
+    assert gradients.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    assert largest > 0
+    for name, gradient in expected.items():
         error = float((gradients[name] - gradient).abs().max())
         # A gradient that is itself only rounding error of the others is compared with their size instead.
         scale = max(float(gradient.abs().max()), 1e-3 * largest)

@@ -1,5 +1,6 @@
-"""Prompts that share a system message, and a reward for their completions."""
+"""Prompts that share a system message, a reward for their completions, and lines as TRL pads them."""
 
+import torch
 from datasets import Dataset
 
 from support.tiny_vision import screen
@@ -27,3 +28,15 @@ def image_prompts():
 def reward(completions, **kwargs):
     """A reward that differs within a group, whatever the model says."""
     return [float(len(completion[0]["content"]) % 7) for completion in completions]
+
+
+def padded(lines):
+    """Return ids, mask and what is scored of `(prompt, completion)`, padded on the left and on the right."""
+    longest = [max(len(line[part]) for line in lines) for part in (0, 1)]
+    ids, mask, scored = [], [], []
+    for prompt, completion in lines:
+        left, right = longest[0] - len(prompt), longest[1] - len(completion)
+        ids.append([0] * left + prompt + completion + [0] * right)
+        mask.append([0] * left + [1] * len(prompt + completion) + [0] * right)
+        scored.append([0] * longest[0] + [1] * len(completion) + [0] * right)
+    return torch.tensor(ids), torch.tensor(mask), torch.tensor(scored)

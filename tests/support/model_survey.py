@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
 
 from support.float64_comparison import assert_same_loss_and_gradients
 from support.image_survey import with_images
-from support.sample_sets import reasoning_chat
+from support.sample_sets import branchy_chat
 from support.survey_pages import STATUSES, Outcome, counts, grouped, read_grouped, refused_by_check, write_part
 from support.tiny_models import OWN, model_of_type
 from support.tiny_multimodal import classes_without_loss_arguments, tiny_conditional
@@ -31,7 +31,6 @@ from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_
 from trl_singlepass.reference.verification import ForcedFloat64
 from trl_singlepass.trees.prefix_tree import PrefixTree, sample_paths
 from trl_singlepass.trees.rows import Row
-from trl_singlepass.trees.sample import Sample
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -41,17 +40,6 @@ TABLES = {
     IMAGE_MODELS: "| | layers of the tiny model, or reason | with images | `model_type` |",
     OTHER_CLASSES: "| | layers of the tiny model, or reason | class |",
 }
-
-
-def branchy_chat():
-    """A chat with a branch per turn, and short branches at many depths, shorter than any convolution."""
-    chat = reasoning_chat(turns=3)
-    trunk = chat[-1].token_ids.tolist()
-    samples = list(chat)
-    for depth in (1, 2, 3, 9, 10, 20):
-        branch = [50 + depth, 60][: 1 + depth % 2]
-        samples.append(Sample(trunk[:depth] + branch, [0.0] * depth + [1.0] * len(branch), depth))
-    return samples
 
 
 def survey(table, name):

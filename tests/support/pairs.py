@@ -1,17 +1,11 @@
-"""Preference pairs, trainers on them, and what N separate forwards per turn and trajectory compute of them."""
+"""Preference pairs, and what N separate forwards per turn and trajectory compute of them."""
 
-import copy
 from types import SimpleNamespace
 
-import datasets
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from trl import DPOConfig, DPOTrainer
 
 from support.conversations import chat, without_reasoning
-from support.paired_trainers import adapted
-from support.trainers import SETTINGS, float32_model
-from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer
 
 
 def pair(turns=1, seed=0, rejected_turns=None):
@@ -34,45 +28,6 @@ def plain(example):
 
 SINGLE_TURNS = [pair(seed=seed) for seed in range(8)]
 TRAJECTORIES = [pair(3, 0), pair(2, 1, rejected_turns=3), pair_with_shared_turns(1, 3, seed=2)]
-
-
-def adapted_model(tokenizer):
-    """Return a model with an adapter that has been trained before, of which TRL takes a copy as the reference."""
-    return adapted(float32_model(tokenizer))
-
-
-def perturbed(model, scale=0.02):
-    """Return a frozen copy of a model with other weights: a reference that differs from the policy."""
-    generator = torch.Generator().manual_seed(1)
-    other = copy.deepcopy(model).requires_grad_(requires_grad=False)
-    for parameter in other.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-        parameter += scale * noise.to(parameter.dtype)
-    return other.eval()
-
-
-def dpo_trainer(tmp_path, tokenizer, pairs, model=None, ref_model="perturbed", kwargs=None, config=None, **settings):
-    """Return a single-pass DPO trainer."""
-    config = config or SinglePassDPOConfig
-    return _trainer(SinglePassDPOTrainer, config, tmp_path, tokenizer, pairs, model, ref_model, kwargs, settings)
-
-
-def stock_dpo_trainer(tmp_path, tokenizer, pairs, model=None, ref_model="perturbed", kwargs=None, **settings):
-    """Return TRL's DPO trainer."""
-    settings = {"max_length": None, **settings}
-    return _trainer(DPOTrainer, DPOConfig, tmp_path, tokenizer, pairs, model, ref_model, kwargs, settings)
-
-
-def _trainer(trainer_class, config_class, tmp_path, tokenizer, pairs, model, ref_model, kwargs, settings):
-    model = float32_model(tokenizer) if model is None else model
-    return trainer_class(
-        copy.deepcopy(model),
-        perturbed(model) if ref_model == "perturbed" else ref_model,
-        config_class(str(tmp_path), **{**SETTINGS, **settings}),
-        train_dataset=datasets.Dataset.from_list(pairs) if isinstance(pairs, list) else pairs,
-        processing_class=tokenizer,
-        **(kwargs or {}),
-    )
 
 
 def batch_of(trainer, pairs=slice(None)):

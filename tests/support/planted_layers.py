@@ -41,26 +41,12 @@ class TokenShift(PlantedMLP):
         return 0.5 * (F.pad(x[:, :-1], (0, 0, 1, 0)) - x)
 
 
-class RunningMean(PlantedMLP):
-    def mix(self, x):
-        counts = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=torch.float32)
-        return (x.float().cumsum(1) / counts[:, None]).to(x.dtype)
-
-
 class IndexDependent(PlantedMLP):
     """Depends on the token's place in the sequence, and on no other token."""
 
     def mix(self, x):
         place = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
         return x * (0.1 * torch.sin(place / 7)).to(x.dtype)[:, None]
-
-
-class PythonRecurrence(PlantedMLP):
-    def mix(self, x):
-        states = [x[:, 0]]
-        for t in range(1, x.shape[1]):
-            states.append(0.5 * states[-1] + 0.5 * x[:, t])
-        return torch.stack(states, dim=1)
 
 
 class MemoryByIndex(PlantedMLP):
@@ -72,15 +58,6 @@ class MemoryByIndex(PlantedMLP):
 
     def mix(self, x):
         return self.memory[torch.arange(x.shape[1], device=x.device) % len(self.memory)]
-
-
-class UnfoldedConvolution(PlantedMLP):
-    def __init__(self, config):
-        super().__init__(config)
-        self.kernel = nn.Parameter(0.5 * torch.randn(3))
-
-    def mix(self, x):
-        return (F.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1) * self.kernel).sum(-1)
 
 
 class BatchPooling(PlantedMLP):
@@ -138,8 +115,8 @@ class NGramEmbedding(nn.Embedding):
 PLANTED = {
     layer.__name__: layer
     for layer in (
-        *(TokenShift, RunningMean, IndexDependent, OwnAttention, NGramEmbedding, PythonRecurrence),
-        *(MemoryByIndex, UnfoldedConvolution, BatchPooling, NeighbourRouter, ZeroGate),
+        *(TokenShift, IndexDependent, OwnAttention, NGramEmbedding),
+        *(MemoryByIndex, BatchPooling, NeighbourRouter, ZeroGate),
     )
 }
 

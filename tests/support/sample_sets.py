@@ -69,6 +69,17 @@ def reasoning_chat(turns=4, vocab_size=97, seed=0):
     return samples
 
 
+def branchy_chat():
+    """A chat with a branch per turn, and short branches at many depths, shorter than any convolution."""
+    chat = reasoning_chat(turns=3)
+    trunk = chat[-1].token_ids.tolist()
+    samples = list(chat)
+    for depth in (1, 2, 3, 9, 10, 20):
+        branch = [50 + depth, 60][: 1 + depth % 2]
+        samples.append(Sample(trunk[:depth] + branch, [0.0] * depth + [1.0] * len(branch), depth))
+    return samples
+
+
 def nested_forks(levels=3, branches=2, vocab_size=97, seed=0):
     """Return a full tree: every branch forks again, so that a history is in several places of the row."""
     generator = np.random.default_rng(seed)

@@ -226,6 +226,14 @@ def tiny_model(family, vocab_size=VOCAB_SIZE, dtype=torch.float64, attn_implemen
     return random_model(model_class_of(model_type), config, dtype, std=0.5, attn_implementation=attn_implementation)
 
 
+def without_router_loss(name, **overrides):
+    """Return a tiny model of a family or type without its load-balancing loss, which is no sum over tokens."""
+    model = (tiny_model if name in FAMILIES else model_of_type)(name, **overrides)
+    if hasattr(model.config, "output_router_logits"):
+        model.config.output_router_logits = False
+    return model
+
+
 def model_of_type(model_type, **overrides):
     """
     Return a tiny random model of a model type in float64 and training mode, without dropout.

@@ -1,5 +1,6 @@
 """Trainers on tiny models, stock and single-pass, and what tests read off them."""
 
+import copy
 import inspect
 from importlib.util import find_spec
 
@@ -9,10 +10,13 @@ import torch
 import transformers
 import trl
 from packaging.version import Version
-from trl import SFTConfig, SFTTrainer
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import DataLoader
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from support.tiny_models import tiny_model
-from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
+from support.conversations import chat, expand
+from support.tiny_models import FAMILIES, model_of_type, tiny_model
+from trl_singlepass import SinglePassDPOConfig, SinglePassDPOTrainer, SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.data.arrow import COST_COLUMNS
 from trl_singlepass.training.config import EngineConfig, SinglePassConfig
 from trl_singlepass.trees.rows import ROW_COLUMNS
@@ -21,12 +25,14 @@ from trl_singlepass.trees.rows import ROW_COLUMNS
 needs_weighted_loss = pytest.mark.skipif(
     Version(trl.__version__) < Version("1.15"), reason="loss weights reach the loss through the fused head of TRL 1.15"
 )
-NEEDS_BITSANDBYTES = [
-    pytest.mark.slow,  # `make test-slow` installs it
-    pytest.mark.skipif(
-        find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install trl-singlepass[quantization]"
-    ),
-]
+
+
+def needs_bitsandbytes(test):
+    """Mark a test that `make test-slow` runs, since it installs bitsandbytes."""
+    reason = "needs bitsandbytes: pip install trl-singlepass[quantization]"
+    return pytest.mark.slow(pytest.mark.skipif(find_spec("bitsandbytes") is None, reason=reason)(test))
+
+
 needs_cached_states = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
     reason="recurrent layers keep their states in the cache since 5.23",
@@ -45,6 +51,8 @@ SETTINGS = {
     "max_grad_norm": 0.0,
     "max_steps": 1,
 }
+# One to three turns each, so that batches of as many conversations hold different numbers of samples.
+CONVERSATIONS = [chat(3 - seed % 3, seed) for seed in range(8)]
 
 
 def as_dataset(rows):
@@ -57,11 +65,13 @@ def columns_of_rows(dataset):
     return dataset.select_columns([*ROW_COLUMNS, *COST_COLUMNS])[:]
 
 
-def float32_model(tokenizer, family="qwen3", **overrides):
-    """Return a tiny model whose vocabulary and special tokens are the tokenizer's."""
+def float32_model(tokenizer, family="qwen3", attn_implementation="sdpa", **overrides):
+    """Return a tiny model of a family or type whose vocabulary and special tokens are the tokenizer's."""
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     overrides = {"initializer_range": 0.05, **ids, **overrides}
-    return tiny_model(family, len(tokenizer), torch.float32, attn_implementation="sdpa", **overrides)
+    if family not in FAMILIES:
+        return model_of_type(family, vocab_size=len(tokenizer), **overrides).float()
+    return tiny_model(family, len(tokenizer), torch.float32, attn_implementation, **overrides)
 
 
 def own_settings(config):
@@ -85,6 +95,22 @@ def overridden(trainer):
     return own_methods(trainer) & {name for cls in theirs for name in vars(cls)}
 
 
+def adapted(model):
+    """Return a model with an adapter whose both factors count."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def perturbed(model, scale=0.02):
+    """Return a frozen copy of a model with other weights: a reference that differs from the policy."""
+    generator = torch.Generator().manual_seed(1)
+    other = copy.deepcopy(model).requires_grad_(requires_grad=False)
+    for parameter in other.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+        parameter += scale * noise.to(parameter.dtype)
+    return other.eval()
+
+
 def single_pass_trainer(tmp_path, tokenizer, dataset, model=None, config=SinglePassSFTConfig, kwargs=None, **settings):
     """Return a single-pass trainer on a dataset or on rows."""
     return _trainer(SinglePassSFTTrainer, config, tmp_path, tokenizer, dataset, model, kwargs, settings)
@@ -96,14 +122,100 @@ def stock_trainer(tmp_path, tokenizer, dataset, model=None, kwargs=None, **setti
     return _trainer(SFTTrainer, SFTConfig, tmp_path, tokenizer, dataset, model, kwargs, settings)
 
 
+def dpo_trainer(tmp_path, tokenizer, pairs, model=None, ref_model=None, kwargs=None, **settings):
+    """Return a single-pass DPO trainer on a copy of a model; a policy without adapters gets a perturbed reference."""
+    kind = SinglePassDPOTrainer, SinglePassDPOConfig
+    return _dpo_trainer(kind, tmp_path, tokenizer, pairs, model, ref_model, kwargs, settings)
+
+
+def stock_dpo_trainer(tmp_path, tokenizer, pairs, model=None, ref_model=None, kwargs=None, **settings):
+    """The same of TRL."""
+    settings = {"max_length": None, **settings}
+    return _dpo_trainer((DPOTrainer, DPOConfig), tmp_path, tokenizer, pairs, model, ref_model, kwargs, settings)
+
+
+def _dpo_trainer(kind, tmp_path, tokenizer, pairs, model, ref_model, kwargs, settings):
+    model, kwargs = copy.deepcopy(float32_model(tokenizer) if model is None else model), kwargs or {}
+    if ref_model is None and not isinstance(model, PeftModel) and "peft_config" not in kwargs:
+        ref_model = perturbed(model)
+    kwargs = {"ref_model": copy.deepcopy(ref_model), **kwargs}
+    return _trainer(*kind, tmp_path, tokenizer, pairs, model, kwargs, settings)
+
+
 def _trainer(trainer_class, config_class, tmp_path, tokenizer, dataset, model, kwargs, settings):
     return trainer_class(
-        model=model or float32_model(tokenizer),
+        model=float32_model(tokenizer) if model is None else model,
         args=config_class(str(tmp_path), **{**SETTINGS, **settings}),
         train_dataset=as_dataset(dataset) if isinstance(dataset, list) else dataset,
         processing_class=tokenizer,
         **(kwargs or {}),
     )
+
+
+class Expanded(SFTTrainer):
+    """A stock trainer whose batches hold all samples of the conversations in a batch of the single pass."""
+
+    turns_per_batch = None
+
+    def get_train_dataloader(self):
+        batches, start = [], 0
+        for turns in self.turns_per_batch:
+            batches.append(list(range(start, start + turns)))
+            start += turns
+        dataset = self._remove_unused_columns(self.train_dataset, description="training")
+        return self.accelerator.prepare(DataLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator))
+
+
+def in_order(tmp_path, tokenizer, model, conversations=CONVERSATIONS, evaluation=None, kwargs=None, **settings):
+    """Return the single-pass trainer of a copy of a model that keeps the order of the conversations."""
+    kwargs = {"eval_dataset": as_dataset(evaluation) if evaluation else None, **(kwargs or {})}
+    settings = {"max_length": None, "train_sampling_strategy": "sequential", **settings}
+    return single_pass_trainer(tmp_path, tokenizer, conversations, copy.deepcopy(model), kwargs=kwargs, **settings)
+
+
+def on_samples(tmp_path, tokenizer, model, samples, evaluation=None, kwargs=None, **settings):
+    """
+    Return stock `SFTTrainer` of a copy of a model for the samples of each conversation, evaluating all in one batch.
+
+    `samples` are lists of rows, one per conversation.
+    """
+    rows = as_dataset([row for of_one in samples for row in of_one])
+    kwargs = {"eval_dataset": as_dataset(evaluation) if evaluation else None, **(kwargs or {})}
+    settings = {"max_length": None, "per_device_eval_batch_size": 1000, **settings}
+    trainer = _trainer(Expanded, SFTConfig, tmp_path, tokenizer, rows, copy.deepcopy(model), kwargs, settings)
+    size = settings["per_device_train_batch_size"]
+    trainer.turns_per_batch = [sum(map(len, samples[start : start + size])) for start in range(0, len(samples), size)]
+    return trainer
+
+
+def train_both_on_pairs(tmp_path, tokenizer, model, pairs, own=None, **settings):
+    """Train copies of a model on pairs, stock and in a single pass; return both trainers."""
+    stock = stock_dpo_trainer(tmp_path, tokenizer, pairs, model, **settings)
+    ours = dpo_trainer(tmp_path, tokenizer, pairs, model, **settings, **(own or {}))
+    for trainer in (stock, ours):
+        trainer.train()
+    return stock, ours
+
+
+def train_both(tmp_path, tokenizer, model, own=None, evaluation=(), **settings):
+    """Train copies of a model both ways on the same conversations per step; return both trainers."""
+    settings = {"per_device_train_batch_size": 8, **settings}
+    evaluated = [sample for messages in evaluation for sample in expand(messages)]
+    stock = on_samples(tmp_path, tokenizer, model, list(map(expand, CONVERSATIONS)), evaluated, **settings)
+    ours = in_order(tmp_path, tokenizer, model, evaluation=evaluation, **settings, **(own or {}))
+    for trainer in (stock, ours):
+        trainer.train()
+    return stock, ours
+
+
+def assert_trained_alike(stock, ours, start, keys=("loss", "grad_norm"), tolerance=1e-6, least_move=1000, rel=1e-4):
+    """Assert that trainers moved a model alike, and far more than the tolerance, and that they logged the same."""
+    assert largest_difference(stock, ours) <= tolerance
+    after = parameters(stock)
+    moves = [float((after[name] - p.detach()).abs().max()) for name, p in start.named_parameters() if name in after]
+    assert max(moves, default=0) >= least_move * tolerance
+    for key in keys:
+        assert logged(ours, key) == pytest.approx(logged(stock, key), rel=rel, abs=rel / 10), key
 
 
 def parameters(trainer):

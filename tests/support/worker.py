@@ -45,15 +45,14 @@ from support.groups import as_prompts, image_prompts, reward
 from support.image_models import image_model
 from support.image_rows import image_collator, image_rows, image_sample_sets
 from support.pairs import pair
-from support.pairs import perturbed as reference_of
 from support.planted_layers import plant
-from support.screen_conversations import examples_of
-from support.screen_pairs import some_pairs
+from support.screens import examples_of, some_pairs
 from support.tiny_models import FAMILIES, model_of_type, tiny_model
 from support.tiny_multimodal import model_for
 from support.tiny_vision import tiny_vision_model
 from support.trainers import SETTINGS as COMMON
 from support.trainers import as_dataset, float32_model, logged
+from support.trainers import perturbed as reference_of
 from trl_singlepass import (
     SinglePassDPOConfig,
     SinglePassDPOTrainer,

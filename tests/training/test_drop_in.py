@@ -2,21 +2,17 @@
 
 import inspect
 import itertools
-import json
 import logging
 from dataclasses import dataclass
 
-import datasets
 import pytest
 import torch
 import transformers
-import trl
-from packaging.version import Version
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from support.chat_tokenizers import make_tokenizer
-from support.conversations import TOOLS, chat, expand, tool_chat
+from support.conversations import chat, expand, tool_chat
 from support.slow import slow_but_for
 from support.trainers import (
     SETTINGS,
@@ -41,16 +37,6 @@ def log(caplog):
     logging.Logger.warning_once.cache_clear()
     caplog.set_level(logging.INFO, logger="trl_singlepass")
     return caplog
-
-
-def test_the_signature_is_trls():
-    ours, theirs = (list(inspect.signature(a.__init__).parameters) for a in (SinglePassSFTTrainer, SFTTrainer))
-    if Version(trl.__version__) >= Version("1.16"):
-        assert ours == theirs
-    assert [name for name in ours if name in theirs] == theirs
-    for name, parameter in inspect.signature(SFTTrainer.__init__).parameters.items():
-        own = inspect.signature(SinglePassSFTTrainer.__init__).parameters[name]
-        assert (own.kind, own.default) == (parameter.kind, parameter.default), name
 
 
 def test_every_argument_is_taken_by_position(tmp_path, tokenizer):
@@ -295,20 +281,6 @@ def test_a_chat_template_is_taken_from_its_path(tmp_path, kind):
     assert text == "<|im_start|>user|One?<|im_end|><|im_start|>assistant|One.<|im_end|>"
 
 
-@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["as they are", "as JSON"])
-def test_tools_reach_the_prompt(tmp_path, tokenizer, tools):
-    rows = [{"messages": tool_chat(), "tools": tools}]
-    trainer = single_pass_trainer(tmp_path, tokenizer, rows)
-    assert "Add two numbers." in tokenizer.decode(trainer.train_dataset[0]["input_ids"])
-
-
 def test_a_training_set_is_required(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="`train_dataset` is required"):
         single_pass_trainer(tmp_path, tokenizer, None)
-
-
-def test_a_transformed_dataset_is_refused_as_in_stock(tmp_path, tokenizer):
-    dataset = as_dataset(CHATS).with_transform(lambda batch: batch)
-    with pytest.raises(ValueError, match=r"Dataset.with_transform"):
-        single_pass_trainer(tmp_path, tokenizer, dataset)
-    assert isinstance(dataset, datasets.Dataset)

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from support.gpu_or_cpu import DEVICE, needs_device
-from support.paired_trainers import train_both
 from support.tiny_models import tiny_model
-from support.trainers import parameters
+from support.trainers import parameters, train_both
 
 
 # Each step runs TRL's fused head, whose kernels are Triton's on a GPU.

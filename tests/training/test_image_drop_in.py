@@ -63,10 +63,3 @@ def test_adapters_train_and_evaluate(tmp_path):
     assert adapters
     assert all(bool(value.any()) for value in adapters)
     assert torch.tensor(trainer.evaluate()["eval_loss"]).isfinite()
-
-
-def test_losses_of_prompts_are_refused(tmp_path):
-    model, processor = tiny_vision_model("qwen3_vl")
-    rows = [{"prompt": [question()], "completion": [ANSWER], "images": [screen(0)]}] * 3
-    with pytest.raises(ValueError, match="completion_only_loss=False does not work for conversations"):
-        single_pass_trainer(tmp_path, processor, rows, model, completion_only_loss=False)

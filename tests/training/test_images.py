@@ -13,8 +13,7 @@ from support.image_models import FAMILIES, image_model
 from support.image_rows import HandMadeImages, image_collator, image_rows, image_sample_sets
 from support.sample_sets import reasoning_chat
 from support.slow import slow_but_for
-from support.trainers import SETTINGS, as_dataset, float32_model
-from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
+from support.trainers import SETTINGS, single_pass_trainer
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.images.reading import UnsupportedImagesError
 from trl_singlepass.reference import npass_loss_and_gradients
@@ -23,15 +22,10 @@ from trl_singlepass.training.epochs import blank_batch
 from trl_singlepass.training.situation import Situation
 
 
-def image_trainer(tmp_path, model, family, sample_sets, collator=None, **settings):
-    config = {**SETTINGS, "max_length": None, **settings}
-    return SinglePassSFTTrainer(
-        model,
-        SinglePassSFTConfig(str(tmp_path), **config),
-        data_collator=collator or image_collator(model, family),
-        train_dataset=image_rows(sample_sets),
-        processing_class=make_tokenizer("qwen3"),
-    )
+def image_trainer(tmp_path, model, family, sample_sets, **settings):
+    kwargs = {"data_collator": image_collator(model, family)}
+    rows, tokenizer = image_rows(sample_sets), make_tokenizer("qwen3")
+    return single_pass_trainer(tmp_path, tokenizer, rows, model, kwargs=kwargs, max_length=None, **settings)
 
 
 @pytest.mark.parametrize(
@@ -56,16 +50,6 @@ def test_one_step_equals_npass(tmp_path, family, batch_size):
     for name, parameter in trainer.model.named_parameters():
         step = (before[name] - parameter.detach()) / SETTINGS["learning_rate"]
         assert float((step - expected.gradients[name]).abs().max()) <= 2e-5 * largest, name
-
-
-@pytest.mark.parametrize(
-    ("settings", "refused"),
-    [({"wave_tokens": "auto"}, "wave_tokens='auto' does not work on rows with images")],
-)
-def test_settings_that_do_not_go_with_images(tmp_path, settings, refused):
-    model = image_model("qwen3_vl", torch.float32)
-    with pytest.raises(ValueError, match=refused):
-        image_trainer(tmp_path, model, "qwen3_vl", image_sample_sets(model, "qwen3_vl")[:1], **settings)
 
 
 def test_several_ranks_need_a_blank_image():
@@ -95,16 +79,8 @@ def test_a_model_that_mixes_images_is_refused_before_its_dataset_is_read(tmp_pat
 
 
 def test_images_that_come_up_later_are_refused_by_name(tmp_path):
-    model = image_model("qwen3_vl", torch.float32)
-    sets = image_sample_sets(model, "qwen3_vl")
-    text = as_dataset([chat(1)])
-    tokenizer = make_tokenizer("qwen3")
-    trainer = SinglePassSFTTrainer(
-        float32_model(tokenizer),
-        SinglePassSFTConfig(str(tmp_path), **SETTINGS),
-        data_collator=image_collator(model, "qwen3_vl"),
-        train_dataset=text,
-        processing_class=tokenizer,
-    )
+    model, tokenizer = image_model("qwen3_vl", torch.float32), make_tokenizer("qwen3")
+    kwargs = {"data_collator": image_collator(model, "qwen3_vl")}
+    trainer = single_pass_trainer(tmp_path, tokenizer, [chat(1)], kwargs=kwargs)
     with pytest.raises(ValueError, match="enable_images"):
-        trainer.evaluate(image_rows(sets[:1]))
+        trainer.evaluate(image_rows(image_sample_sets(model, "qwen3_vl")[:1]))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from support.row_training import batch_of
 from support.tiny_models import HYBRIDS, model_of_type, tiny_model
-from support.wave_training import batch_of
 from trl_singlepass.attention.context import running_on
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree

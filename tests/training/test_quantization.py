@@ -8,20 +8,25 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from support.conversations import chat, tool_chat
-from support.trainers import float32_model, logged, needs_weighted_loss, parameters, single_pass_trainer
+from support.pairs import SINGLE_TURNS
+from support.trainers import (
+    dpo_trainer,
+    float32_model,
+    logged,
+    needs_bitsandbytes,
+    needs_weighted_loss,
+    parameters,
+    single_pass_trainer,
+    stock_dpo_trainer,
+)
 from trl_singlepass import render_samples, verify
 from trl_singlepass.engine.enable import UnsupportedModelError
 from trl_singlepass.reference import npass_loss_and_gradients
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+ADAPTER = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 CHATS = [chat(3), chat(2, seed=1), tool_chat()]
-
-
-def needs_bitsandbytes(test):
-    """Mark a test that `make test-slow` runs, since it installs bitsandbytes."""
-    reason = "needs bitsandbytes: pip install trl-singlepass[quantization]"
-    return pytest.mark.slow(pytest.mark.skipif(find_spec("bitsandbytes") is None, reason=reason)(test))
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +36,8 @@ def weights_as_on_a_gpu(monkeypatch):
         monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
-def quantized_model(tokenizer, folder):
-    """A model in 4 bits with an adapter whose both factors count; computations stay in float32."""
+def in_four_bits(tokenizer, folder):
+    """A model in 4 bits; computations stay in float32."""
     float32_model(tokenizer).save_pretrained(folder)
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -44,8 +49,20 @@ def quantized_model(tokenizer, folder):
         folder, quantization_config=four_bits, dtype=torch.float32, device_map={"": "cpu"}
     )
     assert base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
-    torch.manual_seed(0)
-    return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    return base
+
+
+def quantized_model(tokenizer, folder):
+    """With an adapter whose both factors count."""
+    return get_peft_model(in_four_bits(tokenizer, folder), LoraConfig(**ADAPTER))
+
+
+def with_adapters_in_float32(trainer):
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.bfloat16, name  # TRL's choice, which would blur the comparison
+            parameter.data = parameter.data.float()
+    return trainer
 
 
 @needs_weighted_loss
@@ -63,10 +80,7 @@ def quantized_model(tokenizer, folder):
 def test_a_step_of_qlora_is_that_of_npass_on_the_same_base(tmp_path, tokenizer, settings):
     model = quantized_model(tokenizer, tmp_path / "base")
     trainer = single_pass_trainer(tmp_path, tokenizer, CHATS, model=model, per_device_train_batch_size=8, **settings)
-    for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.dtype == torch.bfloat16, name  # TRL's choice, which would blur the comparison
-            parameter.data = parameter.data.float()
+    with_adapters_in_float32(trainer)
     samples = [sample for messages in CHATS for sample in render_samples(messages, tokenizer)]
     expected = npass_loss_and_gradients(trainer.model, samples)
     gradients = {}
@@ -90,6 +104,23 @@ class _Gradients(TrainerCallback):
         self.gradients |= {
             name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad
         }
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("own", [{}, {"max_row_tokens": 160}, {"wave_tokens": 50}], ids=str)
+def test_qlora_on_pairs_trains_as_stock(tmp_path, tokenizer, own):
+    both = []
+    for make, settings in ((stock_dpo_trainer, {}), (dpo_trainer, own)):
+        base, kwargs = in_four_bits(tokenizer, tmp_path / "base"), {"peft_config": LoraConfig(**ADAPTER)}
+        given = {"max_steps": 3, "per_device_train_batch_size": 4, **settings}
+        trainer = make(tmp_path / "out", tokenizer, SINGLE_TURNS, base, kwargs=kwargs, **given)
+        with_adapters_in_float32(trainer).train()
+        both.append(trainer)
+    stock, single_pass = map(parameters, both)
+    assert max(float((stock[name] - single_pass[name]).abs().max()) for name in stock if "lora_" in name) < 1e-5
+    for key in ("loss", "logps/chosen", "rewards/margins"):
+        assert logged(both[0], key) == pytest.approx(logged(both[1], key), rel=1e-3, abs=1e-4)
+    assert len(set(logged(both[0], "loss"))) == 3
 
 
 @needs_bitsandbytes

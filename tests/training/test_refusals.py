@@ -17,9 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.hybrid_step import small_hybrid
 from support.conversations import chat
 from support.image_models import image_model
-from support.pairs import dpo_trainer, pair
+from support.pairs import pair
 from support.tiny_models import model_of_type, tiny_model
-from support.trainers import single_pass_trainer
+from support.trainers import dpo_trainer, single_pass_trainer
 from trl_singlepass import SinglePassDPOConfig, SinglePassGRPOConfig, SinglePassSFTConfig
 from trl_singlepass.attention.registry import TREE_ATTENTION
 from trl_singlepass.training.refusals import (

@@ -1,15 +1,11 @@
 """The measured check of a run: before its first step, for conversations and pairs, and when a run resumes."""
 
-import copy
-
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from support.conversations import chat
 from support.image_models import image_model
 from support.image_rows import image_collator, image_rows, image_sample_sets
-from support.pairs import dpo_trainer, pair
 from support.planted_layers import plant
 from support.trainers import SETTINGS, float32_model, single_pass_trainer
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
@@ -19,46 +15,6 @@ from trl_singlepass.images.reading import image_module
 
 
 CHATS = [chat(3), chat(2, seed=1)]
-
-
-class Steps(TrainerCallback):
-    """Counts optimizer steps."""
-
-    def __init__(self):
-        self.count = 0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.count += 1
-
-
-def assert_stopped(trainer, tmp_path, name):
-    """Assert that training raises an error that names the layer, changes no parameter and writes no checkpoint."""
-    before = copy.deepcopy(trainer.model.state_dict())
-    steps = Steps()
-    trainer.add_callback(steps)
-    with pytest.raises(TreeCheckError, match=name):
-        trainer.train()
-    assert steps.count == 0
-    for key, value in trainer.model.state_dict().items():
-        assert torch.equal(value, before[key]), key
-    assert not list(tmp_path.glob("checkpoint-*"))
-
-
-# tests/engine/test_check.py finds each of them.
-@pytest.mark.parametrize("name", ["TokenShift", "NGramEmbedding", "ZeroGate"])
-def test_a_planted_layer_stops_a_run_before_its_first_step(tmp_path, tokenizer, name):
-    model, place = plant(float32_model(tokenizer), name)
-    trainer = single_pass_trainer(tmp_path, tokenizer, CHATS, model, save_strategy="steps", save_steps=1)
-    assert_stopped(trainer, tmp_path, rf"{place} \({name}\)")
-
-
-@pytest.mark.parametrize("where", ["policy", "reference"])
-@pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed:FutureWarning")
-def test_a_planted_layer_stops_pairs(tmp_path, tokenizer, where):
-    models = [float32_model(tokenizer), float32_model(tokenizer)]
-    plant(models[where == "reference"], "TokenShift")
-    trainer = dpo_trainer(tmp_path, tokenizer, [pair(2), pair(1, 1)], *models)
-    assert_stopped(trainer, tmp_path, "TokenShift")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -113,9 +69,9 @@ def test_a_run_is_checked_once_and_again_when_it_resumes(tmp_path, tokenizer, mo
 
 
 def test_an_evaluation_without_training_is_checked(tmp_path, tokenizer):
-    model, _ = plant(float32_model(tokenizer), "RunningMean")
+    model, _ = plant(float32_model(tokenizer), "TokenShift")
     trainer = single_pass_trainer(tmp_path, tokenizer, CHATS, model)
-    with pytest.raises(TreeCheckError, match="RunningMean"):
+    with pytest.raises(TreeCheckError, match="TokenShift"):
         trainer.evaluate(trainer.train_dataset)
 
 

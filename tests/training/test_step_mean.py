@@ -1,11 +1,8 @@
 """Every step is the mean over all its tokens, whether or not the Trainer counts them for the class of the model."""
 
-import copy
-
 import pytest
 import trl
 from packaging.version import Version
-from torch.utils.data import SequentialSampler
 
 from support.slow import slow_but_for
 from support.tiny_multimodal import model_for
@@ -17,8 +14,7 @@ from support.token_mean_reference import (
     samples_of,
     with_weights,
 )
-from support.trainers import SETTINGS, as_dataset, logged, needs_weighted_loss, parameters
-from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
+from support.trainers import in_order, logged, needs_weighted_loss, parameters
 
 
 # The Trainer counts no tokens for these.
@@ -34,23 +30,9 @@ pytestmark = [
 ]
 
 
-class InOrder(SinglePassSFTTrainer):
-    """Conversations in the order of the dataset."""
-
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(self.train_dataset)
-
-
 def train(tmp_path, tokenizer, model, rows, evaluation=None, **settings):
     """Train a copy of a model; return the trainer."""
-    settings = {**SETTINGS, "max_length": None, "router_aux_loss_coef": 0.0, **settings}
-    trainer = InOrder(
-        copy.deepcopy(model),
-        SinglePassSFTConfig(str(tmp_path), **settings),
-        train_dataset=as_dataset(rows),
-        eval_dataset=evaluation and as_dataset(evaluation),
-        processing_class=tokenizer,
-    )
+    trainer = in_order(tmp_path, tokenizer, model, rows, evaluation, router_aux_loss_coef=0.0, **settings)
     trainer.train()
     return trainer
 

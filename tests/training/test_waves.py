@@ -8,39 +8,38 @@ import pytest
 import torch
 
 from benchmarks.hybrid_step import small_hybrid
-from support.paired_trainers import CONVERSATIONS, adapted, single_pass_trainer, stock_trainer
 from support.slow import slow_but_for
-from support.tiny_models import model_of_type, tiny_model
-from support.trainers import float32_model, largest_difference, logged, parameters
+from support.tiny_models import tiny_model
+from support.trainers import (
+    CONVERSATIONS,
+    adapted,
+    assert_trained_alike,
+    float32_model,
+    in_order,
+    largest_difference,
+    logged,
+    train_both,
+)
 from trl_singlepass.engine import pieces
 from trl_singlepass.training.sharding import stop_prefetching
 
 
-TOLERANCE = 1e-6
-
 # Stock training gives these as well.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
 
 
-def train_both(tmp_path, tokenizer, model, wave_tokens, evaluation=None, offload_kv=False, **settings):
-    """Train copies of a model in stock and in waves; return both trainers."""
-    settings = {"per_device_train_batch_size": 4, "evaluation": evaluation, **settings}
-    stock = stock_trainer(tmp_path, tokenizer, model, **settings)
-    waves = single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=wave_tokens, offload_kv=offload_kv, **settings)
-    stock.train()
-    waves.train()
+def assert_equal(one, waves, model):
     assert max(logged(waves, "num_waves")) > 1
-    return stock, waves
+    assert_trained_alike(one, waves, model, LOGGED)
 
 
-def assert_equal(stock, waves, model, tolerance=TOLERANCE):
-    """Assert that both trained alike, and that they moved far more than the tolerance."""
-    assert largest_difference(stock, waves) <= tolerance
-    before = dict(model.named_parameters())
-    moved = max(float((value - before[name].detach()).abs().max()) for name, value in parameters(stock).items())
-    assert moved > 1000 * tolerance
-    for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
-        assert logged(waves, key) == pytest.approx(logged(stock, key), rel=1e-4)
+def assert_as_stock(tmp_path, tokenizer, model, wave_tokens, offload_kv=False, **settings):
+    """Assert that stock training and waves move a model alike; return both trainers."""
+    own = {"wave_tokens": wave_tokens, "offload_kv": offload_kv}
+    both = train_both(tmp_path, tokenizer, model, own, **{"per_device_train_batch_size": 4, **settings})
+    assert_equal(*both, model)
+    return both
 
 
 # Each two of these settings meet in a fast test.
@@ -54,65 +53,62 @@ PAIRWISE = [(16, True, True), (100, False, True), (100, True, False), (16, False
 def test_one_step(tmp_path, tokenizer, wave_tokens, checkpointing, lora):
     model = float32_model(tokenizer)
     model = adapted(model) if lora else model
-    both = train_both(
-        tmp_path, tokenizer, model, wave_tokens, gradient_accumulation_steps=2, gradient_checkpointing=checkpointing
-    )
-    assert_equal(*both, model)
+    settings = {"gradient_accumulation_steps": 2, "gradient_checkpointing": checkpointing}
+    assert_as_stock(tmp_path, tokenizer, model, wave_tokens, **settings)
 
 
-def test_reentrant_checkpointing(tmp_path, tokenizer):
-    """TRL's default is the other kind."""
-    model = float32_model(tokenizer)
-    kwargs = {"use_reentrant": True}
-    both = train_both(
-        tmp_path, tokenizer, model, 100, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs
-    )
-    assert_equal(*both, model)
+SETTINGS = {
+    # TRL's default is the other kind.
+    "reentrant": (100, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+    "keys and values on the CPU": (64, {"offload_kv": True}),
+    "clipped steps of Adam": (
+        64,
+        {
+            "optim": "adamw_torch",
+            "learning_rate": 1e-3,
+            "adam_epsilon": 1e-4,
+            "max_grad_norm": 0.5,
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings(tmp_path, tokenizer, name):
+    wave_tokens, settings = SETTINGS[name]
+    assert_as_stock(tmp_path, tokenizer, float32_model(tokenizer), wave_tokens, **settings)
 
 
 def test_half_precision_is_as_near_to_float32_as_one_row(tmp_path, tokenizer):
     model = float32_model(tokenizer)
     settings = [{}, {"bf16": True}, {"bf16": True, "wave_tokens": 64}]
-    trainers = [
-        single_pass_trainer(tmp_path, tokenizer, model, per_device_train_batch_size=4, **own) for own in settings
-    ]
+    trainers = [in_order(tmp_path, tokenizer, model, per_device_train_batch_size=4, **own) for own in settings]
     for trainer in trainers:
         trainer.train()
     exact, row, waves = trainers
     assert 0 < largest_difference(waves, exact) <= 2 * largest_difference(row, exact)
 
 
-def test_keys_and_values_on_the_cpu_train_the_same(tmp_path, tokenizer):
-    model = float32_model(tokenizer)
-    assert_equal(*train_both(tmp_path, tokenizer, model, 64, offload_kv=True), model)
-
-
 def test_gradients_that_a_scaler_scales(tmp_path, tokenizer):
     model = float32_model(tokenizer)
-    settings = {"per_device_train_batch_size": 4, "max_grad_norm": 0.0}
-    plain = single_pass_trainer(tmp_path, tokenizer, model, **settings)
-    scaled = single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, **settings)
+    plain, scaled = (
+        in_order(tmp_path, tokenizer, model, per_device_train_batch_size=4, max_grad_norm=0.0, **own)
+        for own in ({}, {"wave_tokens": 64})
+    )
     scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # as fp16 has it on a GPU
     for trainer in (plain, scaled):
         trainer.train()
     assert max(logged(scaled, "num_waves")) > 1
     assert scaled.accelerator.scaler.get_scale() == 1024.0
-    assert largest_difference(plain, scaled) <= TOLERANCE
-
-
-def test_clipped_steps_of_adam(tmp_path, tokenizer):
-    model = float32_model(tokenizer)
-    settings = {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4, "max_grad_norm": 0.5}
-    both = train_both(tmp_path, tokenizer, model, 64, max_steps=4, per_device_train_batch_size=2, **settings)
-    assert_equal(*both, model)
+    assert largest_difference(plain, scaled) <= 1e-6
 
 
 @pytest.mark.parametrize("settings", [{"loss_type": "nll"}, {"loss_type": "dft", "learning_rate": 10.0}])
 def test_losses_and_evaluation(tmp_path, tokenizer, settings):
     model = float32_model(tokenizer)
-    evaluation = CONVERSATIONS[:5]
-    both = train_both(tmp_path, tokenizer, model, 100, evaluation, **settings)
-    assert_equal(*both, model)
+    both = assert_as_stock(tmp_path, tokenizer, model, 100, evaluation=CONVERSATIONS[:5], **settings)
     stock, waves = (trainer.evaluate() for trainer in both)
     for key in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
         assert waves[key] == pytest.approx(stock[key], rel=1e-5)
@@ -139,39 +135,33 @@ def test_losses_that_read_the_logits_of_a_row_run_at_once(tmp_path, tokenizer, o
     model = float32_model(tokenizer)
     settings = {"evaluation": CONVERSATIONS[:5], "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     own = {"kwargs": own} if "compute_loss_func" in own else own
-    row = single_pass_trainer(tmp_path, tokenizer, model, **settings, **own)
-    waves = single_pass_trainer(tmp_path, tokenizer, model, wave_tokens=64, **settings, **own)
+    row, waves = (in_order(tmp_path, tokenizer, model, wave_tokens=n, **settings, **own) for n in (None, 64))
     for trainer in (row, waves):
         trainer.train()
-    assert max(logged(waves, "num_waves")) > 1
     assert_equal(row, waves, model)
     assert waves.evaluate()["eval_loss"] == pytest.approx(row.evaluate()["eval_loss"], rel=1e-5)
 
 
+def in_waves(tmp_path, tokenizer, model=None, wave_tokens=64, **settings):
+    model = model or float32_model(tokenizer)
+    return in_order(tmp_path, tokenizer, model, wave_tokens=wave_tokens, per_device_train_batch_size=4, **settings)
+
+
 def test_a_loss_that_reads_logits_is_told_what_waves_have(tmp_path, tokenizer):
-    trainer = single_pass_trainer(
-        tmp_path,
-        tokenizer,
-        float32_model(tokenizer),
-        wave_tokens=64,
-        per_device_train_batch_size=4,
-        kwargs={"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.sum()},
-    )
+    own = {"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.sum()}
     with pytest.raises(ValueError, match=r"compute_loss_func.*wave_tokens"):
-        trainer.train()
+        in_waves(tmp_path, tokenizer, kwargs=own).train()
 
 
 def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path, tokenizer):
     model = float32_model(tokenizer, "qwen3-moe")
-    both = train_both(tmp_path, tokenizer, model, 100, gradient_accumulation_steps=2, max_steps=2)
-    assert_equal(*both, model)
+    both = assert_as_stock(tmp_path, tokenizer, model, 100, gradient_accumulation_steps=2, max_steps=2)
     assert logged(both[1], "aux_loss") == pytest.approx(logged(both[0], "aux_loss"), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", slow_but_for(["gemma3"], ["gpt-oss", "gemma2", "gemma3", "mistral-sliding"]))
 def test_other_families(tmp_path, tokenizer, family):
-    model = tiny_model(family, len(tokenizer), torch.float32, attn_implementation="eager", initializer_range=0.05)
-    assert_equal(*train_both(tmp_path, tokenizer, model, 64), model)
+    assert_as_stock(tmp_path, tokenizer, float32_model(tokenizer, family, "eager"), 64)
 
 
 @pytest.mark.parametrize(
@@ -179,41 +169,30 @@ def test_other_families(tmp_path, tokenizer, family):
     slow_but_for([("qwen3_5_text", True)], itertools.product(("qwen3_5_text", "lfm2", "jamba"), (False, True))),
 )
 def test_hybrids(tmp_path, tokenizer, model_type, checkpointing):
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model = model_of_type(model_type, vocab_size=len(tokenizer), initializer_range=0.05, **special).float()
-    assert_equal(*train_both(tmp_path, tokenizer, model, 64, gradient_checkpointing=checkpointing), model)
+    model = float32_model(tokenizer, model_type)
+    assert_as_stock(tmp_path, tokenizer, model, 64, gradient_checkpointing=checkpointing)
 
 
 @pytest.mark.parametrize(("reasoning_weight", "is_scaled"), [(0.5, None), (1.0, False)])
 def test_weights_and_scaled_losses_reach_waves(tmp_path, tokenizer, reasoning_weight, is_scaled):
     """Where `loss_is_scaled_for_ga` is false, the Trainer divides each batch's loss by their number."""
     model = float32_model(tokenizer)
-    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    row, waves = (
-        single_pass_trainer(
-            tmp_path, tokenizer, model, reasoning_weight=reasoning_weight, wave_tokens=size, **settings
-        )
-        for size in (None, 64)
-    )
+    settings = {"reasoning_weight": reasoning_weight, "gradient_accumulation_steps": 2}
+    row, waves = (in_waves(tmp_path, tokenizer, model, size, **settings) for size in (None, 64))
     for trainer in (row, waves):
         trainer.loss_is_scaled_for_ga = is_scaled
         trainer.train()
-    assert max(logged(waves, "num_waves")) > 1
     assert_equal(row, waves, model)
 
 
-def test_rows_that_fit_run_at_once_and_the_log_says_so(tmp_path, tokenizer, caplog):
-    logger = logging.getLogger("trl_singlepass")
+@pytest.mark.parametrize("is_hybrid", [False, True], ids=["attention", "hybrid"])
+def test_rows_that_fit_run_at_once_and_the_log_says_so(tmp_path, tokenizer, caplog, is_hybrid):
+    model = small_hybrid() if is_hybrid else None
     with caplog.at_level(logging.INFO, logger="trl_singlepass"):
-        logger.setLevel(logging.INFO)
-        trainer = single_pass_trainer(
-            tmp_path, tokenizer, float32_model(tokenizer), wave_tokens="auto", per_device_train_batch_size=4
-        )
+        trainer = in_waves(tmp_path, tokenizer, model, "auto")
         trainer.train()
     assert logged(trainer, "num_waves") == [1.0]
     assert "wave_tokens='auto' is " in caplog.text
-    assert "a token needs " in caplog.text
-    assert "Step 1: one wave of " in caplog.text
 
 
 @pytest.mark.parametrize(("device", "says_so"), [("cuda", True), ("cpu", False)])
@@ -233,11 +212,8 @@ def test_auto_says_when_waves_make_a_gpu_wait(device, says_so, caplog, monkeypat
 
 def test_auto_that_finds_no_room_says_what_there_is(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("trl_singlepass.engine.pieces.free_bytes", lambda device: 2**20)
-    trainer = single_pass_trainer(
-        tmp_path, tokenizer, float32_model(tokenizer), wave_tokens="auto", per_device_train_batch_size=4
-    )
-    with pytest.raises(ValueError, match=r"wave_tokens='auto' found no room for 256 tokens: 0\.0 GiB are free on cpu"):
-        trainer.train()
+    with pytest.raises(ValueError, match=r"wave_tokens='auto'.* 0\.0 GiB are free on cpu"):
+        in_waves(tmp_path, tokenizer, wave_tokens="auto").train()
 
 
 @pytest.mark.parametrize(("divides_layers", "tokens"), [(True, 4 * 512), (False, 512)])
@@ -265,10 +241,8 @@ def test_auto_counts_what_a_varlen_kernel_gathers():
     assert pieces._gathered_bytes(model, device, 2) == expected
 
 
-def test_a_loss_that_trl_computes_otherwise_stops_the_first_step(tmp_path, tokenizer, monkeypatch):
-    trainer = single_pass_trainer(
-        tmp_path, tokenizer, float32_model(tokenizer), wave_tokens=64, per_device_train_batch_size=4
-    )
+def test_a_loss_that_trl_computes_otherwise_stops_the_first_step(tmp_path, tokenizer):
+    trainer = in_waves(tmp_path, tokenizer)
     divisor = trainer._tree_loss._divisor
     trainer._tree_loss._divisor = lambda *args: (2 * divisor(*args)[0], 1)
     with pytest.raises(RuntimeError, match=r"The waves of a row have a loss of .*, but TRL .* computes "):
@@ -276,30 +250,16 @@ def test_a_loss_that_trl_computes_otherwise_stops_the_first_step(tmp_path, token
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "named"),
     [
-        ({"wave_tokens": 0}, "wave_tokens=0: expected a number of tokens above 0, 'auto', or None"),
-        ({"wave_tokens": "all"}, "wave_tokens='all': expected a number of tokens above 0, 'auto', or None"),
-        ({"wave_tokens": None, "offload_kv": True}, "offload_kv=True moves what waits between waves. Set wave_tokens"),
+        ({"wave_tokens": 0}, "wave_tokens=0"),
+        ({"wave_tokens": "all"}, "wave_tokens='all'"),
+        ({"wave_tokens": None, "offload_kv": True}, "offload_kv=True .*Set wave_tokens"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_waves_cannot_honour_is_refused(tmp_path, tokenizer, settings, message):
-    settings = {"per_device_train_batch_size": 4, "wave_tokens": 64, **settings}
-    with pytest.raises(ValueError, match=message):
-        single_pass_trainer(tmp_path, tokenizer, float32_model(tokenizer), **settings)
-
-
-def test_auto_measures_hybrids(tmp_path, tokenizer, caplog):
-    logger = logging.getLogger("trl_singlepass")
-    with caplog.at_level(logging.INFO, logger="trl_singlepass"):
-        logger.setLevel(logging.INFO)
-        trainer = single_pass_trainer(
-            tmp_path, tokenizer, small_hybrid(), wave_tokens="auto", per_device_train_batch_size=4
-        )
-        trainer.train()
-    assert "wave_tokens='auto' is " in caplog.text
-    assert logged(trainer, "num_waves") == [1.0]
+def test_what_waves_cannot_honour_is_refused(tmp_path, tokenizer, settings, named):
+    with pytest.raises(ValueError, match=named):
+        in_waves(tmp_path, tokenizer, **settings)
 
 
 @pytest.mark.parametrize(
