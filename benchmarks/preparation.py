@@ -6,6 +6,7 @@ to TRL preparing each as one sequence.
 """
 
 import argparse
+import itertools
 import json
 import random
 import tempfile
@@ -96,6 +97,7 @@ def measure(turns: int, num_conversations: int, rounds: int, tokenizer: Any) -> 
     cpu, clock = zip(*(1000 * np.min(each, axis=0) / num_conversations for each in seconds.values()), strict=True)
     return {
         "turns": turns,
+        "conversations": num_conversations,
         "tokens": tokens,
         "milliseconds": dict(zip(ways, cpu, strict=True)),
         "clock_milliseconds": dict(zip(ways, clock, strict=True)),
@@ -110,7 +112,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="Qwen/Qwen3-0.6B", help="path or Hub id of a tokenizer")
     parser.add_argument("--chat-template", help="file with a chat template to use instead of the tokenizer's own")
     parser.add_argument("--turns", type=int, nargs="+", default=[4, 16, 64])
-    parser.add_argument("--turns-in-all", type=int, default=2048, help="per measurement, over all conversations")
+    parser.add_argument(
+        "--turns-in-all", type=int, nargs="+", default=[512, 2048], help="of a dataset, over all conversations"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dry-run", action="store_true", help="print the result instead of writing it")
     arguments = parser.parse_args()
@@ -121,10 +125,11 @@ def main() -> None:
     if arguments.chat_template:
         tokenizer.chat_template = Path(arguments.chat_template).read_text()
     results = []
-    for turns in arguments.turns:
-        results.append(measure(turns, max(arguments.turns_in_all // turns, 2), arguments.rounds, tokenizer))
+    for turns, in_all in itertools.product(arguments.turns, arguments.turns_in_all):
+        results.append(measure(turns, max(in_all // turns, 2), arguments.rounds, tokenizer))
         print(json.dumps(results[-1], indent=2), flush=True)
-    growth = results[-1]["microseconds_per_tree_token"] / results[0]["microseconds_per_tree_token"]
+    fewest, most = (results[i]["microseconds_per_tree_token"] for i in (len(arguments.turns_in_all) - 1, -1))
+    growth = most / fewest
     print(f"Time grows {growth:.2f} times as fast as tree tokens.")
     if not arguments.dry_run:
         result = {**describe("cpu", "preparation"), "results": results, "growth_over_tree_tokens": growth}
