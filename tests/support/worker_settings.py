@@ -25,7 +25,8 @@ FSDP2 = {
 
 
 def zero(stage, **settings):
-    """Return a DeepSpeed configuration."""
+    """Return a DeepSpeed configuration, in which ZeRO-3 shards small parameters as it shards large ones."""
+    of_zero3 = {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
     return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -35,7 +36,7 @@ def zero(stage, **settings):
         # DeepSpeed's own Adam for offloaded parameters would be compiled at run time.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": stage == 3, **settings},
+        "zero_optimization": {"stage": stage, **(of_zero3 if stage == 3 else {}), **settings},
     }
 
 

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, logging
 
+from ..engine.borrowed_state import are_zero3
 from ..engine.enable import without_adapters
 from ..recurrent.introspection import path_dependent_layers
 from ..recurrent.layer import runs_on_trees
@@ -112,13 +113,21 @@ def _leave_out_absent_layers(model: PreTrainedModel, accelerator: Accelerator) -
 
 def gather_head_with_model(model: PreTrainedModel | PeftModel) -> None:
     """
-    Gather a head that FSDP2 shards on its own whenever the model runs; with other engines, do nothing.
+    Gather a head that ZeRO-3 or FSDP2 shards on its own whenever the model runs; with other engines, do nothing.
 
-    FSDP2 gathers a module when it is called, but TRL's fused head reads the weight without calling the head, and the
-    copy that TRL gathers instead only collects the gradient of the rank's own tokens. accelerate avoids this where it
-    finds the last normalisation, and shards the head together with it; in models with encoders it finds none.
+    Both gather a module when it is called, but TRL's fused head reads the weight without calling the head. Where
+    ZeRO-3 has to gather the weight for that, it gathers it in the backward pass too; where an earlier run called
+    the head, it has fetched the weight ahead, and does not (0.19). With FSDP2, the copy that TRL gathers only
+    collects the gradient of the rank's own tokens. accelerate avoids this where it finds the last normalisation,
+    and shards the head together with it; in models with encoders it finds none.
     """
     head = without_adapters(model).get_output_embeddings()
+    if head is not None and are_zero3(head.parameters(recurse=False)):
+        import deepspeed
+
+        for parameter in head.parameters(recurse=False):
+            deepspeed.zero.register_external_parameter(without_adapters(model), parameter)
+        return
     if not hasattr(head, "unshard"):
         return
 
