@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.freshness import kind_of
+
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -62,6 +64,14 @@ WAVES_HEADER = [
     "÷ waves",
 ]
 SUMMARY_TURNS = (8, 16, 32)
+SHOWN_RANKS = (8, 64, 1024)
+RANK_WAYS = ("as they come", "balanced", "N-pass")
+CHOICES = {"as they come": "as rows come", "balanced": "balanced", "grouped": '`"group_by_length"`'}
+DATASETS = {
+    "llamafactory_reason_tool_use": "tool use",
+    "mathchat_follow_up_300": "follow-up math",
+    "taubench_gpt4o_airline": "airline agent",
+}
 SUMMARY_SHAPE = "taubench_gpt4o_airline"
 
 
@@ -269,6 +279,89 @@ def profile_section(result: dict[str, Any], name: str) -> str:
     return "\n\n".join([title + table(["step", *kinds], rows), between + "\n".join(memory), provenance(result, name)])
 
 
+def preparation_section(result: dict[str, Any], name: str) -> str:
+    """CPU time of preparation per conversation, of small datasets and of larger ones."""
+    rows = [
+        [
+            str(one["turns"]),
+            f"{one['conversations']:,}",
+            *(f"{one['milliseconds'][way]:.1f}" for way in ("single_pass", "trl_samples", "trl_one_sequence")),
+            *(f"{one['tokens'][way]:,.0f}" for way in ("single_pass", "trl_one_sequence")),
+            f"**{one['speedup']:.1f}**",
+        ]
+        for one in result["results"]
+    ]
+    header = ["turns", "conversations", "single pass", "TRL, samples", "TRL, one sequence"]
+    header += ["tokens of the tree", "of one sequence", "**samples ÷ single pass**"]
+    largest = max(result["results"], key=lambda one: one["conversations"])
+    hours = largest["milliseconds"]["single_pass"] * 1e6 / 3.6e6
+    estimate = (
+        f"So a million chats of {largest['turns']} turns take about {hours:.1f} hours of one process; "
+        "`dataset_num_proc` divides them."
+    )
+    return "\n\n".join([table(header, rows), estimate, source(result, name)])
+
+
+def long_section(result: dict[str, Any], name: str) -> str:
+    """What one long conversation takes before it is trained."""
+    rows = [
+        [
+            f"{one['turns']:,}",
+            f"{one['tree_tokens']:,}",
+            f"{one['sample_tokens'] / 1e6:.1f} million",
+            f"{one['preparation_seconds']:.1f} s",
+            f"{one['template_seconds']:.1f} s",
+            seconds(one["packing_seconds"] + one["plan_seconds"]),
+            mebibytes(max(one[of] for of in ("preparation_bytes", "packing_bytes", "plan_bytes"))),
+        ]
+        for one in result["results"]
+    ]
+    header = ["turns", "tokens of the tree", "tokens of all samples", "preparation", "of it the template"]
+    return table([*header, "packing, plan and waves", "peak memory"], rows) + "\n\n" + source(result, name)
+
+
+def long_steps_section(result: dict[str, Any], name: str) -> str:
+    """What a step on one long conversation takes in waves."""
+    rows = [
+        [
+            "a window of 1,024" if one["window"] else "full",
+            f"{one['tree_tokens']:,}",
+            str(one["waves"]),
+            f"{one['step_seconds']:.0f} s",
+            mebibytes(one["step_bytes"]),
+        ]
+        for one in result["results"]
+    ]
+    return table(["attention", "tokens", "waves", "step", "peak memory"], rows) + "\n\n" + source(result, name)
+
+
+def ranks_section(result: dict[str, Any], name: str) -> str:
+    """The share of time that ranks work, by their number."""
+    rows = []
+    for dataset, measured in result["datasets"].items():
+        shares = [dict(zip(measured["ranks"], measured["efficiency"][way], strict=True)) for way in RANK_WAYS]
+        cells = [" / ".join(percent(share[ranks]) for share in shares) for ranks in SHOWN_RANKS]
+        rows.append([DATASETS.get(dataset, dataset), *cells])
+    header = ["as rows come / balanced / N-pass packed", *(f"{ranks:,} ranks" for ranks in SHOWN_RANKS)]
+    return table(header, rows) + "\n\n" + source(result, name)
+
+
+def choice_section(result: dict[str, Any], name: str) -> str:
+    """The share of time that 64 ranks work, by the number of conversations that they choose from."""
+    (choice,) = (one for one in result["by_rows_per_step"] if one["ranks"] == 64)
+    rows = [[shown, *map(percent, choice["efficiency"][way])] for way, shown in CHOICES.items()]
+    return table(["conversations per rank and step", *map(str, choice["rows_per_rank_and_step"])], rows)
+
+
+def percent(share: float) -> str:
+    """`0.9612` -> `"96"`; what would be rounded to 100 keeps a decimal."""
+    return f"{100 * share:.0f}" if share < 0.995 else f"{100 * share:.1f}"
+
+
+def source(result: dict[str, Any], name: str) -> str:
+    return f"<sub>`benchmarks/results/{name}`, {result['date']}, commit {result['commit'][:7]}.</sub>"
+
+
 def provenance(result: dict[str, Any], name: str) -> str:
     machine = result["machine"]
     return (
@@ -285,12 +378,20 @@ PAGE_SECTIONS: dict[str, Section] = {
     "row_memory": memory_section,
 }
 CHECK_SECTIONS: dict[str, Section] = {"self_check": self_check_section}
+# Those between markers of their own on docs/performance.md, by the name of the markers.
+PLACED_SECTIONS: dict[str, tuple[str, Section]] = {
+    "preparation": ("preparation", preparation_section),
+    "long conversation": ("long_conversation", long_section),
+    "steps on a long conversation": ("long_conversation_steps", long_steps_section),
+    "many ranks": ("balance_at_scale", ranks_section),
+    "choice of rows": ("balance_at_scale", choice_section),
+}
 
 
 def read(kind: str) -> list[tuple[str, dict[str, Any]]]:
     """All results of one kind with their file names, in alphabetical order."""
-    results = [(path.name, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
-    return [(name, result) for name, result in results if result.get("kind") == kind]
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if kind_of(path) == kind]
+    return [(path.name, json.loads(path.read_text())) for path in paths]
 
 
 def report(sections: dict[str, Section] = PAGE_SECTIONS) -> str:
@@ -314,6 +415,8 @@ def main() -> None:
     replace_between_markers(PAGE, waves_table(speed), "waves")
     replace_between_markers(PAGE, report())
     replace_between_markers(CHECK, report(CHECK_SECTIONS))
+    for marker, (kind, section) in PLACED_SECTIONS.items():
+        replace_between_markers(PAGE, report({kind: section}), marker)
 
 
 if __name__ == "__main__":
