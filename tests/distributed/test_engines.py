@@ -107,3 +107,8 @@ def test_fsdp_that_falls_back_is_refused(tmp_path, workers):
     settings, environment = on_engine("fsdp2", {})
     settings = with_config({**settings, "fsdp_on_cpu": False}, use_cpu=True)
     workers.assert_refused(tmp_path, settings, "FSDP", environment=environment)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_trained_head_beside_an_adapter(assert_as_alone, engine):
+    assert_as_alone(engine, {"adapter": "LoraConfig(modules_to_save=['lm_head', 'embed_tokens'])"})

@@ -122,10 +122,12 @@ def gather_head_with_model(model: PreTrainedModel | PeftModel) -> None:
     and shards the head together with it; in models with encoders it finds none.
     """
     head = without_adapters(model).get_output_embeddings()
-    if head is not None and are_zero3(head.parameters(recurse=False)):
+    # What the fused head reads: of a head that an adapter trains beside its own (`modules_to_save`), its copy.
+    read = [x for x in (getattr(head, "weight", None), getattr(head, "bias", None)) if x is not None]
+    if are_zero3(read):
         import deepspeed
 
-        for parameter in head.parameters(recurse=False):
+        for parameter in read:
             deepspeed.zero.register_external_parameter(without_adapters(model), parameter)
         return
     if not hasattr(head, "unshard"):
