@@ -6,7 +6,7 @@ import torch
 from support.tiny_vision import screen, tiny_vision_model
 from trl_singlepass import verify
 from trl_singlepass.attention import Tree
-from trl_singlepass.images.reading import image_module
+from trl_singlepass.images.reading import ImageReader, image_module
 
 
 def chat():
@@ -30,6 +30,14 @@ def test_images_are_verified(family):
     assert report.ok, report
     assert len(report.rows[0].turns) == 3
     assert "get_image_features" not in vars(image_module(model))  # left as it was
+
+
+def test_a_model_that_reads_images_goes_on_reading_them():
+    model, processor = tiny_vision_model("qwen3_vl", torch.float64)
+    ImageReader.enable(model)
+    before = image_module(model).get_image_features
+    assert verify(model, processor, [chat()]).ok
+    assert image_module(model).get_image_features == before
 
 
 @pytest.mark.slow

@@ -296,11 +296,16 @@ def reading_images(model: PreTrainedModel, load_images: LoadImages | None) -> It
     if load_images is None:
         yield None
         return
+    module: Any = image_module(base)
+    before = vars(module).get("get_image_features")  # of a model that reads them already
     reader = ImageReader.enable(base)
     try:
         yield RowImages(reader, load_images)
     finally:
-        del image_module(base).get_image_features  # type: ignore[union-attr]
+        if before is None:
+            del module.get_image_features
+        else:
+            module.get_image_features = before
 
 
 @contextmanager
