@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
@@ -22,23 +22,20 @@ from trl import (
     get_quantization_config,
 )
 from trl.rewards import get_soft_overlong_punishment
-from trl.scripts.grpo import GRPOScriptArguments
-from trl.scripts.rloo import RLOOScriptArguments
 
 from ..data.files import LINES, TABLES, JsonLines, naming
-from ..groups.trainer import SinglePassGRPOTrainer, SinglePassRLOOTrainer
-from ..preference.trainer import SinglePassDPOTrainer
 from ..training.checkpoints import checkpoint_to_resume
 from ..training.compatibility import check_before_loading
 from ..training.config import EngineConfig
 from ..training.preemption import PreemptionCallback
-from ..training.trainer import SinglePassSFTTrainer
 
+
+if TYPE_CHECKING:
+    from ..groups.trainer import SinglePassGRPOTrainer, SinglePassRLOOTrainer
+    from ..preference.trainer import SinglePassDPOTrainer
+    from ..training.trainer import SinglePassSFTTrainer
 
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
-AnyTrainer: TypeAlias = (
-    type[SinglePassSFTTrainer] | type[SinglePassDPOTrainer] | type[SinglePassGRPOTrainer] | type[SinglePassRLOOTrainer]
-)
 
 
 def make_parser_of(
@@ -53,7 +50,7 @@ def make_parser_of(
 
 
 def train(
-    trainer_class: AnyTrainer,
+    trainer_class: type[SinglePassSFTTrainer | SinglePassDPOTrainer | SinglePassGRPOTrainer | SinglePassRLOOTrainer],
     script_args: ScriptArguments,
     training_args: TrainingArguments,
     model_args: ModelConfig,
@@ -61,7 +58,7 @@ def train(
 ) -> None:
     """Train from the checkpoint that is asked for; write the model and its card, unless a signal stopped the run."""
     others: dict[str, Any] = {}
-    if isinstance(script_args, GRPOScriptArguments | RLOOScriptArguments):
+    if hasattr(script_args, "reward_funcs"):  # of GRPO and RLOO
         others["reward_funcs"] = load_rewards(script_args.reward_model_name_or_path, script_args.reward_funcs)
     owner = training_args if hasattr(training_args, "trust_remote_code") else model_args  # moved in TRL 1.12
     training_args.model_init_kwargs = {
