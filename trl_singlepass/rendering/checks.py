@@ -157,8 +157,7 @@ def _name_in_trl(chat_template: str) -> str | None:
 
 def own_strings(message: Message) -> list[str]:
     """Return every string in a message: content, reasoning, names and arguments of calls, at any depth."""
-    leaves = ([value] if isinstance(value, str) else _plain_leaves(value) for value in message.values())
-    return [str(leaf) for of_value in leaves for leaf in of_value]
+    return [str(leaf) for value in message.values() for leaf in _plain_leaves(value)]
 
 
 def contains(text: str, part: str) -> bool:

@@ -40,7 +40,7 @@ from .forecast import (
     make_forecast,
     sharing_by_turns,
 )
-from .report import AuditReport as AuditReport
+from .report import AuditReport
 from .turns import Lengths, TemplateFacts, TurnExaminer, TurnStats, survey_template
 
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,9 +21,6 @@ from ...rendering.tokenization import HardBorders, common_length, tokenize
 from ...rendering.turn import RenderedTurn, render_turn
 from ...trees.sample import CompletionKind, Sample
 
-
-if TYPE_CHECKING:
-    pass
 
 _TAG_ROOM = 256  # characters at the end of a prompt that are searched for reasoning tags
 _TAIL = 4096  # characters at the end of a prompt that are searched first for its last added token
@@ -266,7 +262,7 @@ def _branch_cause(template: ChatTemplate, text: _TurnText, next_prompt: str) -> 
     if text.parsed.reasoning and not contains(next_prompt[head:], text.parsed.reasoning):
         return BranchCause.REASONING_REMOVED
     rest = text.complete[shared:].strip()
-    ends_in_other_token = any(token.endswith(rest) for token in template.tokenizer.get_added_vocab())
+    ends_in_other_token = any(token.endswith(rest) for token in template.borders.added_tokens)
     return BranchCause.OTHER_STOP if ends_in_other_token else BranchCause.OTHERWISE
 
 
@@ -371,5 +367,5 @@ def _endings(template: ChatTemplate, added_stop: str) -> tuple[str, str]:
     last = template.render(messages).rpartition(_ANSWER)[2].strip()
     history = template.render([*messages, _user(_LAST_QUESTION)]).rpartition(_ANSWER)[2].partition(_LAST_QUESTION)[0]
     # Of the text after the answer in history, only what ends the answer: the rest begins the next message.
-    tokens = [added_stop or last, *sorted(template.tokenizer.get_added_vocab(), key=len, reverse=True)]
+    tokens = [added_stop or last, *sorted(template.borders.added_tokens, key=len, reverse=True)]
     return last, next((token for token in tokens if history.lstrip().startswith(token)), "")
