@@ -140,3 +140,11 @@ def test_many_branches_of_a_long_history(attention, kind, sinks):
 @pytest.mark.parametrize("rule", RULES)
 def test_the_same_comparison_on_cpu(rule):
     check(torch_tree_attention, branches_of(101, 3), RULES[rule], 64, 2, "cpu")
+
+
+def test_a_wrong_rule_is_noticed():
+    def causal_only(inputs, mask):
+        return torch_tree_attention(inputs, mask_of(mask.tree, "causal", 0))
+
+    with pytest.raises(AssertionError, match="output"):
+        check(causal_only, branches_of(101, 3), RULES["short window"], 64, 2, "cpu")

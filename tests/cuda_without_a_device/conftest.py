@@ -32,25 +32,16 @@ def guard(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def lower(guard, tmp_path_factory):
-    """A function that starts compiling cases for a card, and returns a function that waits for the outcome of each."""
+    """A function that starts lowering cases for a card, and returns a function that waits for the outcome of each."""
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
 
-    def start(card, direction, cases):
+    def start(card, direction, cases, *, compiled=False):
         cache = tmp_path_factory.mktemp("cache")
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
-        command = [
-            sys.executable,
-            "-m",
-            "support.flex_lowering_worker",
-            guard,
-            card,
-            direction,
-            json.dumps(cases),
-            cache,
-        ]
+        command = [sys.executable, "-m", "support.flex_lowering_worker", guard, card, direction, json.dumps(cases)]
         with (cache / "stderr").open("w") as log:
             process = subprocess.Popen(
-                command,
+                [*command, *([cache] if compiled else [])],
                 env={**os.environ, "PYTHONPATH": path, **caches},
                 stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip

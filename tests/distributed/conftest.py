@@ -116,7 +116,7 @@ def assert_as_alone(workers, one_process, tmp_path):
     `own` are settings of the ranks alone, `alone` those of the process, whose run is an attribute of the result.
     """
 
-    def check(engine, settings, tolerance=TOLERANCE, own=None, rel=None, **alone):
+    def check(engine, settings, tolerance=TOLERANCE, own=None, rel=None, eval_rel=1e-6, **alone):
         expected = one_process(with_config(settings, **{"per_device_train_batch_size": 2, **alone}))
         settings, environment = on_engine(engine, settings)
         run = workers.run(tmp_path, with_config(settings, **(own or {})), world_size=2, environment=environment)
@@ -126,7 +126,7 @@ def assert_as_alone(workers, one_process, tmp_path):
         assert run.num_trained_tokens == expected.num_trained_tokens
         assert run.num_tokens == expected.num_tokens
         if settings.get("evaluate"):
-            assert run.evaluation["eval_loss"] == pytest.approx(expected.evaluation["eval_loss"], rel=1e-5)
+            assert run.evaluation["eval_loss"] == pytest.approx(expected.evaluation["eval_loss"], rel=eval_rel)
         run.alone = expected
         return run
 

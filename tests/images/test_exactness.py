@@ -2,16 +2,21 @@
 
 import copy
 
+import numpy as np
 import pytest
 
 from support.float64_comparison import assert_same_loss_and_gradients
 from support.image_chats import CHATS, image_chat
 from support.image_models import FAMILIES, image_model, loader
 from support.tree_checks import checked_on_images
+from trl_singlepass.attention import Tree
 from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.images import reading
 from trl_singlepass.images.reading import ImageReader
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.single_pass import RowImages, leak_probe
+from trl_singlepass.trees import prefix_tree, radix
+from trl_singlepass.trees.image_features import shown_images
 
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -77,6 +82,22 @@ def test_other_histories_of_all_families(family, kind):
     assert_exact(family, kind)
 
 
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        ("reasoning", ["other small wide", "other small wide last", "other small wide last small"]),
+        ("siblings", ["small", "other"]),
+        ("window", ["small", "small wide", "wide other", "other last"]),
+        ("text beside images", ["", "wide", "wide"]),
+    ],
+)
+def test_each_sample_of_npass_encodes_the_images_of_its_prompt(kind, shown):
+    samples = image_chat(image_model("qwen3_vl"), "qwen3_vl", kind)
+    of_samples = [shown_images(sample.image_features, sample.images) for sample in samples]
+    found = [" ".join(image.content for image in images) for images in of_samples]
+    assert found == shown
+
+
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5", "gemma3", "gemma4"])
 def test_nothing_leaks_between_branches(family):
     model = image_model(family).eval()
@@ -84,6 +105,56 @@ def test_nothing_leaks_between_branches(family):
     enable_tree(model)
     report = leak_probe(model, samples, images=RowImages(ImageReader.enable(model), loader(family)))
     assert report.ok, report
+
+
+# What goes wrong without a rule, so that the tests above are known to see it -----------------------------------------
+
+
+def difference(family, kind):
+    model = image_model(family)
+    expected, found, _ = expected_and_found(family, image_chat(model, family, kind), model)
+    largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
+    return max(float((found.gradients[name] - x).abs().max()) for name, x in expected.gradients.items()) / largest
+
+
+def test_a_tree_of_tokens_alone_merges_two_images_of_one_size(monkeypatch):
+    keys = radix.to_keys
+
+    def places_only(tokens, features):  # the place within an image of four features, but not the image
+        return keys(tokens, np.where(features >= 0, features % 4, -1))
+
+    assert difference("qwen3_vl", "siblings") < 1e-12
+    for module in (radix, prefix_tree):
+        monkeypatch.setattr(module, "to_keys", places_only)
+    assert difference("qwen3_vl", "siblings") > 1e-3
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_images_read_in_order_are_wrong_where_they_see_themselves(family, monkeypatch):
+    monkeypatch.setattr(Tree, "image_plan", property(lambda tree: tree.plan))
+    assert difference(family, "reasoning") > 1e-3
+
+
+def test_features_in_the_order_of_first_use_are_wrong(monkeypatch):
+    in_row = reading.ShownFeatures.in_row.__func__
+
+    def in_order(cls, *row):
+        shown = in_row(cls, *row)
+        return cls(shown.index.sort().values, shown.sizes)
+
+    monkeypatch.setattr(reading.ShownFeatures, "in_row", classmethod(in_order))
+    assert difference("llava_onevision", "reasoning") > 1e-3
+
+
+def test_depths_are_not_the_positions_of_images():
+    model = image_model("qwen3_vl")
+    samples = image_chat(model, "qwen3_vl", "reasoning")
+    expected = npass_loss_and_gradients(model, samples, load_images=loader("qwen3_vl"))
+    enable_tree(model)
+    reader = ImageReader.enable(model)
+    depths_only = RowImages(ImageReader(reader.token_types, None), loader("qwen3_vl"))
+    found = single_pass_loss_and_gradients(model, samples, depths_only)
+    assert abs(found.loss - expected.loss) > 1e-3 * abs(expected.loss)
 
 
 def test_a_copy_of_a_model_shows_images_by_itself():

@@ -72,8 +72,9 @@ SETTINGS = {
 @pytest.mark.parametrize("name", slow_but_for(["ld_alpha", "sync_ref_model", "max_length", "new adapter"], SETTINGS))
 def test_settings_keep_their_meaning(tmp_path, tokenizer, name):
     model = float32_model(tokenizer)
-    least_move = 0 if name == "new adapter" else 1000  # it is not there at the start
-    assert_equal(train_both(tmp_path, tokenizer, model, **SETTINGS[name]), model, least_move=least_move)
+    stock, ours = train_both(tmp_path, tokenizer, model, **SETTINGS[name])
+    start = stock_dpo_trainer(tmp_path, tokenizer, SINGLE_TURNS, model, **STEPS | SETTINGS[name]).model
+    assert_equal((stock, ours), start)
 
 
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
@@ -92,11 +93,7 @@ OWN = [
 
 @pytest.mark.parametrize(
     ("is_adapted", "own"),
-    [
-        pytest.param(is_adapted, own, marks=() if own == OWN[4] and not is_adapted else pytest.mark.slow)
-        for is_adapted in (False, True)
-        for own in OWN
-    ],
+    slow_but_for([(False, {"max_row_tokens": 160})], itertools.product((False, True), OWN)),
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore")  # of the compiler

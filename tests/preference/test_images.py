@@ -7,7 +7,7 @@ import torch
 from support.preparation import prepare_pairs
 from support.screens import screen_pair, text_pair
 from support.tiny_vision import tiny_processor, tiny_vision_model
-from support.trainers import dpo_trainer, largest_difference, logged
+from support.trainers import dpo_trainer, largest_difference, logged, train_both_on_pairs
 from trl_singlepass import audit, verify
 from trl_singlepass.data.bad_rows import BadRows
 from trl_singlepass.data.pairs import PAIR_COLUMNS
@@ -115,3 +115,13 @@ def test_verify_and_audit_read_them(tmp_path):
     assert verify(model, processor, pairs).ok
     report = audit(pairs, processor)
     assert (report.num_trainable, report.all_turns.trainable, report.errors) == (1, 4, ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"max_row_tokens": 110}], ids=["one row", "rows"])
+def test_pairs_of_a_single_turn_train_as_stock(tmp_path, settings):
+    pairs = [screen_pair(tmp_path, seed)[0] for seed in range(4)]
+    pairs = [{**pair, "chosen": pair["chosen"][:1], "rejected": pair["rejected"][:1]} for pair in pairs]
+    model, processor = tiny_vision_model("qwen3_vl")
+    steps = {"max_length": None, "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.02}
+    assert largest_difference(*train_both_on_pairs(tmp_path, processor, model, pairs, settings, **steps)) <= 1e-6

@@ -14,6 +14,7 @@ import pytest
 
 from support.chat_templates import HARD_TEMPLATES
 from support.chat_tokenizers import template_text
+from support.conversations import as_blocks
 from support.public_data import CONVERSATIONS, FOLDER, released_qwen3_tokenizer
 from support.second_opinion import TEMPLATES, TOOLS, Author, said, tokenizer_for
 from trl_singlepass.rendering.conversation import Conversation, RenderingError
@@ -22,10 +23,6 @@ from trl_singlepass.rendering.samples import render_conversation, render_example
 
 # Answers that begin like markup, reasoning that is found within markup, and both in one another.
 TRICKY = ("end", "think", "assistant", "H", "<b>", "final")
-
-
-def as_parts(messages: list[dict]) -> list[dict]:
-    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
 def without_time(text: str) -> str:
@@ -42,7 +39,7 @@ def with_json_arguments(messages: list[dict]) -> list[dict]:
 def faults(messages, tokenizer, stops, tools, parts) -> list[str]:
     """What is wrong with the samples of a conversation; nothing if it is refused."""
     samples = render_conversation(Conversation(messages, tools), tokenizer)
-    served = as_parts(messages) if parts else messages
+    served = as_blocks(messages) if parts else messages
     if "+ tool['function']['arguments'] +" in tokenizer.chat_template:  # DeepSeek's
         served = with_json_arguments(served)
     found = []

@@ -1,10 +1,11 @@
 """
-Compile for a GPU that is not there: `python -m support.flex_lowering_worker GUARD CARD DIRECTION CASES D`
+Lower FlexAttention for a GPU that is not there: `python -m support.flex_lowering_worker GUARD CARD DIRECTION CASES`.
 
 `GUARD` is `cuda_guard.cpp` as a shared object, `CARD` a name of `absent_gpu.CARDS`, `DIRECTION` is forward or
 backward, and `CASES` a JSON list of `[turns, sizes, kind, size, heads, kv_heads, head_dim, softcap, sinks]`. For each
-case, prints a JSON line with the names of the Triton kernels that Inductor made of the package's own code, and what
-came out of their compilation in folder `D`, or the error.
+case, prints a JSON line with the length of the row and the names of the Triton kernels that Inductor made of the
+package's own code, or the error. With a folder as a fifth argument, compiles them to machine code there, and adds what
+came out of it.
 """
 
 import json
@@ -123,17 +124,17 @@ def make_numbers_empty():
 
 
 def outcome_of(lower, folder):
-    """Return the kernels that a function lowers to, compiled in a folder."""
+    """Return the kernels that a function lowers to; with a folder, compiled there."""
     try:
         code = code_of(lower)
         kernels = [name for name, _ in TRITON_KERNEL.findall(code)]
-        return {"kernels": kernels, "compiled": list(compile_kernels(code, folder))}
+        return {"kernels": kernels, **({"compiled": list(compile_kernels(code, folder))} if folder else {})}
     except Exception as error:  # the test says which case it is
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
-def main(guard, card, direction, cases, folder):
-    """Compile every case, and print a line for each."""
+def main(guard, card, direction, cases, folder=None):
+    """Lower every case, and print a line for each."""
     warnings.simplefilter("ignore")
     traits = gpu(CARDS[card].major, CARDS[card].minor)
     DeviceTraits.from_device, flex._WITHOUT_BACKWARD = constant(traits), ()  # also where the CPU stands in for it
@@ -143,8 +144,8 @@ def main(guard, card, direction, cases, folder):
     prepared = [prepare(row, *case) for row, (_, _, *case) in zip(rows, cases, strict=True)]
     stand_in_for(CARDS[card], guard)
     make_numbers_empty()
-    for lower in prepared:
-        sys.stdout.write(json.dumps(outcome_of(lower, folder)) + "\n")
+    for row, lower in zip(rows, prepared, strict=True):
+        sys.stdout.write(json.dumps({"length": row.plan.length, **outcome_of(lower, folder)}) + "\n")
         sys.stdout.flush()
 
 

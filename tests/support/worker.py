@@ -395,7 +395,7 @@ class Accident(TrainerCallback):
 def summary(trainer):
     """Return metrics of the run and the engine that trained it."""
     history = trainer.state.log_history
-    keys = ("loss", "grad_norm", "num_tokens", "num_trained_tokens", "num_waves", "eval_loss", "aux_loss", "reward")
+    keys = ("loss", "grad_norm", "num_tokens", "num_trained_tokens", "num_waves", "aux_loss", "reward")
     return {
         "world_size": trainer.accelerator.num_processes,
         "distributed_type": trainer.accelerator.distributed_type.value,

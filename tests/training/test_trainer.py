@@ -1,6 +1,7 @@
 """The trainer as a drop-in replacement: every kind of dataset, logs, resuming, the model card."""
 
 import functools
+import logging
 import warnings
 
 import pytest
@@ -72,11 +73,15 @@ def test_rows_train_as_their_samples_do_in_stock(tmp_path, tokenizer, name):
     assert_trained_as_stock(ours, tmp_path, tokenizer, samples)
 
 
-def test_max_length_trains_what_stock_trains_on_truncated_samples(tmp_path, tokenizer):
+def test_max_length_trains_what_stock_trains_on_truncated_samples(tmp_path, tokenizer, caplog):
     """It cuts the second turn, and leaves nothing of the third one's completion."""
     samples = render_samples(CHATS[0], tokenizer)
     max_length = min(len(samples[1]) - 3, samples[2].prompt_length)
-    ours = single_pass_trainer(tmp_path, tokenizer, CHATS[:1], max_length=max_length)
+    with caplog.at_level(logging.WARNING, logger="trl_singlepass"):
+        ours = single_pass_trainer(tmp_path, tokenizer, CHATS[:1], max_length=max_length)
+    lost = len(samples[1]) - max_length + len(samples[2]) - samples[2].prompt_length
+    assert f"3 turns of 1 conversation; not trained: {lost} completion tokens past max_length" in caplog.text
+    assert "in 1 turn trained in part and 1 turn dropped whole (0 conversations" in caplog.text
     assert_trained_as_stock(ours, tmp_path, tokenizer, expand(CHATS[0]), max_length=max_length)
 
 

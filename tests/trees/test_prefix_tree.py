@@ -1,7 +1,10 @@
 """The prefix tree against its specification: a dictionary of prefixes, and TRL's own `TreeRow`."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -70,6 +73,16 @@ def test_position_ids_count_ancestors(samples):
 
 
 @given(samples=sample_sets())
+def test_subtrees_are_nested_intervals(samples):
+    tree = PrefixTree.from_samples(samples)
+    positions = np.arange(len(tree))
+    assert (tree.subtree_end > positions).all()
+    assert (tree.subtree_end <= len(tree)).all()
+    for position, above in enumerate(ancestors(tree.subtree_end)):
+        assert all(tree.subtree_end[position] <= tree.subtree_end[j] for j in above)
+
+
+@given(samples=sample_sets())
 @example(samples=COLLIDING)
 def test_segments_cover_the_row_and_continue_their_parents(samples):
     tree = PrefixTree.from_samples(samples)
@@ -98,6 +111,23 @@ def test_every_sample_is_a_path(samples):
             assert tree.labels[path[depth - 1] + 1] == sample.token_ids[depth]
 
 
+@given(samples=sample_sets(), data=st.data())
+def test_the_order_of_samples_changes_nothing_but_the_layout(samples, data):
+    a = PrefixTree.from_samples(samples)
+    b = PrefixTree.from_samples(data.draw(st.permutations(samples)))
+    assert len(a) == len(b)
+    assert targets_of(a) == targets_of(b)
+    assert sorted(prefixes(a.input_ids, a.subtree_end)) == sorted(prefixes(b.input_ids, b.subtree_end))
+
+
+@given(samples=sample_sets(), copies=st.integers(2, 3))
+def test_duplicates_add_weight_and_no_tokens(samples, copies):
+    once, often = PrefixTree.from_samples(samples), PrefixTree.from_samples(samples * copies)
+    assert len(once) == len(often)
+    assert targets_of(often) == {key: copies * weight for key, weight in targets_of(once).items()}
+    assert often.num_sample_tokens == copies * once.num_sample_tokens
+
+
 def test_no_sample_is_an_error():
     with pytest.raises(ValueError, match="at least one sample, got none"):
         PrefixTree.from_samples([])
@@ -115,3 +145,50 @@ def test_max_length_cuts_samples_at_the_end_and_drops_what_trains_nothing(sample
         tree = PrefixTree.from_samples(kept)
         assert targets_of(tree) == PrefixOracle(expected).weighted_targets
         assert (tree.position_ids < max_length).all()
+
+
+def trl_tree(samples):
+    packing = pytest.importorskip("trl.experimental.async_grpo.packing")
+    row = packing.TreeRow()
+    for index, sample in enumerate(samples):
+        row.add(
+            {
+                "input_ids": torch.tensor(sample.token_ids),
+                "completion_mask": torch.tensor(sample.loss_weights > 0).long(),
+                "old_log_probs": torch.zeros(len(sample)),
+                "advantage": 1.0,
+                "group_id": index,
+            }
+        )
+    return row.pack()
+
+
+def trl_nodes(packed):
+    """`{(prefix, depth, next-token label)}` of TRL's row, each prefix read off the path it gathers K/V from."""
+    queries = pairwise(packed["tree_cu_seqlens_q"].tolist())
+    keys = pairwise(packed["tree_cu_seqlens_k"].tolist())
+    nodes = set()
+    for (q0, q1), (k0, k1) in zip(queries, keys, strict=True):
+        path = packed["tree_kv_index"][k0:k1].tolist()
+        for position in range(q0, q1):
+            prefix = tuple(packed["input_ids"][path[: path.index(position) + 1]].tolist())
+            nodes.add((prefix, int(packed["position_ids"][position]), int(packed["shift_labels"][position])))
+    return nodes
+
+
+@given(samples=sample_sets(weights=(0.0, 1.0)))
+@example(samples=COLLIDING)
+@example(samples=NESTED)
+@example(samples=reasoning_chat())
+@example(samples=nested_forks())
+def test_trl_tree_row_agrees_up_to_its_forks(samples):
+    tree = PrefixTree.from_samples(samples)
+    shifted = np.append(tree.labels[1:], -100)
+    ours = set(
+        zip(prefixes(tree.input_ids, tree.subtree_end), tree.position_ids.tolist(), shifted.tolist(), strict=True)
+    )
+    theirs = trl_nodes(trl_tree(samples))
+    # TRL forks before every divergence, so it also has copies that train nothing beside copies that do.
+    assert ours <= theirs
+    assert {node for node in theirs if node[2] != -100} == {node for node in ours if node[2] != -100}
+    assert {node[:2] for node in theirs} == {node[:2] for node in ours}

@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.conversations import chat, expand, tool_chat
 from support.float64_comparison import assert_equal_to_npass, one_row_each
 from support.sample_sets import reasoning_chat, sample_sets
 from support.tiny_models import tiny_model
+from support.trainers import largest_difference, logged, single_pass_trainer, stock_trainer
+from trl_singlepass import render_samples
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.sample import Sample
 from trl_singlepass.trees.splitting import split_samples
@@ -92,3 +95,23 @@ def test_a_conversation_of_64_turns_is_exact_in_rows_of_16k():
     assert len(PrefixTree.from_samples(samples)) > 55_000
     model = tiny_model("qwen3", attn_implementation="sdpa", hidden_size=16, num_attention_heads=2)
     assert_equal_to_npass(model, [samples], rows_of=lambda sets: one_row_each(split_samples(sets[0], 16384)))
+
+
+CHATS = [chat(5), chat(2, seed=1), tool_chat()]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_split_training_equals_stock_on_the_samples(tmp_path, tokenizer, packing):
+    settings = {"max_row_tokens": 200, "packing": packing}
+    ours = single_pass_trainer(tmp_path, tokenizer, CHATS, per_device_train_batch_size=8, **settings)
+    assert max(len(row["input_ids"]) for row in ours.train_dataset) <= 200
+    assert 1 < len(ours.train_dataset) <= 8
+    expanded = [row for messages in CHATS for row in expand(messages)]
+    stock = stock_trainer(tmp_path, tokenizer, expanded, per_device_train_batch_size=len(expanded))
+    ours.train()
+    stock.train()
+    assert logged(ours, "loss") == pytest.approx(logged(stock, "loss"), abs=1e-6)
+    assert logged(ours, "num_trained_tokens") == [
+        sum(float(sample.loss_weights.sum()) for messages in CHATS for sample in render_samples(messages, tokenizer))
+    ]
+    assert largest_difference(ours, stock) < 1e-6
