@@ -53,6 +53,25 @@ def test_dataset_rows_with_tools_and_completions(tokenizer):
     assert with_tools.rows[0].npass_tokens == report.rows[0].npass_tokens
 
 
+def test_what_is_compared_is_what_is_trained(tokenizer):
+    weighted, context = chat(3), chat(2)
+    weighted[2]["weight"], weighted[4]["weight"] = 0, 2.0
+    turns = [{"prompt_ids": [1, 2, 3], "completion_ids": [4, 5, 6], "completion_weights": [1.0, 0.0, 0.5]}]
+    kept = {"messages": chat(3), "history": "keep"}
+    rows = [weighted, [{**message, "train": False} for message in context], {"turns": turns}, kept]
+    report = verify(model_for(tokenizer, dtype=torch.float64), tokenizer, rows)
+    assert report.ok, str(report)
+    assert [[turn.turn for turn in row.turns] for row in report.rows] == [[2, 3], [1], [1, 2, 3]]
+    assert [row.turns[0].row for row in report.rows] == [0, 2, 3]
+    assert "Not compared, since nothing of it is trained: 1 row." in report.verdict
+    second, third = report.rows[0].turns
+    assert report.rows[0].weight == 2 * second.num_tokens + third.num_tokens
+    assert (report.rows[1].weight, report.rows[1].turns[0].num_tokens) == (1.5, 2)
+    assert report.rows[2].npass_tokens > sum(len(sample) for sample in render_example(kept, tokenizer))
+    with pytest.raises(ValueError, match="weight 0"):
+        verify(model_for(tokenizer), tokenizer, rows[1:2])
+
+
 def test_max_tokens_leaves_out_turns_and_says_so(tokenizer):
     model, lengths = model_for(tokenizer), [len(sample) for sample in render_example({"messages": chat(3)}, tokenizer)]
     report = verify(model, tokenizer, [chat(3)], max_tokens=sum(lengths[:2]))

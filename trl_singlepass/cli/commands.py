@@ -18,16 +18,15 @@ from rich.text import Text
 from transformers import ProcessorMixin, TextStreamer
 
 from ..data.bad_rows import count_of, read_all
-from ..data.conversations import example_to_samples
 from ..data.files import load_examples
 from ..data.images import holds_images
-from ..data.pairs import example_to_pair, is_pair
+from ..data.pairs import example_to_pair, example_to_turns, is_pair
 from ..data.reader import get_tokenizer
-from ..data.settings import PairSettings, RowSettings
+from ..data.settings import PairSettings
+from ..images.loading import image_loader_of
 from ..rendering.conversation import Conversation, Message
 from ..rendering.history import render_with_history
 from ..rendering.reasoning import THINK, reasoning_tags
-from ..trees.sample import Sample
 from .loading import load_config, load_model, load_processor, load_slice, load_tokenizer, pick_device
 
 
@@ -48,12 +47,11 @@ def inspect(args: Namespace, console: Console) -> int:
         raise ValueError(f"--row {args.row}: {args.data} has {count_of(len(examples), 'row')}, counted from 0.")
     example = dict(examples[args.row])
     num_chosen: int | None = None
-    samples: Sequence[Sample]
     if is_pair(example):
         pair = example_to_pair(example, args.row, tokenizer, PairSettings())
         samples, num_chosen = pair.samples, len(pair.chosen.samples)
     else:
-        samples = _get_samples(args.row, example, tokenizer)
+        samples = example_to_turns(example, args.row, tokenizer)
     if not samples:
         raise ValueError(f"Row {args.row}: all its turns have the weight 0, so nothing of it is trained.")
     tokenizer = get_tokenizer(tokenizer)
@@ -100,13 +98,12 @@ def audit(args: Namespace, console: Console) -> int:
 
 def verify(args: Namespace, console: Console) -> int:
     """Compare the single pass with N-pass; the exit code is 1 if they differ."""
-    from ..reference import verify as verify_model
+    from ..reference.verification import read_samples, verify_samples
 
     tokenizer, examples = _load_both(args)
-    first = list(islice(examples, _at_least_one(args.num_rows, "-n")))
-    _to_samples(first, tokenizer)  # names bad rows before a model is loaded
+    rows = read_samples(list(islice(examples, _at_least_one(args.num_rows, "-n"))), tokenizer)
     model = _load_model(args, reads_images=isinstance(tokenizer, ProcessorMixin))
-    report = verify_model(model, tokenizer, first, max_tokens=args.max_tokens)
+    report = verify_samples(model, rows, max_tokens=args.max_tokens, load_images=image_loader_of(tokenizer))
     console.print(Text(str(report).rstrip()))
     return 0 if report.ok else 1
 
@@ -117,7 +114,8 @@ def bench(args: Namespace, console: Console) -> int:
 
     tokenizer, examples = _load_tokenizer(args), _load_examples(args)
     first = list(islice(examples, _at_least_one(args.num_rows, "-n")))
-    conversations = [samples for samples in _to_samples(first, tokenizer) if samples]
+    rows = read_all(first, lambda index, example: example_to_turns(example, index, tokenizer), "given")
+    conversations = list(filter(None, rows))
     model, repeats = _load_model(args), _at_least_one(args.repeats, "--repeats")
     with tqdm(total=2 * len(conversations) * (repeats + 1), desc="Timing", unit=" runs") as bar:
         timing = time_both(model, conversations, repeats=repeats, on_step=bar.update)
@@ -196,19 +194,6 @@ def _load_model(args: Namespace, *, reads_images: bool = False) -> PreTrainedMod
         device=args.device,
         trust_remote_code=args.trust_remote_code,
     )
-
-
-def _to_samples(
-    examples: Sequence[Mapping[str, object]], tokenizer: PreTrainedTokenizerBase | ProcessorMixin
-) -> list[tuple[Sample, ...]]:
-    return read_all(examples, lambda index, example: _get_samples(index, example, tokenizer), "given")
-
-
-def _get_samples(index: int, example: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> tuple[Sample, ...]:
-    """Return the turns of a conversation, or of both trajectories of a pair."""
-    if is_pair(example):
-        return tuple(example_to_pair(example, index, tokenizer, PairSettings()).samples)
-    return example_to_samples(example, index, tokenizer, RowSettings()).samples
 
 
 def _at_least_one(number: int, name: str) -> int:

@@ -20,7 +20,7 @@ from .images import image_columns_of
 from .reader import ConversationReader, Reader, images_of_example
 from .rows import PreparedRow, joined_row, with_images_numbered_together
 from .selection import FittedSamples, OverlongTurnError, fit_samples
-from .settings import PairSettings, PairTurns
+from .settings import PairSettings, PairTurns, RowSettings
 
 
 SIDES = ("chosen", "rejected")
@@ -96,6 +96,13 @@ def example_to_pair(example: Mapping[str, Any], index: int, tokenizer: Reader, s
 def is_pair(example: object) -> bool:
     """Return whether an example is a preference pair, by its columns."""
     return isinstance(example, Mapping) and any(set(columns) <= set(example) for columns in (SIDES, TOKEN_COLUMNS))
+
+
+def example_to_turns(example: Mapping[str, Any], index: int, tokenizer: Reader) -> list[Sample]:
+    """Return what is trained of a conversation, or of both trajectories of a pair, at default settings."""
+    if is_pair(example):
+        return example_to_pair(example, index, tokenizer, PairSettings()).samples
+    return list(example_to_samples(example, index, tokenizer, RowSettings()).samples)
 
 
 def split_pair(example: Mapping[str, Any], index: int) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from ..images.conversation_images import ConversationImages
 from ..images.loading import EncodedImage
 from ..images.placeholders import ImagePlaceholders, placeholders_of
 from ..rendering.conversation import Conversation
+from ..rendering.template import with_template
 from ..rendering.validation import IMAGES_WAY_OUT
 from ..trees.errors import DataError
 from ..trees.sample import Sample
@@ -117,6 +118,19 @@ def check_renders(processing_class: PreTrainedTokenizerBase | ProcessorMixin) ->
         ) from error
     except ValueError:  # no template, or none that is called 'default': another error says what to do
         return
+
+
+def with_chat_template(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, chat_template: str | None
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """Return a tokenizer with another template, if there is one; a processor and its tokenizer have the same one."""
+    check_renders(processing_class)
+    if not isinstance(processing_class, ProcessorMixin):
+        return with_template(processing_class, chat_template)
+    processor = copy.copy(processing_class)
+    processor.tokenizer = with_template(processor.tokenizer, chat_template or processor.chat_template)
+    processor.chat_template = processor.tokenizer.chat_template
+    return processor
 
 
 def _check_has_template(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:

@@ -68,19 +68,22 @@ class VerifyReport:
 
     Args:
         rows (`tuple[RowComparison, ...]`):
-            One comparison per conversation.
+            One comparison per conversation of which something is trained.
         check (`TreeCheckReport`):
             The check that trainers make before their first step.
         dtype (`str`):
             Data type of the model's parameters.
         turns_left_out (`int`, *optional*, defaults to 0):
             Turns that were not compared because of `max_tokens`.
+        rows_left_out (`int`, *optional*, defaults to 0):
+            Conversations that were not compared because all their turns have the weight 0.
     """
 
     rows: tuple[RowComparison, ...]
     check: TreeCheckReport
     dtype: str
     turns_left_out: int = 0
+    rows_left_out: int = 0
 
     @property
     def ok(self) -> bool:
@@ -105,6 +108,8 @@ class VerifyReport:
             verdict = f"The single pass does NOT equal N-pass: {'; '.join(_differences(self))}."
         if self.turns_left_out:
             verdict += f" Not compared, beyond max_tokens: {count_of(self.turns_left_out, 'turn')}."
+        if self.rows_left_out:
+            verdict += f" Not compared, since nothing of it is trained: {count_of(self.rows_left_out, 'row')}."
         return verdict
 
     def __str__(self) -> str:
@@ -159,7 +164,8 @@ def _differences(report: VerifyReport) -> Iterator[str]:
     if not report.check.ok:
         where = f" ({report.check.where})" if report.check.where else ""
         yield f"small row of the check: {report.check.reason}{where}"
-    for index, row in enumerate(report.rows):
+    for row in report.rows:
+        index = row.turns[0].row
         if row.leak.leaked > 0:
             yield f"row {index}: a turn sees tokens of another turn"
         if row.leak.blind > 0:

@@ -16,11 +16,8 @@ from torch.overrides import TorchFunctionMode
 from ..attention.registry import set_text_attention
 from ..data.bad_rows import read_all
 from ..data.collator import LoadImages
-from ..data.conversations import get_chat_template, read_conversation
-from ..data.pairs import example_to_pair, is_pair
-from ..data.reader import ConversationReader, as_reader, check_renders, get_tokenizer
-from ..data.requests import split_requests
-from ..data.settings import PairSettings
+from ..data.pairs import example_to_turns
+from ..data.reader import with_chat_template
 from ..engine.borrowed_state import in_evaluation_mode
 from ..engine.check.checked_model import get_device
 from ..engine.check.tree_check import check_tree
@@ -28,9 +25,6 @@ from ..engine.enable import disable_tree, enable_tree, takes_attention_from_outs
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader, image_module
 from ..recurrent.layer import runs_on_trees
-from ..rendering.conversation import RenderingError
-from ..rendering.samples import render_conversation
-from ..rendering.template import with_template
 from ..trees.prefix_tree import PrefixTree
 from ..trees.sample import Sample
 from .npass import LossAndGradients, get_text_config, npass_loss_and_gradients
@@ -75,8 +69,9 @@ def verify(
         tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
             Tokenizer with a chat template; for conversations with images, the processor.
         conversations (`Iterable`):
-            Lists of messages, or examples as [`SinglePassSFTTrainer`] takes them. Preference pairs are checked with
-            the turns of both trajectories in one tree, those of the chosen one first.
+            Lists of messages, or examples as [`SinglePassSFTTrainer`] takes them, with their weights and `history`.
+            Preference pairs are checked with the turns of both trajectories in one tree, those of the chosen one
+            first.
         tools (`list` or `str`, *optional*):
             Tools for conversations that have none of their own.
         chat_template (`str`, *optional*):
@@ -91,7 +86,7 @@ def verify(
         `VerifyReport`: `.ok` says whether everything agrees; `str()` of it is a table.
 
     Raises:
-        `ValueError`: If there is no conversation, or some cannot be rendered; the error names all of these.
+        `ValueError`: If nothing is trained, or some conversations cannot be; the error names all of these.
 
     Example:
 
@@ -100,70 +95,66 @@ def verify(
     assert report.ok, report
     ```
     """
-    rendered = _render(list(islice(conversations, max_rows)), tokenizer, tools, chat_template)
-    rows = rendered
-    if max_tokens is not None:
-        fitting = [int((np.cumsum(list(map(len, samples))) <= max_tokens).sum()) for samples in rendered]
-        rows = [samples[: max(number, 1)] for samples, number in zip(rendered, fitting, strict=True)]
-    num_left_out = sum(map(len, rendered)) - sum(map(len, rows))
-    return verify_samples(model, rows, num_left_out=num_left_out, load_images=image_loader_of(tokenizer))
+    rows = read_samples(list(islice(conversations, max_rows)), tokenizer, tools, chat_template)
+    return verify_samples(model, rows, max_tokens=max_tokens, load_images=image_loader_of(tokenizer))
+
+
+def read_samples(
+    conversations: Sequence[object],
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    tools: Sequence[Mapping[str, object]] | str | None = None,
+    chat_template: str | None = None,
+) -> list[list[Sample]]:
+    """Return the samples that [`verify`] compares, as the trainers make them at default settings."""
+    if not conversations:
+        raise ValueError("Nothing to verify: `conversations` is empty. Pass at least one conversation.")
+    reader = with_chat_template(tokenizer, chat_template)
+
+    def read(index: int, conversation: object) -> list[Sample]:
+        example = dict(conversation) if isinstance(conversation, Mapping) else {"messages": conversation}
+        if tools is not None and example.get("tools") is None:
+            example["tools"] = tools
+        return example_to_turns(example, index, reader)
+
+    return read_all(conversations, read, "given")
 
 
 def verify_samples(
     model: PreTrainedModel,
-    rows: Sequence[Sequence[Sample]],
+    given: Sequence[Sequence[Sample]],
     *,
-    num_left_out: int = 0,
+    max_tokens: int | None = None,
     load_images: LoadImages | None = None,
 ) -> VerifyReport:
-    """Do what [`verify`] does with samples; those with images need `load_images`. `num_left_out` is for the report."""
-    if all(sample.image_features is None for samples in rows for sample in samples):
+    """Do what [`verify`] does with the samples of each conversation; those with images need `load_images`."""
+    rows = {index: _first(samples, max_tokens) for index, samples in enumerate(given) if samples}
+    if not rows:
+        raise ValueError("Nothing to verify: all turns have the weight 0, so none is trained.")
+    if all(sample.image_features is None for samples in rows.values() for sample in samples):
         load_images = None
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     with (
-        tqdm(total=sum(2 * len(samples) + 3 for samples in rows), desc="Verifying", unit=" passes") as bar,
+        tqdm(total=sum(2 * len(samples) + 3 for samples in rows.values()), desc="Verifying", unit=" passes") as bar,
         left_as_found(model) as attention,
         reading_images(model, load_images) as images,
         ForcedFloat64() if dtype is torch.float64 else nullcontext(),
     ):
         compared = tuple(
-            _compare(model, index, samples, dtype, attention, images, bar.update) for index, samples in enumerate(rows)
+            _compare(model, index, samples, dtype, attention, images, bar.update) for index, samples in rows.items()
         )
         with on_trees(model, attention):
-            batch = make_batch(PrefixTree.from_samples(rows[0]), get_device(model), images)
-            check = check_tree(model, batch, collator=collator_of(images))
-    return VerifyReport(compared, check, str(dtype).removeprefix("torch."), num_left_out)
+            tree = PrefixTree.from_samples(next(iter(rows.values())))
+            check = check_tree(model, make_batch(tree, get_device(model), images), collator=collator_of(images))
+    turns_left_out = sum(map(len, given)) - sum(map(len, rows.values()))
+    name = str(dtype).removeprefix("torch.")
+    return VerifyReport(compared, check, name, turns_left_out, rows_left_out=len(given) - len(rows))
 
 
-def _render(
-    conversations: Sequence[object],
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
-    tools: Sequence[Mapping[str, object]] | str | None,
-    chat_template: str | None,
-) -> list[list[Sample]]:
-    check_renders(tokenizer)
-    reader = as_reader(tokenizer)
-
-    def read(index: int, conversation: object) -> list[Sample]:
-        row = dict(conversation) if isinstance(conversation, Mapping) else {"messages": conversation}
-        if tools is not None and row.get("tools") is None:
-            row["tools"] = tools
-        if is_pair(row):
-            has_reader = isinstance(reader, ConversationReader) and chat_template is None
-            given = reader if has_reader else with_template(get_tokenizer(reader), chat_template)
-            return example_to_pair(row, index, given, PairSettings()).samples
-        return [sample for request in split_requests(row) or [row] for sample in render(index, dict(request))]
-
-    def render(index: int, row: dict[str, Any]) -> list[Sample]:
-        try:
-            conversation = read_conversation(row, index, reader)
-            return render_conversation(conversation, get_tokenizer(reader), chat_template or get_chat_template(reader))
-        except ValueError as error:
-            raise RenderingError(f"Row {index}: {error}") from error
-
-    if not conversations:
-        raise ValueError("Nothing to verify: `conversations` is empty. Pass at least one conversation.")
-    return read_all(conversations, read, "given")
+def _first(samples: Sequence[Sample], max_tokens: int | None) -> Sequence[Sample]:
+    """Return the first samples that fit in `max_tokens` together, at least one."""
+    if max_tokens is None:
+        return samples
+    return samples[: max(int((np.cumsum(list(map(len, samples))) <= max_tokens).sum()), 1)]
 
 
 def _compare(
@@ -222,15 +213,12 @@ def _compare_turns(
     else:
         allowed = NOISE_FACTOR * _largest(torch.cat(npass.token_losses) - torch.cat(moved.token_losses))
     turns = []
-    losses = zip(samples, npass.token_losses, single_pass.token_losses, strict=True)
-    for number, (sample, a, b) in enumerate(losses, start=1):
+    for sample, a, b in zip(samples, npass.token_losses, single_pass.token_losses, strict=True):
         weights = torch.from_numpy(sample.loss_weights[np.flatnonzero(sample.loss_weights)])
-        if len(weights) == 0:
-            continue
         turns.append(
             TurnComparison(
                 row=index,
-                turn=number,
+                turn=sample.turn_index + 1,
                 message_index=sample.message_index,
                 num_tokens=len(weights),
                 npass_loss=float((a * weights).sum() / weights.sum()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,13 +20,13 @@ from ...data.bad_rows import BadRowError, UnexpectedError, get_reason, group_err
 from ...data.conversations import example_to_samples, read_conversation
 from ...data.images import holds_images
 from ...data.pairs import TOKEN_COLUMNS, example_to_pair, is_pair, split_pair
-from ...data.reader import as_reader, check_renders, get_tokenizer
+from ...data.reader import as_reader, get_tokenizer, with_chat_template
 from ...data.requests import split_requests
 from ...data.settings import PairSettings, RowSettings
 from ...data.tokenized_turns import get_tokenized_turns
 from ...rendering.conversation import Conversation
 from ...rendering.prefixes import Prefixes
-from ...rendering.template import TemplateKey, with_template
+from ...rendering.template import TemplateKey
 from ...trees.errors import DataError
 from .forecast import (
     AssistantOnlyLoss,
@@ -110,7 +109,9 @@ def audit(
     if max_length is None and model_config is not None:
         max_length = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     num_rows = len(dataset) if hasattr(dataset, "__len__") else None
-    tokenizer = _with_template(tokenizer, chat_template)
+    tokenizer = with_chat_template(tokenizer, chat_template)
+    if get_tokenizer(tokenizer).chat_template is None:
+        raise ValueError("The tokenizer has no chat template to render conversations with. Pass chat_template.")
     if isinstance(tokenizer, ProcessorMixin) and not holds_images(dataset):
         tokenizer = tokenizer.tokenizer
     shape = get_model_shape(model_config)
@@ -122,21 +123,6 @@ def audit(
     return _make_report(
         list(tqdm(audited, total=len(positions), desc="Auditing conversations", unit=" rows")), auditor, num_rows
     )
-
-
-def _with_template(
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, chat_template: str | None
-) -> PreTrainedTokenizerBase | ProcessorMixin:
-    if isinstance(tokenizer, ProcessorMixin):
-        processor = copy.copy(tokenizer)
-        processor.tokenizer = _with_template(tokenizer.tokenizer, chat_template or tokenizer.chat_template)
-        processor.chat_template = processor.tokenizer.chat_template
-        return processor
-    check_renders(tokenizer)
-    tokenizer = with_template(tokenizer, chat_template)
-    if tokenizer.chat_template is None:
-        raise ValueError("The tokenizer has no chat template to render conversations with. Pass chat_template.")
-    return tokenizer
 
 
 def _draw(
