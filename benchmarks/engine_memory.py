@@ -23,7 +23,7 @@ import deepspeed
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.machine import describe
+from benchmarks.machine import anonymous_bytes, describe
 
 
 ROOT = Path(__file__).parents[1]
@@ -70,12 +70,6 @@ class LiveTensors(TrainerCallback):
                 storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
         self.most = max(self.most, sum(storages.values()))
         self.resident = max(self.resident, anonymous_bytes() - self.start)
-
-
-def anonymous_bytes() -> int:
-    """Return the bytes of this process that are not backed by a file."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def train_one(engine: str, bf16: bool, folder: Path) -> None:

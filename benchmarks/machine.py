@@ -50,6 +50,12 @@ def _device(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu, one thread"
 
 
+def anonymous_bytes() -> int:
+    """Return the bytes of this process that are not backed by a file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
 def file_name_of_device(device: str) -> str:
     """`"NVIDIA H100 80GB HBM3"` -> `"nvidia_h100_80gb_hbm3"`."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"

@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.machine import describe
+from benchmarks.machine import anonymous_bytes, describe
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.data.arrow import row_features, to_table
 from trl_singlepass.data.packing import pack_dataset
@@ -68,7 +68,7 @@ class PeakMemory:
     """Peak bytes of this process that are not backed by a file, above what it held at the start."""
 
     def __enter__(self) -> "PeakMemory":
-        self.start = self.peak = _anonymous_bytes()
+        self.start = self.peak = anonymous_bytes()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -80,12 +80,7 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.05):
-            self.peak = max(self.peak, _anonymous_bytes())
-
-
-def _anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+            self.peak = max(self.peak, anonymous_bytes())
 
 
 def measure(num_conversations: int, num_systems: int, max_row_tokens: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.freshness import kind_of
+from benchmarks.step_time import MEMORY_MODES, NPASS_MODES, OTHERS
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -19,10 +20,7 @@ README = Path(__file__).parents[1] / "README.md"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 CHECK = Path(__file__).parents[1] / "docs" / "own_loops.md"
 Section = Callable[[dict[str, Any], str], str]
-MEMORY_MODES = ("single_pass", "causal_row")
-OTHERS = ("last_turn", "keep_reasoning")
 PROFILED = {"single_pass": "single pass", "npass_sequential": "N-pass, one by one"}
-NPASS = ("npass_sequential", "npass_padded", "npass_packed")
 OTHERS_HEADER = [
     "turns",
     "single pass",
@@ -145,7 +143,7 @@ def others_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def fastest_npass(best: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return min((one for mode, one in best.items() if mode in NPASS), key=lambda one: one["seconds"])
+    return min((one for mode, one in best.items() if mode in NPASS_MODES), key=lambda one: one["seconds"])
 
 
 def summary_row(name: str, best: dict[str, dict[str, Any]]) -> list[str]:
