@@ -79,7 +79,7 @@ def _without_header(probe: Probe, ending: str) -> str:
 
 
 def _trailing_markup(template: ChatTemplate, text: str) -> str:
-    pieces, added = split_markup(text, template.tokenizer), template.tokenizer.get_added_vocab()
+    pieces, added = split_markup(text, template.tokenizer), template.borders.added_tokens
     is_text = [bool(piece.strip()) and piece not in added and piece[:1] not in ("<", "[") for piece in pieces]
     return "".join(pieces[max((i + 1 for i, text in enumerate(is_text) if text), default=0) :])
 
@@ -88,9 +88,8 @@ def _next_token(probe: Probe, message: Message, following: Message) -> str | Non
     """The token that history shows after a message, or else EOS."""
     last, history = probe.render(probe.user, message), probe.render(probe.user, message, following)
     rest = history[len(last) :].lstrip() if history.startswith(last) else ""
-    tokens = sorted(probe.template.tokenizer.get_added_vocab(), key=len, reverse=True)
     eos: str | None = probe.template.tokenizer.eos_token
-    return next((token for token in tokens if rest.startswith(token)), eos)
+    return next((token for token in probe.template.borders.added_tokens if rest.startswith(token)), eos)
 
 
 def find_stops(template: ChatTemplate, endings: Iterable[Ending], within: frozenset[str]) -> frozenset[str]:

@@ -56,8 +56,8 @@ class HardBorders:
 
     @cached_property
     def added_tokens(self) -> list[str]:
-        """All tokens that were added to the tokenizer's vocabulary."""
-        return list(self.tokenizer.get_added_vocab())
+        """All tokens that were added to the tokenizer's vocabulary, the longest first."""
+        return sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
 
     @cached_property
     def token_ids(self) -> dict[str, Ids]:
