@@ -160,7 +160,7 @@ def _thumbnail(image: ImageReference) -> str:
 def audit_page(report: AuditReport, title: str) -> str:
     """Return a self-contained page with an audit, as HTML."""
     findings = "".join(f"<li>{escape(finding)}</li>" for finding in report.findings)
-    verdict = f'<p class="verdict">{escape(report.forecast.verdict)}</p>' if report.forecast else ""
+    verdict = f'<p class="verdict">{escape(report.verdict)}</p>' if report.verdict else ""
     body = f"""<header><h1>{escape(title)}</h1><p>{escape(report.headline)}</p>{verdict}</header>
 <div class="page">
 <section><h2>Findings</h2><ul>{findings}</ul></section>

@@ -164,7 +164,7 @@ def test_report_is_json_and_a_table():
     report = audit([chat(3), tool_chat()], make_tokenizer(), CONFIG)
     told = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert told["all_turns"]["turns"] == 6
-    assert told["forecast"]["verdict"] == report.forecast.verdict
+    assert told["forecast"]["verdict"] == report.verdict
     assert told["findings"] == report.findings
     lines = str(report).splitlines()
     assert max(map(len, lines)) <= 118

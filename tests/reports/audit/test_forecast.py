@@ -55,7 +55,7 @@ def test_without_a_model_the_forecast_counts_tokens_and_pairs():
     report = audit([chat(3)], make_tokenizer())
     assert not report.forecast.has_model
     assert report.forecast.over_npass.value == report.forecast.sharing_factor.value
-    assert "of the tokens" in report.forecast.verdict
+    assert "of the tokens" in report.verdict
     assert report.forecast.costs[Schedule.NPASS].attention_pairs == sum(
         len(s) * (len(s) + 1) // 2 for s in render_example({"messages": chat(3)}, make_tokenizer())
     )

@@ -28,17 +28,8 @@ from ...rendering.conversation import Conversation
 from ...rendering.prefixes import Prefixes
 from ...rendering.template import TemplateKey
 from ...trees.errors import DataError
-from .forecast import (
-    AssistantOnlyLoss,
-    ConversationCost,
-    Recipe,
-    RecipeReport,
-    Schedule,
-    count_conversation,
-    count_last_turn,
-    make_forecast,
-    sharing_by_turns,
-)
+from .forecast import ConversationCost, Schedule, count_conversation, make_forecast, sharing_by_turns
+from .recipes import AssistantOnlyLoss, Recipe, RecipeReport, count_last_turn
 from .report import AuditReport
 from .turns import Lengths, TemplateFacts, TurnExaminer, TurnStats, survey_template
 

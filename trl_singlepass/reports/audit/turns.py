@@ -367,5 +367,5 @@ def _endings(template: ChatTemplate, added_stop: str) -> tuple[str, str]:
     last = template.render(messages).rpartition(_ANSWER)[2].strip()
     history = template.render([*messages, _user(_LAST_QUESTION)]).rpartition(_ANSWER)[2].partition(_LAST_QUESTION)[0]
     # Of the text after the answer in history, only what ends the answer: the rest begins the next message.
-    tokens = [added_stop or last, *sorted(template.borders.added_tokens, key=len, reverse=True)]
+    tokens = [added_stop or last, *template.borders.added_tokens]
     return last, next((token for token in tokens if history.lstrip().startswith(token)), "")
