@@ -39,7 +39,7 @@ def test_environment_of_the_config_file(tmp_path, monkeypatch):
     ("given", "expected"), [([], False), (["--debug"], True), (["--debug", "true"], True), (["--debug", "no"], False)]
 )
 def test_flags_may_have_a_value(given, expected):
-    assert parse_audit("m", "d", *given).debug is expected
+    assert parse_audit("m", "d", *given).debug is parse_audit(*given, "m", "d").debug is expected
 
 
 @pytest.mark.parametrize("value", ["many", "1.5"])

@@ -75,17 +75,27 @@ class Parser(TrlParser):  # type: ignore[misc]
 class CommandParser(Parser):
     """Parser of a command's own arguments; values of a `--config` file are checked like those of the command line."""
 
+    def __init__(self, **about: str) -> None:
+        super().__init__(**about)
+        self._booleans: set[str] = set()
+        self.flag("debug", "Show the traceback of an error.", bool, False)
+
     def flag(self, name: str, help: str, kind: type = str, default: object = None, **options: Any) -> None:
         """Add a flag, spelt with underscores or dashes; a boolean one may come without a value."""
-        if kind is bool:
-            options |= {"nargs": "?", "const": True}
         names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}", *options.pop("aliases", ())])
+        if kind is bool:
+            self._booleans |= names.keys()
+            options["nargs"] = "?"  # so that the help shows it
         convert = _to_bool if kind is bool else kind
         self.add_argument(*names, dest=name, help=help, type=convert, default=default, **options)
 
     def parse(self, arguments: Sequence[str]) -> Namespace:
         """Return the arguments; one that is unknown, missing or of the wrong type raises `ValueError`."""
-        (args,), *_ = self.parse_divided(arguments)
+        words = [
+            f"{word}=true" if word in self._booleans and following.lower() not in _BOOLEANS else word
+            for word, following in zip(arguments, [*arguments[1:], ""], strict=False)
+        ]
+        (args,), *_ = self.parse_divided(words)
         named: Namespace = args
         return named
 
@@ -96,11 +106,13 @@ class CommandParser(Parser):
         return left
 
 
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
 def _to_bool(text: str) -> bool:
-    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in values:
+    if text.lower() not in _BOOLEANS:
         raise ArgumentTypeError(f"expected true or false, got {text!r}")
-    return values[text.lower()]
+    return _BOOLEANS[text.lower()]
 
 
 def with_config_apart(arguments: Sequence[str]) -> list[str]:
@@ -131,12 +143,8 @@ def peek(arguments: Sequence[str]) -> tuple[str | None, str | None]:
 
 
 _DEVICE = ("device", "Device to run on; a GPU by default if there is one.")
+_TRUST = ("trust_remote_code", "Whether code that comes with the model may run on this machine.", bool, False)
 _JSON = ("json", "File to write the report to as JSON; '-' prints it.")
-
-
-def _add_loading(parser: CommandParser) -> None:
-    parser.flag("trust_remote_code", "Whether code that comes with the model may run on this machine.", bool, False)
-    parser.flag("debug", "Show the traceback of an error.", bool, False)
 
 
 def _add_tokenizer(parser: CommandParser) -> None:
@@ -144,7 +152,7 @@ def _add_tokenizer(parser: CommandParser) -> None:
         "model", metavar="MODEL", help="Folder or hub id of a model; `inspect` reads its tokenizer only."
     )
     parser.flag("chat_template", "File with a chat template to use instead of the tokenizer's own.")
-    _add_loading(parser)
+    parser.flag(*_TRUST)
 
 
 def _add_data(parser: CommandParser) -> None:
@@ -200,7 +208,7 @@ def _add_doctor(parser: CommandParser) -> None:
     parser.flag("attn_implementation", "Attention implementation of the model.")
     parser.flag(*_DEVICE)
     parser.flag(*_JSON)
-    _add_loading(parser)
+    parser.flag(*_TRUST)
 
 
 def _add_chat(parser: CommandParser) -> None:

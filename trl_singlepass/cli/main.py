@@ -168,8 +168,6 @@ def _write(name: str, arguments: list[str]) -> int:
 
 def _parse(name: str, arguments: list[str]) -> Namespace:
     parser = CommandParser(**_about(name))
-    if RUNNERS.get(name) is _write:  # others load a model, and have it among the arguments for that
-        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     ADD_ARGUMENTS[name](parser)
     return parser.parse(arguments)
 
