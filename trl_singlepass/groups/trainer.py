@@ -54,7 +54,7 @@ class GroupsMixin(ReferenceMixin):
         super().__init__(model, *args, **kwargs)
         check(self._situation, ENGINES, GROUPS)
         self._run_on_trees()
-        self._pieces = self._make_pieces()
+        self._pieces = self._make_pieces("wave_tokens", "max_row_tokens")
         self._row_collator = DataCollatorForSinglePass(self._tokenizer.pad_token_id)
         self._why_no_images = self._read_images()
         if self.accelerator.is_main_process:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from datasets import Dataset
@@ -120,7 +120,7 @@ class SinglePassDPOTrainer(ReferenceMixin, DPOTrainer):
             turn_weights(self.args),
             self.args.max_row_tokens,
         )
-        self._pieces = self._make_pieces()
+        self._pieces = self._make_pieces("wave_tokens", "max_row_tokens")
         rows = self._pair_collator.row_collator
         rows.load_images = rows.load_images or image_loader_of(self.processing_class)
         if show_images(self.train_dataset, self.eval_dataset):
@@ -168,17 +168,12 @@ class SinglePassDPOTrainer(ReferenceMixin, DPOTrainer):
         self._enable_pairs()
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Any]:
-        """Measure the policy and its reference before the first step, whoever computes the loss."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+    def _check_models(self, batches: Sequence[Batch]) -> None:
         rows = [row for batch in batches for row in batch["tree"].rows]
         assert self._pair_collator is not None
         models = (self.model_wrapped,) if self.ref_model is None else (self.model_wrapped, self.ref_model)
         for model in models:  # not `filter`: a compiled model has a length, which raises
             self._self_check.check(model, rows, self._pair_collator.row_collator)
-        return batches, num_items
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the reference on the trees of the rows; TRL runs it on each trajectory as one sequence."""

@@ -24,8 +24,7 @@ from ..engine.row_runner import Factors, PieceLoss, RowRunner
 from ..engine.ulysses import SequenceParallel, allowing_global_sizes, get_gradient_scale
 from ..trees.prefix_tree import IGNORE_INDEX
 from .metrics import TurnMetrics
-from .refusals import ULYSSES, WEIGHTS, check, check_parts
-from .sharding import stop_prefetching
+from .refusals import ULYSSES, WEIGHTS, check
 
 
 logger = logging.get_logger(__name__)
@@ -51,21 +50,11 @@ class TreeLoss:
         # Since TRL 1.16.
         self._router_loss_coef = getattr(trainer, "router_aux_loss_coef", 0.0) if trainer.aux_loss_enabled else 0.0
         self.smoother: PiecewiseSmoother | None = None
-        if args.wave_tokens is not None:
-            stop_prefetching(trainer.accelerator)
-            check_parts(trainer._situation)
-            if args.label_smoothing_factor and args.loss_type == "nll":
-                self.smoother = PiecewiseSmoother(LabelSmoother(args.label_smoothing_factor))
+        self.pieces: Pieces = trainer._make_pieces("wave_tokens", knows_loss=trainer.compute_loss_func is None)
+        if args.wave_tokens is not None and args.label_smoothing_factor and args.loss_type == "nll":
+            self.smoother = PiecewiseSmoother(LabelSmoother(args.label_smoothing_factor))
         if args.log_turn_metrics:
             refuse_own_calls(base, "log_turn_metrics")
-        self.pieces = Pieces(
-            trainer.model,
-            args,
-            trainer.accelerator,
-            setting=None if args.wave_tokens is None else "wave_tokens",
-            knows_loss=trainer.compute_loss_func is None,
-            has_router_loss=trainer.aux_loss_enabled,
-        )
         self.sequence_parallel: SequenceParallel | None = None
         if getattr(trainer.accelerator.parallelism_config, "sp_size", 1) > 1:
             with allowing_global_sizes(base.config.get_text_config()):

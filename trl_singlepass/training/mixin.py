@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
@@ -18,6 +20,7 @@ from ..engine.pieces import Pieces
 from ..trees.rows import IMAGE_COLUMNS
 from .checkpoints import add_state_to_manifest, resume_counts, write_manifest
 from .dataset import AnyDataset
+from .loss import NumItems
 from .metrics import TokenCounts
 from .model_card import complete_model_card
 from .refusals import check_parts
@@ -38,6 +41,7 @@ class SinglePassTrainerMixin(Trainer):
 
     train_dataset: AnyDataset
     model_accepts_loss_kwargs: bool
+    aux_loss_enabled: bool
     _signature_columns: list[str]
     _row_columns: ClassVar[tuple[str, ...]] = ()
     _collate: Collator
@@ -77,6 +81,21 @@ class SinglePassTrainerMixin(Trainer):
     def _checked_collator(self, collator: Collator) -> Collator:
         """Return the collator to use where another one is set, or raise `ValueError` if it makes no trees."""
 
+    def _make_pieces(self, *settings: str, knows_loss: bool = False) -> Pieces:
+        """Return what runs the rows of a batch: in several pieces, if one of some settings bounds them."""
+        bounding = [name for name in settings if getattr(self.args, name) is not None]
+        if bounding:
+            stop_prefetching(self.accelerator)
+            check_parts(self._situation)
+        return Pieces(
+            self.model,
+            self.args,
+            self.accelerator,
+            setting=bounding[0] if bounding else None,
+            knows_loss=knows_loss,
+            has_router_loss=self.aux_loss_enabled,
+        )
+
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns of rows; TRL removes those that it does not know."""
         super()._set_signature_columns_if_needed()
@@ -101,6 +120,17 @@ class SinglePassTrainerMixin(Trainer):
         model, loader = super()._prepare_for_training(*args, **kwargs)
         gather_head_with_model(self.model)
         return model, loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], NumItems]:
+        """Measure models before they run on their first rows; TRL trains whatever it gets."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._check_models(batches)
+        return batches, num_items
+
+    def _check_models(self, batches: Sequence[Batch]) -> None:
+        """Measure the models that run on some batches, unless their rows are made later."""
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         """Move trees too, and log-probabilities unrounded; the Trainer moves tensors only, and DeepSpeed rounds."""
@@ -142,7 +172,6 @@ class SinglePassTrainerMixin(Trainer):
 class ReferenceMixin(SinglePassTrainerMixin):
     """What trainers override whose loss compares the policy with a reference."""
 
-    aux_loss_enabled: bool
     _ref_model: nn.Module | None = None
 
     @property
@@ -168,18 +197,3 @@ class ReferenceMixin(SinglePassTrainerMixin):
         prepare_sharding(self.model, self.accelerator)
         for model in self._models:
             enable_tree(model)
-
-    def _make_pieces(self) -> Pieces:
-        """Return what runs the rows of a batch: in several pieces, if a setting bounds them."""
-        bounding = [name for name in ("wave_tokens", "max_row_tokens") if getattr(self.args, name) is not None]
-        if bounding:
-            stop_prefetching(self.accelerator)
-            check_parts(self._situation)
-        return Pieces(
-            self.model,
-            self.args,
-            self.accelerator,
-            setting=bounding[0] if bounding else None,
-            knows_loss=False,
-            has_router_loss=self.aux_loss_enabled,
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -188,15 +188,10 @@ class SinglePassSFTTrainer(EpochsMixin, SinglePassTrainerMixin, SFTTrainer):
             loader = shared.connect(loader, self._without_repeats, self._tokenizer.pad_token_id, self._epoch)
         return model, loader
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], NumItems]:
-        """Measure the model before it runs on its first rows; TRL trains whatever it gets."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+    def _check_models(self, batches: Sequence[Batch]) -> None:
         self._check_model(self.model_wrapped, batches)
-        return batches, num_items
 
-    def _check_model(self, model: nn.Module, batches: list[Batch]) -> None:
+    def _check_model(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         group = None if self._sequence_parallel is None else self._sequence_parallel.group
         self._self_check.check(model, [batch for batch in batches if "tree" in batch], self._collator, group)
 
