@@ -112,7 +112,7 @@ MIXED = GptOssConfig(**SMALL, num_key_value_heads=2, num_hidden_layers=12, num_l
 def test_as_many_layers_run_as_fit(monkeypatch):
     def free_for(num_layers):
         needed = doctor._bytes_of_slice(slice_config(MIXED, num_layers), 1000)
-        monkeypatch.setattr(doctor, "_free_bytes", lambda device: needed / doctor.SHARE_OF_FREE_MEMORY + 1)
+        monkeypatch.setattr(doctor, "free_bytes", lambda device: needed / doctor.SHARE_OF_FREE_MEMORY + 1)
 
     free_for(3)
     assert layers_that_fit(MIXED, 1000, CPU) == 3

@@ -7,7 +7,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import ProcessorMixin, TextStreamer
 
-from ..data.bad_rows import count_of, read_all
+from ..data.bad_rows import count_of
 from ..data.files import load_examples
 from ..data.images import holds_images
 from ..data.pairs import example_to_pair, example_to_turns, is_pair
@@ -101,7 +100,7 @@ def verify(args: Namespace, console: Console) -> int:
     from ..reference.verification import read_samples, verify_samples
 
     tokenizer, examples = _load_both(args)
-    rows = read_samples(list(islice(examples, _at_least_one(args.num_rows, "-n"))), tokenizer)
+    rows = read_samples(examples, tokenizer, max_rows=_at_least_one(args.num_rows, "-n"))
     model = _load_model(args, reads_images=isinstance(tokenizer, ProcessorMixin))
     report = verify_samples(model, rows, max_tokens=args.max_tokens, load_images=image_loader_of(tokenizer))
     console.print(Text(str(report).rstrip()))
@@ -111,10 +110,10 @@ def verify(args: Namespace, console: Console) -> int:
 def bench(args: Namespace, console: Console) -> int:
     """Time N-pass and the single pass on this machine, next to the forecast."""
     from ..reference.timing import time_both
+    from ..reference.verification import read_samples
 
     tokenizer, examples = _load_tokenizer(args), _load_examples(args)
-    first = list(islice(examples, _at_least_one(args.num_rows, "-n")))
-    rows = read_all(first, lambda index, example: example_to_turns(example, index, tokenizer), "given")
+    rows = read_samples(examples, tokenizer, max_rows=_at_least_one(args.num_rows, "-n"))
     conversations = list(filter(None, rows))
     model, repeats = _load_model(args), _at_least_one(args.repeats, "--repeats")
     with tqdm(total=2 * len(conversations) * (repeats + 1), desc="Timing", unit=" runs") as bar:

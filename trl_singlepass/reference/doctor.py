@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from rich import box
 from rich.console import Group
@@ -22,6 +21,7 @@ from ..cost.flops import ModelShape, get_model_shape, npass_cost, single_pass_co
 from ..cost.memory import ActivationBytes
 from ..engine.check.tree_check import TreeCheckReport
 from ..engine.enable import enable_tree
+from ..engine.pieces import free_bytes
 from ..trees.prefix_tree import PrefixTree
 from ..trees.sample import Sample
 from .environment import Environment, faster_kernel
@@ -206,7 +206,7 @@ def layers_that_fit(config: PreTrainedConfig, num_tokens: int, device: torch.dev
     types = list(getattr(text, "layer_types", None) or ())
     smallest = max((types.index(kind) + 1 for kind in set(types)), default=1)  # layers with one of each type
     most = total if device.type == "cuda" else min(total, max(smallest, MOST_LAYERS_ON_CPU))
-    free = SHARE_OF_FREE_MEMORY * _free_bytes(device)
+    free = SHARE_OF_FREE_MEMORY * free_bytes(device)
     for num_layers in range(most, smallest - 1, -1):
         if _bytes_of_slice(slice_config(text, num_layers), num_tokens) <= free:
             return num_layers
@@ -223,12 +223,6 @@ def _bytes_of_slice(text: PreTrainedConfig, num_tokens: int) -> int:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     activations = ActivationBytes.from_config(text, 4, checkpointing=True).per_token
     return int(BYTES_PER_PARAMETER * parameters + activations * num_tokens)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -95,19 +95,22 @@ def verify(
     assert report.ok, report
     ```
     """
-    rows = read_samples(list(islice(conversations, max_rows)), tokenizer, tools, chat_template)
+    rows = read_samples(conversations, tokenizer, tools=tools, chat_template=chat_template, max_rows=max_rows)
     return verify_samples(model, rows, max_tokens=max_tokens, load_images=image_loader_of(tokenizer))
 
 
 def read_samples(
-    conversations: Sequence[object],
+    conversations: Iterable[object],
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    *,
     tools: Sequence[Mapping[str, object]] | str | None = None,
     chat_template: str | None = None,
+    max_rows: int | None = None,
 ) -> list[list[Sample]]:
-    """Return the samples that [`verify`] compares, as the trainers make them at default settings."""
-    if not conversations:
-        raise ValueError("Nothing to verify: `conversations` is empty. Pass at least one conversation.")
+    """Return the samples of each conversation, as the trainers make them at default settings: one at least, in all."""
+    given = list(islice(conversations, max_rows))
+    if not given:
+        raise ValueError("Nothing to compare: `conversations` is empty. Pass at least one conversation.")
     reader = with_chat_template(tokenizer, chat_template)
 
     def read(index: int, conversation: object) -> list[Sample]:
@@ -116,7 +119,10 @@ def read_samples(
             example["tools"] = tools
         return example_to_turns(example, index, reader)
 
-    return read_all(conversations, read, "given")
+    rows = read_all(given, read, "given")
+    if not any(rows):
+        raise ValueError("Nothing to compare: all turns have the weight 0, so none is trained.")
+    return rows
 
 
 def verify_samples(
@@ -128,8 +134,6 @@ def verify_samples(
 ) -> VerifyReport:
     """Do what [`verify`] does with the samples of each conversation; those with images need `load_images`."""
     rows = {index: _first(samples, max_tokens) for index, samples in enumerate(given) if samples}
-    if not rows:
-        raise ValueError("Nothing to verify: all turns have the weight 0, so none is trained.")
     if all(sample.image_features is None for samples in rows.values() for sample in samples):
         load_images = None
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())

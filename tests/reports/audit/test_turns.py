@@ -6,6 +6,7 @@ from support.chat_tokenizers import make_tokenizer, template_text
 from support.conversations import TOOLS, agentic_chat, chat, plain_chat, tool_chat
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.audit import audit
+from trl_singlepass.reports.audit.turns import ReasoningPolicy
 
 
 def test_stripped_history_hides_reasoning_and_makes_turns_branch():
@@ -25,6 +26,11 @@ def test_other_stop_token_in_history():
     assert (facts.last_ending, facts.history_ending) == ("<|return|>", "<|end|>")
     assert report.all_turns.branches == {"other stop token": 3}
     assert any("<|return|>" in finding and "<|end|>" in finding for finding in report.findings)
+
+
+def test_templates_that_take_content_in_parts_end_answers_like_others():
+    facts = audit([plain_chat(2)], make_tokenizer("llava_next")).templates[0][0]
+    assert (facts.kind, facts.last_ending, facts.history_ending) == (ReasoningPolicy.KEPT, "</s>", "</s>")
 
 
 def test_missing_stop_token():

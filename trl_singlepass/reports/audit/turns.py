@@ -322,7 +322,8 @@ def survey_template(template: ChatTemplate) -> TemplateFacts:
     try:
         ending = get_behaviour(template).answers.ending
         added_stop = (ending.trained or "").removeprefix(ending.written).strip()
-        last, history = _endings(template, added_stop)
+        last = ending.written.strip()
+        history = _history_ending(template, added_stop or last)
         return TemplateFacts(name, _reasoning_policy(template), last, history, added_stop)
     except RenderingError:  # some do not render a plain chat
         return TemplateFacts(name, ReasoningPolicy.REFUSED, "", "", "")
@@ -361,11 +362,10 @@ def _user(content: str) -> Message:
     return {"role": "user", "content": content}
 
 
-def _endings(template: ChatTemplate, added_stop: str) -> tuple[str, str]:
-    """Return what ends an answer at the end of a chat, and what ends it in history."""
-    messages = [_user(_QUESTIONS[0]), {"role": "assistant", "content": _ANSWER}]
-    last = template.render(messages).rpartition(_ANSWER)[2].strip()
-    history = template.render([*messages, _user(_LAST_QUESTION)]).rpartition(_ANSWER)[2].partition(_LAST_QUESTION)[0]
-    # Of the text after the answer in history, only what ends the answer: the rest begins the next message.
-    tokens = [added_stop or last, *template.borders.added_tokens]
-    return last, next((token for token in tokens if history.lstrip().startswith(token)), "")
+def _history_ending(template: ChatTemplate, stop: str) -> str:
+    """Return what ends an answer in history: `stop`, which ends a last one, or another token that was added."""
+    messages = [_user(_QUESTIONS[0]), {"role": "assistant", "content": _ANSWER}, _user(_LAST_QUESTION)]
+    text = template.render([as_read(message, template).context for message in messages])
+    history = text.rpartition(_ANSWER)[2].partition(_LAST_QUESTION)[0].lstrip()
+    # Of the text after the answer, only what ends the answer: the rest begins the next message.
+    return next((token for token in (stop, *template.borders.added_tokens) if history.startswith(token)), "")
