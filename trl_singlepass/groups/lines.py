@@ -23,6 +23,7 @@ from ..trees.image_features import to_keys
 from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree, sample_paths
 from ..trees.rows import Row
 from ..trees.sample import Sample
+from ..trees.shared_array import common_prefix_length
 from ..trees.splitting import split_samples
 from .images import LineImages
 
@@ -63,7 +64,7 @@ class PaddedLines:
         lines = list(map(np.compress, self.attention_mask.bool().cpu().numpy(), keys))
         lines.sort(key=lambda line: line.astype(">i8").tobytes())  # bytes compare as the numbers do
         num_tokens = sum(map(len, lines))
-        return num_tokens / (num_tokens - sum(starmap(_num_common, pairwise(lines))))
+        return num_tokens / (num_tokens - sum(starmap(common_prefix_length, pairwise(lines))))
 
     def collator(self, collator: DataCollatorForSinglePass) -> DataCollatorForSinglePass:
         """Return a collator of their rows: the one given, loading their images."""
@@ -118,12 +119,6 @@ def _find_targets(
     for path, of_line, scored, line in zip(sample_paths(tree, samples), is_token, is_scored, targets, strict=True):
         at = np.flatnonzero(of_line)[1:]  # of every token but the first, which the one before it predicts
         line[at - 1] = np.where(scored[at], start + path[:-1], 0)
-
-
-def _num_common(line: NDArray[np.int64], other: NDArray[np.int64]) -> int:
-    length = min(len(line), len(other))
-    differs = line[:length] != other[:length]
-    return int(differs.argmax()) if differs.any() else length
 
 
 def tree_log_probs(

@@ -168,12 +168,12 @@ class SinglePassDPOTrainer(ReferenceMixin, DPOTrainer):
         self._enable_pairs()
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
-    def _check_models(self, batches: Sequence[Batch]) -> None:
+    def _check_models(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         rows = [row for batch in batches for row in batch["tree"].rows]
         assert self._pair_collator is not None
-        models = (self.model_wrapped,) if self.ref_model is None else (self.model_wrapped, self.ref_model)
-        for model in models:  # not `filter`: a compiled model has a length, which raises
-            self._self_check.check(model, rows, self._pair_collator.row_collator)
+        # Not `filter`: a compiled model has a length, which raises.
+        for each in (model,) if self.ref_model is None else (model, self.ref_model):
+            self._self_check.check(each, rows, self._pair_collator.row_collator)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the reference on the trees of the rows; TRL runs it on each trajectory as one sequence."""

@@ -96,7 +96,7 @@ def resume_counts(trainer: SFTTrainer | DPOTrainer, counts: TokenCounts, checkpo
 
 def check_state(checkpoint: str) -> None:
     """Raise `ValueError` if the state of a checkpoint is no JSON; the Trainer, which reads it, names no file."""
-    path = Path(checkpoint) / "trainer_state.json"
+    path = Path(checkpoint) / TRAINER_STATE_NAME
     damage = _check_json(path) if path.is_file() else None
     if damage is not None:
         raise _not_resumable(checkpoint, f"{path.name} {damage}")

@@ -68,7 +68,6 @@ class TreeLoss:
         batch: Batch,
         return_outputs: bool,
         num_items: NumItems,
-        turn_metrics: TurnMetrics | None,
     ) -> Loss:
         """Return TRL's loss of a batch with a `tree`, along with the model's outputs if asked for."""
         row: RowTree = batch["tree"]
@@ -83,7 +82,8 @@ class TreeLoss:
                 weights = weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
             divisor = None if num_items is None else 1
         router_losses: list[torch.Tensor] = []
-        forward = _on_outputs(model if runner is None else runner, row, weights, turn_metrics, router_losses)
+        by_turn = self._trainer._turn_metrics
+        forward = _on_outputs(model if runner is None else runner, row, weights, by_turn, router_losses)
         batch = {**batch, "tree": row.handled()}
         if group is not None:
             loss: Loss = self._shared_row_loss(compute_loss, model, forward, batch, num_items, group)

@@ -126,11 +126,11 @@ class SinglePassTrainerMixin(Trainer):
     ) -> tuple[list[Batch], NumItems]:
         """Measure models before they run on their first rows; TRL trains whatever it gets."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._check_models(batches)
+        self._check_models(self.model_wrapped, batches)
         return batches, num_items
 
-    def _check_models(self, batches: Sequence[Batch]) -> None:
-        """Measure the models that run on some batches, unless their rows are made later."""
+    def _check_models(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        """Measure a model, and others that run on some batches, unless their rows are made later."""
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         """Move trees too, and log-probabilities unrounded; the Trainer moves tensors only, and DeepSpeed rounds."""

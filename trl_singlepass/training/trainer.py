@@ -188,10 +188,7 @@ class SinglePassSFTTrainer(EpochsMixin, SinglePassTrainerMixin, SFTTrainer):
             loader = shared.connect(loader, self._without_repeats, self._tokenizer.pad_token_id, self._epoch)
         return model, loader
 
-    def _check_models(self, batches: Sequence[Batch]) -> None:
-        self._check_model(self.model_wrapped, batches)
-
-    def _check_model(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+    def _check_models(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         group = None if self._sequence_parallel is None else self._sequence_parallel.group
         self._self_check.check(model, [batch for batch in batches if "tree" in batch], self._collator, group)
 
@@ -216,9 +213,8 @@ class SinglePassSFTTrainer(EpochsMixin, SinglePassTrainerMixin, SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         tree_loss = self._enable_tree()
         if self._pooled_loss is not None:  # an evaluation, which may come before any training
-            self._check_model(model, [inputs])
-        loss, turn_metrics = super().compute_loss, self._turn_metrics
-        return tree_loss.compute(loss, model, inputs, return_outputs, num_items_in_batch, turn_metrics)
+            self._check_models(model, [inputs])
+        return tree_loss.compute(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -234,17 +230,13 @@ class SinglePassSFTTrainer(EpochsMixin, SinglePassTrainerMixin, SFTTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Report means over all trained tokens, also by turn; the Trainer's loss is a mean of batch means."""
-        self._pooled_loss, training_metrics = PooledLoss(self.args.device), self._turn_metrics
-        self._turn_metrics = None if training_metrics is None else TurnMetrics(self.args.device)
-        try:
+        pooled, by_turn = PooledLoss(self.args.device), self._turn_metrics and TurnMetrics(self.args.device)
+        with attributes(self, _pooled_loss=pooled, _turn_metrics=by_turn):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            metrics = self._pooled_loss.pop(self.accelerator)
-            metrics |= {} if self._turn_metrics is None else self._turn_metrics.pop(self.accelerator)
-        finally:
-            self._pooled_loss, self._turn_metrics = None, training_metrics
+        metrics = pooled.pop(self.accelerator) | (by_turn.pop(self.accelerator) if by_turn else {})
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def _pop_training_metrics(self) -> dict[str, float]:
-        by_turn = {} if self._turn_metrics is None else self._turn_metrics.pop(self.accelerator)
+        by_turn = self._turn_metrics.pop(self.accelerator) if self._turn_metrics else {}
         return super()._pop_training_metrics() | by_turn
