@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
@@ -65,8 +66,11 @@ def test_what_is_compared_is_what_is_trained(tokenizer):
     assert [row.turns[0].row for row in report.rows] == [0, 2, 3]
     assert "Not compared, since nothing of it is trained: 1 row." in report.verdict
     second, third = report.rows[0].turns
-    assert report.rows[0].weight == 2 * second.num_tokens + third.num_tokens
-    assert (report.rows[1].weight, report.rows[1].turns[0].num_tokens) == (1.5, 2)
+    assert report.rows[1].turns[0].num_tokens == 2
+    weights = [2 * second.num_tokens, third.num_tokens, 1.5, *(turn.num_tokens for turn in report.rows[2].turns)]
+    assert sum(row.weight for row in report.rows) == sum(weights)
+    losses = [turn.npass_loss for row in report.rows for turn in row.turns]
+    assert report.npass_loss == pytest.approx(np.average(losses, weights=weights), rel=1e-12)
     assert report.rows[2].npass_tokens > sum(len(sample) for sample in render_example(kept, tokenizer))
     with pytest.raises(ValueError, match="weight 0"):
         verify(model_for(tokenizer), tokenizer, rows[1:2])

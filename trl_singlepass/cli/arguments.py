@@ -245,26 +245,16 @@ def _add_import(parser: CommandParser) -> None:
     parser.add_argument("source", metavar="SOURCE", choices=sources, help=f"format of the logs: {', '.join(sources)}")
     parser.add_argument("files", metavar="FILES", nargs="+", help="files of the log, or folders that hold them")
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="JSON Lines file to write")
-    parser.add_argument(
-        "--bad_lines",
-        choices=["error", "drop"],
-        default="error",
-        help="what happens to lines that cannot be trained as they were sent: one error names them all, or they are "
-        "left out and counted",
+    text = (
+        "What happens to lines that cannot be trained as sent: an error names all, or they are left out and counted."
     )
-    parser.add_argument(
-        "--system_prompt",
-        metavar="FILE",
-        help="text file with the system prompt of requests that have none, as in a transcript",
-    )
-    parser.add_argument(
-        "--tools", metavar="FILE", help="JSON file with the tools of requests that have none, as in a transcript"
-    )
-    parser.add_argument(
-        "--skip_attachments",
-        action="store_true",
-        help="leave attachments in transcripts of Claude Code out of contexts: how they were worded is not in there",
-    )
+    parser.flag("bad_lines", text, default="error", choices=["error", "drop"])
+    text = "Text file with the system prompt of requests that have none, as in a transcript."
+    parser.flag("system_prompt", text, metavar="FILE")
+    text = "JSON file with the tools of requests that have none, as in a transcript."
+    parser.flag("tools", text, metavar="FILE")
+    text = "Leave attachments in transcripts of Claude Code out of contexts: how they were worded is not in there."
+    parser.flag("skip_attachments", text, bool, False)
 
 
 ADD_ARGUMENTS: dict[str, Callable[[CommandParser], None]] = {

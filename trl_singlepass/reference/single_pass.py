@@ -34,8 +34,19 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
 
+@dataclass(frozen=True, slots=True)
+class RowImages:
+    """How a model reads the images of rows, if it reads any."""
+
+    reader: ImageReader | None = None
+    load: LoadImages | None = None  # returns what the model reads of some images
+
+
+_TEXT = RowImages()
+
+
 def single_pass_loss_and_gradients(
-    model: PreTrainedModel, samples: Sequence[Sample], images: RowImages | None = None
+    model: PreTrainedModel, samples: Sequence[Sample], images: RowImages = _TEXT
 ) -> LossAndGradients:
     """
     Compute what [`npass_loss_and_gradients`] does in one pass over the samples' tree, on a model under tree attention.
@@ -66,14 +77,6 @@ def single_pass_loss_and_gradients(
 
 
 @dataclass(frozen=True, slots=True)
-class RowImages:
-    """How a model reads the images of rows."""
-
-    reader: ImageReader
-    load: LoadImages  # returns what the model reads of some images
-
-
-@dataclass(frozen=True, slots=True)
 class LeakReport:
     """Which tokens the outputs of a row's turns depend on."""
 
@@ -89,7 +92,7 @@ class LeakReport:
 
 
 def leak_probe(
-    model: PreTrainedModel, samples: Sequence[Sample], num_probes: int = 4, images: RowImages | None = None
+    model: PreTrainedModel, samples: Sequence[Sample], num_probes: int = 4, images: RowImages = _TEXT
 ) -> LeakReport:
     """
     Check with gradients that the last outputs of some turns depend on their own history and on no other turn.
@@ -106,7 +109,7 @@ def leak_probe(
             # One forward per probe: compiled kernels (FlexAttention) free what they saved with the first backward.
             logits = _forward(model, make_batch(tree, get_device(model), images)).logits[0]
             effect = effect_of_tokens(logits[None, paths[index][-1]], embeddings.pop())
-            inputs = sample_inputs(model, [samples[index]], None if images is None else images.load)
+            inputs = sample_inputs(model, [samples[index]], images.load)
             with stock_attention(model):
                 output = model(**inputs, use_cache=False).logits[0, -1]
             expected = effect_of_tokens(output[None], embeddings.pop())
@@ -117,14 +120,12 @@ def leak_probe(
     return LeakReport(leaked, blind)
 
 
-def collator_of(images: RowImages | None) -> DataCollatorForSinglePass:
-    """Return the collator of rows that show images, or of rows of text."""
-    if images is None:
-        return DataCollatorForSinglePass(pad_token_id=0)
+def collator_of(images: RowImages) -> DataCollatorForSinglePass:
+    """Return the collator of rows, with their images."""
     return DataCollatorForSinglePass(pad_token_id=0, load_images=images.load, image_reader=images.reader)
 
 
-def make_batch(tree: PrefixTree, device: torch.device, images: RowImages | None = None) -> dict[str, Any]:
+def make_batch(tree: PrefixTree, device: torch.device, images: RowImages = _TEXT) -> dict[str, Any]:
     """Return the batch of one tree, on a device."""
     batch: dict[str, Any] = send_to_device(collator_of(images)([Row.from_tree(tree).columns()]), device)
     return batch

@@ -167,14 +167,13 @@ def _compare(
     samples: Sequence[Sample],
     dtype: torch.dtype,
     tree_attention: str | None,
-    images: RowImages | None,
+    images: RowImages,
     on_pass: Callable[[], object],
 ) -> RowComparison:
     # Both ways run once before they are timed: kernels are compiled, tuned and cached by shape.
-    load_images = None if images is None else images.load
     with weights_moved_by_one_rounding(model):
-        moved = npass_loss_and_gradients(model, samples, load_images=load_images, on_pass=on_pass)
-    npass = npass_loss_and_gradients(model, samples, load_images=load_images, on_pass=on_pass)
+        moved = npass_loss_and_gradients(model, samples, load_images=images.load, on_pass=on_pass)
+    npass = npass_loss_and_gradients(model, samples, load_images=images.load, on_pass=on_pass)
     with on_trees(model, tree_attention):
         single_pass_loss_and_gradients(model, samples, images)
         on_pass()
@@ -282,11 +281,11 @@ def _set_attention(base: PreTrainedModel, implementation: str) -> None:
 
 
 @contextmanager
-def reading_images(model: PreTrainedModel, load_images: LoadImages | None) -> Iterator[RowImages | None]:
-    """Make the model read images on trees; yield how, `None` if there are no images to load."""
+def reading_images(model: PreTrainedModel, load_images: LoadImages | None) -> Iterator[RowImages]:
+    """Make the model read images on trees, if there are images to load; yield how."""
     base = without_adapters(model)
     if load_images is None:
-        yield None
+        yield RowImages()
         return
     module: Any = image_module(base)
     before = vars(module).get("get_image_features")  # of a model that reads them already
