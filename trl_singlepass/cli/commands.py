@@ -26,7 +26,7 @@ from ..images.loading import image_loader_of
 from ..rendering.conversation import Conversation, Message
 from ..rendering.history import render_with_history
 from ..rendering.reasoning import THINK, reasoning_tags
-from .loading import load_config, load_model, load_processor, load_slice, load_tokenizer, pick_device
+from .loading import load_config, load_model, load_slice, load_tokenizer, pick_device
 
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def doctor(args: Namespace, console: Console) -> int:
 
 def chat(args: Namespace, console: Console) -> int:
     """Answer each line of the standard input until it ends."""
-    tokenizer, model = _load_tokenizer(args), _load_model(args).eval()
+    tokenizer, model = get_tokenizer(_load_tokenizer(args)), _load_model(args).eval()
     messages: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
     for said in _read_lines(console):
         messages.append({"role": "user", "content": said})
@@ -172,12 +172,13 @@ def _load_both(
 ) -> tuple[PreTrainedTokenizerBase | ProcessorMixin, Sequence[Mapping[str, object]] | Dataset]:
     """Return the data, and the tokenizer that reads it, or the processor if there are images."""
     examples = _load_examples(args)
-    load = load_processor if holds_images(examples) else load_tokenizer
-    return load(args.model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code), examples
+    return _load_tokenizer(args, reads_images=holds_images(examples)), examples
 
 
-def _load_tokenizer(args: Namespace) -> PreTrainedTokenizerBase:
-    return load_tokenizer(args.model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code)
+def _load_tokenizer(args: Namespace, **options: bool) -> PreTrainedTokenizerBase | ProcessorMixin:
+    return load_tokenizer(
+        args.model, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code, **options
+    )
 
 
 def _load_examples(args: Namespace) -> Sequence[Mapping[str, object]] | Dataset:

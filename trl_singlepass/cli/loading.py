@@ -28,35 +28,23 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(
-    model: str, *, chat_template: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model, with the template of the file `chat_template` if one is given."""
+    model: str, *, chat_template: str | None = None, trust_remote_code: bool = False, reads_images: bool = False
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """Return the tokenizer of a model, or its processor, with the template of the file `chat_template` if given."""
     with _naming(model):
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    _set_template(tokenizer, model, chat_template, "tokenizer")
-    return tokenizer
-
-
-def load_processor(model: str, *, chat_template: str | None = None, trust_remote_code: bool = False) -> ProcessorMixin:
-    """Return the processor of a model that reads images, with the template of the file `chat_template` likewise."""
-    with _naming(model):
-        processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
-    if not isinstance(processor, ProcessorMixin):
+        auto_class = AutoProcessor if reads_images else AutoTokenizer
+        loaded = auto_class.from_pretrained(model, trust_remote_code=trust_remote_code)
+    if reads_images and not isinstance(loaded, ProcessorMixin):
         raise ValueError(f"The data has images, and {model} has no processor that reads them. Name a model that does.")
-    _set_template(processor, model, chat_template, "processor")
-    return processor
-
-
-def _set_template(
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, model: str, chat_template: str | None, what: str
-) -> None:
-    check_renders(tokenizer)
+    check_renders(loaded)
     if chat_template is not None:
         if not Path(chat_template).is_file():
             raise ValueError(f"There is no file {chat_template}. --chat_template takes a file with a Jinja template.")
-        tokenizer.chat_template = Path(chat_template).read_text("utf-8")
-    if tokenizer.chat_template is None:
+        loaded.chat_template = Path(chat_template).read_text("utf-8")
+    if loaded.chat_template is None:
+        what = "processor" if reads_images else "tokenizer"
         raise ValueError(f"The {what} of {model} has no chat template. Give one with --chat_template FILE.")
+    return loaded
 
 
 def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig | None:
