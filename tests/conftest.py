@@ -4,6 +4,7 @@ import functools
 import gc
 import importlib.metadata
 import os
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +27,17 @@ transformers.logging.set_verbosity_error()
 datasets.disable_progress_bars()
 # accelerate reads from disk in every step whether PEFT is installed: an eighth of the time of tests that train.
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+
+
+TRAINS = {Path(__file__).parent / room for room in ("cli", "data", "preference", "scripts", "training")}
+
+
+def pytest_collection_modifyitems(items):
+    """In rooms that train, ignore deprecations of TRL and transformers, which stock training gives as well."""
+    ignored = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
+    for item in items:
+        if TRAINS & set(item.path.parents):
+            item.add_marker(ignored)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,9 +8,6 @@ import pytest
 from trl_singlepass.cli.arguments import ADD_ARGUMENTS, CommandParser, peek
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
 def parse_audit(*arguments):
     parser = CommandParser()
     ADD_ARGUMENTS["audit"](parser)

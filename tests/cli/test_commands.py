@@ -15,9 +15,6 @@ from trl_singlepass.cli.loading import load_model
 from trl_singlepass.reference import doctor
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
 def test_inspect_shows_the_tree(run, model, data, tmp_path):
     code, out, err = run(
         "inspect", model, data, "--row", 2, "--html", tmp_path / "p.html", "--png", tmp_path / "p.png"

@@ -22,9 +22,6 @@ from trl_singlepass.cli.main import main
 from trl_singlepass.scripts import sft
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
 TRAIN = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_steps", "1", "--save_strategy", "no"]
 
 

@@ -4,9 +4,6 @@ import pytest
 import torch
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
 def test_remote_code_is_off_unless_asked_for(monkeypatch, model, data, run):
     from trl_singlepass.cli import loading
 

@@ -20,7 +20,6 @@ from trl_singlepass.scripts import SCRIPTS
 
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 
 
 def test_help_names_every_command(run):

@@ -19,9 +19,6 @@ from trl_singlepass.scripts import dpo, run, sft
 from trl_singlepass.training import compatibility, situation
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
 @pytest.fixture(autouse=True)
 def arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["worker", "train", "--output_dir", "x", "--use_cpu", "--bf16", "false"])

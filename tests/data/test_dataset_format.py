@@ -14,7 +14,6 @@ from trl_singlepass.data.dataset_format import holds_turns
 from trl_singlepass.rendering.samples import RenderingError
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 GOOD = {"messages": chat(2)}
 
 

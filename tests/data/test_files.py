@@ -11,9 +11,6 @@ from trl_singlepass.data.files import JsonLines, load_examples
 from trl_singlepass.rendering.samples import render_example
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
 def test_json_lines_are_read_as_they_are(tmp_path):
     loaded = JsonLines(Path(write_examples(tmp_path / "rows.jsonl")))
     assert (len(loaded), list(loaded), loaded[1:3]) == (4, examples(), examples()[1:3])

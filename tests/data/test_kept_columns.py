@@ -20,7 +20,6 @@ from trl_singlepass.data.preparation import prepare_dataset
 from trl_singlepass.data.settings import PairSettings, RowSettings
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 # The second cannot be trained, and the third is split between turns where rows are small.
 CONVERSATIONS = [
     {"messages": chat(turns, seed=seed) if turns else [], "source": f"file {seed}", "score": {"mean": seed / 2}}

@@ -18,9 +18,6 @@ from trl_singlepass.trees.sample import Sample
 from trl_singlepass.trees.sharing import MIN_SHARED_TOKENS
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(sample_sets(), min_size=1, max_size=12), st.integers(0, 200))
 def test_no_row_is_overfull_and_no_token_lost(sets, spare):

@@ -21,7 +21,6 @@ from trl_singlepass.trees.rows import Row
 from trl_singlepass.trees.sample import Sample
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 CHATS = [chat(3), chat(2, seed=1), tool_chat(), chat(4, seed=2)]
 
 

@@ -18,9 +18,6 @@ from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
 def sampler(costs, group_by_cost=False, seed=0, epoch=0, **layout):
     layout = {"batch_size": 1, "num_ranks": 2, "num_accumulated": 4, **layout}
     return BalancedSampler(

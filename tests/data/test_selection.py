@@ -15,7 +15,6 @@ from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.sample import Sample
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 CHATS = [chat(5), chat(2, seed=1), tool_chat()]
 
 

@@ -28,7 +28,6 @@ from trl_singlepass.trees.rows import Row
 
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning"),
     # Workers are forked from a process that has threads; they use none of them.
     pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks.*:DeprecationWarning"),
 ]

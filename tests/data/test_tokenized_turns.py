@@ -10,9 +10,6 @@ from trl_singlepass.data.tokenized_turns import tokenized_turns_to_samples
 from trl_singlepass.rendering.samples import RenderingError
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
 def test_tokenised_turns_are_samples():
     turns = [
         {"prompt_ids": [5, 6], "completion_ids": [7], "completion_weights": None},

@@ -1,7 +1,5 @@
 """Every engine trains on two processes what one process trains."""
 
-import itertools
-
 import pytest
 
 from support.slow import slow_but_for
@@ -9,40 +7,24 @@ from support.trainers import needs_weighted_loss
 from support.worker_settings import ENGINES, assert_engine, assert_same_training, on_engine, with_config, zero
 
 
-CASES = {
-    # Evaluates five conversations: on two ranks, its last batch repeats one.
-    "plain": {"evaluate": True, "config": {"gradient_checkpointing": False}},
-    "packing": {"config": {"packing": True, "max_length": 256}},
-    "lora": {"lora": True},
-    "checkpointing": {"config": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}},
-    "all of these": {
-        "config": {
-            "packing": True,
-            "max_length": 256,
-            "gradient_checkpointing": True,
-            "gradient_accumulation_steps": 2,
-        },
-        "lora": True,
-        "evaluate": True,
-    },
+# Evaluates five conversations: on two ranks, its last batch repeats one.
+TOGETHER = {
+    "config": {"packing": True, "max_length": 256, "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+    "lora": True,
+    "evaluate": True,
 }
-TOGETHER = "all of these"
-"""The other cases only say which part is at fault where this one fails."""
 
 
 @needs_weighted_loss  # whose fused head the worker keeps in float64
-@pytest.mark.parametrize(
-    ("engine", "case"),
-    slow_but_for([(engine, TOGETHER) for engine in ENGINES], itertools.product(ENGINES, CASES)),
-)
-def test_steps(assert_as_alone, engine, case):
-    assert len(assert_as_alone(engine, {**CASES[case], "float64": True}, 1e-13).loss) == 4
+@pytest.mark.parametrize("engine", ENGINES)
+def test_steps(assert_as_alone, engine):
+    assert len(assert_as_alone(engine, {**TOGETHER, "float64": True}, 1e-13).loss) == 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_steps_in_float32(assert_as_alone, engine):
-    assert_as_alone(engine, CASES[TOGETHER])
+    assert_as_alone(engine, TOGETHER)
 
 
 @pytest.mark.parametrize("engine", slow_but_for(["ddp", "zero3", "fsdp2"], ENGINES))

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from support.trainers import needs_bitsandbytes
-from support.worker_settings import assert_same_training, on_engine, with_config, zero
+from support.worker_settings import ENGINES, assert_same_training, on_engine, with_config, zero
 
 
-ENGINES = {"ddp": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
 NUM_ADAPTED = 4  # queries and values of two layers
 CASES = {
     "plain": {},
@@ -24,7 +23,7 @@ def test_steps(tmp_path, workers, one_process, engine, case):
     alone = one_process(with_config(settings, per_device_train_batch_size=2))
     settings, environment = on_engine(engine, settings)
     run = workers.run(tmp_path, settings, world_size=2, environment=environment)
-    assert (run.world_size, run.distributed_type) == (2, ENGINES[engine])
+    assert (run.world_size, run.distributed_type) == (2, ENGINES[engine][1])
     assert_same_training(adapters(run), adapters(alone), 1e-5)
 
 

@@ -8,9 +8,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from support.exact_pairs import float64_head
 from support.float64_comparison import CHECKPOINTING, assert_same_loss_and_gradients, gradients_of
-from support.image_chats import CHATS, image_chat
+from support.image_chats import CHATS, image_chat, image_collator
 from support.image_models import FAMILIES, image_model, loader
-from support.image_rows import image_collator
 from trl_singlepass.engine.enable import enable_images, enable_tree
 from trl_singlepass.engine.row_runner import Factors, RowRunner
 from trl_singlepass.engine.wave_plan import WavePlan
@@ -53,15 +52,15 @@ def encodings(monkeypatch):
     return count
 
 
-def assert_waves_equal_npass(model, family, encodings, kind="reasoning", knows_loss=True, prepare=None):
+def assert_waves_equal_npass(model, encodings, kind="reasoning", knows_loss=True, prepare=None):
     if hasattr(model.config.get_text_config(), "router_aux_loss_coef"):  # that loss is no sum over tokens
         model.config.get_text_config().output_router_logits = False
-    samples = image_chat(model, family, kind)
-    expected = npass_loss_and_gradients(model, samples, load_images=loader(family))
+    samples = image_chat(model, kind)
+    expected = npass_loss_and_gradients(model, samples, load_images=loader(model))
     runs = encodings(model)
     add_fused_lm_head(model)
     enable_tree(model)
-    collator = image_collator(model, family)
+    collator = image_collator(model)
     enable_images(model, collator)
     if prepare is not None:
         prepare(model)
@@ -84,32 +83,32 @@ def assert_waves_equal_npass(model, family, encodings, kind="reasoning", knows_l
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family, encodings):
-    assert_waves_equal_npass(image_model(family), family, encodings)
+    assert_waves_equal_npass(image_model(family), encodings)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5", "gemma3"])
 def test_a_loss_that_reads_all_waves(family, encodings):
-    assert_waves_equal_npass(image_model(family), family, encodings, knows_loss=False)
+    assert_waves_equal_npass(image_model(family), encodings, knows_loss=False)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CHATS if kind != "reasoning"])
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
 def test_other_histories(family, kind, encodings):
-    assert_waves_equal_npass(image_model(family), family, encodings, kind)
+    assert_waves_equal_npass(image_model(family), encodings, kind)
 
 
 @pytest.mark.parametrize("checkpointing", ["reentrant", "non-reentrant"])
 def test_checkpointed_layers(checkpointing, encodings):
-    assert_waves_equal_npass(image_model("qwen3_vl"), "qwen3_vl", encodings, prepare=CHECKPOINTING[checkpointing])
+    assert_waves_equal_npass(image_model("qwen3_vl"), encodings, prepare=CHECKPOINTING[checkpointing])
 
 
 def test_frozen_encoder(encodings):
     model = image_model("qwen3_vl")
     model.model.visual.requires_grad_(False)
-    assert_waves_equal_npass(model, "qwen3_vl", encodings)
+    assert_waves_equal_npass(model, encodings)
 
 
 def test_lora_on_both(encodings):
     config = LoraConfig(r=2, target_modules=["q_proj", "qkv", "linear_fc1"], init_lora_weights=False)
     model = inject_adapter_in_model(config, image_model("qwen3_vl"))
-    assert_waves_equal_npass(model, "qwen3_vl", encodings)
+    assert_waves_equal_npass(model, encodings)

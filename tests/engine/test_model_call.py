@@ -12,13 +12,14 @@ from transformers import TrainerCallback
 from trl.trainer.utils import add_fused_lm_head
 
 from support.conversations import chat
+from support.image_chats import image_collator, image_rows, image_sample_sets
 from support.image_models import image_model
-from support.image_rows import image_collator, image_rows, image_sample_sets
 from support.pairs import batch_of, pair
 from support.planted_layers import qwen3_model
 from support.sample_sets import reasoning_chat
 from support.trainers import (
     SETTINGS,
+    OwnLoss,
     as_dataset,
     dpo_trainer,
     float32_model,
@@ -47,16 +48,6 @@ SAMPLES = reasoning_chat()
 
 def row_batch(samples=SAMPLES):
     return DataCollatorForSinglePass(0)([Row.from_tree(PrefixTree.from_samples(samples)).columns()])
-
-
-class OwnLoss(SinglePassSFTTrainer):
-    """Computes the loss itself, from the model's logits."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        targets = inputs["labels"][:, 1:].flatten()
-        loss = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), targets, reduction="sum") / num_items_in_batch
-        return (loss, outputs) if return_outputs else loss
 
 
 class OwnStep(SinglePassSFTTrainer):
@@ -168,12 +159,12 @@ def test_a_plain_loop_trains_what_the_trainer_trains(tmp_path, tokenizer):
 @pytest.mark.filterwarnings("ignore")
 def test_a_loop_trains_images_as_the_trainer_does(tmp_path, tokenizer, family):
     model = image_model(family, torch.float32)
-    rows = image_rows(image_sample_sets(model, family))
+    rows = image_rows(image_sample_sets(model))
     trained = copy.deepcopy(model)
-    collator = image_collator(model, family)
+    collator = image_collator(model)
     args = SinglePassSFTConfig(str(tmp_path), **SETTINGS, packing=False)
     trainer = SinglePassSFTTrainer(
-        trained, args, image_collator(model, family), train_dataset=rows, processing_class=tokenizer
+        trained, args, image_collator(model), train_dataset=rows, processing_class=tokenizer
     )
     trainer.args.per_device_train_batch_size = len(rows)
     trainer._train_batch_size = len(rows)

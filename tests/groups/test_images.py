@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from support.float64_comparison import TOLERANCE, assert_same_gradients, gradients_of, pop_gradients
 from support.groups import padded
-from support.image_models import END, START, image_model, loader, references
+from support.image_chats import END, START
+from support.image_models import image_model, loader, references
 from support.image_samples import PLACEHOLDER
 from trl_singlepass import DataCollatorForSinglePass, enable_images, enable_tree
 from trl_singlepass.groups.images import LineImages
@@ -44,31 +45,31 @@ def lines_of(sizes):
     ]
 
 
-def trl_inputs(family):
+def trl_inputs(model, family):
     """Return the images of all lines one after the other, as processors and TRL lay them out."""
     names = [name for images in SHOWN for name in images]
     batch = {"num_images": [len(images) for images in SHOWN]}
     if family in ("idefics3", "smolvlm"):  # one row per line, padded with empty tiles
-        rows = [loaded(family, images)["pixel_values"][0] for images in SHOWN]
+        rows = [loaded(model, images)["pixel_values"][0] for images in SHOWN]
         most = max(map(len, rows))
         return {**batch, "pixel_values": torch.stack([F.pad(x, (0,) * 7 + (most - len(x),)) for x in rows])}
     if family == "internvl":
-        batch["num_tiles"] = [len(loaded(family, images)["pixel_values"]) for images in SHOWN]
-    return {**batch, **loaded(family, names)}
+        batch["num_tiles"] = [len(loaded(model, images)["pixel_values"]) for images in SHOWN]
+    return {**batch, **loaded(model, names)}
 
 
-def loaded(family, names):
-    return loader(family)([ImageReference(name, 0) for name in names])
+def loaded(model, names):
+    return loader(model)([ImageReference(name, 0) for name in names])
 
 
-def separate_log_probs(model, family, lines):
+def separate_log_probs(model, lines):
     """Run each line by itself, with its own images."""
     types = [name for name in TOKEN_TYPES if name in inspect.signature(type(model).forward).parameters]
     found = []
     for images, (prompt, completion) in zip(SHOWN, lines, strict=True):
         ids = torch.tensor([prompt + completion])
         kinds = dict.fromkeys(types, (ids == PLACEHOLDER).long())
-        inputs = loaded(family, images)
+        inputs = loaded(model, images)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **kinds, **inputs).logits
         log_probs = logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
         of_image = ids[0, 1:] == PLACEHOLDER
@@ -85,16 +86,16 @@ ALL = ("qwen2_5_vl", "qwen3_5", "glm46v", "gemma4", "idefics3", "smolvlm", "llav
 @pytest.mark.parametrize("family", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in ALL)])
 def test_lines_with_images(family, in_rows):
     model = image_model(family)
-    images = references(model, family, "small", "wide", "other")
+    images = references(model, "small", "wide", "other")
     lines = lines_of({image.content: image.num_features for image in images})
-    expected = separate_log_probs(model, family, lines)
+    expected = separate_log_probs(model, lines)
     torch.manual_seed(0)
     weights = torch.randn(expected.shape)
     (expected * weights).sum().backward()
     gradients = pop_gradients(model)
 
     ids, mask, scored = padded(lines)
-    shown = LineImages.find((ids == PLACEHOLDER).numpy(), trl_inputs(family))
+    shown = LineImages.find((ids == PLACEHOLDER).numpy(), trl_inputs(model, family))
     assert len(shown.inputs) == (3 if family in ONE_BY_ONE else 4)  # lists of images are different ones
     batch, collator = PaddedLines(ids, mask, shown), DataCollatorForSinglePass(0)
     enable_tree(model)

@@ -6,6 +6,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from support.groups import as_prompts, image_prompts, reward
+from support.small_files import write_model
 from support.tiny_vision import save_vision_checkpoint, tiny_processor
 from support.trainers import SETTINGS, float32_model, logged, parameters
 from trl_singlepass import SinglePassGRPOConfig, SinglePassGRPOTrainer, SinglePassRLOOConfig, SinglePassRLOOTrainer
@@ -20,10 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     """A model with its tokenizer, on disk: TRL loads the reference from there."""
-    folder = tmp_path_factory.mktemp("model")
-    float32_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"), tokenizer)
 
 
 STEPS = {

@@ -6,11 +6,9 @@ from trl import DPOConfig
 
 from support.pairs import TRAJECTORIES
 from support.slow import slow_but_for
-from support.trainers import SETTINGS, dpo_trainer, float32_model
+from support.small_files import write_model
+from support.trainers import SETTINGS, dpo_trainer
 from trl_singlepass import SinglePassDPOTrainer
-
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 
 
 EVALUATIONS = {
@@ -43,12 +41,10 @@ def test_raw_datasets_are_evaluated(tmp_path, tokenizer, kind, precomputed):
 
 
 @pytest.mark.slow
-def test_there_is_no_reference_for_new_pairs_once_the_policy_has_moved(tmp_path, tokenizer):
-    rows, model = datasets.Dataset.from_list(TRAJECTORIES), float32_model(tokenizer)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+def test_there_is_no_reference_for_new_pairs_once_the_policy_has_moved(tmp_path):
+    rows, model = datasets.Dataset.from_list(TRAJECTORIES), write_model(tmp_path / "model")
     args = DPOConfig(str(tmp_path), **SETTINGS, precompute_ref_log_probs=True)
-    trainer = SinglePassDPOTrainer(str(tmp_path / "model"), args=args, train_dataset=rows, eval_dataset=rows)
+    trainer = SinglePassDPOTrainer(model, args=args, train_dataset=rows, eval_dataset=rows)
     assert trainer.evaluate(rows)["eval_loss"] is not None
     trainer.train()
     assert trainer.evaluate()["eval_loss"] is not None

@@ -25,8 +25,6 @@ from support.trainers import (
 
 STEPS = {"max_steps": 4, "learning_rate": 0.02, "max_grad_norm": 1.0, "per_device_train_batch_size": 2}
 
-# Stock training gives these as well.
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 LOGGED = (
     *("loss", "grad_norm", "entropy", "num_tokens", "mean_token_accuracy", "logits/chosen", "logits/rejected"),
     *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"),

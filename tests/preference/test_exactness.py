@@ -8,7 +8,6 @@ from support.pairs import TRAJECTORIES, plain
 from support.tiny_models import model_of_type, tiny_model
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 LOSSES = {
     **{name: {"loss_types": [name]} for name in ("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard")},
     **{name: {"loss_types": [name]} for name in ("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft")},

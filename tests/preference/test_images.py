@@ -14,9 +14,6 @@ from trl_singlepass.data.pairs import PAIR_COLUMNS
 from trl_singlepass.data.settings import PairSettings
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
 def log_probs(model, processor, pair, images, side):
     """Σ over turns of log π, one ordinary forward each on what the processor makes of text and images."""
     messages, total = pair["prompt"] + pair[side], 0.0

@@ -8,7 +8,6 @@ from support.pairs import TRAJECTORIES, pair, plain
 from support.tiny_models import model_of_type, tiny_model
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 QUESTION = [{"role": "user", "content": "Tell me all that you know about the numbers. " * 5}]
 # The second and the last one answer the same question.
 PAIRS = [*TRAJECTORIES, {**pair(2, 7), "prompt": QUESTION}, {**pair(1, 8), "prompt": QUESTION}]

@@ -44,7 +44,6 @@ def test_audit_counts_turns_of_both_and_the_tree_of_the_pair(tokenizer, rendered
     assert "preference pairs" in str(report)
 
 
-@pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 def test_the_commands_take_pairs(tmp_path, capsys):
     folder = make_small_repository(tmp_path)
     path = folder / "pairs.jsonl"

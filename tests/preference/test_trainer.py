@@ -14,9 +14,6 @@ from support.trainers import dpo_trainer, float32_model, logged, overridden
 from trl_singlepass import SinglePassDPOTrainer, render_samples
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
 def log_probs(model, samples, factors=None):
     """Σ over turns of the log-probability of each completion in its own context, one ordinary forward each."""
     total = 0.0

@@ -8,6 +8,7 @@ from support.conversations import TOOLS, chat, tool_chat
 from support.pairs import pair
 from support.small_files import data as data
 from support.small_files import model as model
+from trl_singlepass import SinglePassDPOTrainer, SinglePassSFTTrainer
 
 
 @pytest.fixture
@@ -19,3 +20,17 @@ def pairs(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The trainers that have trained."""
+    trained = []
+    for trainer in (SinglePassSFTTrainer, SinglePassDPOTrainer):
+
+        def remember(self, *args, original=trainer.train, **kwargs):
+            trained.append(self)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(trainer, "train", remember)
+    return trained

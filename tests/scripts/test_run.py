@@ -12,8 +12,6 @@ from transformers import TrainerCallback
 from trl_singlepass.scripts import dpo, sft
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
 TRAIN = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--dtype", "float32"]
 SCRIPTS = pytest.mark.parametrize(
     ("script", "trainer", "file"),

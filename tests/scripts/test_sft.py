@@ -15,9 +15,6 @@ from trl_singlepass.scripts.run import load_splits
 from trl_singlepass.training.checkpoints import checkpoint_to_resume
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
 TRAIN = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_steps", "1", "--save_strategy", "no"]
 
 

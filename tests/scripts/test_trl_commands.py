@@ -1,4 +1,4 @@
-"""Both commands in the docstring of TRL's `sft.py`, as our script and TRL's own script with our classes take them."""
+"""The commands in the docstrings of TRL's scripts, as our scripts and TRL's own with our classes take them."""
 
 import importlib.util
 import re
@@ -13,15 +13,19 @@ from trl.scripts import rloo as stock_rloo
 from trl.scripts import sft as stock_script
 
 from support.conversations import chat
-from support.trainers import as_dataset, float32_model, logged
+from support.slow import slow_but_for
+from support.small_files import write_model
+from support.trainers import as_dataset, logged
 from trl_singlepass import SinglePassSFTTrainer
 from trl_singlepass.scripts import dpo, grpo, rloo
 from trl_singlepass.scripts import sft as our_script
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 PAIRS = [(our_script, stock_script), (dpo, stock_dpo), (grpo, stock_grpo), (rloo, stock_rloo)]
-COMMANDS = re.findall(r"^python trl/scripts/sft\.py(.*?)^```", stock_script.__doc__, re.M | re.S)
+COMMANDS = {
+    name: re.findall(rf"^python trl/scripts/{name}\.py(.*?)^```", script.__doc__, re.M | re.S)
+    for name, script in (("sft", stock_script), ("dpo", stock_dpo))
+}
 # What a machine without GPU and network needs besides.
 HERE = ["--bf16", "false", "--use_cpu", "--max_steps", "2", "--report_to", "none", "--logging_steps", "1"]
 
@@ -38,8 +42,7 @@ def example_script():
 def hub(tmp_path, tokenizer, monkeypatch):
     """A model and a dataset under the names of the docstring, in folders; nothing is pushed anywhere."""
     monkeypatch.chdir(tmp_path)
-    float32_model(tokenizer).save_pretrained("Qwen/Qwen2-0.5B")
-    tokenizer.save_pretrained("Qwen/Qwen2-0.5B")
+    write_model("Qwen/Qwen2-0.5B", tokenizer)
     for split in ("train", "test"):
         rows = as_dataset([chat(2, seed=seed) for seed in range(6)])
         rows.to_parquet(f"trl-lib/Capybara/{split}.parquet")
@@ -51,9 +54,9 @@ def hub(tmp_path, tokenizer, monkeypatch):
     return pushed
 
 
-def test_the_docstring_still_shows_two_commands():
-    assert len(COMMANDS) == 2
-    assert ["--use_peft" in command for command in COMMANDS] == [False, True]
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_docstring_still_shows_two_commands(name):
+    assert ["--use_peft" in command for command in COMMANDS[name]] == [False, True]
 
 
 @pytest.mark.parametrize(("ours", "stock"), PAIRS, ids=["sft", "dpo", "grpo", "rloo"])
@@ -78,24 +81,32 @@ def test_settings_that_ask_for_what_happens_anyway_are_bare_flags(tmp_path):
     assert our_script.make_parser().parse_args_and_config(out)[1].assistant_only_loss is None
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=["full training", "LoRA"])
+@pytest.mark.parametrize("command", COMMANDS["sft"], ids=["full training", "LoRA"])
 @pytest.mark.parametrize("script", [our_script, example_script()], ids=["ours", "TRL's with our classes"])
-def test_commands_of_trls_docstring_train(hub, monkeypatch, script, command):
-    trainers = []
-    train = SinglePassSFTTrainer.train
-
-    def remembered(self, *args, **kwargs):
-        trainers.append(self)
-        return train(self, *args, **kwargs)
-
-    monkeypatch.setattr(SinglePassSFTTrainer, "train", remembered)
+def test_commands_of_trls_docstring_train(hub, trained, script, command):
     arguments = [*shlex.split(command.replace("\\\n", " ")), *HERE]
     script.main(*script.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False))
-    (trainer,) = trainers
+    (trainer,) = trained
     assert trainer.state.global_step == 2
     assert logged(trainer, "num_trained_tokens")
     assert trainer.args.packing
     assert trainer.processing_class.eos_token == "<|im_end|>"
     assert Path("Qwen2-0.5B-SFT").is_dir()
     assert hub[-1] == {"dataset_name": "trl-lib/Capybara"}
+    assert ("--use_peft" in command) == hasattr(trainer.model, "peft_config")
+
+
+@pytest.mark.parametrize("command", slow_but_for(COMMANDS["dpo"][1:], COMMANDS["dpo"]), ids=["full training", "LoRA"])
+def test_commands_of_trls_docstring_train_on_pairs(model, pairs, trained, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for split in ("train", "test"):
+        Path("data", f"{split}.jsonl").write_text(pairs.read_text())
+    here = ["--model_name_or_path", model, "--dataset_name", "data", "--save_strategy", "no", "--dtype", "float32"]
+    arguments = [*shlex.split(command.replace("\\\n", " ")), *HERE, *here, "--eval_steps", "2"]
+    dpo.main(*dpo.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False))
+    (trainer,) = trained
+    assert trainer.state.global_step == 2
+    assert logged(trainer, "eval_rewards/margins")
+    assert Path("Qwen2-0.5B-DPO").is_dir()
     assert ("--use_peft" in command) == hasattr(trainer.model, "peft_config")

@@ -1,12 +1,24 @@
-"""Conversations with images, as samples: what templates, agents and users do to images in a history."""
+"""Conversations with images: what templates, agents and users do to images in a history; as samples and as rows."""
 
-from support.image_models import END, START, references
+from datasets import Dataset
+
+from support.image_models import loader, references
 from support.image_samples import conversation_of
+from support.sample_sets import reasoning_chat
+from trl_singlepass.data.arrow import row_features, to_table
+from trl_singlepass.data.collator import DataCollatorForSinglePass
+from trl_singlepass.data.rows import PreparedRow
+from trl_singlepass.trees.image_features import ImageReference
+from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row
 
 
-def image_chat(model, family, kind):
-    """Return the samples of a kind of conversation; the family's model says how many features its images have."""
-    small, other, wide, last = references(model, family, "small", "other", "wide", "last")
+START, END = 91, 92
+
+
+def image_chat(model, kind):
+    """Return the samples of a kind of conversation; the model says how many features its images have."""
+    small, other, wide, last = references(model, "small", "other", "wide", "last")
     return conversation_of(CHATS[kind](*([START, image, END] for image in (small, other, wide, last))))
 
 
@@ -52,3 +64,35 @@ CHATS = {
     "window": _window,
     "text beside images": _text_beside_images,
 }
+
+
+class HandMadeImages:
+    """Loads the images of a model by their names."""
+
+    def __init__(self, model):
+        self.load = loader(model)
+
+    def __call__(self, images):
+        return self.load(images)
+
+    def blank(self):
+        return self([ImageReference("blank", 0)])
+
+
+def image_collator(model):
+    """Return a collator that loads a model's images."""
+    return DataCollatorForSinglePass(0, load_images=HandMadeImages(model))
+
+
+def image_sample_sets(model):
+    """Return conversations: with images, and, in every other place, of text alone."""
+    sets = [image_chat(model, kind) for kind in CHATS]
+    texts = [reasoning_chat(turns=2, vocab_size=80, seed=seed) for seed in range(len(sets))]
+    return [samples for pair in zip(sets, texts, strict=True) for samples in pair]
+
+
+def image_rows(sample_sets):
+    """Return the dataset of rows of conversations."""
+    rows = [Row.from_tree(PrefixTree.from_samples(samples)) for samples in sample_sets]
+    table = to_table(list(map(PreparedRow, rows)), row_features(has_images=True))
+    return Dataset(table)

@@ -1,15 +1,10 @@
 """
 An agent, servers that log what it sends (two OpenAI-compatible ones and an Anthropic one), and transcripts of its own.
 
-The agent speaks with them over HTTP and keeps, apart from the log, what it sent and what came back as chat messages:
-what an import must find again.
+The agent keeps, apart from the log, what it sent and what came back as chat messages: what an import must find again.
 """
 
 import json
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from threading import Thread
-from urllib.request import Request, urlopen
 
 from support.conversations import TOOLS
 
@@ -155,60 +150,17 @@ def to_anthropic(message):
 
 def run_agent(server, log, *, echoes_reasoning):
     """
-    Hold the conversation of `SCRIPT` with a server that logs it.
+    Hold the conversation of `SCRIPT` with a server that logs it, and say whether the agent sends reasoning back.
 
-    Args:
-        server: `OpenAIServer` or `AnthropicServer`.
-        log (`Path`): File that the server writes.
-        echoes_reasoning (`bool`): Whether the agent sends the reasoning of earlier replies back.
-
-    Returns:
-        The context and the reply of each request, as chat messages.
+    Returns the context and the reply of each request, as chat messages.
     """
-    context, exchanges = [SYSTEM], []
-    with serve(server, log, [reply for _, reply in SCRIPT]) as url:
-        for said, reply in SCRIPT:
-            context = [*context, *said]
-            post(url, server.request(context))
-            exchanges.append((context, reply))
-            kept = reply if echoes_reasoning else {k: v for k, v in reply.items() if k != "reasoning_content"}
-            context = [*context, kept]
+    context, exchanges, lines = [SYSTEM], [], []
+    for said, reply in SCRIPT:
+        context = [*context, *said]
+        body = server.request(context)
+        lines.append(json.dumps({"request": body, "response": server.reply(body, reply)}) + "\n")
+        exchanges.append((context, reply))
+        kept = reply if echoes_reasoning else {k: v for k, v in reply.items() if k != "reasoning_content"}
+        context = [*context, kept]
+    log.write_text("".join(lines), "utf-8")
     return exchanges
-
-
-@contextmanager
-def serve(server, log, replies):
-    """Answer requests with the replies in turn, and write each pair to the log as a line."""
-    waiting = iter(replies)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            answer = server.reply(body, next(waiting))
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"path": self.path, "request": body, "response": answer}) + "\n")
-            data = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            """Say nothing on stderr."""
-
-    httpd = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=httpd.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{httpd.server_port}"
-    finally:
-        httpd.shutdown()
-        thread.join()
-        httpd.server_close()
-
-
-def post(url, body):
-    """Send a request; return the response."""
-    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urlopen(request, timeout=30) as response:
-        return json.load(response)

@@ -11,23 +11,18 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from support.float64_comparison import assert_same_loss_and_gradients
-from support.image_survey import with_images
+from support.float64_comparison import assert_equal_to_npass
+from support.image_models import COMPARED
 from support.sample_sets import branchy_chat
 from support.survey_pages import STATUSES, Outcome, counts, grouped, read_grouped, refused_by_check, write_part
 from support.tiny_models import OWN, model_of_type
 from support.tiny_multimodal import classes_without_loss_arguments, tiny_conditional
 from support.tree_checks import checked
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.engine.enable import (
-    UnsupportedModelError,
-    check_model,
-    disable_tree,
-    enable_tree,
-)
+from trl_singlepass.engine.enable import UnsupportedModelError, check_model, disable_tree
 from trl_singlepass.engine.model_call import row_context
+from trl_singlepass.images.reading import UnsupportedImagesError, check_reads_images
 from trl_singlepass.recurrent.introspection import path_dependent_layers
-from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients
 from trl_singlepass.reference.verification import ForcedFloat64
 from trl_singlepass.trees.prefix_tree import PrefixTree, sample_paths
 from trl_singlepass.trees.rows import Row
@@ -63,12 +58,24 @@ def survey(table, name):
     images = with_images(model) if table == IMAGE_MODELS else None
     samples = branchy_chat()
     with ForcedFloat64():
-        expected = npass_loss_and_gradients(model, samples)
-        enable_tree(model)
-        found = single_pass_loss_and_gradients(model, samples)
-        assert_same_loss_and_gradients(found.loss, found.gradients, expected)
+        assert_equal_to_npass(model, [samples])
         assert_nothing_leaks(model, samples)
     return Outcome(name, "exact", remark_of(model), images)
+
+
+def with_images(model):
+    """
+    Return what the page says of a model on images: `exact`, or `refused` with the error that it raises.
+
+    Exact are the types that tests compare with N-pass (`tests/images`), and others whose model has the same class.
+    """
+    try:
+        check_reads_images(model)
+    except UnsupportedImagesError as error:
+        sentence = str(error).split(". Train it")[0].split(" ", 1)[1]
+        return f"refused: {sentence}"
+    compared = {class_of(IMAGE_MODELS, name) for name in COMPARED}
+    return "exact" if type(model).__name__ in compared else "not tried here"
 
 
 def not_exact(table, name, status, remark):

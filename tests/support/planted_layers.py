@@ -3,26 +3,14 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
+from support.tiny_models import tiny_model
 
-def qwen3_model(dtype=torch.float32, vocab_size=1000, num_layers=3):
+
+def qwen3_model(dtype=torch.float32, vocab_size=1000):
     """Return a small model of attention and MLPs."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.1,
-        pad_token_id=0,
-        attn_implementation="sdpa",
-    )
-    return Qwen3ForCausalLM(config).to(dtype)
+    return tiny_model("qwen3", vocab_size, dtype, "sdpa")
 
 
 class PlantedMLP(qwen3.Qwen3MLP):

@@ -33,8 +33,8 @@ def examples():
     ]
 
 
-def write_model(folder):
-    tokenizer = make_tokenizer()
+def write_model(folder, tokenizer=None):
+    tokenizer = tokenizer or make_tokenizer()
     tokenizer.save_pretrained(folder)
     float32_model(tokenizer).save_pretrained(folder)
     return str(folder)

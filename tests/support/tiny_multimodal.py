@@ -156,6 +156,10 @@ OWN = {
         "post_conv_out_channels": 16,
         "decoder_hidden_size": 32,
     },
+    "llava_onevision": {
+        "image_grid_pinpoints": [[32, 32], [32, 64]],
+        "vision_config": {"vision_use_head": False},
+    },
     "llava_next": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
     "llava_next_video": {"image_grid_pinpoints": [[32, 32], [32, 64]]},
     "minicpm_ocr": {"insert_layer_id": 0},
@@ -185,6 +189,31 @@ OWN = {
     "glm_image_vqmodel": {"embed_dim": 16, "num_embeddings": 64, "latent_channels": 16},
     "glm5_next_text": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0},
     "qwen2_5_vl_text": MROPE,
+    "qwen2_5_vl_vision": {"fullatt_block_indexes": [1], "window_size": 28},
+    "qwen3_vl_text": MROPE,
+    "qwen3_vl_vision": {"deepstack_visual_indexes": [0, 1]},
+    "qwen3_vl_moe_text": MROPE,
+    "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0, 1]},
+    "qwen3_5_text": MROPE,
+    "qwen3_5_moe_text": MROPE,
+    "gemma3": {"mm_tokens_per_image": 4, "vision_config": {"patch_size": 8, "vision_use_head": False}},
+    "gemma4_text": {"use_bidirectional_attention": "vision"},
+    "gemma4": {
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+        }
+    },
+    "idefics3": {"scale_factor": 2, "vision_config": {"patch_size": 16}},
+    "smolvlm": {"scale_factor": 2, "vision_config": {"patch_size": 16}},
+    "mistral3": {"vision_config": {"patch_size": 4}},
     "molmo2_vision": {"image_size": [28, 28], "num_position_embeddings": 4, "num_key_value_heads": 4},
     "molmo2_adapter": {"vision_feature_layer": [1, 0], "num_key_value_heads": 4},
     "muse_glimmer": {"projector_hidden_size": 16, "out_hidden_size": 128},
@@ -232,46 +261,37 @@ def _generates(model_class):
     return issubclass(model_class, GenerationMixin)
 
 
-def tiny_conditional(class_name, vocab_size=tiny_models.VOCAB_SIZE, dtype=torch.float64, **overrides):
+def tiny_conditional(class_name, vocab_size=tiny_models.VOCAB_SIZE, dtype=torch.float64, whole=None, **overrides):
     """
     Return a tiny random model of a class, in training mode, without dropout.
 
-    Args:
-        class_name (`str`):
-            Class of transformers.
-        vocab_size (`int`, *optional*):
-            Number of tokens that its text model knows.
-        dtype (`torch.dtype`, *optional*):
-            Type of its parameters; they are drawn in float32 whatever it is.
-        **overrides:
-            Arguments of the text model's configuration.
-
-    Raises:
-        CannotBuildError: If there is no such model here.
+    `whole` are arguments of its configuration, `overrides` those of the text model's. Parameters are drawn in float32,
+    whatever `dtype` is. Raises `CannotBuildError` if there is no such model here.
     """
     model_class = getattr(transformers, class_name)
     probe = model_class.config_class()
     text = probe.get_text_config()
     sizes = {name: vocab_size for name in ("vocab_size", "vocab_size_per_layer_input") if hasattr(text, name)}
-    config = _sized(probe, text, sizes | overrides)
+    config = _sized(probe, text, sizes | overrides, whole)
     config.get_text_config()._experts_implementation = "eager"  # not every class passes it to its text model
     return tiny_model_of_class(model_class, config, dtype)
 
 
-def model_for(class_name, tokenizer):
-    """Return a tiny float32 model of any of these classes, with the tokens of a tokenizer."""
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return tiny_conditional(class_name, len(tokenizer), torch.float32, initializer_range=0.05, **ids)
+def model_for(class_name, tokenizer, dtype=torch.float32, whole=None, initializer_range=0.05):
+    """Return a tiny model of any of these classes, with the tokens of a tokenizer."""
+    own = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    own |= {"initializer_range": initializer_range, "max_position_embeddings": 8192}
+    return tiny_conditional(class_name, len(tokenizer), dtype, whole, **own)
 
 
 def _sized(probe, text, overrides, from_whole=None):
     """Return a configuration with tiny parts; overrides apply to the text model."""
-    own = OWN.get(probe.model_type or probe.base_config_key, {})
+    own = OWN.get(probe.model_type or probe.base_config_key, {}) | (from_whole or {})
     parts = {
         name: _sized(getattr(probe, name), text, overrides, own.get(name))
         for name in probe.sub_configs
         if getattr(probe, name, None) is not None
     }
     media = {name: size for name, size in MEDIA_SIZES.items() if name in vars(probe)}
-    sizes = media | own | parts | (from_whole or {}) | (overrides if probe is text else {})
+    sizes = media | own | parts | (overrides if probe is text else {})
     return tiny_models.sized(probe, probe.model_type, sizes)

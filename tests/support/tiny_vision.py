@@ -1,19 +1,20 @@
 """Tiny random models that read images, each with the processor class of its family, without network."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 import transformers
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from support.chat_tokenizers import make_tokenizer
-from support.image_models import FAMILIES as IMAGE_FAMILIES
-from support.image_models import PATCH, TEXT, TOWER
-from support.tiny_models import random_model
+from support.tiny_multimodal import model_for
 
 
+PATCH = 4
+"""Side of a patch in pixels; towers that merge 2 × 2 patches show one token per 8 × 8 pixels."""
+SQUARE = {"patch_size": PATCH, "image_size": 16}
 QWEN_TOKENS = {
     "image_token": "<|image_pad|>",
     "video_token": "<|video_pad|>",
@@ -65,47 +66,29 @@ def vision_tokenizer(template, names, chat_template=None) -> PreTrainedTokenizer
     )
 
 
-def _ids(tokenizer, **roles):
-    """Return configuration entries: token ids by the token's name or text."""
-    special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    return special | {name: tokenizer.convert_tokens_to_ids(token) for name, token in roles.items()}
+def _ids(processor, **tokens):
+    """Return configuration entries: the ids of tokens by the name of the entry."""
+    return {name: processor.tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
 
 
-def _qwen_processor(chat_template):
+def _qwen(chat_template):
     tokenizer = vision_tokenizer("qwen3", QWEN_TOKENS, make_tokenizer(chat_template).chat_template)
     sizes = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
     bounds = {"shortest_edge": 8 * 8, "longest_edge": 32 * 32}
-    return transformers.Qwen3VLProcessor(
+    processor = transformers.Qwen3VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(size=bounds, **sizes),
         tokenizer=tokenizer,
         video_processor=transformers.Qwen3VLVideoProcessor(size=bounds, **sizes),
         chat_template=tokenizer.chat_template,
     )
-
-
-def _text(tokenizer):
-    """Return what the tokenizer says of a text model."""
-    return {"vocab_size": len(tokenizer), "tie_word_embeddings": False} | _ids(tokenizer)
-
-
-def _qwen(family, chat_template):
-    processor = _qwen_processor(chat_template)
-    ids = _ids(
-        processor.tokenizer,
-        image_token_id="<|image_pad|>",
-        video_token_id="<|video_pad|>",
-        vision_start_token_id="<|vision_start|>",
-        vision_end_token_id="<|vision_end|>",
-    )
-    return IMAGE_FAMILIES[family].config(_text(processor.tokenizer), **ids), processor
-
-
-def _qwen3_vl():
-    return _qwen("qwen3_vl", "qwen3_vl")
-
-
-def _qwen3_5():
-    return _qwen("qwen3_5", "qwen3_5_think")
+    ids = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
+    deepstack = {"deepstack_visual_indexes": [0, 1]} if chat_template == "qwen3_vl" else {}
+    return processor, {"vision_config": {"patch_size": PATCH, **deepstack}, **_ids(processor, **ids)}
 
 
 def _gemma3():
@@ -117,13 +100,13 @@ def _gemma3():
         image_seq_length=4,
     )
     ids = _ids(
-        tokenizer,
+        processor,
         image_token_index="<image_soft_token>",
         image_token_id="<image_soft_token>",
         boi_token_index="<start_of_image>",
         eoi_token_index="<end_of_image>",
     )
-    return IMAGE_FAMILIES["gemma3"].config(_text(tokenizer), **ids), processor
+    return processor, {"vision_config": {**SQUARE, "vision_use_head": False}, **ids}
 
 
 def _idefics3():
@@ -134,8 +117,7 @@ def _idefics3():
     processor = transformers.Idefics3Processor(
         image_processor=image_processor, tokenizer=tokenizer, image_seq_len=1, chat_template=tokenizer.chat_template
     )
-    ids = _ids(tokenizer, image_token_id="<image>")
-    return IMAGE_FAMILIES["idefics3"].config(_text(tokenizer), **ids), processor
+    return processor, {"vision_config": {**SQUARE, "image_size": 8}, **_ids(processor, image_token_id="<image>")}
 
 
 def _llava():
@@ -149,14 +131,8 @@ def _llava():
         num_additional_image_tokens=1,
         chat_template=tokenizer.chat_template,
     )
-    config = transformers.LlavaConfig(
-        text_config={"model_type": "llama"} | TEXT | _text(tokenizer),
-        vision_config={"model_type": "clip_vision_model", "image_size": 16, "projection_dim": 16} | TOWER,
-        image_seq_length=16,
-        tie_word_embeddings=False,
-        **_ids(tokenizer, image_token_id="<image>", image_token_index="<image>"),
-    )
-    return config, processor
+    ids = _ids(processor, image_token_id="<image>", image_token_index="<image>")
+    return processor, {"vision_config": SQUARE, "image_seq_length": 16, **ids}
 
 
 def _llava_onevision():
@@ -172,44 +148,31 @@ def _llava_onevision():
         vision_feature_select_strategy="full",
         chat_template=tokenizer.chat_template,
     )
-    config = transformers.LlavaOnevisionConfig(
-        text_config={"model_type": "qwen2"} | TEXT | _text(tokenizer),
-        vision_config={"model_type": "siglip_vision_model", "image_size": 16, "vision_use_head": False} | TOWER,
-        image_grid_pinpoints=grid,
-        tie_word_embeddings=False,
-        **_ids(tokenizer, image_token_id="<image>", video_token_id="<video>"),
-    )
-    return config, processor
-
-
-@dataclass(frozen=True)
-class VisionFamily:
-    """How to build a family's tiny model and its processor."""
-
-    model_class: str
-    build: Callable[[], tuple[transformers.PreTrainedConfig, ProcessorMixin]]
+    ids = _ids(processor, image_token_id="<image>", video_token_id="<video>")
+    return processor, {"vision_config": {**SQUARE, "vision_use_head": False}, "image_grid_pinpoints": grid, **ids}
 
 
 FAMILIES = {
-    "qwen3_vl": VisionFamily("Qwen3VLForConditionalGeneration", _qwen3_vl),
-    "qwen3_5": VisionFamily("Qwen3_5ForConditionalGeneration", _qwen3_5),
-    "gemma3": VisionFamily("Gemma3ForConditionalGeneration", _gemma3),
-    "idefics3": VisionFamily("Idefics3ForConditionalGeneration", _idefics3),
-    "llava": VisionFamily("LlavaForConditionalGeneration", _llava),
-    "llava_onevision": VisionFamily("LlavaOnevisionForConditionalGeneration", _llava_onevision),
+    "qwen3_vl": partial(_qwen, "qwen3_vl"),
+    "qwen3_5": partial(_qwen, "qwen3_5_think"),
+    "gemma3": _gemma3,
+    "idefics3": _idefics3,
+    "llava": _llava,
+    "llava_onevision": _llava_onevision,
 }
+"""By model type, what makes the processor and what the configuration of the model has to say for it."""
 
 
 def tiny_processor(family) -> ProcessorMixin:
     """Return the processor of a family's tiny model."""
-    return FAMILIES[family].build()[1]
+    return FAMILIES[family]()[0]
 
 
 def tiny_vision_model(family, dtype=torch.float32):
     """Return a family's tiny random model, in training mode, without dropout, and its processor."""
-    config, processor = FAMILIES[family].build()
-    model_class = getattr(transformers, FAMILIES[family].model_class)
-    return random_model(model_class, config, dtype, attn_implementation="sdpa"), processor
+    processor, whole = FAMILIES[family]()
+    class_name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]
+    return model_for(class_name, processor.tokenizer, dtype, whole, initializer_range=0.1), processor
 
 
 def save_vision_checkpoint(family, folder):

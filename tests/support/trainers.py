@@ -11,6 +11,7 @@ import transformers
 import trl
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -109,6 +110,29 @@ def perturbed(model, scale=0.02):
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
         parameter += scale * noise.to(parameter.dtype)
     return other.eval()
+
+
+def in_four_bits(model, folder, **options):
+    """Return a model with 4-bit weights; computations stay in float32."""
+    import bitsandbytes  # takes seconds, and most runs do not need it
+
+    # On CPUs with AVX512-BF16, bitsandbytes repacks weights for inference and rounds their scales to bf16.
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+    model.save_pretrained(folder)
+    options |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **options)
+    return type(model).from_pretrained(folder, dtype=torch.float32, quantization_config=config, device_map={"": "cpu"})
+
+
+class OwnLoss(SinglePassSFTTrainer):
+    """Computes the loss itself, from the model's logits."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        targets = inputs["labels"][:, 1:].flatten()
+        loss = cross_entropy(outputs.logits[:, :-1].flatten(0, 1), targets, reduction="sum") / num_items_in_batch
+        loss = loss * self.accelerator.num_processes  # of which the engine takes the mean
+        return (loss, outputs) if return_outputs else loss
 
 
 def single_pass_trainer(tmp_path, tokenizer, dataset, model=None, config=SinglePassSFTConfig, kwargs=None, **settings):

@@ -10,6 +10,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from support.gpu_or_cpu import on_device
 from support.sample_sets import sample_sets
 from trl_singlepass import Sample
 from trl_singlepass.attention.context import Tree
@@ -87,13 +88,7 @@ def random_inputs(
 
 def on_meta(record):
     """Return a `Tree` or `AttentionInputs` whose tensors are on the meta device: shapes and dtypes without numbers."""
-    fields = {name: getattr(record, name) for name, field in record.__dataclass_fields__.items() if field.init}
-    return type(record)(
-        **{
-            name: value.detach().to("meta").requires_grad_(value.requires_grad) if torch.is_tensor(value) else value
-            for name, value in fields.items()
-        }
-    )
+    return on_device(record, "meta")
 
 
 def output_and_gradients(attention, inputs):

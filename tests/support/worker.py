@@ -33,17 +33,16 @@ from accelerate.utils import DeepSpeedSequenceParallelConfig, DistributedType
 from packaging.version import Version
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from support.adapters import adapted
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
 from support.float64_comparison import in_float64, recompute_in_float64
 from support.groups import as_prompts, image_prompts, reward
+from support.image_chats import image_collator, image_rows, image_sample_sets
 from support.image_models import image_model
-from support.image_rows import image_collator, image_rows, image_sample_sets
 from support.pairs import pair
 from support.planted_layers import plant
 from support.screens import examples_of, some_pairs
@@ -51,8 +50,7 @@ from support.tiny_models import FAMILIES, model_of_type, tiny_model
 from support.tiny_multimodal import model_for
 from support.tiny_vision import tiny_vision_model
 from support.trainers import SETTINGS as COMMON
-from support.trainers import as_dataset, float32_model, logged
-from support.trainers import perturbed as reference_of
+from support.trainers import OwnLoss, as_dataset, float32_model, in_four_bits, logged, perturbed
 from trl_singlepass import (
     SinglePassDPOConfig,
     SinglePassDPOTrainer,
@@ -115,22 +113,14 @@ def parallelism(sp_size):
     )
 
 
-def divided(model, folder, sizes):
-    """Return a model whose layers transformers shards among ranks as it loads them."""
-    from transformers.distributed.configuration_utils import DistributedConfig
-
-    folder = f"{folder}/model{os.environ['RANK']}"
-    model.save_pretrained(folder)
-    attention = model.config._attn_implementation
-    config = DistributedConfig(**sizes)
-    return type(model).from_pretrained(
-        folder, dtype=model.dtype, attn_implementation=attention, distributed_config=config
-    )
+def of_rank(folder):
+    return folder / f"model{os.environ.get('RANK')}"
 
 
-def adapter(layers):
-    """Return an adapter of the layers that PEFT chooses for a model (`True`), or of those named."""
-    return LoraConfig(r=4, target_modules=None if layers is True else layers)
+def reloaded(model, folder, **options):
+    """Save a model and return it as it is loaded."""
+    model.save_pretrained(of_rank(folder))
+    return type(model).from_pretrained(of_rank(folder), dtype=model.dtype, **options)
 
 
 def set_adapter(model):
@@ -141,10 +131,16 @@ def set_adapter(model):
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
 
 
-def build_model(tokenizer, settings):
-    """Return the text model that the settings describe, before there is a DeepSpeed config to partition it by."""
-    own, family = settings.get("model", {}), settings.get("family", "qwen3")
-    if "class_name" in settings:
+def build_model(settings):
+    """Return a model, before there is a DeepSpeed config to partition it by, and its tokenizer or processor."""
+    own, family, tokenizer = settings.get("model", {}), settings.get("family", "qwen3"), make_tokenizer("qwen3")
+    if "screens" in settings:
+        model, tokenizer = tiny_vision_model(settings["screens"])
+    elif "image_family" in settings:
+        model = image_model(settings["image_family"], torch.float64 if settings.get("float64") else torch.float32)
+        if settings.get("frozen_encoder"):
+            model.model.visual.requires_grad_(False)
+    elif "class_name" in settings:
         model = model_for(settings["class_name"], tokenizer)
     elif family == "qwen3":
         model = float32_model(tokenizer, **own)
@@ -156,36 +152,7 @@ def build_model(tokenizer, settings):
         plant(model, settings["planted"])
     if "adapter" in settings:
         model = adapted(settings["adapter"], model)
-    return model
-
-
-def in_four_bits(model, folder):
-    """Return the model with 4-bit weights, which are stored in the type of the others, as FSDP demands."""
-    import bitsandbytes  # takes seconds, and most runs do not need it
-
-    # On CPUs with AVX512-BF16, bitsandbytes repacks weights for inference and rounds their scales to bf16.
-    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
-    folder = f"{folder}/model{os.environ.get('RANK')}"
-    model.save_pretrained(folder)
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_quant_storage=torch.float32,
-    )
-    return type(model).from_pretrained(folder, dtype=torch.float32, quantization_config=config, device_map={"": "cpu"})
-
-
-class OwnLoss(SinglePassSFTTrainer):
-    """Computes the loss itself, from the model's logits."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        targets = inputs["labels"][:, 1:].flatten()
-        loss = cross_entropy(outputs.logits[:, :-1].flatten(0, 1), targets, reduction="sum") / num_items_in_batch
-        loss = loss * self.accelerator.num_processes  # of which the engine takes the mean
-        return (loss, outputs) if return_outputs else loss
+    return model, tokenizer
 
 
 SEEN = Counter()
@@ -200,8 +167,10 @@ class Counting(SinglePassSFTTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
-TRAINERS = {"own loss": OwnLoss, "counting": Counting}
-GROUPS = {  # stock, then those of this project
+OWN = {"own loss": OwnLoss, "counting": Counting}
+TRAINERS = {  # stock, then those of this project
+    "sft": ((SFTTrainer, SFTConfig), (SinglePassSFTTrainer, SinglePassSFTConfig)),
+    "pairs": ((DPOTrainer, DPOConfig), (SinglePassDPOTrainer, SinglePassDPOConfig)),
     "grpo": ((GRPOTrainer, GRPOConfig), (SinglePassGRPOTrainer, SinglePassGRPOConfig)),
     "rloo": ((RLOOTrainer, RLOOConfig), (SinglePassRLOOTrainer, SinglePassRLOOConfig)),
 }
@@ -209,47 +178,32 @@ GROUPS = {  # stock, then those of this project
 
 def model_and_data(settings):
     """Return a model, its tokenizer or processor, and the arguments of the trainer that say what it trains on."""
-    tokenizer = make_tokenizer("qwen3")
+    model, processor = build_model(settings)
+    folder = folder_of(settings)
     if "image_family" in settings:
-        family = settings["image_family"]
-        model = image_model(family, torch.float64 if settings.get("float64") else torch.float32)
-        freeze_encoder(model, settings.get("frozen_encoder"))
-        rows = image_rows(image_sample_sets(model, family))
-        return model, tokenizer, {"data_collator": image_collator(model, family), "train_dataset": rows}
-    if "groups" in settings:
-        return group_parts(tokenizer, settings)
+        rows = image_rows(image_sample_sets(model))
+        return model, processor, {"data_collator": image_collator(model), "train_dataset": rows}
+    if "groups" in settings:  # TRL loads the reference from the folder of the model
+        if "screens" in settings:
+            processor.tokenizer.padding_side = "left"
+        prompts = image_prompts() if "screens" in settings else as_prompts()
+        return reloaded(model, folder), processor, {"train_dataset": prompts, "reward_funcs": reward}
     if "screens" in settings:
-        model, processor = tiny_vision_model(settings["screens"])
-        rows = some_pairs(folder_of(settings)) if "pairs" in settings else examples_of(settings["screens"])
+        rows = some_pairs(folder) if "pairs" in settings else examples_of(settings["screens"])
         return model, processor, {"train_dataset": as_dataset(rows)}
-    model = build_model(tokenizer, settings)
     if settings.get("pairs"):
-        return model, tokenizer, {"train_dataset": pairs_of(settings)}
+        pairs = [pair(1 + seed % 3, seed) for seed in range(12)]
+        if settings["pairs"] is True:
+            return model, processor, {"train_dataset": as_dataset(pairs)}
+        files = {"data_files": settings["pairs"], "cache_dir": str(folder / "cache")}  # which the ranks share
+        return model, processor, {"train_dataset": datasets.load_dataset("json", split="train", **files)}
     dataset = as_dataset(settings.get("rows") or training_conversations()[: settings.get("num_rows")])
     if "num_shards" in settings:
         dataset = dataset.to_iterable_dataset(settings["num_shards"])
-    evaluation = as_dataset(evaluation_conversations()) if settings.get("evaluate") else None
-    return model, tokenizer, {"train_dataset": dataset, "eval_dataset": evaluation}
-
-
-def group_parts(tokenizer, settings):
-    """Return a model that has a folder, from which TRL loads the reference, and prompts; with images if asked for."""
-    model, dataset = None, as_prompts()
-    if "screens" in settings:
-        (model, tokenizer), dataset = tiny_vision_model(settings["screens"]), image_prompts()
-        tokenizer.tokenizer.padding_side = "left"
-    model = model or build_model(tokenizer, settings)
-    folder = f"{folder_of(settings)}/model{os.environ.get('RANK')}"
-    model.save_pretrained(folder)
-    return type(model).from_pretrained(folder), tokenizer, {"train_dataset": dataset, "reward_funcs": reward}
-
-
-def pairs_of(settings):
-    """Return pairs: trajectories of several turns, or those of a file, whose cache the ranks share."""
-    if settings["pairs"] is True:
-        return datasets.Dataset.from_list([pair(1 + seed % 3, seed) for seed in range(12)])
-    cache = str(folder_of(settings) / "cache")
-    return datasets.load_dataset("json", data_files=settings["pairs"], cache_dir=cache, split="train")
+    evaluation = settings.get("evaluate")
+    if evaluation:
+        evaluation = as_dataset(evaluation_conversations() if evaluation is True else evaluation)
+    return model, processor, {"train_dataset": dataset, "eval_dataset": evaluation}
 
 
 def folder_of(settings):
@@ -261,10 +215,14 @@ def build_trainer(settings):
     model, processor, data = model_and_data(settings)
     if settings.get("float64"):
         model.double()
-    if settings.get("four_bits"):
-        model = in_four_bits(model, folder_of(settings))
-    if "divided" in settings:
-        model = divided(model, folder_of(settings), settings["divided"])
+    folder = folder_of(settings)
+    if settings.get("four_bits"):  # stored in the type of the other weights, as FSDP demands
+        model = in_four_bits(model, of_rank(folder), bnb_4bit_quant_storage=torch.float32)
+    if "divided" in settings:  # transformers shards layers among ranks as it loads them
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        sizes = {"attn_implementation": model.config._attn_implementation}
+        model = reloaded(model, folder, distributed_config=DistributedConfig(**settings["divided"]), **sizes)
     config = {
         **COMMON,
         "max_steps": 4,
@@ -277,31 +235,20 @@ def build_trainer(settings):
     }
     if "sp_size" in settings:
         config["parallelism_config"] = parallelism(settings["sp_size"])
-    peft_config = adapter(settings["lora"]) if settings.get("lora") else None
-    common = {"processing_class": processor, "peft_config": peft_config, **data}
-    folder = str(folder_of(settings) / "out")
-    if settings.get("pairs"):
+    lora = settings.get("lora")  # layers, or `True` for those that PEFT chooses
+    peft_config = LoraConfig(r=4, target_modules=None if lora is True else lora) if lora else None
+    kind = settings.get("groups", "pairs" if settings.get("pairs") else "sft")
+    if kind != "sft":
         del config["log_turn_metrics"]
-        reference = None if peft_config or "adapter" in settings else reference_of(model)
-        trainer_class, config_class = SinglePassDPOTrainer, SinglePassDPOConfig
-        if settings.get("stock"):
-            trainer_class, config_class = DPOTrainer, DPOConfig
-        return trainer_class(model, reference, config_class(folder, **config), **common)
-    if "groups" in settings:
-        del config["log_turn_metrics"]
-        trainer_class, config_class = GROUPS[settings["groups"]][not settings.get("stock")]
-        args = config_class(folder, **config)
-        if "deepspeed" in config:  # on a CPU, accelerate leaves that until after the reference has been divided
-            importlib.import_module("deepspeed").init_distributed("gloo")
-        return trainer_class(model, args=args, **common)
-    trainer_class = TRAINERS.get(settings.get("trainer"), SinglePassSFTTrainer)
-    return trainer_class(model, SinglePassSFTConfig(folder, **config), **common)
-
-
-def freeze_encoder(model, frozen):
-    """Freeze the encoder of images, if asked for."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not frozen or "visual" not in name)
+    if kind == "pairs":
+        data["ref_model"] = None if peft_config or "adapter" in settings else perturbed(model)
+    trainer_class, config_class = TRAINERS[kind][not settings.get("stock")]
+    args = config_class(str(folder / "out"), **config)
+    if "groups" in settings and "deepspeed" in config:
+        # On a CPU, accelerate leaves that until after the reference has been divided.
+        importlib.import_module("deepspeed").init_distributed("gloo")
+    trainer_class = OWN.get(settings.get("trainer"), trainer_class)
+    return trainer_class(model, args=args, processing_class=processor, peft_config=peft_config, **data)
 
 
 def untrained(example, index, silent_rows):

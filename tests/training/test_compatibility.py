@@ -10,10 +10,6 @@ from support.trainers import float32_model, largest_difference, single_pass_trai
 from trl_singlepass.engine.enable import UnsupportedModelError, check_model, enable_tree
 
 
-pytestmark = pytest.mark.filterwarnings(
-    # Deprecations of TRL and transformers that a user who sets these arguments sees in stock training as well.
-    "ignore:.*(is|are) deprecated.*:FutureWarning",
-)
 CHATS = [chat(3), chat(2, seed=1), tool_chat()]
 
 

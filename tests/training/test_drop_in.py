@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, expand, tool_chat
 from support.slow import slow_but_for
+from support.small_files import write_model
 from support.trainers import (
     SETTINGS,
     as_dataset,
@@ -27,7 +28,6 @@ from support.trainers import (
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 TEXT = [{"text": "plain text"}, {"text": "more of it"}, {"text": "and more"}]
 CHATS = [chat(3), chat(2, seed=1), tool_chat()]
 
@@ -251,12 +251,11 @@ def test_a_raw_dataset_is_predicted_in_its_order(tmp_path, tokenizer, rows):
 
 
 def test_a_model_by_name_takes_its_arguments(tmp_path, tokenizer):
-    float32_model(tokenizer).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    model = write_model(tmp_path / "model")
     args = SinglePassSFTConfig(
         str(tmp_path), **SETTINGS, model_init_kwargs={"dtype": "bfloat16", "attn_implementation": "eager"}
     )
-    trainer = SinglePassSFTTrainer(str(tmp_path / "model"), args, train_dataset=as_dataset(CHATS))
+    trainer = SinglePassSFTTrainer(model, args, train_dataset=as_dataset(CHATS))
     assert trainer.model.dtype == torch.bfloat16
     trainer.train()
     assert logged(trainer, "loss")

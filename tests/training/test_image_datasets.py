@@ -14,8 +14,6 @@ CHATS = [
     [user(IMAGES[0], "What do you see?"), answer("A cat.")],
 ]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
 
 def trained(tmp_path, dataset, **settings):
     model, processor = tiny_vision_model("qwen3_vl")

@@ -9,9 +9,6 @@ from support.tiny_vision import screen, tiny_vision_model
 from support.trainers import as_dataset, single_pass_trainer
 
 
-# Stock training gives these as well.
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
 TEXT = [{"role": "user", "content": [{"type": "text", "text": "Hi."}]}]
 ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "A square."}]}
 

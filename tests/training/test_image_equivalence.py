@@ -9,10 +9,6 @@ from support.trainers import as_dataset, assert_trained_alike, in_order, on_samp
 from trl_singlepass import to_npass
 
 
-# Stock training gives these as well.
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
-
-
 def assert_equal(tmp_path, family, samples_of, batch_size, accumulation=1):
     """Assert that both ways move a model alike on the same conversations per step, and its encoder of images."""
     model, processor = tiny_vision_model(family)

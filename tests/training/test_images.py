@@ -9,8 +9,8 @@ from transformers.models.gemma3 import modeling_gemma3
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat
+from support.image_chats import HandMadeImages, image_collator, image_rows, image_sample_sets
 from support.image_models import FAMILIES, image_model
-from support.image_rows import HandMadeImages, image_collator, image_rows, image_sample_sets
 from support.sample_sets import reasoning_chat
 from support.slow import slow_but_for
 from support.trainers import SETTINGS, single_pass_trainer
@@ -22,8 +22,8 @@ from trl_singlepass.training.epochs import blank_batch
 from trl_singlepass.training.situation import Situation
 
 
-def image_trainer(tmp_path, model, family, sample_sets, **settings):
-    kwargs = {"data_collator": image_collator(model, family)}
+def image_trainer(tmp_path, model, sample_sets, **settings):
+    kwargs = {"data_collator": image_collator(model)}
     rows, tokenizer = image_rows(sample_sets), make_tokenizer("qwen3")
     return single_pass_trainer(tmp_path, tokenizer, rows, model, kwargs=kwargs, max_length=None, **settings)
 
@@ -37,12 +37,12 @@ def test_one_step_equals_npass(tmp_path, family, batch_size):
     if batch_size < 4:  # the load-balancing loss is one of each micro-batch, so only a single one has N-pass's
         model.config.get_text_config().output_router_logits = False
         model.config.get_text_config().router_aux_loss_coef = 0.0  # TRL decides by the factor
-    sets = image_sample_sets(model, family)[:4]
+    sets = image_sample_sets(model)[:4]
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     samples = [sample for samples in sets for sample in samples]
-    expected = npass_loss_and_gradients(model, samples, load_images=HandMadeImages(family, torch.float32))
+    expected = npass_loss_and_gradients(model, samples, load_images=HandMadeImages(model))
     steps = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 4 // batch_size}
-    trainer = image_trainer(tmp_path, model, family, sets, **steps)
+    trainer = image_trainer(tmp_path, model, sets, **steps)
     trainer.train()
     (loss,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert loss == pytest.approx(expected.loss, rel=1e-6)
@@ -63,7 +63,7 @@ def test_several_ranks_need_a_blank_image():
 def test_a_blank_image_stands_in_for_the_images_of_a_row_of_text():
     model = image_model("qwen3_vl", torch.float32)
     (row,) = image_rows([reasoning_chat(turns=1, vocab_size=80)])
-    collator = image_collator(model, "qwen3_vl")
+    collator = image_collator(model)
     assert "pixel_values" not in collator([row])
     collator.blank_image = collator.load_images.blank
     assert {"pixel_values", "image_grid_thw"} <= collator([row]).keys()
@@ -75,12 +75,12 @@ def test_a_model_that_mixes_images_is_refused_before_its_dataset_is_read(tmp_pat
     # As PaliGemma: the whole prompt is one block.
     monkeypatch.setattr(modeling_gemma3, "get_block_sequence_ids_for_mask", lambda types, device=None: types * 0)
     with pytest.raises(UnsupportedImagesError, match="see more than their own image in both directions"):
-        image_trainer(tmp_path, model, "gemma3", image_sample_sets(model, "gemma3")[:1])
+        image_trainer(tmp_path, model, image_sample_sets(model)[:1])
 
 
 def test_images_that_come_up_later_are_refused_by_name(tmp_path):
     model, tokenizer = image_model("qwen3_vl", torch.float32), make_tokenizer("qwen3")
-    kwargs = {"data_collator": image_collator(model, "qwen3_vl")}
+    kwargs = {"data_collator": image_collator(model)}
     trainer = single_pass_trainer(tmp_path, tokenizer, [chat(1)], kwargs=kwargs)
     with pytest.raises(ValueError, match="enable_images"):
-        trainer.evaluate(image_rows(image_sample_sets(model, "qwen3_vl")[:1]))
+        trainer.evaluate(image_rows(image_sample_sets(model)[:1]))

@@ -29,7 +29,6 @@ from trl_singlepass.data.row_tree import RowTree
 from trl_singlepass.engine.check.checked_model import TreeCheckError
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 CHATS = [chat(3), chat(2, seed=1), tool_chat()]
 KINDS = {"conversations": (single_pass_trainer, CHATS), "pairs": (dpo_trainer, TRAJECTORIES)}
 

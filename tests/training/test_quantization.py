@@ -1,7 +1,5 @@
 """QLoRA and Liger: adapters on a quantized base, and fused layers, train as N-pass does with the same model."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,6 +10,7 @@ from support.pairs import SINGLE_TURNS
 from support.trainers import (
     dpo_trainer,
     float32_model,
+    in_four_bits,
     logged,
     needs_bitsandbytes,
     needs_weighted_loss,
@@ -24,37 +23,15 @@ from trl_singlepass.engine.enable import UnsupportedModelError
 from trl_singlepass.reference import npass_loss_and_gradients
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 ADAPTER = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 CHATS = [chat(3), chat(2, seed=1), tool_chat()]
 
 
-@pytest.fixture(autouse=True)
-def weights_as_on_a_gpu(monkeypatch):
-    """On CPUs with AVX512-BF16, bitsandbytes repacks weights for inference and rounds their scales to bf16."""
-    if find_spec("bitsandbytes") is not None:
-        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-
-
-def in_four_bits(tokenizer, folder):
-    """A model in 4 bits; computations stay in float32."""
-    float32_model(tokenizer).save_pretrained(folder)
-    four_bits = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    base = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=four_bits, dtype=torch.float32, device_map={"": "cpu"}
-    )
-    assert base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
-    return base
-
-
 def quantized_model(tokenizer, folder):
     """With an adapter whose both factors count."""
-    return get_peft_model(in_four_bits(tokenizer, folder), LoraConfig(**ADAPTER))
+    base = in_four_bits(float32_model(tokenizer), folder)
+    assert base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    return get_peft_model(base, LoraConfig(**ADAPTER))
 
 
 def with_adapters_in_float32(trainer):
@@ -111,9 +88,9 @@ class _Gradients(TrainerCallback):
 def test_qlora_on_pairs_trains_as_stock(tmp_path, tokenizer, own):
     both = []
     for make, settings in ((stock_dpo_trainer, {}), (dpo_trainer, own)):
-        base, kwargs = in_four_bits(tokenizer, tmp_path / "base"), {"peft_config": LoraConfig(**ADAPTER)}
-        given = {"max_steps": 3, "per_device_train_batch_size": 4, **settings}
-        trainer = make(tmp_path / "out", tokenizer, SINGLE_TURNS, base, kwargs=kwargs, **given)
+        base = in_four_bits(float32_model(tokenizer), tmp_path / "base")
+        given = {"kwargs": {"peft_config": LoraConfig(**ADAPTER)}, "max_steps": 3, "per_device_train_batch_size": 4}
+        trainer = make(tmp_path / "out", tokenizer, SINGLE_TURNS, base, **given, **settings)
         with_adapters_in_float32(trainer).train()
         both.append(trainer)
     stock, single_pass = map(parameters, both)

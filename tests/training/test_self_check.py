@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from support.conversations import chat
+from support.image_chats import image_collator, image_rows, image_sample_sets
 from support.image_models import image_model
-from support.image_rows import image_collator, image_rows, image_sample_sets
 from support.planted_layers import plant
 from support.trainers import SETTINGS, float32_model, single_pass_trainer
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
@@ -21,7 +21,7 @@ CHATS = [chat(3), chat(2, seed=1)]
 def test_images_of_the_data_are_in_the_row(tmp_path, tokenizer, monkeypatch):
     """A vision tower whose features depend on how many images it is given is found with an image only."""
     model = image_model("qwen3_vl", torch.float32)
-    rows = image_rows(image_sample_sets(model, "qwen3_vl"))
+    rows = image_rows(image_sample_sets(model))
     shown = []
     run = TreeCheck.run
     monkeypatch.setattr(TreeCheck, "run", lambda self, text, images: shown.append(images) or run(self, text, images))
@@ -35,7 +35,7 @@ def test_images_of_the_data_are_in_the_row(tmp_path, tokenizer, monkeypatch):
 
         tower.forward = counting
         trainer = SinglePassSFTTrainer(
-            model, args, image_collator(model, "qwen3_vl"), train_dataset=rows, processing_class=tokenizer
+            model, args, image_collator(model), train_dataset=rows, processing_class=tokenizer
         )
         if is_wrong:
             with pytest.raises(TreeCheckError):

@@ -46,7 +46,6 @@ def test_recurrent_layers_and_experts_are_leaves(family, expected):
     assert leaves(model) == expected
 
 
-@pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")  # PEFT reads a name that transformers deprecates
 def test_inputs_of_leaves_have_gradients_and_come_by_position():
     """DeepSpeed counts the gradients of arguments by position; a frozen embedding gives none."""
     model = get_peft_model(model_of_type("qwen3_5_text"), LoraConfig(target_modules="all-linear"))

@@ -22,10 +22,6 @@ from support.trainers import (
 from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer, render_samples
 
 
-pytestmark = pytest.mark.filterwarnings(
-    # Deprecations of TRL and transformers that a user who sets these arguments sees in stock training as well.
-    "ignore:.*(is|are) deprecated.*:FutureWarning",
-)
 CHATS = [chat(3), chat(2, seed=1), tool_chat()]
 
 

@@ -12,10 +12,6 @@ from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.trees.sample import Sample
 
 
-pytestmark = pytest.mark.filterwarnings(
-    # Deprecations of TRL and transformers that a user who sets these arguments sees in stock training as well.
-    "ignore:.*is deprecated.*:FutureWarning",
-)
 CHATS = [chat(3), chat(2, seed=1), tool_chat()]
 
 

@@ -1,6 +1,5 @@
-"""Training in waves moves parameters as stock `SFTTrainer` does on the expanded samples."""
+"""Training in waves moves parameters as rows at once do; `test_equivalence.py` compares both with stock training."""
 
-import itertools
 import logging
 from types import SimpleNamespace
 
@@ -8,77 +7,25 @@ import pytest
 import torch
 
 from benchmarks.hybrid_step import small_hybrid
-from support.slow import slow_but_for
 from support.tiny_models import tiny_model
 from support.trainers import (
     CONVERSATIONS,
-    adapted,
     assert_trained_alike,
     float32_model,
     in_order,
     largest_difference,
     logged,
-    train_both,
 )
 from trl_singlepass.engine import pieces
 from trl_singlepass.training.sharding import stop_prefetching
 
 
-# Stock training gives these as well.
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is|are) deprecated.*:FutureWarning")
 LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
 
 
 def assert_equal(one, waves, model):
     assert max(logged(waves, "num_waves")) > 1
     assert_trained_alike(one, waves, model, LOGGED)
-
-
-def assert_as_stock(tmp_path, tokenizer, model, wave_tokens, offload_kv=False, **settings):
-    """Assert that stock training and waves move a model alike; return both trainers."""
-    own = {"wave_tokens": wave_tokens, "offload_kv": offload_kv}
-    both = train_both(tmp_path, tokenizer, model, own, **{"per_device_train_batch_size": 4, **settings})
-    assert_equal(*both, model)
-    return both
-
-
-# Each two of these settings meet in a fast test.
-PAIRWISE = [(16, True, True), (100, False, True), (100, True, False), (16, False, False)]
-
-
-@pytest.mark.parametrize(
-    ("wave_tokens", "checkpointing", "lora"),
-    slow_but_for(PAIRWISE, itertools.product((16, 100, 200), (False, True), (False, True))),
-)
-def test_one_step(tmp_path, tokenizer, wave_tokens, checkpointing, lora):
-    model = float32_model(tokenizer)
-    model = adapted(model) if lora else model
-    settings = {"gradient_accumulation_steps": 2, "gradient_checkpointing": checkpointing}
-    assert_as_stock(tmp_path, tokenizer, model, wave_tokens, **settings)
-
-
-SETTINGS = {
-    # TRL's default is the other kind.
-    "reentrant": (100, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
-    "keys and values on the CPU": (64, {"offload_kv": True}),
-    "clipped steps of Adam": (
-        64,
-        {
-            "optim": "adamw_torch",
-            "learning_rate": 1e-3,
-            "adam_epsilon": 1e-4,
-            "max_grad_norm": 0.5,
-            "max_steps": 4,
-            "per_device_train_batch_size": 2,
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_settings(tmp_path, tokenizer, name):
-    wave_tokens, settings = SETTINGS[name]
-    assert_as_stock(tmp_path, tokenizer, float32_model(tokenizer), wave_tokens, **settings)
 
 
 def test_half_precision_is_as_near_to_float32_as_one_row(tmp_path, tokenizer):
@@ -103,15 +50,6 @@ def test_gradients_that_a_scaler_scales(tmp_path, tokenizer):
     assert max(logged(scaled, "num_waves")) > 1
     assert scaled.accelerator.scaler.get_scale() == 1024.0
     assert largest_difference(plain, scaled) <= 1e-6
-
-
-@pytest.mark.parametrize("settings", [{"loss_type": "nll"}, {"loss_type": "dft", "learning_rate": 10.0}])
-def test_losses_and_evaluation(tmp_path, tokenizer, settings):
-    model = float32_model(tokenizer)
-    both = assert_as_stock(tmp_path, tokenizer, model, 100, evaluation=CONVERSATIONS[:5], **settings)
-    stock, waves = (trainer.evaluate() for trainer in both)
-    for key in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
-        assert waves[key] == pytest.approx(stock[key], rel=1e-5)
 
 
 def square_of_log_probs(outputs, labels, num_items_in_batch=None):
@@ -151,26 +89,6 @@ def test_a_loss_that_reads_logits_is_told_what_waves_have(tmp_path, tokenizer):
     own = {"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.sum()}
     with pytest.raises(ValueError, match=r"compute_loss_func.*wave_tokens"):
         in_waves(tmp_path, tokenizer, kwargs=own).train()
-
-
-def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path, tokenizer):
-    model = float32_model(tokenizer, "qwen3-moe")
-    both = assert_as_stock(tmp_path, tokenizer, model, 100, gradient_accumulation_steps=2, max_steps=2)
-    assert logged(both[1], "aux_loss") == pytest.approx(logged(both[0], "aux_loss"), rel=1e-5)
-
-
-@pytest.mark.parametrize("family", slow_but_for(["gemma3"], ["gpt-oss", "gemma2", "gemma3", "mistral-sliding"]))
-def test_other_families(tmp_path, tokenizer, family):
-    assert_as_stock(tmp_path, tokenizer, float32_model(tokenizer, family, "eager"), 64)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "checkpointing"),
-    slow_but_for([("qwen3_5_text", True)], itertools.product(("qwen3_5_text", "lfm2", "jamba"), (False, True))),
-)
-def test_hybrids(tmp_path, tokenizer, model_type, checkpointing):
-    model = float32_model(tokenizer, model_type)
-    assert_as_stock(tmp_path, tokenizer, model, 64, gradient_checkpointing=checkpointing)
 
 
 @pytest.mark.parametrize(("reasoning_weight", "is_scaled"), [(0.5, None), (1.0, False)])
