@@ -48,9 +48,9 @@ WORKLOADS = {
     "agent, 64 turns": (64, AGENT),
 }
 BUDGETS = {"Qwen3-0.6B": 1.1, "gpt-oss-20b": 1.2, "Qwen3.5-4B": 1.5}
-"""Most operators of a layer on a row of a chat of 16 turns, as a multiple of stock."""
-LONG_HISTORY = 1.3
-"""So many times as many where histories are so long that branches share what is gathered of them."""
+"""Most operators of a layer on a row of 16 turns, as a multiple of stock."""
+MANY_TURNS = 1.3
+"""So many times as many on a row of 64 turns."""
 STOCK = "stock_packed"
 
 
@@ -130,7 +130,7 @@ def count_row(
 
 def budget(model: str, workload: str) -> float:
     """Most operators of a layer on a row, as a multiple of stock."""
-    return BUDGETS[model] * (1 if workload == "chat, 16 turns" else LONG_HISTORY)
+    return BUDGETS[model] * (1 if WORKLOADS[workload][0] == 16 else MANY_TURNS)
 
 
 def tables(result: dict[str, Any]) -> str:

@@ -68,9 +68,13 @@ def test_local_layers_gather_no_more_than_they_can_see(mask):
 @pytest.mark.parametrize(("turns", "heads_per_key"), [(80, 1), (80, 4), (200, 4)])
 def test_many_branches_take_two_calls_that_share_most_of_the_history(turns, heads_per_key):
     mask = mask_of(tree_of([reasoning_chat(turns)]), "causal", 0)
-    (part,) = varlen_plan(mask, heads_per_key).passes
+    plan = varlen_plan(mask, heads_per_key)
+    (part,) = plan.passes
     whole_paths = sum(run.depth + run.end - run.start for run in mask.tree.plan.runs)
     assert part.path.num_keys + part.shared.num_keys / heads_per_key < whole_paths / 4
+    # The second call has all queries but those of the first run, whose path begins with no other.
+    assert (part.shared.start, part.shared.end) == (mask.tree.plan.runs[0].end, mask.tree.plan.length)
+    assert (plan.alone, part.shared.without_keys) == (((0, part.shared.start),), None)
 
 
 def test_windows_are_gathered_in_parts():

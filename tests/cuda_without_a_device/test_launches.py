@@ -19,11 +19,11 @@ MOST_LAUNCHES = 60
 """Of a layer in a step: forward, recomputation and backward."""
 AS_STATED = {  # in `docs/performance.md`, without sinks and with them
     "few branches": (18, 33),
-    "many branches": (44, 53),
+    "many branches": (40, 57),
     "many branches, long window": (41, 56),
-    "wave": (49, 58),
+    "wave": (47, 56),
     "wave, window": (26, 41),
-    "wave, long history": (50, 59),
+    "wave, long history": (48, 57),
 }
 
 

@@ -17,8 +17,13 @@ RECORDED = json.loads(RESULTS.read_text())["versions"]
 COUNTED = defaultdict(dict)
 for one in json.loads(RESULTS.read_text())["counted"]:
     COUNTED[one["model"]][one["checkpointing"]] = one
-# One of each architecture; hybrids again where forks are deep.
-QUICK = [*((model, "chat, 16 turns") for model in BUDGETS), ("Qwen3.5-4B", "agent, 64 turns")]
+# One of each architecture: dense where branches share what is gathered, hybrids again where forks are deep.
+QUICK = [
+    ("Qwen3-0.6B", "agent, 16 turns"),
+    ("gpt-oss-20b", "chat, 16 turns"),
+    ("Qwen3.5-4B", "chat, 16 turns"),
+    ("Qwen3.5-4B", "agent, 64 turns"),
+]
 ALL = [
     pytest.param(model, workload, marks=() if (model, workload) in QUICK else pytest.mark.slow)
     for model in BUDGETS

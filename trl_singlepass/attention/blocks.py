@@ -172,7 +172,7 @@ class BlockAttention(torch.autograd.Function):
         row = _Row(query, key, value, mask, scale, _fetch(blocks, key, cache))
         out, lse = _merged_output(row, blocks, kernel)
         if sinks is not None:
-            lse = add_sinks_(out, lse, sinks)
+            add_sinks_(out, lse, sinks)
         ctx.save_for_backward(query, key, value, sinks, out, lse)
         ctx.blocks, ctx.mask, ctx.kernel, ctx.scale, ctx.cache = blocks, mask, kernel, scale, cache
         return out

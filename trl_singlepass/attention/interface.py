@@ -145,16 +145,16 @@ def tree_attention_or(plain: AttentionFunction, on_tree: TreeAttention) -> Atten
     return attention_function
 
 
-def add_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+def add_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     """
-    Add a sink to the softmax after the fact: it only scales the output, by `exp(lse - logaddexp(lse, sink))`.
+    Add a sink to the softmax after the fact: it only scales the output, by `sigmoid(lse - sink)`.
 
-    Scales `out`, `(..., heads, num_queries, value_dim)`, in place. Takes the log-sum-exp of the scores without sinks
-    and returns it with them, `(..., heads, num_queries)`; `sinks` has shape `(heads,)`.
+    Changes the output, `(..., heads, num_queries, value_dim)`, and the log-sum-exp, `(..., heads, num_queries)`, in
+    place; `sinks` has shape `(heads,)`.
     """
-    merged = torch.logaddexp(lse, sinks[:, None])
-    out *= (lse - merged).exp_()[..., None]
-    return merged
+    sinks = sinks[:, None]
+    out *= (lse - sinks).sigmoid_()[..., None]
+    torch.logaddexp(lse, sinks, out=lse)
 
 
 def sink_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

@@ -33,12 +33,13 @@ def varlen_tree_attention(
     A deterministic backward adds in a fixed order, and is slower. `cache` has what lies outside the row.
     """
     padded = inputs.with_one_head_dim(8)  # a multiple of 8 is what flash kernels want
-    tokens_first = (x.transpose(1, 2).squeeze(0) for x in (padded.query, padded.key, padded.value))
     heads_per_key = inputs.query.shape[1] // inputs.key.shape[1]
     plan = mask.build_once(varlen_plan, heads_per_key, None if cache is None else cache.slots)
     run = _Run(plan, kernel, inputs.scale, inputs.softcap or 0.0, deterministic, cache)
-    out: Tensor = VarlenAttention.apply(*tokens_first, inputs.sinks, run)  # type: ignore[no-untyped-call]
-    return out[..., : inputs.value.shape[-1]].unsqueeze(0)
+    tensors = padded.query, padded.key, padded.value, inputs.sinks
+    out: Tensor = VarlenAttention.apply(*tensors, run)  # type: ignore[no-untyped-call]
+    value_dim = inputs.value.shape[-1]
+    return out if out.shape[-1] == value_dim else out[..., :value_dim]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,8 @@ class VarlenAttention(torch.autograd.Function):
     """
     Attention of a row of trees by a varlen kernel.
 
-    Shapes: query and output `(row_length, heads, head_dim)`, key and value `(row_length, kv_heads, head_dim)`, sinks
-    `(heads,)`.
+    Shapes: query `(1, heads, row_length, head_dim)`, key and value `(1, kv_heads, row_length, head_dim)`, sinks
+    `(heads,)`, output `(1, row_length, heads, head_dim)`. Inside, tensors have the layout of kernels, without the 1.
 
     Keys and values are gathered along the paths for the call only, and gathered again for backward instead of kept.
     Shared beginnings of paths and sinks enter after the kernel: backward takes the merged output and log-sum-exp,
@@ -86,32 +87,35 @@ class VarlenAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, run: _Run) -> Tensor:
         """Return the output."""
+        query, key, value = (_tokens_first(x) for x in (query, key, value))
         if run.cache is not None:
             run.cache.store(key, value)
         sources = run.sources(key, value, run.fetch(key.device))
-        own, shared = [], []
+        own: list[tuple[Tensor, Tensor]] = []
+        shared: list[tuple[VarlenCall, Tensor, Tensor]] = []
         for part in run.plan.passes:
             path_kv, shared_kv = _gather(sources, part)
             if part.path is not None:
                 own.append(run.kernel.forward(run.inputs(_of_call(query, part.path), path_kv, part.path)))
             if part.shared is not None:
-                packed = _pack(_of_call(query, part.shared), key.shape[1])
-                shared.append(run.kernel.forward(run.inputs(packed, shared_kv, part.shared)))
+                (packed,) = _pack([query], part.shared, key.shape[1])
+                shared.append((part.shared, *run.kernel.forward(run.inputs(packed, shared_kv, part.shared))))
         out, lse = _join(own)
-        if shared:
-            lse = _merge(out, lse, _join(shared), run.plan.without_shared, sinks)
-        elif sinks is not None:
-            lse = add_sinks_(out.transpose(0, 1), lse, sinks)
+        for call, shared_out, shared_lse in shared:
+            _merge_(out, lse, call, shared_out, shared_lse, sinks)
+        if sinks is not None:
+            for first, last in run.plan.alone:
+                add_sinks_(_cut(out, first, last).transpose(0, 1), _cut(lse, first, last, dim=1), sinks)
         ctx.save_for_backward(query, key, value, sinks, out, lse)
         ctx.run = run
-        return out
+        return out.unsqueeze(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of `query`, `key`, `value` and `sinks`, and `None` for the rest."""
         query, key, value, sinks, out, lse = ctx.saved_tensors
         run: _Run = ctx.run
-        grad = grads[0].contiguous()
+        grad = grads[0].contiguous().squeeze(0)
         fetched = run.fetch(key.device)
         sources = run.sources(key, value, fetched)
         row = _Backward(run, query, grad, out, lse)
@@ -129,12 +133,14 @@ class VarlenAttention(torch.autograd.Function):
             total.add([dk for _, dk, _ in found], [dv for _, _, dv in found], part.key_index)
         grad_query = own[0] if len(own) == 1 else torch.cat(own)
         for call, dq in shared:
-            _of_call(grad_query, call).view(dq.shape).add_(dq)
+            in_row = _in_packed_order(grad_query, call, key.shape[1])
+            in_row.add_(dq.view(in_row.shape))
         grad_sinks = None
         if sinks is not None:
             grad_sinks = sink_gradient(grad.transpose(0, 1), out.transpose(0, 1), lse, sinks)
-        grad_key, grad_value = total.finish(run.cache, fetched, run.plan.cached_for_later).to(key.dtype)
-        return grad_query, grad_key, grad_value, grad_sinks, None
+        kv = total.finish(run.cache, fetched, run.plan.cached_for_later).to(key.dtype)
+        grad_key, grad_value = torch.split(kv.transpose(1, 2), 1)
+        return _heads_first(grad_query), grad_key, grad_value, grad_sinks, None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,12 +159,11 @@ class _Backward:
         return self._call(call, kv, query, grad, out, _of_call(self.lse, call, dim=1).contiguous())
 
     def shared(self, call: VarlenCall, kv: KeysAndValues) -> Gradients:
-        """Return the gradients of a call of shared beginnings; that of queries as the row has them."""
+        """Return the gradients of a call of shared beginnings; that of queries packed."""
         kv_heads = kv[0].shape[1]
-        query, grad, out = (_pack(_of_call(x, call), kv_heads) for x in (self.query, self.grad, self.out))
-        lse = _of_call(self.lse, call, dim=1).view(kv_heads, -1, call.end - call.start).transpose(1, 2).flatten(1)
-        dq, dk, dv = self._call(call, kv, query, grad, out, lse)
-        return _unpack(dq, call.end - call.start), dk, dv
+        packed = _pack([self.query, self.grad, self.out], call, kv_heads)
+        lse = _in_packed_order(self.lse, call, kv_heads, (2, 0, 1, 3)).flatten(1)
+        return self._call(call, kv, *packed, lse)
 
     def _call(self, call: VarlenCall, kv: KeysAndValues, query: Tensor, *rest: Tensor) -> Gradients:
         grad, out, lse = rest
@@ -178,25 +183,61 @@ def _gather(sources: KeysAndValues, part: VarlenPass) -> tuple[KeysAndValues, Ke
     return (own_keys, own_values), (shared_keys, shared_values)
 
 
+def _tokens_first(x: Tensor) -> Tensor:
+    """Shape `(row_length, heads, dim)` from `(1, heads, row_length, dim)`, in one view."""
+    _, heads, length, dim = x.shape
+    _, head_stride, token_stride, dim_stride = x.stride()
+    return x.as_strided((length, heads, dim), (token_stride, head_stride, dim_stride))
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """The inverse of `_tokens_first`."""
+    length, heads, dim = x.shape
+    token_stride, head_stride, dim_stride = x.stride()
+    return x.as_strided((1, heads, length, dim), (x.numel(), head_stride, token_stride, dim_stride))
+
+
+def _cut(x: Tensor, first: int, last: int, dim: int = 0) -> Tensor:
+    """A range of queries; the same tensor where these are the whole row."""
+    return x if last - first == x.shape[dim] else x.narrow(dim, first, last - first)
+
+
 def _of_call(x: Tensor, call: VarlenCall, dim: int = 0) -> Tensor:
-    """The queries of a call; the same tensor where these are the whole row."""
-    num_queries = call.end - call.start
-    return x if num_queries == x.shape[dim] else x.narrow(dim, call.start, num_queries)
+    """The queries of a call."""
+    return _cut(x, call.start, call.end, dim)
 
 
-def _pack(x: Tensor, kv_heads: int) -> Tensor:
+def _in_packed_order(
+    x: Tensor, call: VarlenCall, kv_heads: int, order: tuple[int, int, int, int] = (0, 1, 2, 3)
+) -> Tensor:
+    """
+    The queries of a call as `_pack` orders them, in one view of shape `(num_queries, groups, kv_heads, dim)`.
+
+    Takes a tensor of the row, `(row_length, heads, dim)`, or its log-sum-exp, `(heads, row_length)`, whose `dim` is 1.
+    `order` permutes the dimensions of the view.
+    """
+    if x.dim() == 2:
+        heads, dim, head_stride, query_stride, dim_stride = len(x), 1, *x.stride(), 1
+    else:
+        heads, dim, query_stride, head_stride, dim_stride = *x.shape[1:], *x.stride()
+    groups = heads // kv_heads
+    size = (call.end - call.start, groups, kv_heads, dim)
+    stride = (query_stride, head_stride, groups * head_stride, dim_stride)
+    start = x.storage_offset() + call.start * query_stride
+    return x.as_strided([size[i] for i in order], [stride[i] for i in order], start)
+
+
+def _pack(row: list[Tensor], call: VarlenCall, kv_heads: int) -> Sequence[Tensor]:
     """
     Heads that read one key-value head as queries one after the other, shape `(num_queries · groups, kv_heads, dim)`.
 
     Queries without a causal order may be repeated. With four heads, of which two read each key-value head, a query
     becomes two: one with its heads 0 and 2, one with its heads 1 and 3.
     """
-    return x.reshape(len(x), kv_heads, -1, x.shape[-1]).transpose(1, 2).flatten(0, 1)
-
-
-def _unpack(x: Tensor, num_queries: int) -> Tensor:
-    """The inverse of `_pack` as a view of shape `(num_queries, kv_heads, groups, dim)`."""
-    return x.view(num_queries, -1, *x.shape[1:]).transpose(1, 2)
+    views = [_in_packed_order(x, call, kv_heads) for x in row]
+    if len(views) == 1 or views[0].shape[1] == 1:
+        return [x.flatten(0, 1) for x in views]  # no copies if each head has its own keys
+    return torch.stack(views).flatten(1, 2).unbind()
 
 
 def _join(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -206,24 +247,22 @@ def _join(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
 
 
-def _merge(
-    out: Tensor, lse: Tensor, shared: tuple[Tensor, Tensor], without_shared: Tensor | None, sinks: Tensor | None
-) -> Tensor:
-    """Add what packed queries found in the shared beginnings to the output, in place; return the log-sum-exp."""
-    length = len(out)
-    shared_out, shared_lse = _unpack(shared[0], length), shared[1].view(len(shared[1]), length, -1).transpose(1, 2)
-    kv_heads, groups = shared_out.shape[1:3]
-    if without_shared is not None:  # kernels return infinity for queries without keys, of either sign
-        shared_lse = shared_lse.masked_fill(without_shared, -torch.inf)
-    own_lse = lse.view(kv_heads, groups, length)
-    merged = torch.logaddexp(own_lse, shared_lse)
+def _merge_(
+    out: Tensor, lse: Tensor, call: VarlenCall, shared_out: Tensor, shared_lse: Tensor, sinks: Tensor | None
+) -> None:
+    """Merge what packed queries found in shared beginnings into output and log-sum-exp of the row, in place."""
+    kv_heads, num_packed = shared_lse.shape
+    own_out, own_lse = (_in_packed_order(x, call, kv_heads) for x in (out, lse))
+    groups = own_lse.shape[1]
+    other_lse = shared_lse.as_strided(own_lse.shape, (groups, 1, num_packed, 1))
+    if call.without_keys is not None:  # kernels return infinity for queries without keys, of either sign
+        other_lse = other_lse.masked_fill(call.without_keys, -torch.inf)
+    weights = torch.stack([own_lse, other_lse])
+    torch.logaddexp(own_lse, other_lse, out=own_lse)
     if sinks is not None:
-        merged = torch.logaddexp(merged, sinks.view(kv_heads, groups, 1))
-    # From `(kv_heads, groups, num_queries)` to the order of outputs.
-    weights = (torch.stack([own_lse, shared_lse]) - merged).exp_()
-    own_weight, shared_weight = weights.permute(0, 3, 1, 2).unsqueeze(-1)
-    out.view(length, kv_heads, groups, -1).mul_(own_weight).addcmul_(shared_out, shared_weight)
-    return merged.flatten(0, 1)
+        torch.logaddexp(own_lse, sinks.view(kv_heads, groups).T[..., None], out=own_lse)
+    own_weight, shared_weight = weights.sub_(own_lse).exp_()
+    own_out.mul_(own_weight).addcmul_(shared_out.view(own_out.shape), shared_weight)
 
 
 class PathGradients:

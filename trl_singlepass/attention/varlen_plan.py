@@ -34,6 +34,7 @@ class VarlenCall:
     num_keys: int  # that its pass gathers for it: first those of `path`, then those of `shared`
     window: int | None  # size of the sliding window in tokens, the query itself included
     is_causal: bool = True  # if not, queries see all of their sequence
+    without_keys: Tensor | None = None  # (num_queries, 1, 1, 1), bool: queries whose sequence has no keys, if any
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,9 +54,10 @@ class VarlenPass:
 class VarlenPlan:
     """Calls that together compute attention of a row."""
 
-    # The calls of `path` cover the row in order, and so do those of `shared`, if there are any.
+    # The calls of `path` cover the row in order, and those of `shared` all of it but what is `alone`.
     passes: tuple[VarlenPass, ...]
-    without_shared: Tensor | None = None  # (row_length,), bool: queries that have no key in any call of `shared`
+    # Ranges of queries at the ends of the row that share no keys with others, such as the first run of a tree.
+    alone: tuple[tuple[int, int], ...]
     # First slot of the cache that the row attends to, and the one just past the last.
     slots: tuple[int, int] | None = None
     # (num_cached,), int32: positions of tokens that later rows attend to; `None` where they lie together.
@@ -108,17 +110,18 @@ def varlen_plan(mask: TreeMask, heads_per_key: int = 1, slots: LayerSlots | None
     indices, fetched = _with_slots(indices, slots, length)
     if len(indices) == 1 and np.array_equal(indices[0], np.arange(length)):
         indices = [indices[0][:0]]  # the keys are the row as it is
-    arrays = [_cached_for_later(slots), _without_keys(shared)]
+    arrays = [_cached_for_later(slots)]
     for (path, group), index in zip(calls, indices, strict=True):
         arrays.append(index)
-        arrays += [] if path is None else path.borders(1)
-        arrays += [] if group is None else group.borders(heads_per_key)
+        arrays += [] if path is None else path.arrays(1)
+        arrays += [] if group is None else group.arrays(heads_per_key)
     moved = iter(_to_device(arrays, mask.tree.depth.device))
-    cached_for_later, without_shared = next(moved), next(moved)
+    cached_for_later = next(moved)
+    alone = [(0, length)] if shared is None else [(0, int(shared.start[0])), (int(shared.start[-1]), length)]
     window = rule.size if rule.kind is RuleKind.WINDOW else None
     return VarlenPlan(
         passes=tuple(_make_pass(path, group, heads_per_key, window, moved) for path, group in calls),
-        without_shared=without_shared.bool() if len(without_shared) else None,
+        alone=tuple((first, last) for first, last in alone if first < last),
         slots=fetched,
         cached_for_later=cached_for_later if len(cached_for_later) else None,
     )
@@ -126,7 +129,7 @@ def varlen_plan(mask: TreeMask, heads_per_key: int = 1, slots: LayerSlots | None
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sequences:
-    """Sequences of a row: the first query of each and, at the end, the row's length; borders and positions of keys."""
+    """Sequences of a row: the first query of each, and just past the last one; borders and positions of keys."""
 
     start: Ints
     key_borders: Ints
@@ -145,9 +148,14 @@ class _Sequences:
             yield _Sequences(self.start[first : last + 1], borders[first : last + 1] - borders[first], keys)
             first = last
 
-    def borders(self, heads_per_key: int) -> tuple[Ints, Ints]:
-        """Return the borders of queries, repeated for each of so many heads, and those of keys."""
-        return (self.start - self.start[0]) * heads_per_key, self.key_borders
+    def arrays(self, heads_per_key: int) -> tuple[Ints, Ints, Ints]:
+        """
+        Return the borders of queries, repeated for each of so many heads, and those of keys; and for each query,
+        whether it has no keys, nothing where all have some.
+        """
+        is_empty = np.diff(self.key_borders) == 0
+        without_keys = np.repeat(is_empty, np.diff(self.start)) if is_empty.any() else is_empty[:0]
+        return (self.start - self.start[0]) * heads_per_key, self.key_borders, without_keys.astype(np.int64)
 
 
 def _sequences(mask: TreeMask, heads_per_key: int) -> tuple[_Sequences, _Sequences | None]:
@@ -168,10 +176,19 @@ def _sequences(mask: TreeMask, heads_per_key: int) -> tuple[_Sequences, _Sequenc
         index = concatenated_ranges(ranges.start[of_first], (ranges.end - ranges.start)[of_first])
         count = num_keys[groups.first]
         index = index[concatenated_ranges(np.cumsum(count) - count, groups.num_shared)]
-        shared = _Sequences(np.append(pieces.start[groups.first], plan.length), _borders(groups.num_shared), index)
+        shared = _with_keys(_Sequences(start[np.append(groups.first, -1)], _borders(groups.num_shared), index))
         ranges, num_keys = own, num_keys - groups.of_pieces(len(pieces.start))
     index = concatenated_ranges(ranges.start, ranges.end - ranges.start)
     return _Sequences(start, _borders(num_keys), index), shared
+
+
+def _with_keys(shared: _Sequences) -> _Sequences | None:
+    """Leave out sequences without keys at both ends: the first run of a tree, often half of it, has none."""
+    (kept,) = np.nonzero(np.diff(shared.key_borders))
+    if not len(kept):
+        return None
+    borders = slice(kept[0], kept[-1] + 2)
+    return _Sequences(shared.start[borders], shared.key_borders[borders], shared.key_index)
 
 
 def _groups_of_one_call(pieces: Pieces, ranges: KeyRanges, num_keys: Ints, heads_per_key: int, length: int) -> Groups:
@@ -214,15 +231,6 @@ def _cached_for_later(slots: LayerSlots | None) -> Ints:
     return np.concatenate([np.arange(first, last) for first, last, _ in slots.cached_for_later])
 
 
-def _without_keys(shared: _Sequences | None) -> Ints:
-    """For each query, whether its group shares no keys; nothing where all groups share some."""
-    is_empty = np.empty(0, bool) if shared is None else np.diff(shared.key_borders) == 0
-    if not is_empty.any():
-        return np.empty(0, np.int64)
-    assert shared is not None, "it has groups"
-    return np.repeat(is_empty, np.diff(shared.start)).astype(np.int64)
-
-
 def _make_pass(
     path: _Sequences | None, group: _Sequences | None, heads_per_key: int, window: int | None, moved: Iterator[Tensor]
 ) -> VarlenPass:
@@ -230,16 +238,18 @@ def _make_pass(
     index = next(moved)
 
     def make_call(sequences: _Sequences, heads: int, window: int | None, is_causal: bool) -> VarlenCall:
+        queries, keys, without_keys = next(moved), next(moved), next(moved)
         return VarlenCall(
             start=int(sequences.start[0]),
             end=int(sequences.start[-1]),
-            cu_seqlens_q=next(moved),
-            cu_seqlens_k=next(moved),
+            cu_seqlens_q=queries,
+            cu_seqlens_k=keys,
             max_seqlen_q=int(np.diff(sequences.start).max()) * heads,
             max_seqlen_k=int(np.diff(sequences.key_borders).max()),
             num_keys=len(sequences.key_index),
             window=window,
             is_causal=is_causal,
+            without_keys=without_keys.bool().view(-1, 1, 1, 1) if len(without_keys) else None,
         )
 
     own = None if path is None else make_call(path, 1, window, is_causal=True)
