@@ -6,8 +6,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, inject_adapter_in_model
 from trl.trainer.utils import add_fused_lm_head
 
-from support.exact_pairs import float64_head
-from support.float64_comparison import CHECKPOINTING, assert_same_loss_and_gradients, gradients_of
+from support.float64_comparison import CHECKPOINTING, assert_same_loss_and_gradients, float64_head, gradients_of
 from support.image_chats import CHATS, image_chat, image_collator
 from support.image_models import FAMILIES, image_model, loader
 from trl_singlepass.engine.enable import enable_images, enable_tree

@@ -1,9 +1,12 @@
 """Compare loss and gradients with N-pass in float64, to the tolerance that the project promises."""
 
+from contextlib import contextmanager
 from functools import partial
 
+import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
+from trl.kernels import ChunkedLogProbFunction
 
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.enable import enable_tree
@@ -58,6 +61,23 @@ def in_float64(function):
     return forced
 
 
+class Float64LogProbs(ChunkedLogProbFunction):
+    """TRL's fused head with a backward pass in float64; TRL accumulates in float32."""
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        with ForcedFloat64():
+            return ChunkedLogProbFunction.backward(ctx, *gradients)
+
+
+@contextmanager
+def float64_head():
+    """Run TRL's fused head in float64 within a block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trl.trainer.utils._ChunkedLogProbFunction", Float64LogProbs)
+        yield
+
+
 def one_row_each(sample_sets):
     """Return one row per sample set, with the tree of its samples."""
     return [Row.from_tree(PrefixTree.from_samples(samples)) for samples in sample_sets]
@@ -68,7 +88,7 @@ def forward(model, sample_sets, pad_to_multiple_of=None, rows_of=one_row_each):
     rows = [row.columns() for row in rows_of(sample_sets)]
     batch = DataCollatorForSinglePass(pad_token_id=0, pad_to_multiple_of=pad_to_multiple_of)(rows)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
-    if getattr(model.config, "output_router_logits", False):
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
         inputs["output_router_logits"] = True
     with row_context(batch["tree"]):
         return model(**inputs, use_cache=False), batch
@@ -85,8 +105,9 @@ def single_pass_loss(model, sample_sets, pad_to_multiple_of=None, rows_of=one_ro
         else (labels != -100).to(nll.dtype)
     )
     loss = (nll * weights).sum() / weights.sum()
-    if getattr(model.config, "output_router_logits", False):
-        loss = loss + model.config.router_aux_loss_coef * outputs.aux_loss
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        loss = loss + config.router_aux_loss_coef * outputs.aux_loss
     return loss
 
 
