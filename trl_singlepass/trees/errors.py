@@ -5,10 +5,10 @@ class DataError(ValueError):
     """Something in a dataset that cannot be trained."""
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first 300 characters of an error's text in one line, as a sentence."""
+def first_line(error: BaseException, length: int = 300) -> str:
+    """Return the first `length` characters of an error's text in one line, as a sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return as_sentence(text if len(text) <= 300 else text[:299] + "…")
+    return as_sentence(text if len(text) <= length else text[: length - 1] + "…")
 
 
 def as_sentence(text: str) -> str:
