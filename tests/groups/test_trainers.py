@@ -63,12 +63,29 @@ def assert_equal(both, tmp_path, model, tokenizer, own=None, **settings):
 MORE = [(RLOO, "qwen3_vl"), (GRPO, "qwen3_5"), (GRPO, "gemma3"), (GRPO, "idefics3"), (GRPO, "llava")]
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
 TWICE = {"num_iterations": 2, "steps_per_generation": 2}
+ADAPTERS = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+WAVES = {"wave_tokens": 32}
+# Settings of both trainers, and of ours alone.
+CASES = [
+    (GRPO, {"loss_type": "dapo"}, {}),
+    (GRPO, {"loss_type": "bnpo"}, {}),
+    (GRPO, {"beta": 0.04, **TWICE}, {}),
+    (GRPO, {"importance_sampling_level": "sequence", "beta": 0.04}, {}),
+    (GRPO, {"top_entropy_quantile": 0.5, "entropy_coef": 0.1}, {}),
+    (GRPO, {"temperature": 0.7, "steps_per_generation": 4}, {}),
+    # The policy without its adapters is the reference; layers run again in the backward.
+    (GRPO, {"peft_config": ADAPTERS, "beta": 0.04, "gradient_checkpointing": True}, {}),
+    (GRPO, {"beta": 0.04, "entropy_coef": 0.1}, {"max_row_tokens": 120}),
+    (GRPO, {"beta": 0.04, "entropy_coef": 0.1}, WAVES),
+    (RLOO, {}, {}),
+    (RLOO, {}, WAVES),
+]
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "bnpo"])
-def test_losses(tmp_path, folder, tokenizer, loss_type):
-    ours = assert_equal(GRPO, tmp_path, folder, tokenizer, loss_type=loss_type)
-    assert min(logged(ours, "sharing_factor")) > 1.3
+@pytest.mark.parametrize(("both", "settings", "own"), CASES)
+def test_three_steps(tmp_path, folder, tokenizer, both, settings, own):
+    ours = assert_equal(both, tmp_path, folder, tokenizer, own, **settings)
+    assert own or "loss_type" not in settings or min(logged(ours, "sharing_factor")) > 1.3
 
 
 @pytest.mark.slow
@@ -80,27 +97,6 @@ def test_all_of_them(tmp_path, folder, tokenizer, both, loss_type, beta, iterati
     settings = {} if loss_type is None else {"loss_type": loss_type}
     settings |= {"beta": beta, "gradient_accumulation_steps": accumulation, **iterations}
     assert_equal(both, tmp_path, folder, tokenizer, **settings)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"beta": 0.04, **TWICE},
-        {"importance_sampling_level": "sequence", "beta": 0.04},
-        {"top_entropy_quantile": 0.5, "entropy_coef": 0.1},
-        {"temperature": 0.7, "steps_per_generation": 4},
-    ],
-    ids=lambda settings: next(iter(settings)),
-)
-def test_settings(tmp_path, folder, tokenizer, settings):
-    assert_equal(GRPO, tmp_path, folder, tokenizer, **settings)
-
-
-def test_adapters_and_checkpointing(tmp_path, folder, tokenizer):
-    """The policy without its adapters is the reference; layers run again in the backward."""
-    adapters = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
-    settings = {"peft_config": adapters, "beta": 0.04, "gradient_checkpointing": True}
-    assert_equal(GRPO, tmp_path, folder, tokenizer, **settings)
 
 
 def generated_elsewhere(kind):
@@ -126,16 +122,6 @@ def test_what_vllm_generates_is_corrected(tmp_path, folder, tokenizer, mode):
     both = tuple(map(generated_elsewhere, GRPO))
     ours = assert_equal(both, tmp_path, folder, tokenizer, vllm_importance_sampling_mode=mode)
     assert logged(ours, "sampling/importance_sampling_ratio/max")[0] != 1
-
-
-@pytest.mark.parametrize("own", [{"max_row_tokens": 120}, {"wave_tokens": 32}], ids=lambda own: next(iter(own)))
-def test_rows_and_waves(tmp_path, folder, tokenizer, own):
-    assert_equal(GRPO, tmp_path, folder, tokenizer, own, beta=0.04, entropy_coef=0.1)
-
-
-@pytest.mark.parametrize("own", [{}, {"wave_tokens": 32}], ids=["at once", "waves"])
-def test_rloo(tmp_path, folder, tokenizer, own):
-    assert_equal(RLOO, tmp_path, folder, tokenizer, own)
 
 
 @pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss", "qwen3_5_text"])

@@ -1,20 +1,5 @@
 """Conversations with reasoning and tool calls in all the forms of datasets, and the texts of their samples."""
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "add",
-            "description": "Add two numbers.",
-            "parameters": {
-                "type": "object",
-                "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
-                "required": ["a", "b"],
-            },
-        },
-    }
-]
-
 
 def chat(turns, seed=0):
     """Return the messages of a chat with this many user turns, each answered with reasoning."""
@@ -89,6 +74,7 @@ def tool(name, parameter):
     return tool_with(name, {parameter: {"type": "string", "description": parameter}}, [parameter])
 
 
+TOOLS = [tool_with("add", {"a": {"type": "number"}, "b": {"type": "number"}}, ["a", "b"])]
 AGENT_TOOLS = [tool("find_city", "city"), tool("read_user", "user_id")]
 CHAT = [
     {"role": "user", "content": "Which one is it?"},

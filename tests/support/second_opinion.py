@@ -9,22 +9,10 @@ import pytest
 
 from support.chat_templates import HARD_TEMPLATES
 from support.chat_tokenizers import make_tokenizer, template_names
+from support.conversations import tool
 
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "lookup",
-            "description": "Looks up.",
-            "parameters": {
-                "type": "object",
-                "properties": {"key": {"type": "string", "description": "What"}},
-                "required": ["key"],
-            },
-        },
-    }
-]
+TOOLS = [tool("lookup", "key")]
 # Tokens at which the models of TRL's templates stop, where they are not the tokenizer's EOS token.
 STOPS = {
     "gptoss": ("<|return|>", "<|call|>"),

@@ -393,24 +393,13 @@ def train(settings):
     evaluation = trainer.evaluate() if settings.get("evaluate") else {}
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # ZeRO-3 gathers it on rank 0
     state = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
-    by_rank = {
-        "seen": of_all_ranks(sorted(SEEN.items())),
-        "waves_by_rank": of_all_ranks(logged(trainer, "num_waves")),
-    }
+    seen, waves = of_all_ranks(sorted(SEEN.items())), of_all_ranks(logged(trainer, "num_waves"))
     if trainer.accelerator.is_main_process:
         result = Path(settings["result"])
         torch.save({name: value.cpu() for name, value in state.items()}, result.with_suffix(".pt"))
-        result.with_suffix(".json").write_text(
-            json.dumps(
-                {
-                    **summary(trainer),
-                    **by_rank,
-                    "evaluation": evaluation,
-                    "exchanged": exchanged[0],
-                    "refused": refused,
-                }
-            )
-        )
+        found = {"evaluation": evaluation, "exchanged": exchanged[0], "refused": refused}
+        found |= {**summary(trainer), "seen": seen, "waves_by_rank": waves}
+        result.with_suffix(".json").write_text(json.dumps(found))
 
 
 def main(settings):
