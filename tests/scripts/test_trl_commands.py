@@ -103,7 +103,15 @@ def test_commands_of_trls_docstring_train_on_pairs(model, pairs, trained, tmp_pa
     for split in ("train", "test"):
         Path("data", f"{split}.jsonl").write_text(pairs.read_text())
     here = ["--model_name_or_path", model, "--dataset_name", "data", "--save_strategy", "no", "--dtype", "float32"]
-    arguments = [*shlex.split(command.replace("\\\n", " ")), *HERE, *here, "--eval_steps", "2"]
+    arguments = [
+        *shlex.split(command.replace("\\\n", " ")),
+        *HERE,
+        *here,
+        "--eval_steps",
+        "2",
+        "--logging_steps",
+        "25",
+    ]
     dpo.main(*dpo.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False))
     (trainer,) = trained
     assert trainer.state.global_step == 2
