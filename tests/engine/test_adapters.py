@@ -31,12 +31,9 @@ from support.planted_layers import plant, qwen3_model
 from support.slow import slow_but_for
 from support.tiny_models import tiny_model
 from support.trainers import float32_model, largest_difference, parameters, single_pass_trainer, train_both
-from support.tree_checks import TEXT, checked
+from support.tree_checks import PRECISIONS, TEXT, checked
 from trl_singlepass import SinglePassDPOConfig, SinglePassSFTConfig
-from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.check.checked_model import TreeCheckError
-from trl_singlepass.engine.check.tree_check import TreeCheck
-from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.training import refusals
 from trl_singlepass.training.situation import Situation
 
@@ -124,23 +121,16 @@ def text_with(tokens):
     return text
 
 
-def check_on(model, text):
-    enable_tree(model)
-    return TreeCheck(model, DataCollatorForSinglePass(0)).run(text)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_check_finds_alora_where_its_tokens_are(dtype):
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_the_check_finds_alora_where_its_tokens_are(precision):
     """Its parameters have no effect yet; where none of the tokens is in the row, no measurement can see it."""
     label = "LoraConfig(alora_invocation_tokens=…)"
-    model = adapted(label, qwen3_model(dtype))
-    text = text_with(INVOCATION)
-    report = check_on(model, text)
+    report = checked(adapted(label, qwen3_model()), precision, text_with(INVOCATION))
     assert not report.ok
-    if dtype == torch.float32:
+    if precision == torch.float32:
         assert "q_proj (Linear)" in report.where
     assert report.adapters == "LoraConfig"
-    assert check_on(adapted(label, qwen3_model(dtype)), TEXT[~np.isin(TEXT, INVOCATION)]).ok
+    assert checked(adapted(label, qwen3_model()), precision, TEXT[~np.isin(TEXT, INVOCATION)]).ok
 
 
 @pytest.mark.parametrize("label", ["LilyConfig", "ShadowConfig"])

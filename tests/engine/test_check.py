@@ -10,16 +10,13 @@ from support.planted_layers import PLANTED, plant, qwen3_model
 from support.sample_sets import reasoning_chat
 from support.tiny_models import FAMILIES, HYBRIDS, model_of_type
 from support.tiny_models import tiny_model as family_model
-from support.tree_checks import TEXT, checked
+from support.tree_checks import AUTOCAST, PRECISIONS, TEXT, checked
 from trl_singlepass import check_tree, enable_tree
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.check.tree_check import TreeCheck
 from trl_singlepass.engine.model_call import takes_trees
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
-
-
-DTYPES = [torch.float32, torch.bfloat16]
 
 
 def state_of(model):
@@ -30,24 +27,24 @@ def state_of(model):
 # Right models --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_right_models_pass(family, dtype):
-    report = checked(family_model(family, dtype=dtype))
+def test_right_models_pass(family, precision):
+    report = checked(family_model(family), precision)
     assert report.ok, report.reason
     assert report.leak == 0
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("family", ["qwen3_5_text", "bamba", "lfm2", "jamba", "deepseek_v32", "recurrent_gemma"])
-def test_hybrids_pass(family, dtype):
+def test_hybrids_pass(family, precision):
     assert family in HYBRIDS
-    report = checked(model_of_type(family).to(dtype))
+    report = checked(model_of_type(family), precision)
     assert report.ok, report.reason
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_router_at_rounding_distance_is_no_failure(dtype):
     """All experts of a router are within a rounding of each other, so that two forwards pick different ones."""
     model = family_model("qwen3-moe", dtype=dtype)
@@ -64,13 +61,16 @@ def test_a_router_at_rounding_distance_is_no_failure(dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "strength"),
-    [(torch.float32, 1.0), (torch.bfloat16, 1.0), pytest.param(torch.bfloat16, 0.1, marks=pytest.mark.slow)],
+    ("precision", "strength"),
+    [
+        *((precision, 1.0) for precision in PRECISIONS),
+        *(pytest.param(precision, 0.1, marks=pytest.mark.slow) for precision in (torch.bfloat16, AUTOCAST)),
+    ],
 )
 @pytest.mark.parametrize("name", PLANTED)
-def test_planted_layers_are_found(name, dtype, strength):
-    model, place = plant(qwen3_model(dtype), name, strength)
-    report = checked(model)
+def test_planted_layers_are_found(name, precision, strength):
+    model, place = plant(qwen3_model(), name, strength)
+    report = checked(model, precision)
     assert not report.ok
     if strength == 1:
         assert report.where.startswith(f"{place} ({name})")

@@ -7,9 +7,7 @@ import transformers
 
 from support.model_survey import TEXT_MODELS, read_page
 from support.tiny_models import model_of_type
-from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.engine.check.tree_check import TreeCheck
-from trl_singlepass.engine.enable import enable_tree
+from support.tree_checks import PRECISIONS, checked
 
 
 FAMILIES = sorted(
@@ -23,10 +21,10 @@ FLOAT32_ONLY = ("inkling2_loop_text", "inkling2_text")
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_random_models_of_a_family_pass(family, dtype):
-    if dtype is torch.bfloat16 and family in FLOAT32_ONLY:
+def test_random_models_of_a_family_pass(family, precision):
+    if precision is torch.bfloat16 and family in FLOAT32_ONLY:
         pytest.skip("transformers does not run it in bfloat16")
     for seed, scale in enumerate(SCALES):
         transformers.set_seed(seed)
@@ -34,8 +32,5 @@ def test_random_models_of_a_family_pass(family, dtype):
         for parameter in model.parameters():
             if scale is not None and parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=scale)
-        model = model.to(dtype)
-        enable_tree(model)
-        text = np.random.default_rng(seed).integers(3, 90, 200)
-        report = TreeCheck(model, DataCollatorForSinglePass(0)).run(text)
+        report = checked(model, precision, np.random.default_rng(seed).integers(3, 90, 200))
         assert report.ok, f"seed {seed}: {report.reason}; {report}"

@@ -69,33 +69,33 @@ class CheckedModel:
 
     # Ways to run the row ---------------------------------------------------------------------------------------------
 
-    def tree_logits(self, row: CheckRow, factors: Tensor | None = None) -> Tensor:
-        """Return the outputs of a row as a tree, `(T, V)`; with factors of the embeddings of its tokens, `(T,)`."""
-        factors = None if factors is None else factors[None]
+    def tree_logits(self, row: CheckRow, changes: Tensor | None = None) -> Tensor:
+        """Return the outputs of a row as a tree, `(T, V)`; with relative changes of its embeddings, `(T,)`."""
+        changes = None if changes is None else changes[None]
         batch: Batch = self.collator([row.row.columns()])
         device = get_device(self.base)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         if self.group is None:
             inputs = send_to_device(inputs | {"tree": batch["tree"].handled()}, device)
-            with self._embeddings_times(factors):
+            with self._embeddings_changed(changes):
                 logits: Tensor = self.module(**inputs, use_cache=False).logits[0]
             return logits[: len(row.row)].float()
-        factors = None if factors is None else self.group.pad_and_part(factors)
+        changes = None if changes is None else self.group.pad_and_part(changes)
         length = self.group.padded_length(len(row.row))
         batch = send_to_device(pad_batch(batch, length, self.collator.pad_token_id), device)
         names = ("input_ids", "position_ids", "attention_mask")  # rows with images are not shared
-        with running_on(as_tree(batch["tree"], self.group)), self._embeddings_times(factors):
+        with running_on(as_tree(batch["tree"], self.group)), self._embeddings_changed(changes):
             own = self.module(**{name: self.group.part(batch[name]) for name in names}, use_cache=False).logits
         return self.group.gather(own)[0, : len(row.row)].float()
 
-    def sample_logits(self, row: CheckRow, factors: Tensor | None = None) -> Tensor:
+    def sample_logits(self, row: CheckRow, changes: Tensor | None = None) -> Tensor:
         """Return the outputs of the separate samples, `(N, S, V)`: side by side in a batch, with images one by one."""
         one_by_one = row.row.image_features is not None
         outputs = []
         for chosen in [[i] for i in range(len(row.paths))] if one_by_one else [list(range(len(row.paths)))]:
             samples = [row.samples[i] for i in chosen]
             inputs = sample_inputs(self.base, samples, self.collator.load_images)
-            with self._embeddings_times(None if factors is None else factors[torch.as_tensor(row.paths[chosen])]):
+            with self._embeddings_changed(None if changes is None else changes[torch.as_tensor(row.paths[chosen])]):
                 outputs.append(self.module(**inputs, use_cache=False).logits.float())
         return torch.cat(outputs)
 
@@ -139,22 +139,32 @@ class CheckedModel:
             yield
 
     @contextmanager
-    def _embeddings_times(self, factors: Tensor | None) -> Iterator[None]:
-        """Multiply what the embedding layer returns by a factor for each token, `(batch, length)`."""
-        if factors is None:
+    def _embeddings_changed(self, changes: Tensor | None) -> Iterator[None]:
+        """
+        Change what the embedding layer returns, by a relative change for each token, `(batch, length)`.
+
+        It increases some channels and decreases the others: a norm would undo a change of all of them.
+        """
+        if changes is None:
             yield
             return
 
-        def multiply(module: nn.Module, args: object, output: Tensor) -> Tensor:
-            if output.shape[:-1] != factors.shape:  # of codes that stand for images
+        def change(module: nn.Module, args: object, output: Tensor) -> Tensor:
+            if output.shape[:-1] != changes.shape:  # of codes that stand for images
                 return output
-            return (output.double() * factors[..., None].to(output.device)).to(output.dtype)
+            factors = 1 + changes[..., None] * random_signs(output.shape[-1])
+            return (output.double() * factors.to(output.device)).to(output.dtype)
 
-        handle = self.base.get_input_embeddings().register_forward_hook(multiply)
+        handle = self.base.get_input_embeddings().register_forward_hook(change)
         try:
             yield
         finally:
             handle.remove()
+
+
+def random_signs(length: int) -> Tensor:
+    """Return 1 or -1 for each of so many, drawn at random and always the same, `(length,)`, float64."""
+    return torch.randint(0, 2, (length,), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
 
 
 def unwrapped(model: Any) -> Any:

@@ -63,7 +63,11 @@ def mixing_module(model: Any, run: Callable[[CheckRow], Tensor], row: CheckRow) 
 
 @torch.no_grad()
 def differing_module(
-    model: Any, run: Callable[[CheckRow], Tensor], run_separately: Callable[[CheckRow], Tensor], row: CheckRow
+    model: Any,
+    run: Callable[[CheckRow], Tensor],
+    run_separately: Callable[[CheckRow], Tensor],
+    row: CheckRow,
+    rounding_error: float,
 ) -> str | None:
     """Return the first module whose outputs differ on a tree though its inputs do not, and the first such token."""
     paths = torch.as_tensor(row.paths)
@@ -81,8 +85,7 @@ def differing_module(
         if other is None or errors is None:
             continue
         given = None if call.given is None or other.given is None else _errors(call.given, other.given, paths)
-        epsilon = torch.finfo(call.returned.dtype).eps
-        ratio = float(errors.max()) / max(epsilon, 0.0 if given is None else float(given.max()))
+        ratio = float(errors.max()) / max(rounding_error, 0.0 if given is None else float(given.max()))
         if ratio > worst:
             token = int(row.paths.flatten()[int((errors > errors.max() / 4).nonzero()[0, 0])])
             worst, found = ratio, _sentence(call, "returns something else for", token, row)
