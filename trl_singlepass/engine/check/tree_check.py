@@ -223,8 +223,9 @@ def _rms(errors: Tensor) -> float:
 
 MOST_SYSTEMATIC = 0.6
 """
-Mean cosine along a sample of two differences with other rounding errors. What is wrong in a model has 0.95 or more; of
-right ones, those have the most, up to 0.47, whose attention is uniform: all averages over as many tokens round alike.
+Mean cosine along a sample of two differences with other rounding errors. Models that are wrong at every token have
+0.95 or more; those that are wrong at a few have less, but differ by more than noise. Right models have up to 0.56
+where attention is nearly uniform: all averages over the same number of tokens are rounded alike.
 """
 
 
