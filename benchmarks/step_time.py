@@ -39,7 +39,7 @@ from trl_singlepass.trees.rows import TreePlan
 
 
 RESULTS = Path(__file__).parent / "results"
-# With more tokens than this (8 turns), all samples at once need over 4 GB of activations, and are never the fastest.
+# With more tokens than this (8 turns), all samples at once need too much memory for activations.
 MOST_TOKENS_AT_ONCE = 10_000
 # The C library keeps memory that is freed. By default, it returns large blocks to Linux, which clears and maps them
 # anew for the next tensor, which costs a row more than a sample, since its tensors are larger.
