@@ -202,7 +202,7 @@ def shape_cost(row: Row, config: Qwen3Config) -> float:
     pairs = sum(
         int((depths + 1 if window is None else (depths + 1).clamp(max=window)).sum()) for window in shape.windows
     )
-    targets = int((row.labels != -100).sum())
+    targets = int((row.token_parts > 0).sum())
     forward = 2 * shape.matrix_parameters * len(row) + 4 * shape.attention_width * pairs
     return 3.0 * (forward + 2 * config.hidden_size * config.vocab_size * targets)
 

@@ -92,9 +92,13 @@ class Prepared:
 
 def _counted(row: dict[str, Any], shape: ModelShape) -> tuple[int, int]:
     """Return trained tokens and operations, without padding, of a tree or a plain sequence."""
-    is_tree = "subtree_end" in row
-    depths = TreePlan.from_rows([Row.from_columns(row)]).depths() if is_tree else np.arange(len(row["input_ids"]))
-    cost = single_pass_cost([SimpleNamespace(position_ids=depths, labels=np.asarray(row["labels"]))], shape)
+    if "subtree_end" in row:
+        tree = Row.from_columns(row)
+        plan = TreePlan.from_rows([tree])
+        depths, labels = plan.depths(), tree.targets(plan).labels
+    else:
+        depths, labels = np.arange(len(row["input_ids"])), np.asarray(row["labels"])
+    cost = single_pass_cost([SimpleNamespace(position_ids=depths, labels=labels)], shape)
     return cost.targets, cost.flops
 
 

@@ -11,7 +11,9 @@ from support.conversations import chat
 from support.malformed_examples import HELLO, HI, SHAREGPT
 from support.trainers import as_dataset, columns_of_rows, single_pass_trainer, stock_trainer
 from trl_singlepass.data.dataset_format import holds_turns
+from trl_singlepass.data.preparation import prepare_dataset
 from trl_singlepass.rendering.samples import RenderingError
+from trl_singlepass.training.compatibility import check_pairs
 
 
 GOOD = {"messages": chat(2)}
@@ -178,3 +180,15 @@ def test_a_transformed_dataset_is_known_by_what_comes_out_of_it(tmp_path, tokeni
     assert not holds_turns(dataset)
     with pytest.raises(ValueError, match="with_transform"):
         single_pass_trainer(tmp_path, tokenizer, as_dataset([GOOD]).with_transform(lambda batch: batch))
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["stored", "streamed"])
+def test_rows_of_another_version_are_refused(tokenizer, tmp_path, streamed):
+    rows = prepare_dataset(as_dataset([chat(2)]), tokenizer)
+    former = rows.rename_columns({"token_parts": "labels", "token_weights": "loss_weights"})
+    former = former.to_iterable_dataset() if streamed else former
+    with pytest.raises(ValueError, match="another version") as refusal:
+        single_pass_trainer(tmp_path, tokenizer, former)
+    assert "token_parts" in str(refusal.value)
+    with pytest.raises(ValueError, match="another version"):
+        check_pairs(former, "train")

@@ -93,15 +93,15 @@ def test_nothing_is_copied_where_each_conversation_is_a_row(tmp_path, tokenizer,
 @pytest.mark.parametrize("streamed", [False, True], ids=["stored", "streamed"])
 def test_a_column_with_the_name_of_one_of_rows_gives_way_and_is_named(tokenizer, streamed, caplog):
     logging.Logger.warning_once.cache_clear()
-    taken = {"labels": "good", "num_tokens": 3, "image_features": [1], "conversation": "a", "kept": 1}
+    taken = {"token_parts": "good", "num_tokens": 3, "image_features": [1], "conversation": "a", "kept": 1}
     given = datasets.Dataset.from_list([{**CONVERSATIONS[0], **taken}])
     (row,) = prepare(given.to_iterable_dataset() if streamed else given, tokenizer)
     (alone,) = prepare(datasets.Dataset.from_list(CONVERSATIONS[:1]), tokenizer)
-    assert list(row["labels"]) == alone["labels"]
+    assert list(row["token_parts"]) == alone["token_parts"]
     assert (row["conversation"], row["kept"]) == ("a", 1)
     assert "image_features" not in row
     (message,) = (record.message for record in caplog.records if "lacks" in record.message)
-    assert all(name in message for name in ("labels", "num_tokens", "image_features"))
+    assert all(name in message for name in ("token_parts", "num_tokens", "image_features"))
 
 
 def test_stored_log_probabilities_of_a_reference_are_not_taken_for_those_of_this_one(tokenizer):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from support.chat_tokenizers import make_tokenizer
 from support.pairs import TRAJECTORIES, pair
+from support.prefix_tree_reference import labels_of
 from support.preparation import pair_to_columns
 from support.sample_sets import sample_sets, with_system
 from support.trainers import dpo_trainer
@@ -33,7 +34,8 @@ def turns_by_reading_paths(packed):
     turns = {}
     for turn, positions in packed.positions.items():
         row = packed.row
-        completion = [int(row.labels[position + 1]) for position in positions]
+        labels = labels_of(row)
+        completion = [labels[position + 1] for position in positions]
         context = [int(row.input_ids[j]) for j in range(positions[0] + 1) if row.subtree_end[j] > positions[0]]
         turns[tuple(turn)] = context, completion
     return turns
@@ -53,7 +55,8 @@ def expected_turns(pairs):
 
 def paths_to_targets(row, positions):
     """Return, for each position that predicts a target, the tokens on its path and the target."""
-    return [(row.input_ids[: p + 1][row.subtree_end[: p + 1] > p].tolist(), int(row.labels[p + 1])) for p in positions]
+    labels = labels_of(row)
+    return [(row.input_ids[: p + 1][row.subtree_end[: p + 1] > p].tolist(), labels[p + 1]) for p in positions]
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])

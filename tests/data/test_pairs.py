@@ -6,12 +6,14 @@ import pytest
 
 from support.conversations import AGENT_TOOLS, chat, tool_chat
 from support.pairs import pair, pair_with_shared_turns
+from support.prefix_tree_reference import labels_of
 from support.preparation import pair_to_columns, prepare_pairs
 from trl_singlepass.data.bad_rows import BadRowError, BadRows
 from trl_singlepass.data.pairs import PAIR_COLUMNS, example_to_pair
 from trl_singlepass.data.settings import PairSettings
 from trl_singlepass.rendering.conversation import RenderingError
 from trl_singlepass.trees.errors import DataError
+from trl_singlepass.trees.rows import Row
 
 
 def turns_by_hand(example, side, tokenizer, **kwargs):
@@ -36,7 +38,8 @@ def as_texts(side, tokenizer):
 
 def targets(row, side):
     """The trained tokens of a trajectory, read off its row."""
-    return [int(row["labels"][position + 1]) for position in row[f"{side}_positions"]]
+    labels = labels_of(Row.from_columns(row))
+    return [labels[position + 1] for position in row[f"{side}_positions"]]
 
 
 def prepared(examples, tokenizer, settings=None, **kwargs):

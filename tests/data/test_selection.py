@@ -12,6 +12,7 @@ from trl_singlepass import render_samples
 from trl_singlepass.data.selection import fit_samples, parse_train_turns, select_turns
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.trees.prefix_tree import PrefixTree
+from trl_singlepass.trees.rows import Row
 from trl_singlepass.trees.sample import Sample
 
 
@@ -68,7 +69,7 @@ def test_a_dataset_loses_no_token_that_its_report_does_not_count(tokenizer, boun
     )
     samples = [sample for messages in CHATS for sample in render_samples(messages, tokenizer)]
     given_tokens = sum(float(sample.loss_weights.sum()) for sample in samples)
-    assert sum(map(sum, rows["loss_weights"])) == report["num_trained_tokens"]
+    assert sum(Row.from_columns(row).token_weights.sum() for row in rows) == report["num_trained_tokens"]
     assert report["num_trained_tokens"] + report["num_cut_tokens"] == given_tokens
     assert report["num_turns"] == len(samples)
     bound = min(bounds.values())

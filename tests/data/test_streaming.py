@@ -53,9 +53,9 @@ def trained(rows):
     """What rows train: how often each target is trained, by its token; the same for any packing of them."""
     counts = Counter()
     for row in map(Row.from_columns, rows):
-        for target, weight in zip(row.labels, row.loss_weights, strict=True):
-            if target != -100:
-                counts[int(target)] += float(weight)
+        for token, weight in zip(row.input_ids, row.token_weights, strict=True):
+            if weight > 0:
+                counts[int(token)] += float(weight)
     return counts
 
 

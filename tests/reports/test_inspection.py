@@ -62,7 +62,7 @@ def test_weights_are_those_of_the_samples():
     for sample, path in zip(inspection.samples, inspection.paths, strict=True):
         np.testing.assert_array_equal(inspection.tree.input_ids[path], sample.token_ids)
         trained[path] += sample.loss_weights
-    np.testing.assert_array_equal(inspection.weights, trained)
+    np.testing.assert_array_equal(inspection.tree.token_weights, trained)
 
 
 def test_targets_are_the_tokens_that_follow_on_a_trained_path():
@@ -116,6 +116,6 @@ def test_page_holds_every_turn_and_needs_nothing_else():
         assert [int(inspection.tree.input_ids[i]) for i in positions] == sample.token_ids.tolist()
         assert (turn["prompt"], turn["reasoning"]) == (sample.prompt_length, sample.reasoning_length)
     assert data["end"] == inspection.tree.subtree_end.tolist()
-    assert data["weight"] == inspection.weights.tolist()
+    assert data["weight"] == inspection.tree.token_weights.tolist()
     assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)|@import|url\(", page)
     assert "default-src 'none'" in page

@@ -40,14 +40,23 @@ def prefixes(input_ids, subtree_end):
     return [tuple(int(input_ids[j]) for j in sorted(above)) for above in ancestors(subtree_end)]
 
 
+def labels_of(row):
+    """Return the label behind each position of a row, -100 if none: the trained token whose parent is before it."""
+    labels = [-100] * len(row.input_ids)
+    for position, above in enumerate(ancestors(row.subtree_end)):
+        if row.token_weights[position] > 0:
+            labels[max(above - {position}) + 1] = int(row.input_ids[position])
+    return labels
+
+
 def contents(row):
     """Return `{(prefix, target): weight}` and `{prefix: multiplicity}` of a row, whatever its layout."""
     targets, multiplicity = {}, {}
     paths = prefixes(row.input_ids, row.subtree_end)
     for position, path in enumerate(paths):
         multiplicity[path] = multiplicity.get(path, 0) + int(row.multiplicity[position])
-    for position, target in enumerate(row.labels[1:]):
-        if target != -100:
-            key = (paths[position], int(target))
-            targets[key] = targets.get(key, 0) + float(row.loss_weights[position + 1])
+    for path, weight in zip(paths, row.token_weights, strict=True):
+        if weight > 0:
+            key = (path[:-1], path[-1])
+            targets[key] = targets.get(key, 0) + float(weight)
     return targets, multiplicity

@@ -254,8 +254,8 @@ def build_trainer(settings):
 def untrained(example, index, silent_rows):
     """Return a prepared row, without targets if its index is among the silent rows."""
     if index in silent_rows:
-        example["labels"] = [-100] * len(example["labels"])
-        example["loss_weights"] = [0.0] * len(example["labels"])
+        example["token_parts"] = [0] * len(example["token_parts"])
+        example["token_weights"] = []
     return example
 
 

@@ -17,7 +17,7 @@ from trl_singlepass.data.conversations import example_to_samples
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.training.metrics import NUM_TURNS
 from trl_singlepass.trees.prefix_tree import PrefixTree, sample_paths
-from trl_singlepass.trees.rows import Row
+from trl_singlepass.trees.rows import Row, TreePlan
 from trl_singlepass.trees.sample import PARTS, Sample
 from trl_singlepass.trees.sharing import merge_rows
 
@@ -50,7 +50,7 @@ def test_every_label_is_part_of_the_first_sample_that_trains_it(samples):
     expected = np.zeros(len(tree), np.int64)
     for label, part in parts_of_first_sample(samples, sample_paths(tree, samples)).items():
         expected[label] = part
-    assert tree.label_parts.tolist() == expected.tolist()
+    assert tree.targets.label_parts.tolist() == expected.tolist()
 
 
 @given(sample_sets(), st.integers(1, 6))
@@ -58,12 +58,12 @@ def test_rows_that_share_a_beginning_keep_the_parts_of_their_labels(samples, sam
     samples = with_turns(samples)
     starts = range(0, len(samples), samples_per_row)
     rows = [Row.from_tree(PrefixTree.from_samples(samples[start : start + samples_per_row])) for start in starts]
-    assert targets_of(merge_rows(rows)) == targets_of(PrefixTree.from_samples(samples))
+    assert targets_of(merge_rows(rows)) == targets_of(Row.from_tree(PrefixTree.from_samples(samples)))
 
 
 def targets_of(row):
     """Targets with their weights and parts; equally shared branches may lie in another order."""
-    return sorted(zip(row.labels.tolist(), row.loss_weights.tolist(), row.label_parts.tolist(), strict=True))
+    return sorted(zip(*row.targets(TreePlan.from_subtree_end(row.subtree_end)), strict=True))
 
 
 def test_parts_of_a_sample():

@@ -26,12 +26,12 @@ NESTED = [Sample([1, 2, *rest], [0, 1, 1, 1], 1) for rest in ([3, 4], [3, 5], [6
 
 def targets_of(tree):
     """`{(prefix, target): weight}` as a row that shifts its labels by one would train them."""
-    path = prefixes(tree.input_ids, tree.subtree_end)
+    path, targets = prefixes(tree.input_ids, tree.subtree_end), tree.targets
     found = {}
-    for position in np.flatnonzero(tree.labels != -100) - 1:
-        key = path[position], int(tree.labels[position + 1])
+    for position in np.flatnonzero(targets.labels != -100) - 1:
+        key = path[position], int(targets.labels[position + 1])
         assert key not in found, "a target is trained from one position only"
-        found[key] = float(tree.loss_weights[position + 1])
+        found[key] = float(targets.loss_weights[position + 1])
     return found
 
 

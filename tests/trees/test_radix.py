@@ -46,7 +46,7 @@ def merged_apart(samples):
 @given(conversations())
 def test_the_tree_is_that_of_separate_samples(samples):
     tree, expected = PrefixTree.from_samples(samples), merged_apart(samples)
-    for name in ("input_ids", "subtree_end", "labels", "loss_weights", "label_parts", "multiplicity", "position_ids"):
+    for name in ("input_ids", "subtree_end", "token_weights", "token_parts", "multiplicity", "position_ids"):
         assert getattr(tree, name).tolist() == getattr(expected, name).tolist(), name
     assert tree.segments == expected.segments
     merger = SampleMerger()

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.prefix_tree_reference import ancestors, prefixes
+from support.prefix_tree_reference import ancestors, labels_of, prefixes
 from support.sample_sets import sample_sets
 from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.trees.rows import ROW_COLUMNS, Row, Run, TreePlan, tree_ends
@@ -16,8 +16,11 @@ def test_rows_keep_their_trees_apart(sets):
     row = Row.join([Row.from_tree(tree) for tree in trees])
     expected = [path for tree in trees for path in prefixes(tree.input_ids, tree.subtree_end)]
     assert prefixes(row.input_ids, row.subtree_end) == expected
-    assert row.loss_weights.tolist() == np.concatenate([tree.loss_weights for tree in trees]).tolist()
-    assert Row.from_columns(row.columns()).labels.tolist() == row.labels.tolist()
+    assert row.token_weights.tolist() == np.concatenate([tree.token_weights for tree in trees]).tolist()
+    assert all(
+        np.array_equal(getattr(Row.from_columns(row.columns()), name), getattr(row, name)) for name in ROW_COLUMNS
+    )
+    assert row.targets(TreePlan.from_subtree_end(row.subtree_end)).labels.tolist() == labels_of(row)
     parts = row.split()
     assert all(tree_ends(part.subtree_end) == [len(part)] for part in parts)
     assert all(np.array_equal(getattr(Row.join(parts), name), getattr(row, name)) for name in ROW_COLUMNS)

@@ -31,5 +31,5 @@ def test_the_order_of_conversations_changes_nothing(sets, random):
 @given(sample_sets())
 def test_what_is_shareable_costs_nothing_twice(samples):
     row = Row.from_tree(PrefixTree.from_samples(samples))
-    length = shareable_length(row.labels, row.subtree_end)
+    length = shareable_length(row.token_weights > 0, row.subtree_end)
     assert len(merge_rows([row, row])) <= 2 * len(row) - length

@@ -21,12 +21,12 @@ from .rows import PreparedRow
 logger = get_logger(__name__)
 
 # Part of the fingerprint under which rows are cached: raise it when the same examples become other rows.
-ROWS_VERSION = 7
+ROWS_VERSION = 8
 
 COST_COLUMNS = ("num_tokens", "num_pairs")
 _DTYPES = dict.fromkeys(ROW_COLUMNS, "int32") | {
-    "loss_weights": "float32",
-    **dict.fromkeys(("label_parts", "multiplicity"), "uint16"),  # 21,844 turns, 65,535 samples through one token
+    "token_weights": "float32",
+    **dict.fromkeys(("token_parts", "multiplicity"), "uint16"),  # 21,844 turns, 65,535 samples through one token
 }
 _SOURCE = {
     **{name: Value("string") for name in ("dataset", "path")},
@@ -63,14 +63,15 @@ def row_features(labels: Sequence[str] = (), *, has_images: bool = False) -> Fea
 
 def to_columns(rows: Sequence[PreparedRow], labels: Sequence[str] = (), *, has_images: bool) -> dict[str, list[Any]]:
     """Return rows as columns, those of images among them if the dataset has any."""
-    columns: dict[str, list[Any]] = {name: [getattr(each.row, name) for each in rows] for name in ROW_COLUMNS}
+    of_rows = [each.row.columns() for each in rows]
+    columns: dict[str, list[Any]] = {name: [of_row[name] for of_row in of_rows] for name in ROW_COLUMNS}
     if has_images:
         columns["image_features"] = [each.row.all_image_features().astype("int32") for each in rows]
         columns["image_references"] = [[asdict(image) for image in each.row.images] for each in rows]
     for label in labels:
-        of_rows = [each.targets.get(label, ()) for each in rows]
-        columns[position_column(label)] = [np.concatenate([np.empty(0, np.int64), *turns]) for turns in of_rows]
-        columns[length_column(label)] = [np.array([len(turn) for turn in turns], np.int64) for turns in of_rows]
+        targets = [each.targets.get(label, ()) for each in rows]
+        columns[position_column(label)] = [np.concatenate([np.empty(0, np.int64), *turns]) for turns in targets]
+        columns[length_column(label)] = [np.array([len(turn) for turn in turns], np.int64) for turns in targets]
     return {name: columns[name] for name in (*row_columns(labels), *columns)}
 
 

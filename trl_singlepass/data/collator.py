@@ -74,13 +74,14 @@ class DataCollatorForSinglePass:
             rows += _padding_rows(-sum(map(len, rows)) % self.pad_to_multiple_of, self.pad_token_id)
         row = Row.join(rows)
         plan = TreePlan.from_rows(rows, row)
-        depth, has_weights = _as_batch(plan.depths()), (row.loss_weights[row.labels != IGNORE_INDEX] != 1).any()
+        depth, targets = _as_batch(plan.depths()), row.targets(plan)
+        has_weights = (targets.loss_weights[targets.labels != IGNORE_INDEX] != 1).any()
         tree = RowTree(
             plan,
             _as_batch(row.subtree_end),
             depth,
-            _as_batch(row.label_parts),
-            _as_batch(row.loss_weights).float() if has_weights else None,
+            _as_batch(targets.label_parts),
+            _as_batch(targets.loss_weights).float() if has_weights else None,
             None if row.image_features is None else _as_batch(row.image_features),
             row.images,
         )
@@ -88,7 +89,7 @@ class DataCollatorForSinglePass:
             "input_ids": _as_batch(row.input_ids),
             "position_ids": depth,
             "attention_mask": _as_batch(row.multiplicity),
-            "labels": _as_batch(row.labels),
+            "labels": _as_batch(targets.labels),
             "tree": tree,
         }
         return batch if row.image_features is None else batch | self._image_inputs(row, plan)
@@ -190,9 +191,8 @@ def _padding_rows(num_tokens: int, pad_token_id: int) -> list[Row]:
         Row(
             input_ids=np.full(num_tokens, pad_token_id),
             subtree_end=np.full(num_tokens, num_tokens),
-            labels=np.full(num_tokens, IGNORE_INDEX),
-            loss_weights=np.zeros(num_tokens),
-            label_parts=np.zeros(num_tokens, np.int64),
+            token_parts=np.zeros(num_tokens, np.int64),
+            token_weights=np.zeros(num_tokens),
             multiplicity=np.zeros(num_tokens, np.int64),
         )
     ]

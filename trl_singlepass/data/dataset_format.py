@@ -19,6 +19,7 @@ from .tokenized_turns import get_tokenized_turns, is_single_turn
 # Examples that are looked at: a stream may not tell the types of its columns.
 _NUM_FIRST = 10
 EXAMPLE = "example"
+_OWN_COLUMN = "subtree_end"  # of rows of all versions
 
 
 class _ColumnType(StrEnum):
@@ -28,8 +29,17 @@ class _ColumnType(StrEnum):
 
 
 def holds_rows(column_names: Iterable[str]) -> bool:
-    """Return whether a dataset with these columns has been prepared already."""
-    return set(ROW_COLUMNS) <= set(column_names)
+    """
+    Return whether a dataset with these columns has been prepared already; one that another version prepared, with
+    columns that this one does not read, is a `ValueError`.
+    """
+    columns = set(column_names)
+    if _OWN_COLUMN in columns and not set(ROW_COLUMNS) <= columns:
+        raise ValueError(
+            f"The dataset was prepared by another version of trl-singlepass: its rows lack "
+            f"{sorted(set(ROW_COLUMNS) - columns)}. Prepare it again, from its messages."
+        )
+    return set(ROW_COLUMNS) <= columns
 
 
 def holds_turns(dataset: object, *, text_field: str = "text", name: str = "train") -> bool:

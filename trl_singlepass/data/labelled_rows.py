@@ -12,7 +12,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from ..trees.prefix_tree import find_paths
-from ..trees.rows import Row, tree_ends
+from ..trees.rows import Row, TreePlan, tree_ends
 from ..trees.sharing import group_by_beginning, merge_to_tree
 from .arrow import length_column, position_column
 from .packing import assign
@@ -138,8 +138,9 @@ def _merge(parts: Sequence[PackedRow]) -> PackedRow:
     tree, keys = merge_to_tree([part.row for part in parts])
     turns = [(part, of_part, turn) for part, of_part in zip(parts, keys, strict=True) for turn in part.positions]
     paths = [part.path_to(turn) for part, _, turn in turns]
+    labels = {id(part): part.row.targets(TreePlan.from_subtree_end(part.row.subtree_end)).labels for part in parts}
     tokens = [
-        np.append(of_part[path], part.row.labels[path[-1] + 1])
+        np.append(of_part[path], labels[id(part)][path[-1] + 1])
         for (part, of_part, _), path in zip(turns, paths, strict=True)
     ]
     positions = {

@@ -59,9 +59,10 @@ def pack_dataset(rows: Dataset, max_row_tokens: int, *, num_proc: int | None = N
 
 
 def _assign_table(table: pa.Table, max_row_tokens: int) -> pa.Table:
-    input_ids, labels, subtree_end = (table[name] for name in ("input_ids", "labels", "subtree_end"))
-    lengths = table["num_tokens"].to_numpy()
-    shareable = [shareable_length(read_list(labels, i), read_list(subtree_end, i)) for i in range(len(lengths))]
+    input_ids, lengths = table["input_ids"], table["num_tokens"].to_numpy()
+    shareable = [
+        shareable_length(_is_trained(table, i), read_list(table["subtree_end"], i)) for i in range(len(lengths))
+    ]
     keys = _PrefixKeys()
 
     def prefix(i: int) -> NDArray[np.integer]:
@@ -72,6 +73,11 @@ def _assign_table(table: pa.Table, max_row_tokens: int) -> pa.Table:
 
     members = assign_to_rows(lengths, prefix, max_row_tokens)
     return pa.table({"members": pa.array(members, pa.list_(pa.int64()))})
+
+
+def _is_trained(table: pa.Table, index: int) -> NDArray[np.bool_]:
+    weights = read_list(table["token_weights"], index)  # none where all that are trained have weight 1
+    return (weights if len(weights) else read_list(table["token_parts"], index)) > 0
 
 
 class _PrefixKeys:
@@ -93,7 +99,7 @@ def pack_rows(rows: Sequence[Row], max_row_tokens: int) -> list[Row]:
 
 def assign(rows: Sequence[Row], max_row_tokens: int) -> list[list[int]]:
     """Return the numbers of the rows that share each packed row; arguments as for [`pack_rows`]."""
-    shareable = [shareable_length(row.labels, row.subtree_end) for row in rows]
+    shareable = [shareable_length(row.token_weights > 0, row.subtree_end) for row in rows]
     keys = _PrefixKeys()
 
     def prefix(i: int) -> NDArray[np.integer]:

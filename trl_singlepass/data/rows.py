@@ -132,11 +132,11 @@ def _split(samples: Sequence[Sample], max_row_tokens: int | None) -> list[list[S
 
 def target_positions(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np.int64]]:
     """Return, for each sample of a tree, the positions that predict its trained tokens."""
-    positions = []
+    positions, labels = [], tree.labels
     for sample, path in zip(samples, sample_paths(tree, samples), strict=True):
         trained = np.flatnonzero(sample.loss_weights)
         predicting = path[trained - 1]
-        assert np.array_equal(tree.labels[predicting + 1], sample.token_ids[trained]), "every target has its place"
+        assert np.array_equal(labels[predicting + 1], sample.token_ids[trained]), "every target has its place"
         positions.append(predicting)
     return positions
 

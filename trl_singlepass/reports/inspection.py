@@ -74,7 +74,6 @@ class Inspection:
     texts: tuple[str, ...]  # of each token; of an image, its number at its first token and nothing at the others
     roles: tuple[TokenRole, ...]  # what each token is part of; in prompts, as far as special tokens tell
     targets: tuple[str | None, ...]  # text that each token has to predict; `None` if it has no target
-    weights: NDArray[np.float64]  # with which each token is predicted from the one before it on its path, or 0
     num_chosen: int | None = None  # of a pair, how many turns belong to the chosen trajectory, which comes first
 
     @classmethod
@@ -95,8 +94,7 @@ class Inspection:
             for position in path[reasoning_end:]:
                 roles[position] = TokenRole.ANSWER
         targets = tuple(token_texts.get(label) for label in [*tree.labels[1:].tolist(), IGNORE_INDEX])
-        weights = incoming_weights(tree, plan)
-        return cls(tuple(samples), tree, plan, tuple(paths), texts, tuple(roles), targets, weights, num_chosen)
+        return cls(tuple(samples), tree, plan, tuple(paths), texts, tuple(roles), targets, num_chosen)
 
     @property
     def summary(self) -> str:
@@ -131,17 +129,6 @@ def _with_images_named(texts: list[str], tree: PrefixTree) -> tuple[str, ...]:
         is_first = feature == 0 or owners[feature - 1] != owners[feature]
         texts[position] = f"[image {owners[feature] + 1}]" if is_first else ""
     return tuple(texts)
-
-
-def incoming_weights(tree: PrefixTree, plan: TreePlan) -> NDArray[np.float64]:
-    """Return the weight with which each token is predicted from the token before it on its path."""
-    # The target of a token is the label at the next position of the layout, even if its child is laid out elsewhere.
-    source = np.arange(len(tree))
-    for run in plan.runs[1:]:
-        source[run.start] = run.prefix[-1][1] if run.prefix else 0
-    trained = tree.labels[source] == tree.input_ids
-    weights: NDArray[np.float64] = np.where(trained, tree.loss_weights[source], 0.0)
-    return weights
 
 
 def _roles(tree: PrefixTree, plan: TreePlan, texts: Sequence[str], added: set[int]) -> list[TokenRole]:
@@ -182,8 +169,8 @@ def render_inspection(inspection: Inspection) -> RenderableType:
 def _segment(inspection: Inspection, start: int, end: int, depth: int) -> RenderableType:
     turns = inspection.turns_through(start)
     shared = f"shared by turns {_format_numbers(turns)}" if len(turns) > 1 else f"turn {turns[0]} only"
-    trained = inspection.weights[start:end] > 0
-    weights = sorted(set(inspection.weights[start:end][trained].tolist()))
+    trained = inspection.tree.token_weights[start:end] > 0
+    weights = sorted(set(inspection.tree.token_weights[start:end][trained].tolist()))
     shown = " to ".join(f"{weight:g}" for weight in dict.fromkeys((*weights[:1], *weights[-1:])))
     content = f"{int(trained.sum())} trained, weight {shown}" if weights else "context"
     ends = [turn for turn in turns if inspection.paths[turn - 1][-1] == end - 1]
@@ -197,7 +184,7 @@ def _segment(inspection: Inspection, start: int, end: int, depth: int) -> Render
     text = Text(overflow="fold")
     for position, piece in _visible_tokens(inspection, start, end):
         role = _STYLES[inspection.roles[position]]
-        text.append(piece, style=f"{role} underline" if inspection.weights[position] > 0 else role)
+        text.append(piece, style=f"{role} underline" if inspection.tree.token_weights[position] > 0 else role)
     return Group(title, text)
 
 

@@ -121,7 +121,7 @@ def _data(inspection: Inspection) -> dict[str, object]:
         "text": list(inspection.texts),
         "role": [roles.index(role) for role in inspection.roles],
         "roles": roles,
-        "weight": inspection.weights.tolist(),
+        "weight": inspection.tree.token_weights.tolist(),
         "target": list(inspection.targets),
         "depth": tree.position_ids.tolist(),
         "end": tree.subtree_end.tolist(),

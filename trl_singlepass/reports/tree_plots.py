@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from ..data.bad_rows import count_of
 from ..trees.prefix_tree import PrefixTree
 from ..trees.rows import Run, TreePlan
-from .inspection import incoming_weights
 
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class _Lanes:
     @classmethod
     def from_tree(cls, tree: PrefixTree) -> _Lanes:
         plan = TreePlan.from_subtree_end(tree.subtree_end)
-        trained = incoming_weights(tree, plan) > 0
+        trained = tree.token_weights > 0
         return cls(tree, plan.runs, trained, _sample_ends(tree, plan.runs, trained))
 
     @property

@@ -12,7 +12,7 @@ from transformers import DataCollator, PreTrainedModel
 from trl import DPOConfig, SFTConfig
 
 from ..data.collator import DataCollatorForSinglePass, check_collator
-from ..data.dataset_format import check_is_dataset, column_names
+from ..data.dataset_format import check_is_dataset, column_names, holds_rows
 from ..data.images import holds_images
 from ..data.pairs import PAIR_COLUMNS, SIDES, TOKEN_COLUMNS
 from ..engine.enable import check_model, check_not_compiled, enable_images
@@ -74,7 +74,8 @@ def check_arguments(
 def check_pairs(dataset: Dataset | IterableDataset, name: str) -> None:
     """Refuse a dataset that holds no pairs."""
     columns = set(column_names(check_is_dataset(dataset, name)))
-    if not any(set(expected) <= columns for expected in (SIDES, TOKEN_COLUMNS, PAIR_COLUMNS)):
+    holds_pairs = holds_rows(columns) and set(PAIR_COLUMNS) <= columns
+    if not (holds_pairs or any(set(expected) <= columns for expected in (SIDES, TOKEN_COLUMNS))):
         raise ValueError(
             f"The {name} dataset holds no pairs: expected the columns 'prompt', 'chosen' and 'rejected', or 'chosen' "
             f"and 'rejected' that begin alike, got {sorted(columns)}. Rename its columns. SinglePassSFTTrainer and "

@@ -242,9 +242,8 @@ def blank_batch(collator: DataCollatorForSinglePass) -> Batch:
     row = Row(
         input_ids=tokens + collator.pad_token_id,
         subtree_end=tokens + 2,
-        labels=tokens + IGNORE_INDEX,
-        loss_weights=np.zeros(2),
-        label_parts=tokens,
+        token_parts=tokens,
+        token_weights=np.zeros(2),
         # The load-balancing loss of experts is a mean over them, even where it has no effect.
         multiplicity=tokens + 1,
         image_features=None if collator.blank_image is None else tokens + NO_FEATURE,

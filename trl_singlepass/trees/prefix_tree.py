@@ -29,6 +29,22 @@ class Segment:
     num_samples: int  # samples that pass through the segment (its multiplicity)
 
 
+class Targets(NamedTuple):
+    """
+    What each position of a row must predict, rolled by one: entry `i + 1` is about what position `i` predicts, so that
+    a loss that shifts labels by one sees the right pairs. Nothing is predicted by entry 0.
+
+    All arrays have shape `(num_tokens,)`.
+    """
+
+    labels: NDArray[np.int64]
+    """Token that is predicted, -100 if there is none."""
+    loss_weights: NDArray[np.float64]
+    """Factor of the loss of each label, 0 without one."""
+    label_parts: NDArray[np.int64]
+    """What each label belongs to ([`Sample.token_parts`]), 0 without one."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefixTree:
     """
@@ -49,6 +65,7 @@ class PrefixTree:
         input_ids       1     2     4     5     2     3
         position_ids    0     1     2     3     1     2
         subtree_end     6     4     4     4     6     6
+        token_weights   0     0     1     1     0     1
         labels       -100  -100     4     5  -100     3
         multiplicity    2     1     1     1     1     1
 
@@ -61,13 +78,10 @@ class PrefixTree:
             Depth of each token, as RoPE needs it.
         subtree_end (`numpy.ndarray` of `numpy.int64`):
             Position just past the last descendant of each token.
-        labels (`numpy.ndarray` of `numpy.int64`):
-            Rolled targets: `labels[i + 1]` is what position `i` must predict, -100 if nothing, so that a loss that
-            shifts labels by one sees the right pairs. `labels[0]` is -100.
-        loss_weights (`numpy.ndarray` of `numpy.float64`):
-            Factor of the loss of each label; 0 where the label is -100.
-        label_parts (`numpy.ndarray` of `numpy.int64`):
-            What each label belongs to ([`Sample.token_parts`]); 0 where the label is -100.
+        token_parts (`numpy.ndarray` of `numpy.int64`):
+            What each token belongs to ([`Sample.token_parts`]), 0 if it is not trained.
+        token_weights (`numpy.ndarray` of `numpy.float64`):
+            Factor of the loss of predicting each token from the one before it on its path; 0 if it is not trained.
         multiplicity (`numpy.ndarray` of `numpy.int64`):
             Number of samples that pass through each token.
         segments (`tuple[Segment, ...]`):
@@ -84,9 +98,8 @@ class PrefixTree:
     input_ids: NDArray[np.int64]
     position_ids: NDArray[np.int64]
     subtree_end: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    loss_weights: NDArray[np.float64]
-    label_parts: NDArray[np.int64]
+    token_parts: NDArray[np.int64]
+    token_weights: NDArray[np.float64]
     multiplicity: NDArray[np.int64]
     segments: tuple[Segment, ...]
     image_features: NDArray[np.int64] | None = None
@@ -119,6 +132,21 @@ class PrefixTree:
         return len(self.input_ids)
 
     @property
+    def targets(self) -> Targets:
+        """What each position must predict."""
+        forks = [
+            (each.start, self.segments[each.parent].end)
+            for each in self.segments
+            if each.parent >= 0 and each.start != self.segments[each.parent].end
+        ]
+        return roll_targets(self.input_ids, self.token_parts, self.token_weights, forks)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Rolled labels ([`Targets`]), shape `(num_tokens,)`."""
+        return self.targets.labels
+
+    @property
     def num_sample_tokens(self) -> int:
         """Number of tokens in all samples: what N-pass computes."""
         return int(self.multiplicity.sum())
@@ -140,11 +168,7 @@ def _images_of(samples: Sequence[Sample]) -> tuple[ImageReference, ...] | None:
 
 def lay_out(root: RadixNode, images: tuple[ImageReference, ...] | None = None) -> PrefixTree:
     """Return a radix tree laid out in one token sequence; this changes the radix tree."""
-    nodes, parents, targets = [], [], []
-    for node, parent in depth_first(root):
-        nodes.append(node)
-        parents.append(parent)
-        targets.append(_target_after(node))
+    nodes, parents = zip(*depth_first(root), strict=True)
     lengths = np.array([len(node.tokens) for node in nodes])
     ends = np.cumsum(lengths)
     starts = ends - lengths
@@ -158,14 +182,14 @@ def lay_out(root: RadixNode, images: tuple[ImageReference, ...] | None = None) -
     counts = np.array([node.num_samples for node in nodes])
     keys = np.concatenate([node.tokens for node in nodes])
     input_ids = tokens_of(keys)
-    labels, loss_weights, label_parts = _roll_labels(nodes, targets, input_ids, starts, ends)
+    weights = np.concatenate([node.weights for node in nodes])
+    parts = np.concatenate([node.parts for node in nodes])
     return PrefixTree(
         input_ids=input_ids,
         position_ids=np.arange(len(input_ids)) + np.repeat(depths - starts, lengths),
         subtree_end=np.repeat(last_descendant, lengths),
-        labels=labels,
-        loss_weights=loss_weights,
-        label_parts=label_parts,
+        token_parts=np.where(weights > 0, parts, 0),
+        token_weights=weights,
         multiplicity=np.repeat(counts, lengths),
         segments=tuple(map(Segment, parents, starts.tolist(), ends.tolist(), depths.tolist(), counts.tolist())),
         image_features=None if images is None else features_of(keys),
@@ -173,41 +197,32 @@ def lay_out(root: RadixNode, images: tuple[ImageReference, ...] | None = None) -
     )
 
 
-class _Target(NamedTuple):
-    token: int
-    weight: float
-    part: int
-
-
-_NO_TARGET = _Target(IGNORE_INDEX, 0.0, 0)
-
-
-def _target_after(node: RadixNode) -> _Target:
-    """Return the target of a node's last token, which its children hold."""
-    trained = [child for child in node.children if child.weights[0] > 0]
-    if not trained:
-        return _NO_TARGET
-    assert len({child.tokens[0] for child in trained}) == 1, "colliding targets must have been forked"
-    weight = float(sum(child.weights[0] for child in trained))
-    return _Target(int(tokens_of(trained[0].tokens[:1])[0]), weight, int(trained[0].parts[0]))
-
-
-def _roll_labels(
-    nodes: list[RadixNode],
-    targets: list[_Target],
+def roll_targets(
     input_ids: NDArray[np.int64],
-    starts: NDArray[np.int64],
-    ends: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    loss_weights = np.concatenate([node.weights for node in nodes])
-    labels = np.where(loss_weights > 0, input_ids, IGNORE_INDEX)
-    parts = np.where(loss_weights > 0, np.concatenate([node.parts for node in nodes]), 0)
-    # What predicts the first token of a node is the node before it, whose children may be several.
-    labels[starts], loss_weights[starts], parts[starts] = _NO_TARGET
-    for target, end in zip(targets, ends, strict=True):
-        if target.weight > 0:  # a node with a trained child is never the last one, so `end` is a valid position
-            labels[end], loss_weights[end], parts[end] = target
-    return labels, loss_weights, parts
+    token_parts: NDArray[np.int64],
+    token_weights: NDArray[np.float64],
+    forks: Sequence[tuple[int, int]],
+) -> Targets:
+    """
+    Return what each position of a row must predict, from which of its tokens are trained.
+
+    The arrays have shape `(num_tokens,)`. `forks` holds, for each branch, the position of its first token and the one
+    just past the token that it continues. With `forks = [(4, 1)]`, the token at 4 follows the one at 0, so its label
+    stands at 1. If the token at 1 is trained too, both are the same token, stored once for each target that follows,
+    and their weights add up.
+    """
+    is_trained = token_weights > 0
+    labels = np.where(is_trained, input_ids, IGNORE_INDEX)
+    weights, parts = token_weights.copy(), token_parts.copy()
+    starts, places = np.array(forks, np.int64).reshape(-1, 2).T
+    labels[starts] = IGNORE_INDEX
+    weights[starts] = parts[starts] = 0
+    for start, place in zip(starts[is_trained[starts]], places[is_trained[starts]], strict=True):
+        assert labels[place] in (IGNORE_INDEX, input_ids[start]), "colliding targets must have been forked"
+        labels[place] = input_ids[start]
+        weights[place] += token_weights[start]
+        parts[place] = parts[place] or token_parts[start]
+    return Targets(labels, weights, parts)
 
 
 def sample_paths(tree: PrefixTree, samples: Sequence[Sample]) -> list[NDArray[np.int64]]:

@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .image_features import NO_FEATURE, FeatureNumbers, ImageReference, without_unused
-from .prefix_tree import PrefixTree
+from .prefix_tree import PrefixTree, Targets, roll_targets
 
 
 Ranges = tuple[tuple[int, int], ...]
 """Half-open ranges of positions."""
 
-ROW_COLUMNS = ("input_ids", "subtree_end", "labels", "loss_weights", "label_parts", "multiplicity")
+ROW_COLUMNS = ("input_ids", "subtree_end", "token_parts", "token_weights", "multiplicity")
+_INTEGERS = tuple(name for name in ROW_COLUMNS if name != "token_weights")
 IMAGE_COLUMNS = ("image_features", "image_references")
 """Further columns of a dataset with images."""
 
@@ -34,9 +35,8 @@ class Row:
 
     input_ids: NDArray[np.int64]
     subtree_end: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    loss_weights: NDArray[np.float64]
-    label_parts: NDArray[np.int64]
+    token_parts: NDArray[np.int64]
+    token_weights: NDArray[np.float64]
     multiplicity: NDArray[np.int64]
     image_features: NDArray[np.int64] | None = None
     images: tuple[ImageReference, ...] = ()
@@ -53,8 +53,9 @@ class Row:
     @classmethod
     def from_columns(cls, columns: Mapping[str, Any]) -> Row:
         """Return the row that a dataset holds in `ROW_COLUMNS`, and in `IMAGE_COLUMNS` if it has images."""
-        arrays: dict[str, Any] = {name: np.asarray(columns[name], np.int64) for name in ROW_COLUMNS}
-        arrays["loss_weights"] = np.asarray(columns["loss_weights"], np.float64)
+        weights = np.asarray(columns["token_weights"], np.float64)
+        arrays: dict[str, Any] = {name: np.asarray(columns[name], np.int64) for name in _INTEGERS}
+        arrays["token_weights"] = weights if len(weights) else (arrays["token_parts"] > 0).astype(np.float64)
         row = cls(**arrays)
         if columns.get("image_features") is None:
             return row
@@ -85,8 +86,10 @@ class Row:
         return trees
 
     def columns(self) -> dict[str, Any]:
-        """Return the row as dataset columns."""
+        """Return the row as dataset columns. That of weights is empty where every trained token has weight 1."""
         columns = {name: getattr(self, name) for name in ROW_COLUMNS}
+        if np.array_equal(self.token_weights, self.token_parts > 0):
+            columns["token_weights"] = np.empty(0)
         if self.image_features is None:
             return columns
         return {
@@ -94,6 +97,11 @@ class Row:
             "image_features": self.image_features,
             "image_references": [asdict(image) for image in self.images],
         }
+
+    def targets(self, plan: TreePlan) -> Targets:
+        """Return what each position of the row must predict, given the plan of the row."""
+        forks = [(run.start, run.prefix[-1][1]) for run in plan.runs if run.prefix]
+        return roll_targets(self.input_ids, self.token_parts, self.token_weights, forks)
 
     def all_image_features(self) -> NDArray[np.int64]:
         """Return the feature that each token shows; -1 for all tokens of a row without images."""

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .image_features import image_of_feature, to_keys
-from .prefix_tree import IGNORE_INDEX, PrefixTree, lay_out
+from .prefix_tree import PrefixTree, lay_out
 from .radix import RadixNode
-from .rows import Row, number_images_together
+from .rows import Row, TreePlan, number_images_together
 
 
 # Shorter prefixes are repeated: attention to a shared prefix costs more than computing the tokens again.
@@ -36,20 +36,20 @@ def group_by_beginning(rows: Sequence[Row]) -> list[list[int]]:
     return list(groups.values())
 
 
-def shareable_length(labels: NDArray[np.integer], subtree_end: NDArray[np.integer]) -> int:
+def shareable_length(is_trained: NDArray[np.bool_], subtree_end: NDArray[np.int64]) -> int:
     """
     Return how many tokens at the start of a row are guaranteed shareable with a row that begins with the same tokens.
 
     These are the tokens before the first fork and before the first one with a target: where two rows train different
-    targets from one position, its token is stored twice. With `labels = [-100, -100, -100, 7, 8]` in a row without
-    forks, position 2 has the first target, and 2 tokens can be shared. Both arrays have shape `(num_tokens,)`.
+    targets from one position, its token is stored twice. With `is_trained = [0, 0, 0, 1, 1]` in a row without forks,
+    position 2 has the first target, and 2 tokens can be shared. Both arrays have shape `(num_tokens,)`.
     """
-    if len(labels) == 0:
+    if len(is_trained) == 0:
         return 0
-    has_target = labels[1:] != IGNORE_INDEX
-    is_leaf = subtree_end == np.arange(1, len(subtree_end) + 1)
-    first_target = int(has_target.argmax()) if has_target.any() else len(labels)
-    return min(first_target, int(is_leaf.argmax()) + 1)
+    first, *branches = TreePlan.from_subtree_end(subtree_end).runs
+    trained = np.flatnonzero(is_trained[: first.end])[:1].tolist()
+    trained += [run.prefix[-1][1] for run in branches if run.prefix and is_trained[run.start]]
+    return min(first.end, *(place - 1 for place in trained)) if trained else first.end
 
 
 def merge_rows(rows: Sequence[Row]) -> Row:
@@ -71,7 +71,7 @@ def merge_to_tree(rows: Sequence[Row]) -> tuple[PrefixTree, list[NDArray[np.int6
 
 def _beginning(row: Row) -> bytes | None:
     """Return the first tokens of a row as a key, or `None` if it can share fewer than `MIN_SHARED_TOKENS`."""
-    if shareable_length(row.labels, row.subtree_end) < MIN_SHARED_TOKENS:
+    if shareable_length(row.token_weights > 0, row.subtree_end) < MIN_SHARED_TOKENS:
         return None
     tokens = row.input_ids[:MIN_SHARED_TOKENS].tobytes()
     shown = row.all_image_features()[:MIN_SHARED_TOKENS]
@@ -85,7 +85,7 @@ def _to_radix_trees(row: Row, keys: NDArray[np.int64], index: int) -> list[Radix
     starts = [0, *(np.flatnonzero(changes) + 1).tolist()]
     ends = [*starts[1:], len(row)]
     parents = _parents(row.subtree_end, starts)
-    weights, parts = _unroll_targets(row, starts, ends, parents)
+    weights, parts = row.token_weights, row.token_parts
     nodes = [
         RadixNode(keys[start:end], weights[start:end], parts[start:end], int(row.multiplicity[start]), index)
         for start, end in zip(starts, ends, strict=True)
@@ -107,25 +107,3 @@ def _parents(subtree_end: NDArray[np.int64], starts: list[int]) -> list[int]:
         parents.append(path[-1] if path else -1)
         path.append(index)
     return parents
-
-
-def _unroll_targets(
-    row: Row, starts: list[int], ends: list[int], parents: list[int]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """
-    Return the loss weight of predicting each token, and what the token belongs to.
-
-    The label of a segment's first token stands behind the last token of its parent, which several children share: it
-    is that of the first child that begins with the label.
-    """
-    weights, parts = row.loss_weights.copy(), row.label_parts.copy()
-    weights[starts] = parts[starts] = 0
-    waiting = {end for end in ends if end < len(row) and row.labels[end] != IGNORE_INDEX}
-    for start, parent in zip(starts, parents, strict=True):
-        if parent < 0 or ends[parent] not in waiting:
-            continue
-        target = ends[parent]
-        if row.labels[target] == row.input_ids[start]:
-            weights[start], parts[start] = row.loss_weights[target], row.label_parts[target]
-            waiting.discard(target)
-    return weights, parts

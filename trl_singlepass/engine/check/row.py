@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...trees.image_features import NO_FEATURE, ImageReference
-from ...trees.prefix_tree import IGNORE_INDEX
 from ...trees.rows import Row
 from ...trees.sample import Sample
 
@@ -91,9 +90,8 @@ class CheckRow:
         row = Row(
             input_ids=np.concatenate([tokens[name] for name in _PARTS]),
             subtree_end=np.repeat([last[name] for name in _PARTS], [len(tokens[name]) for name in _PARTS]),
-            labels=np.full(length, IGNORE_INDEX),
-            loss_weights=np.zeros(length),
-            label_parts=np.zeros(length, np.int64),
+            token_parts=np.zeros(length, np.int64),
+            token_weights=np.zeros(length),
             multiplicity=np.ones(length, np.int64),
             image_features=features,
             images=tuple(image.image for image in shown),
