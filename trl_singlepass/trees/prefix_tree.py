@@ -207,21 +207,17 @@ def roll_targets(
     Return what each position of a row must predict, from which of its tokens are trained.
 
     The arrays have shape `(num_tokens,)`. `forks` holds, for each branch, the position of its first token and the one
-    just past the token that it continues. With `forks = [(4, 1)]`, the token at 4 follows the one at 0, so its label
-    stands at 1. If the token at 1 is trained too, both are the same token, stored once for each target that follows,
-    and their weights add up.
+    just past the token that it continues. With `forks = [(4, 1)]`, the token at 4 follows the one at 0: if it is
+    trained, its label stands at 1. Of the tokens that continue another one, at most one is trained.
     """
+    starts, places = np.array(forks, np.int64).reshape(-1, 2).T
     is_trained = token_weights > 0
+    places, trained = places[is_trained[starts]], starts[is_trained[starts]]
+    assert not is_trained[places].any(), "colliding targets must have been forked"
     labels = np.where(is_trained, input_ids, IGNORE_INDEX)
     weights, parts = token_weights.copy(), token_parts.copy()
-    starts, places = np.array(forks, np.int64).reshape(-1, 2).T
-    labels[starts] = IGNORE_INDEX
-    weights[starts] = parts[starts] = 0
-    for start, place in zip(starts[is_trained[starts]], places[is_trained[starts]], strict=True):
-        assert labels[place] in (IGNORE_INDEX, input_ids[start]), "colliding targets must have been forked"
-        labels[place] = input_ids[start]
-        weights[place] += token_weights[start]
-        parts[place] = parts[place] or token_parts[start]
+    labels[starts], weights[starts], parts[starts] = IGNORE_INDEX, 0, 0
+    labels[places], weights[places], parts[places] = input_ids[trained], token_weights[trained], token_parts[trained]
     return Targets(labels, weights, parts)
 
 
