@@ -48,6 +48,18 @@ def test_sizes_from_one_token_to_the_row(name):
             assert_waves_equal_npass(without_router_loss(name), [branch_at_every_depth()], [1, 7, length])
 
 
+def run_in_pieces(model):
+    """Run the recurrent layers of a model with trees as those run whose kernels are not known."""
+    for layer in path_dependent_layers(model):
+        layer._row_kernels = None
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "bamba", "lfm2"])
+def test_layers_that_run_piece_by_piece(model_type):
+    for samples, sizes in ((branch_at_every_depth(), [1, 7]), (nested_forks(3, 2), [11])):
+        assert_waves_equal_npass(without_router_loss(model_type), [samples], sizes, run_in_pieces)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", HYBRIDS)
 def test_every_size(model_type):
@@ -124,10 +136,20 @@ def test_what_is_offloaded_trains_the_same(name):
     assert_waves_equal_npass(without_router_loss(name), chats, [7, 40], offload=True)
 
 
-@pytest.mark.parametrize(("model_type", "tokens_per_fork"), [("qwen3_5_text", 1), ("lfm2", 2)])
-def test_only_the_inputs_that_are_replayed_are_stored(model_type, tokens_per_fork):
+@pytest.mark.parametrize(
+    ("model_type", "name", "tokens_per_fork"),
+    [
+        ("qwen3_5_text", "convolution 0", 3),
+        ("qwen3_5_text", "hidden_states", 1),
+        ("lfm2", "convolution 0", 2),
+        ("lfm2", "hidden_states", 2),
+    ],
+)
+def test_only_the_inputs_that_are_replayed_are_stored(model_type, name, tokens_per_fork):
     model = without_router_loss(model_type)
     enable_tree(model)
+    if name == "hidden_states":
+        run_in_pieces(model)
     batch = batch_of([reasoning_chat(4)])
     plan = plan_of(batch, 60)
     _, runner = train_in_waves(model, batch, plan)
@@ -136,7 +158,7 @@ def test_only_the_inputs_that_are_replayed_are_stored(model_type, tokens_per_for
         value.shape[1]
         for layer, tensors in runner.caches[0].inputs_and_states.items()
         for key, value in tensors.values.items()
-        if layer in layers and key == ("hidden_states",)
+        if layer in layers and key == (name,)
     ]
     assert plan.cached_tokens > 30
     assert set(inputs) == {3 * tokens_per_fork}

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from support.float64_comparison import assert_equal_to_npass
+from support.row_training import assert_waves_equal_npass
 from support.sample_sets import branch_at_every_depth, branchy_chat, reasoning_chat
-from support.tiny_models import model_of_type
+from support.tiny_models import model_of_type, without_router_loss
 from support.trainers import needs_cached_states
 from support.tree_masks import tree_of
 from trl_singlepass.recurrent.introspection import find_row_kernels, path_dependent_layers
@@ -29,6 +30,7 @@ def packing(scan):
     """Let one of transformers' scans keep packed sequences apart as fla's do, which needs a GPU: one by one."""
 
     def packed_scan(query, key, value, g, beta, initial_state=None, cu_seqlens=None, **options):
+        packed_scan.num_calls += 1
         if cu_seqlens is None:
             return scan(query, key, value, g=g, beta=beta, initial_state=initial_state, **options)
         assert len(query) == 1
@@ -44,7 +46,7 @@ def packing(scan):
         packed_scan.num_packed_calls += 1
         return torch.cat(outputs, dim=1), None if state is None else torch.cat(states)
 
-    packed_scan.num_packed_calls = 0
+    packed_scan.num_calls = packed_scan.num_packed_calls = 0
     return packed_scan
 
 
@@ -74,14 +76,38 @@ def test_kernels_that_pack(model_type, monkeypatch):
     assert scan.num_packed_calls > 0
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "olmo_hybrid", "kimi_linear"])
+def test_kernels_that_pack_run_at_most_twice_in_a_wave(model_type, monkeypatch):
+    model = without_router_loss(model_type)
+    module = modelling_module(model)
+    name = next(name for name in SCANS if hasattr(module, name))
+    scan = packing(getattr(module, name))
+    monkeypatch.setattr(module, name, scan)
+    runs = []
+
+    def count(model):
+        for layer in path_dependent_layers(model):
+            layer.register_forward_pre_hook(lambda layer, args: runs.append(layer))
+        scan.num_calls = 0
+
+    for samples, size in ((branch_at_every_depth(), 1), (branch_at_every_depth(), 9), (branchy_chat(), 100)):
+        runs.clear()
+        assert_waves_equal_npass(without_router_loss(model_type), [samples], [size], count)
+        assert 0 < scan.num_calls <= 2 * len(runs)
+    assert scan.num_packed_calls > 0
+
+
 def test_a_layer_that_does_not_call_its_scan_is_refused():
-    layer = next(iter(path_dependent_layers(model_of_type("qwen3_5_text"))))
+    layer, mode = next(iter(path_dependent_layers(model_of_type("qwen3_5_text")).items()))
 
     def forward(self, hidden_states, cache=None):
         return causal_conv1d_fn(hidden_states.mT, self.conv1d.weight.squeeze(1)[:32]).mT  # noqa: F821
 
     module = sys.modules[type(layer).__module__]
-    kernels = RowKernels(FunctionType(forward.__code__, vars(module), None, (None,)), "torch_chunk_gated_delta_rule")
+    kernels = RowKernels(
+        FunctionType(forward.__code__, vars(module), None, (None,)), "torch_chunk_gated_delta_rule", mode
+    )
     tree = tree_of([reasoning_chat(2)])
     x = torch.zeros(1, tree.plan.length, 32)
     with pytest.raises(RuntimeError, match=r"did not call \['torch_chunk_gated_delta_rule'\]"):

@@ -183,7 +183,7 @@ class GroupCache:
     def get_boundary_slots(self, mode: ReplayMode) -> BoundarySlots:
         """Return the slots that layers which run this way need."""
         if mode not in self._boundary_slots:
-            self._boundary_slots[mode] = BoundarySlots.from_plans(self._plans, mode.schedule)
+            self._boundary_slots[mode] = BoundarySlots.from_plans(self._plans, mode)
         return self._boundary_slots[mode]
 
     def get_handed_on(self, tokens: RangeMap, wave: Wave) -> SlotRanges:

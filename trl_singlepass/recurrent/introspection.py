@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from types import FunctionType
 
 from torch import nn
@@ -78,7 +79,11 @@ def find_row_kernels(layer: nn.Module, mode: ReplayMode) -> RowKernels | None:
         return None
     if not scans and mode.reach is None:
         return None
-    return RowKernels(forward, scans[0] if scans else None)
+    sizes = [module.kernel_size[0] for module in layer.modules() if isinstance(module, nn.Conv1d)]
+    if not sizes:
+        return None
+    in_waves = replace(mode, reach=max(sizes) - 1, by_kernels=True)
+    return RowKernels(forward, scans[0] if scans else None, in_waves)
 
 
 def path_dependent_layers(model: PreTrainedModel) -> dict[nn.Module, ReplayMode]:

@@ -1,8 +1,9 @@
 """
 A recurrent layer on a tree.
 
-Where only its convolution and scan mix tokens, it runs once over the row ([`row_kernels`]). Any other layer, and every
-layer of a wave, runs piece by piece: its inputs are gathered, and its outputs put in the row's order.
+Where only its convolution and scan mix tokens, it runs once over the row ([`row_kernels`]). Any other layer runs piece
+by piece: its inputs are gathered, and its outputs put in the row's order. So does every layer of a wave that several
+ranks share.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .introspection import DISTANCE, SELECTION, find_row_kernels, path_dependent
 from .layout import Layout
 from .scan_check import check_scan
 from .schedule import Piece, ReplayMode
-from .states import ForkStates, HasBoundary, InputKey, RowBoundary, map_tensors
+from .states import ForkStates, InputKey, RowBoundary, get_boundary, map_tensors
 
 
 def enable_tree_recurrence(model: PreTrainedModel) -> None:
@@ -93,11 +94,11 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run(layer: Any, arguments: Mapping[str, object], tree: Tree) -> Any:
-    layout = _get_layout(tree, layer._replay_mode)
     arguments = {name: False if name == "use_cache" else value for name, value in arguments.items()}
-    if layout.boundary is None and layer._row_kernels is not None:
+    if layer._row_kernels is not None and (tree.group is None or get_boundary(tree, layer._row_kernels.mode) is None):
         unused = {name for name, value in arguments.items() if _carries_tree(value)} | _cache_arguments(layer)
         return layer._row_kernels.run(layer, arguments | dict.fromkeys(unused), tree)
+    layout = _get_layout(tree, layer._replay_mode)
     if tree.group is None:
         return _run_pieces(layer, arguments, layout)
     return _run_gathered(layer, arguments, layout, tree.group)
@@ -186,7 +187,7 @@ def _get_layout(tree: Tree, mode: ReplayMode) -> Layout:
     """Return the layout of a row, shared by all layers that run the same way."""
 
     def make() -> Layout:
-        boundary = tree.get_boundary(mode) if isinstance(tree, HasBoundary) else None
+        boundary = get_boundary(tree, mode)
         schedule = mode.schedule(tree.plan, () if boundary is None else boundary.state_ends)
         return Layout(tree.plan.length, schedule, tree.depth.device, boundary)
 

@@ -34,13 +34,14 @@ class Layout:
     schedule: Schedule
     device: torch.device  # device of the layer's inputs
     boundary: RowBoundary | None = None  # what the layers take from other rows and leave for them
+    # Fewest tokens that run after a state: a layer takes a single one for a generation step, which has no gradients.
+    shortest: int = 2
 
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
         """Shape `(num_pieces, num_tokens)` of each batch, padding included."""
         longest = [self.schedule.pieces[batch[0]] for batch in self.schedule.batches]
-        # A layer takes a single token after a state for a generation step, which has no gradients.
-        lengths = [max(piece.length, 2) if piece.starts_from_state else piece.length for piece in longest]
+        lengths = [max(piece.length, self.shortest) if piece.starts_from_state else piece.length for piece in longest]
         return list(zip(map(len, self.schedule.batches), lengths, strict=True))
 
     @property

@@ -8,12 +8,15 @@ to the versions here:
 - The convolution runs once, over the row with the last `kernel_size - 1` ancestors inserted before each branch.
 - The scan runs over the pieces of [`fork_schedule`], each from the state of the piece before it. A kernel that keeps
   packed sequences apart takes them in two calls ([`PackedScan`]).
+
+A row that continues others (a wave) has the inputs of the convolution and the states after some tokens from them
+([`RowBoundary`]).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -31,13 +34,15 @@ from ..attention.key_ranges import concatenated_ranges
 from ..attention.row_group import RowGroup
 from ..trees.rows import TreePlan
 from .layout import Layout
-from .schedule import fork_schedule, last_tokens
+from .schedule import ReplayMode, fork_schedule, last_tokens
+from .states import ForkStates, RowBoundary, StateName, get_boundary
 
 
 Kernel = Callable[..., Any]
 Ints = NDArray[np.int64]
 
 CONVOLUTION = "causal_conv1d_fn"
+_STATE: StateName = ("recurrent", 0)  # under which the state of a scan is stored for other rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +73,14 @@ class RowKernels:
 
     forward: FunctionType  # the layer's `forward`, which calls them
     scan: str | None  # name of the scan; `None` if the layer only convolves
+    mode: ReplayMode  # what they need of other rows, where a row continues some
 
     def run(self, layer: nn.Module, arguments: Mapping[str, object], tree: Tree) -> Any:
         """Run the layer on a row, with the arguments of its `forward`, but without a cache or a mask."""
+        boundary = get_boundary(tree, self.mode)
+        if boundary is not None:
+            boundary.begin(layer)
+        own = _LayerRun(layer, tree, boundary)
         names = self.forward.__globals__
         of_packed_rows = set(arguments) - set(inspect.signature(self.forward).parameters)  # passed on to the kernels
         called: set[str] = set()
@@ -82,10 +92,10 @@ class RowKernels:
 
             return kernel
 
-        bound = {CONVOLUTION: bind(CONVOLUTION, partial(_convolve, tree, names[CONVOLUTION]))}
+        bound = {CONVOLUTION: bind(CONVOLUTION, partial(own.convolve, names[CONVOLUTION]))}
         bound[FUSED] = lambda *args, **options: None
         if self.scan is not None:
-            bound[self.scan] = bind(self.scan, partial(_scan, tree, names[self.scan], SCANS[self.scan]))
+            bound[self.scan] = bind(self.scan, partial(own.scan, names[self.scan], SCANS[self.scan]))
         forward = FunctionType(
             self.forward.__code__, {**names, **bound}, None, self.forward.__defaults__, self.forward.__closure__
         )
@@ -100,25 +110,60 @@ class RowKernels:
         return output
 
 
-def _convolve(
-    tree: Tree, kernel: Kernel, /, hidden_states: Tensor, weight: Tensor, *args: object, **options: object
-) -> Any:
-    size = weight.shape[-1]
-    layout = tree.make_once(("convolution", size), lambda: ConvolutionLayout(tree, size))
-    run = on_share_of_channels(partial(layout.run, kernel), tree.group)
-    return run(hidden_states, weight, *args, **options)
+class _LayerRun:
+    """One run of a layer over a row, with what it takes from other rows and leaves for them."""
 
+    def __init__(self, layer: nn.Module, tree: Tree, boundary: RowBoundary | None) -> None:
+        self.layer, self.tree, self.boundary = layer, tree, boundary
+        self.num_convolutions = 0
 
-def _scan(tree: Tree, kernel: Kernel, names: ScanNames, /, *args: object, **options: object) -> Any:
-    if names.packs and takes_packed_sequences(kernel):
-        run = partial(tree.make_once(PackedScan, lambda: PackedScan(tree)).run, kernel)
-    else:
+    def convolve(
+        self, kernel: Kernel, /, hidden_states: Tensor, weight: Tensor, *args: object, **options: object
+    ) -> Any:
+        """Run a convolution of transformers with its arguments for the row."""
+        size, name = weight.shape[-1], f"convolution {self.num_convolutions}"
+        self.num_convolutions += 1
+        layout = self.tree.make_once(("convolution", size), lambda: ConvolutionLayout(self.tree, size, self.boundary))
 
-        def make() -> Layout:
-            return Layout(tree.plan.length, fork_schedule(tree.plan), tree.depth.device)
+        def extend(tokens: Tensor) -> Tensor:
+            if self.boundary is None:
+                return tokens
+            extended: Tensor = self.boundary.extend(self.layer, name, tokens[None])
+            return extended[0]
 
-        run = partial(run_scan, kernel, names, tree.make_once("scan", make))
-    return on_share_of_heads(run, tree.group, tree.plan.length)(*args, **options)
+        run = on_share_of_channels(partial(layout.run, kernel, extend), self.tree.group)
+        return run(hidden_states, weight, *args, **options)
+
+    def scan(self, kernel: Kernel, names: ScanNames, /, *args: object, **options: object) -> Any:
+        """Run a scan of transformers with its arguments for the row."""
+        tree = self.tree
+        if names.packs and takes_packed_sequences(kernel):
+            packed = tree.make_once(PackedScan, lambda: PackedScan(tree, self.boundary))
+            run: Kernel = partial(packed.run, kernel, self)
+        else:
+
+            def make() -> Layout:
+                ends = () if self.boundary is None else self.boundary.state_ends
+                schedule = fork_schedule(tree.plan, ends, of_kernel=True)
+                return Layout(tree.plan.length, schedule, tree.depth.device, shortest=1)
+
+            run = partial(run_scan, kernel, names, tree.make_once("scan", make), self)
+        return on_share_of_heads(run, tree.group, tree.plan.length)(*args, **options)
+
+    def load_state(self, slot: int) -> Tensor:
+        """Return the state after a token of another row, shape `(1, ...)`."""
+        assert self.boundary is not None, "only a wave continues tokens outside its row"
+        return self.boundary.load_states(self.layer, slot, self.tree.depth.device).final[_STATE]
+
+    def store_states(self, output: Tensor, states: Mapping[int, Tensor]) -> Tensor:
+        """Store the states, by the position just past the token, that other rows continue; return the output."""
+        if self.boundary is None:
+            return output
+        by_end = {end: ForkStates() for end in self.boundary.state_ends}
+        for end, stored_after in by_end.items():
+            stored_after.final[_STATE] = states[end]
+        stored: Tensor = self.boundary.store_states(self.layer, output, by_end)
+        return stored
 
 
 class ConvolutionLayout:
@@ -130,15 +175,30 @@ class ConvolutionLayout:
         gather_index     0 1 2 3 4 5 6   2 3 7 8   0 1 9 10
     """
 
-    def __init__(self, tree: Tree, kernel_size: int) -> None:
+    def __init__(self, tree: Tree, kernel_size: int, boundary: RowBoundary | None) -> None:
         gathered, kept = insert_ancestors(tree.plan, kernel_size - 1)
-        self.needs_zero = bool((gathered == tree.plan.length).any())
+        self.needs_zero = bool((gathered < 0).any())
+        length = tree.plan.length
+        if boundary is not None:
+            gathered, length = boundary.locate(gathered), length + boundary.num_outside
+        gathered = np.where(gathered < 0, length, gathered)
         both = torch.from_numpy(np.concatenate([gathered, kept])).to(tree.depth.device, non_blocking=True)
         self.gather_index, self.keep_index = torch.split(both, [len(gathered), len(kept)])
 
-    def run(self, kernel: Kernel, hidden_states: Tensor, *args: object, **options: object) -> Tensor:
-        """Run a causal convolution over `(1, channels, row_length)` along the paths of the tree."""
-        tokens = hidden_states.squeeze(0).t()  # the channels of a token side by side, as the projection wrote them
+    def run(
+        self,
+        kernel: Kernel,
+        extend: Callable[[Tensor], Tensor],
+        hidden_states: Tensor,
+        *args: object,
+        **options: object,
+    ) -> Tensor:
+        """
+        Run a causal convolution over `(1, channels, row_length)` along the paths of the tree; `extend` appends the
+        inputs of tokens outside the row.
+        """
+        # The channels of a token side by side, as the projection wrote them.
+        tokens = extend(hidden_states.squeeze(0).t())
         if self.needs_zero:
             tokens = F.pad(tokens, (0, 0, 0, 1))
         output: Tensor = kernel(tokens.index_select(0, self.gather_index).t()[None], *args, **options)
@@ -147,14 +207,14 @@ class ConvolutionLayout:
 
 def insert_ancestors(plan: TreePlan, count: int) -> tuple[Ints, ...]:
     """
-    Insert the last `count` ancestors of each run before it; `row_length` stands for zeros before a sample.
+    Insert the last `count` ancestors of each run before it; -1 stands for zeros before a sample.
 
     Returns positions with the inserted ones, and where among them the tokens of the row are, both int64.
     """
     parts, kept, total = [], [], 0
     for run in plan.runs:
         ancestors = [position for ends in last_tokens(run.prefix, count) for position in range(*ends)]
-        zeros = [plan.length] * (count - len(ancestors) if run.start else 0)
+        zeros = [-1] * (count - len(ancestors) if run.start else 0)
         parts += [np.array([*zeros, *ancestors], np.int64), np.arange(run.start, run.end)]
         total += len(zeros) + len(ancestors)
         kept.append(np.arange(total, total + run.end - run.start))
@@ -172,7 +232,9 @@ def takes_packed_sequences(kernel: Kernel) -> bool:
     return "cu_seqlens" in (accepted or inspect.signature(kernel).parameters)
 
 
-def run_scan(kernel: Kernel, names: ScanNames, layout: Layout, /, *args: object, **options: object) -> Any:
+def run_scan(
+    kernel: Kernel, names: ScanNames, layout: Layout, run: _LayerRun, /, *args: object, **options: object
+) -> Any:
     """Run a scan with its arguments for the row, piece by piece; return what it does without a final state."""
     pieces = layout.schedule.pieces
     states: dict[int, Tensor] = {}
@@ -180,14 +242,19 @@ def run_scan(kernel: Kernel, names: ScanNames, layout: Layout, /, *args: object,
     calls: list[Any] = layout.gather((args, options))
     for step, (tensors, call) in enumerate(calls):
         batch = layout.schedule.batches[step]
-        sources = [states[pieces[index].source] for index in batch if pieces[index].starts_from_state]
+        sources = [
+            states[piece.source] if piece.source >= 0 else run.load_state(piece.source_token - layout.length)
+            for piece in (pieces[index] for index in batch)
+            if piece.starts_from_state
+        ]
         call[names.initial_state] = torch.cat(sources) if len(sources) > 1 else next(iter(sources), None)
         call[names.returns_state] = True
         output, state = kernel(*tensors, **call)
         outputs.append(output)
         if pieces[batch[0]].is_source:
             states[batch[0]] = state
-    output = layout.scatter(outputs)
+    states_by_end = {pieces[index].ranges[-1][1]: state for index, state in states.items()}
+    output = run.store_states(layout.scatter(outputs), states_by_end)
     return (output, None) if names.returns_pair else output
 
 
@@ -261,20 +328,27 @@ class PackedScan:
     becomes `transfer`. [`ComposeStates`] makes the states after all sources of them. The second call runs every piece.
     """
 
-    def __init__(self, tree: Tree) -> None:
-        borders, source = cut_at_forks(tree.plan)
-        sources = np.unique(source[source >= 0])
+    def __init__(self, tree: Tree, boundary: RowBoundary | None = None) -> None:
+        ends = () if boundary is None else boundary.state_ends
+        borders, source, self._outside = cut_at_forks(tree.plan, ends)
+        num_pieces, num_outside = len(borders) - 1, len(self._outside)
+        ending_at = {int(end): piece for piece, end in enumerate(borders[1:])}
+        from_here = source[(source >= 0) & (source < num_pieces)].tolist()
+        sources = np.unique(np.array([*from_here, *(ending_at[end] for end in ends)], np.int64))
         self.num_sources, self.length = len(sources), tree.plan.length
-        # Among the sources; what starts from nothing starts from one more, whose state is zero.
-        place = np.full(len(source) + 1, len(sources))
+        # Behind the sources stand the states from other rows, and one that is zero, from which all others start.
+        none = len(sources) + num_outside
+        place = np.full(num_pieces + num_outside + 1, none)
         place[sources] = np.arange(len(sources))
+        place[num_pieces:-1] = len(sources) + np.arange(num_outside)
+        self._states_by_end = {end: int(place[ending_at[end]]) for end in ends}
         lengths = np.diff(borders)[sources]
         indices = [
             borders,
             place[source],
             concatenated_ranges(borders[sources], lengths),
             np.cumsum([0, *lengths]),
-            *ancestors(np.append(place[source[sources]], len(sources))),
+            *ancestors(np.concatenate([place[source[sources]], np.full(num_outside + 1, none)])),
         ]
         moved = torch.from_numpy(np.concatenate(indices)).to(tree.depth.device, non_blocking=True)
         self._borders, self._start, self._tokens, self._source_borders, *self._ancestors = torch.split(
@@ -282,18 +356,28 @@ class PackedScan:
         )
 
     def run(
-        self, kernel: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, **options: Any
+        self, kernel: Callable[..., Any], run: _LayerRun, query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> tuple[Tensor, None]:
         """Run a kernel of transformers with its arguments for the row, along the paths of the tree."""
-        if self.num_sources:
-            states = self._states(kernel, key, value, options)
+        states = self._states(kernel, run, key, value, options)
+        if states is not None:
             options = {**options, "initial_state": states.index_select(0, self._start)}
         if len(self._start) > 1:
             options = {**options, "cu_seqlens": self._borders}
-        return kernel(query, key, value, **options)[0], None
+        output = kernel(query, key, value, **options)[0]
+        by_end = {end: states[place : place + 1] for end, place in self._states_by_end.items() if states is not None}
+        return run.store_states(output, by_end), None
 
-    def _states(self, kernel: Callable[..., Any], key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-        """Return the state after each source, and zeros, `(num_sources + 1, heads, key_dim, value_dim)`."""
+    def _states(
+        self, kernel: Callable[..., Any], run: _LayerRun, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> Tensor | None:
+        """
+        Return the state after each source, those from other rows, and zeros, shape `(num_states, heads, key_dim,
+        value_dim)`; `None` if all pieces start from nothing.
+        """
+        outside = [run.load_state(slot) for slot in self._outside]
+        if not self.num_sources:
+            return _then_zeros(outside) if outside else None
         options = {name: self._of_sources(option) for name, option in options.items()} | {"output_final_state": True}
         key, value = self._of_sources(key), self._of_sources(value)
         heads, value_dim, key_dim = *value.shape[2:], key.shape[-1]
@@ -304,9 +388,10 @@ class PackedScan:
             value = F.pad(value, (0, key_dim))
         if self.num_sources > 1:
             options["cu_seqlens"] = self._source_borders
-        after = F.pad(kernel(key, key, value, **options)[1], (0, 0) * 3 + (0, 1))
+        own = kernel(key, key, value, **options)[1]
         if not self._ancestors:
-            return after
+            return _then_zeros([own, *outside])
+        after = _then_zeros([own, *(F.pad(state, (0, key_dim)) for state in outside)])
         states: Tensor = ComposeStates.apply(*after.split([value_dim, key_dim], -1), self._ancestors)  # type: ignore[no-untyped-call]
         return states
 
@@ -316,14 +401,25 @@ class PackedScan:
         return value.index_select(1, self._tokens) if is_per_token else value
 
 
-def cut_at_forks(plan: TreePlan) -> tuple[Ints, Ints]:
-    """Return the borders of the pieces of a row, `(num_pieces + 1,)`, and the source of each, -1 for none."""
-    forks = {run.prefix[-1][1] for run in plan.runs if run.prefix}
-    starts = {run.start: run.prefix[-1][1] if run.prefix else 0 for run in plan.runs}
-    borders = sorted({*forks, *starts, plan.length})
-    ending_at = {end: piece for piece, end in enumerate(borders[1:])}
-    source = [ending_at.get(starts.get(start, start), -1) for start in borders[:-1]]
-    return np.array(borders, np.int64), np.array(source, np.int64)
+def _then_zeros(states: list[Tensor]) -> Tensor:
+    """Return states, `(num_states, ...)` each, one after the other, with one more that is zero."""
+    return F.pad(torch.cat(states) if len(states) > 1 else states[0], (0, 0) * 3 + (0, 1))
+
+
+def cut_at_forks(plan: TreePlan, state_ends: Collection[int] = ()) -> tuple[Ints, Ints, list[int]]:
+    """
+    Cut a row wherever a branch leaves, and at `state_ends`.
+
+    Returns the borders of the pieces, `(num_pieces + 1,)`; the source of each, -1 for none, where `num_pieces + i`
+    stands for the token of another row at entry `i` of the last list; and that list, of their slots.
+    """
+    after = {run.start: run.prefix[-1][1] if run.prefix else 0 for run in plan.runs}
+    forks = {end for end in after.values() if 0 < end <= plan.length}
+    outside = sorted({end for end in after.values() if end > plan.length})
+    borders = sorted({*forks, *after, *state_ends, plan.length})
+    index = {end: piece for piece, end in enumerate([*borders[1:], *outside])}
+    source = [index.get(after.get(start, start), -1) for start in borders[:-1]]
+    return np.array(borders, np.int64), np.array(source, np.int64), [end - 1 - plan.length for end in outside]
 
 
 def ancestors(parent: Ints) -> list[Ints]:

@@ -70,14 +70,15 @@ def path_schedule(plan: TreePlan, reach: int | None = None, min_length_ratio: fl
     return Schedule(tuple(pieces), tuple(_batches(pieces, range(len(pieces)), min_length_ratio)))
 
 
-def fork_schedule(plan: TreePlan, state_ends: Collection[int] = ()) -> Schedule:
+def fork_schedule(plan: TreePlan, state_ends: Collection[int] = (), *, of_kernel: bool = False) -> Schedule:
     """
     Run the history once, cut where branches leave it and at `state_ends`, and start every branch from a state.
 
-    Pieces that others start from run one at a time, because the state after padding is not the state at the fork. A
-    piece that continues tokens outside the row replays the last of them, so that it is never a single token.
+    Pieces that others start from run one at a time, because the state after padding is not the state at the fork.
+    Unless they are those of a kernel, pieces that start from a state are at least two tokens long, since a layer takes
+    a single one for a step of generation: they replay the last token before the row, or the piece before them.
     """
-    pieces = _fork_pieces(plan, state_ends)
+    pieces = _fork_pieces(plan, state_ends, of_kernel)
     sources = [(index,) for index, piece in enumerate(pieces) if piece.is_source]
     ends = [index for index, piece in enumerate(pieces) if not piece.is_source]
     starts = [index for index in ends if not pieces[index].starts_from_state]
@@ -85,7 +86,7 @@ def fork_schedule(plan: TreePlan, state_ends: Collection[int] = ()) -> Schedule:
     return Schedule(tuple(pieces), (*sources, *_batches(pieces, starts), *_batches(pieces, continued)))
 
 
-def _fork_pieces(plan: TreePlan, state_ends: Collection[int]) -> list[Piece]:
+def _fork_pieces(plan: TreePlan, state_ends: Collection[int], of_kernel: bool) -> list[Piece]:
     forks = {run.prefix[-1][1] for run in plan.runs if run.prefix and run.prefix[-1][0] < plan.length}
     cuts = sorted(forks | set(state_ends))
     pieces: list[Piece] = []
@@ -96,6 +97,8 @@ def _fork_pieces(plan: TreePlan, state_ends: Collection[int]) -> list[Piece]:
             piece = Piece(((start, end),), 0, is_source=end < run.end or end in state_ends)
             if start > run.start:
                 piece = replace(piece, source=piece_ending_at[start])
+            elif run.prefix and run.prefix[-1][0] >= plan.length and of_kernel:
+                piece = replace(piece, source_token=run.prefix[-1][1] - 1)
             elif run.prefix and run.prefix[-1][0] >= plan.length:
                 # It replays the last token of its history, from the state before that token.
                 last = run.prefix[-1][1] - 1
@@ -104,9 +107,9 @@ def _fork_pieces(plan: TreePlan, state_ends: Collection[int]) -> list[Piece]:
                 piece = replace(piece, ranges=ranges, num_replayed=1, source_token=source_token)
             elif run.prefix:
                 piece = replace(piece, source=piece_ending_at[run.prefix[-1][1]])
-            if piece.is_source and piece.length == 1 and piece.source >= 0:
-                # Layers take a single token after a state for a generation step, whose kernels have no gradients, and
-                # padding would change the state that others start from: it replays the piece that it starts from.
+            if piece.is_source and piece.length == 1 and piece.source >= 0 and not of_kernel:
+                # The kernels of a generation step have no gradients, and padding would change the state that others
+                # start from.
                 source = pieces[piece.source]
                 piece = replace(source, ranges=source.ranges + piece.ranges, num_replayed=source.length)
             piece_ending_at[end] = len(pieces)
@@ -147,10 +150,11 @@ class ReplayMode:
     starts_from_state: bool
     reach: int | None = None  # how many tokens back an output depends on; `None` for all of them
     attends: bool = False  # whether the layer is attention, which needs its own causal mask over a path
+    by_kernels: bool = False  # whether only its convolution, which has this reach, and its scan see the tree
 
     def schedule(self, plan: TreePlan, state_ends: Collection[int] = ()) -> Schedule:
         """Return the pieces in which the layer runs over a row; for `state_ends`, see [`fork_schedule`]."""
         if self.starts_from_state:
-            return fork_schedule(plan, state_ends)
+            return fork_schedule(plan, state_ends, of_kernel=self.by_kernels)
         # How many tokens attention selects depends on the length of the batch, so all paths run in one batch.
         return path_schedule(plan, self.reach, min_length_ratio=0.0 if self.attends else MIN_LENGTH_RATIO)

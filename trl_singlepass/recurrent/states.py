@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..attention.context import Tree
 from ..attention.kv_cache import is_in_backward
 from ..trees.rows import TreePlan
-from .schedule import ReplayMode, Schedule
+from .schedule import ReplayMode, last_tokens
 
 
 StateName = tuple[str, int]
@@ -192,16 +193,18 @@ class BoundarySlots:
     states: frozenset[int]  # slots of the tokens whose states pieces start from
 
     @classmethod
-    def from_plans(cls, plans: Iterable[TreePlan], schedule: Callable[[TreePlan], Schedule]) -> BoundarySlots:
-        """Collect the slots that rows need; `schedule` returns the pieces in which a layer runs over a row."""
+    def from_plans(cls, plans: Iterable[TreePlan], mode: ReplayMode) -> BoundarySlots:
+        """Collect the slots that rows need of a layer that runs over them in a mode."""
         inputs: set[int] = set()
         states: set[int] = set()
         for plan in plans:
-            for piece in schedule(plan).pieces:
-                for start, end in piece.ranges:
-                    inputs.update(range(start - plan.length, end - plan.length) if start >= plan.length else ())
-                if piece.source_token >= 0:
-                    states.add(piece.source_token - plan.length)
+            pieces = mode.schedule(plan).pieces
+            replayed = [part for piece in pieces for part in piece.ranges]
+            if mode.by_kernels and mode.reach is not None:
+                replayed += [part for run in plan.runs for part in last_tokens(run.prefix, mode.reach)]
+            for start, end in replayed:
+                inputs.update(range(start - plan.length, end - plan.length) if start >= plan.length else ())
+            states.update(piece.source_token - plan.length for piece in pieces if piece.source_token >= 0)
         return cls(np.array(sorted(inputs), np.int64), frozenset(states))
 
 
@@ -229,6 +232,7 @@ class RowBoundary:
 
     def locate(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return where the inputs of tokens are once those of `needed` slots are appended to the row's."""
+        assert np.isin(positions[positions >= self.length] - self.length, self.needed.inputs).all()
         outside = self.length + np.searchsorted(self.needed.inputs, positions - self.length)
         return np.where(positions < self.length, positions, outside)
 
@@ -243,7 +247,7 @@ class RowBoundary:
             )
         self._layers.add(layer)
 
-    def extend(self, layer: nn.Module, name: str, value: object) -> object:
+    def extend(self, layer: nn.Module, name: str, value: Any) -> Any:
         """Append to an argument, `(1, row_length, ...)`, what is stored of tokens outside; store what they need."""
         return map_tensors(value, lambda x, key: self._extend(self.tensors[layer], x, key), (name,))
 
@@ -299,6 +303,13 @@ class HasBoundary(Protocol):
 
     def get_boundary(self, mode: ReplayMode) -> RowBoundary | None:
         """Return what layers that run this way take from other rows and leave for them; `None` if nothing."""
+
+
+def get_boundary(tree: Tree, mode: ReplayMode) -> RowBoundary | None:
+    """Return what layers that run in a mode take from other rows and leave for them; `None` for a row by itself."""
+    return tree.make_once(
+        ("boundary", mode), lambda: tree.get_boundary(mode) if isinstance(tree, HasBoundary) else None
+    )
 
 
 def map_tensors(value: Any, change: Callable[[Tensor, InputKey], Any], path: InputKey = ()) -> Any:
