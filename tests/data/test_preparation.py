@@ -1,11 +1,13 @@
 """Preparation: cached under what decides its result, in several processes, with errors that name row and reason."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 
 import datasets
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, plain_chat, tool_chat
@@ -75,6 +77,43 @@ def test_using_a_tokenizer_does_not_change_its_fingerprint(stored, tokenizer, pr
     assert tokenizer_fingerprint(tokenizer) == before
     conversations_to_rows(stored, tokenizer, RowSettings())
     assert len(prepared) == 4
+
+
+def with_two_tokens_swapped(tokenizer, tokens):
+    """Return a copy of a tokenizer's backend in which two tokens have each other's id."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab, (one, other) = rules["model"]["vocab"], tokens
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    return Tokenizer.from_str(json.dumps(rules))
+
+
+def swap_in_model(tokenizer):
+    tokenizer.backend_tokenizer.model = with_two_tokens_swapped(tokenizer, ("r", "e")).model
+
+
+def replace_backend(tokenizer):
+    tokenizer._tokenizer = with_two_tokens_swapped(tokenizer, ("J", "Z"))  # which hardly any text holds
+
+
+CHANGES = {
+    "normalizer": lambda t: setattr(t.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+    "pre-tokenizer": lambda t: setattr(t.backend_tokenizer, "pre_tokenizer", pre_tokenizers.Digits()),
+    "added token": lambda t: t.add_tokens(["<new>"]),
+    "special token": lambda t: t.add_special_tokens({"pad_token": "<new>"}),
+    "flag of an added token": lambda t: t.add_tokens([AddedToken("<new>", lstrip=True)]),
+    "model": swap_in_model,
+    "backend": replace_backend,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_rules_that_change_after_a_tokenizer_was_used_change_its_fingerprint(tokenizer, change):
+    before = tokenizer_fingerprint(tokenizer)
+    change(tokenizer)
+    changed = tokenizer_fingerprint(tokenizer)
+    assert changed != before
+    assert tokenizer_fingerprint(tokenizer) == changed
+    assert tokenizer_fingerprint(make_tokenizer("qwen3")) == before
 
 
 def test_several_processes_prepare_the_same_rows(tokenizer):

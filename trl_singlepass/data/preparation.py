@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -70,6 +71,9 @@ _RECORD = {
 }
 # A serialised tokenizer begins with its version and with the truncation and padding of its last call.
 _AFTER_LAST_CALL = '"added_tokens"'
+# Rules of fast tokenizers by the tokenizer: its backend, the state in which that was hashed, and the hash.
+_hashed_rules: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, object, str]] = WeakKeyDictionary()
+_PROBE = "The quick brown fox, 3.14 × 2026!\n\n\tdef f(x): return x  # Größe, 日本語, привет 🙂"
 
 
 class BoundedSamples(Protocol):
@@ -313,13 +317,26 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -
         of_tokenizer = tokenizer_fingerprint(tokenizer.tokenizer)
         return str(Hasher.hash((of_tokenizer, tokenizer.to_json_string(), tokenizer.chat_template)))
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        rules: object = sorted(tokenizer.get_vocab().items())
-    else:
-        serialised: str = backend.to_str()
-        rules = serialised[max(serialised.find(_AFTER_LAST_CALL), 0) :]
+    rules: object = sorted(tokenizer.get_vocab().items()) if backend is None else _hash_rules(tokenizer, backend)
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     return str(Hasher.hash((type(tokenizer).__name__, rules, special, tokenizer.chat_template)))
+
+
+def _hash_rules(tokenizer: PreTrainedTokenizerBase, backend: Any) -> str:
+    """Return a hash of all rules of a fast tokenizer; one that is known is used again, since it takes 0.1 seconds."""
+    # The model, by far the largest part, is told by its size and by what it does.
+    parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
+    state = (
+        *(part and part.__getstate__() for part in parts),
+        (backend.encode_special_tokens, backend.get_vocab_size(False), repr(backend.get_added_tokens_decoder())),
+        backend.encode(_PROBE, add_special_tokens=False).ids,
+    )
+    known, known_state, found = _hashed_rules.get(tokenizer, (None, None, ""))
+    if known is not backend or known_state != state:
+        serialised: str = backend.to_str()
+        found = str(Hasher.hash(serialised[max(serialised.find(_AFTER_LAST_CALL), 0) :]))
+        _hashed_rules[tokenizer] = backend, state, found
+    return found
 
 
 # Streams -------------------------------------------------------------------------------------------------------------
