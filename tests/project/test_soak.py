@@ -55,7 +55,7 @@ def test_memory_threads_and_files_stay_constant(workers):
     """
     In 450 steps only; `python -m benchmarks.soak` runs 2,000, and looks at the speed.
 
-    So few steps also grow by chance, up to 12 MiB on a busy machine; a leak grows in a second run as well.
+    In so few steps, memory that has not settled looks like growth on a busy machine. A leak grows in a second run too.
     """
 
     def complaints():

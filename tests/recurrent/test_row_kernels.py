@@ -55,6 +55,17 @@ def modelling_module(model):
     return sys.modules[type(layer).__module__]
 
 
+def use_packing_scan(model, monkeypatch):
+    """Let the scan of a model's family keep packed sequences apart; return it."""
+    module = modelling_module(model)
+    name = next(name for name in SCANS if hasattr(module, name))
+    assert not takes_packed_sequences(getattr(module, name))
+    scan = packing(getattr(module, name))
+    monkeypatch.setattr(module, name, scan)
+    assert takes_packed_sequences(scan)
+    return scan
+
+
 @pytest.mark.parametrize("model_type", ON_THE_ROW)
 def test_families_that_run_once_over_the_row(model_type):
     assert modelling_module(model_of_type(model_type))
@@ -64,12 +75,7 @@ def test_families_that_run_once_over_the_row(model_type):
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "olmo_hybrid", "kimi_linear"])
 def test_kernels_that_pack(model_type, monkeypatch):
     model = model_of_type(model_type)
-    module = modelling_module(model)
-    name = next(name for name in SCANS if hasattr(module, name))
-    assert not takes_packed_sequences(getattr(module, name))
-    scan = packing(getattr(module, name))
-    monkeypatch.setattr(module, name, scan)
-    assert takes_packed_sequences(scan)
+    scan = use_packing_scan(model, monkeypatch)
     assert_equal_to_npass(
         model, [branch_at_every_depth(), reasoning_chat(2), branchy_chat(), reasoning_chat(2, seed=1)]
     )
@@ -79,11 +85,7 @@ def test_kernels_that_pack(model_type, monkeypatch):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "olmo_hybrid", "kimi_linear"])
 def test_kernels_that_pack_run_at_most_twice_in_a_wave(model_type, monkeypatch):
-    model = without_router_loss(model_type)
-    module = modelling_module(model)
-    name = next(name for name in SCANS if hasattr(module, name))
-    scan = packing(getattr(module, name))
-    monkeypatch.setattr(module, name, scan)
+    scan = use_packing_scan(model_of_type(model_type), monkeypatch)
     runs = []
 
     def count(model):
