@@ -16,7 +16,7 @@ A row that continues others (a wave) has the inputs of the convolution and the s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -330,18 +330,22 @@ class PackedScan:
 
     def __init__(self, tree: Tree, boundary: RowBoundary | None = None) -> None:
         ends = () if boundary is None else boundary.state_ends
-        borders, source, self._outside = cut_at_forks(tree.plan, ends)
-        num_pieces, num_outside = len(borders) - 1, len(self._outside)
-        ending_at = {int(end): piece for piece, end in enumerate(borders[1:])}
-        from_here = source[(source >= 0) & (source < num_pieces)].tolist()
-        sources = np.unique(np.array([*from_here, *(ending_at[end] for end in ends)], np.int64))
+        pieces = fork_schedule(tree.plan, ends, of_kernel=True).pieces
+        outside = sorted({piece.source_token for piece in pieces if piece.source_token >= 0})
+        num_pieces, num_outside = len(pieces), len(outside)
+        # A source in another row stands behind the pieces; -1 is none.
+        behind = {token: num_pieces + i for i, token in enumerate(outside)}
+        source = np.array([behind.get(piece.source_token, piece.source) for piece in pieces], np.int64)
+        sources = np.flatnonzero([piece.is_source for piece in pieces])
         self.num_sources, self.length = len(sources), tree.plan.length
+        self._outside = [token - self.length for token in outside]
+        borders = np.array([*(piece.ranges[-1][0] for piece in pieces), self.length], np.int64)
         # Behind the sources stand the states from other rows, and one that is zero, from which all others start.
         none = len(sources) + num_outside
         place = np.full(num_pieces + num_outside + 1, none)
         place[sources] = np.arange(len(sources))
         place[num_pieces:-1] = len(sources) + np.arange(num_outside)
-        self._states_by_end = {end: int(place[ending_at[end]]) for end in ends}
+        self._states_by_end = {end: int(place[np.searchsorted(borders, end) - 1]) for end in ends}
         lengths = np.diff(borders)[sources]
         indices = [
             borders,
@@ -404,22 +408,6 @@ class PackedScan:
 def _then_zeros(states: list[Tensor]) -> Tensor:
     """Return states, `(num_states, ...)` each, one after the other, with one more that is zero."""
     return F.pad(torch.cat(states) if len(states) > 1 else states[0], (0, 0) * 3 + (0, 1))
-
-
-def cut_at_forks(plan: TreePlan, state_ends: Collection[int] = ()) -> tuple[Ints, Ints, list[int]]:
-    """
-    Cut a row wherever a branch leaves, and at `state_ends`.
-
-    Returns the borders of the pieces, `(num_pieces + 1,)`; the source of each, -1 for none, where `num_pieces + i`
-    stands for the token of another row at entry `i` of the last list; and that list, of their slots.
-    """
-    after = {run.start: run.prefix[-1][1] if run.prefix else 0 for run in plan.runs}
-    forks = {end for end in after.values() if 0 < end <= plan.length}
-    outside = sorted({end for end in after.values() if end > plan.length})
-    borders = sorted({*forks, *after, *state_ends, plan.length})
-    index = {end: piece for piece, end in enumerate([*borders[1:], *outside])}
-    source = [index.get(after.get(start, start), -1) for start in borders[:-1]]
-    return np.array(borders, np.int64), np.array(source, np.int64), [end - 1 - plan.length for end in outside]
 
 
 def ancestors(parent: Ints) -> list[Ints]:
