@@ -278,24 +278,25 @@ def profile_section(result: dict[str, Any], name: str) -> str:
 
 
 def preparation_section(result: dict[str, Any], name: str) -> str:
-    """CPU time of preparation per conversation, of small datasets and of larger ones."""
+    """Time of preparation per conversation, of small datasets and of larger ones."""
     rows = [
         [
             str(one["turns"]),
             f"{one['conversations']:,}",
             *(f"{one['milliseconds'][way]:.1f}" for way in ("single_pass", "trl_samples", "trl_one_sequence")),
+            f"{one['cpu_milliseconds']['single_pass']:.1f}",
             *(f"{one['tokens'][way]:,.0f}" for way in ("single_pass", "trl_one_sequence")),
             f"**{one['speedup']:.1f}**",
         ]
         for one in result["results"]
     ]
     header = ["turns", "conversations", "single pass", "TRL, samples", "TRL, one sequence"]
-    header += ["tokens of the tree", "of one sequence", "**samples ÷ single pass**"]
+    header += ["CPU time of single pass", "tokens of the tree", "of one sequence", "**samples ÷ single pass**"]
     largest = max(result["results"], key=lambda one: one["conversations"])
     hours = largest["milliseconds"]["single_pass"] * 1e6 / 3.6e6
     estimate = (
-        f"So a million chats of {largest['turns']} turns take about {hours:.1f} hours of one process; "
-        "`dataset_num_proc` divides them."
+        f"So a million chats of {largest['turns']} turns take about {hours:.1f} hours of one process on two cores; "
+        "`dataset_num_proc` divides them where there are more."
     )
     return "\n\n".join([table(header, rows), estimate, source(result, name)])
 

@@ -1,5 +1,9 @@
 """Text that renderings share is tokenised once, to the tokens of the whole text."""
 
+import time
+from threading import Barrier
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
@@ -8,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import AGENT
 from trl_singlepass.rendering.samples import _count_tokens_of
-from trl_singlepass.rendering.tokenization import HardBorders, hard_borders, tokenize
+from trl_singlepass.rendering.tokenization import HardBorders, hard_borders, map_while_tokenizing, tokenize
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gptoss", "glm4moe", "gemma4_v5"])
@@ -99,3 +103,29 @@ def test_a_tokenizer_that_pads_or_has_a_way_of_its_own_is_asked_itself():
 
     tokenizer.__class__ = Own
     assert HardBorders(tokenizer, ["<|im_end|>"]).backend is None
+
+
+def test_an_example_is_prepared_while_another_is_tokenised_but_none_while_another_runs_python():
+    tokenizer = make_tokenizer()
+    borders = HardBorders(tokenizer, ["<|im_end|>"])
+    two_in_the_tokenizer, running = Barrier(2, timeout=20), []
+
+    def encode(pieces, add_special_tokens):
+        assert not running
+        two_in_the_tokenizer.wait()
+        return [SimpleNamespace(ids=[len(piece)]) for piece in pieces]
+
+    borders.backend = SimpleNamespace(truncation=None, padding=None, encode_special_tokens=False)
+    borders.backend.encode_batch_fast = encode
+
+    def prepare(number, word):
+        running.append(number)
+        time.sleep(0.001)  # other threads may run
+        assert running == [number]
+        running.clear()
+        ids = tokenize(borders, [number * word])[0]
+        time.sleep(0.001)
+        assert not running
+        return ids.tail(0).tolist()
+
+    assert map_while_tokenizing(prepare, range(1, 7), "abcdef") == [[1], [2], [3], [4], [5], [6]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -67,7 +66,7 @@ def to_columns(rows: Sequence[PreparedRow], labels: Sequence[str] = (), *, has_i
     columns: dict[str, list[Any]] = {name: [of_row[name] for of_row in of_rows] for name in ROW_COLUMNS}
     if has_images:
         columns["image_features"] = [each.row.all_image_features().astype("int32") for each in rows]
-        columns["image_references"] = [[asdict(image) for image in each.row.images] for each in rows]
+        columns["image_references"] = [of_row.get("image_references", []) for of_row in of_rows]
     for label in labels:
         targets = [each.targets.get(label, ()) for each in rows]
         columns[position_column(label)] = [np.concatenate([np.empty(0, np.int64), *turns]) for turns in targets]

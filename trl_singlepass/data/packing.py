@@ -60,8 +60,9 @@ def pack_dataset(rows: Dataset, max_row_tokens: int, *, num_proc: int | None = N
 
 def _assign_table(table: pa.Table, max_row_tokens: int) -> pa.Table:
     input_ids, lengths = table["input_ids"], table["num_tokens"].to_numpy()
+    token_parts, subtree_end = table["token_parts"], table["subtree_end"]
     shareable = [
-        shareable_length(_is_trained(table, i), read_list(table["subtree_end"], i)) for i in range(len(lengths))
+        shareable_length(read_list(token_parts, i) > 0, read_list(subtree_end, i)) for i in range(len(lengths))
     ]
     keys = _PrefixKeys()
 
@@ -73,11 +74,6 @@ def _assign_table(table: pa.Table, max_row_tokens: int) -> pa.Table:
 
     members = assign_to_rows(lengths, prefix, max_row_tokens)
     return pa.table({"members": pa.array(members, pa.list_(pa.int64()))})
-
-
-def _is_trained(table: pa.Table, index: int) -> NDArray[np.bool_]:
-    weights = read_list(table["token_weights"], index)  # none where all that are trained have weight 1
-    return (weights if len(weights) else read_list(table["token_parts"], index)) > 0
 
 
 class _PrefixKeys:
@@ -99,7 +95,7 @@ def pack_rows(rows: Sequence[Row], max_row_tokens: int) -> list[Row]:
 
 def assign(rows: Sequence[Row], max_row_tokens: int) -> list[list[int]]:
     """Return the numbers of the rows that share each packed row; arguments as for [`pack_rows`]."""
-    shareable = [shareable_length(row.token_weights > 0, row.subtree_end) for row in rows]
+    shareable = [shareable_length(row.token_parts > 0, row.subtree_end) for row in rows]
     keys = _PrefixKeys()
 
     def prefix(i: int) -> NDArray[np.integer]:

@@ -22,6 +22,7 @@ from transformers.utils.logging import get_logger
 
 from ..images.loading import EncodedImage, image_loader_of
 from ..images.placeholders import placeholders_of
+from ..rendering.tokenization import map_while_tokenizing
 from ..trees.rows import Row
 from .arrow import (
     ROWS_VERSION,
@@ -291,18 +292,36 @@ def _prepare_batch(
 ) -> pa.Table:
     rows: list[PreparedRow] = []
     record: dict[str, list[Any]] = {"example": [], "bad_row": []}
-    for position, index in enumerate(indices):
-        example, reason = {name: values[position] for name, values in batch.items()}, None
-        try:
-            new = kind.to_rows(example, index, reader, settings)
-        except BadRowError as error:
-            new, reason = [PreparedRow(empty_row())], get_reason(error, index)
+    examples = [{name: values[position] for name, values in batch.items()} for position in range(len(indices))]
+    for index, found in zip(indices, _to_rows(examples, indices, kind, reader, settings), strict=True):
+        if isinstance(found, BadRowError):
+            new, reason = [PreparedRow(empty_row())], get_reason(found, index)
+        else:
+            new, reason = found, None
         rows += new
         record["example"] += [index] * len(new)
         record["bad_row"] += [reason] * len(new)
     record["counts"] = [[each.counts.get(name, 0) for name in COUNTS] for each in rows]
     record["overlong"] = [each.overlong for each in rows]
     return to_table(rows, features, kind.labels, **record)
+
+
+def _to_rows(
+    examples: Sequence[Mapping[str, Any]],
+    indices: Sequence[int],
+    kind: ExampleKind[Settings],
+    reader: Reader,
+    settings: Settings,
+) -> list[list[PreparedRow] | BadRowError]:
+    """Return the rows of each example, or why it cannot be trained."""
+
+    def of_one(example: Mapping[str, Any], index: int) -> list[PreparedRow] | BadRowError:
+        try:
+            return kind.to_rows(example, index, reader, settings)
+        except BadRowError as error:
+            return error
+
+    return map_while_tokenizing(of_one, examples, indices)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> str:
@@ -387,11 +406,11 @@ class _StreamPreparation(Generic[Settings]):
     ) -> dict[str, list[Any]]:
         rows: list[PreparedRow] = []
         of_example: list[Mapping[str, Any]] = []
-        for example, index in zip(batch[EXAMPLE], indices, strict=True):
-            try:
-                new = self._kind.to_rows(example, index, self._reader, self._settings)
-            except BadRowError as error:
-                self._bad_rows.add(index, example, error)
+        examples = batch[EXAMPLE]
+        of_examples = _to_rows(examples, indices, self._kind, self._reader, self._settings)
+        for example, index, new in zip(examples, indices, of_examples, strict=True):
+            if isinstance(new, BadRowError):
+                self._bad_rows.add(index, example, new)
                 continue
             rows += new
             of_example += [example] * len(new)

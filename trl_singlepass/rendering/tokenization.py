@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,12 +25,18 @@ if TYPE_CHECKING:
 
 
 Ids = NDArray[np.int64]
+Result = TypeVar("Result")
 
 # Text that a tokenizer might treat differently at a border than inside a text.
 _PROBES = ("x", " x", "x ", "\n", "\n\nx", "  \n x y", "é")
 
 # Shortest beginning, in characters, whose ids are worth keeping, and how many are kept.
 _LONG, _BEGINNINGS_KEPT = 1024, 64
+
+# Calls of `map_while_tokenizing` at once: one runs Python, the others are in the tokenizer.
+_AT_ONCE = 3
+# Held by the one that runs Python.
+_python: ContextVar[Lock | None] = ContextVar("trl_singlepass_python", default=None)
 
 _borders: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, int], HardBorders]] = WeakKeyDictionary()
 
@@ -51,7 +61,7 @@ class HardBorders:
         self.tokens = sorted(tokens, key=len, reverse=True)  # of two that match, a tokenizer takes the longer
         self.longest = max(map(len, tokens), default=0)
         self.beginnings: dict[str, Ids] = {}
-        self.backend = _get_backend(tokenizer) if tokens else None
+        self.backend: Any = _get_backend(tokenizer) if tokens else None
         self.pattern = re.compile("(" + "|".join(map(re.escape, self.tokens)) + ")")
 
     @cached_property
@@ -69,12 +79,17 @@ class HardBorders:
         """Cut a text before and after each border token."""
         return [piece for piece in self.pattern.split(text) if piece] if self.tokens else [text]
 
+    @property
+    def needs_no_python(self) -> bool:
+        """Whether the tokenizer's backend can be asked in the place of the tokenizer."""
+        backend = self.backend
+        return backend is not None and not (backend.truncation or backend.padding or backend.encode_special_tokens)
+
     def encode(self, pieces: list[str]) -> list[Ids]:
         """Return the ids of each piece, without computing offsets where nothing requires them."""
-        backend = self.backend
-        if backend is None or backend.truncation or backend.padding or backend.encode_special_tokens:
+        if not self.needs_no_python:
             return _encode(self.tokenizer, pieces)
-        encodings = backend.encode_batch_fast(pieces, add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def remember(self, beginning: dict[str, Ids]) -> None:
@@ -91,7 +106,9 @@ class HardBorders:
         if not self.tokens:
             return True
         text = self.tokens[0].join(_PROBES) + "".join(self.tokens)
-        return bool(np.array_equal(tokenize(self, [text])[0].tail(0), _encode(self.tokenizer, [text])[0]))
+        pieces = self.split(text)
+        alone = [self.token_ids.get(piece, ids) for piece, ids in zip(pieces, self.encode(pieces), strict=True)]
+        return bool(np.array_equal(np.concatenate(alone), _encode(self.tokenizer, [text])[0]))
 
 
 def tokenize(borders: HardBorders, texts: Iterable[str]) -> list[SharedArray]:
@@ -103,7 +120,9 @@ def tokenize(borders: HardBorders, texts: Iterable[str]) -> list[SharedArray]:
     split = list(_split_all(borders, texts))
     known = borders.token_ids | borders.beginnings
     distinct = list(dict.fromkeys(piece for _, pieces in split for piece in pieces if piece not in known))
-    ids = known | dict(zip(distinct, borders.encode(distinct), strict=True))
+    with _outside_python() if borders.needs_no_python else nullcontext():
+        encoded = borders.encode(distinct)
+    ids = known | dict(zip(distinct, encoded, strict=True))
     borders.remember({piece: ids[piece] for _, pieces in split[:1] for piece in pieces})
     tokenized: list[SharedArray] = []
     previous, ends = SharedArray.zeros(0, np.int64), [0]
@@ -115,6 +134,36 @@ def tokenize(borders: HardBorders, texts: Iterable[str]) -> list[SharedArray]:
         ends += list(accumulate(map(len, new), initial=ends[kept]))[1:]
         tokenized.append(previous)
     return tokenized
+
+
+def map_while_tokenizing(function: Callable[..., Result], *arguments: Sequence[Any]) -> list[Result]:
+    """
+    Return what `map` does, sooner: while the texts of one example are tokenised, which is no work of Python, the next
+    ones are rendered. Otherwise, calls do not run beside each other, so that nothing in them has to expect it.
+    """
+    python = Lock()
+
+    def call(*each: Any) -> Result:
+        with python:
+            _python.set(python)  # of this thread
+            return function(*each)
+
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        return list(threads.map(call, *arguments))
+
+
+@contextmanager
+def _outside_python() -> Iterator[None]:
+    """Let another call of `map_while_tokenizing` run Python meanwhile; to be used where no other lock is held."""
+    python = _python.get()
+    if python is None:
+        yield
+        return
+    python.release()
+    try:
+        yield
+    finally:
+        python.acquire()
 
 
 def tokenize_after(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
