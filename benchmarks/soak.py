@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "soak.json"
 STEPS = 2000
 WORKERS = (0, 4)
 CONVERSATIONS = 480  # about 190 steps
-SETTLED = 0.25  # of the steps, after which memory is expected to be flat
+SETTLED = 0.25  # of the steps, after which, and after a pass over the data, memory is expected to be flat
 MIB = 2**20
 COLUMNS = ("seconds", "unit", "memory", "threads", "files")
 LITTLE = 0.01  # share of the memory: growth that counts as none, since the C library keeps some of what is freed
@@ -144,10 +144,12 @@ def summary(seen: dict[str, list[float]]) -> dict[str, Any]:
     Return how memory grows once it has settled, and the first and the last pass over the data side by side.
 
     `growth` is the slope of a line through memory, times its length, in MiB; `noise` is twice the standard deviation
-    from the line. `speed` is that of the last whole pass, relative to the first.
+    from the line. `threads` and `files` are the fewest of a pass, since batches that wait for their turn hold files
+    open. `speed` is that of the last whole pass, relative to the first.
     """
     passes, columns = seen["passes"], {name: np.array(seen[name]) for name in COLUMNS}
-    memory = columns["memory"][int(SETTLED * len(columns["memory"])) :]
+    settled = max(int(SETTLED * len(columns["memory"])), int(passes[1]))  # every row was seen once
+    memory = columns["memory"][settled:]
     place = np.arange(len(memory))
     slope, start = np.polyfit(place, memory, 1)
     cost = columns["seconds"] / columns["unit"]
@@ -161,7 +163,7 @@ def summary(seen: dict[str, list[float]]) -> dict[str, Any]:
         "noise": float(2 * (memory - start - slope * place).std()),
         "speed": costs[0] / costs[-1],
         "speed_by_pass": [round(costs[0] / one, 3) for one in costs],
-        **{name: [int(columns[name][one].max()) for one in (every[0], every[-1])] for name in ("threads", "files")},
+        **{name: [int(columns[name][one].min()) for one in (every[0], every[-1])] for name in ("threads", "files")},
         "milliseconds": float(1000 * np.median(columns["seconds"])),
     }
 

@@ -1,12 +1,12 @@
 """
-Try releases of other libraries, each in a fresh environment: which of them pass a telling part of the tests.
+Try releases of other libraries, each in a fresh environment: which of them pass the tests.
 
     python -m versions.environments oldest newest         both ends of the ranges in pyproject.toml
     python -m versions.environments "trl==1.12.0 transformers==5.23.0"
     python -m versions.environments main                  TRL's main branch
 
 The result goes to versions/results/passed.json and, from there, to README.md and docs/limits.md. An environment takes
-about 1.5 GB and five minutes.
+about 1.5 GB and ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -33,19 +33,9 @@ from .report import RESULTS, read_results, write_pages
 ROOT = Path(__file__).parents[1]
 TRL_MAIN = "trl @ https://github.com/huggingface/trl/archive/main.tar.gz"
 TRIED = ("trl", "transformers", "accelerate", "deepspeed", "datasets", "peft")
-TOOLS = ("pytest", "hypothesis")
-# Attention next to N-pass, rendering, the trainer next to TRL's, two processes next to one.
-TESTS = (
-    "tests/attention/test_exactness.py",
-    "tests/rendering/test_samples.py",
-    "tests/training/test_equivalence.py",
-    "tests/training/test_overrides.py",
-)
-# Left out: random trees and public conversations, for their time; a comparison with `apply_chat_template`, which hands
-# on reasoning under the name that a template reads in newer releases only.
-SELECTED = (
-    "not test_real_conversations and not test_samples_equal_apply and (not test_exactness or test_reasoning_chat)"
-)
+TOOLS = ("pytest", "pytest-xdist", "hypothesis")
+# All but those of this repository: its pages, benchmarks and style.
+TESTS = sorted({str(path.parent.relative_to(ROOT)) for path in ROOT.glob("tests/*/test_*.py")} - {"tests/project"})
 
 
 def oldest() -> list[str]:
@@ -66,7 +56,7 @@ def make(folder: Path, pins: list[str]) -> Path:
     """Make an environment with the package, what the tests need and these requirements; return its Python."""
     venv.create(folder, with_pip=True, clear=True)
     python = folder / "bin" / "python"
-    package = f"{ROOT}[deepspeed,images,peft]"
+    package = f"{ROOT}[deepspeed,images,peft,plot]"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--editable", package, *TOOLS, *pins], check=True)
     return python
 
@@ -78,7 +68,8 @@ def run_tests(python: Path, folder: Path) -> dict[str, Any]:
     environment.pop("PYTHONPATH", None)
     # What a release calls deprecated says nothing about whether it works.
     ignored = [part for name in ("DeprecationWarning", "FutureWarning") for part in ("-W", f"ignore::{name}")]
-    command = [python, "-m", "pytest", *TESTS, "-k", SELECTED, "--quiet", f"--junitxml={report}", *ignored]
+    on_two_cores = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    command = [python, "-m", "pytest", *TESTS, *on_two_cores, "--quiet", f"--junitxml={report}", *ignored]
     subprocess.run(command, cwd=ROOT, env=environment, check=False)
     return outcome_of(report)
 

@@ -29,7 +29,7 @@ def run(count=400, **changes):
         ({"memory": lambda step: 400 + 50 * (step < 60)}, None),  # it settles
         ({"memory": lambda step: 400 + 0.04 * step}, "memory grew by 12.0 MiB"),
         ({"threads": lambda step: 7 + step // 200}, "threads grew from 7 to 8"),
-        ({"files": lambda step: 12 + step // 10}, "files grew from 21 to 50"),
+        ({"files": lambda step: 12 + step // 10}, "files grew from 12 to 42"),
         ({"seconds": lambda step: 0.1 + 0.01 * (step > 250)}, "the last pass ran at 0.909"),
         # A machine that others slow down slows the fixed work as well.
         ({name: lambda step: 0.1 + 0.1 * (step > 250) for name in ("seconds", "unit")}, None),
@@ -52,13 +52,6 @@ def test_nothing_grew_in_the_recorded_run():
 @pytest.mark.distributed
 @pytest.mark.parametrize("workers", soak.WORKERS)
 def test_memory_threads_and_files_stay_constant(workers):
-    """
-    In 450 steps only; `python -m benchmarks.soak` runs 2,000, and looks at the speed.
-
-    In so few steps, memory that has not settled looks like growth on a busy machine. A leak grows in a second run too.
-    """
-
-    def complaints():
-        return [each for one in soak.run(workers, 450) for each in soak.complaints({**one, "speed": 1.0})]
-
-    assert not (complaints() and complaints())
+    """In 600 steps only; `python -m benchmarks.soak` runs 2,000, and looks at the speed."""
+    measured = soak.run(workers, 600)
+    assert [each for one in measured for each in soak.complaints({**one, "speed": 1.0})] == []
