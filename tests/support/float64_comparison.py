@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
-from trl.kernels import ChunkedLogProbFunction
 
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.enable import enable_tree
@@ -61,18 +60,17 @@ def in_float64(function):
     return forced
 
 
-class Float64LogProbs(ChunkedLogProbFunction):
-    """TRL's fused head with a backward pass in float64; TRL accumulates in float32."""
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        with ForcedFloat64():
-            return ChunkedLogProbFunction.backward(ctx, *gradients)
-
-
 @contextmanager
 def float64_head():
-    """Run TRL's fused head in float64 within a block."""
+    """Run TRL's fused head in float64 within a block; TRL accumulates in float32."""
+    from trl.kernels import ChunkedLogProbFunction  # since TRL 1.16
+
+    class Float64LogProbs(ChunkedLogProbFunction):
+        @staticmethod
+        def backward(ctx, *gradients):
+            with ForcedFloat64():
+                return ChunkedLogProbFunction.backward(ctx, *gradients)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trl.trainer.utils._ChunkedLogProbFunction", Float64LogProbs)
         yield
