@@ -4,7 +4,6 @@ import functools
 import gc
 import importlib.metadata
 import os
-import re
 from pathlib import Path
 
 
@@ -15,9 +14,7 @@ import datasets
 import pytest
 import torch
 import transformers
-import trl
 from hypothesis import settings
-from packaging.version import Version
 
 from support.chat_tokenizers import make_tokenizer
 from trl_singlepass.reference.verification import ForcedFloat64
@@ -30,20 +27,6 @@ transformers.logging.set_verbosity_error()
 datasets.disable_progress_bars()
 # accelerate reads from disk in every step whether PEFT is installed: an eighth of the time of tests that train.
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
-
-
-IS_OLDER = Version(trl.__version__) < Version("1.16")
-# A refusal that names a newer release, and what transformers 5.12 reads and the newest torchvision lacks.
-_OF_NEWER_RELEASES = re.compile(r"Upgrade to `?(trl|transformers)\W|cannot import name 'VideoReader'")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    """Skip what releases before the newest that are supported cannot do."""
-    report = yield
-    if report.failed and IS_OLDER and (found := _OF_NEWER_RELEASES.search(str(call.excinfo.value))):
-        report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"needs a newer release: {found[0]}")
-    return report
 
 
 TRAINS = {Path(__file__).parent / room for room in ("cli", "data", "preference", "scripts", "training")}

@@ -100,10 +100,13 @@ def try_out(name: str, folder: Path) -> dict[str, Any]:
     python = make(folder, pins_of(name))
     listed = subprocess.run([python, "-m", "pip", "list", "--format=json"], check=True, capture_output=True, text=True)
     installed = {package["name"]: package["version"] for package in json.loads(listed.stdout)}
+    is_older = Version(installed["trl"]) < Version("1.16")
+    if is_older:  # beside the newest torchvision, transformers 5.12 cannot be imported whole
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {"python": platform.python_version()} | {name: installed[name] for name in (*TRIED, "torch")},
-        **run_tests(python, folder, PART if Version(installed["trl"]) < Version("1.16") else TESTS),
+        **run_tests(python, folder, PART if is_older else TESTS),
     }
 
 

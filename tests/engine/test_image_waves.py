@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, inject_adapter_in_model
-from trl.trainer import utils
+from trl.trainer.utils import add_fused_lm_head
 
 from support.float64_comparison import CHECKPOINTING, assert_same_loss_and_gradients, float64_head, gradients_of
 from support.image_chats import CHATS, image_chat, image_collator
@@ -57,7 +57,7 @@ def assert_waves_equal_npass(model, encodings, kind="reasoning", knows_loss=True
     samples = image_chat(model, kind)
     expected = npass_loss_and_gradients(model, samples, load_images=loader(model))
     runs = encodings(model)
-    utils.add_fused_lm_head(model)
+    add_fused_lm_head(model)
     enable_tree(model)
     collator = image_collator(model)
     enable_images(model, collator)

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from trl.trainer import utils
+from trl.trainer.utils import add_fused_lm_head
 
 from support.conversations import chat
 from support.image_chats import image_collator, image_rows, image_sample_sets
@@ -77,7 +77,7 @@ def test_the_loss_of_a_call_is_the_mean_over_targets(wrap):
     elif wrap == "copied":
         called = model = copy.deepcopy(model)
     elif wrap == "fused head around it":
-        utils.add_fused_lm_head(model)
+        add_fused_lm_head(model)
         enable_tree(model)
     outputs = called(**row_batch())
     torch.compiler.reset()

@@ -101,13 +101,10 @@ def test_random_trees(name, samples, size, keep):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*FAMILIES, *HYBRIDS])
-def test_many_random_trees(name):
-    @settings(max_examples=80 if name in ONE_OF_EACH_KIND else 25)
-    @given(samples=sample_sets(max_samples=10, max_length=40), size=st.integers(1, 150), keep=st.booleans())
-    def check(samples, size, keep):
-        assert_waves_equal_npass(without_router_loss(name), [samples], [size], keep_history=keep)
-
-    check()
+@settings(max_examples=80, **RANDOM)
+@given(samples=sample_sets(max_samples=10, max_length=40), size=st.integers(1, 150), keep=st.booleans())
+def test_many_random_trees(name, samples, size, keep):
+    assert_waves_equal_npass(without_router_loss(name), [samples], [size], keep_history=keep)
 
 
 @pytest.mark.parametrize("name", slow_but_for(ONE_OF_EACH_KIND, [*FAMILIES, *KINDS]))

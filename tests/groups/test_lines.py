@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trl.trainer import utils
+from trl.trainer.utils import add_fused_lm_head
 
 from support.float64_comparison import TOLERANCE, assert_same_gradients, gradients_of, pop_gradients
 from support.groups import padded
@@ -97,7 +97,7 @@ def test_with_trls_fused_head_logits_are_not_built(is_added_first, monkeypatch):
     """Added before trees are enabled, or after: the head itself, which builds logits, is never called."""
     model, lines = tiny_model("qwen3", dtype=torch.float32), padded(GROUP)
     expected = separate_log_probs(model, *lines).detach()
-    steps = [lambda: utils.add_fused_lm_head(model), lambda: enable_tree(model)]
+    steps = [lambda: add_fused_lm_head(model), lambda: enable_tree(model)]
     for step in steps if is_added_first else [*steps[::-1], steps[1]]:
         step()
     monkeypatch.setattr(model.lm_head, "forward", None)

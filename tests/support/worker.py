@@ -29,7 +29,7 @@ import torch
 import transformers
 import trl
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedSequenceParallelConfig, DistributedType
 from packaging.version import Version
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
@@ -106,8 +106,6 @@ def evaluation_conversations():
 
 def parallelism(sp_size):
     """Return the configuration of sequence parallelism."""
-    from accelerate.utils import DeepSpeedSequenceParallelConfig  # since accelerate 1.11
-
     handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
     groups = int(os.environ["WORLD_SIZE"]) // sp_size
     return accelerate.ParallelismConfig(

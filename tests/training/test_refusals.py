@@ -5,12 +5,11 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from peft import AdaptionPromptConfig, LoraConfig, OFTConfig, PolyConfig, PromptTuningConfig, XLoraConfig
+from peft import AdaptionPromptConfig, LoraConfig, OFTConfig, PolyConfig, PromptTuningConfig, VeloraConfig, XLoraConfig
 from peft import get_peft_model as with_adapter
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -162,11 +161,7 @@ CASES = {
         ("PromptTuningConfig", sft(peft_config=PromptTuningConfig(num_virtual_tokens=4))),
         ("AdaptionPromptConfig", sft(peft_config=AdaptionPromptConfig(adapter_len=4, adapter_layers=2))),
         ("alora_invocation_tokens", sft(peft_config=LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[2]))),
-        *(
-            ("velora_config", sft(peft_config=LoraConfig(velora_config=config(init_type="batch_average_once"))))
-            for config in [getattr(peft, "VeloraConfig", None)]  # since PEFT 0.21
-            if config is not None
-        ),
+        ("velora_config", sft(peft_config=LoraConfig(velora_config=VeloraConfig(init_type="batch_average_once")))),
         ("PolyConfig", sft(peft_config=PolyConfig())),
         ("XLoraConfig", sft(peft_config=XLoraConfig(hidden_size=8, adapters={"0": "a"}))),
     ],
