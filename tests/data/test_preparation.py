@@ -15,7 +15,7 @@ from support.preparation import conversations_to_rows
 from support.trainers import as_dataset, single_pass_trainer
 from trl_singlepass.data import conversations
 from trl_singlepass.data.arrow import row_features, to_table
-from trl_singlepass.data.preparation import tokenizer_fingerprint
+from trl_singlepass.data.fingerprint import tokenizer_fingerprint
 from trl_singlepass.data.rows import PreparedRow
 from trl_singlepass.data.settings import RowSettings
 from trl_singlepass.trees.prefix_tree import PrefixTree
@@ -52,7 +52,7 @@ def test_other_training_arguments_prepare_nothing_again(tmp_path, tokenizer, sto
     for settings in ({}, {"learning_rate": 0.5, "num_train_epochs": 3, "seed": 7, "shuffle_dataset": False}):
         settings = {"packing": True, "max_length": 400, "shuffle_dataset": False, **settings}
         rows.append(single_pass_trainer(tmp_path, tokenizer, stored, **settings).train_dataset[:])
-    assert sorted(prepared) == [0, 1, 2, 3]
+    assert prepared == [0, 1, 2, 3]
     assert rows[0] == rows[1]
 
 

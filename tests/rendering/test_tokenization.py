@@ -129,3 +129,27 @@ def test_an_example_is_prepared_while_another_is_tokenised_but_none_while_anothe
         return ids.tail(0).tolist()
 
     assert map_while_tokenizing(prepare, range(1, 7), "abcdef") == [[1], [2], [3], [4], [5], [6]]
+
+
+def test_the_first_error_in_order_is_raised_and_nothing_begins_after_it():
+    two_in_the_tokenizer, begun = Barrier(2, timeout=20), []
+    borders = HardBorders(make_tokenizer(), ["<|im_end|>"])
+    borders.backend = SimpleNamespace(truncation=None, padding=None, encode_special_tokens=False)
+
+    def encode(pieces, add_special_tokens):
+        two_in_the_tokenizer.wait()
+        if pieces == ["first"]:
+            time.sleep(0.2)  # the second one fails before
+        raise ValueError(pieces[0])
+
+    borders.backend.encode_batch_fast = encode
+
+    def prepare(text):
+        begun.append(text)
+        return tokenize(borders, [text]) if text in ("first", "second") else time.sleep(0.01)
+
+    texts = ["first", "second", *map(str, range(100))]
+    with pytest.raises(ValueError, match="first"):
+        map_while_tokenizing(prepare, texts)
+    assert begun == texts[: len(begun)]
+    assert len(begun) < len(texts)

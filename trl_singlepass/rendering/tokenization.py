@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cached_property
@@ -138,18 +139,31 @@ def tokenize(borders: HardBorders, texts: Iterable[str]) -> list[SharedArray]:
 
 def map_while_tokenizing(function: Callable[..., Result], *arguments: Sequence[Any]) -> list[Result]:
     """
-    Return what `map` does, sooner: while the texts of one example are tokenised, which is no work of Python, the next
-    ones are rendered. Otherwise, calls do not run beside each other, so that nothing in them has to expect it.
+    Return a list of what `map` yields, sooner: while a tokenizer, which is not written in Python, reads the texts of
+    one call, the next ones run. Calls begin in order and never run Python beside each other, so that they need no
+    locks of their own.
     """
-    python = Lock()
+    python, waiting = Lock(), deque(zip(*arguments, strict=True))
+    results: list[Future[Result]] = []
 
-    def call(*each: Any) -> Result:
+    def run() -> None:
+        _python.set(python)  # of this thread
         with python:
-            _python.set(python)  # of this thread
-            return function(*each)
+            while waiting:
+                each, result = waiting.popleft(), Future[Result]()
+                results.append(result)
+                try:
+                    result.set_result(function(*each))
+                except BaseException as error:  # raised below, where its turn comes
+                    waiting.clear()
+                    result.set_exception(error)
 
     with ThreadPoolExecutor(_AT_ONCE) as threads:
-        return list(threads.map(call, *arguments))
+        try:
+            wait([threads.submit(run) for _ in range(_AT_ONCE)])
+        finally:
+            waiting.clear()  # when it was interrupted
+    return [result.result() for result in results]
 
 
 @contextmanager
