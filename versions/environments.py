@@ -1,5 +1,5 @@
 """
-Try releases of other libraries, each in a fresh environment: which of them pass the tests, or a part of them.
+Try releases of other libraries, each in a fresh environment: which of them pass the tests.
 
     python -m versions.environments oldest newest         both ends of the ranges in pyproject.toml
     python -m versions.environments "trl==1.12.0 transformers==5.23.0"
@@ -37,8 +37,8 @@ TRL_MAIN = "trl @ https://github.com/huggingface/trl/archive/main.tar.gz"
 TRIED = ("trl", "transformers", "accelerate", "deepspeed", "datasets", "peft")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 # With TRL before 1.16, which lacks what pairs, groups and waves need: attention next to N-pass, rendering, the trainer
-# next to TRL's. Left out is a comparison with `apply_chat_template`, which hands on reasoning under the name that a
-# template reads in newer releases only.
+# next to TRL's. Comparisons with `apply_chat_template` are left out: older releases do not pass on reasoning under the
+# name that a template reads.
 PART = (
     "tests/attention/test_exactness.py",
     "tests/rendering/test_samples.py",
@@ -46,7 +46,7 @@ PART = (
     "tests/training/test_overrides.py",
     "-k=not equal_apply",
 )
-# With newer ones, all but those of this repository: its pages, benchmarks and style.
+# With newer ones, all tests but those of the repository itself: its pages, benchmarks and style.
 TESTS = sorted({str(path.parent.relative_to(ROOT)) for path in ROOT.glob("tests/*/test_*.py")} - {"tests/project"})
 
 
@@ -101,7 +101,7 @@ def try_out(name: str, folder: Path) -> dict[str, Any]:
     listed = subprocess.run([python, "-m", "pip", "list", "--format=json"], check=True, capture_output=True, text=True)
     installed = {package["name"]: package["version"] for package in json.loads(listed.stdout)}
     is_older = Version(installed["trl"]) < Version("1.16")
-    if is_older:  # beside the newest torchvision, transformers 5.12 cannot be imported whole
+    if is_older:  # transformers 5.12 imports a name that the newest torchvision no longer has
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True)
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

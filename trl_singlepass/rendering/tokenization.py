@@ -34,7 +34,7 @@ _PROBES = ("x", " x", "x ", "\n", "\n\nx", "  \n x y", "é")
 # Shortest beginning, in characters, whose ids are worth keeping, and how many are kept.
 _LONG, _BEGINNINGS_KEPT = 1024, 64
 
-# Calls of `map_while_tokenizing` at once: one runs Python, the others are in the tokenizer.
+# Calls of `map_while_tokenizing` at once: one runs Python, the others wait for the tokenizer.
 _AT_ONCE = 3
 # Held by the one that runs Python.
 _python: ContextVar[Lock | None] = ContextVar("trl_singlepass_python", default=None)
@@ -139,9 +139,8 @@ def tokenize(borders: HardBorders, texts: Iterable[str]) -> list[SharedArray]:
 
 def map_while_tokenizing(function: Callable[..., Result], *arguments: Sequence[Any]) -> list[Result]:
     """
-    Return a list of what `map` yields, sooner: while a tokenizer, which is not written in Python, reads the texts of
-    one call, the next ones run. Calls begin in order and never run Python beside each other, so that they need no
-    locks of their own.
+    Return what `map` yields as a list, but sooner: the next calls run while the tokenizer, which is written in Rust,
+    works for one. Calls start in order, and only one runs Python at a time, so they need no locks of their own.
     """
     python, waiting = Lock(), deque(zip(*arguments, strict=True))
     results: list[Future[Result]] = []
@@ -162,13 +161,13 @@ def map_while_tokenizing(function: Callable[..., Result], *arguments: Sequence[A
         try:
             wait([threads.submit(run) for _ in range(_AT_ONCE)])
         finally:
-            waiting.clear()  # when it was interrupted
+            waiting.clear()  # after an interrupt, no call starts
     return [result.result() for result in results]
 
 
 @contextmanager
 def _outside_python() -> Iterator[None]:
-    """Let another call of `map_while_tokenizing` run Python meanwhile; to be used where no other lock is held."""
+    """Let another call of `map_while_tokenizing` run Python. Hold no other lock: that call may need it."""
     python = _python.get()
     if python is None:
         yield
