@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from trl_singlepass import PrefixTree, Sample
 from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import row_context
-from trl_singlepass.recurrent.introspection import path_dependent_layers
+from trl_singlepass.recurrent.measurement import path_dependent_layers
 from trl_singlepass.recurrent.schedule import ReplayMode
 from trl_singlepass.reference.timing import Sizes, conversation
 from trl_singlepass.trees.rows import Row
@@ -97,7 +98,7 @@ def modes() -> dict[str, Callable[[list[Sample]], float]]:
     enable_tree(forks)
     enable_tree(paths)
     for layer in path_dependent_layers(paths):
-        layer._replay_mode = ReplayMode(starts_from_state=False)
+        layer._replay = replace(layer._replay, kernels=None, mode=ReplayMode(starts_from_state=False))
     return {
         "npass": lambda samples: sample_by_sample(plain, samples),
         "npass_padded": lambda samples: padded_batch(plain, samples),

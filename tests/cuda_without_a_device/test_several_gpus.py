@@ -6,6 +6,7 @@ import transformers
 
 from benchmarks.gpu_counts import scan
 from support.gpu_stand_in import H100
+from support.hybrids import run_by_kernels
 from support.sample_sets import reasoning_chat
 from support.tiny_models import tiny_model
 from support.trainers import needs_cached_states
@@ -15,8 +16,6 @@ from trl_singlepass.attention.context import running_on
 from trl_singlepass.attention.kernel_choice import DeviceTraits
 from trl_singlepass.attention.sdpa import sdpa_forward
 from trl_singlepass.attention.varlen_kernels import TorchFlash
-from trl_singlepass.recurrent.introspection import get_replay_mode
-from trl_singlepass.recurrent.layer import _wrap
 
 
 FORWARDS = {"sdpa": sdpa_forward, "flex_attention": flex.flex_forward, "flash": flash.varlen_forward("any/flash")}
@@ -56,7 +55,7 @@ def test_recurrent_layers_read_nothing_of_another_device(monkeypatch):
     monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", scan)
     with torch.device("meta"):
         layer = module.Qwen3_5GatedDeltaNet(transformers.Qwen3_5TextConfig(), 0).train()
-    _wrap(layer, get_replay_mode(layer))
+    run_by_kernels(layer, monkeypatch)
     tree = tree_of([reasoning_chat()])
     assert tree.depth.device.type == "cpu"
     x = torch.empty(1, tree.plan.length, layer.hidden_size, device="meta", requires_grad=True)

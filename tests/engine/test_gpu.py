@@ -14,7 +14,7 @@ from trl_singlepass.attention import TREE_ATTENTION
 from trl_singlepass.attention.registry import tree_attention_name
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.recurrent import scan_check
-from trl_singlepass.recurrent.introspection import path_dependent_layers
+from trl_singlepass.recurrent.measurement import path_dependent_layers
 from trl_singlepass.reference import npass_loss_and_gradients
 from trl_singlepass.reference.single_pass import single_pass_loss_and_gradients
 from trl_singlepass.reference.verification import ForcedFloat64

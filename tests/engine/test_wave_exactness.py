@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.float64_comparison import CHECKPOINTING, checkpoint_layers
+from support.hybrids import run_in_pieces
 from support.model_survey import TEXT_MODELS, class_of, read_page
 from support.row_training import assert_waves_equal_npass, batch_of, plan_of, train_in_waves
 from support.sample_sets import branch_at_every_depth, branchy_chat, nested_forks, reasoning_chat, sample_sets
@@ -17,7 +18,7 @@ from support.tiny_multimodal import tiny_conditional
 from support.varlen_reference import ReferenceKernel, switch
 from trl_singlepass.attention import flash, registry, varlen_plan
 from trl_singlepass.engine.enable import enable_tree
-from trl_singlepass.recurrent.introspection import path_dependent_layers
+from trl_singlepass.recurrent.measurement import path_dependent_layers
 
 
 pytestmark = [
@@ -46,12 +47,6 @@ def test_sizes_from_one_token_to_the_row(name):
         if name in KINDS:
             length = batch_of([branch_at_every_depth()])["input_ids"].shape[1]
             assert_waves_equal_npass(without_router_loss(name), [branch_at_every_depth()], [1, 7, length])
-
-
-def run_in_pieces(model):
-    """Run the recurrent layers of a model with trees as those run whose kernels are not known."""
-    for layer in path_dependent_layers(model):
-        layer._row_kernels = None
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "bamba", "lfm2"])

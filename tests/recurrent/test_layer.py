@@ -9,18 +9,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from support.float64_comparison import assert_equal_to_npass, checkpoint_layers, forward
+from support.hybrids import run_in_pieces, run_over_whole_paths
 from support.row_training import batch_of
 from support.sample_sets import branch_at_every_depth, branchy_chat, reasoning_chat, sample_sets
 from support.tiny_models import HYBRIDS_AND_SLOW, KINDS, model_of_type
 from support.trainers import needs_cached_states
 from support.tree_checks import checked
 from trl_singlepass.attention.context import running_on
-from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.engine.enable import disable_tree, enable_tree
 from trl_singlepass.engine.model_call import as_tree
-from trl_singlepass.recurrent import layer as recurrent_layer
-from trl_singlepass.recurrent.introspection import path_dependent_layers
-from trl_singlepass.recurrent.layer import disable_tree_recurrence, runs_on_trees
-from trl_singlepass.recurrent.schedule import ReplayMode
+from trl_singlepass.recurrent.layer import runs_on_trees
+from trl_singlepass.recurrent.measurement import measured_layers, path_dependent_layers
 from trl_singlepass.reference.verification import ForcedFloat64
 from trl_singlepass.trees.sample import Sample
 
@@ -65,13 +64,10 @@ def test_the_row_at_once_and_states_at_forks_equal_whole_paths(model_type):
     model = model_of_type(model_type)
     enable_tree(model)
     at_once, _ = forward(model, [branchy_chat()])
-    layers = list(path_dependent_layers(model))
-    for layer in layers:
-        assert layer._row_kernels is not None
-        layer._row_kernels = None
+    assert all(replay.kernels is not None for replay in measured_layers(model).values())
+    run_in_pieces(model)
     from_states, _ = forward(model, [branchy_chat()])
-    for layer in layers:
-        layer._replay_mode = ReplayMode(starts_from_state=False)
+    run_over_whole_paths(model)
     slow, _ = forward(model, [branchy_chat()])
     for fast in (at_once, from_states):
         assert (fast.logits - slow.logits).abs().max() <= 1e-12 * slow.logits.abs().max()
@@ -89,12 +85,12 @@ def test_ordinary_batches_run_as_before(model_type):
     model = model_of_type(model_type).float().eval()
     batch = {"input_ids": torch.arange(5, 25).reshape(2, 10)}
     before = model(**batch).logits
-    enable_tree(model)
+    implementation = enable_tree(model)
     layers = list(path_dependent_layers(model))
     assert layers
     assert all(map(runs_on_trees, layers))
     assert torch.equal(model(**batch).logits, before)
-    disable_tree_recurrence(model)
+    disable_tree(model, implementation)
     assert not any("forward" in vars(layer) for layer in layers)
     assert torch.equal(model(**batch).logits, before)
 
@@ -125,11 +121,18 @@ def test_models_that_look_ahead_are_found():
     assert "bert.encoder.layer.0.attention.self" in report.where
 
 
+def without_cache(forward):
+    return lambda *args, cache, **kwargs: forward(*args, **kwargs)
+
+
 def test_a_layer_that_does_not_take_its_state_from_the_cache_is_refused(monkeypatch):
-    monkeypatch.setattr(recurrent_layer, "find_row_kernels", lambda layer, mode: None)
-    monkeypatch.setattr(recurrent_layer, "_cache_arguments", lambda layer: set())
+    model = model_of_type("qwen3_5_text")
+    enable_tree(model)
+    run_in_pieces(model)
+    for layer in path_dependent_layers(model):
+        monkeypatch.setattr(layer, "_stock_forward", without_cache(layer._stock_forward))
     with pytest.raises(RuntimeError, match="would be trained without their history"):
-        assert_equal_to_npass(model_of_type("qwen3_5_text"), [branch_at_every_depth()])
+        forward(model, [branch_at_every_depth()])
 
 
 def test_trees_are_freed_with_their_row():

@@ -1,20 +1,20 @@
 """Layers that run once over a row: exact with kernels that pad and kernels that pack."""
 
+import inspect
 import sys
 from itertools import pairwise
-from types import FunctionType
 
 import pytest
 import torch
 
-from support.float64_comparison import assert_equal_to_npass
+from support.float64_comparison import assert_equal_to_npass, forward
 from support.row_training import assert_waves_equal_npass
 from support.sample_sets import branch_at_every_depth, branchy_chat, reasoning_chat
 from support.tiny_models import model_of_type, without_router_loss
 from support.trainers import needs_cached_states
-from support.tree_masks import tree_of
-from trl_singlepass.recurrent.introspection import find_row_kernels, path_dependent_layers
-from trl_singlepass.recurrent.row_kernels import SCANS, RowKernels, takes_packed_sequences
+from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.recurrent.measurement import measured_layers, path_dependent_layers
+from trl_singlepass.recurrent.row_kernels import SCANS
 
 
 pytestmark = needs_cached_states
@@ -51,18 +51,16 @@ def packing(scan):
 
 
 def modelling_module(model):
-    layer = next(layer for layer, mode in path_dependent_layers(model).items() if find_row_kernels(layer, mode))
+    layer = next(layer for layer, replay in measured_layers(model).items() if replay.kernels is not None)
     return sys.modules[type(layer).__module__]
 
 
-def use_packing_scan(model, monkeypatch):
+def use_packing_scan(model_type, monkeypatch):
     """Let the scan of a model's family keep packed sequences apart; return it."""
-    module = modelling_module(model)
+    module = modelling_module(model_of_type(model_type))
     name = next(name for name in SCANS if hasattr(module, name))
-    assert not takes_packed_sequences(getattr(module, name))
     scan = packing(getattr(module, name))
     monkeypatch.setattr(module, name, scan)
-    assert takes_packed_sequences(scan)
     return scan
 
 
@@ -74,18 +72,16 @@ def test_families_that_run_once_over_the_row(model_type):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "olmo_hybrid", "kimi_linear"])
 def test_kernels_that_pack(model_type, monkeypatch):
-    model = model_of_type(model_type)
-    scan = use_packing_scan(model, monkeypatch)
-    assert_equal_to_npass(
-        model, [branch_at_every_depth(), reasoning_chat(2), branchy_chat(), reasoning_chat(2, seed=1)]
-    )
+    scan = use_packing_scan(model_type, monkeypatch)
+    chats = [branch_at_every_depth(), reasoning_chat(2), branchy_chat(), reasoning_chat(2, seed=1)]
+    assert_equal_to_npass(model_of_type(model_type), chats)
     assert scan.num_packed_calls > 0
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "olmo_hybrid", "kimi_linear"])
 def test_kernels_that_pack_run_at_most_twice_in_a_wave(model_type, monkeypatch):
-    scan = use_packing_scan(model_of_type(model_type), monkeypatch)
+    scan = use_packing_scan(model_type, monkeypatch)
     runs = []
 
     def count(model):
@@ -100,17 +96,10 @@ def test_kernels_that_pack_run_at_most_twice_in_a_wave(model_type, monkeypatch):
     assert scan.num_packed_calls > 0
 
 
-def test_a_layer_that_does_not_call_its_scan_is_refused():
-    layer, mode = next(iter(path_dependent_layers(model_of_type("qwen3_5_text")).items()))
-
-    def forward(self, hidden_states, cache=None):
-        return causal_conv1d_fn(hidden_states.mT, self.conv1d.weight.squeeze(1)[:32]).mT  # noqa: F821
-
-    module = sys.modules[type(layer).__module__]
-    kernels = RowKernels(
-        FunctionType(forward.__code__, vars(module), None, (None,)), "torch_chunk_gated_delta_rule", mode
-    )
-    tree = tree_of([reasoning_chat(2)])
-    x = torch.zeros(1, tree.plan.length, 32)
+def test_a_layer_that_does_not_call_its_scan_any_more_is_refused(monkeypatch):
+    model = model_of_type("qwen3_5_text")
+    module = modelling_module(model)
+    enable_tree(model)
+    monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", inspect.unwrap(module.torch_chunk_gated_delta_rule))
     with pytest.raises(RuntimeError, match=r"did not call \['torch_chunk_gated_delta_rule'\]"):
-        kernels.run(layer, {"hidden_states": x}, tree)
+        forward(model, [reasoning_chat(2)])

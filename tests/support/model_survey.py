@@ -22,7 +22,7 @@ from trl_singlepass.data.collator import DataCollatorForSinglePass
 from trl_singlepass.engine.enable import UnsupportedModelError, check_model, disable_tree
 from trl_singlepass.engine.model_call import row_context
 from trl_singlepass.images.reading import UnsupportedImagesError, check_reads_images
-from trl_singlepass.recurrent.introspection import path_dependent_layers
+from trl_singlepass.recurrent.measurement import path_dependent_layers
 from trl_singlepass.reference.verification import ForcedFloat64
 from trl_singlepass.trees.prefix_tree import PrefixTree, sample_paths
 from trl_singlepass.trees.rows import Row

@@ -9,7 +9,7 @@ from trl_singlepass.attention.context import running_on
 from trl_singlepass.engine.enable import enable_tree
 from trl_singlepass.engine.model_call import as_tree
 from trl_singlepass.engine.pieces import measure_activation_bytes
-from trl_singlepass.recurrent.introspection import get_decoder
+from trl_singlepass.recurrent.decoder import get_decoder
 from trl_singlepass.reference.timing import Sizes, conversation
 
 

@@ -10,23 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..recurrent.introspection import get_decoder
+from ..recurrent.decoder import get_decoder
 from .enable import without_adapters
 
 
 _ZERO_FILL = 0.02  # standard deviation of what takes the place of parameters that start at zero
-
-
-@contextmanager
-def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run a model without dropout and gradient checkpointing; each module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

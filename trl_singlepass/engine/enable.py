@@ -15,8 +15,8 @@ from ..attention.registry import BESIDE_EAGER_LAYERS, set_text_attention, tree_a
 from ..data.collator import DataCollatorForSinglePass
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
-from ..recurrent.introspection import get_decoder, path_dependent_layers
-from ..recurrent.layer import disable_tree_recurrence, enable_tree_recurrence
+from ..recurrent.decoder import takes_attention_from_outside
+from ..recurrent.measurement import disable_tree_recurrence, enable_tree_recurrence, path_dependent_layers
 from .model_call import leave_trees, take_trees
 
 
@@ -65,13 +65,6 @@ def check_not_compiled(model: object) -> None:
             "The model is compiled already (torch.compile(model)), and TRL's fused head would run in the place of the "
             "compiled forward. Pass the model itself with torch_compile=True, or compile it in place: model.compile()."
         )
-
-
-def takes_attention_from_outside(model: PreTrainedModel) -> bool:
-    """Return whether layers that read tokens (not the encoder of images) take attention from AttentionInterface."""
-    decoder = get_decoder(model)
-    reader = decoder if isinstance(decoder, PreTrainedModel) else model
-    return bool(reader._can_set_attn_implementation())
 
 
 def _trains_on_other_media(model: PreTrainedModel) -> str | None:

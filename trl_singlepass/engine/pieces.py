@@ -20,9 +20,9 @@ from ..cost.flops import head_sizes
 from ..cost.memory import ActivationBytes
 from ..data.collator import Batch
 from ..images.reading import images_see_themselves
-from ..recurrent.introspection import get_decoder, path_dependent_layers
+from ..recurrent.decoder import get_decoder, in_evaluation_mode
+from ..recurrent.measurement import path_dependent_layers
 from ..trees.rows import TreePlan
-from .borrowed_state import in_evaluation_mode
 from .enable import without_adapters
 from .model_call import refuse_own_calls
 from .router_loss import RouterRecorder

@@ -1,9 +1,9 @@
 """
-A recurrent layer on a tree.
+A layer that mixes tokens outside attention, on a tree.
 
 Where only its convolution and scan mix tokens, it runs once over the row ([`row_kernels`]). Any other layer runs piece
 by piece: its inputs are gathered, and its outputs put in the row's order. So does every layer of a wave that several
-ranks share.
+ranks share. How each layer runs is measured ([`measurement`]).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -24,53 +25,52 @@ from ..attention.kv_cache import is_in_backward
 from ..attention.registry import KEEPS_ATTENTION
 from ..attention.row_group import RowGroup
 from ..attention.tree_mask import TreeMask
-from .introspection import DISTANCE, SELECTION, find_row_kernels, path_dependent_layers
 from .layout import Layout
-from .scan_check import check_scan
+from .row_kernels import RowKernels
 from .schedule import Piece, ReplayMode
 from .states import ForkStates, InputKey, RowBoundary, get_boundary, map_tensors
 
 
-def enable_tree_recurrence(model: PreTrainedModel) -> None:
-    """Wrap the `forward` of path-dependent layers, before the model's attention is switched to trees."""
-    layers = {layer: mode for layer, mode in path_dependent_layers(model).items() if not runs_on_trees(layer)}
-    for layer, mode in layers.items():
-        _wrap(layer, mode)
-    if layers:
-        model._tree_handles = pass_tree_in_masks(model, layers)
+@dataclass(frozen=True, slots=True, eq=False)
+class TreeReplay:
+    """How one layer runs on a tree, as it was measured."""
+
+    mode: ReplayMode
+    kernels: RowKernels | None = None  # with which it runs on a whole row, if it can
+    cache_names: tuple[str, ...] = ()  # arguments in which it takes a cache
+    empty_cache: Any = None  # of the class that the model makes
+    distances: tuple[str, ...] = ()  # arguments that hold how far each pair of tokens is apart
+    attention: str | None = None  # implementation of its attention, which it keeps over whole paths
 
 
-def _wrap(layer: Any, mode: ReplayMode) -> None:
-    if mode.attends:
-        implementation = layer.config._attn_implementation
-        if implementation not in ("eager", "sdpa"):
-            raise ValueError(
-                f"{type(layer).__name__} selects the tokens that it attends to, which on a tree works with "
-                f"attn_implementation='sdpa' or 'eager', not {implementation!r}. Load the model with one of these."
-            )
+def wrap(layer: Any, replay: TreeReplay) -> None:
+    """Make a layer run on trees as its replay says."""
+    if replay.mode.attends and hasattr(layer, "config"):
+        layer._config_of_model = layer.config
         layer.config = copy.copy(layer.config)  # the layer keeps its attention when the model switches to another
         setattr(layer.config, KEEPS_ATTENTION, True)
-    layer._replay_mode, layer._row_kernels = mode, find_row_kernels(layer, mode)
+        layer.config._attn_implementation = replay.attention
+    layer._replay = replay
     layer._stock_forward = layer.forward
     layer._had_own_forward = "forward" in vars(layer)
     layer.forward = MethodType(_forward, layer)
 
 
-def disable_tree_recurrence(model: PreTrainedModel) -> None:
-    """Undo [`enable_tree_recurrence`]."""
-    for layer in filter(runs_on_trees, model.modules()):
-        if layer._had_own_forward:
-            layer.forward = layer._stock_forward
-        else:
-            del layer.forward
-        del layer._stock_forward, layer._replay_mode, layer._row_kernels, layer._had_own_forward
-    for handle in vars(model).pop("_tree_handles", ()):
-        handle.remove()
+def unwrap(layer: Any) -> None:
+    """Undo [`wrap`]."""
+    if layer._had_own_forward:
+        layer.forward = layer._stock_forward
+    else:
+        del layer.forward
+    if "_config_of_model" in vars(layer):
+        layer.config = vars(layer).pop("_config_of_model")
+    del layer._stock_forward, layer._replay, layer._had_own_forward
+    vars(layer).pop("_ran_on_tree", None)
 
 
 def runs_on_trees(layer: nn.Module) -> bool:
     """Whether a layer has been made to run on trees."""
-    return "_replay_mode" in vars(layer)
+    return "_replay" in vars(layer)
 
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,26 +85,36 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
         layer._ran_on_tree = False
         return layer._stock_forward(*args, **kwargs)
     layer._ran_on_tree = True
+    arguments = by_name(layer, args, kwargs)
+    return run_on_tree(layer, arguments, tree.on(first_tokens(arguments).device), layer._replay)
+
+
+def by_name(layer: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Any]:
+    """Return the arguments of a layer by their names."""
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
-    arguments = dict(zip(names, args, strict=False)) | kwargs
-    hidden = next(x for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point())
-    if layer._row_kernels is not None and layer._row_kernels.scan is not None:
-        check_scan(layer, layer._row_kernels.scan, hidden)
-    return _run(layer, arguments, tree.on(hidden.device))
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _run(layer: Any, arguments: Mapping[str, object], tree: Tree) -> Any:
-    arguments = {name: False if name == "use_cache" else value for name, value in arguments.items()}
-    if layer._row_kernels is not None and (tree.group is None or get_boundary(tree, layer._row_kernels.mode) is None):
-        unused = {name for name, value in arguments.items() if _carries_tree(value)} | _cache_arguments(layer)
-        return layer._row_kernels.run(layer, arguments | dict.fromkeys(unused), tree)
-    layout = _get_layout(tree, layer._replay_mode)
+def first_tokens(arguments: Mapping[str, object]) -> Tensor:
+    """Return the hidden states that a layer gets: its first argument of floating point."""
+    return next(x for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point())
+
+
+def run_on_tree(layer: Any, arguments: Mapping[str, object], tree: Tree, replay: TreeReplay) -> Any:
+    """Run a layer on a row: by its kernels, or piece by piece."""
+    kernels = replay.kernels
+    if kernels is not None and (tree.group is None or get_boundary(tree, kernels.mode) is None):
+        unused = {name for name, value in arguments.items() if carries_tree(value)} | set(replay.cache_names)
+        return kernels.run(layer, {**arguments, **dict.fromkeys(unused)}, tree)
+    layout = _get_layout(tree, replay)
     if tree.group is None:
-        return _run_pieces(layer, arguments, layout)
-    return _run_gathered(layer, arguments, layout, tree.group)
+        return _run_pieces(layer, arguments, layout, replay)
+    return _run_gathered(layer, arguments, layout, tree.group, replay)
 
 
-def _run_gathered(layer: Any, arguments: Mapping[str, object], layout: Layout, group: RowGroup) -> Any:
+def _run_gathered(
+    layer: Any, arguments: Mapping[str, object], layout: Layout, group: RowGroup, replay: TreeReplay
+) -> Any:
     """Run a layer that cannot be divided on a row that ranks share: each runs the row, and keeps its part of it."""
     num_tokens = layout.length // group.size
 
@@ -114,45 +124,48 @@ def _run_gathered(layer: Any, arguments: Mapping[str, object], layout: Layout, g
     def part(x: Tensor, path: InputKey) -> Tensor:
         return group.part(x) if x.shape[:2] == (1, layout.length) else x
 
-    whole = {name: value if _carries_tree(value) else map_tensors(value, gather) for name, value in arguments.items()}
-    return map_tensors(_run_pieces(layer, whole, layout), part)
+    whole = {name: value if carries_tree(value) else map_tensors(value, gather) for name, value in arguments.items()}
+    return map_tensors(_run_pieces(layer, whole, layout, replay), part)
 
 
-def _run_pieces(layer: Any, arguments: Mapping[str, object], layout: Layout) -> Any:
-    mode: ReplayMode = layer._replay_mode
-    boundary, cache_arguments = layout.boundary, _cache_arguments(layer)
+def _run_pieces(layer: Any, arguments: Mapping[str, object], layout: Layout, replay: TreeReplay) -> Any:
+    from_state, boundary = replay.mode.starts_from_state, layout.boundary
+    forward = vars(layer).get("_stock_forward", layer)  # one that is measured runs as it is
     if boundary is not None:
         boundary.begin(layer)
         arguments = {name: _extend(layer, name, value, boundary) for name, value in arguments.items()}
-    per_batch = {name: _split(layer, name, value, layout) for name, value in arguments.items()}
+    per_batch = {name: _split(layer, name, value, layout, replay) for name, value in arguments.items()}
     outputs: list[Any] = []
     states: dict[int, ForkStates] = {}
     for step, batch in enumerate(layout.schedule.batches):
-        inputs = {name: values[step] for name, values in per_batch.items()}
+        inputs = {name: values[step] for name, values in per_batch.items()} | dict.fromkeys(replay.cache_names)
         pieces = [layout.schedule.pieces[index] for index in batch]
-        cache = ForkStates([_source(layer, piece, states, layout) for piece in pieces if piece.starts_from_state])
-        inputs |= dict.fromkeys(cache_arguments, cache if mode.starts_from_state else None)
-        outputs.append(layer._stock_forward(**inputs))
-        if mode.starts_from_state and not cache.final:
+        if from_state:
+            sources = [_source(layer, piece, states, layout) for piece in pieces if piece.starts_from_state]
+            own = ForkStates(replay.empty_cache, sources)
+            inputs |= dict.fromkeys(replay.cache_names, own.cache)
+        outputs.append(forward(**inputs))
+        if from_state and not own.tensors():
             raise RuntimeError(
                 f"{type(layer).__name__} put no state in the cache that it was given, so its branches would be "
-                "trained without their history. Use a version of transformers that README.md lists as known to work."
+                "trained without their history. Call enable_tree again after a change of the model."
             )
-        if pieces[0].is_source:
-            states[batch[0]] = cache
+        if from_state and pieces[0].is_source:
+            states[batch[0]] = own
     output = layout.scatter(outputs)
     if boundary is None:
         return output
-    states_by_end = {layout.schedule.pieces[index].ranges[-1][1]: cache for index, cache in states.items()}
-    return boundary.store_states(layer, output, states_by_end)
+    by_end = {layout.schedule.pieces[index].ranges[-1][1]: own for index, own in states.items()}
+    boundary.tensors[layer].example = next(iter(by_end.values()), boundary.tensors[layer].example)
+    return boundary.store_states(layer, output, {end: own.tensors() for end, own in by_end.items()})
 
 
 def _extend(layer: nn.Module, name: str, value: Any, boundary: RowBoundary) -> object:
     """Append to one argument what is stored of it, except for masks, which are built anew for each batch of pieces."""
-    if _carries_tree(value):
+    if carries_tree(value):
         return value
-    if name == SELECTION and value is not None:
-        # One entry per query. Replayed history needs some, but nobody reads what it attends to.
+    if isinstance(value, Tensor) and value.dim() > 2 and not value.is_floating_point():
+        # What each query selects on its path. Replayed history needs some, but nobody reads what it attends to.
         return torch.cat([value, value[:, :1].expand(-1, boundary.num_outside, *value.shape[2:])], dim=1)
     return boundary.extend(layer, name, value)
 
@@ -161,42 +174,41 @@ def _source(layer: nn.Module, piece: Piece, states: Mapping[int, ForkStates], la
     """Return the states that a piece starts from."""
     if piece.source >= 0:
         return states[piece.source]
-    assert layout.boundary is not None, "only a wave continues tokens outside its row"
-    return layout.boundary.load_states(layer, piece.source_token - layout.length, layout.device)
+    boundary = layout.boundary
+    assert boundary is not None, "only a wave continues tokens outside its row"
+    example = boundary.tensors[layer].example
+    assert example is not None, "a state is stored before a row starts from it"
+    return example.with_tensors(boundary.load_states(layer, piece.source_token - layout.length, layout.device))
 
 
-def _split(layer: Any, name: str, value: Any, layout: Layout) -> list[Any]:
+def _split(layer: Any, name: str, value: Any, layout: Layout, replay: TreeReplay) -> list[Any]:
     """Return the values of one argument for each batch of pieces."""
-    if name == DISTANCE and value is not None:
+    if name in replay.distances and value is not None:
         return layout.distances()
-    if not _carries_tree(value):
+    if not carries_tree(value):
         return layout.gather(value)
-    if not layer._replay_mode.attends:
+    if not replay.mode.attends:
         return [None] * len(layout.shapes)  # padding comes last, so there is nothing to mask
     if isinstance(value, TreeMask):
-        is_eager = layer.config._attn_implementation == "eager"
+        is_eager = replay.attention == "eager"
         return layout.masks(value, next(layer.parameters()).dtype if is_eager else None)
     return [torch.ones(shape, dtype=torch.bool, device=value.device) for shape in layout.shapes]
 
 
-def _carries_tree(value: object) -> bool:
+def carries_tree(value: object) -> bool:
+    """Whether an argument of a layer is one of the masks that carry the tree."""
     return isinstance(getattr(value, "tree", None), Tree)
 
 
-def _get_layout(tree: Tree, mode: ReplayMode) -> Layout:
+def _get_layout(tree: Tree, replay: TreeReplay) -> Layout:
     """Return the layout of a row, shared by all layers that run the same way."""
 
     def make() -> Layout:
-        boundary = get_boundary(tree, mode)
-        schedule = mode.schedule(tree.plan, () if boundary is None else boundary.state_ends)
+        boundary = get_boundary(tree, replay.mode)
+        schedule = replay.mode.schedule(tree.plan, () if boundary is None else boundary.state_ends)
         return Layout(tree.plan.length, schedule, tree.depth.device, boundary)
 
-    return tree.make_once(mode, make)
-
-
-def _cache_arguments(layer: nn.Module) -> set[str]:
-    """Return the names under which a layer takes its cache: `cache` since transformers 5.24, the others before."""
-    return {"cache", "cache_params", "past_key_values"} & set(inspect.signature(type(layer).forward).parameters)
+    return tree.make_once(replay.mode, make)
 
 
 # How the tree reaches a layer: inside the padding mask that it gets anyway -------------------------------------------

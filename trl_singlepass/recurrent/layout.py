@@ -86,6 +86,8 @@ class Layout:
             return [dict(zip(value, step, strict=True)) for step in zip(*parts, strict=True)]
         if isinstance(value, tuple):
             return list(zip(*(self.gather(part) for part in value), strict=True))
+        if isinstance(value, Tensor) and value.shape[1:3] == (1, self.num_inputs):  # positions of several dimensions
+            return [torch.stack(parts) for parts in zip(*map(self.gather, value.unbind()), strict=True)]
         if not isinstance(value, Tensor) or value.shape[:2] != (1, self.num_inputs):
             return [value] * len(self.shapes)
         tokens: Tensor = value.squeeze(0)

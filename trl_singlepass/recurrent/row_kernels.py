@@ -2,25 +2,28 @@
 A recurrent layer on a whole row: only its convolution and its scan see the tree.
 
 Projections, norms and gates take each token by itself, so they run once over the row, as in an ordinary batch. The two
-kernels that mix tokens are names in transformers' modelling module. The layer's `forward` runs with these names bound
-to the versions here:
+kernels that mix tokens are functions of transformers. They are interposed: wherever the layer calls them, be it in a
+helper, they run as follows while the layer runs on a row.
 
 - The convolution runs once, over the row with the last `kernel_size - 1` ancestors inserted before each branch.
 - The scan runs over the pieces of [`fork_schedule`], each from the state of the piece before it. A kernel that keeps
   packed sequences apart takes them in two calls ([`PackedScan`]).
 
-A row that continues others (a wave) has the inputs of the convolution and the states after some tokens from them
-([`RowBoundary`]).
+Whether a layer can run this way is measured ([`measurement`]): it has to reach the kernels, and to give what it gives
+along whole paths. A row that continues others (a wave) has the inputs of the convolution and the states after some
+tokens from them ([`RowBoundary`]).
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, partial
-from types import FunctionType
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,15 +37,18 @@ from ..attention.key_ranges import concatenated_ranges
 from ..attention.row_group import RowGroup
 from ..trees.rows import TreePlan
 from .layout import Layout
+from .scan_check import check_scan, keeps_sequences_apart
 from .schedule import ReplayMode, fork_schedule, last_tokens
-from .states import ForkStates, RowBoundary, StateName, get_boundary
+from .states import RowBoundary, StateName, get_boundary
 
 
 Kernel = Callable[..., Any]
 Ints = NDArray[np.int64]
 
 CONVOLUTION = "causal_conv1d_fn"
-_STATE: StateName = ("recurrent", 0)  # under which the state of a scan is stored for other rows
+# Mamba-2's convolution and scan in one kernel. It returns `None` where it is not installed, and the layer runs both.
+FUSED = "mamba2_split_conv1d_scan_combined"
+_STATE: StateName = ("scan",)  # under which the state of a scan is stored for other rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,78 +57,89 @@ class ScanNames:
 
     initial_state: str  # the state to start from, shape `(num_sequences, ...)`
     returns_state: str  # whether to return the final states too
-    packs: bool  # whether fast kernels start each packed sequence (`cu_seqlens`) from a state of its own
+    is_delta_rule: bool  # whether states are linear in states before, so that [`PackedScan`] can compose them
+    num_positional: int  # how many of its arguments it gets by position
     # Whether it returns `(output, None)` if no final state is asked for, instead of the output alone.
     returns_pair: bool
 
 
-_DELTA_RULE = ScanNames("initial_state", "output_final_state", packs=True, returns_pair=True)
+_DELTA_RULE = ScanNames("initial_state", "output_final_state", is_delta_rule=True, num_positional=3, returns_pair=True)
 SCANS = {
     "torch_chunk_gated_delta_rule": _DELTA_RULE,
     "chunk_kimi_delta_attention": _DELTA_RULE,
-    "mamba2_chunk_scan": ScanNames("initial_states", "return_final_states", packs=False, returns_pair=False),
+    "mamba2_chunk_scan": ScanNames(
+        "initial_states", "return_final_states", is_delta_rule=False, num_positional=5, returns_pair=False
+    ),
 }
-
-# Mamba-2's convolution and scan in one kernel. It returns `None` where it is not installed, and the layer runs both.
-FUSED = "mamba2_split_conv1d_scan_combined"
+"""Functions that are worth interposing. Of one that has another name in a release, layers run piece by piece."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowKernels:
-    """Kernels of a layer that mix tokens."""
+    """Kernels of a layer that mix tokens, by which it runs on whole rows."""
 
-    forward: FunctionType  # the layer's `forward`, which calls them
-    scan: str | None  # name of the scan; `None` if the layer only convolves
+    called: frozenset[str]  # those that it called when it was measured
     mode: ReplayMode  # what they need of other rows, where a row continues some
 
-    def run(self, layer: nn.Module, arguments: Mapping[str, object], tree: Tree) -> Any:
+    def run(self, layer: Any, arguments: Mapping[str, object], tree: Tree) -> Any:
         """Run the layer on a row, with the arguments of its `forward`, but without a cache or a mask."""
         boundary = get_boundary(tree, self.mode)
         if boundary is not None:
             boundary.begin(layer)
         own = _LayerRun(layer, tree, boundary)
-        names = self.forward.__globals__
-        of_packed_rows = set(arguments) - set(inspect.signature(self.forward).parameters)  # passed on to the kernels
-        called: set[str] = set()
-
-        def bind(name: str, run: Kernel) -> Kernel:
-            def kernel(*args: object, **options: object) -> Any:
-                called.add(name)
-                return run(*args, **{key: value for key, value in options.items() if key not in of_packed_rows})
-
-            return kernel
-
-        bound = {CONVOLUTION: bind(CONVOLUTION, partial(own.convolve, names[CONVOLUTION]))}
-        bound[FUSED] = lambda *args, **options: None
-        if self.scan is not None:
-            bound[self.scan] = bind(self.scan, partial(own.scan, names[self.scan], SCANS[self.scan]))
-        forward = FunctionType(
-            self.forward.__code__, {**names, **bound}, None, self.forward.__defaults__, self.forward.__closure__
-        )
-        forward.__kwdefaults__ = self.forward.__kwdefaults__
-        output = forward(layer, **arguments)
-        missing = {CONVOLUTION, self.scan} - called - {None}
-        if missing:
+        output = own.run(arguments)
+        if missing := self.called - own.called:
             raise RuntimeError(
-                f"{type(layer).__name__} did not call {sorted(map(str, missing))}, so its branches would be trained "
-                "without their history. Use a version of transformers that README.md lists as known to work."
+                f"{type(layer).__name__} did not call {sorted(missing)}, so its branches would be trained without "
+                "their history. Call enable_tree again after a change of the model."
             )
         return output
+
+
+def observe_kernels(layer: nn.Module, arguments: Mapping[str, object], tree: Tree) -> RowKernels:
+    """Run a layer on a row by its kernels; return those that it calls. `ValueError` if it calls none."""
+    own = _LayerRun(layer, tree, None)
+    own.run(arguments)
+    if not own.called:
+        raise ValueError(f"{type(layer).__name__} calls none of {CONVOLUTION}, {', '.join(SCANS)}.")
+    scans = not own.called.isdisjoint(SCANS)
+    return RowKernels(frozenset(own.called), ReplayMode(scans, own.reach, by_kernels=True))
 
 
 class _LayerRun:
     """One run of a layer over a row, with what it takes from other rows and leaves for them."""
 
-    def __init__(self, layer: nn.Module, tree: Tree, boundary: RowBoundary | None) -> None:
+    def __init__(self, layer: Any, tree: Tree, boundary: RowBoundary | None) -> None:
         self.layer, self.tree, self.boundary = layer, tree, boundary
-        self.num_convolutions = 0
+        self.called: set[str] = set()
+        self.reach = self._num_convolutions = 0
+        self._of_packed_rows: set[str] = set()  # arguments that the layer passes on to its kernels
 
-    def convolve(
-        self, kernel: Kernel, /, hidden_states: Tensor, weight: Tensor, *args: object, **options: object
-    ) -> Any:
-        """Run a convolution of transformers with its arguments for the row."""
-        size, name = weight.shape[-1], f"convolution {self.num_convolutions}"
-        self.num_convolutions += 1
+    def run(self, arguments: Mapping[str, object]) -> Any:
+        """Run the layer."""
+        forward = self.layer._stock_forward
+        self._of_packed_rows = set(arguments) - set(inspect.signature(forward).parameters)
+        token = _current.set(self)
+        try:
+            return forward(**arguments)
+        finally:
+            _current.reset(token)
+
+    def call(self, name: str, kernel: Kernel, args: tuple[object, ...], options: dict[str, object]) -> Any:
+        """Run a kernel of transformers for the row, however its arguments are passed."""
+        if name == FUSED:
+            return None
+        self.called.add(name)
+        positional, options = _bound(kernel, args, options, 2 if name == CONVOLUTION else SCANS[name].num_positional)
+        options = {key: value for key, value in options.items() if key not in self._of_packed_rows}
+        if name == CONVOLUTION:
+            return self._convolve(kernel, *positional, **options)
+        return self._scan(kernel, SCANS[name], *positional, **options)
+
+    def _convolve(self, kernel: Kernel, hidden_states: Any, weight: Any, *args: object, **options: object) -> Any:
+        size, name = weight.shape[-1], f"convolution {self._num_convolutions}"
+        self._num_convolutions += 1
+        self.reach = max(self.reach, size - 1)
         layout = self.tree.make_once(("convolution", size), lambda: ConvolutionLayout(self.tree, size, self.boundary))
 
         def extend(tokens: Tensor) -> Tensor:
@@ -134,10 +151,11 @@ class _LayerRun:
         run = on_share_of_channels(partial(layout.run, kernel, extend), self.tree.group)
         return run(hidden_states, weight, *args, **options)
 
-    def scan(self, kernel: Kernel, names: ScanNames, /, *args: object, **options: object) -> Any:
-        """Run a scan of transformers with its arguments for the row."""
+    def _scan(self, kernel: Kernel, names: ScanNames, *args: Any, **options: Any) -> Any:
         tree = self.tree
-        if names.packs and takes_packed_sequences(kernel):
+        if names.is_delta_rule:
+            check_scan(kernel, args, options)
+        if names.is_delta_rule and keeps_sequences_apart(kernel, args, options):
             packed = tree.make_once(PackedScan, lambda: PackedScan(tree, self.boundary))
             run: Kernel = partial(packed.run, kernel, self)
         else:
@@ -153,17 +171,78 @@ class _LayerRun:
     def load_state(self, slot: int) -> Tensor:
         """Return the state after a token of another row, shape `(1, ...)`."""
         assert self.boundary is not None, "only a wave continues tokens outside its row"
-        return self.boundary.load_states(self.layer, slot, self.tree.depth.device).final[_STATE]
+        return self.boundary.load_states(self.layer, slot, self.tree.depth.device)[_STATE]
 
     def store_states(self, output: Tensor, states: Mapping[int, Tensor]) -> Tensor:
         """Store the states, by the position just past the token, that other rows continue; return the output."""
         if self.boundary is None:
             return output
-        by_end = {end: ForkStates() for end in self.boundary.state_ends}
-        for end, stored_after in by_end.items():
-            stored_after.final[_STATE] = states[end]
+        by_end = {end: {_STATE: states[end]} for end in self.boundary.state_ends}
         stored: Tensor = self.boundary.store_states(self.layer, output, by_end)
         return stored
+
+
+def _bound(
+    kernel: Kernel, args: tuple[object, ...], options: dict[str, object], count: int
+) -> tuple[list[object], dict[str, object]]:
+    """Return the first `count` arguments of a kernel, and the others by name, however they are passed."""
+    # A function that `kernelize` may replace is a module.
+    function: Any = inspect.unwrap(kernel)
+    function = type(function).forward if isinstance(function, nn.Module) else function
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    given = dict(zip(names, args, strict=False)) | options
+    return [given.pop(name) for name in names[:count]], given
+
+
+# Interposed functions ------------------------------------------------------------------------------------------------
+
+_current: ContextVar[_LayerRun | None] = ContextVar("trl_singlepass_layer_run", default=None)
+
+
+class _Interposed:
+    """A kernel of transformers that a layer's run on a row takes over; to everyone else, the kernel itself."""
+
+    def __init__(self, name: str, kernel: Kernel) -> None:
+        functools.update_wrapper(self, kernel, updated=())
+        self.name, self.kernel = name, kernel
+
+    def __call__(self, *args: object, **options: object) -> Any:
+        run = _current.get()
+        if run is None:
+            return self.kernel(*args, **options)
+        token = _current.set(None)  # a kernel may fall back to another one
+        try:
+            return run.call(self.name, self.kernel, args, options)
+        finally:
+            _current.reset(token)
+
+
+def interpose_kernels(layer: nn.Module) -> bool:
+    """Interpose the kernels that the code of a layer may call; return whether there are any."""
+    found = False
+    for module in _modules_of(type(layer)):
+        for name in (CONVOLUTION, FUSED, *SCANS):
+            kernel = vars(module).get(name)
+            if not callable(kernel):
+                continue
+            interposed = kernel if isinstance(kernel, _Interposed) else _Interposed(name, kernel)
+            found = True
+            for other in _modules_of(type(layer)):
+                for alias in [alias for alias, value in vars(other).items() if value is kernel]:
+                    setattr(other, alias, interposed)
+    return found
+
+
+def _modules_of(cls: type) -> Iterator[Any]:
+    """Yield the modules with the code of a class: those of its bases, and all beside them in a package."""
+    names = {base.__module__ for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module}
+    packages = tuple(f"{name.rpartition('.')[0]}." for name in names if "." in name)
+    for name, module in list(sys.modules.items()):
+        if name in names or name.startswith(packages):
+            yield module
+
+
+# The convolution -----------------------------------------------------------------------------------------------------
 
 
 class ConvolutionLayout:
@@ -220,16 +299,6 @@ def insert_ancestors(plan: TreePlan, count: int) -> tuple[Ints, ...]:
         kept.append(np.arange(total, total + run.end - run.start))
         total += run.end - run.start
     return np.concatenate(parts), np.concatenate(kept)
-
-
-@cache
-def takes_packed_sequences(kernel: Kernel) -> bool:
-    """Whether a kernel keeps packed sequences apart: the closure of transformers' wrapper names what it takes."""
-    try:
-        accepted = inspect.getclosurevars(kernel).nonlocals.get("applicable_params")
-    except TypeError:  # not a Python function
-        accepted = None
-    return "cu_seqlens" in (accepted or inspect.signature(kernel).parameters)
 
 
 def run_scan(

@@ -13,6 +13,7 @@ depending on how a layer runs ([`ReplayMode`]). Only those are stored.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -21,7 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..attention.context import Tree
 from ..attention.kv_cache import is_in_backward
@@ -29,55 +29,91 @@ from ..trees.rows import TreePlan
 from .schedule import ReplayMode, last_tokens
 
 
-StateName = tuple[str, int]
-"""`("conv", i)` or `("recurrent", i)`: kind of a state and its index among the layer's states of that kind."""
+InputKey = tuple[str | int, ...]
+"""Path to an input in a layer's arguments: `("position_embeddings", 0)` is the first entry of that tuple."""
+
+StateName = tuple[str | int, ...]
+"""Path to a state in a cache: index of the cache's layer, attribute, and the key where that is a dictionary."""
 
 
 class ForkStates:
     """
-    Stands in for a layer's cache while the layer runs over one batch of pieces, each from the states of a source.
+    A cache of the class that is installed, for one layer and one batch of pieces, each of which continues a source.
 
-    It answers the calls that transformers' layers make to `Cache`, but keeps states as they are computed. A cache
-    copies them into its own buffers, which cuts off their gradients.
+    Everything is transformers' own but where tensors are kept: its caches write each state over the one before it, in
+    place, and here a state that has been read stays as it was, so that gradients go through all of them. Layers of
+    the cache are copied when they are asked for, from those of the sources or of an empty cache.
     """
 
-    def __init__(self, sources: Sequence[ForkStates] = ()) -> None:
-        final = [source.final for source in sources]
-        names = final[0] if final else {}
-        self.initial = final[0] if len(final) == 1 else {name: torch.cat([x[name] for x in final]) for name in names}
-        self.final: dict[StateName, Tensor] = {}
+    def __init__(self, empty: Any, sources: Sequence[ForkStates] = ()) -> None:
+        known = sources[0]._layers if sources else {}
+        self._layers: dict[int, Any] = {index: _continued(index, sources) for index in known}
+        self._empty = empty
+        self.cache = copy.copy(empty)
+        self.cache.layers = _CopiedOnDemand(empty.layers, self._layers)
 
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the convolution's inputs just before the batch, shape `(batch, channels, kernel_size)`."""
-        return self.initial.get(("conv", state_idx))
+    def tensors(self) -> dict[StateName, Tensor]:
+        """Return the states after the batch, shape `(batch, ...)` but for counts of tokens."""
+        found: dict[StateName, Tensor] = {}
+        for index, layer in self._layers.items():
+            _copied(layer, lambda x, path, index=index: found.setdefault((index, *path), x))  # type: ignore[misc]
+        return found
 
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the recurrent state just before the batch, shape `(batch, ...)`."""
-        return self.initial.get(("recurrent", state_idx))
+    def with_tensors(self, tensors: Mapping[StateName, Tensor]) -> ForkStates:
+        """Return the same with other tensors, by name."""
+        other = ForkStates(self._empty)
+        for index, layer in self._layers.items():
+            other._layers[index] = _copied(layer, lambda x, path, index=index: tensors[(index, *path)])  # type: ignore[misc]
+        return other
 
-    def update_conv_state(
-        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None
-    ) -> Tensor:
-        """Store the convolution's inputs, shape `(batch, channels, length)`, and return them after those before."""
-        kernel_size = conv_kernel_size or conv_states.shape[-1]
-        before = self.get_conv_state(layer_idx, state_idx)
-        if before is not None:
-            conv_states = torch.cat([before, conv_states], dim=-1)
-        elif conv_states.shape[-1] < kernel_size:
-            conv_states = F.pad(conv_states, (kernel_size - conv_states.shape[-1], 0))
-        self.final["conv", state_idx] = conv_states[..., -kernel_size:]
-        return conv_states
 
-    def update_recurrent_state(
-        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: object
-    ) -> Tensor:
-        """Store the recurrent state after the batch, shape `(batch, ...)`."""
-        self.final["recurrent", state_idx] = recurrent_states
-        return recurrent_states
+class _CopiedOnDemand(list[Any]):
+    """The layers of an empty cache, of which those in use are copies."""
 
-    def is_recording_past(self, layer_idx: int) -> bool:
-        """Whether the cache can be rolled back: no."""
-        return False
+    def __init__(self, empty: Iterable[Any], own: dict[int, Any]) -> None:
+        super().__init__(empty)
+        self._own = own
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, int):
+            return super().__getitem__(index)
+        if index not in self._own:
+            self._own[index] = _copied(super().__getitem__(index), lambda x, path: x.clone())
+        return self._own[index]
+
+
+class _KeepingWhatWasRead(dict[Any, Any]):
+    """A dictionary whose tensors are replaced when they are read, so that a change in place leaves what was read."""
+
+    def __getitem__(self, key: Any) -> Any:
+        value = super().__getitem__(key)
+        if isinstance(value, Tensor):
+            value = value.clone()
+            self[key] = value
+        return value
+
+
+def _copied(layer: Any, change: Callable[[Tensor, InputKey], Tensor]) -> Any:
+    """Return a copy of a layer of a cache with its tensors changed, also those in its dictionaries."""
+    layer = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            own = {k: change(x, (name, k)) if isinstance(x, Tensor) else x for k, x in value.items()}
+            vars(layer)[name] = _KeepingWhatWasRead(own)
+        elif isinstance(value, Tensor):
+            vars(layer)[name] = change(value, (name,))
+    return layer
+
+
+def _continued(index: int, sources: Sequence[ForkStates]) -> Any:
+    """Return a layer of a cache whose batch is that of several sources, one after the other."""
+    others = [source.tensors() for source in sources[1:]]
+
+    def join(own: Tensor, path: InputKey) -> Tensor:
+        joined = [own, *(tensors[(index, *path)] for tensors in others)]
+        return torch.cat(joined) if others and own.dim() > 0 else own.clone()
+
+    return _copied(sources[0]._layers[index], join)
 
 
 class StateKey(NamedTuple):
@@ -86,9 +122,6 @@ class StateKey(NamedTuple):
     slot: int  # slot of the token after which the state holds
     name: StateName
 
-
-InputKey = tuple[str | int, ...]
-"""Path to an input in a layer's arguments: `("position_embeddings", 0)` is the first entry of that tuple."""
 
 Key = InputKey | StateKey
 
@@ -102,6 +135,7 @@ class BoundaryTensors:
     values: dict[Key, Tensor] = field(default_factory=dict)
     # Those so far, at least in float32: every branch adds to those of the history.
     gradients: dict[Key, Tensor] = field(default_factory=dict)
+    example: ForkStates | None = None  # a cache that holds states of the layer
 
     def store(self, key: Key, value: Tensor) -> None:
         """Store a tensor."""
@@ -270,28 +304,29 @@ class RowBoundary:
             self._own[device] = self._own[torch.device("cpu")].to(device, non_blocking=True)
         return self._own[device]
 
-    def load_states(self, layer: nn.Module, slot: int, device: torch.device) -> ForkStates:
+    def load_states(self, layer: nn.Module, slot: int, device: torch.device) -> dict[StateName, Tensor]:
         """Return the states of a layer after the token of a slot, on the device of the layer's inputs."""
-        tensors, states = self.tensors[layer], ForkStates()
+        tensors = self.tensors[layer]
         anchor = torch.zeros((), device=device, requires_grad=True)
-        keys = [key for key in tensors.values if isinstance(key, StateKey) and key.slot == slot]
-        states.final = {key.name: LoadState.apply(anchor, tensors, key) for key in keys}  # type: ignore[no-untyped-call]
-        assert states.final, "a state is stored before a row starts from it"
-        return states
+        found = {key: x for key, x in tensors.values.items() if isinstance(key, StateKey) and key.slot == slot}
+        assert found, "a state is stored before a row starts from it"
+        return {
+            key.name: LoadState.apply(anchor, tensors, key) if x.is_floating_point() else x.to(device)  # type: ignore[no-untyped-call]
+            for key, x in found.items()
+        }
 
-    def store_states(self, layer: nn.Module, output: Any, states: Mapping[int, ForkStates]) -> Any:
+    def store_states(self, layer: nn.Module, output: Any, states: Mapping[int, Mapping[StateName, Tensor]]) -> Any:
         """Store the states at `state_ends` for later rows; return the output, whose backward goes through them too."""
         if isinstance(output, tuple):
             return (self.store_states(layer, output[0], states), *output[1:])
         tensors = self.tensors[layer]
         own = {
-            StateKey(slot, name): state
-            for end, slot in self.state_ends.items()
-            for name, state in states[end].final.items()
+            StateKey(slot, name): state for end, slot in self.state_ends.items() for name, state in states[end].items()
         }
         if self.stores:
             for key, state in own.items():
                 tensors.store(key, state)
+        own = {key: state for key, state in own.items() if state.is_floating_point()}
         if not own or not torch.is_grad_enabled():
             return output
         return CollectStateGradients.apply(output, tensors, list(own), *own.values())  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ from ..engine.enable import enable_tree
 from ..engine.model_call import as_tree
 from ..engine.wave_plan import WavePlan
 from ..engine.waves import WaveRunner, select
-from ..recurrent.introspection import get_decoder
+from ..recurrent.decoder import get_decoder
 from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree
 from ..trees.rows import Row, TreePlan
 from ..trees.sample import Sample

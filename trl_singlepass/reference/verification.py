@@ -18,12 +18,12 @@ from ..data.bad_rows import read_all
 from ..data.collator import LoadImages
 from ..data.pairs import example_to_turns
 from ..data.reader import with_chat_template
-from ..engine.borrowed_state import in_evaluation_mode
 from ..engine.check.checked_model import get_device
 from ..engine.check.tree_check import check_tree
-from ..engine.enable import disable_tree, enable_tree, takes_attention_from_outside, without_adapters
+from ..engine.enable import disable_tree, enable_tree, without_adapters
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader, image_module
+from ..recurrent.decoder import in_evaluation_mode, takes_attention_from_outside
 from ..recurrent.layer import runs_on_trees
 from ..trees.prefix_tree import PrefixTree
 from ..trees.sample import Sample

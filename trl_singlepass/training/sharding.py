@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, logging
 
 from ..engine.borrowed_state import are_zero3
 from ..engine.enable import without_adapters
-from ..recurrent.introspection import path_dependent_layers
 from ..recurrent.layer import runs_on_trees
+from ..recurrent.measurement import path_dependent_layers
 
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from trl import DPOConfig, SFTConfig
 from ..data.dataset_format import column_names, holds_rows
 from ..engine.enable import without_adapters
 from ..images.reading import image_module
-from ..recurrent.introspection import get_decoder, path_dependent_layer_names, path_dependent_layers
+from ..recurrent.decoder import get_decoder
+from ..recurrent.measurement import path_dependent_layer_names, path_dependent_layers
 
 
 if TYPE_CHECKING:

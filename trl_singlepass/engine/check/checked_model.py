@@ -19,9 +19,10 @@ from ...attention.context import running_on
 from ...attention.row_group import RowGroup
 from ...data.collator import Batch, DataCollatorForSinglePass, LoadImages, pad_batch
 from ...images.reading import TOKEN_TYPES
+from ...recurrent.decoder import in_evaluation_mode
 from ...trees.image_features import shown_images
 from ...trees.sample import Sample
-from ..borrowed_state import are_zero3, captured_embeddings, in_evaluation_mode, zeros_filled
+from ..borrowed_state import are_zero3, captured_embeddings, zeros_filled
 from ..enable import UnsupportedModelError, without_adapters
 from ..model_call import as_tree
 from .row import CheckRow

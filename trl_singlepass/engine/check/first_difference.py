@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...recurrent.introspection import decoder_modules
+from ...recurrent.decoder import decoder_modules
 from .row import CheckRow
 
 
