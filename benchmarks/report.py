@@ -295,8 +295,8 @@ def preparation_section(result: dict[str, Any], name: str) -> str:
     largest = max(result["results"], key=lambda one: one["conversations"])
     hours = largest["milliseconds"]["single_pass"] * 1e6 / 3.6e6
     estimate = (
-        f"So one process on two cores prepares a million chats of {largest['turns']} turns in about {hours:.1f} hours; "
-        "with more cores, `dataset_num_proc` divides that."
+        f"So one process on two cores prepares a million chats of {largest['turns']} turns in about {hours:.1f} hours"
+        "; with more cores, `dataset_num_proc` divides that."
     )
     return "\n\n".join([table(header, rows), estimate, source(result, name)])
 
