@@ -27,6 +27,9 @@ def test_every_private_name_that_is_read_is_found_where_it_is_defined():
 
 def test_methods_in_the_place_of_others_take_what_these_take():
     assert relied_on.signature_gaps() == []
+
+
+def test_stand_ins_take_every_call_that_layers_make():
     assert relied_on.missing_calls() == []
 
 
