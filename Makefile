@@ -4,17 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SLOW := $(VENV)/.slow
+NEWEST := .venv-newest
+# Of what is installed and of what builds it; pip from 25.3 on asks for the second by a name of its own.
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 # Files in the order of their folders: sorted by their number of tests, the longest ones would come last.
 ON_TWO_CORES := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install test test-slow lint demo demo-model bench results gpu docs pictures clean
+.PHONY: help install test test-slow test-newest constraints lint demo demo-model bench results gpu docs pictures clean
 
 help:
-	@echo "make install      everything into .venv"
+	@echo "make install      everything into .venv, in the versions of constraints.txt"
 	@echo "make demo         fine-tune a small model in one pass and in N passes, compare them (MODEL=… DATA=… for your own)"
 	@echo "make demo-model   write a tiny model to out/demo-model: export MODEL=out/demo-model"
 	@echo "make test         run the tests"
 	@echo "make test-slow    the tests that take long; installs bitsandbytes and, on Linux, triton, which compiles for GPUs without one"
+	@echo "make test-newest  run the tests with the newest releases of the package index, in .venv-newest"
+	@echo "make constraints  do so, and write constraints.txt anew if they pass"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         build the site from docs/ into out/site"
 	@echo "make pictures     draw the pictures of the docs"
@@ -24,9 +29,9 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e ".[dev,plot]"
+	$(PINNED) $(BIN)/pip install --quiet -e ".[dev,plot]"
 	touch $@
 
 # ARGS=… runs what it names in one process.
@@ -37,8 +42,19 @@ else
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ON_TWO_CORES)
 endif
 
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet -e ".[dev,plot]"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(or $(ARGS),$(ON_TWO_CORES))
+
+# The comment at its top stays. Left out: this package, what comes with Python, and what PyTorch's CUDA build pins itself.
+constraints: test-newest
+	{ grep '^#' constraints.txt; $(NEWEST)/bin/pip list --format=freeze \
+	| sed -E '/^(trl-singlepass|pip|setuptools|triton|(nvidia|cuda)-.*)==/d; s/\+.*//'; } > $(NEWEST)/constraints.txt
+	mv $(NEWEST)/constraints.txt constraints.txt
+
 $(SLOW): $(INSTALLED)
-	$(BIN)/pip install --quiet 'triton>=3.4; sys_platform == "linux"' -e ".[quantization]"
+	$(PINNED) $(BIN)/pip install --quiet 'triton>=3.4; sys_platform == "linux"' -e ".[quantization]"
 	touch $@
 
 test-slow: $(SLOW)
@@ -75,4 +91,4 @@ gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(NEWEST) out

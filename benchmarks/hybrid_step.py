@@ -3,6 +3,9 @@ Time one training step of a small hybrid (Qwen3.5 architecture, random weights) 
 
     python -m benchmarks.hybrid_step
 
+A recurrent layer runs on a row in one of three ways: by row kernels, in one call for all branches; by pieces, in a
+call for each group of branches, which start from states at forks; over whole paths, each branch with its history.
+
 Times are CPU seconds of one thread, the smallest of several rounds in which the modes alternate, so a busy machine
 does not change them much. N-pass runs sample by sample, and as one padded batch.
 """
@@ -12,6 +15,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ from trl_singlepass.trees.rows import Row
 
 
 RESULTS = Path(__file__).parent / "results" / "hybrid_step.json"
+WAYS = ("row_kernels", "pieces", "whole_paths")
 VOCABULARY = 1000
 SIZES = Sizes(user=(20, 40), reasoning=(100, 300), answer=(40, 80), system=20)
 
@@ -92,19 +97,26 @@ def single_pass(model: Any, samples: list[Sample]) -> float:
     return float(loss.detach())
 
 
+def run_by(model: Any, way: str) -> None:
+    """Choose how the recurrent layers of a model with trees run on a row: "pieces", "whole_paths", or as they are."""
+    for layer in path_dependent_layers(model):
+        mode = ReplayMode(starts_from_state=False) if way == "whole_paths" else layer._replay.mode
+        layer._replay = replace(layer._replay, kernels=None, mode=mode)
+
+
+def hybrid_on_trees(way: str) -> Any:
+    model = small_hybrid()
+    enable_tree(model)
+    if way != "row_kernels":
+        run_by(model, way)
+    return model
+
+
 def modes() -> dict[str, Callable[[list[Sample]], float]]:
     """Return a step function per mode, each with its own copy of the same model."""
-    plain, forks, paths = (small_hybrid() for _ in range(3))
-    enable_tree(forks)
-    enable_tree(paths)
-    for layer in path_dependent_layers(paths):
-        layer._replay = replace(layer._replay, kernels=None, mode=ReplayMode(starts_from_state=False))
-    return {
-        "npass": lambda samples: sample_by_sample(plain, samples),
-        "npass_padded": lambda samples: padded_batch(plain, samples),
-        "single_pass": lambda samples: single_pass(forks, samples),
-        "single_pass_whole_paths": lambda samples: single_pass(paths, samples),
-    }
+    plain, on_trees = small_hybrid(), {way: hybrid_on_trees(way) for way in WAYS}
+    steps = {way: partial(single_pass, model) for way, model in on_trees.items()}
+    return {"npass": partial(sample_by_sample, plain), "npass_padded": partial(padded_batch, plain), **steps}
 
 
 def measure(turns: int, rounds: int) -> dict[str, Any]:
@@ -125,13 +137,13 @@ def measure(turns: int, rounds: int) -> dict[str, Any]:
         "sample_tokens": tree.num_sample_tokens,
         "tree_tokens": len(tree),
         "seconds": {name: round(value, 4) for name, value in least.items()},
-        "speedup": {name: round(value / least["single_pass"], 2) for name, value in least.items()},
+        "speedup": {name: round(value / least["row_kernels"], 2) for name, value in least.items()},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--turns", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

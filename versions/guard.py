@@ -9,67 +9,26 @@ Report, by name, what other libraries changed of the code that this project reli
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib
-import inspect
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 from packaging.version import Version
 
-from .relied_on import ASSUMED, BASES, PRIVATE
-from .sources import Reader, digest, in_wheel, installed
+from .relied_on import PACKAGES, relied_on
+from .sources import Files, digest, in_wheel, installed
 
 
-ROOT = Path(__file__).parents[1]
 RECORD = Path(__file__).parent / "results" / "digests.json"
-TRAINERS = {
-    "SinglePassSFTTrainer": ("training/mixin.py", "training/epochs.py", "training/trainer.py"),
-    "SinglePassDPOTrainer": ("training/mixin.py", "preference/trainer.py"),
-}
-PACKAGES = ("accelerate", "deepspeed", "transformers", "trl")
-
-Digests = dict[str, str | None]
+Digests = dict[str, str]
 
 
-def overridden() -> list[str]:
-    """Return the names of the methods above the trainers that those override, in every class that may define them."""
-    names = []
-    for trainer, files in TRAINERS.items():
-        trees = (ast.parse((ROOT / "trl_singlepass" / file).read_text()) for file in files)
-        classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
-        methods = dict.fromkeys(node.name for cls in classes for node in cls.body if isinstance(node, ast.FunctionDef))
-        names += [f"{base}.{method}" for base in BASES[trainer] for method in methods]
-    return names
-
-
-@cache
-def imported() -> tuple[str, ...]:
-    """Return the names of the functions of other libraries that this project imports, where they are defined."""
-    return tuple(_imported())
-
-
-def _imported() -> Iterator[str]:
-    for path in sorted((ROOT / "trl_singlepass").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or node.level or str(node.module).split(".")[0] not in PACKAGES:
-                continue
-            module = importlib.import_module(str(node.module))
-            functions = (getattr(module, alias.name, None) for alias in node.names)
-            yield from (f"{item.__module__}.{item.__qualname__}" for item in functions if inspect.isfunction(item))
-
-
-def digests_of(package: str, read: Reader) -> Digests:
+def digests_of(package: str, read: Files) -> Digests:
     """Return the digest of all code of a package that this project relies on."""
-    listed = dict.fromkeys([*imported(), *PRIVATE.values(), *ASSUMED])
-    own = {name: digest(name, read) for name in listed if name.split(".")[0] == package}
-    of_bases = {name: digest(name, read) for name in overridden() if name.split(".")[0] == package}
-    return own | {name: value for name, value in of_bases.items() if value is not None}
+    found = {name: digest(name, read) for name in relied_on(package, read)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def changes(package: str, version: str, now: Digests, record: dict[str, dict[str, Digests]]) -> list[str]:
@@ -98,7 +57,7 @@ def read_record() -> dict[str, dict[str, Digests]]:
 
 def download(requirement: str, folder: Path) -> Path:
     """Download the wheel or source archive of a release, without its dependencies."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation", requirement]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", requirement]
     subprocess.run([*command, "--dest", str(folder)], check=True)
     (path,) = folder.iterdir()
     return path

@@ -6,16 +6,26 @@ import ast
 import hashlib
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 
-Reader = Callable[[str], str | None]
-"""Returns the content of a file of a package, by its path (`trl/trainer/sft_trainer.py`); `None` if there is none."""
+@dataclass(frozen=True)
+class Files:
+    """Files of a package, by their paths (`trl/trainer/sft_trainer.py`)."""
+
+    paths: tuple[str, ...]
+    read: Callable[[str], str | None]
+
+    def __call__(self, path: str) -> str | None:
+        """Return the content of a file; `None` if there is none."""
+        return self.read(path)
 
 
-def installed(package: str) -> tuple[str, Reader]:
+@cache
+def installed(package: str) -> tuple[str, Files]:
     """Return the version of an installed package, and its files."""
     distribution = metadata.distribution(package)
 
@@ -23,15 +33,16 @@ def installed(package: str) -> tuple[str, Reader]:
         file = Path(str(distribution.locate_file(path)))
         return file.read_text(encoding="utf-8") if file.is_file() else None
 
-    return distribution.version, cache(read)
+    return distribution.version, Files(tuple(sorted(map(str, distribution.files or ()))), cache(read))
 
 
-def in_wheel(path: Path) -> tuple[str, Reader]:
+def in_wheel(path: Path) -> tuple[str, Files]:
     """Return the version of a wheel, and its files; of a source archive (`.tar.gz`), likewise."""
     if path.suffix == ".whl":
         archive = zipfile.ZipFile(path)
-        names = set(archive.namelist())
-        return path.name.split("-")[1], cache(lambda name: archive.read(name).decode() if name in names else None)
+        names = tuple(sorted(archive.namelist()))
+        read_one = cache(lambda name: archive.read(name).decode() if name in names else None)
+        return path.name.split("-")[1], Files(names, read_one)
     import tarfile
 
     sources = tarfile.open(path)  # noqa: SIM115 - read as long as the reader lives
@@ -42,10 +53,10 @@ def in_wheel(path: Path) -> tuple[str, Reader]:
         file = sources.extractfile(members[name]) if name in members else None
         return None if file is None else file.read().decode()
 
-    return stem.rpartition("-")[2], cache(read)
+    return stem.rpartition("-")[2], Files(tuple(sorted(members)), cache(read))
 
 
-def digest(name: str, read: Reader) -> str | None:
+def digest(name: str, read: Files) -> str | None:
     """
     Return a hash of the code of a function, method or class.
 
@@ -54,7 +65,7 @@ def digest(name: str, read: Reader) -> str | None:
     Args:
         name (`str`):
             Dotted name, from the package on.
-        read (`Reader`):
+        read (`Files`):
             Files of the package.
 
     Returns:
@@ -73,10 +84,10 @@ def _digest_in(source: str, qualified: list[str]) -> str | None:
     found: list[ast.stmt] = []
     for part in qualified:
         # A property has several definitions of the same name, and all count.
-        found = [node for node in _definitions(nodes) if node.name == part]
+        found = _named(nodes, part)
         if not found:
             return None
-        nodes = [statement for node in found for statement in node.body]
+        nodes = [statement for node in found for statement in getattr(node, "body", ())]
     return _digest_of(found)
 
 
@@ -99,11 +110,18 @@ def _parse(source: str) -> list[ast.stmt]:
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-def _definitions(nodes: list[ast.stmt]) -> list[Definition]:
-    """Return functions and classes, those under `if` and `try` included."""
+def _named(nodes: list[ast.stmt], name: str) -> list[ast.stmt]:
+    """Return the functions, classes and assignments of a name, those under `if` and `try` included."""
     inner = [child for node in nodes if isinstance(node, ast.If | ast.Try) for child in ast.iter_child_nodes(node)]
     nested = [node for node in inner if isinstance(node, ast.stmt)]
-    return [node for node in nodes if isinstance(node, Definition)] + (_definitions(nested) if nested else [])
+    found = [node for node in nodes if name in assigned(node) or (isinstance(node, Definition) and node.name == name)]
+    return found + (_named(nested, name) if nested else [])
+
+
+def assigned(node: ast.AST) -> set[str]:
+    """Return the names that a statement assigns."""
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _without_docstrings(tree: ast.stmt | ast.Module) -> ast.stmt | ast.Module:

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, example, given, settings
 
 from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass
 from support.sample_sets import nested_forks, reasoning_chat, sample_sets
-from support.tiny_models import FAMILIES, MIXTURES, tiny_model
+from support.tiny_models import CUT_OFF, FAMILIES, tiny_model
 
 
 pytestmark = [
@@ -18,9 +18,7 @@ pytestmark = [
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reasoning_chat(family, checkpointing):
-    # Reentrant checkpointing cuts the router logits off the graph, in stock training too: no gradient of the auxiliary
-    # loss to compare.
-    overrides = {"output_router_logits": False} if checkpointing == "reentrant" and family in MIXTURES else {}
+    overrides = CUT_OFF.get(family, {}) if checkpointing == "reentrant" else {}
     model = tiny_model(family, **overrides)
     assert_equal_to_npass(model, [reasoning_chat()], prepare=CHECKPOINTING[checkpointing])
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from support import fake_flash
 from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass, forward
 from support.sample_sets import reasoning_chat, sample_sets
-from support.tiny_models import FAMILIES, MIXTURES, tiny_model
+from support.tiny_models import CUT_OFF, FAMILIES, tiny_model
 from support.tree_masks import mask_of, tree_of
 from support.varlen_reference import ReferenceKernel, switch
 from trl_singlepass.attention import flash, registry, varlen_plan
@@ -35,7 +35,7 @@ def install(monkeypatch, kernel):
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_equals_npass(family, checkpointing, kernel):
-    overrides = {"output_router_logits": False} if checkpointing == "reentrant" and family in MIXTURES else {}
+    overrides = CUT_OFF.get(family, {}) if checkpointing == "reentrant" else {}
     model, prepare = tiny_model(family, **overrides), CHECKPOINTING[checkpointing]
 
     def to_flash(model):

@@ -10,7 +10,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass, forward
 from support.gpu_stand_in import A100, B200, H100, L4, RTX5090
 from support.sample_sets import reasoning_chat, sample_sets
-from support.tiny_models import FAMILIES, MIXTURES, tiny_model
+from support.tiny_models import CUT_OFF, FAMILIES, tiny_model
 from support.tree_masks import mask_of, on_meta, random_inputs, tree_of
 from trl_singlepass.attention import flex
 from trl_singlepass.attention.block_mask import build_block_mask
@@ -59,7 +59,7 @@ TRAINING = [pair for pair in itertools.product(FAMILIES, CHECKPOINTING) if pair 
 @pytest.mark.usefixtures("float64", "differentiable")
 @pytest.mark.parametrize(("family", "checkpointing"), TRAINING)
 def test_training_equals_npass(family, checkpointing):
-    overrides = {"output_router_logits": False} if checkpointing == "reentrant" and family in MIXTURES else {}
+    overrides = CUT_OFF.get(family, {}) if checkpointing == "reentrant" else {}
     model, prepare = tiny_model(family, **overrides), CHECKPOINTING[checkpointing]
 
     def to_flex(model):

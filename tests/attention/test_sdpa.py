@@ -9,7 +9,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from support.float64_comparison import CHECKPOINTING, assert_equal_to_npass
 from support.gpu_stand_in import H100
 from support.sample_sets import reasoning_chat
-from support.tiny_models import FAMILIES, MIXTURES, tiny_model
+from support.tiny_models import CUT_OFF, FAMILIES, MIXTURES, tiny_model
 from support.varlen_reference import ReferenceKernel
 from trl_singlepass.attention import flex, sdpa
 from trl_singlepass.attention.kernel_choice import choose_torch_kernel
@@ -46,10 +46,10 @@ CASES = [pair for pair in itertools.product(FAMILIES, CHECKPOINTING) if pair != 
 
 @pytest.mark.parametrize(("family", "checkpointing"), CASES)
 def test_training_equals_npass_on_the_kernels_of_a_gpu(family, checkpointing, chosen):
-    overrides = {"output_router_logits": False} if checkpointing == "reentrant" and family in MIXTURES else {}
+    overrides = CUT_OFF.get(family, {}) if checkpointing == "reentrant" else {}
     model = tiny_model(family, attn_implementation="eager", **overrides)
     assert_equal_to_npass(model, [reasoning_chat()], prepare=CHECKPOINTING[checkpointing])
-    assert model.config._attn_implementation == "tree_torch"
+    assert model.config._attn_implementation == "tree_eager"
     assert set(chosen) == {"flex" if family == "gemma2" else "varlen"}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
-from benchmarks import groups, report, screen_agent, step_profile
+from benchmarks import groups, hybrid_step, report, screen_agent, step_profile
 from benchmarks.modes import MODES, Step
 from benchmarks.shapes import SHAPES, get_shape, make_samples, read_shapes
 from benchmarks.step_time import TINY_MODEL, TINY_SIZES, Case, counted
@@ -38,6 +38,20 @@ def test_modes_are_the_same_training_step(mode, reference):
     loss, gradient = loss_and_gradient(mode)
     assert loss == pytest.approx(reference[0], rel=1e-6)
     assert (gradient - reference[1]).norm() <= 1e-5 * reference[1].norm()
+
+
+def test_the_three_ways_of_a_hybrid_run_its_layers_differently():
+    seen, losses = {}, []
+    for way in hybrid_step.WAYS:
+        model, lengths = hybrid_step.hybrid_on_trees(way), []
+        layer = model.model.layers[0].linear_attn.in_proj_qkv
+        layer.register_forward_hook(lambda module, args, output, lengths=lengths: lengths.append(args[0].shape[:2]))
+        losses.append(hybrid_step.single_pass(model, SAMPLES))
+        seen[way] = (len(lengths), sum(size.numel() for size in lengths))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    assert seen["row_kernels"] == (1, len(PrefixTree.from_samples(SAMPLES)))
+    assert seen["pieces"][0] > 1
+    assert seen["whole_paths"][1] > seen["pieces"][1]
 
 
 @pytest.mark.parametrize("name", [path.stem for path in SHAPES.glob("*.json")])

@@ -1,62 +1,65 @@
 """What the project relies on in other libraries is listed, recorded for known releases, and unchanged in these."""
 
-import ast
 import zipfile
 from functools import cache
-from pathlib import Path
 
 import pytest
 
 from support.trainers import overridden
 from trl_singlepass import SinglePassDPOTrainer, SinglePassSFTTrainer
-from versions import guard, report
-from versions.relied_on import PRIVATE
+from versions import guard, relied_on, report
 from versions.sources import digest, in_wheel, installed
 
 
-ROOT = Path(__file__).parents[2]
-TREES = [ast.parse(path.read_text()) for path in (ROOT / "trl_singlepass").rglob("*.py")]
 # Of PyTorch, datasets, flash-attn and the standard library.
 OTHERS = {
-    *(
-        "_C",
-        "_current_graph_task_id",
-        "_dynamo",
-        "_DropoutNd",
-        "_fingerprint",
-        "_actions",
-        "_option_string_actions",
-        "_exit",
-    ),
+    *("_C", "_current_graph_task_id", "_dynamo", "_DropoutNd", "_fingerprint", "_actions", "_option_string_actions"),
+    *("_exit", "_init_fn"),
     *(f"_scaled_dot_product_flash_attention{end}" for end in ("", "_backward", "_for_cpu", "_for_cpu_backward")),
     *(f"_flash_attn_{way}" for way in ("forward", "backward", "varlen_forward", "varlen_backward")),
     "_flash_attention_backward",  # of ATen, as `_flash_attention_forward` is as well
 }
-# Attributes of classes and configurations that hold no code, and that transformers documents for its models.
-DOCUMENTED = {"_supports_sdpa", "_name_or_path"}
 
 
-def names_of_the_project():
-    """Every name that the package defines or assigns."""
-    for node in (node for tree in TREES for node in ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            yield node.name
-        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
-            yield node.id if isinstance(node, ast.Name) else node.attr
+def test_every_private_name_that_is_read_is_found_where_it_is_defined():
+    assert {name for name in relied_on.private_names() if not relied_on.places_of(name)} <= OTHERS
 
 
-def private_names():
-    for node in (node for tree in TREES for node in ast.walk(tree)):
-        if isinstance(node, ast.Attribute):
-            yield node.attr
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield from (alias.name for alias in node.names)
+def test_methods_in_the_place_of_others_take_what_these_take():
+    assert relied_on.signature_gaps() == []
 
 
-def test_every_private_name_that_is_read_is_listed():
-    private = {name for name in private_names() if name.startswith("_") and not name.startswith("__")}
-    foreign = private - set(names_of_the_project())
-    assert foreign - OTHERS - DOCUMENTED <= set(PRIVATE)
+def test_stand_ins_take_every_call_that_layers_make():
+    assert relied_on.missing_calls() == []
+
+
+class Stock:
+    def update(self, states, layer_idx, count=1): ...
+
+
+class Own(Stock):
+    def update(self, states, layer_idx): ...
+
+
+def test_a_parameter_that_a_release_adds_is_found():
+    (gap,) = relied_on.gaps_between(Own, [Stock])
+    assert gap.endswith("Own.update does not take count")
+
+
+# What transformers 5.25 broke: the convolution moved into a helper, and a cache is asked for another method.
+@pytest.mark.parametrize(
+    "change",
+    [
+        "modeling_qwen3_next.causal_conv1d_forward is new",
+        "modeling_mamba2.Mamba2Mixer.forward",
+        "cache_utils.Cache.get_recurrent_states_to_keep is new",
+        "cache_utils.Cache.activate_past_recording changed",
+    ],
+)
+def test_what_a_release_broke_would_have_been_reported(change):
+    record = guard.read_record()["transformers"]
+    found = guard.changes("transformers", "5.25.0", record["5.25.0"], {"transformers": {"5.24.0": record["5.24.0"]}})
+    assert any(change in line for line in found)
 
 
 @cache

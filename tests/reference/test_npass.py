@@ -20,7 +20,7 @@ def test_npass_ignores_tree_attention(tokenizer):
     expected = npass_loss_and_gradients(model, samples)
     enable_tree(model)
     found = npass_loss_and_gradients(model, samples)
-    assert model.config._attn_implementation == "tree_torch"
+    assert model.config._attn_implementation == "tree_eager"
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.num_tokens == sum(map(len, samples))
 

@@ -81,7 +81,7 @@ def one_row_each(sample_sets):
     return [Row.from_tree(PrefixTree.from_samples(samples)) for samples in sample_sets]
 
 
-def forward(model, sample_sets, pad_to_multiple_of=None, rows_of=one_row_each):
+def forward(model, sample_sets, pad_to_multiple_of=None, rows_of=one_row_each, **options):
     """Run the rows of the sample sets joined in one row; return the model's outputs and the batch."""
     rows = [row.columns() for row in rows_of(sample_sets)]
     batch = DataCollatorForSinglePass(pad_token_id=0, pad_to_multiple_of=pad_to_multiple_of)(rows)
@@ -89,7 +89,7 @@ def forward(model, sample_sets, pad_to_multiple_of=None, rows_of=one_row_each):
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         inputs["output_router_logits"] = True
     with row_context(batch["tree"]):
-        return model(**inputs, use_cache=False), batch
+        return model(**inputs, **options, use_cache=False), batch
 
 
 def single_pass_loss(model, sample_sets, pad_to_multiple_of=None, rows_of=one_row_each):

@@ -219,8 +219,9 @@ def _first(config, *names, default=None):
 
 _TYPES_BY_INPUT = {
     _patches: "cosmos3_edge cosmos3_omni dots3_note exaone4_5 glm46v glm4v glm4v_moe glm5_next glm_ocr hunyuan_vl "
-    "hy_v4_vl hyperclovax_vision_v2 lfm3_vl minimax_m3_vl muse_glimmer muse_spark qwen2_5_omni_thinker qwen2_5_vl "
-    "qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe qwen4_exp",
+    "hy_v4_vl hyperclovax_vision_v2 lfm3_vl llava_onevision1_5 minimax_m3_vl muse_glimmer muse_spark "
+    "qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe "
+    "qwen4_exp",
     _merged_patches: "inkling2 inkling2_loop",
     _patches_of_a_sample: "fuyu",
     _patches_with_places: "gemma4 gemma4_unified",
@@ -230,8 +231,8 @@ _TYPES_BY_INPUT = {
     _patches_with_merge_sizes: "video_llama_3",
     _padded_patches: "lfm2_vl",
     _strips: "minicpm_ocr minicpmv4_6",
-    _pictures: "gemma3 aria aya_vision chameleon cohere2_vision deepseek_ocr2 deepseek_vl got_ocr2 janus llava ovis2 "
-    "qianfan_ocr step3p7 video_llava vipllava",
+    _pictures: "gemma3 aria aya_vision chameleon cohere2_vision deepseek_ocr2 deepseek_vl got_ocr2 janus llama4 llava "
+    "ovis2 qianfan_ocr step3p7 video_llava vipllava",
     _pictures_of_a_sample: "idefics2",
     _crops: "internvl",
     _crops_of_a_sample: "idefics3 smolvlm",

@@ -16,6 +16,13 @@ WINDOW = 7
 LINEAR, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"
 WITHOUT_WINDOW = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
 BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+# As E2B and E4B: the last layers read keys and values of earlier ones.
+SHARED_KEYS = {
+    "num_hidden_layers": 4,
+    "layer_types": [SLIDING, FULL] * 2,
+    "num_kv_shared_layers": 2,
+    "global_head_dim": 16,
+}
 # Model type of each family, and what it sets besides the sizes below.
 FAMILIES = {
     "llama": ("llama", {}),
@@ -24,6 +31,7 @@ FAMILIES = {
     "mistral-sliding": ("mistral", {}),
     "gemma2": ("gemma2", {}),
     "gemma3": ("gemma3_text", {}),
+    "gemma4": ("gemma4_text", SHARED_KEYS),
     "gpt-oss": ("gpt_oss", BALANCED),
     "qwen3-moe": ("qwen3_moe", {**BALANCED, **WITHOUT_WINDOW, "head_dim": 8}),
     # Temperature tuning depends on positions from `floor_scale` tokens on.
@@ -33,6 +41,8 @@ FAMILIES = {
     ),
 }
 MIXTURES = [name for name, (_, own) in FAMILIES.items() if "output_router_logits" in own]
+# What reentrant checkpointing cuts off the graph, in stock training too, so that there is no gradient to compare.
+CUT_OFF = {name: {"output_router_logits": False} for name in MIXTURES} | {"gemma4": {"num_kv_shared_layers": 0}}
 
 # Models with recurrent, convolutional or selecting layers.
 HYBRIDS = [
@@ -147,6 +157,16 @@ OWN = {
     "hunyuan_v1_dense": HEADS,
     "hunyuan_v1_moe": HEADS,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 3},
+    "kolibri1_1": {
+        "head_dim": 16,
+        "index_num_heads": 2,
+        "index_topk": 3,
+        "index_pool_size": 4,
+        "index_compression": 2,
+        "index_num_local_tokens": 2,
+        "index_num_sink_tokens": 1,
+        "mlp_only_layers": [0],
+    },
     "lfm2": {"layer_types": ["conv", FULL, "conv"]},
     "longcat_flash": {**MLA, "ffn_hidden_size": 48, "qk_head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", FULL], "num_dense_layers": 1},

@@ -197,7 +197,7 @@ OWN = {
     "qwen3_5_text": MROPE,
     "qwen3_5_moe_text": MROPE,
     "gemma3": {"mm_tokens_per_image": 4, "vision_config": {"patch_size": 8, "vision_use_head": False}},
-    "gemma4_text": {"use_bidirectional_attention": "vision"},
+    "gemma4_text": {"use_bidirectional_attention": "vision", **tiny_models.SHARED_KEYS},
     "gemma4": {
         "vision_config": {
             "hidden_size": 16,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import eager_mask, flash_attention_mask, flex_attention_mask, sdpa_mask
 
 from .flash import varlen_forward
@@ -20,23 +22,16 @@ from .tree_mask import tree_mask_or
 from .varlen_kernels import flash_kernel
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-
 # The registered names avoid "sdpa", "flash", "flex_attention" and "/", which have a meaning to transformers.
 TREE_ATTENTION = {
     "sdpa": "tree_torch",
-    "eager": "tree_torch",
+    "eager": "tree_eager",  # the same kernels: on ordinary batches, eager layers read masks that are added to scores
     "flex_attention": "tree_flex",
     "flash_attention_2": "tree_varlen_2",
     "flash_attention_3": "tree_varlen_3",
     "torch_varlen": "tree_varlen_torch",
 }
 """For each `attn_implementation`, the registered name of its tree attention; Hub kernels join on first use."""
-BESIDE_EAGER_LAYERS = "tree_eager"
-"""`tree_torch` of a model in which some layers keep the eager attention of transformers, over whole paths: on ordinary
-batches, these read masks that are added to scores."""
 KEEPS_ATTENTION = "_keeps_attention"
 """Attribute of the configuration of a layer that keeps its attention when that of the model changes."""
 _RULES = {"full_attention": RuleKind.CAUSAL, "sliding_attention": RuleKind.WINDOW, "chunked_attention": RuleKind.CHUNK}
@@ -48,14 +43,11 @@ def tree_attention_name(implementation: str) -> str:
 
     Raises `ValueError` if there is no tree attention for it, `ImportError` if its kernel is not installed.
     """
-    if implementation == BESIDE_EAGER_LAYERS:
-        return implementation
     if _is_hub_kernel(implementation) and implementation not in TREE_ATTENTION:
         flash_kernel(implementation)  # raises before a name exists for it
         TREE_ATTENTION[implementation] = "tree_varlen_" + re.sub(r"\W+|flash", "_", implementation.lower())
         _register_varlen(implementation)
-    stands_for = {name: known for known, name in TREE_ATTENTION.items()}
-    implementation = stands_for.get(implementation, implementation)
+    implementation = _stands_for().get(implementation, implementation)
     if implementation not in TREE_ATTENTION:
         raise ValueError(
             f"There is no tree attention for attn_implementation={implementation!r}. Load the model with one of "
@@ -76,7 +68,7 @@ def describe_tree_attention(
     """
     if TREE_ATTENTION.get(implementation) == "tree_flex":
         return "one compiled FlexAttention kernel for every rule, with a block mask made from the tree"
-    if TREE_ATTENTION.get(implementation) == "tree_torch":
+    if implementation in ("sdpa", "eager"):
         return _describe_torch_kernels(config, device, dtype)
     source = "PyTorch" if implementation == "torch_varlen" else implementation
     return f"the flash varlen kernel of {source}, one call for all branches, in half precision only"
@@ -131,6 +123,41 @@ def set_text_attention(model: Any, implementation: str) -> None:
             config._attn_implementation = text._attn_implementation
 
 
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Show the code of a model its own `attn_implementation`, for calls without a tree: some of it compares the name.
+
+    Layers that gradient checkpointing runs again during backward see it then as well.
+    """
+    own = _stands_for()
+    renamed = [(config, name) for config in _configs(model) if (name := config._attn_implementation) in own]
+    layers = [layer for layer in model.modules() if "_gradient_checkpointing_func" in vars(layer)]
+    with ExitStack() as undo:
+        for config, name in renamed:
+            config._attn_implementation = {"": own[name]}  # not those of its parts
+            undo.callback(setattr, config, "_attn_implementation", {"": name})
+        for layer in layers:
+            checkpoint = layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = partial(_checkpoint_with_own_attention, model, checkpoint)
+            undo.callback(setattr, layer, "_gradient_checkpointing_func", checkpoint)
+        yield
+
+
+def _checkpoint_with_own_attention(model: PreTrainedModel, checkpoint: Any, function: Any, *args: Any) -> Any:
+    return checkpoint(own_attention(model)(function), *args)
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Configurations of a model, of its parts, and of layers that have one of their own, each once."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
+
+
+def _stands_for() -> dict[str, str]:
+    return {name: known for known, name in TREE_ATTENTION.items()}
+
+
 def _down_to(text: Any, config: Any, implementation: str) -> str | dict[str, Any] | None:
     """A name for the text configuration and those that contain it, by part; `None` for a part without text."""
     if config is text:
@@ -142,7 +169,7 @@ def _down_to(text: Any, config: Any, implementation: str) -> str | dict[str, Any
 
 
 _register("tree_torch", sdpa_forward, sdpa_mask)
-_register(BESIDE_EAGER_LAYERS, sdpa_forward, eager_mask)
+_register("tree_eager", sdpa_forward, eager_mask)
 _register("tree_flex", flex_forward, flex_attention_mask)
 for _implementation in ("flash_attention_2", "flash_attention_3", "torch_varlen"):
     _register_varlen(_implementation)

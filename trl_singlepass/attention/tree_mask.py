@@ -46,6 +46,16 @@ class TreeMask:
                 "one sample per turn (N-pass) with TRL's SFTTrainer."
             )
 
+    def __getitem__(self, index: object) -> TreeMask:
+        """Return this mask where a model cuts masks to the tokens whose logits it keeps (Gemma 4) and keeps all."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(part not in (slice(None), slice(0, None)) for part in parts):
+            raise ValueError(
+                f"The model takes the part [{', '.join(map(str, parts))}] of its attention mask, and the last tokens "
+                "of a row are those of its last branch. Call it on a tree without a number of `logits_to_keep`."
+            )
+        return self
+
     def build_once(self, build: Callable[..., T], *arguments: object) -> T:
         """Return `build(self, *arguments)`, built once and shared by all layers of this mask type."""
         key = (build, *arguments)

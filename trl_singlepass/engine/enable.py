@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..attention.registry import BESIDE_EAGER_LAYERS, set_text_attention, tree_attention_name
+from ..attention.registry import set_text_attention, tree_attention_name
 from ..data.collator import DataCollatorForSinglePass
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
@@ -108,8 +108,6 @@ def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     check_model(base)
     implementation = str(base.config.get_text_config()._attn_implementation)
     name = tree_attention_name(implementation)
-    if implementation == "eager" and any(mode.attends for mode in path_dependent_layers(base).values()):
-        name = BESIDE_EAGER_LAYERS
     enable_tree_recurrence(base)
     if name != implementation and takes_attention_from_outside(base):  # some models have recurrent layers only
         set_text_attention(base, name)

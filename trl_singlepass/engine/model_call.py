@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..attention.context import Tree, running_on
+from ..attention.context import Tree, current_tree, running_on
+from ..attention.registry import own_attention
 from ..attention.row_group import RowGroup
 from ..data.row_tree import LineView, RowTree
 from ..images.reading import showing_images
@@ -52,7 +53,8 @@ def take_trees(model: PreTrainedModel) -> None:
     ) -> ModelOutput:
         model_forward = self._forwards_without_trees[level]
         if tree is None:
-            return model_forward(*args, **inputs)
+            with nullcontext() if current_tree() else own_attention(self):
+                return model_forward(*args, **inputs)
         if isinstance(tree, LineView):
             return _run_lines(self, model_forward, tree, inputs)
         return _run_row(self, model_forward, tree, *args, **inputs)

@@ -258,7 +258,9 @@ class RowRunner:
 
     def _run_layers(self, row: _Row, wave: Wave, tokens: Ranges) -> ModelOutput:
         """Run the layers for what they store, and the LM head on one token only."""
-        return self._call(row, wave, tokens, logits_to_keep=1)
+        # By its index: at a number, Gemma 4 also cuts what its last layers read, and they would store one token.
+        first = row.multiplicity(wave).new_zeros(1, dtype=torch.long)
+        return self._call(row, wave, tokens, logits_to_keep=first)
 
     def _call(self, row: _Row, wave: Wave, tokens: Ranges, **options: Any) -> ModelOutput:
         outputs: ModelOutput

@@ -12,6 +12,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -51,9 +52,15 @@ def wrap(layer: Any, replay: TreeReplay) -> None:
         setattr(layer.config, KEEPS_ATTENTION, True)
         layer.config._attn_implementation = replay.attention
     layer._replay = replay
-    layer._stock_forward = layer.forward
-    layer._had_own_forward = "forward" in vars(layer)
-    layer.forward = MethodType(_forward, layer)
+    _keep_wrapped(layer)
+
+
+def _keep_wrapped(layer: Any) -> None:
+    """Replace the `forward` of a layer, unless it is replaced: `kernelize` puts others in place, in `eval()` too."""
+    own = vars(layer).get("forward")
+    if getattr(own, "__func__", None) is not _forward:
+        layer._stock_forward, layer._had_own_forward = layer.forward, own is not None
+        layer.forward = MethodType(_forward, layer)
 
 
 def unwrap(layer: Any) -> None:
@@ -264,19 +271,22 @@ def pass_tree_in_masks(model: PreTrainedModel, layers: Iterable[nn.Module]) -> l
     The `attention_mask` of the model with its head stays as it is: mixture-of-experts losses read it.
     """
     wanted = set(layers)
+    prepare = partial(_replace_mask, tuple(layer for layer in wanted if runs_on_trees(layer)))
     return [
-        module.register_forward_pre_hook(_replace_mask, with_kwargs=True)
+        module.register_forward_pre_hook(prepare, with_kwargs=True)
         for module in model.modules()
         if module is not model and isinstance(module, PreTrainedModel) and wanted & set(module.modules())
     ]
 
 
 def _replace_mask(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layers: Iterable[nn.Module], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     tree = current_tree()
     if tree is None:
         return None
+    for layer in layers:
+        _keep_wrapped(layer)
     mask = TreePaddingMask.from_tree(tree)
     names = list(inspect.signature(module.forward).parameters)[: len(args)]
     if "attention_mask" in names:
