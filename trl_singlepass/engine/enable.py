@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 from accelerate.utils import is_compiled_module
@@ -122,6 +123,21 @@ def enable_tree(model: PreTrainedModel | PeftModel) -> str:
         set_text_attention(base, name)
     take_trees(base)
     return implementation
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel | PeftModel, implementation: str) -> Iterator[None]:
+    """Give a model the `attn_implementation` back that [`enable_tree`] replaced, for code that only knows such names."""
+    base = without_adapters(model)
+    name = str(base.config.get_text_config()._attn_implementation)
+    switches = name != implementation and takes_attention_from_outside(base)
+    if switches:
+        set_text_attention(base, implementation)
+    try:
+        yield
+    finally:
+        if switches:
+            set_text_attention(base, name)
 
 
 def enable_images(
