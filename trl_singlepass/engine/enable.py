@@ -127,7 +127,7 @@ def enable_tree(model: PreTrainedModel | PeftModel) -> str:
 
 @contextmanager
 def own_attention(model: PreTrainedModel | PeftModel, implementation: str) -> Iterator[None]:
-    """Give a model the `attn_implementation` back that [`enable_tree`] replaced, for code that only knows such names."""
+    """Give a model the `attn_implementation` back that [`enable_tree`] replaced, for code that knows no other."""
     base = without_adapters(model)
     name = str(base.config.get_text_config()._attn_implementation)
     switches = name != implementation and takes_attention_from_outside(base)

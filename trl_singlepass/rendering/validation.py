@@ -260,5 +260,5 @@ def decode_json(text: str) -> Any:
     """Return what a text says as JSON, `None` if it is none."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return None

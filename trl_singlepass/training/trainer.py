@@ -64,7 +64,7 @@ class SinglePassSFTTrainer(EpochsMixin, SinglePassTrainerMixin, SFTTrainer):
     _tag_names: ClassVar = ["trl", "sft", "single-pass"]
     _name = "SinglePassSFT"
     _paper: ClassVar = PAPER
-    _row_columns: ClassVar = ROW_COLUMNS
+    _row_columns: ClassVar = (*ROW_COLUMNS, "num_pairs")
     label_smoother: LabelSmoother | PiecewiseSmoother | None
     _tree_loss: TreeLoss | None = None
     _pooled_loss: PooledLoss | None = None  # of the evaluation in progress

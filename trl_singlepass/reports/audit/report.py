@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...data.bad_rows import RowErrors, count_of
+from ...trees.errors import printable
 from ...trees.sample import CompletionKind
 from .forecast import Forecast, Schedule, SharingByTurns
 from .recipes import Recipe, RecipeReport
@@ -223,7 +224,7 @@ class AuditReport:
         parts: list[RenderableType] = [Text(self.headline, style="bold")]
         if self.verdict:
             parts.append(Text(self.verdict))
-        lines = Text("\n".join(f"• {finding}" for finding in self.findings))
+        lines = Text("\n".join(f"• {printable(finding)}" for finding in self.findings))
         parts += [Text("\nFindings", style="bold"), Padding(lines, (0, 0, 1, 2))]
         for table in self.tables:
             caption, table.caption = table.caption, None  # which rich would wrap to the width of the table
@@ -292,7 +293,7 @@ def _error_table(errors: Sequence[RowErrors]) -> Table:
         table.add_column(name, overflow="fold")
     for error in errors[:_MAX_ERRORS_SHOWN]:
         reason = error.reason if len(error.reason) <= 400 else f"{error.reason[:399]}…"
-        table.add_row(str(error.count), ", ".join(map(str, error.rows)), Text(reason))
+        table.add_row(str(error.count), ", ".join(map(str, error.rows)), Text(printable(reason)))
     return table
 
 
