@@ -118,11 +118,22 @@ def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     name = tree_attention_name(implementation)
     if implementation == "eager" and any(mode.attends for mode in path_dependent_layers(base).values()):
         name = BESIDE_EAGER_LAYERS
+    _name_parts(base)
     enable_tree_recurrence(base)
     if name != implementation and takes_attention_from_outside(base):  # some models have recurrent layers only
         set_text_attention(base, name)
     take_trees(base)
     return implementation
+
+
+def _name_parts(model: PreTrainedModel) -> None:
+    """Let TRL's fused head find the decoder of Llama 4's text model, and the number of experts of PhiMoE."""
+    config = model.config.get_text_config()
+    decoders = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if model.base_model is model and len(decoders) == 1:
+        model.base_model_prefix = decoders[0]
+    if not hasattr(config, "num_experts") and hasattr(config, "num_local_experts"):
+        config.num_experts = config.num_local_experts
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def print_by_turn(callbacks: Iterable[TrainerCallback]) -> None:
     """Let the callbacks that print logs show metrics by turn as a table, at every tenth log and every evaluation."""
     for callback in callbacks:
         if isinstance(callback, ProgressCallback | PrinterCallback):
-            callback.on_log = _in_table(callback.on_log)  # type: ignore[method-assign]
+            callback.on_log = _in_table(callback.on_log)
 
 
 def _in_table(on_log: Callable[..., None]) -> Callable[..., None]:
