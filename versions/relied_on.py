@@ -4,7 +4,7 @@ Code of other libraries that this project relies on, found in the code of the pa
 - What it imports: functions, and of classes the members that its code names.
 - What it overrides: methods of the classes above its own.
 - Private names that it reads: the members of these classes that define or assign them, and where none does, any code.
-- What it stands in for: a cache, which takes the calls of recurrent layers. Those layers, wherever they call one.
+- The cache of recurrent layers, and those layers, wherever they call one.
 
 Names are those of the places where they are defined. A short list, `ASSUMED`, holds what the package's code does not
 show.
@@ -28,8 +28,8 @@ PACKAGES = ("accelerate", "deepspeed", "transformers", "trl")
 PATHS = sorted(path for path in (ROOT / "trl_singlepass").rglob("*.py") if path.name != "__main__.py")
 NODES = [node for path in PATHS for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
 
-# Classes of the package that take the calls of a foreign class without deriving from it.
-STAND_INS = {"trl_singlepass.recurrent.states.ForkStates": "transformers.cache_utils.Cache"}
+# The class in whose copies recurrent layers keep their states on trees, with the methods that a release adds.
+CACHE = "transformers.cache_utils.Cache"
 
 # Code that the package is written for, but that its code does not name.
 ASSUMED = [
@@ -53,7 +53,7 @@ ASSUMED = [
 
 def relied_on(package: str, files: Files) -> list[str]:
     """Return the names of all code of a package, whose files are given, that this project relies on."""
-    names = [*imported(), *overridden(), *members(), *private(), *ASSUMED, *stood_in_for()]
+    names = [*imported(), *overridden(), *members(), *private(), *ASSUMED, *of_cache()]
     own = [name for name in names if name.split(".")[0] == package]
     return list(dict.fromkeys([*own, *callers_of_caches(files)])) if package == "transformers" else own
 
@@ -86,14 +86,14 @@ def _name(item: type | object) -> str:
 
 
 def own_classes() -> Iterator[tuple[type, list[type]]]:
-    """Yield the classes of the package that derive from foreign ones or stand in for one, with those."""
+    """Yield the classes of the package that derive from foreign ones, with those."""
     for path in PATHS:
         module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
         for item in vars(module).values():
             if inspect.isclass(item) and item.__module__ == module.__name__:
                 above = [one for one in item.__mro__ if one.__module__.split(".")[0] in PACKAGES]
-                if above or _name(item) in STAND_INS:
-                    yield item, above or [_load(STAND_INS[_name(item)])]
+                if above:
+                    yield item, above
 
 
 @cache
@@ -232,30 +232,16 @@ def _defining(tree: ast.AST, within: tuple[str, ...] = ()) -> Iterator[tuple[str
 
 
 @cache
-def stood_in_for() -> tuple[str, ...]:
-    """Return all methods of the classes that others stand in for, with those that a release adds."""
-    classes = (_load(name) for name in STAND_INS.values())
-    return tuple(f"{_name(one)}.{name}" for one in classes for name, value in vars(one).items() if callable(value))
+def of_cache() -> tuple[str, ...]:
+    """Return all methods of the cache, with those that a release adds."""
+    return tuple(f"{CACHE}.{name}" for name, value in vars(_load(CACHE)).items() if callable(value))
 
 
 @cache
 def calls_of_caches() -> frozenset[str]:
-    """Return the methods of a cache that the package takes the calls of."""
-    caches = (one for one, above in own_classes() if above[0].__module__ == "transformers.cache_utils")
-    return frozenset(name for one in caches for name in vars(one) if not name.startswith("_"))
-
-
-def missing_calls() -> list[str]:
-    """Return the calls of a cache by recurrent layers that a class in its place does not take."""
-    files = installed("transformers")[1]
-    stand_ins = {_load(own): _load(foreign) for own, foreign in STAND_INS.items()}
-    called = {name for _, function in _callers_of_caches(files) for name in _called(function)}
-    return [
-        f"{_name(own)}.{name}"
-        for own, cls in stand_ins.items()
-        for name in called
-        if hasattr(cls, name) > hasattr(own, name)
-    ]
+    """Return the methods of a cache about states, which the layers of attention's cache do not have."""
+    of_attention = dir(_load("transformers.cache_utils.DynamicLayer"))
+    return frozenset(name for name in vars(_load(CACHE)) if name not in of_attention)
 
 
 def callers_of_caches(files: Files) -> list[str]:

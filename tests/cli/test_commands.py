@@ -12,6 +12,7 @@ from demo.load import load_model as load_demo_model
 from demo.load import load_tokenizer as load_demo_tokenizer
 from support.conversations import chat
 from trl_singlepass.cli.loading import load_model
+from trl_singlepass.cli.main import ALIASES, COMMANDS
 from trl_singlepass.reference import doctor
 
 
@@ -31,7 +32,7 @@ def test_audit_prints_writes_json_and_a_page(run, model, data, tmp_path):
     code, out, err = run("audit", model, data, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html")
     assert code == 0, err
     assert "sharing factor" in out
-    assert "Auditing conversations" in err or "Reading" in err or err == ""  # progress bars may be disabled
+    assert "Auditing conversations" in err or "Reading" in err or err.startswith("Next")  # bars may be disabled
     report = json.loads((tmp_path / "a.json").read_text())
     assert report["num_rows"] == 4
     assert report["forecast"]["has_model"]
@@ -156,3 +157,19 @@ def test_text_of_the_data_is_escaped_in_the_audit_page(run, model, tmp_path):
     page = (tmp_path / "x.html").read_text()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
+
+
+@pytest.mark.parametrize("command", ["inspect", "audit", "verify"])
+def test_a_command_names_the_next(run, model, data, command):
+    code, _, err = run(command, model, data)
+    assert code == 0
+    (line,) = [line for line in err.splitlines() if line.startswith("Next: trl-singlepass ")]
+    assert line.split()[2] in COMMANDS
+    assert model in line
+    assert data in line
+
+
+def test_every_command_of_the_first_hour_has_a_next_one():
+    following = {name: command.next.split()[0] for name, command in COMMANDS.items() if command.next}
+    assert {*following, *ALIASES.values(), "dpo", "grpo", "rloo"} == set(COMMANDS)
+    assert set(following.values()) <= set(COMMANDS)

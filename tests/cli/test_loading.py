@@ -1,5 +1,7 @@
 """Models and tokenizers are loaded as asked."""
 
+import json
+
 import pytest
 import torch
 
@@ -29,3 +31,16 @@ def test_models_are_loaded_as_asked(model):
     assert load_config(model).model_type == "qwen3"
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_model("no-such/model", dtype="float32", attn_implementation=None, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "config"])
+def test_a_local_model_with_code_of_its_own_is_told_apart_from_one_that_the_hub_has(tmp_path, monkeypatch, kind):
+    from trl_singlepass.cli import loading
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 0)
+    monkeypatch.setattr(loading, "is_offline_mode", lambda: True)
+    auto_map = {"AutoConfig": "code.Own", "AutoTokenizer": ["code.Own", None]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map, "tokenizer_class": "Own"}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        getattr(loading, f"load_{kind}")(str(tmp_path))

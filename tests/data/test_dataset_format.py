@@ -192,3 +192,26 @@ def test_rows_of_another_version_are_refused(tokenizer, tmp_path, streamed):
     assert "token_parts" in str(refusal.value)
     with pytest.raises(ValueError, match="another version"):
         check_pairs(former, "train")
+
+
+CHANGES = {
+    "tree dropped": lambda row: {name: value for name, value in row.items() if name != "subtree_end"},
+    "tree alone": lambda row: {"input_ids": row["input_ids"], "multiplicity": row["multiplicity"]},
+    "one text": lambda row: {**row, "subtree_end": [len(row["input_ids"])] * len(row["input_ids"])},
+    "tokens cut": lambda row: {**row, "input_ids": row["input_ids"][:-3]},
+    "shifted": lambda row: {**row, "subtree_end": [0, *row["subtree_end"][:-1]]},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_prepared_rows_that_were_changed_are_refused(tokenizer, tmp_path, change, streamed):
+    rows = single_pass_trainer(tmp_path, tokenizer, as_dataset([chat(3), chat(2)])).train_dataset
+    changed = rows.with_format(None).map(CHANGES[change], remove_columns=rows.column_names)
+    dataset = changed.to_iterable_dataset() if streamed else changed
+
+    def train():
+        single_pass_trainer(tmp_path, tokenizer, dataset, max_steps=1).train()
+
+    with pytest.raises(ValueError, match="rows"):
+        train()

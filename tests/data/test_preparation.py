@@ -1,12 +1,15 @@
 """Preparation: cached under what decides its result, in several processes, with errors that name row and reason."""
 
+import errno
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 
 import datasets
 import numpy as np
 import pytest
+from datasets.arrow_writer import ArrowWriter
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from support.chat_tokenizers import make_tokenizer
@@ -156,3 +159,15 @@ def test_turns_that_train_an_empty_block_of_reasoning_are_counted_in_the_summary
     switched_off = [{"messages": plain_chat(2), "chat_template_kwargs": {"enable_thinking": False}}]
     _, report = conversations_to_rows(datasets.Dataset.from_list(switched_off), make_tokenizer("qwen3"), RowSettings())
     assert report["num_empty_blocks"] == 0
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_a_full_disk_is_named_with_its_folder_and_left_clean(stored, tokenizer, tmp_path, monkeypatch, num_proc):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("write_table", "finalize"):
+        monkeypatch.setattr(ArrowWriter, name, fail)
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / "data"))):
+        conversations_to_rows(stored, tokenizer, RowSettings(), num_proc=num_proc)
+    assert not [path for path in (tmp_path / "data").iterdir() if path.name.startswith("tmp")]

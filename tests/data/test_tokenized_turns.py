@@ -39,7 +39,7 @@ def test_tokenised_turns_are_samples():
         ),
         (
             [{"prompt_ids": [1], "completion_ids": [1], "completion_weights": [-1]}],
-            "Turn 0: Loss weights must be finite and not negative",
+            r"Turn 0 .*completion_weights\[0\]",
         ),
     ],
 )

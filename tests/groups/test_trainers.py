@@ -79,6 +79,8 @@ CASES = [
     (GRPO, {"beta": 0.04, "entropy_coef": 0.1}, WAVES),
     (RLOO, {}, {}),
     (RLOO, {}, WAVES),
+    (GRPO, {"use_transformers_continuous_batching": True, "beta": 0.04}, {}),
+    (RLOO, {"use_transformers_paged": True, "temperature": 0.9}, {}),
 ]
 
 

@@ -198,3 +198,111 @@ def test_advice_names_no_tags_that_the_model_does_not_write():
     with pytest.raises(RenderingError) as caught:
         render_samples(CHAT, tokenizer_for("llama3", None, None))
     assert "<think>" not in str(caught.value)
+
+
+def assert_tokens_of(source, messages, expected, **kwargs):
+    tokenizer = tokenizer_for(None, source, ("<|im_end|>",))
+    samples = render_samples(messages, tokenizer, tools=TOOLS)
+    assert [completion(sample, tokenizer) for sample in samples] == expected
+    for sample in samples:
+        served = tokenizer.apply_chat_template(
+            messages[: sample.message_index], tools=TOOLS, add_generation_prompt=True, tokenize=False, **kwargs
+        )
+        assert prompt(sample, tokenizer) == served
+
+
+@pytest.mark.parametrize("content", ["", None, []])
+def test_reasoning_without_an_answer_is_closed_once(content):
+    texts = trained("reasoning in a message", assistant(content, reasoning_content="Rowan"))
+    assert texts == ["/think\nRowan<|im_end|><|endofturn|>\n"]
+
+
+_JSON_RESULTS = HARD_TEMPLATES["strings only"].source.replace(
+    "{{ m.content | string }}<|im_end|>\n{% endif %}", "{{ {'result': m.content} | tojson }}<|im_end|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        ["Linden", "Hazel"],
+        ["Linden", {"type": "text", "text": "Hazel"}],
+        [{"type": "text", "text": "Linden"}],
+        [7, "x"],
+    ],
+)
+def test_results_are_printed_as_json_as_they_are_served(result):
+    messages = [USER, assistant("", tool_calls=[CALL]), {**RESULT, "content": result}, assistant()]
+    if any(not isinstance(part, str | dict) for part in result):
+        messages[2]["content"] = {"values": result}
+    assert_tokens_of(_JSON_RESULTS, messages, [f"{CALL_TEXT}<|im_end|>\n", "Aspen<|im_end|>\n"])
+
+
+@pytest.mark.parametrize("contents", [(["Juniper"], "Aspen"), ("Juniper", ["Aspen", {"type": "text", "text": "!"}])])
+def test_what_a_template_refuses_in_a_list_is_not_trained(contents):
+    tokenizer = tokenizer_of("users in parts")
+    messages = [{"role": "user", "content": contents[0]}, assistant(contents[1])]
+    if isinstance(contents[0], list):
+        with pytest.raises(RenderingError, match=r"Message 1 .*refuses"):
+            render_samples(messages, tokenizer)
+    else:
+        (sample,) = render_samples(messages, tokenizer)
+        assert completion(sample, tokenizer) == "Aspen!<|im_end|>\n"
+
+
+_LOOKS_FOR_THE_KEY = HARD_TEMPLATES["strings only"].source.replace(
+    "{% for c in m.tool_calls %}", "{% if 'tool_calls' in m %}<calls>{% endif %}{% for c in m.tool_calls %}"
+)
+
+
+@pytest.mark.parametrize("calls", [[], None])
+def test_an_empty_list_of_calls_is_none(calls):
+    tokenizer = tokenizer_for(None, _LOOKS_FOR_THE_KEY, ("<|im_end|>",))
+    samples = render_samples([USER, assistant(tool_calls=calls), USER, assistant("Birch")], tokenizer)
+    assert [completion(sample, tokenizer) for sample in samples] == ["Aspen<|im_end|>\n", "Birch<|im_end|>\n"]
+    assert "<calls>" not in prompt(samples[1], tokenizer)
+
+
+@pytest.mark.parametrize("function", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_call_without_arguments_has_an_empty_object_of_them(function, flat):
+    function = {"name": "lookup", **function}
+    call = {"id": "call00000", **function} if flat else {"id": "call00000", "function": function}
+    texts = trained("strings only", assistant("", tool_calls=[call]), RESULT, assistant())
+    assert texts[0] == "<tool_call>lookup{}</tool_call><|im_end|>\n"
+
+
+def test_random_ids_of_calls_are_not_trained():
+    shown = HARD_TEMPLATES["strings only"].source.replace(
+        "<tool_call>", "<tool_call>{{ c.id or range(9999) | random }} "
+    )
+    tokenizer = tokenizer_for(None, shown, ("<|im_end|>",))
+    turns = [assistant("", tool_calls=[CALL]), RESULT, assistant()]
+    samples = render_samples([USER, *turns], tokenizer)
+    assert completion(samples[0], tokenizer).startswith("<tool_call>call00000 lookup")
+    turns[0] = assistant("", tool_calls=[{key: value for key, value in CALL.items() if key != "id"}])
+    with pytest.raises(RenderingError, match=r"Message 1 .*'id'"):
+        render_samples([USER, *turns], tokenizer)
+
+
+@pytest.mark.parametrize("spelling", ["#{{ loop.revindex }} {{ m.content }}", "{{ m.content }} ({{ loop.revindex }})"])
+@pytest.mark.parametrize("text", ["Aspen", "Aspen 12"])
+def test_a_number_counted_from_the_end_is_not_trained(spelling, text):
+    source = HARD_TEMPLATES["strings only"].source.replace("{{ m.content | string }}" + "{% for", spelling + "{% for")
+    tokenizer = tokenizer_for(None, source, ("<|im_end|>",))
+    with pytest.raises(RenderingError, match=r"Message 1 .*number"):
+        render_samples([USER, assistant(text), USER, assistant("Birch")], tokenizer)
+
+
+def test_numbers_counted_from_the_end_may_stand_in_prompts():
+    source = "{% for m in messages %}[{{ loop.revindex }}]<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    source += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    messages = [USER, assistant("Aspen 3"), USER, assistant("Birch")]
+    assert_tokens_of(source, messages, ["Aspen 3<|im_end|>\n", "Birch<|im_end|>\n"])
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_template_that_is_no_jinja_is_named(turns):
+    tokenizer = tokenizer_for(None, "{% for m in messages %}\n{{ m.content }}{% endfo %}", ("<|im_end|>",))
+    with pytest.raises(RenderingError, match="line 2"):
+        render_samples([USER, assistant()] * turns, tokenizer)

@@ -13,11 +13,11 @@ from trl_singlepass.reports.curve_plots import plot_loss_by_turn, plot_sharing
 
 METRICS = {
     "eval_loss": 2.0,
-    "eval_turn_1/loss": 3.0,
-    "eval_turn_1/accuracy": 0.1,
-    "eval_turn_2/loss": 2.0,
-    "eval_turn_10/loss": 1.0,
-    "eval_turn_2/answer_loss": 1.5,
+    "eval_turn/1/loss": 3.0,
+    "eval_turn/1/accuracy": 0.1,
+    "eval_turn/2/loss": 2.0,
+    "eval_turn/10/loss": 1.0,
+    "eval_turn/2/answer_loss": 1.5,
     "eval_all_turns/loss": 2.2,
 }
 

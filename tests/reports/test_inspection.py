@@ -10,6 +10,7 @@ from rich.console import Console
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import TOOLS, chat, tool_chat
+from trl_singlepass.cli.arguments import describe_error
 from trl_singlepass.rendering.samples import render_example
 from trl_singlepass.reports.inspection import Inspection, render_inspection
 from trl_singlepass.reports.pages import frame, inspection_page
@@ -119,3 +120,13 @@ def test_page_holds_every_turn_and_needs_nothing_else():
     assert data["weight"] == inspection.tree.token_weights.tolist()
     assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)|@import|url\(", page)
     assert "default-src 'none'" in page
+
+
+@pytest.mark.parametrize("control", ["\x1b[31m", "\x9b2J", "\x07", "\x1b]0;title\x07"])
+def test_controls_of_the_data_do_not_reach_the_terminal(control):
+    inspection = inspected(
+        [{"role": "user", "content": f"a{control}b"}, {"role": "assistant", "content": f"c{control}"}]
+    )
+    shown = printed(inspection) + describe_error(ValueError(f"Message 0 has {control}"), "audit")
+    assert not set(shown) & {"\x1b", "\x9b", "\x07"}
+    assert control.strip("\x1b\x9b\x07") in printed(inspection)

@@ -53,6 +53,7 @@ def test_a_run_saves_when_told_to_stop_and_goes_on_from_there(
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name != "README.md"] == ["checkpoint-2"]
     assert (tmp_path / "out" / "checkpoint-2" / "manifest" / "ranks.json").is_file()
     train(script, *given, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "auto")
+    assert str(tmp_path / "out" / "checkpoint-2") in capsys.readouterr().out
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     states = [

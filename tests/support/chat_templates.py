@@ -211,6 +211,20 @@ HARD_TEMPLATES = {
             _HEADER + "<think>\n{% if not enable_thinking | default(true) %}\n</think>\n\n{% endif %}{% endif %}",
         )
     ),
+    # HyperCLOVA X: reasoning is a message of its own, and two tokens end a turn.
+    "reasoning in a message": HardTemplate(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.reasoning_content and loop.last %}<|im_start|>"
+        "assistant/think\n{{ m.reasoning_content }}<|im_end|>\n{% endif %}{% if m.content %}<|im_start|>assistant\n"
+        "{{ m.content }}<|im_end|>{{ '\n' if m.tool_calls else '<|endofturn|>\n' }}{% endif %}{% if m.tool_calls %}"
+        "<|im_start|>assistant -> tool\n"
+        + _CALLS
+        + "<|im_end|><|stop|>\n{% endif %}{% else %}"
+        + _OTHERS
+        + "{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}",
+        stops=("<|endofturn|>", "<|stop|>"),
+        tokens=("<|stop|>",),
+    ),
     # MiniMax-M3: tags of its own.
     "own tags": HardTemplate(
         _chatml(

@@ -1,5 +1,6 @@
 """Training in a single pass, at once and in waves, moves parameters as stock `SFTTrainer` does on expanded samples."""
 
+import copy
 import itertools
 
 import pytest
@@ -7,7 +8,15 @@ import trl
 from packaging.version import Version
 
 from support.slow import slow_but_for
-from support.trainers import CONVERSATIONS, adapted, assert_trained_alike, float32_model, logged, train_both
+from support.trainers import (
+    CONVERSATIONS,
+    adapted,
+    assert_trained_alike,
+    float32_model,
+    logged,
+    single_pass_trainer,
+    train_both,
+)
 
 
 # What reads logits fails with the default loss before TRL 1.15, in stock training too.
@@ -79,7 +88,7 @@ def test_settings(tmp_path, tokenizer, name):
     assert_as_stock(tmp_path, tokenizer, float32_model(tokenizer), **SETTINGS[name])
 
 
-# Not Llama 4: TRL's fused head takes the wrong part of it for the decoder, in stock training too.
+# Not Llama 4: see below.
 FAMILIES = ["gpt-oss", "gemma2", "gemma3", "mistral-sliding"]
 
 
@@ -96,6 +105,18 @@ def test_auxiliary_loss_of_a_mixture_of_experts(tmp_path, tokenizer, wave_tokens
     model = float32_model(tokenizer, "qwen3-moe")
     both = assert_as_stock(tmp_path, tokenizer, model, wave_tokens, gradient_accumulation_steps=2, max_steps=2)
     assert logged(both[1], "aux_loss") == pytest.approx(logged(both[0], "aux_loss"), rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "phimoe"])
+def test_mixtures_whose_parts_trls_fused_head_does_not_find(tmp_path, tokenizer, model_type):
+    """In stock training too: there, the decoder and the number of experts are named by hand."""
+    model = float32_model(tokenizer, model_type, output_router_logits=True)
+    ours = single_pass_trainer(tmp_path, tokenizer, CONVERSATIONS[:2], copy.deepcopy(model), max_steps=1)
+    ours.train()
+    model.base_model_prefix, model.config.num_experts = "model", model.config.num_local_experts
+    both = assert_as_stock(tmp_path, tokenizer, model)
+    assert logged(both[1], "aux_loss")
+    assert logged(ours, "aux_loss")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TrainerCallback
 
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
@@ -89,7 +90,7 @@ def npass_metrics(model, tokenizer, conversations, **settings):
                 values = weight * np.array([1.0, nll[position], correct[position]])
                 offset = position + 1 - sample.prompt_length - sample.reasoning_length
                 part = PARTS[min(max(offset, -1) + 1, 2)]
-                for name in (f"turn_{turn}", "all_turns"):
+                for name in (f"turn/{turn}", "turn/all"):
                     sums[name, part] += values
     means = {}
     for name in {name for name, _ in sums}:
@@ -127,7 +128,7 @@ def test_log_holds_what_separate_samples_give(tmp_path, settings):
     expected = npass_metrics(model, tokenizer, CONVERSATIONS, **rows)
     trainer.train()
     evaluation = trainer.evaluate()
-    (log,) = [entry for entry in trainer.state.log_history if "all_turns/loss" in entry]
+    (log,) = [entry for entry in trainer.state.log_history if "turn/all/loss" in entry]
     assert {name for name in log if "/" in name} == set(expected)
     for name, value in expected.items():
         assert log[name] == pytest.approx(value, rel=1e-5), name
@@ -138,8 +139,29 @@ def test_later_turns_are_logged_together_and_nothing_unless_asked_for(tmp_path):
     tokenizer = make_tokenizer("qwen3")
     trainer = single_pass_trainer(tmp_path, tokenizer, [chat(NUM_TURNS + 3)], log_turn_metrics=True)
     trainer.train()
-    names = {name.split("/")[0] for name in trainer.state.log_history[0] if "/" in name}
-    assert names == {*(f"turn_{turn}" for turn in range(1, NUM_TURNS + 1)), f"turns_after_{NUM_TURNS}", "all_turns"}
+    names = {name.rsplit("/", 1)[0] for name in trainer.state.log_history[0] if "/" in name}
+    assert names == {*(f"turn/{turn}" for turn in range(1, NUM_TURNS + 1)), f"turn/after_{NUM_TURNS}", "turn/all"}
     trainer = single_pass_trainer(tmp_path, tokenizer, [chat(2)])
     trainer.train()
     assert not any("/" in name for entry in trainer.state.log_history for name in entry)
+
+
+def test_the_terminal_shows_a_table_and_trackers_every_number(tmp_path, capsys):
+    settings = {"log_turn_metrics": True, "logging_steps": 1, "max_steps": 12, "disable_tqdm": True}
+    trainer = single_pass_trainer(tmp_path, make_tokenizer("qwen3"), [chat(2), chat(3, 1)], **settings)
+    seen = []
+    trainer.add_callback(Tracker(seen))
+    trainer.train()
+    assert all("turn/2/answer_loss" in logs for logs in seen[:12])
+    assert sum("turn/2/answer_loss" in entry for entry in trainer.state.log_history) == 12
+    out = capsys.readouterr().out
+    assert "turn/2/" not in out
+    assert [line.split()[0] for line in out.splitlines() if line.strip().startswith("turn/all ")] == ["turn/all"] * 2
+
+
+class Tracker(TrainerCallback):
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))

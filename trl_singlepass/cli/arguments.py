@@ -15,7 +15,7 @@ from trl.scripts.utils import TrlParser  # without PyTorch, which takes seconds
 
 from ..data.logs import LogSource
 from ..scripts import SCRIPTS
-from ..trees.errors import DataError, as_sentence
+from ..trees.errors import DataError, as_sentence, printable
 
 
 EXPLAINED = 2
@@ -291,7 +291,7 @@ def describe_error(error: BaseException, command: str) -> str:
         name, word, value = setting.groups()
         return f"--{name} {word or value.lower()}" if f"--{name}" in _flags_of(command) else setting[0]
 
-    return kind + as_sentence(_SETTING.sub(as_typed, whole))
+    return kind + as_sentence(_SETTING.sub(as_typed, printable(whole)))
 
 
 @cache

@@ -112,6 +112,9 @@ def _naming(model: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the Hub client raises many kinds
+        if Path(model).is_dir():
+            code = " --trust_remote_code runs it." if "trust_remote_code" in str(error) else ""
+            raise ValueError(f"{model} cannot be loaded: {first_line(error)}{code}") from error
         reason = "the Hub cannot be reached, and it is not in the cache." if is_offline_mode() else first_line(error)
         raise ValueError(
             f"{model} cannot be loaded: {reason} Expected a folder with a model, or the id of one on the Hub."

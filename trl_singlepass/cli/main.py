@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from ..scripts import SCRIPTS
@@ -20,6 +21,7 @@ class Command(NamedTuple):
 
     summary: str
     example: str
+    next: str = ""  # command that comes after it, with names of its arguments
 
 
 COMMANDS = {
@@ -44,42 +46,52 @@ COMMANDS = {
     "inspect": Command(
         "show one conversation as a tree: what is trained, with what weight, and what is shared",
         "trl-singlepass inspect Qwen/Qwen3-0.6B data.jsonl --row 3 --html row3.html",
+        "audit {model} {data}",
     ),
     "audit": Command(
         "report what data contains, what templates drop, what training costs; exit code 1 if no row can be trained",
         "trl-singlepass audit Qwen/Qwen3-0.6B data.jsonl --html audit.html",
+        "verify {model} {data}",
     ),
     "verify": Command(
         "compare the single pass with N-pass on your model and data; exit code 1 if they differ",
         "trl-singlepass verify Qwen/Qwen3-0.6B data.jsonl -n 4 --dtype float64",
+        "train --model_name_or_path {model} --dataset_name {data} --output_dir out",
     ),
     "bench": Command(
         "time the single pass and N-pass on this machine, next to the forecast",
         "trl-singlepass bench Qwen/Qwen3-0.6B data.jsonl -n 8 --dtype bfloat16",
+        "train --model_name_or_path {model} --dataset_name {data} --output_dir out",
     ),
     "doctor": Command(
         "check this machine: versions, kernel, exactness, time and memory; exit code 1 if something is wrong",
         "trl-singlepass doctor Qwen/Qwen3-0.6B --json doctor.json",
+        "audit {model} DATA",
     ),
     "chat": Command(
         "talk with a trained model; each turn sees the history that training renders",
         "trl-singlepass chat Qwen/Qwen3-0.6B --history strip",
+        "verify {model} DATA",
     ),
     "recipes": Command(
         "list the training recipes that come with the package, print one, or write all",
         "trl-singlepass recipes cpu-smoke > cpu-smoke.yaml",
+        "train --config FILE",
     ),
     "demo-model": Command(
         "write a tiny model with random weights, to try everything without a network",
         "trl-singlepass demo-model out/demo-model",
+        "demo-data out/demo-data.jsonl",
     ),
     "demo-data": Command(
         "write 240 conversations with reasoning and tool calls, preference pairs, or logs, to try everything on",
         "trl-singlepass demo-data out/demo-data.jsonl",
+        "inspect MODEL DATA",
     ),
     "import": Command(
         "turn agent logs into a dataset that trains what was sent, reply by reply",
         "trl-singlepass import openai-chat proxy.jsonl -o data.jsonl",
+        "audit MODEL {output}",
     ),
 }
 ALIASES = {"sft": "train"}
@@ -152,7 +164,8 @@ def _report(name: str, arguments: list[str]) -> int:
     # Files and pipes have no width, and tables need room.
     console = Console(width=None if sys.stdout.isatty() else 118)
     run: Callable[[Namespace, Console], int] = getattr(commands, name)
-    return run(args, console)
+    code = run(args, console)
+    return code or _say_what_is_next(name, args)
 
 
 def _write(name: str, arguments: list[str]) -> int:
@@ -163,6 +176,13 @@ def _write(name: str, arguments: list[str]) -> int:
         _quiet()
     write = {"recipes": file_commands.recipes, "import": file_commands.import_logs}.get(name, file_commands.write_demo)
     print(write(args))
+    return _say_what_is_next(name, args)
+
+
+def _say_what_is_next(name: str, args: Namespace) -> int:
+    """Name the command that comes after one that went well, beside its output; return its exit code."""
+    given = {key: quote(str(value)) for key, value in vars(args).items()}
+    print(f"Next: trl-singlepass {COMMANDS[name].next.format_map(given)}", file=sys.stderr)
     return 0
 
 

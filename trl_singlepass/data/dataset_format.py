@@ -19,7 +19,8 @@ from .tokenized_turns import get_tokenized_turns, is_single_turn
 # Examples that are looked at: a stream may not tell the types of its columns.
 _NUM_FIRST = 10
 EXAMPLE = "example"
-_OWN_COLUMN = "subtree_end"  # of rows of all versions
+# Of rows, those of other versions included; no other dataset has them.
+_OWN_COLUMNS = frozenset({"subtree_end", "token_parts", "multiplicity"})
 
 
 class _ColumnType(StrEnum):
@@ -34,10 +35,10 @@ def holds_rows(column_names: Iterable[str]) -> bool:
     columns that this one does not read, is a `ValueError`.
     """
     columns = set(column_names)
-    if _OWN_COLUMN in columns and not set(ROW_COLUMNS) <= columns:
+    if not _OWN_COLUMNS.isdisjoint(columns) and not set(ROW_COLUMNS) <= columns:
         raise ValueError(
-            f"The dataset was prepared by another version of trl-singlepass: its rows lack "
-            f"{sorted(set(ROW_COLUMNS) - columns)}. Prepare it again, from its messages."
+            "The dataset was prepared by another version of trl-singlepass, or a map removed columns of its rows: "
+            f"they lack {sorted(set(ROW_COLUMNS) - columns)}. Prepare it again, from its messages."
         )
     return set(ROW_COLUMNS) <= columns
 

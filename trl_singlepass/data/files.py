@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any, overload
 
@@ -63,7 +64,7 @@ class JsonLines(Sequence[dict[str, Any]]):
             example = json.loads(line)
         except UnicodeDecodeError as error:
             raise _not_utf8(self.path) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path}, row {index}: not JSON ({error}). Expected one object per line.") from error
         if not isinstance(example, dict):
             raise ValueError(f"{self.path}, row {index}: expected a JSON object, got {type(example).__name__}.")
@@ -87,6 +88,24 @@ def naming(path: Path) -> Iterator[None]:
         if isinstance(cause, UnicodeDecodeError) or isinstance(cause.__context__, UnicodeDecodeError):
             raise _not_utf8(path) from error
         raise ValueError(f"{path} cannot be read: {first_line(cause)} Repair it, or convert it to .jsonl.") from error
+
+
+@contextmanager
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """Say which folder has no room left, and remove what `datasets` leaves unfinished there when it cannot write."""
+    before = set(folder.glob("tmp*"))
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (ENOSPC, EDQUOT):
+            raise
+        for unfinished in set(folder.glob("tmp*")) - before:
+            unfinished.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"There is no room left for prepared rows in {folder}. Free some, or set HF_DATASETS_CACHE to a folder "
+            "on another disk",
+        ) from error
 
 
 def _not_utf8(path: Path) -> ValueError:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -44,6 +45,7 @@ from .bad_rows import (
 )
 from .conversations import example_to_rows
 from .dataset_format import EXAMPLE, column_names, in_one_column
+from .files import naming_full_disk
 from .fingerprint import tokenizer_fingerprint
 from .images import undecoded
 from .packing import pack_dataset, pack_rows
@@ -257,18 +259,19 @@ def examples_to_rows(
     own = ConversationReader(placeholders_of(reader), dataset._fingerprint) if has_images else reader
     features = Features({**row_features(kind.labels, has_images=has_images), **_RECORD})
     state = (kind.name, ROWS_VERSION, dataset._fingerprint, tokenizer_fingerprint(reader), repr(settings))
-    rows = (undecoded(dataset) if has_images else dataset).map(
-        _prepare_batch,
-        with_indices=True,
-        batched=True,
-        batch_size=_STORED_AT_ONCE,
-        fn_kwargs={"kind": kind, "reader": own, "settings": settings, "features": features},
-        remove_columns=dataset.column_names,
-        features=features,
-        num_proc=num_proc,
-        new_fingerprint=Hasher.hash(state),
-        desc=f"Building prefix trees of {name} dataset",
-    )
+    with naming_full_disk(Path(dataset._get_cache_file_path("")).parent):
+        rows = (undecoded(dataset) if has_images else dataset).map(
+            _prepare_batch,
+            with_indices=True,
+            batched=True,
+            batch_size=_STORED_AT_ONCE,
+            fn_kwargs={"kind": kind, "reader": own, "settings": settings, "features": features},
+            remove_columns=dataset.column_names,
+            features=features,
+            num_proc=num_proc,
+            new_fingerprint=Hasher.hash(state),
+            desc=f"Building prefix trees of {name} dataset",
+        )
     table = rows.data.table
     reasons = zip(table["example"].to_pylist(), table["bad_row"].to_pylist(), strict=True)
     errors = group_errors((index, reason) for index, reason in reasons if reason is not None)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
 
 from ..rendering.history import HISTORIES, History
 from .selection import OverlongTurns, parse_train_turns
-from .weights import LossReduction
+from .weights import WEIGHT_RANGE, LossReduction, are_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +55,8 @@ class RowSettings:
         # A plain string and the member that equals it must have the same `repr`, which is part of a fingerprint.
         object.__setattr__(self, "loss_reduction", LossReduction(self.loss_reduction))
         object.__setattr__(self, "overlong_turns", OverlongTurns(self.overlong_turns))
-        if not 0 <= self.reasoning_weight < math.inf:
-            raise ValueError(f"reasoning_weight={self.reasoning_weight}: expected a number of 0 or more.")
+        if not are_weights(self.reasoning_weight):
+            raise ValueError(f"reasoning_weight={self.reasoning_weight}: expected {WEIGHT_RANGE}.")
 
     @property
     def longest_sample(self) -> int | None:

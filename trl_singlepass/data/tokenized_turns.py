@@ -14,7 +14,7 @@ from ..trees.errors import DataError
 from ..trees.sample import Sample
 from .bad_rows import BadRows, RowErrors, bad_rows_error, describe_dropped, group_errors
 from .images import undecoded, with_images_named
-from .weights import message_weights
+from .weights import WEIGHT_RANGE, are_weights, message_weights
 
 
 TURN_COLUMNS = ("prompt_ids", "completion_ids")
@@ -150,10 +150,12 @@ def _to_sample(turn: object, where: str, index: int, vocab_size: int | None) -> 
             f"{where} has {len(weights)} completion_weights for {len(completion)} completion tokens. Give one "
             "weight per token, or none at all."
         )
-    try:
-        return Sample(token_ids, np.concatenate([np.zeros(len(prompt)), weights]), len(prompt), index)
-    except ValueError as error:
-        raise DataError(f"{where}: {error}") from error
+    if not are_weights(weights):
+        wrong = next(position for position, weight in enumerate(weights) if not are_weights(weight))
+        raise DataError(
+            f"{where} has {float(weights[wrong])} as completion_weights[{wrong}]. A weight is {WEIGHT_RANGE}."
+        )
+    return Sample(token_ids, np.concatenate([np.zeros(len(prompt)), weights]), len(prompt), index)
 
 
 def _to_token_ids(value: object, what: str) -> NDArray[np.int64]:

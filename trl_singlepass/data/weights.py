@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ..trees.errors import DataError
 from ..trees.sample import Sample
@@ -21,13 +20,23 @@ class LossReduction(StrEnum):
     CONVERSATION = "conversation"
 
 
+# A product of three weights, summed over a row, stays a number in float32.
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-9, 1e9
+WEIGHT_RANGE = f"0, or between {SMALLEST_WEIGHT:g} and {LARGEST_WEIGHT:g}"
+
+
+def are_weights(values: ArrayLike) -> bool:
+    """Return whether numbers are loss weights that float32 keeps apart from 0 and infinity."""
+    numbers = np.asarray(values, np.float64)
+    return bool(((numbers == 0) | ((numbers >= SMALLEST_WEIGHT) & (numbers <= LARGEST_WEIGHT))).all())
+
+
 def message_weights(messages: Sequence[Mapping[str, object]], what: str = "Message") -> list[float]:
     """
     Return the loss weight of each message of a conversation, or of `what` else has one.
 
     `weight` is a factor of the message's loss (0 makes it context), `train: false` means a weight of 0. A message with
-    neither has weight 1. Raises `ValueError` if a weight is not a finite number of 0 or more, or `train` is not a
-    boolean.
+    neither has weight 1. Raises `ValueError` if a weight is none of `WEIGHT_RANGE`, or `train` is not a boolean.
     """
     return [_message_weight(message, f"{what} {index}") for index, message in enumerate(messages)]
 
@@ -38,8 +47,8 @@ def _message_weight(message: Mapping[str, object], name: str) -> float:
         raise DataError(f"{name} has train={train!r}. Set it to true or false.")
     if weight is None:
         return float(train is not False)
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < math.inf:
-        raise DataError(f"{name} has weight={weight!r}. A weight is a number of 0 or more; 0 leaves it untrained.")
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not are_weights(weight):
+        raise DataError(f"{name} has weight={weight!r}. A weight is {WEIGHT_RANGE}; 0 leaves it untrained.")
     return float(weight) if train is not False else 0.0
 
 

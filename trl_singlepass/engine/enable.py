@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 from accelerate.utils import is_compiled_module
@@ -108,11 +109,37 @@ def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     check_model(base)
     implementation = str(base.config.get_text_config()._attn_implementation)
     name = tree_attention_name(implementation)
+    _name_parts(base)
     enable_tree_recurrence(base)
     if name != implementation and takes_attention_from_outside(base):  # some models have recurrent layers only
         set_text_attention(base, name)
     take_trees(base)
     return implementation
+
+
+def _name_parts(model: PreTrainedModel) -> None:
+    """Let TRL's fused head find the decoder of Llama 4's text model, and the number of experts of PhiMoE."""
+    config = model.config.get_text_config()
+    decoders = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if model.base_model is model and len(decoders) == 1:
+        model.base_model_prefix = decoders[0]
+    if not hasattr(config, "num_experts") and hasattr(config, "num_local_experts"):
+        config.num_experts = config.num_local_experts
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel | PeftModel, implementation: str) -> Iterator[None]:
+    """Give a model the `attn_implementation` back that [`enable_tree`] replaced, for code that knows no other."""
+    base = without_adapters(model)
+    name = str(base.config.get_text_config()._attn_implementation)
+    switches = name != implementation and takes_attention_from_outside(base)
+    if switches:
+        set_text_attention(base, implementation)
+    try:
+        yield
+    finally:
+        if switches:
+            set_text_attention(base, name)
 
 
 def enable_images(

@@ -20,6 +20,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 
 from ..data.collator import Batch, Collator, DataCollatorForSinglePass
 from ..data.preparation import say
+from ..engine.enable import own_attention
 from ..engine.pieces import Pieces
 from ..engine.row_runner import RowRunner
 from ..images.loading import image_loader_of
@@ -86,6 +87,11 @@ class GroupsMixin(ReferenceMixin):
         steps = [buffered[start : start + num_batches] for start in range(0, len(buffered), num_batches)]
         self._buffered_inputs = [batch for step in steps for batch in _grouped(step)]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the model's own attention: continuous batching knows no other, and nothing here has a tree."""
+        with own_attention(self._models[-1], self._implementations[-1]):
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _may_be_ordered(self) -> bool:
         """Return whether the loss of a step is the same in any order of its lines; means over tokens are not."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -100,6 +100,12 @@ def foreign_words(prefixes: Prefixes, k: int, completion: str) -> list[str]:
         return []
     said = ({key: value for key, value in message.items() if key != "role"} for message in prefixes.messages[:k])
     return sorted(unexplained & words_in(" ".join(text for message in said for text in _spellings(message))))
+
+
+def made_numbers(completion: str, message: Message, tokens: Iterable[str]) -> set[str]:
+    """Return the numbers in a completion that stand neither in its message nor in tokens of the template."""
+    said = words_in(" ".join([*_spellings(message), *tokens]))
+    return {word for word in words_in(without_whole(completion, own_strings(message))) - said if word.isdigit()}
 
 
 @lru_cache

@@ -113,7 +113,7 @@ def _decoded(example: dict[str, Any], column: str) -> Any:
         return value
     try:
         return json.loads(value) if value.strip() else None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise RenderingError(
             f"Expected JSON in the column '{column}', got {value[:60]!r} ({error}). Store it with json.dumps."
         ) from error

@@ -37,7 +37,8 @@ def as_read(message: Message, template: ChatTemplate) -> MessageForms:
     but never into the content: one that reads no key shows none of earlier turns.
     """
     behaviour = get_behaviour(template)
-    message = {key: value for key, value in message.items() if value is not None}
+    # As servers do, an empty list of calls is read as none: a template may look for the key alone.
+    message = {k: value for k, value in message.items() if value is not None and (k, value) != ("tool_calls", [])}
     if message.get("role") != "assistant":
         read = with_content_as_read(message, behaviour)
         return MessageForms(read, read)
@@ -93,7 +94,7 @@ def with_content_as_read(message: Message, behaviour: TemplateBehaviour) -> Mess
         content = [{"type": "text", "text": content}]
     elif isinstance(content, list) and role in behaviour.string_roles and is_text:
         content = get_text(content)
-    elif isinstance(content, list) and any(isinstance(part, str) for part in content):
+    elif isinstance(content, list) and role not in behaviour.kept_lists:
         content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
     return message if content is message.get("content") else {**message, "content": content}
 
@@ -106,7 +107,7 @@ def _call_as_read(call: dict[str, Any], behaviour: TemplateBehaviour) -> dict[st
     """Return a call with its function under a key of its own, and the arguments as the template takes them."""
     function = dict(call.get("function") or {key: value for key, value in call.items() if key not in _OF_CALLS})
     outside = {key: value for key, value in call.items() if call.get("function") or key in _OF_CALLS}
-    arguments = decode_arguments(function.get("arguments"))
+    arguments = decode_arguments(function.get("arguments") or {})
     if arguments is not None:
         as_json = behaviour.arguments_as_json
         function["arguments"] = json.dumps(arguments, ensure_ascii=False) if as_json else arguments

@@ -102,11 +102,13 @@ class Prefixes:
         """Return the same prefixes in the fast sandbox, if it renders the longest one identically."""
         template, way = self.template, self._way
         known = _compared.get(way, set())
-        compiled = None if known is None else compiled_template(template.full_source)
-        if known is None or compiled is None:
+        if known is None:
             return self
         shapes = set(map(_shape_of_message, self.messages[:length]))
         try:
+            compiled = compiled_template(template.full_source)
+            if compiled is None:
+                return self
             variables = {**compiled.globals, **_get_variables(template, self.messages)}
             fast = replace(self, compiled=compiled, variables=variables, compares=way not in _compared)
             if shapes <= known:

@@ -62,7 +62,18 @@ class Probe:
         """For each role, whether the template prints content as text that is a string, and that is a list of parts."""
         return {role: (self._prints(role, TEXT), self._prints(role, [part("text", TEXT)])) for role in _ROLES}
 
+    def keeps_lists(self, role: str) -> bool:
+        """Whether a list that holds strings must stay as it is: printed as JSON, or refused where parts are taken."""
+        string, parts = self.takes[role]
+        return not string and (not parts or not any(self._renderings(role, [TEXT])))
+
     def _prints(self, role: str, content: object) -> bool:
+        call = _tool_call(*self.call_form)
+        beside_calls = [self.render(user, {**call, "content": content}) for user in _USERS if role == "assistant"]
+        is_shown = any(TEXT in text and not prints_object(text, TEXT) for text in self._renderings(role, content))
+        return is_shown and not any(prints_object(text, TEXT) for text in beside_calls)
+
+    def _renderings(self, role: str, content: object) -> list[str]:
         message = {**(_TOOL if role == "tool" else {"role": role}), "content": content}
         call = _tool_call(*self.call_form)
         around: dict[str, list[tuple[Message, ...]]] = {
@@ -71,10 +82,7 @@ class Probe:
             "assistant": [(user, message) for user in _USERS],
             "tool": [(user, call, message) for user in _USERS],
         }
-        beside_calls = [self.render(user, {**call, "content": content}) for user in _USERS if role == "assistant"]
-        texts = [self.render(*messages) for messages in around[role]]
-        is_shown = any(TEXT in text and not prints_object(text, TEXT) for text in texts)
-        return is_shown and not any(prints_object(text, TEXT) for text in beside_calls)
+        return [self.render(*messages) for messages in around[role]]
 
     @cached_property
     def call_form(self) -> tuple[bool, bool]:

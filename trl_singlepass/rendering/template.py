@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,7 +12,7 @@ from functools import cached_property, lru_cache
 from types import BuiltinMethodType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from jinja2 import Environment, Template
+from jinja2 import Environment, Template, TemplateSyntaxError
 from jinja2.runtime import Context, LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -62,6 +63,11 @@ class ChatTemplate:
         return "strftime_now" in self.source
 
     @property
+    def is_random(self) -> bool:
+        """Whether the template may write something else each time that it renders a conversation."""
+        return re.search(r"\|\s*random\b|\blipsum\b", self.source) is not None
+
+    @property
     def full_source(self) -> str:
         """The template, reading the frozen clock if it reads any."""
         return _FROZEN_CLOCK + self.source if self.reads_clock else self.source
@@ -107,6 +113,10 @@ class ChatTemplate:
                 tokenize=False,
                 **self.arguments,
             )
+        except TemplateSyntaxError as error:
+            raise RenderingError(
+                f"the template is no valid Jinja, see its line {error.lineno}: {error.message}"
+            ) from error
         except Exception as error:  # templates may raise any exception, from TemplateError to TypeError
             missing = missing_parts(error, messages, self.tools)
             raise RenderingError(f"the template refuses the conversation up to it: {error!r}{missing}") from error

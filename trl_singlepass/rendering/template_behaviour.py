@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -48,14 +49,18 @@ class TemplateBehaviour:
     How a chat template treats messages.
 
     Content of `string_roles` must be a string: a list of parts would be printed as Python writes it, or lost. That of
-    `parts_roles` must be a list. With `arguments_as_json`, arguments of calls must be JSON. With `needs_content`, a
-    message that only calls tools must have a content, be it empty. A completion may end at one of `stops`.
+    `parts_roles` must be a list; a list with strings in it stays as it is in `kept_lists`, such as results that are
+    printed as JSON. With `arguments_as_json`, arguments of calls must be JSON. With `needs_content`, a message that
+    only calls tools must have a content, be it empty. A completion may end at one of `stops`. A template that
+    `counts_back` numbers messages from the end of the conversation, so that the number of a message changes.
     """
 
     answers: ShapeBehaviour
     calls: ShapeBehaviour
     string_roles: frozenset[str]
     parts_roles: frozenset[str]
+    kept_lists: frozenset[str]
+    counts_back: bool
     arguments_as_json: bool
     needs_content: bool
     stops: frozenset[str]
@@ -85,10 +90,19 @@ def _measure(probe: Probe) -> TemplateBehaviour:
         calls=measured[1],
         string_roles=frozenset(role for role, (string, parts) in takes.items() if string and not parts),
         parts_roles=frozenset(role for role, (string, parts) in takes.items() if parts and not string),
+        kept_lists=frozenset(filter(probe.keeps_lists, takes)),
+        counts_back=_counts_back(probe),
         arguments_as_json=arguments_as_json,
         needs_content=needs_content,
         stops=find_stops(probe.template, [shape.ending for shape in measured], within),
     )
+
+
+def _counts_back(probe: Probe) -> bool:
+    """Whether a conversation's numbers change when it goes on."""
+    turn = probe.user, probe.answer()
+    numbers, continued = (re.findall(r"\d+", probe.render(*turn * count)) for count in (1, 2))
+    return bool(continued) and continued[: len(numbers)] != numbers
 
 
 @dataclass(frozen=True)

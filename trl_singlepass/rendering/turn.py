@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..trees.sample import CompletionKind
-from .checks import find_fault, foreign_words, missing_content, missing_reasoning, own_strings, template_name
+from .checks import (
+    find_fault,
+    foreign_words,
+    made_numbers,
+    missing_content,
+    missing_reasoning,
+    own_strings,
+    template_name,
+)
 from .completion_from_template import MarkedMessage, OwnText, isolate, mark_message
 from .conversation import Message, RenderingError
 from .message_format import as_read, parse, with_content_as_read
@@ -88,10 +96,16 @@ class _TurnRenderer:
     def turn(self) -> RenderedTurn:
         if fault := find_fault(self.parsed):
             raise RenderingError(fault)
+        if self.template.is_random and self.prefixes.through(self.k) != self.prefixes.through(
+            self.k, dict(self.message)
+        ):
+            raise RenderingError(
+                "the template makes up random text for it, such as ids of calls: give each call an 'id'"
+            )
         completion, reasoning_start, kind = self.completion()
         reasoning_end = self.reasoning_end(completion, reasoning_start)
         shape = self.behaviour.calls if self.parsed.calls else self.behaviour.answers
-        ended = end_with_stop_token(completion, shape.ending, self.behaviour.stops)
+        ended = end_with_stop_token(completion, shape.ending, self.behaviour.stops, self.template.tokenizer)
         self.check(ended, reasoning_start)
         return RenderedTurn(
             self.k,
@@ -260,6 +274,11 @@ class _TurnRenderer:
         hidden = [part for part, marker in parts if part.strip() and not self.shows(rest, part, marker)]
         if missing or hidden:
             raise RenderingError(missing or f"its text {hidden[0]!r} is lost")
+        if self.behaviour.counts_back and made_numbers(completion, self.message, self.template.borders.added_tokens):
+            raise RenderingError(
+                "the template numbers messages from the end of the conversation, and the model would learn a number "
+                "that changes. Use a template without it"
+            )
         foreign = foreign_words(self.prefixes, self.k, completion)
         if foreign:
             words = ", ".join(map(repr, foreign[:3]))

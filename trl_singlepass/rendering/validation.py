@@ -135,11 +135,6 @@ def missing_parts(error: Exception, messages: Sequence[Mapping[str, Any]], tools
     found = [
         f"message {index} has no 'content'" for index, message in enumerate(messages) if message.get("content") is None
     ]
-    for index, message in enumerate(messages):
-        for call in message.get("tool_calls") or []:
-            function = call.get("function") or call
-            if function.get("arguments") is None:
-                found.append(f"the call of '{function.get('name')}' in message {index} has no 'arguments'")
     for index, tool in enumerate(tools or []):
         schema = (tool.get("function") or tool) if isinstance(tool, Mapping) else dict.fromkeys(_OF_TOOLS, "")
         found += [f"tool {index} has no '{key}'" for key in _OF_TOOLS if schema.get(key) is None]
@@ -260,5 +255,5 @@ def decode_json(text: str) -> Any:
     """Return what a text says as JSON, `None` if it is none."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return None

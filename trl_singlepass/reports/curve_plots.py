@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _BOUND = "#c2410c"
 _PARTS = {"reasoning_loss": ("reasoning", TRAINED), "answer_loss": ("answer", "#5b7fa6"), "loss": ("all", INK)}
-_TURN = re.compile(r"(?:eval_)?turn_(\d+)/(\w+)")
+_TURN = re.compile(r"(?:eval_)?turn[/_](\d+)/(\w+)")  # with `_` in logs of earlier versions
 
 
 def plot_loss_by_turn(metrics: Mapping[str, float]) -> Figure:

@@ -15,6 +15,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from ..data.bad_rows import count_of
+from ..trees.errors import printable
 from ..trees.image_features import image_of_feature
 from ..trees.prefix_tree import IGNORE_INDEX, PrefixTree, sample_paths
 from ..trees.rows import TreePlan
@@ -190,7 +191,7 @@ def _segment(inspection: Inspection, start: int, end: int, depth: int) -> Render
 
 def _visible_tokens(inspection: Inspection, start: int, end: int) -> Iterator[tuple[int, str]]:
     """Start and end of a segment, with the middle left out; line breaks appear as ⏎."""
-    pieces = [inspection.texts[position].replace("\n", "⏎") for position in range(start, end)]
+    pieces = [printable(inspection.texts[position].replace("\n", "⏎")) for position in range(start, end)]
     lengths = np.cumsum([len(piece) for piece in pieces])
     total, half = int(lengths[-1]), _MAX_CHARACTERS // 2
     skipped = False

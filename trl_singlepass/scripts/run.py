@@ -85,14 +85,19 @@ def train(
     if script_args.ignore_bias_buffers:  # DDP cannot synchronise boolean buffers
         ignored = [name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
         trainer.model._ddp_params_and_buffers_to_ignore = ignored
-    trainer.train(
-        resume_from_checkpoint=checkpoint_to_resume(training_args.resume_from_checkpoint, training_args.output_dir)
-    )
+    checkpoint = checkpoint_to_resume(training_args.resume_from_checkpoint, training_args.output_dir)
+    if checkpoint is not None:
+        trainer.accelerator.print(f"Resuming from {checkpoint}.")
+    elif training_args.resume_from_checkpoint:
+        trainer.accelerator.print(f"{training_args.output_dir} has no checkpoint to resume: training starts anew.")
+    trainer.train(resume_from_checkpoint=checkpoint)
     if preemption.was_preempted:
         trainer.accelerator.print("Stopped by a signal. --resume_from_checkpoint auto resumes the run.")
         return
     trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    trainer.accelerator.print(
+        f"Model saved to {training_args.output_dir}. Next: trl-singlepass chat {training_args.output_dir}"
+    )
     name, data = Path(training_args.output_dir).name, script_args.dataset_name
     trainer.create_model_card(model_name=name, dataset_name=None if data is None or Path(data).exists() else data)
     if training_args.push_to_hub:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from datasets.utils.tqdm import tqdm
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import ModelOutput
 
 from ..data.collator import Batch
@@ -18,6 +22,7 @@ from ..trees.sample import PARTS
 
 TOKEN_COUNTS = "token_counts.json"  # in a checkpoint
 NUM_TURNS = 16  # later turns are logged together
+_LOGS_PER_TABLE = 10
 # Prefixes of the names of turn metrics, with the parts of a turn (indices into `PARTS`) that each pools.
 _GROUPS = {"": (0, 1, 2), "reasoning_": (0,), "answer_": (1, 2), "first_answer_token_": (1,)}
 
@@ -112,11 +117,11 @@ class TurnMetrics:
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """
         Return the means since the last call over all processes, each of which must call: for each trained turn and
-        `all_turns`, `turn_1/loss` and `turn_1/accuracy`, also with `_GROUPS` before the last word.
+        all of them, `turn/1/loss` and `turn/1/accuracy`, also with `_GROUPS` before the last word.
         """
         sums = accelerator.reduce(self._sums, reduction="sum")[1:].reshape(NUM_TURNS + 1, len(PARTS), 3).cpu()
         self._sums.zero_()
-        names = [*(f"turn_{number}" for number in range(1, NUM_TURNS + 1)), f"turns_after_{NUM_TURNS}", "all_turns"]
+        names = [*(f"turn/{number}" for number in range(1, NUM_TURNS + 1)), f"turn/after_{NUM_TURNS}", "turn/all"]
         metrics: dict[str, float] = {}
         for name, by_part in zip(names, [*sums, sums.sum(0)], strict=True):
             for prefix, members in _GROUPS.items():
@@ -125,6 +130,39 @@ class TurnMetrics:
                     metrics[f"{name}/{prefix}loss"] = loss / weight
                     metrics[f"{name}/{prefix}accuracy"] = correct / weight
         return metrics
+
+
+def print_by_turn(callbacks: Iterable[TrainerCallback]) -> None:
+    """Let the callbacks that print logs show metrics by turn as a table, at every tenth log and every evaluation."""
+    for callback in callbacks:
+        if isinstance(callback, ProgressCallback | PrinterCallback):
+            callback.on_log = _in_table(callback.on_log)
+
+
+def _in_table(on_log: Callable[..., None]) -> Callable[..., None]:
+    logs_seen = 0
+
+    def show(args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        nonlocal logs_seen
+        logs = dict(logs or {})
+        by_turn = {name: logs.pop(name) for name in list(logs) if re.match("(eval_)?turn/", name)}
+        on_log(args, state, control, logs=logs, **kwargs)
+        is_shown = any(name.startswith("eval_") for name in by_turn) or logs_seen % _LOGS_PER_TABLE == 0
+        logs_seen += bool(by_turn)
+        if by_turn and is_shown and state.is_world_process_zero:
+            tqdm.write(turn_table(by_turn))
+
+    return show
+
+
+def turn_table(by_turn: Mapping[str, float]) -> str:
+    """Return metrics by turn as a table: a line for each turn, a column for each metric."""
+    cells = {tuple(name.rsplit("/", 1)): value for name, value in by_turn.items()}
+    turns, columns = (list(dict.fromkeys(parts)) for parts in zip(*cells, strict=True))
+    lines = [["", *(column.replace("_", " ") for column in columns)]]
+    lines += [[t, *(f"{cells[t, c]:.3f}" if (t, c) in cells else "–" for c in columns)] for t in turns]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 def split_by_example(tensor: torch.Tensor, batch: Batch) -> torch.Tensor:

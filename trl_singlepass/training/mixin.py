@@ -195,5 +195,4 @@ class ReferenceMixin(SinglePassTrainerMixin):
     def _run_on_trees(self) -> None:
         """Let the policy and its reference take trees, before the engine takes the policy."""
         prepare_sharding(self.model, self.accelerator)
-        for model in self._models:
-            enable_tree(model)
+        self._implementations = list(map(enable_tree, self._models))

@@ -25,7 +25,7 @@ from .config import complete_sft_config, packed_length
 from .dataset import AnyDataset, FormattingFunction, find_turns, needs_preparation, prepare_conversations
 from .epochs import EpochsMixin, scale_router_loss, without_repeated_examples
 from .loss import Loss, NumItems, PiecewiseSmoother, TreeLoss, mean_of_means_divisor, step_weights, total_weight
-from .metrics import PooledLoss, TurnMetrics, split_by_example
+from .metrics import PooledLoss, TurnMetrics, print_by_turn, split_by_example
 from .mixin import SinglePassTrainerMixin
 from .model_card import PAPER, STOCK_CARD
 from .refusals import CONVERSATIONS, ENGINES, OLDER_TRL, TENSOR_PARALLELISM, check
@@ -64,7 +64,7 @@ class SinglePassSFTTrainer(EpochsMixin, SinglePassTrainerMixin, SFTTrainer):
     _tag_names: ClassVar = ["trl", "sft", "single-pass"]
     _name = "SinglePassSFT"
     _paper: ClassVar = PAPER
-    _row_columns: ClassVar = ROW_COLUMNS
+    _row_columns: ClassVar = (*ROW_COLUMNS, "num_pairs")
     label_smoother: LabelSmoother | PiecewiseSmoother | None
     _tree_loss: TreeLoss | None = None
     _pooled_loss: PooledLoss | None = None  # of the evaluation in progress
@@ -129,6 +129,8 @@ class SinglePassSFTTrainer(EpochsMixin, SinglePassTrainerMixin, SFTTrainer):
         )
         self._collator.load_images = self._collator.load_images or image_loader_of(self.processing_class)
         self._turn_metrics = TurnMetrics(args.device) if args.log_turn_metrics else None
+        if args.log_turn_metrics:
+            print_by_turn(self.callback_handler.callbacks)
         if self._trains_turns:
             self._enable_tree()
 

@@ -57,10 +57,22 @@ class Row:
         arrays: dict[str, Any] = {name: np.asarray(columns[name], np.int64) for name in _INTEGERS}
         arrays["token_weights"] = weights if len(weights) else (arrays["token_parts"] > 0).astype(np.float64)
         row = cls(**arrays)
+        row._check(columns.get("num_pairs"))
         if columns.get("image_features") is None:
             return row
         images = tuple(ImageReference(**image) for image in columns["image_references"])
         return replace(row, image_features=np.asarray(columns["image_features"], np.int64), images=images)
+
+    def _check(self, num_pairs: int | None) -> None:
+        """Refuse a row whose tree was changed, or does not fit its tokens: it would train as another text."""
+        lengths = {name: len(getattr(self, name)) for name in ROW_COLUMNS}
+        sizes = self.subtree_end - np.arange(lengths["subtree_end"])  # of subtrees
+        fits = len(set(lengths.values())) == 1 and (sizes > 0).all() and (self.subtree_end <= len(self)).all()
+        if not fits or num_pairs not in (None, sizes.sum()):
+            raise ValueError(
+                f"The tree of a prepared row (subtree_end) does not fit its tokens; lengths are {lengths}. Something "
+                "changed the rows, such as a map over them. Change the messages, and prepare them again."
+            )
 
     @classmethod
     def join(cls, rows: Sequence[Row]) -> Row:

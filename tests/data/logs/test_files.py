@@ -101,3 +101,18 @@ def exchange(source, text):
         return {"request": {"messages": [user(text)]}, "response": {"choices": [choice]}}
     output = [{"type": "message", "role": "assistant", "content": "Yes."}]
     return {"request": {"input": text}, "response": {"status": "completed", "output": output}}
+
+
+@pytest.mark.parametrize("depth", [3000, 10_000])
+@pytest.mark.parametrize("form", ["{}\n{}\n", "[{},{}]"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_line_that_is_nested_too_deeply_is_named(tmp_path, depth, form, as_text):
+    nested = "[" * depth + "]" * depth
+    if as_text:  # JSON in a string of JSON is read where its format is known
+        nested = json.dumps(nested)
+    path = tmp_path / ("log.json" if form[0] == "[" else "log.jsonl")
+    answer = {"choices": [{"finish_reason": "stop", "message": assistant("Yes.")}]}
+    good = json.dumps({"request": {"messages": [user("Hi.")]}, "response": answer})
+    path.write_text(form.format(good, f'{{"request": {nested}, "response": {{}}}}'))
+    with pytest.raises(ValueError, match=r"1 line of the log(.|\n)*:2"):
+        import_logs(LogSource.OPENAI_CHAT, [str(path)])

@@ -6,7 +6,7 @@ from hypothesis import given
 from transformers import Qwen3Config
 
 from support.chat_tokenizers import make_tokenizer
-from support.conversations import agentic_chat, chat, tool_chat
+from support.conversations import agentic_chat, chat, plain_chat, tool_chat
 from support.sample_sets import sample_sets
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
 from trl_singlepass.rendering.samples import render_example
@@ -157,5 +157,31 @@ def test_prompt_and_completion_rows_are_audited_on_the_completion():
     messages = chat(2)
     report = audit([{"prompt": messages[:-1], "completion": messages[-1:]}], make_tokenizer())
     assert report.all_turns.turns == 1
-    recipe = report.recipes[0]
+    recipe = next(recipe for recipe in report.recipes if recipe.name == "TRL assistant_only_loss")
     assert recipe.trained_tokens <= recipe.completion_tokens + 8  # nothing of the prompt's own assistant message
+
+
+@pytest.mark.parametrize(("template", "turns"), [("qwen3", 3), ("qwen3_8", 3), ("glm4moe", 1)])
+def test_trls_default_trains_all_tokens_of_one_sequence(template, turns):
+    tokenizer, messages = make_tokenizer(template), chat(turns)
+    report = audit([messages], tokenizer)
+    recipe = next(recipe for recipe in report.recipes if recipe.name == "TRL's SFTTrainer")
+    whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    samples = render_example({"messages": messages}, tokenizer)
+    assert recipe.trained_tokens == len(whole) - 1
+    exact = {
+        tuple(sample.token_ids[: position + 1].tolist())
+        for sample in samples
+        for position in range(sample.prompt_length, len(sample))
+    }
+    written = sum(tuple(whole[: position + 1]) in exact for position in range(1, len(whole)))
+    assert recipe.unlike_inference == recipe.trained_tokens - written
+    lost = sum(sample.reasoning_length for sample in samples[:-1])
+    assert recipe.reasoning_not_trained == (0 if template == "qwen3_8" else lost)
+
+
+def test_each_finding_says_what_to_do():
+    for template in ("qwen3", "glm4moe", "gptoss", "deepseek_r1_distill"):
+        findings = audit([chat(3), plain_chat(2)], make_tokenizer(template), max_length=40).findings
+        assert findings
+        assert all(finding.count(". ") >= 1 for finding in findings if "cannot be used" not in finding), findings

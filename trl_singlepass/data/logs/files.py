@@ -84,6 +84,8 @@ def _is_document(path: Path) -> bool:
 def _parse(text: bytes) -> Any:
     try:
         return json.loads(text)
+    except RecursionError:
+        return ValueError("it is nested too deeply to be read")
     except ValueError as error:
         return error
 
@@ -103,6 +105,8 @@ def _read_document(file: BinaryIO) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             value, end = error, start
             is_cut = error.msg.startswith("Unterminated") or error.pos + _CUT > len(text)
+        except RecursionError:
+            value, end, is_cut = json.JSONDecodeError("it is nested too deeply to be read", "", 0), start, False
         if is_cut and not at_end:
             piece = file.read(size)
             text, start, size, at_end = text[start:] + decode(piece, not piece), 0, 2 * size, not piece

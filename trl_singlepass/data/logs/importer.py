@@ -10,6 +10,8 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
+from huggingface_hub.utils import tqdm
+
 from ...rendering.conversation import Message
 from ..bad_rows import BadRows, count_of
 from . import (
@@ -159,7 +161,8 @@ def import_logs(
     messages, tokens = MessageExamples(), TokenExamples()
     counts: Counter[str] = Counter()
     checked: dict[int, Message] = {}
-    for request in read(chain.from_iterable(read_log(path, bad) for path in files), bad):
+    lines = chain.from_iterable(read_log(path, bad) for path in tqdm(files, desc="Reading", unit=" files"))
+    for request in tqdm(read(lines, bad), desc="Importing", unit=" requests"):
         with bad.at(request.place):
             if isinstance(request, LoggedTokens):
                 tokens.add(request)

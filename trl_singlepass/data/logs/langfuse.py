@@ -79,5 +79,5 @@ def _decode(value: Any) -> Any:
     """Return the value of JSON text; other text is left as it is."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return value

@@ -190,7 +190,7 @@ def decode(value: Any, key: str, expected: str) -> Any:
     """Return the value of JSON text, and any other value as it is."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise LogError(f"'{key}' is text that is not JSON, expected {expected}.") from error
 
 
@@ -264,7 +264,7 @@ def decode_event(text: str) -> object:
     """Return the value of JSON text in a stream."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise LogError(f"The streamed response has an event that is not JSON: '{text[:40]}'.") from error
 
 

@@ -29,7 +29,7 @@ from ...rendering.prefixes import Prefixes
 from ...rendering.template import TemplateKey
 from ...trees.errors import DataError
 from .forecast import ConversationCost, Schedule, count_conversation, make_forecast, sharing_by_turns
-from .recipes import AssistantOnlyLoss, Recipe, RecipeReport, count_last_turn
+from .recipes import OneSequence, Recipe, RecipeReport, count_last_turn
 from .report import AuditReport
 from .turns import Lengths, TemplateFacts, TurnExaminer, TurnStats, survey_template
 
@@ -155,7 +155,7 @@ class Auditor:
     ) -> None:
         self.examples, self.shape, self.max_length = examples, shape, max_length
         self.reader, self.tokenizer = as_reader(tokenizer), get_tokenizer(tokenizer)
-        self.assistant_only = AssistantOnlyLoss(self.tokenizer)
+        self.one_sequence = [OneSequence(self.tokenizer, name) for name in (Recipe.DEFAULT, Recipe.ASSISTANT_ONLY)]
         self.templates: dict[TemplateKey, TemplateFacts] = {}
 
     def audit_example(self, index: int) -> AuditedExample:
@@ -190,7 +190,7 @@ class Auditor:
         self._add_samples(samples, audited)
         audited.cost = count_conversation(samples, self.shape)
         if len(conversations) == 1:
-            audited.recipes.append(self.assistant_only.count(conversations[0], samples))
+            audited.recipes += [recipe.count(conversations[0], samples) for recipe in self.one_sequence]
 
     def _audit_pair(self, example: Mapping[str, object], audited: AuditedExample) -> None:
         """Add both trajectories of a pair, and the cost of their one tree."""
@@ -202,7 +202,7 @@ class Auditor:
             self._add_samples(fitted.samples, audited)
         audited.cost = count_conversation(pair.samples, self.shape)
         refusal = "it is a setting of fine-tuning, and these are preference pairs"
-        audited.recipes.append(RecipeReport(name=Recipe.ASSISTANT_ONLY, refusal=refusal))
+        audited.recipes += [RecipeReport(name=recipe.name, refusal=refusal) for recipe in self.one_sequence]
 
     def _examine(self, conversation: Conversation, audited: AuditedExample) -> TurnExaminer:
         prefixes = Prefixes.from_conversation(conversation, self.tokenizer)
@@ -261,7 +261,7 @@ def _make_report(audited: Sequence[AuditedExample], auditor: Auditor, num_rows: 
         num_chains=sum(cost.num_chains for cost in costs),
         sharing_by_turns=sharing_by_turns(costs),
         recipes=(
-            RecipeReport.merge(Recipe.ASSISTANT_ONLY, recipes, auditor.assistant_only.refusal),
+            *(RecipeReport.merge(recipe.name, recipes, recipe.refusal) for recipe in auditor.one_sequence),
             RecipeReport.merge(Recipe.LAST_TURN, recipes),
         ),
         forecast=make_forecast(costs, auditor.shape, coverage) if costs else None,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class Recipe(StrEnum):
     """A common way to train multi-turn conversations."""
 
+    DEFAULT = "TRL's SFTTrainer"
     ASSISTANT_ONLY = "TRL assistant_only_loss"
     LAST_TURN = "last turn only"
 
@@ -78,15 +79,20 @@ def count_last_turn(samples: Sequence[Sample]) -> RecipeReport:
     )
 
 
-class AssistantOnlyLoss:
-    """TRL's `assistant_only_loss=True`: the conversation as one sequence, rendered with TRL's training template."""
+class OneSequence:
+    """
+    The conversation as one sequence: TRL's default, which trains all of its tokens, or `assistant_only_loss=True`,
+    rendered with TRL's training template.
+    """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: Recipe) -> None:
         from trl.chat_template_utils import get_training_chat_template
 
-        self.tokenizer = tokenizer
+        self.tokenizer, self.name = tokenizer, name
         self.refusal: str | None = None
         self.chat_template: str | None = None
+        if name == Recipe.DEFAULT:
+            return
         try:
             if "{% generation %}" not in tokenizer.chat_template.replace("{%-", "{%").replace("-%}", "%}"):
                 self.chat_template = get_training_chat_template(tokenizer)
@@ -101,7 +107,7 @@ class AssistantOnlyLoss:
                 return self._count(conversation, samples)
             except Exception as error:  # TRL's training templates refuse some rows that the stock ones render
                 refusal = str(error) or type(error).__name__
-        return RecipeReport(name=Recipe.ASSISTANT_ONLY, refusal=refusal)
+        return RecipeReport(name=self.name, refusal=refusal)
 
     def _count(self, conversation: Conversation, samples: Sequence[Sample]) -> RecipeReport:
         token_ids, trained = self._tokenize(conversation)
@@ -113,7 +119,7 @@ class AssistantOnlyLoss:
         indices = [sample.message_index for sample in samples if sample.message_index is not None]
         parsed = [ParsedMessage.from_message(conversation.messages[index], tags) for index in indices]
         return RecipeReport.from_samples(
-            Recipe.ASSISTANT_ONLY,
+            self.name,
             samples,
             trained=int(trained.sum()),
             unlike_inference=int((trained & ~exact).sum()),
@@ -128,10 +134,12 @@ class AssistantOnlyLoss:
             tools=conversation.tools,
             chat_template=self.chat_template,
             return_dict=True,
-            return_assistant_tokens_mask=True,
+            return_assistant_tokens_mask=self.name == Recipe.ASSISTANT_ONLY,
             **conversation.template_kwargs,
         )
-        return np.asarray(encoded["input_ids"], np.int64), np.asarray(encoded["assistant_masks"], bool)
+        token_ids = np.asarray(encoded["input_ids"], np.int64)
+        # The first token has nothing to be predicted from.
+        return token_ids, np.asarray(encoded.get("assistant_masks", np.arange(len(token_ids)) > 0), bool)
 
     def _decode(self, token_ids: NDArray[np.int64], trained: NDArray[np.bool_]) -> str:
         """Text of all contiguous trained ranges, one per line."""

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...data.bad_rows import RowErrors, count_of
+from ...trees.errors import printable
 from ...trees.sample import CompletionKind
 from .forecast import Forecast, Schedule, SharingByTurns
 from .recipes import Recipe, RecipeReport
@@ -28,6 +29,11 @@ _POLICIES = {
     ReasoningPolicy.STRIPPED: "renders reasoning in the last turn and removes it from history",
     ReasoningPolicy.STRIPPED_EVERYWHERE: "leaves reasoning out of every turn, even the last one",
     ReasoningPolicy.MIXED: "keeps the reasoning of some earlier turns and removes that of others",
+}
+_WHAT_TO_DO = {
+    ReasoningPolicy.STRIPPED: "Nothing to do: each turn is trained with its own reasoning.",
+    ReasoningPolicy.STRIPPED_EVERYWHERE: "Look at what is put back with `inspect`.",
+    ReasoningPolicy.MIXED: "Nothing to do: each turn is trained as it is served.",
 }
 _CAUSES = {
     BranchCause.REASONING_REMOVED: "the reasoning is removed from history",
@@ -44,17 +50,19 @@ _ABOUT_COUNTS = {
     "reasoning_under_other_key": (
         "In {}, reasoning stands under a key that the template ignores. Rename it to 'reasoning_content'."
     ),
-    "reasoning_restored": "The template leaves out the reasoning of {}. It is put back between its tags.",
-    "reasoning_lost": "In {}, the reasoning is lost.",
+    "reasoning_restored": (
+        "The template leaves out the reasoning of {}. It is put back between its tags: look at one with `inspect`."
+    ),
+    "reasoning_lost": "In {}, the reasoning is lost. Use a template that renders it, or remove it.",
     "empty_blocks": (
         "In {}, there is no reasoning, and the template writes an empty block for it, which trains the model not to "
-        "think."
+        "think. Set `train: false` on these turns if it should."
     ),
-    "calls_lost": "In {} with tool calls, a call or part of one is lost.",
-    "over_max_length": "The limit of {limit} is too short for {}.",
+    "calls_lost": "In {} with tool calls, a call or part of one is lost. Use a template that renders tool calls.",
+    "over_max_length": "The limit of {limit} is too short for {}. Raise --max_length, or set overlong_turns.",
     "not_token_prefix": (
         "In {}, a token of the rendering spans the end of the prompt. The completion is tokenized on its own there, "
-        "as the model would write it."
+        "as the model would write it. Nothing to do."
     ),
 }
 _OUT_OF = {"calls_lost": "with_calls", "over_max_length": "trainable"}
@@ -62,11 +70,11 @@ _OUT_OF = {"calls_lost": "with_calls", "over_max_length": "trainable"}
 _ABOUT_KINDS = {
     CompletionKind.HISTORY_REWRITTEN: (
         "In {}, the template rewrites earlier messages once the answer is there. The prompt is trained as it is "
-        "served, followed by the answer's own text."
+        "served, followed by the answer's own text. Nothing to do."
     ),
     CompletionKind.OPENING_CONTINUED: (
         "In {}, the prompt begins the answer with words that the template does not write before such a message. The "
-        "completion continues from there."
+        "completion continues from there. Nothing to do."
     ),
     "refused": f"{{}} cannot be rendered without losing something. {_REASONS}",
 }
@@ -223,7 +231,7 @@ class AuditReport:
         parts: list[RenderableType] = [Text(self.headline, style="bold")]
         if self.verdict:
             parts.append(Text(self.verdict))
-        lines = Text("\n".join(f"• {finding}" for finding in self.findings))
+        lines = Text("\n".join(f"• {printable(finding)}" for finding in self.findings))
         parts += [Text("\nFindings", style="bold"), Padding(lines, (0, 0, 1, 2))]
         for table in self.tables:
             caption, table.caption = table.caption, None  # which rich would wrap to the width of the table
@@ -236,12 +244,16 @@ def _about_templates(templates: Sequence[tuple[TemplateFacts, int]]) -> Iterator
     for facts, conversations in templates:
         where = "" if len(templates) == 1 else f" (in {count_of(conversations, 'conversation')})"
         if facts.kind in _POLICIES:
-            yield f"The {facts.name} {_POLICIES[facts.kind]}{where}."
+            yield f"The {facts.name} {_POLICIES[facts.kind]}{where}. {_WHAT_TO_DO[facts.kind]}"
         if facts.added_stop:
-            yield f"The template writes no stop token after a last answer, so {facts.added_stop} is added{where}."
+            yield (
+                f"The template writes no stop token after a last answer, so {facts.added_stop} is added{where}. "
+                "Nothing to do if the model stops there."
+            )
         elif facts.last_ending != facts.history_ending:
             last, history = facts.last_ending or "nothing", facts.history_ending or "nothing"
-            yield f"A last answer ends with {last}, but the same answer in history with {history}{where}."
+            ends = f"A last answer ends with {last}, but the same answer in history with {history}{where}"
+            yield f"{ends}. Nothing to do: both are trained as they are served."
 
 
 def _about_turns(turns: TurnStats, max_length: int | None) -> Iterator[str]:
@@ -255,7 +267,8 @@ def _about_turns(turns: TurnStats, max_length: int | None) -> Iterator[str]:
             yield sentence.format(_of(turns.kinds[kind], turns.turns))
     for cause, count in turns.branches.items():
         reason = _CAUSES[BranchCause(cause)]
-        yield f"The tree forks after {_of(count, turns.followed)} with a successor, because {reason}."
+        forks = f"The tree forks after {_of(count, turns.followed)} with a successor, because {reason}"
+        yield f"{forks}. Nothing to do: each turn is trained as it is served."
 
 
 def _about_recipe(recipe: RecipeReport) -> Iterator[str]:
@@ -267,14 +280,16 @@ def _about_recipe(recipe: RecipeReport) -> Iterator[str]:
         return
     lost = recipe.reasoning_not_trained
     if lost:
-        yield f"{name} would not train {_share(lost, recipe.reasoning_tokens)} of the reasoning tokens."
+        share = _share(lost, recipe.reasoning_tokens)
+        yield f"{name} would not train {share} of the reasoning tokens. Train with a single pass."
     if recipe.unlike_inference:
         share = _share(recipe.unlike_inference, recipe.trained_tokens)
-        yield f"{name} would train {share} of its tokens in a context that never occurs at inference."
+        where = "where the model never writes them"
+        yield f"{name} would train {share} of its tokens {where}. Train with a single pass."
     untrained = recipe.completion_tokens - recipe.trained_tokens
     if recipe.name == Recipe.LAST_TURN and untrained:
         share = _share(untrained, recipe.completion_tokens)
-        yield f"{name} would leave {share} of the completion tokens untrained."
+        yield f"{name} would leave {share} of the completion tokens untrained. Train every turn."
 
 
 def _of(count: int, total: int) -> str:
@@ -292,7 +307,7 @@ def _error_table(errors: Sequence[RowErrors]) -> Table:
         table.add_column(name, overflow="fold")
     for error in errors[:_MAX_ERRORS_SHOWN]:
         reason = error.reason if len(error.reason) <= 400 else f"{error.reason[:399]}…"
-        table.add_row(str(error.count), ", ".join(map(str, error.rows)), Text(reason))
+        table.add_row(str(error.count), ", ".join(map(str, error.rows)), Text(printable(reason)))
     return table
 
 
@@ -383,8 +398,9 @@ def _recipe_table(recipes: Iterable[RecipeReport]) -> Table:
             _percent(recipe.reasoning_not_trained, recipe.reasoning_tokens),
         )
     table.caption = (
-        "of completions: share of all completion tokens; context unlike inference: share of the trained tokens whose "
-        "context never occurs when the model is served; reasoning not trained: share of all reasoning tokens"
+        "of completions: share of all completion tokens; context unlike inference: share of the trained tokens that "
+        "the model does not write when it is served, or not in this context; reasoning not trained: share of all "
+        "reasoning tokens"
     )
     return table
 
