@@ -39,6 +39,7 @@ class Tree:
     subtree_end: torch.Tensor  # (1, row_length), int64: the position just past each token's last descendant
     depth: torch.Tensor  # (1, row_length), int64: the number of tokens before each token on its path
     group: RowGroup | None = None  # ranks that share the row; each runs the model on its part of the tokens
+    seen: set[torch.nn.Module] = field(default_factory=set, init=False, repr=False)  # layers that ran on it
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

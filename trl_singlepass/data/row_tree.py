@@ -19,6 +19,12 @@ from ..trees.rows import TreePlan
 MapTensor = Callable[[torch.Tensor], torch.Tensor]
 
 
+class Receipt:
+    """Whether a model has run on an entry `tree`; its copies share it."""
+
+    is_given = False
+
+
 class _Entry:
     """
     An entry `tree` on its way to the model.
@@ -28,6 +34,9 @@ class _Entry:
     """
 
     is_handled = False  # see `handled`
+
+    def __init__(self) -> None:
+        self.receipt = Receipt()
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with other values of some attributes."""
@@ -103,6 +112,7 @@ class RowTree(_Entry):
         image_features: torch.Tensor | None = None,
         images: tuple[ImageReference, ...] = (),
     ) -> None:
+        super().__init__()
         self.plan, self.subtree_end, self.depth = plan, subtree_end, depth
         self.label_parts, self.loss_weights, self.image_features = label_parts, loss_weights, image_features
         self.images = images
@@ -128,4 +138,5 @@ class LineView(_Entry):
     def __init__(
         self, rows: Sequence[dict[str, Any]], targets: torch.Tensor, token_weights: torch.Tensor | None = None
     ) -> None:
+        super().__init__()
         self.rows, self.targets, self.token_weights = list(rows), targets, token_weights

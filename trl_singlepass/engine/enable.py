@@ -17,7 +17,7 @@ from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
 from ..recurrent.introspection import get_decoder, path_dependent_layers
 from ..recurrent.layer import disable_tree_recurrence, enable_tree_recurrence
-from .model_call import leave_trees, take_trees
+from .model_call import expect_layers, leave_trees, take_trees
 
 
 if TYPE_CHECKING:
@@ -121,6 +121,8 @@ def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     if name != implementation and takes_attention_from_outside(base):  # some models have recurrent layers only
         set_text_attention(base, name)
     take_trees(base)
+    # Layers that select tokens run over whole paths, without tree attention.
+    expect_layers(base, int(takes_attention_from_outside(base) and not path_dependent_layers(base)))
     return implementation
 
 

@@ -20,6 +20,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 
 from ..data.collator import Batch, Collator, DataCollatorForSinglePass
 from ..data.preparation import say
+from ..engine.model_call import check_receipt
 from ..engine.pieces import Pieces
 from ..engine.row_runner import RowRunner
 from ..images.loading import image_loader_of
@@ -182,6 +183,7 @@ class GroupsMixin(ReferenceMixin):
             outputs = (model if runner is None else runner)(
                 input_ids=padded.input_ids, labels=labels, tree=view.handled(), fused_lm_head=True, **router
             )
+        check_receipt(view)
         entropies = outputs.entropy[:, -logits_to_keep:] if compute_entropy else None
         return outputs.log_probs[:, -logits_to_keep:], entropies, outputs.aux_loss if compute_aux_loss else None
 

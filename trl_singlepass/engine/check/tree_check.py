@@ -27,24 +27,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...attention.row_group import RowGroup
 from ...data.collator import Batch, DataCollatorForSinglePass
+from ...trees.sample import Sample
 from ..borrowed_state import adapters_disabled
 from ..enable import disable_tree, enable_tree, without_adapters
-from ..model_call import takes_trees
-from .checked_model import CheckedModel, random_signs, unwrapped
+from ..model_call import expect_layers, takes_trees
+from .checked_model import HALF, NOISE_FACTOR, UNSUSPICIOUS, CheckedModel, random_signs, unwrapped
 from .first_difference import differing_module, mixing_module
+from .own_rows import OwnRows, OwnRowsReport
 from .row import CheckRow, ShownImage, text_beside_images
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Differences up to this many rounding errors need no closer look: right models in float32 have at most 7.
-UNSUSPICIOUS = 32.0
-# Right models in half precision differ by at most 4.3 times the noise of the separate samples.
-NOISE_FACTOR = 6.0
 # The noise of a model is between half a rounding error and this many. Beyond, samples depend on their padding.
 MOST_NOISE = 64.0
-_HALF = 1e-4  # rounding errors of half precision are larger, those of float32 smaller
 
 
 def check_tree(
@@ -118,6 +115,7 @@ class TreeCheck:
     def run(self, text: np.ndarray[Any, Any], shown: Sequence[ShownImage] = ()) -> TreeCheckReport:
         """Measure, on tokens of the data, `(num_tokens,)`, int64, and on one or two of its images, if it has any."""
         start = time.perf_counter()
+        expect_layers(self.model.base)
         row = CheckRow.from_tokens(text, shown)
         exchanged = CheckRow.from_tokens(text, shown, is_exchanged=True)
         with self.model.prepared():
@@ -125,7 +123,13 @@ class TreeCheck:
             if not measured.ok:
                 where, adapters = self._find_module(row, measured), self._find_adapters(row, exchanged)
                 measured = replace(measured, where=where, adapters=adapters)
-        return replace(measured, seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self.seconds_per_token = seconds / (3 * len(row.row))  # the tree, its backward, and the samples
+        return replace(measured, seconds=seconds)
+
+    def run_own(self, samples: Sequence[Sample], seconds: float) -> OwnRowsReport | None:
+        """Measure samples of the run for some seconds; see [`OwnRows`]."""
+        return OwnRows(self.model, self.epsilon, self._over_ranks).run(samples, seconds, self.seconds_per_token)
 
     def _measure(self, row: CheckRow, exchanged: CheckRow) -> TreeCheckReport:
         with torch.no_grad(), self.model.explained("separate samples"):
@@ -142,7 +146,7 @@ class TreeCheck:
         paths = torch.as_tensor(row.paths, device=tree.device)
         difference, leak, moved = self._over_ranks(_rms(_errors(tree[paths], alone)), leak, moved)
         assert difference is not None
-        is_half = self.epsilon > _HALF
+        is_half = self.epsilon > HALF
         allowed = 0.0 if is_half else UNSUSPICIOUS * self.epsilon
         report = TreeCheckReport(difference, allowed, leak, moved, moved_allowed=allowed)
         if report.ok and not is_half:
@@ -208,6 +212,23 @@ class TreeCheck:
         # NaN, which no comparison finds, becomes infinity.
         whole = np.nan_to_num(np.array(given, np.float64), nan=np.inf)
         return [None if value is None else float(most) for value, most in zip(values, whole.max(0), strict=True)]
+
+
+def refusal(model: nn.Module, report: TreeCheckReport | OwnRowsReport) -> str:
+    """Return why a model is not trained."""
+    name, where = type(model).__name__, ""
+    if isinstance(report, OwnRowsReport):
+        what = f"{report.what or 'what another rank measured'} differs by {report.difference:.1e}"
+        reason = f"{what} on samples of up to {report.longest} tokens of this data, in training mode"
+    else:
+        reason = report.reason
+        where = f" {report.where}." if report.where else ""
+        where += f" Without its adapters ({report.adapters}), it does." if report.adapters else ""
+    return (
+        f"{name} does not compute on a tree what it computes on separate samples: {reason}.{where} Nothing was "
+        "trained since. Train it on one sample per turn (N-pass: `to_npass` and TRL's own trainer), or take out the layer or "
+        "adapter that mixes the tokens of a row; check_tree(model, tokenizer) measures it again."
+    )
 
 
 def _errors(found: Tensor, expected: Tensor) -> Tensor:
