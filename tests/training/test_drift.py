@@ -7,14 +7,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from support.conversations import chat
+from support.conversations import chat, expand
 from support.drifting_layers import DRIFTING, ActsLater
 from support.pairs import pair
 from support.planted_layers import TokenShift, plant
 from support.trainers import (
+    CONVERSATIONS,
+    assert_trained_alike,
     dpo_trainer,
     float32_model,
+    in_order,
     largest_difference,
+    on_samples,
     parameters,
     single_pass_trainer,
     stock_dpo_trainer,
@@ -59,7 +63,7 @@ class Calls(TrainerCallback):
             self.function(kwargs["model"])
 
 
-# Layers ---------------------------------------------------------------------------------------------------------
+# Layers --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DRIFTING)
@@ -75,7 +79,7 @@ def test_a_layer_that_acts_after_some_steps_stops_a_run(make, tokenizer):
         make(model, max_steps=20).train()
 
 
-# Between the check and the step -------------------------------------------------------------------------------------
+# Between the check and the step --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("again", ["before", "after"])
@@ -167,3 +171,43 @@ def test_a_layer_that_a_callback_switches_is_measured(make, tokenizer):
     with pytest.raises(TreeCheckError, match="TokenShift"):
         trainer.train()
     assert trainer.state.global_step == 2
+
+
+# RoPE by length ------------------------------------------------------------------------------------------------------
+
+
+def longrope(limit, head_dim=8):
+    factors = torch.linspace(1, 4, head_dim // 2).tolist()
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * len(factors),
+        "long_factor": factors,
+        "factor": 4.0,
+        "original_max_position_embeddings": limit,
+    }
+
+
+@pytest.mark.parametrize("own", [{}, {"wave_tokens": 48}], ids=["row", "waves"])
+@pytest.mark.parametrize("limit", [16, 60, 100, 1000])
+def test_longrope_has_the_factors_of_each_sample(tmp_path, tokenizer, limit, own):
+    """Samples on both sides of the limit share no tokens, and each has the factors that it would have alone."""
+    model = float32_model(tokenizer, "llama", rope_parameters=longrope(limit))
+    samples = [[sample] for messages in CONVERSATIONS[:3] for sample in expand(messages)]
+    steps = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": len(samples)}
+    stock = on_samples(tmp_path, tokenizer, model, samples, **steps)  # no two in a batch, whose longest one decides
+    ours = in_order(tmp_path, tokenizer, model, CONVERSATIONS[:3], per_device_train_batch_size=3, **own)
+    for trainer in (stock, ours):
+        trainer.train()
+    assert_trained_alike(stock, ours, model)
+
+
+def test_longrope_of_pairs_on_both_sides_is_refused(tmp_path, tokenizer):
+    model = float32_model(tokenizer, "llama", rope_parameters=longrope(60))
+    assert_stopped(dpo_trainer(tmp_path, tokenizer, PAIRS, model), match="longrope")
+
+
+def test_dynamic_rope_is_refused(make, tokenizer):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(ValueError, match="dynamic"):
+        make(float32_model(tokenizer, "llama", rope_parameters=rope, max_position_embeddings=64))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..attention.registry import BESIDE_EAGER_LAYERS, set_text_attention, tree_attention_name
+from ..attention.rope import follow_samples, rope_types
 from ..data.collator import DataCollatorForSinglePass
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
@@ -45,7 +46,12 @@ def check_model(model: PreTrainedModel) -> None:
     if reason := _trains_on_other_media(model):
         raise UnsupportedModelError(f"{type(model).__name__} {reason}. Load another model.")
     reason = None
-    if model.config.is_encoder_decoder:
+    if any("dynamic" in kind for module in model.modules() for kind in rope_types(module)):
+        reason = (
+            "has a dynamic RoPE (rope_type='dynamic'), whose base depends on the longest row that the process has "
+            "seen, so that not even separate samples compute the same twice"
+        )
+    elif model.config.is_encoder_decoder:
         reason = "is an encoder-decoder: a prompt and its answer are not one sequence that branches could share"
     elif not takes_attention_from_outside(model) and not path_dependent_layers(model):
         reason = (
@@ -121,6 +127,8 @@ def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     if name != implementation and takes_attention_from_outside(base):  # some models have recurrent layers only
         set_text_attention(base, name)
     take_trees(base)
+    if "_rope_handles" not in vars(base):
+        base._rope_handles = follow_samples(base)
     # Layers that select tokens run over whole paths, without tree attention.
     expect_layers(base, int(takes_attention_from_outside(base) and not path_dependent_layers(base)))
     return implementation
@@ -152,6 +160,8 @@ def disable_tree(model: PreTrainedModel | PeftModel, implementation: str) -> Non
     """Undo [`enable_tree`]; the model gets back the `attn_implementation` that it had."""
     base = without_adapters(model)
     leave_trees(base)
+    for handle in vars(base).pop("_rope_handles", ()):
+        handle.remove()
     disable_tree_recurrence(base)
     if takes_attention_from_outside(base):  # models with recurrent layers only do not
         set_text_attention(base, implementation)

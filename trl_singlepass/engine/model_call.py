@@ -143,7 +143,7 @@ def row_context(tree: RowTree, device: torch.device | None = None) -> Iterator[T
 
 def as_tree(tree: RowTree, group: RowGroup | None = None) -> Tree:
     """Return the tree of a row as layers read it, with the ranks that share the row, if any."""
-    return Tree(tree.plan, tree.subtree_end, tree.depth, group=group)
+    return Tree(tree.plan, tree.subtree_end, tree.depth, group=group, sample_ends=tree.sample_ends)
 
 
 def _run_row(

@@ -98,7 +98,8 @@ class SelfCheck:
         self, model: nn.Module, batches: Sequence[Batch], collator: DataCollatorForSinglePass, group: RowGroup | None
     ) -> None:
         text, images = tokens_of_batch(next((batch for batch in batches if batch["tree"].images), batches[0]))
-        samples = [] if group is not None else max(map(samples_of, batches), key=lambda x: sum(map(len, x)))
+        found = [[sample for sample, _ in samples_of(batch)] for batch in batches if group is None]
+        samples = max(found, key=lambda samples: sum(map(len, samples)), default=[])
         if self._accelerator.num_processes > 1:  # the same text on all, and images if each rank has one
             text, samples = broadcast_object_list([text, samples])
             has_images = torch.tensor([len(images) > 0], device=self._accelerator.device)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...data.collator import Batch
-from ...trees.prefix_tree import IGNORE_INDEX, PrefixTree, sample_paths
+from ...trees.prefix_tree import IGNORE_INDEX, PrefixTree
 from ...trees.rows import Row
 from ...trees.sample import Sample
 from ..model_call import has_fused_head, row_inputs
@@ -35,21 +36,22 @@ _SIDE = 4  # signs on each side of a gradient
 # Gradients below this part of what is usual are noise: those of what a softmax takes out again.
 _LEAST_GRADIENT = 1e-3
 _MOST_NOISE = 1e4  # rounding errors
+_OF_GRADIENTS = 16  # times as large errors as of outputs
+_OTHER = 1e-2  # relative change of embeddings
 
 
-def samples_of(batch: Batch) -> list[Sample]:
-    """Return the samples of a row, shortest first; each target is trained by the shortest that predicts it."""
+def samples_of(batch: Batch) -> list[tuple[Sample, NDArray[np.int64]]]:
+    """
+    Return the samples of a row and where their tokens are, shortest first.
+
+    Each target is trained by the shortest sample that predicts it.
+    """
     tree, ids = batch["tree"], batch["input_ids"][0].cpu().numpy()
-    labels, passing = batch["labels"][0].cpu().numpy(), batch["attention_mask"][0].cpu().numpy()
-    ending = passing.copy()  # a sample ends where more come in than go on
-    for run in tree.plan.runs:
-        ending[run.start : run.end - 1] -= passing[run.start + 1 : run.end]
-        if run.prefix:
-            ending[run.prefix[-1][1] - 1] -= passing[run.start]
+    labels, ends = batch["labels"][0].cpu().numpy(), tree.sample_ends
     paths = [
         run.path_positions[: len(run.path_positions) - (run.end - 1 - end)]
         for run in tree.plan.runs
-        for end in (run.start + np.flatnonzero(ending[run.start : run.end] > 0)).tolist()
+        for end in ends[(ends >= run.start) & (ends < run.end)].tolist()
     ]
     features = None if tree.image_features is None else tree.image_features[0].cpu().numpy()
     is_free, samples = labels != IGNORE_INDEX, []
@@ -58,7 +60,8 @@ def samples_of(batch: Batch) -> list[Sample]:
         trained = is_free[targets] & (labels[targets] == ids[path[1:]])
         is_free[targets[trained]] = False
         of_path = None if features is None else features[path]
-        samples.append(Sample(ids[path], np.r_[0.0, trained], 1, image_features=of_path, images=tree.images))
+        sample = Sample(ids[path], np.r_[0.0, trained], 1, image_features=of_path, images=tree.images)
+        samples.append((sample, path))
     return samples
 
 
@@ -142,36 +145,44 @@ class OwnRows:
         """
         Return the worst difference relative to what is allowed, the difference, and what differs if it is too much.
 
-        In half precision, and where a difference is larger than rounding explains at once, all runs again with
-        embeddings moved by one rounding: noise is by how much the samples change, and what differs is what does in
-        both measurements.
+        In half precision, and where a difference is larger than rounding explains at once, all runs again on other
+        embeddings: a unit or an expert that one rounding switches is another one then, and what is wrong stays wrong.
+        Noise is by how much the samples change where embeddings are moved by one rounding.
         """
-        tree = PrefixTree.from_samples(samples)
-        batch = send_to_device(self.model.collator([Row.from_tree(tree).columns()]), get_device(self.model.base))
-        paths = sample_paths(tree, samples)
-        measured = self._both(samples, batch, paths, None)
-        verdict = self._verdict(*measured, None)
+        row = Row.from_tree(PrefixTree.from_samples(samples))
+        batch = send_to_device(self.model.collator([row.columns()]), get_device(self.model.base))
+        samples, paths = zip(*samples_of(batch), strict=True)  # the collator may take trees apart
+        on_tree, separate = self._on_tree(samples, batch, paths), self._separately(samples, paths)
+        verdict = self._verdict(on_tree, separate)
         if verdict[0] <= 1 and not self.is_half:
             return verdict
-        changes = self.epsilon / 2 * random_signs(batch["input_ids"].shape[1])
-        return self._verdict(*measured, self._both(samples, batch, paths, changes))
+        signs = random_signs(batch["input_ids"].shape[1])
+        moved = self._separately(samples, paths, self.epsilon / 2 * signs)
+        again = self._on_tree(samples, batch, paths, _OTHER * signs), self._separately(samples, paths, _OTHER * signs)
+        return self._verdict(on_tree, separate, moved, again)
 
-    def _both(
-        self, samples: Sequence[Sample], batch: Batch, paths: Sequence[NDArray[np.int64]], changes: Tensor | None
-    ) -> tuple[_Measured, _Measured]:
-        """Return what a row gives as a tree, and as separate samples, with relative changes of embeddings, `(L,)`."""
+    def _on_tree(
+        self,
+        samples: Sequence[Sample],
+        batch: Batch,
+        paths: Sequence[NDArray[np.int64]],
+        changes: Tensor | None = None,
+    ) -> _Measured:
+        """Run a row as a tree; `changes`, `(L,)`, are relative changes of embeddings."""
+        inputs = row_inputs(batch, has_labels=True) | {"tree": batch["tree"].handled()}
         with self._sketched() as sketches:
-            inputs = row_inputs(batch, has_labels=True) | {"tree": batch["tree"].handled()}
             with self.model.embeddings_changed(None if changes is None else changes[None]):
                 of_row = self._log_probs(inputs)
-            trained = [
-                torch.as_tensor(path[:-1][sample.loss_weights[1:] > 0], device=of_row.device)
-                for path, sample in zip(paths, samples, strict=True)
-            ]
-            on_tree = of_row[torch.cat(trained)]
-            self._backward(on_tree)
-        tree = _Measured(on_tree.detach().double().cpu(), self._stacked(sketches))
-        separate = []
+            trained = [path[:-1][sample.loss_weights[1:] > 0] for path, sample in zip(paths, samples, strict=True)]
+            log_probs = of_row[torch.as_tensor(np.concatenate(trained), device=of_row.device)]
+            self._backward(log_probs)
+        return _Measured(log_probs.detach().double().cpu(), self._stacked(sketches))
+
+    def _separately(
+        self, samples: Sequence[Sample], paths: Sequence[NDArray[np.int64]], changes: Tensor | None = None
+    ) -> _Measured:
+        """Run samples one by one, with the changes of their tokens in the row."""
+        log_probs = []
         with self._sketched() as sketches:
             for path, sample in zip(paths, samples, strict=True):
                 inputs = sample_inputs(self.model.base, [sample], self.model.collator.load_images)
@@ -181,8 +192,8 @@ class OwnRows:
                 with self.model.embeddings_changed(None if changes is None else changes[torch.as_tensor(path)][None]):
                     own = self._log_probs(inputs)[is_trained.roll(-1)]
                 self._backward(own)
-                separate.append(own.detach().double().cpu())
-        return tree, _Measured(torch.cat(separate), self._stacked(sketches))
+                log_probs.append(own.detach().double().cpu())
+        return _Measured(torch.cat(log_probs), self._stacked(sketches))
 
     def _log_probs(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the log-probability of each target, `(L,)`, by TRL's fused head if the run trains with it."""
@@ -198,81 +209,72 @@ class OwnRows:
         if self.with_gradients and len(log_probs) and log_probs.requires_grad:
             log_probs.sum().backward()  # type: ignore[no-untyped-call]
 
+    @property
+    def _trained(self) -> dict[str, nn.Parameter]:
+        if not self.with_gradients:
+            return {}
+        return {name: parameter for name, parameter in self.model.base.named_parameters() if parameter.requires_grad}
+
     @contextmanager
     def _sketched(self) -> Iterator[dict[nn.Parameter, Tensor]]:
         """Collect sketches of gradients in place of gradients; what parameters have of them comes back."""
         sketches: dict[nn.Parameter, Tensor] = {}
-        if not self.with_gradients:
-            with torch.no_grad():
-                yield sketches
-            return
 
         def take(parameter: nn.Parameter) -> None:
             assert parameter.grad is not None
-            own = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
-            sketches[parameter] = sketches.get(parameter, 0) + _sketch(own)
+            sketches[parameter] = sketches.get(parameter, 0) + _sketch(parameter.grad)
             parameter.grad = None
 
-        trained = [parameter for parameter in self.model.base.parameters() if parameter.requires_grad]
-        before = [parameter.grad for parameter in trained]
-        handles = [parameter.register_post_accumulate_grad_hook(take) for parameter in trained]
+        before = {parameter: parameter.grad for parameter in self._trained.values()}
+        handles: list[Any] = [x.register_post_accumulate_grad_hook(take) for x in before]  # type: ignore[no-untyped-call]
         try:
-            for parameter in trained:
+            for parameter in before:
                 parameter.grad = None
-            with torch.enable_grad():
+            with torch.set_grad_enabled(self.with_gradients):
                 yield sketches
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter, grad in zip(trained, before, strict=True):
+            for parameter, grad in before.items():
                 parameter.grad = grad
 
     def _stacked(self, sketches: dict[nn.Parameter, Tensor]) -> Tensor:
-        trained = [parameter for parameter in self.model.base.parameters() if parameter.requires_grad]
         zero = torch.zeros(_SIDE**2, dtype=torch.float64)
-        return torch.stack(
-            [zero, *(sketches[parameter].cpu() if parameter in sketches else zero for parameter in trained)]
-        )[1:]
+        found = [sketches[x].cpu() if x in sketches else zero for x in self._trained.values()]
+        return torch.stack(found) if found else zero[None, :0]
 
     def _verdict(
-        self, tree: _Measured, separate: _Measured, moved: tuple[_Measured, _Measured] | None
+        self,
+        on_tree: _Measured,
+        separate: _Measured,
+        moved: _Measured | None = None,
+        again: tuple[_Measured, _Measured] | None = None,
     ) -> tuple[float, float, str | None]:
-        errors, noise = _compared(tree.log_probs, separate.log_probs, moved and [x.log_probs for x in moved])
-        size = max(float(separate.log_probs.norm()), 1e-30)
-        # What acts in one of two measurements makes noise as well.
-        least, most = 0.0 if self.is_half else UNSUSPICIOUS * self.epsilon, _MOST_NOISE * self.epsilon
-        found = [
-            (
-                float(errors.norm()) / size,
-                max(least, NOISE_FACTOR * min(float(noise.norm()) / size, most)),
-                "log-probabilities",
-            )
-        ]
-        if len(separate.sketches):
-            sizes = separate.sketches.norm(dim=1)
-            sizes = sizes.clamp(min=max(_LEAST_GRADIENT * float(sizes.square().mean().sqrt()), 1e-30))
-            errors, noise = _compared(tree.sketches, separate.sketches, moved and [x.sketches for x in moved])
-            errors, noise = errors.norm(dim=1), noise.norm(dim=1)
-            if self.is_half:  # of all parameters together
-                errors, noise, sizes = (x.norm()[None] for x in (errors, noise, sizes))
-            usual = (noise / sizes).square().mean().sqrt()
-            allowed = NOISE_FACTOR * torch.maximum(noise / sizes, usual).clamp(max=most)
-            allowed = allowed.clamp(min=max(least, 1e-30))
-            worst = int((errors / sizes / allowed).nan_to_num(nan=torch.inf).argmax())
-            names = [name for name, parameter in self.model.base.named_parameters() if parameter.requires_grad]
-            what = "gradients" if self.is_half else f"the gradient of {names[worst]}"
-            found.append((float(errors[worst] / sizes[worst]), float(allowed[worst]), what))
-        ratios = [float(np.nan_to_num(a / max(b, 1e-30), nan=np.inf)) for a, b, _ in found]
-        worst = int(np.argmax(ratios))
-        return ratios[worst], found[worst][0], found[worst][2] if ratios[worst] > 1 else None
+        found = []
+        for name in ("log_probs", "sketches"):
+            tree, samples = getattr(on_tree, name), getattr(separate, name)
+            errors, noise = (tree - samples).abs(), torch.zeros_like(samples)
+            if moved is not None and again is not None:
+                other, others = (getattr(each, name) for each in again)
+                errors, noise = torch.minimum(errors, (other - others).abs()), getattr(moved, name) - samples
+            is_sketch = name == "sketches"
+            if not is_sketch or self.is_half:  # of all together
+                tree, samples, errors, noise = (x.flatten()[None] for x in (tree, samples, errors, noise))
+            found.append(self._worst(samples.norm(dim=1), errors.norm(dim=1), noise.norm(dim=1), is_sketch=is_sketch))
+        ratio, difference, what = max(found)
+        return ratio, difference, what if ratio > 1 else None
 
-
-def _compared(on_tree: Tensor, separate: Tensor, moved: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Return by how much a tree differs, in both of two measurements if there are two, and by how much samples do."""
-    errors = (on_tree - separate).abs()
-    if moved is None:
-        return errors, torch.zeros_like(errors)
-    return torch.minimum(errors, (moved[0] - moved[1]).abs()), moved[1] - separate
+    def _worst(self, sizes: Tensor, errors: Tensor, noise: Tensor, *, is_sketch: bool) -> tuple[float, float, str]:
+        """Return the worst error relative to what is allowed, that error, and its name."""
+        sizes = sizes.clamp(min=max(_LEAST_GRADIENT * float(sizes.square().mean().sqrt()), 1e-30))
+        errors, noise = errors / sizes, noise / sizes
+        # What acts in one of several measurements is no noise.
+        noise = torch.maximum(noise, noise.square().mean().sqrt()).clamp(max=_MOST_NOISE * self.epsilon)
+        least = 0.0 if self.is_half else (_OF_GRADIENTS if is_sketch else 1) * UNSUSPICIOUS * self.epsilon
+        ratios = (errors / (NOISE_FACTOR * noise).clamp(min=max(least, 1e-30))).nan_to_num(nan=torch.inf)
+        worst = int(ratios.argmax())
+        what = f"the gradient of {list(self._trained)[worst]}" if is_sketch and len(sizes) > 1 else "gradients"
+        return float(ratios[worst]), float(errors[worst]), what if is_sketch else "log-probabilities"
 
 
 def _sketch(gradient: Tensor) -> Tensor:

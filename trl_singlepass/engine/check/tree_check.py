@@ -226,8 +226,8 @@ def refusal(model: nn.Module, report: TreeCheckReport | OwnRowsReport) -> str:
         where += f" Without its adapters ({report.adapters}), it does." if report.adapters else ""
     return (
         f"{name} does not compute on a tree what it computes on separate samples: {reason}.{where} Nothing was "
-        "trained since. Train it on one sample per turn (N-pass: `to_npass` and TRL's own trainer), or take out the layer or "
-        "adapter that mixes the tokens of a row; check_tree(model, tokenizer) measures it again."
+        "trained since. Train it on one sample per turn (N-pass: `to_npass` and TRL's own trainer), or take out the "
+        "layer or adapter that mixes the tokens of a row; check_tree(model, tokenizer) measures it again."
     )
 
 
