@@ -100,9 +100,7 @@ def _trains_on_other_media(model: PreTrainedModel) -> str | None:
 
 def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     """
-    Make a model run on trees where there is one: `model(**batch)` takes the entry `tree` of a batch.
-
-    Batches without a tree run as before. Nothing is measured here: [`check_tree`] shows that a model is exact.
+    Make a model run on trees where there is one: what `trl_singlepass.enable_tree` does, without measuring.
 
     Args:
         model (`transformers.PreTrainedModel`, `peft.PeftModel`):

@@ -66,12 +66,20 @@ class _Door:
         tree.receipt.is_given = True
         return outputs
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Door:
-        model = copy.deepcopy(self.model, memo)
-        return _Door(model, _bound_to(self.inner, self.model, model))
-
     def __reduce__(self) -> tuple[Any, ...]:  # a fused head, which trainers add, is a function that no pickle holds
         return _Door, (self.model, MethodType(type(self.model).forward, self.model))
+
+
+def _copied(model: PreTrainedModel, memo: dict[int, Any]) -> PreTrainedModel:
+    """Return a deep copy of a model that runs its own weights; TRL's fused head is bound to those of the original."""
+    copier = vars(model).pop("__deepcopy__")
+    try:
+        other = copy.deepcopy(model, memo)
+    finally:
+        model.__deepcopy__ = copier
+    other.forward = _bound_to(model.forward, model, other)
+    other.__deepcopy__ = functools.partial(_copied, other)
+    return other
 
 
 def _bound_to(function: Any, model: PreTrainedModel, other: PreTrainedModel) -> Any:
@@ -96,13 +104,13 @@ def _bound_to(function: Any, model: PreTrainedModel, other: PreTrainedModel) -> 
 def take_trees(model: PreTrainedModel) -> None:
     """Make a model, without adapters, take the entry `tree` of a batch; called again after TRL adds a fused head."""
     if not isinstance(model.forward, _Door):
-        model._takes_trees = True
+        model.__deepcopy__ = functools.partial(_copied, model)
         model.forward = _Door(model, model.forward)
 
 
 def takes_trees(model: PreTrainedModel) -> bool:
     """Return whether a model takes the entry `tree` of a batch, whatever has been put around its `forward` since."""
-    return "_takes_trees" in vars(model)
+    return "__deepcopy__" in vars(model)
 
 
 def has_fused_head(model: PreTrainedModel) -> bool:
@@ -125,7 +133,7 @@ def leave_trees(model: PreTrainedModel) -> None:
         del model.forward
     else:
         model.forward = door.inner
-    vars(model).pop("_takes_trees", None)
+    del model.__deepcopy__
 
 
 def refuse_own_calls(model: PreTrainedModel, setting: str) -> None:

@@ -140,13 +140,13 @@ TURNS = Scope(
             "Leave it out: each process then reads its own rows",
             Situation.dispatches_batches,
         ),
-        _NEFTUNE,
         Refusal(
             "`include_for_metrics=['inputs']`",
             "it asks for one row of tokens per example, but a batch is a single row",
             "Leave `'inputs'` out: the labels that `compute_metrics` receives are the tokens that count",
             lambda run: "inputs" in run.args.include_for_metrics,
         ),
+        _NEFTUNE,
     ),
 )
 

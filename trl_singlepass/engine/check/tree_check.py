@@ -16,22 +16,26 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ...attention.row_group import RowGroup
 from ...data.collator import Batch, DataCollatorForSinglePass
 from ...trees.sample import Sample
 from ..borrowed_state import adapters_disabled
-from ..enable import disable_tree, enable_tree, without_adapters
+from ..enable import disable_tree, without_adapters
+from ..enable import enable_tree as enable_unmeasured
 from ..model_call import expect_layers, takes_trees
-from .checked_model import HALF, NOISE_FACTOR, UNSUSPICIOUS, CheckedModel, random_signs, unwrapped
+from .checked_model import HALF, NOISE_FACTOR, UNSUSPICIOUS, CheckedModel, TreeCheckError, random_signs, unwrapped
 from .first_difference import differing_module, mixing_module
 from .own_rows import OwnRows, OwnRowsReport
 from .row import CheckRow, ShownImage, text_beside_images
@@ -40,13 +44,58 @@ from .row import CheckRow, ShownImage, text_beside_images
 if TYPE_CHECKING:
     from peft import PeftModel
 
+logger = logging.get_logger(__name__)
+
+NEWEST_TRIED = {"transformers": "5.25", "trl": "1.16"}
+"""The newest releases with which the tests have passed."""
 # The noise of a model is between half a rounding error and this many. Beyond, samples depend on their padding.
 MOST_NOISE = 64.0
 
 
+def enable_tree(model: PreTrainedModel | PeftModel, *, check: bool = True) -> str:
+    """
+    Make a model run on trees where there is one: `model(**batch)` takes the entry `tree` of a batch.
+
+    Batches without a tree run as before. A small row shows first that the model is exact (see [`check_tree`]).
+
+    Args:
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model, changed in place. Its `attn_implementation` chooses the attention backend.
+        check (`bool`, *optional*, defaults to `True`):
+            Whether to measure the model. If not, a warning says that nothing is known.
+
+    Returns:
+        `str`: The `attn_implementation` that the model had.
+
+    Raises:
+        `UnsupportedModelError`: If no tree can reach the model, or it computes something else on a tree than on
+            separate samples; then it is left as it was.
+        `ValueError`: If there is no tree attention for its `attn_implementation`, or it is compiled.
+        `ImportError`: If the kernel it chose is not installed.
+    """
+    base = without_adapters(model)
+    was_enabled = takes_trees(base)
+    before = enable_unmeasured(model)
+    if not check:
+        logger.warning(
+            f"enable_tree(check=False): nothing shows that {type(base).__name__} computes on a tree what it computes "
+            "on separate samples. check_tree(model) measures it."
+        )
+        return before
+    report = None
+    try:
+        report = check_tree(model)
+        if not report.ok:
+            raise TreeCheckError(refusal(base, report))
+    finally:
+        if (report is None or not report.ok) and not was_enabled:
+            disable_tree(base, before)
+    return before
+
+
 def check_tree(
     model: PreTrainedModel | PeftModel,
-    tokenizer_or_row: PreTrainedTokenizerBase | Batch,
+    tokenizer_or_row: PreTrainedTokenizerBase | Batch | None = None,
     *,
     collator: DataCollatorForSinglePass | None = None,
 ) -> TreeCheckReport:
@@ -60,9 +109,9 @@ def check_tree(
         model (`transformers.PreTrainedModel`, `peft.PeftModel`):
             Model, also inside of a wrapper of DDP, FSDP2 or DeepSpeed. It runs in evaluation mode, and is left as it
             was.
-        tokenizer_or_row (`transformers.PreTrainedTokenizerBase` or `Batch`):
+        tokenizer_or_row (`transformers.PreTrainedTokenizerBase` or `Batch`, *optional*):
             Where the tokens of the small row come from: a tokenizer, or a batch of [`DataCollatorForSinglePass`],
-            whose images are used as well.
+            whose images are used as well. By default, from the whole vocabulary of the model.
         collator (`DataCollatorForSinglePass`, *optional*):
             Collator of the batch, if it has images.
 
@@ -77,14 +126,22 @@ def check_tree(
     if isinstance(tokenizer_or_row, Mapping):
         text, shown = tokens_of_batch(dict(tokenizer_or_row))
     else:
-        size = min(len(tokenizer_or_row), base.config.get_text_config().vocab_size)
-        text, shown = np.linspace(0, size - 1, 100).astype(np.int64), ()
-    before = None if takes_trees(base) else enable_tree(base)
+        size = base.config.get_text_config().vocab_size
+        size = size if tokenizer_or_row is None else min(len(tokenizer_or_row), size)
+        spread, special = np.linspace(0, size - 1, 100).astype(np.int64), _special_tokens(base)
+        text, shown = spread[~np.isin(spread, special)], ()
+    before = None if takes_trees(base) else enable_unmeasured(base)
     try:
         return TreeCheck(model, collator).run(text, shown)
     finally:
         if before is not None:
             disable_tree(base, before)
+
+
+def _special_tokens(model: PreTrainedModel) -> list[int]:
+    """Return the tokens that the configuration names: those of images stand for features that are not there."""
+    named = model.config.to_dict().items()
+    return [x for name, x in named if name.endswith(("token_id", "token_index")) and isinstance(x, int)]
 
 
 def tokens_of_batch(batch: Batch) -> tuple[np.ndarray[Any, Any], tuple[ShownImage, ...]]:
@@ -224,10 +281,20 @@ def refusal(model: nn.Module, report: TreeCheckReport | OwnRowsReport) -> str:
         reason = report.reason
         where = f" {report.where}." if report.where else ""
         where += f" Without its adapters ({report.adapters}), it does." if report.adapters else ""
+    untried = [
+        f"{library} {version(library)} has not been tried with trl-singlepass {version('trl-singlepass')} "
+        f"(newest: {newest}); "
+        for library, newest in NEWEST_TRIED.items()
+        if Version(version(library)).release[:2] > Version(newest).release
+    ]
+    way_out = "Train it on one sample per turn (N-pass: `to_npass` and TRL's own trainer)"
+    if untried:
+        way_out += ", or install the newest release that was tried"
+    elif isinstance(report, OwnRowsReport) or not report.is_isolated or report.where:
+        way_out += ", or take out the layer or adapter that mixes the tokens of a row"
     return (
-        f"{name} does not compute on a tree what it computes on separate samples: {reason}.{where} Nothing was "
-        "trained since. Train it on one sample per turn (N-pass: `to_npass` and TRL's own trainer), or take out the "
-        "layer or adapter that mixes the tokens of a row; check_tree(model, tokenizer) measures it again."
+        f"{''.join(untried)}{name} does not compute on a tree what it computes on separate samples: {reason}.{where} "
+        f"Nothing was trained since. {way_out}; check_tree(model) measures it again."
     )
 
 
