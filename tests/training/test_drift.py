@@ -5,14 +5,16 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from support.conversations import chat, expand
 from support.drifting_layers import DRIFTING, ActsLater
+from support.groups import as_prompts, reward
 from support.pairs import pair
 from support.planted_layers import TokenShift, plant
 from support.trainers import (
     CONVERSATIONS,
+    SETTINGS,
     assert_trained_alike,
     dpo_trainer,
     float32_model,
@@ -24,7 +26,7 @@ from support.trainers import (
     stock_dpo_trainer,
     stock_trainer,
 )
-from trl_singlepass import SinglePassSFTTrainer
+from trl_singlepass import SinglePassGRPOConfig, SinglePassGRPOTrainer, SinglePassSFTTrainer
 from trl_singlepass.engine.check.checked_model import TreeCheckError
 
 
@@ -82,8 +84,7 @@ def test_a_layer_that_acts_after_some_steps_stops_a_run(make, tokenizer):
 # Between the check and the step --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("again", ["before", "after"])
-def test_a_stock_trainer_on_the_same_model_changes_nothing(tmp_path, tokenizer, again):
+def test_a_stock_trainer_on_the_same_model_changes_nothing(tmp_path, tokenizer):
     """It puts its head around the model; ours trains on trees as before, and stock ones as without ours."""
     model = float32_model(tokenizer)
     alone = single_pass_trainer(tmp_path, tokenizer, CHATS, copy.deepcopy(model))
@@ -127,7 +128,7 @@ def test_attention_that_a_callback_sets_stops_the_run(make):
     assert trainer.state.global_step == 1
 
 
-def test_a_loss_that_drops_the_tree_stops_the_run(tmp_path, tokenizer, monkeypatch):
+def test_a_loss_that_drops_the_tree_stops_the_run(tmp_path, tokenizer):
     class OwnLoss(SinglePassSFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             names = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -211,3 +212,33 @@ def test_dynamic_rope_is_refused(make, tokenizer):
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     with pytest.raises(ValueError, match="dynamic"):
         make(float32_model(tokenizer, "llama", rope_parameters=rope, max_position_embeddings=64))
+
+
+# Groups ------------------------------------------------------------------------------------------------------------
+
+
+def groups_trainer(tmp_path, tokenizer, model):
+    args = SinglePassGRPOConfig(
+        str(tmp_path), **SETTINGS, per_device_train_batch_size=4, num_generations=4, max_completion_length=8, beta=0.0
+    )
+    return SinglePassGRPOTrainer(model, reward, args, train_dataset=as_prompts(), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("change", ["layer", "attention", "stock"])
+def test_groups_are_exact_or_stopped(tmp_path, tokenizer, change):
+    """A layer that pools long rows, attention that is set, and a stock trainer that puts its head around the model."""
+    model = float32_model(tokenizer)
+    if change == "layer":
+        plant(model, DRIFTING["PoolsLongRows"])
+    alone = groups_trainer(tmp_path, tokenizer, copy.deepcopy(model))
+    trainer = groups_trainer(tmp_path, tokenizer, model)
+    if change == "stock":
+        stock_trainer(tmp_path, tokenizer, CHATS, model)
+        for each in (alone, trainer):
+            set_seed(0)
+            each.train()
+        assert largest_difference(alone, trainer) < 1e-7
+        return
+    if change == "attention":
+        trainer.model.set_attn_implementation("sdpa")
+    assert_stopped(trainer)

@@ -131,7 +131,8 @@ class SinglePassTrainerMixin(Trainer):
     ) -> tuple[list[Batch], NumItems]:
         """Measure models before they run on their first rows; TRL trains whatever it gets."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._check_models(self.model_wrapped, batches)
+        if not self._self_check.has_measured(self.model_wrapped):
+            self._check_models(self.model_wrapped, batches)
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -45,6 +45,10 @@ class SelfCheck:
         self._accelerator, self._is_on = accelerator, is_on
         self._measured: dict[nn.Module, _Measured] = {}
 
+    def has_measured(self, model: nn.Module) -> bool:
+        """Return whether a model was measured before, as it is now or not."""
+        return model in self._measured
+
     def check(
         self,
         model: nn.Module,

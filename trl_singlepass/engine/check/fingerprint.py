@@ -12,8 +12,8 @@ from torch import nn
 from .checked_model import unwrapped
 
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_PLAIN = (bool, int, float, str)
+_OF_CONFIG = ("_attn_implementation", "_experts_implementation", "rope_parameters")
+_PLAIN = {bool, int, float, str}
 _MODES = {"training", "gradient_checkpointing"}  # which the Trainer changes between steps
 
 
@@ -31,30 +31,36 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module) -> Fingerprint:
-        """Read a model, about 2 µs per module."""
+        """Read a model, about 3 µs per module."""
         structure: list[Any] = []
         values: list[Hashable] = []
+        read: set[int] = set()  # configurations, which layers share
         stack: list[Any] = [unwrapped(model)]
         while stack:
             module = stack.pop()
-            if module is None:
-                continue
             own, kind = module.__dict__, module.__class__
             structure += (
                 kind,
                 kind.forward,
                 own.get("forward"),
-                tuple([len(own[name]) for name in _HOOKS]),
-                str(own.get("_active_adapter")),
-                str(own.get("merged_adapters")),
-                tuple([x is not None and (x.requires_grad, x.dtype) for x in own["_parameters"].values()]),
+                len(own["_forward_pre_hooks"]),
+                len(own["_forward_hooks"]),
+                len(own["_backward_pre_hooks"]),
+                len(own["_backward_hooks"]),
             )
+            for x in own["_parameters"].values():
+                if x is not None:
+                    structure += (x.requires_grad, x.dtype)
             values += [x for name, x in own.items() if x.__class__ in _PLAIN and name not in _MODES]
-            if config := own.get("config"):
+            if "_active_adapter" in own:
+                structure.append(str((own["_active_adapter"], own.get("merged_adapters"))))
+            config = own.get("config")
+            if config is not None and id(config) not in read:
+                read.add(id(config))
                 text = config.get_text_config() if hasattr(config, "get_text_config") else config
-                names = ("_attn_implementation", "_experts_implementation", "rope_parameters")
-                structure.append(str([getattr(text, name, None) for name in names]))
-            stack += own["_modules"].values()
+                found = [getattr(text, name, None) for name in _OF_CONFIG]
+                structure.append(str(found))
+            stack += [child for child in own["_modules"].values() if child is not None]
         structure.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
         return cls(tuple(structure), tuple(values))
 
