@@ -126,6 +126,9 @@ class OwnRows:
         Takes a guess of the seconds that a token takes in a forward. Long rows follow once a short one has shown it.
         """
         longest, report = max(map(len, samples), default=0), None
+        # Ranks run the same samples: the slowest decides.
+        less, per_token = (float(x or 0.0) for x in self._over_ranks(-seconds, per_token))
+        seconds = -less
         num_tokens, spent = int(seconds / per_token / 12), 0.0  # forward and backward, and both again where it differs
         while chosen := that_fit(samples, num_tokens):
             start = time.perf_counter()
@@ -154,7 +157,8 @@ class OwnRows:
         samples, paths = zip(*samples_of(batch), strict=True)  # the collator may take trees apart
         on_tree, separate = self._on_tree(samples, batch, paths), self._separately(samples, paths)
         verdict = self._verdict(on_tree, separate)
-        if verdict[0] <= 1 and not self.is_half:
+        (ratio,) = self._over_ranks(verdict[0])
+        if (ratio or 0.0) <= 1 and not self.is_half:
             return verdict
         signs = random_signs(batch["input_ids"].shape[1])
         moved = self._separately(samples, paths, self.epsilon / 2 * signs)
