@@ -42,7 +42,7 @@ from trl_singlepass import SinglePassSFTConfig, SinglePassSFTTrainer
 from trl_singlepass.cli.demo import TOKENIZER
 from trl_singlepass.data.conversations import example_to_samples
 from trl_singlepass.data.settings import RowSettings
-from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.engine.check.tree_check import enable_tree
 from trl_singlepass.images.loading import ImageLoader
 from trl_singlepass.images.reading import ImageReader
 from trl_singlepass.reference import npass_loss_and_gradients, single_pass_loss_and_gradients

@@ -3,8 +3,8 @@ TRL's own tests of its trainers, with this package's trainers in their place: wh
 
     python tests/trl_suites.py FOLDER [sft dpo grpo rloo] [-- ARGUMENTS OF PYTEST]
 
-FOLDER is a copy of TRL's repository at the release that is installed; nothing of it is kept. Each suite runs twice, and
-the tests that differ are printed, first those that `DIFFERENCES` does not know: with one of these, the script fails.
+FOLDER is a copy of TRL's repository at the release that is installed; nothing of it is kept. Each suite runs twice,
+and the tests that differ are printed, first those that `DIFFERENCES` does not know: with one of these, the script fails.
 With `HF_HUB_OFFLINE=1`, tiny models, and datasets from TRL's own generator, stand in for the Hub; tests that need more
 fail in both runs. `docs/migrating.md` says what the differences mean.
 """

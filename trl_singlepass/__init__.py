@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from .data.preparation import prepare_dataset as prepare_dataset
     from .data.settings import RowSettings as RowSettings
     from .engine.check.tree_check import check_tree as check_tree
+    from .engine.check.tree_check import enable_tree as enable_tree
     from .engine.enable import enable_images as enable_images
-    from .engine.enable import enable_tree as enable_tree
     from .groups.config import SinglePassGRPOConfig as SinglePassGRPOConfig
     from .groups.config import SinglePassRLOOConfig as SinglePassRLOOConfig
     from .groups.lines import tree_log_probs as tree_log_probs
@@ -72,7 +72,7 @@ _HOME = {
     "audit": "reports.audit",
     "check_tree": "engine.check.tree_check",
     "enable_images": "engine.enable",
-    "enable_tree": "engine.enable",
+    "enable_tree": "engine.check.tree_check",
     "prepare_dataset": "data.preparation",
     "render_samples": "rendering.samples",
     "to_npass": "reference.export",

@@ -34,6 +34,13 @@ def test_a_planted_layer_stops_all_ranks(tmp_path, workers, one_process, engine,
     assert_refused(run_on(engine, {"planted": name}, tmp_path, workers), alone, name)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_a_layer_that_acts_on_long_rows_stops_all_ranks(tmp_path, workers, engine):
+    run = run_on(engine, {"planted": "PoolsLongRows"}, tmp_path, workers)
+    assert "training mode" in run.refused
+    assert run.loss == []
+
+
 def run_on(engine, settings, tmp_path, workers):
     settings, environment = on_engine(engine, settings)
     run = workers.run(tmp_path, settings, world_size=2, environment=environment)

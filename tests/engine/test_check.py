@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 
 from support.planted_layers import PLANTED, plant, qwen3_model
@@ -14,10 +15,12 @@ from support.tiny_models import tiny_model as family_model
 from support.tree_checks import AUTOCAST, PRECISIONS, TEXT, checked
 from trl_singlepass import check_tree, enable_tree
 from trl_singlepass.data.collator import DataCollatorForSinglePass
-from trl_singlepass.engine.check.tree_check import TreeCheck
+from trl_singlepass.engine.check.tree_check import NEWEST_TRIED, TreeCheck
+from trl_singlepass.engine.enable import UnsupportedModelError
 from trl_singlepass.engine.model_call import takes_trees
 from trl_singlepass.trees.prefix_tree import PrefixTree
 from trl_singlepass.trees.rows import Row
+from versions.report import read_results
 
 
 def state_of(model):
@@ -95,7 +98,7 @@ def test_planted_layers_are_found(name, precision, strength):
 def test_planted_layers_are_found_without_gradients(name):
     """As under engines that give none."""
     model, _ = plant(qwen3_model(), name)
-    enable_tree(model)
+    enable_tree(model, check=False)
     check = TreeCheck(model, DataCollatorForSinglePass(0))
     check.model.gives_gradients = False
     report = check.run(TEXT)
@@ -132,7 +135,7 @@ def test_the_model_is_left_as_it_was(tokenizer, name, enabled):
     model.train()
     model.model.layers[0].eval()
     if enabled:
-        enable_tree(model)
+        enable_tree(model, check=False)
     parameters, modes, random = state_of(model)
     attention = model.config._attn_implementation
     assert check_tree(model, tokenizer).ok == (name is None)
@@ -151,3 +154,30 @@ def test_a_batch_gives_the_tokens_of_the_row():
     report = check_tree(copy.deepcopy(model), batch)
     assert report.ok
     assert "tree equals separate samples" in str(report)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_model_is_not_enabled_unless_it_was_measured(name):
+    """Without a tokenizer or data; what is refused is left as it was."""
+    model, _ = plant(qwen3_model(), name)
+    with pytest.raises(UnsupportedModelError, match=name):
+        enable_tree(model)
+    assert not takes_trees(model)
+    assert model.config._attn_implementation == "sdpa"
+    enable_tree(model, check=False)
+    assert takes_trees(model)
+
+
+def test_a_refusal_on_a_newer_release_says_so_first(monkeypatch):
+    """There, the layer may be right and what runs it on a tree behind."""
+    model, _ = plant(qwen3_model(), "TokenShift")
+    monkeypatch.setitem(NEWEST_TRIED, "transformers", "5.1")
+    with pytest.raises(UnsupportedModelError, match=r"^transformers 5[^ ]* has not been tried") as error:
+        enable_tree(model)
+    assert "take out" not in str(error.value)
+
+
+def test_the_newest_releases_are_those_that_were_recorded():
+    recorded = [one["versions"] for one in read_results() if not one["failed"]]
+    for library, newest in NEWEST_TRIED.items():
+        assert Version(newest).release >= max(Version(one[library]).release[:2] for one in recorded)

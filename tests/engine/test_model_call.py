@@ -1,12 +1,14 @@
 """The tree enters with the batch: whoever calls the model with it computes what the trainer computes."""
 
 import copy
+import io
 
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl.trainer.utils import add_fused_lm_head
@@ -15,7 +17,7 @@ from support.conversations import chat
 from support.image_chats import image_collator, image_rows, image_sample_sets
 from support.image_models import image_model
 from support.pairs import batch_of, pair
-from support.planted_layers import qwen3_model
+from support.planted_layers import plant, qwen3_model
 from support.sample_sets import reasoning_chat
 from support.trainers import (
     SETTINGS,
@@ -87,6 +89,81 @@ def test_the_loss_of_a_call_is_the_mean_over_targets(wrap):
         outputs.loss.backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, expected.gradients[name], atol=1e-6, rtol=0)
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, pickled, lambda model: AveragedModel(model).module])
+@pytest.mark.parametrize("head", ["before", "after", None])
+def test_a_copy_is_enabled_and_runs_its_own_weights(make_copy, head):
+    """With TRL's head, added before trees were enabled or after, whose functions are bound to the original."""
+    model = qwen3_model(vocab_size=97)
+    if head == "before":
+        add_fused_lm_head(model)
+    enable_tree(model)
+    if head == "after":
+        add_fused_lm_head(model)
+        enable_tree(model)
+    other, fresh, batch = make_copy(model), qwen3_model(vocab_size=97), row_batch()
+    for parameter in other.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    fresh.load_state_dict(other.state_dict())
+    enable_tree(fresh)
+    for inputs in (batch, {"input_ids": batch["input_ids"]}):
+        assert torch.equal(other(**inputs).logits, fresh(**inputs).logits)
+        assert not torch.equal(other(**inputs).logits, model(**inputs).logits)
+
+
+def test_embeddings_in_place_of_tokens_run_on_the_tree():
+    model, batch = qwen3_model(vocab_size=97), row_batch()
+    enable_tree(model)
+    embedded = {**batch, "inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
+    del embedded["input_ids"]
+    assert torch.equal(model(**embedded).logits, model(**batch).logits)
+
+
+def test_generation_with_an_enabled_model_as_assistant_runs_as_before():
+    model, stock, ids = qwen3_model(vocab_size=97), qwen3_model(vocab_size=97), torch.randint(3, 97, (1, 9))
+    enable_tree(model)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(ids, assistant_model=copy.deepcopy(model), **options)
+    assert torch.equal(found, stock.generate(ids, **options))
+
+
+@pytest.mark.parametrize("change", ["attention", "layer"])
+def test_layers_that_no_longer_read_the_tree_stop_a_loop(change):
+    model, batch = qwen3_model(vocab_size=97), row_batch()
+    enable_tree(model)
+    if change == "attention":
+        model.set_attn_implementation("sdpa")
+    else:
+        plant(model, "OwnAttention")
+    with pytest.raises(ValueError, match="attention layers"):
+        model(**batch)
+
+
+def test_a_mask_that_a_model_keeps_is_refused_for_another_row():
+    model = qwen3_model(vocab_size=97)
+    enable_tree(model)
+    kept, forwards = {}, [layer.self_attn.forward for layer in model.model.layers]
+
+    def keeping(forward):
+        def attend(hidden_states, position_embeddings, attention_mask=None, **kwargs):
+            mask = kept.setdefault(hidden_states.shape[1], attention_mask)
+            return forward(hidden_states, position_embeddings, mask, **kwargs)
+
+        return attend
+
+    for layer, forward in zip(model.model.layers, forwards, strict=True):
+        layer.self_attn.forward = keeping(forward)
+    model(**row_batch())
+    with pytest.raises(ValueError, match="mask of another row"):
+        model(**row_batch(SAMPLES[::-1]))
 
 
 def test_a_batch_without_a_tree_runs_as_before():

@@ -108,7 +108,8 @@ def test_compute_metrics_gets_one_row_per_trajectory(tmp_path, tokenizer):
 
 
 def test_a_layer_that_computes_something_else_the_second_time_is_found(tmp_path, tokenizer):
-    trainer = dpo_trainer(tmp_path, tokenizer, TRAJECTORIES, max_row_tokens=270, per_device_train_batch_size=3)
+    settings = {"max_row_tokens": 270, "per_device_train_batch_size": 3, "self_check": False}
+    trainer = dpo_trainer(tmp_path, tokenizer, TRAJECTORIES, **settings)
     trainer.model.model.layers[0].register_forward_hook(lambda layer, args, output: output + torch.rand(()))
     with pytest.raises(RuntimeError, match="other log-probabilities when it runs again"):
         trainer.train()

@@ -110,8 +110,8 @@ PLANTED = {
 
 
 def plant(model, name, strength=1.0):
-    """Put a planted layer into a model of [`qwen3_model`] or [`support.trainers.float32_model`], and return both."""
-    kind, torch_state = PLANTED[name], torch.random.get_rng_state()
+    """Put a planted layer (a name or a class) into a model of `qwen3_model` or `float32_model`, and return both."""
+    kind, torch_state = PLANTED.get(name, name), torch.random.get_rng_state()
     torch.manual_seed(1)
     owner, place = model.model.layers[-1], "mlp"
     if kind is NGramEmbedding:

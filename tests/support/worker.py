@@ -39,6 +39,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 from support.adapters import adapted
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
+from support.drifting_layers import DRIFTING
 from support.float64_comparison import in_float64, recompute_in_float64
 from support.groups import as_prompts, image_prompts, reward
 from support.image_chats import image_collator, image_rows, image_sample_sets
@@ -149,7 +150,7 @@ def build_model(settings):
     else:
         model = model_of_type(family, vocab_size=len(tokenizer), **own).float()
     if "planted" in settings:
-        plant(model, settings["planted"])
+        plant(model, DRIFTING.get(settings["planted"], settings["planted"]))
     if "adapter" in settings:
         model = adapted(settings["adapter"], model)
     return model, tokenizer

@@ -61,8 +61,8 @@ NO_PACKAGES = {
 }
 
 
-def groups(**known):
-    return lambda: Situation(SinglePassGRPOConfig("unused", use_cpu=True, bf16=False), **known)
+def groups(settings=None, **known):
+    return lambda: Situation(SinglePassGRPOConfig("unused", use_cpu=True, bf16=False, **settings or {}), **known)
 
 
 def sft(settings=None, **known):
@@ -125,12 +125,14 @@ CASES = {
         ("truncation_mode='keep_end'", pairs({"max_length": 9, "truncation_mode": "keep_end"})),
         ("dispatch_batches", sft({"accelerator_config": {"dispatch_batches": True}})),
         ("include_for_metrics=['inputs']", sft({"include_for_metrics": ["inputs"]})),
+        ("neftune_noise_alpha", sft({"neftune_noise_alpha": 5.0})),
     ],
     CONVERSATIONS: [
         ("completion_only_loss=False", sft({"completion_only_loss": False})),
         ("assistant_only_loss=False", sft({"assistant_only_loss": False})),
         ("packing_strategy='wrapped'", sft({"packing_strategy": "wrapped"}, packing=True)),
         ("skip_prepare_dataset", sft({"dataset_kwargs": {"skip_prepare_dataset": True}})),
+        ("compute_loss_func", sft(compute_loss_func=a_loss)),
     ],
     PAIRS: [
         ("trl 1.14.0", pairs(), OLD),
@@ -143,6 +145,7 @@ CASES = {
     ],
     GROUPS: [
         ("trl 1.14.0", groups(), OLD),
+        ("neftune_noise_alpha", groups({"neftune_noise_alpha": 5.0})),
         ("tp_size=2", groups(tp_size=2)),
         ("sp_size=2", groups(accelerator=on(sizes={"sp_size": 2}))),
     ],
@@ -193,7 +196,6 @@ CASES = {
     PARTS: [
         ("activation_offloading", pairs({"max_row_tokens": 99, "activation_offloading": True})),
         ("optim='lomo'", sft({"wave_tokens": 99, "optim": "lomo"})),
-        ("neftune_noise_alpha", pairs({"max_row_tokens": 99, "neftune_noise_alpha": 5.0})),
         ("Dropout (model.layers.1.mlp.noise)", with_model(lambda: with_dropout(nn.Dropout(0.1)))),
         (
             "OFTConfig(module_dropout=0.1)",

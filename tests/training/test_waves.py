@@ -58,6 +58,9 @@ def square_of_log_probs(outputs, labels, num_items_in_batch=None):
     return log_probs.sum() ** 2 / 1000 / (num_items_in_batch or 1)
 
 
+square_of_log_probs.is_sum_over_targets = True  # it does not ask which sample a target is from
+
+
 def scored(logits, labels):
     """Log-probabilities of the targets of a row, 0 where there is none, `(1, row_length - 1)`."""
     targets = labels[:, 1:, None]
@@ -86,7 +89,11 @@ def in_waves(tmp_path, tokenizer, model=None, wave_tokens=64, **settings):
 
 
 def test_a_loss_that_reads_logits_is_told_what_waves_have(tmp_path, tokenizer):
-    own = {"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.sum()}
+    def sum_of_logits(outputs, labels, num_items_in_batch):
+        return outputs.logits.sum()
+
+    sum_of_logits.is_sum_over_targets = True
+    own = {"compute_loss_func": sum_of_logits}
     with pytest.raises(ValueError, match=r"compute_loss_func.*wave_tokens"):
         in_waves(tmp_path, tokenizer, kwargs=own).train()
 

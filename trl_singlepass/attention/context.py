@@ -14,14 +14,16 @@ tree travels in those arguments. There are three carriers, each for a reader tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..trees.rows import TreePlan
 from .kv_cache import KVCacheView
@@ -39,6 +41,8 @@ class Tree:
     subtree_end: torch.Tensor  # (1, row_length), int64: the position just past each token's last descendant
     depth: torch.Tensor  # (1, row_length), int64: the number of tokens before each token on its path
     group: RowGroup | None = None  # ranks that share the row; each runs the model on its part of the tokens
+    sample_ends: NDArray[np.int64] | None = None  # positions at which samples end
+    seen: set[torch.nn.Module] = field(default_factory=set, init=False, repr=False)  # layers that ran on it
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -79,6 +83,30 @@ class Tree:
             self._made[key] = make()
         made: T = self._made[key]
         return made
+
+    def sample_lengths(self, limits: Iterable[int]) -> torch.Tensor:
+        """
+        Return for each token the number of tokens of the longest sample of its tree, `(1, row_length)`.
+
+        Raises `ValueError` if a tree has samples both up to one of some `limits` and above it.
+        """
+        starts = np.array([run.start for run in self.plan.runs if not run.prefix])
+        depths = self.plan.depths()
+        longest = np.maximum.reduceat(depths, starts) + 1
+        ends = np.empty(0, np.int64) if self.sample_ends is None else self.sample_ends
+        lengths, longest_beside = depths[ends] + 1, longest[np.searchsorted(starts, ends, side="right") - 1]
+        for limit in limits:
+            if ((lengths <= limit) & (longest_beside > limit)).any():
+                raise ValueError(
+                    f"The RoPE of this model (longrope) has other factors for samples of more than {limit} tokens, "
+                    "and a tree has samples of both kinds, though each token that they share can have but one of "
+                    f"these. Set max_length={limit}, or a DataCollatorForSinglePass with rope_lengths=({limit},)."
+                )
+        return torch.from_numpy(np.repeat(longest, np.diff([*starts, self.plan.length])))[None]
+
+    def part_of_rank(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of what each token of the row has, `(1, row_length)`."""
+        return x if self.group is None else self.group.part(x)
 
     def kv_cache(self, layer: torch.nn.Module, local_size: int | None = None) -> KVCacheView | None:
         """

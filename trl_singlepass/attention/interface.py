@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .context import Tree
+from .context import Tree, current_tree
+from .kv_cache import is_in_backward
 from .tree_mask import TreeMask
 
 
@@ -79,6 +80,19 @@ def check_layer(
         raise ValueError(f"{name} adds a position bias to its scores, which tree attention does not support.")
 
 
+def _leave_receipt(module: nn.Module, mask: TreeMask) -> None:
+    """Note that a layer ran on the tree of the row; refuse the mask of another row, which a model has kept."""
+    row = None if is_in_backward() else current_tree()
+    if row is None:  # a checkpointed layer runs again
+        return
+    if mask.tree is not row:
+        raise ValueError(
+            f"{type(module).__name__} got the attention mask of another row: the model keeps masks, and reuses them "
+            "for rows of the same length, which have other trees. Let it make its mask in each forward."
+        )
+    row.seen.add(module)
+
+
 def scale_by_depth(module: Any, query: Tensor, tree: Tree) -> Tensor:
     """
     Correct the attention temperature of layers that compute it from the index in the row (Llama 4).
@@ -137,6 +151,7 @@ def tree_attention_or(plain: AttentionFunction, on_tree: TreeAttention) -> Atten
             options.pop(name, None) for name in ("dropout", "scaling", "softcap", "s_aux")
         )
         check_layer(module, attention_mask, query, dropout or 0.0, options)
+        _leave_receipt(module, attention_mask)
         mask = attention_mask.on(query.device)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         query = scale_by_depth(module, query, mask.tree)

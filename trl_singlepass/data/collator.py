@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..images.reading import ImageReader
 from ..trees.image_features import ImageReference
 from ..trees.prefix_tree import IGNORE_INDEX
-from ..trees.rows import ROW_COLUMNS, Row, Run, TreePlan
+from ..trees.rows import ROW_COLUMNS, Row, Run, TreePlan, count_ending
 from .row_tree import RowTree
 
 
@@ -46,6 +46,9 @@ class DataCollatorForSinglePass:
         blank_image (`Callable`, *optional*):
             Returns what the model reads of a blank image, for rows without images: several ranks must run the encoder
             of images together, or none.
+        rope_lengths (`tuple[int, ...]`, *optional*):
+            Numbers of tokens above which a sample has another RoPE (longrope), so that longer samples share no tokens
+            with shorter ones; the trainers set it.
     """
 
     pad_token_id: int
@@ -53,6 +56,7 @@ class DataCollatorForSinglePass:
     load_images: LoadImages | None = None
     image_reader: ImageReader | None = None
     blank_image: Callable[[], dict[str, torch.Tensor]] | None = None
+    rope_lengths: tuple[int, ...] = ()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """
@@ -70,6 +74,8 @@ class DataCollatorForSinglePass:
             images such positions, `position_ids` have the shape `(num_dimensions, 1, row_length)`.
         """
         rows = [Row.from_columns(example) for example in examples]
+        for limit in self.rope_lengths:
+            rows = [row.apart(limit) for row in rows]
         if self.pad_to_multiple_of:
             rows += _padding_rows(-sum(map(len, rows)) % self.pad_to_multiple_of, self.pad_token_id)
         row = Row.join(rows)
@@ -84,6 +90,7 @@ class DataCollatorForSinglePass:
             _as_batch(targets.loss_weights).float() if has_weights else None,
             None if row.image_features is None else _as_batch(row.image_features),
             row.images,
+            sample_ends=np.flatnonzero(count_ending(row.multiplicity, plan.runs) > 0),
         )
         batch: dict[str, Any] = {
             "input_ids": _as_batch(row.input_ids),

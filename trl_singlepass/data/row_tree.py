@@ -10,13 +10,21 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..trees.image_features import ImageReference
 from ..trees.rows import TreePlan
 
 
 MapTensor = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Receipt:
+    """Whether a model has run on an entry `tree`; its copies share it."""
+
+    is_given = False
 
 
 class _Entry:
@@ -28,6 +36,9 @@ class _Entry:
     """
 
     is_handled = False  # see `handled`
+
+    def __init__(self) -> None:
+        self.receipt = Receipt()
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with other values of some attributes."""
@@ -91,6 +102,8 @@ class RowTree(_Entry):
             Feature that each token shows, -1 for text; in a dataset with images.
         images (`tuple[ImageReference, ...]`, *optional*):
             The distinct images of the row, in the order of their features.
+        sample_ends (`np.ndarray` of shape `(num_ends,)`, `np.int64`, *optional*):
+            Positions at which samples end.
     """
 
     def __init__(
@@ -102,10 +115,13 @@ class RowTree(_Entry):
         loss_weights: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         images: tuple[ImageReference, ...] = (),
+        *,
+        sample_ends: NDArray[np.int64] | None = None,
     ) -> None:
+        super().__init__()
         self.plan, self.subtree_end, self.depth = plan, subtree_end, depth
         self.label_parts, self.loss_weights, self.image_features = label_parts, loss_weights, image_features
-        self.images = images
+        self.images, self.sample_ends = images, sample_ends
         self.is_blank = False  # whether it holds nothing new, and only completes a step
         self.is_shared = False  # whether the ranks of a group share the row (sequence parallelism)
         self.router_loss_scale = 1.0  # factor of the load-balancing loss of the batch
@@ -128,4 +144,5 @@ class LineView(_Entry):
     def __init__(
         self, rows: Sequence[dict[str, Any]], targets: torch.Tensor, token_weights: torch.Tensor | None = None
     ) -> None:
+        super().__init__()
         self.rows, self.targets, self.token_weights = list(rows), targets, token_weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,36 @@ from .enable import without_adapters
 
 
 _ZERO_FILL = 0.02  # standard deviation of what takes the place of parameters that start at zero
+
+
+@contextmanager
+def in_training_mode(model: nn.Module) -> Iterator[None]:
+    """Run a model as it trains, but without dropout or other noise; modes and buffers come back."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    noise = {
+        module: {
+            name: value for name, value in vars(module).items() if isinstance(value, float) and _is_noise(module, name)
+        }
+        for module in modes
+    }
+    model.train()
+    try:
+        with ExitStack() as stack:
+            for module, values in noise.items():
+                stack.enter_context(attributes(module, **dict.fromkeys(values, 0.0)))
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _is_noise(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is a probability with which a module drops units, or the size of its noise."""
+    return "drop" in name or "jitter" in name or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
 
 
 @contextmanager

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 from accelerate.utils import is_compiled_module
@@ -13,12 +12,13 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..attention.registry import set_text_attention, tree_attention_name
+from ..attention.rope import follow_samples, rope_types
 from ..data.collator import DataCollatorForSinglePass
 from ..images.loading import image_loader_of
 from ..images.reading import ImageReader
 from ..recurrent.decoder import takes_attention_from_outside
 from ..recurrent.measurement import disable_tree_recurrence, enable_tree_recurrence, path_dependent_layers
-from .model_call import leave_trees, take_trees
+from .model_call import expect_layers, leave_trees, take_trees
 
 
 if TYPE_CHECKING:
@@ -46,7 +46,12 @@ def check_model(model: PreTrainedModel) -> None:
     if reason := _trains_on_other_media(model):
         raise UnsupportedModelError(f"{type(model).__name__} {reason}. Load another model.")
     reason = None
-    if model.config.is_encoder_decoder:
+    if any("dynamic" in kind for module in model.modules() for kind in rope_types(module)):
+        reason = (
+            "has a dynamic RoPE (rope_type='dynamic'), whose base depends on the longest row that the process has "
+            "seen, so that not even separate samples compute the same twice"
+        )
+    elif model.config.is_encoder_decoder:
         reason = "is an encoder-decoder: a prompt and its answer are not one sequence that branches could share"
     elif not takes_attention_from_outside(model) and not path_dependent_layers(model):
         reason = (
@@ -88,9 +93,7 @@ def _trains_on_other_media(model: PreTrainedModel) -> str | None:
 
 def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     """
-    Make a model run on trees where there is one: `model(**batch)` takes the entry `tree` of a batch.
-
-    Batches without a tree run as before. Nothing is measured here: [`check_tree`] shows that a model is exact.
+    Make a model run on trees where there is one: what `trl_singlepass.enable_tree` does, without measuring.
 
     Args:
         model (`transformers.PreTrainedModel`, `peft.PeftModel`):
@@ -114,6 +117,10 @@ def enable_tree(model: PreTrainedModel | PeftModel) -> str:
     if name != implementation and takes_attention_from_outside(base):  # some models have recurrent layers only
         set_text_attention(base, name)
     take_trees(base)
+    if "_rope_handles" not in vars(base):
+        base._rope_handles = follow_samples(base)
+    # Layers that select tokens run over whole paths, without tree attention.
+    expect_layers(base, int(takes_attention_from_outside(base) and not path_dependent_layers(base)))
     return implementation
 
 
@@ -125,21 +132,6 @@ def _name_parts(model: PreTrainedModel) -> None:
         model.base_model_prefix = decoders[0]
     if not hasattr(config, "num_experts") and hasattr(config, "num_local_experts"):
         config.num_experts = config.num_local_experts
-
-
-@contextmanager
-def own_attention(model: PreTrainedModel | PeftModel, implementation: str) -> Iterator[None]:
-    """Give a model the `attn_implementation` back that [`enable_tree`] replaced, for code that knows no other."""
-    base = without_adapters(model)
-    name = str(base.config.get_text_config()._attn_implementation)
-    switches = name != implementation and takes_attention_from_outside(base)
-    if switches:
-        set_text_attention(base, implementation)
-    try:
-        yield
-    finally:
-        if switches:
-            set_text_attention(base, name)
 
 
 def enable_images(
@@ -168,6 +160,8 @@ def disable_tree(model: PreTrainedModel | PeftModel, implementation: str) -> Non
     """Undo [`enable_tree`]; the model gets back the `attn_implementation` that it had."""
     base = without_adapters(model)
     leave_trees(base)
+    for handle in vars(base).pop("_rope_handles", ()):
+        handle.remove()
     disable_tree_recurrence(base)
     if takes_attention_from_outside(base):  # models with recurrent layers only do not
         set_text_attention(base, implementation)

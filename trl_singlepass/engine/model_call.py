@@ -10,11 +10,12 @@ Shape letters: L tokens of a row, N lines, M tokens of the longest line.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,58 +38,104 @@ PER_TOKEN_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", 
 """What TRL's fused head returns per token."""
 
 
+class _Door:
+    """
+    The `forward` of a model that takes trees, in the place of the one that it found.
+
+    An object, and no function: a function would run the weights of the original from within a copy of the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, inner: Callable[..., ModelOutput]) -> None:
+        self.model, self.inner = model, inner
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # which `generate` and the Trainer read
+        return inspect.signature(MethodType(type(self.model).forward, self.model))
+
+    # Compiled models leave this method, which sets context variables, and compile the forward that it calls.
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
+    def __call__(self, *args: Any, tree: RowTree | LineView | None = None, **inputs: Any) -> ModelOutput:
+        if tree is None:
+            with nullcontext() if current_tree() else own_attention(self.model):
+                outputs = self.inner(*args, **inputs)
+            if (row := current_tree()) is not None:  # a piece of a row
+                _check_layers(self.model, row)
+            return outputs
+        if isinstance(tree, LineView):
+            outputs = _run_lines(self.model, self.inner, tree, inputs)
+        else:
+            outputs = _run_row(self.model, self.inner, tree, *args, **inputs)
+        tree.receipt.is_given = True
+        return outputs
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a fused head, which trainers add, is a function that no pickle holds
+        return _Door, (self.model, MethodType(type(self.model).forward, self.model))
+
+
+def _copied(model: PreTrainedModel, memo: dict[int, Any]) -> PreTrainedModel:
+    """Return a deep copy of a model that runs its own weights; TRL's fused head is bound to those of the original."""
+    copier = vars(model).pop("__deepcopy__")
+    try:
+        other = copy.deepcopy(model, memo)
+    finally:
+        model.__deepcopy__ = copier
+    other.forward = _bound_to(model.forward, model, other)
+    other.__deepcopy__ = functools.partial(_copied, other)
+    return other
+
+
+def _bound_to(function: Any, model: PreTrainedModel, other: PreTrainedModel) -> Any:
+    """Return a forward of one model as the forward of its copy, with all forwards that it calls."""
+    if isinstance(function, _Door):
+        return _Door(other, _bound_to(function.inner, model, other)) if function.model is model else function
+    if isinstance(function, MethodType):
+        bound_to_model = function.__self__ is model
+        return MethodType(_bound_to(function.__func__, model, other), other) if bound_to_model else function
+    if not isinstance(function, FunctionType) or not function.__closure__:
+        return function
+    found = [cell.cell_contents for cell in function.__closure__]
+    bound = [_bound_to(x, model, other) for x in found]
+    if all(x is y for x, y in zip(found, bound, strict=True)):
+        return function
+    cells = tuple(map(CellType, bound))
+    again = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    again.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(again, function)
+
+
 def take_trees(model: PreTrainedModel) -> None:
     """Make a model, without adapters, take the entry `tree` of a batch; called again after TRL adds a fused head."""
-    if _is_outermost(model):
-        return
-    # A fused head may have been put around an earlier one of these: each calls the forward that it found.
-    found: list[Any] = vars(model).get("_forwards_without_trees", [])
-    level = len(found)
-    model._forwards_without_trees = [*found, model.forward]
-
-    # `generate` and the Trainer read the signature.
-    @functools.wraps(type(model).forward)
-    def forward(
-        self: PreTrainedModel, *args: Any, tree: RowTree | LineView | None = None, **inputs: Any
-    ) -> ModelOutput:
-        model_forward = self._forwards_without_trees[level]
-        if tree is None:
-            with nullcontext() if current_tree() else own_attention(self):
-                return model_forward(*args, **inputs)
-        if isinstance(tree, LineView):
-            return _run_lines(self, model_forward, tree, inputs)
-        return _run_row(self, model_forward, tree, *args, **inputs)
-
-    # Compiled models leave this function, which sets context variables, and compile the forward that it calls.
-    taking: Any = torch.compiler.disable(forward, recursive=False)  # type: ignore[no-untyped-call]
-    taking._takes_trees = True
-    model.forward = MethodType(taking, model)
+    if not isinstance(model.forward, _Door):
+        model.__deepcopy__ = functools.partial(_copied, model)
+        model.forward = _Door(model, model.forward)
 
 
 def takes_trees(model: PreTrainedModel) -> bool:
     """Return whether a model takes the entry `tree` of a batch, whatever has been put around its `forward` since."""
-    return bool(vars(model).get("_forwards_without_trees"))
+    return "__deepcopy__" in vars(model)
 
 
 def has_fused_head(model: PreTrainedModel) -> bool:
     """Return whether TRL's fused head was added to a model that takes trees, before or after it did."""
-    forwards = (model.forward, *vars(model).get("_forwards_without_trees", ()))
-    return any("fused_lm_head" in forward.__code__.co_varnames for forward in forwards if hasattr(forward, "__code__"))
-
-
-def _is_outermost(model: PreTrainedModel) -> bool:
-    return getattr(model.forward, "_takes_trees", False)
+    forward: Any = model.forward
+    while forward is not None:
+        names = getattr(getattr(forward, "__code__", None), "co_varnames", ())
+        if "fused_lm_head" in names:
+            return True
+        forward = forward.inner if isinstance(forward, _Door) else None
+    return False
 
 
 def leave_trees(model: PreTrainedModel) -> None:
     """Undo [`take_trees`], unless something else has been put around the model's `forward` since."""
-    if not _is_outermost(model):
+    door: Any = model.forward
+    if not isinstance(door, _Door):
         return
-    before = model._forwards_without_trees.pop()
-    if getattr(before, "__func__", None) is type(model).forward:
+    if getattr(door.inner, "__func__", None) is type(model).forward:
         del model.forward
     else:
-        model.forward = before
+        model.forward = door.inner
+    del model.__deepcopy__
 
 
 def refuse_own_calls(model: PreTrainedModel, setting: str) -> None:
@@ -106,7 +153,7 @@ def row_context(tree: RowTree, device: torch.device | None = None) -> Iterator[T
 
 def as_tree(tree: RowTree, group: RowGroup | None = None) -> Tree:
     """Return the tree of a row as layers read it, with the ranks that share the row, if any."""
-    return Tree(tree.plan, tree.subtree_end, tree.depth, group=group)
+    return Tree(tree.plan, tree.subtree_end, tree.depth, group=group, sample_ends=tree.sample_ends)
 
 
 def _run_row(
@@ -120,8 +167,39 @@ def _run_row(
         inputs.setdefault("use_cache", False)  # of generation; a row is not continued
     if "position_ids" not in parameters and not takes_any:
         inputs.pop("position_ids", None)  # of a model whose layers do not read any
-    with row_context(tree, given.device):
-        return forward(*args, **inputs)
+    with row_context(tree, given.device) as row:
+        outputs = forward(*args, **inputs)
+        _check_layers(model, row)
+        return outputs
+
+
+def expect_layers(model: PreTrainedModel, fewest: int | None = None) -> None:
+    """Forget how many layers of a model ran on a tree: at least `fewest` have to, and as many as in the next run."""
+    if fewest is not None:
+        model._fewest_layers_on_trees = fewest
+    model._layers_on_trees = model._fewest_layers_on_trees
+
+
+def _check_layers(model: PreTrainedModel, row: Tree) -> None:
+    """Refuse what a model computed if fewer of its layers read the tree than before, as when it was measured."""
+    if len(row.seen) < model._layers_on_trees:
+        raise ValueError(
+            f"{len(row.seen)} attention layers of {type(model).__name__} ran on the tree of a row, and at least "
+            f"{model._layers_on_trees} have to. Since trees were enabled, something has replaced its attention "
+            f"(attn_implementation={str(model.config.get_text_config()._attn_implementation)!r}), some layers or the "
+            "tree. Nothing was trained on this row. Undo that, or call enable_tree(model) again."
+        )
+    model._layers_on_trees = len(row.seen)
+
+
+def check_receipt(tree: RowTree | LineView) -> None:
+    """Refuse a loss of a batch whose tree has not reached the model."""
+    if not tree.receipt.is_given:
+        raise ValueError(
+            "The loss of this batch was computed without its tree, as if its branches were one text: a compute_loss "
+            "of your own does not pass batch['tree'] on, or the forward of the model was replaced. Call "
+            "model(**inputs) with all inputs, or the trainer's compute_loss (`super().compute_loss(…)`)."
+        )
 
 
 def _check_call(model: PreTrainedModel, tree: RowTree) -> None:

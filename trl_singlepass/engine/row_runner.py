@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 from ..attention.context import running_on
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch
-from ..data.row_tree import LineView
+from ..data.row_tree import LineView, RowTree
 from ..images.reading import TOKEN_TYPES, EncodedImages, showing_images
 from ..trees.prefix_tree import IGNORE_INDEX
 from ..trees.rows import Ranges
@@ -113,7 +113,7 @@ class RowRunner:
         *,
         fused_lm_head: bool = False,
         labels: torch.Tensor | None = None,
-        tree: object = None,
+        tree: RowTree | LineView | None = None,
         **inputs: Any,
     ) -> ModelOutput:
         """
@@ -128,6 +128,8 @@ class RowRunner:
             for name, value in inputs.items()
             if name not in self._batches[0] and name not in ("completion_mask", "shift_labels")
         }
+        if tree is not None:
+            tree.receipt.is_given = True
         self._load_balancing = None
         if self._recorder is not None and inputs.get("output_router_logits"):
             sizes = self._recorder.num_experts, self._recorder.experts_per_token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
@@ -241,6 +241,12 @@ class WaveTree(Tree):
     def image_plan(self) -> TreePlan:
         """The plan whose images are runs of their own: part of that of the row, which is checked as a whole."""
         return make_subplan(self.row.image_plan, self.running, self.cache.slots, self.plan.length)
+
+    def sample_lengths(self, limits: Iterable[int]) -> torch.Tensor:
+        """Return the lengths that the tokens have in the row."""
+        of_row = self.row.make_once("sample_lengths", lambda: self.row.sample_lengths(limits))
+        lengths = select(of_row, self.running.ranges)
+        return F.pad(lengths, (0, self.plan.length - lengths.shape[1]))
 
     def kv_cache(self, layer: torch.nn.Module, local_size: int | None = None) -> KVCacheView | None:
         """Return the keys and values of ancestors that ran before, as far back as the layer looks."""

@@ -18,9 +18,11 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer, RLOOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
+from ..attention.registry import own_attention
 from ..data.collator import Batch, Collator, DataCollatorForSinglePass
 from ..data.preparation import say
-from ..engine.enable import own_attention
+from ..engine.enable import without_adapters
+from ..engine.model_call import check_receipt
 from ..engine.pieces import Pieces
 from ..engine.row_runner import RowRunner
 from ..images.loading import image_loader_of
@@ -90,7 +92,7 @@ class GroupsMixin(ReferenceMixin):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the model's own attention: continuous batching knows no other, and nothing here has a tree."""
-        with own_attention(self._models[-1], self._implementations[-1]):
+        with own_attention(without_adapters(self._models[-1])):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _may_be_ordered(self) -> bool:
@@ -188,6 +190,7 @@ class GroupsMixin(ReferenceMixin):
             outputs = (model if runner is None else runner)(
                 input_ids=padded.input_ids, labels=labels, tree=view.handled(), fused_lm_head=True, **router
             )
+        check_receipt(view)
         entropies = outputs.entropy[:, -logits_to_keep:] if compute_entropy else None
         return outputs.log_probs[:, -logits_to_keep:], entropies, outputs.aux_loss if compute_aux_loss else None
 

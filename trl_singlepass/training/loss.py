@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils import ModelOutput
 from trl import SFTTrainer
 
+from ..attention.rope import switching_lengths
 from ..attention.row_group import RowGroup
 from ..data.collator import Batch
 from ..data.row_tree import RowTree
@@ -46,6 +47,7 @@ class TreeLoss:
     def __init__(self, trainer: SFTTrainer) -> None:
         args, base = trainer.args, without_adapters(trainer.model)
         enable_tree(trainer.model)
+        trainer._collator.rope_lengths = tuple(sorted(switching_lengths(base)))
         self._trainer = trainer
         # Since TRL 1.16.
         self._router_loss_coef = getattr(trainer, "router_aux_loss_coef", 0.0) if trainer.aux_loss_enabled else 0.0

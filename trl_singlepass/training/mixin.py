@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,10 @@ from transformers import PreTrainedModel, Trainer
 
 from ..data.collator import Batch, Collator
 from ..data.dataset_format import column_names
+from ..data.row_tree import LineView, RowTree
+from ..engine.borrowed_state import attributes
 from ..engine.enable import enable_tree
+from ..engine.model_call import check_receipt
 from ..engine.pieces import Pieces
 from ..trees.rows import IMAGE_COLUMNS
 from .checkpoints import add_state_to_manifest, resume_counts, write_manifest
@@ -45,6 +49,7 @@ class SinglePassTrainerMixin(Trainer):
     _signature_columns: list[str]
     _row_columns: ClassVar[tuple[str, ...]] = ()
     _collate: Collator
+    _tree: RowTree | LineView | None = None  # of the batch that is being trained
     _listed: str | None = None  # the checkpoint that is being saved, once it has a manifest
     _moved_as_they_are: ClassVar[tuple[str, ...]] = ("tree",)
 
@@ -126,8 +131,26 @@ class SinglePassTrainerMixin(Trainer):
     ) -> tuple[list[Batch], NumItems]:
         """Measure models before they run on their first rows; TRL trains whatever it gets."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._check_models(self.model_wrapped, batches)
+        if not self._self_check.has_measured(self.model_wrapped):
+            self._check_models(self.model_wrapped, batches)
         return batches, num_items
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Measure what callbacks have changed; see that the loss is that of a tree before its backward."""
+        tree = inputs.get("tree") if isinstance(inputs, dict) else None
+        if tree is not None:
+            self._check_models(model, [inputs])
+        with attributes(self, _tree=tree):
+            loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    @contextmanager
+    def compute_loss_context_manager(self) -> Iterator[None]:
+        """See that the model ran on the tree of the batch; DeepSpeed's backward also steps."""
+        with super().compute_loss_context_manager():
+            yield
+        if self._tree is not None:
+            check_receipt(self._tree)
 
     def _check_models(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         """Measure a model, and others that run on some batches, unless their rows are made later."""
@@ -195,4 +218,5 @@ class ReferenceMixin(SinglePassTrainerMixin):
     def _run_on_trees(self) -> None:
         """Let the policy and its reference take trees, before the engine takes the policy."""
         prepare_sharding(self.model, self.accelerator)
-        self._implementations = list(map(enable_tree, self._models))
+        for model in self._models:
+            enable_tree(model)

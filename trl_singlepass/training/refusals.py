@@ -118,6 +118,12 @@ _TRAINS_USERS = (
 )
 _TRAIN_ALL = "Leave it out, or use TRL's `SFTTrainer` to train every token of a conversation"
 
+_NEFTUNE = Refusal(
+    "`neftune_noise_alpha`",
+    "its noise gets smaller with the length of a row, and tokens that turns share would have one for all of them",
+    "Leave it unset",
+)
+
 TURNS = Scope(
     "Conversations and pairs",
     "for conversations and pairs in a single pass",
@@ -140,6 +146,7 @@ TURNS = Scope(
             "Leave `'inputs'` out: the labels that `compute_metrics` receives are the tokens that count",
             lambda run: "inputs" in run.args.include_for_metrics,
         ),
+        _NEFTUNE,
     ),
 )
 
@@ -160,6 +167,17 @@ CONVERSATIONS = Scope(
             "it passes messages on unprepared, but they must become rows of tokens first",
             "Leave it out",
             Situation.skips_preparation,
+        ),
+        Refusal(
+            "`compute_loss_func` that is not a sum over targets",
+            "a row holds several samples, and a loss that reads a sequence as a whole would take them for one",
+            "If it is a sum over targets, each by its own logits, say so: `compute_loss_func.is_sum_over_targets = "
+            "True`",
+            lambda run: (
+                run.compute_loss_func is not None
+                and not getattr(run.compute_loss_func, "is_sum_over_targets", False)
+                and "compute_loss_func"
+            ),
         ),
     ),
 )
@@ -341,7 +359,6 @@ PARTS = Scope(
             "Choose another",
             Situation.updates_during_backward,
         ),
-        Refusal("`neftune_noise_alpha`", _NOISE, "Leave it unset"),
         Refusal(
             "`Dropout` layers",
             "tokens that run twice would drop different units each time",
@@ -538,6 +555,7 @@ GROUPS = Scope(
     "for groups of completions",
     (
         _needs_trl("1.16", "its trainers have other methods"),
+        _NEFTUNE,
         *_not_shared("groups", "completions"),
     ),
 )

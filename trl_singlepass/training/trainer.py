@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import nn, optim
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
@@ -14,6 +16,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from trl import SFTConfig, SFTTrainer
 
+from ..data.arrow import COST_COLUMNS
 from ..data.collator import Batch, Collator, DataCollatorForSinglePass, TreeOrPlainCollator
 from ..data.dataset_format import holds_turns
 from ..data.images import hide_image_columns
@@ -192,7 +195,17 @@ class SinglePassSFTTrainer(EpochsMixin, SinglePassTrainerMixin, SFTTrainer):
 
     def _check_models(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         group = None if self._sequence_parallel is None else self._sequence_parallel.group
-        self._self_check.check(model, [batch for batch in batches if "tree" in batch], self._collator, group)
+        rows = [batch for batch in batches if "tree" in batch]
+        self._self_check.check(model, rows, self._collator, group, self._longest_rows)
+
+    def _longest_rows(self) -> list[Batch]:
+        """Return the longest rows of the training set in one batch, as long as any of the run."""
+        rows = self.train_dataset
+        if not (self._trains_turns and isinstance(rows, Dataset) and set(COST_COLUMNS) <= set(rows.column_names)):
+            return []
+        lengths = rows.select_columns(list(COST_COLUMNS)).with_format("numpy")[:][COST_COLUMNS[0]]
+        longest = np.argsort(lengths)[-self._train_batch_size :]
+        return [self._collator([rows[int(i)] for i in longest[::-1]])]
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> NumItems:
         """Sum the loss weights of a step over all ranks; the Trainer counts labels, and each of them once."""

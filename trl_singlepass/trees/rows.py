@@ -97,6 +97,37 @@ class Row:
             trees.append(tree)
         return trees
 
+    def apart(self, limit: int) -> Row:
+        """
+        Return the row in which no sample of up to `limit` tokens shares tokens with longer ones.
+
+        A target that both have stays with the shorter ones, at whose end it is.
+        """
+        plan = TreePlan.from_subtree_end(self.subtree_end)
+        ending, parts = count_ending(self.multiplicity, plan.runs), []
+        is_short = plan.depths() < limit
+        shorter, longer = (self._num_below(np.where(chosen, ending, 0)) for chosen in (is_short, ~is_short))
+        for passing, is_target in ((shorter, shorter > 0), (longer, shorter == 0)):
+            kept = passing > 0
+            before = np.cumsum([0, *kept])
+            arrays: dict[str, Any] = {
+                name: np.where(is_target, getattr(self, name), 0) for name in ("token_parts", "token_weights")
+            }
+            arrays |= {"input_ids": self.input_ids, "multiplicity": passing, "subtree_end": before[self.subtree_end]}
+            arrays = {name: values[kept] for name, values in arrays.items()}
+            part = replace(self, **arrays)
+            if self.image_features is not None:
+                features, images = without_unused(self.image_features[kept], self.images)
+                part = replace(part, image_features=features, images=images)
+            parts.append(part)
+        return Row.join([part for part in parts if len(part)])
+
+    def _num_below(self, ending: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of samples that pass through each token, from the number that end there."""
+        before = np.cumsum([0, *ending])
+        passing: NDArray[np.int64] = before[self.subtree_end] - before[:-1]
+        return passing
+
     def columns(self) -> dict[str, Any]:
         """Return the row as dataset columns. That of weights is empty where every trained token has weight 1."""
         columns = {name: getattr(self, name) for name in ROW_COLUMNS}
@@ -121,6 +152,16 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+def count_ending(multiplicity: NDArray[np.integer], runs: Sequence[Run]) -> NDArray[np.int64]:
+    """Return how many samples end at each token: as many as come in and do not go on, `(num_tokens,)`."""
+    ending = multiplicity.astype(np.int64)
+    for run in runs:
+        ending[run.start : run.end - 1] -= multiplicity[run.start + 1 : run.end]
+        if run.prefix:
+            ending[run.prefix[-1][1] - 1] -= multiplicity[run.start]
+    return ending.clip(min=0)
 
 
 def overlaps(ranges: Ranges, others: Ranges) -> Ranges:

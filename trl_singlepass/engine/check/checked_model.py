@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -22,7 +23,7 @@ from ...images.reading import TOKEN_TYPES
 from ...recurrent.decoder import in_evaluation_mode
 from ...trees.image_features import shown_images
 from ...trees.sample import Sample
-from ..borrowed_state import are_zero3, captured_embeddings, zeros_filled
+from ..borrowed_state import are_zero3, captured_embeddings, in_training_mode, zeros_filled
 from ..enable import UnsupportedModelError, without_adapters
 from ..model_call import as_tree
 from .row import CheckRow
@@ -30,6 +31,13 @@ from .row import CheckRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# Differences up to this many rounding errors need no closer look: right models in float32 have at most 7.
+UNSUSPICIOUS = 32.0
+# Right models in half precision differ by at most 4.3 times the noise of the separate samples.
+NOISE_FACTOR = 6.0
+HALF = 1e-4  # rounding errors of half precision are larger, those of float32 smaller
 
 
 class TreeCheckError(UnsupportedModelError):
@@ -43,6 +51,10 @@ class CheckedModel:
         self.module: Any = unwrapped(model)
         self.base = without_adapters(self.module)
         self.collator, self.group = collator, group
+        # By DeepSpeed, which reduces gradients in hooks of its own, or FSDP2, which frees parameters after a backward.
+        self.is_sharded = type(model).__name__ == "DeepSpeedEngine" or any(
+            isinstance(module, FSDPModule) for module in model.modules()
+        )
         self.gives_gradients = group is None and not are_zero3(model.parameters())
 
     def rounding_error(self, precision: torch.dtype | None = None) -> float:
@@ -78,14 +90,14 @@ class CheckedModel:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         if self.group is None:
             inputs = send_to_device(inputs | {"tree": batch["tree"].handled()}, device)
-            with self._embeddings_changed(changes):
+            with self.embeddings_changed(changes):
                 logits: Tensor = self.module(**inputs, use_cache=False).logits[0]
             return logits[: len(row.row)].float()
         changes = None if changes is None else self.group.pad_and_part(changes)
         length = self.group.padded_length(len(row.row))
         batch = send_to_device(pad_batch(batch, length, self.collator.pad_token_id), device)
         names = ("input_ids", "position_ids", "attention_mask")  # rows with images are not shared
-        with running_on(as_tree(batch["tree"], self.group)), self._embeddings_changed(changes):
+        with running_on(as_tree(batch["tree"], self.group)), self.embeddings_changed(changes):
             own = self.module(**{name: self.group.part(batch[name]) for name in names}, use_cache=False).logits
         return self.group.gather(own)[0, : len(row.row)].float()
 
@@ -96,7 +108,7 @@ class CheckedModel:
         for chosen in [[i] for i in range(len(row.paths))] if one_by_one else [list(range(len(row.paths)))]:
             samples = [row.samples[i] for i in chosen]
             inputs = sample_inputs(self.base, samples, self.collator.load_images)
-            with self._embeddings_changed(None if changes is None else changes[torch.as_tensor(row.paths[chosen])]):
+            with self.embeddings_changed(None if changes is None else changes[torch.as_tensor(row.paths[chosen])]):
                 outputs.append(self.module(**inputs, use_cache=False).logits.float())
         return torch.cat(outputs)
 
@@ -128,11 +140,11 @@ class CheckedModel:
     # The state of the model ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def prepared(self) -> Iterator[None]:
+    def prepared(self, *, trains: bool = False) -> Iterator[None]:
         """Put the model in the state in which it is checked; it is left as it was, the random state too."""
         device = get_device(self.base)
         with (
-            in_evaluation_mode(self.module),
+            in_training_mode(self.module) if trains else in_evaluation_mode(self.module),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.compiler.set_stance("force_eager"),  # compiling modules for a row of this size takes minutes
             zeros_filled(self.module),
@@ -140,7 +152,7 @@ class CheckedModel:
             yield
 
     @contextmanager
-    def _embeddings_changed(self, changes: Tensor | None) -> Iterator[None]:
+    def embeddings_changed(self, changes: Tensor | None) -> Iterator[None]:
         """
         Change what the embedding layer returns, by a relative change for each token, `(batch, length)`.
 

@@ -16,40 +16,86 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ...attention.row_group import RowGroup
 from ...data.collator import Batch, DataCollatorForSinglePass
+from ...trees.sample import Sample
 from ..borrowed_state import adapters_disabled
-from ..enable import disable_tree, enable_tree, without_adapters
-from ..model_call import takes_trees
-from .checked_model import CheckedModel, random_signs, unwrapped
+from ..enable import disable_tree, without_adapters
+from ..enable import enable_tree as enable_unmeasured
+from ..model_call import expect_layers, takes_trees
+from .checked_model import HALF, NOISE_FACTOR, UNSUSPICIOUS, CheckedModel, TreeCheckError, random_signs, unwrapped
 from .first_difference import differing_module, mixing_module
+from .own_rows import OwnRows, OwnRowsReport
 from .row import CheckRow, ShownImage, text_beside_images
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Differences up to this many rounding errors need no closer look: right models in float32 have at most 7.
-UNSUSPICIOUS = 32.0
-# Right models in half precision differ by at most 4.3 times the noise of the separate samples.
-NOISE_FACTOR = 6.0
+logger = logging.get_logger(__name__)
+
+NEWEST_TRIED = {"transformers": "5.25", "trl": "1.16"}
+"""The newest releases with which the tests have passed."""
 # The noise of a model is between half a rounding error and this many. Beyond, samples depend on their padding.
 MOST_NOISE = 64.0
-_HALF = 1e-4  # rounding errors of half precision are larger, those of float32 smaller
+
+
+def enable_tree(model: PreTrainedModel | PeftModel, *, check: bool = True) -> str:
+    """
+    Make a model run on trees where there is one: `model(**batch)` takes the entry `tree` of a batch.
+
+    Batches without a tree run as before. A small row shows first that the model is exact (see [`check_tree`]).
+
+    Args:
+        model (`transformers.PreTrainedModel`, `peft.PeftModel`):
+            Model, changed in place. Its `attn_implementation` chooses the attention backend.
+        check (`bool`, *optional*, defaults to `True`):
+            Whether to measure the model. If not, a warning says that nothing is known.
+
+    Returns:
+        `str`: The `attn_implementation` that the model had.
+
+    Raises:
+        `UnsupportedModelError`: If no tree can reach the model, or it computes something else on a tree than on
+            separate samples; then it is left as it was.
+        `ValueError`: If there is no tree attention for its `attn_implementation`, or it is compiled.
+        `ImportError`: If the kernel it chose is not installed.
+    """
+    base = without_adapters(model)
+    was_enabled = takes_trees(base)
+    before = enable_unmeasured(model)
+    if not check:
+        logger.warning(
+            f"enable_tree(check=False): nothing shows that {type(base).__name__} computes on a tree what it computes "
+            "on separate samples. check_tree(model) measures it."
+        )
+        return before
+    report = None
+    try:
+        report = check_tree(model)
+        if not report.ok:
+            raise TreeCheckError(refusal(base, report))
+    finally:
+        if (report is None or not report.ok) and not was_enabled:
+            disable_tree(base, before)
+    return before
 
 
 def check_tree(
     model: PreTrainedModel | PeftModel,
-    tokenizer_or_row: PreTrainedTokenizerBase | Batch,
+    tokenizer_or_row: PreTrainedTokenizerBase | Batch | None = None,
     *,
     collator: DataCollatorForSinglePass | None = None,
 ) -> TreeCheckReport:
@@ -63,9 +109,9 @@ def check_tree(
         model (`transformers.PreTrainedModel`, `peft.PeftModel`):
             Model, also inside of a wrapper of DDP, FSDP2 or DeepSpeed. It runs in evaluation mode, and is left as it
             was.
-        tokenizer_or_row (`transformers.PreTrainedTokenizerBase` or `Batch`):
+        tokenizer_or_row (`transformers.PreTrainedTokenizerBase` or `Batch`, *optional*):
             Where the tokens of the small row come from: a tokenizer, or a batch of [`DataCollatorForSinglePass`],
-            whose images are used as well.
+            whose images are used as well. By default, from the whole vocabulary of the model.
         collator (`DataCollatorForSinglePass`, *optional*):
             Collator of the batch, if it has images.
 
@@ -80,14 +126,22 @@ def check_tree(
     if isinstance(tokenizer_or_row, Mapping):
         text, shown = tokens_of_batch(dict(tokenizer_or_row))
     else:
-        size = min(len(tokenizer_or_row), base.config.get_text_config().vocab_size)
-        text, shown = np.linspace(0, size - 1, 100).astype(np.int64), ()
-    before = None if takes_trees(base) else enable_tree(base)
+        size = base.config.get_text_config().vocab_size
+        size = size if tokenizer_or_row is None else min(len(tokenizer_or_row), size)
+        spread, special = np.linspace(0, size - 1, 100).astype(np.int64), _special_tokens(base)
+        text, shown = spread[~np.isin(spread, special)], ()
+    before = None if takes_trees(base) else enable_unmeasured(base)
     try:
         return TreeCheck(model, collator).run(text, shown)
     finally:
         if before is not None:
             disable_tree(base, before)
+
+
+def _special_tokens(model: PreTrainedModel) -> list[int]:
+    """Return the tokens that the configuration names: those of images stand for features that are not there."""
+    named = model.config.to_dict().items()
+    return [x for name, x in named if name.endswith(("token_id", "token_index")) and isinstance(x, int)]
 
 
 def tokens_of_batch(batch: Batch) -> tuple[np.ndarray[Any, Any], tuple[ShownImage, ...]]:
@@ -118,6 +172,7 @@ class TreeCheck:
     def run(self, text: np.ndarray[Any, Any], shown: Sequence[ShownImage] = ()) -> TreeCheckReport:
         """Measure, on tokens of the data, `(num_tokens,)`, int64, and on one or two of its images, if it has any."""
         start = time.perf_counter()
+        expect_layers(self.model.base)
         row = CheckRow.from_tokens(text, shown)
         exchanged = CheckRow.from_tokens(text, shown, is_exchanged=True)
         with self.model.prepared():
@@ -125,7 +180,13 @@ class TreeCheck:
             if not measured.ok:
                 where, adapters = self._find_module(row, measured), self._find_adapters(row, exchanged)
                 measured = replace(measured, where=where, adapters=adapters)
-        return replace(measured, seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self.seconds_per_token = seconds / (3 * len(row.row))  # the tree, its backward, and the samples
+        return replace(measured, seconds=seconds)
+
+    def run_own(self, samples: Sequence[Sample], seconds: float) -> OwnRowsReport | None:
+        """Measure samples of the run for some seconds; see [`OwnRows`]."""
+        return OwnRows(self.model, self.epsilon, self._over_ranks).run(samples, seconds, self.seconds_per_token)
 
     def _measure(self, row: CheckRow, exchanged: CheckRow) -> TreeCheckReport:
         with torch.no_grad(), self.model.explained("separate samples"):
@@ -142,7 +203,7 @@ class TreeCheck:
         paths = torch.as_tensor(row.paths, device=tree.device)
         difference, leak, moved = self._over_ranks(_rms(_errors(tree[paths], alone)), leak, moved)
         assert difference is not None
-        is_half = self.epsilon > _HALF
+        is_half = self.epsilon > HALF
         allowed = 0.0 if is_half else UNSUSPICIOUS * self.epsilon
         report = TreeCheckReport(difference, allowed, leak, moved, moved_allowed=allowed)
         if report.ok and not is_half:
@@ -208,6 +269,33 @@ class TreeCheck:
         # NaN, which no comparison finds, becomes infinity.
         whole = np.nan_to_num(np.array(given, np.float64), nan=np.inf)
         return [None if value is None else float(most) for value, most in zip(values, whole.max(0), strict=True)]
+
+
+def refusal(model: nn.Module, report: TreeCheckReport | OwnRowsReport) -> str:
+    """Return why a model is not trained."""
+    name, where = type(model).__name__, ""
+    if isinstance(report, OwnRowsReport):
+        what = f"{report.what or 'what another rank measured'} differs by {report.difference:.1e}"
+        reason = f"{what} on samples of up to {report.longest} tokens of this data, in training mode"
+    else:
+        reason = report.reason
+        where = f" {report.where}." if report.where else ""
+        where += f" Without its adapters ({report.adapters}), it does." if report.adapters else ""
+    untried = [
+        f"{library} {version(library)} has not been tried with trl-singlepass {version('trl-singlepass')} "
+        f"(newest: {newest}); "
+        for library, newest in NEWEST_TRIED.items()
+        if Version(version(library)).release[:2] > Version(newest).release
+    ]
+    way_out = "Train it on one sample per turn (N-pass: `to_npass` and TRL's own trainer)"
+    if untried:
+        way_out += ", or install the newest release that was tried"
+    elif isinstance(report, OwnRowsReport) or not report.is_isolated or report.where:
+        way_out += ", or take out the layer or adapter that mixes the tokens of a row"
+    return (
+        f"{''.join(untried)}{name} does not compute on a tree what it computes on separate samples: {reason}.{where} "
+        f"Nothing was trained since. {way_out}; check_tree(model) measures it again."
+    )
 
 
 def _errors(found: Tensor, expected: Tensor) -> Tensor:
