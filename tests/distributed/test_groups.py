@@ -21,9 +21,12 @@ CASES = {  # settings of the run, of both trainers, and of ours alone
     "rloo": ({"groups": "rloo"}, REFERENCE, {}),
     "rows": ({"groups": "grpo"}, {"beta": 0.04}, {"max_row_tokens": 160}),
     "waves": ({"groups": "grpo"}, {"beta": 0.04}, {"wave_tokens": 40}),
+    "requests": ({"groups": "grpo on requests"}, REFERENCE, {}),
+    "requests of rloo": ({"groups": "rloo on requests"}, REFERENCE, {"max_row_tokens": 400}),
+    "requests with an adapter": ({"groups": "grpo on requests", "lora": True, "same_adapter": True}, REFERENCE, {}),
     "images": ({"groups": "grpo", "screens": "qwen3_vl"}, {"beta": 0.04}, {"max_row_tokens": 160}),
 }
-FEW = {("ddp", "rloo"), ("fsdp2", "reference"), ("zero3", "rows")}
+FEW = {("ddp", "rloo"), ("fsdp2", "requests"), ("zero3", "requests of rloo")}
 
 
 def assert_same(run, stock):
