@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .groups.config import SinglePassGRPOConfig as SinglePassGRPOConfig
     from .groups.config import SinglePassRLOOConfig as SinglePassRLOOConfig
     from .groups.lines import tree_log_probs as tree_log_probs
+    from .groups.rollouts import ServedRollout as ServedRollout
     from .groups.trainer import SinglePassGRPOTrainer as SinglePassGRPOTrainer
     from .groups.trainer import SinglePassRLOOTrainer as SinglePassRLOOTrainer
     from .preference.config import SinglePassDPOConfig as SinglePassDPOConfig
@@ -36,6 +37,7 @@ __all__ = [
     "PrefixTree",
     "RowSettings",
     "Sample",
+    "ServedRollout",
     "SinglePassDPOConfig",
     "SinglePassDPOTrainer",
     "SinglePassGRPOConfig",
@@ -61,6 +63,7 @@ _HOME = {
     "PrefixTree": "trees.prefix_tree",
     "RowSettings": "data.settings",
     "Sample": "trees.sample",
+    "ServedRollout": "groups.rollouts",
     "SinglePassDPOConfig": "preference.config",
     "SinglePassDPOTrainer": "preference.trainer",
     "SinglePassGRPOConfig": "groups.config",

@@ -62,3 +62,13 @@ def test_three_steps(tmp_path, workers, engine, case):
     stock = train(workers, tmp_path / "stock", reference, {**settings, "stock": True}, **both)
     run = train(workers, tmp_path / "ours", engine, settings, **both, **own)
     assert_same(run, stock)
+
+
+@pytest.mark.parametrize(
+    "engine", ["zero3", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("ddp", "fsdp2"))]
+)
+def test_ranks_make_rollouts_of_unequal_length(tmp_path, workers, engine):
+    """A sharded model generates on all ranks, though the first one asks for fewer requests."""
+    settings = {"groups": "grpo on requests", "served": True}
+    run = train(workers, tmp_path / "ours", engine, settings, max_steps=2)
+    assert run.requests == [1.5, 1.5]

@@ -57,13 +57,14 @@ def padded(lines):
     return torch.tensor(ids), torch.tensor(mask), torch.tensor(scored)
 
 
-def train(kind, tmp_path, model, tokenizer, dataset=None, peft_config=None, rollouts=None, **settings):
+def train(kind, tmp_path, model, tokenizer, dataset=None, peft_config=None, rollouts=None, parts=None, **settings):
     """Return a trainer that has trained, and the parameters before; `rollouts` makes its `rollout_func`."""
     trainer_class, config_class = kind
     args = config_class(str(tmp_path), **{**SETTINGS, **STEPS, **settings})
     model = str(model) if not isinstance(model, torch.nn.Module) else model
     torch.manual_seed(0)  # of new adapters
-    parts = {"train_dataset": dataset or as_prompts(), "processing_class": tokenizer, "peft_config": peft_config}
+    parts = {"train_dataset": dataset or as_prompts(), "processing_class": tokenizer, **(parts or {})}
+    parts["peft_config"] = peft_config
     if rollouts is not None:
         parts["rollout_func"] = rollouts()
     trainer = trainer_class(model, reward, args, **parts)

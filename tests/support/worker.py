@@ -53,6 +53,7 @@ from support.tiny_vision import tiny_vision_model
 from support.trainers import SETTINGS as COMMON
 from support.trainers import OwnLoss, as_dataset, float32_model, in_four_bits, logged, perturbed
 from trl_singlepass import (
+    ServedRollout,
     SinglePassDPOConfig,
     SinglePassDPOTrainer,
     SinglePassSFTConfig,
@@ -175,6 +176,12 @@ TRAINERS = {  # stock, then those of this project
 }
 
 
+def more_on_later_ranks(messages):
+    """Ask each rank for one request more than the one before it."""
+    asked = sum(message["role"] == "assistant" for message in messages)
+    return [{"role": "user", "content": "And now?"}] if asked <= PartialState().process_index else []
+
+
 def model_and_data(settings):
     """Return a model, its tokenizer or processor, and the arguments of the trainer that say what it trains on."""
     model, processor = build_model(settings)
@@ -188,7 +195,7 @@ def model_and_data(settings):
         prompts = image_prompts() if "screens" in settings else as_prompts()
         data = {"train_dataset": prompts, "reward_funcs": reward}
         if "requests" in settings["groups"]:
-            data["rollout_func"] = Scripted()
+            data["rollout_func"] = ServedRollout(reply=more_on_later_ranks) if "served" in settings else Scripted()
         return reloaded(model, folder), processor, data
     if "screens" in settings:
         rows = some_pairs(folder) if "pairs" in settings else examples_of(settings["screens"])
@@ -353,6 +360,7 @@ def summary(trainer):
         "engine": type(trainer.model_wrapped).__name__,
         "zero_stage": getattr(trainer.model_wrapped, "zero_optimization_stage", lambda: None)(),
         **{key: [float(entry[key]) for entry in history if key in entry] for key in keys},
+        "requests": logged(trainer, "rollouts/requests"),
         "by_turn": [
             {name: value for name, value in entry.items() if "/" in name} for entry in history if "loss" in entry
         ],
