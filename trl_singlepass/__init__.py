@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .engine.check.tree_check import check_tree as check_tree
     from .engine.enable import enable_images as enable_images
     from .engine.enable import enable_tree as enable_tree
+    from .groups.async_trainer import SinglePassAsyncGRPOConfig as SinglePassAsyncGRPOConfig
+    from .groups.async_trainer import SinglePassAsyncGRPOTrainer as SinglePassAsyncGRPOTrainer
     from .groups.config import SinglePassGRPOConfig as SinglePassGRPOConfig
     from .groups.config import SinglePassRLOOConfig as SinglePassRLOOConfig
     from .groups.lines import tree_log_probs as tree_log_probs
@@ -38,6 +40,8 @@ __all__ = [
     "RowSettings",
     "Sample",
     "ServedRollout",
+    "SinglePassAsyncGRPOConfig",
+    "SinglePassAsyncGRPOTrainer",
     "SinglePassDPOConfig",
     "SinglePassDPOTrainer",
     "SinglePassGRPOConfig",
@@ -64,6 +68,8 @@ _HOME = {
     "RowSettings": "data.settings",
     "Sample": "trees.sample",
     "ServedRollout": "groups.rollouts",
+    "SinglePassAsyncGRPOConfig": "groups.async_trainer",
+    "SinglePassAsyncGRPOTrainer": "groups.async_trainer",
     "SinglePassDPOConfig": "preference.config",
     "SinglePassDPOTrainer": "preference.trainer",
     "SinglePassGRPOConfig": "groups.config",

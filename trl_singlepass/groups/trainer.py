@@ -49,6 +49,10 @@ class GroupsMixin(ReferenceMixin):
 
     _pieces: Pieces
     _last_loaded_step: int
+    # Read by rollouts of agents: metrics of a batch, and the tools of each of its rollouts.
+    _log_metric: Callable[[str, float], None]
+    _sync_tool_dicts: list[dict[str, Callable[..., Any]]]
+    _async_tool_dicts: list[dict[str, Callable[..., Any]]]
     _buffered_inputs: list[Batch] | None
     _runner: RowRunner | None = None  # of the loss that is being computed
     _rollouts: Sequence[Rollout] | None = None  # of the lines that are being scored, if requests made them
