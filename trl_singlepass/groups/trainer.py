@@ -61,8 +61,12 @@ class GroupsMixin(ReferenceMixin):
     _placeholder: int | None = None  # token that stands for images
     _reads_env_mask: ClassVar = True
 
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, *args: Any, rollout_func: Callable[..., dict[str, Any]] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(model, *args, **kwargs)
+        if rollout_func is not None:
+            self.rollout_func = rollout_func
         check(self._situation, ENGINES, GROUPS)
         self._run_on_trees()
         self._pieces = self._make_pieces("wave_tokens", "max_row_tokens")
@@ -379,17 +383,8 @@ class SinglePassRLOOTrainer(GroupsMixin, RLOOTrainer):
     _name = "SinglePassRLOO"
     _reads_env_mask: ClassVar = False
 
-    def __init__(
-        self,
-        model: Any,
-        reward_funcs: Any,
-        args: Any = None,
-        *others: Any,
-        rollout_func: Callable[..., dict[str, Any]] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, model: Any, reward_funcs: Any, args: Any = None, *others: Any, **kwargs: Any) -> None:
         super().__init__(model, reward_funcs, complete_config(args, SinglePassRLOOConfig, model), *others, **kwargs)
-        self.rollout_func = rollout_func
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """Make rollouts here, where TRL begins to generate."""

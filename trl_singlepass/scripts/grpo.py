@@ -1,15 +1,21 @@
 """Train as `trl grpo` does, shared prefixes computed once: `accelerate launch -m trl_singlepass.scripts.grpo …`."""
 
+from dataclasses import dataclass
 from functools import partial
 
 from trl.scripts.grpo import GRPOScriptArguments
 
 from ..groups.config import SinglePassGRPOConfig
 from ..groups.trainer import SinglePassGRPOTrainer
-from .run import make_parser_of, train
+from .run import RolloutArguments, make_parser_of, train
 
 
-make_parser = partial(make_parser_of, SinglePassGRPOConfig, script_arguments=GRPOScriptArguments)
+@dataclass
+class GroupsScriptArguments(RolloutArguments, GRPOScriptArguments):  # type: ignore[misc]
+    """Arguments of the script."""
+
+
+make_parser = partial(make_parser_of, SinglePassGRPOConfig, script_arguments=GroupsScriptArguments)
 main = partial(train, SinglePassGRPOTrainer)
 
 
