@@ -67,7 +67,7 @@ def train(kind, tmp_path, model, tokenizer, dataset=None, peft_config=None, roll
     parts["peft_config"] = peft_config
     if rollouts is not None:
         parts["rollout_func"] = rollouts()
-    trainer = trainer_class(model, reward, args, **parts)
+    trainer = trainer_class(model, args=args, **{"reward_funcs": reward, **parts})
     before = parameters(trainer)
     trainer.train()
     return trainer, before
