@@ -77,7 +77,7 @@ def conversation(thought: str, said: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": "pick"}, first, {"role": "user", "content": "recall"}, second]
 
 
-def make_start(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 300) -> PreTrainedModel:
+def make_start(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> PreTrainedModel:
     """
     Return a model that knows the form, and sometimes repeats a digit that it reads.
 
@@ -123,10 +123,10 @@ class Study(SinglePassGRPOTrainer):
         return statistics.mean(reward(made["messages"]))
 
 
-def run(arm: str, seed: int, steps: int, every: int) -> dict[str, Any]:
+def run(arm: str, seed: int, steps: int, every: int, start_steps: int = 300) -> dict[str, Any]:
     """Train one arm, and return its rewards, as served and in kept contexts, every few steps."""
     tokenizer, found = make_tokenizer(), {"arm": arm, "seed": seed, "step": [], "served": [], "kept": []}
-    model = make_start(tokenizer, seed)
+    model = make_start(tokenizer, seed, start_steps)
     with TemporaryDirectory() as folder:
         args = SinglePassGRPOConfig(
             folder,
