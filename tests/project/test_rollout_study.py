@@ -1,4 +1,4 @@
-"""The study of rollouts: its reward wants the thought that is said again, arms differ in contexts, the page is true."""
+"""The study of rollouts: the reward wants the thought said again, arms differ in contexts, the page is true."""
 
 import json
 
@@ -26,10 +26,10 @@ def test_only_kept_contexts_hold_the_thought():
     assert ["3" in text for text in texts] == [False, True]
 
 
-def test_an_arm_is_trained_and_measured():
-    run = study.run("served", seed=0, steps=1, every=1, start_steps=2)
-    assert run["step"] == [0, 1]
-    assert all(0 <= value <= 1 for value in run["served"] + run["kept"])
+def test_arms_are_trained_and_measured():
+    runs = study.run(seed=0, steps=1, every=1, start_steps=2)
+    assert [(run["arm"], run["step"]) for run in runs] == [(arm, [0, 1]) for arm in study.ARMS]
+    assert all(0 <= value <= 1 for run in runs for value in run["served"] + run["kept"])
 
 
 def test_the_page_is_the_results():
