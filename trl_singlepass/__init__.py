@@ -11,9 +11,14 @@ if TYPE_CHECKING:
     from .engine.check.tree_check import check_tree as check_tree
     from .engine.check.tree_check import enable_tree as enable_tree
     from .engine.enable import enable_images as enable_images
+    from .groups.async_trainer import SinglePassAsyncGRPOConfig as SinglePassAsyncGRPOConfig
+    from .groups.async_trainer import SinglePassAsyncGRPOTrainer as SinglePassAsyncGRPOTrainer
     from .groups.config import SinglePassGRPOConfig as SinglePassGRPOConfig
     from .groups.config import SinglePassRLOOConfig as SinglePassRLOOConfig
     from .groups.lines import tree_log_probs as tree_log_probs
+    from .groups.rollouts import RecordedRollouts as RecordedRollouts
+    from .groups.rollouts import ServedRollout as ServedRollout
+    from .groups.rollouts import audit_rollouts as audit_rollouts
     from .groups.trainer import SinglePassGRPOTrainer as SinglePassGRPOTrainer
     from .groups.trainer import SinglePassRLOOTrainer as SinglePassRLOOTrainer
     from .preference.config import SinglePassDPOConfig as SinglePassDPOConfig
@@ -34,8 +39,12 @@ __all__ = [
     "AuditReport",
     "DataCollatorForSinglePass",
     "PrefixTree",
+    "RecordedRollouts",
     "RowSettings",
     "Sample",
+    "ServedRollout",
+    "SinglePassAsyncGRPOConfig",
+    "SinglePassAsyncGRPOTrainer",
     "SinglePassDPOConfig",
     "SinglePassDPOTrainer",
     "SinglePassGRPOConfig",
@@ -45,6 +54,7 @@ __all__ = [
     "SinglePassSFTConfig",
     "SinglePassSFTTrainer",
     "audit",
+    "audit_rollouts",
     "check_tree",
     "enable_images",
     "enable_tree",
@@ -59,8 +69,12 @@ _HOME = {
     "AuditReport": "reports.audit",
     "DataCollatorForSinglePass": "data.collator",
     "PrefixTree": "trees.prefix_tree",
+    "RecordedRollouts": "groups.rollouts",
     "RowSettings": "data.settings",
     "Sample": "trees.sample",
+    "ServedRollout": "groups.rollouts",
+    "SinglePassAsyncGRPOConfig": "groups.async_trainer",
+    "SinglePassAsyncGRPOTrainer": "groups.async_trainer",
     "SinglePassDPOConfig": "preference.config",
     "SinglePassDPOTrainer": "preference.trainer",
     "SinglePassGRPOConfig": "groups.config",
@@ -70,6 +84,7 @@ _HOME = {
     "SinglePassSFTConfig": "training.config",
     "SinglePassSFTTrainer": "training.trainer",
     "audit": "reports.audit",
+    "audit_rollouts": "groups.rollouts",
     "check_tree": "engine.check.tree_check",
     "enable_images": "engine.enable",
     "enable_tree": "engine.check.tree_check",

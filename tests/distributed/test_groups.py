@@ -21,9 +21,12 @@ CASES = {  # settings of the run, of both trainers, and of ours alone
     "rloo": ({"groups": "rloo"}, REFERENCE, {}),
     "rows": ({"groups": "grpo"}, {"beta": 0.04}, {"max_row_tokens": 160}),
     "waves": ({"groups": "grpo"}, {"beta": 0.04}, {"wave_tokens": 40}),
+    "requests": ({"groups": "grpo on requests"}, REFERENCE, {}),
+    "requests of rloo": ({"groups": "rloo on requests"}, REFERENCE, {"max_row_tokens": 400}),
+    "requests with an adapter": ({"groups": "grpo on requests", "lora": True, "same_adapter": True}, REFERENCE, {}),
     "images": ({"groups": "grpo", "screens": "qwen3_vl"}, {"beta": 0.04}, {"max_row_tokens": 160}),
 }
-FEW = {("ddp", "rloo"), ("fsdp2", "reference"), ("zero3", "rows")}
+FEW = {("ddp", "rloo"), ("fsdp2", "requests"), ("zero3", "requests of rloo")}
 
 
 def assert_same(run, stock):
@@ -59,3 +62,13 @@ def test_three_steps(tmp_path, workers, engine, case):
     stock = train(workers, tmp_path / "stock", reference, {**settings, "stock": True}, **both)
     run = train(workers, tmp_path / "ours", engine, settings, **both, **own)
     assert_same(run, stock)
+
+
+@pytest.mark.parametrize(
+    "engine", ["zero3", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("ddp", "fsdp2"))]
+)
+def test_ranks_make_rollouts_of_unequal_length(tmp_path, workers, engine):
+    """A sharded model generates on all ranks, though the first one asks for fewer requests."""
+    settings = {"groups": "grpo on requests", "served": True}
+    run = train(workers, tmp_path / "ours", engine, settings, max_steps=2)
+    assert run.requests == [1.5, 1.5]

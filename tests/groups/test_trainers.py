@@ -1,20 +1,15 @@
 """Three steps of GRPO and RLOO on trees move parameters as TRL's trainers do, from the same completions."""
 
 import pytest
-import torch
 from peft import LoraConfig
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from support.groups import as_prompts, image_prompts, reward
+from support.groups import GRPO, RLOO, assert_equal, image_prompts, train
 from support.small_files import write_model
 from support.tiny_vision import save_vision_checkpoint, tiny_processor
-from support.trainers import SETTINGS, float32_model, logged, parameters
-from trl_singlepass import SinglePassGRPOConfig, SinglePassGRPOTrainer, SinglePassRLOOConfig, SinglePassRLOOTrainer
+from support.trainers import float32_model, logged
 from trl_singlepass.images.reading import ImageReader, UnsupportedImagesError
 
 
-GRPO = (GRPOTrainer, GRPOConfig), (SinglePassGRPOTrainer, SinglePassGRPOConfig)
-RLOO = (RLOOTrainer, RLOOConfig), (SinglePassRLOOTrainer, SinglePassRLOOConfig)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 
@@ -22,42 +17,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 def folder(tmp_path_factory, tokenizer):
     """A model with its tokenizer, on disk: TRL loads the reference from there."""
     return write_model(tmp_path_factory.mktemp("model"), tokenizer)
-
-
-STEPS = {
-    "max_steps": 3,
-    "num_generations": 4,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "max_completion_length": 6,
-    "learning_rate": 0.05,
-    "gradient_checkpointing": False,
-}
-
-
-def train(kind, tmp_path, model, tokenizer, dataset=None, peft_config=None, **settings):
-    trainer_class, config_class = kind
-    args = config_class(str(tmp_path), **{**SETTINGS, **STEPS, **settings})
-    model = str(model) if not isinstance(model, torch.nn.Module) else model
-    torch.manual_seed(0)  # of new adapters
-    parts = {"train_dataset": dataset or as_prompts(), "processing_class": tokenizer, "peft_config": peft_config}
-    trainer = trainer_class(model, reward, args, **parts)
-    before = parameters(trainer)
-    trainer.train()
-    return trainer, before
-
-
-def assert_equal(both, tmp_path, model, tokenizer, own=None, **settings):
-    make = model if callable(model) and not isinstance(model, torch.nn.Module) else lambda: model
-    stock, before = train(both[0], tmp_path / "stock", make(), tokenizer, **settings)
-    ours, _ = train(both[1], tmp_path / "ours", make(), tokenizer, **settings, **(own or {}))
-    assert logged(ours, "reward") == logged(stock, "reward")
-    expected, found = parameters(stock), parameters(ours)
-    moved = max(float((expected[name] - value).abs().max()) for name, value in before.items())
-    off = max(float((found[name] - value).abs().max()) for name, value in expected.items())
-    assert moved > 1e-5
-    assert off <= 1e-4 * moved, f"off by {off:.1e}, moved by {moved:.1e}"
-    return ours
 
 
 MORE = [(RLOO, "qwen3_vl"), (GRPO, "qwen3_5"), (GRPO, "gemma3"), (GRPO, "idefics3"), (GRPO, "llava")]

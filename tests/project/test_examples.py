@@ -60,6 +60,11 @@ def test_completions_are_rewarded_in_groups(folder):
     assert (folder / "out" / "grpo" / "model.safetensors").is_file()
 
 
+def test_an_agent_is_rewarded_for_rollouts_of_several_requests(folder):
+    run(folder, "agent_grpo", "--max_steps", "1")
+    assert (folder / "out" / "agent-grpo" / "model.safetensors").is_file()
+
+
 def test_agent_turns_are_logged_and_trained(folder):
     run(folder, "agent_turns", "--max_steps", "1")
     lines = (folder / "out" / "agent-turns.jsonl").read_text().splitlines()

@@ -63,6 +63,7 @@ def folder(tmp_path_factory):
     (folder / "out" / "qwen3-vl-8b" / "chat_template.jinja").write_text(template_text("qwen3_5_think"))
     with as_a_reader(folder) as patch:
         run_python(["examples/screen_agent.py", "--data", "out/screens.parquet"], patch)
+        run_python(["examples/agent_grpo.py", "--data", "out/sums.jsonl"], patch)
     return folder
 
 
@@ -75,6 +76,8 @@ def test_recipe_trains_a_step(path, folder, monkeypatch):
         arguments = ["--config", str(path), "--model_name_or_path", str(local), *ONE_STEP]
         if command_of(path.stem) == "grpo":  # a batch holds whole groups
             arguments += ["--per_device_train_batch_size", "2", "--num_generations", "2"]
+        if settings.get("use_vllm"):
+            arguments += ["--use_vllm", "false", "--max_completion_length", "4"]
         if settings.get("load_in_4bit"):
             pytest.importorskip("bitsandbytes")
             # On CPUs with AVX512-BF16, it repacks weights for inference, in blocks larger than the model.

@@ -34,18 +34,19 @@ from packaging.version import Version
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from support.adapters import adapted
 from support.chat_tokenizers import make_tokenizer
 from support.conversations import chat, tool_chat
 from support.drifting_layers import DRIFTING
 from support.float64_comparison import in_float64, recompute_in_float64
-from support.groups import as_prompts, image_prompts, reward
+from support.groups import GRPO, RLOO, as_prompts, image_prompts, reward
 from support.image_chats import image_collator, image_rows, image_sample_sets
 from support.image_models import image_model
 from support.pairs import pair
 from support.planted_layers import plant
+from support.rollouts import Scripted, StockGRPO, StockRLOO
 from support.screens import examples_of, some_pairs
 from support.tiny_models import FAMILIES, model_of_type, tiny_model
 from support.tiny_multimodal import model_for
@@ -53,12 +54,9 @@ from support.tiny_vision import tiny_vision_model
 from support.trainers import SETTINGS as COMMON
 from support.trainers import OwnLoss, as_dataset, float32_model, in_four_bits, logged, perturbed
 from trl_singlepass import (
+    ServedRollout,
     SinglePassDPOConfig,
     SinglePassDPOTrainer,
-    SinglePassGRPOConfig,
-    SinglePassGRPOTrainer,
-    SinglePassRLOOConfig,
-    SinglePassRLOOTrainer,
     SinglePassSFTConfig,
     SinglePassSFTTrainer,
 )
@@ -172,9 +170,17 @@ OWN = {"own loss": OwnLoss, "counting": Counting}
 TRAINERS = {  # stock, then those of this project
     "sft": ((SFTTrainer, SFTConfig), (SinglePassSFTTrainer, SinglePassSFTConfig)),
     "pairs": ((DPOTrainer, DPOConfig), (SinglePassDPOTrainer, SinglePassDPOConfig)),
-    "grpo": ((GRPOTrainer, GRPOConfig), (SinglePassGRPOTrainer, SinglePassGRPOConfig)),
-    "rloo": ((RLOOTrainer, RLOOConfig), (SinglePassRLOOTrainer, SinglePassRLOOConfig)),
+    "grpo": GRPO,
+    "rloo": RLOO,
+    "grpo on requests": ((StockGRPO, GRPO[0][1]), GRPO[1]),
+    "rloo on requests": ((StockRLOO, RLOO[0][1]), RLOO[1]),
 }
+
+
+def more_on_later_ranks(messages):
+    """Ask each rank for one request more than the one before it."""
+    asked = sum(message["role"] == "assistant" for message in messages)
+    return [{"role": "user", "content": "And now?"}] if asked <= PartialState().process_index else []
 
 
 def model_and_data(settings):
@@ -188,7 +194,10 @@ def model_and_data(settings):
         if "screens" in settings:
             processor.tokenizer.padding_side = "left"
         prompts = image_prompts() if "screens" in settings else as_prompts()
-        return reloaded(model, folder), processor, {"train_dataset": prompts, "reward_funcs": reward}
+        data = {"train_dataset": prompts, "reward_funcs": reward}
+        if "requests" in settings["groups"]:
+            data["rollout_func"] = ServedRollout(reply=more_on_later_ranks) if "served" in settings else Scripted()
+        return reloaded(model, folder), processor, data
     if "screens" in settings:
         rows = some_pairs(folder) if "pairs" in settings else examples_of(settings["screens"])
         return model, processor, {"train_dataset": as_dataset(rows)}
@@ -352,6 +361,7 @@ def summary(trainer):
         "engine": type(trainer.model_wrapped).__name__,
         "zero_stage": getattr(trainer.model_wrapped, "zero_optimization_stage", lambda: None)(),
         **{key: [float(entry[key]) for entry in history if key in entry] for key in keys},
+        "requests": logged(trainer, "rollouts/requests"),
         "by_turn": [
             {name: value for name, value in entry.items() if "/" in name} for entry in history if "loss" in entry
         ],

@@ -20,10 +20,11 @@ from support.image_models import image_model
 from support.pairs import pair
 from support.tiny_models import model_of_type, tiny_model
 from support.trainers import dpo_trainer, single_pass_trainer
-from trl_singlepass import SinglePassDPOConfig, SinglePassGRPOConfig, SinglePassSFTConfig
+from trl_singlepass import SinglePassAsyncGRPOConfig, SinglePassDPOConfig, SinglePassGRPOConfig, SinglePassSFTConfig
 from trl_singlepass.attention.registry import TREE_ATTENTION
 from trl_singlepass.training.refusals import (
     ADAPTERS,
+    ASYNC,
     CONVERSATIONS,
     ENGINES,
     GROUPS,
@@ -63,6 +64,11 @@ NO_PACKAGES = {
 
 def groups(settings=None, **known):
     return lambda: Situation(SinglePassGRPOConfig("unused", use_cpu=True, bf16=False, **settings or {}), **known)
+
+
+def of_async(settings=None, **known):
+    options = {"use_cpu": True, "bf16": False, **(settings or {})}
+    return lambda: Situation(SinglePassAsyncGRPOConfig("unused", **options), **known)
 
 
 def sft(settings=None, **known):
@@ -148,6 +154,13 @@ CASES = {
         ("neftune_noise_alpha", groups({"neftune_noise_alpha": 5.0})),
         ("tp_size=2", groups(tp_size=2)),
         ("sp_size=2", groups(accelerator=on(sizes={"sp_size": 2}))),
+    ],
+    ASYNC: [
+        ("fork_threshold_tokens=512", of_async({"fork_threshold_tokens": 512})),
+        ("max_row_tokens", of_async({"max_row_tokens": 64})),
+        ("deepspeed", of_async(accelerator=on(DistributedType.DEEPSPEED))),
+        ("tp_size=2", of_async(tp_size=2)),
+        ("sp_size=2", of_async(accelerator=on(sizes={"sp_size": 2}))),
     ],
     WEIGHTS: [
         ("trl 1.14.0", sft(), OLD),
@@ -277,7 +290,7 @@ def test_each_is_refused_by_name(monkeypatch, scope, refusal, case):
 @pytest.mark.parametrize("make", [sft, pairs])
 def test_nothing_is_refused_by_default(make):
     run = make(accelerator=on(), dataset=Dataset.from_dict({"messages": []}))()
-    others = (PAIRS if make is sft else CONVERSATIONS, ULYSSES)
+    others = (PAIRS if make is sft else CONVERSATIONS, ASYNC, ULYSSES)
     check(run, *(scope for scope in SCOPES if scope not in others))
 
 
@@ -285,13 +298,13 @@ def test_nothing_is_refused_by_default(make):
 @pytest.mark.parametrize(
     ("make", "rows", "settings", "others"),
     [
-        (single_pass_trainer, [chat(2)], {"reasoning_weight": 0.5}, (PAIRS, GROUPS, IMAGES, ULYSSES)),
+        (single_pass_trainer, [chat(2)], {"reasoning_weight": 0.5}, (PAIRS, GROUPS, ASYNC, IMAGES, ULYSSES)),
         (
             dpo_trainer,
             [pair(2)],
             {"max_row_tokens": 300},
             # Pairs refuse all of tensor parallelism, and TRL before 1.15.
-            (CONVERSATIONS, GROUPS, IMAGES, OLDER_TRL, TENSOR_PARALLELISM, ULYSSES, WEIGHTS),
+            (CONVERSATIONS, GROUPS, ASYNC, IMAGES, OLDER_TRL, TENSOR_PARALLELISM, ULYSSES, WEIGHTS),
         ),
     ],
     ids=["conversations", "pairs"],

@@ -8,7 +8,7 @@ that begin alike share what they have in common, of the policy, the old policy a
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, ClassVar, TypeGuard
 
@@ -32,6 +32,7 @@ from ..training.config import complete_config
 from ..training.mixin import ReferenceMixin
 from ..training.refusals import ENGINES, GROUPS, check
 from .config import SinglePassGRPOConfig, SinglePassRLOOConfig
+from .contexts import RequestLines, Rollout, read_rollouts
 from .images import LineImages, number_images
 from .lines import PaddedLines
 
@@ -50,11 +51,25 @@ class GroupsMixin(ReferenceMixin):
     """What both trainers override; it stands before TRL's."""
 
     _pieces: Pieces
+    _last_loaded_step: int
+    # Read by rollouts of agents: metrics of a batch, and the tools of each of its rollouts.
+    _log_metric: Callable[[str, float], None]
+    _sync_tool_dicts: list[dict[str, Callable[..., Any]]]
+    _async_tool_dicts: list[dict[str, Callable[..., Any]]]
     _buffered_inputs: list[Batch] | None
     _runner: RowRunner | None = None  # of the loss that is being computed
+    _rollouts: Sequence[Rollout] | None = None  # of the lines that are being scored, if requests made them
+    _rollout_func: Callable[..., dict[str, Any]] | None = None
+    _rolled_out: Mapping[str, Any] | None = None  # what it returned for the batch that is being scored
+    _placeholder: int | None = None  # token that stands for images
+    _reads_env_mask: ClassVar = True
 
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, *args: Any, rollout_func: Callable[..., dict[str, Any]] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(model, *args, **kwargs)
+        if rollout_func is not None:
+            self.rollout_func = rollout_func
         check(self._situation, ENGINES, GROUPS)
         self._run_on_trees()
         self._pieces = self._make_pieces("wave_tokens", "max_row_tokens")
@@ -77,6 +92,37 @@ class GroupsMixin(ReferenceMixin):
 
     def _checked_collator(self, collator: Collator) -> Collator:
         return collator  # which makes no rows
+
+    @property
+    def rollout_func(self) -> Callable[..., dict[str, Any]] | None:
+        """What makes rollouts in place of TRL's generation; the field `contexts` of what it returns is taken out."""
+        return None if self._rollout_func is None else self._roll_out
+
+    @rollout_func.setter
+    def rollout_func(self, function: Callable[..., dict[str, Any]] | None) -> None:
+        self._rollout_func = function
+
+    def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """Return rollouts in TRL's fields, and keep the requests that made them."""
+        assert self._rollout_func is not None
+        output = dict(self._rollout_func(prompts, trainer))
+        if missing := sorted({"prompt_ids", "completion_ids", "logprobs"} - output.keys()):
+            raise ValueError(f"rollout_func must return keys {missing} in its output dict.")
+        vocab_size = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
+        self._rollouts = read_rollouts(output, vocab_size, self._placeholder, makes_contexts=not self._reads_env_mask)
+        output.pop("contexts", None)
+        self._rolled_out = output
+        return output
+
+    def _generate_and_score_completions(self, inputs: Any) -> Batch:
+        """Score each token in the prompt of its request, where a `rollout_func` says which."""
+        self._rollouts = self._rolled_out = None
+        output: Batch = super()._generate_and_score_completions(inputs)
+        rollouts: Sequence[Rollout] | None = self._rollouts
+        if rollouts is not None:
+            output["rollouts"] = rollouts
+        self._rollouts = self._rolled_out = None
+        return output
 
     def _prepare_inputs(self, generation_batch: Any) -> Batch:
         """Let batches hold lines that begin alike; TRL shuffles the lines of a step before it divides them."""
@@ -118,6 +164,8 @@ class GroupsMixin(ReferenceMixin):
     ) -> Scores:
         """Score completions on trees; TRL runs each line with its whole prompt."""
         options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+        if self._rollouts is not None:
+            return self._score_requests(model, input_ids, attention_mask, logits_to_keep, batch_size, images, options)
         padded = self._divided(input_ids, attention_mask, batch_size or len(input_ids), images)
         if not self._runs_on_trees(padded):
             if torch.is_grad_enabled():
@@ -126,13 +174,40 @@ class GroupsMixin(ReferenceMixin):
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **options, **images
             )
             return stock
-        parts = [self._score(model, lines, logits_to_keep, **options) for lines in padded]
-        log_probs, entropies, aux_losses = zip(*parts, strict=True)
-        return (
-            torch.cat(log_probs),
-            torch.cat(entropies) if compute_entropy else None,
-            torch.stack(aux_losses).mean() if compute_aux_loss else None,
-        )
+        return _joined([self._score(model, lines, logits_to_keep, **options) for lines in padded])
+
+    def _score_requests(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        num_kept: int,
+        size: int | None,
+        images: Batch,
+        options: dict[str, bool],
+    ) -> Scores:
+        """Score the completions of rollouts request by request; the arguments are those of lines."""
+        if images.get("pixel_values") is not None:
+            raise ValueError("contexts with images: requests cannot show any yet. Leave out contexts, or the images.")
+        assert self._rollouts is not None
+        ids, mask = input_ids[:, -num_kept:], attention_mask[:, -num_kept:]
+        starts, size = range(0, len(ids), size or len(ids)), size or len(ids)
+        parts = [slice(start, start + size) for start in starts]
+        lines = [RequestLines.from_rollouts(self._rollouts[part], ids[part], mask[part]) for part in parts]
+        on_trees, scores = self._runs_on_trees([part.padded for part in lines]), []
+        for part in lines:
+            own, kept = part.padded, part.is_output.shape[1]
+            if on_trees:
+                found = self._score(model, own, kept, **options)
+            else:
+                if torch.is_grad_enabled():
+                    self._count([], own.attention_mask[:, -kept:], int(own.attention_mask.sum()))
+                found = super()._get_per_token_logps_and_entropies(
+                    model, own.input_ids, own.attention_mask, kept, **options
+                )
+            entropies = None if found[1] is None else part.in_rollouts(found[1])
+            scores.append((part.in_rollouts(found[0]), entropies, found[2]))
+        return _joined(scores)
 
     def _divided(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, size: int, images: Batch
@@ -196,11 +271,21 @@ class GroupsMixin(ReferenceMixin):
 
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
         """Run the backward of all pieces but the last, where a batch runs in several."""
-        self._runner = None
+        self._runner, self._rollouts = None, inputs.get("rollouts")
         loss: torch.Tensor = super()._compute_loss(model, inputs)
         runner: RowRunner | None = self._runner
-        self._runner = None
+        self._runner = self._rollouts = None
         return loss if runner is None or not loss.requires_grad else runner.backward(loss)
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """Return scores of lines one after the other."""
+    log_probs, entropies, aux_losses = zip(*parts, strict=True)
+    return (
+        torch.cat(log_probs),
+        None if entropies[0] is None else torch.cat(entropies),
+        None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
+    )
 
 
 def _grouped(step: Sequence[Batch]) -> list[Batch]:
@@ -284,16 +369,49 @@ class SinglePassGRPOTrainer(GroupsMixin, GRPOTrainer):
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **kwargs: Any) -> None:
         super().__init__(model, reward_funcs, complete_config(args, SinglePassGRPOConfig, model), *others, **kwargs)
 
+    def _tool_call_loop(
+        self, prompts: Any, prompt_ids: Any, ids: Any, completions: Any, logprobs: Any, *_: Any
+    ) -> Any:
+        """Leave rollouts of several requests as they are: their tools have been called."""
+        output = self._rolled_out
+        if output is None or self._rollouts is None:
+            return super()._tool_call_loop(prompts, prompt_ids, ids, completions, logprobs, *_)
+        counts = (sum(output.get(name, ())) for name in ("tool_calls", "tool_failures"))
+        return output.get("env_mask"), completions, ids, logprobs, *counts, [[] for _ in ids]
+
 
 class SinglePassRLOOTrainer(GroupsMixin, RLOOTrainer):
     """
     Trainer that computes RLOO's loss with the shared prefixes of completions run once.
 
-    A drop-in replacement of [`~trl.RLOOTrainer`], as [`SinglePassGRPOTrainer`] is of [`~trl.GRPOTrainer`].
+    A drop-in replacement of [`~trl.RLOOTrainer`], as [`SinglePassGRPOTrainer`] is of [`~trl.GRPOTrainer`]. It also
+    takes a `rollout_func`, which means what it means for [`~trl.GRPOTrainer`]; RLOO reads no `logprobs`.
     """
 
     _tag_names: ClassVar = ["trl", "rloo", "single-pass"]
     _name = "SinglePassRLOO"
+    _reads_env_mask: ClassVar = False
 
     def __init__(self, model: Any, reward_funcs: Any, args: Any = None, *others: Any, **kwargs: Any) -> None:
         super().__init__(model, reward_funcs, complete_config(args, SinglePassRLOOConfig, model), *others, **kwargs)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """Make rollouts here, where TRL begins to generate."""
+        if self.rollout_func is None:
+            return super()._tokenize_prompts(prompts)
+        if self.use_vllm and self.state.global_step != self._last_loaded_step:
+            self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+        return self.rollout_func(prompts, self)["prompt_ids"], None, {}
+
+    def _generate_single_turn(self, *prompts: Any) -> Any:
+        made = self._rolled_out
+        return super()._generate_single_turn(*prompts) if made is None else made["completion_ids"]
+
+    def _calculate_rewards(self, inputs: Any, *others: Any) -> Any:
+        """Hand reward functions what a `rollout_func` returned beside TRL's fields."""
+        for name, values in (self._rolled_out or {}).items():
+            if name not in ("prompt_ids", "completion_ids", "logprobs", "env_mask"):
+                for index, example in enumerate(inputs):
+                    example[name] = values[index] if isinstance(values, list) else values
+        return super()._calculate_rewards(inputs, *others)

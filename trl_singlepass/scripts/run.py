@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,16 @@ if TYPE_CHECKING:
     from ..preference.trainer import SinglePassDPOTrainer
     from ..training.trainer import SinglePassSFTTrainer
 
+
+@dataclass
+class RolloutArguments:
+    """Arguments of the scripts of GRPO and RLOO beside those of TRL."""
+
+    rollout_func: str | None = field(
+        default=None, metadata={"help": "Where to import what makes rollouts from, such as `my_agent.rollouts`."}
+    )
+
+
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
 
 
@@ -60,6 +71,8 @@ def train(
     others: dict[str, Any] = {}
     if hasattr(script_args, "reward_funcs"):  # of GRPO and RLOO
         others["reward_funcs"] = load_rewards(script_args.reward_model_name_or_path, script_args.reward_funcs)
+        if script_args.rollout_func is not None:
+            others["rollout_func"] = _load("rollout_func", script_args.rollout_func)
     owner = training_args if hasattr(training_args, "trust_remote_code") else model_args  # moved in TRL 1.12
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -126,12 +139,20 @@ def _load_reward(name: str) -> Callable[..., object]:
     if not module_name and name not in TRL_REWARDS:
         known = ", ".join((*TRL_REWARDS, "get_soft_overlong_punishment"))
         raise ValueError(f"--reward_funcs {name}: expected one of {known}, or where to import it from.")
+    return _load("reward_funcs", name if module_name else f"trl.rewards.{function}")
+
+
+def _load(setting: str, name: str) -> Callable[..., Any]:
+    """Return a function that a setting names by where to import it from; the working directory is searched as well."""
+    module_name, _, function = name.rpartition(".")
+    if not module_name:
+        raise ValueError(f"--{setting} {name}: expected where to import it from, such as my_module.{name}.")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    reward: Callable[..., object] | None = getattr(import_module(module_name or "trl.rewards"), function, None)
-    if reward is None:
-        raise ValueError(f"--reward_funcs {name}: the module {module_name} has no {function}.")
-    return reward
+    found: Callable[..., Any] | None = getattr(import_module(module_name), function, None)
+    if found is None:
+        raise ValueError(f"--{setting} {name}: the module {module_name} has no {function}.")
+    return found
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

@@ -559,11 +559,32 @@ GROUPS = Scope(
         *_not_shared("groups", "completions"),
     ),
 )
+ASYNC = Scope(
+    "AsyncGRPO",
+    "in a single pass of AsyncGRPO",
+    (
+        Refusal(
+            "`fork_threshold_tokens` above 0",
+            "tokens that the model generated would become context, and not be trained",
+            "Leave it out",
+            lambda run: run.differs("fork_threshold_tokens", 0),
+        ),
+        Refusal("`max_row_tokens`", "TRL packs the rows of AsyncGRPO", "Set `token_budget`, which bounds them"),
+        Refusal(
+            "DeepSpeed",
+            "TRL sends whole parameters to vLLM, of which a rank of ZeRO-3 has a part",
+            "Use FSDP2",
+            lambda run: (bool(run.args.deepspeed) or run.engine == "DEEPSPEED") and "deepspeed",
+        ),
+        *_not_shared("groups", "completions"),
+    ),
+)
 SCOPES = (
     TURNS,
     CONVERSATIONS,
     PAIRS,
     GROUPS,
+    ASYNC,
     WEIGHTS,
     OLDER_TRL,
     ADAPTERS,
