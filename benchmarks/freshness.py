@@ -89,6 +89,9 @@ FIGURES = {
         "benchmarks/preference.py",
         300,
     ),
+    "rollouts": Figures(
+        "benchmarks.groups --rollouts", f"{ROW} groups/contexts.py groups/lines.py", "benchmarks/preference.py", 60
+    ),
     "preference": Figures(
         "benchmarks.preference --repeats 2 --pairs 1 --tokenizer {tokenizer} --data {data}/" + DATA[1],
         f"{ROW} rendering data/arrow.py data/pairs.py data/selection.py data/settings.py cost preference/collator.py",

@@ -2,6 +2,7 @@
 Measure the loss of a group of completions: on one tree next to TRL's padded lines.
 
     python -m benchmarks.groups --minutes 15
+    python -m benchmarks.groups --rollouts # one rollout of several requests, whose template strips reasoning
 
 A step is a forward and backward pass of the policy for one group; nothing is generated. Operations are counted for all
 sizes. Time is measured in rounds, the smallest sizes first, as long as they fit into what is left of `--minutes`, in
@@ -27,6 +28,7 @@ from benchmarks.preference import MODEL as TWO_LAYERS
 from benchmarks.preference import TINY, make_model
 from trl_singlepass import PrefixTree, Sample, tree_log_probs
 from trl_singlepass.cost import ModelShape, npass_cost, single_pass_cost
+from trl_singlepass.groups.contexts import RequestLines, Rollout
 from trl_singlepass.groups.lines import PaddedLines
 
 
@@ -132,6 +134,93 @@ def add_round(row: dict[str, Any], models: dict[str, PreTrainedModel], vocab_siz
     seconds["deciding"].append(cpu_time(partial(decide, make_group(size, vocab_size))))
 
 
+# Rollouts of several requests ----------------------------------------------------------------------------------------
+
+ROLLOUT_RESULTS = RESULTS.with_name("rollouts.json")
+NUM_REQUESTS, SYSTEM, QUESTION, REASONING, ANSWER = (4, 8, 16), 400, 60, 150, 60
+Request = tuple[torch.Tensor, torch.Tensor]
+"""A prompt, and what was generated from it."""
+
+
+def make_rollout(
+    num_requests: int, vocab_size: int, scale: int = 1
+) -> tuple[list[Request], torch.Tensor, torch.Tensor]:
+    """Return the requests of a rollout as served, and TRL's line, which appends, with a mask of what it trains."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (QUESTION // scale, REASONING // scale, ANSWER // scale)
+    served = appended = torch.randint(vocab_size, (SYSTEM // scale,), generator=generator)
+    is_scored, requests = [torch.zeros(len(served), dtype=torch.bool)], []
+    for _ in range(num_requests):
+        question, reasoning, answer = (torch.randint(vocab_size, (n,), generator=generator) for n in lengths)
+        served, output = torch.cat([served, question]), torch.cat([reasoning, answer])
+        requests.append((served, output))
+        appended, served = torch.cat([appended, question, output]), torch.cat([served, answer])
+        is_scored += [torch.zeros(len(question), dtype=torch.bool), torch.ones(len(output), dtype=torch.bool)]
+    return requests, appended[None], torch.cat(is_scored)[None]
+
+
+def rollout_step(
+    mode: str, model: PreTrainedModel, num_requests: int, vocab_size: int, scale: int = 1
+) -> torch.Tensor:
+    """Run forward and backward of a rollout, and return its loss: the mean over what was generated."""
+    requests, appended, is_scored = make_rollout(num_requests, vocab_size, scale)
+    if mode == "appended":
+        parts = [stock(model, appended, is_scored)]
+    elif mode == "requests":
+        lines = [torch.cat(request)[None] for request in requests]
+        masks = [
+            torch.arange(line.shape[1])[None] >= len(prompt) for line, (prompt, _) in zip(lines, requests, strict=True)
+        ]
+        parts = [stock(model, line, mask) for line, mask in zip(lines, masks, strict=True)]
+    else:
+        prompts, outputs = zip(*requests, strict=True)
+        ids = torch.cat(outputs)[None]
+        rollout = Rollout(prompts, tuple(map(len, outputs)), torch.ones_like(ids[0]).bool())
+        own = RequestLines.from_rollouts([rollout], ids, torch.ones_like(ids))
+        is_output = torch.zeros_like(own.padded.attention_mask)
+        is_output[:, -own.is_output.shape[1] :] = own.is_output
+        parts = [tree_log_probs(model, own.padded.input_ids, own.padded.attention_mask, is_output)]
+    # Of what is not generated, log-probabilities are 0.
+    loss = -torch.stack([part.sum() for part in parts]).sum() / is_scored.sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def measure_rollouts(sizes: dict[str, Any], repeats: int, scale: int = 1) -> list[dict[str, Any]]:
+    """Return tokens and seconds of each way; all ways alternate."""
+    torch.set_num_threads(1)
+    modes = ("requests", "tree", "appended")
+    models, rows = {mode: make_model(mode == "tree", sizes) for mode in modes}, []
+    for number in NUM_REQUESTS:
+        requests, appended, _ = make_rollout(number, sizes["vocab_size"], scale)
+        samples = [Sample.from_prompt_and_completion(prompt.numpy(), output.numpy()) for prompt, output in requests]
+        tokens = {"requests": sum(map(len, samples)), "tree": len(PrefixTree.from_samples(samples))}
+        seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+        for _ in range(repeats + 1):  # the first is to warm up
+            for mode, model in models.items():
+                seconds[mode].append(cpu_time(partial(rollout_step, mode, model, number, sizes["vocab_size"], scale)))
+                model.zero_grad()
+        seconds = {mode: values[1:] for mode, values in seconds.items()}
+        rows.append({"requests": number, "tokens": {**tokens, "appended": appended.numel()}, "seconds": seconds})
+    return rows
+
+
+def rollout_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return lines of Markdown: tokens of a rollout, and the time of the other ways ÷ that of the tree."""
+    lines = [
+        "| requests | tokens of rows | of the tree | of TRL's line | time of rows ÷ tree | of TRL's line ÷ tree |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        tokens = [f"{row['tokens'][mode]:,}" for mode in ("requests", "tree", "appended")]
+        rounds = [
+            dict(zip(row["seconds"], values, strict=True)) for values in zip(*row["seconds"].values(), strict=True)
+        ]
+        ratios = [f"{statistics.median(x[mode] / x['tree'] for x in rounds):.2f}" for mode in ("requests", "appended")]
+        lines.append(f"| {' | '.join([str(row['requests']), *tokens, *ratios])} |")
+    return lines
+
+
 # Table of docs/groups.md ---------------------------------------------------------------------------------------------
 
 
@@ -162,12 +251,20 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=15)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--rollouts", action="store_true")
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if options.rollouts:
+        sizes = TINY if options.tiny else MODEL
+        rows = measure_rollouts(sizes, options.repeats, 10 if options.tiny else 1)
+        result = {**describe("cpu", "rollouts"), "model": sizes, "rows": rows}
+        (options.output or ROLLOUT_RESULTS).write_text(json.dumps(result, indent=1) + "\n")
+        print("\n".join(rollout_table(rows)))
+        return
     sizes, groups = (TINY, [(50, 5, 2)]) if options.tiny else (MODEL, list(product(PROMPTS, COMPLETIONS, GROUPS)))
     rows = measure(sizes, groups, options.repeats, options.minutes)
     result = {**describe("cpu", "groups"), "model": sizes, "rows": rows}
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    (options.output or RESULTS).write_text(json.dumps(result, indent=1) + "\n")
     print("\n".join(table(rows)))
 
 

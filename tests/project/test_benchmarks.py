@@ -146,6 +146,22 @@ def test_groups_are_the_same_step_on_lines_and_on_trees():
     assert (gradients[1] - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
 
 
+def test_rollouts_are_the_same_step_on_rows_of_requests_and_on_trees():
+    losses = []
+    for mode in ("requests", "tree", "appended"):
+        model = groups.make_model(mode == "tree", groups.TINY)
+        losses.append(float(groups.rollout_step(mode, model, 4, groups.TINY["vocab_size"], scale=10)))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert abs(losses[2] - losses[0]) > 1e-4  # TRL's line trains something else
+
+
+def test_the_table_of_rollouts_is_the_measurement():
+    result = json.loads(groups.ROLLOUT_RESULTS.read_text())
+    assert (
+        "\n".join(groups.rollout_table(result["rows"])) in (groups.RESULTS.parents[2] / "docs/groups.md").read_text()
+    )
+
+
 def test_groups_are_counted_as_their_file_says():
     result = json.loads(groups.RESULTS.read_text())
     sizes = [(row["prompt"], row["completion"], row["group"]) for row in result["rows"]]
