@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from .groups.config import SinglePassGRPOConfig as SinglePassGRPOConfig
     from .groups.config import SinglePassRLOOConfig as SinglePassRLOOConfig
     from .groups.lines import tree_log_probs as tree_log_probs
-    from .groups.recorded import RecordedRollouts as RecordedRollouts
+    from .groups.rollouts import RecordedRollouts as RecordedRollouts
     from .groups.rollouts import ServedRollout as ServedRollout
+    from .groups.rollouts import audit_rollouts as audit_rollouts
     from .groups.trainer import SinglePassGRPOTrainer as SinglePassGRPOTrainer
     from .groups.trainer import SinglePassRLOOTrainer as SinglePassRLOOTrainer
     from .preference.config import SinglePassDPOConfig as SinglePassDPOConfig
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from .rendering.samples import render_samples as render_samples
     from .reports.audit import AuditReport as AuditReport
     from .reports.audit import audit as audit
-    from .reports.audit.rollouts import audit_rollouts as audit_rollouts
     from .training.config import SinglePassSFTConfig as SinglePassSFTConfig
     from .training.trainer import SinglePassSFTTrainer as SinglePassSFTTrainer
     from .trees.prefix_tree import PrefixTree as PrefixTree
@@ -69,7 +69,7 @@ _HOME = {
     "AuditReport": "reports.audit",
     "DataCollatorForSinglePass": "data.collator",
     "PrefixTree": "trees.prefix_tree",
-    "RecordedRollouts": "groups.recorded",
+    "RecordedRollouts": "groups.rollouts",
     "RowSettings": "data.settings",
     "Sample": "trees.sample",
     "ServedRollout": "groups.rollouts",
@@ -84,7 +84,7 @@ _HOME = {
     "SinglePassSFTConfig": "training.config",
     "SinglePassSFTTrainer": "training.trainer",
     "audit": "reports.audit",
-    "audit_rollouts": "reports.audit.rollouts",
+    "audit_rollouts": "groups.rollouts",
     "check_tree": "engine.check.tree_check",
     "enable_images": "engine.enable",
     "enable_tree": "engine.enable",

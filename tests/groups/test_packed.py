@@ -6,7 +6,7 @@ import torch
 from support.float64_comparison import TOLERANCE, assert_same_gradients, gradients_of, pop_gradients
 from support.tiny_models import model_of_type, tiny_model
 from trl_singlepass import enable_tree
-from trl_singlepass.groups.packed import tree_of_depths
+from trl_singlepass.groups.async_trainer import tree_of_depths
 
 
 packing = pytest.importorskip("trl.experimental.async_grpo.packing")

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 from unittest.mock import patch
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -26,11 +28,12 @@ from trl.experimental.async_grpo.packing import TreeRow
 
 from ..data.collator import Batch, Collator, DataCollatorForSinglePass
 from ..data.preparation import say
+from ..data.row_tree import RowTree
 from ..training.config import EngineConfig, check_engine_settings, complete_config, use_new_names
 from ..training.mixin import ReferenceMixin
 from ..training.refusals import ASYNC, ENGINES, check
 from ..training.situation import Situation
-from .packed import tree_of_depths
+from ..trees.rows import TreePlan
 
 
 _MULTIPLICITY = "multiplicity"  # of a batch: the number of samples that pass through each token
@@ -147,6 +150,33 @@ def _row(inputs: Batch) -> Batch:
     counted = replace(tree.plan, num_sample_tokens=int(multiplicity.sum()), example_ends=(depths.numel(),))
     named = {"input_ids": ids, "position_ids": depths, "attention_mask": multiplicity, "labels": labels}
     return {**named, "tree": tree.replace(plan=counted)}
+
+
+def tree_of_depths(position_ids: torch.Tensor) -> RowTree:
+    """
+    Return the tree of a row, on which a model runs it: `model(input_ids, position_ids=…, tree=tree_of_depths(…))`.
+
+    `position_ids`, int64 of shape `(length,)` or `(1, length)`, holds the depth of each token in the order of a
+    depth-first walk, as `TreeRow.pack` of TRL's AsyncGRPO lays it out. The depths `[0, 1, 2, 2, 1]` are a token with
+    two children, the first of which has two. On an accelerator, this waits for them.
+
+    Raises `ValueError` if a depth is larger by more than one than that of the token before it.
+    """
+    depths = position_ids.reshape(-1).cpu().numpy()
+    if (np.diff(depths, prepend=-1) > 1).any():
+        raise ValueError("position_ids are no depths of a depth-first walk. Give those that TreeRow.pack returns.")
+    subtree_end = _subtree_ends(depths)
+    on_device = torch.from_numpy(np.stack([subtree_end, depths, np.zeros_like(depths)])).to(position_ids.device)
+    return RowTree(TreePlan.from_subtree_end(subtree_end), *on_device[:, None])
+
+
+def _subtree_ends(depths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the position past the last descendant of each token: that of the next token that is no deeper."""
+    ends, path = np.full(len(depths), len(depths)), list[int]()
+    for position, depth in enumerate(depths.tolist()):
+        ends[path[depth:]] = position
+        path[depth:] = [position]
+    return ends
 
 
 def _multiplicity(row: TreeRow) -> torch.Tensor:

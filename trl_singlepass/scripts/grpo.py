@@ -1,6 +1,6 @@
 """Train as `trl grpo` does, shared prefixes computed once: `accelerate launch -m trl_singlepass.scripts.grpo …`."""
 
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from functools import partial
 
 from trl.scripts.grpo import GRPOScriptArguments
@@ -10,12 +10,8 @@ from ..groups.trainer import SinglePassGRPOTrainer
 from .run import RolloutArguments, make_parser_of, train
 
 
-@dataclass
-class GroupsScriptArguments(RolloutArguments, GRPOScriptArguments):  # type: ignore[misc]
-    """Arguments of the script."""
-
-
-make_parser = partial(make_parser_of, SinglePassGRPOConfig, script_arguments=GroupsScriptArguments)
+_arguments = make_dataclass("GRPOArguments", [], bases=(RolloutArguments, GRPOScriptArguments))
+make_parser = partial(make_parser_of, SinglePassGRPOConfig, script_arguments=_arguments)
 main = partial(train, SinglePassGRPOTrainer)
 
 

@@ -1,6 +1,6 @@
 """Train as `trl rloo` does, shared prefixes computed once: `accelerate launch -m trl_singlepass.scripts.rloo …`."""
 
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from functools import partial
 
 from trl.scripts.rloo import RLOOScriptArguments
@@ -10,12 +10,8 @@ from ..groups.trainer import SinglePassRLOOTrainer
 from .run import RolloutArguments, make_parser_of, train
 
 
-@dataclass
-class GroupsScriptArguments(RolloutArguments, RLOOScriptArguments):  # type: ignore[misc]
-    """Arguments of the script."""
-
-
-make_parser = partial(make_parser_of, SinglePassRLOOConfig, script_arguments=GroupsScriptArguments)
+_arguments = make_dataclass("RLOOArguments", [], bases=(RolloutArguments, RLOOScriptArguments))
+make_parser = partial(make_parser_of, SinglePassRLOOConfig, script_arguments=_arguments)
 main = partial(train, SinglePassRLOOTrainer)
 
 
