@@ -1,17 +1,19 @@
 """
 GRPO from one start, in served and in kept contexts; the reward is measured as served.
 
-    python -m studies.rollouts --seeds 5 --steps 60
+    python -m studies.rollouts --seeds 5 --steps 40
 
 The task: think of a digit and say one, then, asked for it, say the digit that was thought of. The template that is
 served strips the thought before the second request, so that only a model that says what it thinks can know it.
 """
 
 import argparse
+import copy
 import json
 import random
 import statistics
-import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -77,7 +79,7 @@ def conversation(thought: str, said: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": "pick"}, first, {"role": "user", "content": "recall"}, second]
 
 
-def make_start(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 300) -> PreTrainedModel:
+def make_start(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> PreTrainedModel:
     """
     Return a model that knows the form, and sometimes repeats a digit that it reads.
 
@@ -123,10 +125,15 @@ class Study(SinglePassGRPOTrainer):
         return statistics.mean(reward(made["messages"]))
 
 
-def run(arm: str, seed: int, steps: int, every: int) -> dict[str, Any]:
-    """Train one arm, and return its rewards, as served and in kept contexts, every few steps."""
+def run(seed: int, steps: int, every: int, start_steps: int = 300) -> list[dict[str, Any]]:
+    """Train both arms from one start, and return their rewards, as served and in kept contexts, every few steps."""
+    torch.set_num_threads(1)
+    start = make_start(make_tokenizer(), seed, start_steps)
+    return [train(arm, copy.deepcopy(start), seed, steps, every) for arm in ARMS]
+
+
+def train(arm: str, model: PreTrainedModel, seed: int, steps: int, every: int) -> dict[str, Any]:
     tokenizer, found = make_tokenizer(), {"arm": arm, "seed": seed, "step": [], "served": [], "kept": []}
-    model = make_start(tokenizer, seed)
     with TemporaryDirectory() as folder:
         args = SinglePassGRPOConfig(
             folder,
@@ -199,15 +206,17 @@ def table(runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    start = time.process_time()
-    runs = [run(arm, seed, options.steps, options.every) for seed in range(options.seeds) for arm in ARMS]
-    result = {"runs": runs, "minutes": (time.process_time() - start) / 60, "machine": describe()}
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    task = partial(run, steps=options.steps, every=options.every)
+    runs: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(options.processes) as pool:
+        for of_seed in pool.map(task, range(options.seeds)):
+            runs += of_seed
+            options.output.write_text(json.dumps({**describe("cpu"), "runs": runs}, indent=1) + "\n")
     print(table(runs))
 
 

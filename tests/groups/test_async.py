@@ -35,10 +35,10 @@ def six_turns(tokenizer, seed, num_turns=6):
 class Worker:
     """Hands the trainer rollouts in the rows that TRL's own worker makes of them."""
 
-    def __init__(self, rollouts, fork_threshold_tokens=0):
+    def __init__(self, rollouts):
         self.rollout_buffer, self.metrics_queue = queue.Queue(), queue.Queue()
         for group, turns in enumerate(rollouts):
-            sequences, _ = worker._chain_to_sequences(turns, str(group), fork_threshold_tokens)
+            sequences, _ = worker._chain_to_sequences(turns, str(group), fork_threshold=0)
             for sequence in sequences:
                 names = {"input_ids": np.int64, "completion_mask": np.int64, "old_log_probs": np.float32}
                 arrays = {name: np.asarray(getattr(sequence, name), dtype) for name, dtype in names.items()}
@@ -55,7 +55,7 @@ NO_TRANSFER = SimpleNamespace(
 )
 
 
-def trained(tmp_path, model, tokenizer, rollouts, **settings):
+def trained(tmp_path, model, tokenizer, rollouts, config=None, **settings):
     folder = tmp_path / "model"
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
@@ -67,13 +67,14 @@ def trained(tmp_path, model, tokenizer, rollouts, **settings):
         **settings,
     }
     settings |= {"learning_rate": LEARNING_RATE, "max_staleness": 100}
-    args = trainers.SinglePassAsyncGRPOConfig(str(tmp_path / "out"), gradient_accumulation_steps=1, **settings)
+    config = config or trainers.SinglePassAsyncGRPOConfig
+    args = config(str(tmp_path / "out"), gradient_accumulation_steps=1, **settings)
     trainer = trainers.SinglePassAsyncGRPOTrainer(
         str(folder),
         args=args,
         train_dataset=[{"prompt": "unused"}],
         processing_class=tokenizer,
-        rollout_worker=Worker(rollouts, args.fork_threshold_tokens),
+        rollout_worker=Worker(rollouts),
         weight_transfer=NO_TRANSFER,
     )
     trainer.train()
@@ -129,6 +130,7 @@ def test_three_steps(tmp_path, tokenizer, family, settings):
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     expected = one_row_per_request(copy.deepcopy(model), rollouts, overrides.get("router_aux_loss_coef", 0.0))
     trainer = trained(tmp_path, model, tokenizer, rollouts, **settings)
+    assert trainer.args.fork_threshold_tokens == 0
     num_generated = sum(len(turn.output_ids) for turns in rollouts for turn in turns)
     assert trainer.rollout_worker.rollout_buffer.qsize() <= 3 * 6 - NUM_STEPS * PER_STEP
     trained_tokens = sum(len(turn.output_ids) for turns in rollouts[:2] for turn in turns)
@@ -157,7 +159,9 @@ def test_what_is_refused(tmp_path, tokenizer, name, settings):
 def test_the_attention_is_the_one_that_is_set(tmp_path, tokenizer):
     rollouts = [six_turns(tokenizer, seed) for seed in (0, 2)]
     kwargs = {"attn_implementation": "eager"}
-    trainer = trained(tmp_path, float32_model(tokenizer), tokenizer, rollouts, model_init_kwargs=kwargs, max_steps=1)
+    settings = {"config": trainers.AsyncGRPOConfig, "model_init_kwargs": kwargs, "max_steps": 1}  # TRL's own
+    trainer = trained(tmp_path, float32_model(tokenizer), tokenizer, rollouts, **settings)
+    assert trainer.args.fork_threshold_tokens == 0
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert trainer.model.config._attn_implementation != plain.config._attn_implementation
     assert trainer.args.model_init_kwargs == kwargs

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 from peft import LoraConfig
 
-from support.groups import GRPO, RLOO, assert_equal, assert_moved_alike, train
+from support.groups import GRPO, RLOO, assert_equal, assert_moved_alike, image_prompts, train
 from support.rollouts import Scripted, StockGRPO, StockRLOO
 from support.small_files import write_model
+from support.tiny_vision import save_vision_checkpoint, tiny_processor
 from support.trainers import float32_model, logged
 from trl_singlepass.groups.contexts import read_rollouts
 
@@ -134,7 +135,13 @@ def test_a_wrong_field_is_an_error_before_anything_trains(tmp_path, folder, toke
     assert one_request.calls == 1
 
 
-def test_images_are_refused():
+def test_images_are_refused(tmp_path):
+    """Where the dataset has a column of images, and where a request shows one."""
+    processor, folder = tiny_processor("qwen3_vl"), save_vision_checkpoint("qwen3_vl", tmp_path / "model")
+    processor.tokenizer.padding_side = "left"
+    settings = {"rollouts": lambda: Scripted(num_requests=1, vocab_size=100), "max_steps": 1}
+    with pytest.raises(ValueError, match="images"):
+        train(GRPO[1], tmp_path, folder, processor, dataset=image_prompts(), **settings)
     with pytest.raises(ValueError, match="images"):
         read_rollouts({"prompt_ids": [[5]], "completion_ids": [[6]], "contexts": [[([5, 9], 1)]]}, 10, placeholder=9)
 

@@ -69,15 +69,16 @@ def without_padding(line, tokenizer):
 class Scripted:
     """A `rollout_func` of the same rollouts for every trainer that asks as often, with `(prompt, output)` of each."""
 
-    def __init__(self, as_one_line=False, ends=False, change=None, **options):
+    def __init__(self, as_one_line=False, ends=False, change=None, vocab_size=None, **options):
         self.calls, self.as_one_line, self.ends, self.change, self.options = 0, as_one_line, ends, change, options
+        self.vocab_size = vocab_size
         self.requests = {}  # by the tokens of a rollout
 
     def __call__(self, prompts, trainer):
         rng = random.Random(1000 * self.calls + trainer.accelerator.process_index)
         self.calls += 1
         tokenizer = trainer._tokenizer
-        vocab_size = len(tokenizer)
+        vocab_size = self.vocab_size or len(tokenizer)
         rendered = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
         rollouts = [scripted_rollout(rng, start, vocab_size, **self.options) for start in rendered]
         for requests in rollouts[::2] if self.ends else ():

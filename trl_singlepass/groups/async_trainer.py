@@ -226,6 +226,8 @@ def _any_model(args: AsyncGRPOConfig) -> Iterator[None]:
 
     args.model_init_kwargs = own
     replaced: dict[str, Any] = {"create_model_from_path": load_quietly, "add_fused_lm_head": add_head_to_all}
-    with patch.multiple(async_grpo_trainer, get_peak_flops_per_device=peak_flops, **replaced):
-        yield
-    args.model_init_kwargs = given
+    try:
+        with patch.multiple(async_grpo_trainer, get_peak_flops_per_device=peak_flops, **replaced):
+            yield
+    finally:
+        args.model_init_kwargs = given
