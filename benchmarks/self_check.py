@@ -3,7 +3,8 @@ Measure what the check before the first step costs: on two sizes of model in two
 
     python -m benchmarks.self_check
 
-Its time is compared with that of one forward of 128 tokens, in turn in the same process.
+Its time, with that of own rows, is compared with that of one forward of 128 tokens, in turn in the same process; and
+the time in which a model is compared with what was measured, once per batch, is the shortest of many.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import os
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -26,6 +28,8 @@ from benchmarks.machine import describe
 from benchmarks.model_shapes import QWEN3
 from trl_singlepass import DataCollatorForSinglePass, enable_tree
 from trl_singlepass.engine.check.tree_check import TreeCheck
+from trl_singlepass.training.self_check import Fingerprint
+from trl_singlepass.trees.sample import Sample
 
 
 RESULTS = Path(__file__).parent / "results" / "self_check.json"
@@ -42,6 +46,7 @@ ENGINES: dict[str, Callable[[Any], Any]] = {
     "FSDP2, 2 ranks": lambda model: [fully_shard(layer) for layer in model.model.layers] and fully_shard(model),
 }
 YARDSTICK = 128  # tokens
+SECONDS = 4.0  # for a check, own rows included
 
 
 def build(size: str, dtype: torch.dtype) -> Qwen3ForCausalLM:
@@ -55,19 +60,22 @@ def build(size: str, dtype: torch.dtype) -> Qwen3ForCausalLM:
 def measure(size: str, dtype: str, engine: str, repeats: int) -> dict[str, Any]:
     """Return the cost of the check of one model, the median of some repetitions after a first."""
     model = build(size, DTYPES[dtype])
-    enable_tree(model)
+    enable_tree(model, check=False)
     wrapped = ENGINES[engine](model)
     tokens: list[int] = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     text = np.random.default_rng(0).integers(0, SIZES[size]["vocab_size"], 200)
+    samples = [Sample(np.roll(text, -start)[:150], np.r_[np.zeros(50), np.ones(100)], 1) for start in (0, 1)]
     yardstick = torch.from_numpy(np.resize(text, YARDSTICK))[None]
-    checks, forwards, reports = [], [], []
+    checks, forwards, reports, own = [], [], [], []
     for _ in range(repeats + 1):
         tokens.clear()
-        reports.append(TreeCheck(wrapped, DataCollatorForSinglePass(0)).run(text))
+        check = TreeCheck(wrapped, DataCollatorForSinglePass(0))
+        reports.append(check.run(text))
         counted = list(tokens)
+        own.append(check.run_own(samples, SECONDS - reports[-1].seconds))
         with torch.no_grad():
             start = time.perf_counter()
             model(input_ids=yardstick, use_cache=False)
@@ -83,6 +91,9 @@ def measure(size: str, dtype: str, engine: str, repeats: int) -> dict[str, Any]:
         "forwards": len(counted),
         "forward_tokens": sum(counted),
         "seconds": median(checks[1:]),
+        "own_tokens": max(0 if one is None else one.longest for one in own),
+        "own_seconds": median(0.0 if one is None else one.seconds for one in own[1:]),
+        "milliseconds_per_batch": 1e3 * min(timeit.repeat(lambda: Fingerprint.of(wrapped), number=1, repeat=100)),
         "forward_seconds": median(forwards[1:]),
         "difference": reports[-1].difference,
     }
