@@ -92,6 +92,7 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
         layer._ran_on_tree = False
         return layer._stock_forward(*args, **kwargs)
     layer._ran_on_tree = True
+    tree.seen.add(layer)
     arguments = by_name(layer, args, kwargs)
     return run_on_tree(layer, arguments, tree.on(first_tokens(arguments).device), layer._replay)
 

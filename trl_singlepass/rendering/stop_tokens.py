@@ -1,20 +1,13 @@
 """How messages end under a chat template, and the stop token with which a completion ends."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from .conversation import Message, RenderingError
 from .probes import ANSWER, USER, VALUE, Probe
 from .template import ChatTemplate
 from .tokenization import split_markup
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 # Special tokens that close a part of a message rather than the message.
@@ -106,9 +99,7 @@ def find_stops(template: ChatTemplate, endings: Iterable[Ending], within: frozen
     return frozenset(_message_ends(template) - within | last)
 
 
-def end_with_stop_token(
-    completion: str, ending: Ending, stops: frozenset[str], tokenizer: PreTrainedTokenizerBase
-) -> str:
+def end_with_stop_token(completion: str, ending: Ending, stops: frozenset[str], template: ChatTemplate) -> str:
     """
     Return a completion that ends as the model ends it, or raise `RenderingError` if there is no token to stop at.
     """
@@ -124,7 +115,7 @@ def end_with_stop_token(
     # A call without arguments may end in less markup than the ending was measured on, and lacks the stop token alone;
     # reasoning without an answer may be closed by the token with which an ending of two tokens begins.
     added = ending.trained.removeprefix(ending.written)
-    first, *others = split_markup(ending.trained, tokenizer)
+    first, *others = split_markup(ending.trained, template.tokenizer)
     if not added and others and completion.rstrip().endswith(first):
         return completion.rstrip() + "".join(others)
     return completion + (added or ending.trained)

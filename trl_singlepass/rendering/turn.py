@@ -105,7 +105,7 @@ class _TurnRenderer:
         completion, reasoning_start, kind = self.completion()
         reasoning_end = self.reasoning_end(completion, reasoning_start)
         shape = self.behaviour.calls if self.parsed.calls else self.behaviour.answers
-        ended = end_with_stop_token(completion, shape.ending, self.behaviour.stops, self.template.tokenizer)
+        ended = end_with_stop_token(completion, shape.ending, self.behaviour.stops, self.template)
         self.check(ended, reasoning_start)
         return RenderedTurn(
             self.k,
