@@ -54,7 +54,9 @@ def test_kernels_that_compute_what_layers_compute_are_exact(order):
 
 
 @pytest.mark.parametrize(
-    "kernel", [{"RMSNorm": norm_of_the_row}, {"rotary_pos_emb": rotated_by_the_place_in_the_row}], ids=str
+    "kernel",
+    [{"RMSNorm": norm_of_the_row}, {"rotary_pos_emb": rotated_by_the_place_in_the_row}],
+    ids=["norm", "rotation"],
 )
 def test_a_kernel_that_looks_at_the_row_is_refused(kernel):
     with hub_kernels(tiny_model("qwen3"), **kernel) as model:

@@ -21,7 +21,7 @@ from ..cost.memory import ActivationBytes
 from ..data.collator import Batch
 from ..images.reading import images_see_themselves
 from ..recurrent.decoder import get_decoder, in_evaluation_mode
-from ..recurrent.measurement import path_dependent_layers
+from ..recurrent.measurement import attention_of, path_dependent_layers
 from ..trees.rows import TreePlan
 from .enable import without_adapters
 from .model_call import refuse_own_calls
@@ -235,7 +235,8 @@ def measure_activation_bytes(model: PreTrainedModel, device: torch.device, *, ch
     checkpointing, a layer saves its input, and one layer at a time everything.
     """
     decoder = get_decoder(model)
-    with in_evaluation_mode(decoder):  # without checkpointing
+    # Without checkpointing, and without eager attention, whose scores no row keeps.
+    with in_evaluation_mode(decoder), attention_of(model, "tree_torch"):
         # In an empty context there is no tree, which the row of the step has by now.
         short, long = (Context().run(_saved_bytes, decoder, length, device) for length in (_SHORT, _LONG))
     per_layer = [(b - a) // (_LONG - _SHORT) for a, b in zip(short[1:], long[1:], strict=True)]

@@ -170,7 +170,7 @@ class _Measurement:
     def run(self) -> dict[nn.Module, TreeReplay]:
         """Return the layers that do not run on a tree as they are, with how each does."""
         model = self.model
-        with _unchanged(model), in_evaluation_mode(model), _attention_of(model, _ATTENTION), torch.enable_grad():
+        with _unchanged(model), in_evaluation_mode(model), attention_of(model, _ATTENTION), torch.enable_grad():
             while True:
                 with self._wrapped() as layers:
                     calls, stopped = self._record()
@@ -446,7 +446,7 @@ def _may_be_state(name: str, value: object) -> bool:
 
 
 @contextmanager
-def _attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+def attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """Run a model with another attention, if it takes any from outside."""
     if not takes_attention_from_outside(model):
         yield

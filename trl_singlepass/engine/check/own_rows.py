@@ -48,6 +48,9 @@ def samples_of(batch: Batch) -> list[tuple[Sample, NDArray[np.int64]]]:
     """
     tree, ids = batch["tree"], batch["input_ids"][0].cpu().numpy()
     labels, ends = batch["labels"][0].cpu().numpy(), tree.sample_ends
+    if ends is None:  # of a row that others have made: a sample ends where nothing follows
+        end = tree.subtree_end[0].cpu().numpy()
+        ends = np.flatnonzero(end == np.arange(1, len(end) + 1))
     paths = [
         run.path_positions[: len(run.path_positions) - (run.end - 1 - end)]
         for run in tree.plan.runs
