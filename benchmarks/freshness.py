@@ -97,7 +97,9 @@ FIGURES = {
         f"{ROW} rendering data/arrow.py data/pairs.py data/selection.py data/settings.py cost preference/collator.py",
         seconds=140,
     ),
-    "self_check": Figures("benchmarks.self_check", f"{ROW} engine/check", "benchmarks/model_shapes.py", 80),
+    "self_check": Figures(
+        "benchmarks.self_check", f"{ROW} engine/check training/self_check.py", "benchmarks/model_shapes.py", 80
+    ),
     "long_conversation": Figures(
         "benchmarks.long_conversation --tokens 131072 1048576 --by-turns 1000 --tokenizer {tokenizer}",
         f"{RENDERING} engine/wave_plan.py engine/waves.py attention reference/timing.py",

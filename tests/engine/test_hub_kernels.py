@@ -9,6 +9,7 @@ from support.sample_sets import reasoning_chat
 from support.tiny_models import tiny_model
 from support.tree_checks import checked
 from trl_singlepass.engine.enable import enable_tree
+from trl_singlepass.recurrent.measurement import path_dependent_layers
 
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -53,11 +54,12 @@ def test_kernels_that_compute_what_layers_compute_are_exact(order):
     assert {"norm", "rotary"} <= set(CALLS)
 
 
-@pytest.mark.parametrize(
-    "kernel",
-    [{"RMSNorm": norm_of_the_row}, {"rotary_pos_emb": rotated_by_the_place_in_the_row}],
-    ids=["norm", "rotation"],
-)
-def test_a_kernel_that_looks_at_the_row_is_refused(kernel):
-    with hub_kernels(tiny_model("qwen3"), **kernel) as model:
+def test_a_kernel_that_looks_at_the_row_is_refused():
+    with hub_kernels(tiny_model("qwen3"), RMSNorm=norm_of_the_row) as model:
         assert not checked(model).ok
+
+
+def test_attention_that_rotates_by_the_place_in_the_row_runs_over_whole_paths():
+    with hub_kernels(tiny_model("qwen3"), rotary_pos_emb=rotated_by_the_place_in_the_row) as model:
+        assert checked(model).ok
+        assert {mode.attends for mode in path_dependent_layers(model).values()} == {True}

@@ -17,7 +17,7 @@ from support.conversations import chat
 from support.image_chats import image_collator, image_rows, image_sample_sets
 from support.image_models import image_model
 from support.pairs import batch_of, pair
-from support.planted_layers import plant, qwen3_model
+from support.planted_layers import OwnAttention, plant, qwen3_model
 from support.sample_sets import reasoning_chat
 from support.trainers import (
     SETTINGS,
@@ -142,7 +142,7 @@ def test_layers_that_no_longer_read_the_tree_stop_a_loop(change):
     if change == "attention":
         model.set_attn_implementation("sdpa")
     else:
-        plant(model, "OwnAttention")
+        plant(model, OwnAttention)
     with pytest.raises(ValueError, match="attention layers"):
         model(**batch)
 

@@ -14,7 +14,7 @@ from versions.sources import digest, in_wheel, installed
 # Of PyTorch, datasets, flash-attn and the standard library.
 OTHERS = {
     *("_C", "_current_graph_task_id", "_dynamo", "_DropoutNd", "_fingerprint", "_actions", "_option_string_actions"),
-    *("_exit", "_init_fn"),
+    *("_exit", "_init_fn", "_get_cache_file_path"),
     *(f"_scaled_dot_product_flash_attention{end}" for end in ("", "_backward", "_for_cpu", "_for_cpu_backward")),
     *(f"_flash_attn_{way}" for way in ("forward", "backward", "varlen_forward", "varlen_backward")),
     "_flash_attention_backward",  # of ATen, as `_flash_attention_forward` is as well

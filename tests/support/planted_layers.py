@@ -117,6 +117,8 @@ def plant(model, name, strength=1.0):
     if kind is NGramEmbedding:
         owner, place = model.model, "embed_tokens"
         planted = kind(model.config.vocab_size, model.config.hidden_size)
+    elif kind is OwnAttention:
+        place, planted = "self_attn", kind(model.config, len(model.model.layers) - 1)
     else:
         planted = kind(model.config)
     planted.strength = strength

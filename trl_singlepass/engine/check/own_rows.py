@@ -286,6 +286,7 @@ class OwnRows:
 
 def _sketch(gradient: Tensor) -> Tensor:
     """Return 16 random projections of a gradient, float64 on the device of the gradient."""
+    gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # each rank its own shard
     rows = gradient.reshape(gradient.shape[0] if gradient.dim() else 1, -1)
     left = random_signs(_SIDE * rows.shape[0]).view(_SIDE, -1).to(rows)
     right = random_signs(_SIDE * rows.shape[1] + 1)[1:].view(-1, _SIDE).to(rows)
