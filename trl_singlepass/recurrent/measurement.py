@@ -30,6 +30,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel, logging
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import ModelOutput
@@ -51,8 +52,8 @@ T = TypeVar("T")
 
 logger = logging.get_logger(__name__)
 
-# 16 tokens in a line, a branch of 5 that leaves it after 13 tokens, and one of 7 that leaves it after 9.
-SUBTREE_END = np.repeat([28, 21, 16, 21, 28], [9, 4, 3, 5, 7])
+# 48 tokens in a line, a branch of 15 that leaves it after 39 tokens, and one of 21 that leaves it after 27.
+SUBTREE_END = np.repeat([84, 63, 48, 63, 84], [27, 12, 9, 15, 21])
 _ATTENTION = "tree_measured"  # with which models are measured: that of `tree_torch`, which notes who calls it
 _ROUNDED = {torch.float16: 2e-2, torch.bfloat16: 5e-2}  # errors of results, relative to their norm; otherwise 1e-4
 _OF_GRADIENTS = 100  # times as large errors as of outputs, in layers that compute a part in float32
@@ -82,6 +83,8 @@ def measured_layers(model: PreTrainedModel) -> dict[nn.Module, TreeReplay]:
     on_trees = {layer: layer._replay for layer in decoder_modules(model) if runs_on_trees(layer)}
     if on_trees:
         return on_trees  # type: ignore[return-value]
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return {}  # sharded as it was loaded, its layers do not run alone: what is not right, the check refuses
     if model not in _known:
         _known[model] = _measured_on_first_rank(model) if _others_have_no_weights() else _Measurement(model).run()
     return {layer: replay for layer, replay in _known[model].items() if layer in set(model.modules())}

@@ -119,8 +119,10 @@ class OwnRows:
 
     def __init__(self, model: CheckedModel, epsilon: float, over_ranks: Callable[..., list[float | None]]) -> None:
         self.model, self.epsilon, self.is_half, self._over_ranks = model, epsilon, epsilon > HALF, over_ranks
-        # DeepSpeed reduces gradients in hooks of its own, and FSDP2 frees parameters after one backward.
-        self.with_gradients = model.gives_gradients and not model.is_sharded
+        # DeepSpeed reduces gradients in hooks of its own, FSDP2 frees parameters after one backward, and where ranks
+        # divide a layer, each has a part.
+        is_divided = any(hasattr(parameter, "to_local") for parameter in model.module.parameters())
+        self.with_gradients = model.gives_gradients and not model.is_sharded and not is_divided
 
     def run(self, samples: Sequence[Sample], seconds: float, per_token: float) -> OwnRowsReport | None:
         """
@@ -286,7 +288,6 @@ class OwnRows:
 
 def _sketch(gradient: Tensor) -> Tensor:
     """Return 16 random projections of a gradient, float64 on the device of the gradient."""
-    gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # each rank its own shard
     rows = gradient.reshape(gradient.shape[0] if gradient.dim() else 1, -1)
     left = random_signs(_SIDE * rows.shape[0]).view(_SIDE, -1).to(rows)
     right = random_signs(_SIDE * rows.shape[1] + 1)[1:].view(-1, _SIDE).to(rows)
