@@ -12,7 +12,8 @@ from dataclasses import fields
 from importlib import import_module, resources
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -212,12 +213,19 @@ def _without(arguments: Sequence[str], taken: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _pass_on_signals() -> Iterator[None]:
-    previous = {number: signal.signal(number, _to_processes) for number in SIGNALS}
+    register = signal.signal
+    previous = {number: register(number, _to_processes) for number in SIGNALS}
+
+    def register_others(number: int, handler: Any) -> Any:
+        # accelerate 1.16 would stop a lone process at SIGTERM, before it has saved a checkpoint.
+        return signal.getsignal(number) if number in previous else register(number, handler)
+
     try:
-        yield
+        with patch.object(signal, "signal", register_others):
+            yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            register(number, handler)
 
 
 def _to_processes(number: int, frame: FrameType | None) -> None:
